@@ -1,0 +1,1 @@
+"""Triton kernels beside their torch references. This package knows torch and triton only, nothing of the server."""

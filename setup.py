@@ -1,0 +1,49 @@
+"""Packaging truth of tpserve: packages, dependencies, the `tpserve` command."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version: dict[str, str] = {}
+exec(Path(__file__).with_name("tpserve").joinpath("version.py").read_text(), version)
+
+setup(
+    name="tpserve",
+    version=version["__version__"],
+    description="Serve large language models over tensor and pipeline parallel ranks, with nothing but torchrun",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # `kernels/` is a folder, not a package: a package installed as plain `kernels` would shadow Hugging Face's.
+    packages=[*find_packages(include=["tpserve", "tpserve.*"]), "tpserve_kernels"],
+    package_dir={"tpserve_kernels": "kernels/tpserve_kernels"},
+    package_data={"tpserve.builtin": ["model/*"], "tpserve": ["py.typed"], "tpserve_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "safetensors>=0.5",
+        "huggingface_hub>=0.30",
+        "aiohttp>=3.10",
+        "msgspec>=0.19",
+        "pyzmq>=26",
+        # Justified one by one in docs/design.md, "Dependencies".
+        "tokenizers>=0.21",
+        "jinja2>=3.1",
+        "uvloop>=0.20",
+        "prometheus-client>=0.21",
+        "rich>=13",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "numpy<2.3",  # Triton 3.6's interpreter needs it below 2.3
+            "transformers>=5.0",
+            "openai>=1.60",
+            "ruff>=0.9",
+            "mypy>=1.14",
+        ],
+    },
+    entry_points={"console_scripts": ["tpserve = tpserve.__main__:main"]},
+)

@@ -1,0 +1,44 @@
+"""What a step's model run is told: the tensors that `worker/batch.py` builds from a plan.
+
+T tokens of the step, R chunks (requests) in it, S sampled rows, B the widest block table.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Where a cache group's keys and values are. One per cache group; integer tensors live on the model's device.
+
+    Chunk r owns rows [query_starts[r], query_starts[r + 1]) of the step; its last row is at position context_lens[r] - 1,
+    and it sees positions [0, context_lens[r]) causally. Position p of chunk r lives in
+    block tables[r, p // block_size], entry p % block_size; entries of `tables` past the context are 0 and never read.
+    """
+
+    query_starts: torch.Tensor
+    """[R + 1] int32"""
+    context_lens: torch.Tensor
+    """[R] int32"""
+    tables: torch.Tensor
+    """[R, B] int32"""
+    write_slots: torch.Tensor
+    """[T] int64: block * block_size + entry where each row's own key and value go"""
+    query_lens_host: tuple[int, ...]
+    """R integers on the host"""
+    context_lens_host: tuple[int, ...]
+    """R integers on the host"""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step's input to a stage. `groups` has one entry per `ModelSpec.cache` group."""
+
+    tokens_T: torch.Tensor
+    """[T] int64 (read by the first stage)"""
+    positions_T: torch.Tensor
+    """[T] int64"""
+    groups: tuple[AttentionBatch, ...]
+    sample_rows_S: torch.Tensor
+    """[S] int64: the rows whose logits are wanted, in chunk order"""

@@ -1,0 +1,193 @@
+"""The whole vocabulary between processes.
+
+    frontend -> engine    Add, Abort, Cut, Control
+    engine -> frontend    Delta, Done, Stats
+    rank -> coordinator   Hello, Up, Beat, Fault, Drain
+    coordinator -> rank   Start, Run, Drain, Stop
+
+Each direction is one tagged union; a frame on the wire is a msgpack list of messages of its direction.
+The engine answers every Add with exactly one Done. Deltas of a request carry consecutive positions.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from tpserve.types.plan import TokenLogprobs
+from tpserve.types.request import Request
+
+
+class Message(Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages: immutable, encoded as an array that starts with the type's name."""
+
+
+# frontend -> engine
+
+
+class Add(Message, frozen=True):
+    """Start generating."""
+
+    request: Request
+
+
+class Abort(Message, frozen=True):
+    """The client is gone: stop and answer Done(finish="abort"). Unknown or finished ids are ignored."""
+
+    id: int
+
+
+class Cut(Message, frozen=True):
+    """A stop string ended the request at `length` output tokens, and its client has its answer: stop and answer Done(finish="stop")."""
+
+    id: int
+    length: int
+
+
+class Control(Message, frozen=True):
+    """An order to the engine as a whole. `drain`: admit nothing more, finish what runs."""
+
+    action: Literal["drain"]
+
+
+EngineInput = Add | Abort | Cut | Control
+
+# engine -> frontend
+
+
+class Delta(Message, frozen=True):
+    """New tokens of a request. `start`: how many output tokens came before. `logprobs`: one entry a token, or empty."""
+
+    id: int
+    start: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class PhaseTimes(Struct, frozen=True, array_like=True):
+    """Seconds a request spent waiting, until its first token, and from the first token to the last."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Done(Message, frozen=True):
+    """The one terminal message of a request. `stop_id`: the token that ended it, None at an EOS id or when no token did."""
+
+    id: int
+    finish: FinishReason
+    num_tokens: int
+    stop_id: int | None = None
+    cached_tokens: int = 0
+    times: PhaseTimes = PhaseTimes(0.0, 0.0, 0.0)
+    error: str = ""
+
+
+class Stats(Message, frozen=True):
+    """Gauges and running totals, sent after a step that changed them. Counters start at 0 with the epoch."""
+
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_total: int
+    preemptions: int
+    steps: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+EngineOutput = Delta | Done | Stats
+
+# rank -> coordinator
+
+
+class Hello(Message, frozen=True):
+    """A rank exists and wants to take part. `incarnation` grows with every restart of the rank's process.
+
+    `endpoints`: on rank 0 the addresses of what it hosts for this incarnation: "store" (host:port of a fresh TCPStore),
+    "plan" and "result" (ZeroMQ endpoints); empty elsewhere. `fingerprint`: facts that must agree on all ranks.
+    """
+
+    rank: int
+    incarnation: int
+    pid: int
+    host: str
+    endpoints: dict[str, str]
+    fingerprint: dict[str, str]
+
+
+class MemoryLedger(Struct, frozen=True, array_like=True):
+    """Where a rank's memory goes, in bytes, measured, and the KV blocks that were made of the rest."""
+
+    total: int
+    weights: int
+    activations: int
+    kv_cache: int
+    num_blocks: int
+    block_size: int
+
+
+class Up(Message, frozen=True):
+    """The rank has joined the mesh, loaded its shard and can run plans of `epoch`."""
+
+    rank: int
+    epoch: int
+    ledger: MemoryLedger
+    facts: dict[str, int]
+    """What the frontend needs and only a loaded model knows: max_model_len, vocab_size."""
+
+
+class Beat(Message, frozen=True):
+    """Every 0.5 s: the rank lives. `phase` and `percent` feed /readyz while starting; `step` is the last plan finished."""
+
+    rank: int
+    epoch: int
+    phase: str
+    percent: int
+    step: int
+
+
+class Fault(Message, frozen=True):
+    """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1)."""
+
+    rank: int
+    epoch: int
+    kind: Literal["user", "engine"]
+    text: str
+
+
+class Drain(Message, frozen=True):
+    """Stop taking requests and finish the open ones. From a rank: it was asked to end. To ranks: note it."""
+
+    rank: int = -1
+
+
+RankMessage = Hello | Up | Beat | Fault | Drain
+
+# coordinator -> rank
+
+
+class Start(Message, frozen=True):
+    """Form the mesh of `epoch`. `endpoints` are those of rank 0's Hello."""
+
+    epoch: int
+    endpoints: dict[str, str]
+
+
+class Run(Message, frozen=True):
+    """Every rank is up: plans of `epoch` may flow."""
+
+    epoch: int
+
+
+class Stop(Message, frozen=True):
+    """Leave. `code` is the exit code; `reason` is for the log, empty after a drain."""
+
+    code: int
+    reason: str
+
+
+CoordinatorMessage = Start | Run | Drain | Stop

@@ -1,0 +1,148 @@
+"""What crosses the wire each step: rank 0 plans, every rank executes.
+
+A step has no prefill phase and no decode phase: it is a list of chunks `(slot, start, count)`. A chunk computes the KV
+entries of positions [start, start + count) of one sequence and, if `sample` is set, draws the token of position
+start + count.
+
+    tokens[slot]    [0, start) in the KV cache | [start, start + count) computed by this chunk | start + count drawn
+    block table     appended by Admission.tables and Chunk.blocks; position p lives in table[p // block_size]
+
+Where the input ids come from: `Chunk.tokens` if it is not empty, else the worker's own `tokens[slot, start:start+count]`,
+written there by the admission or by the sampler of an earlier plan.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from msgspec import Struct
+
+from tpserve.types.packed import pack, unpack
+from tpserve.types.sampling import SamplingParams
+
+
+class Admission(Struct, frozen=True, array_like=True):
+    """A sequence takes a slot. Carries all that the ranks will ever need to know about it.
+
+    `tokens`: packed ids, the prompt and everything produced so far (a preempted or resubmitted sequence comes back with
+    its output). `tables`: the sequence's first block ids, packed, one entry per cache group.
+    """
+
+    slot: int
+    tokens: bytes
+    prompt_len: int
+    params: SamplingParams
+    seed: int
+    choice: int
+    tables: tuple[bytes, ...]
+
+
+class Chunk(Struct, frozen=True, array_like=True):
+    """A run of positions of one sequence; see the module docstring. `blocks`: newly owned block ids per cache group."""
+
+    slot: int
+    start: int
+    count: int
+    sample: bool
+    tokens: tuple[int, ...] = ()
+    blocks: tuple[tuple[int, ...], ...] = ()
+
+
+class StepPlan(Struct, frozen=True, array_like=True):
+    """One step's work for every rank, chunks as a struct of packed arrays.
+
+    Order of effects on a worker: releases, admissions, then chunks in order. A slot is named by at most one chunk.
+    A 256-sequence decode plan takes about 3 KB.
+    """
+
+    epoch: int
+    step: int
+    releases: tuple[int, ...]
+    admissions: tuple[Admission, ...]
+    slots: bytes
+    starts: bytes
+    counts: bytes
+    sample: bytes
+    """One byte a chunk: 1 where the chunk draws a token."""
+    given: bytes
+    """One byte a chunk: 1 where `tokens` holds the chunk's input ids."""
+    tokens: bytes
+    """Packed input ids of the chunks with `given`, one after another."""
+    block_runs: bytes
+    """Packed triples (chunk index, cache group, number of block ids)."""
+    blocks: bytes
+    """Packed block ids of the runs, one after another."""
+
+    @staticmethod
+    def of(
+        epoch: int, step: int, chunks: Sequence[Chunk], admissions: Sequence[Admission] = (), releases: Sequence[int] = ()
+    ) -> "StepPlan":
+        """Pack a plan. `chunks` keeps its order; results are keyed by the index in it."""
+        tokens: list[int] = []
+        runs: list[int] = []
+        blocks: list[int] = []
+        for index, chunk in enumerate(chunks):
+            assert not chunk.tokens or len(chunk.tokens) == chunk.count, "a chunk's tokens are given whole or not at all"
+            tokens.extend(chunk.tokens)
+            for group, ids in enumerate(chunk.blocks):
+                if ids:
+                    runs.extend((index, group, len(ids)))
+                    blocks.extend(ids)
+        return StepPlan(
+            epoch=epoch,
+            step=step,
+            releases=tuple(releases),
+            admissions=tuple(admissions),
+            slots=pack([c.slot for c in chunks]),
+            starts=pack([c.start for c in chunks]),
+            counts=pack([c.count for c in chunks]),
+            sample=bytes(c.sample for c in chunks),
+            given=bytes(bool(c.tokens) for c in chunks),
+            tokens=pack(tokens),
+            block_runs=pack(runs),
+            blocks=pack(blocks),
+        )
+
+    def num_tokens(self) -> int:
+        """Number of positions the plan computes."""
+        return sum(unpack(self.counts))
+
+    def runs(self) -> Iterator[tuple[int, int, Sequence[int]]]:
+        """Yield (chunk index, cache group, block ids) for each run of new blocks."""
+        triples, ids, at = unpack(self.block_runs), unpack(self.blocks), 0
+        for i in range(0, len(triples), 3):
+            count = triples[i + 2]
+            yield triples[i], triples[i + 1], ids[at : at + count]
+            at += count
+
+    def chunks(self, num_groups: int = 1) -> list[Chunk]:
+        """Unpack the chunks (tests and the ledger worker; the hot path reads the arrays)."""
+        blocks: dict[int, list[tuple[int, ...]]] = {}
+        for index, group, ids in self.runs():
+            blocks.setdefault(index, [() for _ in range(num_groups)])[group] = tuple(ids)
+        given, at, result = unpack(self.tokens), 0, []
+        rows = zip(unpack(self.slots), unpack(self.starts), unpack(self.counts), self.sample, self.given, strict=True)
+        for index, (slot, start, count, sample, has_tokens) in enumerate(rows):
+            tokens: tuple[int, ...] = ()
+            if has_tokens:
+                tokens, at = tuple(given[at : at + count]), at + count
+            result.append(Chunk(slot, start, count, bool(sample), tokens, tuple(blocks.get(index, ()))))
+        return result
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Natural log probabilities of the raw logits at one position: the chosen token's, and the most likely ones, best first."""
+
+    chosen: float
+    top_ids: tuple[int, ...]
+    top: tuple[float, ...]
+
+
+class StepResult(Struct, frozen=True, array_like=True):
+    """What a plan drew. `tokens`: packed, one per chunk of the plan, -1 where the chunk does not sample.
+
+    `logprobs`: (chunk index, entry) for the chunks whose request asked for them.
+    """
+
+    epoch: int
+    step: int
+    tokens: bytes
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
