@@ -1,0 +1,116 @@
+"""The table of allowed imports. A room may import the rooms named here, itself, and the packages of `EXTERNAL`; nothing else.
+
+Also here: what a torch-free process must never load, who may read the environment, and that nobody says `global`.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "tpserve"
+
+FLOOR_0 = {"types", "errors", "version"}
+ALLOWED: dict[str, set[str]] = {
+    # floor 0
+    "version": set(),
+    "errors": set(),
+    "types": set(),
+    "builtin": set(),
+    # floor 1
+    "config": {*FLOOR_0, "builtin"},
+    "text": FLOOR_0,
+    "scheduling": FLOOR_0,
+    "wire": {*FLOOR_0, "config"},
+    "observe": FLOOR_0,
+    # floor 2
+    "parallel": FLOOR_0,
+    "quant": FLOOR_0,
+    "frontend": {*FLOOR_0, "config", "text", "wire", "observe"},
+    # floor 3
+    "attention": {*FLOOR_0, "kernels"},
+    "sampler": {*FLOOR_0, "parallel"},
+    "layers": {*FLOOR_0, "parallel", "quant", "attention", "kernels"},
+    "weights": {*FLOOR_0, "parallel", "quant", "observe", "config"},
+    # floor 4
+    "models": {*FLOOR_0, "config", "parallel", "quant", "attention", "layers", "weights"},
+    # floor 5
+    "worker": {*FLOOR_0, "config", "wire", "observe", "parallel", "attention", "sampler", "models", "weights"},
+    # floor 6
+    "engine": {*FLOOR_0, "config", "wire", "observe", "parallel", "scheduling", "models", "worker"},
+    # floor 7
+    "agent": {*FLOOR_0, "config", "observe"},
+    "supervisor": {*FLOOR_0, "config", "wire", "observe", "models", "builtin"},
+    "__main__": {*FLOOR_0, "config", "wire", "observe", "models", "builtin", "engine", "supervisor"},
+}
+TORCH_FREE = ["frontend", "frontend.process", "frontend.app", "scheduling.scheduler", "models", "wire.channels", "config.cli", "supervisor"]
+ENVIRONMENT_READER = PACKAGE / "config" / "env.py"
+
+
+def sources() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            names = [f"tpserve.{alias.name}" for alias in node.names] if module == "tpserve" else [module]
+        for name in names:
+            first, _, rest = name.partition(".")
+            if first == "tpserve" and rest and not rest.startswith("__version__"):
+                yield node.lineno, rest.split(".")[0]
+            elif first == "tpserve_kernels":
+                yield node.lineno, "kernels"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_only(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":
+        room = "version"
+    tree = ast.parse(path.read_text())
+    allowed = ALLOWED[room] | {room, "version"}
+    breaches = [f"{path.name}:{line} {room} -> {target}" for line, target in imported_rooms(tree) if target not in allowed]
+    assert not breaches, breaches
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_global_and_one_reader_of_the_environment(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Global), f"{path}:{node.lineno} says global"
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv", "putenv"}:
+            assert path == ENVIRONMENT_READER, f"{path}:{node.lineno} touches the environment; config/env.py is its only reader"
+
+
+def test_no_pickle_anywhere() -> None:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            attribute = node.attr if isinstance(node, ast.Attribute) else ""
+            assert "pickle" not in [*names, module] and "broadcast_object" not in attribute, f"{path} unpickles"
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_torch_free(module: str) -> None:
+    code = f"import sys, tpserve.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, f"import tpserve.{module} loads torch"
+
+
+def test_kernels_know_only_torch_and_triton() -> None:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        rooms = {target for _, target in imported_rooms(ast.parse(path.read_text()))}
+        assert rooms <= {"kernels"}, f"{path} imports the server"

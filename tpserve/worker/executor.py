@@ -1,0 +1,120 @@
+"""Runs plans on this rank's stage: slots, batch, model, sampler. No policy, no sockets.
+
+`launch` starts a plan and returns at once where the device is asynchronous; a `Pending` is what it will have drawn.
+Plans are launched in the order in which rank 0 sent them, on every rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tpserve.attention.batch import StepBatch
+from tpserve.attention.paged import KVCache
+from tpserve.models.decoder import Decoder
+from tpserve.parallel.mesh import Mesh
+from tpserve.sampler.draw import draw
+from tpserve.sampler.logprobs import logprobs
+from tpserve.types.packed import pack
+from tpserve.types.plan import StepPlan, StepResult, TokenLogprobs
+from tpserve.worker.batch import SampleBatch, build
+from tpserve.worker.slots import Slots
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the sampler left for one step, on its way to the host."""
+
+    tokens_S: torch.Tensor
+    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    """chosen [S], top ids [S, n], top [S, n]"""
+
+
+class Pending:
+    """A launched plan. On the sampling stage it becomes a StepResult; on other stages nothing waits for it."""
+
+    def __init__(self, plan: StepPlan, samples: SampleBatch | None = None, drawn: Drawn | None = None) -> None:
+        self.plan = plan
+        self._samples = samples
+        self._drawn = drawn
+        self._event: torch.cuda.Event | None = None
+        if drawn is not None and drawn.tokens_S.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._event is None or self._event.query()
+
+    def wait(self) -> StepResult:
+        """Wait for the device and give the step's result."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens = [-1] * (len(self.plan.slots) // 4)
+        if self._samples is None or self._drawn is None:
+            return StepResult(self.plan.epoch, self.plan.step, pack(tokens))
+        chunks = self._samples.chunks.tolist()
+        for chunk, token in zip(chunks, self._drawn.tokens_S.tolist(), strict=True):
+            tokens[chunk] = token
+        return StepResult(self.plan.epoch, self.plan.step, pack(tokens), _entries(self._samples, self._drawn))
+
+
+def _entries(samples: SampleBatch, drawn: Drawn) -> tuple[tuple[int, TokenLogprobs], ...]:
+    """(chunk, logprobs) for the chunks that asked, each cut to the number it asked for."""
+    if drawn.logprobs is None:
+        return ()
+    chosen_S, ids_Sn, top_Sn = (x.tolist() for x in drawn.logprobs)
+    return tuple(
+        (chunk, TokenLogprobs(chosen_S[i], tuple(ids_Sn[i][:n]), tuple(top_Sn[i][:n])))
+        for i, (chunk, n) in enumerate(zip(samples.chunks.tolist(), samples.num_logprobs, strict=True))
+        if n is not None
+    )
+
+
+class Executor:
+    """One rank's part of every plan: its layers, and on the last stage the draw."""
+
+    def __init__(self, mesh: Mesh, decoder: Decoder, slots: Slots, caches: list[KVCache]) -> None:
+        self._mesh = mesh
+        self._decoder = decoder
+        self._slots = slots
+        self._caches = caches
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Pending:
+        """Start `plan`: receive the previous stage's activations, compute, hand on or draw."""
+        self._slots.update(plan)
+        step, samples = build(plan, self._slots)
+        hidden_TH = self._stage(step)
+        if not self._mesh.pipeline.last:
+            self._mesh.pipeline.send(hidden_TH)
+            return Pending(plan)
+        if samples is None:
+            return Pending(plan)
+        return Pending(plan, samples, self._draw(hidden_TH[step.sample_rows_S], samples))
+
+    def _stage(self, step: StepBatch) -> torch.Tensor:
+        pipeline, hidden_TH = self._mesh.pipeline, None
+        if not pipeline.first:
+            rows, width = len(step.positions_T), self._decoder.spec.hidden_size
+            hidden_TH = pipeline.receive(rows, width, self._decoder.dtype, self._mesh.device)
+        return self._decoder.forward(step, hidden_TH, self._caches)
+
+    def _draw(self, hidden_SH: torch.Tensor, samples: SampleBatch) -> Drawn:
+        logits_SV = self._decoder.logits(hidden_SH)
+        shards, tp = self._decoder.vocab_shards, self._mesh.tp
+        tokens_S = draw(
+            logits_SV,
+            shards,
+            samples.temperature,
+            samples.seed,
+            samples.positions,
+            samples.choice,
+            tp,
+            all_greedy=samples.all_greedy,
+        )
+        self._slots.tokens[samples.slots, samples.positions] = tokens_S.int()
+        entries = None
+        if samples.num_logprobs:
+            most = max(n for n in samples.num_logprobs if n is not None)
+            entries = logprobs(logits_SV, shards, tokens_S, most, tp)
+        return Drawn(tokens_S, entries)

@@ -1,0 +1,73 @@
+"""What a rank remembers between plans: each slot's tokens, block tables and sampling parameters.
+
+Owns no policy: a slot holds whatever the last admission put there. Its content is changed by plans only, in the order
+releases, admissions, chunks; tokens are written by admissions, by `Chunk.tokens`, and by the sampler.
+
+    tokens[slot]    [0, known) written | position `known` written by the sampler of the plan that draws it
+"""
+
+import torch
+
+from tpserve.types.packed import unpack
+from tpserve.types.plan import Admission, StepPlan
+
+
+def as_int32(data: bytes) -> torch.Tensor:
+    """Packed ids as an int32 host tensor (a copy: messages are immutable)."""
+    return torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
+
+
+class Slots:
+    """`num_slots` places for sequences of at most `max_len` tokens.
+
+    Tokens live on the device, because the sampler writes them there and the next plan reads them without the host.
+    Block tables live on the host: they are small, known only from plans, and sent with each batch.
+    """
+
+    def __init__(self, num_slots: int, max_len: int, block_size: int, num_groups: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.tokens = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
+        width = -(-max_len // block_size)
+        self.tables = [torch.zeros((num_slots, width), dtype=torch.int32) for _ in range(num_groups)]
+        self._table_lens = [[0] * num_slots for _ in range(num_groups)]
+        self.temperature = torch.zeros(num_slots, dtype=torch.float32)
+        self.seed = torch.zeros(num_slots, dtype=torch.int64)
+        self.choice = torch.zeros(num_slots, dtype=torch.int64)
+        self.num_logprobs: list[int | None] = [None] * num_slots
+
+    def update(self, plan: StepPlan) -> None:
+        """Take over what the plan says about its slots, before its chunks are computed."""
+        for admission in plan.admissions:
+            self._admit(admission)
+        slots = unpack(plan.slots)
+        for index, group, ids in plan.runs():
+            self._extend(slots[index], group, torch.tensor(ids, dtype=torch.int32))
+        if plan.tokens:
+            self._write_given(plan)
+
+    def _admit(self, admission: Admission) -> None:
+        slot, params = admission.slot, admission.params
+        tokens = as_int32(admission.tokens)
+        self.tokens[slot, : len(tokens)] = tokens.to(self.tokens.device, non_blocking=True)
+        for group, ids in enumerate(admission.tables):
+            self._table_lens[group][slot] = 0
+            self._extend(slot, group, as_int32(ids))
+        self.temperature[slot] = params.temperature
+        self.seed[slot] = admission.seed - (1 << 64) if admission.seed >> 63 else admission.seed
+        self.choice[slot] = admission.choice
+        self.num_logprobs[slot] = params.logprobs
+
+    def _extend(self, slot: int, group: int, ids: torch.Tensor) -> None:
+        begin = self._table_lens[group][slot]
+        self.tables[group][slot, begin : begin + len(ids)] = ids
+        self._table_lens[group][slot] = begin + len(ids)
+
+    def _write_given(self, plan: StepPlan) -> None:
+        """Write `Chunk.tokens`, so that every chunk reads its input from `tokens` alone."""
+        slots, positions = [], []
+        for slot, start, count, given in zip(unpack(plan.slots), unpack(plan.starts), unpack(plan.counts), plan.given, strict=True):
+            if given:
+                slots.extend([slot] * count)
+                positions.extend(range(start, start + count))
+        where = torch.tensor([slots, positions]).to(self.tokens.device)
+        self.tokens[where[0], where[1]] = as_int32(plan.tokens).to(self.tokens.device)
