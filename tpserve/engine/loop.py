@@ -1,0 +1,136 @@
+"""Rank 0's loop: requests in, plans out, results back, deltas out. Single-threaded; owns the order in which things happen.
+
+    frontend --Add/Abort/Cut--> scheduler --plan--> broadcast --> every other rank
+                                              |--> queue --> launched --> (own result, when this rank samples)
+    frontend <--Delta/Done----- scheduler <--result-- in step order, from here or from the sampling rank
+
+A plan is broadcast as soon as it is made, before the results of the plans ahead of it are applied: with one stage plan
+n+1 is on its way while plan n runs; with several, as many plans are in flight as keep every stage busy. The scheduler
+says how many; this loop only keeps the order. Ready results are applied before the next plan is launched, so that a
+device which computes in `launch` (the CPU) delays no token.
+"""
+
+import time
+from collections import deque
+from typing import Protocol
+
+from tpserve.observe.trace import Trace
+from tpserve.scheduling.scheduler import Scheduler
+from tpserve.types.messages import Abort, Add, Control as Order, Cut, EngineInput, EngineOutput, Stats
+from tpserve.types.plan import StepPlan, StepResult
+from tpserve.wire.channels import EngineLink, PlanBroadcaster, ResultReceiver, wait
+from tpserve.wire.control import Control
+
+IDLE_S = 1.0
+STATS_EVERY_S = 0.1
+
+
+class Launched(Protocol):
+    """A plan on the device."""
+
+    def ready(self) -> bool: ...
+    def wait(self) -> StepResult: ...
+
+
+class Device(Protocol):
+    """Rank 0's own part of every plan."""
+
+    def launch(self, plan: StepPlan) -> Launched: ...
+
+
+class Engine:
+    """Drives one scheduler and its ranks. `results` is given when another rank samples, else results are `device`'s own."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        device: Device,
+        link: EngineLink,
+        plans: PlanBroadcaster,
+        results: ResultReceiver | None,
+        control: Control,
+        trace: Trace,
+    ) -> None:
+        self._scheduler = scheduler
+        self._device = device
+        self._link = link
+        self._plans = plans
+        self._results = results
+        self._control = control
+        self._trace = trace
+        self._queue: deque[StepPlan] = deque()
+        self._launched: deque[Launched] = deque()
+        self._stats: Stats | None = None
+        self._stats_at = 0.0
+
+    def run(self) -> None:
+        """Serve until the coordinator says stop."""
+        while self._control.stop is None:
+            if not self.turn():
+                self._sleep()
+
+    def turn(self) -> bool:
+        """One pass: hear, plan ahead, launch one plan, apply one result, tell. False when there was nothing to do."""
+        for message in self._link.poll(0):
+            self._hear(message)
+        while (plan := self._scheduler.schedule(time.monotonic())) is not None:
+            self._plans.send(plan)
+            self._trace.event("sent", plan.step)
+            self._queue.append(plan)
+        launched = bool(self._queue)
+        if launched:
+            self._launch(self._queue.popleft())
+        applied = self._collect()
+        self._tell()
+        return launched or applied
+
+    def _sleep(self) -> None:
+        """Wait until there is something to do. Who waits for a plan that was lost is served here."""
+        sources = [self._link, self._control] if self._results is None else [self._link, self._control, self._results]
+        wait(IDLE_S, *sources)
+        self._control.clear()
+        self._plans.serve()
+
+    def _hear(self, message: EngineInput) -> None:
+        now = time.monotonic()
+        match message:
+            case Add(request):
+                self._scheduler.add(request, now)
+            case Abort(id):
+                self._scheduler.abort(id, now)
+            case Cut(id, length):
+                self._scheduler.cut(id, length, now)
+            case Order(action="drain"):
+                self._scheduler.drain()
+
+    def _launch(self, plan: StepPlan) -> None:
+        with self._trace.span("run", plan.step):
+            launched = self._device.launch(plan)
+        self._control.step(plan.step)
+        if self._results is None:
+            self._launched.append(launched)
+
+    def _collect(self) -> bool:
+        """Apply results that are there. Of our own at most one, so that the next plan goes out before the next wait."""
+        if self._results is not None:
+            results = self._results.receive(0)
+        elif self._launched and (self._launched[0].ready() or not self._queue):
+            results = [self._launched.popleft().wait()]
+        else:
+            results = []
+        for result in results:
+            self._scheduler.apply(result, time.monotonic())
+            self._plans.retire(result.step)
+            self._trace.event("applied", result.step)
+        return bool(results)
+
+    def _tell(self) -> None:
+        outputs: list[EngineOutput] = self._scheduler.take()
+        now = time.monotonic()
+        if now - self._stats_at >= STATS_EVERY_S or self._scheduler.idle:
+            stats = self._scheduler.stats()
+            if stats != self._stats:
+                outputs.append(stats)
+                self._stats, self._stats_at = stats, now
+        if outputs:
+            self._link.send(outputs)

@@ -1,0 +1,193 @@
+"""A rank's life, from its hello to its exit code: form the mesh, load, measure, run, leave.
+
+Every rank runs this; what differs is that rank 0 hosts the epoch's store, the scheduler and the plan broadcast.
+"""
+
+import hashlib
+import logging
+import socket
+from dataclasses import dataclass
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from tpserve.config.env import RankEnv
+from tpserve.config.machine import available_cores
+from tpserve.config.schema import EngineConfig
+from tpserve.engine.loop import Engine
+from tpserve.frontend.attach import Attachment, attach_remote, publish
+from tpserve.models.decoder import Decoder
+from tpserve.observe.progress import Progress
+from tpserve.observe.trace import Trace
+from tpserve.parallel import mesh as meshes
+from tpserve.parallel.mesh import Mesh
+from tpserve.parallel.split import imbalance, split_heads
+from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.scheduler import Scheduler
+from tpserve.types.messages import MemoryLedger
+from tpserve.types.model_spec import ModelSpec
+from tpserve.version import __version__
+from tpserve.weights.loader import dummy, load
+from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender
+from tpserve.wire.control import Control, Stopped
+from tpserve.worker.executor import Executor
+from tpserve.worker.loop import serve_plans
+from tpserve.worker.memory import allocate, measure, report
+from tpserve.worker.slots import Slots
+
+log = logging.getLogger(__name__)
+
+
+def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: Attachment | None) -> int:
+    """Take part in serving until told to stop; returns the process's exit code.
+
+    `attachment` is how to reach the frontend; ranks of other nodes have none yet and learn it over torchrun's store.
+    """
+    store = None
+    if env.nnodes > 1 and (attachment is None or env.rank == 0):
+        store = meshes.agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, config.start_timeout)
+    if attachment is None:
+        assert store is not None
+        attachment = attach_remote(env, store, config.start_timeout)
+    elif store is not None:
+        publish(attachment, store)
+    control = Control(
+        env.rank,
+        attachment.control,
+        host=socket.gethostname(),
+        frontend_pid=attachment.frontend_pid,
+        agent_pid=env.agent_pid,
+        local_ranks=env.local_world_size,
+    )
+    control.start()
+    try:
+        _Rank(config, spec, env, attachment, control).serve()
+    except Stopped:
+        pass
+    except BaseException as error:  # the edge of the process: whatever it is, the coordinator hears of it first
+        log.debug("rank %d fails", env.rank, exc_info=True)
+        return control.fail(error)
+    return control.leave()
+
+
+@dataclass
+class _Hosted:
+    """What rank 0 hosts for an epoch; its addresses travel in Hello and Start."""
+
+    store: dist.TCPStore
+    plans: PlanBroadcaster
+    results: ResultReceiver
+    endpoints: dict[str, str]
+
+
+class _Rank:
+    """The steps of a rank's life in order; each one's product is the next one's input."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: Attachment, control: Control) -> None:
+        self._config = config
+        self._spec = spec
+        self._env = env
+        self._attachment = attachment
+        self._control = control
+        self._trace = Trace(config.step_trace, env.rank)
+
+    def serve(self) -> None:
+        """Join an epoch and run it to its end. Raises Stopped when told to leave earlier."""
+        control, env = self._control, self._env
+        device = self._choose_device()
+        hosted = self._host() if env.rank == 0 else None
+        control.progress("waiting for all ranks", 0)
+        control.hello(hosted.endpoints if hosted else {}, fingerprint(self._config, self._spec))
+        start = control.wait_start()
+        control.progress("forming the mesh", 5)
+        store = hosted.store if hosted else meshes.join_store(start.endpoints["store"], env.world_size, self._config.start_timeout)
+        mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout)
+        plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
+        decoder, weights = self._load(mesh)
+        control.progress("measuring memory", 90)
+        ledger = measure(decoder, mesh, self._config, env.local_world_size, weights)
+        executor = self._executor(mesh, decoder, ledger)
+        control.up(ledger, {"max_model_len": self._config.max_model_len, "vocab_size": self._spec.vocab_size})
+        if env.rank == 0:
+            report(ledger, self._config, device.type, log.info)
+        epoch = control.wait_run()
+        if hosted:
+            self._lead(hosted, executor, ledger, epoch)
+        else:
+            assert plans is not None
+            sampling = env.rank == self._config.layout.sampling_rank
+            serve_plans(plans, executor, ResultSender(start.endpoints["result"]) if sampling else None, control, self._trace)
+
+    def _choose_device(self) -> torch.device:
+        """This rank's card, or the CPU with its share of the cores (torchrun would leave it a single thread)."""
+        if self._config.device == "cuda":
+            torch.cuda.set_device(self._env.local_rank % torch.cuda.device_count())
+            return torch.device("cuda", torch.cuda.current_device())
+        torch.set_num_threads(max(1, available_cores() // self._env.local_world_size))
+        return torch.device("cpu")
+
+    def _host(self) -> _Hosted:
+        address = self._attachment.address if self._env.nnodes > 1 else "127.0.0.1"
+        store, store_address = meshes.host_store(address)
+        plans = PlanBroadcaster(self._attachment.endpoint("plan"))
+        results = ResultReceiver(self._attachment.endpoint("result"))
+        return _Hosted(store, plans, results, {"store": store_address, "plan": plans.endpoint, "result": results.endpoint})
+
+    def _load(self, mesh: Mesh) -> tuple[Decoder, int]:
+        """This rank's shard of the model, and its size in bytes."""
+        config, env = self._config, self._env
+        layout = config.layout
+        stage = layout.stage_of(env.rank)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        decoder = Decoder(self._spec, layout, stage, mesh.tp, dtype, mesh.device, config.max_model_len)
+        parameters = decoder.parameters()
+        if env.rank == 0:
+            shares = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)
+            if (uneven := imbalance([share.q for share in shares], "heads")) is not None:
+                log.info(uneven)
+        with Progress("loading weights", visible=env.rank == 0) as progress:
+
+            def loaded(done: int, total: int) -> None:
+                progress.update(done, total)
+                self._control.progress("loading weights", 10 + 80 * done // max(total, 1))
+
+            if config.load_format == "dummy":
+                dummy(parameters, config.seed)
+            else:
+                load(parameters, config.model, loaded)
+        return decoder, sum(p.nbytes for p in parameters)
+
+    def _executor(self, mesh: Mesh, decoder: Decoder, ledger: MemoryLedger) -> Executor:
+        config = self._config
+        slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, len(self._spec.cache), mesh.device)
+        return Executor(mesh, decoder, slots, allocate(decoder, ledger.num_blocks, config.block_size))
+
+    def _lead(self, hosted: _Hosted, executor: Executor, ledger: MemoryLedger, epoch: int) -> None:
+        """Rank 0: schedule, broadcast, run, answer."""
+        config, layout = self._config, self._config.layout
+        limits = Limits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            num_blocks=ledger.num_blocks,
+            block_size=config.block_size,
+            depth=2 if layout.pp == 1 else layout.pp + 1,
+            feedback=layout.pp > 1,
+            eos_ids=self._spec.eos_ids,
+            num_groups=len(self._spec.cache),
+        )
+        link = EngineLink(self._attachment.engine, self._control.incarnation)
+        hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)
+        hosted.results.begin(epoch)
+        results = None if layout.sampling_rank == 0 else hosted.results
+        Engine(Scheduler(limits, epoch), executor, link, hosted.plans, results, self._control, self._trace).run()
+
+
+def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
+    """Facts that must agree on all ranks; a difference would give wrong tokens or a hang."""
+
+    def digest(value: object) -> str:
+        return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:12]
+
+    return {"tpserve": __version__, "torch": torch.__version__, "flags": digest(config.shared()), "model config": digest(spec)}
