@@ -1,0 +1,225 @@
+"""Random histories of arrivals, aborts, cuts and late results under tight limits, over the ledger device.
+
+Of any history must hold: every Add has one Done, its tokens are those of an undisturbed run alone, nothing is held at idle.
+A history is a function of one number, which a failure prints. The device and its worker assert the rest at every plan. `--hypothesis-profile long` runs 10,000 histories.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpserve.scheduling.ledger import LedgerDevice, continuation
+from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.scheduler import Scheduler
+from tpserve.types.messages import Delta, Done, EngineOutput
+from tpserve.types.packed import pack, unpack
+from tpserve.types.plan import StepPlan
+from tpserve.types.request import Request
+from tpserve.types.sampling import SamplingParams
+
+VOCAB = 50
+Operation = str | Request | tuple[str, int]
+EXAMPLES = 10_000 if settings.get_current_profile_name() == "long" else 1500
+
+
+@dataclass
+class History:
+    """One engine's life. Time moves by a thousandth per operation; `events` is what a replay must repeat."""
+
+    limits: Limits
+    now: float = 0.0
+    requests: dict[int, Request] = field(default_factory=dict)
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    dones: dict[int, Done] = field(default_factory=dict)
+    cuts: dict[int, int] = field(default_factory=dict)
+    aborted: set[int] = field(default_factory=set)
+    events: list[StepPlan | EngineOutput] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.limits)
+        self.device = LedgerDevice(self.limits, hop_s=0.0, cost_s=lambda plan: 0.0, vocab_size=VOCAB)
+
+    def add(self, request: Request) -> None:
+        self.requests[request.id] = request
+        self.outputs[request.id] = list(unpack(request.output))
+        self.scheduler.add(request, self._tick())
+        self._take()
+
+    def abort(self, id: int) -> None:
+        if id in self.requests and id not in self.dones:
+            self.aborted.add(id)
+        self.scheduler.abort(id, self._tick())
+        self._take()
+
+    def cut(self, id: int) -> None:
+        """A stop string found in the middle of what the frontend has seen."""
+        if id not in self.requests:
+            return
+        length = (len(self.outputs[id]) + 1) // 2
+        if id not in self.dones:
+            self.cuts[id] = length
+        self.scheduler.cut(id, length, self._tick())
+        self._take()
+
+    def schedule(self) -> bool:
+        plan = self.scheduler.schedule(self._tick())
+        if plan is not None:
+            self.device.submit(plan, self.now)
+            self.events.append(plan)
+        return plan is not None
+
+    def apply(self) -> bool:
+        if not self.device.in_flight:
+            return False
+        result = self.device.collect(self._tick())
+        self.scheduler.apply(result, self.now)
+        self._take()
+        return True
+
+    def run(self, max_steps: int = 100_000) -> None:
+        """Fill the flights, apply one, and so on to the end."""
+        for _ in range(max_steps):
+            while self.schedule():
+                pass
+            if not self.apply():
+                break
+        else:
+            raise AssertionError("no progress")
+        assert self.scheduler.idle, "work is left and nothing is planned"
+
+    def check(self) -> None:
+        """At idle: one Done each, the tokens of an undisturbed run, nothing held."""
+        assert self.dones.keys() == self.requests.keys()
+        for id, request in self.requests.items():
+            self._check_request(request, self.outputs[id], self.dones[id])
+        stats = self.scheduler.stats()
+        assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
+        free_slots = self.scheduler._free_slots
+        assert sorted(free_slots) == list(range(self.limits.max_num_seqs))
+
+    def _check_request(self, request: Request, output: list[int], done: Done) -> None:
+        assert output == continuation(request, len(output), VOCAB), "batching changed a token"
+        if done.finish == "error":
+            return
+        params = request.params
+        ends = (() if params.ignore_eos else self.limits.eos_ids) + params.stop_token_ids
+        prompt_len, resumed = len(unpack(request.prompt)), len(unpack(request.output))
+        most = min(params.max_tokens, self.limits.max_model_len - prompt_len)
+        assert not any(token in ends for token in output[max(resumed - 1, 0) : -1]), "generated past an end"
+        if request.id in self.cuts:
+            assert done.finish == "stop" and done.num_tokens == self.cuts[request.id]
+        elif request.id in self.aborted:
+            assert done.finish == "abort" and done.num_tokens == len(output)
+        else:
+            assert done.num_tokens == len(output)
+            stopped = bool(output) and output[-1] in ends
+            assert done.finish == ("stop" if stopped else "length")
+            assert stopped or len(output) == max(most, resumed)
+
+    def _take(self) -> None:
+        for output in self.scheduler.take():
+            self.events.append(output)
+            if isinstance(output, Delta):
+                assert output.id not in self.dones, "a Delta after Done"
+                assert output.start == len(self.outputs[output.id]), "Deltas are consecutive"
+                self.outputs[output.id].extend(output.tokens)
+            else:
+                assert isinstance(output, Done) and output.id not in self.dones, "Done twice"
+                self.dones[output.id] = output
+
+    def _tick(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def scenario(seed: int) -> tuple[Limits, list[Operation]]:
+    """Limits that bite, and 10 to 80 operations on requests of which most, not all, can be served."""
+    random = Random(seed)
+    limits = Limits(
+        max_num_seqs=random.randint(1, 6),
+        max_num_batched_tokens=random.randint(1, 12),
+        max_model_len=random.randint(2, 28),
+        num_blocks=random.randint(1, 16),
+        block_size=random.randint(1, 4),
+        depth=random.randint(1, 5),
+        feedback=random.random() < 0.5,
+        eos_ids=random.choice([(), (3,), (3, 4, 5)]),
+        num_groups=random.choice([1, 1, 2]),
+    )
+    capacity = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
+    operations: list[Operation] = []
+    patience = random.choice([0.3, 0.5, 0.7])
+    for _ in range(random.randint(10, 80)):
+        kind = random.random()
+        if kind < 0.25:
+            operations.append(a_request(random, len(operations), capacity))
+        elif kind < 0.32:
+            operations.append((random.choice(["abort", "cut"]), random.randint(0, 15)))
+        else:
+            operations.append("schedule" if random.random() < patience else "apply")
+    return limits, operations
+
+
+def a_request(random: Random, id: int, capacity: int) -> Request:
+    """Now and then one that a fault interrupted, with the output the engine itself drew before, or one that cannot fit."""
+    prompt_len = random.randint(0 if random.random() < 0.05 else 1, max(1, capacity - random.randint(0, 6)))
+    room = max(capacity - prompt_len, 0)
+    params = SamplingParams(
+        max_tokens=room + 1 if random.random() < 0.05 else random.randint(0 if random.random() < 0.1 else min(1, room), room),
+        ignore_eos=random.random() < 0.3,
+        stop_token_ids=random.choice([(), (), (7, 8, 9)]),
+    )
+    prompt = pack(random.randrange(VOCAB) for _ in range(prompt_len))
+    fresh = Request(id, prompt, params, seed=random.getrandbits(64), choice=random.randint(0, 3))
+    resumed = random.randint(1, params.max_tokens) if params.max_tokens and random.random() < 0.2 else 0
+    return msgspec.structs.replace(fresh, output=pack(continuation(fresh, resumed, VOCAB))) if prompt_len else fresh
+
+
+def play(seed: int) -> History:
+    """Perform the operations, then let the engine run until it is idle."""
+    limits, operations = scenario(seed)
+    history = History(limits)
+    for operation in operations:
+        if isinstance(operation, Request):
+            history.add(operation)
+        elif operation == "schedule":
+            history.schedule()
+        elif operation == "apply":
+            history.apply()
+        else:
+            ids = list(history.requests)
+            id = ids[operation[1] % len(ids)] if ids else 0
+            (history.abort if operation[0] == "abort" else history.cut)(id)
+    history.run()
+    return history
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.integers(0, 2**64 - 1))
+def test_any_history_ends_as_if_each_request_ran_alone(seed: int) -> None:
+    play(seed).check()
+
+
+@settings(max_examples=EXAMPLES // 10, deadline=None)
+@given(st.integers(0, 2**64 - 1))
+def test_a_history_replays_exactly(seed: int) -> None:
+    assert play(seed).events == play(seed).events
+
+
+def test_the_histories_reach_every_corner() -> None:
+    """The generator is part of the test: what it never produces is not tested."""
+    seen: Counter[str] = Counter()
+    for seed in range(200):
+        history = play(seed)
+        seen.update(done.finish for done in history.dones.values())
+        seen["preemption"] += history.scheduler.stats().preemptions
+        seen["chunked"] += sum(not all(e.sample) for e in history.events if isinstance(e, StepPlan))
+        seen["reuse"] += sum(
+            bool({a.slot for a in e.admissions} & {*e.releases}) for e in history.events if isinstance(e, StepPlan)
+        )
+        seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
+    assert min(seen[k] for k in ("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "late")) > 20, seen

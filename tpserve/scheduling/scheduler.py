@@ -1,0 +1,314 @@
+"""Decides each step: which sequences compute which positions, in which slots and blocks. Rank 0 only.
+
+Owns every sequence from its Add to its Done. Never touches torch, a socket, a clock or a thread: time comes as `now`.
+
+Plans in flight. At most `depth` plans are sent and not applied; results come in step order.
+
+    without feedback  the worker keeps drawn tokens, so position p + 1 is planned before the token at p is known here
+    with feedback     a sequence with a draw in flight is left alone until the token is back; prefill chunks may queue up
+    ends              known ones (max_tokens, max_model_len) are never planned past; tokens past a surprise (EOS, stop id,
+                      cut, abort) are dropped when they arrive
+    return            slot and blocks are free once no plan in flight names them; the release goes out with the next plan
+    shortage          nothing more is planned until all results are in; then the youngest sequence gives its blocks back
+                      and waits at the head of the queue to be recomputed, keeping its output
+
+A grant is computed whole, against counts, before anything is taken: it is committed or dropped, never undone.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from math import ceil
+
+from tpserve.scheduling.blocks import Blocks
+from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.queue import WaitingQueue
+from tpserve.scheduling.sequence import Sequence
+from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, Stats
+from tpserve.types.packed import pack, unpack
+from tpserve.types.plan import Admission, Chunk, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.request import Request
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A plan sent and not applied: its chunks' sequences, and whether each draws a token."""
+
+    step: int
+    rows: tuple[tuple[Sequence, bool], ...]
+
+
+Grant = list[tuple[Sequence, int]]
+"""Whom the next plan serves, and how many positions each; sequences without a slot are to be admitted."""
+
+
+class Scheduler:
+    """Continuous batching: decodes first, then prefill chunks in order of arrival until the token budget is used."""
+
+    def __init__(self, limits: Limits, epoch: int = 0) -> None:
+        self.limits = limits
+        self.epoch = epoch
+        self._blocks = Blocks(limits)
+        self._free_slots = list(reversed(range(limits.max_num_seqs)))
+        self._waiting = WaitingQueue()
+        self._running: dict[int, Sequence] = {}
+        """In order of arrival: admission is first come, first served, and only the last is preempted."""
+        self._flights: deque[_Flight] = deque()
+        self._releases: list[int] = []
+        self._outputs: list[EngineOutput] = []
+        self._step = 0
+        self._draining = False
+        self._preemptions = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    # requests
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request. One that cannot be served is answered at once."""
+        assert not self._find(request.id), f"request {request.id} was added twice"
+        sequence = Sequence.of(request, self.limits.max_model_len, now)
+        if refusal := self._refusal(sequence):
+            self._end(sequence, "error", now, error=refusal)
+        elif not self._ended_before(sequence, now):
+            self._waiting.append(sequence)
+
+    def abort(self, id: int, now: float) -> None:
+        """The client is gone. Unknown or finished ids are ignored."""
+        if sequence := self._find(id):
+            self._end(sequence, "abort", now)
+
+    def cut(self, id: int, length: int, now: float) -> None:
+        """The client's answer ended at `length` output tokens. Unknown or finished ids are ignored."""
+        if sequence := self._find(id):
+            self._end(sequence, "stop", now, num_tokens=min(length, sequence.num_output))
+
+    def drain(self) -> None:
+        """Refuse what is added from now on; finish the rest."""
+        self._draining = True
+
+    # steps
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next plan, or None: nothing to do, `depth` plans in flight, or a shortage that waits for their results."""
+        if len(self._flights) >= self.limits.depth:
+            return None
+        while (grant := self._compute()) is None:
+            if self._flights:
+                return None
+            self._preempt()
+        return self._commit(grant, now) if grant else None
+
+    def apply(self, result: StepResult, now: float) -> None:
+        """Take in the result of the oldest plan in flight."""
+        flight = self._flights.popleft()
+        assert (result.epoch, result.step) == (self.epoch, flight.step), "results are applied in step order"
+        tokens, logprobs = unpack(result.tokens), dict(result.logprobs)
+        assert len(tokens) == len(flight.rows), "a result has one token per chunk of its plan"
+        for index, (sequence, sample) in enumerate(flight.rows):
+            sequence.in_flight -= 1
+            if sequence.ended:
+                self._settle(sequence)
+            elif sample:
+                self._accept(sequence, tokens[index], logprobs.get(index), now)
+
+    def take(self) -> list[EngineOutput]:
+        """Deltas and Dones since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def stats(self) -> Stats:
+        """Gauges and totals; `steps` counts plans made."""
+        return Stats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            blocks_used=self._blocks.used,
+            blocks_total=self.limits.num_blocks * self.limits.num_groups,
+            preemptions=self._preemptions,
+            steps=self._step,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits, runs or is in flight: all slots and blocks are free."""
+        return not (self._waiting or self._running or self._flights)
+
+    # planning
+
+    def _compute(self) -> Grant | None:
+        """The next grant, or None when a running sequence lacks a block. Takes nothing."""
+        grant: Grant = []
+        budget, free = self.limits.max_num_batched_tokens, self._blocks.available
+        share = self._decode_share()
+        prefills: list[Sequence] = []
+        for sequence in self._running.values():
+            todo = sequence.todo
+            if not todo or (self.limits.feedback and sequence.draws):
+                continue
+            if todo > 1:
+                prefills.append(sequence)
+            elif budget and share:
+                free -= self._blocks.missing(sequence, sequence.planned + 1)
+                if free < 0:
+                    return None
+                grant.append((sequence, 1))
+                budget -= 1
+                share -= 1
+        for sequence in prefills:  # their blocks came with the admission
+            if budget:
+                grant.append((sequence, min(sequence.todo, budget)))
+                budget -= grant[-1][1]
+        self._admit(grant, budget, free)
+        return grant
+
+    def _decode_share(self) -> int:
+        """Decodes a plan may hold. Under pipelining they are spread over all plans in flight, or stages would stand idle."""
+        return ceil(len(self._running) / self.limits.depth) if self.limits.feedback else len(self._running)
+
+    def _admit(self, grant: Grant, budget: int, free: int) -> None:
+        """Extend the grant by waiting sequences, strictly in order, while slots, budget and blocks last.
+
+        A sequence is admitted with blocks for all its known tokens, so that only decodes can run short. One block is left
+        for each sequence that will still grow: what is admitted now is not preempted a few steps later.
+        """
+        slots = len(self._free_slots)
+        if not (budget and slots and self._waiting):
+            return
+        reserve = sum(self._blocks.missing(s, s.end - 1) > 0 for s in self._running.values())
+        for sequence in self._waiting:
+            need = self._blocks.missing(sequence, len(sequence.tokens))
+            if not (budget and slots) or free - need < reserve:
+                return
+            grant.append((sequence, min(sequence.todo, budget)))
+            budget -= grant[-1][1]
+            slots -= 1
+            free -= need
+            reserve += self.limits.blocks_for(sequence.end - 1) > need
+
+    def _commit(self, grant: Grant, now: float) -> StepPlan:
+        """Take what the grant needs and turn it into a plan in flight."""
+        releases, self._releases = self._releases, []
+        admissions: list[Admission] = []
+        chunks: list[Chunk] = []
+        for sequence, count in grant:
+            blocks: tuple[tuple[int, ...], ...] = ()
+            if sequence.slot < 0:
+                admissions.append(self._place(sequence, now))
+            else:
+                blocks = self._blocks.grow(sequence, sequence.planned + count)
+            start, sample = sequence.planned, count == sequence.todo
+            given = sequence.given(start, count) if self.limits.feedback else ()
+            chunks.append(Chunk(sequence.slot, start, count, sample, given, blocks))
+            sequence.planned += count
+            sequence.draws += sample
+            sequence.in_flight += 1
+        plan = StepPlan.of(self.epoch, self._step, chunks, admissions, releases)
+        rows = tuple((sequence, chunk.sample) for (sequence, _), chunk in zip(grant, chunks, strict=True))
+        self._flights.append(_Flight(self._step, rows))
+        self._step += 1
+        return plan
+
+    def _place(self, sequence: Sequence, now: float) -> Admission:
+        """Move a sequence from waiting to running."""
+        request = sequence.request
+        self._waiting.pop(request.id)
+        self._running[request.id] = sequence
+        sequence.slot = self._free_slots.pop()
+        sequence.admitted = len(sequence.tokens)
+        if sequence.started_s is None:
+            sequence.started_s = now
+        tables = tuple(pack(ids) for ids in self._blocks.grow(sequence, sequence.admitted))
+        packed = pack(sequence.tokens)
+        return Admission(sequence.slot, packed, sequence.prompt_len, request.params, request.seed, request.choice, tables)
+
+    def _preempt(self) -> None:
+        """Send the youngest running sequence back to the head of the queue."""
+        assert len(self._running) > 1, "a sequence that fits the pool alone never runs short alone"
+        _, sequence = self._running.popitem()
+        self._give_back(sequence)
+        sequence.suspend()
+        self._waiting.push_head(sequence)
+        self._preemptions += 1
+
+    # ends
+
+    def _refusal(self, sequence: Sequence) -> str:
+        """Why a request can never be served, or nothing. The frontend checks first, with the user's own names for things."""
+        limits, prompt_len = self.limits, sequence.prompt_len
+        blocks = limits.blocks_for(sequence.end - 1)
+        if self._draining:
+            return "the server is shutting down and takes no new requests"
+        if not prompt_len:
+            return "the prompt has no tokens; give at least one"
+        if prompt_len >= limits.max_model_len:
+            return f"the prompt has {prompt_len} tokens, and max_model_len {limits.max_model_len} leaves no room to generate one"
+        if blocks > limits.num_blocks:
+            return f"the request needs {blocks} KV blocks and there are {limits.num_blocks}; ask for fewer tokens"
+        return ""
+
+    def _ended_before(self, sequence: Sequence, now: float) -> bool:
+        """Answer a resubmitted request whose output was complete already."""
+        if sequence.num_output and self._stopped(sequence, sequence.tokens[-1], now):
+            return True
+        if len(sequence.tokens) < sequence.end:
+            return False
+        self._end(sequence, "length", now)
+        return True
+
+    def _accept(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
+        """Append a drawn token, tell it, and see whether it was the last."""
+        assert token >= 0, "a chunk that samples has a token in its result"
+        sequence.draws -= 1
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now
+            self._prompt_tokens += sequence.prompt_len
+        sequence.last_token_s = now
+        self._generation_tokens += 1
+        entries = () if logprobs is None else (logprobs,)
+        self._outputs.append(Delta(sequence.request.id, sequence.num_output, (token,), entries))
+        sequence.tokens.append(token)
+        if not self._stopped(sequence, token, now) and len(sequence.tokens) == sequence.end:
+            self._end(sequence, "length", now)
+
+    def _stopped(self, sequence: Sequence, token: int, now: float) -> bool:
+        """End the sequence if `token` is an end. The token itself belongs to the output."""
+        params = sequence.request.params
+        at_eos = not params.ignore_eos and token in self.limits.eos_ids
+        if not at_eos and token not in params.stop_token_ids:
+            return False
+        self._end(sequence, "stop", now, stop_id=None if at_eos else token)
+        return True
+
+    def _end(
+        self,
+        sequence: Sequence,
+        finish: FinishReason,
+        now: float,
+        *,
+        num_tokens: int | None = None,
+        stop_id: int | None = None,
+        error: str = "",
+    ) -> None:
+        """Say Done and let go of the sequence, at once or when the last plan that names it is applied."""
+        id = sequence.request.id
+        self._running.pop(id, None)
+        self._waiting.pop(id)
+        sequence.ended = True
+        count = sequence.num_output if num_tokens is None else num_tokens
+        self._outputs.append(Done(id, finish, count, stop_id=stop_id, times=sequence.times(now), error=error))
+        self._settle(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0 and not sequence.in_flight:
+            self._give_back(sequence)
+            sequence.slot = -1
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Slot and blocks are free now; the workers hear of it before anyone can use them again."""
+        self._blocks.release(sequence)
+        self._free_slots.append(sequence.slot)
+        self._releases.append(sequence.slot)
+
+    def _find(self, id: int) -> Sequence | None:
+        return self._running.get(id) or self._waiting.get(id)
