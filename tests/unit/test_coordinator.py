@@ -1,0 +1,192 @@
+"""The coordinator's transitions, one by one."""
+
+from tpserve.frontend.coordinator import Coordinator, Failed, Finished, Peer, Ready, Send, State
+from tpserve.types.messages import Beat, Drain, Fault, Hello, MemoryLedger, Run, Start, Stop, Up
+
+ENDPOINTS = {"store": "127.0.0.1:1"}
+
+
+def hello(rank: int, incarnation: int = 1, **fingerprint: str) -> Hello:
+    return Hello(rank, incarnation, 100 + rank, f"node{rank}", ENDPOINTS if rank == 0 else {}, fingerprint)
+
+
+def up(rank: int, epoch: int = 1, num_blocks: int = 8) -> Up:
+    return Up(rank, epoch, MemoryLedger(0, 0, 0, 0, num_blocks, 16), {"vocab_size": 320} if rank == 0 else {})
+
+
+def running(world_size: int = 2, *, survive: bool = False) -> Coordinator:
+    c = Coordinator(world_size, 0.0, survive=survive)
+    for rank in range(world_size):
+        c.receive(Peer(rank, 1), hello(rank), 0.0)
+    for rank in range(world_size):
+        c.receive(Peer(rank, 1), up(rank, 1, 10 - rank), 0.0)
+    assert c.state is State.RUN
+    return c
+
+
+def beat_all(c: Coordinator, now: float, ranks: range) -> None:
+    for rank in ranks:
+        c.receive(Peer(rank, 1), Beat(rank, 1, "", 0, 0), now)
+
+
+def advance(c: Coordinator, start: float, end: float, beating: range) -> list[object]:
+    """Tick every 0.1 s while some ranks beat."""
+    actions: list[object] = []
+    for i in range(round((end - start) * 10)):
+        now = start + (i + 1) * 0.1
+        beat_all(c, now, beating)
+        actions += c.tick(now)
+    return actions
+
+
+def test_hello_start_up_run() -> None:
+    c = Coordinator(2, 0.0)
+    assert c.phase == "waiting for ranks 0-1"
+    assert c.receive(Peer(0, 1), hello(0), 0.0) == []
+    assert c.phase == "waiting for rank 1"
+    start = Start(1, ENDPOINTS)
+    assert c.receive(Peer(1, 1), hello(1), 0.0) == [Send(Peer(0, 1), start), Send(Peer(1, 1), start)]
+    c.receive(Peer(0, 1), Beat(0, 1, "loading weights", 80, 0), 0.0)
+    c.receive(Peer(1, 1), Beat(1, 1, "loading weights", 40, 0), 0.0)
+    assert (c.state, c.phase, c.percent) == (State.STARTING, "loading weights", 40)
+    assert c.receive(Peer(1, 1), up(1, 1, 7), 0.0) == []
+    actions = c.receive(Peer(0, 1), up(0), 0.0)
+    assert actions == [Send(Peer(0, 1), Run(1)), Send(Peer(1, 1), Run(1)), Ready(1)]
+    assert c.facts == {"vocab_size": 320} and c.ledger is not None and c.ledger.num_blocks == 7
+    assert (c.phase, c.percent) == ("ready", 100)
+
+
+def test_lost_orders_are_given_again() -> None:
+    c = Coordinator(2, 0.0)
+    c.receive(Peer(0, 1), hello(0), 0.0)
+    c.receive(Peer(1, 1), hello(1), 0.0)
+    assert c.receive(Peer(1, 1), hello(1), 0.5) == [Send(Peer(1, 1), Start(1, ENDPOINTS))]
+    c.receive(Peer(0, 1), up(0), 0.5)
+    assert c.receive(Peer(0, 1), hello(0), 0.5) == []  # a late Hello of one who is up already
+    c.receive(Peer(1, 1), up(1), 0.5)
+    assert c.receive(Peer(1, 1), up(1), 0.5) == [Send(Peer(1, 1), Run(1))]
+    c.drain(1.0)
+    assert c.receive(Peer(1, 1), Drain(1), 1.0) == [Send(Peer(1, 1), Drain())]
+    c.drained(1.0)
+    assert c.receive(Peer(1, 1), Beat(1, 1, "", 0, 0), 1.0) == [Send(Peer(1, 1), Stop(0, ""))]
+
+
+def test_a_rank_that_is_told_to_end_drains_everyone() -> None:
+    c = running()
+    assert c.drained(1.0) == [] and c.state is State.RUN
+    assert c.receive(Peer(1, 1), Drain(1), 1.0) == [Send(Peer(0, 1), Drain()), Send(Peer(1, 1), Drain())]
+    assert c.state is State.DRAINING
+    assert c.drained(2.0) == [Send(Peer(0, 1), Stop(0, "")), Send(Peer(1, 1), Stop(0, "")), Finished()]
+
+
+def test_a_drain_before_the_first_step_stops_at_once() -> None:
+    c = Coordinator(2, 0.0)
+    c.receive(Peer(0, 1), hello(0), 0.0)
+    assert c.drain(1.0) == [Send(Peer(0, 1), Stop(0, "")), Finished()]
+    assert c.drain(1.0) == []
+
+
+def test_a_drain_does_not_last_for_ever() -> None:
+    c = running()
+    c.drain(0.0)
+    actions = advance(c, 0.0, 26.0, range(2))
+    assert isinstance(actions[-1], Finished) and "25 s" in c.reason
+
+
+def test_the_first_failure_is_the_reason() -> None:
+    c = running(3)
+    actions = c.receive(Peer(1, 1), Fault(1, 1, "engine", "out of memory"), 1.0)
+    reason = "rank 1 on node1 (pid 101): out of memory"
+    assert actions == [*(Send(Peer(r, 1), Stop(1, reason)) for r in range(3)), Failed(1, reason)]
+    assert c.receive(Peer(2, 1), Fault(2, 1, "engine", "connection closed by peer"), 1.1) == [Send(Peer(2, 1), Stop(1, reason))]
+    assert c.lost(Peer(0, 1), "died", 1.2) == []
+    assert c.reason == reason
+
+
+def test_a_user_fault_is_one_plain_line_and_code_2_even_when_surviving() -> None:
+    c = running(survive=True)
+    actions = c.receive(Peer(1, 1), Fault(1, 1, "user", "no file /x: give a directory"), 1.0)
+    assert actions[-1] == Failed(2, "no file /x: give a directory")
+
+
+def test_a_silent_rank_is_lost_after_four_seconds() -> None:
+    c = running()
+    assert advance(c, 0.0, 3.9, range(1)) == []
+    actions = advance(c, 3.9, 4.5, range(1))
+    assert actions[-1] == Failed(1, "rank 1 on node1 (pid 101) has been silent for 4 s")
+
+
+def test_a_late_tick_forgives_all_timers() -> None:
+    c = running()
+    advance(c, 0.0, 1.0, range(2))
+    assert c.tick(60.0) == [] and c.state is State.RUN
+    assert advance(c, 60.0, 63.9, range(0)) == []
+    assert advance(c, 63.9, 64.5, range(0)) != []
+
+
+def test_a_difference_is_a_user_fault_that_names_both() -> None:
+    c = Coordinator(2, 0.0)
+    c.receive(Peer(1, 1), hello(1, version="1.1", config="a"), 0.0)
+    actions = c.receive(Peer(0, 1), hello(0, version="1.0", config="a"), 0.0)
+    assert isinstance(actions[-1], Failed) and actions[-1].code == 2
+    assert "rank 1 on node1 has version 1.1, rank 0 on node0 has version 1.0" in actions[-1].reason
+
+
+def test_a_lower_incarnation_is_told_to_stop() -> None:
+    c = Coordinator(2, 0.0)
+    c.receive(Peer(1, 5), hello(1, 5), 0.0)
+    (action,) = c.receive(Peer(1, 4), hello(1, 4), 0.0)
+    assert isinstance(action, Send) and action.peer == Peer(1, 4) and isinstance(action.message, Stop)
+    assert c.phase == "waiting for rank 0"
+
+
+def test_a_new_incarnation_means_the_old_one_is_gone() -> None:
+    c = running()
+    actions = c.receive(Peer(1, 2), hello(1, 2), 1.0)
+    assert Failed(1, "rank 1 on node1 (pid 101) is gone: a new process has taken its place") in actions
+
+
+def test_missing_ranks_are_named_when_forming_takes_too_long() -> None:
+    c = Coordinator(5, 0.0, form_timeout_s=10.0)
+    c.receive(Peer(0, 1), hello(0), 0.0)
+    c.receive(Peer(2, 1), hello(2), 0.0)
+    actions: list[object] = []
+    for i in range(105):
+        for rank in (0, 2):
+            c.receive(Peer(rank, 1), Beat(rank, 0, "", 0, 0), i / 10)
+        actions += c.tick(i / 10)
+    assert actions[-1] == Failed(1, "ranks 1, 3-4 did not come within 10 s")
+
+
+def test_a_rank_outside_the_world_is_sent_away() -> None:
+    (action,) = Coordinator(2, 0.0).receive(Peer(2, 1), hello(2), 0.0)
+    assert action == Send(Peer(2, 1), Stop(2, "rank 2 is not of this world of 2 ranks"))
+
+
+def test_surviving_a_death() -> None:
+    c = running(survive=True)
+    assert c.lost(Peer(1, 1), "died", 1.0) == []
+    assert (c.state, c.epoch) == (State.FORMING, 1) and "died" in c.reason
+    assert c.receive(Peer(0, 1), hello(0), 1.0) == []  # a late Hello of the epoch that is over
+    assert c.receive(Peer(0, 1), Fault(0, 1, "engine", "peer closed"), 1.0) == [] and "died" in c.reason
+    c.receive(Peer(1, 2), hello(1, 2), 1.1)
+    assert c.state is State.FORMING
+    actions = c.receive(Peer(0, 2), hello(0, 2), 1.2)
+    assert Send(Peer(0, 2), Start(2, ENDPOINTS)) in actions and c.epoch == 2
+    c.receive(Peer(0, 2), up(0, 1), 1.3)  # of the old epoch: says nothing
+    c.receive(Peer(1, 2), up(1, 2), 1.3)
+    assert c.state is State.STARTING
+    assert c.receive(Peer(0, 2), up(0, 2), 1.3)[-1] == Ready(2)
+
+
+def test_who_is_blocked_in_a_failed_epoch_is_told_to_stop() -> None:
+    c = running(3, survive=True)
+    c.lost(Peer(1, 1), "died", 0.0)
+    c.receive(Peer(1, 2), hello(1, 2), 0.0)
+    c.receive(Peer(0, 2), hello(0, 2), 0.0)
+    actions = []
+    for i in range(1, 60):
+        c.receive(Peer(0, 2), Beat(0, 0, "", 0, 0), i / 10)
+        c.receive(Peer(1, 2), Beat(1, 0, "", 0, 0), i / 10)
+        actions += c.tick(i / 10)
+    assert {a.peer for a in actions if isinstance(a, Send)} == {Peer(2, 1)}

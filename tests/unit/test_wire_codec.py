@@ -1,0 +1,89 @@
+"""Frames carry every message of their direction unchanged, and nothing else."""
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpserve.errors import EngineFailure
+from tpserve.types.messages import (
+    Abort,
+    Add,
+    Beat,
+    Control,
+    Cut,
+    Delta,
+    Done,
+    Drain,
+    Fault,
+    Hello,
+    MemoryLedger,
+    Run,
+    Start,
+    Stats,
+    Stop,
+    Up,
+)
+from tpserve.types.packed import pack
+from tpserve.types.plan import Admission, Chunk, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.request import Request
+from tpserve.types.sampling import SamplingParams
+from tpserve.wire import codec
+
+PARAMS = SamplingParams(temperature=0.5, max_tokens=7, stop_token_ids=(3,), logprobs=2)
+SAMPLES = {
+    codec.ENGINE_INPUT: [Add(Request(1, pack([1, 2]), PARAMS, 2**64 - 1)), Abort(1), Cut(1, 5), Control("drain")],
+    codec.ENGINE_OUTPUT: [
+        Delta(1, 0, (4, 5), (TokenLogprobs(-0.5, (4, 9), (-0.5, -1.5)),) * 2),
+        Done(1, "stop", 2, stop_id=3),
+        Stats(1, 2, 3, 4, 5, 6, 7, 8),
+    ],
+    codec.RANK: [
+        Hello(0, 17, 99, "host", {"store": "127.0.0.1:1"}, {"version": "0"}),
+        Up(0, 1, MemoryLedger(1, 2, 3, 4, 5, 6), {"vocab_size": 320}),
+        Beat(0, 1, "loading", 50, 3),
+        Fault(1, 1, "user", "no such file"),
+        Drain(1),
+    ],
+    codec.COORDINATOR: [Start(1, {"store": "h:1"}), Run(1), Drain(), Stop(0, "")],
+    codec.PLAN: [StepPlan.of(1, 0, [Chunk(0, 0, 2, True)], [Admission(0, pack([1, 2]), 2, PARAMS, 1, 0, (pack([0]),))])],
+    codec.RESULT: [StepResult(1, 0, pack([5]))],
+}
+
+
+@pytest.mark.parametrize("direction", SAMPLES, ids=lambda c: c._what)
+def test_round_trip(direction: codec.Codec) -> None:
+    messages = SAMPLES[direction]
+    assert direction.decode(direction.encode(messages)) == messages
+
+
+@pytest.mark.parametrize("direction", SAMPLES, ids=lambda c: c._what)
+def test_another_directions_frame_is_refused(direction: codec.Codec) -> None:
+    for other, messages in SAMPLES.items():
+        if other is not direction:
+            for message in messages:
+                if isinstance(message, Drain):  # the one word both directions know
+                    continue
+                with pytest.raises(EngineFailure):
+                    direction.decode(other.encode([message]))
+
+
+def test_a_frame_over_the_bound_is_refused_on_both_sides() -> None:
+    small: codec.Codec = codec.Codec(Stop, 64, "small")
+    with pytest.raises(EngineFailure, match="64"):
+        small.encode([Stop(1, "x" * 100)])
+    with pytest.raises(EngineFailure, match="64"):
+        small.decode(msgspec.msgpack.encode([Stop(1, "x" * 100)]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_frames_never_raise_anything_else(data: st.DataObject) -> None:
+    direction = data.draw(st.sampled_from(list(SAMPLES)))
+    frame = bytearray(direction.encode(SAMPLES[direction]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        direction.decode(bytes(frame[: data.draw(st.integers(0, len(frame)))]))
+    except EngineFailure:
+        pass

@@ -1,0 +1,374 @@
+"""The owner of the epoch: who takes part, whether plans may flow, and why it ended. Sans-I/O, a single writer.
+
+Theory of operation. Events come in through methods that take `now` (seconds of any monotonic clock) and return the actions
+to carry out, in order. Nothing is awaited, opened or read here. The table `_NEXT` is the whole life:
+
+    FORMING   some ranks have not said Hello           -> STARTING   once all have: epoch + 1, Start to all
+    STARTING  ranks form the mesh and load             -> RUN        once all are Up: Run to all, Ready
+    RUN       plans flow                               -> DRAINING   on Drain from the frontend or from a rank that was told to end
+    DRAINING  open requests finish                     -> STOPPED    once the journal is empty: Stop(0) to all, Finished
+    STOPPED   nothing returns from here; whoever still speaks is told to Stop again
+
+A fault in any state leads to STOPPED: Stop(code) to all, Failed. With `survive`, a fault of the engine leads to FORMING.
+
+Invariants
+- A process of a rank is an *incarnation*; of each rank only the highest counts, and a lower one is told to Stop.
+- An incarnation takes part in at most one epoch: Start of epoch e + 1 needs a Hello of every rank newer than its part in e.
+  So every rank has left an epoch before the next one runs.
+- Every message may be lost, repeated or late. Ranks repeat Hello until Start, Up until Run, Drain until Drain; each is answered
+  again, and anything said by a foreign epoch or incarnation changes nothing.
+- The first failure is the reason. What follows from it (lost connections, more faults) does not replace it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NamedTuple
+
+from msgspec import Struct
+
+from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, MemoryLedger, RankMessage, Run, Start, Stop, Up
+
+LOST_S = 4.0
+"""A rank that said nothing for this long while serving is lost; it beats every 0.5 s."""
+LOST_STARTING_S = 30.0
+"""While starting, long calls into libraries may keep a rank's beats waiting; a death is noticed at once all the same."""
+LATE_S = 1.0
+"""A coordinator that was itself held up for this long cannot tell who else was, and forgives all timers."""
+REJOIN_S = 5.0
+"""With `survive`: who has not left a failed epoch after this long is blocked in it and told to Stop."""
+
+
+class Peer(NamedTuple):
+    """One incarnation of one rank: the address of everything said to and by it."""
+
+    rank: int
+    incarnation: int
+
+
+class Send(Struct, frozen=True):
+    """Deliver `message` to `peer`. May fail silently: whatever matters is asked for again."""
+
+    peer: Peer
+    message: CoordinatorMessage
+
+
+class Ready(Struct, frozen=True):
+    """Plans of `epoch` may flow."""
+
+    epoch: int
+
+
+class Failed(Struct, frozen=True):
+    """Stopped by a fault: open requests get `reason`, and the process exits with `code` (1 engine, 2 user)."""
+
+    code: int
+    reason: str
+
+
+class Finished(Struct, frozen=True):
+    """Stopped because it was asked to: exit code 0."""
+
+
+Action = Send | Ready | Failed | Finished
+
+
+class State(Enum):
+    FORMING = "forming"
+    STARTING = "starting"
+    RUN = "run"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+Event = Literal["assembled", "up", "drain", "drained", "fault", "fatal"]
+
+_NEXT: dict[tuple[State, Event], State] = {
+    (State.FORMING, "assembled"): State.STARTING,
+    (State.FORMING, "drain"): State.STOPPED,
+    (State.STARTING, "up"): State.RUN,
+    (State.STARTING, "drain"): State.STOPPED,
+    (State.RUN, "drain"): State.DRAINING,
+    (State.DRAINING, "drained"): State.STOPPED,
+    **{(state, "fault"): State.STOPPED for state in State},
+    **{(state, "fatal"): State.STOPPED for state in State},
+}
+_NEXT_SURVIVING = _NEXT | {(state, "fault"): State.FORMING for state in (State.FORMING, State.STARTING, State.RUN)}
+
+
+@dataclass
+class _Rank:
+    """What is known of a rank. `over`: the last incarnation whose epoch has ended; it cannot come back."""
+
+    incarnation: int = -1
+    over: int = -1
+    hello: Hello | None = None
+    up: Up | None = None
+    heard_s: float = 0.0
+    phase: str = ""
+    percent: int = 0
+
+
+class Coordinator:
+    """See the module docstring. Call `tick` several times a second."""
+
+    def __init__(
+        self, world_size: int, now: float, *, survive: bool = False, form_timeout_s: float = 600.0, drain_timeout_s: float = 25.0
+    ) -> None:
+        """`form_timeout_s` bounds FORMING; `drain_timeout_s` bounds DRAINING (torchrun kills its ranks 30 s after a SIGTERM)."""
+        self.state = State.FORMING
+        self.epoch = 0
+        self.reason = ""
+        self.code = 0
+        self._next = _NEXT_SURVIVING if survive else _NEXT
+        self._ranks = [_Rank() for _ in range(world_size)]
+        self._form_timeout_s = form_timeout_s
+        self._drain_timeout_s = drain_timeout_s
+        self._entered_s = now
+        self._ticked_s = now
+        self._receivers: dict[type, Callable[..., list[Action]]] = {
+            Hello: self._hello,
+            Up: self._up,
+            Beat: self._beat,
+            Fault: self._fault,
+            Drain: self._asked_to_end,
+        }
+
+    # What the frontend shows
+
+    @property
+    def phase(self) -> str:
+        """What the start is waiting for, in a few words: the slowest rank's own when ranks are starting."""
+        if self.state is State.FORMING:
+            return "waiting for " + _name_ranks([i for i, rank in enumerate(self._ranks) if rank.hello is None])
+        if self.state is State.STARTING:
+            return self._slowest().phase or "starting"
+        return {State.RUN: "ready", State.DRAINING: "draining"}.get(self.state, "stopped")
+
+    @property
+    def percent(self) -> int:
+        """How far the slowest rank's start is, 0 to 100."""
+        if self.state is State.STARTING:
+            return self._slowest().percent
+        return 100 if self.state in (State.RUN, State.DRAINING) else 0
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What only a loaded model knows, from rank 0's Up; empty before."""
+        up = self._ranks[0].up
+        return dict(up.facts) if up else {}
+
+    @property
+    def ledger(self) -> MemoryLedger | None:
+        """The memory of the rank with the fewest KV blocks, which decides; None before all are up."""
+        ups = [rank.up for rank in self._ranks]
+        ledgers = [up.ledger for up in ups if up]
+        return min(ledgers, key=lambda ledger: ledger.num_blocks) if len(ledgers) == len(ups) else None
+
+    @property
+    def hellos(self) -> list[Hello]:
+        """Those who take part: process ids, hosts and incarnations."""
+        return [rank.hello for rank in self._ranks if rank.hello]
+
+    # Events
+
+    def receive(self, peer: Peer, message: RankMessage, now: float) -> list[Action]:
+        """A message of an incarnation of a rank."""
+        if not 0 <= peer.rank < len(self._ranks):
+            return [Send(peer, Stop(2, f"rank {peer.rank} is not of this world of {len(self._ranks)} ranks"))]
+        rank = self._ranks[peer.rank]
+        if peer.incarnation < rank.incarnation:
+            return [Send(peer, Stop(1, f"a newer process has taken the place of rank {peer.rank}"))]
+        actions: list[Action] = []
+        if peer.incarnation > rank.incarnation:
+            if rank.hello is not None:
+                actions = self._fail_epoch(1, f"{self._describe(peer.rank)} is gone: a new process has taken its place", now)
+            self._ranks[peer.rank] = rank = _Rank(peer.incarnation, rank.over)
+        rank.heard_s = now
+        if self.state is State.STOPPED:
+            return [*actions, Send(peer, Stop(self.code, self.reason))]
+        return actions + self._receivers[type(message)](peer, message, now)
+
+    def lost(self, peer: Peer, how: str, now: float) -> list[Action]:
+        """The process of an incarnation has ended, or its link has. `how` completes "rank 1 on host (pid 7) ..."."""
+        rank = self._ranks[peer.rank]
+        if peer.incarnation != rank.incarnation or rank.hello is None or self.state is State.STOPPED:
+            return []
+        rank.over = rank.incarnation
+        actions = self._fail_epoch(1, f"{self._describe(peer.rank)} {how}", now)
+        rank.hello = None
+        return actions
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed."""
+        late, self._ticked_s = now - self._ticked_s > LATE_S, now
+        if late:
+            self._forgive(now)
+        if self.state is State.STOPPED:
+            return []
+        limit_s = LOST_S if self.state in (State.RUN, State.DRAINING) else LOST_STARTING_S
+        for i, rank in enumerate(self._ranks):
+            if rank.hello is not None and now - rank.heard_s > limit_s:
+                return self.lost(Peer(i, rank.incarnation), f"has been silent for {limit_s:g} s", now)
+        waited_s = now - self._entered_s
+        if self.state is State.FORMING:
+            return self._tick_forming(waited_s, now)
+        if self.state is State.DRAINING and waited_s > self._drain_timeout_s:
+            self.reason = f"requests were still open after a drain of {self._drain_timeout_s:g} s"
+            return self._go("drained", now)
+        return []
+
+    def drain(self, now: float) -> list[Action]:
+        """The frontend was asked to end."""
+        return self._go("drain", now) if (self.state, "drain") in self._next else []
+
+    def drained(self, now: float) -> list[Action]:
+        """No request is open any more (said whenever it is true; matters while draining)."""
+        return self._go("drained", now) if self.state is State.DRAINING else []
+
+    def fail(self, code: int, reason: str, now: float) -> list[Action]:
+        """Something outside the ranks makes going on pointless: the agent is gone, a second signal came."""
+        return self._end("fatal", code, reason, now)
+
+    # One handler a message; the peer is the current incarnation of its rank, the state is not STOPPED
+
+    def _hello(self, peer: Peer, message: Hello, now: float) -> list[Action]:
+        rank = self._ranks[peer.rank]
+        if rank.incarnation <= rank.over:
+            return []
+        if self.state is not State.FORMING:
+            return [self._start(peer)] if rank.hello is not None and rank.up is None else []
+        if rank.hello is not None:
+            return []
+        difference = self._difference(peer.rank, message)
+        rank.hello = message
+        if difference:
+            return self._end("fatal", 2, difference, now)
+        return self._go("assembled", now) if all(r.hello for r in self._ranks) else []
+
+    def _up(self, peer: Peer, message: Up, now: float) -> list[Action]:
+        rank = self._ranks[peer.rank]
+        if message.epoch != self.epoch or rank.hello is None:
+            return []
+        if self.state is State.STARTING:
+            rank.up = message
+            return self._go("up", now) if all(r.up for r in self._ranks) else []
+        return [Send(peer, Run(self.epoch))] if self.state in (State.RUN, State.DRAINING) else []
+
+    def _beat(self, peer: Peer, message: Beat, now: float) -> list[Action]:
+        rank = self._ranks[peer.rank]
+        rank.phase, rank.percent = message.phase, message.percent
+        return []
+
+    def _fault(self, peer: Peer, message: Fault, now: float) -> list[Action]:
+        rank = self._ranks[peer.rank]
+        if message.kind == "user":
+            return self._end("fatal", 2, message.text, now)
+        if rank.incarnation <= rank.over:
+            return []
+        rank.over = rank.incarnation
+        actions = self._fail_epoch(1, f"{self._describe(peer.rank)}: {message.text}", now)
+        rank.hello = None
+        return actions
+
+    def _asked_to_end(self, peer: Peer, message: Drain, now: float) -> list[Action]:
+        if self.state is State.DRAINING:
+            return [Send(peer, Drain())]
+        return self.drain(now)
+
+    # Transitions
+
+    def _go(self, event: Event, now: float) -> list[Action]:
+        """Follow the table, then do what the new state begins with."""
+        self.state = self._next[self.state, event]
+        self._entered_s = now
+        if event in ("up", "drain"):
+            self.reason = ""  # of a fault that was survived
+        if self.state is State.STARTING:
+            self.epoch += 1
+            return [self._start(peer) for peer in self._members()]
+        if self.state is State.RUN:
+            return [*self._to_all(Run(self.epoch)), Ready(self.epoch)]
+        if self.state is State.DRAINING:
+            return self._to_all(Drain())
+        if self.state is State.FORMING:
+            for rank in self._ranks:
+                if rank.hello is not None:  # entered only from an epoch, in which everyone took part
+                    rank.over, rank.hello = rank.incarnation, None
+                rank.up = None
+            return []
+        end = Failed(self.code, self.reason) if self.code else Finished()
+        return [*self._to_all(Stop(self.code, self.reason)), end]
+
+    def _fail_epoch(self, code: int, reason: str, now: float) -> list[Action]:
+        if self.state is State.FORMING and self._next[self.state, "fault"] is State.FORMING:
+            return []  # nothing runs yet, and whoever failed is simply waited for
+        return self._end("fault", code, reason, now)
+
+    def _end(self, event: Event, code: int, reason: str, now: float) -> list[Action]:
+        if self.state is State.STOPPED:
+            return []
+        self.reason = reason
+        self.code = code if self._next[self.state, event] is State.STOPPED else 0
+        return self._go(event, now)
+
+    def _tick_forming(self, waited_s: float, now: float) -> list[Action]:
+        missing = [i for i, rank in enumerate(self._ranks) if rank.hello is None]
+        if waited_s > self._form_timeout_s:
+            return self._end("fatal", 1, f"{_name_ranks(missing)} did not come within {self._form_timeout_s:g} s", now)
+        if self.epoch and waited_s > REJOIN_S:
+            stop = Stop(1, self.reason)
+            blocked = [i for i in missing if 0 <= self._ranks[i].over == self._ranks[i].incarnation]
+            return [Send(Peer(i, self._ranks[i].incarnation), stop) for i in blocked]
+        return []
+
+    # Helpers
+
+    def _start(self, peer: Peer) -> Send:
+        first = self._ranks[0].hello
+        assert first is not None
+        return Send(peer, Start(self.epoch, first.endpoints))
+
+    def _members(self) -> list[Peer]:
+        return [Peer(i, rank.incarnation) for i, rank in enumerate(self._ranks) if rank.incarnation >= 0]
+
+    def _to_all(self, message: CoordinatorMessage) -> list[Action]:
+        return [Send(peer, message) for peer in self._members()]
+
+    def _forgive(self, now: float) -> None:
+        for rank in self._ranks:
+            rank.heard_s = now
+
+    def _slowest(self) -> _Rank:
+        return min((rank for rank in self._ranks if rank.up is None), key=lambda rank: rank.percent)
+
+    def _describe(self, index: int) -> str:
+        hello = self._ranks[index].hello
+        return f"rank {index} on {hello.host} (pid {hello.pid})" if hello else f"rank {index}"
+
+    def _difference(self, index: int, hello: Hello) -> str:
+        """How this rank's fingerprint differs from the first one known, or nothing."""
+        for other, rank in enumerate(self._ranks):
+            if rank.hello is None:
+                continue
+            mine, theirs = hello.fingerprint, rank.hello.fingerprint
+            for key in sorted({*mine, *theirs}):
+                if mine.get(key) != theirs.get(key):
+                    return (
+                        f"rank {other} on {rank.hello.host} has {key} {theirs.get(key, 'none')}, rank {index} on {hello.host} "
+                        f"has {key} {mine.get(key, 'none')}: start every node with the same version and arguments"
+                    )
+            break
+        return ""
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    """ "rank 3", "ranks 1, 4-7"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    names = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
