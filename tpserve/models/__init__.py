@@ -1,0 +1,35 @@
+"""Which models tpserve serves. One short torch-free file a family; `decoder` (torch) runs them all."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpserve.errors import UserError
+from tpserve.models import llama, qwen2, qwen3
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ModelSpec
+
+__all__ = ["Family", "families", "model_spec"]
+
+_FAMILIES = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+
+
+def families() -> tuple[Family, ...]:
+    """All families, in the order errors list them."""
+    return _FAMILIES
+
+
+def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """config.json as mathematics; `where` names the file in errors.
+
+    Raises UserError for an unsupported architecture, a missing or malformed field, and a field the decoder cannot honour.
+    """
+    fields = Fields(config, where)
+    wanted = fields.get("architectures")
+    if not isinstance(wanted, list) or not wanted:
+        raise fields.refuse("field 'architectures' is missing: it names the model's class")
+    for family in _FAMILIES:
+        if wanted[0] in family.architectures:
+            return family.spec(fields)
+    supported = ", ".join(name for family in _FAMILIES for name in family.architectures)
+    raise UserError(f"{where}: architecture {wanted[0]!r} is not supported: supported are {supported}")

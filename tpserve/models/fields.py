@@ -1,0 +1,142 @@
+"""Reading config.json: typed access that names what is missing, and the list of fields that must not be ignored.
+
+A config that asks for mathematics the decoder does not do is refused by the field's name; a field that changes nothing
+in inference (dropout, initialisation, file metadata) is not looked at.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from tpserve.errors import UserError
+from tpserve.types.model_spec import RopeSpec
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # field -> values with which the decoder's mathematics is right; an absent field or null always is
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "quantization_config": (),
+    "compression_config": (),
+    "attention_multiplier": (),
+    "residual_multiplier": (1, 1.0),
+    "embedding_multiplier": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "scale_emb": (1, 1.0),
+    "scale_depth": (),
+    "dim_model_base": (),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "clip_qkv": (),
+    "attention_chunk_size": (),
+    "no_rope_layers": ([],),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "n_routed_experts": (0,),
+    "kv_lora_rank": (),
+    "is_encoder_decoder": (False,),
+    "cross_attention_hidden_size": (),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Fields:
+    """config.json's fields. `where` names the file in errors."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config = config
+        self._where = where
+
+    def refuse(self, text: str) -> UserError:
+        """The error to raise: `text` about this config."""
+        return UserError(f"{self._where}: {text}")
+
+    def get(self, name: str) -> Any:
+        """A field as it stands; None when absent or null."""
+        return self._config.get(name)
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self._required(name, default)
+        if type(value) is not int or value < 1:
+            raise self.refuse(f"field {name!r} must be a positive integer, not {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number."""
+        value = self._required(name, default)
+        if type(value) not in (int, float) or not value > 0:
+            raise self.refuse(f"field {name!r} must be a positive number, not {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self._required(name, default)
+        if type(value) is not bool:
+            raise self.refuse(f"field {name!r} must be true or false, not {value!r}")
+        return value
+
+    def _required(self, name: str, default: Any) -> Any:
+        value = self.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.refuse(f"field {name!r} is missing")
+        return value
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """A token id, a list of them, or none."""
+        value = self.get(name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and token >= 0 for token in values):
+            raise self.refuse(f"field {name!r} must hold token ids, not {value!r}")
+        return tuple(values)
+
+    def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
+        """The checkpoint's dtype, under its old or new name; float32 when the config does not say."""
+        value = self.get("dtype") or self.get("torch_dtype") or "float32"
+        if value not in DTYPES:
+            raise self.refuse(f"dtype {value!r} is not supported: supported are {', '.join(DTYPES)}")
+        return cast(Literal["float32", "bfloat16", "float16"], value)
+
+    def refuse_other_mathematics(self) -> None:
+        """Refuse fields that ask for more than the decoder does."""
+        for name, neutral in NEUTRAL.items():
+            value = self.get(name)
+            if value is not None and value not in neutral:
+                raise self.refuse(f"field {name!r} is {_short(value)}, which tpserve does not support yet")
+        kinds = {kind for kind in self.get("layer_types") or [] if kind != "full_attention"}
+        if kinds:
+            raise self.refuse(f"field 'layer_types' names {min(kinds)!r}, which tpserve does not support yet")
+
+    def rope(self) -> RopeSpec:
+        """Rope in its new spelling (`rope_parameters`) or its old one (`rope_theta` and `rope_scaling`)."""
+        name = "rope_parameters" if self.get("rope_parameters") is not None else "rope_scaling"
+        table = self.get(name) or {}
+        if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
+            raise self.refuse(f"field {name!r} must be a flat object, not {_short(table)}")
+        inner = Fields(table, f"{self._where}: {name}")
+        if (inner.get("partial_rotary_factor") or 1) != 1:
+            raise inner.refuse("field 'partial_rotary_factor' other than 1 is not supported yet")
+        theta = inner.number("rope_theta", self.number("rope_theta", 10000.0))
+        kind = inner.get("rope_type") or inner.get("type") or "default"
+        if kind == "default":
+            return RopeSpec(theta=theta)
+        if kind == "linear":
+            return RopeSpec(theta=theta, scaling="linear", factor=inner.number("factor"))
+        if kind == "llama3":
+            return RopeSpec(
+                theta=theta,
+                scaling="llama3",
+                factor=inner.number("factor"),
+                low_freq_factor=inner.number("low_freq_factor"),
+                high_freq_factor=inner.number("high_freq_factor"),
+                original_max_position=inner.size("original_max_position_embeddings"),
+            )
+        raise inner.refuse(f"rope type {kind!r} is not supported yet: supported are default, linear, llama3")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

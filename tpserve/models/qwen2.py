@@ -1,0 +1,19 @@
+"""Qwen2 and Qwen2.5: Llama's shape with biases on query, key and value."""
+
+from tpserve.models import transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ModelSpec
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    return transformer.spec(
+        fields,
+        "qwen2",
+        num_kv_heads=fields.size("num_key_value_heads"),
+        head_dim=transformer.head_dim_of(fields),
+        qkv_bias=True,
+    )
+
+
+FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), _spec)

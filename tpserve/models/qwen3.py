@@ -1,0 +1,22 @@
+"""Qwen3 (dense): head dimension of its own, RMS norm over each head of query and key before rope."""
+
+from tpserve.models import transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ModelSpec
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    bias = fields.flag("attention_bias")
+    return transformer.spec(
+        fields,
+        "qwen3",
+        num_kv_heads=fields.size("num_key_value_heads"),
+        head_dim=fields.size("head_dim"),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+    )
+
+
+FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), _spec)
