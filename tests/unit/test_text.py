@@ -1,0 +1,151 @@
+"""Tokenizer, text streams and chat templates."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tests.http.tiny_tokenizer import byte_level, metaspace, save
+
+from tpserve.errors import UserError
+from tpserve.text.chat import ChatTemplate
+from tpserve.text.tokenizer import Tokenizer
+
+BYTES = Tokenizer(byte_level(), {})
+SPACES = Tokenizer(metaspace(), {})
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], prompt: Sequence[int] = ()) -> str:
+    stream = tokenizer.stream(prompt)
+    return "".join([stream.step(token) for token in ids]) + stream.flush()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=40))
+@example("naïve 🎉🎉 the cat — 漢字")
+def test_stream_of_text_is_the_text(text: str) -> None:
+    for tokenizer in (BYTES, SPACES):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert streamed(tokenizer, ids) == tokenizer.decode(ids)
+    assert streamed(BYTES, BYTES.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 400), max_size=40))
+def test_stream_survives_any_ids(ids: list[int]) -> None:
+    """Invalid bytes, special tokens and ids outside the vocabulary: never an error, and what is valid is all there."""
+    assert streamed(BYTES, ids).replace("\ufffd", "") == BYTES.decode(ids).replace("\ufffd", "")
+    # Byte fallback takes valid bytes back when invalid ones follow; a stream cannot, and shows at least as much.
+    assert set(SPACES.decode(ids)) <= {*streamed(SPACES, ids), "\ufffd"}
+
+
+def test_stream_of_endless_invalid_bytes_has_bounded_cost() -> None:
+    bad = 4 + 0xFF
+    stream = SPACES.stream()
+    longest_window = 0
+    for _ in range(200):
+        stream.step(bad)
+        longest_window = max(longest_window, len(stream._window))
+    assert longest_window <= 17
+
+
+def test_stream_keeps_the_space_between_prompt_and_output() -> None:
+    the, cat = (metaspace().token_to_id(piece) for piece in ("▁the", "▁cat"))
+    assert SPACES.decode([cat]) == "cat"
+    assert streamed(SPACES, [cat], [the]) == " cat"
+
+
+def test_stream_completes_a_character_of_the_prompt() -> None:
+    first, second = (4 + byte for byte in "é".encode())
+    assert streamed(SPACES, [second], [first]) == "é"
+
+
+def test_no_piece_ends_inside_a_character() -> None:
+    stream = BYTES.stream()
+    pieces = [stream.step(token) for token in BYTES.encode("漢🎉")]
+    assert not any("\ufffd" in piece for piece in pieces) and pieces.count("") == len(pieces) - 2
+
+
+def test_token_bytes_are_exact() -> None:
+    for tokenizer, text in ((BYTES, "the 漢🎉"), (SPACES, " 漢")):
+        ids = tokenizer.encode(text, False)
+        assert b"".join(tokenizer.token_bytes(token) for token in ids).decode().strip() == text.strip()
+    assert BYTES.token_bytes(99999) == b"" and BYTES.token_text(99999) == ""
+
+
+def test_load_names_what_is_missing_or_broken(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer"):
+        Tokenizer.load(tmp_path)
+    save(byte_level(), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match="tokenizer_config.json holds no JSON object"):
+        Tokenizer.load(tmp_path)
+
+
+def test_load_takes_tokens_from_the_config(tmp_path: Path) -> None:
+    save(byte_level(), tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    extra = Tokenizer.load(tmp_path).vocab_size
+    config = json.loads(path.read_text()) | {"added_tokens_decoder": {str(extra): {"content": "<|eot|>", "special": True}}}
+    path.write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("the<|eot|>")[-1] == extra and tokenizer.vocab_size == extra + 1
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    path.write_text(json.dumps(config | {"added_tokens_decoder": {"9999": {"content": "<|far|>", "special": True}}}))
+    with pytest.raises(UserError, match="wants id 9999"):
+        Tokenizer.load(tmp_path)
+
+
+def test_chat_template_of_a_directory(tmp_path: Path) -> None:
+    save(byte_level(), tmp_path)
+    template = ChatTemplate.load(tmp_path)
+    assert template.render(HELLO) == "<s><|user|>hi</s><|assistant|>"
+    turns = [*HELLO, {"role": "assistant", "content": "he"}]
+    assert template.render(turns, add_generation_prompt=False) == "<s><|user|>hi</s><|assistant|>he</s>"
+    assert template.render(turns, add_generation_prompt=False, continue_final_message=True) == "<s><|user|>hi</s><|assistant|>he"
+    (tmp_path / "chat_template.jinja").write_text("newer {{ messages[0].content }}")
+    assert ChatTemplate.load(tmp_path).render(HELLO) == "newer hi"
+    assert ChatTemplate.load(tmp_path, "{{ bos_token }}!").render(HELLO) == "<s>!"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
+def test_named_chat_templates(tmp_path: Path, name: str) -> None:
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (tmp_path / name).write_text(json.dumps({"chat_template": templates}))
+    assert ChatTemplate.load(tmp_path).render(HELLO) == "plain"
+
+
+def test_chat_template_names_of_the_hub() -> None:
+    source = "{{ strftime_now('%Y') | length }} {{ x | tojson }}{% for i in [1, 2] %}{{ i }}{% break %}{% endfor %}"
+    assert ChatTemplate(source).render(HELLO, x="<é>") == '4 "<é>"1'
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].content }}{{ messages[7].x.y }}", "refused the messages"),
+        ("{{ messages + 1 }}", "refused the messages"),
+        ("{{ messages.__class__.__mro__ }}", "refused the messages"),
+        ("{{ messages.append(1) }}", "refused the messages"),
+        ("{% for i in range(10 ** 8) %}x{% endfor %}", "refused the messages"),
+    ],
+)
+def test_chat_template_errors_are_the_users(source: str | None, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as info:
+        ChatTemplate(source).render(HELLO)
+    assert info.value.param == "messages"
+
+
+def test_chat_template_errors_at_start(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no valid Jinja template"):
+        ChatTemplate("{% if %}")
+    with pytest.raises(UserError, match=r"--chat-template .*none\.jinja cannot be read"):
+        ChatTemplate.load(tmp_path, str(tmp_path / "none.jinja"))

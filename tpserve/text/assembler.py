@@ -1,0 +1,157 @@
+"""From token ids to what a client sees: text pieces, stop strings, log probability entries, the end.
+
+One `Assembler` a sequence, sans-I/O: `push` the engine's tokens, `end` it with the engine's verdict, `take` what became
+visible. It never knows HTTP, other sequences or time. Invariants:
+
+    text     decoded = [taken][ready to take][held back: it may be the beginning of a stop string]
+    tokens   every token up to the end is in exactly one piece, beside its log probabilities
+    end      reached once; tokens pushed later are dropped
+    pieces   neither the joined text, nor the tokens, nor the end depend on how tokens were split into pushes
+
+EOS and stop tokens are the engine's verdict and stop strings are decided here: after a match `num_tokens` is the length
+at which the engine may cut the sequence.
+"""
+
+from collections.abc import Collection, Sequence
+
+from msgspec import Struct
+
+from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.messages import FinishReason
+from tpserve.types.plan import TokenLogprobs
+
+
+class TokenEntry(Struct, frozen=True):
+    """One token's log probabilities. `offset`: characters of the output's text before it; a part of a character adds none."""
+
+    token: int
+    offset: int
+    logprobs: TokenLogprobs
+
+
+class Piece(Struct, frozen=True):
+    """What became visible since the last one. `finish` is set on the last piece, and only there.
+
+    `stop_reason`: the stop string or the stop token that ended the sequence, None for its EOS token or its length.
+    `num_tokens`: output tokens so far, those of this piece included.
+    """
+
+    text: str
+    tokens: list[int]
+    entries: list[TokenEntry]
+    num_tokens: int
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Assembler:
+    """The output of one sequence that follows `prompt`. Stop strings are not empty."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        stop: Sequence[str] = (),
+        stop_token_ids: Collection[int] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        assert all(stop), "an empty stop string matches everywhere"
+        self._stream = tokenizer.stream(prompt, skip_special_tokens)
+        self._stop = tuple(stop)
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._include_stop = include_stop
+        self._decoded_chars = 0
+        self._held = ""
+        self._ready: list[str] = []
+        self._tokens: list[int] = []
+        self._entries: list[TokenEntry] = []
+        self._end_taken = False
+        self.num_tokens = 0
+        self.finish: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = (), *, stops: bool = False) -> None:
+        """Take the next tokens. `logprobs`: one each, or none. `stops`: the last one is an EOS or stop token, and so has no text."""
+        last = len(tokens) - 1
+        for index, token in enumerate(tokens):
+            if self.finish is not None:
+                return
+            self.num_tokens += 1
+            self._tokens.append(token)
+            if logprobs:
+                self._entries.append(TokenEntry(token, self._decoded_chars, logprobs[index]))
+            hidden = token in self._stop_token_ids or (stops and index == last)
+            if self._include_stop or not hidden:
+                self._add(self._stream.step(token))
+
+    def end(self, finish: FinishReason, stop_id: int | None = None) -> None:
+        """The engine's verdict. Ignored after a stop string, which came first."""
+        if self.finish is None:
+            self._add(self._stream.flush())
+        if self.finish is None:
+            self._finish(finish, stop_id)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` would return a piece."""
+        return bool(self._ready) or (self.finish is not None and not self._end_taken)
+
+    def take(self) -> Piece | None:
+        """All that became visible since the last call; None when that is neither text nor the end."""
+        if not self.has_news:
+            return None
+        piece = Piece("".join(self._ready), self._tokens, self._entries, self.num_tokens, self.finish, self.stop_reason)
+        self._ready, self._tokens, self._entries = [], [], []
+        self._end_taken = self.finish is not None
+        return piece
+
+    def _add(self, new: str) -> None:
+        """Search the new text for stop strings and hold back what may become one."""
+        self._decoded_chars += len(new)
+        if not new:
+            return
+        text = self._held + new
+        if not self._stop:
+            self._ready.append(text)
+            return
+        if match := first_match(text, self._stop):
+            at, stop = match
+            text = text[: at + len(stop)] if self._include_stop else text[:at]
+            self._held = ""
+            if text:
+                self._ready.append(text)
+            self._finish("stop", stop)
+            return
+        sure = len(text) - longest_beginning(text, self._stop)
+        self._held = text[sure:]
+        if sure:
+            self._ready.append(text[:sure])
+
+    def _finish(self, finish: FinishReason, stop_reason: str | int | None) -> None:
+        if self._held:
+            self._ready.append(self._held)
+            self._held = ""
+        self.finish = finish
+        self.stop_reason = stop_reason
+
+
+def first_match(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
+    """(index, stop string) of the match that begins first; of two at one index the one named first."""
+    matches = [(at, order) for order, stop in enumerate(stops) if (at := text.find(stop)) >= 0]
+    if not matches:
+        return None
+    at, order = min(matches)
+    return at, stops[order]
+
+
+def longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is a proper beginning of a stop string: at most max(len(stop)) - 1."""
+    longest = 0
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:length]):
+                longest = length
+                break
+    return longest

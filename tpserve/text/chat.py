@@ -1,0 +1,157 @@
+"""Chat templates: messages to the prompt that the model was trained on.
+
+Owns finding the template of a model directory and rendering it in Jinja2's immutable sandbox, with the few names that
+templates expect. Never takes a template from a request, never tokenizes. Every failure of a template is a UserError: the
+messages did not fit it, and the template's own words say why.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tpserve.errors import UserError
+from tpserve.text.tokenizer import read_json, special_tokens
+
+MAX_PROMPT_CHARS = 64 << 20
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template can raise on messages it was not written for; it is foreign code fed with a client's values."""
+
+
+class ChatTemplate:
+    """A model's chat template. Without one it still exists, and `render` says what to do instead."""
+
+    def __init__(self, source: str | None, special: Mapping[str, str] | None = None, where: str = "chat template") -> None:
+        self._special = dict(special or {})
+        self._template: jinja2.Template | None = None
+        if source is None:
+            return
+        try:
+            self._template = environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where} is no valid Jinja template: {error}") from error
+
+    @staticmethod
+    def load(directory: str | os.PathLike[str], override: str | None = None) -> "ChatTemplate":
+        """The template of a model directory, or `override`: a file, or the template itself. UserError when it is broken."""
+        root = Path(directory)
+        config = read_json(root / "tokenizer_config.json")
+        source, where = find(root, config) if override is None else override_source(override)
+        return ChatTemplate(source, special_tokens(config), where)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt of `messages`; `kwargs` are further names for the template. UserError when the template refuses.
+
+        `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open instead.
+        """
+        if self._template is None:
+            raise UserError(
+                "this model has no chat template; use /v1/completions, or start with --chat-template FILE", param="messages"
+            )
+        if continue_final_message and add_generation_prompt:
+            raise UserError("continue_final_message needs add_generation_prompt false", param="continue_final_message")
+        names = {**self._special, **kwargs, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        parts, size = [], 0
+        try:
+            for part in self._template.generate(names):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_PROMPT_CHARS:
+                    raise UserError(
+                        f"the chat template made more than {MAX_PROMPT_CHARS} characters of the messages", param="messages"
+                    )
+        except TEMPLATE_ERRORS as error:
+            raise UserError(f"the chat template refused the messages: {error}", param="messages") from error
+        prompt = "".join(parts)
+        return open_final_message(prompt, messages) if continue_final_message else prompt
+
+
+def open_final_message(prompt: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Cut a rendered prompt right behind the last message's text."""
+    text = messages[-1].get("content") or ""
+    for shown in (text, text.strip()):  # templates often trim
+        end = prompt.rfind(shown) + len(shown)
+        if shown and end >= len(shown):
+            return prompt[:end]
+    raise UserError(
+        "continue_final_message needs a last message whose text the chat template shows", param="continue_final_message"
+    )
+
+
+def find(root: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
+    """(source or None, file) by the order of age: the newest convention wins."""
+    path = root / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    for path, holder in (
+        (root / "chat_template.json", read_json(root / "chat_template.json")),
+        (root / "tokenizer_config.json", config),
+    ):
+        template = holder.get("chat_template")
+        if isinstance(template, list):  # named templates; "default" is the plain chat
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default", next(iter(named.values()), None))
+        if isinstance(template, str):
+            return template, str(path)
+    return None, str(root)
+
+
+def override_source(override: str) -> tuple[str, str]:
+    if "{" in override:  # the template itself; no path of ours holds a brace
+        return override, "--chat-template"
+    try:
+        return Path(override).read_text(encoding="utf-8"), override
+    except OSError as error:
+        raise UserError(f"--chat-template {override} cannot be read: {error.strerror}") from error
+
+
+class Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; to a server it is its body and nothing else."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox with the names that templates on the hub expect."""
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    sandbox.filters["tojson"] = to_json  # Jinja's own escapes for HTML
+    names: dict[str, Callable[..., Any]] = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    sandbox.globals.update(names)
+    return sandbox
+
+
+def raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
