@@ -192,8 +192,9 @@ def play(seed: int) -> History:
             history.apply()
         else:
             ids = list(history.requests)
-            id = ids[operation[1] % len(ids)] if ids else 0
-            (history.abort if operation[0] == "abort" else history.cut)(id)
+            kind, number = operation
+            id = ids[number % len(ids)] if ids else 0
+            (history.abort if kind == "abort" else history.cut)(id)
     history.run()
     return history
 

@@ -140,31 +140,27 @@ class Scheduler:
         """The next grant, or None when a running sequence lacks a block. Takes nothing."""
         grant: Grant = []
         budget, free = self.limits.max_num_batched_tokens, self._blocks.available
-        share = self._decode_share()
-        prefills: list[Sequence] = []
-        for sequence in self._running.values():
-            todo = sequence.todo
-            if not todo or (self.limits.feedback and sequence.draws):
-                continue
-            if todo > 1:
-                prefills.append(sequence)
-            elif budget and share:
-                free -= self._blocks.missing(sequence, sequence.planned + 1)
-                if free < 0:
-                    return None
-                grant.append((sequence, 1))
-                budget -= 1
-                share -= 1
-        for sequence in prefills:  # their blocks came with the admission
-            if budget:
+        ready = [s for s in self._running.values() if s.todo and not (self.limits.feedback and s.draws)]
+        decodes = [s for s in ready if s.todo == 1]
+        for sequence in decodes[: min(budget, self._decode_share(len(decodes)))]:
+            free -= self._blocks.missing(sequence, sequence.planned + 1)
+            if free < 0:
+                return None
+            grant.append((sequence, 1))
+        budget -= len(grant)
+        for sequence in ready:
+            if budget and sequence.todo > 1:  # its blocks came with the admission
                 grant.append((sequence, min(sequence.todo, budget)))
                 budget -= grant[-1][1]
         self._admit(grant, budget, free)
         return grant
 
-    def _decode_share(self) -> int:
-        """Decodes a plan may hold. Under pipelining they are spread over all plans in flight, or stages would stand idle."""
-        return ceil(len(self._running) / self.limits.depth) if self.limits.feedback else len(self._running)
+    def _decode_share(self, ready: int) -> int:
+        """Decodes the next plan may hold. With feedback they are dealt out over all plans in flight: stages never stand idle."""
+        if not self.limits.feedback:
+            return ready
+        depth = self.limits.depth
+        return min(ceil(ready / (depth - len(self._flights))), ceil(len(self._running) / depth))
 
     def _admit(self, grant: Grant, budget: int, free: int) -> None:
         """Extend the grant by waiting sequences, strictly in order, while slots, budget and blocks last.

@@ -1,0 +1,300 @@
+"""The rules of plans in flight one by one, on histories small enough to read."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tpserve.scheduling.ledger import LedgerDevice, LedgerWorker, continuation
+from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.scheduler import Scheduler
+from tpserve.types.messages import Delta, Done, PhaseTimes
+from tpserve.types.packed import pack, unpack
+from tpserve.types.plan import Admission, Chunk, StepPlan, StepResult
+from tpserve.types.request import Request
+from tpserve.types.sampling import SamplingParams
+
+
+def limits(**changes: Any) -> Limits:
+    sizes: dict[str, Any] = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 64,
+        "num_blocks": 64,
+        "block_size": 4,
+    }
+    return Limits(**{**sizes, "depth": 2, "feedback": False, "eos_ids": (), **changes})
+
+
+def request(id: int, prompt_len: int = 4, max_tokens: int = 4, **params: Any) -> Request:
+    return Request(id, pack(range(100, 100 + prompt_len)), SamplingParams(max_tokens=max_tokens, **params), seed=id)
+
+
+def answer(plan: StepPlan, token: int = 9) -> StepResult:
+    """A result that draws the same token everywhere."""
+    return StepResult(plan.epoch, plan.step, pack(token if sample else -1 for sample in plan.sample))
+
+
+def plan_of(scheduler: Scheduler, now: float = 0.0) -> StepPlan:
+    plan = scheduler.schedule(now)
+    assert plan is not None
+    return plan
+
+
+def run(scheduler: Scheduler, device: LedgerDevice) -> list[StepPlan]:
+    """The engine's loop on the device's clock: plan as far ahead as allowed, wait for the oldest result, apply it."""
+    plans, now = [], 0.0
+    while not scheduler.idle:
+        while plan := scheduler.schedule(now):
+            device.submit(plan, now)
+            plans.append(plan)
+        now = device.ready_s
+        scheduler.apply(device.collect(now), now)
+    return plans
+
+
+def slots(plan: StepPlan) -> list[int]:
+    return list(unpack(plan.slots))
+
+
+def test_without_pipelining_a_plan_is_sent_before_the_result_it_continues_is_applied() -> None:
+    scheduler, device = Scheduler(limits()), LedgerDevice(limits())
+    scheduler.add(request(1, max_tokens=20), 0.0)
+    plans = run(scheduler, device)
+    assert len(plans) == 20
+    for plan, after in pairwise(plans):
+        assert device.sent_s[after.step] < device.applied_s[plan.step]
+    for span, after_span in pairwise(device.spans):
+        assert span.end_s == after_span.start_s, "the device never waits for the host"
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_under_pipelining_stage_0_runs_the_next_plan_while_the_last_stage_runs_this_one(stages: int) -> None:
+    sizes = limits(depth=stages + 1, feedback=True)
+    scheduler, device = Scheduler(sizes), LedgerDevice(sizes, stages=stages)
+    for id in range(8):
+        scheduler.add(request(id, max_tokens=20), 0.0)
+    plans = run(scheduler, device)
+    last_ends = {s.step: s.end_s for s in device.spans if s.stage == stages - 1}
+    first_starts = {s.step: s.start_s for s in device.spans if s.stage == 0}
+    steady = [(p.step, n.step) for p, n in pairwise(plans)][1:-stages]
+    assert len(steady) > 20
+    assert all(first_starts[after] < last_ends[step] for step, after in steady)
+    busy = [s for s in device.spans if s.stage == 0 and s.step in {step for step, _ in steady}]
+    assert all(s.end_s == after.start_s for s, after in pairwise(busy)), "the way back to rank 0 is hidden"
+
+
+def test_decodes_are_spread_over_the_plans_in_flight() -> None:
+    sizes = limits(depth=3, feedback=True)
+    scheduler = Scheduler(sizes)
+    for id in range(7):
+        scheduler.add(request(id, max_tokens=9), 0.0)
+    scheduler.apply(answer(plan_of(scheduler)), 0.0)
+    assert [len(slots(plan_of(scheduler))) for _ in range(3)] == [3, 2, 2]
+    assert scheduler.schedule(0.0) is None, "three plans are in flight"
+
+
+def test_a_drawn_token_comes_back_in_the_next_chunk_under_pipelining() -> None:
+    scheduler = Scheduler(limits(depth=3, feedback=True))
+    scheduler.add(request(1), 0.0)
+    plan = plan_of(scheduler)
+    assert plan.chunks() == [Chunk(0, 0, 4, True)]
+    assert scheduler.schedule(0.0) is None, "its token is not back"
+    scheduler.apply(answer(plan, token=7), 0.0)
+    assert plan_of(scheduler).chunks() == [Chunk(0, 4, 1, True, (7,), ((1,),))]
+
+
+def test_prefill_chunks_follow_each_other_and_decodes_go_first() -> None:
+    scheduler = Scheduler(limits(max_num_batched_tokens=6))
+    scheduler.add(request(1, prompt_len=2, max_tokens=9), 0.0)
+    scheduler.add(request(2, prompt_len=10), 0.0)
+    first, second = plan_of(scheduler), plan_of(scheduler)
+    assert first.chunks() == [Chunk(0, 0, 2, True), Chunk(1, 0, 4, False)]
+    assert second.chunks() == [Chunk(0, 2, 1, True), Chunk(1, 4, 5, False)]
+    scheduler.apply(answer(first), 0.0)
+    assert plan_of(scheduler).chunks() == [Chunk(0, 3, 1, True), Chunk(1, 9, 1, True)]
+
+
+def test_known_ends_are_never_planned_past() -> None:
+    scheduler = Scheduler(limits(max_model_len=6))
+    scheduler.add(request(1, prompt_len=4, max_tokens=50), 0.0)
+    plans = [plan_of(scheduler), plan_of(scheduler)]
+    for plan in plans:
+        scheduler.apply(answer(plan), 0.0)
+        assert scheduler.schedule(0.0) is None
+    assert [type(o) for o in scheduler.take()] == [Delta, Delta, Done]
+
+
+def test_a_stop_drops_what_was_drawn_past_it_and_keeps_the_slot_until_then() -> None:
+    scheduler = Scheduler(limits(eos_ids=(3,), max_num_seqs=1))
+    scheduler.add(request(1), 0.0)
+    scheduler.add(request(2), 0.0)
+    first, second = plan_of(scheduler), plan_of(scheduler)
+    scheduler.apply(answer(first, token=3), 0.0)
+    delta, done = scheduler.take()
+    assert delta == Delta(1, 0, (3,)) and isinstance(done, Done) and (done.finish, done.stop_id) == ("stop", None)
+    assert scheduler.schedule(0.0) is None, "the second plan still names the only slot"
+    scheduler.apply(answer(second), 0.0)
+    assert scheduler.take() == []
+    third = plan_of(scheduler)
+    assert third.releases == (0,) and [a.slot for a in third.admissions] == [0], "released and taken in one plan"
+
+
+@pytest.mark.parametrize(
+    ("params", "finish", "stop_id"),
+    [
+        ({}, "stop", None),
+        ({"ignore_eos": True}, "length", None),
+        ({"stop_token_ids": (5,)}, "stop", None),
+        ({"stop_token_ids": (5,), "ignore_eos": True}, "stop", 5),
+        ({"stop_token_ids": (6,), "ignore_eos": True}, "length", None),
+    ],
+)
+def test_what_ends_a_sequence(params: dict[str, Any], finish: str, stop_id: int | None) -> None:
+    scheduler = Scheduler(limits(eos_ids=(5,), depth=1))
+    scheduler.add(request(1, max_tokens=1 + (finish == "stop"), **params), 0.0)
+    scheduler.apply(answer(plan_of(scheduler), token=5), 0.0)
+    done = scheduler.take()[-1]
+    assert isinstance(done, Done) and (done.finish, done.stop_id, done.num_tokens) == (finish, stop_id, 1)
+
+
+def test_an_abort_frees_blocks_within_a_step() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request(1), 0.0)
+    plan = plan_of(scheduler)
+    scheduler.abort(1, 0.0)
+    assert scheduler.stats().blocks_used == 1, "a plan in flight writes to it"
+    scheduler.apply(answer(plan), 0.0)
+    assert scheduler.stats().blocks_used == 0 and scheduler.idle
+    scheduler.add(request(2), 0.0)
+    scheduler.apply(answer(plan_of(scheduler)), 0.0)
+    scheduler.abort(2, 0.0)
+    assert scheduler.stats().blocks_used == 0, "nothing in flight: at once"
+    scheduler.abort(2, 0.0)
+    scheduler.abort(77, 0.0)
+    assert [o.finish for o in scheduler.take() if isinstance(o, Done)] == ["abort", "abort"]
+
+
+def test_a_cut_counts_the_tokens_its_client_kept() -> None:
+    scheduler = Scheduler(limits(depth=1))
+    scheduler.add(request(1, max_tokens=9), 0.0)
+    for _ in range(4):
+        scheduler.apply(answer(plan_of(scheduler)), 0.0)
+    scheduler.cut(1, 2, 0.0)
+    scheduler.cut(1, 1, 0.0)
+    done = scheduler.take()[4:]
+    assert len(done) == 1 and isinstance(done[0], Done) and (done[0].finish, done[0].num_tokens) == ("stop", 2)
+
+
+def test_on_shortage_results_come_in_first_and_then_the_youngest_waits() -> None:
+    scheduler = Scheduler(limits(num_blocks=6, block_size=2))
+    for id in (1, 2, 3):
+        scheduler.add(request(id, prompt_len=1, max_tokens=7), 0.0)
+    flights = [plan_of(scheduler), plan_of(scheduler)]
+    for _ in range(2):  # positions 2 and 3 of each take the other three blocks
+        scheduler.apply(answer(flights.pop(0)), 0.0)
+        flights.append(plan_of(scheduler))
+    assert scheduler.stats().blocks_used == 6
+    scheduler.apply(answer(flights.pop(0)), 0.0)
+    assert scheduler.schedule(0.0) is None, "a plan is in flight: its result may end somebody"
+    assert scheduler.stats().preemptions == 0
+    scheduler.apply(answer(flights.pop(0)), 0.0)
+    plan = plan_of(scheduler)
+    assert slots(plan) == [0, 1] and plan.releases == (2,)
+    assert (scheduler.stats().preemptions, scheduler.stats().waiting) == (1, 1)
+
+
+def test_the_preempted_one_comes_back_first_with_its_output() -> None:
+    sizes = limits(num_blocks=6, block_size=2, max_num_seqs=3)
+    scheduler, device = Scheduler(sizes), LedgerDevice(sizes)
+    for id in range(4):
+        scheduler.add(request(id, prompt_len=1, max_tokens=5), 0.0)
+    plans = run(scheduler, device)
+    admitted = [(a.tokens, a.prompt_len) for p in plans for a in p.admissions]
+    assert [len(unpack(tokens)) for tokens, _ in admitted] == [1, 1, 1, 5, 1] and {n for _, n in admitted} == {1}
+    assert [o.id for o in scheduler.take() if isinstance(o, Done)] == [0, 1, 2, 3]
+
+
+def test_an_admission_leaves_a_block_for_each_that_will_grow() -> None:
+    scheduler = Scheduler(limits(num_blocks=4, block_size=2))
+    scheduler.add(request(1, prompt_len=4, max_tokens=4), 0.0)
+    scheduler.add(request(2, prompt_len=4, max_tokens=4), 0.0)
+    assert len(slots(plan_of(scheduler))) == 1, "both prompts fit, and their first decodes would not"
+
+
+def test_drain_finishes_what_was_added_and_refuses_the_rest() -> None:
+    scheduler = Scheduler(limits(max_num_seqs=1))
+    device = LedgerDevice(limits(max_num_seqs=1))
+    scheduler.add(request(1), 0.0)
+    scheduler.add(request(2), 0.0)
+    scheduler.drain()
+    scheduler.add(request(3), 0.0)
+    run(scheduler, device)
+    dones = [o for o in scheduler.take() if isinstance(o, Done)]
+    assert [(d.id, d.finish, d.num_tokens) for d in dones] == [(3, "error", 0), (1, "length", 4), (2, "length", 4)]
+    assert "shutting down" in dones[0].error
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "max_tokens", "word"), [(0, 4, "no tokens"), (64, 1, "max_model_len 64"), (30, 4, "KV blocks")]
+)
+def test_what_can_never_fit_is_answered_at_once(prompt_len: int, max_tokens: int, word: str) -> None:
+    scheduler = Scheduler(limits(num_blocks=8))
+    scheduler.add(request(1, prompt_len, max_tokens), 0.0)
+    (done,) = scheduler.take()
+    assert isinstance(done, Done) and done.finish == "error" and word in done.error
+    assert scheduler.idle and scheduler.schedule(0.0) is None
+
+
+def test_a_resubmitted_request_continues_its_counts() -> None:
+    fresh = request(1, max_tokens=5)
+    output = continuation(fresh, 5, 1000)
+    scheduler, device = Scheduler(limits()), LedgerDevice(limits())
+    scheduler.add(Request(1, fresh.prompt, fresh.params, fresh.seed, output=pack(output[:3])), 0.0)
+    run(scheduler, device)
+    *deltas, done = scheduler.take()
+    assert deltas == [Delta(1, 3, (output[3],)), Delta(1, 4, (output[4],))]
+    assert isinstance(done, Done) and (done.finish, done.num_tokens) == ("length", 5)
+
+
+def test_phase_times_and_totals() -> None:
+    scheduler = Scheduler(limits(depth=1))
+    scheduler.add(request(1, prompt_len=4, max_tokens=3), 10.0)
+    for now in (12.0, 20.0, 30.0):
+        scheduler.apply(answer(plan_of(scheduler, now)), now + 3.0)
+    done, stats = scheduler.take()[-1], scheduler.stats()
+    assert isinstance(done, Done) and done.times == PhaseTimes(queue_s=2.0, prefill_s=3.0, decode_s=18.0)
+    assert (stats.steps, stats.prompt_tokens, stats.generation_tokens, stats.preemptions) == (3, 4, 3, 0)
+
+
+def test_results_out_of_order_are_our_bug() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request(1), 0.0)
+    plan_of(scheduler)
+    with pytest.raises(AssertionError, match="step order"):
+        scheduler.apply(answer(plan_of(scheduler)), 0.0)
+
+
+def sent(*chunks: Chunk, admit: int | None = None, step: int = 0, table: tuple[int, ...] = (0,)) -> StepPlan:
+    admissions = [] if admit is None else [Admission(admit, pack([1, 2]), 2, SamplingParams(), 0, 0, (pack(table),))]
+    return StepPlan.of(0, step, chunks, admissions)
+
+
+def test_the_ledger_worker_notices() -> None:
+    """The fake is only worth something if it fails when the rules are broken."""
+    broken = {
+        "belongs to slot": [sent(Chunk(0, 0, 2, True), admit=0), sent(Chunk(1, 0, 2, True), admit=1, step=1)],
+        "computed once": [sent(Chunk(0, 0, 2, True), admit=0), sent(Chunk(0, 1, 1, True), step=1)],
+        "known or drawn": [sent(Chunk(0, 0, 3, True), admit=0)],
+        "at most once": [sent(Chunk(0, 0, 1, False), Chunk(0, 1, 1, True), admit=0)],
+        "in order": [sent(Chunk(0, 0, 2, True), admit=0, step=1)],
+        "computes at once": [
+            StepPlan.of(0, 0, [Chunk(0, 0, 1, False)], [*sent(admit=0).admissions, *sent(admit=1, table=(1,)).admissions])
+        ],
+        "is taken": [sent(Chunk(0, 0, 2, True), admit=0), sent(Chunk(0, 0, 2, True), admit=0, step=1)],
+    }
+    for message, plans in broken.items():
+        worker = LedgerWorker(limits())
+        with pytest.raises(AssertionError, match=message):
+            for plan in plans:
+                worker.execute(plan)
