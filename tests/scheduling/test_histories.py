@@ -22,7 +22,7 @@ from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
 
 VOCAB = 50
-Operation = str | Request | tuple[str, int]
+Operation = Request | tuple[str, int]
 EXAMPLES = 10_000 if settings.get_current_profile_name() == "long" else 1500
 
 
@@ -160,7 +160,7 @@ def scenario(seed: int) -> tuple[Limits, list[Operation]]:
         elif kind < 0.32:
             operations.append((random.choice(["abort", "cut"]), random.randint(0, 15)))
         else:
-            operations.append("schedule" if random.random() < patience else "apply")
+            operations.append(("schedule" if random.random() < patience else "apply", 0))
     return limits, operations
 
 
@@ -184,17 +184,18 @@ def play(seed: int) -> History:
     limits, operations = scenario(seed)
     history = History(limits)
     for operation in operations:
-        if isinstance(operation, Request):
-            history.add(operation)
-        elif operation == "schedule":
-            history.schedule()
-        elif operation == "apply":
-            history.apply()
-        else:
-            ids = list(history.requests)
-            kind, number = operation
-            id = ids[number % len(ids)] if ids else 0
-            (history.abort if kind == "abort" else history.cut)(id)
+        ids = list(history.requests) or [0]
+        match operation:
+            case Request():
+                history.add(operation)
+            case "abort", number:
+                history.abort(ids[number % len(ids)])
+            case "cut", number:
+                history.cut(ids[number % len(ids)])
+            case "schedule", _:
+                history.schedule()
+            case "apply", _:
+                history.apply()
     history.run()
     return history
 
