@@ -1,0 +1,200 @@
+"""Every open request: what was asked, what has come, and who waits for it.
+
+Owns the sequences between admission and their one terminal, their numbers and seeds. Never touches sockets, text rules or
+validation. Called from one event loop only. Invariants:
+
+    entry     in the journal from `open` until its terminal: Done, a stop string, abort or failure; then it is gone
+    terminal  exactly one a sequence and one a ticket; whatever the engine says later about a closed id is dropped
+    delta     taken only at the expected position; any other belongs to a past the client never saw, and is dropped
+    buffer    what waits for a slow client merges into one piece a sequence, so it is bounded by what the request may produce
+
+A `Ticket` is one client's request: n choices of one or several prompts are as many sequences, `index` tells them apart.
+"""
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tpserve.errors import UserError
+from tpserve.observe.metrics import Metrics
+from tpserve.text.assembler import Assembler, Piece
+from tpserve.types.messages import Abort, Add, Cut, Delta, Done, EngineInput, EngineOutput, FinishReason, PhaseTimes, Stats
+from tpserve.types.packed import pack
+from tpserve.types.request import Request
+from tpserve.types.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NewSequence:
+    """One choice to generate. `seed` None: the journal draws one, so that the engine always has one."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    assembler: Assembler
+    seed: int | None = None
+    choice: int = 0
+
+
+@dataclass(eq=False)
+class OpenSequence:
+    """A sequence of a ticket, from `open` to its terminal and, for its ticket, beyond."""
+
+    request: Request
+    index: int
+    prompt_tokens: int
+    assembler: Assembler
+    ticket: "Ticket"
+    arrived_s: float
+    tokens: "array[int]" = field(default_factory=lambda: array("i"))
+    last_token_s: float | None = None
+    cached_tokens: int = 0
+    closed: bool = False
+
+
+class Ticket:
+    """A client's request. One reader waits for news; the journal writes."""
+
+    def __init__(self, streaming: bool) -> None:
+        self.sequences: list[OpenSequence] = []
+        self.failure: UserError | None = None
+        """Set when the request cannot go on; `status` says with which answer it ends."""
+        self._streaming = streaming
+        self._num_open = 0
+        self._wake = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self._num_open == 0
+
+    async def wait(self) -> None:
+        """Sleep until there are pieces to take or the ticket ended; without streaming only the end wakes."""
+        await self._wake.wait()
+        self._wake.clear()
+
+    def take(self) -> list[tuple[OpenSequence, Piece]]:
+        """Everything that became visible, at most one piece a sequence. Raises the failure, if that is the end."""
+        if self.failure is not None:
+            raise self.failure
+        return [(sequence, piece) for sequence in self.sequences if (piece := sequence.assembler.take()) is not None]
+
+    def _opened(self, sequence: OpenSequence) -> None:
+        self.sequences.append(sequence)
+        self._num_open += 1
+
+    def _closed(self) -> None:
+        self._num_open -= 1
+        if self.ended or self._streaming:
+            self._wake.set()
+
+    def _news(self) -> None:
+        if self._streaming:
+            self._wake.set()
+
+
+class Journal:
+    """All open sequences. `send` takes what the engine must hear, and never blocks."""
+
+    def __init__(
+        self, send: Callable[[list[EngineInput]], None], model_name: str = "model", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.metrics = Metrics(model_name)
+        self._send = send
+        self._clock = clock
+        self._open: dict[int, OpenSequence] = {}
+        self._ids = itertools.count()
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose client still waits."""
+        return len(self._open)
+
+    def open(self, new: Sequence[NewSequence], *, streaming: bool) -> Ticket:
+        """Admit a client's request: all its sequences, in the order of their indices."""
+        ticket, now, adds = Ticket(streaming), self._clock(), list[EngineInput]()
+        for index, item in enumerate(new):
+            seed = secrets.randbits(64) if item.seed is None else item.seed
+            request = Request(next(self._ids), pack(item.prompt), item.params, seed, item.choice)
+            sequence = OpenSequence(request, index, len(item.prompt), item.assembler, ticket, now)
+            self._open[request.id] = sequence
+            ticket._opened(sequence)
+            adds.append(Add(request))
+        self._send(adds)
+        return ticket
+
+    def abort(self, ticket: Ticket) -> None:
+        """The client is gone, or has no use for the rest. Nothing happens to sequences that ended."""
+        left = [sequence for sequence in ticket.sequences if not sequence.closed]
+        for sequence in left:
+            sequence.assembler.end("abort")
+            self._close(sequence, "abort")
+        if left:
+            self._send([Abort(sequence.request.id) for sequence in left])
+
+    def fail_all(self, text: str, status: int) -> None:
+        """The engine is gone: every open request ends with `text`. Nothing is sent to the engine."""
+        for sequence in list(self._open.values()):
+            self._fail(sequence, text, status)
+
+    def receive(self, outputs: Sequence[EngineOutput]) -> None:
+        """One frame of the engine. A Done travels in the frame of its sequence's last tokens."""
+        stops = {message.id for message in outputs if isinstance(message, Done) and message.finish == "stop"}
+        for message in outputs:
+            match message:
+                case Delta():
+                    if (sequence := self._open.get(message.id)) is not None:
+                        self._delta(sequence, message, message.id in stops)
+                case Done():
+                    if (sequence := self._open.get(message.id)) is not None:
+                        self._done(sequence, message)
+                case Stats():
+                    self.metrics.engine(message)
+
+    def _delta(self, sequence: OpenSequence, delta: Delta, stops: bool) -> None:
+        if delta.start != len(sequence.tokens):
+            log.warning("tokens of sequence %d at %d dropped, expected %d", delta.id, delta.start, len(sequence.tokens))
+            return
+        now = self._clock()
+        if sequence.last_token_s is None:
+            self.metrics.first_token(now - sequence.arrived_s)
+        else:
+            self.metrics.next_token(now - sequence.last_token_s)
+        sequence.last_token_s = now
+        sequence.tokens.extend(delta.tokens)
+        sequence.assembler.push(delta.tokens, delta.logprobs, stops=stops)
+        if sequence.assembler.finish is not None:  # a stop string: the client has its answer before the engine knows
+            self._close(sequence, sequence.assembler.finish)
+            self._send([Cut(delta.id, sequence.assembler.num_tokens)])
+        elif sequence.assembler.has_news:
+            sequence.ticket._news()
+
+    def _done(self, sequence: OpenSequence, done: Done) -> None:
+        error = done.error
+        if done.finish in ("stop", "length") and done.num_tokens != len(sequence.tokens):
+            error = f"tokens were lost: {len(sequence.tokens)} of {done.num_tokens} arrived"
+        elif done.finish in ("stop", "length"):
+            sequence.cached_tokens = done.cached_tokens
+            sequence.assembler.end(done.finish, done.stop_id)
+            self._close(sequence, done.finish, done.times)
+            return
+        self._fail(sequence, error or "the engine gave the request up", 503 if done.finish == "abort" else 500)
+        self.abort(sequence.ticket)  # half an answer is none
+
+    def _fail(self, sequence: OpenSequence, text: str, status: int) -> None:
+        code = "engine_error" if status == 500 else "engine_unavailable"
+        sequence.ticket.failure = sequence.ticket.failure or UserError(text, code=code, status=status)
+        sequence.assembler.end("error")
+        self._close(sequence, "error")
+
+    def _close(self, sequence: OpenSequence, reason: FinishReason, times: PhaseTimes | None = None) -> None:
+        sequence.closed = True
+        del self._open[sequence.request.id]
+        since_s = self._clock() - sequence.arrived_s
+        self.metrics.ended(reason, since_s, sequence.prompt_tokens, sequence.assembler.num_tokens, times)
+        sequence.ticket._closed()

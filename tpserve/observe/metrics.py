@@ -1,0 +1,86 @@
+"""What the server counts, in the names, labels and buckets that vLLM's dashboards read, with the prefix `tpserve:`.
+
+Owns a registry of its own; two servers in one process do not meet. Never reads a clock: durations come in as seconds.
+Counters of the engine start at 0 with every epoch and arrive as totals; here they only grow.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tpserve.types.messages import FinishReason, PhaseTimes, Stats
+
+TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+LATENCY_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
+
+
+class Metrics:
+    """All metrics of one server. Every series exists from the start, so that a scrape before the first request has zeros."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        labels = {"model_name": model_name}
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"tpserve:{name}", text, tuple(labels), registry=self.registry).labels(**labels)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"tpserve:{name}", text, tuple(labels), registry=self.registry).labels(**labels)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"tpserve:{name}", text, tuple(labels), registry=self.registry, buckets=buckets).labels(**labels)
+
+        self._running = gauge("num_requests_running", "Sequences that hold a slot.")
+        self._waiting = gauge("num_requests_waiting", "Sequences that wait for a slot.")
+        self._cache = gauge("kv_cache_usage_perc", "KV cache blocks in use, 1 means all of them.")
+        self._totals = {
+            "prompt_tokens": counter("prompt_tokens", "Prompt tokens computed."),
+            "generation_tokens": counter("generation_tokens", "Tokens generated."),
+            "preemptions": counter("num_preemptions", "Sequences that gave their blocks back and start over."),
+        }
+        self._last = dict.fromkeys(self._totals, 0)
+        success = Counter("tpserve:request_success", "Requests ended.", (*labels, "finished_reason"), registry=self.registry)
+        self._ended = {reason: success.labels(**labels, finished_reason=reason) for reason in FINISH_REASONS}
+        self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
+        self._itl = histogram("inter_token_latency_seconds", "Between two arrivals of tokens of a request.", ITL_S)
+        self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY_S)
+        self._queue = histogram("request_queue_time_seconds", "Waiting for a slot.", LATENCY_S)
+        self._prefill = histogram("request_prefill_time_seconds", "From the slot to the first token.", LATENCY_S)
+        self._decode = histogram("request_decode_time_seconds", "From the first token to the last.", LATENCY_S)
+        self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self._generation = histogram("request_generation_tokens", "Generated tokens of a request.", TOKENS)
+
+    def engine(self, stats: Stats) -> None:
+        """The engine's gauges and running totals."""
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._cache.set(stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0)
+        for name, counter in self._totals.items():
+            total = int(getattr(stats, name))
+            before = self._last[name] if total >= self._last[name] else 0  # a new epoch counts from 0
+            counter.inc(total - before)
+            self._last[name] = total
+
+    def first_token(self, since_arrival_s: float) -> None:
+        self._ttft.observe(since_arrival_s)
+
+    def next_token(self, since_last_s: float) -> None:
+        self._itl.observe(since_last_s)
+
+    def ended(
+        self, reason: FinishReason, since_arrival_s: float, prompt_tokens: int, generation_tokens: int, times: PhaseTimes | None
+    ) -> None:
+        """A sequence ended. `times` is None when its client had its answer before the engine's last word."""
+        self._ended[reason].inc()
+        self._e2e.observe(since_arrival_s)
+        self._prompt.observe(prompt_tokens)
+        self._generation.observe(generation_tokens)
+        if times is not None:
+            self._queue.observe(times.queue_s)
+            self._prefill.observe(times.prefill_s)
+            self._decode.observe(times.decode_s)
+
+    def render(self) -> bytes:
+        """The text format of Prometheus."""
+        return generate_latest(self.registry)
