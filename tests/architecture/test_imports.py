@@ -47,7 +47,16 @@ ALLOWED: dict[str, set[str]] = {
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "models", "builtin"},
     "__main__": {*FLOOR_0, "config", "wire", "observe", "models", "builtin", "engine", "supervisor"},
 }
-TORCH_FREE = ["frontend", "frontend.process", "frontend.app", "scheduling.scheduler", "models", "wire.channels", "config.cli", "supervisor"]
+TORCH_FREE = [
+    "frontend",
+    "frontend.process",
+    "frontend.app",
+    "scheduling.scheduler",
+    "models",
+    "wire.channels",
+    "config.cli",
+    "supervisor",
+]
 ENVIRONMENT_READER = PACKAGE / "config" / "env.py"
 
 

@@ -16,7 +16,8 @@ from typing import Protocol
 
 from tpserve.observe.trace import Trace
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import Abort, Add, Control as Order, Cut, EngineInput, EngineOutput, Stats
+from tpserve.types import messages
+from tpserve.types.messages import Abort, Add, Cut, EngineInput, EngineOutput, Stats
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, ResultReceiver, wait
 from tpserve.wire.control import Control
@@ -100,7 +101,7 @@ class Engine:
                 self._scheduler.abort(id, now)
             case Cut(id, length):
                 self._scheduler.cut(id, length, now)
-            case Order(action="drain"):
+            case messages.Control(action="drain"):
                 self._scheduler.drain()
 
     def _launch(self, plan: StepPlan) -> None:

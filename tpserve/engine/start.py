@@ -101,7 +101,9 @@ class _Rank:
         control.hello(hosted.endpoints if hosted else {}, fingerprint(self._config, self._spec))
         start = control.wait_start()
         control.progress("forming the mesh", 5)
-        store = hosted.store if hosted else meshes.join_store(start.endpoints["store"], env.world_size, self._config.start_timeout)
+        store = (
+            hosted.store if hosted else meshes.join_store(start.endpoints["store"], env.world_size, self._config.start_timeout)
+        )
         mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout)
         plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
         decoder, weights = self._load(mesh)

@@ -38,7 +38,9 @@ def measure(decoder: Decoder, mesh: Mesh, config: EngineConfig, local_ranks: int
 
     Raises UserError when the cache cannot hold a single sequence of `max_model_len`.
     """
-    block_bytes = 2 * decoder.num_local_layers * decoder.dtype.itemsize * torch.Size(decoder.cache_shape(1, config.block_size)).numel()
+    block_bytes = (
+        2 * decoder.num_local_layers * decoder.dtype.itemsize * torch.Size(decoder.cache_shape(1, config.block_size)).numel()
+    )
     if mesh.device.type == "cuda":
         total, activations = _profile_cuda(decoder, config)
         free, _ = torch.cuda.mem_get_info()
@@ -115,5 +117,7 @@ def report(ledger: MemoryLedger, config: EngineConfig, device: str, say: Callabl
         f"activations {ledger.activations / GIB:.2f}, KV cache {ledger.kv_cache / GIB:.2f}"
     )
     tokens = ledger.num_blocks * ledger.block_size
-    say(f"{'GPU' if device == 'cuda' else 'CPU'} KV cache size: {tokens:,} tokens ({ledger.num_blocks:,} blocks of {ledger.block_size})")
+    say(
+        f"{'GPU' if device == 'cuda' else 'CPU'} KV cache size: {tokens:,} tokens ({ledger.num_blocks:,} blocks of {ledger.block_size})"
+    )
     say(f"Maximum concurrency for {config.max_model_len:,} tokens per request: {tokens / config.max_model_len:.2f}x")

@@ -65,7 +65,9 @@ class Slots:
     def _write_given(self, plan: StepPlan) -> None:
         """Write `Chunk.tokens`, so that every chunk reads its input from `tokens` alone."""
         slots, positions = [], []
-        for slot, start, count, given in zip(unpack(plan.slots), unpack(plan.starts), unpack(plan.counts), plan.given, strict=True):
+        for slot, start, count, given in zip(
+            unpack(plan.slots), unpack(plan.starts), unpack(plan.counts), plan.given, strict=True
+        ):
             if given:
                 slots.extend([slot] * count)
                 positions.extend(range(start, start + count))
