@@ -9,6 +9,7 @@ what is in flight is bounded by the engine) and nothing is dropped silently: pla
 again while rank 0 still keeps it, and a gap that cannot be filled, or a message of another epoch, is an `EngineFailure`.
 """
 
+import math
 import struct
 import time
 from collections import deque
@@ -27,6 +28,8 @@ HEARTBEAT_TIMEOUT_MS = 5000
 """At 1.5 s a link cut of 2 s loses plans; at 5 s none."""
 RESEND_AFTER_S = 1.0
 """A receiver that heard nothing for this long asks for what it may have missed."""
+GAP_S = 5.0
+"""A plan that is still missing this long after a later one arrived is lost for good."""
 
 _SUBSCRIBE = b"\x01"
 _RESEND = struct.Struct("<cqq")
@@ -84,7 +87,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
     except zmq.ZMQError as error:
         socket.close()
         raise EngineFailure(f"cannot listen at {endpoint}: {error.strerror}") from error
-    return socket.get(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+    return str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
 
 
 def wait(timeout_s: float, *sources: Channel | Waitable | int) -> None:
@@ -96,7 +99,7 @@ def _poll(timeout_s: float, sources: list[object]) -> set[object]:
     poller = zmq.Poller()
     for source in sources:
         poller.register(source, zmq.POLLIN)
-    return {source for source, _ in poller.poll(max(0.0, timeout_s) * 1000)}
+    return {source for source, _ in poller.poll(math.ceil(max(0.0, timeout_s) * 1000))}
 
 
 class PlanBroadcaster(Channel):
@@ -157,6 +160,7 @@ class PlanReceiver(Channel):
         self._next = 0
         self._ahead: dict[int, StepPlan] = {}
         self._heard_s = time.monotonic()
+        self._gap_s: float | None = None
 
     def receive(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> StepPlan | None:
         """The next plan, or None when none came in time or a `wake` is readable. EngineFailure: a foreign epoch, or a plan is lost."""
@@ -182,12 +186,18 @@ class PlanReceiver(Channel):
                     raise EngineFailure(f"a plan of epoch {plan.epoch} arrived in epoch {self._epoch}")
                 if plan.step >= self._next:
                     self._ahead[plan.step] = plan
-        if self._ahead and self._next not in self._ahead:
+        if not self._ahead or self._next in self._ahead:
+            self._gap_s = None
+        else:
             self._ask()
 
     def _ask(self) -> None:
         """Ask for everything from the next plan on. Rank 0 keeps what is in flight, so only a plan of long ago stays missing."""
         self._heard_s = time.monotonic()
+        if self._ahead:
+            self._gap_s = self._gap_s or self._heard_s
+            if self._heard_s - self._gap_s > GAP_S:
+                raise EngineFailure(f"plan {self._next} of epoch {self._epoch} is lost: plan {min(self._ahead)} came without it")
         self.socket.send(_RESEND.pack(b"\x02", self._epoch, self._next))
 
 

@@ -1,0 +1,167 @@
+"""The ranks of one epoch as process groups. The only caller of `init_process_group`.
+
+Owns forming and leaving; knows no model and no policy. Invariants: a mesh lives in one epoch, on a fresh store that rank 0 of the
+epoch hosts on a port of its own. torchrun's store is never used for it: that one belongs to the agent, outlives the epoch and
+still holds the addresses of the dead. Every wait is bounded, and a mesh that does not form is an `EngineFailure`.
+
+Detecting that a rank is lost is not this module's work, nor the backend's: gloo's and NCCL's timeouts are long, and the control
+thread ends a rank that is blocked in a collective.
+"""
+
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them without their types
+
+from tpserve.errors import EngineFailure
+from tpserve.parallel.group import Group
+from tpserve.parallel.pipeline import Pipeline
+from tpserve.types.layout import ParallelLayout
+
+COLLECTIVE_TIMEOUT_S = 600.0
+"""Of any one collective after forming. The slowest legitimate wait is for a rank that compiles or reads slowly."""
+DIAL_TIMEOUT_S = 3.0
+"""Dialling a store that is dead costs this; the epoch's store is up before its address is told to anybody."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view of the epoch. `world` is for agreeing on small values; `tp` and `pipeline` carry activations."""
+
+    rank: int
+    layout: ParallelLayout
+    tp: Group
+    world: Group
+    pipeline: Pipeline
+    device: torch.device
+
+
+def form(
+    rank: int,
+    layout: ParallelLayout,
+    epoch: int,
+    store: Store,
+    device: torch.device,
+    timeout_s: float,
+    backend: str | None = None,
+) -> Mesh:
+    """Meet the other ranks of the epoch; all call this with the same layout and epoch.
+
+    `backend`: NCCL on CUDA and gloo elsewhere unless told ("gloo" when ranks share a card). Raises EngineFailure when not all
+    ranks have come within `timeout_s`; nothing is left behind then.
+    """
+    if layout.world_size == 1:
+        return Mesh(0, layout, Group(), Group(), Pipeline(), device)
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    store.set_timeout(timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(f"epoch{epoch}", store),
+            rank=rank,
+            world_size=layout.world_size,
+            timeout=timedelta(seconds=max(timeout_s, COLLECTIVE_TIMEOUT_S)),
+            device_id=device if backend == "nccl" else None,
+        )
+        tp = _tensor_parallel_group(rank, layout)
+        mesh = Mesh(rank, layout, tp, Group(dist.group.WORLD), _pipeline(rank, layout), device)
+        mesh.world.min(epoch)  # every connection of the world group stands from here on
+    except (RuntimeError, ValueError) as error:  # torch's DistError family and gloo's bare RuntimeErrors
+        _destroy()
+        raise EngineFailure(
+            f"rank {rank} could not form the mesh of epoch {epoch}: {str(error).partition(chr(10))[0]}"
+        ) from error
+    return mesh
+
+
+def _tensor_parallel_group(rank: int, layout: ParallelLayout) -> Group:
+    """This rank's stage as a group. Every rank takes part in making every group, in the same order."""
+    if layout.tp == 1:
+        return Group()
+    if layout.pp == 1:
+        return Group(dist.group.WORLD)
+    mine: dist.ProcessGroup | None = None
+    for stage in range(layout.pp):
+        ranks = [stage * layout.tp + i for i in range(layout.tp)]
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            mine = group
+    assert mine is not None
+    return Group(mine)
+
+
+def _pipeline(rank: int, layout: ParallelLayout) -> Pipeline:
+    """Neighbours hold the same tensor-parallel place one stage before and after."""
+    before, after = rank - layout.tp, rank + layout.tp
+    return Pipeline(before if before >= 0 else None, after if after < layout.world_size else None)
+
+
+def leave(mesh: Mesh) -> None:
+    """Give the process groups up without waiting for anybody: the peers may be dead."""
+    if mesh.layout.world_size > 1:
+        _destroy()
+
+
+def _destroy() -> None:
+    if dist.is_initialized():
+        try:
+            dist.destroy_process_group()
+        except RuntimeError:  # a broken group says so once more on the way out
+            pass
+
+
+def host_store(address: str = "127.0.0.1") -> tuple[TCPStore, str]:
+    """Rank 0: a fresh store that listens on `address` alone, on a port the kernel chooses; and its "host:port"."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.bind((address, 0))
+        listener.listen(1024)
+        port: int = listener.getsockname()[1]
+        store = TCPStore(
+            address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=DIAL_TIMEOUT_S),
+            master_listen_fd=listener.detach(),
+        )
+    except (OSError, RuntimeError) as error:
+        raise EngineFailure(f"cannot host a store at {address}: {error}") from error
+    finally:
+        listener.close()
+    return store, f"{address}:{port}"
+
+
+def join_store(address: str, timeout_s: float = DIAL_TIMEOUT_S) -> TCPStore:
+    """Another rank: the store at "host:port" of Start. EngineFailure when it is dead or does not answer in time."""
+    host, _, port = address.rpartition(":")
+    return _dial(host, int(port), timeout_s, patient=False)
+
+
+def agent_store(master_addr: str, master_port: int, rank: int, hosted_by_agent: bool, timeout_s: float) -> TCPStore:
+    """torchrun's own store, only to tell the ranks of other nodes where the frontend is.
+
+    `hosted_by_agent`: the agent of node 0 hosts it (the usual case); else rank 0 does.
+    """
+    if rank == 0 and not hosted_by_agent:
+        return TCPStore(master_addr, master_port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return _dial(master_addr, master_port, timeout_s, patient=True)
+
+
+def _dial(host: str, port: int, timeout_s: float, *, patient: bool) -> TCPStore:
+    """Connect as a client. `patient`: nobody may listen there yet. Tried with a plain socket first: torch retries noisily."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout_s).close()
+            return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        except (OSError, RuntimeError) as error:
+            if not patient or time.monotonic() > deadline_s:
+                first_line = str(error).partition("\n")[0]
+                raise EngineFailure(f"the store at {host}:{port} does not answer: {first_line}") from error
+        time.sleep(0.2)

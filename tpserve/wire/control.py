@@ -1,0 +1,331 @@
+"""A rank's control thread: its voice to the coordinator, its ear for orders and signals, and the one that ends it.
+
+Owns a DEALER socket, the signals and the decision to `os._exit`. Never touches the model, torch or the plan channels, so that it
+goes on while the main thread is blocked in a collective.
+
+    main thread   hello -> wait_start -> up -> wait_run -> look at `stop` and `draining` between plans -> leave
+    this thread   repeats Hello until Start, Up until Run, Drain until Drain, Fault until Stop; beats every 0.5 s
+
+Signals are blocked in all threads (`block_signals`, first thing in main) and taken here: a Python handler would wait for the main
+thread to come back from C. The first one asks the coordinator to drain, unless a sibling is dead already (then the agent is
+tearing the group down, and there is nothing to drain to). A second one ends the service at once.
+
+A rank never outlives what it serves: it exits when the coordinator says Stop, when the frontend is gone, and when its agent is.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from tpserve.errors import EngineFailure, UserError
+from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, MemoryLedger, RankMessage, Run, Start, Stop, Up
+from tpserve.wire import codec
+from tpserve.wire.channels import open_socket
+from tpserve.wire.lifetime import die_with, exit_now, live_children, open_pidfd
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+POLL_MS = 100
+"""How often signals are looked for."""
+GRACE_S = 2.0
+"""How long after Stop the main thread may take to leave."""
+LEAVE_S = 10.0
+"""How long the process may take to end after it left: destructors of a broken mesh can hang."""
+GONE_S = 5.0
+"""A coordinator that cannot be reached again for this long is gone (a heartbeat of 5 s has found the link dead before)."""
+CONNECT_S = 30.0
+VERDICT_S = 3.0
+SAME_SIGNAL_S = 1.0
+"""A terminal and an agent both pass the same Ctrl-C on: within this time it is one."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Stopped(Exception):
+    """The coordinator said Stop while the main thread waited for something else."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason or "stopped")
+        self.code = code
+        self.reason = reason
+
+
+def block_signals() -> None:
+    """Keep the ending signals for the control thread. Call before any thread starts; threads and children inherit the mask."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def unblock_signals() -> None:
+    """For a process started by a rank, which handles signals in its own way."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+class Control:
+    """See the module docstring. One per incarnation; every method is for the main thread."""
+
+    def __init__(
+        self,
+        rank: int,
+        address: str,
+        *,
+        host: str,
+        incarnation: int | None = None,
+        frontend_pid: int | None = None,
+        agent_pid: int | None = None,
+        local_ranks: int = 1,
+    ) -> None:
+        """`address`: the coordinator's. `incarnation`: by default the time, which grows with every start. `frontend_pid`: when it
+        runs on this host. `agent_pid`: the parent that started `local_ranks` ranks on this host."""
+        self.rank = rank
+        self.incarnation = time.time_ns() if incarnation is None else incarnation
+        self._address = address
+        self._host = host
+        self._frontend_pid = frontend_pid
+        self._agent_pid = agent_pid
+        self._local_ranks = local_ranks
+        self._changed = threading.Condition()
+        self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
+        # said by the main thread
+        self._hello: Hello | None = None
+        self._up: Up | None = None
+        self._fault: Fault | None = None
+        self._phase, self._percent, self._step = "starting", 0, -1
+        self._left = False
+        # said by the coordinator
+        self._start: Start | None = None
+        self._run: Run | None = None
+        self.draining = False
+        self.stop: Stop | None = None
+        # the thread's own
+        self._stopped_s = 0.0
+        self._signalled_s: float | None = None
+        self._away_s: float | None = time.monotonic()
+        self._connected = False
+
+    # The main thread's side
+
+    def start(self) -> None:
+        """Begin to speak and listen."""
+        if self._agent_pid is not None:
+            die_with(self._agent_pid)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while there is news (Run, Drain, Stop) that `clear` has not taken note of."""
+        return self._news
+
+    def clear(self) -> None:
+        """The main thread has looked at the news."""
+        _empty(self._news)
+
+    def progress(self, phase: str, percent: int) -> None:
+        """What the next beats say of the start."""
+        self._phase, self._percent = phase, percent
+
+    def step(self, step: int) -> None:
+        """The last plan finished."""
+        self._step = step
+
+    def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str]) -> None:
+        """Ask to take part."""
+        self._hello = Hello(self.rank, self.incarnation, os.getpid(), self._host, endpoints, fingerprint)
+        os.eventfd_write(self._nudge, 1)
+
+    def wait_start(self, timeout_s: float | None = None) -> Start:
+        """Wait until all ranks are there. Raises Stopped, or EngineFailure when the time is over."""
+        self._wait(lambda: self._start is not None, timeout_s, "the other ranks")
+        assert self._start is not None
+        return self._start
+
+    def up(self, ledger: MemoryLedger, facts: dict[str, int]) -> None:
+        """The mesh stands and the shard is loaded."""
+        assert self._start is not None
+        self._up = Up(self.rank, self._start.epoch, ledger, facts)
+        os.eventfd_write(self._nudge, 1)
+
+    def wait_run(self, timeout_s: float | None = None) -> int:
+        """Wait until all ranks are up; returns the epoch. Raises Stopped, or EngineFailure when the time is over."""
+        self._wait(lambda: self._run is not None, timeout_s, "the other ranks to load")
+        assert self._run is not None
+        return self._run.epoch
+
+    def fail(self, error: BaseException) -> int:
+        """Report why this rank cannot go on and wait for the verdict; returns the exit code."""
+        kind, text = ("user", str(error)) if isinstance(error, UserError) else ("engine", f"{type(error).__name__}: {error}")
+        self._fault = Fault(self.rank, self._epoch, "user" if kind == "user" else "engine", text)
+        os.eventfd_write(self._nudge, 1)
+        with self._changed:
+            self._changed.wait_for(lambda: self.stop is not None, VERDICT_S)
+        self.leave()
+        return self.stop.code if self.stop is not None else (2 if kind == "user" else 1)
+
+    def leave(self) -> int:
+        """The main thread is leaving: the process has `LEAVE_S` to end. Returns the exit code that Stop gave."""
+        self.close()
+        code = self.stop.code if self.stop is not None else 0
+        timer = threading.Timer(LEAVE_S, os._exit, (code,))
+        timer.daemon = True
+        timer.start()
+        return code
+
+    def close(self) -> None:
+        """End the thread; the process goes on (to take part again, as a new incarnation)."""
+        if self._left:
+            return
+        self._left = True
+        os.eventfd_write(self._nudge, 1)
+        if self._thread.is_alive():
+            self._thread.join()
+        os.close(self._nudge)
+        os.close(self._news)
+
+    def _wait(self, condition: Callable[[], bool], timeout_s: float | None, what: str) -> None:
+        with self._changed:
+            in_time = self._changed.wait_for(lambda: self.stop is not None or condition(), timeout_s)
+        if self.stop is not None:
+            raise Stopped(self.stop.code, self.stop.reason)
+        if not in_time:
+            raise EngineFailure(f"waited {timeout_s:g} s for {what}")
+
+    @property
+    def _epoch(self) -> int:
+        return self._start.epoch if self._start is not None else 0
+
+    # The thread's side
+
+    def _serve(self) -> None:
+        """Until the main thread has left, or this thread ends the process."""
+        socket = open_socket(zmq.DEALER, codec.COORDINATOR.max_bytes)
+        socket.set(zmq.ROUTING_ID, f"{self.rank}.{self.incarnation}".encode())
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        socket.connect(self._address)
+        watched = {open_pidfd(pid): name for pid, name in self._watched() if pid is not None}
+        poller = zmq.Poller()
+        for source in (socket, monitor, self._nudge, *(fd for fd in watched if fd is not None)):
+            poller.register(source, zmq.POLLIN)
+        next_beat_s = time.monotonic()
+        try:
+            while not self._left:
+                ready = dict(poller.poll(POLL_MS))
+                now = time.monotonic()
+                if now - next_beat_s > GONE_S:
+                    self._forgive(now)
+                if socket in ready:
+                    self._hear(socket, now)
+                if monitor in ready:
+                    self._see(monitor, now)
+                self._take_signal(now)
+                if self._nudge in ready or now >= next_beat_s:
+                    _empty(self._nudge)
+                    socket.send(codec.RANK.encode(self._sayings()))
+                    next_beat_s = now + BEAT_S
+                gone = [name for fd, name in watched.items() if fd is None or fd in ready]
+                self._judge(gone[0] if gone else "", now)
+        finally:
+            socket.disable_monitor()
+            monitor.close(linger=0)
+            socket.close(linger=200)  # a last Fault is worth waiting for
+            for fd in watched:
+                if fd is not None:
+                    os.close(fd)
+
+    def _watched(self) -> list[tuple[int | None, str]]:
+        return [(self._frontend_pid, "the frontend"), (self._agent_pid, "the agent that started this rank")]
+
+    def _sayings(self) -> list[RankMessage]:
+        """All that the coordinator has not answered yet, and a beat."""
+        said: list[RankMessage] = []
+        if self._hello is not None and self._start is None:
+            said.append(self._hello)
+        if self._up is not None and self._run is None:
+            said.append(self._up)
+        if self._signalled_s is not None and not self.draining:
+            said.append(Drain(self.rank))
+        if self._fault is not None:
+            said.append(self._fault)
+        return [*said, Beat(self.rank, self._epoch, self._phase, self._percent, self._step)]
+
+    def _hear(self, socket: zmq.Socket[bytes], now: float) -> None:
+        while True:
+            try:
+                messages = codec.COORDINATOR.decode(socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            except EngineFailure as error:
+                exit_now(1, f"rank {self.rank} does not understand the coordinator: {error}")
+            with self._changed:
+                for message in messages:
+                    self._take(message, now)
+                self._changed.notify_all()
+
+    def _take(self, message: CoordinatorMessage, now: float) -> None:
+        """Note an order; repeated ones change nothing."""
+        match message:
+            case Start() if self._start is None and self._hello is not None:
+                self._start = message
+            case Run(epoch) if self._run is None and epoch == self._epoch:
+                self._run = message
+            case Drain() if not self.draining:
+                self.draining = True
+            case Stop() if self.stop is None:
+                self.stop, self._stopped_s = message, now
+            case _:
+                return
+        os.eventfd_write(self._news, 1)
+
+    def _see(self, monitor: zmq.Socket[bytes], now: float) -> None:
+        """Note whether the coordinator can be reached."""
+        while monitor.poll(0):
+            event = recv_monitor_message(monitor)["event"]
+            self._away_s = None if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else (self._away_s or now)
+            self._connected = self._connected or self._away_s is None
+
+    def _take_signal(self, now: float) -> None:
+        if signal.sigtimedwait(SIGNALS, 0) is None:
+            return
+        if self._signalled_s is None:
+            if self._sibling_is_dead():
+                exit_now(1, f"rank {self.rank} was told to end after another rank on this host had died")
+            self._signalled_s = now
+            os.eventfd_write(self._nudge, 1)
+        elif now - self._signalled_s > SAME_SIGNAL_S and self._fault is None:
+            self._fault = Fault(self.rank, self._epoch, "engine", "ended at once by a second signal")
+            os.eventfd_write(self._nudge, 1)
+
+    def _sibling_is_dead(self) -> bool:
+        if self._agent_pid is None or self._local_ranks == 1:
+            return False
+        alive = live_children(self._agent_pid)
+        return alive is not None and alive < self._local_ranks
+
+    def _forgive(self, now: float) -> None:
+        """This thread was held up itself: what it has not seen since then says nothing of others."""
+        if self._away_s is not None:
+            self._away_s = now
+
+    def _judge(self, gone: str, now: float) -> None:
+        """End the process if the main thread will not, or must not go on."""
+        if self.stop is not None and now - self._stopped_s > GRACE_S:
+            exit_now(self.stop.code, self.stop.reason)
+        if self.stop is not None:
+            return
+        if gone:
+            exit_now(1, f"rank {self.rank} ends: {gone} is gone")
+        if self._away_s is not None and now - self._away_s > (GONE_S if self._connected else CONNECT_S):
+            exit_now(1, f"rank {self.rank} ends: the coordinator at {self._address} cannot be reached")
+
+
+def _empty(eventfd: int) -> None:
+    try:
+        os.eventfd_read(eventfd)
+    except BlockingIOError:
+        pass

@@ -1,0 +1,58 @@
+"""Facts about other processes on this host, straight from the kernel. Owns no thread and no socket; never signals anybody.
+
+A pidfd names a process, not a number that may be given away again; it becomes readable when the process ends.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent `parent_pid` dies; end at once if it has died already."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process ends; None when it has."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def live_children(pid: int) -> int | None:
+    """How many children of a process live (dead ones that nobody has waited for do not); None when the kernel does not tell."""
+    try:
+        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return None
+    if not lists:
+        return None
+    return sum(_is_alive(int(child)) for text in lists for child in text.split())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def exit_now(code: int, why: str) -> None:
+    """End this process whatever its other threads do, even if they hold the lock of the log."""
+    if why:
+        teller = threading.Thread(target=log.error, args=("%s", why), daemon=True)
+        teller.start()
+        teller.join(0.5)
+    os._exit(code)
