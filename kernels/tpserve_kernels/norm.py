@@ -1,0 +1,105 @@
+"""Root-mean-square norm, alone and fused with the residual addition before it.
+
+Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.
+
+Legend: T rows, H hidden channels. One program owns one row, so a row's bits never depend on the other rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    """y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight, computed in float32 and rounded once.
+
+    x_TH: [T, H] float32, float16 or bfloat16; the H values of a row are adjacent, rows may be apart (a slice is fine).
+    weight_H: [H], any of these dtypes. Returns [T, H], x's dtype, contiguous.
+    Errors: AssertionError when a shape or layout is not as above.
+    """
+    return _norm(x_TH, None, weight_H, eps)[0]
+
+
+def rms_norm_reference(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm` in plain torch, on any device."""
+    x = x_TH.float()
+    y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight_H.float()
+    return y.to(x_TH.dtype)
+
+
+def add_rms_norm(
+    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(sum), sum) where sum = x + residual, rounded to x's dtype before it is normed.
+
+    x_TH, residual_TH: [T, H] of one dtype, layouts as for `rms_norm`. Returns two contiguous [T, H] of that dtype; the
+    first has the same bits as `rms_norm(x + residual)`.
+    Errors: AssertionError when shapes, dtypes or layouts differ from this.
+    """
+    assert residual_TH.shape == x_TH.shape and residual_TH.dtype == x_TH.dtype and residual_TH.stride(1) == 1
+    y_TH, sum_TH = _norm(x_TH, residual_TH, weight_H, eps)
+    return y_TH, sum_TH
+
+
+def add_rms_norm_reference(
+    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rms_norm` in plain torch, on any device."""
+    sum_TH = x_TH + residual_TH
+    return rms_norm_reference(sum_TH, weight_H, eps), sum_TH
+
+
+def _norm(
+    x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; without a residual the second tensor returned is x itself."""
+    num_rows, hidden = x_TH.shape
+    assert weight_H.shape == (hidden,) and weight_H.stride(0) == 1 and x_TH.stride(1) == 1
+    y_TH = torch.empty(num_rows, hidden, dtype=x_TH.dtype, device=x_TH.device)
+    sum_TH = x_TH if residual_TH is None else torch.empty_like(y_TH)
+    other_TH = x_TH if residual_TH is None else residual_TH
+    block = triton.next_power_of_2(hidden)
+    _norm_kernel[(num_rows,)](
+        x_TH,
+        other_TH,
+        weight_H,
+        y_TH,
+        sum_TH,
+        x_TH.stride(0),
+        other_TH.stride(0),
+        eps,
+        HIDDEN=hidden,
+        BLOCK=block,
+        ADD=residual_TH is not None,
+        num_warps=min(16, max(1, block // 512)),
+        enable_fp_fusion=False,
+    )
+    return y_TH, sum_TH
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    eps: tl.tensor,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < HIDDEN
+    x = tl.load(x_ptr + row * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        residual = tl.load(residual_ptr + row * residual_stride + channel, mask=inside, other=0.0).to(tl.float32)
+        total = (x + residual).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * HIDDEN + channel, total, mask=inside)
+        x = total.to(tl.float32)  # what the next layer reads back, not the sharper sum
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps) * weight
+    tl.store(y_ptr + row * HIDDEN + channel, y.to(y_ptr.dtype.element_ty), mask=inside)
