@@ -5,11 +5,11 @@ from typing import Any
 
 from tpserve.errors import UserError
 from tpserve.models import llama, qwen2, qwen3
-from tpserve.models.family import Family
+from tpserve.models.family import Family, WeightNames
 from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 
-__all__ = ["Family", "families", "model_spec"]
+__all__ = ["Family", "families", "model_spec", "names_of"]
 
 _FAMILIES = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 
@@ -33,3 +33,8 @@ def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
             return family.spec(fields)
     supported = ", ".join(name for family in _FAMILIES for name in family.architectures)
     raise UserError(f"{where}: architecture {wanted[0]!r} is not supported: supported are {supported}")
+
+
+def names_of(spec: ModelSpec) -> WeightNames:
+    """What the checkpoint calls the weights of this model."""
+    return next(family.names for family in _FAMILIES if family.name == spec.family)

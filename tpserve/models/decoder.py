@@ -1,0 +1,85 @@
+"""The decoder-only transformer that all families run on: one rank's share of one pipeline stage.
+
+Owns the stage's weights and layers, not the caches and no transfer between stages. Ranks of a stage call the same
+methods in the same order (each layer sums over `tp` twice, the embedding once).
+Invariant: cutting the layers into stages changes no bit; what passes between stages is the residual stream.
+
+T rows of a step, S rows wanted, H hidden channels, V vocabulary entries of this rank.
+"""
+
+import torch
+
+from tpserve.attention.batch import StepBatch
+from tpserve.attention.paged import KVCache
+from tpserve.layers.embedding import embed
+from tpserve.layers.norm import rms_norm
+from tpserve.layers.rope import tables
+from tpserve.models.shard import Shard
+from tpserve.parallel.group import Group
+from tpserve.quant.matmul import matmul
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_spec import ModelSpec
+from tpserve.weights.parameter import Parameter
+
+
+class Decoder:
+    """Weights are undefined until a loader has filled `parameters()`.
+
+    `vocab_shards`: each rank's vocabulary range; `vocab`: this rank's.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layout: ParallelLayout,
+        stage: int,
+        tp: Group,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+    ) -> None:
+        """Allocate the share; UserError when the model has too few heads, channels or entries for so many ranks."""
+        shard = Shard(spec, tp, dtype, device)
+        rope = tables(spec.rope, spec.head_dim, max_positions, device)
+        last = stage == layout.pp - 1
+        self.spec, self.dtype = spec, dtype
+        self.vocab_shards, self.vocab = shard.vocab_shards, shard.vocab
+        self._tp = tp
+        self._num_kv_heads = len(shard.heads.kv)
+        self._embedding = shard.embedding() if stage == 0 else None
+        self._blocks = [shard.block(layer, rope) for layer in layout.layers_of(stage)]
+        self._cache_groups = [_cache_group(spec, layer) for layer in layout.layers_of(stage)]
+        self._norm = shard.final_norm() if last else None
+        shares_embedding = last and spec.tie_embeddings and self._embedding is not None
+        self._head = self._embedding if shares_embedding else shard.head() if last else None
+        self._parameters = shard.parameters
+
+    def parameters(self) -> list[Parameter]:
+        """What a loader must fill."""
+        return self._parameters
+
+    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        """Shape of the key (and of the value) cache of each of this stage's layers."""
+        return num_blocks, block_size, self._num_kv_heads, self.spec.head_dim
+
+    def forward(self, batch: StepBatch, hidden_TH: torch.Tensor | None, caches: list[KVCache]) -> torch.Tensor:
+        """This stage's layers. `hidden_TH`: what the previous stage gave, None on the first; `caches`: one per layer here."""
+        if self._embedding is not None:
+            x_TH = embed(batch.tokens_T, self._embedding, self.vocab, self._tp)
+        else:
+            assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
+            x_TH = hidden_TH
+        residual_TH: torch.Tensor | None = None
+        for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
+            x_TH, residual_TH = block(x_TH, residual_TH, batch.positions_T, batch.groups[group], cache)
+        assert residual_TH is not None, "a stage has layers"
+        return x_TH + residual_TH
+
+    def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
+        """Last stage: logits of the rows given over this rank's vocabulary shard, float32 [S, V]."""
+        assert self._norm is not None and self._head is not None, "only the last stage has logits"
+        return matmul(rms_norm(hidden_SH, self._norm, self.spec.norm_eps), self._head).float()
+
+
+def _cache_group(spec: ModelSpec, layer: int) -> int:
+    return next(index for index, group in enumerate(spec.cache) if layer in group.layers)

@@ -1,0 +1,47 @@
+"""Random weights for `--load-format dummy`: a number is a function of (seed, tensor name, place in the whole tensor).
+
+So every layout of ranks makes the same model, and a rank computes its own shard only. Not a statistical generator.
+"""
+
+from collections.abc import Sequence
+from zlib import crc32
+
+import torch
+
+from tpserve.weights.parameter import Parameter, Source
+
+BATCH = 1 << 22
+"""Elements made at a time; bounds the memory of the int64 intermediates."""
+
+
+def dummy(parameters: Sequence[Parameter], seed: int = 0) -> None:
+    """Fill the parameters: matrices with variance 1 / columns, norms around 1, biases around 0."""
+    for parameter in parameters:
+        for source, place in parameter.parts():
+            _fill(place, source, seed)
+
+
+def _fill(place: torch.Tensor, source: Source, seed: int) -> None:
+    spread = (3.0 / source.shape[-1]) ** 0.5 if len(source.shape) == 2 else 0.1
+    centre = 1.0 if source.name.endswith("norm.weight") else 0.0
+    width = source.shape[-1] if len(source.shape) == 2 else 1
+    columns = torch.arange(width, device=place.device)
+    first_row = 0
+    if source.dim == 0:
+        first_row = source.taken.start
+    else:
+        columns = columns[source.taken.start : source.taken.stop]
+    key = _mix(torch.tensor(crc32(source.name.encode()) + (seed << 32), device=place.device))
+    step = max(1, BATCH // len(columns))
+    for row in range(0, len(place), step):
+        rows = torch.arange(row, min(row + step, len(place)), device=place.device) + first_row
+        bits = _mix(rows.unsqueeze(1) * width + columns + key)
+        values = (bits >> 40).float() * 2.0**-23  # 24 signed bits: [-1, 1)
+        place[row : row + step] = (centre + spread * values).view(len(rows), *place.shape[1:]).to(place.dtype)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Scatter the bits of int64 counters (the finaliser of SplitMix64, Steele et al. 2014, with arithmetic shifts)."""
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31)

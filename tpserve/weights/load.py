@@ -1,0 +1,74 @@
+"""Filling parameters from a checkpoint, by slices: a rank reads its own shard and nothing else.
+
+Everything is checked before the first byte of a tensor is read.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from tpserve.errors import UserError
+from tpserve.weights.checkpoint import Checkpoint
+from tpserve.weights.parameter import Parameter, Source
+
+READAHEAD_BYTES = 64 * 1024
+"""The kernel reads ahead at least this much: a cut through rows narrower than that brings in the rows whole."""
+LAYER = re.compile(r"^model\.layers\.\d+\.")
+UNUSED_SUFFIXES = (".rotary_emb.inv_freq",)
+"""Tensors that old checkpoints carry and that config.json already says."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Bytes of the slices asked for, and bytes of the files that had to be read for them."""
+
+    requested_bytes: int
+    physical_bytes: int
+
+
+def load(
+    parameters: Sequence[Parameter], checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Loaded:
+    """Fill the parameters; `progress(bytes_done, bytes_total)` follows each slice. UserError names what does not fit."""
+    by_file: dict[Path, list[tuple[Source, torch.Tensor]]] = defaultdict(list)
+    for parameter in parameters:
+        for source, place in parameter.parts():
+            by_file[checkpoint.path_of(source)].append((source, place))
+    _refuse_unused(parameters, checkpoint)
+    sizes: dict[Source, int] = {}
+    for path, parts in by_file.items():
+        with checkpoint.opened(path) as file:
+            sizes.update((source, file.check(source)) for source, _ in parts)
+    total = sum(prod(source.shard) * sizes[source] for parts in by_file.values() for source, _ in parts)
+    done = physical = 0
+    for path, parts in sorted(by_file.items()):
+        with checkpoint.opened(path) as file:
+            for source, place in parts:
+                place.copy_(file.read(source))
+                done += prod(source.shard) * sizes[source]
+                physical += _physical_bytes(source, sizes[source])
+                progress(done, total)
+    return Loaded(done, physical)
+
+
+def _physical_bytes(source: Source, item_bytes: int) -> int:
+    narrow = source.dim == 1 and len(source.taken) * item_bytes < READAHEAD_BYTES
+    return prod(source.shape if narrow else source.shard) * item_bytes
+
+
+def _refuse_unused(parameters: Sequence[Parameter], checkpoint: Checkpoint) -> None:
+    """A tensor in one of our layers that no parameter wants (a bias, a scale) would change the model's output."""
+    wanted = {source.name for parameter in parameters for source in parameter.sources}
+    layers = {match.group() for name in wanted if (match := LAYER.match(name))}
+    for name in checkpoint.names():
+        match = LAYER.match(name)
+        if match and match.group() in layers and name not in wanted and not name.endswith(UNUSED_SUFFIXES):
+            raise UserError(
+                f"{checkpoint.directory} holds tensor {name}, which a model with this config.json does not have: "
+                "they do not belong together, or the model needs more than tpserve supports"
+            )
