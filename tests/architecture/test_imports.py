@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     # floor 5
     "worker": {*FLOOR_0, "config", "wire", "observe", "parallel", "attention", "sampler", "models", "weights"},
     # floor 6
-    "engine": {*FLOOR_0, "config", "wire", "observe", "parallel", "scheduling", "models", "worker"},
+    "engine": {*FLOOR_0, "config", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
     # floor 7
     "agent": {*FLOOR_0, "config", "observe"},
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "models", "builtin"},

@@ -16,7 +16,7 @@ from tpserve.config.env import RankEnv
 from tpserve.config.machine import available_cores
 from tpserve.config.schema import EngineConfig
 from tpserve.engine.loop import Engine
-from tpserve.frontend.attach import Attachment, attach_remote, publish
+from tpserve.wire.attach import Attachment, attach_remote, publish
 from tpserve.models.decoder import Decoder
 from tpserve.observe.progress import Progress
 from tpserve.observe.trace import Trace
@@ -28,7 +28,9 @@ from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
-from tpserve.weights.loader import dummy, load
+from tpserve.weights.checkpoint import Checkpoint
+from tpserve.weights.dummy import dummy
+from tpserve.weights.load import load
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender
 from tpserve.wire.control import Control, Stopped
 from tpserve.worker.executor import Executor
@@ -102,7 +104,7 @@ class _Rank:
         start = control.wait_start()
         control.progress("forming the mesh", 5)
         store = (
-            hosted.store if hosted else meshes.join_store(start.endpoints["store"], env.world_size, self._config.start_timeout)
+            hosted.store if hosted else meshes.join_store(start.endpoints["store"])
         )
         mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout)
         plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
@@ -157,13 +159,13 @@ class _Rank:
             if config.load_format == "dummy":
                 dummy(parameters, config.seed)
             else:
-                load(parameters, config.model, loaded)
-        return decoder, sum(p.nbytes for p in parameters)
+                load(parameters, Checkpoint.open(config.model), loaded)
+        return decoder, sum(parameter.tensor.nbytes for parameter in parameters)
 
     def _executor(self, mesh: Mesh, decoder: Decoder, ledger: MemoryLedger) -> Executor:
         config = self._config
         slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, len(self._spec.cache), mesh.device)
-        return Executor(mesh, decoder, slots, allocate(decoder, ledger.num_blocks, config.block_size))
+        return Executor(mesh, decoder, slots, allocate(decoder, mesh, ledger.num_blocks, config.block_size))
 
     def _lead(self, hosted: _Hosted, executor: Executor, ledger: MemoryLedger, epoch: int) -> None:
         """Rank 0: schedule, broadcast, run, answer."""

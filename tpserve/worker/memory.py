@@ -5,6 +5,7 @@ the control group has free is taken. The smallest rank decides for all.
 """
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 
@@ -23,14 +24,18 @@ CPU_CACHE_SHARE = 0.4
 CPU_WARM_UP_ROWS = 16
 
 
-def allocate(decoder: Decoder, num_blocks: int, block_size: int) -> list[KVCache]:
+def allocate(decoder: Decoder, mesh: Mesh, num_blocks: int, block_size: int) -> list[KVCache]:
     """The KV caches of this rank's layers, zeroed (on the CPU: mapped, and touched only when written)."""
     shape = decoder.cache_shape(num_blocks, block_size)
 
     def empty() -> torch.Tensor:
-        return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        return torch.zeros(shape, dtype=decoder.dtype, device=mesh.device)
 
-    return [KVCache(empty(), empty()) for _ in range(decoder.num_local_layers)]
+    return [KVCache(empty(), empty()) for _ in _layers(mesh)]
+
+
+def _layers(mesh: Mesh) -> range:
+    return mesh.layout.layers_of(mesh.layout.stage_of(mesh.rank))
 
 
 def measure(decoder: Decoder, mesh: Mesh, config: EngineConfig, local_ranks: int, weights: int) -> MemoryLedger:
@@ -42,12 +47,12 @@ def measure(decoder: Decoder, mesh: Mesh, config: EngineConfig, local_ranks: int
         2 * decoder.num_local_layers * decoder.dtype.itemsize * torch.Size(decoder.cache_shape(1, config.block_size)).numel()
     )
     if mesh.device.type == "cuda":
-        total, activations = _profile_cuda(decoder, config)
+        total, activations = _profile_cuda(decoder, mesh, config)
         free, _ = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved()  # other processes, the CUDA context, NCCL's buffers
         room = int(total * config.gpu_memory_utilization) - others - weights - activations
     else:
-        _run_once(decoder, CPU_WARM_UP_ROWS, config)
+        _run_once(decoder, mesh, CPU_WARM_UP_ROWS, config)
         total, activations = available_memory(), 0
         room = min(CPU_CACHE_MOST, int(total * CPU_CACHE_SHARE)) // local_ranks
     num_blocks = mesh.world.min(config.num_gpu_blocks_override or max(0, room // block_bytes))
@@ -66,26 +71,26 @@ def _too_small(num_blocks: int, needed: int, block_bytes: int, room: int, config
     )
 
 
-def _profile_cuda(decoder: Decoder, config: EngineConfig) -> tuple[int, int]:
+def _profile_cuda(decoder: Decoder, mesh: Mesh, config: EngineConfig) -> tuple[int, int]:
     """Total device memory and the peak that activations add to it, in bytes."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _run_once(decoder, config.max_num_batched_tokens, config)
+    _run_once(decoder, mesh, config.max_num_batched_tokens, config)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
-    return torch.cuda.get_device_properties(decoder.device).total_memory, peak
+    return torch.cuda.get_device_properties(mesh.device).total_memory, peak
 
 
 @torch.inference_mode()
-def _run_once(decoder: Decoder, rows: int, config: EngineConfig) -> None:
+def _run_once(decoder: Decoder, mesh: Mesh, rows: int, config: EngineConfig) -> None:
     """One step of this stage on `rows` rows of nothing, without its neighbours: it measures, and it warms up the libraries."""
     per_chunk = min(rows, config.max_model_len)
     lens = [min(per_chunk, rows - at) for at in range(0, rows, per_chunk)]
-    batch = _nothing(lens, config.block_size, len(decoder.spec.cache), decoder.device)
-    hidden_TH = torch.zeros((rows, decoder.spec.hidden_size), dtype=decoder.dtype, device=decoder.device)
-    hidden_TH = decoder.forward(batch, hidden_TH, allocate(decoder, 1, config.block_size))
-    if decoder.is_last:
+    batch = _nothing(lens, config.block_size, len(decoder.spec.cache), mesh.device)
+    hidden_TH = torch.zeros((rows, decoder.spec.hidden_size), dtype=decoder.dtype, device=mesh.device)
+    hidden_TH = decoder.forward(batch, hidden_TH, allocate(decoder, mesh, 1, config.block_size))
+    if mesh.pipeline.last:
         decoder.logits(hidden_TH[: min(rows, config.max_num_seqs)])
 
 
