@@ -37,9 +37,7 @@ def silu_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _silu_mul_kernel(
-    gate_up_ptr: tl.tensor, y_ptr: tl.tensor, gate_up_stride: tl.tensor, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _silu_mul_kernel(gate_up_ptr, y_ptr, gate_up_stride, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < INTERMEDIATE

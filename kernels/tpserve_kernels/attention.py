@@ -75,81 +75,61 @@ def paged_attention(
     Reads nothing back from the device, so that it can be captured in a graph.
     Errors: AssertionError when shapes, dtypes or layouts differ from this.
     """
+    _assert_contract(q_TND, k_cache_BSKD, v_cache_BSKD, tables_RB, query_starts_R1, context_lens_R)
+    assert scale > 0 and max_query_len >= 1
     num_rows, num_heads, head_dim = q_TND.shape
     _, page, num_kv_heads, _ = k_cache_BSKD.shape
     num_requests, table_width = tables_RB.shape
-    assert k_cache_BSKD.shape == v_cache_BSKD.shape and k_cache_BSKD.stride() == v_cache_BSKD.stride()
-    assert k_cache_BSKD.shape[3] == head_dim and q_TND.dtype == k_cache_BSKD.dtype == v_cache_BSKD.dtype
-    assert 16 <= head_dim <= 256 and head_dim % 16 == 0 and page % 16 == 0 and num_heads % num_kv_heads == 0
-    assert q_TND.stride(2) == k_cache_BSKD.stride(3) == 1 and scale > 0 and max_query_len >= 1
-    assert query_starts_R1.shape == (num_requests + 1,) and context_lens_R.shape == (num_requests,)
-    assert tables_RB.is_contiguous() and tables_RB.dtype == query_starts_R1.dtype == context_lens_R.dtype == torch.int32
-
     group = num_heads // num_kv_heads
     tile = tile_of(head_dim, group, q_TND.dtype)
     tokens_a_tile = tile.m // group
     one_tile = max_query_len <= tokens_a_tile
     num_segments = triton.cdiv(table_width * page, SEGMENT)
-    partial_values = num_rows * num_heads * num_segments * (head_dim + 2)
-    split = one_tile and num_segments > 1 and 4 * partial_values <= MAX_PARTIAL_BYTES
+    pairs = (num_rows, num_heads, num_segments)
+    split = one_tile and num_segments > 1 and 4 * math.prod(pairs) * (head_dim + 2) <= MAX_PARTIAL_BYTES
 
     out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-    partial_TNCD = out_TND
-    state_TNC2 = out_TND
-    if split:
-        partial_TNCD = torch.empty(num_rows, num_heads, num_segments, head_dim, dtype=torch.float32, device=q_TND.device)
-        state_TNC2 = torch.empty(num_rows, num_heads, num_segments, 2, dtype=torch.float32, device=q_TND.device)
-
-    # Unsplit and uneven, request r is given tiles [starts[r] // tokens + r, starts[r + 1] // tokens + r + 1): never too few.
+    partial_TNCD = torch.empty(*pairs, head_dim, dtype=torch.float32, device=q_TND.device) if split else out_TND
+    state_TNC2 = torch.empty(*pairs, 2, dtype=torch.float32, device=q_TND.device) if split else out_TND
+    # Of many tiles, request r is given [starts[r] // tokens + r, starts[r + 1] // tokens + r + 1): enough for any lengths.
     num_tiles = num_requests if one_tile else num_rows // tokens_a_tile + num_requests
     _attention_kernel[(num_tiles, num_kv_heads, num_segments if split else 1)](
-        q_TND,
-        k_cache_BSKD,
-        v_cache_BSKD,
-        tables_RB,
-        query_starts_R1,
-        context_lens_R,
-        out_TND,
-        partial_TNCD,
-        state_TNC2,
-        num_requests,
-        table_width,
-        scale * math.log2(math.e),
-        *q_TND.stride()[:2],
-        *k_cache_BSKD.stride()[:3],
-        HEADS=num_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        PAGE=page,
-        SEGMENT=SEGMENT,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        ONE_TILE=one_tile,
-        SPLIT=split,
+        q_TND, k_cache_BSKD, v_cache_BSKD, tables_RB, query_starts_R1, context_lens_R, out_TND, partial_TNCD, state_TNC2,
+        num_requests, table_width, scale * math.log2(math.e), *q_TND.stride()[:2], *k_cache_BSKD.stride()[:3],
+        HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page, SEGMENT=SEGMENT, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        BLOCK_D=triton.next_power_of_2(head_dim), ONE_TILE=one_tile, SPLIT=split,
         # Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers.
         WIDEN=q_TND.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.JITFunction),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        enable_fp_fusion=False,
-    )
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip
     if split:
         _merge_kernel[(num_requests, num_heads, max_query_len)](
-            partial_TNCD,
-            state_TNC2,
-            query_starts_R1,
-            context_lens_R,
-            out_TND,
-            num_segments,
-            HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            SEGMENT=SEGMENT,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=1,
-            num_stages=4,
-            enable_fp_fusion=False,
-        )
+            partial_TNCD, state_TNC2, query_starts_R1, context_lens_R, out_TND, num_segments,
+            HEADS=num_heads, HEAD_DIM=head_dim, SEGMENT=SEGMENT, BLOCK_D=triton.next_power_of_2(head_dim),
+            num_warps=1, num_stages=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out_TND
+
+
+def _assert_contract(
+    q_TND: torch.Tensor,
+    k_cache_BSKD: torch.Tensor,
+    v_cache_BSKD: torch.Tensor,
+    tables_RB: torch.Tensor,
+    query_starts_R1: torch.Tensor,
+    context_lens_R: torch.Tensor,
+) -> None:
+    """What `paged_attention` promises to refuse."""
+    _, num_heads, head_dim = q_TND.shape
+    _, page, num_kv_heads, _ = k_cache_BSKD.shape
+    num_requests, _ = tables_RB.shape
+    assert k_cache_BSKD.shape == v_cache_BSKD.shape and k_cache_BSKD.stride() == v_cache_BSKD.stride()
+    assert k_cache_BSKD.shape[3] == head_dim and q_TND.dtype == k_cache_BSKD.dtype == v_cache_BSKD.dtype
+    assert 16 <= head_dim <= 256 and head_dim % 16 == 0 and page % 16 == 0 and num_heads % num_kv_heads == 0
+    assert q_TND.stride(2) == k_cache_BSKD.stride(3) == 1
+    assert query_starts_R1.shape == (num_requests + 1,) and context_lens_R.shape == (num_requests,)
+    assert tables_RB.dtype == query_starts_R1.dtype == context_lens_R.dtype == torch.int32
+    assert tables_RB.is_contiguous() and query_starts_R1.is_contiguous() and context_lens_R.is_contiguous()
 
 
 def paged_attention_reference(
@@ -185,9 +165,7 @@ LOWEST = tl.constexpr(-1e30)  # where a running maximum starts: below every scor
 
 
 @triton.jit
-def _merge(
-    peak_a: tl.tensor, total_a: tl.tensor, acc_a: tl.tensor, peak_b: tl.tensor, total_b: tl.tensor, acc_b: tl.tensor
-):
+def _merge(peak_a, total_a, acc_a, peak_b, total_b, acc_b):
     """Two softmax states (largest score, sum of exponentials, weighted values) of adjacent contexts, as one."""
     peak = tl.maximum(peak_a, peak_b)
     weight_a = tl.exp2(peak_a - peak)
@@ -198,29 +176,16 @@ def _merge(
 
 @triton.jit
 def _segment(
-    q: tl.tensor,
-    row_position: tl.tensor,
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    table_ptr: tl.tensor,
-    block_stride: tl.tensor,
-    entry_stride: tl.tensor,
-    scale_log2: tl.tensor,
-    start: tl.tensor,
-    stop: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """The softmax state of a tile's rows over positions [start, stop), by online softmax from a fresh state."""
+    q, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, start, stop,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEGMENT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The softmax state of a tile's rows over positions [start, start + SEGMENT) before `stop`, from a fresh state."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(start, stop, BLOCK_N):
+    for first in range(start, tl.minimum(start + SEGMENT, stop), BLOCK_N):
         position = first + tl.arange(0, BLOCK_N)
         written = position < stop
         block = tl.load(table_ptr + position // PAGE, mask=written, other=0).to(tl.int64)
@@ -244,9 +209,12 @@ def _segment(
 
 
 @triton.jit
-def _request_of(tile: tl.tensor, query_starts_ptr: tl.tensor, num_requests: tl.tensor, TOKENS: tl.constexpr):
-    """The last request whose first tile, starts[r] // TOKENS + r, is not after `tile`."""
-    low = 0
+def _tile_of_request(query_starts_ptr, num_requests, ONE_TILE: tl.constexpr, TOKENS: tl.constexpr):
+    """This program's request, and the first of that request's tokens in this program's tile."""
+    tile = tl.program_id(0)
+    if ONE_TILE:
+        return tile, 0
+    low = 0  # search the last request whose first tile, starts[r] // TOKENS + r, is not after this one
     high = num_requests
     while high - low > 1:
         middle = (low + high) // 2
@@ -254,55 +222,26 @@ def _request_of(tile: tl.tensor, query_starts_ptr: tl.tensor, num_requests: tl.t
             low = middle
         else:
             high = middle
-    return low
+    return low, (tile - tl.load(query_starts_ptr + low) // TOKENS - low) * TOKENS
 
 
 @triton.jit
 def _attention_kernel(
-    q_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    tables_ptr: tl.tensor,
-    query_starts_ptr: tl.tensor,
-    context_lens_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    partial_ptr: tl.tensor,
-    state_ptr: tl.tensor,
-    num_requests: tl.tensor,
-    table_width: tl.tensor,
-    scale_log2: tl.tensor,
-    q_stride: tl.tensor,
-    q_head_stride: tl.tensor,
-    block_stride: tl.tensor,
-    entry_stride: tl.tensor,
-    head_stride: tl.tensor,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, context_lens_ptr, out_ptr, partial_ptr, state_ptr,
+    num_requests, table_width, scale_log2, q_stride, q_head_stride, block_stride, entry_stride, head_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """One tile of one request's rows under one key head: over the whole context, or (SPLIT) over one segment of it."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP
-    tile = tl.program_id(0)
+    request, first_token = _tile_of_request(query_starts_ptr, num_requests, ONE_TILE, TOKENS)
     kv_head = tl.program_id(1)
-    if ONE_TILE:
-        request = tile
-        first_token = 0
-    else:
-        request = _request_of(tile, query_starts_ptr, num_requests, TOKENS)
-        first_token = (tile - tl.load(query_starts_ptr + request) // TOKENS - request) * TOKENS
+    segment = tl.program_id(2)
     query_start = tl.load(query_starts_ptr + request)
     query_len = tl.load(query_starts_ptr + request + 1) - query_start
     context_before = tl.load(context_lens_ptr + request) - query_len
     stop = context_before + tl.minimum(first_token + TOKENS, query_len)  # no row of this tile sees further
-    segment = tl.program_id(2)
     if (first_token >= query_len) | (segment * SEGMENT >= stop):
         return
 
@@ -320,13 +259,12 @@ def _attention_kernel(
     row_position = context_before + token
     k_ptr += kv_head * head_stride
     v_ptr += kv_head * head_stride
-    table_ptr = tables_ptr + request.to(tl.int64) * table_width
+    table_ptr = tables_ptr + tl.cast(request, tl.int64) * table_width
 
     if SPLIT:
-        start = segment * SEGMENT
         peak, total, acc = _segment(
-            q, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, start,
-            tl.minimum(start + SEGMENT, stop), HEAD_DIM, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN,
+            q, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, segment * SEGMENT, stop,
+            HEAD_DIM, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, SEGMENT, WIDEN,
         )  # fmt: skip
         place = (row * HEADS + head) * tl.num_programs(2) + segment
         tl.store(partial_ptr + place[:, None] * HEAD_DIM + channel, acc, mask=inside)
@@ -338,8 +276,8 @@ def _attention_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, stop, SEGMENT):
             peak_b, total_b, acc_b = _segment(
-                q, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, start,
-                tl.minimum(start + SEGMENT, stop), HEAD_DIM, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, WIDEN,
+                q, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, start, stop,
+                HEAD_DIM, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, SEGMENT, WIDEN,
             )  # fmt: skip
             peak, total, acc = _merge(peak, total, acc, peak_b, total_b, acc_b)
         out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -348,17 +286,9 @@ def _attention_kernel(
 
 @triton.jit
 def _merge_kernel(
-    partial_ptr: tl.tensor,
-    state_ptr: tl.tensor,
-    query_starts_ptr: tl.tensor,
-    context_lens_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    num_segments: tl.tensor,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    partial_ptr, state_ptr, query_starts_ptr, context_lens_ptr, out_ptr, num_segments,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One (row, head): its segments in order, as `_attention_kernel` merges them when it walks them all."""
     request = tl.program_id(0)
     head = tl.program_id(1)

@@ -21,7 +21,8 @@ def write_kv(
     """Copy row t into slot write_slots_T[t] of both caches, in place; a negative slot is skipped.
 
     k_TKD, v_TKD: [T, K, D], the caches' dtype; the K D values of a row are adjacent, rows may be apart.
-    k_cache_BSKD, v_cache_BSKD: [B, S, K, D], contiguous. write_slots_T: [T] int64, each below B S (not checked) and no slot twice.
+    k_cache_BSKD, v_cache_BSKD: [B, S, K, D], contiguous. write_slots_T: [T] int64, each below
+    B S (not checked), no slot twice.
     Errors: AssertionError when shapes, dtypes or layouts differ from this.
     """
     num_rows, num_heads, head_dim = k_TKD.shape
@@ -33,18 +34,9 @@ def write_kv(
     assert k_TKD.stride()[1:] == v_TKD.stride()[1:] == (head_dim, 1)
     block = triton.next_power_of_2(width)
     _write_kv_kernel[(num_rows,)](
-        k_TKD,
-        v_TKD,
-        k_cache_BSKD,
-        v_cache_BSKD,
-        write_slots_T,
-        k_TKD.stride(0),
-        v_TKD.stride(0),
-        WIDTH=width,
-        BLOCK=block,
-        num_warps=min(8, max(1, block // 256)),
-        enable_fp_fusion=False,
-    )
+        k_TKD, v_TKD, k_cache_BSKD, v_cache_BSKD, write_slots_T, k_TKD.stride(0), v_TKD.stride(0),
+        WIDTH=width, BLOCK=block, num_warps=min(8, max(1, block // 256)), enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def write_kv_reference(
@@ -62,16 +54,8 @@ def write_kv_reference(
 
 @triton.jit
 def _write_kv_kernel(
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    k_cache_ptr: tl.tensor,
-    v_cache_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
-    k_stride: tl.tensor,
-    v_stride: tl.tensor,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, k_stride, v_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     value = tl.arange(0, BLOCK)

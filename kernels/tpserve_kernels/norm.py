@@ -60,37 +60,18 @@ def _norm(
     other_TH = x_TH if residual_TH is None else residual_TH
     block = triton.next_power_of_2(hidden)
     _norm_kernel[(num_rows,)](
-        x_TH,
-        other_TH,
-        weight_H,
-        y_TH,
-        sum_TH,
-        x_TH.stride(0),
-        other_TH.stride(0),
-        eps,
-        HIDDEN=hidden,
-        BLOCK=block,
-        ADD=residual_TH is not None,
-        num_warps=min(16, max(1, block // 512)),
-        enable_fp_fusion=False,
-    )
+        x_TH, other_TH, weight_H, y_TH, sum_TH, x_TH.stride(0), other_TH.stride(0), eps,
+        HIDDEN=hidden, BLOCK=block, ADD=residual_TH is not None,
+        num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
+    )  # fmt: skip
     return y_TH, sum_TH
 
 
 @triton.jit
 def _norm_kernel(
-    x_ptr: tl.tensor,
-    residual_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    sum_ptr: tl.tensor,
-    x_stride: tl.tensor,
-    residual_stride: tl.tensor,
-    eps: tl.tensor,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, residual_stride, eps,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < HIDDEN

@@ -30,27 +30,12 @@ def apply_rope(
     q_out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
     k_out_TKD = torch.empty(k_TKD.shape, dtype=k_TKD.dtype, device=k_TKD.device)
     _rope_kernel[(num_rows,)](
-        q_TND,
-        k_TKD,
-        q_out_TND,
-        k_out_TKD,
-        cos_PE,
-        sin_PE,
-        positions_T,
-        q_TND.stride(0),
-        q_TND.stride(1),
-        k_TKD.stride(0),
-        k_TKD.stride(1),
-        Q_HEADS=num_q_heads,
-        K_HEADS=num_k_heads,
-        HEAD_DIM=head_dim,
-        ANGLES=num_angles,
-        BLOCK_Q=triton.next_power_of_2(num_q_heads),
-        BLOCK_K=triton.next_power_of_2(num_k_heads),
-        BLOCK_E=triton.next_power_of_2(num_angles),
-        BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * num_angles)),
+        q_TND, k_TKD, q_out_TND, k_out_TKD, cos_PE, sin_PE, positions_T, *q_TND.stride()[:2], *k_TKD.stride()[:2],
+        Q_HEADS=num_q_heads, K_HEADS=num_k_heads, HEAD_DIM=head_dim, ANGLES=num_angles,
+        BLOCK_Q=triton.next_power_of_2(num_q_heads), BLOCK_K=triton.next_power_of_2(num_k_heads),
+        BLOCK_E=triton.next_power_of_2(num_angles), BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * num_angles)),
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip
     return q_out_TND, k_out_TKD
 
 
@@ -71,18 +56,9 @@ def apply_rope_reference(
 
 @triton.jit
 def _turn(
-    x_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    head_stride: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ANGLES: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    x_ptr, out_ptr, head_stride, cos, sin, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ANGLES: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     """All heads of one row, `x_ptr` and `out_ptr` at its first value."""
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     angle = tl.arange(0, BLOCK_E)[None, :]
@@ -102,26 +78,10 @@ def _turn(
 
 @triton.jit
 def _rope_kernel(
-    q_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    q_out_ptr: tl.tensor,
-    k_out_ptr: tl.tensor,
-    cos_ptr: tl.tensor,
-    sin_ptr: tl.tensor,
-    positions_ptr: tl.tensor,
-    q_stride: tl.tensor,
-    q_head_stride: tl.tensor,
-    k_stride: tl.tensor,
-    k_head_stride: tl.tensor,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ANGLES: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, q_stride, q_head_stride, k_stride, k_head_stride,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ANGLES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     angle = tl.arange(0, BLOCK_E)[None, :]
     table = tl.load(positions_ptr + row).to(tl.int64) * ANGLES + angle
