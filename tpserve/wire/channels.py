@@ -248,6 +248,7 @@ class EngineLink(Channel):
         super().__init__(open_socket(zmq.DEALER, codec.ENGINE_INPUT.max_bytes), endpoint)
         self.socket.set(zmq.ROUTING_ID, _address(incarnation))
         self.socket.connect(endpoint)
+        self.socket.send(codec.ENGINE_OUTPUT.encode([]))  # the frontend may answer from now on
 
     def poll(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> list[EngineInput]:
         """What the frontend asks for; empty when nothing came in time."""
@@ -269,18 +270,20 @@ class EngineServer(Channel):
         socket.set(zmq.ROUTER_MANDATORY, 1)
         super().__init__(socket, bind(socket, endpoint))
         self._engine = b""
+        self._heard: set[bytes] = set()
+        self._held: list[bytes] = []
 
     def attach(self, incarnation: int) -> None:
-        """From now on the engine is the one in this incarnation of rank 0."""
+        """From now on the engine is the one in this incarnation of rank 0. What was held for an earlier one is dropped."""
         self._engine = _address(incarnation)
+        self._heard &= {self._engine}
+        self._held.clear()
 
     def send(self, inputs: list[EngineInput]) -> None:
-        """Hand inputs to the engine, in one frame. EngineFailure when it cannot be reached."""
+        """Hand inputs to the engine, in one frame; held back until it has connected. EngineFailure when it is gone."""
         if inputs:
-            try:
-                self.socket.send_multipart([self._engine, codec.ENGINE_INPUT.encode(inputs)])
-            except zmq.ZMQError as error:
-                raise EngineFailure(f"rank 0's engine cannot be reached: {error.strerror}") from error
+            self._held.append(codec.ENGINE_INPUT.encode(inputs))
+            self._deliver()
 
     def receive(self) -> list[EngineOutput]:
         """What the engine has said so far; never waits."""
@@ -290,8 +293,20 @@ class EngineServer(Channel):
                 address, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return outputs
+            self._heard.add(address)
             if address == self._engine:
+                self._deliver()
                 outputs += [message for frame in frames for message in codec.ENGINE_OUTPUT.decode(frame)]
+
+    def _deliver(self) -> None:
+        if self._engine not in self._heard:
+            return
+        for frame in self._held:
+            try:
+                self.socket.send_multipart([self._engine, frame])
+            except zmq.ZMQError as error:
+                raise EngineFailure(f"rank 0's engine cannot be reached: {error.strerror}") from error
+        self._held.clear()
 
 
 def _address(incarnation: int) -> bytes:

@@ -46,6 +46,7 @@ SAME_SIGNAL_S = 1.0
 """A terminal and an agent both pass the same Ctrl-C on: within this time it is one."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_taken_over = threading.Event()
 
 
 class Stopped(Exception):
@@ -58,8 +59,16 @@ class Stopped(Exception):
 
 
 def block_signals() -> None:
-    """Keep the ending signals for the control thread. Call before any thread starts; threads and children inherit the mask."""
+    """Keep the ending signals for the control thread; call before any other thread starts. Until a `Control` takes them over,
+    the first one ends the process, for there is nothing to drain yet. Threads and children inherit the mask."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_end_on_signal, name="early signals", daemon=True).start()
+
+
+def _end_on_signal() -> None:
+    while not _taken_over.is_set():
+        if signal.sigtimedwait(SIGNALS, POLL_MS / 1000) is not None:
+            os._exit(0)
 
 
 def unblock_signals() -> None:
@@ -117,6 +126,7 @@ class Control:
         """Begin to speak and listen."""
         if self._agent_pid is not None:
             die_with(self._agent_pid)
+        _taken_over.set()
         self._thread.start()
 
     def fileno(self) -> int:

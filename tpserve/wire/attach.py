@@ -1,0 +1,237 @@
+"""How a rank finds the frontend, and how one comes to be: the runtime directory and what stands in it.
+
+    RUNTIME_DIR/            mode 0700, ours; named after the run id and the agent of node 0, or given by `tpserve serve`
+        lock                held (flock) by the frontend for as long as it lives: the kernel lets go of it when it dies
+        frontend.json       written once its sockets are bound, or with the error that kept it from that
+        control, engine     its ZeroMQ sockets; plan-*, result-* those of rank 0
+
+Runs before torch is imported and needs none of it. Ranks of node 0 find the directory by its name; those of other nodes are told
+the coordinator's TCP address over torchrun's store, of which only `get` and `set` are used here.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+from msgspec import Struct
+
+from tpserve.config.env import RankEnv
+from tpserve.config.schema import EngineConfig
+from tpserve.errors import EngineFailure, UserError
+
+LOOPBACK = "127.0.0.1"
+_KEY = "tpserve/control"
+_POLL_S = 0.02
+_MAX_PATH = 70
+"""A socket's path has 107 bytes at most; this leaves room for its name."""
+
+
+class Frontend(Struct, frozen=True):
+    """frontend.json: where a frontend can be reached, or why it could not start (`error`, with the exit code it deserves)."""
+
+    pid: int
+    control: str = ""
+    control_tcp: str = ""
+    engine: str = ""
+    http: str = ""
+    error: str = ""
+    code: int = 0
+
+
+class Store(Protocol):
+    """The two words of torch's stores that are needed here."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """How a rank reaches the frontend. `address`: this host's on the cluster interface, loopback on a single node."""
+
+    control: str
+    address: str
+    nnodes: int
+    control_tcp: str = ""
+    engine: str = ""
+    frontend_pid: int | None = None
+    runtime_dir: Path | None = None
+
+    def endpoint(self, name: str) -> str:
+        """What rank 0 binds for other ranks to connect to; a new address each time."""
+        if self.nnodes > 1:
+            return f"tcp://{self.address}:0"
+        return f"ipc://{self.runtime_dir}/{name}-{time.time_ns():x}"
+
+
+def attach(env: RankEnv, config: EngineConfig, timeout_s: float) -> Attachment:
+    """For ranks of node 0: find the frontend. Rank 0 starts one when none lives, in a session of its own, so that it survives
+    the restart of the rank group. Raises what kept the frontend from starting."""
+    where = runtime_dir(env)
+    deadline_s = time.monotonic() + timeout_s
+    child: subprocess.Popen[bytes] | None = None
+    address = cluster_address(env.master_addr) if env.nnodes > 1 else LOOPBACK
+    if env.rank == 0:
+        make_runtime_dir(where)
+        while is_alive(where) and read(where) is None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)  # it is starting, or ending after a fault
+        if not is_alive(where):
+            child = spawn(where, config, env.agent_pid, env.nnodes, address)
+    found = wait_ready(where, child, deadline_s - time.monotonic())
+    return Attachment(found.control, address, env.nnodes, found.control_tcp, found.engine, found.pid, where)
+
+
+def publish(attachment: Attachment, store: Store) -> None:
+    """For rank 0: tell the ranks of other nodes where the coordinator is."""
+    store.set(_KEY, attachment.control_tcp)
+
+
+def attach_remote(env: RankEnv, store: Store, timeout_s: float) -> Attachment:
+    """For ranks of other nodes: wait until rank 0 has told where the coordinator is, and until somebody listens there."""
+    deadline_s = time.monotonic() + timeout_s
+    told = ""
+    while time.monotonic() < deadline_s:
+        try:
+            told = store.get(_KEY).decode()
+        except RuntimeError:  # nothing was told within the store's own timeout
+            continue
+        host, _, port = told.removeprefix("tcp://").rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 3.0).close()
+        except OSError:  # of a frontend that has gone: the next one's address follows
+            time.sleep(0.2)
+            continue
+        return Attachment(told, cluster_address(env.master_addr), env.nnodes, told)
+    known = f"nobody answers at {told}" if told else "rank 0 has not told where it is"
+    raise EngineFailure(f"rank {env.rank} waited {timeout_s:g} s for the frontend at {env.master_addr}: {known}")
+
+
+def cluster_address(master_addr: str) -> str:
+    """This host's address on the interface that leads to the master."""
+    try:
+        family, kind, proto, _, target = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.connect(target)  # of a datagram socket: chooses the route and sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(f"no route to the master address {master_addr}: {error.strerror}", param="master_addr") from error
+
+
+# The runtime directory
+
+
+def runtime_dir(env: RankEnv) -> Path:
+    """The one given, or one that only the ranks of this agent can mean."""
+    if env.runtime_dir is not None:
+        return Path(env.runtime_dir)
+    run = "".join(c if c.isalnum() else "_" for c in env.run_id)[:16]
+    pid_namespace = os.stat("/proc/self/ns/pid").st_ino
+    return Path(tempfile.gettempdir(), f"tpserve-{os.getuid()}-{run}-{env.agent_pid}-{pid_namespace:x}")
+
+
+def make_runtime_dir(where: Path) -> None:
+    """Make it ours alone, or see that it is. UserError when somebody else's stands in its place."""
+    if len(os.fsencode(where)) > _MAX_PATH:
+        raise UserError(f"the runtime directory {where} has too long a name for sockets: set TMPDIR to a shorter path")
+    try:
+        where.mkdir(mode=0o700)
+    except FileExistsError:
+        facts = where.lstat()
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) != 0o700:
+            raise UserError(f"{where} is in the way and is not a directory of mode 0700 of this user: remove it") from None
+    except OSError as error:
+        raise UserError(f"cannot make the runtime directory {where}: {error.strerror}") from error
+
+
+def remove_runtime_dir(where: Path) -> None:
+    """Take it away whole, in one step for those who look, so that a successor's is never touched."""
+    aside = where.with_name(f"{where.name}.{os.getpid()}")
+    try:
+        where.rename(aside)
+    except OSError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def hold_lock(where: Path) -> int:
+    """For the frontend: be the one that lives here, until the process ends. BlockingIOError when another does."""
+    descriptor = os.open(where / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def is_alive(where: Path) -> bool:
+    """Does a frontend live here?"""
+    try:
+        descriptor = os.open(where / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def write(where: Path, record: Frontend) -> None:
+    """Write frontend.json in one step."""
+    draft = where / f"frontend.{os.getpid()}"
+    draft.write_bytes(msgspec.json.encode(record))
+    draft.rename(where / "frontend.json")
+
+
+def read(where: Path) -> Frontend | None:
+    """What frontend.json says; None when there is none."""
+    try:
+        return msgspec.json.decode((where / "frontend.json").read_bytes(), type=Frontend)
+    except FileNotFoundError:
+        return None
+
+
+# The frontend as a child
+
+
+def spawn(where: Path, config: EngineConfig, watch_pid: int, nnodes: int, address: str) -> "subprocess.Popen[bytes]":
+    """Start a frontend in a session of its own. It ends when the process `watch_pid` does."""
+    (where / "frontend.json").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tpserve.frontend", str(where), str(watch_pid), str(nnodes), address]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert child.stdin is not None
+    try:
+        with child.stdin:
+            child.stdin.write(msgspec.json.encode(config))
+    except BrokenPipeError:
+        pass  # it ended at once; wait_ready tells why
+    return child
+
+
+def wait_ready(where: Path, child: "subprocess.Popen[bytes] | None", timeout_s: float) -> Frontend:
+    """Wait until the frontend's sockets are bound. UserError or EngineFailure with what it says when it cannot start."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        ended = child is not None and child.poll() is not None  # before reading: what it wrote last counts
+        record = read(where)
+        if child is not None and record is not None and record.error:
+            child.wait()
+            remove_runtime_dir(where)
+            raise UserError(record.error) if record.code == 2 else EngineFailure(record.error)
+        if ended:
+            assert child is not None
+            remove_runtime_dir(where)
+            raise EngineFailure(f"the frontend ended with exit code {child.returncode} before it was ready")
+        if record is not None and not record.error and is_alive(where):
+            return record
+        time.sleep(_POLL_S)
+    raise EngineFailure(f"the frontend was not ready within {timeout_s:g} s (see {where})")
