@@ -1,0 +1,158 @@
+"""The HTTP application: routes, authentication, request ids, and one error body for everything that goes wrong.
+
+Owns no state but what `Service` holds. Never opens sockets (`process` does), never logs a prompt. Every response carries
+x-request-id; every error that passes through here has the OpenAI body.
+"""
+
+import hmac
+import logging
+import secrets
+import string
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from tpserve.errors import UserError
+from tpserve.frontend.journal import Journal
+from tpserve.frontend.openai import routes
+from tpserve.frontend.openai.errors import error_response, internal_error, json_response
+from tpserve.frontend.openai.routes import REQUEST_ID
+from tpserve.frontend.openai.service import SERVICE, Service, not_ready
+from tpserve.frontend.status import Status
+from tpserve.text.chat import ChatTemplate
+from tpserve.text.tokenizer import Tokenizer
+from tpserve.version import __version__
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 32 << 20
+OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/ping"})
+"""Answered without a key: probes have none."""
+ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
+MAX_ID_CHARS = 128
+
+
+class Settings(Protocol):
+    """What the application needs of the resolved configuration."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def served_model_name(self) -> tuple[str, ...]: ...
+    @property
+    def api_key(self) -> str | None: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_queued_requests(self) -> int: ...
+
+
+def create_app(
+    settings: Settings, journal: Journal, status: Callable[[], Status], tokenizer: Tokenizer, chat_template: ChatTemplate
+) -> web.Application:
+    """The application; serve it through `runner`."""
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[report_errors, require_key(settings.api_key)])
+    app[SERVICE] = Service(
+        names=settings.served_model_name or (settings.model,),
+        root=settings.model,
+        created_s=int(time.time()),
+        max_open=settings.max_num_seqs + settings.max_queued_requests,
+        journal=journal,
+        status=status,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+    )
+    app.on_response_prepare.append(stamp_request_id)
+    routes.add_routes(app)
+    app.router.add_get("/health", ready)
+    app.router.add_get("/readyz", ready)
+    app.router.add_get("/livez", alive)
+    app.router.add_get("/ping", alive)
+    app.router.add_get("/version", version)
+    app.router.add_get("/metrics", metrics)
+    return app
+
+
+def runner(app: web.Application) -> web.AppRunner:
+    """Without `handler_cancellation` the handler of a client that left would run on."""
+    return web.AppRunner(app, handler_cancellation=True, access_log=None)
+
+
+async def ready(request: web.Request) -> web.Response:
+    """GET /health, /readyz: 200 when a step can run, else 503 with the phase."""
+    status = request.app[SERVICE].status()
+    body: dict[str, Any] = {"state": status.state, "phase": status.phase, "percent": status.percent, "reason": status.reason}
+    return json_response(body) if status.state == "running" else error_response(not_ready(status), **body)
+
+
+async def alive(request: web.Request) -> web.Response:
+    """GET /livez, /ping: this process answers."""
+    return json_response({"state": request.app[SERVICE].status().state})
+
+
+async def version(_request: web.Request) -> web.Response:
+    """GET /version"""
+    return json_response({"version": __version__})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """GET /metrics"""
+    return web.Response(body=request.app[SERVICE].journal.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@web.middleware
+async def report_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The outermost layer: gives the request its id and turns what is raised into the error body."""
+    given = request.headers.get("x-request-id", "")
+    usable = 0 < len(given) <= MAX_ID_CHARS and ID_CHARS.issuperset(given)
+    request[REQUEST_ID] = given if usable else secrets.token_hex(16)
+    try:
+        return await handler(request)
+    except UserError as error:
+        return error_response(error)
+    except web.HTTPException as error:
+        return error_response(spoken(error, request), headers=allow_header(error))
+    except ConnectionError:
+        raise  # nobody is left to answer
+    except Exception:  # the edge of the process towards clients
+        log.exception("request %s to %s failed", request[REQUEST_ID], request.path)
+        return error_response(internal_error(request[REQUEST_ID]))
+
+
+def require_key(api_key: str | None) -> Middleware:
+    """401 for requests without the key, where one is set."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if api_key is not None and request.path not in OPEN_PATHS:
+            given = request.headers.get("Authorization", "")
+            if not hmac.compare_digest(given.encode(errors="surrogateescape"), f"Bearer {api_key}".encode()):
+                raise UserError("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", status=401)
+        return await handler(request)
+
+    return check
+
+
+async def stamp_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(16)
+
+
+def spoken(error: web.HTTPException, request: web.Request) -> UserError:
+    """aiohttp's own errors in our words."""
+    match error:
+        case web.HTTPNotFound():
+            return UserError(f"no such route: {request.method} {request.path[:256]}", code="not_found", status=404)
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            return UserError(f"{request.path} takes {allowed}, not {request.method}", code="method_not_allowed", status=405)
+        case web.HTTPRequestEntityTooLarge():
+            return UserError(f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large", status=413)
+    return UserError(error.reason or "request failed", status=error.status)
+
+
+def allow_header(error: web.HTTPException) -> dict[str, str]:
+    return {"Allow": ", ".join(sorted(error.allowed_methods))} if isinstance(error, web.HTTPMethodNotAllowed) else {}

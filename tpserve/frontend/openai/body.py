@@ -1,0 +1,84 @@
+"""From bytes to a checked call. Every way a body can be wrong ends here in a UserError that names the field."""
+
+import logging
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from tpserve.errors import UserError
+from tpserve.frontend.openai.schema import ALIASES, LABELS, NEUTRAL
+
+log = logging.getLogger(__name__)
+
+Call = TypeVar("Call", bound=msgspec.Struct)
+MAX_WARNINGS = 16
+MAX_LOGGED_NAMES = 256
+PLACE = re.compile(r"(?s)(.*) - at `\$\.?(.*)`$")
+
+
+async def read_object(request: web.Request) -> dict[str, Any]:
+    """The body as a JSON object. UserError when it is none."""
+    data = await request.read()
+    if not data:
+        raise UserError("the body is empty; send a JSON object")
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise UserError(f"the body must be a JSON object, this is {type(value).__name__}")
+    return value
+
+
+def parse(body: dict[str, Any], schema: type[Call], logged: set[str]) -> tuple[Call, list[str]]:
+    """The call and its warnings. UserError names the field that is refused or out of range.
+
+    `logged`: unknown names the log has had; each is logged once, and not without end, for clients choose them.
+    """
+    fields = {ALIASES.get(name, name): value for name, value in body.items() if value is not None}
+    if isinstance(options := fields.get("stream_options"), dict):
+        fields["stream_options"] = {name: value for name, value in options.items() if value is not None}
+    known = {field.encode_name for field in msgspec.structs.fields(schema)}
+    unknown = [name for name in fields if name not in known and not neutral(name, fields)]
+    for name in unknown:
+        if name in NEUTRAL:
+            raise UserError(
+                f"{name} is not supported by this server; leave it out{hint(name)}", param=name, code="unsupported_parameter"
+            )
+    try:
+        call = msgspec.convert(fields, schema)
+    except msgspec.ValidationError as error:
+        raise invalid(str(error), fields) from None
+    for name in unknown[:MAX_WARNINGS]:
+        if name not in logged and len(logged) < MAX_LOGGED_NAMES:
+            logged.add(name)
+            log.warning("unknown request field %.64r ignored; further ones of this name are not logged", name)
+    return call, [f"unknown field {name[:64]!r} ignored" for name in unknown[:MAX_WARNINGS]]
+
+
+def neutral(name: str, fields: dict[str, Any]) -> bool:
+    """Whether a field that is not honoured asks for nothing."""
+    if name == "best_of":
+        return bool(fields[name] == fields.get("n", 1))
+    return name in LABELS or fields[name] in NEUTRAL.get(name, ())
+
+
+def hint(name: str) -> str:
+    allowed = NEUTRAL[name]
+    if name == "best_of":
+        return " or make it equal to n"
+    return f" or set it to {msgspec.json.encode(allowed[0]).decode()}" if allowed else ""
+
+
+def invalid(text: str, fields: dict[str, Any]) -> UserError:
+    """msgspec's sentence with its path as `param`, and the value where a range was missed."""
+    match = PLACE.match(text)
+    sentence, param = (match[1], match[2]) if match else (text, "")
+    if missing := re.search(r"missing required field `(\w+)`", sentence):
+        return UserError(f"{missing[1]} is required", param=missing[1], code="missing_required_parameter")
+    value = fields.get(param)
+    got = f", got {value}" if isinstance(value, int | float) and "got" not in sentence else ""
+    sentence = sentence[0].lower() + sentence[1:]
+    return UserError(f"{param}: {sentence}{got}", param=param or None, code="invalid_value")

@@ -1,0 +1,42 @@
+"""The one error body of the API: {"error": {message, type, param, code}}, all four always present."""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from tpserve.errors import UserError
+
+TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "internal_server_error",
+    503: "service_unavailable_error",
+}
+CODES = {401: "invalid_api_key", 429: "queue_full", 500: "internal_error"}
+RETRY_AFTER_S = {429: 1, 503: 5}
+"""Statuses that pass by themselves, and when to try again."""
+
+
+def error_object(error: UserError) -> dict[str, Any]:
+    kind = TYPES.get(error.status, "invalid_request_error")
+    code = error.code or CODES.get(error.status)
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": code}}
+
+
+def error_response(error: UserError, headers: dict[str, str] | None = None, **extra: Any) -> web.Response:
+    """The HTTP answer to `error`; `extra` stands beside the error object."""
+    headers = dict(headers or {})
+    if error.status in RETRY_AFTER_S:
+        headers["Retry-After"] = str(RETRY_AFTER_S[error.status])
+    return json_response(extra | error_object(error), error.status, headers)
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
+
+
+def internal_error(request_id: str) -> UserError:
+    """What a client hears of our own bug; the log has the rest."""
+    return UserError(f"internal error in request {request_id}; the server's log says more", status=500)

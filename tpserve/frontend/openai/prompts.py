@@ -1,0 +1,159 @@
+"""From a call's prompt or messages to token ids that fit the model.
+
+Owns the shapes of `prompt`, the messages a chat template gets, and the context arithmetic. Never admits anything. Long texts
+are tokenized in a thread, so that streams go on, and texts that cannot fit whatever their tokens are not tokenized at all.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tpserve.errors import UserError
+from tpserve.frontend.openai.schema import ChatCall, CompletionCall, TokenizeChatCall
+from tpserve.frontend.openai.service import Limits, Service
+from tpserve.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+THREAD_CHARS = 4096
+"""Texts from this length on are tokenized in a thread; shorter ones take less than the switch."""
+RESERVED_KWARGS = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`text` is what the client sent, or the text of the ids it sent."""
+
+    ids: list[int]
+    text: str
+
+
+async def completion_prompts(service: Service, call: CompletionCall, limits: Limits) -> list[Prompt]:
+    """The prompts of a completions call, in order: a text, texts, ids, or lists of ids."""
+    items = split_prompt(call.prompt)
+    if len(items) > service.max_open:
+        raise UserError(
+            f"prompt: {len(items)} prompts, this server holds {service.max_open} at once; split the request", param="prompt"
+        )
+    for item in items:
+        if isinstance(item, str):
+            refuse_too_long(item, service.tokenizer, limits, "prompt")
+        else:
+            check_ids(item, limits.vocab_size, "prompt")
+    tokenizer = service.tokenizer
+
+    def encode() -> list[Prompt]:
+        return [
+            Prompt(tokenizer.encode(item, call.add_special_tokens), item)
+            if isinstance(item, str)
+            else Prompt(item, tokenizer.decode(item) if call.echo else "")
+            for item in items
+        ]
+
+    prompts = await in_thread(encode, sum(len(item) for item in items))
+    for prompt in prompts:
+        if not prompt.ids:
+            raise UserError("prompt is empty: the model needs at least one token to continue", param="prompt")
+    return prompts
+
+
+async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, max_model_len: int | None) -> Prompt:
+    """The prompt of a conversation through the model's template."""
+    messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
+    if taken := RESERVED_KWARGS & call.chat_template_kwargs.keys():
+        raise UserError(f"chat_template_kwargs must not set {min(taken)}", param="chat_template_kwargs")
+    content_chars = sum(len(message.get("content") or "") for message in messages)
+    if max_model_len is not None and content_chars > max_model_len * service.tokenizer.longest_token_chars:
+        raise too_long(max_model_len, f"the messages have {content_chars} characters", "messages")
+
+    def encode() -> Prompt:
+        text = service.chat_template.render(
+            messages,
+            add_generation_prompt=call.add_generation_prompt,
+            continue_final_message=call.continue_final_message,
+            **call.chat_template_kwargs,
+        )
+        return Prompt(service.tokenizer.encode(text, call.add_special_tokens), text)
+
+    prompt = await in_thread(encode, content_chars)
+    if not prompt.ids:
+        raise UserError("the chat template made an empty prompt of the messages", param="messages")
+    return prompt
+
+
+def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limits: Limits, param: str) -> int:
+    """How many tokens a sequence may generate. `asked` must fit whole; `default` (None: all that is left) is cut to what is left."""
+    length = len(prompt.ids)
+    left = limits.max_model_len - length
+    if left < 1:
+        raise too_long(limits.max_model_len, f"your prompt has {length} tokens", param)
+    if asked is not None and asked > left:
+        detail = f"you requested {length + asked} tokens ({length} in the prompt, {asked} in the completion)"
+        raise too_long(limits.max_model_len, detail, param)
+    return asked or min(default or left, left)
+
+
+def too_long(max_model_len: int, detail: str, param: str) -> UserError:
+    text = f"This model's maximum context length is {max_model_len} tokens. However, {detail}; shorten the prompt or lower max_tokens."
+    return UserError(text, param=param, code="context_length_exceeded")
+
+
+def split_prompt(prompt: str | list[Any]) -> list[str | list[int]]:
+    """One entry a prompt. UserError for an empty or a mixed list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise UserError("prompt is empty; send a text, texts, token ids, or lists of token ids", param="prompt")
+    if all(isinstance(item, str) for item in prompt) or all(isinstance(item, list) for item in prompt):
+        return list(prompt)
+    return [prompt]
+
+
+def check_ids(ids: list[Any], vocab_size: int, param: str) -> None:
+    """UserError unless all are token ids of the model."""
+    for token in ids:
+        if type(token) is not int:
+            raise UserError(
+                f"{param}: expected token ids or texts, got a {type(token).__name__} among them",
+                param=param,
+                code="invalid_value",
+            )
+        if not 0 <= token < vocab_size:
+            raise UserError(
+                f"{param}: token id {token} is outside the vocabulary of {vocab_size}", param=param, code="invalid_value"
+            )
+
+
+def refuse_too_long(text: str, tokenizer: Tokenizer, limits: Limits, param: str) -> None:
+    """A token stands for so many characters at most, so some texts need no tokenizing to be too long."""
+    if len(text) > limits.max_model_len * tokenizer.longest_token_chars:
+        raise too_long(limits.max_model_len, f"your prompt has {len(text)} characters", param)
+
+
+def plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
+    """A message as templates expect it: nulls left out, text parts joined, what this server cannot show the model refused."""
+    where = f"messages[{index}]"
+    message = {name: value for name, value in message.items() if value is not None}
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise UserError(f"{where}.role must be a string", param=f"{where}.role")
+    if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
+        raise UserError(f"{where}: tools are not supported by this server", param=where, code="unsupported_parameter")
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = "\n".join(text_part(part, f"{where}.content[{at}]") for at, part in enumerate(content))
+    elif not isinstance(content, str):
+        raise UserError(f"{where}.content must be a string or a list of text parts", param=f"{where}.content")
+    return message
+
+
+def text_part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise UserError(f"{where}: only text parts are supported, got {str(kind)[:64]}", param=where, code="unsupported_parameter")
+
+
+async def in_thread(work: Callable[[], T], chars: int) -> T:
+    return work() if chars < THREAD_CHARS else await asyncio.to_thread(work)

@@ -1,0 +1,174 @@
+"""The request bodies of the API: what is served, what is known and refused, and what every field may hold.
+
+A field here is honoured. A known field that is not honoured stands in `NEUTRAL` with the values that ask for nothing; any
+other value is refused by name. What stands nowhere is served with a warning, since clients send extras.
+"""
+
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+
+Count = Annotated[int, Meta(ge=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+RequestId = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")]
+"""Printable, so that it may stand in a header and in a log line."""
+
+
+class StreamOptions(Struct, frozen=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampled(Struct, frozen=True, kw_only=True):
+    """What completions and chat share."""
+
+    model: str | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    seed: int | None = None
+    max_tokens: Count | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=64)] = []
+    stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1024)] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    request_id: RequestId | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class CompletionCall(Sampled, frozen=True, kw_only=True):
+    """POST /v1/completions. The shapes of `prompt` are told apart in `prompts`."""
+
+    prompt: str | list[Any]
+    logprobs: NumLogprobs | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatCall(Sampled, frozen=True, kw_only=True):
+    """POST /v1/chat/completions. Special tokens come from the template, so encoding adds none by default."""
+
+    messages: Messages
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: NumLogprobs | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeCall(Struct, frozen=True, kw_only=True):
+    """POST /tokenize with a text; with messages it is a `TokenizeChatCall`."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatCall(Struct, frozen=True, kw_only=True):
+    """POST /tokenize with messages: how the same fields of a `ChatCall` would be tokenized."""
+
+    messages: Messages
+    model: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    return_token_strs: bool = False
+
+
+class DetokenizeCall(Struct, frozen=True, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[Any]
+    model: str | None = None
+
+
+ALIASES = {"rid": "request_id"}
+LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Names a client gives its own traffic. They ask for nothing, so they are taken without a warning."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # sampling
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "min_tokens": (0,),
+    "best_of": (),  # equal to n is neutral, see `body`
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "logits_processors": ([],),
+    # input
+    "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "prompt_embeds": (),
+    "input_ids": (),
+    "chat_template": (),
+    "documents": ([],),
+    "lora_path": (),
+    "cache_salt": (),
+    "priority": (0,),
+    "mm_processor_kwargs": ({},),
+    # output
+    "echo": (False,),
+    "prompt_logprobs": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "verbosity": ("medium",),
+    # tools and reasoning
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": (),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "web_search_options": (),
+    # service
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+}
+"""Known fields that are not honoured, and the values that change nothing. null is neutral for every field."""

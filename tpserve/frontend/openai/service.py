@@ -1,0 +1,83 @@
+"""What the handlers share: the names served, the engine's state as seen from here, and admission.
+
+Owns nothing that changes but the set of names already logged. Admission is where 404, 429 and 503 come from.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from tpserve.errors import UserError
+from tpserve.frontend.journal import Journal, NewSequence, Ticket
+from tpserve.frontend.status import Status
+from tpserve.text.chat import ChatTemplate
+from tpserve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Facts of a running engine that bound a request."""
+
+    max_model_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Service:
+    """`max_open`: sequences that may run or wait at once."""
+
+    names: tuple[str, ...]
+    root: str
+    created_s: int
+    max_open: int
+    journal: Journal
+    status: Callable[[], Status]
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    logged_fields: set[str] = field(default_factory=set)
+
+    def served(self, model: str | None) -> str:
+        """The served name of a request's model; None is the default. UserError 404 for any other."""
+        if model is None:
+            return self.names[0]
+        if model not in self.names:
+            known = ", ".join(self.names)
+            raise UserError(
+                f"the model {model[:128]!r} does not exist; served: {known}", param="model", code="model_not_found", status=404
+            )
+        return model
+
+    def limits(self) -> Limits:
+        """UserError 503 unless requests are taken."""
+        status = self.status()
+        if status.state == "running" and status.max_model_len is not None and status.vocab_size is not None:
+            return Limits(status.max_model_len, status.vocab_size)
+        raise not_ready(status)
+
+    def open(self, new: Sequence[NewSequence], *, streaming: bool) -> Ticket:
+        """Admit a request. UserError 429 when the queue is full, 400 when it never could fit."""
+        if len(new) > self.max_open:
+            raise UserError(
+                f"the request asks for {len(new)} sequences (prompts times n), this server holds {self.max_open} at once; split it",
+                param="n",
+            )
+        if self.journal.num_open + len(new) > self.max_open:
+            raise UserError(
+                f"the queue is full: {self.journal.num_open} of {self.max_open} sequences are open; try again", status=429
+            )
+        self.limits()  # the engine may have left while the prompt was tokenized
+        return self.journal.open(new, streaming=streaming)
+
+
+def not_ready(status: Status) -> UserError:
+    """503, in the words of the state."""
+    if status.state in ("starting", "running"):
+        where = f": {status.phase}" if status.phase else ""
+        return UserError(f"the server is starting{where} ({status.percent}%); try again", code="starting", status=503)
+    if status.state == "draining":
+        return UserError("the server is shutting down and takes no new requests", code="draining", status=503)
+    return UserError(f"the server has stopped: {status.reason or 'no reason given'}", code="stopped", status=503)
+
+
+SERVICE = web.AppKey("service", Service)
