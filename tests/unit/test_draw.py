@@ -1,0 +1,230 @@
+"""The draw: the right distribution, the same token however rows and vocabulary are laid out, and a scalar reference."""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tpserve.parallel.group import Group
+from tpserve.sampler import draw as module
+from tpserve.sampler.draw import BLOCK, draw, gumbel
+
+ALONE = Group()
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Shards(Group):
+    """A rank of an in-process group: ranks are threads that meet in `all_gather`."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.rank, self.size, self._barrier, self._board = rank, size, barrier, board
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        self._board[self.rank] = x
+        self._barrier.wait()
+        gathered = torch.stack(self._board)
+        self._barrier.wait()
+        return gathered
+
+
+def on_ranks(size: int, run: Callable[[Group], torch.Tensor]) -> list[torch.Tensor]:
+    barrier, board = threading.Barrier(size, timeout=20), [torch.empty(0)] * size
+    results: list[torch.Tensor] = [torch.empty(0)] * size
+
+    def rank(index: int) -> None:
+        results[index] = run(Shards(index, size, barrier, board))
+
+    threads = [threading.Thread(target=rank, args=(i,)) for i in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def columns(rows: int, temperature: float | None = None) -> Columns:
+    """Temperatures (0 among them), seeds over the whole range, positions and choices."""
+    generator = torch.Generator().manual_seed(5)
+    temperatures = torch.tensor([0.7, 0.0, 1.0, 1.9, 1e-30])[torch.arange(rows) % 5]
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+    return (
+        temperatures if temperature is None else torch.full((rows,), temperature),
+        seeds,
+        torch.randint(0, 10000, (rows,), generator=generator),
+        torch.randint(0, 4, (rows,), generator=generator),
+    )
+
+
+def logits(rows: int, vocab: int) -> torch.Tensor:
+    return torch.randn((rows, vocab), generator=torch.Generator().manual_seed(vocab)) * 3
+
+
+def whole(x: torch.Tensor, temperature: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    seed, position, choice = rest
+    return draw(x, (range(x.shape[1]),), temperature, seed, position, choice, ALONE, all_greedy=False)
+
+
+def some(rest: Columns, rows: slice) -> Columns:
+    temperature, seed, position, choice = rest
+    return temperature[rows], seed[rows], position[rows], choice[rows]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def philox_word(counter: list[int], key: list[int]) -> int:
+    """Philox4x32-10's first word in plain integers."""
+    c, k = counter, key
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c[0]
+
+
+def scalar_draw(row: list[float], temperature: float, seed: int, position: int, choice: int) -> int:
+    """The contract of docs/design.md in Python numbers."""
+    if temperature == 0:
+        return row.index(max(row))
+    z = [x / temperature for x in row]
+
+    def noise(id: int, level: int) -> float:
+        bits = philox_word([id, position, choice, level], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
+        return -math.log(-math.log(((bits >> 9) + 0.5) * 2.0**-23))
+
+    def lse(block: int) -> float:
+        part = z[block * BLOCK : (block + 1) * BLOCK]
+        return max(part) + math.log(sum(math.exp(x - max(part)) for x in part))
+
+    block = max(range(-(-len(z) // BLOCK)), key=lambda b: (lse(b) + noise(b, 0), -b))
+    ids = range(block * BLOCK, min(block * BLOCK + BLOCK, len(z)))
+    return max(ids, key=lambda i: (z[i] + noise(i, 1), -i))
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 128, 300])
+def test_every_row_is_the_scalar_draw(vocab: int) -> None:
+    x, rest = logits(60, vocab), columns(60)
+    rows = zip(x.tolist(), *(c.tolist() for c in rest), strict=True)
+    assert whole(x, *rest).tolist() == [scalar_draw(*row) for row in rows]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.3])
+def test_frequencies_are_the_softmax(temperature: float) -> None:
+    """Chi-square over 20,000 positions of one seed; 6 standard deviations, at a fixed seed."""
+    rows, vocab = 20_000, 300
+    x = torch.randn((1, vocab), generator=torch.Generator().manual_seed(1))
+    _, _, _, choice = columns(rows)
+    seed = torch.full((rows,), 1234567890123)
+    tokens = whole(x.expand(rows, -1), torch.full((rows,), temperature), seed, torch.arange(rows), choice * 0)
+    expected = torch.softmax(x[0].double() / temperature, 0) * rows
+    counts = torch.bincount(tokens, minlength=vocab).double()
+    rare = expected < 5
+    observed = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    wanted = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    statistic = float(((observed - wanted) ** 2 / wanted).nan_to_num().sum())
+    freedom = len(wanted) - 1
+    assert freedom > 50 and abs(statistic - freedom) < 6 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("which", ["seed low", "seed high", "position", "choice"])
+def test_each_part_of_the_counter_gives_new_draws(which: str) -> None:
+    x = torch.zeros((200, 512))
+    zero, steps = torch.zeros(200, dtype=torch.int64), torch.arange(200)
+    seed = {"seed low": steps, "seed high": steps << 32}.get(which, zero)
+    parts = (seed, steps if which == "position" else zero, steps if which == "choice" else zero)
+    assert len(set(whole(x, torch.ones(200), *parts).tolist())) > 120
+
+
+def test_gumbel_is_finite_at_both_ends_and_levels_differ() -> None:
+    ids, zero = torch.arange(500_000)[None], torch.zeros(1, dtype=torch.int64)
+    noise = [gumbel(ids, zero, zero, zero, level) for level in (0, 1)]
+    assert all(bool(n.isfinite().all()) for n in noise)
+    assert abs(float(noise[0].mean()) - 0.5772) < 0.01 and abs(float(noise[0].var()) - math.pi**2 / 6) < 0.02
+    assert abs(float(torch.corrcoef(torch.cat(noise))[0, 1])) < 0.01
+
+
+@pytest.mark.parametrize("vocab", [300, 50_257])
+def test_a_row_does_not_see_the_others(vocab: int, two_threads: None) -> None:
+    """Values and tokens bit for bit, for 1 to 17 rows, for one and two threads, and in pieces."""
+    x, rest = logits(17, vocab), columns(17)
+    values, tokens = module._draw_rows(x, *rest, first=0)
+    for rows in range(1, 18):
+        torch.set_num_threads(1 + rows % 2)
+        got_values, got_tokens = module._draw_rows(x[:rows], *some(rest, slice(rows)), first=0)
+        assert torch.equal(got_values, values[:rows]) and torch.equal(got_tokens, tokens[:rows])
+        last = module._draw_rows(x[rows - 1 : rows], *some(rest, slice(rows - 1, rows)), first=0)
+        assert torch.equal(last[0], values[rows - 1 : rows])
+
+
+def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, rest = logits(17, 300), columns(17)
+    tokens = whole(x, *rest)
+    monkeypatch.setattr(module, "PIECE", 1000)
+    assert torch.equal(whole(x, *rest), tokens)
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [(0, 256, 512), (0, 128, 512), (0, 128, 384, 500), (0, 384, 512, 515), (0, 3, 7), (0, 100, 171, 300), (0, 1, 2, 3)],
+    ids=str,
+)
+def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
+    """Whole blocks are decided by one gather of (value, id); shards that start inside a block gather logits of unequal width."""
+    shards = tuple(range(a, b) for a, b in pairwise(cuts))
+    x, rest = logits(40, cuts[-1]), columns(40)
+    expected = whole(x, *rest)
+
+    def run(tp: Group) -> torch.Tensor:
+        shard = shards[tp.rank]
+        return draw(x[:, shard.start : shard.stop].clone(), shards, *rest, tp, all_greedy=False)
+
+    for tokens in on_ranks(len(shards), run):
+        assert torch.equal(tokens, expected)
+
+
+def test_a_shard_has_the_whole_vocabularys_values() -> None:
+    """Not only the winners agree: the values that are compared do, to the bit."""
+    x, rest = logits(40, 1024), columns(40)
+    values, tokens = module._draw_rows(x, *rest, first=0)
+    first, second = (module._draw_rows(x[:, s : s + 512], *rest, first=s) for s in (0, 512))
+    assert torch.equal(torch.maximum(first[0], second[0]), values)
+    assert torch.equal(torch.where(first[0] >= second[0], first[1], second[1]), tokens)
+
+
+@pytest.mark.parametrize("all_greedy", [True, False])
+def test_temperature_0_is_the_lowest_id_of_the_largest_logit(all_greedy: bool) -> None:
+    x = torch.zeros((3, 300))
+    x[0, [5, 200]] = 1.0
+    x[1, [130, 299]] = 7.0
+    rest = (torch.zeros(3), *columns(3)[1:])
+    shards = (range(128), range(128, 256), range(256, 300))
+
+    def run(tp: Group) -> torch.Tensor:
+        shard = shards[tp.rank]
+        return draw(x[:, shard.start : shard.stop], shards, *rest, tp, all_greedy=all_greedy)
+
+    assert all(tokens.tolist() == [5, 130, 0] for tokens in on_ranks(3, run))
+    assert draw(x, (range(300),), *rest, ALONE, all_greedy=all_greedy).tolist() == [5, 130, 0]
+
+
+def test_masked_logits_are_never_drawn() -> None:
+    x = torch.full((500, 400), float("-inf"))
+    x[:, [3, 250]] = 0.0
+    _, seed, position, choice = columns(500)
+    tokens = whole(x, torch.ones(500), seed, position, choice)
+    assert 200 < int((tokens == 3).sum()) < 300 and set(tokens.tolist()) == {3, 250}
+
+
+def test_all_greedy_draws_nothing_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "gumbel", None)
+    x, rest = logits(4, 300), columns(4, temperature=0.0)
+    assert torch.equal(draw(x, (range(300),), *rest, ALONE, all_greedy=True), x.argmax(1))

@@ -1,0 +1,132 @@
+"""The draw: logits become tokens. Owns the mapping (logits, temperature, seed, position, choice) -> token; keeps no state.
+
+A two-level Gumbel-max draw over blocks of 128 vocabulary ids. With independent standard Gumbel noise G, argmax of z + G is
+a sample of softmax(z), and so is
+
+    block = argmax over blocks of LSE(z in the block) + G(block, level 0)
+    token = argmax inside that block of z + G(token, level 1)                 z = logits / temperature
+
+which needs one random number a block and 128 more instead of one a token. G comes from Philox with key = seed and
+counter = (block or token id, position, choice, level). Ties go to the lowest id. Temperature 0 is the argmax of the logits.
+
+Exactness. A row's token depends on nothing but the row: maxima are exact, sums are exact in any order (`_exact_sum`), all
+else is elementwise. A vocabulary shard of whole blocks therefore finds its own best block and token as the whole would,
+and the best of the gathered (value, id) pairs is the unsharded draw, bit for bit. Shards that start inside a block (tiny
+vocabularies) gather the logits and draw from all of them.
+
+Legend: S sampled rows, V vocabulary ids of this rank, B blocks, E the 128 ids of a block.
+"""
+
+import torch
+
+from tpserve.parallel.group import Group
+from tpserve.sampler.philox import WORD, philox4x32
+
+BLOCK = 128
+PIECE = 1 << 24
+"""Logits handled at once: bounds the draw's memory at about 20 bytes for each of these."""
+
+
+def draw(
+    logits_SV: torch.Tensor,
+    shards: tuple[range, ...],
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    position_S: torch.Tensor,
+    choice_S: torch.Tensor,
+    tp: Group,
+    *,
+    all_greedy: bool,
+) -> torch.Tensor:
+    """Draw one token a row: [S] int64, equal on all ranks of `tp`.
+
+    `logits_SV`: float32, this rank's share of the vocabulary; `shards`: every rank's, ascending, without gaps.
+    `seed_S`, `position_S`, `choice_S`: int64, the seed as the bits of an unsigned number; `position_S` is the drawn token's.
+    `all_greedy`: the caller knows that every temperature is 0; then nothing random is computed.
+    """
+    first = shards[tp.rank].start
+    if all_greedy:
+        return _winner(*_greedy(logits_SV, first), tp)
+    aligned = all(shard.start % BLOCK == 0 for shard in shards)
+    if not aligned:
+        logits_SV, first = _gather(logits_SV, shards, tp), 0
+    step = max(1, PIECE // logits_SV.shape[1])
+    pieces = [slice(start, start + step) for start in range(0, len(logits_SV), step)]
+    drawn = [_draw_rows(logits_SV[s], temperature_S[s], seed_S[s], position_S[s], choice_S[s], first=first) for s in pieces]
+    value_S, token_S = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return _winner(value_S, token_S, tp) if aligned else token_S
+
+
+def gumbel(
+    id_SN: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, choice_S: torch.Tensor, level: int
+) -> torch.Tensor:
+    """Standard Gumbel noise [S, N] float64 for each id of each row: -log(-log u), u the middle of one of 2**23 equal steps."""
+    counter = (id_SN, position_S[:, None], choice_S[:, None], torch.full_like(choice_S, level)[:, None])
+    bits_SN = philox4x32(counter, (seed_S[:, None] & WORD, (seed_S[:, None] >> 32) & WORD))[0]
+    u_SN = ((bits_SN >> 9).double() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(u_SN))
+
+
+def _greedy(logits_SV: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit and its lowest id, of this shard."""
+    value_S, token_S = logits_SV.max(dim=1)
+    return value_S.double(), token_S + first
+
+
+def _draw_rows(
+    logits_SV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    position_S: torch.Tensor,
+    choice_S: torch.Tensor,
+    *,
+    first: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This shard's best (value, token) of each row; only values of one row, over shards, can be compared."""
+    greedy_S = temperature_S == 0
+    scale_S = torch.where(greedy_S, 1.0, temperature_S)
+    scale64_S1 = scale_S.double()[:, None]
+    num_rows, width = logits_SV.shape
+    padded_SV = torch.nn.functional.pad(logits_SV, (0, -width % BLOCK), value=float("-inf")) if width % BLOCK else logits_SV
+    blocks_SBE = padded_SV.view(num_rows, -1, BLOCK)
+
+    # Relative to the block's own maximum nothing overflows, however small the temperature; the clamp is for blocks of -inf.
+    top_SB = blocks_SBE.amax(dim=2).clamp(min=torch.finfo(torch.float32).min)
+    weight_SBE = (blocks_SBE - top_SB[:, :, None]).div_(scale_S[:, None, None]).exp_()
+    lse_SB = top_SB.double() / scale64_S1 + _exact_sum(weight_SBE).log()
+    block_B = torch.arange(blocks_SBE.shape[1], device=logits_SV.device)
+    value_SB = lse_SB + gumbel((block_B + first // BLOCK)[None], seed_S, position_S, choice_S, level=0)
+    value_S, block_S = value_SB.max(dim=1)
+
+    id_SE = block_S[:, None] * BLOCK + torch.arange(first, first + BLOCK, device=logits_SV.device)
+    chosen_SE = blocks_SBE.gather(1, block_S[:, None, None].expand(-1, 1, BLOCK)).squeeze(1)
+    inside_SE = chosen_SE.double() / scale64_S1 + gumbel(id_SE, seed_S, position_S, choice_S, level=1)
+    token_S = id_SE.gather(1, inside_SE.argmax(dim=1, keepdim=True)).squeeze(1)
+
+    greedy_value_S, greedy_token_S = _greedy(logits_SV, first)
+    return torch.where(greedy_S, greedy_value_S, value_S), torch.where(greedy_S, greedy_token_S, token_S)
+
+
+def _exact_sum(weight_SBE: torch.Tensor) -> torch.Tensor:
+    """Sums of 128 numbers in [0, 1] whose order does not matter, float64.
+
+    Adding and taking away 2**8 rounds each to a multiple of 2**-44; 128 of those fit a float64 without further rounding.
+    """
+    return weight_SBE.double().add_(2.0**8).sub_(2.0**8).sum(dim=2)
+
+
+def _winner(value_S: torch.Tensor, token_S: torch.Tensor, tp: Group) -> torch.Tensor:
+    """Each row's token of the highest value; the first shard, with the lowest ids, wins ties. Ids are exact in a float64."""
+    if tp.size == 1:
+        return token_S
+    value_PS, token_PS = tp.all_gather(torch.stack((value_S, token_S.double()))).unbind(1)
+    return token_PS.gather(0, value_PS.argmax(dim=0)[None]).squeeze(0).long()
+
+
+def _gather(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group) -> torch.Tensor:
+    """All ranks' logits side by side; shares are padded to the largest on the way."""
+    if tp.size == 1:
+        return logits_SV
+    widest = max(len(shard) for shard in shards)
+    parts_PSV = tp.all_gather(torch.nn.functional.pad(logits_SV, (0, widest - logits_SV.shape[1])))
+    return torch.cat([part[:, : len(shard)] for part, shard in zip(parts_PSV, shards, strict=True)], dim=1)
