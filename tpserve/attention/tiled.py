@@ -21,6 +21,8 @@ from tpserve.attention.batch import AttentionBatch
 TILE = 128
 """Positions of a tile (a multiple of the block size): small enough that short contexts do not pay for empty positions."""
 ROW_UNIT = 4
+GATHER_BYTES = 2 << 20
+"""Bytes of keys taken out of the cache at a time; more leaves the CPU's caches and costs page faults."""
 
 
 def attend(
@@ -32,10 +34,12 @@ def attend(
     out_TND = torch.empty_like(q_TND)
     # One-row chunks go together, longest context first, so that the sequences that reach a tile are a prefix.
     singles = sorted((r for r, count in enumerate(lens) if count == 1), key=lambda r: -contexts[r])
-    if singles:
-        rows = torch.tensor([starts[r] for r in singles])
-        tables = batch.tables[torch.tensor(singles)]
-        visible_nM = torch.tensor([contexts[r] for r in singles]).unsqueeze(1)
+    step = max(1, GATHER_BYTES // (4 * TILE * k_cache_BSKD.shape[2] * k_cache_BSKD.shape[3]))
+    for at in range(0, len(singles), step):
+        some = singles[at : at + step]
+        rows = torch.tensor([starts[r] for r in some])
+        tables = batch.tables[torch.tensor(some)]
+        visible_nM = torch.tensor([contexts[r] for r in some]).unsqueeze(1)
         out_TND[rows] = _group(q_TND[rows].unsqueeze(1), k_cache_BSKD, v_cache_BSKD, tables, visible_nM, scale).squeeze(1)
     for r, count in enumerate(lens):
         if count > 1:

@@ -5,12 +5,12 @@ import torch.nn.functional as F
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """Each row of `x` over its root mean square, times `weight`."""
+    """Each row of `x` over its root mean square, times `weight`. More dims than two are more rows."""
     if not x_TH.is_cuda:
         return F.rms_norm(x_TH, weight_H.shape, weight_H, eps)
     from tpserve_kernels import norm
 
-    return norm.rms_norm(x_TH, weight_H, eps)
+    return norm.rms_norm(x_TH.reshape(-1, x_TH.shape[-1]), weight_H, eps).view(x_TH.shape)
 
 
 def add_rms_norm(

@@ -1,0 +1,144 @@
+"""The CPU numerics contract, op by op: a row's bits are those of the row alone, for any rows beside it and any thread count."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tpserve_kernels.attention import paged_attention_reference
+
+from tpserve.attention import tiled
+from tpserve.attention.batch import AttentionBatch
+from tpserve.attention.paged import KVCache, attend
+from tpserve.layers.mlp import silu_mul
+from tpserve.layers.norm import add_rms_norm, rms_norm
+from tpserve.layers.rope import tables
+from tpserve.quant.matmul import matmul
+from tpserve.types.model_spec import RopeSpec
+
+ROWS = (1, 2, 3, 4, 5, 16, 17, 256, 257, 600)
+OFFSETS = (0, 1, 6)
+DTYPES = (torch.float32, torch.bfloat16)
+Op = Callable[[torch.Tensor], torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_rows_stand_alone(op: Op, width: int, dtype: torch.dtype) -> None:
+    """`op` maps rows to rows; each must come out as it does alone on one thread."""
+    x_TH = (torch.randn(max(ROWS) + max(OFFSETS), width) * 2).to(dtype)
+    torch.set_num_threads(1)
+    alone = torch.cat([op(row.unsqueeze(0)) for row in x_TH])
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for rows in ROWS:
+            for offset in OFFSETS:
+                got = op(x_TH[offset : offset + rows])
+                assert torch.equal(got, alone[offset : offset + rows]), f"{rows} rows from {offset}, {threads} threads"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape_NK", [(64, 64), (517, 64), (59, 96), (64, 58), (2, 16), (300, 171), (1024, 256), (512, 1408)], ids=str)
+def test_matmul(shape_NK: tuple[int, int], dtype: torch.dtype) -> None:
+    weight_NK = (torch.randn(shape_NK) / shape_NK[1] ** 0.5).to(dtype)
+    assert_rows_stand_alone(lambda x: matmul(x, weight_NK), shape_NK[1], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [8, 64, 171, 1000, 4096])
+def test_norms(width: int, dtype: torch.dtype) -> None:
+    weight_H = torch.randn(width).to(dtype)
+    assert_rows_stand_alone(lambda x: rms_norm(x, weight_H, 1e-6), width, dtype)
+    assert_rows_stand_alone(lambda x: torch.cat(add_rms_norm(x, x.flip(1), weight_H, 1e-6), dim=1), width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [2, 116, 342, 2000, 8192])
+def test_silu_mul(width: int, dtype: torch.dtype) -> None:
+    assert_rows_stand_alone(silu_mul, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [(3, 8), (6, 80), (12, 128)])
+def test_rope(heads: int, dim: int, dtype: torch.dtype) -> None:
+    rope = tables(RopeSpec(), dim, 1000, torch.device("cpu"))
+
+    def op(x: torch.Tensor) -> torch.Tensor:
+        """The first column says which position a row has."""
+        q_TND = x[:, 1:].reshape(len(x), heads, dim)
+        positions_T = (x[:, 0].float().abs() * 200).long().clamp(max=999)
+        return torch.cat(rope.turn(q_TND, q_TND[:, :1], positions_T), dim=1).flatten(1)
+
+    assert_rows_stand_alone(op, 1 + heads * dim, dtype)
+
+
+class Paged:
+    """Random sequences in a shuffled cache whose unowned entries are NaN."""
+
+    def __init__(self, contexts: list[int], block_size: int, num_kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+        widths = [-(-context // block_size) for context in contexts]
+        ids = torch.randperm(sum(widths) + 3)
+        shape = (len(ids), block_size, num_kv_heads, dim)
+        self.cache = KVCache(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
+        self.tables = [t.int() for t in ids[: sum(widths)].split(widths)]
+        self.contexts = contexts
+        owned = torch.zeros(shape[:2], dtype=torch.bool)
+        for context, table in zip(contexts, self.tables, strict=True):
+            for p in range(context):
+                owned[table[p // block_size], p % block_size] = True
+        for side in (self.cache.k, self.cache.v):
+            side.masked_fill_(~owned[:, :, None, None], torch.nan)
+
+    def batch(self, chunks: list[tuple[int, int, int]]) -> AttentionBatch:
+        """Chunks (sequence, start, count), in this order."""
+        ends = [start + count for _, start, count in chunks]
+        padded = torch.nn.utils.rnn.pad_sequence([self.tables[i] for i, _, _ in chunks], batch_first=True)
+        starts = torch.tensor([0, *(count for _, _, count in chunks)]).cumsum(0)
+        none = torch.empty(0, dtype=torch.int64)
+        lens = tuple(count for _, _, count in chunks)
+        return AttentionBatch(starts.int(), torch.tensor(ends).int(), padded, none, lens, tuple(ends))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), [(8, 4, 8, 16), (8, 8, 16, 32), (6, 1, 64, 16), (3, 3, 80, 256)])
+def test_attention(heads: int, kv_heads: int, dim: int, block_size: int, dtype: torch.dtype) -> None:
+    contexts = [1, 2, 5, 16, 17, 128, 129, 257, 300, 40, 64, 256]
+    paged = Paged(contexts, block_size, kv_heads, dim, dtype)
+    q = [torch.randn(context, heads, dim).to(dtype) for context in contexts]
+    scale = dim**-0.5
+
+    def run(chunks: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+        rows = torch.cat([q[i][start : start + count] for i, start, count in chunks])
+        out = attend(rows, paged.cache, paged.batch(chunks), scale)
+        return list(out.split([count for _, _, count in chunks]))
+
+    torch.set_num_threads(1)
+    alone = [torch.cat([run([(i, p, 1)])[0] for p in range(context)]) for i, context in enumerate(contexts)]
+    oracle = paged.batch([(i, 0, context) for i, context in enumerate(contexts)])
+    expected = paged_attention_reference(
+        torch.cat(q), paged.cache.k, paged.cache.v, oracle.tables, oracle.query_starts, oracle.context_lens, 300, scale
+    )
+    torch.testing.assert_close(torch.cat(alone), expected, atol=2e-6 if dtype == torch.float32 else 2e-2, rtol=1e-5)
+    last = [(i, context - 1, 1) for i, context in enumerate(contexts)]
+    cuts = [(i, context // 3, context - context // 3) for i, context in enumerate(contexts)]
+    whole = [(i, 0, context) for i, context in enumerate(contexts)]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for chunks in (last, last[::-1], cuts, whole, last[:5] + whole[5:], [(8, 0, 130)], [(8, 130, 3)], [(8, 133, 167)]):
+            for (i, start, count), got in zip(chunks, run(chunks), strict=True):
+                assert torch.equal(got, alone[i][start : start + count]), f"sequence {i} rows [{start}, {start + count})"
+
+
+def test_attention_splits_a_wide_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences taken in several gathers come out as in one."""
+    paged = Paged([200, 100, 150, 3], 16, 2, 16, torch.float32)
+    batch = paged.batch([(i, context - 1, 1) for i, context in enumerate(paged.contexts)])
+    q_TND = torch.randn(4, 4, 16)
+    together = attend(q_TND, paged.cache, batch, 0.25)
+    monkeypatch.setattr(tiled, "GATHER_BYTES", 1)
+    assert torch.equal(attend(q_TND, paged.cache, batch, 0.25), together)
