@@ -1,0 +1,146 @@
+"""Scheduler and executor together in one process: what a request gets does not depend on how it was batched, chunked or preempted."""
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from tpserve.models.decoder import Decoder
+from tpserve.parallel.group import Group
+from tpserve.parallel.mesh import Mesh
+from tpserve.parallel.pipeline import Pipeline
+from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.scheduler import Scheduler
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.messages import Delta, Done
+from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
+from tpserve.types.packed import pack
+from tpserve.types.request import Request
+from tpserve.types.sampling import SamplingParams
+from tpserve.weights.dummy import dummy
+from tpserve.worker.executor import Executor, Pending
+from tpserve.worker.memory import allocate
+from tpserve.worker.slots import Slots
+
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=517,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    norm_eps=1e-5,
+    rope=RopeSpec(),
+    max_position=1024,
+    tie_embeddings=False,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    activation="silu",
+    dtype="float32",
+    bos_id=None,
+    eos_ids=(),
+    cache=(CacheGroup("full", (0, 1, 2)),),
+)
+LIMITS = Limits(
+    max_num_seqs=8,
+    max_num_batched_tokens=1024,
+    max_model_len=600,
+    num_blocks=300,
+    block_size=16,
+    depth=2,
+    feedback=False,
+    eos_ids=(),
+)
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    made = Decoder(SPEC, layout(), 0, Group(), torch.float32, torch.device("cpu"), LIMITS.max_model_len)
+    dummy(made.parameters(), seed=3)
+    return made
+
+
+def layout() -> ParallelLayout:
+    return ParallelLayout(1, 1, (SPEC.num_layers,))
+
+
+def serve(decoder: Decoder, requests: list[Request], limits: Limits) -> tuple[dict[int, Answer], Scheduler]:
+    """Everything at once through a fresh engine; the order is that of rank 0's loop."""
+    mesh = Mesh(0, layout(), Group(), Group(), Pipeline(), torch.device("cpu"))
+    slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size, 1, mesh.device)
+    executor = Executor(mesh, decoder, slots, allocate(decoder, mesh, limits.num_blocks, limits.block_size))
+    scheduler = Scheduler(limits)
+    answers = {r.id: Answer() for r in requests}
+    for request in requests:
+        scheduler.add(request, 0.0)
+    launched: deque[Pending] = deque()
+    while not scheduler.idle:
+        while (plan := scheduler.schedule(0.0)) is not None:
+            launched.append(executor.launch(plan))
+        scheduler.apply(launched.popleft().wait(), 0.0)
+        for output in scheduler.take():
+            if isinstance(output, Delta):
+                answers[output.id].tokens.extend(output.tokens)
+                answers[output.id].logprobs.extend(entry.chosen for entry in output.logprobs)
+            elif isinstance(output, Done):
+                assert output.finish == "length", output
+    return answers, scheduler
+
+
+def make_requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    requests = []
+    for i, (prompt_len, max_tokens) in enumerate([(1, 20), (7, 40), (16, 3), (33, 30), (150, 25), (270, 12), (90, 60)]):
+        prompt = torch.randint(0, SPEC.vocab_size, (prompt_len,), generator=generator).tolist()
+        params = SamplingParams(temperature=[0.0, 0.8, 1.5][i % 3], max_tokens=max_tokens, logprobs=0)
+        requests.append(Request(i, pack(prompt), params, seed=(i * 0x9E3779B97F4A7C15) & (2**64 - 1)))
+    return requests
+
+
+@pytest.fixture(scope="module")
+def alone(decoder: Decoder) -> dict[int, Answer]:
+    return {r.id: serve(decoder, [r], LIMITS)[0][r.id] for r in make_requests()}
+
+
+@pytest.mark.parametrize("change", [
+    {},
+    {"max_num_batched_tokens": 16},
+    {"max_num_batched_tokens": 37, "max_num_seqs": 3},
+    {"block_size": 32, "num_blocks": 100},
+    {"depth": 3, "feedback": True},
+    {"depth": 1},
+], ids=str)  # fmt: skip
+def test_any_schedule_gives_the_same_bits(decoder: Decoder, alone: dict[int, Answer], change: dict[str, int]) -> None:
+    batched, _ = serve(decoder, make_requests(), replace(LIMITS, **change))
+    assert batched == alone
+
+
+def test_preempted_and_recomputed(decoder: Decoder) -> None:
+    growing = [
+        Request(i, pack(range(i, i + 20)), SamplingParams(temperature=0.7 * (i % 2), max_tokens=120, logprobs=0), seed=i)
+        for i in range(5)
+    ]
+    undisturbed, _ = serve(decoder, growing, LIMITS)
+    batched, scheduler = serve(decoder, growing, replace(LIMITS, num_blocks=24))
+    assert scheduler.stats().preemptions > 0, "the pool is small enough to run short"
+    assert batched == undisturbed
+
+
+def test_two_threads_one_answer(decoder: Decoder, alone: dict[int, Answer]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        assert serve(decoder, make_requests(), LIMITS)[0] == alone
+    finally:
+        torch.set_num_threads(threads)
