@@ -1,6 +1,6 @@
 """The coordinator's transitions, one by one."""
 
-from tpserve.frontend.coordinator import Coordinator, Failed, Finished, Peer, Ready, Send, State
+from tpserve.frontend.coordinator import Coordinator, Draining, Failed, Finished, Peer, Ready, Send, State
 from tpserve.types.messages import Beat, Drain, Fault, Hello, MemoryLedger, Run, Start, Stop, Up
 
 ENDPOINTS = {"store": "127.0.0.1:1"}
@@ -74,7 +74,7 @@ def test_lost_orders_are_given_again() -> None:
 def test_a_rank_that_is_told_to_end_drains_everyone() -> None:
     c = running()
     assert c.drained(1.0) == [] and c.state is State.RUN
-    assert c.receive(Peer(1, 1), Drain(1), 1.0) == [Send(Peer(0, 1), Drain()), Send(Peer(1, 1), Drain())]
+    assert c.receive(Peer(1, 1), Drain(1), 1.0) == [Send(Peer(0, 1), Drain()), Send(Peer(1, 1), Drain()), Draining()]
     assert c.state is State.DRAINING
     assert c.drained(2.0) == [Send(Peer(0, 1), Stop(0, "")), Send(Peer(1, 1), Stop(0, "")), Finished()]
 

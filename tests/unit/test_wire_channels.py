@@ -142,8 +142,6 @@ def test_results_keep_their_order_and_their_epoch(tmp_path: Path) -> None:
 
 def test_the_frontend_speaks_only_with_the_engine_of_the_epoch(tmp_path: Path) -> None:
     server = EngineServer(f"ipc://{tmp_path}/engine")
-    with pytest.raises(EngineFailure):
-        server.send([Abort(1)])
     old, new = EngineLink(server.endpoint, 1), EngineLink(server.endpoint, 2)
     old.send([Done(1, "stop", 1)])
     new.send([Done(2, "stop", 1)])
@@ -159,6 +157,22 @@ def test_the_frontend_speaks_only_with_the_engine_of_the_epoch(tmp_path: Path) -
     assert old.poll(0.1) == []
     for channel in (server, old, new):
         channel.close()
+
+
+def test_what_is_said_before_the_engine_connects_waits_for_it(tmp_path: Path) -> None:
+    server = EngineServer(f"ipc://{tmp_path}/engine")
+    server.attach(1)
+    server.send([Abort(1)])
+    link = EngineLink(server.endpoint, 1)
+    assert server.wait(5.0) and server.receive() == []
+    assert link.poll(5.0) == [Abort(1)]
+    link.close()
+    deadline_s = time.monotonic() + 5
+    with pytest.raises(EngineFailure, match="cannot be reached"):
+        while time.monotonic() < deadline_s:
+            server.send([Abort(2)])
+            time.sleep(0.01)
+    server.close()
 
 
 def test_a_frame_over_the_bound_never_arrives(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ to carry out, in order. Nothing is awaited, opened or read here. The table `_NEX
 
     FORMING   some ranks have not said Hello           -> STARTING   once all have: epoch + 1, Start to all
     STARTING  ranks form the mesh and load             -> RUN        once all are Up: Run to all, Ready
-    RUN       plans flow                               -> DRAINING   on Drain from the frontend or from a rank that was told to end
+    RUN       plans flow                               -> DRAINING   on Drain from the frontend or a rank that was told to end
     DRAINING  open requests finish                     -> STOPPED    once the journal is empty: Stop(0) to all, Finished
     STOPPED   nothing returns from here; whoever still speaks is told to Stop again
 
@@ -59,6 +59,10 @@ class Ready(Struct, frozen=True):
     epoch: int
 
 
+class Draining(Struct, frozen=True):
+    """Take no new requests and let the open ones finish."""
+
+
 class Failed(Struct, frozen=True):
     """Stopped by a fault: open requests get `reason`, and the process exits with `code` (1 engine, 2 user)."""
 
@@ -70,7 +74,7 @@ class Finished(Struct, frozen=True):
     """Stopped because it was asked to: exit code 0."""
 
 
-Action = Send | Ready | Failed | Finished
+Action = Send | Ready | Draining | Failed | Finished
 
 
 class State(Enum):
@@ -191,6 +195,8 @@ class Coordinator:
 
     def lost(self, peer: Peer, how: str, now: float) -> list[Action]:
         """The process of an incarnation has ended, or its link has. `how` completes "rank 1 on host (pid 7) ..."."""
+        if not 0 <= peer.rank < len(self._ranks):
+            return []
         rank = self._ranks[peer.rank]
         if peer.incarnation != rank.incarnation or rank.hello is None or self.state is State.STOPPED:
             return []
@@ -290,7 +296,7 @@ class Coordinator:
         if self.state is State.RUN:
             return [*self._to_all(Run(self.epoch)), Ready(self.epoch)]
         if self.state is State.DRAINING:
-            return self._to_all(Drain())
+            return [*self._to_all(Drain()), Draining()]
         if self.state is State.FORMING:
             for rank in self._ranks:
                 if rank.hello is not None:  # entered only from an epoch, in which everyone took part

@@ -135,7 +135,7 @@ def runtime_dir(env: RankEnv) -> Path:
     if env.runtime_dir is not None:
         return Path(env.runtime_dir)
     run = "".join(c if c.isalnum() else "_" for c in env.run_id)[:16]
-    pid_namespace = os.stat("/proc/self/ns/pid").st_ino
+    pid_namespace = Path("/proc/self/ns/pid").stat().st_ino
     return Path(tempfile.gettempdir(), f"tpserve-{os.getuid()}-{run}-{env.agent_pid}-{pid_namespace:x}")
 
 

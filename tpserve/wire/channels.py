@@ -163,7 +163,7 @@ class PlanReceiver(Channel):
         self._gap_s: float | None = None
 
     def receive(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> StepPlan | None:
-        """The next plan, or None when none came in time or a `wake` is readable. EngineFailure: a foreign epoch, or a plan is lost."""
+        """The next plan; None when none came in time or a `wake` is readable. EngineFailure: a foreign epoch, a lost plan."""
         deadline_s = time.monotonic() + timeout_s
         while self._next not in self._ahead:
             now = time.monotonic()

@@ -13,6 +13,7 @@ tearing the group down, and there is nothing to drain to). A second one ends the
 A rank never outlives what it serves: it exits when the coordinator says Stop, when the frontend is gone, and when its agent is.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -27,7 +28,7 @@ from tpserve.errors import EngineFailure, UserError
 from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, MemoryLedger, RankMessage, Run, Start, Stop, Up
 from tpserve.wire import codec
 from tpserve.wire.channels import open_socket
-from tpserve.wire.lifetime import die_with, exit_now, live_children, open_pidfd
+from tpserve.wire.lifetime import die_with, exit_now, live_children, open_pidfd, tell
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _taken_over = threading.Event()
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - an order, not an error
     """The coordinator said Stop while the main thread waited for something else."""
 
     def __init__(self, code: int, reason: str) -> None:
@@ -288,6 +289,8 @@ class Control:
                 self.draining = True
             case Stop() if self.stop is None:
                 self.stop, self._stopped_s = message, now
+                if message.code and self._frontend_pid is None:
+                    tell(message.reason)  # where the frontend runs, it says so itself
             case _:
                 return
         os.eventfd_write(self._news, 1)
@@ -325,7 +328,7 @@ class Control:
     def _judge(self, gone: str, now: float) -> None:
         """End the process if the main thread will not, or must not go on."""
         if self.stop is not None and now - self._stopped_s > GRACE_S:
-            exit_now(self.stop.code, self.stop.reason)
+            exit_now(self.stop.code)
         if self.stop is not None:
             return
         if gone:
@@ -335,7 +338,5 @@ class Control:
 
 
 def _empty(eventfd: int) -> None:
-    try:
+    with contextlib.suppress(BlockingIOError):
         os.eventfd_read(eventfd)
-    except BlockingIOError:
-        pass

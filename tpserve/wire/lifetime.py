@@ -49,10 +49,15 @@ def _is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
-def exit_now(code: int, why: str) -> None:
-    """End this process whatever its other threads do, even if they hold the lock of the log."""
+def tell(text: str) -> None:
+    """Log an error from a thread that must not block, even if the main thread is stuck with the lock of the log in hand."""
+    teller = threading.Thread(target=log.error, args=("%s", text), daemon=True)
+    teller.start()
+    teller.join(0.5)
+
+
+def exit_now(code: int, why: str = "") -> None:
+    """End this process whatever its other threads do."""
     if why:
-        teller = threading.Thread(target=log.error, args=("%s", why), daemon=True)
-        teller.start()
-        teller.join(0.5)
+        tell(why)
     os._exit(code)

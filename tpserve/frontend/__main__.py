@@ -1,0 +1,8 @@
+"""`python -m tpserve.frontend`: the companion process of rank 0. Started by `wire.attach.spawn`, not by people."""
+
+import sys
+
+from tpserve.frontend.process import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""The coordinator's hands and eyes: the sockets to the ranks, the processes of the ranks on this host, and the clock.
+
+Owns two ROUTER sockets (ipc for this node, TCP for others) and one pidfd for each rank on this host. Decides nothing: whatever is
+seen goes into the coordinator, whatever it answers is carried out. Invariants: all of it runs in one event loop, so that the
+coordinator has a single writer; a death that has been seen is told before what it caused.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+
+import zmq
+
+from tpserve.errors import EngineFailure
+from tpserve.frontend.coordinator import Action, Coordinator, Peer, Send
+from tpserve.types.messages import CoordinatorMessage, Fault, Hello
+from tpserve.wire import codec
+from tpserve.wire.channels import bind, open_socket
+from tpserve.wire.lifetime import open_pidfd
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+PROBE_S = 0.5
+_KILLED = "ended without a word: it was killed or it crashed"
+
+
+class Ranks:
+    """Runs a coordinator over real ranks. `on_action` gets every action that is not a Send."""
+
+    def __init__(self, coordinator: Coordinator, local: str, remote: str | None, on_action: Callable[[Action], None]) -> None:
+        """Bind `local` (ipc) and, when ranks run on other nodes, `remote` (tcp)."""
+        self.coordinator = coordinator
+        self._on_action = on_action
+        self._local = _router()
+        self.local_endpoint = bind(self._local, local)
+        self._sockets = [self._local]
+        self.remote_endpoint = ""
+        if remote is not None:
+            self._sockets.append(_router())
+            self.remote_endpoint = bind(self._sockets[1], remote)
+        self._peers: dict[Peer, zmq.Socket[bytes]] = {}
+        self._pidfds: dict[Peer, int] = {}
+        self._probed_s = 0.0
+
+    async def run(self) -> None:
+        """Until cancelled: pass on what comes, and the time."""
+        loop = asyncio.get_running_loop()
+        for socket in self._sockets:
+            loop.add_reader(_option(socket, zmq.FD), self._read)
+        try:
+            while True:
+                self._read()  # a socket's descriptor tells of changes, and sending may have swallowed one
+                now = time.monotonic()
+                if now - self._probed_s > PROBE_S:
+                    self._probed_s = now
+                    self._probe(None, now)
+                self.carry_out(self.coordinator.tick(now))
+                await asyncio.sleep(TICK_S)
+        finally:
+            for socket in self._sockets:
+                loop.remove_reader(_option(socket, zmq.FD))
+            for pidfd in self._pidfds.values():
+                loop.remove_reader(pidfd)
+
+    def carry_out(self, actions: list[Action]) -> None:
+        """Do what the coordinator wants."""
+        for action in actions:
+            if isinstance(action, Send):
+                self._send(action.peer, [action.message])
+            else:
+                self._on_action(action)
+
+    async def all_gone(self, timeout_s: float) -> bool:
+        """Wait for the ranks on this host to end; False when some have not. Beats of those who remain are answered with Stop."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            self._read()
+            if not any(_alive(pidfd) for pidfd in self._pidfds.values()):
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+    def kill(self) -> list[int]:
+        """End the ranks on this host that do not end themselves; returns which."""
+        killed = []
+        for peer, pidfd in self._pidfds.items():
+            if _alive(pidfd):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                killed.append(peer.rank)
+        return killed
+
+    def close(self) -> None:
+        """Close the sockets; what was just sent still has half a second to arrive."""
+        for socket in self._sockets:
+            socket.close(linger=500)
+        for pidfd in self._pidfds.values():
+            os.close(pidfd)
+        self._pidfds.clear()
+
+    def _read(self) -> None:
+        for socket in self._sockets:
+            while _option(socket, zmq.EVENTS) & zmq.POLLIN:
+                address, *frames = socket.recv_multipart()
+                try:
+                    peer = Peer(*(int(part) for part in address.decode().split(".")))
+                    messages = [message for frame in frames for message in codec.RANK.decode(frame)]
+                except (ValueError, TypeError, EngineFailure) as error:
+                    log.warning("dropped a frame that no rank of ours sends: %s", error)
+                    continue
+                self._peers[peer] = socket
+                for message in messages:
+                    now = time.monotonic()
+                    if isinstance(message, Hello):
+                        self._watch(peer, message, socket)
+                    elif isinstance(message, Fault) and message.kind == "engine":
+                        self._probe(peer, now)
+                    self.carry_out(self.coordinator.receive(peer, message, now))
+
+    def _watch(self, peer: Peer, hello: Hello, socket: "zmq.Socket[bytes]") -> None:
+        """Learn of the death of a rank on this host at once."""
+        if socket is not self._local or peer in self._pidfds:
+            return
+        for old in [known for known in self._peers if known.rank == peer.rank and known.incarnation < peer.incarnation]:
+            self._forget(old)
+        pidfd = open_pidfd(hello.pid)
+        if pidfd is not None:
+            self._pidfds[peer] = pidfd
+            asyncio.get_running_loop().add_reader(pidfd, self._died, peer)
+
+    def _died(self, peer: Peer) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfds[peer])
+        self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic()))
+
+    def _forget(self, peer: Peer) -> None:
+        del self._peers[peer]
+        pidfd = self._pidfds.pop(peer, None)
+        if pidfd is not None:
+            asyncio.get_running_loop().remove_reader(pidfd)
+            os.close(pidfd)
+
+    def _probe(self, teller: Peer | None, now: float) -> None:
+        """Look who is dead, before the complaint of `teller` about it is heard."""
+        for peer, socket in list(self._peers.items()):
+            if peer == teller:
+                continue
+            pidfd = self._pidfds.get(peer)
+            if pidfd is not None and not _alive(pidfd):
+                self._died(peer)
+            elif socket is not self._local and not self._send(peer, []):
+                self.carry_out(
+                    self.coordinator.lost(peer, "closed its connection without a word: it was killed or it crashed", now)
+                )
+
+    def _send(self, peer: Peer, messages: list[CoordinatorMessage]) -> bool:
+        """False when the peer cannot be reached; an empty frame asks just that."""
+        socket = self._peers.get(peer)
+        if socket is None:
+            return False
+        try:
+            socket.send_multipart([f"{peer.rank}.{peer.incarnation}".encode(), codec.COORDINATOR.encode(messages)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+                raise
+            return False
+        return True
+
+
+def _router() -> "zmq.Socket[bytes]":
+    socket = open_socket(zmq.ROUTER, codec.RANK.max_bytes)
+    socket.set(zmq.ROUTER_MANDATORY, 1)
+    socket.set(zmq.ROUTER_HANDOVER, 1)  # a rank that lost its connection comes back under its name
+    return socket
+
+
+def _alive(pidfd: int) -> bool:
+    poll = select.poll()  # select() knows no descriptor above 1023
+    poll.register(pidfd, select.POLLIN)
+    return not poll.poll(0)
+
+
+def _option(socket: "zmq.Socket[bytes]", option: int) -> int:
+    value = socket.get(option)
+    assert isinstance(value, int)
+    return value
