@@ -134,7 +134,7 @@ def test_results_keep_their_order_and_their_epoch(tmp_path: Path) -> None:
         got += receiver.receive(5.0)
     assert got == sent
     sender.send(StepResult(3, 4, b""))
-    with pytest.raises(EngineFailure, match="step 4 .* step 3"):
+    with pytest.raises(EngineFailure, match=r"step 4 .* step 3"):
         receiver.receive(5.0)
     receiver.close()
     sender.close()

@@ -1,5 +1,7 @@
 """Frames carry every message of their direction unchanged, and nothing else."""
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -83,7 +85,5 @@ def test_damaged_frames_never_raise_anything_else(data: st.DataObject) -> None:
     frame = bytearray(direction.encode(SAMPLES[direction]))
     for _ in range(data.draw(st.integers(1, 4))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(EngineFailure):
         direction.decode(bytes(frame[: data.draw(st.integers(0, len(frame)))]))
-    except EngineFailure:
-        pass

@@ -179,7 +179,7 @@ class Service:
         return self._code.result()
 
     async def _watch(self) -> None:
-        """See what no event tells: that a drain has no open request left, what waits in the engine's socket, who is waited for."""
+        """See what no event tells: that a drain has nothing open any more, what waits in a socket, who is waited for."""
         said = ""
         while True:
             self._from_engine()

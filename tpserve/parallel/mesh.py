@@ -8,6 +8,7 @@ Detecting that a rank is lost is not this module's work, nor the backend's: gloo
 thread ends a rank that is blocked in a collective.
 """
 
+import contextlib
 import socket
 import time
 from dataclasses import dataclass
@@ -108,10 +109,8 @@ def leave(mesh: Mesh) -> None:
 
 def _destroy() -> None:
     if dist.is_initialized():
-        try:
+        with contextlib.suppress(RuntimeError):  # a broken group says so once more on the way out
             dist.destroy_process_group()
-        except RuntimeError:  # a broken group says so once more on the way out
-            pass
 
 
 def host_store(address: str = "127.0.0.1") -> tuple[TCPStore, str]:

@@ -1,0 +1,69 @@
+"""A rank without a model: finds the frontend, says hello, comes up, answers every Add with its own prompt, leaves when told.
+
+python fake_rank.py CONFIG_FILE HOW       HOW: serve | user-error | crash-after-up
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from tpserve.config.env import rank_env
+from tpserve.config.schema import EngineConfig
+from tpserve.errors import UserError
+from tpserve.types.messages import Abort, Add, Delta, Done, EngineOutput, MemoryLedger
+from tpserve.types.packed import unpack
+from tpserve.wire.attach import attach
+from tpserve.wire.channels import EngineLink, wait
+from tpserve.wire.control import Control, Stopped, block_signals
+
+
+def main(config_file: str, how: str) -> int:
+    block_signals()
+    config = msgspec.json.decode(Path(config_file).read_bytes(), type=EngineConfig)
+    env = rank_env()
+    try:
+        found = attach(env, config, 20.0)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 2
+    control = Control(env.rank, found.control, host="here", frontend_pid=found.frontend_pid, agent_pid=env.agent_pid)
+    control.start()
+    try:
+        control.hello({}, {"version": "1"})
+        control.wait_start(20.0)
+        if how == "user-error" and env.rank == 1:
+            raise UserError("no such model")
+        link = EngineLink(found.engine, control.incarnation) if env.rank == 0 else None
+        control.up(MemoryLedger(0, 0, 0, 0, 8, 16), {"max_model_len": config.max_model_len, "vocab_size": 320})
+        control.wait_run(20.0)
+        if how == "crash-after-up" and env.rank == 1:
+            time.sleep(0.5)
+            raise SystemExit(7)
+        while control.stop is None:
+            wait(1.0, control, *([link] if link else []))
+            control.clear()
+            if link:
+                link.send(answers(link))
+    except Stopped:
+        pass
+    except UserError as error:
+        return control.fail(error)
+    return control.leave()
+
+
+def answers(link: EngineLink) -> list[EngineOutput]:
+    outputs: list[EngineOutput] = []
+    for message in link.poll(0):
+        match message:
+            case Add(request):
+                tokens = tuple(unpack(request.prompt))[: request.params.max_tokens]
+                outputs += [Delta(request.id, 0, tokens), Done(request.id, "length", len(tokens))]
+            case Abort(id):
+                outputs.append(Done(id, "abort", 0))
+    return outputs
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,202 @@
+"""The frontend as a real process with ranks that have no model: how it starts, how it ends, and what stays behind (nothing)."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.http.tiny_tokenizer import byte_level, save
+from tpserve.config.schema import EngineConfig
+from tpserve.types.layout import ParallelLayout
+from tpserve.wire import attach
+
+FAKE_RANK = Path(__file__).with_name("fake_rank.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def config(model: Path, port: int) -> EngineConfig:
+    return EngineConfig(
+        model=str(model), served_model_name=("fake",), dtype="float32", load_format="dummy", seed=0,
+        layout=ParallelLayout(2, 1, (1,)), device="cpu", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64,
+        block_size=16, gpu_memory_utilization=0.9, num_gpu_blocks_override=None, max_queued_requests=8, host="127.0.0.1",
+        port=port, api_key=None, log_level="info", start_timeout=20.0, drain_timeout=5.0, step_trace=None,
+    )  # fmt: skip
+
+
+class Job:
+    """Two fake ranks, started by this process in the place of the agent, and the frontend that rank 0 starts."""
+
+    def __init__(self, how: str, model: Path, port: int) -> None:
+        self.where = Path(tempfile.mkdtemp(prefix="tps-"))
+        self.port = port
+        (self.where / "run").mkdir(mode=0o700)
+        (self.where / "config.json").write_bytes(msgspec.json.encode(config(model, port)))
+        self.log = self.where / "log"
+        with self.log.open("wb") as out:
+            self.ranks = [self._spawn(rank, how, out.fileno()) for rank in range(2)]
+
+    def _spawn(self, rank: int, how: str, out: int) -> "subprocess.Popen[bytes]":
+        env = {
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+            "TPSERVE_RUNTIME_DIR": str(self.where / "run"), "PYTHONPATH": str(FAKE_RANK.parents[2]),
+        }  # fmt: skip
+        command = [sys.executable, str(FAKE_RANK), str(self.where / "config.json"), how]
+        return subprocess.Popen(command, env=env, stdout=out, stderr=out)
+
+    @property
+    def frontend_pid(self) -> int:
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            record = attach.read(self.where / "run")
+            if record is not None and not record.error:
+                return record.pid
+            time.sleep(0.02)
+        raise AssertionError(f"no frontend: {self.log.read_text()}")
+
+    def ready(self) -> None:
+        deadline_s = time.monotonic() + 15
+        while time.monotonic() < deadline_s:
+            if self.get("/readyz")[0] == 200:
+                return
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def get(self, path: str, body: dict[str, object] | None = None) -> tuple[int, str]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError as error:
+            return 0, str(error)
+
+    def codes(self) -> list[int]:
+        return [rank.wait(timeout=10) for rank in self.ranks]
+
+    def gone(self, pid: int) -> bool:
+        """The frontend is our grandchild; it has ended when its pidfd says so, and its directory is gone with it."""
+        deadline_s = time.monotonic() + 8
+        while time.monotonic() < deadline_s:
+            if not Path(f"/proc/{pid}").exists() or ") Z " in Path(f"/proc/{pid}/stat").read_text():
+                return not (self.where / "run").exists()
+            time.sleep(0.02)
+        return False
+
+    def clean(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.wait()
+        shutil.rmtree(self.where)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(byte_level(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def job(request: pytest.FixtureRequest, model: Path) -> Iterator[Job]:
+    job = Job(getattr(request, "param", "serve"), model, free_port())
+    yield job
+    job.clean()
+
+
+def test_serves_then_drains_on_a_ranks_signal(job: Job) -> None:
+    job.ready()
+    assert "tpserve ready: fake on http://127.0.0.1:" in job.log.read_text()
+    assert "2 CPU ranks on 1 node, TP 2 x PP 1" in job.log.read_text()
+    status, body = job.get(
+        "/v1/completions", {"model": "fake", "prompt": [5, 6, 7, 8], "max_tokens": 3, "return_token_ids": True}
+    )
+    assert status == 200 and json.loads(body)["usage"]["completion_tokens"] == 3, body
+    pid = job.frontend_pid
+    os.kill(job.ranks[1].pid, signal.SIGTERM)
+    assert job.codes() == [0, 0] and job.gone(pid)
+
+
+def test_drains_on_the_frontends_own_signal(job: Job) -> None:
+    job.ready()
+    pid = job.frontend_pid
+    os.kill(pid, signal.SIGTERM)
+    assert job.codes() == [0, 0] and job.gone(pid)
+
+
+def test_a_killed_rank_ends_all_and_is_named(job: Job) -> None:
+    job.ready()
+    pid = job.frontend_pid
+    started_s = time.monotonic()
+    job.ranks[1].kill()
+    assert job.codes() == [1, -signal.SIGKILL] and job.gone(pid)
+    assert time.monotonic() - started_s < 3
+    assert f"rank 1 on here (pid {job.ranks[1].pid}) ended without a word" in job.log.read_text()
+
+
+def test_a_stopped_rank_is_killed_in_the_end(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    job.ready()
+    pid = job.frontend_pid
+    os.kill(job.ranks[1].pid, signal.SIGSTOP)
+    assert job.codes() == [1, -signal.SIGKILL] and job.gone(pid)
+    assert "has been silent for 4 s" in job.log.read_text()
+
+
+def test_a_killed_frontend_takes_the_ranks_along(job: Job) -> None:
+    job.ready()
+    os.kill(job.frontend_pid, signal.SIGKILL)
+    assert job.codes() == [1, 1]
+    assert "the frontend is gone" in job.log.read_text()
+
+
+@pytest.mark.parametrize("job", ["user-error"], indirect=True)
+def test_a_user_error_is_one_line_and_code_2(job: Job) -> None:
+    pid = job.frontend_pid
+    assert job.codes() == [2, 2] and job.gone(pid)
+    assert [line for line in job.log.read_text().splitlines() if "error" in line.lower()] == ["tpserve: error: no such model"]
+
+
+@pytest.mark.parametrize("job", ["crash-after-up"], indirect=True)
+def test_a_crash_ends_open_requests_with_the_reason(job: Job) -> None:
+    answers: list[tuple[int, str]] = []
+    job.ready()
+    os.kill(job.ranks[0].pid, signal.SIGSTOP)  # keeps the request open
+    body: dict[str, object] = {"model": "fake", "prompt": [5, 6], "max_tokens": 2}
+    asker = threading.Thread(target=lambda: answers.append(job.get("/v1/completions", body)))
+    asker.start()
+    asker.join(10)
+    assert answers and answers[0][0] == 500 and "ended without a word" in answers[0][1], answers
+
+
+def test_port_in_use_is_one_line(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = Job("serve", model, port)
+        assert job.ranks[0].wait(timeout=15) == 2
+        assert f"port {port} on 127.0.0.1 is in use: choose another with --port" in job.log.read_text()
+        job.clean()
+
+
+def test_no_torch_in_the_frontend() -> None:
+    code = "import sys, tpserve.frontend.process, tpserve.wire.attach; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
