@@ -305,7 +305,7 @@ def _merge_kernel(
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     pair = (query_start + token).to(tl.int64) * HEADS + head
-    for segment in range(0, row_position // SEGMENT + 1):
+    for segment in range(row_position // SEGMENT + 1):
         place = pair * num_segments + segment
         peak_b = tl.load(state_ptr + place * 2 + one)
         total_b = tl.load(state_ptr + place * 2 + 1 + one)

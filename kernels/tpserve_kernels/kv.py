@@ -58,9 +58,10 @@ def _write_kv_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    value = tl.arange(0, BLOCK)
-    inside = (value < WIDTH) & (slot >= 0)
-    k = tl.load(k_ptr + row * k_stride + value, mask=inside)
-    v = tl.load(v_ptr + row * v_stride + value, mask=inside)
-    tl.store(k_cache_ptr + slot * WIDTH + value, k, mask=inside)
-    tl.store(v_cache_ptr + slot * WIDTH + value, v, mask=inside)
+    if slot >= 0:
+        value = tl.arange(0, BLOCK)
+        inside = value < WIDTH
+        k = tl.load(k_ptr + row * k_stride + value, mask=inside)
+        v = tl.load(v_ptr + row * v_stride + value, mask=inside)
+        tl.store(k_cache_ptr + slot * WIDTH + value, k, mask=inside)
+        tl.store(v_cache_ptr + slot * WIDTH + value, v, mask=inside)

@@ -1,0 +1,65 @@
+"""Compile every kernel for Hopper with no card at hand, by calling the ops with a driver that only names the target.
+
+Run as a process of its own (without TRITON_INTERPRET): the interpreter accepts programs that the compiler refuses. Prints one
+JSON line a compiled kernel: name, dtype, bytes of shared memory, and whether it uses the warp-group matrix unit.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tpserve_kernels import activation, attention, kv, norm, rope
+
+
+class Hopper:
+    """What compiling asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+def compile_instead_of_launch(self: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    def call(*args: Any, **options: Any) -> None:
+        kernel = self.run(*args, grid=grid, warmup=True, **options)
+        dtype = str(args[0].dtype).removeprefix("torch.")
+        wgmma = "wgmma" in kernel.asm["ptx"]
+        print(json.dumps({"name": self.__name__, "dtype": dtype, "shared": kernel.metadata.shared, "wgmma": wgmma}), flush=True)
+
+    return call
+
+
+def main() -> None:
+    driver.set_active(Hopper())  # type: ignore[arg-type]
+    JITFunction.__getitem__ = compile_instead_of_launch
+    dtype = torch.bfloat16
+    x, weight = torch.zeros(4, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
+    norm.rms_norm(x, weight, 1e-5)
+    norm.add_rms_norm(x, x, weight, 1e-5)
+    activation.silu_mul(x)
+    q, k = x.view(4, 32, 128), torch.zeros(4, 8, 128, dtype=dtype)
+    angles = torch.zeros(64, 32)
+    rope.apply_rope(q, k, angles, angles, torch.arange(4))
+    cache = torch.zeros(128, 16, 8, 128, dtype=dtype)
+    kv.write_kv(k, k, cache, cache, torch.arange(4))
+    tables = torch.zeros(2, 64, dtype=torch.int32)
+    starts, contexts = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 1000], dtype=torch.int32)
+    scale = 128**-0.5
+    attention.paged_attention(q, cache, cache, tables, starts, contexts, 3, scale)  # split over segments, then merged
+    attention.paged_attention(q.float(), cache.float(), cache.float(), tables, starts, contexts, 99, scale)
+    q, cache = q.new_zeros(4, 32, 256), cache.new_zeros(128, 16, 8, 256)  # the largest tile
+    attention.paged_attention(q, cache, cache, tables, starts, contexts, 99, scale)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Every kernel compiles for Hopper, fits its shared memory and uses its matrix units, without a card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+def test_kernels_compile_for_hopper() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["name"] for kernel in kernels} == {
+        "_norm_kernel", "_silu_mul_kernel", "_rope_kernel", "_write_kv_kernel", "_attention_kernel", "_merge_kernel",
+    }  # fmt: skip
+    for kernel in kernels:
+        assert kernel["shared"] <= HOPPER_SHARED_BYTES, kernel
+        assert kernel["wgmma"] == (kernel["name"] == "_attention_kernel" and kernel["dtype"] == "bfloat16"), kernel

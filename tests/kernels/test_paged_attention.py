@@ -1,0 +1,127 @@
+"""Paged attention: parity with the reference, one case a boundary, and bits that depend on a row's own context only."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.device import DEVICE
+from tests.kernels.paged_case import PagedCase
+from tpserve_kernels import attention
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+# float32 tiles are 16 rows by 32 positions, the others 64 by 64; segments are 512 positions.
+CASES = {
+    "one token": PagedCase(requests=((1, 1),)),
+    "decode around tile and page edges": PagedCase(requests=tuple((1, c) for c in (15, 16, 17, 31, 32, 33, 63, 64, 65))),
+    "decode around tile and page edges, half": PagedCase(requests=((1, 63), (1, 64), (1, 65)), dtype=HALF, page=32),
+    "decode over segments": PagedCase(requests=((1, 512), (1, 513), (1, 3)), num_heads=4, num_kv_heads=1, dtype=HALF, page=64),
+    "drafts over segments": PagedCase(requests=((3, 514), (2, 20)), num_heads=2, num_kv_heads=1),
+    "prompt of one tile": PagedCase(requests=((8, 8),)),
+    "prompt of one tile and one row": PagedCase(requests=((9, 9),), head_dim=32, page=48),
+    "mixed, with an idle request": PagedCase(requests=((1, 40), (20, 20), (0, 7), (1, 1), (9, 50)), num_heads=2, page=32),
+    "mixed, half, over segments": PagedCase(requests=((70, 540), (1, 17), (64, 64)), num_heads=2, dtype=HALF),
+    "seven heads a key head": PagedCase(requests=((11, 30), (1, 70)), num_heads=7, num_kv_heads=1, head_dim=80, dtype=HALF),
+    "more heads a key head than tile rows": PagedCase(requests=((2, 40),), num_heads=20, num_kv_heads=1, head_dim=96),
+    "largest head": PagedCase(requests=((3, 70), (1, 5)), head_dim=256, dtype=HALF, page=64),
+    "bfloat16": PagedCase(requests=((33, 70), (1, 100)), head_dim=64, dtype=BRAIN),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_parity(case: PagedCase) -> None:
+    arguments = case.arguments(DEVICE)
+    actual = attention.paged_attention(*arguments, case.max_query_len, case.head_dim**-0.5)
+    expected = attention.paged_attention_reference(*arguments, case.max_query_len, case.head_dim**-0.5)
+    assert actual.dtype == expected.dtype == case.dtype
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype])
+
+
+def test_reference_is_scaled_dot_product_attention() -> None:
+    case = PagedCase(requests=((20, 20),), page=32)
+    q, k_cache, v_cache, tables, *_ = arguments = case.arguments(DEVICE)
+    k, v = (cache[tables[0, 0].long(), :20].transpose(0, 1) for cache in (k_cache, v_cache))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k[None], v[None], is_causal=True, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(attention.paged_attention_reference(*arguments, 20, 0.3), expected[0].transpose(0, 1))
+
+
+def test_packed_queries_and_one_layer_of_a_stacked_cache() -> None:
+    case = PagedCase(requests=((3, 20),))
+    q, k_cache, v_cache, *rest = case.arguments(DEVICE)
+    packed = torch.cat([q.flatten(1), torch.full_like(q.flatten(1), float("nan"))], dim=1)
+    both = torch.stack([k_cache, v_cache], dim=1)
+    strided = (packed[:, : q[0].numel()].view(q.shape), both[:, 0], both[:, 1], *rest)
+    expected = attention.paged_attention(q, k_cache, v_cache, *rest, 3, 0.25)
+    assert torch.equal(attention.paged_attention(*strided, 3, 0.25), expected)
+
+
+@pytest.fixture
+def every_row_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's BLAS rounds a row by its place in the tile, as matrix units do not: have it multiply row by row."""
+    matmul = np.matmul
+    if DEVICE == "cpu":
+        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.concatenate([matmul(row[None], b, dtype=dtype) for row in a]))
+
+
+def attend_in_chunks(case: PagedCase, cuts: list[int], together: bool) -> torch.Tensor:
+    """The rows of the case's only request, cut into chunks at `cuts`, the chunks in one step or in steps of their own."""
+    q, k_cache, v_cache, tables, _, _ = case.arguments(DEVICE)
+    num_rows, context = case.requests[0]
+    edges = [0, *cuts, num_rows]
+    steps = [edges] if together else [list(pair) for pair in pairwise(edges)]
+    outputs = []
+    for step in steps:
+        starts = torch.tensor(step, dtype=torch.int32, device=DEVICE) - step[0]
+        context_lens = torch.tensor(step[1:], dtype=torch.int32, device=DEVICE) + (context - num_rows)
+        longest = max(b - a for a, b in pairwise(step))
+        rows = q[step[0] : step[-1]]
+        repeated = tables.repeat(len(step) - 1, 1)
+        outputs.append(attention.paged_attention(rows, k_cache, v_cache, repeated, starts, context_lens, longest, 0.25))
+    return torch.cat(outputs)
+
+
+@pytest.mark.usefixtures("every_row_alike")
+@pytest.mark.parametrize(("dtype", "group"), [(torch.float32, 2), (HALF, 4)])
+def test_bits_do_not_depend_on_chunking_or_batch(dtype: torch.dtype, group: int) -> None:
+    """Rows at positions 500 to 524, over the edge of two segments at 512, walked whole (long chunks) and split (short ones)."""
+    case = PagedCase(requests=((25, 525),), num_heads=group, num_kv_heads=1, dtype=dtype)
+    one_chunk = attend_in_chunks(case, [], together=True)
+    for cuts, together in (([24], True), ([1, 2, 11, 13], True), ([1, 2, 11, 13], False), ([4, 8, 12, 16, 20], True)):
+        assert torch.equal(attend_in_chunks(case, cuts, together), one_chunk), (cuts, together)
+
+
+@pytest.mark.usefixtures("every_row_alike")
+def test_bits_do_not_depend_on_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PagedCase(requests=((1, 1100), (2, 513), (1, 40)), num_heads=3, num_kv_heads=1, dtype=HALF)
+    arguments = case.arguments(DEVICE)
+    split = attention.paged_attention(*arguments, 2, 0.25)
+    monkeypatch.setattr(attention, "MAX_PARTIAL_BYTES", 0)
+    assert torch.equal(attention.paged_attention(*arguments, 2, 0.25), split)
+
+
+def test_bits_do_not_depend_on_the_page_size() -> None:
+    q, k_cache, v_cache, tables, *rest = PagedCase(requests=((9, 64), (1, 128)), page=64).arguments(DEVICE)
+    small = [cache.unflatten(1, (4, 16)).flatten(0, 1) for cache in (k_cache, v_cache)]  # block b becomes 4 b ... 4 b + 3
+    small_tables = (4 * tables.unsqueeze(2) + torch.arange(4, dtype=torch.int32, device=DEVICE)).flatten(1)
+    expected = attention.paged_attention(q, k_cache, v_cache, tables, *rest, 9, 0.25)
+    assert torch.equal(attention.paged_attention(q, *small, small_tables, *rest, 9, 0.25), expected)
+
+
+def test_shapes_outside_the_contract_are_refused() -> None:
+    q, k_cache, v_cache, tables, starts, contexts = PagedCase(requests=((2, 3),), head_dim=32).arguments(DEVICE)
+    refused = [
+        (q[..., :24], k_cache[..., :24], v_cache[..., :24], tables, starts, contexts),
+        (q, k_cache[:, :8], v_cache[:, :8], tables, starts, contexts),
+        (q[:, :3], k_cache, v_cache, tables, starts, contexts),
+        (q.half(), k_cache, v_cache, tables, starts, contexts),
+        (q, k_cache, v_cache, tables.long(), starts, contexts),
+        (q, k_cache, v_cache, tables, starts[:1], contexts),
+    ]
+    for arguments in refused:
+        with pytest.raises(AssertionError):
+            attention.paged_attention(*arguments, 2, 0.25)
