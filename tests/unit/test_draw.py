@@ -152,6 +152,34 @@ def test_gumbel_is_finite_at_both_ends_and_levels_differ() -> None:
     assert abs(float(torch.corrcoef(torch.cat(noise))[0, 1])) < 0.01
 
 
+def test_the_noise_at_both_ends_of_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = torch.tensor([[0, 0x1FF, 0xFFFFFFFF]])
+    monkeypatch.setattr(module, "philox4x32", lambda counter, key: (words,))
+    zero = torch.zeros(1, dtype=torch.int64)
+    lowest, same, highest = gumbel(zero[None], zero, zero, zero, level=0)[0].tolist()
+    assert lowest == same == pytest.approx(-math.log(24 * math.log(2))) and highest == pytest.approx(24 * math.log(2))
+
+
+def test_sums_do_not_know_their_order() -> None:
+    weights = torch.randn((50, 4, BLOCK), generator=torch.Generator().manual_seed(3)).mul_(9).clamp(max=0).exp_()
+    sums = module._exact_sum(weights)
+    torch.testing.assert_close(sums, weights.double().sum(dim=2), rtol=1e-11, atol=0)
+    for seed in range(5):
+        order = torch.randperm(BLOCK, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(module._exact_sum(weights[:, :, order]), sums)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same_and_never_waits() -> None:
+    x, rest = logits(60, 1000), columns(60)
+    device = [c.cuda() for c in (x, *rest)]
+    whole(*device)
+    torch.cuda.set_sync_debug_mode("error")
+    tokens = whole(*device)
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(tokens.cpu(), whole(x, *rest))
+
+
 @pytest.mark.parametrize("vocab", [300, 50_257])
 def test_a_row_does_not_see_the_others(vocab: int, two_threads: None) -> None:
     """Values and tokens bit for bit, for 1 to 17 rows, for one and two threads, and in pieces."""
