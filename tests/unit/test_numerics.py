@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tpserve_kernels.attention import paged_attention_reference
 
 from tpserve.attention import tiled
 from tpserve.attention.batch import AttentionBatch
@@ -14,6 +13,7 @@ from tpserve.layers.norm import add_rms_norm, rms_norm
 from tpserve.layers.rope import tables
 from tpserve.quant.matmul import matmul
 from tpserve.types.model_spec import RopeSpec
+from tpserve_kernels.attention import paged_attention_reference
 
 ROWS = (1, 2, 3, 4, 5, 16, 17, 256, 257, 600)
 OFFSETS = (0, 1, 6)
@@ -43,7 +43,9 @@ def assert_rows_stand_alone(op: Op, width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape_NK", [(64, 64), (517, 64), (59, 96), (64, 58), (2, 16), (300, 171), (1024, 256), (512, 1408)], ids=str)
+@pytest.mark.parametrize(
+    "shape_NK", [(64, 64), (517, 64), (59, 96), (64, 58), (2, 16), (300, 171), (1024, 256), (512, 1408)], ids=str
+)
 def test_matmul(shape_NK: tuple[int, int], dtype: torch.dtype) -> None:
     weight_NK = (torch.randn(shape_NK) / shape_NK[1] ** 0.5).to(dtype)
     assert_rows_stand_alone(lambda x: matmul(x, weight_NK), shape_NK[1], dtype)
@@ -105,7 +107,9 @@ class Paged:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), [(8, 4, 8, 16), (8, 8, 16, 32), (6, 1, 64, 16), (3, 3, 80, 256)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"), [(8, 4, 8, 16), (8, 8, 16, 32), (6, 1, 64, 16), (3, 3, 80, 256)]
+)
 def test_attention(heads: int, kv_heads: int, dim: int, block_size: int, dtype: torch.dtype) -> None:
     contexts = [1, 2, 5, 16, 17, 128, 129, 257, 300, 40, 64, 256]
     paged = Paged(contexts, block_size, kv_heads, dim, dtype)

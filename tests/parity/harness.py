@@ -1,0 +1,121 @@
+"""Drives a Decoder over whole sequences without scheduler or sampler: the caller says which chunks make a step."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from tpserve.attention.batch import AttentionBatch, StepBatch
+from tpserve.attention.paged import KVCache
+from tpserve.config import model_config
+from tpserve.models import model_spec
+from tpserve.models.decoder import Decoder
+from tpserve.parallel.group import Group
+from tpserve.parallel.pipeline import Pipeline
+from tpserve.parallel.split import split_layers
+from tpserve.types.layout import ParallelLayout
+from tpserve.weights.checkpoint import Checkpoint
+from tpserve.weights.load import load
+
+BLOCK_SIZE = 16
+Chunk = tuple[int, int, int]
+"""(sequence, start, count)"""
+
+
+class Runner:
+    """One rank's stage with caches of its own. Every rank of a layout makes the same calls."""
+
+    def __init__(self, decoder: Decoder, tp: Group, pipeline: Pipeline, num_layers: int) -> None:
+        self._decoder = decoder
+        self._tp = tp
+        self._pipeline = pipeline
+        self._num_layers = num_layers
+
+    @staticmethod
+    def load(directory: Path, tp_size: int, pp: int, rank: int, tp: Group, pipeline: Pipeline, dtype: torch.dtype) -> "Runner":
+        spec = model_spec(model_config.read(directory), str(directory / "config.json"))
+        layout = ParallelLayout(tp_size, pp, split_layers(spec.num_layers, pp))
+        stage = layout.stage_of(rank)
+        decoder = Decoder(spec, layout, stage, tp, dtype, torch.device("cpu"), 400)
+        load(decoder.parameters(), Checkpoint.open(directory))
+        return Runner(decoder, tp, pipeline, layout.layers[stage])
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[Sequence[int]], steps: Sequence[Sequence[Chunk]]) -> list[torch.Tensor]:
+        """Logits of every position of every sequence, each [length, vocabulary]; empty tensors before the last stage."""
+        widths = [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
+        ids = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(1)).int()
+        tables = torch.nn.utils.rnn.pad_sequence(list(ids.split(widths)), batch_first=True)
+        shape = self._decoder.cache_shape(len(ids), BLOCK_SIZE)
+        fill = lambda: torch.full(shape, torch.nan, dtype=self._decoder.dtype)  # noqa: E731
+        caches = [KVCache(fill(), fill()) for _ in range(self._num_layers)]
+        rows: list[list[torch.Tensor]] = [[] for _ in sequences]
+        for chunks in steps:
+            logits = self._step(sequences, chunks, tables, caches)
+            if logits is not None:
+                for (i, _, _), part in zip(chunks, logits.split([count for _, _, count in chunks]), strict=True):
+                    rows[i].append(part)
+        return [torch.cat(parts) if parts else torch.empty(0) for parts in rows]
+
+    def _step(
+        self, sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], tables: torch.Tensor, caches: list[KVCache]
+    ) -> torch.Tensor | None:
+        batch = step_batch(sequences, chunks, tables)
+        hidden_TH = None
+        if not self._pipeline.first:
+            width = self._decoder.spec.hidden_size
+            hidden_TH = self._pipeline.receive(len(batch.positions_T), width, self._decoder.dtype, torch.device("cpu"))
+        hidden_TH = self._decoder.forward(batch, hidden_TH, caches)
+        if not self._pipeline.last:
+            self._pipeline.send(hidden_TH)
+            return None
+        logits_TV = self._decoder.logits(hidden_TH)
+        widest = max(len(shard) for shard in self._decoder.vocab_shards)
+        padded = torch.nn.functional.pad(logits_TV, (0, widest - logits_TV.shape[1]))
+        shards = zip(self._tp.all_gather(padded), self._decoder.vocab_shards, strict=True)
+        return torch.cat([part[:, : len(shard)] for part, shard in shards], dim=1)
+
+
+def step_batch(sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], tables: torch.Tensor) -> StepBatch:
+    """The tensors of a step, built the plain way."""
+    tokens = chain.from_iterable(sequences[i][start : start + count] for i, start, count in chunks)
+    positions = [(i, p) for i, start, count in chunks for p in range(start, start + count)]
+    lens, ends = tuple(c for _, _, c in chunks), tuple(s + c for _, s, c in chunks)
+    group = AttentionBatch(
+        query_starts=torch.tensor([0, *lens]).cumsum(0).int(),
+        context_lens=torch.tensor(ends).int(),
+        tables=tables[[i for i, _, _ in chunks], : -(-max(ends) // BLOCK_SIZE)],
+        write_slots=torch.tensor([int(tables[i, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for i, p in positions]),
+        query_lens_host=lens,
+        context_lens_host=ends,
+    )
+    return StepBatch(torch.tensor(list(tokens)), torch.tensor([p for _, p in positions]), (group,), torch.empty(0).long())
+
+
+def whole(lengths: Sequence[int]) -> list[list[Chunk]]:
+    """Each sequence alone, in one chunk."""
+    return [[(i, 0, length)] for i, length in enumerate(lengths)]
+
+
+def mixed(lengths: Sequence[int], prompts: Sequence[int], sizes: Sequence[int]) -> list[list[Chunk]]:
+    """All sequences together: prompts cut to `sizes` in turn, then one position a step; later sequences join later."""
+    at, steps = [0] * len(lengths), []
+    cuts = cycle(sizes)
+    for number in range(10_000):
+        step = []
+        for i in range(min(number + 1, len(lengths))):
+            count = min(next(cuts), prompts[i] - at[i]) if at[i] < prompts[i] else min(1, lengths[i] - at[i])
+            if count:
+                step.append((i, at[i], count))
+                at[i] += count
+        if not step:
+            return steps
+        steps.append(step)
+    raise AssertionError("a sequence does not end")
+
+
+def cycle(sizes: Sequence[int]) -> Iterator[int]:
+    """The sizes, over and over."""
+    while True:
+        yield from sizes

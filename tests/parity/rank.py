@@ -1,0 +1,55 @@
+"""One rank of the parity run: every layout, each over its own groups, every model. Writes logits as safetensors.
+
+    python rank.py RANK WORLD_SIZE DIRECTORY
+
+DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...]}}}.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from harness import Runner, mixed, whole
+from safetensors.torch import save_file
+
+from tpserve.parallel.group import Group
+from tpserve.parallel.pipeline import Pipeline
+
+SIZES = (17, 100, 5, 1, 33)
+
+
+def main(rank: int, world_size: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(directory / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    work = json.loads((directory / "models.json").read_text())
+    pipelines = []  # a send is lost when its pipeline goes before it is delivered
+    for tp, pp in work["layouts"]:
+        stages = [dist.new_group([stage * tp + i for i in range(tp)]) for stage in range(pp)]
+        if rank >= tp * pp:
+            continue
+        stage = rank // tp
+        group = Group(stages[stage] if tp > 1 else None)
+        pipeline = Pipeline(rank - tp if stage > 0 else None, rank + tp if stage < pp - 1 else None)
+        pipelines.append(pipeline)
+        results = {}
+        for name, model in work["models"].items():
+            sequences = model["sequences"]
+            lengths = [len(tokens) for tokens in sequences]
+            for dtype in (torch.float32, torch.bfloat16):
+                runner = Runner.load(directory / name, tp, pp, rank, group, pipeline, dtype)
+                runs = {"whole": whole(lengths), "mixed": mixed(lengths, model["prompts"], SIZES)}
+                for kind, steps in runs.items():
+                    for i, logits in enumerate(runner.run(sequences, steps)):
+                        results[f"{name}.{kind}.{i}.{dtype}"] = logits
+        if rank == tp * (pp - 1):
+            save_file(results, directory / f"tp{tp}pp{pp}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

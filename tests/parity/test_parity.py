@@ -1,0 +1,186 @@
+"""Every family at every layout gives what transformers gives, in float32, and the same bits however a step is made up.
+
+One group of four processes runs all layouts; the sequences are those that transformers continues greedily, so that an
+equal most likely token at each position means equal greedy generation.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2)]
+PROMPTS = (3, 37, 170)
+NEW_TOKENS = 10
+SIZES = {"vocab_size": 517, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 400}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_llama_old(directory: Path) -> PreTrainedModel:
+    """Llama 3.1's rope in the old spelling, untied."""
+    rope = {"rope_theta": 5000.0, **LLAMA3}
+    model = randomised(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=4, intermediate_size=172, rope_parameters=rope)))
+    model.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    del config["rope_parameters"]
+    (directory / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, "rope_scaling": LLAMA3}))
+    return model
+
+
+def make_llama_new(directory: Path) -> PreTrainedModel:
+    """The new spelling, all biases, one key/value head a query head, tied, several files."""
+    rope = {"rope_theta": 5000.0, **LLAMA3}
+    more = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rope_parameters": rope}
+    model = randomised(LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=8, intermediate_size=320, **more)))
+    model.save_pretrained(directory, max_shard_size="150KB")
+    assert (directory / "model.safetensors.index.json").exists()
+    return model
+
+
+def make_llama_linear(directory: Path) -> PreTrainedModel:
+    """Linear rope scaling, a single key/value head, a head dimension of its own."""
+    rope = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}
+    sizes = {**SIZES, "num_key_value_heads": 1, "intermediate_size": 100, "head_dim": 12}
+    model = randomised(LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope)))
+    model.save_pretrained(directory)
+    return model
+
+
+def make_qwen2(directory: Path) -> PreTrainedModel:
+    """Biases on query, key and value; fewer key/value heads than ranks at TP 3; tied."""
+    config = Qwen2Config(**SIZES, num_key_value_heads=2, intermediate_size=172, tie_word_embeddings=True)
+    model = randomised(Qwen2ForCausalLM(config))
+    model.save_pretrained(directory)
+    return model
+
+
+def make_qwen3(directory: Path) -> PreTrainedModel:
+    """Norms over the heads of query and key; head dimension larger than hidden / heads; untied."""
+    config = Qwen3Config(**SIZES, num_key_value_heads=4, intermediate_size=172, head_dim=16, tie_word_embeddings=False)
+    model = randomised(Qwen3ForCausalLM(config))
+    model.save_pretrained(directory)
+    return model
+
+
+MODELS = {
+    "llama-old": make_llama_old,
+    "llama-new": make_llama_new,
+    "llama-linear": make_llama_linear,
+    "qwen2": make_qwen2,
+    "qwen3": make_qwen3,
+}
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that leave nothing neutral: norms away from 1, biases away from 0, attention that is not uniform."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 2:
+                weight.copy_(noise * (1.5 / weight.shape[1] ** 0.5))
+            else:
+                weight.copy_(noise * 0.3 + (1 if "norm" in name else 0))
+    return model.eval()
+
+
+def greedy(model: PreTrainedModel) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Prompts with their greedy continuations, and the logits of every position."""
+    generator = torch.Generator().manual_seed(7)
+    sequences, logits = [], []
+    with torch.inference_mode():
+        for length in PROMPTS:
+            tokens = torch.randint(517, (1, length), generator=generator)
+            for _ in range(NEW_TOKENS):
+                tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+            sequences.append(tokens[0].tolist())
+            logits.append(model(tokens).logits[0])
+    return sequences, logits
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, list[torch.Tensor]], dict[tuple[int, int], dict[str, torch.Tensor]]]:
+    """The oracle's logits by model, and what the ranks of each layout computed."""
+    directory = tmp_path_factory.mktemp("parity")
+    torch.set_num_threads(1)
+    oracle, work = {}, {}
+    for name, make in MODELS.items():
+        sequences, oracle[name] = greedy(make(directory / name))
+        work[name] = {"sequences": sequences, "prompts": PROMPTS}
+    (directory / "models.json").write_text(json.dumps({"layouts": LAYOUTS, "models": work}))
+    world_size = max(tp * pp for tp, pp in LAYOUTS)
+    run_ranks(directory, world_size)
+    return oracle, {(tp, pp): load_file(directory / f"tp{tp}pp{pp}.safetensors") for tp, pp in LAYOUTS}
+
+
+def run_ranks(directory: Path, world_size: int) -> None:
+    """Start every rank, wait for all, and show what a failed one said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).with_name("rank.py"))
+    ranks = []
+    for rank in range(world_size):
+        log = (directory / f"rank{rank}.log").open("w")
+        command = [sys.executable, script, str(rank), str(world_size), str(directory)]
+        ranks.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+    try:
+        codes = [rank.wait(timeout=120) for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    logs = "\n".join((directory / f"rank{rank}.log").read_text() for rank in range(world_size))
+    assert codes == [0] * world_size, logs
+
+
+Runs = Any
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"tp{layout[0]}-pp{layout[1]}")
+def test_logprobs_and_greedy_tokens(runs: Runs, layout: tuple[int, int], name: str) -> None:
+    oracle, results = runs
+    for i, expected in enumerate(oracle[name]):
+        logits = results[layout][f"{name}.mixed.{i}.torch.float32"]
+        torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=0)
+        assert torch.equal(logits[PROMPTS[i] - 1 :].argmax(-1), expected[PROMPTS[i] - 1 :].argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"tp{layout[0]}-pp{layout[1]}")
+def test_chunking_and_company_change_no_bit(runs: Runs, layout: tuple[int, int], dtype: str) -> None:
+    """Alone in one chunk, or cut up, decoded and mixed with others."""
+    _, results = runs
+    for name in MODELS:
+        for i in range(len(PROMPTS)):
+            alone, mixed = (results[layout][f"{name}.{kind}.{i}.{dtype}"] for kind in ("whole", "mixed"))
+            assert torch.isfinite(alone).all()
+            assert torch.equal(alone, mixed), f"{name}, sequence {i}"
+
+
+@pytest.mark.parametrize("pp", [2, 3])
+def test_stages_change_no_bit(runs: Runs, pp: int) -> None:
+    _, results = runs
+    for key, logits in results[1, 1].items():
+        assert torch.equal(logits, results[1, pp][key]), key
