@@ -16,8 +16,8 @@ from typing import Any
 
 from aiohttp import web
 from msgspec.structs import replace
-from tests.http.tiny_tokenizer import EOS, byte_level, save
 
+from tests.http.tiny_tokenizer import EOS, byte_level, save
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.journal import Journal
 from tpserve.frontend.status import Status

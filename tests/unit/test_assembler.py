@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.http.tiny_tokenizer import EOS, byte_level
 
+from tests.http.tiny_tokenizer import EOS, byte_level
 from tpserve.text.assembler import Assembler, Piece
 from tpserve.text.logprobs import chat_logprobs, completion_logprobs
 from tpserve.text.tokenizer import Tokenizer

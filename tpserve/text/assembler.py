@@ -73,7 +73,7 @@ class Assembler:
         self.stop_reason: str | int | None = None
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = (), *, stops: bool = False) -> None:
-        """Take the next tokens. `logprobs`: one each, or none. `stops`: the last one is an EOS or stop token, and so has no text."""
+        """Take the next tokens. `logprobs`: one each, or none. `stops`: the last one is an EOS or stop token and has no text."""
         last = len(tokens) - 1
         for index, token in enumerate(tokens):
             if self.finish is not None:

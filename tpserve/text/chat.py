@@ -40,11 +40,11 @@ class ChatTemplate:
             raise UserError(f"{where} is no valid Jinja template: {error}") from error
 
     @staticmethod
-    def load(directory: str | os.PathLike[str], override: str | None = None) -> "ChatTemplate":
-        """The template of a model directory, or `override`: a file, or the template itself. UserError when it is broken."""
+    def load(directory: str | os.PathLike[str]) -> "ChatTemplate":
+        """The template of a model directory. UserError when it is broken; a directory without one is no error."""
         root = Path(directory)
         config = read_json(root / "tokenizer_config.json")
-        source, where = find(root, config) if override is None else override_source(override)
+        source, where = find(root, config)
         return ChatTemplate(source, special_tokens(config), where)
 
     def render(
@@ -61,7 +61,8 @@ class ChatTemplate:
         """
         if self._template is None:
             raise UserError(
-                "this model has no chat template; use /v1/completions, or start with --chat-template FILE", param="messages"
+                "this model has no chat template; use /v1/completions, or put a chat_template.jinja into its directory",
+                param="messages",
             )
         if continue_final_message and add_generation_prompt:
             raise UserError("continue_final_message needs add_generation_prompt false", param="continue_final_message")
@@ -109,15 +110,6 @@ def find(root: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
         if isinstance(template, str):
             return template, str(path)
     return None, str(root)
-
-
-def override_source(override: str) -> tuple[str, str]:
-    if "{" in override:  # the template itself; no path of ours holds a brace
-        return override, "--chat-template"
-    try:
-        return Path(override).read_text(encoding="utf-8"), override
-    except OSError as error:
-        raise UserError(f"--chat-template {override} cannot be read: {error.strerror}") from error
 
 
 class Generation(Extension):

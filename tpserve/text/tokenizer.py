@@ -147,7 +147,9 @@ class TextStream:
     def _show(self, text: str) -> str:
         self._held_steps = 0
         # A decoder may rewrite what it said before (clean-up of spaces); what was shown cannot be taken back.
-        same = len(self._shown) if text.startswith(self._shown) else len(os.path.commonprefix([self._shown, text]))
+        same = len(self._shown)
+        while not text.startswith(self._shown[:same]):
+            same -= 1
         new = text[same:]
         if not new:
             if self._fresh > WINDOW_TOKENS:  # ids without text, one after another: special ones, or outside the vocabulary

@@ -83,7 +83,7 @@ async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, max_m
 
 
 def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limits: Limits, param: str) -> int:
-    """How many tokens a sequence may generate. `asked` must fit whole; `default` (None: all that is left) is cut to what is left."""
+    """How many tokens a sequence may generate. `asked` must fit whole; `default` (None: all that is left) is cut."""
     length = len(prompt.ids)
     left = limits.max_model_len - length
     if left < 1:
@@ -95,8 +95,10 @@ def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limit
 
 
 def too_long(max_model_len: int, detail: str, param: str) -> UserError:
-    text = f"This model's maximum context length is {max_model_len} tokens. However, {detail}; shorten the prompt or lower max_tokens."
-    return UserError(text, param=param, code="context_length_exceeded")
+    limit = f"This model's maximum context length is {max_model_len} tokens."
+    return UserError(
+        f"{limit} However, {detail}; shorten the prompt or lower max_tokens.", param=param, code="context_length_exceeded"
+    )
 
 
 def split_prompt(prompt: str | list[Any]) -> list[str | list[int]]:

@@ -25,7 +25,7 @@ from tpserve.frontend.openai.shapes import ChatShape, CompletionShape, Head, Jso
 from tpserve.text.assembler import Assembler
 from tpserve.types.sampling import SamplingParams
 
-REQUEST_ID = "request_id"
+REQUEST_ID = web.RequestKey("request_id", str)
 """Where a request carries its id: the client's, or one of ours."""
 DEFAULT_COMPLETION_TOKENS = 16
 

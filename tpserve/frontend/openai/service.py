@@ -59,7 +59,7 @@ class Service:
         """Admit a request. UserError 429 when the queue is full, 400 when it never could fit."""
         if len(new) > self.max_open:
             raise UserError(
-                f"the request asks for {len(new)} sequences (prompts times n), this server holds {self.max_open} at once; split it",
+                f"the request asks for {len(new)} sequences (prompts times n), this server holds {self.max_open}; split it",
                 param="n",
             )
         if self.journal.num_open + len(new) > self.max_open:

@@ -1,0 +1,119 @@
+"""What a request body may hold: every refusal names its field, every neutral value passes."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from tpserve.errors import UserError
+from tpserve.frontend.openai.body import parse
+from tpserve.frontend.openai.schema import NEUTRAL, ChatCall, CompletionCall
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def completion(**fields: Any) -> tuple[CompletionCall, list[str]]:
+    return parse({"prompt": "a"} | fields, CompletionCall, set())
+
+
+def chat(**fields: Any) -> tuple[ChatCall, list[str]]:
+    return parse(CHAT | fields, ChatCall, set())
+
+
+def refused(schema: type[Any], fields: dict[str, Any]) -> UserError:
+    with pytest.raises(UserError) as info:
+        parse({"prompt": "a", **CHAT} | fields if schema is ChatCall else {"prompt": "a"} | fields, schema, set())
+    return info.value
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -5}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": True}, "n"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["a"] * 65}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"prompt": 7}, "prompt"),
+        ({"request_id": "two\r\nlines"}, "request_id"),
+        ({"rid": "x" * 129}, "request_id"),
+    ],
+)
+def test_wrong_values_name_the_field(fields: dict[str, Any], param: str) -> None:
+    error = refused(CompletionCall, fields)
+    assert error.param == param and param in str(error) and (error.status, error.code) == (400, "invalid_value")
+
+
+def test_out_of_range_tells_the_value() -> None:
+    assert str(refused(CompletionCall, {"max_tokens": -5})) == "max_tokens: expected `int` >= 1, got -5"
+
+
+def test_missing_fields_are_named() -> None:
+    for schema, param in ((CompletionCall, "prompt"), (ChatCall, "messages")):
+        with pytest.raises(UserError) as info:
+            parse({}, schema, set())
+        assert info.value.param == param
+    assert refused(ChatCall, {"messages": []}).param == "messages"
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_known_fields_are_refused_unless_neutral(name: str) -> None:
+    for value in (None, *NEUTRAL[name]):
+        assert chat(**{name: value})[1] == []
+    for value in (0.5, ["x"], {"type": "json_object"}):
+        error = refused(ChatCall, {name: value})
+        assert (error.param, error.code, error.status) == (name, "unsupported_parameter", 400) and name in str(error)
+
+
+def test_best_of_may_equal_n() -> None:
+    assert completion(best_of=3, n=3)[0].n == 3
+    assert refused(CompletionCall, {"best_of": 3, "n": 2}).param == "best_of"
+
+
+def test_null_is_accepted_for_every_field() -> None:
+    for schema in (CompletionCall, ChatCall):
+        names = [name for name in schema.__struct_fields__ if name not in ("prompt", "messages")]
+        body = {"prompt": "a"} if schema is CompletionCall else CHAT
+        call, warnings = parse(dict(body) | dict.fromkeys(names), schema, set())
+        assert warnings == [] and call.temperature == 1.0 and call.max_tokens is None
+    assert completion(stream_options={"include_usage": None})[0].stream_options is not None
+
+
+def test_unknown_fields_are_served_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    logged: set[str] = set()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            _, warnings = parse({"prompt": "a", "colour": "violet", "user": "me"}, CompletionCall, logged)
+            assert warnings == ["unknown field 'colour' ignored"]
+    assert len(caplog.records) == 1 and "violet" not in caplog.text
+
+
+def test_unknown_fields_do_not_fill_log_or_answer(caplog: pytest.LogCaptureFixture) -> None:
+    logged: set[str] = set()
+    with caplog.at_level(logging.WARNING):
+        for start in range(0, 600, 100):
+            body = {"prompt": "a"} | {f"f{i}\n" + "y" * 5000: 1 for i in range(start, start + 100)}
+            _, warnings = parse(body, CompletionCall, logged)
+    assert len(warnings) == 16 and max(map(len, warnings)) < 120
+    assert len(logged) <= 256 and all(len(record.getMessage()) < 250 for record in caplog.records)
+
+
+def test_stop_forms() -> None:
+    assert completion(stop="x")[0].stops == ("x",) and completion(stop=["x", "yy"])[0].stops == ("x", "yy")
+    assert completion()[0].stops == ()
+
+
+def test_chat_logprobs() -> None:
+    assert chat()[0].num_logprobs is None and chat(logprobs=True)[0].num_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=3)[0].num_logprobs == 3
