@@ -1,0 +1,130 @@
+"""The whole suite in shares, each with its time budget on two cores; prints a table and, last, how many tests passed and failed.
+
+    python tests/run.py                   everything but what needs a card or a long time
+    python tests/run.py parity http       some shares
+    python tests/run.py --gpu             what needs a card; reports go to $OUT when that is set
+
+Standard library only. Exit code 1 when anything failed; a share over its budget is marked, not failed.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LINT = (
+    ("ruff", "check", "."),
+    ("ruff", "format", "--check", "."),
+    ("mypy",),
+)
+SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "unit": (100, ("unit", "scheduling", "architecture")),
+    "parity": (180, ("parity",)),
+    "http": (90, ("http",)),
+    "kernels": (110, ("kernels",)),
+    "cluster": (100, ("cluster",)),
+    "crash": (60, ("crash",)),
+}
+"""Name to (budget in seconds, folders of tests/)."""
+INSTALL_S, LINT_S = 150, 60
+
+
+@dataclass
+class Row:
+    name: str
+    budget_s: int
+    took_s: float
+    passed: int = 0
+    failed: int = 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shares", nargs="*", choices=[*SHARES, "lint", []], help="default: all")
+    parser.add_argument("--gpu", action="store_true")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    if options.gpu:
+        rows = [gpu_check()]
+    else:
+        wanted = options.shares or ["lint", *SHARES]
+        rows = [] if options.shares else [install()]
+        rows += [lint()] if "lint" in wanted else []
+        rows += [share(name, *SHARES[name]) for name in SHARES if name in wanted]
+    return report(rows)
+
+
+def install() -> Row:
+    """What the installation took, the last time there was one."""
+    seconds = [int(path.read_text()) for path in (ROOT / ".venv").glob("t*.stamp")]
+    return Row("install", INSTALL_S, sum(seconds))
+
+
+def lint() -> Row:
+    row, begin_s = Row("lint + types", LINT_S, 0.0), time.monotonic()
+    for tool in LINT:
+        print(f"== {' '.join(tool)}", flush=True)
+        if subprocess.run([sys.executable, "-m", *tool], check=False).returncode:
+            row.failed += 1
+        else:
+            row.passed += 1
+    row.took_s = time.monotonic() - begin_s
+    return row
+
+
+def share(name: str, budget_s: int, folders: tuple[str, ...]) -> Row:
+    paths = [f"tests/{folder}" for folder in folders if (ROOT / "tests" / folder).is_dir()]
+    return pytest(name, budget_s, [*paths, "-m", "not gpu and not long"])
+
+
+def gpu_check() -> Row:
+    """Kernels compiled for the card, and the engine on it."""
+    out = os.environ.get("OUT")
+    reports = [f"--junitxml={out}/gpu-check.xml"] if out else []
+    return pytest("gpu", 600, ["tests/kernels", "tests/gpu", "-m", "gpu", "-rs", *reports])
+
+
+def pytest(name: str, budget_s: int, arguments: list[str]) -> Row:
+    """One pytest process, its output shown as it comes and its last line counted."""
+    print(f"== {name}", flush=True)
+    begin_s = time.monotonic()
+    row = Row(name, budget_s, 0.0)
+    child = subprocess.Popen([sys.executable, "-m", "pytest", *arguments], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    summary = ""
+    for line in child.stdout:
+        print(line, end="", flush=True)
+        if re.search(r"\bin [\d.]+s", line):
+            summary = line
+    code = child.wait()
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error)", summary)}
+    row.passed, row.failed = counts.get("passed", 0), counts.get("failed", 0) + counts.get("error", 0)
+    if code not in (0, 5) and not row.failed:  # 5: no test was selected
+        row.failed = 1
+    row.took_s = time.monotonic() - begin_s
+    return row
+
+
+def report(rows: list[Row]) -> int:
+    print(f"\n{'share':<14}{'seconds':>9}{'budget':>9}{'passed':>9}{'failed':>9}")
+    total = Row(
+        "total",
+        sum(r.budget_s for r in rows),
+        sum(r.took_s for r in rows),
+        sum(r.passed for r in rows),
+        sum(r.failed for r in rows),
+    )
+    for row in [*rows, total]:
+        over = "  over budget" if row.took_s > row.budget_s else ""
+        print(f"{row.name:<14}{row.took_s:>9.0f}{row.budget_s:>9}{row.passed:>9}{row.failed:>9}{over}")
+    print(f"\n{total.passed} passed, {total.failed} failed in {total.took_s:.0f}s")
+    return 1 if total.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The environment. This file is the only one that reads or writes it, so this screen lists every variable.
+
+set by torchrun                       read into
+RANK WORLD_SIZE                       RankEnv.rank, .world_size; RANK's presence means "started by torchrun"
+LOCAL_RANK LOCAL_WORLD_SIZE           RankEnv.local_rank, .local_world_size
+GROUP_RANK GROUP_WORLD_SIZE           RankEnv.node_rank, .nnodes
+MASTER_ADDR MASTER_PORT               RankEnv.master_addr, .master_port
+TORCHELASTIC_RUN_ID                   RankEnv.run_id
+TORCHELASTIC_RESTART_COUNT            RankEnv.restart_count
+TORCHELASTIC_USE_AGENT_STORE          RankEnv.use_agent_store
+TORCHELASTIC_ERROR_FILE               RankEnv.error_file
+
+set by the user
+TPSERVE_API_KEY                       --api-key, when that is not given
+TPSERVE_ARG_<FLAG>                    --<flag>, when that is not given; the prefix keeps clear of what Kubernetes
+                                      injects for a service named tpserve (TPSERVE_PORT)
+CUDA_VISIBLE_DEVICES                  machine.visible_gpus
+
+set by `tpserve serve` for its ranks
+TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
+TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tpserve.errors import UserError
+
+_OVERRIDE = "TPSERVE_ARG_"
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """What torchrun tells a rank. `runtime_dir` is None unless `tpserve serve` started the agent."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    nnodes: int
+    master_addr: str
+    master_port: int
+    run_id: str
+    restart_count: int
+    use_agent_store: bool
+    agent_pid: int
+    runtime_dir: str | None
+    error_file: str | None
+
+
+def under_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is a rank."""
+    return "RANK" in environ
+
+
+def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
+    """Read what torchrun set. Raises UserError when something started us that sets RANK and not the rest."""
+
+    def number(name: str, default: int | None = None) -> int:
+        text = environ.get(name)
+        if text is None and default is not None:
+            return default
+        if text is None or not text.isdecimal():
+            raise UserError(f"RANK is set in the environment but {name} is {text!r}: start ranks with torchrun, or unset RANK")
+        return int(text)
+
+    world_size, local_world_size = number("WORLD_SIZE"), number("LOCAL_WORLD_SIZE")
+    return RankEnv(
+        rank=number("RANK"),
+        world_size=world_size,
+        local_rank=number("LOCAL_RANK"),
+        local_world_size=local_world_size,
+        node_rank=number("GROUP_RANK", number("RANK") // local_world_size),
+        nnodes=number("GROUP_WORLD_SIZE", world_size // local_world_size),
+        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=number("MASTER_PORT", 0),
+        run_id=environ.get("TORCHELASTIC_RUN_ID", "none"),
+        restart_count=number("TORCHELASTIC_RESTART_COUNT", 0),
+        use_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        agent_pid=os.getppid(),
+        runtime_dir=environ.get("TPSERVE_RUNTIME_DIR"),
+        error_file=environ.get("TORCHELASTIC_ERROR_FILE"),
+    )
+
+
+def overrides(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Flags given as environment variables: name to text."""
+    found = {name.removeprefix(_OVERRIDE).lower(): text for name, text in sorted(environ.items()) if name.startswith(_OVERRIDE)}
+    if environ.get("TPSERVE_API_KEY"):
+        found["api_key"] = environ["TPSERVE_API_KEY"]
+    return found
+
+
+def cuda_visible_devices(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The user's choice of GPUs; None for all."""
+    return environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def for_ranks(runtime_dir: str, quiet: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of the agent and its ranks. `quiet`: no chatter of torch's C++ side."""
+    chatter = {"TORCH_CPP_LOG_LEVEL": "ERROR"} if quiet and "TORCH_CPP_LOG_LEVEL" not in environ else {}
+    # All flags are on the ranks' command line, launch flags and the key are not for them.
+    inherited = {name: text for name, text in environ.items() if name != "TPSERVE_API_KEY" and not name.startswith(_OVERRIDE)}
+    return {**inherited, **chatter, "TPSERVE_RUNTIME_DIR": runtime_dir}

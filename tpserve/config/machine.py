@@ -1,0 +1,131 @@
+"""What this machine has: GPUs, cores, memory. Imports no torch; reads /proc, /sys and package metadata and changes nothing."""
+
+import functools
+import importlib.metadata
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tpserve.config import env
+from tpserve.config.env import RankEnv
+
+_CGROUP = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60
+"""Control groups of version 1 write "no limit" as a number near 2**63."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the ranks run. `num_gpus`: visible on this node and usable by the installed torch.
+
+    `launcher`: how ranks are started, for the command lines in errors.
+    """
+
+    world_size: int
+    local_world_size: int
+    nnodes: int
+    num_gpus: int
+    cores: int
+    launcher: Literal["torchrun", "serve"]
+
+
+def of_rank(rank: RankEnv) -> Machine:
+    """The machine of a rank that torchrun started."""
+    launcher: Literal["torchrun", "serve"] = "torchrun" if rank.runtime_dir is None else "serve"
+    return Machine(rank.world_size, rank.local_world_size, rank.nnodes, visible_gpus(), available_cores(), launcher)
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs that ranks of this node can use: present, not hidden by CUDA_VISIBLE_DEVICES, and torch is built for them."""
+    if not _torch_has_cuda():
+        return 0
+    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    chosen = env.cuda_visible_devices()
+    if chosen is None:
+        return present
+    count = 0
+    for name in filter(None, chosen.split(",")):
+        # As CUDA does: the first name that is no device ends the list.
+        if not name.strip().startswith(("GPU-", "MIG-")) and not (name.strip().isdecimal() and int(name) < present):
+            break
+        count += 1
+    return count
+
+
+@functools.cache
+def _torch_has_cuda() -> bool:
+    try:
+        return "+cpu" not in importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity mask, and less when a control group grants less time."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated: what the system has free, and less when a control group grants less."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    for directory, limit_name, usage_name in _memory_groups():
+        limit, usage = _number(directory / limit_name), _number(directory / usage_name)
+        if limit is not None and usage is not None and limit < _UNLIMITED:
+            free = min(free, max(0, limit - usage + _reclaimable(directory)))
+    return free
+
+
+def _cpu_quota() -> float | None:
+    for directory in _directories("", ""):
+        try:
+            quota, period = (directory / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            return int(quota) / int(period)
+    for directory in _directories("cpu", "cpu"):
+        quota_us, period_us = _number(directory / "cpu.cfs_quota_us"), _number(directory / "cpu.cfs_period_us")
+        if quota_us is not None and period_us and quota_us > 0:
+            return quota_us / period_us
+    return None
+
+
+def _memory_groups() -> list[tuple[Path, str, str]]:
+    new = [(d, "memory.max", "memory.current") for d in _directories("", "")]
+    old = [(d, "memory.limit_in_bytes", "memory.usage_in_bytes") for d in _directories("memory", "memory")]
+    return new + old
+
+
+def _directories(controller: str, mount: str) -> list[Path]:
+    """This process's control group of a version 1 controller ("" for version 2) and the one seen from inside a container."""
+    found = []
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, names, path = line.split(":", 2)
+        if controller in names.split(","):
+            found.append(_CGROUP / mount / path.lstrip("/"))
+    return [*found, _CGROUP / mount]
+
+
+def _reclaimable(directory: Path) -> int:
+    """Page cache that the kernel gives back before it refuses memory."""
+    for line in _text(directory / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.lstrip("-").isdecimal() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,118 @@
+"""The fields of `Flags` as a command line sees them: spelling, value, help. Read off the struct; holds no list of its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from msgspec.structs import fields
+
+from tpserve.config.schema import Flag, Flags
+from tpserve.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag. `kind`: the type of its value; a tuple of str takes several arguments, a tuple of int one with commas."""
+
+    name: str
+    kind: Any
+    default: Any
+    about: Flag
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def many(self) -> bool:
+        return bool(self.kind == tuple[str, ...])
+
+    def value_name(self) -> str:
+        """What stands for the value in help texts; empty for a switch."""
+        if get_origin(self.kind) is Literal:
+            return "{" + ",".join(get_args(self.kind)) + "}"
+        return {int: "N", float: "X", str: "TEXT", bool: "", tuple[str, ...]: "NAME [NAME ...]", tuple[int, ...]: "N,N,..."}[
+            self.kind
+        ]
+
+    def default_text(self) -> str:
+        """The default for help texts; empty when the help text tells it."""
+        return "" if self.default in (None, (), False) else str(self.default)
+
+    def read(self, text: str, said_as: str) -> Any:
+        """The value of `text`. Raises UserError that names `said_as` and what it takes."""
+        if not text:
+            raise UserError(f"{said_as} is empty", param=self.name)
+        try:
+            return self._choice(text) if get_origin(self.kind) is Literal else self._bounded(_READERS[self.kind](text))
+        except _WrongValue as wrong:
+            raise UserError(f"{said_as} must be {wrong}, not {text!r}", param=self.name) from None
+
+    def _choice(self, text: str) -> str:
+        if text not in get_args(self.kind):
+            raise _WrongValue("one of " + ", ".join(get_args(self.kind)))
+        return text
+
+    def _bounded(self, value: Any) -> Any:
+        about = self.about
+        if about.at_least is not None and not value >= about.at_least:
+            raise _WrongValue(f"at least {about.at_least}")
+        if about.above is not None and not value > about.above:
+            raise _WrongValue(f"above {about.above}")
+        if about.at_most is not None and not value <= about.at_most:
+            raise _WrongValue(f"at most {about.at_most}")
+        return value
+
+
+class _WrongValue(Exception):
+    """What the value should have been."""
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise _WrongValue("a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise _WrongValue("a number") from None
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("0", "1", "false", "true"):
+        raise _WrongValue("0 or 1")
+    return text.lower() in ("1", "true")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise _WrongValue("positive numbers joined by commas, such as 3,2")
+    return tuple(map(int, parts))
+
+
+_READERS: dict[Any, Callable[[str], Any]] = {
+    str: str,
+    int: _whole,
+    float: _number,
+    bool: _switch,
+    tuple[int, ...]: _sizes,
+    tuple[str, ...]: lambda text: tuple(text.split()),
+}
+
+
+def _option(name: str, default: Any, hint: Any) -> Option:
+    kind, about = hint.__origin__, hint.__metadata__[0]
+    if NoneType in get_args(kind):
+        kind = next(option for option in get_args(kind) if option is not NoneType)
+    return Option(name, kind, default, about)
+
+
+_HINTS = get_type_hints(Flags, include_extras=True)
+OPTIONS: dict[str, Option] = {field.name: _option(field.name, field.default, _HINTS[field.name]) for field in fields(Flags)}
+"""All flags by field name, in the order of the struct."""

@@ -1,0 +1,200 @@
+"""Flags, model and machine to an `EngineConfig`. Pure; the only place where "auto" and "not said" become values.
+
+Everything that can be refused before a process is started is refused here, each in one sentence with the way out.
+"""
+
+import shlex
+from typing import Literal, NamedTuple
+
+from tpserve.config.machine import Machine
+from tpserve.config.schema import EngineConfig, Flags
+from tpserve.errors import UserError
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_spec import ModelSpec
+
+BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
+
+
+class Grid(NamedTuple):
+    """Tensor-parallel by pipeline-parallel ranks."""
+
+    tp: int
+    pp: int
+
+
+def resolve(flags: Flags, spec: ModelSpec, machine: Machine) -> EngineConfig:
+    """Decide everything that can be decided without loading the model. Raises UserError."""
+    assert flags.model is not None, "the caller fills in the built-in model"
+    device = _device(flags, machine)
+    return EngineConfig(
+        model=flags.model,
+        served_model_name=flags.served_model_name or (flags.model,),
+        dtype=_dtype(flags, spec, device),
+        load_format="safetensors" if flags.load_format == "auto" else flags.load_format,
+        seed=flags.seed,
+        layout=_layout(flags, spec, machine),
+        device=device,
+        max_model_len=_max_model_len(flags, spec),
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_batched_tokens or max(BATCHED_TOKENS[device], flags.max_num_seqs),
+        block_size=flags.block_size,
+        gpu_memory_utilization=flags.gpu_memory_utilization,
+        num_gpu_blocks_override=flags.num_gpu_blocks_override,
+        max_queued_requests=flags.max_queued_requests,
+        host=flags.host,
+        port=flags.port,
+        api_key=flags.api_key,
+        log_level=flags.log_level,
+        start_timeout=flags.start_timeout,
+        drain_timeout=flags.drain_timeout,
+        step_trace=flags.step_trace,
+    )
+
+
+def num_local_ranks(flags: Flags, num_gpus: int) -> int:
+    """How many ranks `tpserve serve` starts on a node: as told, else one per GPU, else as many as the layout asks for.
+
+    On a single node a full layout wins over the number of GPUs: `-tp 2` on eight GPUs takes two of them.
+    """
+    if flags.nproc_per_node is not None:
+        return flags.nproc_per_node
+    pp = flags.pipeline_parallel_size or max(1, len(flags.pipeline_layer_map))
+    use_gpus = num_gpus > 0 and flags.device != "cpu"
+    if use_gpus and (flags.nnodes > 1 or flags.tensor_parallel_size is None):
+        return num_gpus
+    world = (flags.tensor_parallel_size or 1) * pp
+    if world % flags.nnodes:
+        raise UserError(
+            f"{world} ranks (--tensor-parallel-size x --pipeline-parallel-size) cannot be dealt evenly to {flags.nnodes} nodes: "
+            f"choose sizes whose product is a multiple of {flags.nnodes}"
+        )
+    return world // flags.nnodes
+
+
+def _device(flags: Flags, machine: Machine) -> Literal["cuda", "cpu"]:
+    gpus = machine.num_gpus
+    if flags.device == "cpu" or (flags.device == "auto" and not gpus):
+        return "cpu"
+    if not gpus:
+        raise UserError(
+            "--device cuda, but no GPU is visible: see nvidia-smi, CUDA_VISIBLE_DEVICES and torch's build, or pass --device cpu",
+            param="device",
+        )
+    if flags.device == "auto" and machine.local_world_size > gpus:
+        raise UserError(
+            f"{_count(machine.local_world_size)} on this node but {gpus} visible GPUs: start at most {gpus} a node, "
+            "or pass --device cpu, or --device cuda to let ranks share a GPU",
+            param="device",
+        )
+    return "cuda"
+
+
+def _dtype(flags: Flags, spec: ModelSpec, device: str) -> Literal["bfloat16", "float16", "float32"]:
+    if flags.dtype != "auto":
+        return flags.dtype
+    return "bfloat16" if spec.dtype == "float32" and device == "cuda" else spec.dtype
+
+
+def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
+    if flags.max_model_len is None:
+        return spec.max_position
+    if flags.max_model_len > spec.max_position:
+        raise UserError(
+            f"--max-model-len {flags.max_model_len} is beyond the model's {spec.max_position} positions: pass at most that",
+            param="max_model_len",
+        )
+    return flags.max_model_len
+
+
+def _layout(flags: Flags, spec: ModelSpec, machine: Machine) -> ParallelLayout:
+    given = flags.pipeline_layer_map
+    pp = flags.pipeline_parallel_size or len(given) or _default_stages(flags, spec, machine.world_size)
+    tp = flags.tensor_parallel_size or max(1, machine.world_size // pp)
+    if tp * pp != machine.world_size:
+        raise UserError(_mismatch(Grid(tp, pp), flags, spec, machine), param="tensor_parallel_size")
+    if pp > spec.num_layers:
+        raise UserError(
+            f"--pipeline-parallel-size {pp}, but the model has {spec.num_layers} layers, so that a stage would be empty: "
+            f"use at most {spec.num_layers} stages",
+            param="pipeline_parallel_size",
+        )
+    if tp > spec.num_heads:
+        raise UserError(
+            f"--tensor-parallel-size {tp}, but the model has {spec.num_heads} attention heads, so that a rank would hold none: "
+            f"use at most {spec.num_heads}",
+            param="tensor_parallel_size",
+        )
+    return ParallelLayout(tp, pp, _stages(given, pp, spec.num_layers))
+
+
+def _default_stages(flags: Flags, spec: ModelSpec, world_size: int) -> int:
+    """One; with no layout said and more ranks than attention heads, the fewest stages that leave no rank empty."""
+    if flags.tensor_parallel_size is None and world_size > spec.num_heads:
+        for pp in range(2, spec.num_layers + 1):
+            if world_size % pp == 0 and world_size // pp <= spec.num_heads:
+                return pp
+    return 1
+
+
+def _stages(given: tuple[int, ...], pp: int, num_layers: int) -> tuple[int, ...]:
+    """Layers per stage; earlier stages take the odd ones."""
+    base, extra = divmod(num_layers, pp)
+    even = tuple(base + (stage < extra) for stage in range(pp))
+    if not given:
+        return even
+    if len(given) != pp or sum(given) != num_layers:
+        said, example = ",".join(map(str, given)), ",".join(map(str, even))
+        raise UserError(
+            f"--pipeline-layer-map {said} is {len(given)} stages and {sum(given)} layers together, but there are {pp} stages "
+            f"and {num_layers} layers: pass {pp} numbers that add up to {num_layers}, such as {example}",
+            param="pipeline_layer_map",
+        )
+    return given
+
+
+def _mismatch(asked: Grid, flags: Flags, spec: ModelSpec, machine: Machine) -> str:
+    nodes, per_node = machine.nnodes, machine.local_world_size
+    ranks = f"{nodes} nodes x {per_node} ranks = {machine.world_size} ranks" if nodes > 1 else _count(machine.world_size)
+    told = f"--tensor-parallel-size {asked.tp} x --pipeline-parallel-size {asked.pp} = {asked.tp * asked.pp}"
+    fit = _fitting(asked, flags, spec, machine)
+    if fit is None:
+        return f"{ranks} were started but {told}: start {_count(asked.tp * asked.pp)}, `{_command(asked, flags, nodes, machine)}`"
+    return f"{ranks} were started but {told}: run `{_command(fit, flags, nodes, machine)}`"
+
+
+def _count(ranks: int) -> str:
+    return f"{ranks} rank" + "s" * (ranks != 1)
+
+
+def _fitting(asked: Grid, flags: Flags, spec: ModelSpec, machine: Machine) -> Grid | None:
+    """The layout of all started ranks nearest to the one asked for; None when the missing ranks had better be started."""
+    world = machine.world_size
+    wanted = asked.tp * asked.pp
+    could_start = wanted % machine.nnodes == 0 and (not machine.num_gpus or wanted <= machine.num_gpus * machine.nnodes)
+    possible_as_asked = asked.tp <= spec.num_heads and asked.pp <= spec.num_layers
+    if wanted > world and could_start and possible_as_asked:
+        return None
+    grids = [Grid(tp, world // tp) for tp in range(1, world + 1) if world % tp == 0]
+    grids = [g for g in grids if g.tp <= spec.num_heads and g.pp <= spec.num_layers]
+    if not grids:
+        return None
+    keeps_tp = flags.tensor_parallel_size is not None
+
+    def distance(grid: Grid) -> tuple[bool, bool, int]:
+        loses_what_was_asked = grid.tp != asked.tp if keeps_tp else grid.pp != asked.pp
+        return loses_what_was_asked, grid.pp != asked.pp, abs(grid.tp - machine.local_world_size)
+
+    return min(grids, key=distance)
+
+
+def _command(grid: Grid, flags: Flags, nodes: int, machine: Machine) -> str:
+    """A command line that starts this layout on as many nodes."""
+    per_node = grid.tp * grid.pp // nodes
+    model = f"{shlex.quote(flags.model or '')} -tp {grid.tp} -pp {grid.pp}"
+    if machine.launcher == "torchrun" and nodes == 1:
+        return f"torchrun --nproc-per-node {per_node} -m tpserve {model}"
+    if machine.launcher == "torchrun":
+        return f"torchrun --nnodes {nodes} --node_rank I --nproc_per_node {per_node} --master_addr HEAD -m tpserve {model}"
+    if nodes == 1:
+        return f"tpserve serve {model} --nproc-per-node {per_node}"
+    return f"tpserve serve {model} --nnodes {nodes} --node-rank I --master-addr {flags.master_addr or 'HEAD'}"

@@ -1,0 +1,157 @@
+"""The list of flags, and what they become.
+
+Owns `Flags`, the only list of flags there is: the parser, the help, `TPSERVE_ARG_*` and docs/flags.md are read off its
+fields. A field's annotation carries its help text, its bounds and where its name comes from. Never parses, never guesses:
+`cli` fills a `Flags`, `resolve` turns it into an `EngineConfig`, in which nothing is "auto" any more.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from msgspec import Struct, to_builtins
+
+from tpserve.types.layout import ParallelLayout
+
+MODEL, LAYOUT, ENGINE, HTTP, OPERATION, LAUNCH = GROUPS = (
+    "Model",
+    "Parallelism",
+    "Engine",
+    "HTTP",
+    "Operation",
+    "Launch (tpserve serve only)",
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a field of `Flags` is besides its name, type and default. `named_by`: who named the flag first."""
+
+    group: str
+    help: str
+    named_by: Literal["vLLM", "torchrun", "tpserve"] = "vLLM"
+    short: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+
+
+class Flags(Struct, frozen=True, kw_only=True):
+    """What the user said. None means "not said"."""
+
+    model: Annotated[
+        str | None, Flag(MODEL, "Model directory, the same as the positional MODEL. Without it the built-in model is served.")
+    ] = None
+    served_model_name: Annotated[
+        tuple[str, ...], Flag(MODEL, "Names under which the API serves the model; answers carry the first. Default: MODEL.")
+    ] = ()
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Flag(MODEL, "Type of weights and activations. auto: the checkpoint's, but bfloat16 for a float32 checkpoint on GPUs."),
+    ] = "auto"
+    load_format: Annotated[
+        Literal["auto", "safetensors", "dummy"],
+        Flag(MODEL, "Where weights come from. auto: safetensors. dummy: random numbers, to try sizes."),
+    ] = "auto"
+    seed: Annotated[int, Flag(MODEL, "Seed of the random numbers of --load-format dummy.", at_least=0, at_most=2**63 - 1)] = 0
+
+    tensor_parallel_size: Annotated[
+        int | None,
+        Flag(
+            LAYOUT, "Ranks that share each layer. Default: number of ranks / --pipeline-parallel-size.", short="-tp", at_least=1
+        ),
+    ] = None
+    pipeline_parallel_size: Annotated[
+        int | None, Flag(LAYOUT, "Stages that share the layers. Default: 1.", short="-pp", at_least=1)
+    ] = None
+    pipeline_layer_map: Annotated[
+        tuple[int, ...],
+        Flag(LAYOUT, "Layers of each stage, such as 3,2. Default: even, earlier stages take the odd ones.", "tpserve"),
+    ] = ()
+    data_parallel_size: Annotated[int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", at_least=1)] = 1
+    distributed_executor_backend: Annotated[
+        Literal["mp", "auto", "external_launcher", "ray"] | None,
+        Flag(LAYOUT, "mp, auto and external_launcher mean torchrun's ranks, which tpserve always uses; ray is refused."),
+    ] = None
+    device: Annotated[
+        Literal["auto", "cuda", "cpu"],
+        Flag(LAYOUT, "Where ranks run. auto: on GPUs if one is visible. cuda: ranks may share a GPU."),
+    ] = "auto"
+
+    max_model_len: Annotated[
+        int | None, Flag(ENGINE, "Longest sequence, prompt and output together. Default: the model's.", at_least=2)
+    ] = None
+    max_num_seqs: Annotated[int, Flag(ENGINE, "Most sequences in a step.", at_least=1)] = 256
+    max_num_batched_tokens: Annotated[
+        int | None, Flag(ENGINE, "Most tokens in a step. Default: 8192 on GPUs, 2048 on the CPU.", at_least=1)
+    ] = None
+    block_size: Annotated[int, Flag(ENGINE, "Tokens in a block of the KV cache.", at_least=1, at_most=1024)] = 16
+    gpu_memory_utilization: Annotated[
+        float, Flag(ENGINE, "Share of each GPU's memory that tpserve may take.", above=0, at_most=1)
+    ] = 0.9
+    num_gpu_blocks_override: Annotated[
+        int | None, Flag(ENGINE, "Number of KV cache blocks, instead of measuring.", at_least=1)
+    ] = None
+    max_queued_requests: Annotated[
+        int, Flag(ENGINE, "Most requests that wait; further ones are answered with 429.", "tpserve", at_least=1)
+    ] = 1024
+
+    host: Annotated[str, Flag(HTTP, "Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
+    port: Annotated[int, Flag(HTTP, "Port to listen on; 0 takes a free one.", at_least=0, at_most=65535)] = 8000
+    api_key: Annotated[
+        str | None, Flag(HTTP, "Key that clients must send. Better given as TPSERVE_API_KEY, which `ps` does not show.")
+    ] = None
+
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Flag(OPERATION, "How much rank 0 logs; other ranks log warnings and errors.", "tpserve"),
+    ] = "info"
+    start_timeout: Annotated[
+        float, Flag(OPERATION, "Seconds until all ranks must have met, and be ready.", "tpserve", above=0)
+    ] = 600.0
+    drain_timeout: Annotated[
+        float, Flag(OPERATION, "Seconds for open requests when told to end (torchrun kills after 30).", "tpserve", at_least=0)
+    ] = 25.0
+    step_trace: Annotated[
+        str | None, Flag(OPERATION, "Directory to which each rank writes its steps, as Chrome trace events.", "tpserve")
+    ] = None
+
+    nproc_per_node: Annotated[
+        int | None,
+        Flag(LAUNCH, "Ranks on this node. Default: one per visible GPU, or what the layout asks for.", "torchrun", at_least=1),
+    ] = None
+    nnodes: Annotated[int, Flag(LAUNCH, "Number of nodes; run the same command on each.", at_least=1)] = 1
+    node_rank: Annotated[int, Flag(LAUNCH, "This node's number; node 0 answers HTTP.", at_least=0)] = 0
+    master_addr: Annotated[str | None, Flag(LAUNCH, "Address of node 0; needed with several nodes.")] = None
+    master_port: Annotated[int, Flag(LAUNCH, "Port on node 0 at which nodes meet.", at_least=1, at_most=65535)] = 29501
+    headless: Annotated[bool, Flag(LAUNCH, "This node answers no HTTP; implied by --node-rank above 0.")] = False
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True):
+    """All that a server was resolved to; made once by `resolve`. What must be measured is not here but in the memory ledger."""
+
+    model: str
+    served_model_name: tuple[str, ...]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    load_format: Literal["safetensors", "dummy"]
+    seed: int
+    layout: ParallelLayout
+    device: Literal["cuda", "cpu"]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    gpu_memory_utilization: float
+    num_gpu_blocks_override: int | None
+    max_queued_requests: int
+    host: str
+    port: int
+    api_key: str | None
+    log_level: Literal["debug", "info", "warning", "error"]
+    start_timeout: float
+    drain_timeout: float
+    step_trace: str | None
+
+    def shared(self) -> dict[str, Any]:
+        """What must be equal on all ranks, or their tokens would differ or their collectives hang."""
+        local = ("model", "served_model_name", "max_queued_requests", "host", "port", "api_key", "log_level", "step_trace")
+        return {name: value for name, value in to_builtins(self).items() if name not in local}

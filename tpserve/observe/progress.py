@@ -1,0 +1,71 @@
+"""How far a long task of known size has come, in bytes: a bar on a terminal, a log line every few seconds elsewhere.
+
+    with Progress("loading weights", visible=rank == 0) as progress:
+        progress.update(done, total)
+
+Invisible it does nothing. Visible it ends with one log line that says how much, how long and how fast.
+"""
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 5.0
+GB = 1e9
+
+
+class Progress:
+    """See the module. `update` may be called as often as one likes."""
+
+    def __init__(self, title: str, visible: bool, stream: TextIO | None = None) -> None:
+        self._title = title
+        self._visible = visible
+        self._stream = sys.stderr if stream is None else stream
+        self._bar: tuple[Bar, TaskID] | None = None
+        self._done = self._total = 0
+        self._begin_s = self._line_s = 0.0
+
+    def __enter__(self) -> Self:
+        self._begin_s = self._line_s = time.monotonic()
+        if self._visible and self._stream.isatty():
+            self._bar = _bar(self._title, self._stream)
+        return self
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` bytes are there."""
+        self._done, self._total = done, total
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.update(task, completed=done, total=total)
+        elif self._visible and time.monotonic() - self._line_s >= LINE_EVERY_S:
+            self._line_s = time.monotonic()
+            percent = 100 * done // max(total, 1)
+            log.info("%s: %d%% of %.1f GB, %s", self._title, percent, total / GB, self._speed())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar[0].stop()
+        if self._visible and kind is None and self._done:
+            seconds = time.monotonic() - self._begin_s
+            log.info("%s: %.3g GB in %.1f s, %s", self._title, self._done / GB, seconds, self._speed())
+
+    def _speed(self) -> str:
+        return f"{self._done / GB / max(time.monotonic() - self._begin_s, 1e-9):.2f} GB/s"
+
+
+def _bar(title: str, stream: TextIO) -> "tuple[Bar, TaskID]":
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(file=stream), transient=True)
+    bar.start()
+    return bar, bar.add_task(title, total=None)
