@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from aiohttp import web
 from msgspec.structs import replace
 
@@ -114,7 +115,7 @@ def serving(directory: Path, step_s: float = 0.001, **config: Any) -> Iterator[S
     save(byte_level(), directory)
     tokenizer = Tokenizer.load(directory)
     engine = Engine(tokenizer.vocab_size, step_s)
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     states = [Status("running", "serving", 100, "", MAX_MODEL_LEN, tokenizer.vocab_size)]

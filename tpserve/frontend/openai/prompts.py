@@ -39,6 +39,8 @@ async def completion_prompts(service: Service, call: CompletionCall, limits: Lim
     for item in items:
         if isinstance(item, str):
             refuse_too_long(item, service.tokenizer, limits, "prompt")
+        elif len(item) >= limits.max_model_len:
+            raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
         else:
             check_ids(item, limits.vocab_size, "prompt")
     tokenizer = service.tokenizer
@@ -96,9 +98,8 @@ def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limit
 
 def too_long(max_model_len: int, detail: str, param: str) -> UserError:
     limit = f"This model's maximum context length is {max_model_len} tokens."
-    return UserError(
-        f"{limit} However, {detail}; shorten the prompt or lower max_tokens.", param=param, code="context_length_exceeded"
-    )
+    text = f"{limit} However, {detail}; shorten the prompt or lower max_tokens."
+    return UserError(text, param=param, code="context_length_exceeded")
 
 
 def split_prompt(prompt: str | list[Any]) -> list[str | list[int]]:
