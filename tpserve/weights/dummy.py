@@ -10,7 +10,7 @@ import torch
 
 from tpserve.weights.parameter import Parameter, Source
 
-BATCH = 1 << 22
+BATCH = 1 << 18
 """Elements made at a time; bounds the memory of the int64 intermediates."""
 
 
@@ -41,7 +41,7 @@ def _fill(place: torch.Tensor, source: Source, seed: int) -> None:
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Scatter the bits of int64 counters (the finaliser of SplitMix64, Steele et al. 2014, with arithmetic shifts)."""
-    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
-    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
-    return x ^ (x >> 31)
+    """Scatter the bits of int64 counters: the finaliser of SplitMix64 (Steele et al. 2014), shifts made logical by masks."""
+    x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1F_FFFF_FFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1_FFFF_FFFF)

@@ -1,0 +1,126 @@
+"""config.json as mathematics: both spellings, every family, and a sentence for what cannot be honoured."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpserve.config import model_config
+from tpserve.errors import UserError
+from tpserve.models import families, model_spec
+from tpserve.types.model_spec import RopeSpec
+
+BASE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 517,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def spec_of(**fields: Any) -> Any:
+    return model_spec({**BASE, **fields}, "config.json")
+
+
+def test_llama_2() -> None:
+    spec = spec_of(num_key_value_heads=None)
+    assert (spec.family, spec.num_kv_heads, spec.head_dim, spec.rope) == ("llama", 8, 8, RopeSpec(theta=10000.0))
+    assert (spec.dtype, spec.bos_id, spec.eos_ids, spec.max_position) == ("bfloat16", 1, (2, 3), 512)
+    assert not (spec.qkv_bias or spec.out_bias or spec.mlp_bias or spec.qk_norm or spec.tie_embeddings)
+    assert [(group.kind, group.layers) for group in spec.cache] == [("full", (0, 1))]
+
+
+def test_llama_biases_and_head_dim() -> None:
+    spec = spec_of(attention_bias=True, mlp_bias=True, head_dim=12, tie_word_embeddings=True)
+    assert spec.qkv_bias and spec.out_bias and spec.mlp_bias and spec.head_dim == 12 and spec.tie_embeddings
+
+
+def test_qwen() -> None:
+    qwen2 = spec_of(architectures=["Qwen2ForCausalLM"], use_sliding_window=False, sliding_window=4096, max_window_layers=1)
+    assert qwen2.family == "qwen2" and qwen2.qkv_bias and not qwen2.out_bias and not qwen2.qk_norm
+    qwen3 = spec_of(architectures=["Qwen3ForCausalLM"], head_dim=16, layer_types=["full_attention"] * 2)
+    assert qwen3.family == "qwen3" and not qwen3.qkv_bias and qwen3.qk_norm and qwen3.head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "rope"),
+    [
+        ({"rope_theta": 5e5}, RopeSpec(5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, RopeSpec(5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, RopeSpec(5e5, "linear", 2.0)),
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, RopeSpec(5e5, "llama3", 8.0)),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, RopeSpec(5e5)),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}}, RopeSpec(5e5, "llama3", 8.0)),
+    ],
+)
+def test_rope_spellings(fields: dict[str, Any], rope: RopeSpec) -> None:
+    assert spec_of(**fields).rope == rope
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps"]
+)
+def test_a_missing_field_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^config\.json: field '{name}' is missing$"):
+        model_spec({key: value for key, value in BASE.items() if key != name}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+        ({"use_sliding_window": True}, "'use_sliding_window' is True"),
+        ({"quantization_config": {"quant_method": "awq"}}, "'quantization_config' is"),
+        ({"attention_multiplier": 0.1}, "'attention_multiplier'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "'rope_parameters' must be a flat object"),
+        ({"num_key_value_heads": 3}, "8 attention heads are no multiple of 3"),
+        ({"hidden_size": 65}, "65 is no multiple of 8"),
+        ({"head_dim": 7}, "head dimension of 7 is odd"),
+        ({"hidden_size": "64"}, "'hidden_size' must be a positive integer, not '64'"),
+        ({"num_hidden_layers": True}, "'num_hidden_layers' must be a positive integer"),
+        ({"torch_dtype": "float8_e4m3fn"}, "'float8_e4m3fn'"),
+        ({"eos_token_id": ["</s>"]}, "'eos_token_id' must hold token ids"),
+        ({"architectures": []}, "'architectures' is missing"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        spec_of(**fields)
+
+
+def test_unsupported_architecture_lists_the_supported() -> None:
+    with pytest.raises(UserError, match="'GPT2LMHeadModel' is not supported: supported are") as error:
+        spec_of(architectures=["GPT2LMHeadModel"])
+    assert all(name in str(error.value) for family in families() for name in family.architectures)
+
+
+def test_reading_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model directory"):
+        model_config.read(tmp_path / "nowhere")
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        model_config.read(tmp_path)
+    for text, message in (("{", "not valid JSON"), ("[]", "must hold a JSON object")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            model_config.read(tmp_path)
+    path.write_text(json.dumps({"eos_token_id": 2, "x": 1}))
+    assert model_config.read(tmp_path) == {"eos_token_id": 2, "x": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2]}))
+    assert model_config.read(tmp_path) == {"eos_token_id": [2, 5], "x": 1}

@@ -1,0 +1,240 @@
+"""Shards are exactly the ranges of the whole tensors, read by slices; what does not fit is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tpserve.errors import UserError
+from tpserve.models.decoder import Decoder
+from tpserve.parallel.group import Group
+from tpserve.parallel.split import split_layers
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
+from tpserve.weights.checkpoint import Checkpoint
+from tpserve.weights.dummy import dummy
+from tpserve.weights.load import Loaded, load
+from tpserve.weights.parameter import Parameter
+
+SPEC = ModelSpec(
+    family="qwen3",
+    vocab_size=517,
+    hidden_size=24,
+    intermediate_size=172,
+    num_layers=5,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=4,
+    norm_eps=1e-6,
+    rope=RopeSpec(),
+    max_position=64,
+    tie_embeddings=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    activation="silu",
+    dtype="float32",
+    bos_id=None,
+    eos_ids=(),
+    cache=(CacheGroup("full", tuple(range(5))),),
+)
+TIED = ModelSpec(**{**{f: getattr(SPEC, f) for f in SPEC.__struct_fields__}, "tie_embeddings": True})
+
+
+class Seat(Group):
+    """A place in a group nobody talks in."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+def decoder(rank: int = 0, tp: int = 1, stage: int = 0, pp: int = 1, spec: ModelSpec = SPEC) -> Decoder:
+    layout = ParallelLayout(tp, pp, split_layers(spec.num_layers, pp))
+    return Decoder(spec, layout, stage, Seat(rank, tp), torch.float32, torch.device("cpu"), 16)
+
+
+def tensors(parameters: list[Parameter]) -> dict[str, torch.Tensor]:
+    """By checkpoint name; of a whole model these are the checkpoint."""
+    return {source.name: place.clone() for parameter in parameters for source, place in parameter.parts()}
+
+
+@pytest.fixture
+def whole() -> dict[str, torch.Tensor]:
+    model = decoder()
+    dummy(model.parameters(), seed=3)
+    return tensors(model.parameters())
+
+
+@pytest.fixture
+def directory(whole: dict[str, torch.Tensor], tmp_path: Path) -> Path:
+    save_file(whole, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def read(directory: Path, model: Decoder) -> Loaded:
+    return load(model.parameters(), Checkpoint.open(directory))
+
+
+def poison(model: Decoder) -> Decoder:
+    """So that a place nobody fills shows."""
+    for parameter in model.parameters():
+        parameter.tensor.fill_(torch.nan)
+    return model
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (3, 1), (4, 2), (1, 5)])
+def test_each_rank_holds_its_ranges(whole: dict[str, torch.Tensor], directory: Path, tp: int, pp: int) -> None:
+    seen: dict[str, torch.Tensor] = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    for stage in range(pp):
+        for rank in range(tp):
+            model = poison(decoder(rank, tp, stage, pp))
+            loaded = read(directory, model)
+            requested = 0
+            for parameter in model.parameters():
+                for source, place in parameter.parts():
+                    where = (slice(None),) * source.dim + (slice(source.taken.start, source.taken.stop),)
+                    assert torch.equal(place, whole[source.name][where]), source
+                    seen[source.name][where] += 1
+                    requested += place.numel() * 4
+            assert loaded.requested_bytes == requested <= loaded.physical_bytes
+    assert all(bool((count > 0).all()) for count in seen.values()), "every element is on some rank"
+    split_names = ("q_proj.weight", "o_proj.weight", "gate_proj.weight", "down_proj.weight", "lm_head.weight")
+    for name, count in seen.items():
+        if name.endswith(split_names):
+            assert bool((count == 1).all()), f"{name} is held twice"
+
+
+def test_a_stage_reads_only_its_layers(directory: Path) -> None:
+    first = {source.name for parameter in decoder(stage=0, pp=2).parameters() for source in parameter.sources}
+    last = {source.name for parameter in decoder(stage=1, pp=2).parameters() for source in parameter.sources}
+    assert not first & last
+    assert "model.embed_tokens.weight" in first and "lm_head.weight" in last and "model.norm.weight" in last
+    assert {name.split(".")[2] for name in first if ".layers." in name} == {"0", "1", "2"}
+
+
+def test_bytes_and_progress(directory: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    model = decoder(1, 3)
+    loaded = load(model.parameters(), Checkpoint.open(directory), lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls) and calls[-1] == (loaded.requested_bytes, loaded.requested_bytes)
+    by_name = {source.name: source for parameter in model.parameters() for source in parameter.sources}
+    cut = [s for s in by_name.values() if s.dim == 1]
+    assert {s.name.split(".")[-2] for s in cut} == {"o_proj", "down_proj"}
+    extra = sum(4 * s.shape[0] * (s.shape[1] - len(s.taken)) for s in cut)
+    assert loaded.physical_bytes == loaded.requested_bytes + extra, "narrow cuts through rows bring in the rows"
+
+
+def test_dtype_is_converted(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file({name: tensor.bfloat16() for name, tensor in whole.items()}, tmp_path / "model.safetensors")
+    model = decoder()
+    loaded = read(tmp_path, model)
+    assert loaded.requested_bytes == sum(2 * tensor.numel() for tensor in whole.values())
+    assert all(torch.equal(got, whole[name].bfloat16().float()) for name, got in tensors(model.parameters()).items())
+
+
+def test_files_by_index(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    names = sorted(whole)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: whole[name] for name in held}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, held in parts.items() for name in held}}))
+    model = poison(decoder(2, 3))
+    read(tmp_path, model)
+    assert not any(torch.isnan(parameter.tensor).any() for parameter in model.parameters())
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(UserError, match=r"b\.safetensors is missing"):
+        read(tmp_path, model)
+    index.write_text("[]")
+    with pytest.raises(UserError, match="not a safetensors index"):
+        read(tmp_path, model)
+
+
+def test_tied_embeddings(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file({name: tensor for name, tensor in whole.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors")
+    embedding = whole["model.embed_tokens.weight"]
+    one = decoder(spec=TIED)
+    read(tmp_path, one)
+    assert sum(parameter.tensor.shape == embedding.shape for parameter in one.parameters()) == 1, "held once"
+    last = decoder(stage=1, pp=2, spec=TIED)
+    read(tmp_path, last)
+    assert torch.equal(tensors(last.parameters())["model.embed_tokens.weight"], embedding)
+    with pytest.raises(UserError, match=r"lm_head\.weight with shape \[517, 24\] is missing"):
+        read(tmp_path, decoder())
+
+
+def test_names_without_prefix(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file({name.removeprefix("model."): tensor for name, tensor in whole.items()}, tmp_path / "model.safetensors")
+    model = poison(decoder())
+    read(tmp_path, model)
+    assert all(torch.equal(got, whole[name]) for name, got in tensors(model.parameters()).items())
+
+
+NORM = "model.layers.4.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({NORM: None}, r"tensor model\.layers\.4\.input_layernorm\.weight with shape \[24\] is missing"),
+        ({NORM: torch.zeros(25)}, r"input_layernorm\.weight in .*model\.safetensors has shape \[25\], .* \[24\]"),
+        ({NORM: torch.zeros(24, dtype=torch.int8)}, r"input_layernorm\.weight in .* is I8"),
+        (
+            {"model.layers.4.mlp.up_proj.weight_scale": torch.zeros(1)},
+            r"holds tensor model\.layers\.4\.mlp\.up_proj\.weight_scale",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    whole: dict[str, torch.Tensor], tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    changed = {name: tensor for name, tensor in {**whole, **change}.items() if tensor is not None}
+    save_file(changed, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, decoder())
+    read(tmp_path, decoder(pp=2))  # the first stage does not hold layer 4
+
+
+def test_old_rope_buffers_are_no_weights(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file({**whole, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "model.safetensors")
+    read(tmp_path, decoder())
+
+
+def test_damaged_and_foreign_files(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    for end in (0, 5, 100, len(data) - 1):
+        path.write_bytes(data[:end])
+        with pytest.raises(UserError, match=r"model\.safetensors is damaged or truncated"):
+            read(directory, decoder())
+    path.unlink()
+    with pytest.raises(UserError, match="no safetensors files in"):
+        Checkpoint.open(directory)
+    (directory / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is not read, convert it"):
+        Checkpoint.open(directory)
+
+
+def test_dummy_weights_do_not_depend_on_the_layout(whole: dict[str, torch.Tensor]) -> None:
+    for rank in range(3):
+        model = poison(decoder(rank, 3, 1, 2))
+        dummy(model.parameters(), seed=3)
+        for parameter in model.parameters():
+            for source, place in parameter.parts():
+                where = (slice(None),) * source.dim + (slice(source.taken.start, source.taken.stop),)
+                assert torch.equal(place, whole[source.name][where]), source
+    other = decoder()
+    dummy(other.parameters(), seed=4)
+    assert not torch.equal(tensors(other.parameters())["lm_head.weight"], whole["lm_head.weight"])
+
+
+def test_dummy_weights_look_random(whole: dict[str, torch.Tensor]) -> None:
+    head, up = whole["lm_head.weight"], whole["model.layers.0.mlp.up_proj.weight"]
+    assert abs(float(head.mean())) < 0.01 and float(head.std()) == pytest.approx(24**-0.5, rel=0.02)
+    assert len(head.unique()) > 0.99 * head.numel()
+    assert abs(float(torch.corrcoef(torch.stack([head[:172].flatten(), up.flatten()]))[0, 1])) < 0.05
+    assert float(whole[NORM].mean()) == pytest.approx(1, abs=0.1) and float(whole[NORM].std()) > 0.01
