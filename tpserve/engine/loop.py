@@ -87,8 +87,8 @@ class Engine:
 
     def _sleep(self) -> None:
         """Wait until there is something to do. Who waits for a plan that was lost is served here."""
-        sources = [self._link, self._control] if self._results is None else [self._link, self._control, self._results]
-        wait(IDLE_S, *sources)
+        results = () if self._results is None else (self._results,)
+        wait(IDLE_S, self._link, self._control, *results)
         self._control.clear()
         self._plans.serve()
 

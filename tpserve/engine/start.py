@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.config.env import RankEnv
 from tpserve.config.machine import available_cores
@@ -77,7 +77,7 @@ def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: At
 class _Hosted:
     """What rank 0 hosts for an epoch; its addresses travel in Hello and Start."""
 
-    store: dist.TCPStore
+    store: Store
     plans: PlanBroadcaster
     results: ResultReceiver
     endpoints: dict[str, str]
@@ -103,9 +103,7 @@ class _Rank:
         control.hello(hosted.endpoints if hosted else {}, fingerprint(self._config, self._spec))
         start = control.wait_start()
         control.progress("forming the mesh", 5)
-        store = (
-            hosted.store if hosted else meshes.join_store(start.endpoints["store"])
-        )
+        store = hosted.store if hosted else meshes.join_store(start.endpoints["store"])
         mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout)
         plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
         decoder, weights = self._load(mesh)
@@ -194,4 +192,9 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
     def digest(value: object) -> str:
         return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:12]
 
-    return {"tpserve": __version__, "torch": torch.__version__, "flags": digest(config.shared()), "model config": digest(spec)}
+    return {
+        "tpserve": __version__,
+        "torch": str(torch.__version__),
+        "flags": digest(config.shared()),
+        "model config": digest(spec),
+    }

@@ -36,9 +36,9 @@ class Pending:
         self.plan = plan
         self._samples = samples
         self._drawn = drawn
-        self._event: torch.cuda.Event | None = None
+        self._event: torch.Event | None = None
         if drawn is not None and drawn.tokens_S.is_cuda:
-            self._event = torch.cuda.Event()
+            self._event = torch.Event("cuda")
             self._event.record()
 
     def ready(self) -> bool:

@@ -4,6 +4,7 @@ On CUDA the model is run once at the largest batch and the peak is read from the
 the control group has free is taken. The smallest rank decides for all.
 """
 
+import mmap
 from collections.abc import Callable
 from math import prod
 
@@ -25,13 +26,17 @@ CPU_WARM_UP_ROWS = 16
 
 
 def allocate(decoder: Decoder, mesh: Mesh, num_blocks: int, block_size: int) -> list[KVCache]:
-    """The KV caches of this rank's layers, zeroed (on the CPU: mapped, and touched only when written)."""
+    """The KV caches of this rank's layers, zeroed: what is masked away must still be finite."""
     shape = decoder.cache_shape(num_blocks, block_size)
 
-    def empty() -> torch.Tensor:
-        return torch.zeros(shape, dtype=decoder.dtype, device=mesh.device)
+    def zeros() -> torch.Tensor:
+        if mesh.device.type == "cuda":
+            return torch.zeros(shape, dtype=decoder.dtype, device=mesh.device)
+        # Fresh pages of the system are zero already and cost nothing until they are written; torch.zeros would write them all.
+        pages = mmap.mmap(-1, prod(shape) * decoder.dtype.itemsize)
+        return torch.frombuffer(pages, dtype=decoder.dtype).view(shape)
 
-    return [KVCache(empty(), empty()) for _ in _layers(mesh)]
+    return [KVCache(zeros(), zeros()) for _ in _layers(mesh)]
 
 
 def _layers(mesh: Mesh) -> range:
@@ -43,9 +48,7 @@ def measure(decoder: Decoder, mesh: Mesh, config: EngineConfig, local_ranks: int
 
     Raises UserError when the cache cannot hold a single sequence of `max_model_len`.
     """
-    block_bytes = (
-        2 * decoder.num_local_layers * decoder.dtype.itemsize * torch.Size(decoder.cache_shape(1, config.block_size)).numel()
-    )
+    block_bytes = 2 * len(_layers(mesh)) * decoder.dtype.itemsize * prod(decoder.cache_shape(1, config.block_size))
     if mesh.device.type == "cuda":
         total, activations = _profile_cuda(decoder, mesh, config)
         free, _ = torch.cuda.mem_get_info()

@@ -64,7 +64,8 @@ class Slots:
 
     def _write_given(self, plan: StepPlan) -> None:
         """Write `Chunk.tokens`, so that every chunk reads its input from `tokens` alone."""
-        slots, positions = [], []
+        slots: list[int] = []
+        positions: list[int] = []
         for slot, start, count, given in zip(
             unpack(plan.slots), unpack(plan.starts), unpack(plan.counts), plan.given, strict=True
         ):
