@@ -128,6 +128,8 @@ def wrong_requests(base_url: str) -> None:
     reply = client.get("/v1/completions")
     is_error(reply, 405, says="POST")
     assert reply.headers["allow"] == "POST"
+    zipped = client.send("POST", "/v1/completions", b"\x1f\x8b", {"Content-Encoding": "gzip"})
+    is_error(zipped, 415, code="unsupported_encoding", says="gzip")
     assert client.completion(max_tokens=1).status == 200
 
 

@@ -256,7 +256,7 @@ def test_a_long_prompt_leaves_the_loop_free(server: Server, client: checks.Clien
     assert asyncio.run(both()) < 1
 
 
-def test_not_http_at_all(server: Server, client: checks.Client) -> None:
+def test_not_http_at_all(server: Server, client: checks.Client, caplog: pytest.LogCaptureFixture) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     for junk in (
         b"\x16\x03\x01 hello\r\n\r\n",
@@ -266,4 +266,8 @@ def test_not_http_at_all(server: Server, client: checks.Client) -> None:
         with socket.create_connection((host, int(port)), timeout=5) as connection:
             connection.sendall(junk)
             assert connection.recv(100).startswith((b"HTTP/1.1 400", b"HTTP/1.0 400"))
-    assert client.get("/livez").status == 200
+    truncated = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(truncated)
+        assert b" 400 " in connection.recv(100)
+    assert client.get("/livez").status == 200 and "Traceback" not in caplog.text

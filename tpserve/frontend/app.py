@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -28,6 +29,7 @@ from tpserve.text.tokenizer import Tokenizer
 from tpserve.version import __version__
 
 log = logging.getLogger(__name__)
+http_log = logging.getLogger(f"{__name__}.http")
 
 MAX_BODY_BYTES = 32 << 20
 OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/ping"})
@@ -66,7 +68,7 @@ def create_app(
         tokenizer=tokenizer,
         chat_template=chat_template,
     )
-    app.on_response_prepare.append(stamp_request_id)
+    app.on_response_prepare.append(stamp)
     routes.add_routes(app)
     app.router.add_get("/health", ready)
     app.router.add_get("/readyz", ready)
@@ -78,8 +80,16 @@ def create_app(
 
 
 def runner(app: web.Application) -> web.AppRunner:
-    """Without `handler_cancellation` the handler of a client that left would run on."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None)
+    """Without `handler_cancellation` the handler of a client that left would run on. Bodies are never inflated: a small one could
+    become gigabytes of work for the event loop."""
+    http_log.addFilter(not_the_clients_fault)
+    return web.AppRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
+
+
+def not_the_clients_fault(record: logging.LogRecord) -> bool:
+    """Whether a record of aiohttp's is worth a traceback in our log; junk on a socket is answered with 400 and forgotten."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError | ConnectionError)
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -137,7 +147,9 @@ def require_key(api_key: str | None) -> Middleware:
     return check
 
 
-async def stamp_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def stamp(request: web.Request, response: web.StreamResponse) -> None:
+    """The headers of every response."""
+    response.headers["Server"] = f"tpserve/{__version__}"
     response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(16)
 
 

@@ -20,7 +20,12 @@ PLACE = re.compile(r"(?s)(.*) - at `\$\.?(.*)`$")
 
 async def read_object(request: web.Request) -> dict[str, Any]:
     """The body as a JSON object. UserError when it is none."""
-    data = await request.read()
+    if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
+        raise UserError(f"the body is encoded as {encoding[:64]!r}; send it plain", code="unsupported_encoding", status=415)
+    try:
+        data = await request.read()
+    except web.RequestPayloadError as error:
+        raise UserError(f"the body cannot be read: {error}") from error
     if not data:
         raise UserError("the body is empty; send a JSON object")
     try:
