@@ -1,13 +1,15 @@
 """What a request body may hold: every refusal names its field, every neutral value passes."""
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.body import parse
-from tpserve.frontend.openai.schema import NEUTRAL, ChatCall, CompletionCall
+from tpserve.frontend.openai.schema import LABELS, NEUTRAL, ChatCall, CompletionCall
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -117,3 +119,10 @@ def test_stop_forms() -> None:
 def test_chat_logprobs() -> None:
     assert chat()[0].num_logprobs is None and chat(logprobs=True)[0].num_logprobs == 0
     assert chat(logprobs=True, top_logprobs=3)[0].num_logprobs == 3
+
+
+def test_the_documentation_lists_every_field() -> None:
+    section = (Path(__file__).parents[2] / "docs" / "http.md").read_text().split("## Fields")[1].split("## Rules")[0]
+    listed = set(re.findall(r"`(\w+)`", section))
+    honoured = {*CompletionCall.__struct_fields__, *ChatCall.__struct_fields__}
+    assert listed - {"rid", "null", "warnings"} == honoured | LABELS | (NEUTRAL.keys() - honoured)

@@ -66,7 +66,9 @@ class ChatTemplate:
             )
         if continue_final_message and add_generation_prompt:
             raise UserError("continue_final_message needs add_generation_prompt false", param="continue_final_message")
-        names = {**self._special, **kwargs, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        # Templates ask whether tools are none, and not always whether they are defined.
+        absent = {"tools": None, "documents": None}
+        names = {**self._special, **absent, **kwargs, "messages": messages, "add_generation_prompt": add_generation_prompt}
         parts, size = [], 0
         try:
             for part in self._template.generate(names):
