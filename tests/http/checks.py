@@ -8,7 +8,7 @@ import http.client
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -371,7 +371,7 @@ def idle(base_url: str, timeout_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def open_stream(base_url: str, **body: Any) -> Iterator[bytes]:
+def open_stream(base_url: str, **body: Any) -> Generator[bytes, None, None]:
     """The lines of a stream that the caller may leave at any time."""
     connection = http.client.HTTPConnection(urlsplit(base_url).netloc, timeout=60)
     try:

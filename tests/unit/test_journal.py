@@ -62,6 +62,16 @@ def test_deltas_then_done() -> None:
     assert ticket.take() == [], "one terminal"
 
 
+def test_only_the_token_that_stopped_has_no_text() -> None:
+    harness = Harness()
+    ticket = harness.open()
+    harness.journal.receive(
+        [Delta(0, 0, tuple(CAT)), Delta(0, len(CAT), (CAT[0],)), Done(0, "stop", len(CAT) + 1, stop_id=CAT[0])]
+    )
+    ((_, piece),) = ticket.take()
+    assert (piece.text, piece.stop_reason, len(piece.tokens)) == ("the cat sat", CAT[0], len(CAT) + 1)
+
+
 def test_only_the_expected_position_is_taken() -> None:
     harness = Harness()
     ticket = harness.open()

@@ -144,12 +144,12 @@ class Journal:
 
     def receive(self, outputs: Sequence[EngineOutput]) -> None:
         """One frame of the engine. A Done travels in the frame of its sequence's last tokens."""
-        stops = {message.id for message in outputs if isinstance(message, Done) and message.finish == "stop"}
+        stops = {message.id: message.num_tokens for message in outputs if isinstance(message, Done) and message.finish == "stop"}
         for message in outputs:
             match message:
                 case Delta():
                     if (sequence := self._open.get(message.id)) is not None:
-                        self._delta(sequence, message, message.id in stops)
+                        self._delta(sequence, message, stops.get(message.id) == message.start + len(message.tokens))
                 case Done():
                     if (sequence := self._open.get(message.id)) is not None:
                         self._done(sequence, message)
