@@ -25,7 +25,7 @@ from tpserve.weights.parameter import Parameter
 class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
-    `vocab_shards`: each rank's vocabulary range; `vocab`: this rank's.
+    `vocab_shards`: every tensor-parallel rank's vocabulary range, this rank's at `tp.rank`.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Decoder:
         shard = Shard(spec, tp, dtype, device)
         rope = tables(spec.rope, spec.head_dim, max_positions, device)
         last = stage == layout.pp - 1
-        self.spec, self.dtype = spec, dtype
-        self.vocab_shards, self.vocab = shard.vocab_shards, shard.vocab
+        self.spec, self.dtype, self.device = spec, dtype, device
+        self.vocab_shards, self._vocab = shard.vocab_shards, shard.vocab
         self._tp = tp
         self._num_kv_heads = len(shard.heads.kv)
         self._embedding = shard.embedding() if stage == 0 else None
@@ -65,7 +65,7 @@ class Decoder:
     def forward(self, batch: StepBatch, hidden_TH: torch.Tensor | None, caches: list[KVCache]) -> torch.Tensor:
         """This stage's layers. `hidden_TH`: what the previous stage gave, None on the first; `caches`: one per layer here."""
         if self._embedding is not None:
-            x_TH = embed(batch.tokens_T, self._embedding, self.vocab, self._tp)
+            x_TH = embed(batch.tokens_T, self._embedding, self._vocab, self._tp)
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
