@@ -31,6 +31,13 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel reads before it is written, or never writes, must show."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_parity(case: PagedCase) -> None:
     arguments = case.arguments(DEVICE)
@@ -50,12 +57,12 @@ def test_reference_is_scaled_dot_product_attention() -> None:
     torch.testing.assert_close(attention.paged_attention_reference(*arguments, 20, 0.3), expected[0].transpose(0, 1))
 
 
-def test_packed_queries_and_one_layer_of_a_stacked_cache() -> None:
+def test_packed_queries_and_caches_that_keep_heads_first() -> None:
     case = PagedCase(requests=((3, 20),))
     q, k_cache, v_cache, *rest = case.arguments(DEVICE)
     packed = torch.cat([q.flatten(1), torch.full_like(q.flatten(1), float("nan"))], dim=1)
-    both = torch.stack([k_cache, v_cache], dim=1)
-    strided = (packed[:, : q[0].numel()].view(q.shape), both[:, 0], both[:, 1], *rest)
+    heads_first = torch.stack([k_cache, v_cache], dim=1).transpose(2, 3).contiguous().transpose(2, 3)
+    strided = (packed[:, : q[0].numel()].view(q.shape), heads_first[:, 0], heads_first[:, 1], *rest)
     expected = attention.paged_attention(q, k_cache, v_cache, *rest, 3, 0.25)
     assert torch.equal(attention.paged_attention(*strided, 3, 0.25), expected)
 
