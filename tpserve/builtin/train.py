@@ -1,0 +1,234 @@
+"""Make the built-in model: `python -m tpserve.builtin.train`. Generates the text, trains the tokenizer and the model, saves.
+
+Owns the model's sizes, the chat template and the training. Never runs while serving; needs transformers, which serving does
+not. Everything is a function of SEED; the weights agree between machines up to the order of floating-point sums. The recipe:
+AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), linear warm-up and cosine decay, documents packed behind one another.
+Letters in names: B sequences, L tokens of a sequence.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tpserve.builtin import NAME, path
+from tpserve.builtin.dialogues import dialogue
+from tpserve.builtin.stories import tale
+from tpserve.builtin.world import Dice
+
+SEED = 1
+TOKENS = 12_000_000
+VOCAB_SIZE = 2048
+BATCH_TOKENS = 2048
+LENGTHS = ((0.6, 256), (0.9, 512), (1.0, 2048))
+"""Until this part of the training, sequences are so long."""
+PEAK_RATE = 2e-3
+WARM_UP_STEPS = 100
+HELD_OUT_DOCUMENTS = 600
+TOKENIZER_DOCUMENTS = 8000
+
+BEGIN, END, SYSTEM, USER, ASSISTANT = SPECIAL = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+CHAT_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{%- if message.role not in ('system', 'user', 'assistant') %}"
+    "{{- raise_exception('roles are system, user and assistant, not ' ~ message.role) }}"
+    "{%- endif %}"
+    "{{- '<|' ~ message.role ~ '|>' ~ (message.content | trim) ~ eos_token }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
+)
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": SPECIAL.index(BEGIN),
+    "eos_token_id": SPECIAL.index(END),
+    "dtype": "bfloat16",
+}
+GENERATION_CONFIG = {name: CONFIG[name] for name in ("bos_token_id", "eos_token_id")}
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": BEGIN,
+    "eos_token": END,
+    "model_max_length": CONFIG["max_position_embeddings"],
+    "clean_up_tokenization_spaces": False,
+    "chat_template": CHAT_TEMPLATE,
+}
+
+
+@cache
+def chat_template() -> jinja2.Template:
+    template: jinja2.Template = jinja2.Template(CHAT_TEMPLATE)
+    return template
+
+
+def document(dice: Dice) -> str:
+    """One text from begin to end: half of them prose, half of them chat."""
+    if dice.chance(0.5):
+        return f"{BEGIN}{tale(dice)}{END}"
+    return chat_template().render(messages=dialogue(dice), bos_token=BEGIN, eos_token=END)
+
+
+def documents(seed: int, held_out: bool = False) -> Iterator[str]:
+    """Without end; the same for the same seed and side."""
+    dice = Dice(seed, held_out)
+    while True:
+        yield document(dice)
+
+
+def train_tokenizer() -> Tokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): every text has ids, and common words have one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    source = documents(SEED)
+    tokenizer.train_from_iterator((next(source) for _ in range(TOKENIZER_DOCUMENTS)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, SPECIAL.index(BEGIN))]
+    )
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    return tokenizer
+
+
+def stream(tokenizer: Tokenizer, source: Iterator[str], count: int) -> torch.Tensor:
+    """At least `count` ids of packed documents, int64 [tokens]."""
+    ids = array("q")
+    while len(ids) < count:
+        for encoding in tokenizer.encode_batch([next(source) for _ in range(256)], add_special_tokens=False):
+            ids.extend(encoding.ids)
+    return torch.frombuffer(ids, dtype=torch.int64)
+
+
+def rate(done: float, steps: int) -> float:
+    """The learning rate after `done` of all steps, as a part of the peak."""
+    warm_up = min(1.0, (done * steps + 1) / WARM_UP_STEPS)
+    return warm_up * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def new_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(LlamaConfig(**{**CONFIG, "dtype": "float32"}))
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Matrices decay, gains of norms do not."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    gains = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
+
+
+def fit(model: Any, ids: torch.Tensor) -> None:
+    """Train once over the ids."""
+    optimizer, steps, start = optimizer_of(model), len(ids) // BATCH_TOKENS, time.monotonic()
+    for step in range(steps):
+        done = step / steps
+        length = next(length for until, length in LENGTHS if done < until)
+        x_BL = ids[step * BATCH_TOKENS : (step + 1) * BATCH_TOKENS].view(-1, length)
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * rate(done, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=x_BL, labels=x_BL).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            speed = (step + 1) * BATCH_TOKENS / (time.monotonic() - start)
+            say(f"step {step + 1} of {steps}  loss {loss.item():.3f}  {speed:.0f} tokens/s")
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, tokenizer: Tokenizer, num_documents: int = HELD_OUT_DOCUMENTS) -> dict[str, float]:
+    """Mean loss a token (nats) on documents of combinations that training never saw, in prose and in chat."""
+    sums: dict[str, list[float]] = {"prose": [0.0, 0], "chat": [0.0, 0]}
+    source = documents(SEED + 1, held_out=True)
+    for _ in range(num_documents):
+        text = next(source)
+        x_1L = torch.tensor([tokenizer.encode(text, add_special_tokens=False).ids])
+        entry = sums["chat" if ASSISTANT in text else "prose"]
+        entry[0] += model(input_ids=x_1L, labels=x_1L).loss.item() * (x_1L.numel() - 1)
+        entry[1] += x_1L.numel() - 1
+    total = [sum(column) for column in zip(*sums.values(), strict=True)]
+    return {name: loss / tokens for name, (loss, tokens) in {**sums, "all": total}.items()}
+
+
+def save(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write the model directory, in bfloat16. The output projection is the embedding, so it is not written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    for name, content in (
+        ("config.json", CONFIG),
+        ("generation_config.json", GENERATION_CONFIG),
+        ("tokenizer_config.json", TOKENIZER_CONFIG),
+    ):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    weights = {name: weight.bfloat16().contiguous() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=f"Re-create {NAME}, the built-in model.")
+    parser.add_argument("--output", type=Path, default=path(), help="model directory to write (default: the one in the package)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens to train on (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    start = time.monotonic()
+    tokenizer = train_tokenizer()
+    ids = stream(tokenizer, documents(SEED), arguments.tokens)[: arguments.tokens // BATCH_TOKENS * BATCH_TOKENS]
+    say(f"{len(ids)} tokens generated in {time.monotonic() - start:.0f} s")
+    model = new_model()
+    fit(model, ids)
+    seconds = time.monotonic() - start
+    save(model, tokenizer, arguments.output)
+    model.bfloat16().float().eval()  # what was saved, computed in float32
+    losses = {name: round(loss, 3) for name, loss in held_out_loss(model, tokenizer).items()}
+    report = {"tokens": len(ids), "training_s": round(seconds), "held_out_loss": losses}
+    (arguments.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    say(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
