@@ -53,7 +53,8 @@ def test_stream_of_endless_invalid_bytes_has_bounded_cost() -> None:
 
 
 def test_stream_keeps_the_space_between_prompt_and_output() -> None:
-    the, cat = (metaspace().token_to_id(piece) for piece in ("▁the", "▁cat"))
+    vocabulary = metaspace().get_vocab()
+    the, cat = vocabulary["▁the"], vocabulary["▁cat"]
     assert SPACES.decode([cat]) == "cat"
     assert streamed(SPACES, [cat], [the]) == " cat"
 
