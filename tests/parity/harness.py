@@ -48,7 +48,7 @@ class Runner:
         ids = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(1)).int()
         tables = torch.nn.utils.rnn.pad_sequence(list(ids.split(widths)), batch_first=True)
         shape = self._decoder.cache_shape(len(ids), BLOCK_SIZE)
-        fill = lambda: torch.full(shape, torch.nan, dtype=self._decoder.dtype)  # noqa: E731
+        fill = lambda: torch.full(shape, torch.nan, dtype=self._decoder.dtype, device=self._decoder.device)  # noqa: E731
         caches = [KVCache(fill(), fill()) for _ in range(self._num_layers)]
         rows: list[list[torch.Tensor]] = [[] for _ in sequences]
         for chunks in steps:
@@ -61,11 +61,11 @@ class Runner:
     def _step(
         self, sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], tables: torch.Tensor, caches: list[KVCache]
     ) -> torch.Tensor | None:
-        batch = step_batch(sequences, chunks, tables)
+        batch = step_batch(sequences, chunks, tables, self._decoder.device)
         hidden_TH = None
         if not self._pipeline.first:
             width = self._decoder.spec.hidden_size
-            hidden_TH = self._pipeline.receive(len(batch.positions_T), width, self._decoder.dtype, torch.device("cpu"))
+            hidden_TH = self._pipeline.receive(len(batch.positions_T), width, self._decoder.dtype, self._decoder.device)
         hidden_TH = self._decoder.forward(batch, hidden_TH, caches)
         if not self._pipeline.last:
             self._pipeline.send(hidden_TH)
@@ -77,20 +77,24 @@ class Runner:
         return torch.cat([part[:, : len(shard)] for part, shard in shards], dim=1)
 
 
-def step_batch(sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], tables: torch.Tensor) -> StepBatch:
+def step_batch(
+    sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], tables: torch.Tensor, device: torch.device
+) -> StepBatch:
     """The tensors of a step, built the plain way."""
-    tokens = chain.from_iterable(sequences[i][start : start + count] for i, start, count in chunks)
+    tokens = list(chain.from_iterable(sequences[i][start : start + count] for i, start, count in chunks))
     positions = [(i, p) for i, start, count in chunks for p in range(start, start + count)]
     lens, ends = tuple(c for _, _, c in chunks), tuple(s + c for _, s, c in chunks)
+    slots = [int(tables[i, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for i, p in positions]
     group = AttentionBatch(
-        query_starts=torch.tensor([0, *lens]).cumsum(0).int(),
-        context_lens=torch.tensor(ends).int(),
-        tables=tables[[i for i, _, _ in chunks], : -(-max(ends) // BLOCK_SIZE)],
-        write_slots=torch.tensor([int(tables[i, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for i, p in positions]),
+        query_starts=torch.tensor([0, *lens], device=device).cumsum(0).int(),
+        context_lens=torch.tensor(ends, device=device).int(),
+        tables=tables[[i for i, _, _ in chunks], : -(-max(ends) // BLOCK_SIZE)].to(device),
+        write_slots=torch.tensor(slots, device=device),
         query_lens_host=lens,
         context_lens_host=ends,
     )
-    return StepBatch(torch.tensor(list(tokens)), torch.tensor([p for _, p in positions]), (group,), torch.empty(0).long())
+    rows_T = torch.tensor([p for _, p in positions], device=device)
+    return StepBatch(torch.tensor(tokens, device=device), rows_T, (group,), rows_T[:0])
 
 
 def whole(lengths: Sequence[int]) -> list[list[Chunk]]:
