@@ -58,14 +58,15 @@ def form(
     if layout.world_size == 1:
         return Mesh(0, layout, Group(), Group(), Pipeline(), device)
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    store.set_timeout(timedelta(seconds=timeout_s))
+    store = PrefixStore(f"epoch{epoch}", store)
     try:
+        _meet(rank, layout.world_size, store, timeout_s)
         dist.init_process_group(
             backend,
-            store=PrefixStore(f"epoch{epoch}", store),
+            store=store,
             rank=rank,
             world_size=layout.world_size,
-            timeout=timedelta(seconds=max(timeout_s, COLLECTIVE_TIMEOUT_S)),
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
             device_id=device if backend == "nccl" else None,
         )
         tp = _tensor_parallel_group(rank, layout)
@@ -77,6 +78,17 @@ def form(
             f"rank {rank} could not form the mesh of epoch {epoch}: {str(error).partition(chr(10))[0]}"
         ) from error
     return mesh
+
+
+def _meet(rank: int, world_size: int, store: Store, timeout_s: float) -> None:
+    """Wait until every rank is at the store: torch's own waits take the timeout of collectives, and name nobody."""
+    store.set(f"rank{rank}", "here")
+    keys = [f"rank{i}" for i in range(world_size)]
+    try:
+        store.wait(keys, timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        missing = [str(i) for i, key in enumerate(keys) if not store.check([key])]
+        raise RuntimeError(f"rank {', '.join(missing)} did not come within {timeout_s:g} s") from error
 
 
 def _tensor_parallel_group(rank: int, layout: ParallelLayout) -> Group:

@@ -50,7 +50,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _taken_over = threading.Event()
 
 
-class Stopped(Exception):  # noqa: N818 - an order, not an error
+class Stopped(Exception):
     """The coordinator said Stop while the main thread waited for something else."""
 
     def __init__(self, code: int, reason: str) -> None:

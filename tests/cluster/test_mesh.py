@@ -1,0 +1,126 @@
+"""The mesh over real processes and gloo: groups, neighbours, a new epoch in the same process, and failing in time."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+
+from tests.cluster.forked import run
+from tpserve.errors import EngineFailure
+from tpserve.parallel import mesh as meshes
+from tpserve.types.layout import ParallelLayout
+
+CPU = torch.device("cpu")
+
+
+def check(mesh: meshes.Mesh, epoch: int) -> None:
+    """Every collective gives what the layout says it must."""
+    rank, layout = mesh.rank, mesh.layout
+    stage, tp_rank = layout.stage_of(rank), layout.tp_rank_of(rank)
+    assert (mesh.tp.rank, mesh.tp.size) == (tp_rank, layout.tp)
+    assert (mesh.world.rank, mesh.world.size) == (rank, layout.world_size)
+    peers = range(stage * layout.tp, (stage + 1) * layout.tp)
+    assert mesh.tp.all_gather(torch.tensor([rank])).flatten().tolist() == list(peers)
+    assert mesh.tp.all_reduce(torch.tensor([float(rank)])).item() == sum(peers)
+    assert mesh.world.min(10 + rank) == 10
+    pipeline = mesh.pipeline
+    assert (pipeline.first, pipeline.last) == (stage == 0, stage == layout.pp - 1)
+    hidden = torch.full((2, 3), float(tp_rank + 10 * epoch))
+    if not pipeline.first:
+        hidden = pipeline.receive(2, 3, torch.float32, CPU) + 100
+    if not pipeline.last:
+        pipeline.send(hidden)
+    assert hidden.unique().tolist() == [tp_rank + 10 * epoch + 100 * stage]
+    mesh.world.min(0)  # what was sent has arrived everywhere before anybody leaves
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2), (2, 2)])
+def test_two_epochs_in_the_same_processes(tp: int, pp: int) -> None:
+    layout = ParallelLayout(tp, pp, (1,) * pp)
+    stores = [meshes.host_store() for _ in range(2)]
+
+    def rank_main(rank: int) -> None:
+        for epoch, (_, address) in enumerate(stores, 1):
+            mesh = meshes.form(rank, layout, epoch, meshes.join_store(address), CPU, 20.0)
+            check(mesh, epoch)
+            meshes.leave(mesh)
+
+    assert run(layout.world_size, rank_main) == [0] * layout.world_size
+
+
+def test_a_rank_that_does_not_come_is_a_failure_in_time() -> None:
+    _store, address = meshes.host_store()
+
+    def rank_main(rank: int) -> None:
+        if rank == 0:
+            started_s = time.monotonic()
+            with pytest.raises(EngineFailure, match="rank 0 could not form the mesh of epoch 1: rank 1 did not come within 1 s"):
+                meshes.form(0, ParallelLayout(2, 1, (1,)), 1, meshes.join_store(address), CPU, 1.0)
+            assert time.monotonic() - started_s < 5
+            one = meshes.form(0, ParallelLayout(1, 1, (1,)), 2, meshes.join_store(address), CPU, 1.0)  # nothing was left behind
+            assert one.world.size == 1
+
+    assert run(2, rank_main) == [0, 0]
+
+
+def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again() -> None:
+    stores = [meshes.host_store() for _ in range(2)]
+    first, second = (address for _, address in stores)
+    layout = ParallelLayout(2, 1, (1,))
+
+    def rank_main(process: int) -> None:
+        if process == 2:  # the next incarnation of rank 1
+            check(meshes.form(1, layout, 2, meshes.join_store(second), CPU, 20.0), 2)
+            return
+        mesh = meshes.form(process, layout, 1, meshes.join_store(first), CPU, 20.0)
+        if process == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(RuntimeError):
+            while True:
+                mesh.tp.all_reduce(torch.ones(1))
+        meshes.leave(mesh)
+        check(meshes.form(0, layout, 2, meshes.join_store(second), CPU, 20.0), 2)
+
+    assert run(3, rank_main) == [0, -signal.SIGKILL, 0]
+
+
+def test_the_store_listens_on_its_own_address_only() -> None:
+    store, address = meshes.host_store("127.0.0.1")
+    host, _, port = address.rpartition(":")
+    assert host == "127.0.0.1"
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.2", int(port)), 1.0):
+        pass
+    meshes.join_store(address).set("key", "value")
+    assert store.get("key") == b"value"
+
+
+def test_a_dead_store_is_known_at_once() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started_s = time.monotonic()
+    with pytest.raises(EngineFailure, match=f"the store at 127.0.0.1:{port} does not answer"):
+        meshes.join_store(f"127.0.0.1:{port}")
+    assert time.monotonic() - started_s < 1
+
+
+def test_the_agents_store_may_come_late() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def rank_main(rank: int) -> None:
+        if rank == 0:
+            time.sleep(0.5)
+        store = meshes.agent_store("127.0.0.1", port, rank, hosted_by_agent=False, timeout_s=10.0)
+        if rank == 0:
+            store.set("key", "value")
+            assert store.get("seen") == b"yes"
+        else:
+            assert store.get("key") == b"value"
+            store.set("seen", "yes")
+
+    assert run(2, rank_main) == [0, 0]
