@@ -43,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     # floor 6
     "engine": {*FLOOR_0, "config", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
     # floor 7
-    "agent": {*FLOOR_0, "config", "observe"},
-    "supervisor": {*FLOOR_0, "config", "wire", "observe", "models", "builtin"},
+    "agent": {*FLOOR_0, "observe", "wire"},
+    "supervisor": {*FLOOR_0, "config", "wire", "observe", "agent"},
     "__main__": {*FLOOR_0, "config", "wire", "observe", "models", "builtin", "engine", "supervisor"},
 }
 TORCH_FREE = [
@@ -56,6 +56,8 @@ TORCH_FREE = [
     "wire.channels",
     "config.cli",
     "supervisor",
+    "agent",
+    "__main__",
 ]
 ENVIRONMENT_READER = PACKAGE / "config" / "env.py"
 

@@ -1,0 +1,145 @@
+"""Where every command starts: `tpserve serve ...`, and `python -m tpserve ...` as a rank of torchrun.
+
+Owns which of the two this process is, and the last line of an error. Never imports torch itself: a rank reads its flags,
+checks the layout and finds the frontend first, so that whatever can be refused is refused within a moment, and the HTTP
+port is open while torch loads. Exit codes: 0 after a drain, 1 failure, 2 something the user can mend.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from tpserve import builtin
+from tpserve.config import cli, env, machine, model_config
+from tpserve.config.resolve import resolve
+from tpserve.config.schema import EngineConfig, Flags
+from tpserve.errors import EngineFailure, UserError
+from tpserve.models import model_spec
+from tpserve.observe import log
+from tpserve.types.model_spec import ModelSpec
+from tpserve.version import __version__
+from tpserve.wire.attach import attach
+from tpserve.wire.control import block_signals
+from tpserve.wire.lifetime import die_with
+
+logger = logging.getLogger("tpserve")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    serve = argv[:1] == ["serve"]
+    rank = env.under_torchrun() and not serve
+    try:
+        if argv[:1] == ["--version"]:
+            sys.stdout.write(f"tpserve {__version__}\n")
+            return 0
+        if serve:
+            return _serve(argv[1:])
+        if rank:
+            return _rank(argv)
+        return _neither(argv)
+    except cli.HelpWanted as wanted:
+        sys.stdout.write(f"{wanted}\n")
+        return 0
+    except UserError as error:
+        sys.stderr.write(log.user_error(str(error)) + "\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(argv: list[str]) -> int:
+    from tpserve.supervisor import serve
+
+    flags, spec = _model(cli.parse(argv, env.overrides()))
+    return serve(flags, spec)
+
+
+def _neither(argv: list[str]) -> int:
+    """No torchrun, no command: say how it is done with what was given."""
+    cli.parse(argv, env.overrides(), launch=False)
+    rest = " ".join(argv)
+    raise UserError(
+        f"this is neither a rank of torchrun nor `tpserve serve`: run `tpserve serve {rest}`".rstrip()
+        + f" or `torchrun --nproc-per-node 2 -m tpserve {rest}".rstrip()
+        + "`"
+    )
+
+
+def _model(flags: Flags) -> tuple[Flags, ModelSpec]:
+    """Read the model's configuration; without a model, the built-in one's."""
+    if flags.model is None:
+        flags = replace(flags, model=str(builtin.path()), served_model_name=flags.served_model_name or (builtin.NAME,))
+    assert flags.model is not None
+    return flags, model_spec(model_config.read(flags.model), str(Path(flags.model, "config.json")))
+
+
+def _rank(argv: list[str]) -> int:
+    """One of torchrun's ranks."""
+    block_signals()
+    me = env.rank_env()
+    die_with(me.agent_pid)
+    try:
+        flags, spec = _model(cli.parse(argv, env.overrides(), launch=False))
+        config = resolve(flags, spec, machine.of_rank(me))
+    except UserError as error:
+        return _refuse(me, error, tell=me.local_rank == 0)
+    except cli.HelpWanted:
+        if me.local_rank:
+            return 0
+        raise
+    log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.rank == 0)
+    if me.rank == 0:
+        _introduce(flags, config)
+    try:
+        attachment = attach(me, config, config.start_timeout) if me.node_rank == 0 else None
+    except UserError as error:  # under `tpserve serve` it is the supervisor who tells
+        return _refuse(me, error, tell=me.rank == 0 and me.runtime_dir is None)
+    except EngineFailure as error:
+        logger.error("%s", error)
+        return 1
+    from tpserve.engine.start import run_rank
+
+    return run_rank(config, spec, me, attachment)
+
+
+def _introduce(flags: Flags, config: EngineConfig) -> None:
+    """Say once what was resolved."""
+    layout = config.layout
+    logger.info(
+        "tpserve %s: %s (%s), TP %d x PP %d (layers %s), %s on %s; up to %s tokens a sequence, %d sequences and %s tokens a step",
+        __version__,
+        config.served_model_name[0],
+        config.model,
+        layout.tp,
+        layout.pp,
+        ",".join(map(str, layout.layers)),
+        config.dtype,
+        config.device,
+        f"{config.max_model_len:,}",
+        config.max_num_seqs,
+        f"{config.max_num_batched_tokens:,}",
+    )
+    if flags.distributed_executor_backend is not None:
+        logger.info("--distributed-executor-backend %s: torchrun's ranks it is", flags.distributed_executor_backend)
+
+
+def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:
+    """Tell the user, and torchrun, which would report no more than the exit code."""
+    if tell:
+        sys.stderr.write(log.user_error(str(error)) + "\n")
+        sys.stderr.flush()
+    if me.error_file is not None:
+        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}
+        Path(me.error_file).write_text(json.dumps({"message": message}))
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

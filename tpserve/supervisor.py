@@ -1,0 +1,252 @@
+"""`tpserve serve`: one command a node. Starts the ranks' agent and, on node 0, the HTTP frontend; passes signals on; ends last.
+
+    supervisor          this process; imports no torch
+      agent             its own session; dies with the supervisor
+        rank, rank ...  their own sessions; die with the agent
+      frontend          its own session; ends when the agent is gone
+
+Owns the children's lives and the exit code. Never touches a request. Invariants: whatever can be refused is refused before a
+child is started; when this process has ended, none of its descendants lives (it adopts those whose parent died) and its
+runtime directory is gone. After SIGKILL of this process the kernel ends the agent and the ranks, and the frontend follows.
+
+    SIGINT, SIGTERM, SIGHUP   drain: open requests finish, new ones are refused; exit code 0
+    a second one              everything is killed at once; exit code 128 + signal
+
+Exit codes otherwise: 2 for what the user can mend, 1 for failures.
+"""
+
+import contextlib
+import ctypes
+import http.client
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+from msgspec.structs import replace
+
+from tpserve.agent import Job
+from tpserve.config import cli, env
+from tpserve.config.machine import Machine, available_cores, visible_gpus
+from tpserve.config.resolve import num_local_ranks, resolve
+from tpserve.config.schema import EngineConfig, Flags
+from tpserve.errors import EngineFailure, UserError
+from tpserve.observe import log
+from tpserve.types.model_spec import ModelSpec
+from tpserve.wire.attach import LOOPBACK, cluster_address, spawn, wait_ready
+from tpserve.wire.control import SAME_SIGNAL_S
+
+logger = logging.getLogger("tpserve.supervisor")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FOLLOW_S = 6.0
+"""How long one child may go on when the other has ended. The frontend gives its ranks four seconds to leave."""
+READY_POLL_S = 0.5
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def serve(flags: Flags, spec: ModelSpec) -> int:
+    """Serve until told to end; returns the exit code. UserError for anything the user can mend."""
+    flags = _checked(flags)
+    num_gpus = visible_gpus()
+    nproc = num_local_ranks(flags, num_gpus)
+    machine = Machine(nproc * flags.nnodes, nproc, flags.nnodes, num_gpus, available_cores(), "serve")
+    config = resolve(flags, spec, machine)
+    log.setup(config.log_level, f"n{flags.node_rank} serve")
+    runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-"))
+    try:
+        return _Supervisor(flags, config, nproc, runtime_dir).run()
+    finally:
+        for left in (runtime_dir, *runtime_dir.parent.glob(f"{runtime_dir.name}.*")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _checked(flags: Flags) -> Flags:
+    """The launch flags among themselves."""
+    if env.under_torchrun():
+        logger.debug("RANK is set and ignored: `tpserve serve` starts ranks of its own")
+    if flags.node_rank >= flags.nnodes:
+        raise UserError(
+            f"--node-rank {flags.node_rank} with --nnodes {flags.nnodes}: nodes count from 0 to {flags.nnodes - 1}",
+            param="node_rank",
+        )
+    if flags.headless and flags.node_rank == 0:
+        raise UserError(
+            "--headless on node 0, which answers HTTP: leave it out there, or give this node --node-rank 1 or more",
+            param="headless",
+        )
+    if flags.nnodes > 1 and flags.master_addr is None:
+        raise UserError(f"--nnodes {flags.nnodes} needs --master-addr, the address of node 0, on each node", param="master_addr")
+    return flags
+
+
+class _Supervisor:
+    """One node's children, from their start to their end."""
+
+    def __init__(self, flags: Flags, config: EngineConfig, nproc: int, runtime_dir: Path) -> None:
+        self._flags = flags
+        self._config = config
+        self._nproc = nproc
+        self._runtime_dir = runtime_dir
+        self._address = LOOPBACK if flags.nnodes == 1 else cluster_address(flags.master_addr or LOOPBACK)
+        self._signals: list[tuple[int, float]] = []
+        self._passed_on = False
+        self._wake, self._wake_writer = socket.socketpair()
+        self._agent: subprocess.Popen[bytes] | None = None
+        self._frontend: subprocess.Popen[bytes] | None = None
+        self._url = ""
+
+    def run(self) -> int:
+        """Start, watch, end."""
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        self._wake_writer.setblocking(False)
+        signal.set_wakeup_fd(self._wake_writer.fileno())
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        try:
+            self._start()
+            return self._watch()
+        except EngineFailure as error:
+            logger.error("%s", error)
+            return 1
+        finally:
+            _end_all_children()
+
+    def _start(self) -> None:
+        """The agent first: the frontend watches it. torch loads while the frontend opens its port."""
+        flags, config = self._flags, self._config
+        self._agent = self._spawn_agent()
+        if flags.node_rank > 0:
+            logger.info("node %d of %d: %d headless ranks", flags.node_rank, flags.nnodes, self._nproc)
+            return
+        self._frontend = spawn(self._runtime_dir, config, self._agent.pid, flags.nnodes, self._address)
+        self._url = wait_ready(self._runtime_dir, self._frontend, config.start_timeout).http
+
+    def _spawn_agent(self) -> "subprocess.Popen[bytes]":
+        flags, config = self._flags, self._config
+        job = Job(
+            supervisor_pid=os.getpid(),
+            nnodes=flags.nnodes,
+            node_rank=flags.node_rank,
+            nproc=self._nproc,
+            master_addr=flags.master_addr or LOOPBACK,
+            master_port=flags.master_port if flags.nnodes > 1 else 0,
+            run_id=f"tpserve-{flags.master_port}" if flags.nnodes > 1 else uuid.uuid4().hex,
+            start_timeout_s=config.start_timeout,
+            runtime_dir=str(self._runtime_dir),
+            log_level=config.log_level,
+            argv=cli.to_argv(replace(flags, port=config.port)),
+        )
+        environ = env.for_ranks(str(self._runtime_dir), quiet=config.log_level != "debug")
+        command = [sys.executable, "-m", "tpserve.agent"]
+        agent = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, start_new_session=True)
+        assert agent.stdin is not None
+        with contextlib.suppress(BrokenPipeError), agent.stdin:
+            agent.stdin.write(msgspec.json.encode(job))
+        return agent
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """A signal handler does no more than this. A terminal and a parent may both send what is one Ctrl-C."""
+        now = time.monotonic()
+        if not self._signals or now - self._signals[-1][1] > SAME_SIGNAL_S:
+            self._signals.append((number, now))
+
+    def _watch(self) -> int:
+        """Until the children have ended, or a second signal came."""
+        children = [child for child in (self._frontend, self._agent) if child is not None]
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        for child in children:
+            poll.register(os.pidfd_open(child.pid), select.POLLIN)  # ours and not waited for: it exists
+        ended_s: float | None = None
+        while any(child.poll() is None for child in children):
+            if len(self._signals) > 1:
+                return 128 + self._signals[-1][0]
+            if self._signals and not self._passed_on:
+                self._pass_on()
+            if ended_s is None and any(child.poll() is not None for child in children):
+                ended_s = time.monotonic()
+                poll = select.poll()  # a dead child's descriptor would be readable for ever
+                poll.register(self._wake, select.POLLIN)
+                if self._passed_on and self._url:
+                    break  # told to end before it was ready: no rank holds anything worth waiting for
+            if ended_s is not None and time.monotonic() - ended_s > FOLLOW_S:
+                break
+            waiting = self._url or ended_s is not None
+            poll.poll(READY_POLL_S * 1000 if waiting else None)
+            with contextlib.suppress(BlockingIOError):
+                self._wake.recv(4096, socket.MSG_DONTWAIT)
+            if self._url and not self._signals and ended_s is None:
+                self._invite()
+        return self._verdict()
+
+    def _pass_on(self) -> None:
+        """The first signal: whoever knows about open requests decides when they are done."""
+        self._passed_on = True
+        first = self._agent if self._frontend is None else self._frontend
+        assert first is not None
+        first.terminate()
+
+    def _invite(self) -> None:
+        """Once, when the server is ready: a line to paste."""
+        host, _, port = self._url.removeprefix("http://").rpartition(":")
+        connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=READY_POLL_S)
+        try:
+            connection.request("GET", "/readyz")
+            ready = connection.getresponse().status == 200
+        except OSError:
+            return
+        finally:
+            connection.close()
+        if ready:
+            sys.stdout.write(curl_line(self._url, keyed=self._config.api_key is not None) + "\n")
+            sys.stdout.flush()
+            self._url = ""
+
+    def _verdict(self) -> int:
+        """The exit code: the frontend's is the service's; on other nodes there is only the agent's."""
+        assert self._agent is not None
+        agent = self._agent.poll()
+        frontend = agent if self._frontend is None else self._frontend.poll()
+        if frontend == 0 or (self._passed_on and frontend in (0, -signal.SIGTERM)):
+            return 0
+        return 2 if 2 in (frontend, agent) else 1
+
+
+def curl_line(url: str, keyed: bool) -> str:
+    """A first request, to paste into a shell."""
+    key = ' -H "Authorization: Bearer $TPSERVE_API_KEY"' if keyed else ""
+    body = """{"prompt": "Once upon a time", "max_tokens": 48}"""
+    return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+
+
+def _end_all_children() -> None:
+    """Kill what is left below this process, children of dead children included, until there is nothing to wait for."""
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            for pid in _children():
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _children() -> list[int]:
+    me, found = str(os.getpid()), []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[1] == me and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
