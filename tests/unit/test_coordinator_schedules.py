@@ -17,7 +17,6 @@ from tpserve.frontend.coordinator import Action, Coordinator, Failed, Finished, 
 from tpserve.types.messages import (
     Beat,
     CoordinatorMessage,
-    Drain,
     Fault,
     Hello,
     MemoryLedger,

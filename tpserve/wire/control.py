@@ -68,8 +68,11 @@ def block_signals() -> None:
 
 def _end_on_signal() -> None:
     while not _taken_over.is_set():
-        if signal.sigtimedwait(SIGNALS, POLL_MS / 1000) is not None:
+        taken = signal.sigtimedwait(SIGNALS, POLL_MS / 1000)
+        if taken is not None and not _taken_over.is_set():
             os._exit(0)
+        if taken is not None:
+            os.kill(os.getpid(), taken.si_signo)  # it was meant for the control thread
 
 
 def unblock_signals() -> None:
