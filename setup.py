@@ -24,7 +24,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "safetensors>=0.5",
         "huggingface_hub>=0.30",
-        "aiohttp>=3.10",
+        "aiohttp>=3.14",
         "msgspec>=0.19",
         "pyzmq>=26",
         # Justified one by one in docs/design.md, "Dependencies".

@@ -116,15 +116,19 @@ class Server:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        for pid in pids_with(f"--port\0{self.port}") + pids_with("tpserve.frontend"):
-            if self.port_open() or str(self.port) in Path(f"/proc/{pid}/cmdline").read_text():
-                os.kill(pid, signal.SIGKILL)
+        for pid in self.pids():
+            os.kill(pid, signal.SIGKILL)
         self._out.close()
 
     def port_open(self) -> bool:
         with socket.socket() as probe:
             probe.settimeout(1.0)
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def pids(self) -> list[int]:
+        """Every process of this server: those started with its port, and frontends that watch one of its commands."""
+        frontends = [pid for process in self.processes for pid in pids_with(f"\0{process.pid}\0", "tpserve.frontend")]
+        return pids_with(f"--port\0{self.port}") + frontends
 
     def rank_pids(self) -> list[int]:
         """Process ids of the ranks, agents and supervisors excluded."""
@@ -133,19 +137,23 @@ class Server:
     def assert_nothing_left(self, timeout_s: float = 10.0) -> None:
         """No process of this server, no open port, no file in /dev/shm."""
         deadline = time.monotonic() + timeout_s
-        while (left := pids_with(f"--port\0{self.port}")) or self.port_open():
+        while (left := self.pids()) or self.port_open():
             assert time.monotonic() < deadline, f"left behind: processes {left}, port open: {self.port_open()}\n{self.log}"
             time.sleep(0.1)
         assert not list(Path("/dev/shm").glob("*tpserve*"))
 
 
-def pids_with(needle: str) -> list[int]:
-    """Processes whose command line holds `needle` (arguments joined by NUL)."""
+def pids_with(*needles: str) -> list[int]:
+    """Processes, zombies excluded, whose command line (arguments joined by NUL) holds all `needles`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if needle in (entry / "cmdline").read_text() and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+                command = (entry / "cmdline").read_text()
+                if (
+                    all(needle in command for needle in needles)
+                    and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+                ):
                     found.append(int(entry.name))
             except OSError:
                 continue
