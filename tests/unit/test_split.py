@@ -58,7 +58,7 @@ def test_ranks_are_dealt_to_few_key_value_heads() -> None:
 def test_layers_and_imbalance() -> None:
     assert split_layers(5, 2) == (3, 2)
     assert split_layers(7, 3) == (3, 2, 2)
-    with pytest.raises(UserError, match="2 layers cannot be split over 3"):
+    with pytest.raises(UserError, match="2 layers cannot be split 3 ways"):
         split_layers(2, 3)
     assert imbalance(split(8, 3, what="heads"), "heads") == "slowest rank holds 3 of 8 heads"
     assert imbalance(split(8, 2, what="heads"), "heads") is None

@@ -108,6 +108,11 @@ def test_each_rank_holds_its_ranges(whole: dict[str, torch.Tensor], directory: P
             assert bool((count == 1).all()), f"{name} is held twice"
 
 
+def test_too_many_ranks_are_refused() -> None:
+    with pytest.raises(UserError, match="8 attention heads cannot be split 9 ways: a share would be empty; at most 8"):
+        decoder(0, 9)
+
+
 def test_a_stage_reads_only_its_layers(directory: Path) -> None:
     first = {source.name for parameter in decoder(stage=0, pp=2).parameters() for source in parameter.sources}
     last = {source.name for parameter in decoder(stage=1, pp=2).parameters() for source in parameter.sources}

@@ -21,7 +21,7 @@ from tpserve.attention.batch import AttentionBatch
 TILE = 128
 """Positions of a tile (a multiple of the block size): small enough that short contexts do not pay for empty positions."""
 ROW_UNIT = 4
-GATHER_BYTES = 2 << 20
+GATHER_BYTES = 1 << 20
 """Bytes of keys taken out of the cache at a time; more leaves the CPU's caches and costs page faults."""
 
 

@@ -15,9 +15,7 @@ from tpserve.errors import UserError
 def split(total: int, parts: int, unit: int = 1, *, what: str) -> tuple[range, ...]:
     """Deal `total` things in whole units; `unit` falls to 1 when there is less than a unit for each. `what` names them in errors."""
     if total < parts:
-        raise UserError(
-            f"{total} {what} cannot be split over {parts} ranks: at least one rank would hold none; use at most {total} ranks here"
-        )
+        raise UserError(f"{total} {what} cannot be split {parts} ways: a share would be empty; at most {total} ways are possible")
     if total < parts * unit:
         unit = 1
     num_units = -(-total // unit)
