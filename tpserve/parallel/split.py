@@ -13,7 +13,7 @@ from tpserve.errors import UserError
 
 
 def split(total: int, parts: int, unit: int = 1, *, what: str) -> tuple[range, ...]:
-    """Deal `total` things in whole units; `unit` falls to 1 when there is less than a unit for each. `what` names them in errors."""
+    """Deal `total` things in whole units; `unit` falls to 1 when there is no unit for each. `what` names them in errors."""
     if total < parts:
         raise UserError(f"{total} {what} cannot be split {parts} ways: a share would be empty; at most {total} ways are possible")
     if total < parts * unit:
