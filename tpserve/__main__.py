@@ -7,6 +7,7 @@ port is open while torch loads. Exit codes: 0 after a drain, 1 failure, 2 someth
 
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -63,12 +64,10 @@ def _serve(argv: list[str]) -> int:
 
 def _neither(argv: list[str]) -> int:
     """No torchrun, no command: say how it is done with what was given."""
-    cli.parse(argv, env.overrides(), launch=False)
-    rest = " ".join(argv)
+    cli.parse(argv, env.overrides())
+    torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])
     raise UserError(
-        f"this is neither a rank of torchrun nor `tpserve serve`: run `tpserve serve {rest}`".rstrip()
-        + f" or `torchrun --nproc-per-node 2 -m tpserve {rest}".rstrip()
-        + "`"
+        f"neither `tpserve serve` nor a rank of torchrun: run `{shlex.join(['tpserve', 'serve', *argv])}` or `{torchrun}`"
     )
 
 
@@ -136,7 +135,9 @@ def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:
         sys.stderr.write(log.user_error(str(error)) + "\n")
         sys.stderr.flush()
     if me.error_file is not None:
-        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}
+        # "py_callstack" is what torchrun's report shows.
+        extra = {"timestamp": str(int(time.time())), "py_callstack": log.user_error(str(error))}
+        message = {"message": str(error), "extraInfo": extra}
         Path(me.error_file).write_text(json.dumps({"message": message}))
     return 2
 

@@ -1,0 +1,206 @@
+"""`tpserve serve`, bare torchrun and launch/two_nodes.sh with real processes: how they start, end, and are ended."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import tiny_model
+from tests.server import BIN, Server, free_port, running, serve, torchrun
+
+ROOT = Path(__file__).resolve().parents[2]
+DUMMY = ("--load-format", "dummy", "--served-model-name", "tiny")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model.save(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A short TMPDIR of our own, so that what servers leave behind can be told from what others do. Ends empty."""
+    where = Path(tempfile.mkdtemp(prefix="l-", dir="/tmp"))
+    yield where
+    shutil.rmtree(where)
+
+
+def of_place(place: Path) -> list[int]:
+    """Processes that were started with this TMPDIR."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            zombie = environ.with_name("stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if f"\0TMPDIR={place}\0".encode() in b"\0" + environ.read_bytes() and not zombie:
+                found.append(int(environ.parent.name))
+    return found
+
+
+def assert_nothing_left(place: Path, timeout_s: float = 0.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while left := of_place(place):
+        assert time.monotonic() < deadline_s, [Path(f"/proc/{pid}/cmdline").read_text() for pid in left]
+        time.sleep(0.05)
+    assert [path.name for path in place.iterdir() if path.suffix != ".log"] == []
+    assert not list(Path("/dev/shm").glob("*tpserve*"))
+
+
+@contextlib.contextmanager
+def started(place: Path, *commands: list[str], port: int, ready: bool = True) -> Iterator[Server]:
+    environ = {"TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
+    with running(commands, port, place / "server.log", ready=ready, env=environ) as server:
+        try:
+            yield server
+        finally:
+            for pid in of_place(place):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def run(command: list[str], place: Path, timeout_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, env={**os.environ, "TMPDIR": str(place)}
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_drains(number: signal.Signals, model: str, place: Path) -> None:
+    port = free_port()
+    with started(place, serve(model, *DUMMY, port=port), port=port) as server:
+        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.stop(number) == [0]
+        assert_nothing_left(place)
+    lines = server.log.splitlines()
+    assert re.search(
+        r"^\[n0 r0 s0\] \d\d:\d\d:\d\d INFO  tpserve .*: tiny \(.*\), TP 1 x PP 1 \(layers 3\), float32 on cpu; ", lines[0]
+    )
+    assert any(
+        re.search(rf"tpserve ready: tiny on {server.url}, 1 CPU rank on 1 node, TP 1 x PP 1, \d+ s$", line) for line in lines
+    )
+    assert not [line for line in lines if "Traceback" in line or "ERROR" in line or "The cat" in line]
+
+
+@pytest.mark.parametrize("delay_s", [0.4, 1.5])
+def test_a_signal_while_starting_ends_it(delay_s: float, model: str, place: Path) -> None:
+    port = free_port()
+    with started(place, serve(model, *DUMMY, "-tp", "2", port=port), port=port, ready=False) as server:
+        time.sleep(delay_s)
+        assert server.stop() == [0]
+        assert_nothing_left(place)
+
+
+def test_a_second_signal_kills_at_once(model: str, place: Path) -> None:
+    port = free_port()
+    with started(place, serve(model, *DUMMY, "-tp", "2", port=port), port=port) as server:
+        os.kill(server.rank_pids()[0], signal.SIGSTOP)  # with a rank like this no drain ends
+        server.processes[0].terminate()
+        time.sleep(1.3)
+        assert server.processes[0].poll() is None
+        assert server.stop(timeout_s=2.0) == [128 + signal.SIGTERM]
+        assert_nothing_left(place)
+
+
+def test_nothing_outlives_a_killed_supervisor(model: str, place: Path) -> None:
+    port = free_port()
+    with started(place, serve(model, *DUMMY, port=port), port=port) as server:
+        server.stop(signal.SIGKILL)
+        assert_nothing_left(place, timeout_s=8.0)
+
+
+def test_a_killed_rank_is_a_failure(model: str, place: Path) -> None:
+    port = free_port()
+    with started(place, serve(model, *DUMMY, "-tp", "2", port=port), port=port) as server:
+        os.kill(server.rank_pids()[1], signal.SIGKILL)
+        assert server.wait() == [1]
+        assert_nothing_left(place)
+    assert "ended without a word" in server.log and "was killed by SIGKILL" in server.log
+    assert "Traceback" not in server.log
+
+
+def test_two_nodes(model: str, place: Path) -> None:
+    """The second node comes first, waits, and is the one that is told to end."""
+    port, meet = free_port(), str(free_port())
+    nodes = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", meet, "-pp", "2")
+    second = serve(model, *DUMMY, *nodes, "--node-rank", "1", "--headless", port=port)
+    with started(place, second, serve(model, *DUMMY, *nodes, port=port), port=port) as server:
+        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        server.processes[0].terminate()
+        assert server.wait() == [0, 0]
+        assert_nothing_left(place)
+    assert "2 CPU ranks on 2 nodes, TP 1 x PP 2" in server.log
+
+
+def test_a_node_that_waits_for_its_head_can_be_ended(model: str, place: Path) -> None:
+    port = free_port()
+    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    with started(place, serve(model, *DUMMY, *nodes, "-pp", "2", port=port), port=port, ready=False) as server:
+        while "headless" not in server.log:
+            time.sleep(0.05)
+        assert server.stop(timeout_s=3.0) == [0]
+        assert_nothing_left(place)
+
+
+def test_a_node_whose_head_does_not_answer(model: str, place: Path) -> None:
+    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    done = run(serve(model, *DUMMY, *nodes, "-pp", "2", "--start-timeout", "1", port=0), place)
+    assert done.returncode == 1
+    assert "node 0 did not answer at 127.0.0.1 port" in done.stderr.splitlines()[-1]
+
+
+def test_a_port_in_use_is_one_line(model: str, place: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run(serve(model, *DUMMY, port=port), place)
+    assert done.returncode == 2
+    assert done.stderr == f"tpserve: error: port {port} on 127.0.0.1 is in use: choose another with --port\n"
+    assert_nothing_left(place)
+
+
+def test_an_error_that_only_a_rank_meets_is_the_last_line(model: str, place: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "m")
+    (broken / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    done = run(serve(str(broken), "-tp", "2", port=free_port()), place)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("tpserve: error: ") and "model.safetensors" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and done.stderr.count("tpserve: error: ") == 1
+    assert_nothing_left(place)
+
+
+def test_bare_torchrun_says_the_line_once_and_then_reports_in_its_own_way(model: str, place: Path) -> None:
+    done = run(torchrun(model, "-tp", "4", ranks=2, port=free_port()), place)
+    assert done.returncode == 1  # torchrun's, whatever its ranks end with
+    lines = [line for line in done.stderr.splitlines() if line.startswith("tpserve: error: ")]
+    assert len(lines) == 1 and "start 4 ranks, `torchrun --nproc-per-node 4 -m tpserve" in lines[0]
+    assert "traceback : tpserve: error: 2 ranks were started but" in done.stderr
+
+
+def test_two_nodes_script(model: str, place: Path) -> None:
+    """Two torchrun agents on this machine stand for two nodes."""
+    port, meet = free_port(), str(free_port())
+    script = [str(ROOT / "launch" / "two_nodes.sh"), "127.0.0.1"]
+    rest = ["1", model, *DUMMY, "--port", str(port)]
+    with started(
+        place, ["env", f"MASTER_PORT={meet}", *script, "0", *rest], ["env", f"MASTER_PORT={meet}", *script, "1", *rest], port=port
+    ) as server:
+        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        server.stop()
+    assert "2 CPU ranks on 2 nodes, TP 1 x PP 2" in server.log
+
+
+def test_two_nodes_script_tells_how_it_is_used(place: Path) -> None:
+    for arguments in ([], ["head", "2", "8"], ["head", "0", "x"]):
+        done = run([str(ROOT / "launch" / "two_nodes.sh"), *arguments], place)
+        assert done.returncode == 2 and "launch/two_nodes.sh HEAD NODE_RANK NPROC" in done.stderr
+
+
+def test_the_command_is_installed(place: Path) -> None:
+    assert run([str(BIN / "tpserve"), "--version"], place).stdout.startswith("tpserve ")
