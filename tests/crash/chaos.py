@@ -1,7 +1,7 @@
 """Kill ranks of the skeleton at random and watch it form again.
 
-Owns the agents, the frontend and the dice; asserts that every epoch follows the one before, that the service comes back after every
-kill, that it drains to exit code 0 in the end, and that nothing is left: no process, no file in /dev/shm, no runtime directory.
+Owns the agents, the frontend and the dice; asserts that every epoch follows the one before, that the service comes back after
+every kill, that it drains to exit code 0 in the end, and that nothing is left: no process, no file in /dev/shm, no directory.
 """
 
 import json
@@ -51,7 +51,7 @@ class Chaos:
         self.random = random.Random(seed)
         self.top = Path(tempfile.mkdtemp(prefix="tps-"))
         self.where = self.top / "run"
-        self.shm = set(os.listdir("/dev/shm"))
+        self.shm = _shm()
         attach.make_runtime_dir(self.where)
         self.env = {
             **os.environ,
@@ -114,11 +114,8 @@ class Chaos:
 
     def _rank_pids(self) -> list[int]:
         """All ranks there are, also those that have said nothing yet."""
-        return [
-            pid
-            for pid in self._ours()
-            if _command(pid)[-2:] == [SKELETON, "rank"] and "torch.distributed.run" not in _command(pid)
-        ]
+        commands = {pid: _command(pid) for pid in self._ours()}
+        return [pid for pid, command in commands.items() if command[-2:] == [SKELETON, "rank"] and "-m" not in command]
 
     def _ours(self) -> list[int]:
         """Every process that was started for this run, whatever has become of its parents."""
@@ -138,7 +135,10 @@ class Chaos:
         codes = [process.wait(timeout=60) for process in (self.frontend, *self.agents)]
         assert codes == [0] * len(codes), (codes, self.tail())
         assert not self._ours() and not self.where.exists()
-        assert set(os.listdir("/dev/shm")) <= self.shm
+        deadline_s = time.monotonic() + 5.0  # others on this machine have files of their own there, for a moment
+        while not _shm() <= self.shm and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        assert _shm() <= self.shm
 
     def tail(self) -> str:
         """What was said last."""
@@ -169,6 +169,10 @@ def _free_port() -> int:
         probe.bind((attach.LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _shm() -> set[Path]:
+    return set(Path("/dev/shm").iterdir())
 
 
 def _lives(pid: int) -> bool:

@@ -3,9 +3,9 @@
     python skeleton.py rank                                              under a torchrun agent with --max-restarts
     python skeleton.py frontend RUNTIME_DIR WATCH_PID WORLD_SIZE ADDRESS
 
-Unlike the server of today this one survives: on a fault the coordinator goes back to FORMING, killed ranks are started again by their
-agent, and ranks whose collective failed leave the mesh and take part in the next epoch as a new incarnation. What happens is
-appended to RUNTIME_DIR.events, one JSON object a line.
+Unlike the server of today this one survives: on a fault the coordinator goes back to FORMING, killed ranks are started again by
+their agent, and ranks whose collective failed leave the mesh and take part in the next epoch as a new incarnation. What happens
+is appended to RUNTIME_DIR.events, one JSON object a line.
 """
 
 import asyncio
@@ -127,14 +127,8 @@ async def note(coordinator: Coordinator, path: Path) -> None:
         while True:
             if said != (coordinator.state, coordinator.epoch):
                 said = (coordinator.state, coordinator.epoch)
-                pids = [hello.pid for hello in coordinator.hellos]
-                event = {
-                    "s": time.monotonic(),
-                    "state": said[0].value,
-                    "epoch": said[1],
-                    "pids": pids,
-                    "reason": coordinator.reason,
-                }
+                event = {"s": time.monotonic(), "state": said[0].value, "epoch": said[1], "reason": coordinator.reason}
+                event["pids"] = [hello.pid for hello in coordinator.hellos]
                 out.write(json.dumps(event) + "\n")
                 out.flush()
             await asyncio.sleep(0.005)
