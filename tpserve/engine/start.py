@@ -104,7 +104,7 @@ class _Rank:
         start = control.wait_start()
         control.progress("forming the mesh", 5)
         store = hosted.store if hosted else meshes.join_store(start.endpoints["store"])
-        mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout)
+        mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout, self._backend())
         plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
         decoder, weights = self._load(mesh)
         control.progress("measuring memory", 90)
@@ -128,6 +128,11 @@ class _Rank:
             return torch.device("cuda", torch.cuda.current_device())
         torch.set_num_threads(max(1, available_cores() // self._env.local_world_size))
         return torch.device("cpu")
+
+    def _backend(self) -> str | None:
+        """gloo when ranks share a card, which NCCL refuses; else what suits the device."""
+        shared = self._config.device == "cuda" and self._env.local_world_size > torch.cuda.device_count()
+        return "gloo" if shared else None
 
     def _host(self) -> _Hosted:
         address = self._attachment.address if self._env.nnodes > 1 else "127.0.0.1"
@@ -154,6 +159,7 @@ class _Rank:
                 progress.update(done, total)
                 self._control.progress("loading weights", 10 + 80 * done // max(total, 1))
 
+            self._control.progress("loading weights", 10)
             if config.load_format == "dummy":
                 dummy(parameters, config.seed)
             else:

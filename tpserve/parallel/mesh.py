@@ -70,7 +70,14 @@ def form(
             device_id=device if backend == "nccl" else None,
         )
         tp = _tensor_parallel_group(rank, layout)
-        mesh = Mesh(rank, layout, tp, Group(dist.group.WORLD), _pipeline(rank, layout), device)
+        mesh = Mesh(
+            rank,
+            layout,
+            tp,
+            Group(dist.group.WORLD),
+            _pipeline(rank, layout, backend == "gloo" and device.type == "cuda"),
+            device,
+        )
         mesh.world.min(epoch)  # every connection of the world group stands from here on
     except (RuntimeError, ValueError) as error:  # torch's DistError family and gloo's bare RuntimeErrors
         _destroy()
@@ -107,10 +114,12 @@ def _tensor_parallel_group(rank: int, layout: ParallelLayout) -> Group:
     return Group(mine)
 
 
-def _pipeline(rank: int, layout: ParallelLayout) -> Pipeline:
+def _pipeline(rank: int, layout: ParallelLayout, via_host: bool) -> Pipeline:
     """Neighbours hold the same tensor-parallel place one stage before and after."""
     before, after = rank - layout.tp, rank + layout.tp
-    return Pipeline(before if before >= 0 else None, after if after < layout.world_size else None)
+    return Pipeline(
+        before if before >= 0 else None, after if after < layout.world_size else None, in_flight=layout.pp + 1, via_host=via_host
+    )
 
 
 def leave(mesh: Mesh) -> None:

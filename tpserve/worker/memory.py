@@ -4,7 +4,6 @@ On CUDA the model is run once at the largest batch and the peak is read from the
 the control group has free is taken. The smallest rank decides for all.
 """
 
-import mmap
 from collections.abc import Callable
 from math import prod
 
@@ -26,17 +25,13 @@ CPU_WARM_UP_ROWS = 16
 
 
 def allocate(decoder: Decoder, mesh: Mesh, num_blocks: int, block_size: int) -> list[KVCache]:
-    """The KV caches of this rank's layers, zeroed: what is masked away must still be finite."""
+    """The KV caches of this rank's layers, unwritten: attention never reads what no plan has written."""
     shape = decoder.cache_shape(num_blocks, block_size)
 
-    def zeros() -> torch.Tensor:
-        if mesh.device.type == "cuda":
-            return torch.zeros(shape, dtype=decoder.dtype, device=mesh.device)
-        # Fresh pages of the system are zero already and cost nothing until they are written; torch.zeros would write them all.
-        pages = mmap.mmap(-1, prod(shape) * decoder.dtype.itemsize)
-        return torch.frombuffer(pages, dtype=decoder.dtype).view(shape)
+    def empty() -> torch.Tensor:
+        return torch.empty(shape, dtype=decoder.dtype, device=mesh.device)
 
-    return [KVCache(zeros(), zeros()) for _ in _layers(mesh)]
+    return [KVCache(empty(), empty()) for _ in _layers(mesh)]
 
 
 def _layers(mesh: Mesh) -> range:
