@@ -51,8 +51,12 @@ class Job:
         (self.where / "run").mkdir(mode=0o700)
         (self.where / "config.json").write_bytes(msgspec.json.encode(config(model, port)))
         self.log = self.where / "log"
-        with self.log.open("wb") as out:
-            self.ranks = [self._spawn(rank, how, out.fileno()) for rank in range(2)]
+        self.ranks = self.start(how)
+
+    def start(self, how: str) -> "list[subprocess.Popen[bytes]]":
+        """All ranks at once, as an agent starts them."""
+        with self.log.open("ab") as out:
+            return [self._spawn(rank, how, out.fileno()) for rank in range(2)]
 
     def _spawn(self, rank: int, how: str, out: int) -> "subprocess.Popen[bytes]":
         env = {
@@ -150,6 +154,19 @@ def test_a_killed_rank_ends_all_and_is_named(job: Job) -> None:
     assert job.codes() == [1, -signal.SIGKILL] and job.gone(pid)
     assert time.monotonic() - started_s < 3
     assert f"rank 1 on here (pid {job.ranks[1].pid}) ended without a word" in job.log.read_text()
+
+
+def test_ranks_that_are_started_again_find_a_new_frontend(job: Job) -> None:
+    """What an agent with --max-restarts does: the old frontend is still ending when the new ranks look for one."""
+    job.ready()
+    old = job.frontend_pid
+    job.ranks[0].kill()
+    job.codes()
+    job.ranks = job.start("serve")
+    job.ready()
+    assert job.frontend_pid != old
+    os.kill(job.ranks[0].pid, signal.SIGTERM)
+    assert job.codes() == [0, 0]
 
 
 def test_a_stopped_rank_is_killed_in_the_end(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

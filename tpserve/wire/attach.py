@@ -86,6 +86,7 @@ def attach(env: RankEnv, config: EngineConfig, timeout_s: float) -> Attachment:
         while is_alive(where) and read(where) is None and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)  # it is starting, or ending after a fault
         if not is_alive(where):
+            make_runtime_dir(where)  # again: one that ended has taken it away
             child = spawn(where, config, env.agent_pid, env.nnodes, address)
     found = wait_ready(where, child, deadline_s - time.monotonic())
     return Attachment(found.control, address, env.nnodes, found.control_tcp, found.engine, found.pid, where)
