@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --quiet --disable-pip-version-check
+PIP := $(PY) -m pip --quiet --quiet --disable-pip-version-check
 CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 .PHONY: serve test format gpu-check model chaos clean
@@ -23,7 +23,7 @@ format: $(VENV)/test.stamp
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# On a machine with a card; results as JSON and JUnit XML in $$OUT when that is set. Uses .venv when there is one.
+# On a machine with a card; results as JSON and JUnit XML in $OUT (.tmp without it). Uses .venv when there is one.
 gpu-check:
 	$(CARD_PY) tests/run.py --gpu
 

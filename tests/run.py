@@ -2,7 +2,7 @@
 
     python tests/run.py                   everything but what needs a card or a long time
     python tests/run.py parity http       some shares
-    python tests/run.py --gpu             what needs a card; reports go to $OUT when that is set
+    python tests/run.py --gpu             what needs a card; reports go to $OUT or .tmp
 
 Standard library only. Exit code 1 when anything failed; a share over its budget is marked, not failed.
 """
@@ -31,6 +31,10 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "crash": (60, ("crash",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
+GPU = {
+    "kernels-on-card": ("tests/kernels", "tests/gpu"),
+    "engine-on-card": ("tests/parity/test_two_forms.py", "tests/unit/test_draw.py"),
+}
 INSTALL_S, LINT_S = 150, 60
 
 
@@ -50,7 +54,7 @@ def main() -> int:
     options = parser.parse_args()
     os.chdir(ROOT)
     if options.gpu:
-        rows = [gpu_check()]
+        rows = gpu_check()
     else:
         wanted = options.shares or ["lint", *SHARES]
         rows = [] if options.shares else [install()]
@@ -82,11 +86,21 @@ def share(name: str, budget_s: int, folders: tuple[str, ...]) -> Row:
     return pytest(name, budget_s, [*paths, "-m", "not gpu and not long"])
 
 
-def gpu_check() -> Row:
-    """Kernels compiled for the card, and the engine on it."""
-    out = os.environ.get("OUT")
-    reports = [f"--junitxml={out}/gpu-check.xml"] if out else []
-    return pytest("gpu", 600, ["tests/kernels", "tests/gpu", "-m", "gpu", "-rs", *reports])
+def gpu_check() -> list[Row]:
+    """On a card: every kernel against its reference, the engine's other form against the CPU's, and the roofline."""
+    if subprocess.run(
+        [sys.executable, "-c", "import torch; assert torch.cuda.is_available()"], stderr=subprocess.DEVNULL, check=False
+    ).returncode:
+        sys.exit("gpu-check needs a card that torch can use, and there is none")
+    out = Path(os.environ.get("OUT", ".tmp"))
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [pytest(name, 300, [*paths, "-rs", f"--junitxml={out}/{name}.xml"]) for name, paths in GPU.items()]
+    begin_s = time.monotonic()
+    print("== roofline", flush=True)
+    code = subprocess.run(
+        [sys.executable, "kernels/bench_roofline.py", "--output", str(out / "roofline.json")], check=False
+    ).returncode
+    return [*rows, Row("roofline", 300, time.monotonic() - begin_s, passed=int(code == 0), failed=int(code != 0))]
 
 
 def pytest(name: str, budget_s: int, arguments: list[str]) -> Row:

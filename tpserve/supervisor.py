@@ -112,7 +112,8 @@ class _Supervisor:
         self._wake_writer.setblocking(False)
         signal.set_wakeup_fd(self._wake_writer.fileno())
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                signal.signal(number, self._note)
         try:
             self._start()
             return self._watch()
