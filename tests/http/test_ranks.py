@@ -1,4 +1,4 @@
-"""The main job: real ranks of a bare torchrun, real HTTP, the built-in model, one server per layout; and every layout says the same."""
+"""The main job: real ranks of a bare torchrun, real HTTP, the built-in model, one server per layout, and all say the same."""
 
 import json
 import signal
@@ -92,7 +92,7 @@ def test_200_streams_with_disconnects(served: tuple[str, Server, Path]) -> None:
 
 
 def test_plans_in_flight(served: tuple[str, Server, Path]) -> None:
-    """Stage 0 runs plan n + 1 before the last stage has ended plan n; without stages, plan n + 1 is sent before result n is applied."""
+    """Stage 0 runs plan n + 1 before the last stage ends plan n; with one stage, plan n + 1 is sent before result n applies."""
     name, _, directory = served
     tp, pp = LAYOUTS[name]
     first, last = events(directory, 0), events(directory, tp * (pp - 1))

@@ -1,4 +1,4 @@
-"""Scheduler and executor together in one process: what a request gets does not depend on how it was batched, chunked or preempted."""
+"""Scheduler and executor in one process: what a request gets does not depend on how it was batched, chunked or preempted."""
 
 from collections import deque
 from dataclasses import dataclass, field, replace

@@ -14,7 +14,8 @@ from tpserve.observe.trace import Trace
 from tpserve.scheduling.ledger import LedgerWorker, continuation
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import Abort, Add, Control as Order, Delta, Done, Stop
+from tpserve.types.messages import Abort, Add, Delta, Done, Stop
+from tpserve.types.messages import Control as Order
 from tpserve.types.packed import pack
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.types.request import Request

@@ -16,7 +16,6 @@ from tpserve.config.env import RankEnv
 from tpserve.config.machine import available_cores
 from tpserve.config.schema import EngineConfig
 from tpserve.engine.loop import Engine
-from tpserve.wire.attach import Attachment, attach_remote, publish
 from tpserve.models.decoder import Decoder
 from tpserve.observe.progress import Progress
 from tpserve.observe.trace import Trace
@@ -31,6 +30,7 @@ from tpserve.version import __version__
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
+from tpserve.wire.attach import Attachment, attach_remote, publish
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender
 from tpserve.wire.control import Control, Stopped
 from tpserve.worker.executor import Executor
@@ -112,7 +112,7 @@ class _Rank:
         executor = self._executor(mesh, decoder, ledger)
         control.up(ledger, {"max_model_len": self._config.max_model_len, "vocab_size": self._spec.vocab_size})
         if env.rank == 0:
-            report(ledger, self._config, device.type, log.info)
+            report(ledger, self._config, log.info)
         epoch = control.wait_run()
         if hosted:
             self._lead(hosted, executor, ledger, epoch)

@@ -64,8 +64,8 @@ def _too_small(num_blocks: int, needed: int, block_bytes: int, room: int, config
     fits = num_blocks * config.block_size
     remedy = f"pass --max-model-len {fits}" if fits else "use more ranks (--tensor-parallel-size, --pipeline-parallel-size)"
     return (
-        f"one sequence of {config.max_model_len:,} tokens (--max-model-len) needs {needed * block_bytes / GIB:.2f} GiB of KV cache a rank, "
-        f"and {max(room, 0) / GIB:.2f} GiB are free for it, enough for {fits:,} tokens: {remedy}"
+        f"one sequence of {config.max_model_len:,} tokens (--max-model-len) needs {_size(needed * block_bytes)} of KV cache "
+        f"a rank, and {_size(max(room, 0))} are free for it, enough for {fits:,} tokens: {remedy}"
     )
 
 
@@ -113,14 +113,22 @@ def _nothing(lens: list[int], block_size: int, num_groups: int, device: torch.de
     )
 
 
-def report(ledger: MemoryLedger, config: EngineConfig, device: str, say: Callable[[str], None]) -> None:
+def report(ledger: MemoryLedger, config: EngineConfig, say: Callable[[str], None]) -> None:
     """Print the ledger in the words that operators look for."""
+    whole = "on the device" if config.device == "cuda" else "free"
     say(
-        f"memory of rank 0: {ledger.total / GIB:.2f} GiB {'on the device' if device == 'cuda' else 'free'}, weights {ledger.weights / GIB:.2f}, "
-        f"activations {ledger.activations / GIB:.2f}, KV cache {ledger.kv_cache / GIB:.2f}"
+        f"memory of rank 0: {_size(ledger.total)} {whole}, weights {_size(ledger.weights)}, "
+        f"activations {_size(ledger.activations)}, KV cache {_size(ledger.kv_cache)}"
     )
     tokens = ledger.num_blocks * ledger.block_size
-    say(
-        f"{'GPU' if device == 'cuda' else 'CPU'} KV cache size: {tokens:,} tokens ({ledger.num_blocks:,} blocks of {ledger.block_size})"
-    )
+    device = "GPU" if config.device == "cuda" else "CPU"
+    say(f"{device} KV cache size: {tokens:,} tokens ({ledger.num_blocks:,} blocks of {ledger.block_size})")
     say(f"Maximum concurrency for {config.max_model_len:,} tokens per request: {tokens / config.max_model_len:.2f}x")
+
+
+def _size(num_bytes: int) -> str:
+    """With a unit that suits it."""
+    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} B"
