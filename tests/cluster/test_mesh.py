@@ -97,6 +97,12 @@ def test_the_store_listens_on_its_own_address_only() -> None:
     assert store.get("key") == b"value"
 
 
+def test_a_store_on_an_ipv6_address() -> None:
+    store, address = meshes.host_store("::1")
+    meshes.join_store(address).set("key", "value")
+    assert store.get("key") == b"value"
+
+
 def test_a_dead_store_is_known_at_once() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

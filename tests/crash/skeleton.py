@@ -31,6 +31,7 @@ from tpserve.wire.attach import (
     wait_ready,
     write,
 )
+from tpserve.wire.channels import tcp
 from tpserve.wire.control import SIGNALS, Control, Stopped, block_signals
 from tpserve.wire.lifetime import open_pidfd
 
@@ -92,7 +93,7 @@ async def frontend_main(where: Path, watch_pid: int, world_size: int, address: s
             ended.set_result(action.code if isinstance(action, Failed) else 0)
 
     coordinator = Coordinator(world_size, time.monotonic(), survive=True, form_timeout_s=120.0)
-    ranks = Ranks(coordinator, f"ipc://{where}/control", f"tcp://{address}:0" if address else None, on_action)
+    ranks = Ranks(coordinator, f"ipc://{where}/control", tcp(address) if address else None, on_action)
     write(where, Frontend(os.getpid(), ranks.local_endpoint, ranks.remote_endpoint))
 
     def drain() -> None:

@@ -19,6 +19,7 @@ from tpserve.wire.channels import (
     PlanReceiver,
     ResultReceiver,
     ResultSender,
+    tcp,
     wait,
 )
 
@@ -119,6 +120,18 @@ def test_plans_are_numbered_without_a_gap(tmp_path: Path) -> None:
     sender.send(plan(0))
     with pytest.raises(AssertionError):
         sender.send(plan(2))
+    sender.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_over_tcp(address: str) -> None:
+    sender = PlanBroadcaster(tcp(address))
+    assert int(sender.endpoint.rpartition(":")[2]) > 0
+    receiver = PlanReceiver(sender.endpoint, 1)
+    sender.begin(1, 1, 5.0)
+    sender.send(plan(0))
+    assert receiver.receive(5.0) == plan(0)
+    receiver.close()
     sender.close()
 
 

@@ -39,7 +39,7 @@ from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import Control, EngineInput
 from tpserve.wire.attach import Frontend, hold_lock, remove_runtime_dir, write
-from tpserve.wire.channels import EngineServer
+from tpserve.wire.channels import EngineServer, tcp
 from tpserve.wire.control import SAME_SIGNAL_S, SIGNALS, unblock_signals
 from tpserve.wire.lifetime import open_pidfd
 
@@ -69,6 +69,10 @@ def main(arguments: list[str]) -> int:
     log.setup(config.log_level, "frontend")
     try:
         lock = hold_lock(where)
+    except BlockingIOError:
+        logger.error("another frontend lives in %s", where)
+        return 1
+    try:
         code = uvloop.run(_run(config, where, watch_pid, nnodes, address, started_s))
     except UserError as error:
         return _report(where, str(error), 2)
@@ -119,7 +123,7 @@ class Service:
             form_timeout_s=config.start_timeout,
             drain_timeout_s=config.drain_timeout,
         )
-        remote = f"tcp://{address}:0" if nnodes > 1 else None
+        remote = tcp(address) if nnodes > 1 else None
         self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", remote, self._on_action)
         self._engine = EngineServer(f"ipc://{where}/engine")
         self._journal = Journal(self._to_engine, (config.served_model_name or (config.model,))[0])
@@ -206,8 +210,11 @@ class Service:
         except EngineFailure as error:
             self._fail(1, str(error))
             return
-        if outputs:
+        try:
             self._journal.receive(outputs)
+        except Exception:  # the edge towards the loop, which would log it and let clients wait for ever
+            logger.exception("the journal failed")
+            self._fail(1, "the server met an error of its own (see its log)")
 
     # What ends it
 

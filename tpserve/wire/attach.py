@@ -28,6 +28,7 @@ from msgspec import Struct
 from tpserve.config.env import RankEnv
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
+from tpserve.wire.channels import tcp
 
 LOOPBACK = "127.0.0.1"
 _KEY = "tpserve/control"
@@ -70,7 +71,7 @@ class Attachment:
     def endpoint(self, name: str) -> str:
         """What rank 0 binds for other ranks to connect to; a new address each time."""
         if self.nnodes > 1:
-            return f"tcp://{self.address}:0"
+            return tcp(self.address)
         return f"ipc://{self.runtime_dir}/{name}-{time.time_ns():x}"
 
 
@@ -120,7 +121,8 @@ def attach_remote(env: RankEnv, store: Store, timeout_s: float) -> Attachment:
 def cluster_address(master_addr: str) -> str:
     """This host's address on the interface that leads to the master."""
     try:
-        family, kind, proto, _, target = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)[0]
+        routes = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)
+        family, kind, proto, _, target = min(routes, key=lambda route: route[0] != socket.AF_INET)  # IPv4 where there is a choice
         with socket.socket(family, kind, proto) as probe:
             probe.connect(target)  # of a datagram socket: chooses the route and sends nothing
             return str(probe.getsockname()[0])
@@ -230,7 +232,8 @@ def wait_ready(where: Path, child: "subprocess.Popen[bytes] | None", timeout_s: 
             raise UserError(record.error) if record.code == 2 else EngineFailure(record.error)
         if ended:
             assert child is not None
-            remove_runtime_dir(where)
+            if not is_alive(where):  # else another one lives there, in whose way ours was
+                remove_runtime_dir(where)
             raise EngineFailure(f"the frontend ended with exit code {child.returncode} before it was ready")
         if record is not None and not record.error and is_alive(where):
             return record

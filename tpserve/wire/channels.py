@@ -80,8 +80,20 @@ def open_socket(kind: int, max_bytes: int) -> zmq.Socket[bytes]:
     return socket
 
 
+def tcp(address: str) -> str:
+    """The endpoint to bind on a port of the kernel's choice."""
+    return f"tcp://[{address}]:0" if ":" in address else f"tcp://{address}:0"
+
+
+def connect(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect, now or as soon as somebody listens there."""
+    socket.set(zmq.IPV6, int("[" in endpoint))
+    socket.connect(endpoint)
+
+
 def bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
     """Bind, and return the address that came of it (`tcp://10.0.0.1:0` becomes a real port)."""
+    socket.set(zmq.IPV6, int("[" in endpoint))
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -154,7 +166,7 @@ class PlanReceiver(Channel):
 
     def __init__(self, endpoint: str, epoch: int) -> None:
         super().__init__(open_socket(zmq.XSUB, codec.PLAN.max_bytes), endpoint)
-        self.socket.connect(endpoint)
+        connect(self.socket, endpoint)
         self.socket.send(_SUBSCRIBE)
         self._epoch = epoch
         self._next = 0
@@ -206,7 +218,7 @@ class ResultSender(Channel):
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(open_socket(zmq.PUSH, codec.RESULT.max_bytes), endpoint)
-        self.socket.connect(endpoint)
+        connect(self.socket, endpoint)
 
     def send(self, result: StepResult) -> None:
         """Send one result; results are sent in step order."""
@@ -247,7 +259,7 @@ class EngineLink(Channel):
     def __init__(self, endpoint: str, incarnation: int) -> None:
         super().__init__(open_socket(zmq.DEALER, codec.ENGINE_INPUT.max_bytes), endpoint)
         self.socket.set(zmq.ROUTING_ID, _address(incarnation))
-        self.socket.connect(endpoint)
+        connect(self.socket, endpoint)
         self.socket.send(codec.ENGINE_OUTPUT.encode([]))  # the frontend may answer from now on
 
     def poll(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> list[EngineInput]:

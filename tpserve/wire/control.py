@@ -27,7 +27,7 @@ from zmq.utils.monitor import recv_monitor_message
 from tpserve.errors import EngineFailure, UserError
 from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, MemoryLedger, RankMessage, Run, Start, Stop, Up
 from tpserve.wire import codec
-from tpserve.wire.channels import open_socket
+from tpserve.wire.channels import connect, open_socket
 from tpserve.wire.lifetime import die_with, exit_now, live_children, open_pidfd, tell
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ class Control:
         socket = open_socket(zmq.DEALER, codec.COORDINATOR.max_bytes)
         socket.set(zmq.ROUTING_ID, f"{self.rank}.{self.incarnation}".encode())
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        socket.connect(self._address)
+        connect(socket, self._address)
         watched = {open_pidfd(pid): name for pid, name in self._watched() if pid is not None}
         poller = zmq.Poller()
         for source in (socket, monitor, self._nudge, *(fd for fd in watched if fd is not None)):
