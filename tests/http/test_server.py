@@ -165,6 +165,17 @@ def test_full_queue_is_429(tmp_path: Path) -> None:
         assert client.completion(max_tokens=1).status == 200
 
 
+def test_tokens_that_only_the_tokenizer_knows(tmp_path: Path) -> None:
+    """Their ids would be beyond the embedding, and on a GPU beyond help."""
+    with serving(tmp_path) as server:
+        client = checks.Client(server.url)
+        server.states.append(Status("running", max_model_len=MAX_MODEL_LEN, vocab_size=200))
+        assert max(server.tokenizer.encode("The cat")) >= 200
+        checks.is_error(client.completion(prompt="The cat"), 400, param="prompt", code="invalid_value", says="vocabulary of 200")
+        checks.is_error(client.chat(), 400, param="messages", code="invalid_value")
+        assert client.completion(prompt=[5, 199]).status == 200
+
+
 def test_states_before_and_after_running(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         client = checks.Client(server.url)

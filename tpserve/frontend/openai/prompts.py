@@ -57,17 +57,18 @@ async def completion_prompts(service: Service, call: CompletionCall, limits: Lim
     for prompt in prompts:
         if not prompt.ids:
             raise UserError("prompt is empty: the model needs at least one token to continue", param="prompt")
+        refuse_unknown(prompt.ids, tokenizer, limits, "prompt")
     return prompts
 
 
-async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, max_model_len: int | None) -> Prompt:
+async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, limits: Limits) -> Prompt:
     """The prompt of a conversation through the model's template."""
     messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
     if taken := RESERVED_KWARGS & call.chat_template_kwargs.keys():
         raise UserError(f"chat_template_kwargs must not set {min(taken)}", param="chat_template_kwargs")
     content_chars = sum(len(message.get("content") or "") for message in messages)
-    if max_model_len is not None and content_chars > max_model_len * service.tokenizer.longest_token_chars:
-        raise too_long(max_model_len, f"the messages have {content_chars} characters", "messages")
+    if content_chars > limits.max_model_len * service.tokenizer.longest_token_chars:
+        raise too_long(limits.max_model_len, f"the messages have {content_chars} characters", "messages")
 
     def encode() -> Prompt:
         text = service.chat_template.render(
@@ -81,6 +82,7 @@ async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, max_m
     prompt = await in_thread(encode, content_chars)
     if not prompt.ids:
         raise UserError("the chat template made an empty prompt of the messages", param="messages")
+    refuse_unknown(prompt.ids, service.tokenizer, limits, "messages")
     return prompt
 
 
@@ -126,6 +128,17 @@ def check_ids(ids: list[Any], vocab_size: int, param: str) -> None:
             raise UserError(
                 f"{param}: token id {token} is outside the vocabulary of {vocab_size}", param=param, code="invalid_value"
             )
+
+
+def refuse_unknown(ids: list[int], tokenizer: Tokenizer, limits: Limits, param: str) -> None:
+    """A tokenizer may know tokens that the model has no embedding for, such as a padding token that was added later."""
+    if (token := max(ids)) >= limits.vocab_size:
+        raise UserError(
+            f"{param}: the model has no token {tokenizer.piece(token)!r} (id {token} of its tokenizer, vocabulary of "
+            f"{limits.vocab_size}); leave it out",
+            param=param,
+            code="invalid_value",
+        )
 
 
 def refuse_too_long(text: str, tokenizer: Tokenizer, limits: Limits, param: str) -> None:

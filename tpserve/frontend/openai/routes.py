@@ -55,7 +55,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     if call.top_logprobs is not None and not call.logprobs:
         raise UserError("top_logprobs needs logprobs true", param="top_logprobs", code="invalid_value")
     limits = service.limits()
-    prompt = await chat_prompt(service, call, limits.max_model_len)
+    prompt = await chat_prompt(service, call, limits)
     asked = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     new = choices(service, call, prompt, max_new_tokens(prompt, asked, None, limits, "messages"), limits)
     shape = ChatShape(head, call, prompt, service.tokenizer)
@@ -149,7 +149,7 @@ async def tokenize(request: web.Request) -> web.Response:
     if body.get("messages") is not None:
         chat, warnings = parse(body, TokenizeChatCall, service.logged_fields)
         service.served(chat.model)
-        ids = (await chat_prompt(service, chat, service.limits().max_model_len)).ids
+        ids = (await chat_prompt(service, chat, service.limits())).ids
         strings = chat.return_token_strs
     else:
         call, warnings = parse(body, TokenizeCall, service.logged_fields)
