@@ -4,9 +4,11 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.cluster.forked import run
 from tpserve.errors import EngineFailure
@@ -14,6 +16,22 @@ from tpserve.parallel import mesh as meshes
 from tpserve.types.layout import ParallelLayout
 
 CPU = torch.device("cpu")
+
+
+def meet(where: Path, rank: int, epoch: int, patience_s: float = 20.0) -> dist.TCPStore:
+    """The epoch's store: rank 0 hosts it and leaves its address in a file. The test must not, or its thread is forked."""
+    told = where / f"epoch{epoch}"
+    if rank == 0:
+        store, address = meshes.host_store()
+        draft = told.with_suffix(".draft")
+        draft.write_text(address)
+        draft.rename(told)
+        return store
+    deadline_s = time.monotonic() + patience_s
+    while not told.exists():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    return meshes.join_store(told.read_text())
 
 
 def check(mesh: meshes.Mesh, epoch: int) -> None:
@@ -38,51 +56,50 @@ def check(mesh: meshes.Mesh, epoch: int) -> None:
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2), (2, 2)])
-def test_two_epochs_in_the_same_processes(tp: int, pp: int) -> None:
+def test_two_epochs_in_the_same_processes(tp: int, pp: int, tmp_path: Path) -> None:
     layout = ParallelLayout(tp, pp, (1,) * pp)
-    stores = [meshes.host_store() for _ in range(2)]
 
     def rank_main(rank: int) -> None:
-        for epoch, (_, address) in enumerate(stores, 1):
-            mesh = meshes.form(rank, layout, epoch, meshes.join_store(address), CPU, 20.0)
+        stores = []  # a store outlives its epoch here, so that nobody who leaves late finds it gone
+        for epoch in (1, 2):
+            stores.append(meet(tmp_path, rank, epoch))
+            mesh = meshes.form(rank, layout, epoch, stores[-1], CPU, 20.0)
             check(mesh, epoch)
             meshes.leave(mesh)
 
     assert run(layout.world_size, rank_main) == [0] * layout.world_size
 
 
-def test_a_rank_that_does_not_come_is_a_failure_in_time() -> None:
-    _store, address = meshes.host_store()
-
+def test_a_rank_that_does_not_come_is_a_failure_in_time(tmp_path: Path) -> None:
     def rank_main(rank: int) -> None:
         if rank == 0:
+            store = meet(tmp_path, 0, 1)
             started_s = time.monotonic()
             with pytest.raises(EngineFailure, match="rank 0 could not form the mesh of epoch 1: rank 1 did not come within 1 s"):
-                meshes.form(0, ParallelLayout(2, 1, (1,)), 1, meshes.join_store(address), CPU, 1.0)
+                meshes.form(0, ParallelLayout(2, 1, (1,)), 1, store, CPU, 1.0)
             assert time.monotonic() - started_s < 5
-            one = meshes.form(0, ParallelLayout(1, 1, (1,)), 2, meshes.join_store(address), CPU, 1.0)  # nothing was left behind
+            one = meshes.form(0, ParallelLayout(1, 1, (1,)), 2, store, CPU, 1.0)  # nothing was left behind
             assert one.world.size == 1
 
     assert run(2, rank_main) == [0, 0]
 
 
-def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again() -> None:
-    stores = [meshes.host_store() for _ in range(2)]
-    first, second = (address for _, address in stores)
+def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again(tmp_path: Path) -> None:
     layout = ParallelLayout(2, 1, (1,))
 
     def rank_main(process: int) -> None:
         if process == 2:  # the next incarnation of rank 1
-            check(meshes.form(1, layout, 2, meshes.join_store(second), CPU, 20.0), 2)
+            check(meshes.form(1, layout, 2, meet(tmp_path, 1, 2), CPU, 20.0), 2)
             return
-        mesh = meshes.form(process, layout, 1, meshes.join_store(first), CPU, 20.0)
+        store = meet(tmp_path, process, 1)
+        mesh = meshes.form(process, layout, 1, store, CPU, 20.0)
         if process == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         with pytest.raises(RuntimeError):
             while True:
                 mesh.tp.all_reduce(torch.ones(1))
         meshes.leave(mesh)
-        check(meshes.form(0, layout, 2, meshes.join_store(second), CPU, 20.0), 2)
+        check(meshes.form(0, layout, 2, meet(tmp_path, 0, 2), CPU, 20.0), 2)
 
     assert run(3, rank_main) == [0, -signal.SIGKILL, 0]
 
