@@ -10,6 +10,7 @@ child is started; when this process has ended, none of its descendants lives (it
 runtime directory is gone. After SIGKILL of this process the kernel ends the agent and the ranks, and the frontend follows.
 
     SIGINT, SIGTERM, SIGHUP   drain: open requests finish, new ones are refused; exit code 0
+                              before the server is ready, there being none: everything is killed at once
     a second one              everything is killed at once; exit code 128 + signal
 
 Exit codes otherwise: 2 for what the user can mend, 1 for failures.
@@ -90,6 +91,14 @@ def _checked(flags: Flags) -> Flags:
     return flags
 
 
+class _EndNow(BaseException):
+    """Raised by the signal handler, wherever this process is: leave, kill every child, exit with `code`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 class _Supervisor:
     """One node's children, from their start to their end."""
 
@@ -99,7 +108,8 @@ class _Supervisor:
         self._nproc = nproc
         self._runtime_dir = runtime_dir
         self._address = LOOPBACK if flags.nnodes == 1 else cluster_address(flags.master_addr or LOOPBACK)
-        self._signals: list[tuple[int, float]] = []
+        self._signalled_s: list[float] = []
+        self._starting = True
         self._passed_on = False
         self._wake, self._wake_writer = socket.socketpair()
         self._agent: subprocess.Popen[bytes] | None = None
@@ -117,6 +127,8 @@ class _Supervisor:
         try:
             self._start()
             return self._watch()
+        except _EndNow as now:
+            return now.code
         except EngineFailure as error:
             logger.error("%s", error)
             return 1
@@ -129,9 +141,11 @@ class _Supervisor:
         self._agent = self._spawn_agent()
         if flags.node_rank > 0:
             logger.info("node %d of %d: %d headless ranks", flags.node_rank, flags.nnodes, self._nproc)
+            self._starting = False
             return
         self._frontend = spawn(self._runtime_dir, config, self._agent.pid, flags.nnodes, self._address)
         self._url = wait_ready(self._runtime_dir, self._frontend, config.start_timeout).http
+        self._starting = False
 
     def _spawn_agent(self) -> "subprocess.Popen[bytes]":
         flags, config = self._flags, self._config
@@ -157,13 +171,18 @@ class _Supervisor:
         return agent
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """A signal handler does no more than this. A terminal and a parent may both send what is one Ctrl-C."""
+        """The first signal is for `_watch`. A terminal and a parent may both send what is one Ctrl-C."""
         now = time.monotonic()
-        if not self._signals or now - self._signals[-1][1] > SAME_SIGNAL_S:
-            self._signals.append((number, now))
+        if self._signalled_s and now - self._signalled_s[-1] <= SAME_SIGNAL_S:
+            return
+        self._signalled_s.append(now)
+        if len(self._signalled_s) == 2:  # a third one must not disturb the killing
+            raise _EndNow(128 + number)
+        if self._starting and len(self._signalled_s) == 1:
+            raise _EndNow(0)
 
     def _watch(self) -> int:
-        """Until the children have ended, or a second signal came."""
+        """Until the children have ended."""
         children = [child for child in (self._frontend, self._agent) if child is not None]
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
@@ -171,48 +190,47 @@ class _Supervisor:
             poll.register(os.pidfd_open(child.pid), select.POLLIN)  # ours and not waited for: it exists
         ended_s: float | None = None
         while any(child.poll() is None for child in children):
-            if len(self._signals) > 1:
-                return 128 + self._signals[-1][0]
-            if self._signals and not self._passed_on:
+            if self._signalled_s and not self._passed_on:
                 self._pass_on()
             if ended_s is None and any(child.poll() is not None for child in children):
                 ended_s = time.monotonic()
                 poll = select.poll()  # a dead child's descriptor would be readable for ever
                 poll.register(self._wake, select.POLLIN)
-                if self._passed_on and self._url:
-                    break  # told to end before it was ready: no rank holds anything worth waiting for
             if ended_s is not None and time.monotonic() - ended_s > FOLLOW_S:
                 break
             waiting = self._url or ended_s is not None
             poll.poll(READY_POLL_S * 1000 if waiting else None)
             with contextlib.suppress(BlockingIOError):
                 self._wake.recv(4096, socket.MSG_DONTWAIT)
-            if self._url and not self._signals and ended_s is None:
+            if self._url and not self._signalled_s and ended_s is None and self._is_ready():
                 self._invite()
         return self._verdict()
 
     def _pass_on(self) -> None:
         """The first signal: whoever knows about open requests decides when they are done."""
         self._passed_on = True
+        if self._url and self._flags.nnodes == 1 and not self._is_ready():
+            raise _EndNow(0)  # no request has been admitted, and no other node waits for a word
         first = self._agent if self._frontend is None else self._frontend
         assert first is not None
         first.terminate()
 
-    def _invite(self) -> None:
-        """Once, when the server is ready: a line to paste."""
+    def _is_ready(self) -> bool:
         host, _, port = self._url.removeprefix("http://").rpartition(":")
         connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=READY_POLL_S)
         try:
             connection.request("GET", "/readyz")
-            ready = connection.getresponse().status == 200
+            return connection.getresponse().status == 200
         except OSError:
-            return
+            return False
         finally:
             connection.close()
-        if ready:
-            sys.stdout.write(curl_line(self._url, keyed=self._config.api_key is not None) + "\n")
-            sys.stdout.flush()
-            self._url = ""
+
+    def _invite(self) -> None:
+        """Once, when the server is ready: a line to paste."""
+        sys.stdout.write(curl_line(self._url, keyed=self._config.api_key is not None) + "\n")
+        sys.stdout.flush()
+        self._url = ""
 
     def _verdict(self) -> int:
         """The exit code: the frontend's is the service's; on other nodes there is only the agent's."""
