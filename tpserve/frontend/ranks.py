@@ -116,22 +116,26 @@ class Ranks:
                 self._peers[peer] = socket
                 for message in messages:
                     now = time.monotonic()
-                    if isinstance(message, Hello):
-                        self._watch(peer, message, socket)
-                    elif isinstance(message, Fault) and message.kind == "engine":
+                    if isinstance(message, Fault) and message.kind == "engine":
                         self._probe(peer, now)
                     self.carry_out(self.coordinator.receive(peer, message, now))
+                    if isinstance(message, Hello):
+                        self._watch(peer, message, socket)
 
     def _watch(self, peer: Peer, hello: Hello, socket: "zmq.Socket[bytes]") -> None:
-        """Learn of the death of a rank on this host at once."""
-        if socket is not self._local or peer in self._pidfds:
+        """Forget who came before, and learn of the death of a rank on this host at once."""
+        known = [other for other in self._peers if other.rank == peer.rank]
+        for old in known:
+            if old.incarnation < peer.incarnation:
+                self._forget(old)
+        if socket is not self._local or peer in self._pidfds or peer != max(known):
             return
-        for old in [known for known in self._peers if known.rank == peer.rank and known.incarnation < peer.incarnation]:
-            self._forget(old)
         pidfd = open_pidfd(hello.pid)
-        if pidfd is not None:
-            self._pidfds[peer] = pidfd
-            asyncio.get_running_loop().add_reader(pidfd, self._died, peer)
+        if pidfd is None:
+            self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic()))
+            return
+        self._pidfds[peer] = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._died, peer)
 
     def _died(self, peer: Peer) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfds[peer])

@@ -1,0 +1,176 @@
+"""The coordinator's hands: who is watched, who is told first, and that a name cannot be taken by who came before."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import zmq
+
+from tpserve.frontend.coordinator import Action, Coordinator, Failed, State
+from tpserve.frontend.ranks import Ranks
+from tpserve.types.messages import CoordinatorMessage, Fault, Hello, MemoryLedger, RankMessage, Start, Stop, Up
+from tpserve.wire import codec
+from tpserve.wire.channels import connect, open_socket, tcp
+
+
+class Rank:
+    """A rank's socket in this process; `pid` is what its Hello says."""
+
+    def __init__(self, endpoint: str, rank: int, incarnation: int = 1, pid: int | None = None) -> None:
+        self.rank, self.incarnation, self.pid = rank, incarnation, pid or os.getpid()
+        self.socket = open_socket(zmq.DEALER, codec.COORDINATOR.max_bytes)
+        self.socket.set(zmq.ROUTING_ID, f"{rank}.{incarnation}".encode())
+        connect(self.socket, endpoint)
+
+    def say(self, *messages: RankMessage) -> None:
+        self.socket.send(codec.RANK.encode(messages))
+
+    def hello(self) -> None:
+        self.say(Hello(self.rank, self.incarnation, self.pid, "h", {"store": "a:1"} if self.rank == 0 else {}, {}))
+
+    def up(self) -> None:
+        self.say(Up(self.rank, 1, MemoryLedger(0, 0, 0, 0, 1, 16), {}))
+
+    def heard(self) -> list[CoordinatorMessage]:
+        messages: list[CoordinatorMessage] = []
+        while self.socket.poll(0):
+            messages += codec.COORDINATOR.decode(self.socket.recv())
+        return messages
+
+
+class Stage:
+    def __init__(self, ranks: Ranks, actions: list[Action]) -> None:
+        self.ranks, self.actions, self.coordinator = ranks, actions, ranks.coordinator
+        self.cast: list[Rank] = []
+
+    def rank(self, rank: int, incarnation: int = 1, pid: int | None = None, *, remote: bool = False) -> Rank:
+        endpoint = self.ranks.remote_endpoint if remote else self.ranks.local_endpoint
+        self.cast.append(Rank(endpoint, rank, incarnation, pid))
+        return self.cast[-1]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(500):
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError((self.coordinator.state, self.coordinator.reason, self.actions))
+
+    async def run(self, *ranks: Rank) -> None:
+        for rank in ranks:
+            rank.hello()
+        await self.until(lambda: self.coordinator.state is State.STARTING)
+        for rank in ranks:
+            rank.up()
+        await self.until(lambda: self.coordinator.state is State.RUN)
+
+
+@asynccontextmanager
+async def stage(where: Path, size: int) -> AsyncIterator[Stage]:
+    actions: list[Action] = []
+    coordinator = Coordinator(size, asyncio.get_running_loop().time())
+    ranks = Ranks(coordinator, f"ipc://{where}/control", tcp("127.0.0.1"), actions.append)
+    task = asyncio.create_task(ranks.run())
+    it = Stage(ranks, actions)
+    try:
+        yield it
+    finally:
+        task.cancel()
+        for rank in it.cast:
+            rank.socket.close(linger=0)
+        ranks.close()
+
+
+def play(main: Callable[[Path], Coroutine[None, None, None]], where: Path) -> None:
+    asyncio.run(asyncio.wait_for(main(where), 20.0))
+
+
+def test_local_and_remote_ranks_of_one_epoch(tmp_path: Path) -> None:
+    async def main(where: Path) -> None:
+        async with stage(where, 2) as it:
+            near, far = it.rank(0), it.rank(1, remote=True)
+            await it.run(near, far)
+            assert Start(1, {"store": "a:1"}) in near.heard() and Start(1, {"store": "a:1"}) in far.heard()
+
+    play(main, tmp_path)
+
+
+def test_a_death_is_reported_before_the_complaint_about_it(tmp_path: Path) -> None:
+    async def main(where: Path) -> None:
+        async with stage(where, 2) as it:
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            near, other = it.rank(0), it.rank(1, pid=child.pid)
+            await it.run(near, other)
+            child.kill()
+            near.say(Fault(0, 1, "engine", "connection closed by peer"))
+            child.wait()
+            await it.until(lambda: bool(it.actions[1:]))
+            assert it.actions[1:] == [Failed(1, it.coordinator.reason)]
+            assert it.coordinator.reason.startswith(f"rank 1 on h (pid {child.pid}) ended without a word")
+            assert await it.ranks.all_gone(0.05) is False  # this process stands for rank 0
+
+    play(main, tmp_path)
+
+
+def test_a_remote_rank_that_closes_is_lost_soon(tmp_path: Path) -> None:
+    async def main(where: Path) -> None:
+        async with stage(where, 2) as it:
+            near, far = it.rank(0), it.rank(1, remote=True)
+            await it.run(near, far)
+            far.socket.close(linger=0)
+            began_s = asyncio.get_running_loop().time()
+            await it.until(lambda: it.coordinator.state is State.STOPPED)
+            assert asyncio.get_running_loop().time() - began_s < 2
+            assert "rank 1 on h" in it.coordinator.reason and "closed its connection" in it.coordinator.reason
+            await it.until(lambda: any(isinstance(message, Stop) for message in near.heard()))
+
+    play(main, tmp_path)
+
+
+def test_a_rank_that_died_before_its_hello_was_read(tmp_path: Path) -> None:
+    async def main(where: Path) -> None:
+        async with stage(where, 2) as it:
+            child = subprocess.Popen([sys.executable, "-c", ""])
+            child.wait()
+            it.rank(1, pid=child.pid).hello()
+            await it.until(lambda: it.coordinator.state is State.STOPPED)
+
+    play(main, tmp_path)
+
+
+def test_who_came_before_is_sent_away_and_not_watched(tmp_path: Path) -> None:
+    async def main(where: Path) -> None:
+        async with stage(where, 2) as it:
+            new = it.rank(1, incarnation=5)
+            new.hello()
+            await it.until(lambda: bool(it.coordinator.hellos))
+            old = it.rank(1, incarnation=4, pid=1)
+            old.hello()
+            await it.until(lambda: any(isinstance(message, Stop) for message in old.heard()))
+            assert it.coordinator.hellos[0].incarnation == 5
+            assert [peer.incarnation for peer in it.ranks._pidfds] == [5]
+
+    play(main, tmp_path)
+
+
+def test_noise_is_dropped(tmp_path: Path) -> None:
+    async def main(where: Path) -> None:
+        async with stage(where, 1) as it:
+            for name, frame in (
+                (b"who", b""),
+                (b"0.1", b"\xff"),
+                (b"1.2.3", codec.RANK.encode([])),
+                (b"-1.1", codec.RANK.encode([])),
+            ):
+                socket = open_socket(zmq.DEALER, 1000)
+                socket.set(zmq.ROUTING_ID, name)
+                connect(socket, it.ranks.remote_endpoint)
+                socket.send(frame)
+                await asyncio.sleep(0.05)
+                socket.close(linger=0)
+            await it.run(it.rank(0))
+
+    play(main, tmp_path)
