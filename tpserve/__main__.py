@@ -7,6 +7,7 @@ port is open while torch loads. Exit codes: 0 after a drain, 1 failure, 2 someth
 
 import json
 import logging
+import os
 import shlex
 import sys
 import time
@@ -105,7 +106,10 @@ def _rank(argv: list[str]) -> int:
         return 1
     from tpserve.engine.start import run_rank
 
-    return run_rank(config, spec, me, attachment)
+    code = run_rank(config, spec, me, attachment)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # taking the interpreter down takes seconds, and destructors of a broken mesh can hang
 
 
 def _introduce(flags: Flags, config: EngineConfig) -> None:
