@@ -104,6 +104,7 @@ def _rank(argv: list[str]) -> int:
     except EngineFailure as error:
         logger.error("%s", error)
         return 1
+    env.calm_threads()
     from tpserve.engine.start import run_rank
 
     code = run_rank(config, spec, me, attachment)

@@ -16,6 +16,13 @@ TORCHRUN = {
 }  # fmt: skip
 
 
+def test_calm_threads_leaves_the_users_choice() -> None:
+    for given, then in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environ: dict[str, str] = dict(given)
+        env.calm_threads(environ)
+        assert environ["OMP_WAIT_POLICY"] == then
+
+
 def test_a_rank_of_torchrun() -> None:
     rank = env.rank_env(TORCHRUN)
     assert (rank.rank, rank.world_size, rank.local_rank, rank.node_rank, rank.nnodes) == (5, 8, 1, 1, 2)
