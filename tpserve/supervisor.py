@@ -245,7 +245,7 @@ class _Supervisor:
 def curl_line(url: str, keyed: bool) -> str:
     """A first request, to paste into a shell."""
     key = ' -H "Authorization: Bearer $TPSERVE_API_KEY"' if keyed else ""
-    body = """{"prompt": "Once upon a time", "max_tokens": 48}"""
+    body = """{"prompt": "Once upon a time", "max_tokens": 60}"""
     return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
 
 
