@@ -38,7 +38,7 @@ class Runner:
         layout = ParallelLayout(tp_size, pp, split_layers(spec.num_layers, pp))
         stage = layout.stage_of(rank)
         decoder = Decoder(spec, layout, stage, tp, dtype, torch.device("cpu"), 400)
-        load(decoder.parameters(), Checkpoint.open(directory))
+        load(decoder.parameters(), Checkpoint.open(directory), spec.num_layers)
         return Runner(decoder, tp, pipeline, layout.layers[stage])
 
     @torch.inference_mode()

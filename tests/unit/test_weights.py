@@ -76,7 +76,7 @@ def directory(whole: dict[str, torch.Tensor], tmp_path: Path) -> Path:
 
 
 def read(directory: Path, model: Decoder) -> Loaded:
-    return load(model.parameters(), Checkpoint.open(directory))
+    return load(model.parameters(), Checkpoint.open(directory), model.spec.num_layers)
 
 
 def poison(model: Decoder) -> Decoder:
@@ -124,7 +124,8 @@ def test_a_stage_reads_only_its_layers(directory: Path) -> None:
 def test_bytes_and_progress(directory: Path) -> None:
     calls: list[tuple[int, int]] = []
     model = decoder(1, 3)
-    loaded = load(model.parameters(), Checkpoint.open(directory), lambda done, total: calls.append((done, total)))
+    progress = lambda done, total: calls.append((done, total))  # noqa: E731
+    loaded = load(model.parameters(), Checkpoint.open(directory), SPEC.num_layers, progress)
     assert calls == sorted(calls) and calls[-1] == (loaded.requested_bytes, loaded.requested_bytes)
     by_name = {source.name: source for parameter in model.parameters() for source in parameter.sources}
     cut = [s for s in by_name.values() if s.dim == 1]
@@ -204,6 +205,13 @@ def test_what_does_not_fit_is_named(
     read(tmp_path, decoder(pp=2))  # the first stage does not hold layer 4
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_checkpoint_of_more_layers_is_refused(whole: dict[str, torch.Tensor], tmp_path: Path, stage: int) -> None:
+    save_file({**whole, "model.layers.5.mlp.up_proj.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds tensor model\.layers\.5\.mlp\.up_proj\.weight, which a model with this config"):
+        read(tmp_path, decoder(stage=stage, pp=2))
+
+
 def test_old_rope_buffers_are_no_weights(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     save_file({**whole, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "model.safetensors")
     read(tmp_path, decoder())
@@ -216,6 +224,9 @@ def test_damaged_and_foreign_files(directory: Path) -> None:
         path.write_bytes(data[:end])
         with pytest.raises(UserError, match=r"model\.safetensors is damaged or truncated"):
             read(directory, decoder())
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(UserError, match=r"model\.safetensors is a Git LFS pointer.* run `git lfs pull`"):
+        read(directory, decoder())
     path.unlink()
     with pytest.raises(UserError, match="no safetensors files in"):
         Checkpoint.open(directory)

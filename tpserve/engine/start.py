@@ -163,7 +163,7 @@ class _Rank:
             if config.load_format == "dummy":
                 dummy(parameters, config.seed)
             else:
-                load(parameters, Checkpoint.open(config.model), loaded)
+                load(parameters, Checkpoint.open(config.model), self._spec.num_layers, loaded)
         return decoder, sum(parameter.tensor.nbytes for parameter in parameters)
 
     def _executor(self, mesh: Mesh, decoder: Decoder, ledger: MemoryLedger) -> Executor:

@@ -15,6 +15,8 @@ from tpserve.weights.parameter import Source
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """Element types that are weights as they stand; others (integers, 8-bit floats) are quantized."""
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has not replaced by its content yet."""
 
 
 class File:
@@ -111,6 +113,10 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu") as handle:
             yield handle
     except SafetensorError as error:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        if is_pointer:
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}") from None
         raise UserError(f"{path} is damaged or truncated ({error}): download the file again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

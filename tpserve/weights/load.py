@@ -18,7 +18,7 @@ from tpserve.weights.parameter import Parameter, Source
 
 READAHEAD_BYTES = 64 * 1024
 """The kernel reads ahead at least this much: a cut through rows narrower than that brings in the rows whole."""
-LAYER = re.compile(r"^model\.layers\.\d+\.")
+LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 UNUSED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Tensors that old checkpoints carry and that config.json already says."""
 
@@ -32,14 +32,20 @@ class Loaded:
 
 
 def load(
-    parameters: Sequence[Parameter], checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
+    parameters: Sequence[Parameter],
+    checkpoint: Checkpoint,
+    num_layers: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Loaded:
-    """Fill the parameters; `progress(bytes_done, bytes_total)` follows each slice. UserError names what does not fit."""
+    """Fill the parameters; `progress(bytes_done, bytes_total)` follows each slice. UserError names what does not fit.
+
+    `num_layers`: of the whole model; the parameters are those of one stage.
+    """
     by_file: dict[Path, list[tuple[Source, torch.Tensor]]] = defaultdict(list)
     for parameter in parameters:
         for source, place in parameter.parts():
             by_file[checkpoint.path_of(source)].append((source, place))
-    _refuse_unused(parameters, checkpoint)
+    _refuse_unused(parameters, checkpoint, num_layers)
     sizes: dict[Source, int] = {}
     for path, parts in by_file.items():
         with checkpoint.opened(path) as file:
@@ -61,13 +67,15 @@ def _physical_bytes(source: Source, item_bytes: int) -> int:
     return prod(source.shape if narrow else source.shard) * item_bytes
 
 
-def _refuse_unused(parameters: Sequence[Parameter], checkpoint: Checkpoint) -> None:
-    """A tensor in one of our layers that no parameter wants (a bias, a scale) would change the model's output."""
+def _refuse_unused(parameters: Sequence[Parameter], checkpoint: Checkpoint, num_layers: int) -> None:
+    """A tensor that no parameter wants (a bias or scale in one of our layers, a layer too many) would change the output."""
     wanted = {source.name for parameter in parameters for source in parameter.sources}
-    layers = {match.group() for name in wanted if (match := LAYER.match(name))}
+    ours = {int(match[1]) for name in wanted if (match := LAYER.match(name))}
     for name in checkpoint.names():
         match = LAYER.match(name)
-        if match and match.group() in layers and name not in wanted and not name.endswith(UNUSED_SUFFIXES):
+        if name in wanted or match is None or name.endswith(UNUSED_SUFFIXES):
+            continue
+        if int(match[1]) in ours or int(match[1]) >= num_layers:
             raise UserError(
                 f"{checkpoint.directory} holds tensor {name}, which a model with this config.json does not have: "
                 "they do not belong together, or the model needs more than tpserve supports"
