@@ -228,8 +228,9 @@ class _Supervisor:
 
     def _invite(self) -> None:
         """Once, when the server is ready: a line to paste."""
-        sys.stdout.write(curl_line(self._url, keyed=self._config.api_key is not None) + "\n")
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # nobody reads our stdout
+            sys.stdout.write(curl_line(self._url, keyed=self._config.api_key is not None) + "\n")
+            sys.stdout.flush()
         self._url = ""
 
     def _verdict(self) -> int:

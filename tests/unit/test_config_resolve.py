@@ -52,6 +52,11 @@ def test_any_size_that_leaves_no_rank_empty(tp: int, pp: int, say_tp: bool) -> N
         ),
         ("m -tp 4", machine(2), "start 4 ranks, `torchrun --nproc-per-node 4 -m tpserve m -tp 4 -pp 1`"),
         ("m -tp 4", machine(2, gpus=2), "run `torchrun --nproc-per-node 2 -m tpserve m -tp 2 -pp 1`"),
+        (
+            "m",
+            Machine(3, 1, 2, 0, 2, "serve"),
+            "the 2 nodes start 3 ranks together and this one 1: pass the same --nproc-per-node",
+        ),
         ("m -pp 3", machine(8), "run `torchrun --nproc-per-node 8 -m tpserve m -tp 8 -pp 1`"),
         ("m -tp 9", machine(9), "--tensor-parallel-size 9, but the model has 8 attention heads"),
         ("m -pp 6", machine(6), "--pipeline-parallel-size 6, but the model has 5 layers"),
@@ -104,6 +109,10 @@ def test_dtype(checkpoint: str, gpus: int, said: str, dtype: str) -> None:
 def test_ranks_beyond_the_heads_become_stages(world: int, tp: int, pp: int) -> None:
     layout = resolved("m", machine(world)).layout
     assert (layout.tp, layout.pp) == (tp, pp)
+
+
+def test_nodes_of_unequal_size_under_torchrun() -> None:
+    assert resolved("m", Machine(3, 1, 2, 0, 2, "torchrun")).layout.tp == 3
 
 
 def test_defaults_by_device() -> None:

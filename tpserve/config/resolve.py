@@ -107,6 +107,12 @@ def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
 
 
 def _layout(flags: Flags, spec: ModelSpec, machine: Machine) -> ParallelLayout:
+    if machine.launcher == "serve" and machine.world_size != machine.local_world_size * machine.nnodes:
+        raise UserError(
+            f"the {machine.nnodes} nodes start {machine.world_size} ranks together and this one {machine.local_world_size}: "
+            "pass the same --nproc-per-node on every node, or start unequal nodes with torchrun",
+            param="nproc_per_node",
+        )
     given = flags.pipeline_layer_map
     pp = flags.pipeline_parallel_size or len(given) or _default_stages(flags, spec, machine.world_size)
     tp = flags.tensor_parallel_size or max(1, machine.world_size // pp)
