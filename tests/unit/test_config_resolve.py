@@ -57,6 +57,7 @@ def test_any_size_that_leaves_no_rank_empty(tp: int, pp: int, say_tp: bool) -> N
             Machine(3, 1, 2, 0, 2, "serve"),
             "the 2 nodes start 3 ranks together and this one 1: pass the same --nproc-per-node",
         ),
+        ("m --num-gpu-blocks-override 127", machine(1), "too few for one sequence of 2,048: pass at least 128"),
         ("m -pp 3", machine(8), "run `torchrun --nproc-per-node 8 -m tpserve m -tp 8 -pp 1`"),
         ("m -tp 9", machine(9), "--tensor-parallel-size 9, but the model has 8 attention heads"),
         ("m -pp 6", machine(6), "--pipeline-parallel-size 6, but the model has 5 layers"),

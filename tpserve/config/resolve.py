@@ -34,12 +34,12 @@ def resolve(flags: Flags, spec: ModelSpec, machine: Machine) -> EngineConfig:
         seed=flags.seed,
         layout=_layout(flags, spec, machine),
         device=device,
-        max_model_len=_max_model_len(flags, spec),
+        max_model_len=(max_model_len := _max_model_len(flags, spec)),
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens or max(BATCHED_TOKENS[device], flags.max_num_seqs),
         block_size=flags.block_size,
         gpu_memory_utilization=flags.gpu_memory_utilization,
-        num_gpu_blocks_override=flags.num_gpu_blocks_override,
+        num_gpu_blocks_override=_num_blocks(flags, max_model_len),
         max_queued_requests=flags.max_queued_requests,
         host=flags.host,
         port=flags.port,
@@ -104,6 +104,17 @@ def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
             param="max_model_len",
         )
     return flags.max_model_len
+
+
+def _num_blocks(flags: Flags, max_model_len: int) -> int | None:
+    given, size = flags.num_gpu_blocks_override, flags.block_size
+    if given is not None and given * size < max_model_len:
+        raise UserError(
+            f"--num-gpu-blocks-override {given} is {given * size:,} tokens in blocks of {size}, too few for one sequence of "
+            f"{max_model_len:,}: pass at least {-(-max_model_len // size)}, or --max-model-len {given * size}",
+            param="num_gpu_blocks_override",
+        )
+    return given
 
 
 def _layout(flags: Flags, spec: ModelSpec, machine: Machine) -> ParallelLayout:
