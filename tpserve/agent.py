@@ -19,6 +19,7 @@ from types import FrameType
 import msgspec
 from msgspec import Struct
 
+from tpserve.config import env
 from tpserve.observe import log
 from tpserve.wire.lifetime import die_with
 
@@ -49,6 +50,7 @@ def main() -> int:
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
     signal.signal(signal.SIGTERM, _ask_ranks_to_end)
     die_with(job.supervisor_pid)
+    env.announce_agent()
     log.setup(job.log_level, f"n{job.node_rank} agent")
     if job.node_rank > 0 and not _wait_for_head(job):
         logger.error(

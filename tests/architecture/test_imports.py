@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     # floor 6
     "engine": {*FLOOR_0, "config", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
     # floor 7
-    "agent": {*FLOOR_0, "observe", "wire"},
+    "agent": {*FLOOR_0, "config", "observe", "wire"},
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "agent"},
     "__main__": {*FLOOR_0, "config", "wire", "observe", "models", "builtin", "engine", "supervisor"},
 }

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -116,6 +117,16 @@ def test_nothing_outlives_a_killed_supervisor(model: str, place: Path) -> None:
     with started(place, serve(model, *DUMMY, port=port), port=port) as server:
         server.stop(signal.SIGKILL)
         assert_nothing_left(place, timeout_s=8.0)
+
+
+def test_a_rank_that_wakes_up_as_an_orphan_ends(model: str, place: Path) -> None:
+    """The agent can die while its rank's interpreter still starts; then the rank's parent is somebody else."""
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TPSERVE_RUNTIME_DIR": str(place / "run")}
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    environ = {**os.environ, **rank, "TPSERVE_AGENT_PID": str(dead.pid)}
+    command = [sys.executable, "-m", "tpserve", model, "-tp", "2"]
+    assert subprocess.run(command, env=environ, timeout=20, check=False).returncode == 1
 
 
 def test_a_killed_rank_is_a_failure(model: str, place: Path) -> None:

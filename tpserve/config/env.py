@@ -82,7 +82,7 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         run_id=environ.get("TORCHELASTIC_RUN_ID", "none"),
         restart_count=number("TORCHELASTIC_RESTART_COUNT", 0),
         use_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        agent_pid=os.getppid(),
+        agent_pid=number("TPSERVE_AGENT_PID", os.getppid()),
         runtime_dir=environ.get("TPSERVE_RUNTIME_DIR"),
         error_file=environ.get("TORCHELASTIC_ERROR_FILE"),
     )
@@ -105,6 +105,11 @@ def calm_threads(environ: MutableMapping[str, str] = os.environ) -> None:
     """Let OpenMP's idle threads sleep. Where a core is shared, with the frontend or a neighbour, a thread that spins at the end
     of an operation keeps the core from the one it waits for: measured 10 to 20 times slower. For before torch is loaded."""
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def announce_agent() -> None:
+    """For the agent: tell the ranks it will start who their parent is."""
+    os.environ["TPSERVE_AGENT_PID"] = str(os.getpid())
 
 
 def for_ranks(runtime_dir: str, quiet: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
