@@ -10,7 +10,7 @@ import torch
 
 from tpserve.attention.batch import AttentionBatch, StepBatch
 from tpserve.types.plan import StepPlan
-from tpserve.worker.slots import Slots, as_int32
+from tpserve.worker.slots import Slots, as_int32, to_device
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,21 @@ def build(plan: StepPlan, slots: Slots) -> tuple[StepBatch, SampleBatch | None]:
         blocks_T = table[row_slots_T, positions_T // slots.block_size].long()
         groups.append(
             AttentionBatch(
-                query_starts=_send(query_starts.int(), device),
-                context_lens=_send(context_R.int(), device),
-                tables=_send(table[slots_R, :width], device),
-                write_slots=_send(blocks_T * slots.block_size + positions_T % slots.block_size, device),
+                query_starts=to_device(query_starts.int(), device),
+                context_lens=to_device(context_R.int(), device),
+                tables=to_device(table[slots_R, :width], device),
+                write_slots=to_device(blocks_T * slots.block_size + positions_T % slots.block_size, device),
                 query_lens_host=query_lens,
                 context_lens_host=context_lens,
             )
         )
-    positions_device = _send(positions_T, device)
+    positions_device = to_device(positions_T, device)
     sampled = torch.frombuffer(bytearray(plan.sample), dtype=torch.uint8).nonzero().squeeze(1)
     step = StepBatch(
-        tokens_T=slots.tokens[_send(row_slots_T, device), positions_device].long(),
+        tokens_T=slots.tokens[to_device(row_slots_T, device), positions_device].long(),
         positions_T=positions_device,
         groups=tuple(groups),
-        sample_rows_S=_send(query_starts[1:][sampled] - 1, device),
+        sample_rows_S=to_device(query_starts[1:][sampled] - 1, device),
     )
     return step, _samples(slots, sampled, slots_R[sampled], context_R[sampled]) if len(sampled) else None
 
@@ -81,16 +81,11 @@ def _samples(slots: Slots, chunks: torch.Tensor, slots_S: torch.Tensor, position
     wanted = tuple(slots.num_logprobs[slot] for slot in slots_S.tolist())
     return SampleBatch(
         chunks=chunks,
-        slots=_send(slots_S, device),
-        positions=_send(positions_S, device),
-        temperature=_send(temperature, device),
-        seed=_send(slots.seed[slots_S], device),
-        choice=_send(slots.choice[slots_S], device),
+        slots=to_device(slots_S, device),
+        positions=to_device(positions_S, device),
+        temperature=to_device(temperature, device),
+        seed=to_device(slots.seed[slots_S], device),
+        choice=to_device(slots.choice[slots_S], device),
         all_greedy=not bool(temperature.any()),
         num_logprobs=wanted if any(n is not None for n in wanted) else (),
     )
-
-
-def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device without waiting for it."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)

@@ -22,7 +22,7 @@ from tpserve.worker.slots import Slots
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the sampler left for one step, on its way to the host."""
+    """What the sampler left for one step, in host memory; complete when the launch's event has passed."""
 
     tokens_S: torch.Tensor
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
@@ -32,12 +32,15 @@ class Drawn:
 class Pending:
     """A launched plan. On the sampling stage it becomes a StepResult; on other stages nothing waits for it."""
 
-    def __init__(self, plan: StepPlan, samples: SampleBatch | None = None, drawn: Drawn | None = None) -> None:
+    def __init__(
+        self, plan: StepPlan, device: torch.device, samples: SampleBatch | None = None, drawn: Drawn | None = None
+    ) -> None:
+        """Everything of the plan has been queued on `device`."""
         self.plan = plan
         self._samples = samples
         self._drawn = drawn
         self._event: torch.Event | None = None
-        if drawn is not None and drawn.tokens_S.is_cuda:
+        if device.type == "cuda":
             self._event = torch.Event("cuda")
             self._event.record()
 
@@ -87,10 +90,10 @@ class Executor:
         hidden_TH = self._stage(step)
         if not self._mesh.pipeline.last:
             self._mesh.pipeline.send(hidden_TH)
-            return Pending(plan)
-        if samples is None:
-            return Pending(plan)
-        return Pending(plan, samples, self._draw(hidden_TH[step.sample_rows_S], samples))
+        drawn = None
+        if self._mesh.pipeline.last and samples is not None:
+            drawn = self._draw(hidden_TH[step.sample_rows_S], samples)
+        return Pending(plan, self._mesh.device, samples, drawn)
 
     def _stage(self, step: StepBatch) -> torch.Tensor:
         pipeline, hidden_TH = self._mesh.pipeline, None
@@ -113,8 +116,16 @@ class Executor:
             all_greedy=samples.all_greedy,
         )
         self._slots.tokens[samples.slots, samples.positions] = tokens_S.int()
-        entries = None
+        entries: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         if samples.num_logprobs:
             most = max(n for n in samples.num_logprobs if n is not None)
-            entries = logprobs(logits_SV, shards, tokens_S, most, tp)
-        return Drawn(tokens_S, entries)
+            chosen_S, ids_Sn, top_Sn = logprobs(logits_SV, shards, tokens_S, most, tp)
+            entries = _to_host(chosen_S), _to_host(ids_Sn), _to_host(top_Sn)
+        return Drawn(_to_host(tokens_S), entries)
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    """Queue the copy right behind the draw: read later, it would wait for every plan launched since."""
+    if not x.is_cuda:
+        return x
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)

@@ -17,6 +17,11 @@ def as_int32(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device without waiting for it."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
 class Slots:
     """`num_slots` places for sequences of at most `max_len` tokens.
 
@@ -48,7 +53,7 @@ class Slots:
     def _admit(self, admission: Admission) -> None:
         slot, params = admission.slot, admission.params
         tokens = as_int32(admission.tokens)
-        self.tokens[slot, : len(tokens)] = tokens.to(self.tokens.device, non_blocking=True)
+        self.tokens[slot, : len(tokens)] = to_device(tokens, self.tokens.device)
         for group, ids in enumerate(admission.tables):
             self._table_lens[group][slot] = 0
             self._extend(slot, group, as_int32(ids))
@@ -72,5 +77,5 @@ class Slots:
             if given:
                 slots.extend([slot] * count)
                 positions.extend(range(start, start + count))
-        where = torch.tensor([slots, positions]).to(self.tokens.device)
-        self.tokens[where[0], where[1]] = as_int32(plan.tokens).to(self.tokens.device)
+        where = to_device(torch.tensor([slots, positions]), self.tokens.device)
+        self.tokens[where[0], where[1]] = to_device(as_int32(plan.tokens), self.tokens.device)
