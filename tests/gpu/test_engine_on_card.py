@@ -111,3 +111,12 @@ def test_a_launch_does_not_wait_for_the_card() -> None:
             for pending in launched:
                 scheduler.apply(pending.wait(), 0.0)
         assert warm_up or waited, "a prefill of 8,000 tokens was over before its launch returned"
+
+
+def test_a_full_card_is_one_sentence() -> None:
+    from tpserve.errors import UserError
+    from tpserve.worker.device import room_for
+
+    device = torch.device("cuda", 0)
+    with pytest.raises(UserError, match="GPU 0 ran out of memory while trying: .* GiB in all"), room_for("trying", device):
+        torch.empty(1 << 50, dtype=torch.uint8, device=device)

@@ -13,7 +13,6 @@ import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.config.env import RankEnv
-from tpserve.config.machine import available_cores
 from tpserve.config.schema import EngineConfig
 from tpserve.engine.loop import Engine
 from tpserve.models.decoder import Decoder
@@ -33,6 +32,7 @@ from tpserve.weights.load import load
 from tpserve.wire.attach import Attachment, attach_remote, publish
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender
 from tpserve.wire.control import Control, Stopped
+from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
 from tpserve.worker.loop import serve_plans
 from tpserve.worker.memory import allocate, measure, report
@@ -97,19 +97,22 @@ class _Rank:
     def serve(self) -> None:
         """Join an epoch and run it to its end. Raises Stopped when told to leave earlier."""
         control, env = self._control, self._env
-        device = self._choose_device()
+        device = devices.choose(self._config.device, env.local_rank, env.local_world_size)
         hosted = self._host() if env.rank == 0 else None
         control.progress("waiting for all ranks", 0)
         control.hello(hosted.endpoints if hosted else {}, fingerprint(self._config, self._spec))
         start = control.wait_start()
         control.progress("forming the mesh", 5)
         store = hosted.store if hosted else meshes.join_store(start.endpoints["store"])
-        mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout, self._backend())
+        backend = devices.backend(self._config.device, env.local_world_size)
+        mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout, backend)
         plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
-        decoder, weights = self._load(mesh)
+        with devices.room_for("loading the model", device):
+            decoder, weights = self._load(mesh)
         control.progress("measuring memory", 90)
-        ledger = measure(decoder, mesh, self._config, env.local_world_size, weights)
-        executor = self._executor(mesh, decoder, ledger)
+        with devices.room_for("making room for the KV cache", device):
+            ledger = measure(decoder, mesh, self._config, env.local_world_size, weights)
+            executor = self._executor(mesh, decoder, ledger)
         control.up(ledger, {"max_model_len": self._config.max_model_len, "vocab_size": self._spec.vocab_size})
         if env.rank == 0:
             report(ledger, self._config, log.info)
@@ -120,19 +123,6 @@ class _Rank:
             assert plans is not None
             sampling = env.rank == self._config.layout.sampling_rank
             serve_plans(plans, executor, ResultSender(start.endpoints["result"]) if sampling else None, control, self._trace)
-
-    def _choose_device(self) -> torch.device:
-        """This rank's card, or the CPU with its share of the cores (torchrun would leave it a single thread)."""
-        if self._config.device == "cuda":
-            torch.cuda.set_device(self._env.local_rank % torch.cuda.device_count())
-            return torch.device("cuda", torch.cuda.current_device())
-        torch.set_num_threads(max(1, available_cores() // self._env.local_world_size))
-        return torch.device("cpu")
-
-    def _backend(self) -> str | None:
-        """gloo when ranks share a card, which NCCL refuses; else what suits the device."""
-        shared = self._config.device == "cuda" and self._env.local_world_size > torch.cuda.device_count()
-        return "gloo" if shared else None
 
     def _host(self) -> _Hosted:
         address = self._attachment.address if self._env.nnodes > 1 else "127.0.0.1"
