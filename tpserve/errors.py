@@ -1,6 +1,7 @@
 """Errors by audience.
 
-`UserError`      the user can mend it: a 4xx with the OpenAI body, or one line and exit code 2. Its text names the thing and the way out.
+`UserError`      the user can mend it: a 4xx with the OpenAI body, or one line and exit code 2. Its text names the thing and
+                 the way out.
 `EngineFailure`  a rank, a link or a device failed: the coordinator decides what happens next.
 `assert`         our own bug.
 """

@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `pytest tests/scheduling --hypothesis-profile long` runs 10,000 traces each instead of the usual number."""
+"""Hypothesis profiles: `pytest tests/scheduling --hypothesis-profile long` runs 10,000 traces each instead of the usual."""
 
 from hypothesis import HealthCheck, settings
 

@@ -1,7 +1,8 @@
 """Random histories of arrivals, aborts, cuts and late results under tight limits, over the ledger device.
 
 Of any history must hold: every Add has one Done, its tokens are those of an undisturbed run alone, nothing is held at idle.
-A history is a function of one number, which a failure prints. The device and its worker assert the rest at every plan. `--hypothesis-profile long` runs 10,000 histories.
+A history is a function of one number, which a failure prints. The device and its worker assert the rest at every plan.
+`--hypothesis-profile long` runs 10,000 histories.
 """
 
 from collections import Counter

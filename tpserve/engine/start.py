@@ -113,9 +113,9 @@ class _Rank:
         with devices.room_for("making room for the KV cache", device):
             ledger = measure(decoder, mesh, self._config, env.local_world_size, weights)
             executor = self._executor(mesh, decoder, ledger)
-        control.up(ledger, {"max_model_len": self._config.max_model_len, "vocab_size": self._spec.vocab_size})
         if env.rank == 0:
             report(ledger, self._config, log.info)
+        control.up(ledger, {"max_model_len": self._config.max_model_len, "vocab_size": self._spec.vocab_size})
         epoch = control.wait_run()
         if hosted:
             self._lead(hosted, executor, ledger, epoch)

@@ -37,7 +37,7 @@ class Abort(Message, frozen=True):
 
 
 class Cut(Message, frozen=True):
-    """A stop string ended the request at `length` output tokens, and its client has its answer: stop and answer Done(finish="stop")."""
+    """A stop string ended the request at `length` output tokens and its client has its answer: answer Done(finish="stop")."""
 
     id: int
     length: int
