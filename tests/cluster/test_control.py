@@ -185,6 +185,30 @@ def test_a_blocked_main_thread_is_ended_with_the_code_of_stop(coordinator: Coord
     assert control.GRACE_S - 0.2 < time.monotonic() - asked_s < control.GRACE_S + 1
 
 
+def test_a_step_that_does_not_come_back_is_a_fault(coordinator: Coordinator) -> None:
+    def hanging(rank: control.Control) -> int:
+        rank.expect((12, time.monotonic() + 0.3))
+        return blocked(rank)
+
+    coordinator.fork(hanging)
+    began_s = time.monotonic()
+    fault = coordinator.hear(Fault)
+    assert isinstance(fault, Fault) and "step 12 does not come back" in fault.text
+    assert time.monotonic() - began_s > 0.2
+    coordinator.say(Stop(1, fault.text))
+    assert coordinator.code() == 1
+
+
+def test_a_control_thread_that_fails_ends_the_rank(coordinator: Coordinator) -> None:
+    def wrong(rank: control.Control) -> int:
+        rank.hello({"plan": object()}, {})  # type: ignore[dict-item]
+        time.sleep(60)
+        return 98
+
+    coordinator.fork(wrong)
+    assert coordinator.code() == 1
+
+
 def test_stop_raises_in_who_waits(coordinator: Coordinator) -> None:
     coordinator.fork(obedient)
     coordinator.hear(Hello)

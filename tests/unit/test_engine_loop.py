@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tpserve.engine.loop import Engine
+from tpserve.engine.pace import Pace
 from tpserve.observe.trace import Trace
 from tpserve.scheduling.ledger import LedgerWorker, continuation
 from tpserve.scheduling.limits import Limits
@@ -93,6 +94,9 @@ class NoCoordinator:
     def step(self, step: int) -> None:
         pass
 
+    def expect(self, due: tuple[int, float] | None) -> None:
+        pass
+
     def end(self) -> None:
         self.stop = Stop(0, "")
         os.write(self._write, b"x")
@@ -147,7 +151,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path):
     plans = PlanBroadcaster(f"ipc://{tmp_path}/plan")
     plans.begin(0, 0, 1.0)
     control, device, trace = NoCoordinator(), request.param(), Log()
-    engine = Engine(Scheduler(LIMITS), device, link, plans, None, control, trace)  # type: ignore[arg-type]
+    engine = Engine(Scheduler(LIMITS), device, link, plans, None, control, trace, Pace(60.0))  # type: ignore[arg-type]
     thread = threading.Thread(target=engine.run, daemon=True)
     thread.start()
     yield Bench(server, device, trace)

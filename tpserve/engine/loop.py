@@ -14,6 +14,7 @@ import time
 from collections import deque
 from typing import Protocol
 
+from tpserve.engine.pace import Pace
 from tpserve.observe.trace import Trace
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types import messages
@@ -51,6 +52,7 @@ class Engine:
         results: ResultReceiver | None,
         control: Control,
         trace: Trace,
+        pace: Pace,
     ) -> None:
         self._scheduler = scheduler
         self._device = device
@@ -59,6 +61,7 @@ class Engine:
         self._results = results
         self._control = control
         self._trace = trace
+        self._pace = pace
         self._queue: deque[StepPlan] = deque()
         self._launched: deque[Launched] = deque()
         self._stats: Stats | None = None
@@ -76,8 +79,10 @@ class Engine:
             self._hear(message)
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             self._plans.send(plan)
+            self._pace.sent(plan.step, plan.num_tokens(), time.monotonic())
             self._trace.event("sent", plan.step)
             self._queue.append(plan)
+        self._control.expect(self._pace.due)
         launched = bool(self._queue)
         if launched:
             self._launch(self._queue.popleft())
@@ -121,6 +126,7 @@ class Engine:
             results = []
         for result in results:
             self._scheduler.apply(result, time.monotonic())
+            self._pace.applied(time.monotonic())
             self._plans.retire(result.step)
             self._trace.event("applied", result.step)
         return bool(results)

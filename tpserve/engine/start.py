@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 from tpserve.config.env import RankEnv
 from tpserve.config.schema import EngineConfig
 from tpserve.engine.loop import Engine
+from tpserve.engine.pace import Pace
 from tpserve.models.decoder import Decoder
 from tpserve.observe.progress import Progress
 from tpserve.observe.trace import Trace
@@ -179,7 +180,8 @@ class _Rank:
         hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)
         hosted.results.begin(epoch)
         results = None if layout.sampling_rank == 0 else hosted.results
-        Engine(Scheduler(limits, epoch), executor, link, hosted.plans, results, self._control, self._trace).run()
+        pace = Pace(first_s=config.start_timeout)
+        Engine(Scheduler(limits, epoch), executor, link, hosted.plans, results, self._control, self._trace, pace).run()
 
 
 def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:

@@ -106,12 +106,13 @@ class Control:
         self._changed = threading.Condition()
         self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="control", daemon=True)
         # said by the main thread
         self._hello: Hello | None = None
         self._up: Up | None = None
         self._fault: Fault | None = None
         self._phase, self._percent, self._step = "starting", 0, -1
+        self._due: tuple[int, float] | None = None
         self._left = False
         # said by the coordinator
         self._start: Start | None = None
@@ -148,6 +149,10 @@ class Control:
     def step(self, step: int) -> None:
         """The last plan finished."""
         self._step = step
+
+    def expect(self, due: tuple[int, float] | None) -> None:
+        """Rank 0: the oldest plan in flight and when (monotonic) it is overdue; None when nothing is. Overdue is a fault."""
+        self._due = due
 
     def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str]) -> None:
         """Ask to take part."""
@@ -216,6 +221,13 @@ class Control:
 
     # The thread's side
 
+    def _live(self) -> None:
+        """A rank without this thread would neither beat nor obey: what fails here ends the process."""
+        try:
+            self._serve()
+        except Exception as error:
+            exit_now(1, f"rank {self.rank} ends: its control thread failed with {type(error).__name__}: {error}")
+
     def _serve(self) -> None:
         """Until the main thread has left, or this thread ends the process."""
         socket = open_socket(zmq.DEALER, codec.COORDINATOR.max_bytes)
@@ -238,6 +250,7 @@ class Control:
                 if monitor in ready:
                     self._see(monitor, now)
                 self._take_signal(now)
+                self._see_whether_overdue(now)
                 if self._nudge in ready or now >= next_beat_s:
                     _empty(self._nudge)
                     socket.send(codec.RANK.encode(self._sayings()))
@@ -317,6 +330,12 @@ class Control:
             self._fault = Fault(self.rank, self._epoch, "engine", "ended at once by a second signal")
             os.eventfd_write(self._nudge, 1)
 
+    def _see_whether_overdue(self, now: float) -> None:
+        if self._due is None or self._fault is not None or now < self._due[1]:
+            return
+        self._fault = Fault(self.rank, self._epoch, "engine", f"step {self._due[0]} does not come back: a rank hangs")
+        os.eventfd_write(self._nudge, 1)
+
     def _sibling_is_dead(self) -> bool:
         if self._agent_pid is None or self._local_ranks == 1:
             return False
@@ -327,6 +346,8 @@ class Control:
         """This thread was held up itself: what it has not seen since then says nothing of others."""
         if self._away_s is not None:
             self._away_s = now
+        if self._due is not None:
+            self._due = (self._due[0], max(self._due[1], now + GONE_S))
 
     def _judge(self, gone: str, now: float) -> None:
         """End the process if the main thread will not, or must not go on."""
