@@ -54,6 +54,64 @@ def test_qwen() -> None:
     assert qwen3.family == "qwen3" and not qwen3.qkv_bias and qwen3.qk_norm and qwen3.head_dim == 16
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-2-7b": {
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True, "vocab_size": 32000,
+    },
+    "Llama-3.1-8B": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {**LLAMA3, "rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 128256,
+    },
+    "Qwen2.5-7B": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+        "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 32768,
+        "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+    "Qwen3-8B": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 12288,
+        "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3", "num_attention_heads": 32,
+        "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "rope", "end_ids", "biased", "normed"),
+    [
+        ("Llama-2-7b", (32, 32, 128), RopeSpec(10000.0), (2,), False, False),
+        ("Llama-3.1-8B", (32, 8, 128), RopeSpec(5e5, "llama3", 8.0), (128001, 128008, 128009), False, False),
+        ("Qwen2.5-7B", (28, 4, 128), RopeSpec(1e6), (151645,), True, False),
+        ("Qwen3-8B", (32, 8, 128), RopeSpec(1e6), (151645,), False, True),
+    ],
+)
+def test_published_configs(
+    name: str, heads: tuple[int, int, int], rope: RopeSpec, end_ids: tuple[int, ...], biased: bool, normed: bool
+) -> None:
+    config = PUBLISHED[name]
+    spec = model_spec(config, name)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == heads
+    assert (spec.rope, spec.eos_ids, spec.qkv_bias, spec.qk_norm) == (rope, end_ids, biased, normed)
+    assert (spec.vocab_size, spec.hidden_size, spec.intermediate_size, spec.num_layers, spec.max_position) == tuple(
+        config[field]
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    )
+    assert (spec.norm_eps, spec.dtype, spec.bos_id) == (config["rms_norm_eps"], config["torch_dtype"], config["bos_token_id"])
+    assert not (spec.tie_embeddings or spec.out_bias or spec.mlp_bias)
+
+
 @pytest.mark.parametrize(
     ("fields", "rope"),
     [
