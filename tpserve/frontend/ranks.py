@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 PROBE_S = 0.5
+SETTLE_S = 0.25
+"""A dying process closes its connections before it is dead: its peers' complaints arrive first and are kept for this long."""
 _KILLED = "ended without a word: it was killed or it crashed"
 
 
@@ -115,12 +117,18 @@ class Ranks:
                     continue
                 self._peers[peer] = socket
                 for message in messages:
-                    now = time.monotonic()
                     if isinstance(message, Fault) and message.kind == "engine":
-                        self._probe(peer, now)
-                    self.carry_out(self.coordinator.receive(peer, message, now))
+                        asyncio.get_running_loop().call_later(SETTLE_S, self._complaint, peer, message)
+                        continue
+                    self.carry_out(self.coordinator.receive(peer, message, time.monotonic()))
                     if isinstance(message, Hello):
                         self._watch(peer, message, socket)
+
+    def _complaint(self, peer: Peer, fault: Fault) -> None:
+        """Hear what a rank complains of, unless somebody's death has explained it meanwhile."""
+        now = time.monotonic()
+        self._probe(peer, now)
+        self.carry_out(self.coordinator.receive(peer, fault, now))
 
     def _watch(self, peer: Peer, hello: Hello, socket: "zmq.Socket[bytes]") -> None:
         """Forget who came before, and learn of the death of a rank on this host at once."""

@@ -323,7 +323,7 @@ class Control:
             return
         if self._signalled_s is None:
             if self._sibling_is_dead():
-                exit_now(1, f"rank {self.rank} was told to end after another rank on this host had died")
+                exit_now(1)  # who died, and why, is the news; the frontend tells it
             self._signalled_s = now
             os.eventfd_write(self._nudge, 1)
         elif now - self._signalled_s > SAME_SIGNAL_S and self._fault is None:
