@@ -110,10 +110,12 @@ class _Rank:
         plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
         with devices.room_for("loading the model", device):
             decoder, weights = self._load(mesh)
+            slots = self._slots(device)  # before measuring: 256 sequences of a million tokens are a gigabyte
         control.progress("measuring memory", 90)
         with devices.room_for("making room for the KV cache", device):
             ledger = measure(decoder, mesh, self._config, env.local_world_size, weights)
-            executor = self._executor(mesh, decoder, ledger)
+            caches = allocate(decoder, mesh, ledger.num_blocks, ledger.block_size)
+        executor = Executor(mesh, decoder, slots, caches)
         if env.rank == 0:
             report(ledger, self._config, log.info)
         control.up(ledger, {"max_model_len": self._config.max_model_len, "vocab_size": self._spec.vocab_size})
@@ -157,10 +159,9 @@ class _Rank:
                 load(parameters, Checkpoint.open(config.model), self._spec.num_layers, loaded)
         return decoder, sum(parameter.tensor.nbytes for parameter in parameters)
 
-    def _executor(self, mesh: Mesh, decoder: Decoder, ledger: MemoryLedger) -> Executor:
+    def _slots(self, device: torch.device) -> Slots:
         config = self._config
-        slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, len(self._spec.cache), mesh.device)
-        return Executor(mesh, decoder, slots, allocate(decoder, mesh, ledger.num_blocks, config.block_size))
+        return Slots(config.max_num_seqs, config.max_model_len, config.block_size, len(self._spec.cache), device)
 
     def _lead(self, hosted: _Hosted, executor: Executor, ledger: MemoryLedger, epoch: int) -> None:
         """Rank 0: schedule, broadcast, run, answer."""

@@ -48,7 +48,8 @@ def measure(decoder: Decoder, mesh: Mesh, config: EngineConfig, local_ranks: int
         total, activations = _profile_cuda(decoder, mesh, config)
         free, _ = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved()  # other processes, the CUDA context, NCCL's buffers
-        room = int(total * config.gpu_memory_utilization) - others - weights - activations
+        held = torch.cuda.memory_allocated()  # weights, tables of positions, slots
+        room = int(total * config.gpu_memory_utilization) - others - held - activations
     else:
         _run_once(decoder, mesh, CPU_WARM_UP_ROWS, config)
         total, activations = available_memory(), 0
