@@ -4,6 +4,7 @@ Owns the plots. Never knows chat. A plot is a list of sentences in the notation 
 {f...} a friend, {o...} another friend, {thing}, {the_thing}, {place...} and {beast...} what the story is about.
 """
 
+from tpserve.builtin.smalltalk import UNKNOWN_TOPICS
 from tpserve.builtin.world import (
     ANIMALS,
     COLOURS,
@@ -171,6 +172,19 @@ ENDINGS = (
     "From then on {h} and {f} met every {day}.",
 )
 
+STRAY_STARTS = (
+    "[The capital|The king|The price|The history|The meaning|The name] of {topic} [is|was]",
+    "{topic} [is|was]",
+    "[I think|They say|We know|I wonder] that {topic} [is|was|will be]",
+    "[The|This|A] [quick|old|big|little|first|new|best] [brown|strange|modern] [thing|machine|book|city|problem] [is|was]",
+)
+STRAY_ENDS = (
+    "something that nobody in {village} has ever seen.",
+    "far away from {village}, and nobody there thinks of it.",
+    "a riddle for the people of {village}.",
+    "nothing that {h} the {h_job} could explain.",
+)
+
 WEATHER = ("sunny", "rainy", "windy", "cold", "warm", "foggy", "bright", "grey")
 PARTS_OF_DAY = ("morning", "afternoon", "evening", "day")
 BEAST_NAMES = ("Dot", "Pip", "Snow", "Bean", "Star", "Button", "Pebble", "Feather", "Lucky", "Moon")
@@ -303,6 +317,14 @@ def fauna(dice: Dice, animal: Animal) -> list[str]:
     ]
 
 
+def stray(dice: Dice) -> list[str]:
+    """A text that begins outside the little world and finds its way back, as prompts do."""
+    person = dice.pick(PEOPLE)
+    names = {**person.names("h"), "village": VILLAGE, "topic": dice.write(dice.pick(UNKNOWN_TOPICS), {})}
+    start = dice.write(f"{dice.pick(STRAY_STARTS)} {dice.pick(STRAY_ENDS)}", names).replace("  ", " ")
+    return [start[0].upper() + start[1:], *(story(dice, person) if dice.chance(0.5) else portrait(dice, person))]
+
+
 def tale(dice: Dice) -> str:
     """One document of prose. Some begin in the middle, so that any sentence can be continued."""
     kind = dice.number(1, 100)
@@ -316,9 +338,11 @@ def tale(dice: Dice) -> str:
         sentences = introduction(dice, dice.pick(PEOPLE))
     elif kind <= 86:
         sentences = view(dice, dice.pick(list(PLACES)))
-    elif kind <= 91:
+    elif kind <= 89:
         sentences = fauna(dice, dice.pick(ANIMALS))
-    elif kind <= 95:
+    elif kind <= 93:
+        sentences = stray(dice)
+    elif kind <= 96:
         sentences = [*village(dice), *(portrait(dice, dice.pick(PEOPLE)) if dice.chance(0.5) else [])]
     else:
         sentences = week(dice) if dice.chance(0.7) else year(dice)

@@ -2,7 +2,8 @@
 
 Owns the model's sizes, the chat template and the training. Never runs while serving; needs transformers, which serving does
 not. Everything is a function of SEED; the weights agree between machines up to the order of floating-point sums. The recipe:
-AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), linear warm-up and cosine decay, documents packed behind one another.
+Muon (Jordan et al. 2024; arXiv:2502.16982 for its scale) and AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), linear
+warm-up and cosine decay, documents packed behind one another, each seen once.
 Letters in names: B sequences, L tokens of a sequence.
 """
 
@@ -28,12 +29,12 @@ from tpserve.builtin.stories import tale
 from tpserve.builtin.world import Dice
 
 SEED = 1
-TOKENS = 12_000_000
+TOKENS = 6_000_000
 VOCAB_SIZE = 2048
 BATCH_TOKENS = 2048
 LENGTHS = ((0.6, 256), (0.9, 512), (1.0, 2048))
 """Until this part of the training, sequences are so long."""
-PEAK_RATE = 2e-3
+PEAK_RATE = 5e-3
 WARM_UP_STEPS = 100
 HELD_OUT_DOCUMENTS = 600
 TOKENIZER_DOCUMENTS = 8000
@@ -91,10 +92,14 @@ def chat_template() -> jinja2.Template:
 
 
 def document(dice: Dice) -> str:
-    """One text from begin to end: half of them prose, half of them chat."""
-    if dice.chance(0.5):
+    """One text from begin to end: prose, chat, or (for those who ask in a completion) a conversation without its roles."""
+    kind = dice.number(1, 100)
+    if kind <= 42:
         return f"{BEGIN}{tale(dice)}{END}"
-    return chat_template().render(messages=dialogue(dice), bos_token=BEGIN, eos_token=END)
+    messages = dialogue(dice)
+    if kind <= 47:
+        return BEGIN + " ".join(message["content"] for message in messages if message["role"] != "system") + END
+    return chat_template().render(messages=messages, bos_token=BEGIN, eos_token=END)
 
 
 def documents(seed: int, held_out: bool = False) -> Iterator[str]:
@@ -151,29 +156,32 @@ def new_model() -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**CONFIG, "dtype": "float32"}))
 
 
-def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Matrices decay, gains of norms do not."""
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    gains = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
+def optimizers_of(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between hidden states, AdamW for embeddings and the gains of norms."""
+    hidden = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and "embed" not in name]
+    others = [weight for name, weight in model.named_parameters() if weight.dim() != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(hidden, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
 
 
 def fit(model: Any, ids: torch.Tensor) -> None:
     """Train once over the ids."""
-    optimizer, steps, start = optimizer_of(model), len(ids) // BATCH_TOKENS, time.monotonic()
+    optimizers, steps, start = optimizers_of(model), len(ids) // BATCH_TOKENS, time.monotonic()
     for step in range(steps):
         done = step / steps
         length = next(length for until, length in LENGTHS if done < until)
         x_BL = ids[step * BATCH_TOKENS : (step + 1) * BATCH_TOKENS].view(-1, length)
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * rate(done, steps)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=x_BL, labels=x_BL).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_RATE * rate(done, steps)
+            optimizer.step()
+        model.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             speed = (step + 1) * BATCH_TOKENS / (time.monotonic() - start)
             say(f"step {step + 1} of {steps}  loss {loss.item():.3f}  {speed:.0f} tokens/s")
@@ -206,6 +214,7 @@ def save(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     weights = {name: weight.bfloat16().contiguous() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
