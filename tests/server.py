@@ -44,6 +44,7 @@ class Server:
         self.port = port
         self.log_path = log
         self._out = log.open("wb")
+        self._agents: set[int] = set()
         self.processes = [
             subprocess.Popen(c, stdout=self._out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                              env={**os.environ, **(env or {})})
@@ -88,6 +89,7 @@ class Server:
         while time.monotonic() < deadline:
             try:
                 if self.get("/readyz", 2.0)[0] == 200:
+                    self.pids()
                     return
             except OSError:
                 pass
@@ -126,9 +128,11 @@ class Server:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def pids(self) -> list[int]:
-        """Every process of this server: those started with its port, and frontends that watch one of its commands."""
-        frontends = [pid for process in self.processes for pid in pids_with(f"\0{process.pid}\0", "tpserve.frontend")]
-        return pids_with(f"--port\0{self.port}") + frontends
+        """Every process of this server: those started with its port, and frontends that watch one of its agents."""
+        started = pids_with(f"--port\0{self.port}")
+        for process in self.processes:
+            self._agents.update((process.pid, *children(process.pid)))
+        return started + [pid for agent in self._agents for pid in pids_with(f"\0{agent}\0", "tpserve.frontend")]
 
     def rank_pids(self) -> list[int]:
         """Process ids of the ranks, agents and supervisors excluded."""
@@ -158,6 +162,13 @@ def pids_with(*needles: str) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def environment(pid: int) -> dict[str, str]:

@@ -86,9 +86,9 @@ def _run(job: Job) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "tpserve", *job.argv)
     except ChildFailedError as failed:
-        rank, first = failed.get_first_failure()
-        if first.exitcode < 0:
-            logger.warning("rank %d was killed by %s", rank, signal.Signals(-first.exitcode).name)
+        for rank, failure in failed.failures.items():  # the others ended because of it
+            if failure.exitcode < 0:
+                logger.warning("rank %d was killed by %s", rank, signal.Signals(-failure.exitcode).name)
         return 2 if any(failure.exitcode == 2 for failure in failed.failures.values()) else 1
     except Exception as error:  # the edge of a process: torch names the store's troubles in many ways
         logger.error("the ranks of this node could not be started: %s", error, exc_info=job.log_level == "debug")
