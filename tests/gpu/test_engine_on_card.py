@@ -99,7 +99,8 @@ def test_a_launch_does_not_wait_for_the_card() -> None:
     mesh = Mesh(0, layout, Group(), Group(), Pipeline(), device)
     decoder = Decoder(spec, layout, 0, Group(), torch.bfloat16, device, 8192)
     dummy(decoder.parameters())
-    executor = Executor(mesh, decoder, Slots(4, 8192, 16, 1, device), allocate(decoder, mesh, 1024, 16))
+    slots = Slots(4, 8192, 16, 1, device, eos_ids=(), vocab_size=spec.vocab_size)
+    executor = Executor(mesh, decoder, slots, allocate(decoder, mesh, 1024, 16))
     scheduler = Scheduler(limits)
     for warm_up in (True, False):
         scheduler.add(Request(int(warm_up), pack([7] * 8000), SamplingParams(max_tokens=4, temperature=0.5), seed=1), 0.0)

@@ -2,9 +2,11 @@
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
@@ -78,7 +80,8 @@ def layout() -> ParallelLayout:
 def serve(decoder: Decoder, requests: list[Request], limits: Limits) -> tuple[dict[int, Answer], Scheduler]:
     """Everything at once through a fresh engine; the order is that of rank 0's loop."""
     mesh = Mesh(0, layout(), Group(), Group(), Pipeline(), torch.device("cpu"))
-    slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size, 1, mesh.device)
+    sizes = (limits.max_num_seqs, limits.max_model_len, limits.block_size, 1)
+    slots = Slots(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=SPEC.vocab_size)
     executor = Executor(mesh, decoder, slots, allocate(decoder, mesh, limits.num_blocks, limits.block_size))
     scheduler = Scheduler(limits)
     answers = {r.id: Answer() for r in requests}
@@ -94,7 +97,7 @@ def serve(decoder: Decoder, requests: list[Request], limits: Limits) -> tuple[di
                 answers[output.id].tokens.extend(output.tokens)
                 answers[output.id].logprobs.extend(entry.chosen for entry in output.logprobs)
             elif isinstance(output, Done):
-                assert output.finish == "length", output
+                assert output.finish in ("length", "stop"), output
     return answers, scheduler
 
 
@@ -135,6 +138,57 @@ def test_preempted_and_recomputed(decoder: Decoder) -> None:
     batched, scheduler = serve(decoder, growing, replace(LIMITS, num_blocks=24))
     assert scheduler.stats().preemptions > 0, "the pool is small enough to run short"
     assert batched == undisturbed
+
+
+FILTERS: list[dict[str, Any]] = [
+    {"top_k": 5, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "frequency_penalty": 0.05, "presence_penalty": 0.1},
+    {"top_p": 0.7, "min_tokens": 30, "stop_token_ids": tuple(range(0, 517, 3))},
+    {},
+    {"min_p": 0.2, "frequency_penalty": 0.5, "bad_words": ((5,), (3, 4))},
+    {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "logit_bias": ((7, 1.5), (8, -3.0)), "presence_penalty": -0.5},
+    {"allowed_token_ids": tuple(range(40, 90)), "repetition_penalty": 2.0},
+]
+
+
+def filtering(requests: list[Request]) -> list[Request]:
+    """The requests with a filter or several each, and one with none between them."""
+    return [structs.replace(r, params=structs.replace(r.params, **FILTERS[r.id])) for r in requests]
+
+
+@pytest.mark.parametrize("change", [
+    {},
+    {"max_num_batched_tokens": 37, "max_num_seqs": 3},
+    {"depth": 3, "feedback": True},
+], ids=str)  # fmt: skip
+def test_filters_see_the_same_in_any_schedule(decoder: Decoder, alone: dict[int, Answer], change: dict[str, int]) -> None:
+    requests = filtering(make_requests())
+    single = {r.id: serve(decoder, [r], LIMITS)[0][r.id] for r in requests}
+    batched, _ = serve(decoder, requests, replace(LIMITS, **change))
+    assert batched == single
+    assert [i for i in single if single[i] == alone[i]] == [3], "every filter changes its answer, and no other"
+    assert {len(single[2].tokens), len(alone[2].tokens)} == {3}
+
+
+def test_filters_after_preemption(decoder: Decoder) -> None:
+    growing = [Request(i, pack(range(i, i + 20)), SamplingParams(temperature=0.7, max_tokens=120), seed=i) for i in range(7)]
+    growing = filtering(growing)
+    undisturbed, _ = serve(decoder, growing, LIMITS)
+    batched, scheduler = serve(decoder, growing, replace(LIMITS, num_blocks=30))
+    assert scheduler.stats().preemptions > 0 and batched == undisturbed
+    assert len(undisturbed[2].tokens) > 30, "neither a stop id nor an EOS before"
+
+
+def test_the_newest_token_counts_with_plans_in_flight(decoder: Decoder) -> None:
+    """The host plans a position before it knows the token in front of it; what a filter says of that token holds all the same."""
+    wanted = SamplingParams(temperature=0.0, max_tokens=8, logit_bias=((5, 100.0), (6, 90.0)), bad_words=((5, 5), (6, 5, 6)))
+    late = SamplingParams(temperature=0.0, max_tokens=20, logit_bias=((11, 100.0), (12, 50.0)), min_tokens=4)
+    requests = [Request(0, pack([5]), wanted, seed=0), Request(1, pack([1, 2]), late, seed=0)]
+    for depth in (1, 2):
+        answers, _ = serve(decoder, requests, replace(LIMITS, eos_ids=(11,), depth=depth))
+        first, second = answers[0].tokens, answers[1].tokens
+        assert first[:3] == [5, 6, 5] and first[3] not in (5, 6) and first[4:7] == [5, 6, 5]
+        assert second == [12, 12, 12, 12, 11]
 
 
 def test_two_threads_one_answer(decoder: Decoder, alone: dict[int, Answer]) -> None:

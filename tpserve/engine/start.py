@@ -161,7 +161,15 @@ class _Rank:
 
     def _slots(self, device: torch.device) -> Slots:
         config = self._config
-        return Slots(config.max_num_seqs, config.max_model_len, config.block_size, len(self._spec.cache), device)
+        return Slots(
+            config.max_num_seqs,
+            config.max_model_len,
+            config.block_size,
+            len(self._spec.cache),
+            device,
+            eos_ids=self._spec.eos_ids,
+            vocab_size=self._spec.vocab_size,
+        )
 
     def _lead(self, hosted: _Hosted, executor: Executor, ledger: MemoryLedger, epoch: int) -> None:
         """Rank 0: schedule, broadcast, run, answer."""

@@ -49,7 +49,7 @@ def draw(
         return _winner(*_greedy(logits_SV, first), tp)
     aligned = all(shard.start % BLOCK == 0 for shard in shards)
     if not aligned:
-        logits_SV, first = _gather(logits_SV, shards, tp), 0
+        logits_SV, first = gather(logits_SV, shards, tp), 0
     step = max(1, PIECE // logits_SV.shape[1])
     pieces = [slice(start, start + step) for start in range(0, len(logits_SV), step)]
     drawn = [_draw_rows(logits_SV[s], temperature_S[s], seed_S[s], position_S[s], choice_S[s], first=first) for s in pieces]
@@ -123,7 +123,7 @@ def _winner(value_S: torch.Tensor, token_S: torch.Tensor, tp: Group) -> torch.Te
     return token_PS.gather(0, value_PS.argmax(dim=0)[None]).squeeze(0).long()
 
 
-def _gather(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group) -> torch.Tensor:
+def gather(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group) -> torch.Tensor:
     """All ranks' logits side by side; shares are padded to the largest on the way."""
     if tp.size == 1:
         return logits_SV

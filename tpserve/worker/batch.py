@@ -5,12 +5,28 @@ the model reads goes to the device in one copy per tensor and without waiting.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from tpserve.attention.batch import AttentionBatch, StepBatch
+from tpserve.sampler.filters import Filters
 from tpserve.types.plan import StepPlan
+from tpserve.worker.asked import filters
 from tpserve.worker.slots import Slots, as_int32, to_device
+
+FILTERED_ROWS = 32
+"""Rows filtered at once: bounds the memory of whole vocabularies side by side."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sampled rows that are drawn together. `filters` None: they ask for nothing but a temperature."""
+
+    rows: torch.Tensor
+    """[R] int64 on the device: indices into the sampled rows"""
+    all_greedy: bool
+    filters: Filters | None
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,8 @@ class SampleBatch:
     choice: torch.Tensor
     """[S] int64"""
     all_greedy: bool
+    parts: tuple[Part, ...]
+    """All rows, each once, when some ask for filters; empty when none does."""
     num_logprobs: tuple[int | None, ...]
     """How many logprobs each asks for, on the host; empty when none does."""
 
@@ -87,5 +105,26 @@ def _samples(slots: Slots, chunks: torch.Tensor, slots_S: torch.Tensor, position
         seed=to_device(slots.seed[slots_S], device),
         choice=to_device(slots.choice[slots_S], device),
         all_greedy=not bool(temperature.any()),
+        parts=_parts(slots, slots_S.tolist(), positions_S.tolist(), temperature),
         num_logprobs=wanted if any(n is not None for n in wanted) else (),
     )
+
+
+def _parts(slots: Slots, slot_S: list[int], position_S: list[int], temperature: torch.Tensor) -> tuple[Part, ...]:
+    """Rows that ask for filters apart from those that do not, in groups of bounded size."""
+    place = partial(to_device, device=slots.tokens.device)
+    asked = [
+        it if (it := slots.asked[slot]) is not None and it.anything(position) else None
+        for slot, position in zip(slot_S, position_S, strict=True)
+    ]
+    filtered = [i for i, it in enumerate(asked) if it is not None]
+    if not filtered:
+        return ()
+    parts = []
+    if plain := [i for i, it in enumerate(asked) if it is None]:
+        parts.append(Part(place(torch.tensor(plain)), not bool(temperature[plain].any()), None))
+    for start in range(0, len(filtered), FILTERED_ROWS):
+        rows = filtered[start : start + FILTERED_ROWS]
+        wanted = filters([it for i in rows if (it := asked[i]) is not None], [position_S[i] for i in rows], place)
+        parts.append(Part(place(torch.tensor(rows)), not bool(temperature[rows].any()), wanted))
+    return tuple(parts)

@@ -11,12 +11,14 @@ import torch
 from tpserve.attention.batch import StepBatch
 from tpserve.attention.paged import KVCache
 from tpserve.models.decoder import Decoder
+from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
-from tpserve.sampler.draw import draw
+from tpserve.sampler.draw import draw, gather
+from tpserve.sampler.filters import apply
 from tpserve.sampler.logprobs import logprobs
 from tpserve.types.packed import pack
 from tpserve.types.plan import StepPlan, StepResult, TokenLogprobs
-from tpserve.worker.batch import SampleBatch, build
+from tpserve.worker.batch import Part, SampleBatch, build
 from tpserve.worker.slots import Slots
 
 
@@ -105,16 +107,13 @@ class Executor:
     def _draw(self, hidden_SH: torch.Tensor, samples: SampleBatch) -> Drawn:
         logits_SV = self._decoder.logits(hidden_SH)
         shards, tp = self._decoder.vocab_shards, self._mesh.tp
-        tokens_S = draw(
-            logits_SV,
-            shards,
-            samples.temperature,
-            samples.seed,
-            samples.positions,
-            samples.choice,
-            tp,
-            all_greedy=samples.all_greedy,
-        )
+        if samples.parts:
+            tokens_S = torch.empty_like(samples.positions)
+            for part in samples.parts:
+                tokens_S[part.rows] = self._draw_part(logits_SV, samples, part)
+        else:
+            asked = (samples.temperature, samples.seed, samples.positions, samples.choice)
+            tokens_S = draw(logits_SV, shards, *asked, tp, all_greedy=samples.all_greedy)
         self._slots.tokens[samples.slots, samples.positions] = tokens_S.int()
         entries: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         if samples.num_logprobs:
@@ -122,6 +121,19 @@ class Executor:
             chosen_S, ids_Sn, top_Sn = logprobs(logits_SV, shards, tokens_S, most, tp)
             entries = _to_host(chosen_S), _to_host(ids_Sn), _to_host(top_Sn)
         return Drawn(_to_host(tokens_S), entries)
+
+    def _draw_part(self, logits_SV: torch.Tensor, samples: SampleBatch, part: Part) -> torch.Tensor:
+        """The tokens of some of the rows; those with filters are gathered whole, and every rank draws the same from them."""
+        shards, tp, filters = self._decoder.vocab_shards, self._mesh.tp, part.filters
+        logits_RV = logits_SV[part.rows]
+        columns = (samples.temperature, samples.seed, samples.positions, samples.choice)
+        temperature_R, seed_R, position_R, choice_R = (column[part.rows] for column in columns)
+        if filters is not None:
+            logits_RV = gather(logits_RV, shards, tp)
+            tokens_RL = self._slots.tokens[samples.slots[part.rows], : filters.history]
+            logits_RV = apply(logits_RV, filters, temperature_R, position_R, tokens_RL)
+            shards, tp = (range(logits_RV.shape[1]),), Group()
+        return draw(logits_RV, shards, temperature_R, seed_R, position_R, choice_R, tp, all_greedy=part.all_greedy)
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:

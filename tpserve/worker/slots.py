@@ -10,6 +10,7 @@ import torch
 
 from tpserve.types.packed import unpack
 from tpserve.types.plan import Admission, StepPlan
+from tpserve.worker.asked import Asked, asked
 
 
 def as_int32(data: bytes) -> torch.Tensor:
@@ -27,10 +28,22 @@ class Slots:
 
     Tokens live on the device, because the sampler writes them there and the next plan reads them without the host.
     Block tables live on the host: they are small, known only from plans, and sent with each batch.
+    `eos_ids` and `vocab_size` are the model's: `min_tokens` puts off its ends.
     """
 
-    def __init__(self, num_slots: int, max_len: int, block_size: int, num_groups: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_len: int,
+        block_size: int,
+        num_groups: int,
+        device: torch.device,
+        *,
+        eos_ids: tuple[int, ...],
+        vocab_size: int,
+    ) -> None:
         self.block_size = block_size
+        self._eos_ids, self._vocab_size = eos_ids, vocab_size
         self.tokens = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
         width = -(-max_len // block_size)
         self.tables = [torch.zeros((num_slots, width), dtype=torch.int32) for _ in range(num_groups)]
@@ -39,6 +52,7 @@ class Slots:
         self.seed = torch.zeros(num_slots, dtype=torch.int64)
         self.choice = torch.zeros(num_slots, dtype=torch.int64)
         self.num_logprobs: list[int | None] = [None] * num_slots
+        self.asked: list[Asked | None] = [None] * num_slots
 
     def update(self, plan: StepPlan) -> None:
         """Take over what the plan says about its slots, before its chunks are computed."""
@@ -61,6 +75,7 @@ class Slots:
         self.seed[slot] = admission.seed - (1 << 64) if admission.seed >> 63 else admission.seed
         self.choice[slot] = admission.choice
         self.num_logprobs[slot] = params.logprobs
+        self.asked[slot] = asked(params, admission.prompt_len, self._eos_ids, self._vocab_size)
 
     def _extend(self, slot: int, group: int, ids: torch.Tensor) -> None:
         begin = self._table_lens[group][slot]
