@@ -144,8 +144,19 @@ def wrong_fields() -> list[tuple[Json, str]]:
         ({"stop": [""]}, "stop[0]"),
         ({"stop_token_ids": [10**7]}, "stop_token_ids"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"top_p": 0.5}, "top_p"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"10000000": 1}}, "logit_bias"),
+        ({"logit_bias": {"fox": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**7]}, "allowed_token_ids"),
+        ({"bad_words": ["fox", " "]}, "bad_words[1]"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"best_of": 2}, "best_of"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
@@ -312,12 +323,12 @@ def openai_library(base_url: str, model: str, api_key: str = "none") -> None:
         chunks = list(stream)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert text == chat.choices[0].message.content and chunks[-1].usage == chat.usage
-        for wrong, error in (({"top_p": 0.1}, openai.BadRequestError), ({"model": "none"}, openai.NotFoundError)):
+        for wrong, error in (({"top_p": 1.1}, openai.BadRequestError), ({"model": "none"}, openai.NotFoundError)):
             try:
                 client.chat.completions.create(**fields | wrong)
                 raise AssertionError("no error")
             except error as caught:
-                assert caught.code in ("unsupported_parameter", "model_not_found")
+                assert caught.code in ("invalid_value", "model_not_found")
 
 
 def tokens_and_text(base_url: str) -> None:

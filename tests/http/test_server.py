@@ -19,6 +19,7 @@ from tpserve.frontend.openai import answer
 from tpserve.frontend.status import Status
 from tpserve.scheduling.ledger import continuation
 from tpserve.types.packed import unpack
+from tpserve.types.sampling import SamplingParams
 
 MODEL = "tiny"
 
@@ -92,6 +93,51 @@ def test_answers_are_the_engines_tokens(server: Server, client: checks.Client) -
         if EOS in expected:
             expected = expected[: expected.index(EOS) + 1]
         assert choice["token_ids"] == expected
+
+
+def test_sampling_fields_reach_the_engine(server: Server, client: checks.Client) -> None:
+    def params(**fields: Any) -> SamplingParams:
+        for reply in (client.completion(max_tokens=4, **fields), client.chat(max_tokens=4, **fields)):
+            assert reply.status == 200 and "warnings" not in reply.json, reply.body
+        completion, chat = (add.request.params for add in server.engine.requests[-2:])
+        assert completion == chat
+        return completion
+
+    numbers = {"top_p": 0.5, "min_p": 0.1, "presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.5}
+    asked = params(**numbers, top_k=7, min_tokens=4, logit_bias={"9": -100, "5": 1.5}, allowed_token_ids=[9, 8, 9])
+    assert asked == SamplingParams(
+        max_tokens=4, top_k=7, min_tokens=4, logit_bias=((5, 1.5), (9, -100.0)), allowed_token_ids=(8, 9), **numbers
+    )
+    neutral = {
+        "top_p": 1,
+        "top_k": -1,
+        "min_p": 0,
+        "presence_penalty": 0,
+        "repetition_penalty": 1,
+        "logit_bias": {},
+        "bad_words": [],
+    }
+    assert params(**neutral) == params(top_k=10**30) == SamplingParams(max_tokens=4)
+    words = params(bad_words=["cat", " sat on"]).bad_words
+    texts = {server.tokenizer.decode(word) for word in words}
+    assert texts == {"cat", " cat", "sat on", " sat on"} and len(words) == 4
+    for wrong, param in (
+        ({"allowed_token_ids": [words[0][0]], "bad_words": [server.tokenizer.decode(words[0][:1])]}, "bad_words"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"min_tokens": 5, "n": 2}, "min_tokens"),
+    ):
+        checks.is_error(client.completion(max_tokens=4, **wrong), 400, param=param, code="invalid_value")
+
+
+def test_no_stop_string_before_min_tokens(client: checks.Client) -> None:
+    fields: checks.Json = {"max_tokens": 24, "ignore_eos": True, "return_token_ids": True}
+    whole = client.completion(**fields).json["choices"][0]
+    early = next(char for char in whole["text"] if whole["text"].count(char) == 1)
+    at_once = client.completion(**fields, stop=early).json["choices"][0]
+    number = len(at_once["token_ids"])
+    assert at_once["stop_reason"] == early and number < 24
+    assert client.completion(**fields, stop=early, min_tokens=number).json["choices"][0]["text"] == whole["text"]
+    assert client.completion(**fields, stop=early, min_tokens=number - 1).json["choices"][0]["text"] == at_once["text"]
 
 
 def test_eos_ends_without_text(server: Server, client: checks.Client) -> None:

@@ -45,7 +45,7 @@ class Piece(Struct, frozen=True):
 
 
 class Assembler:
-    """The output of one sequence that follows `prompt`. Stop strings are not empty."""
+    """The output of one sequence that follows `prompt`. Stop strings are not empty; the first `min_tokens` tokens hold none."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class Assembler:
         stop: Sequence[str] = (),
         stop_token_ids: Collection[int] = (),
         include_stop: bool = False,
+        min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ) -> None:
         assert all(stop), "an empty stop string matches everywhere"
@@ -62,6 +63,7 @@ class Assembler:
         self._stop = tuple(stop)
         self._stop_token_ids = frozenset(stop_token_ids)
         self._include_stop = include_stop
+        self._min_tokens = min_tokens
         self._decoded_chars = 0
         self._held = ""
         self._ready: list[str] = []
@@ -113,7 +115,7 @@ class Assembler:
         if not new:
             return
         text = self._held + new
-        if not self._stop:
+        if not self._stop or self.num_tokens <= self._min_tokens:
             self._ready.append(text)
             return
         if match := first_match(text, self._stop):

@@ -48,7 +48,7 @@ class Asked:
 
 def asked(params: SamplingParams, prompt_len: int, eos_ids: Sequence[int], vocab_size: int) -> Asked | None:
     """What a sequence asks at some position or other; None for nothing."""
-    random = params.temperature > 0
+    random = params.temperature >= torch.finfo(torch.float32).tiny  # below, the best id is all that is ever drawn
     ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_ids)
     it = Asked(
         params,

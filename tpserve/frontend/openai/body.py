@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 Call = TypeVar("Call", bound=msgspec.Struct)
 MAX_WARNINGS = 16
 MAX_LOGGED_NAMES = 256
-PLACE = re.compile(r"(?s)(.*) - at `\$\.?(.*)`$")
+PLACE = re.compile(r"(?s)(.*) - at `(?:key` in `)?\$\.?(.*)`$")
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def parse(body: dict[str, Any], schema: type[Call], logged: set[str]) -> tuple[C
                 f"{name} is not supported by this server; leave it out{hint(name)}", param=name, code="unsupported_parameter"
             )
     try:
-        call = msgspec.convert(fields, schema)
+        call = msgspec.convert(fields, schema, str_keys=True)  # JSON's names of members are strings: logit_bias
     except msgspec.ValidationError as error:
         raise invalid(str(error), fields) from None
     for name in unknown[:MAX_WARNINGS]:

@@ -10,6 +10,7 @@ from tpserve.frontend.journal import NewSequence
 from tpserve.frontend.openai.answer import send_stream, send_whole
 from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.errors import json_response
+from tpserve.frontend.openai.params import sampling_params, with_length
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, check_ids, completion_prompts, max_new_tokens, refuse_too_long
 from tpserve.frontend.openai.schema import (
     ChatCall,
@@ -20,7 +21,7 @@ from tpserve.frontend.openai.schema import (
     TokenizeCall,
     TokenizeChatCall,
 )
-from tpserve.frontend.openai.service import SERVICE, Limits, Service
+from tpserve.frontend.openai.service import SERVICE, Service
 from tpserve.frontend.openai.shapes import ChatShape, CompletionShape, Head, Json, Shape
 from tpserve.text.assembler import Assembler
 from tpserve.types.sampling import SamplingParams
@@ -40,8 +41,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
     sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
+    params = sampling_params(call, service.tokenizer, limits)
     new = [
-        sequence for prompt, size in zip(prompts, sizes, strict=True) for sequence in choices(service, call, prompt, size, limits)
+        sequence for prompt, size in zip(prompts, sizes, strict=True) for sequence in choices(service, call, prompt, params, size)
     ]
     shape = CompletionShape(head, call, prompts, service.tokenizer)
     return await answer(request, service, call, new, shape, head, prompts)
@@ -57,7 +59,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     limits = service.limits()
     prompt = await chat_prompt(service, call, limits)
     asked = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
-    new = choices(service, call, prompt, max_new_tokens(prompt, asked, None, limits, "messages"), limits)
+    params = sampling_params(call, service.tokenizer, limits)
+    new = choices(service, call, prompt, params, max_new_tokens(prompt, asked, None, limits, "messages"))
     shape = ChatShape(head, call, prompt, service.tokenizer)
     return await answer(request, service, call, new, shape, head, [prompt])
 
@@ -92,13 +95,12 @@ def head_of(
 
 
 def choices(
-    service: Service, call: CompletionCall | ChatCall, prompt: Prompt, max_tokens: int, limits: Limits
+    service: Service, call: CompletionCall | ChatCall, prompt: Prompt, params: SamplingParams, max_tokens: int
 ) -> list[NewSequence]:
     """The n sequences of one prompt. A list of prompts with a seed answers each as if it had come alone."""
-    check_ids(call.stop_token_ids, limits.vocab_size, "stop_token_ids")
     if call.seed is not None and not -(2**63) <= call.seed < 2**64:
         raise UserError("seed must fit 64 bits", param="seed", code="invalid_value")
-    params = SamplingParams(call.temperature, max_tokens, call.ignore_eos, tuple(call.stop_token_ids), call.num_logprobs)
+    params = with_length(params, max_tokens)
     return [
         NewSequence(
             prompt=prompt.ids,
@@ -109,6 +111,7 @@ def choices(
                 stop=call.stops,
                 stop_token_ids=call.stop_token_ids,
                 include_stop=call.include_stop_str_in_output,
+                min_tokens=call.min_tokens,
                 skip_special_tokens=call.skip_special_tokens,
             ),
             seed=None if call.seed is None else call.seed % 2**64,

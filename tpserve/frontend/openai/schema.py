@@ -10,8 +10,12 @@ from msgspec import Meta, Struct
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 128
+MAX_BIASED_IDS = 1024
 
 Count = Annotated[int, Meta(ge=1)]
+TokenId = Annotated[int, Meta(ge=0)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
@@ -29,11 +33,21 @@ class Sampled(Struct, frozen=True, kw_only=True):
 
     model: str | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASED_IDS)] = {}
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    bad_words: Annotated[list[Annotated[str, Meta(min_length=1, max_length=128)]], Meta(max_length=MAX_BAD_WORDS)] = []
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     seed: int | None = None
     max_tokens: Count | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=64)] = []
-    stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1024)] = []
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -111,17 +125,7 @@ LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"}
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # sampling
-    "top_p": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "min_tokens": (0,),
     "best_of": (),  # equal to n is neutral, see `body`
     "use_beam_search": (False,),
     "early_stopping": (False,),

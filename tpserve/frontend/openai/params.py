@@ -1,0 +1,61 @@
+"""From a call's fields to what the engine samples by. Checks ids against the vocabulary and fields against each other."""
+
+from msgspec.structs import replace
+
+from tpserve.errors import UserError
+from tpserve.frontend.openai.prompts import check_ids, refuse_unknown
+from tpserve.frontend.openai.schema import ChatCall, CompletionCall
+from tpserve.frontend.openai.service import Limits
+from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.sampling import SamplingParams
+
+
+def sampling_params(call: CompletionCall | ChatCall, tokenizer: Tokenizer, limits: Limits) -> SamplingParams:
+    """What all sequences of a call share: everything but `max_tokens`. UserError names the field that is wrong."""
+    vocab_size, allowed = limits.vocab_size, sorted({*(call.allowed_token_ids or ())})
+    check_ids(call.stop_token_ids, vocab_size, "stop_token_ids")
+    check_ids(list(call.logit_bias), vocab_size, "logit_bias")
+    check_ids(allowed, vocab_size, "allowed_token_ids")
+    bad_words = _bad_words(call.bad_words, tokenizer, limits)
+    if allowed and all((id,) in bad_words for id in allowed):
+        raise UserError("bad_words leave none of allowed_token_ids to draw", param="bad_words", code="invalid_value")
+    return SamplingParams(
+        temperature=call.temperature,
+        ignore_eos=call.ignore_eos,
+        stop_token_ids=tuple(call.stop_token_ids),
+        logprobs=call.num_logprobs,
+        top_k=call.top_k if 0 < call.top_k < vocab_size else 0,
+        top_p=call.top_p,
+        min_p=call.min_p,
+        presence_penalty=call.presence_penalty,
+        frequency_penalty=call.frequency_penalty,
+        repetition_penalty=call.repetition_penalty,
+        logit_bias=tuple(sorted(call.logit_bias.items())),
+        allowed_token_ids=tuple(allowed),
+        bad_words=bad_words,
+        min_tokens=call.min_tokens,
+    )
+
+
+def with_length(params: SamplingParams, max_tokens: int) -> SamplingParams:
+    """The parameters of a sequence that may generate `max_tokens`."""
+    if params.min_tokens > max_tokens:
+        raise UserError(
+            f"min_tokens is {params.min_tokens}, and max_tokens {max_tokens}; lower the one or raise the other",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    return replace(params, max_tokens=max_tokens)
+
+
+def _bad_words(words: list[str], tokenizer: Tokenizer, limits: Limits) -> tuple[tuple[int, ...], ...]:
+    """The words as tokens, each at the beginning of a text and after a space."""
+    found: dict[tuple[int, ...], None] = {}
+    for index, word in enumerate(words):
+        spellings = [tokenizer.encode(space + word.lstrip(" "), add_special_tokens=False) for space in ("", " ")]
+        if not word.strip(" ") or not all(spellings):
+            raise UserError(f"bad_words[{index}] has no tokens of its own", param=f"bad_words[{index}]", code="invalid_value")
+        for ids in spellings:
+            refuse_unknown(ids, tokenizer, limits, f"bad_words[{index}]")
+            found[tuple(ids)] = None
+    return tuple(found)
