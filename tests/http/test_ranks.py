@@ -19,6 +19,8 @@ QUESTIONS: list[dict[str, Any]] = [
     {"prompt": "The lighthouse", "max_tokens": 40, "temperature": 1.0, "seed": 7},
     {"prompt": "The baker " * 90, "max_tokens": 10, "temperature": 0.7, "seed": 2**64 - 1},
     {"prompt": "One day", "max_tokens": 30, "temperature": 0.9, "seed": 3, "n": 3},
+    {"prompt": "A boat", "max_tokens": 30, "seed": 5, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2, "min_tokens": 20},
+    {"prompt": "A boat", "max_tokens": 30, "temperature": 0, "frequency_penalty": 0.5, "bad_words": ["the", "and"]},
 ]
 Answers = list[list[tuple[list[int], str]]]
 

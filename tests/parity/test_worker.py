@@ -151,24 +151,27 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-def filtering(requests: list[Request]) -> list[Request]:
-    """The requests with a filter or several each, and one with none between them."""
-    return [structs.replace(r, params=structs.replace(r.params, **FILTERS[r.id])) for r in requests]
+def filtering(requests: list[Request], most: int) -> list[Request]:
+    """The requests with a filter or several each, and one with none between them; at most `most` tokens long."""
+    return [
+        structs.replace(r, params=structs.replace(r.params, max_tokens=min(r.params.max_tokens, most), **FILTERS[r.id]))
+        for r in requests
+    ]
 
 
 def test_filters_see_the_same_in_any_schedule(decoder: Decoder, alone: dict[int, Answer]) -> None:
-    requests = filtering(make_requests())
+    requests = filtering(make_requests(), 12)
     single = {r.id: serve(decoder, [r], LIMITS)[0][r.id] for r in requests}
     for change in ({"max_num_batched_tokens": 37, "max_num_seqs": 3}, {"depth": 3, "feedback": True}):
         batched, _ = serve(decoder, requests, replace(LIMITS, **change))
         assert batched == single
-    assert [i for i in single if single[i] == alone[i]] == [3], "every filter changes its answer, and no other"
-    assert {len(single[2].tokens), len(alone[2].tokens)} == {3}
+    changed = [i for i in single if single[i].tokens != alone[i].tokens[:12]]
+    assert set(changed) >= {4, 5, 6} and 3 not in changed, "filters change answers, but no other's"
 
 
 def test_filters_after_preemption(decoder: Decoder) -> None:
     growing = [Request(i, pack(range(i, i + 20)), SamplingParams(temperature=0.7, max_tokens=60), seed=i) for i in range(7)]
-    growing = filtering(growing)
+    growing = filtering(growing, 60)
     undisturbed, _ = serve(decoder, growing, LIMITS)
     batched, scheduler = serve(decoder, growing, replace(LIMITS, num_blocks=20))
     assert scheduler.stats().preemptions > 0 and batched == undisturbed
