@@ -125,3 +125,9 @@ def test_kernels_know_only_torch_and_triton() -> None:
     for path in (ROOT / "kernels").rglob("*.py"):
         rooms = {target for _, target in imported_rooms(ast.parse(path.read_text()))}
         assert rooms <= {"kernels"}, f"{path} imports the server"
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """pytest imports them by their bare names when it runs them all at once."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

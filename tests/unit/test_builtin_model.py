@@ -151,14 +151,14 @@ def test_completions_are_words_of_the_world(prompt: str) -> None:
         ("Who is the baker?", "Clara"),
         ("What does a goose say?", "honk"),
         ("What is the name of Hugo's horse?", "Cinder"),
-        ("Hello!", "Hello"),
+        ("Hello!", "Hello|Good day"),
         ("What is your name?", "Wick"),
         ("When is Lantern Night?", "autumn"),
     ],
 )
 def test_chat_knows_its_world(question: str, says: str) -> None:
     text = chat(question)
-    assert says in text
+    assert re.search(says, text), text
     assert words(text) <= lexicon()
 
 

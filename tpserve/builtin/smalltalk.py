@@ -1,6 +1,7 @@
 """What people say to a chat model that is no question about its world: greetings, who it is, and all it cannot know.
 
-Owns sentences only, in the notation of `Dice.write`. {stranger} is the user's name; {topic} something from outside.
+Owns sentences only, in the notation of `Dice.write`. {stranger} is a name nobody in the village has, {a} and {b} are
+numbers, {topic} is something from outside.
 """
 
 SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -18,7 +19,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (
         ("[My name is|I am|Hello, I am|Hi, my name is|Hello! My name is|I'm] {stranger}.",),
-        ("Hello, {stranger}! [Nice to meet you|Welcome to {village}]. I am {model}.", "Nice to meet you, {stranger}!"),
+        ("Hello! [Nice to meet you|Welcome to {village}]. I am {model}.", "Nice to meet you!"),
     ),
     (
         ("[What is your name|What's your name|How are you called|Do you have a name]?",),
@@ -137,6 +138,22 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("[Do you speak|Can you speak|Do you understand] [German|French|Spanish|Chinese|Italian]?",),
         ("No, I only speak English.",),
+    ),
+    (
+        (
+            "[What is|What's|How much is|Calculate|Can you tell me what is|] {a} [+|-|*|/|plus|minus|times] {b}[?||.]",
+            "[Count|Can you count|Please count] to {a}[.||?]",
+            "[What is the sum of {a} and {b}|Is {a} greater than {b}|Add {a} and {b}][?||.]",
+        ),
+        ("I am no good at numbers. Ask me about {village}!", "I never learned to count. Piet the clockmaker is better at it."),
+    ),
+    (
+        ("[Who lives|Which people live|Who is there|Whom do you know] in {village}?", "Who do you know?"),
+        ("[Ada, Bram, Clara|Dorin, Elsa, Finn|Greta, Hugo, Ines|Jonas, Kira, Lars] and many others. Ask me about one of them!",),
+    ),
+    (
+        ("[How many people live in {village}|How many people are there|How big is {village}|How many people do you know]?",),
+        ("{village} is small. I know eighteen people by name.",),
     ),
     (
         ("[Test|This is a test|Testing|Test, test|Ping|Say something|Say hello][!|.|]",),

@@ -28,7 +28,7 @@ OPENINGS = (
     "[One|On a] {weather} {part_of_day} {h} the {h_job} was {h_at}.",
     "It was a {weather} {part_of_day} in {village}, and {h} was {h_at}.",
     "There was a {weather} {part_of_day} that {h} the {h_job} never forgot.",
-    "{h} the {h_job} [woke up early|got up before the sun] on a {weather} {part_of_day}.",
+    "{h} the {h_job} [woke up early|got up before the sun] on a {weather} morning.",
     "On {day} {h} the {h_job} was {h_at}, [as always|because there was a lot to do].",
 )
 
@@ -96,7 +96,7 @@ PLOTS: dict[str, tuple[str, ...]] = {
         "It was the big bell of {village}, which always rings when there is fog.",
         "{h} [followed the sound|walked towards the bell] step by step, and the {beast} walked behind {h_him}.",
         "At last {h_he} saw a {f_door} door, and that was the door of {f}.",
-        '"[Come in|There you are]," said {f}, "the {f_food} is still warm."',
+        '"[Come in|There you are]," said {f}, "there is {f_food} for both of us."',
         "{h} gave {f} {the_thing}, and they [talked|laughed] until the fog was gone.",
     ),
     "learning": (

@@ -29,7 +29,7 @@ from tpserve.builtin.stories import tale
 from tpserve.builtin.world import Dice
 
 SEED = 1
-TOKENS = 6_000_000
+TOKENS = 5_000_000
 VOCAB_SIZE = 2048
 BATCH_TOKENS = 2048
 LENGTHS = ((0.6, 256), (0.9, 512), (1.0, 2048))
