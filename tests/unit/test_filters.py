@@ -1,8 +1,10 @@
 """The filters against a plain float64 reference, alone and together; the same bits in any company; the draw that follows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -16,6 +18,7 @@ from tpserve.sampler.draw import draw, gather
 from tpserve.sampler.filters import apply
 from tpserve.types.sampling import SamplingParams
 from tpserve.worker.asked import asked, filters
+from tpserve.worker.slots import to_device
 
 VOCAB = 300
 EOS = (7, 8)
@@ -74,7 +77,7 @@ def columns(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return torch.tensor([row.params.temperature for row in rows]), torch.tensor([len(ids) for ids in known]), tokens
 
 
-def filtered(rows: Sequence[Row]) -> torch.Tensor:
+def filtered(rows: Sequence[Row], device: str = "cpu") -> torch.Tensor:
     """Through the code of the server, all rows at once."""
     temperature, position, tokens = columns(rows)
     wanted = []
@@ -82,9 +85,24 @@ def filtered(rows: Sequence[Row]) -> torch.Tensor:
         one = asked(row.params, len(row.prompt), EOS, VOCAB)
         assert one is not None
         wanted.append(one)
-    made = filters(wanted, position.tolist(), lambda x: x)
-    logits = torch.stack([row.logits for row in rows])
-    return apply(logits, made, temperature, position, tokens[:, : made.history])
+    made = filters(wanted, position.tolist(), partial(to_device, device=torch.device(device)))
+    logits, temperature, position, tokens = (
+        x.to(device) for x in (torch.stack([row.logits for row in rows]), temperature, position, tokens[:, : made.history])
+    )
+    with no_waiting(device):
+        return apply(logits, made, temperature, position, tokens)
+
+
+@contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    """On a card nothing may wait for the device."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 SINGLE = {
@@ -145,6 +163,14 @@ def test_a_row_does_not_see_the_others() -> None:
     for number, row in enumerate(rows):
         assert torch.equal(filtered([row])[0], together[number])
         assert torch.equal(filtered(rows[number:])[0], together[number])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_filters_the_same_and_never_waits() -> None:
+    rows = make_rows()
+    expected, got = filtered(rows), filtered(rows, "cuda").cpu()
+    assert torch.equal(got.isinf(), expected.isinf())
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
 
 
 def test_exactly_k_and_the_lowest_ids_of_equal_ones() -> None:

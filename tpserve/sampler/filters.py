@@ -190,15 +190,15 @@ def keep_top_p(logits_RV: torch.Tensor, asked: TopP, temperature_R: torch.Tensor
     x_KV = logits_RV[asked.rows_K]
     top_K1 = x_KV.amax(dim=1, keepdim=True)
     temperature_K1 = temperature_R[asked.rows_K, None]
-    total_K = _weights(x_KV, top_K1, temperature_K1).sum(dim=1)
-    target_K1 = (total_K.double() * asked.p_K).ceil().long().clamp(min=1).minimum(total_K)[:, None]
-
     num_ids = x_KV.shape[1]
     # On a card nobody may wait for the check whether so few were enough; there a sort is cheap.
     guess = num_ids if x_KV.is_cuda else CANDIDATES
     size = min(guess if asked.most is None else asked.most, num_ids)
     best_KC = x_KV.topk(size, dim=1).values
     sum_KC = _weights(best_KC, top_K1, temperature_K1).cumsum(dim=1)
+    # What top-k has taken out weighs nothing, so the sum of the best is the sum of all.
+    total_K = sum_KC[:, -1] if asked.most is not None else _weights(x_KV, top_K1, temperature_K1).sum(dim=1)
+    target_K1 = (total_K.double() * asked.p_K).ceil().long().clamp(min=1).minimum(total_K)[:, None]
     if asked.most is None and size < num_ids and bool((sum_KC[:, -1:] < target_K1).any()):
         best_KC = x_KV.sort(dim=1, descending=True).values
         sum_KC = _weights(best_KC, top_K1, temperature_K1).cumsum(dim=1)
