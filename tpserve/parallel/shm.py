@@ -33,7 +33,8 @@ from tpserve.errors import EngineFailure
 SLOT_BYTES = 1 << 20
 """Largest part of a tensor in one round; both of a pair's parts stay in a core's cache."""
 _LINE = 64
-_SPIN_NS = 50_000
+_SPIN_NS = 10_000
+"""Short: a peer that needs this core cannot come while this rank spins, and yielding costs an idle core next to nothing."""
 _SLEEP_AFTER_NS = 1_000_000
 _WATCH_AFTER_NS = 5_000_000
 _SLEEP_S = 50e-6
@@ -69,7 +70,8 @@ def share(
 ) -> "SharedPage | str":
     """Meet the other `ranks` of the group in one page; `rank` is this one. All of them get a page, or all get a reason why not.
 
-    `cores`: that the ranks of this host share; with fewer cores than ranks nobody spins.
+    `store` has not been used for these ranks before. `cores`: that the ranks of this host share; with fewer cores than ranks
+    nobody spins.
     """
     if len({places[i].host for i in ranks}) > 1:
         return "the ranks do not share a host"
