@@ -1,20 +1,23 @@
-"""The mesh over real processes and gloo: groups, neighbours, a new epoch in the same process, and failing in time."""
+"""The mesh over real processes, gloo and shared memory: groups, neighbours, a new epoch in a process, failing in time."""
 
 import os
 import signal
 import socket
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.cluster.forked import run
-from tpserve.errors import EngineFailure
+from tpserve.errors import EngineFailure, UserError
 from tpserve.parallel import mesh as meshes
+from tpserve.parallel import shm
 from tpserve.types.layout import ParallelLayout
 
+AllReduce = Literal["auto", "gloo", "shm"]
 CPU = torch.device("cpu")
 
 
@@ -55,19 +58,45 @@ def check(mesh: meshes.Mesh, epoch: int) -> None:
     mesh.world.min(0)  # what was sent has arrived everywhere before anybody leaves
 
 
+@pytest.mark.parametrize("all_reduce", ["auto", "gloo", "shm"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2), (2, 2)])
-def test_two_epochs_in_the_same_processes(tp: int, pp: int, tmp_path: Path) -> None:
+def test_two_epochs_in_the_same_processes(tp: int, pp: int, all_reduce: AllReduce, tmp_path: Path) -> None:
     layout = ParallelLayout(tp, pp, (1,) * pp)
 
     def rank_main(rank: int) -> None:
         stores = []  # a store outlives its epoch here, so that nobody who leaves late finds it gone
         for epoch in (1, 2):
             stores.append(meet(tmp_path, rank, epoch))
-            mesh = meshes.form(rank, layout, epoch, stores[-1], CPU, 20.0)
+            mesh = meshes.form(rank, layout, epoch, stores[-1], CPU, 20.0, all_reduce)
             check(mesh, epoch)
+            maps_a_page = "memfd:tpserve" in Path("/proc/self/maps").read_text()
+            assert maps_a_page == (tp > 1 and all_reduce != "gloo")
+            mesh.world.min(0)  # nobody leaves before all have looked
             meshes.leave(mesh)
+            del mesh
+            assert "memfd:tpserve" not in Path("/proc/self/maps").read_text()
 
     assert run(layout.world_size, rank_main) == [0] * layout.world_size
+
+
+def test_shared_memory_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto goes on with gloo; who asked for shm is told, on every rank."""
+    layout = ParallelLayout(2, 1, (1,))
+
+    def rank_main(rank: int) -> None:
+        monkeypatch.setattr(shm, "_host", lambda: f"host{rank}")
+        stores = [meet(tmp_path, rank, 1)]
+        check(meshes.form(rank, layout, 1, stores[0], CPU, 20.0), 1)
+        dist.destroy_process_group()
+        stores.append(meet(tmp_path, rank, 2))
+        with pytest.raises(UserError, match="--all-reduce shm is not possible .the ranks do not share a host.: pass"):
+            meshes.form(rank, layout, 2, stores[1], CPU, 20.0, "shm")
+        assert not dist.is_initialized()
+        stores[1].set(f"left{rank}", "")
+        if rank == 0:
+            stores[1].wait(["left1"])  # the store goes with this process
+
+    assert run(2, rank_main) == [0, 0]
 
 
 def test_a_rank_that_does_not_come_is_a_failure_in_time(tmp_path: Path) -> None:
@@ -84,7 +113,8 @@ def test_a_rank_that_does_not_come_is_a_failure_in_time(tmp_path: Path) -> None:
     assert run(2, rank_main) == [0, 0]
 
 
-def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("all_reduce", ["gloo", "shm"])
+def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again(all_reduce: AllReduce, tmp_path: Path) -> None:
     layout = ParallelLayout(2, 1, (1,))
 
     def rank_main(process: int) -> None:
@@ -92,10 +122,10 @@ def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again(tmp_
             check(meshes.form(1, layout, 2, meet(tmp_path, 1, 2), CPU, 20.0), 2)
             return
         store = meet(tmp_path, process, 1)
-        mesh = meshes.form(process, layout, 1, store, CPU, 20.0)
+        mesh = meshes.form(process, layout, 1, store, CPU, 20.0, all_reduce)
         if process == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError if all_reduce == "gloo" else EngineFailure):
             while True:
                 mesh.tp.all_reduce(torch.ones(1))
         meshes.leave(mesh)

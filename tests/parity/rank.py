@@ -2,7 +2,8 @@
 
     python rank.py RANK WORLD_SIZE DIRECTORY
 
-DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...]}}}.
+DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...]}},
+"shared": {"layouts": [...], "models": [name, ...]}}. The layouts run over gloo, those of "shared" through shared memory as well.
 """
 
 import json
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
+from tpserve.parallel.shm import SharedPage, exchange_places, share
 
 SIZES = (17, 100, 5, 1, 33)
 
@@ -27,16 +29,25 @@ def main(rank: int, world_size: int, directory: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     work = json.loads((directory / "models.json").read_text())
     pipelines = []  # a send is lost when its pipeline goes before it is delivered
-    for tp, pp in work["layouts"]:
+    over_gloo = [(tp, pp, list(work["models"]), "") for tp, pp in work["layouts"]]
+    shared = [(tp, pp, work["shared"]["models"], "-shm") for tp, pp in work["shared"]["layouts"]]
+    places = exchange_places(store, rank, world_size, 60.0)
+    for tp, pp, names, carrier in over_gloo + shared:
         stages = [dist.new_group([stage * tp + i for i in range(tp)]) for stage in range(pp)]
         if rank >= tp * pp:
             continue
         stage = rank // tp
-        group = Group(stages[stage] if tp > 1 else None)
+        page = None
+        if carrier:
+            keys = dist.PrefixStore(f"tp{tp}pp{pp}", store)  # a page's keys are good for one
+            page = share(keys, places, range(stage * tp, (stage + 1) * tp), rank, 2, 60.0)
+            assert isinstance(page, SharedPage), page
+        group = Group(stages[stage] if tp > 1 else None, page)
         pipeline = Pipeline(rank - tp if stage > 0 else None, rank + tp if stage < pp - 1 else None)
         pipelines.append(pipeline)
         results = {}
-        for name, model in work["models"].items():
+        for name in names:
+            model = work["models"][name]
             sequences = model["sequences"]
             lengths = [len(tokens) for tokens in sequences]
             for dtype in (torch.float32, torch.bfloat16):
@@ -46,7 +57,7 @@ def main(rank: int, world_size: int, directory: Path) -> None:
                     for i, logits in enumerate(runner.run(sequences, steps)):
                         results[f"{name}.{kind}.{i}.{dtype}"] = logits
         if rank == tp * (pp - 1):
-            save_file(results, directory / f"tp{tp}pp{pp}.safetensors")
+            save_file(results, directory / f"tp{tp}pp{pp}{carrier}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 

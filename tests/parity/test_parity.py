@@ -25,6 +25,7 @@ from transformers import (
 )
 
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2)]
+SHARED = [(2, 1), (3, 1), (2, 2)]
 PROMPTS = (3, 37, 170)
 NEW_TOKENS = 10
 SIZES = {"vocab_size": 517, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 400}
@@ -119,21 +120,29 @@ def greedy(model: PreTrainedModel) -> tuple[list[list[int]], list[torch.Tensor]]
     return sequences, logits
 
 
+Results = dict[str, torch.Tensor]
+Runs = Any
+
+
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, list[torch.Tensor]], dict[tuple[int, int], dict[str, torch.Tensor]]]:
-    """The oracle's logits by model, and what the ranks of each layout computed."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[torch.Tensor]], dict[tuple[int | str, ...], Results]]:
+    """The oracle's logits by model, and what the ranks of each layout computed, also through shared memory (tp, pp, "shm")."""
     directory = tmp_path_factory.mktemp("parity")
     torch.set_num_threads(1)
     oracle, work = {}, {}
     for name, make in MODELS.items():
         sequences, oracle[name] = greedy(make(directory / name))
         work[name] = {"sequences": sequences, "prompts": PROMPTS}
-    (directory / "models.json").write_text(json.dumps({"layouts": LAYOUTS, "models": work}))
+    shared = {"layouts": SHARED, "models": ["llama-old"]}
+    (directory / "models.json").write_text(json.dumps({"layouts": LAYOUTS, "models": work, "shared": shared}))
     world_size = max(tp * pp for tp, pp in LAYOUTS)
     run_ranks(directory, world_size)
-    return oracle, {(tp, pp): load_file(directory / f"tp{tp}pp{pp}.safetensors") for tp, pp in LAYOUTS}
+    results: dict[tuple[int | str, ...], Results] = {}
+    for tp, pp in LAYOUTS:
+        results[tp, pp] = load_file(directory / f"tp{tp}pp{pp}.safetensors")
+    for tp, pp in SHARED:
+        results[tp, pp, "shm"] = load_file(directory / f"tp{tp}pp{pp}-shm.safetensors")
+    return oracle, results
 
 
 def run_ranks(directory: Path, world_size: int) -> None:
@@ -152,9 +161,6 @@ def run_ranks(directory: Path, world_size: int) -> None:
             process.kill()
     logs = "\n".join((directory / f"rank{rank}.log").read_text() for rank in range(world_size))
     assert codes == [0] * world_size, logs
-
-
-Runs = Any
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -184,3 +190,12 @@ def test_stages_change_no_bit(runs: Runs, pp: int) -> None:
     _, results = runs
     for key, logits in results[1, 1].items():
         assert torch.equal(logits, results[1, pp][key]), key
+
+
+@pytest.mark.parametrize("layout", SHARED, ids=lambda layout: f"tp{layout[0]}-pp{layout[1]}")
+def test_shared_memory_changes_no_bit(runs: Runs, layout: tuple[int, int]) -> None:
+    _, results = runs
+    shared = results[*layout, "shm"]
+    assert len(shared) == 4 * len(PROMPTS)
+    for key, logits in shared.items():
+        assert torch.equal(logits, results[layout][key]), key

@@ -65,6 +65,9 @@ def test_any_size_that_leaves_no_rank_empty(tp: int, pp: int, say_tp: bool) -> N
         ("m -pp 2 --pipeline-layer-map 2,2,1", machine(2), "pass 2 numbers that add up to 5, such as 3,2"),
         ("m", machine(3, gpus=2), "3 ranks on this node but 2 visible GPUs: start at most 2 a node"),
         ("m --device cuda", machine(1), "--device cuda, but no GPU is visible"),
+        ("m --all-reduce nccl", machine(2), "--all-reduce nccl is for GPUs, and the ranks run on the CPU: leave it out"),
+        ("m --all-reduce shm", machine(2, gpus=2), "--all-reduce shm is for the CPU, and the ranks run on GPUs"),
+        ("m --all-reduce nccl --device cuda", machine(2, gpus=1), "needs a GPU for each rank, but 2 ranks share 1"),
         ("m --max-model-len 2049", machine(1), "--max-model-len 2049 is beyond the model's 2048 positions"),
     ],
 )
@@ -122,6 +125,17 @@ def test_defaults_by_device() -> None:
     assert (gpu.device, gpu.max_num_batched_tokens) == ("cuda", 8192)
     assert resolved("m --device cpu", machine(3, gpus=1)).device == "cpu"
     assert resolved("m --device cuda", machine(2, gpus=1)).device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("line", "gpus", "chosen"),
+    [
+        ("m", 0, "auto"), ("m", 2, "nccl"), ("m --device cuda", 1, "gloo"), ("m --all-reduce gloo", 2, "gloo"),
+        ("m --all-reduce shm", 0, "shm"), ("m --all-reduce gloo", 0, "gloo"),
+    ],
+)  # fmt: skip
+def test_what_carries_the_sums(line: str, gpus: int, chosen: str) -> None:
+    assert resolved(line, machine(2, gpus=gpus)).all_reduce == chosen
 
 
 def test_what_must_be_equal_on_all_ranks_holds_no_paths_and_no_secret() -> None:

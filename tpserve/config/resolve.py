@@ -34,6 +34,7 @@ def resolve(flags: Flags, spec: ModelSpec, machine: Machine) -> EngineConfig:
         seed=flags.seed,
         layout=_layout(flags, spec, machine),
         device=device,
+        all_reduce=_all_reduce(flags, machine, device),
         max_model_len=(max_model_len := _max_model_len(flags, spec)),
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens or max(BATCHED_TOKENS[device], flags.max_num_seqs),
@@ -87,6 +88,22 @@ def _device(flags: Flags, machine: Machine) -> Literal["cuda", "cpu"]:
             param="device",
         )
     return "cuda"
+
+
+def _all_reduce(flags: Flags, machine: Machine, device: str) -> Literal["auto", "nccl", "gloo", "shm"]:
+    shares_gpus = device == "cuda" and machine.local_world_size > machine.num_gpus
+    if flags.all_reduce == "auto" and device == "cuda":
+        return "gloo" if shares_gpus else "nccl"
+    why = ""
+    if flags.all_reduce == "nccl" and device == "cpu":
+        why = "is for GPUs, and the ranks run on the CPU"
+    elif flags.all_reduce == "nccl" and shares_gpus:
+        why = f"needs a GPU for each rank, but {_count(machine.local_world_size)} share {machine.num_gpus}"
+    elif flags.all_reduce == "shm" and device == "cuda":
+        why = "is for the CPU, and the ranks run on GPUs"
+    if why:
+        raise UserError(f"--all-reduce {flags.all_reduce} {why}: leave it out, or pass --all-reduce gloo", param="all_reduce")
+    return flags.all_reduce
 
 
 def _dtype(flags: Flags, spec: ModelSpec, device: str) -> Literal["bfloat16", "float16", "float32"]:

@@ -2,7 +2,8 @@
 
 Owns `Flags`, the only list of flags there is: the parser, the help, `TPSERVE_ARG_*` and docs/flags.md are read off its
 fields. A field's annotation carries its help text, its bounds and where its name comes from. Never parses, never guesses:
-`cli` fills a `Flags`, `resolve` turns it into an `EngineConfig`, in which nothing is "auto" any more.
+`cli` fills a `Flags`, `resolve` turns it into an `EngineConfig`, in which nothing is "auto" any more (but
+`all_reduce` on the CPU: which ranks share a host is known once they meet).
 """
 
 from dataclasses import dataclass
@@ -76,6 +77,15 @@ class Flags(Struct, frozen=True, kw_only=True):
         Literal["auto", "cuda", "cpu"],
         Flag(LAYOUT, "Where ranks run. auto: on GPUs if one is visible. cuda: ranks may share a GPU."),
     ] = "auto"
+    all_reduce: Annotated[
+        Literal["auto", "nccl", "gloo", "shm"],
+        Flag(
+            LAYOUT,
+            "What adds up the ranks' parts. auto: nccl on GPUs (gloo when ranks share one); on the CPU shm, a page of memory "
+            "that the ranks of a host share, or gloo where they cannot.",
+            "tpserve",
+        ),
+    ] = "auto"
 
     max_model_len: Annotated[
         int | None, Flag(ENGINE, "Longest sequence, prompt and output together. Default: the model's.", at_least=2)
@@ -136,6 +146,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     seed: int
     layout: ParallelLayout
     device: Literal["cuda", "cpu"]
+    all_reduce: Literal["auto", "nccl", "gloo", "shm"]
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int

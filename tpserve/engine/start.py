@@ -13,6 +13,7 @@ import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.config.env import RankEnv
+from tpserve.config.machine import available_cores
 from tpserve.config.schema import EngineConfig
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
@@ -105,8 +106,10 @@ class _Rank:
         start = control.wait_start()
         control.progress("forming the mesh", 5)
         store = hosted.store if hosted else meshes.join_store(start.endpoints["store"])
-        backend = devices.backend(self._config.device, env.local_world_size)
-        mesh = meshes.form(env.rank, self._config.layout, start.epoch, store, device, self._config.start_timeout, backend)
+        config = self._config
+        mesh = meshes.form(
+            env.rank, config.layout, start.epoch, store, device, config.start_timeout, config.all_reduce, available_cores()
+        )
         plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
         with devices.room_for("loading the model", device):
             decoder, weights = self._load(mesh)

@@ -1,4 +1,4 @@
-"""Collectives among a fixed set of ranks. Owns nothing but the process group handed to it; knows no model.
+"""Collectives among a fixed set of ranks. Owns nothing but the process group and the page handed to it; knows no model.
 
 Every rank of a group calls the same methods in the same order. Sums are taken in rank order whatever the backend's
 algorithm, so that an element's bits do not depend on where it stands in the tensor (docs/design.md, "Numerics").
@@ -7,13 +7,19 @@ algorithm, so that an element's bits do not depend on where it stands in the ten
 import torch
 import torch.distributed as dist
 
+from tpserve.parallel.shm import SharedPage
+
 
 class Group:
     """A set of ranks that compute together. `rank` is this process's place in it, in [0, size)."""
 
-    def __init__(self, handle: dist.ProcessGroup | None = None) -> None:
-        """Wrap a torch process group; None is a group of one, which communicates with nobody."""
+    def __init__(self, handle: dist.ProcessGroup | None = None, page: SharedPage | None = None) -> None:
+        """Wrap a torch process group; None is a group of one, which communicates with nobody.
+
+        `page`: activations go through it instead of the process group; all tensors are on the CPU then.
+        """
         self._handle = handle
+        self._page = page
         self.rank = 0 if handle is None else handle.rank()
         self.size = 1 if handle is None else handle.size()
 
@@ -21,6 +27,8 @@ class Group:
         """Sum of `x` over the ranks, in rank order. May overwrite `x`; use the result."""
         if self.size == 1:
             return x
+        if self._page is not None:
+            return self._page.all_reduce(x)
         if x.is_cuda or self.size == 2:  # NCCL keeps one order per size; with two terms every order is the same
             dist.all_reduce(x, group=self._handle)
             return x
@@ -34,6 +42,8 @@ class Group:
         """Stack the ranks' tensors of equal shape: [size, *x.shape]."""
         if self.size == 1:
             return x.unsqueeze(0)
+        if self._page is not None:
+            return self._page.all_gather(x)
         out = x.new_empty((self.size, *x.shape))
         dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self._handle)
         return out
@@ -46,3 +56,8 @@ class Group:
         x = torch.tensor([value], dtype=torch.int64, device=device)
         dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self._handle)
         return int(x.item())
+
+    def close(self) -> None:
+        """Let go of the page; the process group is the mesh's."""
+        if self._page is not None:
+            self._page.close()

@@ -9,19 +9,25 @@ thread ends a rank that is blocked in a collective.
 """
 
 import contextlib
+import logging
+import os
 import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them without their types
 
-from tpserve.errors import EngineFailure
+from tpserve.errors import EngineFailure, UserError
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
+from tpserve.parallel.shm import SharedPage, exchange_places, share
 from tpserve.types.layout import ParallelLayout
+
+log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_S = 600.0
 """Of any one collective after forming. The slowest legitimate wait is for a rank that compiles or reads slowly."""
@@ -48,16 +54,20 @@ def form(
     store: Store,
     device: torch.device,
     timeout_s: float,
-    backend: str | None = None,
+    all_reduce: Literal["auto", "nccl", "gloo", "shm"] = "auto",
+    cores: int | None = None,
 ) -> Mesh:
     """Meet the other ranks of the epoch; all call this with the same layout and epoch.
 
-    `backend`: NCCL on CUDA and gloo elsewhere unless told ("gloo" when ranks share a card). Raises EngineFailure when not all
-    ranks have come within `timeout_s`; nothing is left behind then.
+    `all_reduce`: what carries the sums of a stage. "auto" is NCCL on CUDA; on the CPU it is a page of shared memory where the
+    ranks of a stage share a host, else gloo. `cores`: what this host's ranks share (default: what this process may use).
+
+    Raises EngineFailure when not all ranks have come within `timeout_s`, and UserError when shared memory was asked for and
+    cannot be had; nothing is left behind then.
     """
     if layout.world_size == 1:
         return Mesh(0, layout, Group(), Group(), Pipeline(), device)
-    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if all_reduce == "nccl" or (all_reduce == "auto" and device.type == "cuda") else "gloo"
     store = PrefixStore(f"epoch{epoch}", store)
     try:
         _meet(rank, layout.world_size, store, timeout_s)
@@ -69,7 +79,10 @@ def form(
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
             device_id=device if backend == "nccl" else None,
         )
-        tp = _tensor_parallel_group(rank, layout)
+        page = None
+        if all_reduce in ("auto", "shm") and device.type == "cpu" and layout.tp > 1:
+            page = _shared_page(rank, layout, store, cores or len(os.sched_getaffinity(0)), timeout_s, all_reduce == "shm")
+        tp = _tensor_parallel_group(rank, layout, page)
         mesh = Mesh(
             rank,
             layout,
@@ -84,6 +97,9 @@ def form(
         raise EngineFailure(
             f"rank {rank} could not form the mesh of epoch {epoch}: {str(error).partition(chr(10))[0]}"
         ) from error
+    except UserError:
+        _destroy()
+        raise
     return mesh
 
 
@@ -98,12 +114,28 @@ def _meet(rank: int, world_size: int, store: Store, timeout_s: float) -> None:
         raise RuntimeError(f"rank {', '.join(missing)} did not come within {timeout_s:g} s") from error
 
 
-def _tensor_parallel_group(rank: int, layout: ParallelLayout) -> Group:
+def _shared_page(
+    rank: int, layout: ParallelLayout, store: Store, cores: int, timeout_s: float, required: bool
+) -> SharedPage | None:
+    """The page of this rank's stage; None where its ranks cannot have one."""
+    first = layout.stage_of(rank) * layout.tp
+    places = exchange_places(store, rank, layout.world_size, timeout_s)
+    page = share(store, places, range(first, first + layout.tp), rank, cores, timeout_s)
+    if isinstance(page, SharedPage):
+        log.debug("rank %d: all-reduce through shared memory", rank)
+        return page
+    if required:
+        raise UserError(f"--all-reduce shm is not possible ({page}): pass --all-reduce auto or gloo", param="all_reduce")
+    log.info("rank %d: all-reduce through gloo, not through shared memory: %s", rank, page)
+    return None
+
+
+def _tensor_parallel_group(rank: int, layout: ParallelLayout, page: SharedPage | None) -> Group:
     """This rank's stage as a group. Every rank takes part in making every group, in the same order."""
     if layout.tp == 1:
         return Group()
     if layout.pp == 1:
-        return Group(dist.group.WORLD)
+        return Group(dist.group.WORLD, page)
     mine: dist.ProcessGroup | None = None
     for stage in range(layout.pp):
         ranks = [stage * layout.tp + i for i in range(layout.tp)]
@@ -111,7 +143,7 @@ def _tensor_parallel_group(rank: int, layout: ParallelLayout) -> Group:
         if rank in ranks:
             mine = group
     assert mine is not None
-    return Group(mine)
+    return Group(mine, page)
 
 
 def _pipeline(rank: int, layout: ParallelLayout, via_host: bool) -> Pipeline:
@@ -124,6 +156,7 @@ def _pipeline(rank: int, layout: ParallelLayout, via_host: bool) -> Pipeline:
 
 def leave(mesh: Mesh) -> None:
     """Give the process groups up without waiting for anybody: the peers may be dead."""
+    mesh.tp.close()
     if mesh.layout.world_size > 1:
         _destroy()
 

@@ -32,11 +32,6 @@ def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
     return device
 
 
-def backend(kind: str, local_ranks: int) -> str | None:
-    """gloo when ranks share a card, which NCCL refuses; None for what suits the device."""
-    return "gloo" if kind == "cuda" and local_ranks > torch.cuda.device_count() else None
-
-
 @contextmanager
 def room_for(what: str, device: torch.device) -> Iterator[None]:
     """Turn a full card into a UserError that says who fills it. `what` completes "ran out of memory while ..."."""
