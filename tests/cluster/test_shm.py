@@ -183,12 +183,15 @@ def test_all_get_the_same_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def rank_main(rank: int) -> None:
         store = dist.FileStore(str(tmp_path / "store"), 3)
         places = exchange_places(store, rank, 3, 20.0)
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
         elsewhere = [*places[:2], Place("another", 1)]
         reasons = [share(dist.PrefixStore("a", store), elsewhere, range(3), rank, 2, 20.0)]
         wrong = [places[1], *places[1:]]  # rank 1 is taken for rank 0
         reasons.append(share(dist.PrefixStore("b", store), wrong, range(3), rank, 2, 20.0))
         monkeypatch.setattr(shm, "_create", refuse)
         reasons.append(share(dist.PrefixStore("c", store), places, range(3), rank, 2, 20.0))
+        gc.collect()
+        assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
         (tmp_path / "reasons" / str(rank)).write_text("\n".join(map(str, reasons)))
 
     assert run(3, rank_main) == [0, 0, 0]

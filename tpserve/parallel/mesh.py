@@ -69,6 +69,7 @@ def form(
         return Mesh(0, layout, Group(), Group(), Pipeline(), device)
     backend = "nccl" if all_reduce == "nccl" or (all_reduce == "auto" and device.type == "cuda") else "gloo"
     store = PrefixStore(f"epoch{epoch}", store)
+    page = None
     try:
         _meet(rank, layout.world_size, store, timeout_s)
         dist.init_process_group(
@@ -79,7 +80,6 @@ def form(
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
             device_id=device if backend == "nccl" else None,
         )
-        page = None
         if all_reduce in ("auto", "shm") and device.type == "cpu" and layout.tp > 1:
             page = _shared_page(rank, layout, store, cores or len(os.sched_getaffinity(0)), timeout_s, all_reduce == "shm")
         tp = _tensor_parallel_group(rank, layout, page)
@@ -93,6 +93,8 @@ def form(
         )
         mesh.world.min(epoch)  # every connection of the world group stands from here on
     except (RuntimeError, ValueError) as error:  # torch's DistError family and gloo's bare RuntimeErrors
+        if page is not None:
+            page.close()
         _destroy()
         raise EngineFailure(
             f"rank {rank} could not form the mesh of epoch {epoch}: {str(error).partition(chr(10))[0]}"

@@ -21,6 +21,7 @@ import secrets
 import select
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -79,24 +80,28 @@ def share(
         return f"not on {platform.machine()}, which may reorder memory accesses"
     name = f"page{ranks[0]}"
     size = _header_bytes(len(ranks)) + 2 * len(ranks) * SLOT_BYTES
-    fd, memory, pidfds, reason = -1, None, [], ""
-    try:
-        if rank == ranks[0]:
-            fd, memory = _create(store, name, size)
-        else:
-            memory = _open(places[ranks[0]].pid, *_read(store, name, timeout_s).split())
-        pidfds = [os.pidfd_open(places[i].pid) if i != rank else -1 for i in ranks]
-    except OSError as error:
-        reason = f"rank {rank}: {error}"
-        if rank == ranks[0] and fd < 0:
-            store.set(name, "-1 -")  # nobody can open that
-    store.set(f"{name}.{rank}", reason)
-    reasons = [_read(store, f"{name}.{i}", timeout_s) for i in ranks]
-    if fd >= 0:
-        os.close(fd)  # everybody has mapped it, or has given up
-    if any(reasons):
-        _close(pidfds)
-        return next(filter(None, reasons))
+    memory, pidfds, reason, told = None, [], "", False
+    with ExitStack() as created, ExitStack() as watched:
+        try:
+            if rank == ranks[0]:
+                fd, memory = _create(size)
+                created.callback(os.close, fd)  # once everybody has mapped it, or has given up
+                store.set(name, f"{fd} {memory[:_LINE].decode()}")
+                told = True
+            else:
+                memory = _open(places[ranks[0]].pid, *_read(store, name, timeout_s).split())
+            for i in ranks:
+                pidfds.append(os.pidfd_open(places[i].pid) if i != rank else -1)
+                watched.callback(_close, pidfds[-1:])
+        except OSError as error:
+            reason = f"rank {rank}: {error}"
+            if rank == ranks[0] and not told:
+                store.set(name, "-1 -")  # nobody can open that
+        store.set(f"{name}.{rank}", reason)
+        reasons = [_read(store, f"{name}.{i}", timeout_s) for i in ranks]
+        if any(reasons):
+            return next(filter(None, reasons))
+        watched.pop_all()
     assert memory is not None
     local_ranks = sum(place.host == places[rank].host for place in places)
     return SharedPage(memory, ranks, ranks.index(rank), pidfds, spins=cores >= local_ranks)
@@ -115,8 +120,8 @@ def _read(store: Store, key: str, timeout_s: float) -> str:
     return store.get(key).decode()
 
 
-def _create(store: Store, name: str, size: int) -> tuple[int, mmap.mmap]:
-    """A page of zeros with a token at its head, told to the others. The memory is taken now: later there is no way to refuse."""
+def _create(size: int) -> tuple[int, mmap.mmap]:
+    """A page of zeros with a token at its head. The memory is taken now: later there is no way to refuse."""
     fd = os.memfd_create("tpserve")
     try:
         os.posix_fallocate(fd, 0, size)
@@ -124,9 +129,7 @@ def _create(store: Store, name: str, size: int) -> tuple[int, mmap.mmap]:
     except OSError:
         os.close(fd)
         raise
-    token = secrets.token_hex(_LINE // 2)
-    memory[:_LINE] = token.encode()
-    store.set(name, f"{fd} {token}")
+    memory[:_LINE] = secrets.token_hex(_LINE // 2).encode()
     return fd, memory
 
 
