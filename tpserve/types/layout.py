@@ -20,6 +20,9 @@ class ParallelLayout(Struct, frozen=True, array_like=True):
     def stage_of(self, rank: int) -> int:
         return rank // self.tp
 
+    def tp_rank_of(self, rank: int) -> int:
+        return rank % self.tp
+
     def layers_of(self, stage: int) -> range:
         """The layers of a stage, as indices into the whole model."""
         first = sum(self.layers[:stage])
