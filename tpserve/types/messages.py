@@ -1,19 +1,20 @@
 """The whole vocabulary between processes.
 
     frontend -> engine    Add, Abort, Cut, Control
-    engine -> frontend    Delta, Done, Stats
+    engine -> frontend    Scored, Delta, Done, Stats
     rank -> coordinator   Hello, Up, Beat, Fault, Drain
     coordinator -> rank   Start, Run, Drain, Stop
 
 Each direction is one tagged union; a frame on the wire is a msgpack list of messages of its direction.
-The engine answers every Add with exactly one Done. Deltas of a request carry consecutive positions.
+The engine answers every Add with exactly one Done. Deltas of a request carry consecutive positions, and so do the
+Scored that come before its first Delta.
 """
 
 from typing import Literal
 
 from msgspec import Struct
 
-from tpserve.types.plan import TokenLogprobs
+from tpserve.types.plan import PromptLogprobs, TokenLogprobs
 from tpserve.types.request import Request
 
 
@@ -63,6 +64,14 @@ class Delta(Message, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
+class Scored(Message, frozen=True):
+    """Log probabilities of prompt tokens, chunk by chunk. `start`: position of the first token; the prompt's first has none."""
+
+    id: int
+    start: int
+    logprobs: PromptLogprobs
+
+
 class PhaseTimes(Struct, frozen=True, array_like=True):
     """Seconds a request spent waiting, until its first token, and from the first token to the last."""
 
@@ -75,7 +84,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Done(Message, frozen=True):
-    """The one terminal message of a request. `stop_id`: the token that ended it, None at an EOS id or when no token did."""
+    """The one terminal message of a request. `stop_id`: the token that ended it, None at an EOS id or when no token did.
+
+    `cached_tokens`: tokens of the prompt whose keys and values were in the prefix cache when the request was first admitted.
+    """
 
     id: int
     finish: FinishReason
@@ -97,9 +109,13 @@ class Stats(Message, frozen=True):
     steps: int
     prompt_tokens: int
     generation_tokens: int
+    prefix_cache_queries: int = 0
+    """Tokens of prompts that were looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    """Those that were found there."""
 
 
-EngineOutput = Delta | Done | Stats
+EngineOutput = Scored | Delta | Done | Stats
 
 # rank -> coordinator
 

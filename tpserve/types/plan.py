@@ -2,7 +2,8 @@
 
 A step has no prefill phase and no decode phase: it is a list of chunks `(slot, start, count)`. A chunk computes the KV
 entries of positions [start, start + count) of one sequence and, if `sample` is set, draws the token of position
-start + count.
+start + count. If `score` is set, the log probabilities of the prompt's tokens at [start + 1, start + count] are wanted,
+as far as the prompt goes.
 
     tokens[slot]    [0, start) in the KV cache | [start, start + count) computed by this chunk | start + count drawn
     block table     appended by Admission.tables and Chunk.blocks; position p lives in table[p // block_size]
@@ -44,6 +45,7 @@ class Chunk(Struct, frozen=True, array_like=True):
     sample: bool
     tokens: tuple[int, ...] = ()
     blocks: tuple[tuple[int, ...], ...] = ()
+    score: bool = False
 
 
 class StepPlan(Struct, frozen=True, array_like=True):
@@ -70,6 +72,8 @@ class StepPlan(Struct, frozen=True, array_like=True):
     """Packed triples (chunk index, cache group, number of block ids)."""
     blocks: bytes
     """Packed block ids of the runs, one after another."""
+    score: bytes = b""
+    """One byte a chunk: 1 where prompt tokens are scored; empty when no chunk does."""
 
     @staticmethod
     def of(
@@ -99,6 +103,7 @@ class StepPlan(Struct, frozen=True, array_like=True):
             tokens=pack(tokens),
             block_runs=pack(runs),
             blocks=pack(blocks),
+            score=bytes(c.score for c in chunks) if any(c.score for c in chunks) else b"",
         )
 
     def num_tokens(self) -> int:
@@ -124,7 +129,8 @@ class StepPlan(Struct, frozen=True, array_like=True):
             tokens: tuple[int, ...] = ()
             if has_tokens:
                 tokens, at = tuple(given[at : at + count]), at + count
-            result.append(Chunk(slot, start, count, bool(sample), tokens, tuple(blocks.get(index, ()))))
+            score = bool(self.score) and bool(self.score[index])
+            result.append(Chunk(slot, start, count, bool(sample), tokens, tuple(blocks.get(index, ())), score))
         return result
 
 
@@ -136,13 +142,28 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top: tuple[float, ...]
 
 
+class PromptLogprobs(Struct, frozen=True, array_like=True):
+    """Natural log probabilities of successive prompt tokens, each given those before it, of the raw logits.
+
+    `chosen`: float32 bytes, one a token. `top_ids` (int32) and `top` (float32): the `num_top` most likely tokens of each
+    position, best first, one position after another.
+    """
+
+    num_top: int
+    chosen: bytes
+    top_ids: bytes
+    top: bytes
+
+
 class StepResult(Struct, frozen=True, array_like=True):
     """What a plan drew. `tokens`: packed, one per chunk of the plan, -1 where the chunk does not sample.
 
-    `logprobs`: (chunk index, entry) for the chunks whose request asked for them.
+    `logprobs`: (chunk index, entry) for the chunks whose request asked for them. `prompt_logprobs`: (chunk index, entries)
+    of the chunks that score, in which at least one token of the prompt is scored.
     """
 
     epoch: int
     step: int
     tokens: bytes
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
+    prompt_logprobs: tuple[tuple[int, PromptLogprobs], ...] = ()

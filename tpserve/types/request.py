@@ -11,6 +11,7 @@ class Request(Struct, frozen=True, array_like=True):
     `id` is the frontend's number for this sequence, never reused. `prompt` and `output` are packed int32 ids
     (`types.packed`): `output` holds the tokens already produced, empty unless the request is resubmitted after a fault.
     `seed` keys every random draw of the sequence (unsigned 64 bit), so that a resubmitted sequence draws the same numbers.
+    `priority`: lower ones first. `cache_salt`: prefixes are shared with requests of the same salt only.
     """
 
     id: int
@@ -19,3 +20,5 @@ class Request(Struct, frozen=True, array_like=True):
     seed: int
     choice: int = 0
     output: bytes = b""
+    priority: int = 0
+    cache_salt: str = ""

@@ -13,6 +13,7 @@ class SamplingParams(Struct, frozen=True, array_like=True):
     `logit_bias`: (id, bias) pairs, each id once; `allowed_token_ids`: distinct, empty for all.
     `bad_words`: token sequences of which no one is completed by a generated token.
     `min_tokens`: so many tokens are generated before one may end the sequence.
+    `prompt_logprobs`: as `logprobs`, for every token of the prompt but the first; with it `max_tokens` may be 0.
     """
 
     temperature: float = 1.0
@@ -30,3 +31,4 @@ class SamplingParams(Struct, frozen=True, array_like=True):
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
+    prompt_logprobs: int | None = None
