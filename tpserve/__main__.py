@@ -1,6 +1,6 @@
-"""Where every command starts: `tpserve serve ...`, and `python -m tpserve ...` as a rank of torchrun.
+"""Where every command starts: `tpserve serve ...`, `tpserve bench ...`, and `python -m tpserve ...` as a rank of torchrun.
 
-Owns which of the two this process is, and the last line of an error. Never imports torch itself: a rank reads its flags,
+Owns which of them this process is, and the last line of an error. Never imports torch itself: a rank reads its flags,
 checks the layout and finds the frontend first, so that whatever can be refused is refused within a moment, and the HTTP
 port is open while torch loads. Exit codes: 0 after a drain, 1 failure, 2 something the user can mend.
 """
@@ -35,15 +35,15 @@ logger = logging.getLogger("tpserve")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    serve = argv[:1] == ["serve"]
-    rank = env.under_torchrun() and not serve
     try:
         if argv[:1] == ["--version"]:
             sys.stdout.write(f"tpserve {__version__}\n")
             return 0
-        if serve:
+        if argv[:1] == ["serve"]:
             return _serve(argv[1:])
-        if rank:
+        if argv[:1] == ["bench"]:
+            return _bench(argv[1:])
+        if env.under_torchrun():
             return _rank(argv)
         return _neither(argv)
     except cli.HelpWanted as wanted:
@@ -61,6 +61,12 @@ def _serve(argv: list[str]) -> int:
 
     flags, spec = _model(cli.parse(argv, env.overrides()))
     return serve(flags, spec)
+
+
+def _bench(argv: list[str]) -> int:
+    from tpserve.bench.command import run
+
+    return run(argv)
 
 
 def _neither(argv: list[str]) -> int:

@@ -43,9 +43,10 @@ ALLOWED: dict[str, set[str]] = {
     # floor 6
     "engine": {*FLOOR_0, "config", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
     # floor 7
+    "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker"},
     "agent": {*FLOOR_0, "config", "observe", "wire"},
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "agent"},
-    "__main__": {*FLOOR_0, "config", "wire", "observe", "models", "builtin", "engine", "supervisor"},
+    "__main__": {*FLOOR_0, "config", "wire", "observe", "models", "builtin", "engine", "supervisor", "bench"},
 }
 TORCH_FREE = [
     "frontend",
@@ -57,6 +58,7 @@ TORCH_FREE = [
     "config.cli",
     "supervisor",
     "agent",
+    "bench.command",
     "__main__",
 ]
 ENVIRONMENT_READER = PACKAGE / "config" / "env.py"

@@ -17,6 +17,7 @@ from tpserve.errors import UserError
 USAGE = """usage: tpserve serve [MODEL] [flags]
        torchrun --nproc-per-node N -m tpserve [MODEL] [flags]
        torchrun --nnodes 2 --node_rank I --nproc_per_node N --master_addr HEAD -m tpserve [MODEL] [flags]
+       tpserve bench step [--help]
 
 Serves MODEL (a directory; without it a small built-in model) over HTTP with the OpenAI API."""
 
@@ -89,7 +90,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse with our manners: errors are raised, and `-p 8000` is no short form of `-pp`."""
 
     def error(self, message: str) -> NoReturn:
@@ -105,8 +106,8 @@ class _Read(argparse.Action):
         setattr(namespace, self.dest, tuple(values) if option.many else option.read(values, option.flag))
 
 
-def _parser() -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def _parser() -> Parser:
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("positional", nargs="?")
     for option in OPTIONS.values():
         names = filter(None, [option.flag, option.about.short])

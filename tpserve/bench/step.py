@@ -1,0 +1,260 @@
+"""`tpserve bench step`: what a decode step costs rank 0 on the CPU, beside the model.
+
+Makes the calls of engine/loop in their order, on the scheduler, broadcaster and slots that serve, with plans in flight as there.
+
+    schedule   Scheduler.schedule until it has no plan to give
+    broadcast  PlanBroadcaster.send, which encodes the plan and hands it to ZeroMQ's thread
+    build      Slots.update and worker.batch.build, tensors on the CPU
+    apply      Scheduler.apply and take, PlanBroadcaster.retire
+    encode     the part of the encoding in `broadcast`, measured by doing it once more
+
+`total` is the sum of the first four in each step; `cpu` is what this thread spent of it on a core, which is less where others
+wanted the core too, ZeroMQ's thread among them. Not in it: the model and the draw, which a fake device leaves out, and what
+passes between rank 0 and the frontend. The fake takes `DEVICE_S` a step, without which no receiver could keep up.
+"""
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import torch
+import zmq
+
+from tpserve.config.machine import available_cores
+from tpserve.errors import UserError
+from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.scheduler import Scheduler
+from tpserve.types.packed import pack
+from tpserve.types.plan import StepPlan, StepResult
+from tpserve.types.request import Request
+from tpserve.types.sampling import SamplingParams
+from tpserve.version import __version__
+from tpserve.wire import codec
+from tpserve.wire.channels import PlanBroadcaster, tcp
+from tpserve.worker import device as devices
+from tpserve.worker.batch import build
+from tpserve.worker.slots import Slots
+
+PHASES = ("schedule", "encode", "broadcast", "build", "apply")
+COUNTED = ("schedule", "broadcast", "build", "apply")
+BOUND_MS, BOUND_MS_AT_256 = 0.3, 2.5
+"""What a step at batch 1 and at batch 256 should stay below; between and beyond, the line through both."""
+WARM_UP = 50
+DEVICE_S = 0.002
+VOCAB_SIZE, BLOCK_SIZE = 32_000, 16
+CONNECT_S = 30.0
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Half of the steps took at most `p50_ms`, all but a hundredth at most `p99_ms`."""
+
+    p50_ms: float
+    p99_ms: float
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> "Spread":
+        ordered = sorted(seconds)
+        p50, p99 = (round(ordered[int(share * (len(ordered) - 1))] * 1e3, 4) for share in (0.5, 0.99))
+        return Spread(p50, p99)
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One row of the table. `holds`: the median of the total is below the bound."""
+
+    batch: int
+    subscribers: int
+    plan_bytes: int
+    phases: dict[str, Spread]
+    total: Spread
+    total_cpu: Spread
+    bound_ms: float
+    holds: bool
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What `--output` holds."""
+
+    date: str
+    versions: dict[str, str]
+    cpu: str
+    cores: int
+    load: float
+    """The machine's load average over a minute when the first case began."""
+    context: int
+    steps: int
+    transport: str
+    cases: list[Case]
+
+
+def run(
+    *, batch: tuple[int, ...], context: int, subscribers: tuple[int, ...], steps: int, transport: str, output: Path | None
+) -> int:
+    """Measure every batch with every number of subscribers; returns the exit code: 0, bounds or not."""
+    if output is not None:
+        _write(output, b"")  # a path that cannot be written should not cost the whole measurement
+    devices.choose("cpu", 0, 1)
+    load = os.getloadavg()[0]
+    sys.stdout.write(_heading(context, steps, transport, load))
+    cases = []
+    for num_sequences in batch:
+        for num_subscribers in subscribers:
+            cases.append(measure(num_sequences, context, num_subscribers, steps, transport))
+            sys.stdout.write(_row(cases[-1]))
+            sys.stdout.flush()
+    if output is not None:
+        versions = {
+            "tpserve": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "pyzmq": zmq.__version__,
+        }
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        report = Report(date, versions, _cpu(), available_cores(), round(load, 2), context, steps, transport, cases)
+        _write(output, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    return 0
+
+
+def measure(batch: int, context: int, num_subscribers: int, steps: int, transport: str) -> Case:
+    """`steps` decode steps of `batch` sequences, with a broadcast to `num_subscribers`."""
+    with tempfile.TemporaryDirectory(prefix="tpserve-bench-") as directory:
+        plans = PlanBroadcaster(tcp("127.0.0.1") if transport == "tcp" else f"ipc://{directory}/plan")
+        with _listeners(plans.endpoint, num_subscribers):
+            plans.begin(0, num_subscribers, CONNECT_S)
+            rank = Rank(plans, batch, context, steps)
+            for _ in range(WARM_UP):
+                rank.turn()
+            turns = [rank.turn() for _ in range(steps)]
+            plan_bytes = rank.plan_bytes
+        plans.close()
+    total = Spread.of([sum(turn.wall_s[phase] for phase in COUNTED) for turn in turns])
+    cpu = Spread.of([sum(turn.cpu_s[phase] for phase in COUNTED) for turn in turns])
+    bound_ms = round(BOUND_MS + (BOUND_MS_AT_256 - BOUND_MS) * (batch - 1) / 255, 3)
+    phases = {phase: Spread.of([turn.wall_s[phase] for turn in turns]) for phase in PHASES}
+    return Case(batch, num_subscribers, plan_bytes, phases, total, cpu, bound_ms, total.p50_ms < bound_ms)
+
+
+class Rank:
+    """Rank 0 with `batch` sequences that decode for ever. Their lengths differ, as those of real ones: not all need a new
+    block in the same step."""
+
+    def __init__(self, plans: PlanBroadcaster, batch: int, context: int, steps: int) -> None:
+        max_len = context + WARM_UP + steps + 3
+        limits = Limits(
+            max_num_seqs=batch,
+            max_num_batched_tokens=batch * context,
+            max_model_len=max_len,
+            num_blocks=batch * (1 + max_len // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
+            depth=2,
+            feedback=False,
+            eos_ids=(),
+        )
+        self._plans = plans
+        self._scheduler = Scheduler(limits)
+        self._slots = Slots(batch, max_len, BLOCK_SIZE, 1, torch.device("cpu"), eos_ids=(), vocab_size=VOCAB_SIZE)
+        self._queue: deque[StepPlan] = deque()
+        self.plan_bytes = 0
+        for id in range(batch):
+            prompt = pack((id + position) % VOCAB_SIZE for position in range(max(1, context - id % BLOCK_SIZE)))
+            self._scheduler.add(Request(id, prompt, SamplingParams(max_tokens=max_len), seed=id), time.monotonic())
+        self.turn()  # all prompts
+
+    def turn(self) -> "Laps":
+        """Plan ahead, run the oldest plan, apply its result."""
+        laps = Laps()
+        while (plan := self._scheduler.schedule(time.monotonic())) is not None:
+            laps.lap("schedule")
+            self._plans.send(plan)
+            laps.lap("broadcast")
+            self._queue.append(plan)
+        laps.lap("schedule")
+        plan = self._queue.popleft()
+        with torch.inference_mode():
+            self._slots.update(plan)
+            build(plan, self._slots)
+        laps.lap("build")
+        _compute()
+        result = StepResult(plan.epoch, plan.step, pack([7] * len(plan.sample)))
+        laps.lap("device")
+        self._scheduler.apply(result, time.monotonic())
+        self._plans.retire(plan.step)
+        self._scheduler.take()
+        laps.lap("apply")
+        self.plan_bytes = len(codec.PLAN.encode([plan]))
+        laps.lap("encode")
+        return laps
+
+
+class Laps:
+    """One step's time by phase: seconds on the clock, and seconds in which this thread had a core."""
+
+    def __init__(self) -> None:
+        self.wall_s = dict.fromkeys((*PHASES, "device"), 0.0)
+        self.cpu_s = dict(self.wall_s)
+        self._cpu_s, self._wall_s = time.thread_time(), time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap was this phase's."""
+        wall_s, cpu_s = time.perf_counter(), time.thread_time()
+        self.wall_s[phase] += wall_s - self._wall_s
+        self.cpu_s[phase] += cpu_s - self._cpu_s
+        self._cpu_s, self._wall_s = time.thread_time(), time.perf_counter()  # a system call, and none
+
+
+def _compute() -> None:
+    """What the fake device does. Busy, as a core is that computes or waits for a card's event."""
+    end_s = time.perf_counter() + DEVICE_S
+    while time.perf_counter() < end_s:
+        pass
+
+
+@contextmanager
+def _listeners(endpoint: str, count: int) -> Iterator[None]:
+    """`count` receivers of what is sent at `endpoint`."""
+    process = subprocess.Popen([sys.executable, "-m", "tpserve.bench.listeners", endpoint, str(count), str(os.getpid())])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _heading(context: int, steps: int, transport: str, load: float) -> str:
+    columns = "".join(f"{name:>16}" for name in (*PHASES, "total", "cpu"))
+    return (
+        f"One decode step on rank 0 in milliseconds, p50 / p99 of {steps:,}: context {context:,}, plans over {transport}, "
+        f"{available_cores()} cores of {_cpu()}, load {load:.2f}\n"
+        "encode is part of broadcast; cpu: what of the total was spent on a core; the bound is for the total's p50\n"
+        f"{'batch':>5}{'subscribers':>13}{columns}   bound\n"
+    )
+
+
+def _row(case: Case) -> str:
+    spreads = [*(case.phases[phase] for phase in PHASES), case.total, case.total_cpu]
+    columns = "".join(f"{f'{spread.p50_ms:.3f} / {spread.p99_ms:.3f}':>16}" for spread in spreads)
+    return f"{case.batch:>5}{case.subscribers:>13}{columns}   {case.bound_ms:.3f} {'holds' if case.holds else 'MISSED'}\n"
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the kernel tells."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}; name a file in a directory that exists") from error
