@@ -58,9 +58,8 @@ class Slots:
         """Take over what the plan says about its slots, before its chunks are computed."""
         for admission in plan.admissions:
             self._admit(admission)
-        slots = unpack(plan.slots)
-        for index, group, ids in plan.runs():
-            self._extend(slots[index], group, torch.tensor(ids, dtype=torch.int32))
+        for group in range(len(self.tables)):
+            self._grow(plan, group)
         if plan.tokens:
             self._write_given(plan)
 
@@ -69,18 +68,30 @@ class Slots:
         tokens = as_int32(admission.tokens)
         self.tokens[slot, : len(tokens)] = to_device(tokens, self.tokens.device)
         for group, ids in enumerate(admission.tables):
-            self._table_lens[group][slot] = 0
-            self._extend(slot, group, as_int32(ids))
+            table = as_int32(ids)
+            self.tables[group][slot, : len(table)] = table
+            self._table_lens[group][slot] = len(table)
         self.temperature[slot] = params.temperature
         self.seed[slot] = admission.seed - (1 << 64) if admission.seed >> 63 else admission.seed
         self.choice[slot] = admission.choice
         self.num_logprobs[slot] = params.logprobs
         self.asked[slot] = asked(params, admission.prompt_len, self._eos_ids, self._vocab_size)
 
-    def _extend(self, slot: int, group: int, ids: torch.Tensor) -> None:
-        begin = self._table_lens[group][slot]
-        self.tables[group][slot, begin : begin + len(ids)] = ids
-        self._table_lens[group][slot] = begin + len(ids)
+    def _grow(self, plan: StepPlan, group: int) -> None:
+        """Append the chunks' new blocks, all in one write: sequences of one length need theirs in the same step."""
+        slots, lens = unpack(plan.slots), self._table_lens[group]
+        rows: list[int] = []
+        columns: list[int] = []
+        blocks: list[int] = []
+        for index, of_group, ids in plan.runs():
+            if of_group == group:
+                slot = slots[index]
+                rows.extend([slot] * len(ids))
+                columns.extend(range(lens[slot], lens[slot] + len(ids)))
+                blocks.extend(ids)
+                lens[slot] += len(ids)
+        if rows:
+            self.tables[group][torch.tensor(rows), torch.tensor(columns)] = torch.tensor(blocks, dtype=torch.int32)
 
     def _write_given(self, plan: StepPlan) -> None:
         """Write `Chunk.tokens`, so that every chunk reads its input from `tokens` alone."""
