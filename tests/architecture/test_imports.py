@@ -1,6 +1,7 @@
 """The table of allowed imports. A room may import the rooms named here, itself, and the packages of `EXTERNAL`; nothing else.
 
-Also here: what a torch-free process must never load, who may read the environment, and that nobody says `global`.
+Also here: what a torch-free process must never load, who may read the environment, that nobody says `global`, and that
+every folder of tests is run.
 """
 
 import ast
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tpserve"
@@ -133,3 +136,11 @@ def test_test_modules_have_names_of_their_own() -> None:
     """pytest imports them by their bare names when it runs them all at once."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_every_folder_of_tests_has_a_share_of_a_quarter_of_an_hour() -> None:
+    tests = ROOT / "tests"
+    folders = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")}
+    shares = [folder for _, folders in run.SHARES.values() for folder in folders]
+    assert sorted([*shares, "gpu"]) == sorted(folders)
+    assert run.INSTALL_S + run.LINT_S + sum(budget_s for budget_s, _ in run.SHARES.values()) < 15 * 60

@@ -69,6 +69,7 @@ def test_nccl_with_one_rank() -> None:
 
 def test_a_launch_does_not_wait_for_the_card() -> None:
     """The next plan can be launched while this one runs: on the card a launch returns long before its result is there."""
+    from tests.specs import small
     from tpserve.models.decoder import Decoder
     from tpserve.parallel.group import Group
     from tpserve.parallel.mesh import Mesh
@@ -76,7 +77,6 @@ def test_a_launch_does_not_wait_for_the_card() -> None:
     from tpserve.scheduling.limits import Limits
     from tpserve.scheduling.scheduler import Scheduler
     from tpserve.types.layout import ParallelLayout
-    from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
     from tpserve.types.packed import pack
     from tpserve.types.request import Request
     from tpserve.types.sampling import SamplingParams
@@ -85,11 +85,9 @@ def test_a_launch_does_not_wait_for_the_card() -> None:
     from tpserve.worker.memory import allocate
     from tpserve.worker.slots import Slots
 
-    spec = ModelSpec(
-        family="llama", vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_layers=8, num_heads=16, num_kv_heads=4,
-        head_dim=128, norm_eps=1e-5, rope=RopeSpec(), max_position=8192, tie_embeddings=True, qkv_bias=False, out_bias=False,
-        mlp_bias=False, qk_norm=False, activation="silu", dtype="bfloat16", bos_id=None, eos_ids=(),
-        cache=(CacheGroup("full", tuple(range(8))),),
+    spec = small(
+        vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=128,
+        max_position=8192, tie_embeddings=True, dtype="bfloat16",
     )  # fmt: skip
     limits = Limits(
         max_num_seqs=4, max_num_batched_tokens=8192, max_model_len=8192, num_blocks=1024, block_size=16, depth=2, feedback=False,

@@ -13,8 +13,7 @@ from tpserve.models import model_spec
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
-from tpserve.parallel.split import split_layers
-from tpserve.types.layout import ParallelLayout
+from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.load import load
 
@@ -35,7 +34,7 @@ class Runner:
     @staticmethod
     def load(directory: Path, tp_size: int, pp: int, rank: int, tp: Group, pipeline: Pipeline, dtype: torch.dtype) -> "Runner":
         spec = model_spec(model_config.read(directory), str(directory / "config.json"))
-        layout = ParallelLayout(tp_size, pp, split_layers(spec.num_layers, pp))
+        layout = ParallelLayout(tp_size, pp, even_layers(spec.num_layers, pp))
         stage = layout.stage_of(rank)
         decoder = Decoder(spec, layout, stage, tp, dtype, torch.device("cpu"), 400)
         load(decoder.parameters(), Checkpoint.open(directory), spec.num_layers)

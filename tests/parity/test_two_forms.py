@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("two_forms.py")
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"torch.float32": 1e-4, "torch.bfloat16": 0.2}
 """Logits are near 1; bfloat16 keeps 8 bits, and two layers add up their roundings."""
 
@@ -16,7 +16,8 @@ LIMITS = {"torch.float32": 1e-4, "torch.bfloat16": 0.2}
 def assert_close(other: str, environment: dict[str, str]) -> None:
     """Run the script and hold every difference that it prints to its dtype's limit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    run = subprocess.run([sys.executable, str(SCRIPT), other], capture_output=True, text=True, env=environment, timeout=110)
+    command = [sys.executable, "-m", "tests.parity.two_forms", other]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=110)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     assert len(lines) == 4

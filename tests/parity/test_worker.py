@@ -8,6 +8,7 @@ import pytest
 import torch
 from msgspec import structs
 
+from tests.specs import small
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
@@ -16,7 +17,6 @@ from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.messages import Delta, Done
-from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
 from tpserve.types.packed import pack
 from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
@@ -25,29 +25,7 @@ from tpserve.worker.executor import Executor, Pending
 from tpserve.worker.memory import allocate
 from tpserve.worker.slots import Slots
 
-SPEC = ModelSpec(
-    family="llama",
-    vocab_size=517,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    norm_eps=1e-5,
-    rope=RopeSpec(),
-    max_position=1024,
-    tie_embeddings=False,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    activation="silu",
-    dtype="float32",
-    bos_id=None,
-    eos_ids=(),
-    cache=(CacheGroup("full", (0, 1, 2)),),
-)
+SPEC = small(num_layers=3, num_heads=4, head_dim=16, intermediate_size=96, max_position=1024)
 LIMITS = Limits(
     max_num_seqs=8,
     max_num_batched_tokens=1024,

@@ -1,19 +1,20 @@
 """Runs a random model in both forms of every operation and prints how far their logits are apart.
 
-python two_forms.py cuda            the CPU against a CUDA device
-python two_forms.py interpreter     the CPU against the kernels in Triton's interpreter (TRITON_INTERPRET=1)
+python -m tests.parity.two_forms cuda            the CPU against a CUDA device
+python -m tests.parity.two_forms interpreter     the CPU against the kernels in Triton's interpreter (TRITON_INTERPRET=1)
 """
 
 import sys
 
 import torch
-from harness import Runner, mixed
 
+from tests.parity.harness import Runner, mixed
+from tests.specs import small
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
-from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
+from tpserve.types.model_spec import ModelSpec, RopeSpec
 from tpserve.weights.dummy import dummy
 
 LENGTHS, PROMPTS, SIZES = (4, 20, 40), (3, 19, 38), (17, 40, 5)
@@ -21,28 +22,20 @@ LENGTHS, PROMPTS, SIZES = (4, 20, 40), (3, 19, 38), (17, 40, 5)
 
 def spec(family: str) -> ModelSpec:
     """All biases, and Qwen3's norms where the family has them."""
-    return ModelSpec(
+    return small(
         family=family,
         vocab_size=300,
         hidden_size=48,
         intermediate_size=96,
         num_layers=2,
         num_heads=4,
-        num_kv_heads=2,
         head_dim=16,
-        norm_eps=1e-5,
         rope=RopeSpec(scaling="llama3", factor=4.0, original_max_position=16),
         max_position=64,
-        tie_embeddings=False,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
         qk_norm=family == "qwen3",
-        activation="silu",
-        dtype="float32",
-        bos_id=None,
-        eos_ids=(),
-        cache=(CacheGroup("full", (0, 1)),),
     )
 
 

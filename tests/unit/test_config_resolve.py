@@ -5,19 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from tests.specs import small
 from tpserve.config.cli import parse
 from tpserve.config.machine import Machine
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
-from tpserve.parallel.split import split_heads, split_layers
-from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
+from tpserve.parallel.split import split_heads
+from tpserve.types.layout import even_layers
+from tpserve.types.model_spec import ModelSpec
 
-SPEC = ModelSpec(
-    family="llama", vocab_size=517, hidden_size=64, intermediate_size=172, num_layers=5, num_heads=8, num_kv_heads=2,
-    head_dim=8, norm_eps=1e-5, rope=RopeSpec(), max_position=2048, tie_embeddings=False, qkv_bias=False, out_bias=False,
-    mlp_bias=False, qk_norm=False, activation="silu", dtype="float32", bos_id=1, eos_ids=(2,), cache=(CacheGroup("full", (0,)),),
-)  # fmt: skip
+SPEC = small(num_layers=5, bos_id=1, eos_ids=(2,))
 
 
 def machine(world: int, nodes: int = 1, gpus: int = 0, serve: bool = False) -> Machine:
@@ -32,7 +30,7 @@ def resolved(line: str, on: Machine, spec: ModelSpec = SPEC) -> EngineConfig:
 @given(tp=st.integers(1, 8), pp=st.integers(1, 5), say_tp=st.booleans())
 def test_any_size_that_leaves_no_rank_empty(tp: int, pp: int, say_tp: bool) -> None:
     layout = resolved(f"m -pp {pp}" + (f" -tp {tp}" if say_tp else ""), machine(tp * pp)).layout
-    assert (layout.tp, layout.pp, layout.layers) == (tp, pp, split_layers(5, pp))
+    assert (layout.tp, layout.pp, layout.layers) == (tp, pp, even_layers(5, pp))
     split_heads(SPEC.num_heads, SPEC.num_kv_heads, layout.tp)
 
 

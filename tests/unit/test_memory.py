@@ -6,20 +6,16 @@ from typing import Any, cast
 import pytest
 import torch
 
+from tests.specs import small
 from tpserve.config.cli import parse
 from tpserve.config.machine import Machine
 from tpserve.config.resolve import resolve
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.messages import MemoryLedger
-from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
 from tpserve.worker import memory
 
-SPEC = ModelSpec(
-    family="llama", vocab_size=517, hidden_size=64, intermediate_size=172, num_layers=4, num_heads=8, num_kv_heads=2,
-    head_dim=8, norm_eps=1e-5, rope=RopeSpec(), max_position=4096, tie_embeddings=False, qkv_bias=False, out_bias=False,
-    mlp_bias=False, qk_norm=False, activation="silu", dtype="bfloat16", bos_id=1, eos_ids=(2,), cache=(CacheGroup("full", ()),),
-)  # fmt: skip
+SPEC = small(max_position=4096, dtype="bfloat16", bos_id=1, eos_ids=(2,))
 BLOCK_BYTES = 4 * 2 * 16 * 2 * 8 * 2
 TOTAL, OTHERS, HELD, CACHED, ACTIVATIONS = 100_000_000, 5_000_000, 30_000_000, 2_000_000, 10_000_000
 """`CACHED`: what torch's allocator keeps without using it."""

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpserve.errors import UserError
-from tpserve.parallel.split import HeadShare, imbalance, split, split_heads, split_layers
+from tpserve.parallel.split import HeadShare, imbalance, split, split_heads
+from tpserve.types.layout import even_layers
 
 quick = settings(max_examples=150, deadline=None)
 
@@ -56,9 +57,7 @@ def test_ranks_are_dealt_to_few_key_value_heads() -> None:
 
 
 def test_layers_and_imbalance() -> None:
-    assert split_layers(5, 2) == (3, 2)
-    assert split_layers(7, 3) == (3, 2, 2)
-    with pytest.raises(UserError, match="2 layers cannot be split 3 ways"):
-        split_layers(2, 3)
+    assert even_layers(5, 2) == (3, 2)
+    assert even_layers(7, 3) == (3, 2, 2)
     assert imbalance(split(8, 3, what="heads"), "heads") == "slowest rank holds 3 of 8 heads"
     assert imbalance(split(8, 2, what="heads"), "heads") is None

@@ -5,43 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import save_file
 
+from tests.specs import small
 from tpserve.errors import UserError
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
-from tpserve.parallel.split import split_layers
-from tpserve.types.layout import ParallelLayout
-from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
+from tpserve.types.layout import ParallelLayout, even_layers
+from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import Loaded, load
 from tpserve.weights.parameter import Parameter
 
-SPEC = ModelSpec(
-    family="qwen3",
-    vocab_size=517,
-    hidden_size=24,
-    intermediate_size=172,
-    num_layers=5,
-    num_heads=8,
-    num_kv_heads=2,
-    head_dim=4,
-    norm_eps=1e-6,
-    rope=RopeSpec(),
-    max_position=64,
-    tie_embeddings=False,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    qk_norm=True,
-    activation="silu",
-    dtype="float32",
-    bos_id=None,
-    eos_ids=(),
-    cache=(CacheGroup("full", tuple(range(5))),),
-)
-TIED = ModelSpec(**{**{f: getattr(SPEC, f) for f in SPEC.__struct_fields__}, "tie_embeddings": True})
+QWEN3 = {"family": "qwen3", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True, "norm_eps": 1e-6}
+SPEC = small(**QWEN3, num_layers=5, hidden_size=24, head_dim=4, max_position=64)
+TIED = replace(SPEC, tie_embeddings=True)
 
 
 class Seat(Group):
@@ -53,7 +33,7 @@ class Seat(Group):
 
 
 def decoder(rank: int = 0, tp: int = 1, stage: int = 0, pp: int = 1, spec: ModelSpec = SPEC) -> Decoder:
-    layout = ParallelLayout(tp, pp, split_layers(spec.num_layers, pp))
+    layout = ParallelLayout(tp, pp, even_layers(spec.num_layers, pp))
     return Decoder(spec, layout, stage, Seat(rank, tp), torch.float32, torch.device("cpu"), 16)
 
 

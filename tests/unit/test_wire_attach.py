@@ -18,7 +18,7 @@ from tpserve.wire.attach import Attachment, Frontend
 
 ENV = RankEnv(
     rank=2, world_size=4, local_rank=0, local_world_size=2, node_rank=1, nnodes=2, master_addr="127.0.0.1", master_port=1,
-    run_id="job/7 of mine", restart_count=0, use_agent_store=True, agent_pid=4242, runtime_dir=None, error_file=None,
+    run_id="job/7 of mine", use_agent_store=True, agent_pid=4242, runtime_dir=None, error_file=None,
 )  # fmt: skip
 HOLD = """
 import sys, time, pathlib

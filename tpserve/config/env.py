@@ -6,7 +6,6 @@ LOCAL_RANK LOCAL_WORLD_SIZE           RankEnv.local_rank, .local_world_size
 GROUP_RANK GROUP_WORLD_SIZE           RankEnv.node_rank, .nnodes
 MASTER_ADDR MASTER_PORT               RankEnv.master_addr, .master_port
 TORCHELASTIC_RUN_ID                   RankEnv.run_id
-TORCHELASTIC_RESTART_COUNT            RankEnv.restart_count
 TORCHELASTIC_USE_AGENT_STORE          RankEnv.use_agent_store
 TORCHELASTIC_ERROR_FILE               RankEnv.error_file
 
@@ -46,7 +45,6 @@ class RankEnv:
     master_addr: str
     master_port: int
     run_id: str
-    restart_count: int
     use_agent_store: bool
     agent_pid: int
     runtime_dir: str | None
@@ -80,7 +78,6 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
         master_port=number("MASTER_PORT", 0),
         run_id=environ.get("TORCHELASTIC_RUN_ID", "none"),
-        restart_count=number("TORCHELASTIC_RESTART_COUNT", 0),
         use_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         agent_pid=number("TPSERVE_AGENT_PID", os.getppid()),
         runtime_dir=environ.get("TPSERVE_RUNTIME_DIR"),

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from tpserve.config.machine import Machine
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import UserError
-from tpserve.types.layout import ParallelLayout
+from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.model_spec import ModelSpec
 
 BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -171,9 +171,8 @@ def _default_stages(flags: Flags, spec: ModelSpec, world_size: int) -> int:
 
 
 def _stages(given: tuple[int, ...], pp: int, num_layers: int) -> tuple[int, ...]:
-    """Layers per stage; earlier stages take the odd ones."""
-    base, extra = divmod(num_layers, pp)
-    even = tuple(base + (stage < extra) for stage in range(pp))
+    """Layers per stage."""
+    even = even_layers(num_layers, pp)
     if not given:
         return even
     if len(given) != pp or sum(given) != num_layers:

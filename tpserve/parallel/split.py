@@ -51,11 +51,6 @@ def split_heads(num_heads: int, num_kv_heads: int, parts: int) -> tuple[HeadShar
     return tuple(result)
 
 
-def split_layers(num_layers: int, parts: int) -> tuple[int, ...]:
-    """Layers per stage; earlier stages take the odd ones."""
-    return tuple(len(layers) for layers in split(num_layers, parts, what="layers"))
-
-
 def imbalance(shares: Sequence[range], what: str) -> str | None:
     """Say how much more than its part the slowest rank holds; None when the shares are even."""
     sizes = [len(share) for share in shares]

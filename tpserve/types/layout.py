@@ -32,3 +32,9 @@ class ParallelLayout(Struct, frozen=True, array_like=True):
     def sampling_rank(self) -> int:
         """The rank that sends step results: tensor-parallel rank 0 of the last stage."""
         return self.world_size - self.tp
+
+
+def even_layers(num_layers: int, stages: int) -> tuple[int, ...]:
+    """Layers per stage where nobody says otherwise; earlier stages take the odd ones."""
+    base, odd = divmod(num_layers, stages)
+    return tuple(base + (stage < odd) for stage in range(stages))

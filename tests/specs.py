@@ -1,0 +1,16 @@
+"""A small decoder for tests that need some `ModelSpec`: they say what matters to them, the rest is here."""
+
+from typing import Any
+
+from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
+
+
+def small(**fields: Any) -> ModelSpec:
+    """A Llama of four layers in float32, with `fields` of its own. All layers keep every position."""
+    own = {
+        "family": "llama", "vocab_size": 517, "hidden_size": 64, "intermediate_size": 172, "num_layers": 4, "num_heads": 8,
+        "num_kv_heads": 2, "head_dim": 8, "norm_eps": 1e-5, "rope": RopeSpec(), "max_position": 2048, "tie_embeddings": False,
+        "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False, "activation": "silu", "dtype": "float32",
+        "bos_id": None, "eos_ids": (), **fields,
+    }  # fmt: skip
+    return ModelSpec(**own, cache=(CacheGroup("full", tuple(range(own["num_layers"]))),))
