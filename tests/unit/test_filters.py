@@ -5,16 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from msgspec.structs import replace
 
-from tests.unit.test_draw import on_ranks
+from tests.unit.test_draw import deviation, drawn, on_ranks
 from tpserve.parallel.group import Group
 from tpserve.sampler import filters as module
-from tpserve.sampler.draw import draw, gather
+from tpserve.sampler.draw import gather
 from tpserve.sampler.filters import apply
 from tpserve.types.sampling import SamplingParams
 from tpserve.worker.asked import asked, filters
@@ -205,25 +205,56 @@ def test_penalties_bring_nothing_back() -> None:
     assert filtered([row])[0].isfinite().nonzero().flatten().tolist() == [1, 2]
 
 
-CASES: list[dict[str, float]] = [
-    {"top_p": 0.85}, {"top_k": 40}, {"min_p": 0.1}, {"top_k": 60, "top_p": 0.9, "min_p": 0.02, "temperature": 0.8}
-]  # fmt: skip
+EACH = {
+    "temperature": {"temperature": 1.7},
+    "top_k": {"top_k": 60},
+    "top_p": {"top_p": 0.85},
+    "min_p": {"min_p": 0.02},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 0.7},
+    "repetition": {"repetition_penalty": 1.7},
+    "bias": {"logit_bias": ((3, 2.0), (50, -3.0), (51, 5.0))},
+    "allowed": {"allowed_token_ids": (*range(0, 300, 3), 2, 4)},
+    "bad words": {"bad_words": ((9,), (2, 3), (3, 51), (2, 3, 4))},
+    "min_tokens": {"min_tokens": 9, "stop_token_ids": (20, 51)},
+}
+TOGETHER = {
+    "all": {name: value for fields in EACH.values() for name, value in fields.items()},
+    "what changes logits": {**EACH["bias"], **EACH["presence"], **EACH["frequency"], **EACH["repetition"]},
+    "masks": {**EACH["allowed"], **EACH["bad words"], **EACH["min_tokens"], "temperature": 0.6},
+    "what keeps the likely": {"top_k": 60, "top_p": 0.9, "min_p": 0.02, "temperature": 0.8},
+    "penalties, then top_p": {"presence_penalty": 1.0, "repetition_penalty": 1.3, "top_p": 0.7},
+    "bias, then min_p": {**EACH["bias"], "min_p": 0.05, "temperature": 1.4},
+}
 
 
-@pytest.mark.parametrize("fields", CASES, ids=str)
-def test_frequencies_are_those_of_what_is_left(fields: dict[str, float]) -> None:
-    """Chi-square over 8,000 positions of one seed against the reference's probabilities; 5 standard deviations."""
-    number = 8_000
-    row = Row(SamplingParams(**fields), [1], [], make_rows()[0].logits)  # type: ignore[arg-type]
-    left = filtered([row]).expand(number, -1)
-    zero, temperature = torch.zeros(number, dtype=torch.int64), torch.full((number,), row.params.temperature)
-    tokens = draw(left, (range(VOCAB),), temperature, zero + 99, torch.arange(number), zero, Group(), all_greedy=False)
-    expected = torch.softmax(torch.tensor(reference(row), dtype=torch.float64) / row.params.temperature, 0) * number
-    counts = torch.bincount(tokens, minlength=VOCAB).double()
-    kept = expected > 0
-    assert not counts[~kept].any()
-    statistic, freedom = float(((counts - expected)[kept] ** 2 / expected[kept]).sum()), int(kept.sum()) - 1
-    assert freedom > 5 and abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
+def one_row(fields: dict[str, object]) -> Row:
+    """Repeats in the output, ids that penalties, bans and biases share."""
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(12))
+    logits[[1, 2, 3, 4, 9, 20, 50, 51]] += 2.5
+    return Row(SamplingParams(**fields), [1, 4, 50], [4, 3, 1, 3, 2, 3], logits)  # type: ignore[arg-type]
+
+
+def test_every_pair_is_the_reference() -> None:
+    filters = [fields for name, fields in EACH.items() if name != "temperature"]
+    pairs = [{"temperature": t, **a, **b} for t in (0.4, 1.6) for a, b in combinations(filters, 2)]
+    rows = [one_row(fields) for fields in pairs]
+    for row, got in zip(rows, filtered(rows), strict=True):
+        expected = torch.tensor(reference(row), dtype=torch.float64)
+        assert torch.equal(got.isinf(), expected.isinf()), row.params
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [pytest.param(fields, id=name) for name, fields in (EACH | TOGETHER).items()])
+def test_frequencies_are_those_of_the_reference(fields: dict[str, object]) -> None:
+    """Chi-square of 8,000 draws, each filter alone and some together; without them it would tell."""
+    row = one_row(fields)
+    logits = row.logits if fields == EACH["temperature"] else filtered([row])[0]
+    tokens = drawn(logits, row.params.temperature, 8_000, seed=99)
+    expected = torch.softmax(torch.tensor(reference(row), dtype=torch.float64) / row.params.temperature, 0)
+    assert abs(deviation(tokens, expected)) < 5
+    plain = drawn(row.logits, 1.0, 8_000, seed=99)
+    assert deviation(plain, expected) > 10
 
 
 @pytest.mark.parametrize("cuts", [(0, 128, 300), (0, 100, 171, 300), (0, 1, 2, 300)], ids=str)
