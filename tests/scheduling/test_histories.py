@@ -144,6 +144,7 @@ class History:
             self.events.append(output)
             if isinstance(output, Scored):
                 assert output.id not in self.dones and not self.outputs[output.id], "scores come before tokens"
+                assert output.logprobs.num_tokens, "nothing is told twice"
                 assert output.start == len(self.scores[output.id]) + 1, "scores are consecutive"
                 self.scores[output.id] += array("f", output.logprobs.chosen)
             elif isinstance(output, Delta):
