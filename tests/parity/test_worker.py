@@ -107,6 +107,18 @@ def test_any_schedule_gives_the_same_bits(decoder: Decoder, alone: dict[int, Ans
     assert batched == alone
 
 
+@pytest.mark.parametrize("change", [{}, {"max_num_batched_tokens": 37}, {"depth": 3, "feedback": True}], ids=str)
+def test_what_comes_from_the_prefix_cache_is_what_would_have_been_computed(
+    decoder: Decoder, alone: dict[int, Answer], change: dict[str, int]
+) -> None:
+    again = [structs.replace(r, id=r.id + 100) for r in make_requests()]
+    answers, scheduler = serve(decoder, make_requests() + again, replace(LIMITS, **change))
+    assert answers == alone | {id + 100: answer for id, answer in alone.items()}
+    assert scheduler.stats().prefix_cache_hits == sum((len(r.prompt) // 4 - 1) // 16 * 16 for r in again)
+    computed, scheduler = serve(decoder, make_requests() + again, replace(LIMITS, **change, prefix_caching=False))
+    assert computed == answers and scheduler.stats().prefix_cache_hits == 0
+
+
 def test_preempted_and_recomputed(decoder: Decoder) -> None:
     growing = [
         Request(i, pack(range(i, i + 20)), SamplingParams(temperature=0.7 * (i % 2), max_tokens=120, logprobs=0), seed=i)

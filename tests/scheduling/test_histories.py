@@ -1,10 +1,13 @@
 """Random histories of arrivals, aborts, cuts and late results under tight limits, over the ledger device.
 
-Of any history must hold: every Add has one Done, its tokens are those of an undisturbed run alone, nothing is held at idle.
+Prompts are cut from a few stems, so that prefixes are shared, now and then by all choices of a request.
+Of any history must hold: every Add has one Done, its tokens and scores are those of an undisturbed run alone, nothing is held
+at idle.
 A history is a function of one number, which a failure prints. The device and its worker assert the rest at every plan.
 `--hypothesis-profile long` runs 10,000 histories.
 """
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
@@ -13,10 +16,10 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpserve.scheduling.ledger import LedgerDevice, continuation
+from tpserve.scheduling.ledger import LedgerDevice, continuation, score
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import Delta, Done, EngineOutput
+from tpserve.types.messages import Delta, Done, EngineOutput, Scored
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import StepPlan
 from tpserve.types.request import Request
@@ -25,6 +28,7 @@ from tpserve.types.sampling import SamplingParams
 VOCAB = 50
 Operation = Request | tuple[str, int]
 EXAMPLES = 10_000 if settings.get_current_profile_name() == "long" else 1500
+STEMS = [[Random(stem).randrange(VOCAB) for _ in range(40)] for stem in range(3)]
 
 
 @dataclass
@@ -35,6 +39,7 @@ class History:
     now: float = 0.0
     requests: dict[int, Request] = field(default_factory=dict)
     outputs: dict[int, list[int]] = field(default_factory=dict)
+    scores: dict[int, list[float]] = field(default_factory=dict)
     dones: dict[int, Done] = field(default_factory=dict)
     cuts: dict[int, int] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
@@ -47,6 +52,7 @@ class History:
     def add(self, request: Request) -> None:
         self.requests[request.id] = request
         self.outputs[request.id] = list(unpack(request.output))
+        self.scores[request.id] = []
         self.scheduler.add(request, self._tick())
         self._take()
 
@@ -101,11 +107,13 @@ class History:
         assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
         free_slots = self.scheduler._free_slots
         assert sorted(free_slots) == list(range(self.limits.max_num_seqs))
+        assert not self.scheduler._blocks._promised, "a promise outlives who gave it"
 
     def _check_request(self, request: Request, output: list[int], done: Done) -> None:
         assert output == continuation(request, len(output), VOCAB), "batching changed a token"
         if done.finish == "error":
             return
+        self._check_scores(request, done)
         params = request.params
         ends = (() if params.ignore_eos else self.limits.eos_ids) + params.stop_token_ids
         prompt_len, resumed = len(unpack(request.prompt)), len(unpack(request.output))
@@ -121,10 +129,25 @@ class History:
             assert done.finish == ("stop" if stopped else "length")
             assert stopped or len(output) == max(most, resumed)
 
+    def _check_scores(self, request: Request, done: Done) -> None:
+        prompt, scores = unpack(request.prompt), self.scores[request.id]
+        wanted = request.params.prompt_logprobs is not None and not request.output
+        assert scores == [score(prompt, position) for position in range(1, 1 + len(scores))]
+        assert len(scores) <= wanted * (len(prompt) - 1)
+        if self.outputs[request.id] or done.finish == "length":
+            assert len(scores) == wanted * (len(prompt) - 1), "scores come before tokens"
+        assert done.cached_tokens <= len(prompt)
+        assert not done.cached_tokens or (self.limits.prefix_caching and not (wanted and len(prompt) > 1))
+
     def _take(self) -> None:
         for output in self.scheduler.take():
             self.events.append(output)
-            if isinstance(output, Delta):
+            if isinstance(output, Scored):
+                assert output.id not in self.dones and not self.outputs[output.id], "scores come before tokens"
+                assert output.logprobs.num_tokens, "nothing is told twice"
+                assert output.start == len(self.scores[output.id]) + 1, "scores are consecutive"
+                self.scores[output.id] += array("f", output.logprobs.chosen)
+            elif isinstance(output, Delta):
                 assert output.id not in self.dones, "a Delta after Done"
                 assert output.start == len(self.outputs[output.id]), "Deltas are consecutive"
                 self.outputs[output.id].extend(output.tokens)
@@ -150,6 +173,7 @@ def scenario(seed: int) -> tuple[Limits, list[Operation]]:
         feedback=random.random() < 0.5,
         eos_ids=random.choice([(), (3,), (3, 4, 5)]),
         num_groups=random.choice([1, 1, 2]),
+        prefix_caching=random.random() < 0.9,
     )
     capacity = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
     operations: list[Operation] = []
@@ -157,7 +181,8 @@ def scenario(seed: int) -> tuple[Limits, list[Operation]]:
     for _ in range(random.randint(10, 80)):
         kind = random.random()
         if kind < 0.25:
-            operations.append(a_request(random, len(operations), capacity))
+            request = a_request(random, len(operations), capacity)
+            operations += [request, *choices_of(random, request)]
         elif kind < 0.32:
             operations.append((random.choice(["abort", "cut"]), random.randint(0, 15)))
         else:
@@ -173,11 +198,20 @@ def a_request(random: Random, id: int, capacity: int) -> Request:
         max_tokens=room + 1 if random.random() < 0.05 else random.randint(0 if random.random() < 0.1 else min(1, room), room),
         ignore_eos=random.random() < 0.3,
         stop_token_ids=random.choice([(), (), (7, 8, 9)]),
+        prompt_logprobs=0 if random.random() < 0.2 else None,
     )
-    prompt = pack(random.randrange(VOCAB) for _ in range(prompt_len))
-    fresh = Request(id, prompt, params, seed=random.getrandbits(64), choice=random.randint(0, 3))
+    shared = random.randint(0, prompt_len)
+    prompt = pack(random.choice(STEMS)[:shared] + [random.randrange(VOCAB) for _ in range(prompt_len - shared)])
+    priority, salt = random.choice([0, 0, 0, 1, -1]), random.choice(["", "", "", "salt"])
+    fresh = Request(id, prompt, params, random.getrandbits(64), random.randint(0, 3), priority=priority, cache_salt=salt)
     resumed = random.randint(1, params.max_tokens) if params.max_tokens and random.random() < 0.2 else 0
     return msgspec.structs.replace(fresh, output=pack(continuation(fresh, resumed, VOCAB))) if prompt_len else fresh
+
+
+def choices_of(random: Random, request: Request) -> list[Request]:
+    """Now and then further choices of a request, which come with it."""
+    count = random.choice([0, 0, 0, 0, 1, 3])
+    return [msgspec.structs.replace(request, id=1000 * i + request.id, choice=request.choice + i) for i in range(1, count + 1)]
 
 
 def play(seed: int) -> History:
@@ -224,5 +258,10 @@ def test_the_histories_reach_every_corner() -> None:
         seen["reuse"] += sum(
             bool({a.slot for a in e.admissions} & {*e.releases}) for e in history.events if isinstance(e, StepPlan)
         )
+        seen["cached"] += sum(done.cached_tokens > 0 for done in history.dones.values())
+        seen["scored"] += sum(len(scores) > 0 for scores in history.scores.values())
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
-    assert min(seen[k] for k in ("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "late")) > 20, seen
+    assert (
+        min(seen[k] for k in ("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "cached", "scored", "late"))
+        > 20
+    ), seen

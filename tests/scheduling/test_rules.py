@@ -5,56 +5,14 @@ from typing import Any
 
 import pytest
 
+from tests.scheduling.small import answer, limits, plan_of, request, run, slots
 from tpserve.scheduling.ledger import LedgerDevice, LedgerWorker, continuation
-from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import Delta, Done, PhaseTimes
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, Chunk, StepPlan, StepResult
+from tpserve.types.plan import Admission, Chunk, StepPlan
 from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
-
-
-def limits(**changes: Any) -> Limits:
-    sizes: dict[str, Any] = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "max_model_len": 64,
-        "num_blocks": 64,
-        "block_size": 4,
-    }
-    return Limits(**{**sizes, "depth": 2, "feedback": False, "eos_ids": (), **changes})
-
-
-def request(id: int, prompt_len: int = 4, max_tokens: int = 4, **params: Any) -> Request:
-    return Request(id, pack(range(100, 100 + prompt_len)), SamplingParams(max_tokens=max_tokens, **params), seed=id)
-
-
-def answer(plan: StepPlan, token: int = 9) -> StepResult:
-    """A result that draws the same token everywhere."""
-    return StepResult(plan.epoch, plan.step, pack(token if sample else -1 for sample in plan.sample))
-
-
-def plan_of(scheduler: Scheduler, now: float = 0.0) -> StepPlan:
-    plan = scheduler.schedule(now)
-    assert plan is not None
-    return plan
-
-
-def run(scheduler: Scheduler, device: LedgerDevice) -> list[StepPlan]:
-    """The engine's loop on the device's clock: plan as far ahead as allowed, wait for the oldest result, apply it."""
-    plans, now = [], 0.0
-    while not scheduler.idle:
-        while plan := scheduler.schedule(now):
-            device.submit(plan, now)
-            plans.append(plan)
-        now = device.ready_s
-        scheduler.apply(device.collect(now), now)
-    return plans
-
-
-def slots(plan: StepPlan) -> list[int]:
-    return list(unpack(plan.slots))
 
 
 def test_without_pipelining_a_plan_is_sent_before_the_result_it_continues_is_applied() -> None:
@@ -283,7 +241,7 @@ def sent(*chunks: Chunk, admit: int | None = None, step: int = 0, table: tuple[i
 def test_the_ledger_worker_notices() -> None:
     """The fake is only worth something if it fails when the rules are broken."""
     broken = {
-        "belongs to slot": [sent(Chunk(0, 0, 2, True), admit=0), sent(Chunk(1, 0, 2, True), admit=1, step=1)],
+        "held by slots": [sent(Chunk(0, 0, 2, True), admit=0), sent(Chunk(1, 0, 2, True), admit=1, step=1)],
         "computed once": [sent(Chunk(0, 0, 2, True), admit=0), sent(Chunk(0, 1, 1, True), step=1)],
         "known or drawn": [sent(Chunk(0, 0, 3, True), admit=0)],
         "at most once": [sent(Chunk(0, 0, 1, False), Chunk(0, 1, 1, True), admit=0)],

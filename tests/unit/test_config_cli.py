@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_flag_list_is_frozen() -> None:
     """A new flag is a decision: it changes flags.txt, and docs/flags.md through the schema."""
-    rows = [" ".join(filter(None, [o.flag, o.about.short, o.value_name(), o.default_text()])) for o in OPTIONS.values()]
+    rows = [" ".join(filter(None, [*o.spellings, o.value_name(), o.default_text()])) for o in OPTIONS.values()]
     assert rows == (Path(__file__).parent / "flags.txt").read_text().splitlines()
 
 
@@ -47,6 +47,15 @@ def test_the_environment_is_weaker_than_the_command_line() -> None:
     overrides = {"port": "9", "model": "other", "max_num_seqs": "7", "headless": "1", "pipeline_layer_map": "3,2"}
     flags = parse(["m", "--port", "8"], overrides)
     assert (flags.model, flags.port, flags.max_num_seqs, flags.headless, flags.pipeline_layer_map) == ("m", 8, 7, True, (3, 2))
+
+
+def test_a_switch_has_two_ends() -> None:
+    assert parse(["m"]).enable_prefix_caching and not parse(["m", "--no_enable_prefix_caching"]).enable_prefix_caching
+    assert parse(["m", "--no-enable-prefix-caching", "--enable-prefix-caching"]).enable_prefix_caching
+    assert not parse(["m"], {"enable_prefix_caching": "0"}).enable_prefix_caching
+    assert not parse(to_argv(parse(["m", "--no-enable-prefix-caching"]))).enable_prefix_caching
+    with pytest.raises(UserError, match="did you mean --no-enable-prefix-caching"):
+        parse(["m", "--no-enable-prefix-cache"])
 
 
 def test_a_rank_reads_back_what_was_said() -> None:
@@ -111,4 +120,4 @@ def test_wrong_environment_variables() -> None:
 def test_help_names_every_flag() -> None:
     with pytest.raises(HelpWanted) as wanted:
         parse(["--help"])
-    assert all(f"  {option.flag}" in str(wanted.value) for option in OPTIONS.values())
+    assert all(f"  {option.spellings[0]}" in str(wanted.value) for option in OPTIONS.values())

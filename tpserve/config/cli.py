@@ -71,6 +71,9 @@ def to_argv(flags: Flags) -> list[str]:
         value = getattr(flags, name)
         if value == option.default or name == "api_key" or option.about.group == LAUNCH:
             continue
+        if option.kind is bool:
+            argv.append(option.flag if value else option.off)
+            continue
         texts = value if option.many else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
         argv += [f"{option.flag}={texts[0]}"] if texts[0].startswith("-") else [option.flag, *texts]
     return argv
@@ -83,7 +86,7 @@ def help_text() -> str:
         lines.append(f"\n{group}:")
         for option in OPTIONS.values():
             if option.about.group == group:
-                spellings = ", ".join(filter(None, [option.flag, option.about.short]))
+                spellings = ", ".join(option.spellings)
                 default = f" (default {option.default_text()})" if option.default_text() else ""
                 lines += [f"  {spellings} {option.value_name()}".rstrip(), f"        {option.about.help}{default}"]
     lines.append("\n  --help, -h\n  --version\n\nEach flag can also be given as TPSERVE_ARG_<NAME>; the command line wins.")
@@ -113,6 +116,7 @@ def _parser() -> Parser:
         names = filter(None, [option.flag, option.about.short])
         if option.kind is bool:
             parser.add_argument(*names, dest=option.name, action="store_const", const=True)
+            parser.add_argument(option.off, dest=option.name, action="store_const", const=False)
         else:
             parser.add_argument(*names, dest=option.name, nargs="+" if option.many else None, action=_Read)
     return parser
@@ -143,7 +147,7 @@ def _unexpected(arg: str, model: str | None) -> UserError:
 
 
 def _nearest(flag: str) -> str:
-    names = [name for option in OPTIONS.values() for name in (option.flag, option.about.short) if name]
+    names = [name for option in OPTIONS.values() for name in (option.flag, option.off, option.about.short) if name]
     near = difflib.get_close_matches(flag, [*names, "--help", "--version"], n=1, cutoff=0.6)
     return f": did you mean {near[0]}?" if near else ": `tpserve serve --help` lists all flags"
 

@@ -25,6 +25,16 @@ class Option:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def off(self) -> str:
+        """What turns a switch off; empty for other flags."""
+        return "--no-" + self.name.replace("_", "-") if self.kind is bool else ""
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """What help texts show. Of a switch that is on by default, what turns it off."""
+        return tuple(filter(None, [self.off if self.default is True else self.flag, self.about.short]))
+
+    @property
     def many(self) -> bool:
         return bool(self.kind == tuple[str, ...])
 
@@ -38,7 +48,7 @@ class Option:
 
     def default_text(self) -> str:
         """The default for help texts; empty when the help text tells it."""
-        return "" if self.default in (None, (), False) else str(self.default)
+        return "" if self.default in (None, ()) or self.kind is bool else str(self.default)
 
     def read(self, text: str, said_as: str) -> Any:
         """The value of `text`. Raises UserError that names `said_as` and what it takes."""

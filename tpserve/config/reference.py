@@ -26,7 +26,7 @@ def markdown() -> str:
 
 
 def _row(option: Option) -> str:
-    spellings = ", ".join(f"`{spelling}`" for spelling in (option.flag, option.about.short) if spelling)
+    spellings = ", ".join(f"`{spelling}`" for spelling in option.spellings)
     value = option.value_name().strip("{}").replace(",", ", ")
     cells = (spellings, value, option.default_text(), option.about.help, option.about.named_by)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

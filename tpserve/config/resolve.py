@@ -39,6 +39,7 @@ def resolve(flags: Flags, spec: ModelSpec, machine: Machine) -> EngineConfig:
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens or max(BATCHED_TOKENS[device], flags.max_num_seqs),
         block_size=flags.block_size,
+        enable_prefix_caching=flags.enable_prefix_caching,
         gpu_memory_utilization=flags.gpu_memory_utilization,
         num_gpu_blocks_override=_num_blocks(flags, max_model_len),
         max_queued_requests=flags.max_queued_requests,

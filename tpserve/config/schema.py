@@ -95,6 +95,9 @@ class Flags(Struct, frozen=True, kw_only=True):
         int | None, Flag(ENGINE, "Most tokens in a step. Default: 8192 on GPUs, 2048 on the CPU.", at_least=1)
     ] = None
     block_size: Annotated[int, Flag(ENGINE, "Tokens in a block of the KV cache.", at_least=1, at_most=1024)] = 16
+    enable_prefix_caching: Annotated[
+        bool, Flag(ENGINE, "Prompts that begin alike are computed once (on by default); --no-... computes every prompt whole.")
+    ] = True
     gpu_memory_utilization: Annotated[
         float, Flag(ENGINE, "Share of each GPU's memory that tpserve may take.", above=0, at_most=1)
     ] = 0.9
@@ -151,6 +154,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    enable_prefix_caching: bool
     gpu_memory_utilization: float
     num_gpu_blocks_override: int | None
     max_queued_requests: int

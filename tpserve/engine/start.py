@@ -187,6 +187,7 @@ class _Rank:
             feedback=layout.pp > 1,
             eos_ids=self._spec.eos_ids,
             num_groups=len(self._spec.cache),
+            prefix_caching=config.enable_prefix_caching,
         )
         link = EngineLink(self._attachment.engine, self._control.incarnation)
         hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)

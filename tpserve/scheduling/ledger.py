@@ -2,14 +2,17 @@
 
 `LedgerWorker` executes plans like a rank does, but what it writes into a KV block is the token itself. Before each draw it
 reads the whole prefix back through the block table and compares it with what the sequence must be, so that a wrong table,
-an aliased block or a position computed twice fails at the first token it touches. Its tokens are a pure function of the
-prefix, the seed and the choice: `continuation` gives what a request must produce alone, whatever the batch does to it.
+an aliased block or a position computed twice fails at the first token it touches. Several slots may hold a block if all of it
+was written before, and then nobody writes it. Tokens and scores are pure functions of the prefix, the seed and the choice:
+`continuation` and `score` give what a request must produce alone, whatever the batch does to it.
 
 `LedgerDevice` runs the worker asynchronously over pipeline stages on a virtual clock, keeps a trace of what ran when, and
 asserts what only the order of sends and applies can break: no plan may release a slot or hand out a block that a plan in
-flight still uses. Neither imports torch; both are for tests and dry runs, and serve nobody.
+flight still uses, nor share a block before the result of the plan that filled it is applied. Neither imports torch; both are
+for tests and dry runs, and serve nobody.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ from zlib import crc32
 
 from tpserve.scheduling.limits import Limits
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, Chunk, StepPlan, StepResult
+from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult
 from tpserve.types.request import Request
 
 EMPTY = -1
@@ -37,6 +40,11 @@ def continuation(request: Request, count: int, vocab_size: int) -> list[int]:
     return tokens[len(unpack(request.prompt)) : goal]
 
 
+def score(prompt: Sequence[int], position: int) -> float:
+    """The log probability of the prompt's token at `position`, exact in a float32."""
+    return -float(crc32(pack(prompt[: position + 1])) % 1024)
+
+
 @dataclass
 class _Slot:
     """A sequence on the device. `tokens`: all that is known; `given`: how many of them came with the admission."""
@@ -45,7 +53,7 @@ class _Slot:
     tokens: list[int]
     given: int
     tables: list[list[int]]
-    computed: int = 0
+    computed: int
 
 
 class LedgerWorker:
@@ -57,7 +65,7 @@ class LedgerWorker:
         self._epoch = epoch
         self._step = 0
         self._slots: dict[int, _Slot] = {}
-        self._owners: list[dict[int, int]] = [{} for _ in range(limits.num_groups)]
+        self._holders: list[dict[int, set[int]]] = [{} for _ in range(limits.num_groups)]
         self._entries = [[[EMPTY] * limits.block_size for _ in range(limits.num_blocks)] for _ in range(limits.num_groups)]
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -66,42 +74,54 @@ class LedgerWorker:
         self._step += 1
         for slot in plan.releases:
             self._release(slot)
-        for admission in plan.admissions:
-            self._admit(admission)
         chunks = plan.chunks(self._limits.num_groups)
-        slots = [chunk.slot for chunk in chunks]
-        assert chunks and len(set(slots)) == len(slots), "a plan names each slot at most once"
-        assert {a.slot for a in plan.admissions} <= set(slots), "who is admitted computes at once"
+        starts = {chunk.slot: chunk.start for chunk in chunks}
+        assert chunks and len(starts) == len(chunks), "a plan names each slot at most once"
+        assert {a.slot for a in plan.admissions} <= starts.keys(), "who is admitted computes at once"
+        for admission in plan.admissions:
+            self._admit(admission, starts[admission.slot])
         assert plan.num_tokens() <= self._limits.max_num_batched_tokens, "a plan keeps to the token budget"
-        return StepResult(plan.epoch, plan.step, pack([self._run(chunk) for chunk in chunks]))
+        tokens = [self._run(chunk) for chunk in chunks]
+        scores = tuple((index, self._score(chunk)) for index, chunk in enumerate(chunks) if chunk.score)
+        return StepResult(plan.epoch, plan.step, pack(tokens), prompt_logprobs=scores)
 
     def _release(self, slot: int) -> None:
+        """What the blocks hold stays, for others to share, until they are handed out to be written."""
         state = self._slots.pop(slot)
-        for group, table in enumerate(state.tables):
+        for holders, table in zip(self._holders, state.tables, strict=True):
             for block in table:
-                del self._owners[group][block]
-                self._entries[group][block] = [EMPTY] * self._limits.block_size
+                holders[block].remove(slot)
 
-    def _admit(self, admission: Admission) -> None:
-        assert admission.slot not in self._slots, f"slot {admission.slot} is taken"
-        assert 0 <= admission.slot < self._limits.max_num_seqs
-        tokens = list(unpack(admission.tokens))
-        self._slots[admission.slot] = _Slot(admission, tokens, len(tokens), [[] for _ in admission.tables])
-        for group, table in enumerate(admission.tables):
-            self._own(admission.slot, group, unpack(table))
+    def _admit(self, admission: Admission, start: int) -> None:
+        """Positions [0, start) lie in shared blocks."""
+        slot, tokens, size = admission.slot, list(unpack(admission.tokens)), self._limits.block_size
+        assert slot not in self._slots, f"slot {slot} is taken"
+        assert 0 <= slot < self._limits.max_num_seqs
+        assert start % size == 0, "blocks are shared whole"
+        self._slots[slot] = _Slot(admission, tokens, len(tokens), [[] for _ in admission.tables], start)
+        for group, packed in enumerate(admission.tables):
+            table = unpack(packed)
+            for index, block in enumerate(table[: start // size]):
+                held = self._entries[group][block]
+                assert held == tokens[index * size : (index + 1) * size], f"block {block} does not hold what it is shared for"
+                self._holders[group].setdefault(block, set()).add(slot)
+                self._slots[slot].tables[group].append(block)
+            self._hand_out(slot, group, table[start // size :])
 
-    def _own(self, slot: int, group: int, blocks: Sequence[int]) -> None:
+    def _hand_out(self, slot: int, group: int, blocks: Sequence[int]) -> None:
+        """Blocks to be written."""
         for block in blocks:
-            owner = self._owners[group].setdefault(block, slot)
-            assert owner == slot and block not in self._slots[slot].tables[group], f"block {block} belongs to slot {owner}"
             assert 0 <= block < self._limits.num_blocks
+            assert not self._holders[group].get(block), f"block {block} is held by slots {self._holders[group][block]}"
+            self._holders[group][block] = {slot}
+            self._entries[group][block] = [EMPTY] * self._limits.block_size
             self._slots[slot].tables[group].append(block)
 
     def _run(self, chunk: Chunk) -> int:
         """Write a chunk's tokens where its keys and values would go; draw if it samples, else -1."""
         state = self._slots[chunk.slot]
         for group, blocks in enumerate(chunk.blocks):
-            self._own(chunk.slot, group, blocks)
+            self._hand_out(chunk.slot, group, blocks)
         stop = chunk.start + chunk.count
         assert chunk.count > 0 and chunk.start == state.computed, "each position is computed once, in order"
         assert stop <= len(state.tokens), "a position's token is known or drawn before it is computed"
@@ -109,25 +129,42 @@ class LedgerWorker:
         assert bool(chunk.tokens) == fed_back, "tokens are given exactly when an admission did not carry them"
         tokens = list(chunk.tokens) or state.tokens[chunk.start : stop]
         size = self._limits.block_size
-        for entries, table in zip(self._entries, state.tables, strict=True):
+        for group, table in enumerate(state.tables):
             for position, token in zip(range(chunk.start, stop), tokens, strict=True):
-                entries[table[position // size]][position % size] = token
+                block = table[position // size]
+                assert self._holders[group][block] == {chunk.slot}, f"block {block} is written and held by others"
+                self._entries[group][block][position % size] = token
         state.computed = stop
         return self._sample(state) if chunk.sample else EMPTY
 
+    def _score(self, chunk: Chunk) -> PromptLogprobs:
+        """Scores of the prompt tokens that follow the chunk's positions."""
+        state = self._slots[chunk.slot]
+        self._check_prefix(state)
+        assert state.admission.params.prompt_logprobs is not None, "scores are for those who ask"
+        last = min(chunk.start + chunk.count, state.admission.prompt_len - 1)
+        assert chunk.start < last, "a chunk that scores has something to score"
+        prompt = state.tokens[: state.admission.prompt_len]
+        values = array("f", [score(prompt, position) for position in range(chunk.start + 1, last + 1)])
+        return PromptLogprobs(0, values.tobytes(), b"", b"")
+
     def _sample(self, state: _Slot) -> int:
         """Draw the next token from the prefix as the block tables tell it."""
-        admission, length, size = state.admission, state.computed, self._limits.block_size
+        admission, length = state.admission, state.computed
         assert length == len(state.tokens), "a token is drawn once, after everything known is computed"
         end = min(admission.prompt_len + admission.params.max_tokens, self._limits.max_model_len)
         assert length < end, "nothing is drawn past a known end"
-        for entries, table in zip(self._entries, state.tables, strict=True):
-            prefix = [token for block in table for token in entries[block]][:length]
-            assert prefix == state.tokens, f"slot {admission.slot}: the cache does not hold the sequence"
-            assert len(table) * size >= length
-        token = draw(prefix, admission.seed, admission.choice, self._vocab_size)
+        self._check_prefix(state)
+        token = draw(state.tokens, admission.seed, admission.choice, self._vocab_size)
         state.tokens.append(token)
         return token
+
+    def _check_prefix(self, state: _Slot) -> None:
+        length, size = state.computed, self._limits.block_size
+        for entries, table in zip(self._entries, state.tables, strict=True):
+            prefix = [token for block in table for token in entries[block]][:length]
+            assert prefix == state.tokens[:length], f"slot {state.admission.slot}: the cache does not hold the sequence"
+            assert len(table) * size >= length
 
 
 @dataclass(frozen=True)
@@ -160,8 +197,10 @@ class LedgerDevice:
         self._worker = LedgerWorker(self.limits, self.vocab_size)
         self._free_s = [0.0] * self.stages
         self._pending: deque[tuple[float, StepPlan, StepResult]] = deque()
-        self._tables: dict[int, list[set[int]]] = {}
-        """Blocks of each slot by group, as the plans sent so far have it."""
+        self._tables: dict[int, list[list[int]]] = {}
+        """Block tables of each slot by group, as the plans sent so far have it."""
+        self._written: list[dict[int, int]] = [{} for _ in range(self.limits.num_groups)]
+        """The last step that writes a block, by group."""
 
     @property
     def in_flight(self) -> int:
@@ -202,9 +241,28 @@ class LedgerDevice:
             del self._tables[slot]
         slots = unpack(plan.slots)
         assert not self.limits.feedback or drawing.isdisjoint(slots), "a sequence is planned before its token is back"
-        new = [(a.slot, group, unpack(table)) for a in plan.admissions for group, table in enumerate(a.tables)]
-        new += [(slots[index], group, blocks) for index, group, blocks in plan.runs()]
-        for slot, group, blocks in new:
-            held = [tables[group] for owner, tables in self._tables.items() if owner in named]
-            assert all(table.isdisjoint(blocks) for table in held), "a block in flight was handed out"
-            self._tables.setdefault(slot, [set() for _ in range(self.limits.num_groups)])[group].update(blocks)
+        chunks = {chunk.slot: chunk for chunk in plan.chunks(self.limits.num_groups)}
+        for admission in plan.admissions:
+            self._tables[admission.slot] = [[] for _ in admission.tables]
+            shared = chunks[admission.slot].start // self.limits.block_size
+            for group, packed in enumerate(admission.tables):
+                self._check_shared(admission.slot, group, unpack(packed)[:shared])
+                self._check_new(admission.slot, group, unpack(packed)[shared:], named)
+        for index, group, blocks in plan.runs():
+            self._check_new(slots[index], group, blocks, named)
+        size = self.limits.block_size
+        for slot, chunk in chunks.items():
+            for written, table in zip(self._written, self._tables[slot], strict=True):
+                written.update(
+                    (block, plan.step) for block in table[chunk.start // size : -(-(chunk.start + chunk.count) // size)]
+                )
+
+    def _check_shared(self, slot: int, group: int, blocks: Sequence[int]) -> None:
+        applied = self._pending[0][1].step if self._pending else float("inf")
+        assert all(self._written[group][block] < applied for block in blocks), "a block is shared before it is known to be full"
+        self._tables[slot][group].extend(blocks)
+
+    def _check_new(self, slot: int, group: int, blocks: Sequence[int], named: set[int]) -> None:
+        held = [tables[group] for owner, tables in self._tables.items() if owner in named]
+        assert all(set(table).isdisjoint(blocks) for table in held), "a block in flight was handed out"
+        self._tables[slot][group].extend(blocks)

@@ -10,6 +10,7 @@ class Limits:
     `feedback`: how a drawn token reaches the plan that needs it. False: the worker keeps it, and the next position may be
     planned before rank 0 knows the token. True (pipelining): it comes back in a result and goes out as `Chunk.tokens`.
     `num_blocks`: KV blocks of each cache group, every one of `block_size` positions.
+    `prefix_caching`: whether full blocks are found again by what they hold.
     """
 
     max_num_seqs: int
@@ -21,6 +22,7 @@ class Limits:
     feedback: bool
     eos_ids: tuple[int, ...]
     num_groups: int = 1
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         sizes = (self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, self.num_blocks, self.block_size)

@@ -1,32 +1,36 @@
-"""Sequences that have no slot yet, first come, first served. A preempted one goes back to the head; any may leave by id."""
+"""Sequences that have no slot yet: lower priority numbers first, then first come, first served. Any may leave by id."""
 
-from collections import OrderedDict
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from tpserve.scheduling.sequence import Sequence
 
 
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
 class WaitingQueue:
-    """Arrival order. Every waiting sequence came after every running one, because only the youngest is ever preempted."""
+    """A preempted sequence keeps its number of arrival, and so its place."""
 
     def __init__(self) -> None:
-        self._sequences: OrderedDict[int, Sequence] = OrderedDict()
+        self._sequences: list[Sequence] = []
+        self._by_id: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences.values())
+        return iter(self._sequences)
 
     def get(self, id: int) -> Sequence | None:
-        return self._sequences.get(id)
+        return self._by_id.get(id)
 
-    def append(self, sequence: Sequence) -> None:
-        self._sequences[sequence.request.id] = sequence
-
-    def push_head(self, sequence: Sequence) -> None:
-        self._sequences[sequence.request.id] = sequence
-        self._sequences.move_to_end(sequence.request.id, last=False)
+    def add(self, sequence: Sequence) -> None:
+        self._by_id[sequence.request.id] = sequence
+        insort(self._sequences, sequence, key=_order)
 
     def pop(self, id: int) -> Sequence | None:
-        return self._sequences.pop(id, None)
+        if (sequence := self._by_id.pop(id, None)) is not None:
+            del self._sequences[bisect_left(self._sequences, sequence.order, key=_order)]
+        return sequence

@@ -9,36 +9,42 @@ Plans in flight. At most `depth` plans are sent and not applied; results come in
     ends              known ones (max_tokens, max_model_len) are never planned past; tokens past a surprise (EOS, stop id,
                       cut, abort) are dropped when they arrive
     return            slot and blocks are free once no plan in flight names them; the release goes out with the next plan
-    shortage          nothing more is planned until all results are in; then the youngest sequence gives its blocks back
-                      and waits at the head of the queue to be recomputed, keeping its output
+    shortage          nothing more is planned until all results are in; then the last sequence in order gives its blocks back
+                      and waits in its old place to be recomputed, keeping its output
+    order             lower `priority` first, then first come, first served; who waits for a slot or for blocks takes them
+                      from running sequences of a higher number, in the way of a shortage
+    prefixes          a block can be shared once the result of the plan that filled it is applied; who needs a block that is
+                      being computed waits for it and is overtaken by those that need not wait
 
 A grant is computed whole, against counts, before anything is taken: it is committed or dropped, never undone.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
-from tpserve.scheduling.blocks import Blocks
+from tpserve.scheduling.blocks import Blocks, Match
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.queue import WaitingQueue
 from tpserve.scheduling.sequence import Sequence
-from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, Stats
+from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, Scored, Stats
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, Chunk, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from tpserve.types.request import Request
 
 
 @dataclass(frozen=True)
 class _Flight:
-    """A plan sent and not applied: its chunks' sequences, and whether each draws a token."""
+    """A plan sent and not applied: its chunks and their sequences."""
 
     step: int
-    rows: tuple[tuple[Sequence, bool], ...]
+    rows: tuple[tuple[Sequence, Chunk], ...]
 
 
-Grant = list[tuple[Sequence, int]]
-"""Whom the next plan serves, and how many positions each; sequences without a slot are to be admitted."""
+Grant = list[tuple[Sequence, int, int]]
+"""Whom the next plan serves, and how many positions each; sequences without a slot are to be admitted, with so many cached
+blocks."""
 
 
 class Scheduler:
@@ -51,7 +57,6 @@ class Scheduler:
         self._free_slots = list(reversed(range(limits.max_num_seqs)))
         self._waiting = WaitingQueue()
         self._running: dict[int, Sequence] = {}
-        """In order of arrival: admission is first come, first served, and only the last is preempted."""
         self._flights: deque[_Flight] = deque()
         self._releases: list[int] = []
         self._outputs: list[EngineOutput] = []
@@ -60,17 +65,21 @@ class Scheduler:
         self._preemptions = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._prefix_cache_queries = 0
+        self._prefix_cache_hits = 0
+        self._arrivals = 0
 
     # requests
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request. One that cannot be served is answered at once."""
         assert not self._find(request.id), f"request {request.id} was added twice"
-        sequence = Sequence.of(request, self.limits.max_model_len, now)
+        sequence = Sequence.of(request, self.limits.max_model_len, now, self._arrivals)
+        self._arrivals += 1
         if refusal := self._refusal(sequence):
             self._end(sequence, "error", now, error=refusal)
         elif not self._ended_before(sequence, now):
-            self._waiting.append(sequence)
+            self._waiting.add(sequence)
 
     def abort(self, id: int, now: float) -> None:
         """The client is gone. Unknown or finished ids are ignored."""
@@ -102,14 +111,20 @@ class Scheduler:
         """Take in the result of the oldest plan in flight."""
         flight = self._flights.popleft()
         assert (result.epoch, result.step) == (self.epoch, flight.step), "results are applied in step order"
-        tokens, logprobs = unpack(result.tokens), dict(result.logprobs)
+        tokens, logprobs, scores = unpack(result.tokens), dict(result.logprobs), dict(result.prompt_logprobs)
         assert len(tokens) == len(flight.rows), "a result has one token per chunk of its plan"
-        for index, (sequence, sample) in enumerate(flight.rows):
+        for index, (sequence, chunk) in enumerate(flight.rows):
             sequence.in_flight -= 1
             if sequence.ended:
                 self._settle(sequence)
-            elif sample:
+                continue
+            self._blocks.fill(sequence, chunk.start + chunk.count)
+            if chunk.score:
+                self._tell_scores(sequence, chunk, scores[index])
+            if chunk.sample:
                 self._accept(sequence, tokens[index], logprobs.get(index), now)
+            elif len(sequence.tokens) == sequence.end and not sequence.unscored:
+                self._end(sequence, "length", now)
 
     def take(self) -> list[EngineOutput]:
         """Deltas and Dones since the last call."""
@@ -127,6 +142,8 @@ class Scheduler:
             steps=self._step,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
+            prefix_cache_queries=self._prefix_cache_queries,
+            prefix_cache_hits=self._prefix_cache_hits,
         )
 
     @property
@@ -137,7 +154,7 @@ class Scheduler:
     # planning
 
     def _compute(self) -> Grant | None:
-        """The next grant, or None when a running sequence lacks a block. Takes nothing."""
+        """The next grant, or None when somebody must be preempted first. Takes nothing."""
         grant: Grant = []
         budget, free = self.limits.max_num_batched_tokens, self._blocks.available
         ready = [s for s in self._running.values() if s.todo and not (self.limits.feedback and s.draws)]
@@ -145,15 +162,16 @@ class Scheduler:
         for sequence in decodes[: min(budget, self._decode_share(len(decodes)))]:
             free -= self._blocks.missing(sequence, sequence.planned + 1)
             if free < 0:
+                assert self._flights or len(self._running) > 1, "a sequence that fits the pool alone never runs short alone"
                 return None
-            grant.append((sequence, 1))
+            grant.append((sequence, 1, 0))
         budget -= len(grant)
-        for sequence in ready:
-            if budget and sequence.todo > 1:  # its blocks came with the admission
-                grant.append((sequence, min(sequence.todo, budget)))
+        for sequence in sorted((s for s in ready if s.todo > 1), key=lambda s: s.order):  # blocks came with the admission
+            if budget:
+                grant.append((sequence, min(sequence.todo, budget), 0))
                 budget -= grant[-1][1]
-        self._admit(grant, budget, free)
-        return grant
+        refused = self._admit(grant, budget, free)
+        return None if refused is not None and self._outranks(refused) else grant
 
     def _decode_share(self, ready: int) -> int:
         """Decodes the next plan may hold. With feedback they are dealt out over all plans in flight: stages never stand idle."""
@@ -162,46 +180,79 @@ class Scheduler:
         depth = self.limits.depth
         return min(ceil(ready / (depth - len(self._flights))), ceil(len(self._running) / depth))
 
-    def _admit(self, grant: Grant, budget: int, free: int) -> None:
-        """Extend the grant by waiting sequences, strictly in order, while slots, budget and blocks last.
+    def _admit(self, grant: Grant, budget: int, free: int) -> Sequence | None:
+        """Extend the grant by waiting sequences in order, while slots, budget and blocks last.
 
-        A sequence is admitted with blocks for all its known tokens, so that only decodes can run short. One block is left
-        for each sequence that will still grow: what is admitted now is not preempted a few steps later.
+        Returns the first for which there was no slot or not enough blocks. A sequence is admitted with blocks for all its
+        known tokens, so that only decodes can run short. One block is left for each sequence that will still grow: what is
+        admitted now is not preempted a few steps later.
         """
-        slots = len(self._free_slots)
-        if not (budget and slots and self._waiting):
-            return
-        reserve = sum(self._blocks.missing(s, s.end - 1) > 0 for s in self._running.values())
+        if not (budget and self._waiting):
+            return None
+        slots, begun = len(self._free_slots), set[bytes]()
+        reserve = self._reserve(self._running.values())
         for sequence in self._waiting:
-            need = self._blocks.missing(sequence, len(sequence.tokens))
-            if not (budget and slots) or free - need < reserve:
-                return
-            grant.append((sequence, min(sequence.todo, budget)))
+            match = self._blocks.match(sequence)
+            if match.promised or match.next in begun:
+                continue
+            need = self._need(sequence, match)
+            if not slots or free - need < reserve:
+                return sequence
+            grant.append((sequence, min(sequence.todo - match.shared * self.limits.block_size, budget), match.shared))
             budget -= grant[-1][1]
+            if not budget:
+                return None
             slots -= 1
             free -= need
-            reserve += self.limits.blocks_for(sequence.end - 1) > need
+            reserve += self.limits.blocks_for(sequence.end - 1) > self.limits.blocks_for(sequence.known)
+            if match.next:
+                begun.add(match.next)
+        return None
+
+    def _outranks(self, refused: Sequence) -> bool:
+        """Whether it can be placed once sequences of a higher priority number have given way."""
+        priority, _ = refused.order
+        rest, held = [], 0
+        for sequence in self._running.values():
+            if sequence.order[0] > priority:
+                held += len(sequence.tables[0])
+            else:
+                rest.append(sequence)
+        if len(rest) == len(self._running):
+            return False
+        need = self._need(refused, self._blocks.match(refused))
+        return self._blocks.available + held - need >= self._reserve(rest)
+
+    def _need(self, sequence: Sequence, match: Match) -> int:
+        """Free blocks that admitting a sequence takes."""
+        return self.limits.blocks_for(sequence.known) - match.shared + match.free
+
+    def _reserve(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks left for those that will still need one."""
+        return sum(self._blocks.missing(s, s.end - 1) > 0 for s in sequences)
 
     def _commit(self, grant: Grant, now: float) -> StepPlan:
         """Take what the grant needs and turn it into a plan in flight."""
         releases, self._releases = self._releases, []
         admissions: list[Admission] = []
         chunks: list[Chunk] = []
-        for sequence, count in grant:
+        for sequence, _, shared in grant:
+            if sequence.slot < 0:
+                self._blocks.share(sequence, shared)  # before anybody takes what was matched
+        for sequence, count, _ in grant:
             blocks: tuple[tuple[int, ...], ...] = ()
             if sequence.slot < 0:
                 admissions.append(self._place(sequence, now))
             else:
                 blocks = self._blocks.grow(sequence, sequence.planned + count)
-            start, sample = sequence.planned, count == sequence.todo
+            start, sample = sequence.planned, count == sequence.todo and sequence.length < sequence.end
             given = sequence.given(start, count) if self.limits.feedback else ()
-            chunks.append(Chunk(sequence.slot, start, count, sample, given, blocks))
+            chunks.append(Chunk(sequence.slot, start, count, sample, given, blocks, sequence.scores(start, count)))
             sequence.planned += count
             sequence.draws += sample
             sequence.in_flight += 1
         plan = StepPlan.of(self.epoch, self._step, chunks, admissions, releases)
-        rows = tuple((sequence, chunk.sample) for (sequence, _), chunk in zip(grant, chunks, strict=True))
-        self._flights.append(_Flight(self._step, rows))
+        self._flights.append(_Flight(self._step, tuple(zip((row[0] for row in grant), chunks, strict=True))))
         self._step += 1
         return plan
 
@@ -212,19 +263,28 @@ class Scheduler:
         self._running[request.id] = sequence
         sequence.slot = self._free_slots.pop()
         sequence.admitted = len(sequence.tokens)
+        self._blocks.grow(sequence, sequence.known)
+        sequence.planned = sequence.filled * self.limits.block_size
         if sequence.started_s is None:
             sequence.started_s = now
-        tables = tuple(pack(ids) for ids in self._blocks.grow(sequence, sequence.admitted))
+            self._count_cached(sequence)
+        tables = tuple(pack(table) for table in sequence.tables)
         packed = pack(sequence.tokens)
         return Admission(sequence.slot, packed, sequence.prompt_len, request.params, request.seed, request.choice, tables)
 
+    def _count_cached(self, sequence: Sequence) -> None:
+        if self.limits.prefix_caching and not sequence.unscored:
+            sequence.cached_tokens = min(sequence.planned, sequence.prompt_len)
+            self._prefix_cache_queries += sequence.prompt_len
+            self._prefix_cache_hits += sequence.cached_tokens
+
     def _preempt(self) -> None:
-        """Send the youngest running sequence back to the head of the queue."""
-        assert len(self._running) > 1, "a sequence that fits the pool alone never runs short alone"
-        _, sequence = self._running.popitem()
+        """Send the last of the running sequences back to the queue."""
+        sequence = max(self._running.values(), key=lambda s: s.order)
+        del self._running[sequence.request.id]
         self._give_back(sequence)
         sequence.suspend()
-        self._waiting.push_head(sequence)
+        self._waiting.add(sequence)
         self._preemptions += 1
 
     # ends
@@ -237,7 +297,7 @@ class Scheduler:
             return "the server is shutting down and takes no new requests"
         if not prompt_len:
             return "the prompt has no tokens; give at least one"
-        if prompt_len >= limits.max_model_len:
+        if prompt_len + min(1, sequence.request.params.max_tokens) > limits.max_model_len:
             return f"the prompt has {prompt_len} tokens, and max_model_len {limits.max_model_len} leaves no room to generate one"
         if blocks > limits.num_blocks:
             return f"the request needs {blocks} KV blocks and there are {limits.num_blocks}; ask for fewer tokens"
@@ -247,10 +307,16 @@ class Scheduler:
         """Answer a resubmitted request whose output was complete already."""
         if sequence.num_output and self._stopped(sequence, sequence.tokens[-1], now):
             return True
-        if len(sequence.tokens) < sequence.end:
+        if len(sequence.tokens) < sequence.end or sequence.unscored:
             return False
         self._end(sequence, "length", now)
         return True
+
+    def _tell_scores(self, sequence: Sequence, chunk: Chunk, logprobs: PromptLogprobs) -> None:
+        """Tell the scores of a chunk, but those that were told before a preemption."""
+        new = logprobs.after(sequence.scored - chunk.start - 1)
+        self._outputs.append(Scored(sequence.request.id, sequence.scored, new))
+        sequence.scored += new.num_tokens
 
     def _accept(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
         """Append a drawn token, tell it, and see whether it was the last."""
@@ -292,7 +358,8 @@ class Scheduler:
         self._waiting.pop(id)
         sequence.ended = True
         count = sequence.num_output if num_tokens is None else num_tokens
-        self._outputs.append(Done(id, finish, count, stop_id=stop_id, times=sequence.times(now), error=error))
+        times, cached = sequence.times(now), sequence.cached_tokens
+        self._outputs.append(Done(id, finish, count, stop_id=stop_id, cached_tokens=cached, times=times, error=error))
         self._settle(sequence)
 
     def _settle(self, sequence: Sequence) -> None:

@@ -2,14 +2,15 @@
 
     tokens     [0, len(tokens)) known | [len(tokens), length) drawn by plans in flight
     positions  [0, planned) in the KV cache, or put there by plans in flight | [planned, length) still to be computed
+    scores     of the prompt's tokens [1, scored) told | [scored, prompt_len) wanted, when the request asks for them
 
 A sequence waits (no slot, no blocks, planned = 0), runs (a slot and blocks), or has ended; an ended sequence keeps its slot
 and blocks until no plan in flight names it. `length` never passes `end`: the token at end - 1 is the last, and its own
-position is never computed.
+position is never computed. A request for scores alone (`max_tokens` 0) computes what they need and draws nothing.
 """
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tpserve.types.messages import PhaseTimes
 from tpserve.types.request import Request
@@ -24,10 +25,20 @@ class Sequence:
     prompt_len: int
     end: int
     arrived_s: float
+    order: tuple[int, int]
+    """Lower comes first: (priority, number of arrival)."""
+    scored: int
     slot: int = -1
     tables: tuple[list[int], ...] = ()
     admitted: int = 0
     """Tokens the last admission carried: later ones are unknown to a worker that does not sample."""
+    hashes: list[bytes] = field(default_factory=list)
+    """Of full blocks, as far as they were needed; tokens never change, so neither do these."""
+    filled: int = 0
+    """Leading blocks of the tables that are full and settled with the prefix cache."""
+    awaits: bytes = b""
+    """Hash of the first block that was not in the prefix cache when last looked for."""
+    cached_tokens: int = 0
     planned: int = 0
     draws: int = 0
     in_flight: int = 0
@@ -37,13 +48,15 @@ class Sequence:
     last_token_s: float = 0.0
 
     @staticmethod
-    def of(request: Request, max_model_len: int, now: float) -> "Sequence":
-        """A waiting sequence. Tokens produced before a fault count towards max_tokens."""
+    def of(request: Request, max_model_len: int, now: float, number: int) -> "Sequence":
+        """A waiting sequence. Tokens produced before a fault count towards max_tokens, and scores were told before the first."""
         tokens = array("i")
         tokens.frombytes(request.prompt)
         prompt_len = len(tokens)
         tokens.frombytes(request.output)
-        return Sequence(request, tokens, prompt_len, min(prompt_len + request.params.max_tokens, max_model_len), now)
+        end = min(prompt_len + request.params.max_tokens, max_model_len)
+        scored = prompt_len if request.params.prompt_logprobs is None or request.output else min(1, prompt_len)
+        return Sequence(request, tokens, prompt_len, end, now, (request.priority, number), scored)
 
     @property
     def length(self) -> int:
@@ -54,11 +67,27 @@ class Sequence:
     def todo(self) -> int:
         """Positions to compute before the next token can be drawn: 1 while decoding, 0 when nothing more may be planned."""
         length = len(self.tokens) + self.draws
-        return length - self.planned if length < self.end else 0
+        if length < self.end:
+            return length - self.planned
+        return max(0, self.prompt_len - 1 - self.planned) if self.unscored else 0
+
+    @property
+    def known(self) -> int:
+        """Positions that can be computed without another draw."""
+        return min(len(self.tokens), self.end - 1)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether prompt tokens are still to be scored."""
+        return self.scored < self.prompt_len
 
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    def scores(self, start: int, count: int) -> bool:
+        """Whether a chunk computes what scores of the prompt are still wanted from."""
+        return self.unscored and start + 1 < self.prompt_len and self.scored <= start + count
 
     def given(self, start: int, count: int) -> tuple[int, ...]:
         """Input ids of a chunk that the admission did not carry, empty when it did."""
@@ -67,7 +96,7 @@ class Sequence:
     def suspend(self) -> None:
         """Back to waiting: nothing computed is kept, every token is. The caller has taken slot and blocks away."""
         assert not self.in_flight, "a plan in flight still names the sequence"
-        self.slot, self.tables, self.planned = -1, (), 0
+        self.slot, self.planned = -1, 0
 
     def times(self, now: float) -> PhaseTimes:
         """Phases of the first passage; what preemption repeats counts to the phase it interrupted."""

@@ -154,6 +154,15 @@ class PromptLogprobs(Struct, frozen=True, array_like=True):
     top_ids: bytes
     top: bytes
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.chosen) // 4
+
+    def after(self, count: int) -> "PromptLogprobs":
+        """Without the first `count` tokens."""
+        skip = 4 * count * self.num_top
+        return PromptLogprobs(self.num_top, self.chosen[4 * count :], self.top_ids[skip:], self.top[skip:])
+
 
 class StepResult(Struct, frozen=True, array_like=True):
     """What a plan drew. `tokens`: packed, one per chunk of the plan, -1 where the chunk does not sample.
