@@ -53,8 +53,8 @@ class Blocks:
 
     def missing(self, sequence: Sequence, positions: int) -> int:
         """Blocks a sequence needs on top of its own, in each group, to hold its first `positions` positions."""
-        owned = len(sequence.tables[0]) if sequence.tables else 0
-        return max(0, self._limits.blocks_for(positions) - owned)
+        held = len(sequence.tables[0]) * self._limits.block_size if sequence.tables else 0
+        return self._limits.blocks_for(positions - held) if positions > held else 0
 
     def match(self, sequence: Sequence) -> Match:
         """How a waiting sequence would begin. The last token is always computed, because the next one is drawn from it."""
