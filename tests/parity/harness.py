@@ -1,4 +1,4 @@
-"""Drives a Decoder over whole sequences without scheduler or sampler: the caller says which chunks make a step."""
+"""Drives a Decoder, or an Executor that scores prompts, over whole sequences: the caller says which chunks make a step."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -12,14 +12,22 @@ from tpserve.config import model_config
 from tpserve.models import model_spec
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
+from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
+from tpserve.types import plan
 from tpserve.types.layout import ParallelLayout, even_layers
+from tpserve.types.packed import pack
+from tpserve.types.sampling import SamplingParams
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.load import load
+from tpserve.worker.executor import Executor
+from tpserve.worker.memory import allocate
+from tpserve.worker.slots import Slots
 
 BLOCK_SIZE = 16
 Chunk = tuple[int, int, int]
 """(sequence, start, count)"""
+Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Runner:
@@ -33,12 +41,8 @@ class Runner:
 
     @staticmethod
     def load(directory: Path, tp_size: int, pp: int, rank: int, tp: Group, pipeline: Pipeline, dtype: torch.dtype) -> "Runner":
-        spec = model_spec(model_config.read(directory), str(directory / "config.json"))
-        layout = ParallelLayout(tp_size, pp, even_layers(spec.num_layers, pp))
-        stage = layout.stage_of(rank)
-        decoder = Decoder(spec, layout, stage, tp, dtype, torch.device("cpu"), 400)
-        load(decoder.parameters(), Checkpoint.open(directory), spec.num_layers)
-        return Runner(decoder, tp, pipeline, layout.layers[stage])
+        decoder, layout = load_decoder(directory, tp_size, pp, rank, tp, dtype)
+        return Runner(decoder, tp, pipeline, layout.layers[layout.stage_of(rank)])
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Sequence[int]], steps: Sequence[Sequence[Chunk]]) -> list[torch.Tensor]:
@@ -76,6 +80,61 @@ class Runner:
         return torch.cat([part[:, : len(shard)] for part, shard in shards], dim=1)
 
 
+def load_decoder(
+    directory: Path, tp_size: int, pp: int, rank: int, tp: Group, dtype: torch.dtype
+) -> tuple[Decoder, ParallelLayout]:
+    """A rank's stage of the checkpoint."""
+    spec = model_spec(model_config.read(directory), str(directory / "config.json"))
+    layout = ParallelLayout(tp_size, pp, even_layers(spec.num_layers, pp))
+    decoder = Decoder(spec, layout, layout.stage_of(rank), tp, dtype, torch.device("cpu"), 400)
+    load(decoder.parameters(), Checkpoint.open(directory), spec.num_layers)
+    return decoder, layout
+
+
+class Scorer:
+    """One rank's executor, to score the sequences as prompts. Every rank of a layout makes the same calls."""
+
+    def __init__(self, decoder: Decoder, mesh: Mesh, num_slots: int, max_len: int) -> None:
+        self._widest = -(-max_len // BLOCK_SIZE)
+        groups = len(decoder.spec.cache)
+        slots = Slots(num_slots, max_len, BLOCK_SIZE, groups, mesh.device, eos_ids=(), vocab_size=decoder.spec.vocab_size)
+        caches = allocate(decoder, mesh, num_slots * self._widest, BLOCK_SIZE)
+        self._last, self._executor = mesh.pipeline.last, Executor(mesh, decoder, slots, caches)
+
+    def run(self, sequences: Sequence[Sequence[int]], steps: Sequence[Sequence[Chunk]], num_top: Sequence[int]) -> list[Scores]:
+        """(chosen [length - 1], top ids [length - 1, n], top [length - 1, n]) of each sequence; empty before the last stage."""
+        parts: list[list[plan.PromptLogprobs]] = [[] for _ in sequences]
+        admitted: set[int] = set()
+        for number, chunks in enumerate(steps):
+            new = [self._admission(i, sequences[i], num_top[i]) for i, _, _ in chunks if i not in admitted]
+            admitted.update(i for i, _, _ in chunks)
+            scoring = [plan.Chunk(i, start, count, sample=False, score=True) for i, start, count in chunks]
+            pending = self._executor.launch(plan.StepPlan.of(0, number, scoring, new))
+            if self._last:
+                for chunk, entries in pending.wait().prompt_logprobs:
+                    parts[chunks[chunk][0]].append(entries)
+        return [scores(entries, n) for entries, n in zip(parts, num_top, strict=True)]
+
+    def _admission(self, i: int, tokens: Sequence[int], num_top: int) -> plan.Admission:
+        """Sequence i in slot i, its blocks from the far end of the pool."""
+        blocks = range(i * self._widest, (i + 1) * self._widest)
+        params = SamplingParams(prompt_logprobs=num_top)
+        return plan.Admission(i, pack(tokens), len(tokens), params, 0, 0, (pack(reversed(blocks)),))
+
+
+def scores(entries: Sequence[plan.PromptLogprobs], num_top: int) -> Scores:
+    """The parts of one prompt as tensors."""
+
+    def numbers(parts: Iterator[bytes], dtype: torch.dtype) -> torch.Tensor:
+        data = bytearray(b"".join(parts))
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+    assert all(part.num_top == num_top for part in entries)
+    chosen = numbers((part.chosen for part in entries), torch.float32)
+    ids, top = numbers((p.top_ids for p in entries), torch.int32), numbers((p.top for p in entries), torch.float32)
+    return chosen, ids.view(len(chosen), num_top), top.view(len(chosen), num_top)
+
+
 def step_batch(
     sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], tables: torch.Tensor, device: torch.device
 ) -> StepBatch:
@@ -93,7 +152,7 @@ def step_batch(
         context_lens_host=ends,
     )
     rows_T = torch.tensor([p for _, p in positions], device=device)
-    return StepBatch(torch.tensor(tokens, device=device), rows_T, (group,), rows_T[:0])
+    return StepBatch(torch.tensor(tokens, device=device), rows_T, (group,))
 
 
 def whole(lengths: Sequence[int]) -> list[list[Chunk]]:

@@ -3,7 +3,8 @@
     python rank.py RANK WORLD_SIZE DIRECTORY
 
 DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...]}},
-"shared": {"layouts": [...], "models": [name, ...]}}. The layouts run over gloo, those of "shared" through shared memory as well.
+"shared": {"layouts": [...], "models": [name, ...]}, "scored": {"models": [name, ...], "sequences": [...]}}. The layouts run over
+gloo, those of "shared" through shared memory as well.
 """
 
 import json
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from harness import Runner, mixed, whole
+from harness import Runner, Scorer, load_decoder, mixed, whole
 from safetensors.torch import save_file
 
+from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
+from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.parallel.shm import SharedPage, exchange_places, share
+from tpserve.worker import rows
 
 SIZES = (17, 100, 5, 1, 33)
 
@@ -56,10 +60,31 @@ def main(rank: int, world_size: int, directory: Path) -> None:
                 for kind, steps in runs.items():
                     for i, logits in enumerate(runner.run(sequences, steps)):
                         results[f"{name}.{kind}.{i}.{dtype}"] = logits
+        if not carrier:
+            for name in work["scored"]["models"]:
+                decoder, layout = load_decoder(directory / name, tp, pp, rank, group, torch.float32)
+                mesh = Mesh(rank, layout, group, Group(), pipeline, torch.device("cpu"))
+                scored = score(decoder, mesh, work["scored"]["sequences"])
+                results |= {f"{name}.{key}": x for key, x in scored.items()}
         if rank == tp * (pp - 1):
             save_file(results, directory / f"tp{tp}pp{pp}{carrier}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def score(decoder: Decoder, mesh: Mesh, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Each sequence's own and most likely tokens, scored alone, and then together in chunks with few rows at the head at once."""
+    lengths = [len(tokens) for tokens in sequences]
+    most, few = rows.HEAD_BYTES, 10 * rows.PLAIN_BYTES * len(decoder.vocab_shards[0])
+    runs = {"whole": (whole(lengths), most), "mixed": (mixed(lengths, lengths, SIZES), few)}
+    results = {}
+    for kind, (steps, head_bytes) in runs.items():
+        rows.HEAD_BYTES = head_bytes
+        scorer = Scorer(decoder, mesh, len(sequences), max(lengths))
+        for i, scores in enumerate(scorer.run(sequences, steps, [3] * len(sequences))):
+            results |= {f"scored.{kind}.{i}.{what}": x for what, x in zip(("chosen", "ids", "top"), scores, strict=True)}
+    rows.HEAD_BYTES = most
+    return results
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2)]
 SHARED = [(2, 1), (3, 1), (2, 2)]
 PROMPTS = (3, 37, 170)
 NEW_TOKENS = 10
+SCORED = (1, 2, 33, 64, 129, 200)
+"""Lengths of prompts that are scored."""
+SCORED_MODELS = ("llama-old", "qwen2")
 SIZES = {"vocab_size": 517, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 400}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -120,6 +123,11 @@ def greedy(model: PreTrainedModel) -> tuple[list[list[int]], list[torch.Tensor]]
     return sequences, logits
 
 
+def to_score() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(517, (length,), generator=generator).tolist() for length in SCORED]
+
+
 Results = dict[str, torch.Tensor]
 Runs = Any
 
@@ -131,10 +139,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[torch
     torch.set_num_threads(1)
     oracle, work = {}, {}
     for name, make in MODELS.items():
-        sequences, oracle[name] = greedy(make(directory / name))
+        model = make(directory / name)
+        sequences, oracle[name] = greedy(model)
+        if name in SCORED_MODELS:
+            with torch.inference_mode():
+                oracle[f"{name}.scored"] = [model(torch.tensor([tokens])).logits[0] for tokens in to_score()]
         work[name] = {"sequences": sequences, "prompts": PROMPTS}
     shared = {"layouts": SHARED, "models": ["llama-old"]}
-    (directory / "models.json").write_text(json.dumps({"layouts": LAYOUTS, "models": work, "shared": shared}))
+    scored = {"models": SCORED_MODELS, "sequences": to_score()}
+    (directory / "models.json").write_text(json.dumps({"layouts": LAYOUTS, "models": work, "shared": shared, "scored": scored}))
     world_size = max(tp * pp for tp, pp in LAYOUTS)
     run_ranks(directory, world_size)
     results: dict[tuple[int | str, ...], Results] = {}
@@ -183,6 +196,22 @@ def test_chunking_and_company_change_no_bit(runs: Runs, layout: tuple[int, int],
             alone, mixed = (results[layout][f"{name}.{kind}.{i}.{dtype}"] for kind in ("whole", "mixed"))
             assert torch.isfinite(alone).all()
             assert torch.equal(alone, mixed), f"{name}, sequence {i}"
+
+
+@pytest.mark.parametrize("name", SCORED_MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"tp{layout[0]}-pp{layout[1]}")
+def test_scored_prompts(runs: Runs, layout: tuple[int, int], name: str) -> None:
+    """Executors' prompt log probabilities; in chunks, in company and few rows at a time they keep their bits."""
+    oracle, results = runs
+    for i, (tokens, logits) in enumerate(zip(to_score(), oracle[f"{name}.scored"], strict=True)):
+        expected = logits[:-1].log_softmax(-1)
+        chosen, ids, top = whole = [results[layout][f"{name}.scored.whole.{i}.{what}"] for what in ("chosen", "ids", "top")]
+        best = expected.topk(3, dim=1)
+        torch.testing.assert_close(chosen, expected.gather(1, torch.tensor(tokens)[1:, None]).squeeze(1), atol=1e-4, rtol=0)
+        torch.testing.assert_close(top, best.values, atol=1e-4, rtol=0)
+        assert torch.equal(ids.long(), best.indices)
+        for what, x in zip(("chosen", "ids", "top"), whole, strict=True):
+            assert torch.equal(results[layout][f"{name}.scored.mixed.{i}.{what}"], x)
 
 
 @pytest.mark.parametrize("pp", [2, 3])

@@ -11,7 +11,7 @@ def hello(rank: int, incarnation: int = 1, **fingerprint: str) -> Hello:
 
 
 def up(rank: int, epoch: int = 1, num_blocks: int = 8) -> Up:
-    return Up(rank, epoch, MemoryLedger(0, 0, 0, 0, num_blocks, 16), {"vocab_size": 320} if rank == 0 else {})
+    return Up(rank, epoch, MemoryLedger(0, 0, 0, 0, 0, num_blocks, 16), {"vocab_size": 320} if rank == 0 else {})
 
 
 def running(world_size: int = 2, *, survive: bool = False) -> Coordinator:

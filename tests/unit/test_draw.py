@@ -194,7 +194,7 @@ def test_a_gpu_draws_the_same_and_never_waits() -> None:
 
 @pytest.mark.parametrize("vocab", [300, 50_257])
 def test_a_row_does_not_see_the_others(vocab: int, two_threads: None) -> None:
-    """Values and tokens bit for bit, for 1 to 17 rows, for one and two threads, and in pieces."""
+    """Values and tokens bit for bit, for 1 to 17 rows, for one and two threads."""
     x, rest = logits(17, vocab), columns(17)
     values, tokens = module._draw_rows(x, *rest, first=0)
     for rows in range(1, 18):
@@ -203,13 +203,6 @@ def test_a_row_does_not_see_the_others(vocab: int, two_threads: None) -> None:
         assert torch.equal(got_values, values[:rows]) and torch.equal(got_tokens, tokens[:rows])
         last = module._draw_rows(x[rows - 1 : rows], *some(rest, slice(rows - 1, rows)), first=0)
         assert torch.equal(last[0], values[rows - 1 : rows])
-
-
-def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, rest = logits(17, 300), columns(17)
-    tokens = whole(x, *rest)
-    monkeypatch.setattr(module, "PIECE", 1000)
-    assert torch.equal(whole(x, *rest), tokens)
 
 
 @pytest.mark.parametrize(

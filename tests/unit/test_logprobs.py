@@ -60,6 +60,15 @@ def test_equal_logits_come_by_id() -> None:
         assert ids.tolist() == [[1, 2, 4, 0, 5, 6, 7, 3]]
 
 
+@pytest.mark.parametrize("num_top", [1, 7, 20])
+def test_equal_logits_in_many_blocks_come_by_id(num_top: int) -> None:
+    x, tokens = rows(30, 5000)
+    x = (x / 4).round() - torch.arange(30)[:, None]
+    expected = x.sort(dim=1, descending=True, stable=True).indices[:, :num_top]
+    for cuts in ((0, 5000), (0, 1280, 5000), (0, 100, 171, 5000)):
+        assert torch.equal(sharded(x, cuts, tokens, num_top)[1], expected)
+
+
 def test_more_than_the_vocabulary_are_all() -> None:
     x, tokens = rows(2, 3)
     _, ids, top = sharded(x, (0, 1, 3), tokens, 20)

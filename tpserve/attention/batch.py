@@ -1,6 +1,6 @@
 """What a step's model run is told: the tensors that `worker/batch.py` builds from a plan.
 
-T tokens of the step, R chunks (requests) in it, S sampled rows, B the widest block table.
+T tokens of the step, R chunks (requests) in it, B the widest block table.
 """
 
 from dataclasses import dataclass
@@ -40,5 +40,3 @@ class StepBatch:
     positions_T: torch.Tensor
     """[T] int64"""
     groups: tuple[AttentionBatch, ...]
-    sample_rows_S: torch.Tensor
-    """[S] int64: the rows whose logits are wanted, in chunk order"""

@@ -4,7 +4,7 @@ Makes the calls of engine/loop in their order, on the scheduler, broadcaster and
 
     schedule   Scheduler.schedule until it has no plan to give
     broadcast  PlanBroadcaster.send, which encodes the plan and hands it to ZeroMQ's thread
-    build      Slots.update and worker.batch.build, tensors on the CPU
+    build      Slots.update, worker.batch.build and worker.rows.sampled, tensors on the CPU
     apply      Scheduler.apply and take, PlanBroadcaster.retire
     encode     the part of the encoding in `broadcast`, measured by doing it once more
 
@@ -41,7 +41,8 @@ from tpserve.version import __version__
 from tpserve.wire import codec
 from tpserve.wire.channels import PlanBroadcaster, tcp
 from tpserve.worker import device as devices
-from tpserve.worker.batch import build
+from tpserve.worker.batch import Chunks, build
+from tpserve.worker.rows import AtOnce, sampled
 from tpserve.worker.slots import Slots
 
 PHASES = ("schedule", "encode", "broadcast", "build", "apply")
@@ -161,6 +162,7 @@ class Rank:
         self._plans = plans
         self._scheduler = Scheduler(limits)
         self._slots = Slots(batch, max_len, BLOCK_SIZE, 1, torch.device("cpu"), eos_ids=(), vocab_size=VOCAB_SIZE)
+        self._at_once = AtOnce.of((range(VOCAB_SIZE),), max_len)
         self._queue: deque[StepPlan] = deque()
         self.plan_bytes = 0
         for id in range(batch):
@@ -180,7 +182,9 @@ class Rank:
         plan = self._queue.popleft()
         with torch.inference_mode():
             self._slots.update(plan)
-            build(plan, self._slots)
+            chunks = Chunks.of(plan)
+            build(chunks, self._slots)
+            sampled(plan, chunks, self._slots, self._at_once)
         laps.lap("build")
         _compute()
         result = StepResult(plan.epoch, plan.step, pack([7] * len(plan.sample)))

@@ -116,7 +116,7 @@ class _Rank:
             slots = self._slots(device)  # before measuring: 256 sequences of a million tokens are a gigabyte
         control.progress("measuring memory", 90)
         with devices.room_for("making room for the KV cache", device):
-            ledger = measure(decoder, mesh, self._config, env.local_world_size, weights)
+            ledger = measure(decoder, mesh, slots, self._config, env.local_world_size, weights)
             caches = allocate(decoder, mesh, ledger.num_blocks, ledger.block_size)
         executor = Executor(mesh, decoder, slots, caches)
         if env.rank == 0:

@@ -23,8 +23,6 @@ from tpserve.parallel.group import Group
 from tpserve.sampler.philox import WORD, philox4x32
 
 BLOCK = 128
-PIECE = 1 << 24
-"""Logits handled at once: bounds the draw's memory at about 20 bytes for each of these."""
 
 
 def draw(
@@ -50,10 +48,7 @@ def draw(
     aligned = all(shard.start % BLOCK == 0 for shard in shards)
     if not aligned:
         logits_SV, first = gather(logits_SV, shards, tp), 0
-    step = max(1, PIECE // logits_SV.shape[1])
-    pieces = [slice(start, start + step) for start in range(0, len(logits_SV), step)]
-    drawn = [_draw_rows(logits_SV[s], temperature_S[s], seed_S[s], position_S[s], choice_S[s], first=first) for s in pieces]
-    value_S, token_S = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    value_S, token_S = _draw_rows(logits_SV, temperature_S, seed_S, position_S, choice_S, first=first)
     return _winner(value_S, token_S, tp) if aligned else token_S
 
 
@@ -124,9 +119,9 @@ def _winner(value_S: torch.Tensor, token_S: torch.Tensor, tp: Group) -> torch.Te
 
 
 def gather(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group) -> torch.Tensor:
-    """All ranks' logits side by side; shares are padded to the largest on the way."""
+    """All ranks' logits side by side, a copy; shares are padded to the largest on the way."""
     if tp.size == 1:
-        return logits_SV
+        return logits_SV.clone()
     widest = max(len(shard) for shard in shards)
     parts_PSV = tp.all_gather(torch.nn.functional.pad(logits_SV, (0, widest - logits_SV.shape[1])))
     return torch.cat([part[:, : len(shard)] for part, shard in zip(parts_PSV, shards, strict=True)], dim=1)

@@ -2,16 +2,19 @@
 
 Each rank reduces its share of the vocabulary to (sum of exponentials, the chosen token's logit, its best n), after all have
 agreed on the row's maximum; one gather of those gives every rank the result. Exponentials are relative to that maximum and
-summed in float64, and the result is rounded to float32, so that neither the split nor the batch shows in it.
+summed as integers, whose sums do not know their order, so that neither the split, the batch nor the threads show in the result.
 
-Legend: S rows, V vocabulary ids of this rank, P ranks, n most likely tokens.
+Legend: S rows, V vocabulary ids of this rank in B blocks of E, P ranks, n most likely tokens.
 """
 
 import torch
 
 from tpserve.parallel.group import Group
 
+BLOCK = 128
 NO_KEY = -(1 << 63)
+MASS_ONE = 2.0**40
+"""An exponential of 1 as an integer: sums over 2**22 ids fit in 64 bits."""
 
 
 def logprobs(
@@ -23,16 +26,16 @@ def logprobs(
     """
     shard = shards[tp.rank]
     top_S = tp.all_gather(logits_SV.amax(dim=1)).amax(dim=0)
-    mass_S = (logits_SV - top_S[:, None]).exp_().sum(dim=1, dtype=torch.float64)
+    mass_S = (logits_SV - top_S[:, None]).exp_().double().mul_(MASS_ONE).round_().long().sum(dim=1)
     inside_S = (tokens_S >= shard.start) & (tokens_S < shard.stop)
     index_S = (tokens_S - shard.start).clamp(0, len(shard) - 1)
     chosen_S = torch.where(inside_S, logits_SV.gather(1, index_S[:, None]).squeeze(1), float("-inf"))
-    numbers_S2 = torch.stack((mass_S, chosen_S.double()), dim=1)
+    numbers_S2 = torch.stack((mass_S, chosen_S.double().view(torch.int64)), dim=1)
     keys_Sn = _best_keys(logits_SV, shard.start, num_top)
 
-    parts_PSN = tp.all_gather(torch.cat((numbers_S2.view(torch.int64), keys_Sn), dim=1))
-    mass_PS, chosen_PS = parts_PSN[:, :, :2].contiguous().view(torch.float64).unbind(2)
-    lse_S = top_S.double() + mass_PS.sum(dim=0).log()
+    parts_PSN = tp.all_gather(torch.cat((numbers_S2, keys_Sn), dim=1))
+    chosen_PS = parts_PSN[:, :, 1].contiguous().view(torch.float64)
+    lse_S = top_S.double() + (parts_PSN[:, :, 0].sum(dim=0).double() / MASS_ONE).log()
     keys_SN = parts_PSN[:, :, 2:].transpose(0, 1).flatten(1)
     best_Sn = keys_SN.topk(min(num_top, shards[-1].stop), dim=1).values
     ids_Sn, values_Sn = _unkey(best_Sn)
@@ -42,17 +45,23 @@ def logprobs(
 def _best_keys(logits_SV: torch.Tensor, first: int, num_top: int) -> torch.Tensor:
     """The n largest logits as integers that sort by (logit, lowest id first): [S, num_top] int64, padded with NO_KEY.
 
-    A float32's bits, the magnitude flipped where negative, sort as an integer; the id's complement fills the lower half.
+    They are in the n blocks with the largest maxima, of equal ones the first: only these are looked at closely.
     """
-    width = logits_SV.shape[1]
+    num_rows, width = logits_SV.shape
     if not num_top:
-        return logits_SV.new_empty((len(logits_SV), 0), dtype=torch.int64)
-    ids_V = torch.arange(first, first + width, device=logits_SV.device)
-    keys_Sn = _key(logits_SV, ids_V).topk(min(num_top, width), dim=1).values
+        return logits_SV.new_empty((num_rows, 0), dtype=torch.int64)
+    padded_SV = torch.nn.functional.pad(logits_SV, (0, -width % BLOCK), value=float("-inf")) if width % BLOCK else logits_SV
+    blocks_SBE = padded_SV.view(num_rows, -1, BLOCK)
+    ids_V = torch.arange(first, first + padded_SV.shape[1], device=logits_SV.device)
+    block_keys_SB = _key(blocks_SBE.amax(dim=2), ids_V[: blocks_SBE.shape[1]] - first)
+    block_Sn, _ = _unkey(block_keys_SB.topk(min(num_top, blocks_SBE.shape[1]), dim=1).values)
+    near_SnE = blocks_SBE.gather(1, block_Sn[:, :, None].expand(-1, -1, BLOCK))
+    keys_Sn = _key(near_SnE, ids_V.view(-1, BLOCK)[block_Sn]).flatten(1).topk(min(num_top, width), dim=1).values
     return torch.nn.functional.pad(keys_Sn, (0, num_top - keys_Sn.shape[1]), value=NO_KEY)
 
 
 def _key(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """A float32's bits, the magnitude flipped where negative, sort as an integer; the id's complement fills the lower half."""
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | (0xFFFFFFFF - ids)
 

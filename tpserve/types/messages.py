@@ -141,6 +141,8 @@ class MemoryLedger(Struct, frozen=True, array_like=True):
     total: int
     weights: int
     activations: int
+    head: int
+    """Rows at the LM head: their logits, and what the draw, its filters and log probabilities make of them."""
     kv_cache: int
     num_blocks: int
     block_size: int

@@ -1,7 +1,7 @@
 """How many KV blocks a rank can hold: measured memory, minus what the model takes, as a ledger.
 
-On CUDA the model is run once at the largest batch and the peak is read from the allocator; on the CPU a share of what
-the control group has free is taken. The smallest rank decides for all.
+On CUDA the largest steps are tried, the model and then the LM head, and the peaks are read from the allocator; on the CPU a
+share of what the control group has free is taken. The smallest rank decides for all.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from math import prod
 
 import torch
 
-from tpserve.attention.batch import AttentionBatch, StepBatch
 from tpserve.attention.paged import KVCache
 from tpserve.config.machine import available_memory
 from tpserve.config.schema import EngineConfig
@@ -17,11 +16,22 @@ from tpserve.errors import UserError
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.mesh import Mesh
 from tpserve.types.messages import MemoryLedger
+from tpserve.types.packed import pack
+from tpserve.types.plan import Admission, Chunk, StepPlan
+from tpserve.types.sampling import SamplingParams
+from tpserve.worker.batch import Chunks, build
+from tpserve.worker.head import Head
+from tpserve.worker.slots import Slots
 
 GIB = 1 << 30
 CPU_CACHE_MOST = 4 * GIB
 CPU_CACHE_SHARE = 0.4
 CPU_WARM_UP_ROWS = 16
+PLAIN = SamplingParams(logprobs=20)
+FILTERED = SamplingParams(
+    logprobs=20, top_p=0.99, min_p=1e-6, repetition_penalty=1.1, logit_bias=((0, 1.0),), bad_words=((0, 0),)
+)
+"""The largest draws: every filter's temporaries are there, and top-p, without top-k, sorts the vocabulary."""
 
 
 def allocate(decoder: Decoder, mesh: Mesh, num_blocks: int, block_size: int) -> list[KVCache]:
@@ -38,27 +48,29 @@ def _layers(mesh: Mesh) -> range:
     return mesh.layout.layers_of(mesh.layout.stage_of(mesh.rank))
 
 
-def measure(decoder: Decoder, mesh: Mesh, config: EngineConfig, local_ranks: int, weights: int) -> MemoryLedger:
-    """Run the model once, measure, and divide what is left into KV blocks. Every rank calls this; all get one block count.
+def measure(decoder: Decoder, mesh: Mesh, slots: Slots, config: EngineConfig, local_ranks: int, weights: int) -> MemoryLedger:
+    """Try a step, measure, and divide what is left into KV blocks. Every rank calls this; all get one block count.
 
-    Raises UserError when the cache cannot hold a single sequence of `max_model_len`.
+    Changes what is in the slots. Raises UserError when the cache cannot hold a single sequence of `max_model_len`.
     """
     block_bytes = 2 * len(_layers(mesh)) * decoder.dtype.itemsize * prod(decoder.cache_shape(1, config.block_size))
     if mesh.device.type == "cuda":
-        total, activations = _profile_cuda(decoder, mesh, config)
+        total, activations, head = _profile_cuda(decoder, mesh, slots, config)
         free, _ = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved()  # other processes, the CUDA context, NCCL's buffers
         held = torch.cuda.memory_allocated()  # weights, tables of positions, slots
-        room = int(total * config.gpu_memory_utilization) - others - held - activations
+        room = int(total * config.gpu_memory_utilization) - others - held - activations - head
     else:
-        _run_once(decoder, mesh, CPU_WARM_UP_ROWS, config)
-        total, activations = available_memory(), 0
-        room = min(CPU_CACHE_MOST, int(total * CPU_CACHE_SHARE)) // local_ranks
+        trial = _Trial(decoder, mesh, slots, config, CPU_WARM_UP_ROWS)
+        trial.layers()
+        trial.head()
+        total, activations, head = available_memory(), 0, trial.head_bound()
+        room = min(CPU_CACHE_MOST // local_ranks, int((total // local_ranks - head) * CPU_CACHE_SHARE))
     num_blocks = mesh.world.min(config.num_gpu_blocks_override or max(0, room // block_bytes))
     needed = -(-config.max_model_len // config.block_size)
     if num_blocks < needed:
         raise UserError(_too_small(num_blocks, needed, block_bytes, room, config), param="max_model_len")
-    return MemoryLedger(total, weights, activations, num_blocks * block_bytes, num_blocks, config.block_size)
+    return MemoryLedger(total, weights, activations, head, num_blocks * block_bytes, num_blocks, config.block_size)
 
 
 def _too_small(num_blocks: int, needed: int, block_bytes: int, room: int, config: EngineConfig) -> str:
@@ -70,48 +82,77 @@ def _too_small(num_blocks: int, needed: int, block_bytes: int, room: int, config
     )
 
 
-def _profile_cuda(decoder: Decoder, mesh: Mesh, config: EngineConfig) -> tuple[int, int]:
-    """Total device memory and the peak that activations add to it, in bytes."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _run_once(decoder, mesh, config.max_num_batched_tokens, config)
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+def _profile_cuda(decoder: Decoder, mesh: Mesh, slots: Slots, config: EngineConfig) -> tuple[int, int, int]:
+    """Total device memory, and the peaks that activations and the LM head's rows add to it, in bytes."""
+
+    def peak(work: Callable[[], None]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    trial = _Trial(decoder, mesh, slots, config, config.max_num_batched_tokens)
+    activations, head = peak(trial.layers), peak(trial.head)
     torch.cuda.empty_cache()
-    return torch.cuda.get_device_properties(mesh.device).total_memory, peak
+    return torch.cuda.get_device_properties(mesh.device).total_memory, activations, head
 
 
-@torch.inference_mode()
-def _run_once(decoder: Decoder, mesh: Mesh, rows: int, config: EngineConfig) -> None:
-    """One step of this stage on `rows` rows of nothing, without its neighbours: it measures, and it warms up the libraries."""
-    per_chunk = min(rows, config.max_model_len)
-    lens = [min(per_chunk, rows - at) for at in range(0, rows, per_chunk)]
-    batch = _nothing(lens, config.block_size, len(decoder.spec.cache), mesh.device)
-    hidden_TH = torch.zeros((rows, decoder.spec.hidden_size), dtype=decoder.dtype, device=mesh.device)
-    hidden_TH = decoder.forward(batch, hidden_TH, allocate(decoder, mesh, 1, config.block_size))
-    if mesh.pipeline.last:
-        decoder.logits(hidden_TH[: min(rows, config.max_num_seqs)])
+class _Trial:
+    """The largest steps of this stage on nothing, without its neighbours: they are measured, and they warm up the libraries.
 
+    Every position lives in block 0. `rows`: how many at most, positions to compute and tokens to draw.
+    """
 
-def _nothing(lens: list[int], block_size: int, num_groups: int, device: torch.device) -> StepBatch:
-    """A batch of zeros whose every position lives in block 0."""
-    starts = torch.tensor([0, *lens]).cumsum(0)
-    rows = int(starts[-1])
-    group = AttentionBatch(
-        query_starts=starts.int().to(device),
-        context_lens=torch.tensor(lens, dtype=torch.int32, device=device),
-        tables=torch.zeros((len(lens), -(-max(lens) // block_size)), dtype=torch.int32, device=device),
-        write_slots=torch.zeros(rows, dtype=torch.int64, device=device),
-        query_lens_host=tuple(lens),
-        context_lens_host=tuple(lens),
-    )
-    positions_T = torch.cat([torch.arange(n) for n in lens]).to(device)
-    return StepBatch(
-        tokens_T=torch.zeros(rows, dtype=torch.int64, device=device),
-        positions_T=positions_T,
-        groups=(group,) * num_groups,
-        sample_rows_S=torch.zeros(0, dtype=torch.int64, device=device),
-    )
+    def __init__(self, decoder: Decoder, mesh: Mesh, slots: Slots, config: EngineConfig, rows: int) -> None:
+        self._decoder, self._mesh, self._slots, self._config = decoder, mesh, slots, config
+        self._head = Head(decoder, slots, mesh.tp) if mesh.pipeline.last else None
+        self._num_rows = min(rows, config.max_num_seqs * config.max_model_len)
+        self._num_seqs = min(rows, config.max_num_seqs)
+
+    @torch.inference_mode()
+    def layers(self) -> None:
+        chunks = self._take(self._scoring())
+        caches = allocate(self._decoder, self._mesh, 1, self._config.block_size)
+        self._decoder.forward(build(chunks, self._slots), self._hidden(self._num_rows), caches)
+
+    @torch.inference_mode()
+    def head(self) -> None:
+        """Prompt tokens scored, tokens drawn without filters, and with them."""
+        if self._head is not None:
+            for plan in (self._scoring(), self._drawing(PLAIN), self._drawing(FILTERED)):
+                chunks = self._take(plan)
+                self._head.run(self._hidden(int(chunks.query_starts[-1])), plan, chunks)
+
+    def head_bound(self) -> int:
+        """What the head's rows take at most in steps of the configured size, in bytes, by computation."""
+        config = self._config
+        return self._head.at_once.most_bytes(config.max_num_seqs, config.max_num_batched_tokens) if self._head else 0
+
+    def _take(self, plan: StepPlan) -> Chunks:
+        self._slots.update(plan)
+        return Chunks.of(plan)
+
+    def _hidden(self, rows: int) -> torch.Tensor:
+        return torch.zeros((rows, self._decoder.spec.hidden_size), dtype=self._decoder.dtype, device=self._mesh.device)
+
+    def _scoring(self) -> StepPlan:
+        """As many positions as a step may have, all of prompts."""
+        longest = min(self._num_rows, self._config.max_model_len)
+        counts = [min(longest, self._num_rows - at) for at in range(0, self._num_rows, longest)]
+        params = SamplingParams(prompt_logprobs=20)
+        return self._plan([Chunk(slot, 0, count, sample=False, score=True) for slot, count in enumerate(counts)], params)
+
+    def _drawing(self, params: SamplingParams) -> StepPlan:
+        """The last token of as many sequences as there may be."""
+        last = self._config.max_model_len - 1
+        return self._plan([Chunk(slot, last, 1, sample=True) for slot in range(self._num_seqs)], params)
+
+    def _plan(self, chunks: list[Chunk], params: SamplingParams) -> StepPlan:
+        groups = (b"",) * len(self._decoder.spec.cache)
+        prompt_len = self._config.max_model_len + 1  # so that every position of a chunk has a successor in it
+        return StepPlan.of(0, 0, chunks, [Admission(c.slot, pack([0]), prompt_len, params, 0, 0, groups) for c in chunks])
 
 
 def report(ledger: MemoryLedger, config: EngineConfig, say: Callable[[str], None]) -> None:
@@ -119,7 +160,7 @@ def report(ledger: MemoryLedger, config: EngineConfig, say: Callable[[str], None
     whole = "on the device" if config.device == "cuda" else "free"
     say(
         f"memory of rank 0: {_size(ledger.total)} {whole}, weights {_size(ledger.weights)}, "
-        f"activations {_size(ledger.activations)}, KV cache {_size(ledger.kv_cache)}"
+        f"activations {_size(ledger.activations)}, LM head rows {_size(ledger.head)}, KV cache {_size(ledger.kv_cache)}"
     )
     tokens = ledger.num_blocks * ledger.block_size
     device = "GPU" if config.device == "cuda" else "CPU"

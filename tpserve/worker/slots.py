@@ -51,7 +51,9 @@ class Slots:
         self.temperature = torch.zeros(num_slots, dtype=torch.float32)
         self.seed = torch.zeros(num_slots, dtype=torch.int64)
         self.choice = torch.zeros(num_slots, dtype=torch.int64)
+        self.prompt_len = [0] * num_slots
         self.num_logprobs: list[int | None] = [None] * num_slots
+        self.num_prompt_logprobs: list[int | None] = [None] * num_slots
         self.asked: list[Asked | None] = [None] * num_slots
 
     def update(self, plan: StepPlan) -> None:
@@ -74,7 +76,9 @@ class Slots:
         self.temperature[slot] = params.temperature
         self.seed[slot] = admission.seed - (1 << 64) if admission.seed >> 63 else admission.seed
         self.choice[slot] = admission.choice
+        self.prompt_len[slot] = admission.prompt_len
         self.num_logprobs[slot] = params.logprobs
+        self.num_prompt_logprobs[slot] = params.prompt_logprobs
         self.asked[slot] = asked(params, admission.prompt_len, self._eos_ids, self._vocab_size)
 
     def _grow(self, plan: StepPlan, group: int) -> None:
