@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from array import array
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from tpserve.scheduling.scheduler import Scheduler
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import Abort, Add, Cut, EngineInput
-from tpserve.types.packed import unpack
-from tpserve.types.plan import StepPlan, StepResult, TokenLogprobs
+from tpserve.types.packed import pack, unpack
+from tpserve.types.plan import Admission, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 
 MAX_MODEL_LEN = 256
 
@@ -45,7 +46,8 @@ class Engine:
         self.requests: list[Add] = []
         self.paused = False
         self._inputs: list[EngineInput] = []
-        self._asked: dict[int, int | None] = {}
+        self._admitted: dict[int, Admission] = {}
+        self._vocab_size = vocab_size
 
     def send(self, inputs: list[EngineInput]) -> None:
         self._inputs.extend(inputs)
@@ -72,18 +74,44 @@ class Engine:
         while plan := self.scheduler.schedule(now):
             self.device.submit(plan, now)
             plans.append(plan)
-            self._asked |= {admission.slot: admission.params.logprobs for admission in plan.admissions}
+            self._admitted |= {admission.slot: admission for admission in plan.admissions}
         for plan in plans:
             self.scheduler.apply(self.with_logprobs(plan, self.device.collect(now)), now)
 
     def with_logprobs(self, plan: StepPlan, result: StepResult) -> StepResult:
-        """The ledger draws without probabilities; give the chosen token the best one."""
-        entries = []
-        for index, (slot, token) in enumerate(zip(unpack(plan.slots), unpack(result.tokens), strict=True)):
-            if token >= 0 and (count := self._asked[slot]) is not None:
-                ids = (token, *(i for i in range(10, 40) if i != token))[:count]
-                entries.append((index, TokenLogprobs(-0.125, ids, tuple(-0.125 * (i + 1) for i in range(len(ids))))))
-        return replace(result, logprobs=tuple(entries))
+        """The ledger draws without probabilities; here is a distribution for each position."""
+        drawn, scored = [], []
+        for index, (chunk, token) in enumerate(zip(plan.chunks(), unpack(result.tokens), strict=True)):
+            admission = self._admitted[chunk.slot]
+            stop, num_top = chunk.start + chunk.count, admission.params.logprobs
+            if token >= 0 and num_top is not None:
+                drawn.append((index, distribution(stop, token, num_top, self._vocab_size)))
+            if chunk.score:
+                prompt, num_top = unpack(admission.tokens)[: admission.prompt_len], admission.params.prompt_logprobs or 0
+                positions = range(chunk.start + 1, min(stop + 1, len(prompt)))
+                rows = [distribution(at, prompt[at], num_top, self._vocab_size) for at in positions]
+                scored.append((index, packed(num_top, rows)))
+        return replace(result, logprobs=tuple(drawn), prompt_logprobs=tuple(scored))
+
+
+def distribution(position: int, token: int, num_top: int, vocab_size: int) -> TokenLogprobs:
+    """What is known of `token` at `position`, where id 3 * position is the likeliest and each next one less so by an eighth."""
+    ids = tuple((3 * position + rank) % vocab_size for rank in range(num_top))
+    place = (token - 3 * position) % vocab_size
+    return TokenLogprobs(-(place + 1) / 8, ids, tuple(-(rank + 1) / 8 for rank in range(num_top)))
+
+
+def packed(num_top: int, rows: list[TokenLogprobs]) -> PromptLogprobs:
+    chosen = array("f", [row.chosen for row in rows]).tobytes()
+    top = array("f", [value for row in rows for value in row.top]).tobytes()
+    return PromptLogprobs(num_top, chosen, pack(id for row in rows for id in row.top_ids), top)
+
+
+def until(done: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, "it never happens"
+        time.sleep(0.002)
 
 
 @dataclass(frozen=True)

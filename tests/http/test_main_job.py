@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.http import checks
+from tests.http import checks, score_checks
 from tests.server import Server, free_port, running, torchrun
 from tpserve import builtin
 
@@ -24,6 +24,8 @@ QUESTIONS: list[dict[str, Any]] = [
     {"prompt": "A boat", "max_tokens": 30, "seed": 5, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2, "min_tokens": 20},
     {"prompt": "A boat", "max_tokens": 30, "temperature": 0, "frequency_penalty": 0.5, "bad_words": ["the", "and"]},
 ]
+SCORED = ["Once upon a time there was a lighthouse. " * 20, "漢字 🎉"]
+Scores = list[list[float]]
 Answers = list[list[tuple[list[int], str]]]
 
 
@@ -37,17 +39,32 @@ def answers(server: Server) -> Answers:
     return result
 
 
+def scores(server: Server) -> Scores:
+    """The log probability of every token but the first of texts that are not continued."""
+    status, body = server.post("/v1/completions", {"prompt": SCORED, "echo": True, "logprobs": 0, "max_tokens": 0})
+    assert status == 200, body
+    return [choice["logprobs"]["token_logprobs"][1:] for choice in body["choices"]]
+
+
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Scores]:
     """What one rank says."""
     port = free_port()
     with running([torchrun(*FLOAT32, ranks=1, port=port)], port, tmp_path_factory.mktemp("tp1") / "log") as server:
-        return answers(server)
+        check_scores(server)
+        return answers(server), scores(server)
+
+
+def check_scores(server: Server) -> None:
+    """What scoring, the choice of the best and the prefix cache owe a client, on ranks."""
+    score_checks.scored_prompts(server.url)
+    score_checks.best_of(server.url)
+    score_checks.cached_tokens(server.url)
 
 
 @pytest.fixture(scope="module", params=["tp2", "tp3", "pp2", "pp3", "tp2pp2"])
 def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, expected: Answers
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, expected: tuple[Answers, Scores]
 ) -> Iterator[tuple[str, Server, Path]]:
     directory, port = tmp_path_factory.mktemp(request.param), free_port()
     tp, pp = LAYOUTS[request.param]
@@ -59,9 +76,11 @@ def served(
         assert "Traceback" not in server.log.partition("SignalException")[0].partition("death signal")[0]
 
 
-def test_every_layout_says_the_same(served: tuple[str, Server, Path], expected: Answers) -> None:
+def test_every_layout_says_the_same(served: tuple[str, Server, Path], expected: tuple[Answers, Scores]) -> None:
     _, server, _ = served
-    assert answers(server) == expected
+    assert answers(server) == expected[0]
+    for values, others in zip(scores(server), expected[1], strict=True):
+        score_checks.assert_close(values, others)
 
 
 def test_log_lines(served: tuple[str, Server, Path]) -> None:
@@ -78,6 +97,7 @@ def test_the_api_over_ranks(served: tuple[str, Server, Path]) -> None:
     """The whole of the client checks where stages and shards both exist; the parts that touch ranks elsewhere."""
     name, server, _ = served
     checks.streaming_order(server.url)
+    check_scores(server)
     if name != "tp2pp2":
         return
     checks.info_routes(server.url, builtin.NAME)
@@ -85,6 +105,7 @@ def test_the_api_over_ranks(served: tuple[str, Server, Path]) -> None:
     checks.completion_fields(server.url, builtin.NAME)
     checks.stop_strings(server.url)
     checks.wrong_requests(server.url)
+    score_checks.wrong_requests(server.url)
     checks.too_long(server.url)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.http import checks
-from tests.http.inprocess import MAX_MODEL_LEN, Server, serving
+from tests.http.inprocess import MAX_MODEL_LEN, Server, serving, until
 from tests.http.tiny_tokenizer import EOS
 from tpserve.frontend.openai import answer
 from tpserve.frontend.status import Status
@@ -28,13 +28,6 @@ MODEL = "tiny"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(tmp_path_factory.mktemp("model"), max_queued_requests=300) as server:
         yield server
-
-
-def until(done: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline, "it never happens"
-        time.sleep(0.002)
 
 
 @pytest.fixture
@@ -108,24 +101,16 @@ def test_sampling_fields_reach_the_engine(server: Server, client: checks.Client)
     assert asked == SamplingParams(
         max_tokens=4, top_k=7, min_tokens=4, logit_bias=((5, 1.5), (9, -100.0)), allowed_token_ids=(8, 9), **numbers
     )
-    neutral = {
-        "top_p": 1,
-        "top_k": -1,
-        "min_p": 0,
-        "presence_penalty": 0,
-        "repetition_penalty": 1,
-        "logit_bias": {},
-        "bad_words": [],
-    }
+    neutral: checks.Json = {"top_p": 1, "top_k": -1, "min_p": 0, "presence_penalty": 0, "repetition_penalty": 1}
+    neutral |= {"logit_bias": {}, "bad_words": []}
     assert params(**neutral) == params(top_k=10**30) == SamplingParams(max_tokens=4)
     words = params(bad_words=["cat", " sat on"]).bad_words
     texts = {server.tokenizer.decode(word) for word in words}
     assert texts == {"cat", " cat", "sat on", " sat on"} and len(words) == 4
-    for wrong, param in (
-        ({"allowed_token_ids": [words[0][0]], "bad_words": [server.tokenizer.decode(words[0][:1])]}, "bad_words"),
-        ({"min_tokens": 5}, "min_tokens"),
-        ({"min_tokens": 5, "n": 2}, "min_tokens"),
-    ):
+    assert params(prompt_logprobs=2, priority=-7, cache_salt="mine") == SamplingParams(max_tokens=4, prompt_logprobs=2)
+    assert {(add.request.priority, add.request.cache_salt) for add in server.engine.requests[-2:]} == {(-7, "mine")}
+    no_words = {"allowed_token_ids": [words[0][0]], "bad_words": [server.tokenizer.decode(words[0][:1])]}
+    for wrong, param in ((no_words, "bad_words"), ({"min_tokens": 5}, "min_tokens"), ({"min_tokens": 5, "n": 2}, "min_tokens")):
         checks.is_error(client.completion(max_tokens=4, **wrong), 400, param=param, code="invalid_value")
 
 
@@ -205,7 +190,8 @@ def test_full_queue_is_429(tmp_path: Path) -> None:
             reply = client.completion()
             checks.is_error(reply, 429, code="queue_full", says="4 of 4")
             assert reply.headers["retry-after"] == "1"
-            checks.is_error(client.completion(n=5), 400, param="n")
+            checks.is_error(client.completion(n=5), 400, param="n", says="5 sequences")
+            checks.is_error(client.completion(n=2, best_of=5), 400, param="best_of", says="5 sequences")
             server.engine.paused = False
             assert [future.result().status for future in waiting] == [200, 200]
         assert client.completion(max_tokens=1).status == 200

@@ -1,6 +1,7 @@
 """The journal: one terminal a client, whatever the engine says and in whatever order."""
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 from random import Random
 
@@ -12,8 +13,10 @@ from tests.http.tiny_tokenizer import EOS, byte_level
 from tpserve.errors import UserError
 from tpserve.frontend.journal import Journal, NewSequence, Ticket
 from tpserve.text.assembler import Assembler, Piece
+from tpserve.text.entries import PromptScores
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.messages import Abort, Add, Cut, Delta, Done, EngineInput, EngineOutput, PhaseTimes, Stats
+from tpserve.types.messages import Abort, Add, Cut, Delta, Done, EngineInput, EngineOutput, PhaseTimes, Scored, Stats
+from tpserve.types.plan import PromptLogprobs
 from tpserve.types.sampling import SamplingParams
 
 TOKENIZER = Tokenizer(byte_level(), {})
@@ -32,8 +35,19 @@ class Harness:
         new = [NewSequence([1, 2], SamplingParams(), Assembler(TOKENIZER, stop=stop), seed, choice) for choice in range(n)]
         return self.journal.open(new, streaming=streaming)
 
+    def open_scored(self, n: int = 1, stop: Sequence[str] = (), max_tokens: int = 16) -> Ticket:
+        """Choices of a prompt of four tokens, the first of which is scored."""
+        scores = PromptScores([1, 2, 3, 4])
+        params = [SamplingParams(max_tokens=max_tokens, prompt_logprobs=None if choice else 0) for choice in range(n)]
+        new = [NewSequence([1, 2, 3, 4], p, Assembler(TOKENIZER, stop=stop, scores=scores)) for p in params]
+        return self.journal.open(new, streaming=True)
+
     def value(self, name: str, **labels: str) -> float | None:
         return self.journal.metrics.registry.get_sample_value(f"tpserve:{name}", {"model_name": "tiny", **labels})
+
+
+def scored(id: int, start: int, count: int) -> Scored:
+    return Scored(id, start, PromptLogprobs(0, array("f", [-1.0] * count).tobytes(), b"", b""))
 
 
 def texts(pieces: Sequence[tuple[object, Piece]]) -> str:
@@ -78,6 +92,84 @@ def test_only_the_expected_position_is_taken() -> None:
     for start in (1, 0, 0, 1, 5):
         harness.journal.receive([Delta(0, start, (CAT[start % len(CAT)],))])
     assert texts(ticket.take()) == TOKENIZER.decode(CAT[:2])
+
+
+def test_priority_and_salt_go_with_the_request() -> None:
+    harness = Harness()
+    harness.journal.open([NewSequence([1], SamplingParams(), Assembler(TOKENIZER), 1, 2, -3, "salt")], streaming=False)
+    (add,) = harness.sent
+    assert isinstance(add, Add) and (add.request.choice, add.request.priority, add.request.cache_salt) == (2, -3, "salt")
+
+
+def test_scores_come_before_the_answer() -> None:
+    """Repeated and stray ones are dropped, and so are tokens that come before their prompt's scores."""
+    harness = Harness()
+    ticket = harness.open_scored(n=2)
+    for message in (scored(0, 2, 2), Delta(0, 0, tuple(CAT)), scored(1, 1, 3), scored(0, 1, 1), scored(0, 1, 1), scored(9, 1, 1)):
+        harness.journal.receive([message])
+        assert ticket.take() == []
+    harness.journal.receive([Delta(1, 0, tuple(CAT)), Done(1, "length", len(CAT))])
+    assert ticket.take() == [], "the second choice shows the scores of the first"
+    harness.journal.receive([scored(0, 1, 3)])
+    ((sequence, piece),) = ticket.take()
+    assert (sequence.index, piece.text, piece.finish) == (1, "the cat sat", "length") and piece.scores is not None
+    harness.journal.receive([scored(0, 1, 3), Delta(0, 0, tuple(CAT)), Done(0, "length", len(CAT))])
+    ((sequence, piece),) = ticket.take()
+    assert (sequence.index, piece.text) == (0, "the cat sat") and piece.scores is not None
+    assert ticket.ended and harness.journal.num_open == 0 and len(harness.sent) == 2
+
+
+def test_complete_scores_wake_who_waited() -> None:
+    async def run() -> bool:
+        harness = Harness()
+        ticket = harness.open_scored(n=2)
+        harness.journal.receive([Delta(1, 0, tuple(CAT))])
+        assert not ticket._wake.is_set()
+        harness.journal.receive([scored(0, 1, 3)])
+        await asyncio.wait_for(ticket.wait(), 1)
+        return texts(ticket.take()) != ""
+
+    assert asyncio.run(run())
+
+
+def test_scores_alone_are_an_answer() -> None:
+    harness = Harness()
+    ticket = harness.open_scored(max_tokens=0)
+    harness.journal.receive([scored(0, 1, 3), Done(0, "length", 0)])
+    ((_, piece),) = ticket.take()
+    assert (piece.text, piece.tokens, piece.finish) == ("", [], "length") and piece.scores is not None and ticket.ended
+
+
+@pytest.mark.parametrize("messages", [[], [scored(0, 1, 2)], [scored(0, 1, 2), Delta(0, 0, tuple(CAT))]])
+def test_lost_scores_are_a_failure(messages: list[EngineOutput]) -> None:
+    harness = Harness()
+    ticket = harness.open_scored(n=2)
+    harness.journal.receive([*messages, Done(0, "length", 0)])
+    with pytest.raises(UserError, match="scores of the prompt were lost") as info:
+        ticket.take()
+    assert info.value.status == 500 and ticket.ended and harness.sent[2:] == [Abort(1)] and harness.journal.num_open == 0
+
+
+@pytest.mark.parametrize("end", ["abort", "fail", "done"])
+def test_a_stop_string_while_the_prompt_is_scored(end: str) -> None:
+    """The engine is cut at once; the client has its one terminal when the scores are there, or whatever ends the request."""
+    harness = Harness()
+    ticket = harness.open_scored(n=2, stop=["cat"])
+    harness.journal.receive([scored(0, 1, 1), Delta(1, 0, tuple(CAT))])
+    assert harness.sent[2:] == [Cut(1, len(TOKENIZER.encode("the cat")))] and harness.journal.num_open == 1
+    assert ticket.take() == [] and not ticket.ended
+    if end == "abort":
+        harness.journal.abort(ticket)
+        assert harness.sent[3:] == [Abort(0)] and ticket.take() == []
+    elif end == "fail":
+        harness.journal.fail_all("rank 1 failed", 503)
+        with pytest.raises(UserError, match="rank 1 failed"):
+            ticket.take()
+    else:
+        harness.journal.receive([scored(0, 2, 2), Done(0, "length", 0)])
+        assert [(s.index, piece.text, piece.finish) for s, piece in ticket.take()] == [(0, "", "length"), (1, "the ", "stop")]
+    harness.journal.receive([scored(0, 2, 2), Done(0, "abort", 0), Done(1, "stop", 3)])
+    assert ticket.ended and harness.journal.num_open == 0 and len(harness.sent) <= 4
 
 
 def test_stop_string_ends_the_client_and_cuts_the_engine() -> None:
@@ -153,13 +245,15 @@ def test_metrics_of_a_request() -> None:
         harness.now = at
         harness.journal.receive([message])
     harness.now = 2.0
-    harness.journal.receive([Done(0, "length", 2, times=PhaseTimes(0.5, 1.0, 0.25)), Stats(1, 2, 3, 4, 0, 9, 20, 10)])
-    harness.journal.receive([Stats(0, 0, 0, 4, 1, 9, 25, 12)])
-    harness.journal.receive([Stats(0, 0, 0, 4, 0, 1, 5, 1)])
+    assert harness.value("prefix_cache_hits_total") == 0
+    harness.journal.receive([Done(0, "length", 2, times=PhaseTimes(0.5, 1.0, 0.25)), Stats(1, 2, 3, 4, 0, 9, 20, 10, 30, 16)])
+    harness.journal.receive([Stats(0, 0, 0, 4, 1, 9, 25, 12, 30, 16)])
+    harness.journal.receive([Stats(0, 0, 0, 4, 0, 1, 5, 1, 8, 0)])
     sums = {"time_to_first_token_seconds": 1.5, "inter_token_latency_seconds": 0.25, "e2e_request_latency_seconds": 2.0}
     sums |= {"request_queue_time_seconds": 0.5, "request_generation_tokens": 2, "request_prompt_tokens": 2}
     assert {name: harness.value(f"{name}_sum") for name in sums} == sums
     assert harness.value("prompt_tokens_total") == 30, "a new epoch's totals are added to the old ones"
+    assert (harness.value("prefix_cache_queries_total"), harness.value("prefix_cache_hits_total")) == (38, 16)
     assert harness.value("num_preemptions_total") == 1 and harness.value("kv_cache_usage_perc") == 0
     assert harness.value("request_success_total", finished_reason="length") == 1
 
@@ -169,7 +263,8 @@ def test_metrics_of_a_request() -> None:
 def test_random_histories_have_one_terminal_each(seed: int) -> None:
     """Frames with drops, repeats, foreign ids, early ends: every ticket ends once, with a beginning of the right text."""
     random, harness = Random(seed), Harness()
-    tickets = [harness.open(n=random.randint(1, 3), stop=random.choice([(), ("sat",)])) for _ in range(4)]
+    openers = [harness.open, harness.open_scored]
+    tickets = [random.choice(openers)(n=random.randint(1, 3), stop=random.choice([(), ("sat",)])) for _ in range(4)]
     sequences = [sequence for ticket in tickets for sequence in ticket.sequences]
     finals, got = dict.fromkeys(range(len(sequences)), 0), dict.fromkeys(range(len(sequences)), "")
     for _ in range(120):
@@ -177,6 +272,9 @@ def test_random_histories_have_one_terminal_each(seed: int) -> None:
         frame: list[EngineOutput] = [Delta(id, start, tuple(CAT[start : start + random.randint(1, 2)]))]
         if random.random() < 0.03:
             frame.append(Done(id, random.choice(["stop", "length", "abort", "error"]), random.randint(0, len(CAT))))
+        if random.random() < 0.3:
+            first = random.randint(1, 3)
+            frame.insert(0, scored(id, first, random.randint(1, 4 - first)))
         harness.journal.receive(frame)
         ticket = random.choice(tickets)
         if random.random() < 0.02:

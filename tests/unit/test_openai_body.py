@@ -9,6 +9,7 @@ import pytest
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.body import parse
+from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.schema import LABELS, NEUTRAL, ChatCall, CompletionCall
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -34,7 +35,6 @@ def refused(schema: type[Any], fields: dict[str, Any]) -> UserError:
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -5}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"n": 0}, "n"),
@@ -65,6 +65,13 @@ def refused(schema: type[Any], fields: dict[str, Any]) -> UserError:
         ({"bad_words": [""]}, "bad_words[0]"),
         ({"bad_words": ["a"] * 129}, "bad_words"),
         ({"min_tokens": -1}, "min_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": False}, "prompt_logprobs"),
+        ({"priority": 2**31}, "priority"),
+        ({"priority": 0.5}, "priority"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"best_of": 0}, "best_of"),
+        ({"best_of": 129}, "best_of"),
         ({"prompt": 7}, "prompt"),
         ({"request_id": "two\r\nlines"}, "request_id"),
         ({"rid": "x" * 129}, "request_id"),
@@ -76,7 +83,7 @@ def test_wrong_values_name_the_field(fields: dict[str, Any], param: str) -> None
 
 
 def test_out_of_range_tells_the_value() -> None:
-    assert str(refused(CompletionCall, {"max_tokens": -5})) == "max_tokens: expected `int` >= 1, got -5"
+    assert str(refused(CompletionCall, {"max_tokens": -5})) == "max_tokens: expected `int` >= 0, got -5"
 
 
 def test_missing_fields_are_named() -> None:
@@ -96,9 +103,47 @@ def test_known_fields_are_refused_unless_neutral(name: str) -> None:
         assert (error.param, error.code, error.status) == (name, "unsupported_parameter", 400) and name in str(error)
 
 
-def test_best_of_may_equal_n() -> None:
-    assert completion(best_of=3, n=3)[0].n == 3
-    assert refused(CompletionCall, {"best_of": 3, "n": 2}).param == "best_of"
+@pytest.mark.parametrize(
+    ("schema", "fields", "param"),
+    [
+        (CompletionCall, {"max_tokens": 0}, "max_tokens"),
+        (CompletionCall, {"best_of": 2, "n": 3}, "best_of"),
+        (CompletionCall, {"best_of": 2, "stream": True}, "best_of"),
+        (CompletionCall, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        (CompletionCall, {"stream_options": {}}, "stream_options"),
+        (CompletionCall, {"seed": 2**64}, "seed"),
+        (ChatCall, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        (ChatCall, {"top_logprobs": 1}, "top_logprobs"),
+    ],
+)
+def test_contradictions_name_a_field(schema: type[CompletionCall | ChatCall], fields: dict[str, Any], param: str) -> None:
+    call, _ = parse(({"prompt": "a"} if schema is CompletionCall else CHAT) | fields, schema, set())
+    with pytest.raises(UserError, match=f"^{param} ") as info:
+        refuse_contradictions(call)
+    assert (info.value.param, info.value.code, info.value.status) == (param, "invalid_value", 400)
+
+
+def test_what_goes_together() -> None:
+    for fields in ({"max_tokens": 0, "echo": True}, {"best_of": 2, "n": 2, "stream": True}, {"best_of": 3}, {"seed": -(2**63)}):
+        refuse_contradictions(completion(**fields)[0])
+    assert chat(best_of=1)[0].num_drawn == 1 and refused(ChatCall, {"best_of": 2}).code == "unsupported_parameter"
+
+
+def test_what_the_engine_is_asked_for() -> None:
+    asked = [
+        ({}, (1, None, None, 0)),
+        ({"n": 2, "best_of": 3}, (3, 0, None, 0)),
+        ({"n": 2, "best_of": 3, "logprobs": 4}, (3, 4, None, 0)),
+        ({"echo": True}, (1, None, None, 0)),
+        ({"echo": True, "logprobs": 1}, (1, 1, 1, 2)),
+        ({"echo": True, "logprobs": 1, "prompt_logprobs": 5, "n": 3}, (3, 1, 5, 24)),
+        ({"prompt_logprobs": 0, "n": 2, "logprobs": 3}, (2, 3, 0, 2)),
+    ]
+    for fields, expected in asked:
+        call = completion(**fields)[0]
+        assert (call.num_drawn, call.num_logprobs, call.num_scored, call.num_shown_scores) == expected
+    call = chat(prompt_logprobs=4, n=3)[0]
+    assert (call.num_drawn, call.num_logprobs, call.num_scored, call.num_shown_scores) == (3, None, 4, 5)
 
 
 def test_null_is_accepted_for_every_field() -> None:

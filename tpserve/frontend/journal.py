@@ -6,6 +6,7 @@ validation. Called from one event loop only. Invariants:
     entry     in the journal from `open` until its terminal: Done, a stop string, abort or failure; then it is gone
     terminal  exactly one a sequence and one a ticket; whatever the engine says later about a closed id is dropped
     delta     taken only at the expected position; any other belongs to a past the client never saw, and is dropped
+    scores    as deltas, and before the first of them; what is known already may come again
     buffer    what waits for a slow client merges into one piece a sequence, so it is bounded by what the request may produce
 
 A `Ticket` is one client's request: n choices of one or several prompts are as many sequences, `index` tells them apart.
@@ -23,7 +24,20 @@ from dataclasses import dataclass, field
 from tpserve.errors import UserError
 from tpserve.observe.metrics import Metrics
 from tpserve.text.assembler import Assembler, Piece
-from tpserve.types.messages import Abort, Add, Cut, Delta, Done, EngineInput, EngineOutput, FinishReason, PhaseTimes, Stats
+from tpserve.text.entries import PromptScores
+from tpserve.types.messages import (
+    Abort,
+    Add,
+    Cut,
+    Delta,
+    Done,
+    EngineInput,
+    EngineOutput,
+    FinishReason,
+    PhaseTimes,
+    Scored,
+    Stats,
+)
 from tpserve.types.packed import pack
 from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
@@ -33,13 +47,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NewSequence:
-    """One choice to generate. `seed` None: the journal draws one, so that the engine always has one."""
+    """One choice to generate. `seed` None: the journal draws one, so that the engine always has one.
+
+    With `params.prompt_logprobs` the assembler has the scores to fill.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
     assembler: Assembler
     seed: int | None = None
     choice: int = 0
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(eq=False)
@@ -56,6 +75,12 @@ class OpenSequence:
     last_token_s: float | None = None
     cached_tokens: int = 0
     closed: bool = False
+
+    @property
+    def unscored(self) -> PromptScores | None:
+        """The scores that the engine still owes this sequence."""
+        scores = self.assembler.scores if self.request.params.prompt_logprobs is not None else None
+        return None if scores is None or scores.complete else scores
 
 
 class Ticket:
@@ -120,7 +145,15 @@ class Journal:
         ticket, now, adds = Ticket(streaming), self._clock(), list[EngineInput]()
         for index, item in enumerate(new):
             seed = secrets.randbits(64) if item.seed is None else item.seed
-            request = Request(next(self._ids), pack(item.prompt), item.params, seed, item.choice)
+            request = Request(
+                next(self._ids),
+                pack(item.prompt),
+                item.params,
+                seed,
+                item.choice,
+                priority=item.priority,
+                cache_salt=item.cache_salt,
+            )
             sequence = OpenSequence(request, index, len(item.prompt), item.assembler, ticket, now)
             self._open[request.id] = sequence
             ticket._opened(sequence)
@@ -147,6 +180,9 @@ class Journal:
         stops = {message.id: message.num_tokens for message in outputs if isinstance(message, Done) and message.finish == "stop"}
         for message in outputs:
             match message:
+                case Scored():
+                    if (sequence := self._open.get(message.id)) is not None:
+                        self._scored(sequence, message)
                 case Delta():
                     if (sequence := self._open.get(message.id)) is not None:
                         self._delta(sequence, message, stops.get(message.id) == message.start + len(message.tokens))
@@ -156,8 +192,15 @@ class Journal:
                 case Stats():
                     self.metrics.engine(message)
 
+    def _scored(self, sequence: OpenSequence, scored: Scored) -> None:
+        scores = sequence.unscored
+        if scores is None or not scores.push(scored.start, scored.logprobs):
+            log.warning("scores of sequence %d at %d dropped", scored.id, scored.start)
+        elif scores.complete:
+            sequence.ticket._news()  # other choices may have waited for them
+
     def _delta(self, sequence: OpenSequence, delta: Delta, stops: bool) -> None:
-        if delta.start != len(sequence.tokens):
+        if delta.start != len(sequence.tokens) or sequence.unscored is not None:
             log.warning("tokens of sequence %d at %d dropped, expected %d", delta.id, delta.start, len(sequence.tokens))
             return
         now = self._clock()
@@ -178,6 +221,8 @@ class Journal:
         error = done.error
         if done.finish in ("stop", "length") and done.num_tokens != len(sequence.tokens):
             error = f"tokens were lost: {len(sequence.tokens)} of {done.num_tokens} arrived"
+        elif done.finish in ("stop", "length") and sequence.unscored is not None:
+            error = "scores of the prompt were lost"
         elif done.finish in ("stop", "length"):
             sequence.cached_tokens = done.cached_tokens
             sequence.assembler.end(done.finish, done.stop_id)

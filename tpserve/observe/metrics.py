@@ -38,6 +38,8 @@ class Metrics:
             "prompt_tokens": counter("prompt_tokens", "Prompt tokens computed."),
             "generation_tokens": counter("generation_tokens", "Tokens generated."),
             "preemptions": counter("num_preemptions", "Sequences that gave their blocks back and start over."),
+            "prefix_cache_queries": counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+            "prefix_cache_hits": counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
         }
         self._last = dict.fromkeys(self._totals, 0)
         success = Counter("tpserve:request_success", "Requests ended.", (*labels, "finished_reason"), registry=self.registry)

@@ -6,6 +6,7 @@ visible. It never knows HTTP, other sequences or time. Invariants:
     text     decoded = [taken][ready to take][held back: it may be the beginning of a stop string]
     tokens   every token up to the end is in exactly one piece, beside its log probabilities
     end      reached once; tokens pushed later are dropped
+    prompt   with `scores`, nothing becomes visible before they are complete; the first piece has them
     pieces   neither the joined text, nor the tokens, nor the end depend on how tokens were split into pushes
 
 EOS and stop tokens are the engine's verdict and stop strings are decided here: after a match `num_tokens` is the length
@@ -16,24 +17,17 @@ from collections.abc import Collection, Sequence
 
 from msgspec import Struct
 
+from tpserve.text.entries import PromptScores, TokenEntry
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import FinishReason
 from tpserve.types.plan import TokenLogprobs
-
-
-class TokenEntry(Struct, frozen=True):
-    """One token's log probabilities. `offset`: characters of the output's text before it; a part of a character adds none."""
-
-    token: int
-    offset: int
-    logprobs: TokenLogprobs
 
 
 class Piece(Struct, frozen=True):
     """What became visible since the last one. `finish` is set on the last piece, and only there.
 
     `stop_reason`: the stop string or the stop token that ended the sequence, None for its EOS token or its length.
-    `num_tokens`: output tokens so far, those of this piece included.
+    `num_tokens`: output tokens so far, those of this piece included. `scores`: of the prompt, on the first piece if asked for.
     """
 
     text: str
@@ -42,10 +36,14 @@ class Piece(Struct, frozen=True):
     num_tokens: int
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
+    scores: PromptScores | None = None
 
 
 class Assembler:
-    """The output of one sequence that follows `prompt`. Stop strings are not empty; the first `min_tokens` tokens hold none."""
+    """The output of one sequence that follows `prompt`. Stop strings are not empty; the first `min_tokens` tokens hold none.
+
+    `scores` may be shared with other choices of the prompt, of which one is scored.
+    """
 
     def __init__(
         self,
@@ -57,6 +55,7 @@ class Assembler:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        scores: PromptScores | None = None,
     ) -> None:
         assert all(stop), "an empty stop string matches everywhere"
         self._stream = tokenizer.stream(prompt, skip_special_tokens)
@@ -69,7 +68,9 @@ class Assembler:
         self._ready: list[str] = []
         self._tokens: list[int] = []
         self._entries: list[TokenEntry] = []
+        self._begun = False
         self._end_taken = False
+        self.scores = scores
         self.num_tokens = 0
         self.finish: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -98,14 +99,17 @@ class Assembler:
     @property
     def has_news(self) -> bool:
         """Whether `take` would return a piece."""
+        if self.scores is not None and not self.scores.complete:
+            return False
         return bool(self._ready) or (self.finish is not None and not self._end_taken)
 
     def take(self) -> Piece | None:
         """All that became visible since the last call; None when that is neither text nor the end."""
         if not self.has_news:
             return None
-        piece = Piece("".join(self._ready), self._tokens, self._entries, self.num_tokens, self.finish, self.stop_reason)
-        self._ready, self._tokens, self._entries = [], [], []
+        scores = None if self._begun else self.scores
+        piece = Piece("".join(self._ready), self._tokens, self._entries, self.num_tokens, self.finish, self.stop_reason, scores)
+        self._ready, self._tokens, self._entries, self._begun = [], [], [], True
         self._end_taken = self.finish is not None
         return piece
 

@@ -1,10 +1,12 @@
-"""Log probability entries in the two shapes of the OpenAI API. Pure functions from `TokenEntry` to plain JSON values."""
+"""Log probabilities in the shapes of the OpenAI API and of vLLM, and what follows from them. Pure, plain JSON values out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tpserve.text.assembler import TokenEntry
+from tpserve.text.assembler import Piece
+from tpserve.text.entries import PromptScores, TokenEntry
 from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.plan import TokenLogprobs
 
 FLOOR = -9999.0
 """JSON has no -inf; the lowest value that clients are used to."""
@@ -15,16 +17,20 @@ def completion_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer, bas
 
     `base_offset`: characters before the output in the text that the client gets (an echoed prompt).
     """
-    tops: list[dict[str, float]] = []
-    for entry in entries:
-        top = {tokenizer.token_text(entry.token): max(entry.logprobs.chosen, FLOOR)}
-        for token, value in pairs(entry):
-            top.setdefault(tokenizer.token_text(token), value)  # of two tokens spelled alike the likelier stays
-        tops.append(top)
+
+    def top(entry: TokenEntry) -> dict[str, float] | None:
+        if entry.logprobs is None:
+            return None
+        values: dict[str, float] = {}
+        for token, value in ((entry.token, max(entry.logprobs.chosen, FLOOR)), *pairs(entry.logprobs)):
+            text = tokenizer.token_text(token)
+            values[text] = max(value, values.get(text, value))  # of two tokens spelled alike the likelier stays
+        return values
+
     return {
         "tokens": [tokenizer.token_text(entry.token) for entry in entries],
-        "token_logprobs": [max(entry.logprobs.chosen, FLOOR) for entry in entries],
-        "top_logprobs": tops,
+        "token_logprobs": [max(entry.logprobs.chosen, FLOOR) if entry.logprobs else None for entry in entries],
+        "top_logprobs": [top(entry) for entry in entries],
         "text_offset": [base_offset + entry.offset for entry in entries],
     }
 
@@ -39,13 +45,43 @@ def chat_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer) -> dict[s
     return {
         "content": [
             shape(entry.token, max(entry.logprobs.chosen, FLOOR))
-            | {"top_logprobs": [shape(token, value) for token, value in pairs(entry)]}
+            | {"top_logprobs": [shape(token, value) for token, value in pairs(entry.logprobs)]}
             for entry in entries
+            if entry.logprobs is not None
         ],
         "refusal": None,
     }
 
 
-def pairs(entry: TokenEntry) -> list[tuple[int, float]]:
+def prompt_logprobs(
+    scores: PromptScores, positions: Iterable[int], num_top: int, tokenizer: Tokenizer
+) -> list[dict[str, Any] | None]:
+    """vLLM's shape: a position's most likely tokens by id, and its own. The rank of one that is not among them is not known."""
+
+    def shape(token: int, value: float, rank: int | None) -> dict[str, Any]:
+        return {"logprob": value, "rank": rank, "decoded_token": tokenizer.token_text(token)}
+
+    def at(position: int) -> dict[str, Any] | None:
+        if (logprobs := scores.at(position, num_top)) is None:
+            return None
+        found = {str(token): shape(token, value, rank) for rank, (token, value) in enumerate(pairs(logprobs), 1)}
+        token = scores.ids[position]
+        found.setdefault(str(token), shape(token, max(logprobs.chosen, FLOOR), None))
+        return found
+
+    return [at(position) for position in positions]
+
+
+def pairs(logprobs: TokenLogprobs) -> list[tuple[int, float]]:
     """The most likely tokens and their values, best first."""
-    return [(token, max(value, FLOOR)) for token, value in zip(entry.logprobs.top_ids, entry.logprobs.top, strict=True)]
+    return [(token, max(value, FLOOR)) for token, value in zip(logprobs.top_ids, logprobs.top, strict=True)]
+
+
+def likeliest(pieces: Sequence[Piece], count: int) -> list[Piece]:
+    """The `count` whole outputs with the highest mean log probability of a token, best first; of equal ones the first."""
+
+    def mean(piece: Piece) -> float:
+        values = [entry.logprobs.chosen for entry in piece.entries if entry.logprobs is not None]
+        return sum(values) / len(values) if values else 0.0
+
+    return sorted(pieces, key=mean, reverse=True)[:count]

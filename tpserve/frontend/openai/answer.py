@@ -7,16 +7,18 @@ a connection that breaks, a handler that is cancelled and an answer that ends al
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 import msgspec
 from aiohttp import web
 
 from tpserve.errors import UserError
 from tpserve.frontend.journal import Journal, Ticket
-from tpserve.frontend.openai.errors import error_object, internal_error, json_response
-from tpserve.frontend.openai.prompts import Prompt
+from tpserve.frontend.openai.errors import error_object, internal_error
+from tpserve.frontend.openai.prompts import Prompt, in_thread
 from tpserve.frontend.openai.schema import StreamOptions
 from tpserve.frontend.openai.shapes import Head, Json, Shape, usage
+from tpserve.text.assembler import Piece
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +37,14 @@ async def send_whole(journal: Journal, ticket: Ticket, shape: Shape, head: Head,
     try:
         while not ticket.ended:
             await ticket.wait()
-        body = shape.answer([(sequence.index, piece) for sequence, piece in ticket.take()])
+        pieces = [(sequence.index, piece) for sequence, piece in ticket.take()]
     finally:
         journal.abort(ticket)
-    body["usage"] = usage(prompts, ticket.sequences)
+    facts: Json = {"usage": usage(prompts, ticket.sequences)}
     if head.warnings:
-        body["warnings"] = head.warnings
-    return json_response(body)
+        facts["warnings"] = head.warnings
+    body = await in_thread(lambda: msgspec.json.encode(shape.answer(pieces) | facts), num_values(pieces))
+    return web.Response(body=body, content_type="application/json")
 
 
 async def send_stream(
@@ -91,6 +94,9 @@ async def events(
             return b"".join(event(chunk | {"usage": None}) for chunk in chunks)
         return b"".join(event(chunk) for chunk in chunks)
 
+    def told(pieces: Sequence[tuple[int, Piece]]) -> bytes:
+        return stamped([chunk for index, piece in pieces for chunk in shape.deltas(index, piece)])
+
     warnings, ended = list(head.warnings), False
     if opening := shape.opening():
         yield stamped(opening)
@@ -102,12 +108,18 @@ async def events(
             yield KEEP_ALIVE
             continue
         ended = ticket.ended
-        chunks = [chunk for sequence, piece in ticket.take() for chunk in shape.deltas(sequence.index, piece)]
-        if chunks:
-            yield stamped(chunks)
+        pieces = [(sequence.index, piece) for sequence, piece in ticket.take()]
+        if data := await in_thread(partial(told, pieces), num_values(pieces)):
+            yield data
     if options.include_usage:
         yield event(head.chunk() | {"usage": usage(prompts, ticket.sequences)})
     yield END
+
+
+def num_values(pieces: Sequence[tuple[int, Piece]]) -> int:
+    """Log probabilities to show, by which one knows how long the JSON takes."""
+    outputs = sum(len(entry.logprobs.top) + 1 for _, piece in pieces for entry in piece.entries if entry.logprobs)
+    return outputs + sum(piece.scores.num_values for _, piece in pieces if piece.scores is not None)
 
 
 def event(value: Json) -> bytes:

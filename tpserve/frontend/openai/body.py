@@ -65,15 +65,11 @@ def parse(body: dict[str, Any], schema: type[Call], logged: set[str]) -> tuple[C
 
 def neutral(name: str, fields: dict[str, Any]) -> bool:
     """Whether a field that is not honoured asks for nothing."""
-    if name == "best_of":
-        return bool(fields[name] == fields.get("n", 1))
     return name in LABELS or fields[name] in NEUTRAL.get(name, ())
 
 
 def hint(name: str) -> str:
     allowed = NEUTRAL[name]
-    if name == "best_of":
-        return " or make it equal to n"
     return f" or set it to {msgspec.json.encode(allowed[0]).decode()}" if allowed else ""
 
 

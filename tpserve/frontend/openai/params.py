@@ -10,6 +10,25 @@ from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.sampling import SamplingParams
 
 
+def refuse_contradictions(call: CompletionCall | ChatCall) -> None:
+    """UserError when fields, each right by itself, do not go together."""
+    streams = "does not go with stream true; leave one of them out"
+    rules = [
+        ("seed", call.seed is not None and not -(2**63) <= call.seed < 2**64, "must fit 64 bits"),
+        ("stream_options", call.stream_options is not None and not call.stream, "needs stream true"),
+        ("prompt_logprobs", call.prompt_logprobs is not None and call.stream, streams),
+    ]
+    if isinstance(call, ChatCall):
+        rules.append(("top_logprobs", call.top_logprobs is not None and not call.logprobs, "needs logprobs true"))
+    else:
+        rules.append(("max_tokens", call.max_tokens == 0 and not call.echo, "is 0, which needs echo true"))
+        rules.append(("best_of", call.num_drawn < call.n, f"is {call.best_of}, and n {call.n}; raise the one or lower the other"))
+        rules.append(("best_of", call.num_drawn > call.n and call.stream, f"above n {streams}"))
+    for param, broken, text in rules:
+        if broken:
+            raise UserError(f"{param} {text}", param=param, code="invalid_value")
+
+
 def sampling_params(call: CompletionCall | ChatCall, tokenizer: Tokenizer, limits: Limits) -> SamplingParams:
     """What all sequences of a call share: everything but `max_tokens`. UserError names the field that is wrong."""
     vocab_size, allowed = limits.vocab_size, sorted({*(call.allowed_token_ids or ())})
@@ -34,6 +53,7 @@ def sampling_params(call: CompletionCall | ChatCall, tokenizer: Tokenizer, limit
         allowed_token_ids=tuple(allowed),
         bad_words=bad_words,
         min_tokens=call.min_tokens,
+        prompt_logprobs=call.num_scored,
     )
 
 

@@ -16,8 +16,8 @@ from tpserve.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-THREAD_CHARS = 4096
-"""Texts from this length on are tokenized in a thread; shorter ones take less than the switch."""
+THREAD_SIZE = 4096
+"""From this size on work goes to a thread; less than that takes about as long as the switch."""
 RESERVED_KWARGS = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
 
 
@@ -39,7 +39,7 @@ async def completion_prompts(service: Service, call: CompletionCall, limits: Lim
     for item in items:
         if isinstance(item, str):
             refuse_too_long(item, service.tokenizer, limits, "prompt")
-        elif len(item) >= limits.max_model_len:
+        elif len(item) > limits.max_model_len:
             raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
         else:
             check_ids(item, limits.vocab_size, "prompt")
@@ -87,15 +87,15 @@ async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, limit
 
 
 def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limits: Limits, param: str) -> int:
-    """How many tokens a sequence may generate. `asked` must fit whole; `default` (None: all that is left) is cut."""
+    """How many tokens a sequence may generate. `asked` must fit whole, be it 0; `default` (None: all that is left) is cut."""
     length = len(prompt.ids)
     left = limits.max_model_len - length
-    if left < 1:
+    if left < min(1, asked if asked is not None else 1):
         raise too_long(limits.max_model_len, f"your prompt has {length} tokens", param)
     if asked is not None and asked > left:
         detail = f"you requested {length + asked} tokens ({length} in the prompt, {asked} in the completion)"
         raise too_long(limits.max_model_len, detail, param)
-    return asked or min(default or left, left)
+    return min(default or left, left) if asked is None else asked
 
 
 def too_long(max_model_len: int, detail: str, param: str) -> UserError:
@@ -171,5 +171,6 @@ def text_part(part: Any, where: str) -> str:
     raise UserError(f"{where}: only text parts are supported, got {str(kind)[:64]}", param=where, code="unsupported_parameter")
 
 
-async def in_thread(work: Callable[[], T], chars: int) -> T:
-    return work() if chars < THREAD_CHARS else await asyncio.to_thread(work)
+async def in_thread(work: Callable[[], T], size: int) -> T:
+    """`size`: characters to tokenize, or numbers to turn into JSON; either takes about a microsecond."""
+    return work() if size < THREAD_SIZE else await asyncio.to_thread(work)

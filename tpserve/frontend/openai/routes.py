@@ -5,26 +5,23 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from tpserve.errors import UserError
 from tpserve.frontend.journal import NewSequence
 from tpserve.frontend.openai.answer import send_stream, send_whole
 from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.errors import json_response
-from tpserve.frontend.openai.params import sampling_params, with_length
+from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, check_ids, completion_prompts, max_new_tokens, refuse_too_long
 from tpserve.frontend.openai.schema import (
     ChatCall,
     CompletionCall,
     DetokenizeCall,
-    Sampled,
     StreamOptions,
     TokenizeCall,
     TokenizeChatCall,
 )
+from tpserve.frontend.openai.sequences import sequences
 from tpserve.frontend.openai.service import SERVICE, Service
 from tpserve.frontend.openai.shapes import ChatShape, CompletionShape, Head, Json, Shape
-from tpserve.text.assembler import Assembler
-from tpserve.types.sampling import SamplingParams
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """Where a request carries its id: the client's, or one of ours."""
@@ -36,15 +33,10 @@ async def completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     call, warnings = parse(await read_object(request), CompletionCall, service.logged_fields)
     head = head_of(request, service, call, warnings, "cmpl", "text_completion", "text_completion")
-    if call.echo and call.logprobs is not None:
-        raise UserError("echo with logprobs is not supported by this server", param="echo", code="unsupported_parameter")
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
     sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
-    params = sampling_params(call, service.tokenizer, limits)
-    new = [
-        sequence for prompt, size in zip(prompts, sizes, strict=True) for sequence in choices(service, call, prompt, params, size)
-    ]
+    new = sequences(service, call, prompts, sizes, limits)
     shape = CompletionShape(head, call, prompts, service.tokenizer)
     return await answer(request, service, call, new, shape, head, prompts)
 
@@ -54,13 +46,10 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     call, warnings = parse(await read_object(request), ChatCall, service.logged_fields)
     head = head_of(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
-    if call.top_logprobs is not None and not call.logprobs:
-        raise UserError("top_logprobs needs logprobs true", param="top_logprobs", code="invalid_value")
     limits = service.limits()
     prompt = await chat_prompt(service, call, limits)
     asked = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
-    params = sampling_params(call, service.tokenizer, limits)
-    new = choices(service, call, prompt, params, max_new_tokens(prompt, asked, None, limits, "messages"))
+    new = sequences(service, call, [prompt], [max_new_tokens(prompt, asked, None, limits, "messages")], limits)
     shape = ChatShape(head, call, prompt, service.tokenizer)
     return await answer(request, service, call, new, shape, head, [prompt])
 
@@ -83,42 +72,20 @@ async def answer(
 
 
 def head_of(
-    request: web.Request, service: Service, call: Sampled, warnings: list[str], prefix: str, kind: str, chunk_kind: str
+    request: web.Request,
+    service: Service,
+    call: CompletionCall | ChatCall,
+    warnings: list[str],
+    prefix: str,
+    kind: str,
+    chunk_kind: str,
 ) -> Head:
     """Check what both calls share, and name the answer."""
     if call.request_id is not None:
         request[REQUEST_ID] = call.request_id
     model = service.served(call.model)
-    if call.stream_options is not None and not call.stream:
-        raise UserError("stream_options needs stream true", param="stream_options", code="invalid_value")
+    refuse_contradictions(call)
     return Head(f"{prefix}-{request[REQUEST_ID]}", kind, chunk_kind, model, int(time.time()), warnings)
-
-
-def choices(
-    service: Service, call: CompletionCall | ChatCall, prompt: Prompt, params: SamplingParams, max_tokens: int
-) -> list[NewSequence]:
-    """The n sequences of one prompt. A list of prompts with a seed answers each as if it had come alone."""
-    if call.seed is not None and not -(2**63) <= call.seed < 2**64:
-        raise UserError("seed must fit 64 bits", param="seed", code="invalid_value")
-    params = with_length(params, max_tokens)
-    return [
-        NewSequence(
-            prompt=prompt.ids,
-            params=params,
-            assembler=Assembler(
-                service.tokenizer,
-                prompt.ids,
-                stop=call.stops,
-                stop_token_ids=call.stop_token_ids,
-                include_stop=call.include_stop_str_in_output,
-                min_tokens=call.min_tokens,
-                skip_special_tokens=call.skip_special_tokens,
-            ),
-            seed=None if call.seed is None else call.seed % 2**64,
-            choice=choice,
-        )
-        for choice in range(call.n)
-    ]
 
 
 async def models(request: web.Request) -> web.Response:

@@ -13,12 +13,17 @@ MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 128
 MAX_BIASED_IDS = 1024
 
+MAX_CACHE_SALT_CHARS = 1024
+
 Count = Annotated[int, Meta(ge=1)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TokenId = Annotated[int, Meta(ge=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+CacheSalt = Annotated[str, Meta(min_length=1, max_length=MAX_CACHE_SALT_CHARS)]
 RequestId = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")]
 """Printable, so that it may stand in a header and in a log line."""
 
@@ -43,7 +48,7 @@ class Sampled(Struct, frozen=True, kw_only=True):
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
     bad_words: Annotated[list[Annotated[str, Meta(min_length=1, max_length=128)]], Meta(max_length=MAX_BAD_WORDS)] = []
     min_tokens: Annotated[int, Meta(ge=0)] = 0
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    n: Choices = 1
     seed: int | None = None
     max_tokens: Count | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=64)] = []
@@ -52,6 +57,9 @@ class Sampled(Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    prompt_logprobs: NumLogprobs | None = None
+    priority: Priority = 0
+    cache_salt: CacheSalt | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     request_id: RequestId | None = None
@@ -65,13 +73,34 @@ class CompletionCall(Sampled, frozen=True, kw_only=True):
     """POST /v1/completions. The shapes of `prompt` are told apart in `prompts`."""
 
     prompt: str | list[Any]
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
     logprobs: NumLogprobs | None = None
     echo: bool = False
+    best_of: Choices | None = None
     add_special_tokens: bool = True
 
     @property
+    def num_drawn(self) -> int:
+        """Sequences to generate for a prompt."""
+        return self.best_of or self.n
+
+    @property
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        return 0 if self.logprobs is None and self.num_drawn > self.n else self.logprobs
+
+    @property
+    def num_echoed(self) -> int | None:
+        """The most likely tokens to show for each token of an echoed prompt."""
+        return self.logprobs if self.echo else None
+
+    @property
+    def num_scored(self) -> int | None:
+        return max((count for count in (self.prompt_logprobs, self.num_echoed) if count is not None), default=None)
+
+    @property
+    def num_shown_scores(self) -> int:
+        """Log probabilities in the answer for each token of a prompt."""
+        return self.n * sum(count + 1 for count in (self.prompt_logprobs, self.num_echoed) if count is not None)
 
 
 class ChatCall(Sampled, frozen=True, kw_only=True):
@@ -87,8 +116,20 @@ class ChatCall(Sampled, frozen=True, kw_only=True):
     top_logprobs: NumLogprobs | None = None
 
     @property
+    def num_drawn(self) -> int:
+        return self.n
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def num_scored(self) -> int | None:
+        return self.prompt_logprobs
+
+    @property
+    def num_shown_scores(self) -> int:
+        return 0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
 
 
 class TokenizeCall(Struct, frozen=True, kw_only=True):
@@ -126,7 +167,7 @@ LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # sampling
     "length_penalty": (1,),
-    "best_of": (),  # equal to n is neutral, see `body`
+    "best_of": (1,),
     "use_beam_search": (False,),
     "early_stopping": (False,),
     "logits_processors": ([],),
@@ -138,12 +179,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "lora_path": (),
-    "cache_salt": (),
-    "priority": (0,),
     "mm_processor_kwargs": ({},),
     # output
     "echo": (False,),
-    "prompt_logprobs": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "response_format": ({"type": "text"},),

@@ -55,13 +55,16 @@ class Service:
             return Limits(status.max_model_len, status.vocab_size)
         raise not_ready(status)
 
-    def open(self, new: Sequence[NewSequence], *, streaming: bool) -> Ticket:
-        """Admit a request. UserError 429 when the queue is full, 400 when it never could fit."""
-        if len(new) > self.max_open:
+    def refuse_too_many(self, count: int, field: str) -> None:
+        """UserError 400 for more sequences than could ever be open; `field` multiplies the prompts."""
+        if count > self.max_open:
             raise UserError(
-                f"the request asks for {len(new)} sequences (prompts times n), this server holds {self.max_open}; split it",
-                param="n",
+                f"the request asks for {count} sequences (prompts times {field}), this server holds {self.max_open}; split it",
+                param=field,
             )
+
+    def open(self, new: Sequence[NewSequence], *, streaming: bool) -> Ticket:
+        """Admit a request. UserError 429 when the queue is full."""
         if self.journal.num_open + len(new) > self.max_open:
             raise UserError(
                 f"the queue is full: {self.journal.num_open} of {self.max_open} sequences are open; try again", status=429

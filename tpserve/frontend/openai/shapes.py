@@ -9,16 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from tpserve.frontend.journal import OpenSequence
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCall, CompletionCall
-from tpserve.text.assembler import Piece, TokenEntry
-from tpserve.text.logprobs import chat_logprobs, completion_logprobs
+from tpserve.text.assembler import Piece
+from tpserve.text.entries import PromptScores, TokenEntry
+from tpserve.text.logprobs import chat_logprobs, completion_logprobs, likeliest, prompt_logprobs
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.version import __version__
 
 Json = dict[str, Any]
 FINGERPRINT = f"tpserve-{__version__}"
+TOKENS_AT_ONCE = 128
+"""Tokens of a scored prompt in one event of a stream (with 20 rivals each some 90 KB: aiohttp reads lines of 128), or turned into
+JSON at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,20 @@ def end_of(piece: Piece) -> Json:
     return {"finish_reason": piece.finish, "stop_reason": piece.stop_reason}
 
 
+def encoded_prompt_logprobs(scores: PromptScores, num_top: int, tokenizer: Tokenizer) -> msgspec.Raw:
+    """vLLM's shape, encoded a part at a time, for Python objects take ten times the room; every choice repeats the same bytes."""
+    begins = range(0, len(scores.ids), TOKENS_AT_ONCE)
+    runs = (range(begin, min(begin + TOKENS_AT_ONCE, len(scores.ids))) for begin in begins)
+    parts = (msgspec.json.encode(prompt_logprobs(scores, run, num_top, tokenizer))[1:-1] for run in runs)
+    return msgspec.Raw(b"[" + b",".join(parts) + b"]")
+
+
 NOT_ENDED: Json = {"finish_reason": None, "stop_reason": None}
 
 
 @dataclass(frozen=True)
 class CompletionShape:
-    """`text_completion`, streamed or not. Choice `index` continues prompt `index // n`."""
+    """`text_completion`, streamed or not. Choice `index` continues prompt `index // n`; of more that were drawn the best stay."""
 
     head: Head
     call: CompletionCall
@@ -93,38 +107,67 @@ class CompletionShape:
     _prompt_ids_sent: set[int] = field(default_factory=set)
 
     def opening(self) -> list[Json]:
-        if not self.call.echo:
+        if not self.call.echo or self.call.logprobs is not None:  # an echo with logprobs waits for them
             return []
         return [
-            self.head.chunk(self._choice(index, prompt.text, [], []) | NOT_ENDED)
+            self.head.chunk(self._choice(index, prompt.text, [], None) | NOT_ENDED)
             for index in range(len(self.prompts) * self.call.n)
-            if (prompt := self.prompts[index // self.call.n]).text
+            if (prompt := self._prompt(index)).text
         ]
 
     def deltas(self, index: int, piece: Piece) -> list[Json]:
-        chunks, tokens, entries = [], piece.tokens, piece.entries
+        chunks = [] if piece.scores is None else self._echo(index, piece.scores)
+        tokens, logprobs = piece.tokens, self._logprobs(index, piece.entries)
         if piece.text:
-            chunks.append(self.head.chunk(self._choice(index, piece.text, tokens, entries) | NOT_ENDED))
-            tokens, entries = [], []
+            chunks.append(self.head.chunk(self._choice(index, piece.text, tokens, logprobs) | NOT_ENDED))
+            tokens, logprobs = [], None
         if piece.finish is not None:
-            chunks.append(self.head.chunk(self._choice(index, "", tokens, entries) | end_of(piece)))
+            chunks.append(self.head.chunk(self._choice(index, "", tokens, logprobs) | end_of(piece)))
         return chunks
 
     def answer(self, pieces: Sequence[tuple[int, Piece]]) -> Json:
-        choices = []
-        for index, piece in pieces:
-            echoed = self.prompts[index // self.call.n].text if self.call.echo else ""
-            choices.append(self._choice(index, echoed + piece.text, piece.tokens, piece.entries) | end_of(piece))
+        call, choices = self.call, list[Json]()
+        for number, prompt in enumerate(self.prompts):
+            drawn = [piece for _, piece in pieces[number * call.num_drawn : (number + 1) * call.num_drawn]]
+            echoed, extra, scores = None, Json(), drawn[0].scores
+            if scores is not None and call.num_echoed is not None:
+                echoed = completion_logprobs(scores.entries(self.tokenizer, prompt.text, call.num_echoed), self.tokenizer)
+            if scores is not None and call.prompt_logprobs is not None:
+                extra = {"prompt_logprobs": encoded_prompt_logprobs(scores, call.prompt_logprobs, self.tokenizer)}
+            for piece in drawn if call.n == call.num_drawn else likeliest(drawn, call.n):
+                index, text = len(choices), prompt.text + piece.text if call.echo else piece.text
+                logprobs = self._logprobs(index, piece.entries)
+                if echoed is not None:
+                    logprobs = {name: values + logprobs[name] for name, values in echoed.items()} if logprobs else echoed
+                choices.append(self._choice(index, text, piece.tokens, logprobs) | end_of(piece) | extra)
         return self.head.answer(choices)
 
-    def _choice(self, index: int, text: str, tokens: list[int], entries: Sequence[TokenEntry]) -> Json:
-        shape = completion_logprobs(entries, self.tokenizer) if entries else None
-        choice: Json = {"index": index, "text": text, "logprobs": shape}
+    def _prompt(self, index: int) -> Prompt:
+        return self.prompts[index // self.call.n]
+
+    def _logprobs(self, index: int, entries: Sequence[TokenEntry]) -> Json | None:
+        if not entries or self.call.logprobs is None:  # the engine gives them for `best_of` too
+            return None
+        return completion_logprobs(entries, self.tokenizer, len(self._prompt(index).text) if self.call.echo else 0)
+
+    def _echo(self, index: int, scores: PromptScores) -> list[Json]:
+        """The prompt with its log probabilities, in chunks of a size that clients read as a line."""
+        text, chunks = self._prompt(index).text, list[Json]()
+        entries = scores.entries(self.tokenizer, text, self.call.num_echoed or 0)
+        for begin in range(0, len(entries), TOKENS_AT_ONCE):
+            end = begin + TOKENS_AT_ONCE
+            part = entries[begin:end]
+            shown = text[part[0].offset : entries[end].offset if end < len(entries) else len(text)]
+            chunks.append(self.head.chunk(self._choice(index, shown, [], completion_logprobs(part, self.tokenizer)) | NOT_ENDED))
+        return chunks
+
+    def _choice(self, index: int, text: str, tokens: list[int], logprobs: Json | None) -> Json:
+        choice: Json = {"index": index, "text": text, "logprobs": logprobs}
         if self.call.return_token_ids:
             choice["token_ids"] = tokens
             if index not in self._prompt_ids_sent:
                 self._prompt_ids_sent.add(index)
-                choice["prompt_token_ids"] = self.prompts[index // self.call.n].ids
+                choice["prompt_token_ids"] = self._prompt(index).ids
         return choice
 
 
@@ -162,9 +205,11 @@ class ChatShape:
         for index, piece in pieces:
             message = {"role": "assistant", "content": piece.text, "refusal": None}
             choices.append(self._choice(index, "message", message, piece.tokens, piece.entries) | end_of(piece))
-        answer = self.head.answer(choices)
+        answer, scores = self.head.answer(choices), pieces[0][1].scores
         if self.call.return_token_ids:
             answer["prompt_token_ids"] = self.prompt.ids
+        if scores is not None and self.call.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = encoded_prompt_logprobs(scores, self.call.prompt_logprobs, self.tokenizer)
         return answer
 
     def _choice(self, index: int, name: str, message: Json, tokens: list[int], entries: Sequence[TokenEntry]) -> Json:

@@ -1,0 +1,73 @@
+"""From a checked call and its prompts to the sequences that the journal opens.
+
+Owns how many there are and what tells them apart. The choices of a prompt differ in `choice` alone, except that the first
+one's prompt is scored for all of them; a list of prompts with a seed answers each as if it had come alone.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from msgspec.structs import replace
+
+from tpserve.errors import UserError
+from tpserve.frontend.journal import NewSequence
+from tpserve.frontend.openai.params import sampling_params, with_length
+from tpserve.frontend.openai.prompts import Prompt
+from tpserve.frontend.openai.schema import ChatCall, CompletionCall
+from tpserve.frontend.openai.service import Limits, Service
+from tpserve.text.assembler import Assembler
+from tpserve.text.entries import PromptScores
+
+MAX_SENT_TOKENS = 1 << 23
+"""Prompt tokens of all sequences of a request, which go to the engine in one frame: 32 MiB, half of the frame's bound."""
+MAX_SHOWN_SCORES = 1 << 21
+"""Log probabilities of prompts in one answer; with vLLM's shape some 150 MB of JSON."""
+
+
+def sequences(
+    service: Service, call: CompletionCall | ChatCall, prompts: Sequence[Prompt], sizes: Sequence[int], limits: Limits
+) -> list[NewSequence]:
+    """All choices of all prompts, in order. `sizes`: how many tokens each prompt's choices may have. UserError names a field."""
+    field = "best_of" if call.num_drawn > call.n else "n"
+    service.refuse_too_many(len(prompts) * call.num_drawn, field)
+    num_tokens = sum(len(prompt.ids) for prompt in prompts)
+    if num_tokens * call.num_drawn > MAX_SENT_TOKENS:
+        raise UserError(
+            f"the request's prompts times {field} have {num_tokens * call.num_drawn} tokens, this server takes {MAX_SENT_TOKENS} "
+            "at once; split it",
+            param=field if call.num_drawn > 1 else "prompt",
+        )
+    refuse_too_many_scores(call, num_tokens)
+    params = sampling_params(call, service.tokenizer, limits)
+    seed = None if call.seed is None else call.seed % 2**64
+
+    def choices(prompt: Prompt, size: int) -> Iterator[NewSequence]:
+        own = with_length(params, size)
+        scores = None if call.num_scored is None else PromptScores(prompt.ids)
+        for choice in range(call.num_drawn):
+            assembler = Assembler(
+                service.tokenizer,
+                prompt.ids,
+                stop=call.stops,
+                stop_token_ids=call.stop_token_ids,
+                include_stop=call.include_stop_str_in_output,
+                min_tokens=call.min_tokens,
+                skip_special_tokens=call.skip_special_tokens,
+                scores=scores,
+            )
+            asked = own if choice == 0 else replace(own, prompt_logprobs=None)
+            yield NewSequence(prompt.ids, asked, assembler, seed, choice, call.priority, call.cache_salt or "")
+
+    return [new for prompt, size in zip(prompts, sizes, strict=True) for new in choices(prompt, size)]
+
+
+def refuse_too_many_scores(call: CompletionCall | ChatCall, num_tokens: int) -> None:
+    """An answer repeats a prompt's log probabilities in each choice, and must stay of a size that can be built and read."""
+    shown = num_tokens * call.num_shown_scores
+    if shown > MAX_SHOWN_SCORES:
+        field = "prompt_logprobs" if call.prompt_logprobs is not None else "logprobs"
+        raise UserError(
+            f"{field}: the answer would hold {shown} log probabilities of prompts, this server sends {MAX_SHOWN_SCORES} at most; "
+            "ask for fewer or split the request",
+            param=field,
+            code="invalid_value",
+        )
