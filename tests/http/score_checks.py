@@ -155,6 +155,8 @@ def cached_tokens(base_url: str) -> None:
     assert 0 < again < len(ids) and cached(f"{salt}!", prompt=ids) == 0
     assert cached(salt, prompt=ids, stream=True) == cached(salt, prompt=ids, n=2, best_of=3) == again
     assert cached(salt, prompt=[ids, ids]) == 2 * again
+    a_stop = client.completion(prompt=ids, max_tokens=1, ignore_eos=True, temperature=0).json["choices"][0]["text"][:1]
+    assert not a_stop or cached(salt, prompt=ids, temperature=0, stop=a_stop) == again
     assert cached(salt, prompt=ids, echo=True, logprobs=1) == 0, "a prompt that is scored is computed whole"
     assert client.gauge("prefix_cache_hits_total") >= hits + 5 * again
     assert client.gauge("prefix_cache_queries_total") > client.gauge("prefix_cache_hits_total")

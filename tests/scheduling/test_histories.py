@@ -40,6 +40,7 @@ class History:
     requests: dict[int, Request] = field(default_factory=dict)
     outputs: dict[int, list[int]] = field(default_factory=dict)
     scores: dict[int, list[float]] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)
     dones: dict[int, Done] = field(default_factory=dict)
     cuts: dict[int, int] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
@@ -136,8 +137,9 @@ class History:
         assert len(scores) <= wanted * (len(prompt) - 1)
         if self.outputs[request.id] or done.finish == "length":
             assert len(scores) == wanted * (len(prompt) - 1), "scores come before tokens"
-        assert done.cached_tokens <= len(prompt)
-        assert not done.cached_tokens or (self.limits.prefix_caching and not (wanted and len(prompt) > 1))
+        cached = self.cached.get(request.id, 0)
+        assert cached <= len(prompt)
+        assert not cached or (self.limits.prefix_caching and not (wanted and len(prompt) > 1))
 
     def _take(self) -> None:
         for output in self.scheduler.take():
@@ -151,6 +153,7 @@ class History:
                 assert output.id not in self.dones, "a Delta after Done"
                 assert output.start == len(self.outputs[output.id]), "Deltas are consecutive"
                 self.outputs[output.id].extend(output.tokens)
+                assert self.cached.setdefault(output.id, output.cached_tokens) == output.cached_tokens or not output.cached_tokens
             else:
                 assert isinstance(output, Done) and output.id not in self.dones, "Done twice"
                 self.dones[output.id] = output
@@ -258,7 +261,7 @@ def test_the_histories_reach_every_corner() -> None:
         seen["reuse"] += sum(
             bool({a.slot for a in e.admissions} & {*e.releases}) for e in history.events if isinstance(e, StepPlan)
         )
-        seen["cached"] += sum(done.cached_tokens > 0 for done in history.dones.values())
+        seen["cached"] += sum(count > 0 for count in history.cached.values())
         seen["scored"] += sum(len(scores) > 0 for scores in history.scores.values())
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
     assert (

@@ -67,9 +67,9 @@ def test_choices_become_requests_with_seeds() -> None:
 def test_deltas_then_done() -> None:
     harness = Harness()
     ticket = harness.open()
-    harness.journal.receive([Delta(0, 0, tuple(CAT[:2]))])
+    harness.journal.receive([Delta(0, 0, tuple(CAT[:2]), cached_tokens=1)])
     first = texts(ticket.take())
-    harness.journal.receive([Delta(0, 2, (*CAT[2:], EOS)), Done(0, "stop", len(CAT) + 1, cached_tokens=1)])
+    harness.journal.receive([Delta(0, 2, (*CAT[2:], EOS)), Done(0, "stop", len(CAT) + 1)])
     ((sequence, piece),) = ticket.take()
     assert first + piece.text == "the cat sat" and piece.finish == "stop" and piece.tokens[-1] == EOS
     assert ticket.ended and sequence.cached_tokens == 1 and harness.journal.num_open == 0

@@ -206,6 +206,7 @@ class Journal:
         now = self._clock()
         if sequence.last_token_s is None:
             self.metrics.first_token(now - sequence.arrived_s)
+            sequence.cached_tokens = delta.cached_tokens
         else:
             self.metrics.next_token(now - sequence.last_token_s)
         sequence.last_token_s = now
@@ -224,7 +225,6 @@ class Journal:
         elif done.finish in ("stop", "length") and sequence.unscored is not None:
             error = "scores of the prompt were lost"
         elif done.finish in ("stop", "length"):
-            sequence.cached_tokens = done.cached_tokens
             sequence.assembler.end(done.finish, done.stop_id)
             self._close(sequence, done.finish, done.times)
             return

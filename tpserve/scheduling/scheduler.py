@@ -322,13 +322,14 @@ class Scheduler:
         """Append a drawn token, tell it, and see whether it was the last."""
         assert token >= 0, "a chunk that samples has a token in its result"
         sequence.draws -= 1
+        cached = 0
         if sequence.first_token_s is None:
-            sequence.first_token_s = now
+            sequence.first_token_s, cached = now, sequence.cached_tokens
             self._prompt_tokens += sequence.prompt_len
         sequence.last_token_s = now
         self._generation_tokens += 1
         entries = () if logprobs is None else (logprobs,)
-        self._outputs.append(Delta(sequence.request.id, sequence.num_output, (token,), entries))
+        self._outputs.append(Delta(sequence.request.id, sequence.num_output, (token,), entries, cached))
         sequence.tokens.append(token)
         if not self._stopped(sequence, token, now) and len(sequence.tokens) == sequence.end:
             self._end(sequence, "length", now)
@@ -358,8 +359,7 @@ class Scheduler:
         self._waiting.pop(id)
         sequence.ended = True
         count = sequence.num_output if num_tokens is None else num_tokens
-        times, cached = sequence.times(now), sequence.cached_tokens
-        self._outputs.append(Done(id, finish, count, stop_id=stop_id, cached_tokens=cached, times=times, error=error))
+        self._outputs.append(Done(id, finish, count, stop_id=stop_id, times=sequence.times(now), error=error))
         self._settle(sequence)
 
     def _settle(self, sequence: Sequence) -> None:

@@ -56,12 +56,16 @@ EngineInput = Add | Abort | Cut | Control
 
 
 class Delta(Message, frozen=True):
-    """New tokens of a request. `start`: how many output tokens came before. `logprobs`: one entry a token, or empty."""
+    """New tokens of a request. `start`: how many output tokens came before. `logprobs`: one entry a token, or empty.
+
+    `cached_tokens`, in the first one: tokens of the prompt that were in the prefix cache when the request was first admitted.
+    """
 
     id: int
     start: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    cached_tokens: int = 0
 
 
 class Scored(Message, frozen=True):
@@ -84,16 +88,12 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Done(Message, frozen=True):
-    """The one terminal message of a request. `stop_id`: the token that ended it, None at an EOS id or when no token did.
-
-    `cached_tokens`: tokens of the prompt whose keys and values were in the prefix cache when the request was first admitted.
-    """
+    """The one terminal message of a request. `stop_id`: the token that ended it, None at an EOS id or when no token did."""
 
     id: int
     finish: FinishReason
     num_tokens: int
     stop_id: int | None = None
-    cached_tokens: int = 0
     times: PhaseTimes = PhaseTimes(0.0, 0.0, 0.0)
     error: str = ""
 
