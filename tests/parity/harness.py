@@ -88,6 +88,7 @@ def load_decoder(
     layout = ParallelLayout(tp_size, pp, even_layers(spec.num_layers, pp))
     decoder = Decoder(spec, layout, layout.stage_of(rank), tp, dtype, torch.device("cpu"), 400)
     load(decoder.parameters(), Checkpoint.open(directory), spec.num_layers)
+    decoder.prepack()
     return decoder, layout
 
 

@@ -46,6 +46,7 @@ def _threads() -> Iterator[None]:
 def make_decoder(dtype: torch.dtype) -> Decoder:
     made = Decoder(SPEC, layout(), 0, Group(), dtype, torch.device("cpu"), MAX_LEN)
     dummy(made.parameters(), seed=3)
+    made.prepack()
     return made
 
 

@@ -1,6 +1,7 @@
 """Scheduler and executor in one process: what a request gets does not depend on how it was batched, chunked or preempted."""
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,8 @@ from tpserve.worker.executor import Executor, Pending
 from tpserve.worker.memory import allocate
 from tpserve.worker.slots import Slots
 
-SPEC = small(num_layers=3, num_heads=4, head_dim=16, intermediate_size=96, max_position=1024)
+# An inner size, that of `down`, at which the libraries' paths differ by the number of rows.
+SPEC = small(num_layers=3, num_heads=4, head_dim=16, intermediate_size=1408, max_position=1024)
 LIMITS = Limits(
     max_num_seqs=8,
     max_num_batched_tokens=1024,
@@ -44,19 +46,28 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    made = Decoder(SPEC, layout(), 0, Group(), torch.float32, torch.device("cpu"), LIMITS.max_model_len)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    made = Decoder(SPEC, layout(), 0, Group(), request.param, torch.device("cpu"), LIMITS.max_model_len)
     dummy(made.parameters(), seed=3)
+    made.prepack()
     return made
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def layout() -> ParallelLayout:
     return ParallelLayout(1, 1, (SPEC.num_layers,))
 
 
-def serve(decoder: Decoder, requests: list[Request], limits: Limits) -> tuple[dict[int, Answer], Scheduler]:
+def serve(decoder: Decoder, requests: list[Request], limits: Limits, threads: int = 1) -> tuple[dict[int, Answer], Scheduler]:
     """Everything at once through a fresh engine; the order is that of rank 0's loop."""
+    torch.set_num_threads(threads)
     mesh = Mesh(0, layout(), Group(), Group(), Pipeline(), torch.device("cpu"))
     sizes = (limits.max_num_seqs, limits.max_model_len, limits.block_size, 1)
     slots = Slots(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=SPEC.vocab_size)
@@ -103,7 +114,7 @@ def alone(decoder: Decoder) -> dict[int, Answer]:
     {"depth": 1},
 ], ids=str)  # fmt: skip
 def test_any_schedule_gives_the_same_bits(decoder: Decoder, alone: dict[int, Answer], change: dict[str, int]) -> None:
-    batched, _ = serve(decoder, make_requests(), replace(LIMITS, **change))
+    batched, _ = serve(decoder, make_requests(), replace(LIMITS, **change), threads=2)
     assert batched == alone
 
 

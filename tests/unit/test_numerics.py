@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tpserve.attention import tiled
+from tpserve.attention import tiles
 from tpserve.attention.batch import AttentionBatch
-from tpserve.attention.paged import KVCache, attend
+from tpserve.attention.paged import KVCache, attend, ready
 from tpserve.layers.mlp import silu_mul
 from tpserve.layers.norm import add_rms_norm, rms_norm
 from tpserve.layers.rope import tables
 from tpserve.quant.matmul import matmul
+from tpserve.quant.packed import PackedWeight, pack, packs
 from tpserve.types.model_spec import RopeSpec
 from tpserve_kernels.attention import paged_attention_reference
 
@@ -51,6 +52,23 @@ def test_matmul(shape_NK: tuple[int, int], dtype: torch.dtype) -> None:
     assert_rows_stand_alone(lambda x: matmul(x, weight_NK), shape_NK[1], dtype)
 
 
+@pytest.mark.skipif(not packs(), reason="weights are packed on AVX-512 only")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape_NK", [(59, 96), (300, 171), (512, 1408), (192, 3000), (96, 8192)], ids=str)
+def test_packed_matmul(shape_NK: tuple[int, int], dtype: torch.dtype) -> None:
+    weight_NK = (torch.randn(shape_NK) / shape_NK[1] ** 0.5).to(dtype)
+    packed = pack(weight_NK)
+    assert isinstance(packed, PackedWeight)
+    assert_rows_stand_alone(lambda x: matmul(x, packed), shape_NK[1], dtype)
+    x_TK = torch.randn(7, shape_NK[1]).to(dtype)
+    torch.testing.assert_close(matmul(x_TK, packed), matmul(x_TK, weight_NK))
+
+
+def test_float16_stays_plain() -> None:
+    weight_NK = torch.randn(8, 8).half()
+    assert pack(weight_NK) is weight_NK
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [8, 64, 171, 1000, 4096])
 def test_norms(width: int, dtype: torch.dtype) -> None:
@@ -74,7 +92,7 @@ def test_rope(heads: int, dim: int, dtype: torch.dtype) -> None:
         """The first column says which position a row has."""
         q_TND = x[:, 1:].reshape(len(x), heads, dim)
         positions_T = (x[:, 0].float().abs() * 200).long().clamp(max=999)
-        return torch.cat(rope.turn(q_TND, q_TND[:, :1], positions_T), dim=1).flatten(1)
+        return torch.cat(rope.to(positions_T)(q_TND, q_TND[:, :1]), dim=1).flatten(1)
 
     assert_rows_stand_alone(op, 1 + heads * dim, dtype)
 
@@ -118,7 +136,7 @@ def test_attention(heads: int, kv_heads: int, dim: int, block_size: int, dtype: 
 
     def run(chunks: list[tuple[int, int, int]]) -> list[torch.Tensor]:
         rows = torch.cat([q[i][start : start + count] for i, start, count in chunks])
-        out = attend(rows, paged.cache, paged.batch(chunks), scale)
+        out = attend(rows, paged.cache, ready(paged.batch(chunks), heads, paged.cache), scale)
         return list(out.split([count for _, _, count in chunks]))
 
     torch.set_num_threads(1)
@@ -139,10 +157,13 @@ def test_attention(heads: int, kv_heads: int, dim: int, block_size: int, dtype: 
 
 
 def test_attention_splits_a_wide_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences taken in several gathers come out as in one."""
+    """Sequences taken in several gathers and groups come out as in one."""
     paged = Paged([200, 100, 150, 3], 16, 2, 16, torch.float32)
     batch = paged.batch([(i, context - 1, 1) for i, context in enumerate(paged.contexts)])
     q_TND = torch.randn(4, 4, 16)
-    together = attend(q_TND, paged.cache, batch, 0.25)
-    monkeypatch.setattr(tiled, "GATHER_BYTES", 1)
-    assert torch.equal(attend(q_TND, paged.cache, batch, 0.25), together)
+    together = attend(q_TND, paged.cache, ready(batch, 4, paged.cache), 0.25)
+    for bound in ("GATHER_BYTES", "SCORE_BYTES"):
+        monkeypatch.setattr(tiles, bound, 1)
+        apart = ready(batch, 4, paged.cache)
+        assert sum(len(group.pieces) for group in apart.tiles) == 2 + 1 + 2 + 1, "a pair at a time"
+        assert torch.equal(attend(q_TND, paged.cache, apart, 0.25), together)

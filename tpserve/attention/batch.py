@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tpserve.attention.tiles import Group
+
 
 @dataclass(frozen=True)
 class AttentionBatch:
@@ -29,6 +31,8 @@ class AttentionBatch:
     """R integers on the host"""
     context_lens_host: tuple[int, ...]
     """R integers on the host"""
+    tiles: tuple[Group, ...] = ()
+    """On the CPU, what `paged.ready` works out; nobody else writes it."""
 
 
 @dataclass(frozen=True)

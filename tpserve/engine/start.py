@@ -160,7 +160,7 @@ class _Rank:
                 dummy(parameters, config.seed)
             else:
                 load(parameters, Checkpoint.open(config.model), self._spec.num_layers, loaded)
-        return decoder, sum(parameter.tensor.nbytes for parameter in parameters)
+        return decoder, decoder.prepack()
 
     def _slots(self, device: torch.device) -> Slots:
         config = self._config

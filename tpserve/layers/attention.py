@@ -1,15 +1,16 @@
 """The attention block, its heads split over ranks. T rows, H channels, N query and K key/value heads of this rank, D head_dim."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tpserve.attention.batch import AttentionBatch
 from tpserve.attention.paged import KVCache, attend, write_kv
 from tpserve.layers.norm import rms_norm
-from tpserve.layers.rope import Rope
+from tpserve.layers.rope import Turn
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
+from tpserve.quant.packed import Weight, pack
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,16 @@ class Attention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    qkv: torch.Tensor
+    qkv: Weight
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    out: torch.Tensor
+    out: Weight
     out_bias: torch.Tensor | None
     eps: float
-    rope: Rope
     tp: Group
 
-    def __call__(self, x_TH: torch.Tensor, positions_T: torch.Tensor, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, turn: Turn, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
         qkv = matmul(x_TH, self.qkv)
         if self.qkv_bias is not None:
             qkv += self.qkv_bias
@@ -37,8 +37,12 @@ class Attention:
         q_TND, k_TKD, v_TKD = heads_TAD.tensor_split((self.num_heads, self.num_heads + self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TND, k_TKD = rms_norm(q_TND, self.q_norm, self.eps), rms_norm(k_TKD, self.k_norm, self.eps)
-        q_TND, k_TKD = self.rope.turn(q_TND, k_TKD, positions_T)
+        q_TND, k_TKD = turn(q_TND, k_TKD)
         write_kv(k_TKD, v_TKD, cache, batch)
         mixed_TND = attend(q_TND, cache, batch, self.head_dim**-0.5)
         out_TH = self.tp.all_reduce(matmul(mixed_TND.flatten(1), self.out))
         return out_TH if self.out_bias is None else out_TH + self.out_bias
+
+    def packed(self) -> "Attention":
+        """The same with packed weights."""
+        return replace(self, qkv=pack(self.qkv), out=pack(self.out))

@@ -1,6 +1,6 @@
 """One transformer layer: attention and MLP, each behind a norm and added to the residual stream. T rows, H channels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,6 +9,7 @@ from tpserve.attention.paged import KVCache
 from tpserve.layers.attention import Attention
 from tpserve.layers.mlp import MLP
 from tpserve.layers.norm import add_rms_norm, rms_norm
+from tpserve.layers.rope import Turn
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Block:
         self,
         x_TH: torch.Tensor,
         residual_TH: torch.Tensor | None,
-        positions_T: torch.Tensor,
+        turn: Turn,
         batch: AttentionBatch,
         cache: KVCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +34,10 @@ class Block:
             normed_TH, residual_TH = rms_norm(x_TH, self.attention_norm, self.eps), x_TH
         else:
             normed_TH, residual_TH = add_rms_norm(x_TH, residual_TH, self.attention_norm, self.eps)
-        mixed_TH = self.attention(normed_TH, positions_T, batch, cache)
+        mixed_TH = self.attention(normed_TH, turn, batch, cache)
         normed_TH, residual_TH = add_rms_norm(mixed_TH, residual_TH, self.mlp_norm, self.eps)
         return self.mlp(normed_TH), residual_TH
+
+    def packed(self) -> "Block":
+        """The same with packed weights."""
+        return replace(self, attention=self.attention.packed(), mlp=self.mlp.packed())

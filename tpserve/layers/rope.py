@@ -12,25 +12,44 @@ from tpserve.types.model_spec import RopeSpec
 
 
 @dataclass(frozen=True)
+class Turn:
+    """The rotation to the positions of a step's rows, made once for all layers."""
+
+    rope: "Rope"
+    positions_T: torch.Tensor
+    rows: tuple[torch.Tensor, torch.Tensor] | None
+    """On the CPU the positions' cosines and sines, [T, 1, D] each, the sines of the lower half negated."""
+
+    def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate queries and keys."""
+        if self.rows is not None:
+            return _rotate(q_TND, *self.rows), _rotate(k_TKD, *self.rows)
+        from tpserve_kernels import rope
+
+        return rope.apply_rope(q_TND, k_TKD, self.rope.cos_PE, self.rope.sin_PE, self.positions_T)
+
+
+@dataclass(frozen=True)
 class Rope:
     """Cosines and sines of every position, float32 [P, E]."""
 
     cos_PE: torch.Tensor
     sin_PE: torch.Tensor
 
-    def turn(self, q_TND: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate queries and keys to their positions."""
-        if q_TND.is_cuda:
-            from tpserve_kernels import rope
+    def to(self, positions_T: torch.Tensor) -> Turn:
+        """The rotation to these positions."""
+        if positions_T.is_cuda:
+            return Turn(self, positions_T, None)
+        cos_TE, sin_TE = self.cos_PE[positions_T], self.sin_PE[positions_T]
+        return Turn(
+            self, positions_T, (torch.cat((cos_TE, cos_TE), 1).unsqueeze(1), torch.cat((-sin_TE, sin_TE), 1).unsqueeze(1))
+        )
 
-            return rope.apply_rope(q_TND, k_TKD, self.cos_PE, self.sin_PE, positions_T)
-        cos_T1E, sin_T1E = self.cos_PE[positions_T].unsqueeze(1), self.sin_PE[positions_T].unsqueeze(1)
-        return _rotate(q_TND, cos_T1E, sin_T1E), _rotate(k_TKD, cos_T1E, sin_T1E)
 
-
-def _rotate(x_TND: torch.Tensor, cos_T1E: torch.Tensor, sin_T1E: torch.Tensor) -> torch.Tensor:
-    low, high = x_TND.float().chunk(2, dim=-1)
-    return torch.cat((low * cos_T1E - high * sin_T1E, high * cos_T1E + low * sin_T1E), dim=-1).to(x_TND.dtype)
+def _rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
+    low_TNE, high_TNE = x_TND.chunk(2, dim=-1)
+    crossed_TND = torch.cat((high_TNE, low_TNE), dim=-1)
+    return (x_TND * cos_T1D).add_(crossed_TND * sin_T1D).to(x_TND.dtype)
 
 
 def tables(spec: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Rope:

@@ -8,15 +8,17 @@ T rows of a step, S rows wanted, H hidden channels, V vocabulary entries of this
 """
 
 import torch
+import torch.nn.functional as F
 
 from tpserve.attention.batch import StepBatch
-from tpserve.attention.paged import KVCache
+from tpserve.attention.paged import KVCache, ready
 from tpserve.layers.embedding import embed
 from tpserve.layers.norm import rms_norm
 from tpserve.layers.rope import tables
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
-from tpserve.quant.matmul import matmul
+from tpserve.quant.matmul import matmul, pad_rows
+from tpserve.quant.packed import Weight, pack
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter
@@ -40,23 +42,39 @@ class Decoder:
     ) -> None:
         """Allocate the share; UserError when the model has too few heads, channels or entries for so many ranks."""
         shard = Shard(spec, tp, dtype, device)
-        rope = tables(spec.rope, spec.head_dim, max_positions, device)
         last = stage == layout.pp - 1
         self.spec, self.dtype, self.device = spec, dtype, device
         self.vocab_shards, self._vocab = shard.vocab_shards, shard.vocab
         self._tp = tp
-        self._num_kv_heads = len(shard.heads.kv)
+        self._rope = tables(spec.rope, spec.head_dim, max_positions, device)
+        self._num_heads, self._num_kv_heads = len(shard.heads.q), len(shard.heads.kv)
         self._embedding = shard.embedding() if stage == 0 else None
-        self._blocks = [shard.block(layer, rope) for layer in layout.layers_of(stage)]
+        self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
         self._cache_groups = [_cache_group(spec, layer) for layer in layout.layers_of(stage)]
         self._norm = shard.final_norm() if last else None
         shares_embedding = last and spec.tie_embeddings and self._embedding is not None
-        self._head = self._embedding if shares_embedding else shard.head() if last else None
+        self._head: Weight | None = self._embedding if shares_embedding else shard.head() if last else None
         self._parameters = shard.parameters
 
     def parameters(self) -> list[Parameter]:
-        """What a loader must fill."""
+        """What a loader must fill; `prepack` empties the list."""
         return self._parameters
+
+    def prepack(self) -> int:
+        """Loading is over: bring the weights into the layout their products like, and give the bytes they take from here on.
+
+        One layer's plain weights are freed before the next one's are packed. An embedding that is also the LM head is
+        kept in both layouts, for its rows are looked up.
+        """
+        num_bytes = sum(parameter.tensor.nbytes for parameter in self._parameters)
+        self._parameters.clear()  # the loader's list too, or the plain weights would live on in it
+        for i in range(len(self._blocks)):
+            self._blocks[i] = self._blocks[i].packed()
+        if self._head is not None:
+            plain, self._head = self._head, pack(self._head)
+            if plain is self._embedding and self._head is not plain:
+                num_bytes += self._embedding.nbytes
+        return num_bytes
 
     def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         """Shape of the key (and of the value) cache of each of this stage's layers."""
@@ -69,11 +87,14 @@ class Decoder:
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
+        rows, x_TH = len(x_TH), pad_rows(x_TH)
+        turn = self._rope.to(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
+        groups = [ready(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
-            x_TH, residual_TH = block(x_TH, residual_TH, batch.positions_T, batch.groups[group], cache)
+            x_TH, residual_TH = block(x_TH, residual_TH, turn, groups[group], cache)
         assert residual_TH is not None, "a stage has layers"
-        return x_TH + residual_TH
+        return (x_TH + residual_TH)[:rows]
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Last stage: logits of the rows given over this rank's vocabulary shard, float32 [S, V]."""

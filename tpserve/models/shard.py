@@ -8,7 +8,6 @@ import torch
 from tpserve.layers.attention import Attention
 from tpserve.layers.block import Block
 from tpserve.layers.mlp import MLP
-from tpserve.layers.rope import Rope
 from tpserve.models import names_of
 from tpserve.parallel.group import Group
 from tpserve.parallel.split import split, split_heads
@@ -47,19 +46,19 @@ class Shard:
         """The norm before the LM head."""
         return self._tensor(_whole(self.names.final_norm, self.spec.hidden_size))
 
-    def block(self, layer: int, rope: Rope) -> Block:
+    def block(self, layer: int) -> Block:
         """Layer number `layer` of the whole model."""
         spec, names = self.spec, self.names
         prefix = names.layer.format(layer=layer)
         return Block(
             attention_norm=self._tensor(_whole(prefix + names.attention_norm, spec.hidden_size)),
-            attention=self._attention(prefix, rope),
+            attention=self._attention(prefix),
             mlp_norm=self._tensor(_whole(prefix + names.mlp_norm, spec.hidden_size)),
             mlp=self._mlp(prefix),
             eps=spec.norm_eps,
         )
 
-    def _attention(self, prefix: str, rope: Rope) -> Attention:
+    def _attention(self, prefix: str) -> Attention:
         spec, names, heads, dim = self.spec, self.names, self.heads, self.spec.head_dim
         q, kv = _scaled(heads.q, dim), _scaled(heads.kv, dim)
         q_rows, kv_rows = spec.num_heads * dim, spec.num_kv_heads * dim
@@ -75,7 +74,6 @@ class Shard:
             out=self._columns(prefix + names.o, q_rows, q),
             out_bias=self._tensor(_whole(f"{prefix}{names.o}.bias", spec.hidden_size)) if spec.out_bias else None,
             eps=spec.norm_eps,
-            rope=rope,
             tp=self._tp,
         )
 

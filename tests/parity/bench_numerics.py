@@ -1,0 +1,224 @@
+"""What invariance costs on the CPU: whole steps of a small Llama in our form and in two free ones, in turn.
+
+    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 python -m tests.parity.bench_numerics [--transformers]
+
+The free form pads no rows and takes torch's own SiLU; the coarse one besides multiplies attention in bfloat16, which also
+rounds scores and probabilities. `--transformers` measures that library in the same run on the same shape: the first decode
+steps after a prefill, greedy, its default (sdpa) attention.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+from tpserve.attention import tiled, tiles
+from tpserve.attention.tiles import TILE, Group, Piece
+from tpserve.layers import mlp
+from tpserve.models import decoder as decoders
+from tpserve.models.decoder import Decoder
+from tpserve.parallel.group import Group as Ranks
+from tpserve.parallel.mesh import Mesh
+from tpserve.parallel.pipeline import Pipeline
+from tpserve.quant import matmul as products
+from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.scheduler import Scheduler
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
+from tpserve.types.packed import pack
+from tpserve.types.request import Request
+from tpserve.types.sampling import SamplingParams
+from tpserve.weights.dummy import dummy
+from tpserve.worker.executor import Executor
+from tpserve.worker.memory import allocate
+from tpserve.worker.slots import Slots
+
+CONTEXT = 512
+LAYERS = 12
+SPEC = ModelSpec(
+    family="llama",
+    vocab_size=32000,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_layers=LAYERS,
+    num_heads=12,
+    num_kv_heads=4,
+    head_dim=64,
+    norm_eps=1e-5,
+    rope=RopeSpec(),
+    max_position=2048,
+    tie_embeddings=True,
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    activation="silu",
+    dtype="bfloat16",
+    bos_id=None,
+    eos_ids=(),
+    cache=(CacheGroup("full", tuple(range(LAYERS))),),
+)
+LIMITS = Limits(64, 2048, 2048, 4000, 16, 2, False, ())
+
+
+def free_silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
+    gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
+    return F.silu(gate_TI) * up_TI
+
+
+def coarse_gather(cache_BSKD: torch.Tensor, piece: Piece) -> torch.Tensor:
+    picked_PXKD = cache_BSKD.flatten(0, 1).index_select(0, piece.entries).view(-1, TILE, *cache_BSKD.shape[2:])
+    return picked_PXKD.transpose(1, 2).contiguous().flatten(0, 1)
+
+
+def coarse_scores(q_nKMD: torch.Tensor, k_cache_BSKD: torch.Tensor, group: Group) -> torch.Tensor:
+    n, num_kv, width, _ = q_nKMD.shape
+    q_nKMD = q_nKMD.to(k_cache_BSKD.dtype)
+    scores_PKMX = torch.empty((sum(group.reach), num_kv, width, TILE))
+    for piece in group.pieces:
+        here_pKMX = scores_PKMX[piece.pairs]
+        q_pKMD = q_nKMD.expand(len(here_pKMX), -1, -1, -1) if n == 1 else q_nKMD[piece.owners]
+        product = torch.bmm(q_pKMD.flatten(0, 1), coarse_gather(k_cache_BSKD, piece).transpose(1, 2))
+        here_pKMX.copy_(product.view(here_pKMX.shape))
+        if piece.mask is not None:
+            here_pKMX += piece.mask
+    return scores_PKMX
+
+
+def coarse_values(scores_PKMX: torch.Tensor, v_cache_BSKD: torch.Tensor, group: Group) -> torch.Tensor:
+    peak_nKM1 = tiled._fold(scores_PKMX.amax(3, keepdim=True), group.reach, torch.maximum)
+    weights, outs = [], []
+    for piece in group.pieces:
+        here_pKMX = scores_PKMX[piece.pairs].sub_(peak_nKM1[piece.owners]).exp_()
+        weights.append(here_pKMX.sum(3, keepdim=True))
+        product = torch.bmm(here_pKMX.to(v_cache_BSKD.dtype).flatten(0, 1), coarse_gather(v_cache_BSKD, piece))
+        outs.append(product.view(*here_pKMX.shape[:3], -1).float())
+    weight_nKM1 = tiled._fold(torch.cat(weights), group.reach, torch.add)
+    return tiled._fold(torch.cat(outs), group.reach, torch.add).div_(weight_nKM1)
+
+
+@contextmanager
+def free() -> Iterator[None]:
+    """The model's fastest form of the same precision that promises nothing of rows."""
+    with (
+        patch.object(products, "pad_rows", lambda x: x),
+        patch.object(decoders, "pad_rows", lambda x: x),
+        patch.object(mlp, "silu_mul", free_silu_mul),
+        patch.object(tiled, "ROW_UNIT", 1),
+        patch.object(tiles, "ROW_UNIT", 1),
+    ):
+        yield
+
+
+@contextmanager
+def coarse() -> Iterator[None]:
+    """The same with less precision."""
+    with free(), patch.object(tiled, "_scores", coarse_scores), patch.object(tiled, "_softmax_values", coarse_values):
+        yield
+
+
+@contextmanager
+def ours() -> Iterator[None]:
+    yield
+
+
+FORMS = {"invariant": ours, "free": free, "coarse": coarse}
+
+
+class Engine:
+    """Scheduler and executor in one process."""
+
+    def __init__(self, num_seqs: int) -> None:
+        self._scheduler = Scheduler(LIMITS)
+        mesh = Mesh(0, LAYOUT, Ranks(), Ranks(), Pipeline(), torch.device("cpu"))
+        slots = Slots(64, 2048, 16, 1, mesh.device, eos_ids=(), vocab_size=SPEC.vocab_size)
+        self._executor = Executor(mesh, DECODER, slots, allocate(DECODER, mesh, LIMITS.num_blocks, 16))
+        for i in range(num_seqs):
+            prompt = pack([5 + (i + 7 * k) % 30000 for k in range(CONTEXT)])
+            self._scheduler.add(Request(i, prompt, SamplingParams(temperature=0.0, max_tokens=1000), seed=i), 0.0)
+
+    def step(self) -> int:
+        """Run one plan, give its tokens."""
+        plan = self._scheduler.schedule(0.0)
+        assert plan is not None
+        self._scheduler.apply(self._executor.launch(plan).wait(), 0.0)
+        self._scheduler.take()
+        return plan.num_tokens()
+
+    def prefill(self, num_seqs: int) -> None:
+        done = 0
+        while done < num_seqs * CONTEXT:
+            done += self.step()
+
+
+LAYOUT = ParallelLayout(1, 1, (LAYERS,))
+DECODER = Decoder(SPEC, LAYOUT, 0, Ranks(), torch.bfloat16, torch.device("cpu"), 2048)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds; of one thread its own processor time, which a neighbour on the core does not lengthen."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    work()
+    return clock() - begin
+
+
+def measure_ours() -> None:
+    spent: dict[str, list[float]] = {form: [] for form in FORMS}
+    for _ in range(8):
+        for form, entered in FORMS.items():
+            with entered():
+                spent[form].append(timed(lambda: Engine(1).prefill(1)))
+    say("prefill of 512, tok/s", {form: CONTEXT / median(times[1:]) for form, times in spent.items()})
+    for num_seqs in (1, 16, 32):
+        engine = Engine(num_seqs)
+        engine.prefill(num_seqs)
+        spent = {form: [] for form in FORMS}
+        for _ in range(25):
+            for form, entered in FORMS.items():
+                with entered():
+                    spent[form].append(timed(engine.step))
+        say(f"decode of {num_seqs} at 512, ms", {form: 1e3 * median(times[3:]) for form, times in spent.items()})
+
+
+def measure_transformers() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=SPEC.vocab_size,
+        hidden_size=SPEC.hidden_size,
+        intermediate_size=SPEC.intermediate_size,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=SPEC.num_heads,
+        num_key_value_heads=SPEC.num_kv_heads,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    for num_seqs in (1, 16, 32):
+        ids = torch.randint(5, 30000, (num_seqs, CONTEXT))
+        if num_seqs == 1:
+            times = [timed(partial(model, ids, use_cache=True, logits_to_keep=1)) for _ in range(6)]
+            say("prefill of 512, tok/s", {"transformers": CONTEXT / median(times[1:])})
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        times = [timed(partial(model, ids[:, :1], past_key_values=cache, use_cache=True)) for _ in range(14)]
+        say(f"decode of {num_seqs} at 512, ms", {"transformers": 1e3 * median(times[3:])})
+
+
+def say(what: str, figures: dict[str, float]) -> None:
+    print(f"{what:24s}", "   ".join(f"{name} {figure:8.2f}" for name, figure in figures.items()), flush=True)
+
+
+if __name__ == "__main__":
+    dummy(DECODER.parameters())
+    DECODER.prepack()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    with torch.inference_mode():
+        measure_ours()
+        if "--transformers" in sys.argv:
+            measure_transformers()
