@@ -27,7 +27,7 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "parity": (180, ("parity",)),
     "http": (90, ("http",)),
     "kernels": (110, ("kernels",)),
-    "cluster": (100, ("cluster",)),
+    "cluster": (135, ("cluster",)),
     "crash": (60, ("crash",)),
 }
 """Name to (budget in seconds, folders of tests/)."""

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -21,13 +21,16 @@ from tpserve.config import cli, env, machine, model_config
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
+from tpserve.hub.locate import locate
 from tpserve.models import model_spec
 from tpserve.observe import log
+from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
 from tpserve.wire.attach import attach
 from tpserve.wire.control import block_signals
 from tpserve.wire.lifetime import die_with
+from tpserve.wire.siblings import Elder, ask
 
 logger = logging.getLogger("tpserve")
 
@@ -57,10 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(argv: list[str]) -> int:
-    from tpserve.supervisor import serve
+    from tpserve.supervisor import check_launch, serve
 
-    flags, spec = _model(cli.parse(argv, env.overrides()))
-    return serve(flags, spec)
+    flags = cli.parse(argv, env.overrides())
+    check_launch(flags)
+    log.setup(flags.log_level, f"n{flags.node_rank} serve")
+    try:
+        flags, files, spec = _model(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
+        return serve(flags, files, spec)
+    except EngineFailure as error:
+        logger.error("%s", error)
+        return 1
 
 
 def _bench(argv: list[str]) -> int:
@@ -78,12 +88,32 @@ def _neither(argv: list[str]) -> int:
     )
 
 
-def _model(flags: Flags) -> tuple[Flags, ModelSpec]:
-    """Read the model's configuration; without a model, the built-in one's."""
+def _model(flags: Flags, find: Callable[[Flags], ModelFiles]) -> tuple[Flags, ModelFiles, ModelSpec]:
+    """Find the model (without one, the built-in) and read its configuration. Of a repository, the flags name the commit then."""
     if flags.model is None:
         flags = replace(flags, model=str(builtin.path()), served_model_name=flags.served_model_name or (builtin.NAME,))
+    files = find(flags)
+    if files.snapshot is not None:
+        flags = replace(flags, revision=files.snapshot.commit)
+    return flags, files, model_spec(model_config.read(files.directory), str(Path(files.directory, "config.json")))
+
+
+def _find_once_a_node(me: env.RankEnv, flags: Flags) -> ModelFiles:
+    """Only the first rank of a node looks for what is no directory; the others ask it, and all mean the same commit."""
+    head = me.rank == 0 and me.runtime_dir is None
     assert flags.model is not None
-    return flags, model_spec(model_config.read(flags.model), str(Path(flags.model, "config.json")))
+    if me.local_world_size == 1 or Path(flags.model).is_dir():
+        return locate(flags, head=head)
+    if me.local_rank:
+        return ask(me, flags.start_timeout)
+    elder = Elder(me)
+    try:
+        files = locate(flags, head=head)
+    except UserError as error:
+        elder.refuse(str(error))
+        raise
+    elder.tell(files)
+    return files
 
 
 def _rank(argv: list[str]) -> int:
@@ -92,15 +122,20 @@ def _rank(argv: list[str]) -> int:
     me = env.rank_env()
     die_with(me.agent_pid)
     try:
-        flags, spec = _model(cli.parse(argv, env.overrides(), launch=False))
-        config = resolve(flags, spec, machine.of_rank(me))
+        flags = cli.parse(argv, env.overrides(), launch=False)
+        log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0)
+        flags, files, spec = _model(flags, lambda flags: _find_once_a_node(me, flags))
+        config = resolve(flags, files, spec, machine.of_rank(me))
+    except EngineFailure as error:
+        logger.error("%s", error)
+        return 1
     except UserError as error:
         return _refuse(me, error, tell=me.local_rank == 0)
     except cli.HelpWanted:
         if me.local_rank:
             return 0
         raise
-    log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.rank == 0)
+    log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.local_rank == 0)
     if me.rank == 0:
         _introduce(flags, config)
     try:

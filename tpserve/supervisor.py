@@ -42,7 +42,7 @@ from tpserve.config.machine import Machine, available_cores, visible_gpus
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
-from tpserve.observe import log
+from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.wire.attach import LOOPBACK, cluster_address, spawn, wait_ready
 from tpserve.wire.control import SAME_SIGNAL_S
@@ -56,14 +56,12 @@ READY_POLL_S = 0.5
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def serve(flags: Flags, spec: ModelSpec) -> int:
+def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     """Serve until told to end; returns the exit code. UserError for anything the user can mend."""
-    flags = _checked(flags)
     num_gpus = visible_gpus()
     nproc = num_local_ranks(flags, num_gpus)
     machine = Machine(nproc * flags.nnodes, nproc, flags.nnodes, num_gpus, available_cores(), "serve")
-    config = resolve(flags, spec, machine)
-    log.setup(config.log_level, f"n{flags.node_rank} serve")
+    config = resolve(flags, files, spec, machine)
     runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-"))
     try:
         return _Supervisor(flags, config, nproc, runtime_dir).run()
@@ -72,8 +70,8 @@ def serve(flags: Flags, spec: ModelSpec) -> int:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _checked(flags: Flags) -> Flags:
-    """The launch flags among themselves."""
+def check_launch(flags: Flags) -> None:
+    """The launch flags among themselves; before anything is downloaded. Raises UserError."""
     if env.under_torchrun():
         logger.debug("RANK is set and ignored: `tpserve serve` starts ranks of its own")
     if flags.node_rank >= flags.nnodes:
@@ -88,7 +86,6 @@ def _checked(flags: Flags) -> Flags:
         )
     if flags.nnodes > 1 and flags.master_addr is None:
         raise UserError(f"--nnodes {flags.nnodes} needs --master-addr, the address of node 0, on each node", param="master_addr")
-    return flags
 
 
 class _EndNow(BaseException):

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "scheduling": FLOOR_0,
     "wire": {*FLOOR_0, "config"},
     "observe": FLOOR_0,
+    "hub": {*FLOOR_0, "config"},
     # floor 2
     "parallel": FLOOR_0,
     "quant": FLOOR_0,
@@ -44,12 +45,12 @@ ALLOWED: dict[str, set[str]] = {
     # floor 5
     "worker": {*FLOOR_0, "config", "wire", "observe", "parallel", "attention", "sampler", "models", "weights"},
     # floor 6
-    "engine": {*FLOOR_0, "config", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
+    "engine": {*FLOOR_0, "config", "hub", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
     # floor 7
     "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker"},
     "agent": {*FLOOR_0, "config", "observe", "wire"},
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "agent"},
-    "__main__": {*FLOOR_0, "config", "wire", "observe", "models", "builtin", "engine", "supervisor", "bench"},
+    "__main__": {*FLOOR_0, "config", "hub", "wire", "observe", "models", "builtin", "engine", "supervisor", "bench"},
 }
 TORCH_FREE = [
     "frontend",
@@ -59,6 +60,7 @@ TORCH_FREE = [
     "models",
     "wire.channels",
     "config.cli",
+    "hub.locate",
     "supervisor",
     "agent",
     "bench.command",
@@ -118,6 +120,17 @@ def test_no_pickle_anywhere() -> None:
             module = node.module if isinstance(node, ast.ImportFrom) else None
             attribute = node.attr if isinstance(node, ast.Attribute) else ""
             assert "pickle" not in [*names, module] and "broadcast_object" not in attribute, f"{path} unpickles"
+
+
+def test_one_room_asks_the_hub() -> None:
+    importers = {
+        room_of(path)
+        for path in sources()
+        if "import huggingface_hub" in (text := path.read_text()) or "from huggingface_hub" in text
+    }
+    assert importers == {"hub"}
+    code = "import sys, tpserve.__main__; sys.exit('huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "a start from a directory needs no huggingface_hub"
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -36,12 +36,11 @@ def free_port() -> int:
 
 def config(model: Path, port: int) -> EngineConfig:
     return EngineConfig(
-        model=str(model), served_model_name=("fake",), dtype="float32", load_format="dummy", seed=0,
-        layout=ParallelLayout(2, 1, (1,)), device="cpu", all_reduce="auto", max_model_len=256, max_num_seqs=8,
-        max_num_batched_tokens=64, block_size=16, enable_prefix_caching=True, gpu_memory_utilization=0.9,
+        model=str(model), tokenizer=str(model), chat_template=None, snapshot=None, served_model_name=("fake",), dtype="float32",
+        load_format="dummy", seed=0, layout=ParallelLayout(2, 1, (1,)), device="cpu", all_reduce="auto", max_model_len=256,
+        max_num_seqs=8, max_num_batched_tokens=64, block_size=16, enable_prefix_caching=True, gpu_memory_utilization=0.9,
         num_gpu_blocks_override=None, max_queued_requests=8, host="127.0.0.1", port=port, api_key=None, log_level="info",
-        start_timeout=20.0,
-        drain_timeout=5.0, step_trace=None,
+        start_timeout=20.0, drain_timeout=5.0, step_trace=None,
     )  # fmt: skip
 
 

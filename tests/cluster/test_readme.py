@@ -15,6 +15,7 @@ from tpserve.config import cli
 from tpserve.config.machine import Machine
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.models import model_spec
+from tpserve.types.model_files import ModelFiles
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 LLAMA_70B = {
@@ -90,7 +91,10 @@ def test_every_command_is_understood(line: str) -> None:
     local = num_local_ranks(flags, 8) if serve else said("__nproc_per_node", 1)
     nodes = flags.nnodes if serve else said("__nnodes", 1)
     config = resolve(
-        flags, model_spec(LLAMA_70B, "config.json"), Machine(local * nodes, local, nodes, 8, 64, "serve" if serve else "torchrun")
+        flags,
+        ModelFiles("m", "m"),
+        model_spec(LLAMA_70B, "config.json"),
+        Machine(local * nodes, local, nodes, 8, 64, "serve" if serve else "torchrun"),
     )
     assert config.layout.world_size == local * nodes
 

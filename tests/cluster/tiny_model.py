@@ -1,7 +1,10 @@
-"""A model directory without weights, for --load-format dummy: small enough to start in a moment."""
+"""A model directory, small enough to start in a moment: without weights, for --load-format dummy, or with random ones."""
 
 import json
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from tests.http import tiny_tokenizer
 
@@ -19,3 +22,24 @@ def save(directory: Path) -> Path:
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def add_weights(directory: Path) -> None:
+    """Random weights in two files and their index."""
+    config = json.loads((directory / "config.json").read_text())
+    hidden, inner, kv = config["hidden_size"], config["intermediate_size"], config["hidden_size"] // 2
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(LAYERS):
+        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+        mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.self_attn.{name}_proj.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{prefix}.mlp.{name}_proj.weight": shape for name, shape in mlp.items()}
+        shapes |= {f"{prefix}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}
+    random, names = np.random.default_rng(0), list(shapes)
+    files = {"model-1.safetensors": names[: len(names) // 2], "model-2.safetensors": names[len(names) // 2 :]}
+    for file, inside in files.items():
+        save_file({name: random.standard_normal(shapes[name], np.float32) for name in inside}, directory / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, inside in files.items() for name in inside}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -15,6 +15,7 @@ from tpserve.__main__ import main
 from tpserve.config import env
 from tpserve.config.schema import Flags
 from tpserve.supervisor import curl_line
+from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
 
@@ -103,12 +104,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_builtin_model_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[tuple[Flags, ModelSpec]] = []
-    monkeypatch.setattr(supervisor, "serve", lambda flags, spec: served.append((flags, spec)) or 0)
+    served: list[tuple[Flags, ModelFiles, ModelSpec]] = []
+    monkeypatch.setattr(supervisor, "serve", lambda *arguments: served.append(arguments) or 0)
     monkeypatch.setattr(env, "overrides", lambda: {"port": "9", "api_key": "k"})
     assert main(["serve"]) == 0
-    [(flags, spec)] = served
-    assert flags.model is not None and Path(flags.model, "config.json").exists() and len(flags.served_model_name) == 1
+    [(flags, files, spec)] = served
+    assert files.directory == files.tokenizer == flags.model and Path(files.directory, "config.json").exists()
+    assert len(flags.served_model_name) == 1
     assert (flags.port, flags.api_key, spec.family) == (9, "k", "llama")
 
 

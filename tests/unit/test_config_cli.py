@@ -121,3 +121,9 @@ def test_help_names_every_flag() -> None:
     with pytest.raises(HelpWanted) as wanted:
         parse(["--help"])
     assert all(f"  {option.spellings[0]}" in str(wanted.value) for option in OPTIONS.values())
+
+
+def test_code_of_a_repository_is_refused_by_name() -> None:
+    for line in ("m --trust-remote-code", "m --trust_remote_code=true"):
+        with pytest.raises(UserError, match="--trust-remote-code is refused: no code of a repository is ever run"):
+            parse(line.split())

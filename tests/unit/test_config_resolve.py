@@ -13,6 +13,7 @@ from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.parallel.split import split_heads
 from tpserve.types.layout import even_layers
+from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 
 SPEC = small(num_layers=5, bos_id=1, eos_ids=(2,))
@@ -23,7 +24,8 @@ def machine(world: int, nodes: int = 1, gpus: int = 0, serve: bool = False) -> M
 
 
 def resolved(line: str, on: Machine, spec: ModelSpec = SPEC) -> EngineConfig:
-    return resolve(parse(line.split()), spec, on)
+    flags = parse(line.split())
+    return resolve(flags, ModelFiles(str(flags.model), str(flags.model)), spec, on)
 
 
 @settings(max_examples=100, deadline=None)

@@ -56,6 +56,20 @@ def test_hello_start_up_run() -> None:
     assert (c.phase, c.percent) == ("ready", 100)
 
 
+def test_a_rank_that_downloads_is_told_of_and_waited_for() -> None:
+    c = Coordinator(3, 0.0, form_timeout_s=10.0)
+    c.receive(Peer(0, 1), hello(0), 0.0)
+    for second in range(1, 31):
+        c.receive(Peer(0, 1), Beat(0, 0, "waiting for all ranks", 0, -1), float(second))
+        c.receive(Peer(1, 1), Beat(1, 0, "downloading org/tiny", 50 + second, -1), float(second))
+        c.receive(Peer(2, 1), Beat(2, 0, "downloading org/tiny", second, -1), float(second))
+        assert c.tick(float(second)) == []
+    assert (c.state, c.phase, c.percent) == (State.FORMING, "waiting for ranks 1-2: downloading org/tiny", 30)
+    beat = Beat(2, 0, "downloading org/tiny", 30, -1)
+    actions = [action for second in range(31, 42) for action in [*c.receive(Peer(2, 1), beat, second), *c.tick(float(second))]]
+    assert Failed(1, "ranks 1-2 did not come within 10 s") in actions
+
+
 def test_lost_orders_are_given_again() -> None:
     c = Coordinator(2, 0.0)
     c.receive(Peer(0, 1), hello(0), 0.0)

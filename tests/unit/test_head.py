@@ -14,6 +14,7 @@ from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
 from tpserve.weights.dummy import dummy
 from tpserve.worker import rows
@@ -30,6 +31,7 @@ SPEC = ModelSpec(
 DEVICE = torch.device("cpu")
 CONFIG = resolve(
     parse(["m", "--device", "cpu", "--max-model-len", "1000", "--max-num-seqs", "30", "--max-num-batched-tokens", "70"]),
+    ModelFiles("m", "m"),
     SPEC,
     Machine(1, 1, 1, 1, 2, "serve"),
 )

@@ -13,6 +13,7 @@ from tpserve.config.resolve import resolve
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.messages import MemoryLedger
+from tpserve.types.model_files import ModelFiles
 from tpserve.worker import memory
 
 SPEC = small(max_position=4096, dtype="bfloat16", bos_id=1, eos_ids=(2,))
@@ -30,7 +31,7 @@ def measured(line: str, monkeypatch: pytest.MonkeyPatch) -> MemoryLedger:
         device=torch.device("cuda"), rank=0, layout=ParallelLayout(1, 1, (4,)), world=SimpleNamespace(min=lambda value: value)
     )
     decoder = SimpleNamespace(dtype=torch.bfloat16, cache_shape=lambda blocks, size: (blocks, size, 2, 8))
-    config = resolve(parse(line.split()), SPEC, Machine(1, 1, 1, 1, 2, "serve"))
+    config = resolve(parse(line.split()), ModelFiles("m", "m"), SPEC, Machine(1, 1, 1, 1, 2, "serve"))
     return memory.measure(cast(Any, decoder), cast(Any, mesh), cast(Any, None), config, 1, weights=20_000_000)
 
 

@@ -19,7 +19,7 @@ USAGE = """usage: tpserve serve [MODEL] [flags]
        torchrun --nnodes 2 --node_rank I --nproc_per_node N --master_addr HEAD -m tpserve [MODEL] [flags]
        tpserve bench step [--help]
 
-Serves MODEL (a directory; without it a small built-in model) over HTTP with the OpenAI API."""
+Serves MODEL (a directory or a repository id ORG/NAME; without it a small built-in model) over HTTP with the OpenAI API."""
 
 RAY = {
     "--worker-use-ray": False,
@@ -32,6 +32,11 @@ RAY = {
     "--placement-group": True,
 }
 """Flags of the days of Ray, and whether a value follows."""
+
+_REFUSED = {
+    "--trust-remote-code": "no code of a repository is ever run: leave it out; docs/limits.md lists the models that are served",
+}
+"""Flags of vLLM that are known and not served, and what to do instead."""
 
 _BACKEND = {"--distributed-executor-backend": True}
 
@@ -49,6 +54,9 @@ def parse(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *, la
     if "--help" in argv or "-h" in argv:
         raise HelpWanted(help_text())
     _refuse_ray(argv)
+    for flag in (arg.partition("=")[0] for arg in argv):
+        if flag in _REFUSED:
+            raise UserError(f"{flag} is refused: {_REFUSED[flag]}", param=flag)
     given, extra = _parser().parse_known_args(argv)
     said = vars(given)
     if extra:

@@ -15,6 +15,10 @@ TPSERVE_ARG_<FLAG>                    --<flag>, when that is not given; the pref
                                       injects for a service named tpserve (TPSERVE_PORT)
 CUDA_VISIBLE_DEVICES                  machine.visible_gpus
 
+set by the user, read by huggingface_hub and by nothing of ours
+HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE   where repositories are cached, and whether the network is used
+HF_ENDPOINT HF_TOKEN                  whom to ask for them, and as whom
+
 set by `tpserve serve` for its ranks
 TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
 TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug

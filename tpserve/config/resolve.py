@@ -10,6 +10,7 @@ from tpserve.config.machine import Machine
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers
+from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 
 BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -22,12 +23,15 @@ class Grid(NamedTuple):
     pp: int
 
 
-def resolve(flags: Flags, spec: ModelSpec, machine: Machine) -> EngineConfig:
+def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) -> EngineConfig:
     """Decide everything that can be decided without loading the model. Raises UserError."""
     assert flags.model is not None, "the caller fills in the built-in model"
     device = _device(flags, machine)
     return EngineConfig(
-        model=flags.model,
+        model=files.directory,
+        tokenizer=files.tokenizer,
+        chat_template=files.chat_template,
+        snapshot=files.snapshot,
         served_model_name=flags.served_model_name or (flags.model,),
         dtype=_dtype(flags, spec, device),
         load_format="safetensors" if flags.load_format == "auto" else flags.load_format,

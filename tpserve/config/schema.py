@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Struct, to_builtins
 
 from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_files import Snapshot
 
 MODEL, LAYOUT, ENGINE, HTTP, OPERATION, LAUNCH = GROUPS = (
     "Model",
@@ -40,7 +41,22 @@ class Flags(Struct, frozen=True, kw_only=True):
     """What the user said. None means "not said"."""
 
     model: Annotated[
-        str | None, Flag(MODEL, "Model directory, the same as the positional MODEL. Without it the built-in model is served.")
+        str | None,
+        Flag(
+            MODEL,
+            "Model directory, or repository id on Hugging Face (ORG/NAME); the same as the positional MODEL. Without it the "
+            "built-in model is served.",
+        ),
+    ] = None
+    revision: Annotated[str | None, Flag(MODEL, "Branch, tag or commit of a repository. Default: main.")] = None
+    tokenizer: Annotated[
+        str | None, Flag(MODEL, "Directory or repository (at main) of the tokenizer and its chat template. Default: MODEL.")
+    ] = None
+    chat_template: Annotated[
+        str | None, Flag(MODEL, "Chat template: a file, or the Jinja text itself. Default: the tokenizer's.")
+    ] = None
+    download_dir: Annotated[
+        str | None, Flag(MODEL, "Cache for repositories, shared with other programs. Default: HF_HUB_CACHE, else below HF_HOME.")
     ] = None
     served_model_name: Annotated[
         tuple[str, ...], Flag(MODEL, "Names under which the API serves the model; answers carry the first. Default: MODEL.")
@@ -116,10 +132,11 @@ class Flags(Struct, frozen=True, kw_only=True):
 
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        Flag(OPERATION, "How much rank 0 logs; other ranks log warnings and errors.", "tpserve"),
+        Flag(OPERATION, "How much the first rank of a node logs; other ranks log warnings and errors.", "tpserve"),
     ] = "info"
     start_timeout: Annotated[
-        float, Flag(OPERATION, "Seconds until all ranks must have met, and be ready.", "tpserve", above=0)
+        float,
+        Flag(OPERATION, "Seconds until all ranks must have met; a download may take longer while it moves.", "tpserve", above=0),
     ] = 600.0
     drain_timeout: Annotated[
         float, Flag(OPERATION, "Seconds for open requests when told to end (torchrun kills after 30).", "tpserve", at_least=0)
@@ -140,9 +157,16 @@ class Flags(Struct, frozen=True, kw_only=True):
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
-    """All that a server was resolved to; made once by `resolve`. What must be measured is not here but in the memory ledger."""
+    """All that a server was resolved to; made once by `resolve`. What must be measured is not here but in the memory ledger.
+
+    `model` and `tokenizer` are directories on this node; `chat_template` is a text, None for the tokenizer's own; with a
+    `snapshot` the weights may still have to be downloaded into `model`.
+    """
 
     model: str
+    tokenizer: str
+    chat_template: str | None
+    snapshot: Snapshot | None
     served_model_name: tuple[str, ...]
     dtype: Literal["bfloat16", "float16", "float32"]
     load_format: Literal["safetensors", "dummy"]
@@ -168,5 +192,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
     def shared(self) -> dict[str, Any]:
         """What must be equal on all ranks, or their tokens would differ or their collectives hang."""
-        local = ("model", "served_model_name", "max_queued_requests", "host", "port", "api_key", "log_level", "step_trace")
-        return {name: value for name, value in to_builtins(self).items() if name not in local}
+        return {name: value for name, value in to_builtins(self).items() if name not in _LOCAL}
+
+
+_LOCAL = {
+    *("model", "tokenizer", "chat_template", "snapshot", "served_model_name"),
+    *("max_queued_requests", "host", "port", "api_key", "log_level", "step_trace"),
+}

@@ -1,6 +1,7 @@
-"""A rank's life, from its hello to its exit code: form the mesh, load, measure, run, leave.
+"""A rank's life, from its hello to its exit code: have the weights, form the mesh, load, measure, run, leave.
 
-Every rank runs this; what differs is that rank 0 hosts the epoch's store, the scheduler and the plan broadcast.
+Every rank runs this; what differs is that rank 0 hosts the epoch's store, the scheduler and the plan broadcast, and that the
+first rank of a node downloads the weights that its node lacks.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from tpserve.config.machine import available_cores
 from tpserve.config.schema import EngineConfig
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
+from tpserve.hub import download
+from tpserve.hub.locate import weights_of
 from tpserve.models.decoder import Decoder
 from tpserve.observe.progress import Progress
 from tpserve.observe.trace import Trace
@@ -100,6 +103,7 @@ class _Rank:
         """Join an epoch and run it to its end. Raises Stopped when told to leave earlier."""
         control, env = self._control, self._env
         device = devices.choose(self._config.device, env.local_rank, env.local_world_size)
+        self._have_weights()  # before hello: whoever waits for this rank is told how far it is
         hosted = self._host() if env.rank == 0 else None
         control.progress("waiting for all ranks", 0)
         control.hello(hosted.endpoints if hosted else {}, fingerprint(self._config, self._spec))
@@ -129,6 +133,22 @@ class _Rank:
             assert plans is not None
             sampling = env.rank == self._config.layout.sampling_rank
             serve_plans(plans, executor, ResultSender(start.endpoints["result"]) if sampling else None, control, self._trace)
+
+    def _have_weights(self) -> None:
+        """Of a repository: download the weights that the cache lacks, or wait for local rank 0 to have done it."""
+        snapshot, env = self._config.snapshot, self._env
+        if snapshot is None:
+            return
+        title = f"downloading {snapshot.repository}"
+        first = env.local_rank == 0
+        with Progress(title, visible=first) as progress:
+
+            def arrived(done: int, total: int) -> None:
+                progress.update(done, total)
+                self._control.progress(title, 100 * done // max(total, 1))
+
+            have = download.ensure if first else download.wait
+            have(weights_of(snapshot), self._config.start_timeout, arrived)
 
     def _host(self) -> _Hosted:
         address = self._attachment.address if self._env.nnodes > 1 else "127.0.0.1"
@@ -203,9 +223,10 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
     def digest(value: object) -> str:
         return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:12]
 
-    return {
+    facts = {
         "tpserve": __version__,
         "torch": str(torch.__version__),
         "flags": digest(config.shared()),
         "model config": digest(spec),
     }
+    return facts if config.snapshot is None else facts | {"--revision": config.snapshot.commit}

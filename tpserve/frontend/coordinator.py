@@ -112,6 +112,11 @@ class _Rank:
     phase: str = ""
     percent: int = 0
 
+    @property
+    def comes(self) -> bool:
+        """It has not said Hello and tells what it does before that."""
+        return self.hello is None and bool(self.phase)
+
 
 class Coordinator:
     """See the module docstring. Call `tick` several times a second."""
@@ -119,7 +124,8 @@ class Coordinator:
     def __init__(
         self, world_size: int, now: float, *, survive: bool = False, form_timeout_s: float = 600.0, drain_timeout_s: float = 25.0
     ) -> None:
-        """`form_timeout_s` bounds FORMING; `drain_timeout_s` bounds DRAINING (torchrun kills its ranks 30 s after a SIGTERM)."""
+        """`form_timeout_s` bounds FORMING, from the last time that a rank told of progress (it may be downloading weights).
+        `drain_timeout_s` bounds DRAINING (torchrun kills its ranks 30 s after a SIGTERM)."""
         self.state = State.FORMING
         self.epoch = 0
         self.reason = ""
@@ -128,7 +134,7 @@ class Coordinator:
         self._ranks = [_Rank() for _ in range(world_size)]
         self._form_timeout_s = form_timeout_s
         self._drain_timeout_s = drain_timeout_s
-        self._entered_s = now
+        self._entered_s = self._moved_s = now
         self._ticked_s = now
         self._receivers: dict[type, Callable[..., list[Action]]] = {
             Hello: self._hello,
@@ -144,16 +150,20 @@ class Coordinator:
     def phase(self) -> str:
         """What the start is waiting for, in a few words: the slowest rank's own when ranks are starting."""
         if self.state is State.FORMING:
-            return "waiting for " + _name_ranks([i for i, rank in enumerate(self._ranks) if rank.hello is None])
+            waiting = "waiting for " + _name_ranks([i for i, rank in enumerate(self._ranks) if rank.hello is None])
+            coming = [rank for rank in self._ranks if rank.comes]
+            return f"{waiting}: {_slowest(coming).phase}" if coming else waiting
         if self.state is State.STARTING:
-            return self._slowest().phase or "starting"
+            return _slowest(self._not_up()).phase or "starting"
         return {State.RUN: "ready", State.DRAINING: "draining"}.get(self.state, "stopped")
 
     @property
     def percent(self) -> int:
         """How far the slowest rank's start is, 0 to 100."""
         if self.state is State.STARTING:
-            return self._slowest().percent
+            return _slowest(self._not_up()).percent
+        if self.state is State.FORMING and (coming := [rank for rank in self._ranks if rank.comes]):
+            return _slowest(coming).percent
         return 100 if self.state in (State.RUN, State.DRAINING) else 0
 
     @property
@@ -263,6 +273,8 @@ class Coordinator:
 
     def _beat(self, peer: Peer, message: Beat, now: float) -> list[Action]:
         rank = self._ranks[peer.rank]
+        if self.state is State.FORMING and (rank.phase, rank.percent) != (message.phase, message.percent):
+            self._moved_s = now
         rank.phase, rank.percent = message.phase, message.percent
         return []
 
@@ -287,7 +299,7 @@ class Coordinator:
     def _go(self, event: Event, now: float) -> list[Action]:
         """Follow the table, then do what the new state begins with."""
         self.state = self._next[self.state, event]
-        self._entered_s = now
+        self._entered_s = self._moved_s = now
         if event in ("up", "drain"):
             self.reason = ""  # of a fault that was survived
         if self.state is State.STARTING:
@@ -320,7 +332,7 @@ class Coordinator:
 
     def _tick_forming(self, waited_s: float, now: float) -> list[Action]:
         missing = [i for i, rank in enumerate(self._ranks) if rank.hello is None]
-        if waited_s > self._form_timeout_s:
+        if now - self._moved_s > self._form_timeout_s:
             return self._end("fatal", 1, f"{_name_ranks(missing)} did not come within {self._form_timeout_s:g} s", now)
         if self.epoch and waited_s > REJOIN_S:
             stop = Stop(1, self.reason)
@@ -345,8 +357,8 @@ class Coordinator:
         for rank in self._ranks:
             rank.heard_s = now
 
-    def _slowest(self) -> _Rank:
-        return min((rank for rank in self._ranks if rank.up is None), key=lambda rank: rank.percent)
+    def _not_up(self) -> list[_Rank]:
+        return [rank for rank in self._ranks if rank.up is None]
 
     def _describe(self, index: int) -> str:
         hello = self._ranks[index].hello
@@ -366,6 +378,10 @@ class Coordinator:
                     )
             break
         return ""
+
+
+def _slowest(ranks: list[_Rank]) -> _Rank:
+    return min(ranks, key=lambda rank: rank.percent)
 
 
 def _name_ranks(ranks: list[int]) -> str:

@@ -127,7 +127,7 @@ class Service:
         self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", remote, self._on_action)
         self._engine = EngineServer(f"ipc://{where}/engine")
         self._journal = Journal(self._to_engine, (config.served_model_name or (config.model,))[0])
-        tokenizer, template = Tokenizer.load(config.model), ChatTemplate.load(config.model)
+        tokenizer, template = Tokenizer.load(config.tokenizer), ChatTemplate.load(config.tokenizer, config.chat_template)
         self.app = create_app(config, self._journal, self.status, tokenizer, template)
         self._code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 

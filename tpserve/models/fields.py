@@ -105,7 +105,8 @@ class Fields:
         for name, neutral in NEUTRAL.items():
             value = self.get(name)
             if value is not None and value not in neutral:
-                raise self.refuse(f"field {name!r} is {_short(value)}, which tpserve does not support yet")
+                shown = value.get("quant_method", value) if isinstance(value, dict) else value
+                raise self.refuse(f"field {name!r} is {_short(shown)}, which tpserve does not support yet")
         kinds = {kind for kind in self.get("layer_types") or [] if kind != "full_attention"}
         if kinds:
             raise self.refuse(f"field 'layer_types' names {min(kinds)!r}, which tpserve does not support yet")

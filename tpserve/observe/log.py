@@ -1,6 +1,7 @@
 """One readable log on stderr: `[n0 r1 s0] 12:00:01 INFO  message`. Never logs a prompt, never prints a traceback below debug.
 
-Rank 0 and the frontend speak from --log-level; other ranks only warnings and errors, unless the level is debug.
+The first rank of each node and the frontend speak from --log-level; other ranks only warnings and errors, unless the level is
+debug.
 """
 
 import logging
@@ -12,7 +13,7 @@ DEFAULT = "info"
 
 
 def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None = None) -> None:
-    """Send this process's log to stderr (or `stream`). `prefix`: who speaks; `lead`: rank 0 and the frontend."""
+    """Send this process's log to stderr (or `stream`). `prefix`: who speaks; `lead`: a node's first rank, and the frontend."""
     number = logging.getLevelNamesMapping()[level.upper()]
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(_Line(prefix, tracebacks=number <= logging.DEBUG))

@@ -40,11 +40,12 @@ class ChatTemplate:
             raise UserError(f"{where} is no valid Jinja template: {error}") from error
 
     @staticmethod
-    def load(directory: str | os.PathLike[str]) -> "ChatTemplate":
-        """The template of a model directory. UserError when it is broken; a directory without one is no error."""
+    def load(directory: str | os.PathLike[str], given: str | None = None) -> "ChatTemplate":
+        """The template of a model directory, or the `given` text in its place. UserError when it is broken; a directory without
+        one is no error."""
         root = Path(directory)
         config = read_json(root / "tokenizer_config.json")
-        source, where = find(root, config)
+        source, where = find(root, config) if given is None else (given, "--chat-template")
         return ChatTemplate(source, special_tokens(config), where)
 
     def render(
@@ -61,7 +62,7 @@ class ChatTemplate:
         """
         if self._template is None:
             raise UserError(
-                "this model has no chat template; use /v1/completions, or put a chat_template.jinja into its directory",
+                "this model has no chat template; use /v1/completions, or start the server with --chat-template",
                 param="messages",
             )
         if continue_final_message and add_generation_prompt:

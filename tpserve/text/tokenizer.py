@@ -59,7 +59,7 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise UserError(
-                f"{path} is missing; a model directory needs a tokenizer.json (save it with AutoTokenizer.save_pretrained)"
+                f"{path} is missing; save one with AutoTokenizer.save_pretrained, or name a tokenizer with --tokenizer"
             )
         try:
             rust = RustTokenizer.from_file(str(path))

@@ -111,7 +111,7 @@ class Control:
         self._hello: Hello | None = None
         self._up: Up | None = None
         self._fault: Fault | None = None
-        self._phase, self._percent, self._step = "starting", 0, -1
+        self._phase, self._percent, self._step = "", 0, -1
         self._due: tuple[int, float] | None = None
         self._left = False
         # said by the coordinator

@@ -1,0 +1,1 @@
+"""Repository ids to directories: what is needed of a repository, fetched once."""

@@ -1,0 +1,41 @@
+"""Is it a directory or a repository? Decided by the name and by what is on the disk; the network is never asked."""
+
+import re
+from pathlib import Path
+
+from tpserve.errors import UserError
+
+MAX_ID = 96
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+
+
+def is_repository(name: str, param: str) -> bool:
+    """True for a repository id, False for a directory that exists. UserError for anything else; `param` is the flag's name."""
+    path = Path(name)
+    flag = "--" + param
+    if path.is_dir():
+        return False
+    if path.exists():
+        raise UserError(f"{name} is a file: {flag} takes a directory, or a repository id such as ORG/NAME", param=param)
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1 or name.endswith("/"):
+        raise UserError(
+            f"no {param} directory {name}: give the path of a directory with {_content(param)}, or a repository id ORG/NAME",
+            param=param,
+        )
+    if not _ID.fullmatch(name) or "--" in name or ".." in name or len(name) > MAX_ID:
+        raise UserError(
+            f"{name!r} is neither a directory here nor a repository id: an id is ORG/NAME of letters, digits and . _ -",
+            param=param,
+        )
+    return True
+
+
+def check_revision(revision: str) -> None:
+    """UserError for what can be no branch, tag or commit."""
+    if not _REVISION.fullmatch(revision) or ".." in revision:
+        raise UserError(f"--revision {revision!r} is no branch, tag or commit", param="revision")
+
+
+def _content(param: str) -> str:
+    return "config.json and safetensors files" if param == "model" else "tokenizer.json"
