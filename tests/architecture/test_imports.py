@@ -64,6 +64,7 @@ TORCH_FREE = [
     "supervisor",
     "agent",
     "bench.command",
+    "bench.serve",
     "__main__",
 ]
 ENVIRONMENT_READER = PACKAGE / "config" / "env.py"

@@ -20,10 +20,13 @@ def test_every_case_is_measured(transport: str, tmp_path: Path) -> None:
     done = bench(*arguments, transport, "--output", str(output))
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
-    assert report["cores"] > 0 and set(report["versions"]) == {"tpserve", "python", "torch", "pyzmq"}
-    assert (report["context"], report["steps"], report["transport"]) == (40, 20, transport)
-    assert [(case["batch"], case["subscribers"], case["bound_ms"]) for case in report["cases"]] == [(1, 2, 0.3), (4, 2, 0.326)]
-    for case in report["cases"]:
+    assert report["machine"]["cores"] > 0 and set(report["versions"]) == {"tpserve", "python", "torch", "pyzmq"}
+    assert report["workload"] == {
+        "batch": [1, 4], "subscribers": [2], "context": 40, "steps": 20, "transport": transport
+    }  # fmt: skip
+    cases = report["figures"]["cases"]
+    assert [(case["batch"], case["subscribers"], case["bound_ms"]) for case in cases] == [(1, 2, 0.3), (4, 2, 0.326)]
+    for case in cases:
         total, phases = case["total"], case["phases"]
         assert list(phases) == ["schedule", "encode", "broadcast", "build", "apply"]
         assert all(0 < spread["p50_ms"] <= spread["p99_ms"] < 1000 for spread in (total, case["total_cpu"], *phases.values()))
@@ -32,7 +35,7 @@ def test_every_case_is_measured(transport: str, tmp_path: Path) -> None:
         assert 14 * case["batch"] <= case["plan_bytes"] < 1000, "four numbers and two flags a chunk"
     rows = [line.split() for line in done.stdout.splitlines()[3:]]
     assert [row[:2] for row in rows] == [["1", "2"], ["4", "2"]]
-    assert [row[-1] for row in rows] == ["holds" if case["holds"] else "MISSED" for case in report["cases"]]
+    assert [row[-1] for row in rows] == ["holds" if case["holds"] else "MISSED" for case in cases]
 
 
 @pytest.mark.parametrize(
@@ -43,8 +46,8 @@ def test_every_case_is_measured(transport: str, tmp_path: Path) -> None:
         ("step --transport udp", "--transport: invalid choice: 'udp'"),
         ("step --stpes 3", "unrecognized arguments: --stpes 3"),
         ("step --steps 5 --output /nowhere/step.json", "--output /nowhere/step.json: No such file or directory"),
-        ("setp", "tpserve bench setp: there is no such benchmark: see `tpserve bench step --help`"),
-        ("", "tpserve bench: which one: see `tpserve bench step --help`"),
+        ("setp", "tpserve bench setp: there is no such benchmark: see `tpserve bench --help`"),
+        ("", "tpserve bench: which one: see `tpserve bench --help`"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(line: str, said: str) -> None:

@@ -78,6 +78,13 @@ def test_the_python_lines(server: Server) -> None:
     assert len(said.getvalue()) > 3
 
 
+def test_the_bench_line(server: Server, tmp_path: Path) -> None:
+    (line,) = lines("tpserve bench")
+    command = shlex.split(f"{BIN}/{line.replace(':8000', f':{server.port}')}")
+    table = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path).stdout
+    assert "completed   20 in " in table and "TTFT" in table and (tmp_path / "load.svg").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("line", [*lines("torchrun"), *lines("tpserve serve")])
 def test_every_command_is_understood(line: str) -> None:
     launcher, _, rest = line.partition("tpserve serve" if "tpserve serve" in line else "-m tpserve")

@@ -13,9 +13,7 @@ wanted the core too, ZeroMQ's thread among them. Not in it: the model and the dr
 passes between rank 0 and the frontend. The fake takes `DEVICE_S` a step, without which no receiver could keep up.
 """
 
-import datetime
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,17 +25,14 @@ from pathlib import Path
 
 import msgspec
 import torch
-import zmq
 
-from tpserve.config.machine import available_cores
-from tpserve.errors import UserError
+from tpserve.bench.report import Machine, Report, percentile, write
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.packed import pack
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
-from tpserve.version import __version__
 from tpserve.wire import codec
 from tpserve.wire.channels import PlanBroadcaster, tcp
 from tpserve.worker import device as devices
@@ -64,7 +59,7 @@ class Spread(msgspec.Struct, frozen=True):
     @staticmethod
     def of(seconds: Sequence[float]) -> "Spread":
         ordered = sorted(seconds)
-        p50, p99 = (round(ordered[int(share * (len(ordered) - 1))] * 1e3, 4) for share in (0.5, 0.99))
+        p50, p99 = (round(percentile(ordered, share) * 1e3, 4) for share in (0.5, 0.99))
         return Spread(p50, p99)
 
 
@@ -81,30 +76,15 @@ class Case(msgspec.Struct, frozen=True):
     holds: bool
 
 
-class Report(msgspec.Struct, frozen=True):
-    """What `--output` holds."""
-
-    date: str
-    versions: dict[str, str]
-    cpu: str
-    cores: int
-    load: float
-    """The machine's load average over a minute when the first case began."""
-    context: int
-    steps: int
-    transport: str
-    cases: list[Case]
-
-
 def run(
     *, batch: tuple[int, ...], context: int, subscribers: tuple[int, ...], steps: int, transport: str, output: Path | None
 ) -> int:
     """Measure every batch with every number of subscribers; returns the exit code: 0, bounds or not."""
     if output is not None:
-        _write(output, b"")  # a path that cannot be written should not cost the whole measurement
+        write("--output", output)
     devices.choose("cpu", 0, 1)
-    load = os.getloadavg()[0]
-    sys.stdout.write(_heading(context, steps, transport, load))
+    machine = Machine.here()
+    sys.stdout.write(_heading(context, steps, transport, machine))
     cases = []
     for num_sequences in batch:
         for num_subscribers in subscribers:
@@ -112,15 +92,8 @@ def run(
             sys.stdout.write(_row(cases[-1]))
             sys.stdout.flush()
     if output is not None:
-        versions = {
-            "tpserve": __version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "pyzmq": zmq.__version__,
-        }
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        report = Report(date, versions, _cpu(), available_cores(), round(load, 2), context, steps, transport, cases)
-        _write(output, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+        workload = {"batch": batch, "subscribers": subscribers, "context": context, "steps": steps, "transport": transport}
+        Report.of("step", machine, ("torch", "pyzmq"), workload, {"cases": cases}).write(output)
     return 0
 
 
@@ -232,11 +205,11 @@ def _listeners(endpoint: str, count: int) -> Iterator[None]:
         process.wait()
 
 
-def _heading(context: int, steps: int, transport: str, load: float) -> str:
+def _heading(context: int, steps: int, transport: str, machine: Machine) -> str:
     columns = "".join(f"{name:>16}" for name in (*PHASES, "total", "cpu"))
     return (
         f"One decode step on rank 0 in milliseconds, p50 / p99 of {steps:,}: context {context:,}, plans over {transport}, "
-        f"{available_cores()} cores of {_cpu()}, load {load:.2f}\n"
+        f"{machine}\n"
         "encode is part of broadcast; cpu: what of the total was spent on a core; the bound is for the total's p50\n"
         f"{'batch':>5}{'subscribers':>13}{columns}   bound\n"
     )
@@ -246,19 +219,3 @@ def _row(case: Case) -> str:
     spreads = [*(case.phases[phase] for phase in PHASES), case.total, case.total_cpu]
     columns = "".join(f"{f'{spread.p50_ms:.3f} / {spread.p99_ms:.3f}':>16}" for spread in spreads)
     return f"{case.batch:>5}{case.subscribers:>13}{columns}   {case.bound_ms:.3f} {'holds' if case.holds else 'MISSED'}\n"
-
-
-def _cpu() -> str:
-    """The processor's name, as far as the kernel tells."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"--output {path}: {error.strerror}; name a file in a directory that exists") from error

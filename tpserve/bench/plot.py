@@ -1,0 +1,97 @@
+"""A load in one picture, as SVG written by hand: how its latencies are spread, and what came out when.
+
+Above, for each metric, the share of requests that took at most so long, on a logarithmic axis. Below, tokens generated per
+second over the time of the load. Pure; a plotting library would be the largest of our dependencies, for two panels of lines.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from tpserve.bench.client import Answer
+
+WIDTH, HEIGHT = 760, 620
+LEFT, RIGHT, TOP, PANEL, GAP = 70, 30, 50, 220, 80
+COLOURS = {"TTFT": "#1f77b4", "TPOT": "#2ca02c", "E2EL": "#d62728"}
+BINS = 60
+Point = tuple[float, float]
+
+
+def svg(title: str, answers: Sequence[Answer]) -> str:
+    """The picture of completed requests; with none, two empty panels."""
+    whole = [answer for answer in answers if not answer.failure]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        _text(LEFT, 24, title, size=14),
+        *_spread(whole),
+        *_throughput(whole),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _spread(answers: Sequence[Answer]) -> list[str]:
+    seconds = {
+        "TTFT": [answer.ttft_s for answer in answers],
+        "TPOT": [answer.tpot_s for answer in answers if answer.tpot_s is not None],
+        "E2EL": [answer.e2el_s for answer in answers],
+    }
+    logs = {name: sorted(math.log10(max(value * 1e3, 1e-3)) for value in values) for name, values in seconds.items()}
+    every = [value for values in logs.values() for value in values] or [0.0]
+    first, last = math.floor(min(every)), math.floor(max(every)) + 1
+    parts = _panel(TOP, "share of requests", "at most so many milliseconds")
+    for power in range(first, last + 1):
+        parts.append(_tick_x(TOP, (power - first) / (last - first), f"{10**power:g}"))
+    parts += [_tick_y(TOP, share, f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    for index, (name, values) in enumerate(logs.items()):
+        steps = [((value - first) / (last - first), (at + up) / len(values)) for at, value in enumerate(values) for up in (0, 1)]
+        parts.append(_line(TOP, steps, COLOURS[name]))
+        parts.append(_text(LEFT + 10, TOP + 18 + 16 * index, name, colour=COLOURS[name]))
+    return parts
+
+
+def _throughput(answers: Sequence[Answer]) -> list[str]:
+    top = TOP + PANEL + GAP
+    parts = _panel(top, "generated tokens per second", "seconds")
+    begin_s = min((answer.begin_s for answer in answers), default=0.0)
+    span_s = max((answer.end_s for answer in answers), default=1.0) - begin_s
+    bins = [0.0] * BINS
+    for answer in answers:
+        for token_s in answer.token_s:  # a chunk stands for its share of the answer's tokens
+            bins[min(BINS - 1, int((token_s - begin_s) / span_s * BINS))] += answer.output_tokens / len(answer.token_s)
+    rates = [tokens * BINS / span_s for tokens in bins]
+    most = max(rates) or 1.0
+    parts += [_tick_x(top, share, f"{span_s * share:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    parts += [_tick_y(top, share, f"{most * share:.4g}") for share in (0.0, 0.5, 1.0)]
+    parts.append(_line(top, [(x / BINS, rate / most) for at, rate in enumerate(rates) for x in (at, at + 1)], "#444"))
+    return parts
+
+
+def _panel(top: int, above: str, below: str) -> list[str]:
+    frame = f'<rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}" height="{PANEL}" fill="none" stroke="#888"/>'
+    return [frame, _text(LEFT, top - 6, above), _text(WIDTH - RIGHT, top + PANEL + 34, below, anchor="end")]
+
+
+def _line(top: int, points: Sequence[Point], colour: str) -> str:
+    """Through points whose coordinates are shares of the panel."""
+    at = " ".join(f"{_x(x):.1f},{top + PANEL * (1 - y):.1f}" for x, y in points)
+    return f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+
+
+def _tick_x(top: int, share: float, label: str) -> str:
+    x, bottom = _x(share), top + PANEL
+    return f'<path d="M{x:.1f} {top}V{bottom}" stroke="#ddd"/>' + _text(x, bottom + 16, label, anchor="middle")
+
+
+def _tick_y(top: int, share: float, label: str) -> str:
+    y = top + PANEL * (1 - share)
+    return f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>' + _text(LEFT - 6, y + 4, label, anchor="end")
+
+
+def _x(share: float) -> float:
+    return LEFT + (WIDTH - LEFT - RIGHT) * share
+
+
+def _text(x: float, y: float, words: str, *, anchor: str = "start", colour: str = "#222", size: int = 12) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{escape(words)}</text>'

@@ -1,0 +1,80 @@
+"""The one shape of every benchmark's JSON, and what its head says: versions, the machine, when. Never measures anything.
+
+benchmark   which one
+workload    all that was asked for, resolved: with the same numbers the benchmark can be repeated
+figures     what came out, each with its unit in its name
+"""
+
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tpserve.config.machine import available_cores
+from tpserve.errors import UserError
+from tpserve.version import __version__
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Where the benchmark ran. `load_average`: of a minute, when it began; well above 0, others wanted the cores too."""
+
+    cpu: str
+    cores: int
+    load_average: float
+
+    @staticmethod
+    def here() -> "Machine":
+        return Machine(_cpu(), available_cores(), round(os.getloadavg()[0], 2))
+
+    def __str__(self) -> str:
+        return f"{self.cores} cores of {self.cpu}, load {self.load_average:.2f}"
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What `--output` holds."""
+
+    benchmark: str
+    date: str
+    versions: dict[str, str]
+    machine: Machine
+    workload: Any
+    figures: Any
+
+    @staticmethod
+    def of(benchmark: str, machine: Machine, packages: Sequence[str], workload: Any, figures: Any) -> "Report":
+        """`packages`: those, beside Python and tpserve, whose versions matter to the figures."""
+        versions = {"tpserve": __version__, "python": platform.python_version()}
+        versions |= {package: importlib.metadata.version(package) for package in packages}
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return Report(benchmark, date, versions, machine, workload, figures)
+
+    def write(self, path: Path) -> None:
+        write("--output", path, msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+
+
+def write(flag: str, path: Path, content: bytes = b"") -> None:
+    """Write a file that `flag` names. Written empty first, a path that cannot be written does not cost a measurement."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; name a file in a directory that exists") from error
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of an ordered, non-empty sequence do not exceed: always one that was measured."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the kernel tells."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.machine()

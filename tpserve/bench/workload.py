@@ -1,0 +1,142 @@
+"""What `tpserve bench serve` sends, and when. Pure: the same workload gives the same requests at the same moments, each time.
+
+Prompts are random, and no two begin alike (but for the shared prefix that is asked for), so that a prefix cache helps only where
+it is meant to. The second run against the same server is another matter: take another seed.
+"""
+
+import random
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+
+from tpserve.errors import UserError
+
+Api = Literal["completions", "chat"]
+PromptKind = Literal["ids", "words", "dataset"]
+
+IDS = range(256, 1000)
+"""Ids that every vocabulary has, behind the bytes and the special ones that many begin with."""
+WORDS = (
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state", "family",
+    "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system", "work", "number", "night",
+    "point", "home", "water", "room", "mother", "area", "money", "story", "fact", "month", "lot", "right", "study", "book",
+    "eye", "job", "word", "issue", "side", "kind", "head", "house", "friend", "father", "power", "hour", "game", "line", "end",
+)  # fmt: skip
+"""Short and common, so that most tokenizers have one token for each."""
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """A load, resolved; part of the report. None: no limit, or (lengths with a `dataset`) what the file says.
+
+    `prompts`: token ids where the server takes them, words elsewhere. `request_rate` is per second, `burstiness` the shape of the
+    gamma distribution of the gaps: 1 is a Poisson process, less comes in bursts, more is even. Lengths are tokens, uniform
+    within `range_ratio` of the length asked for; the shared prefix comes before them.
+    """
+
+    endpoint: Api
+    prompts: PromptKind
+    num_prompts: int
+    num_warmups: int
+    request_rate: float | None
+    burstiness: float
+    max_concurrency: int | None
+    input_len: int | None
+    output_len: int | None
+    range_ratio: float
+    prefix_len: int
+    dataset: str | None
+    ignore_eos: bool
+    temperature: float
+    seed: int
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """One request. `input_len` is what the prompt was made to have; what it has is the server's to say."""
+
+    prompt: str | list[int]
+    input_len: int
+    output_len: int
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One line of a dataset."""
+
+    prompt: str
+    output_len: int | None = None
+
+
+def asks(workload: Workload, dataset: Sequence[Ask] = ()) -> tuple[list[Ask], list[Ask]]:
+    """The requests to warm up with, and those to measure. A dataset is warmed up for with other words of the same number."""
+    if workload.prompts == "dataset":
+        prompts = Prompts("words", 0, workload.seed)
+        warmups = [prompts.next(ask.input_len, ask.output_len) for ask in dataset[: workload.num_warmups]]
+        return warmups, list(dataset[: workload.num_prompts])
+    assert workload.input_len is not None and workload.output_len is not None
+    prompts = Prompts(workload.prompts, workload.prefix_len, workload.seed)
+    made = [
+        prompts.next(workload.input_len, workload.output_len, workload.range_ratio)
+        for _ in range(workload.num_prompts + workload.num_warmups)
+    ]
+    return made[workload.num_prompts :], made[: workload.num_prompts]
+
+
+class Prompts:
+    """Random prompts, one after another, that share `prefix_len` tokens and no more."""
+
+    def __init__(self, kind: PromptKind, prefix_len: int, seed: int) -> None:
+        self._kind = kind
+        self._dice = random.Random(f"prompts {seed}")
+        self._prefix = self._dice.choices(IDS, k=prefix_len)
+
+    def next(self, input_len: int, output_len: int, range_ratio: float = 0.0) -> Ask:
+        input_len, output_len = self._near(input_len, range_ratio), self._near(output_len, range_ratio)
+        ids = self._prefix + self._dice.choices(IDS, k=input_len)
+        prompt = ids if self._kind == "ids" else " ".join(WORDS[id % len(WORDS)] for id in ids)
+        return Ask(prompt, len(ids), output_len)
+
+    def _near(self, length: int, ratio: float) -> int:
+        return max(1, self._dice.randint(int(length * (1 - ratio)), int(length * (1 + ratio)))) if ratio else length
+
+
+def arrivals_s(workload: Workload) -> list[float]:
+    """When each request is sent, from the first one on; all at once without a rate."""
+    if workload.request_rate is None:
+        return [0.0] * workload.num_prompts
+    dice = random.Random(f"arrivals {workload.seed}")
+    scale_s = 1 / (workload.request_rate * workload.burstiness)
+    gaps_s = [dice.gammavariate(workload.burstiness, scale_s) for _ in range(workload.num_prompts - 1)]
+    return list(accumulate(gaps_s, initial=0.0))
+
+
+def read_dataset(path: Path, output_len: int | None) -> list[Ask]:
+    """One JSON object a line; other fields are not looked at. `output_len` is for lines without one.
+
+    The lengths of its prompts are counted in words. UserError names the line that is wrong.
+    """
+    try:
+        texts = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"--dataset {path}: {error.strerror}") from error
+    found = []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            line = msgspec.json.decode(text, type=Line)
+        except msgspec.DecodeError as error:
+            wanted = '{"prompt": "...", "output_len": 128}'
+            raise UserError(f"--dataset {path}, line {number}: {error}; a line is {wanted}") from error
+        length = output_len if line.output_len is None else line.output_len
+        if length is None or length < 1:
+            raise UserError(f"--dataset {path}, line {number}: output_len is {length}; --output-len is for lines without one")
+        found.append(Ask(line.prompt, len(line.prompt.split()), length))
+    return found
+
+
+def endpoint(text: str) -> Api:
+    """`completions` or `chat`, also as the paths that vLLM's flag takes."""
+    known: dict[str, Api] = {name: name for name in get_args(Api)}
+    return (known | {"/v1/completions": "completions", "/v1/chat/completions": "chat"})[text]
