@@ -11,21 +11,17 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from msgspec.structs import replace
-
-from tpserve import builtin
-from tpserve.config import cli, env, machine, model_config
+from tpserve.config import cli, env, machine
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.locate import locate
-from tpserve.models import model_spec
+from tpserve.models.opened import open_model
 from tpserve.observe import log
 from tpserve.types.model_files import ModelFiles
-from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
 from tpserve.wire.attach import attach
 from tpserve.wire.control import block_signals
@@ -66,7 +62,7 @@ def _serve(argv: list[str]) -> int:
     check_launch(flags)
     log.setup(flags.log_level, f"n{flags.node_rank} serve")
     try:
-        flags, files, spec = _model(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
+        flags, files, spec = open_model(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
         return serve(flags, files, spec)
     except EngineFailure as error:
         logger.error("%s", error)
@@ -86,16 +82,6 @@ def _neither(argv: list[str]) -> int:
     raise UserError(
         f"neither `tpserve serve` nor a rank of torchrun: run `{shlex.join(['tpserve', 'serve', *argv])}` or `{torchrun}`"
     )
-
-
-def _model(flags: Flags, find: Callable[[Flags], ModelFiles]) -> tuple[Flags, ModelFiles, ModelSpec]:
-    """Find the model (without one, the built-in) and read its configuration. Of a repository, the flags name the commit then."""
-    if flags.model is None:
-        flags = replace(flags, model=str(builtin.path()), served_model_name=flags.served_model_name or (builtin.NAME,))
-    files = find(flags)
-    if files.snapshot is not None:
-        flags = replace(flags, revision=files.snapshot.commit)
-    return flags, files, model_spec(model_config.read(files.directory), str(Path(files.directory, "config.json")))
 
 
 def _find_once_a_node(me: env.RankEnv, flags: Flags) -> ModelFiles:
@@ -124,7 +110,7 @@ def _rank(argv: list[str]) -> int:
     try:
         flags = cli.parse(argv, env.overrides(), launch=False)
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0)
-        flags, files, spec = _model(flags, lambda flags: _find_once_a_node(me, flags))
+        flags, files, spec = open_model(flags, lambda flags: _find_once_a_node(me, flags))
         config = resolve(flags, files, spec, machine.of_rank(me))
     except EngineFailure as error:
         logger.error("%s", error)

@@ -19,6 +19,8 @@ PACKAGE = ROOT / "tpserve"
 
 FLOOR_0 = {"types", "errors", "version"}
 ALLOWED: dict[str, set[str]] = {
+    # named on demand (PEP 562)
+    "__init__": {"errors", "llm"},
     # floor 0
     "version": set(),
     "errors": set(),
@@ -41,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": {*FLOOR_0, "parallel", "quant", "attention", "kernels"},
     "weights": {*FLOOR_0, "parallel", "quant", "observe", "config"},
     # floor 4
-    "models": {*FLOOR_0, "config", "parallel", "quant", "attention", "layers", "weights"},
+    "models": {*FLOOR_0, "builtin", "config", "parallel", "quant", "attention", "layers", "weights"},
     # floor 5
     "worker": {*FLOOR_0, "config", "wire", "observe", "parallel", "attention", "sampler", "models", "weights"},
     # floor 6
@@ -50,7 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker"},
     "agent": {*FLOOR_0, "config", "observe", "wire"},
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "agent"},
-    "__main__": {*FLOOR_0, "config", "hub", "wire", "observe", "models", "builtin", "engine", "supervisor", "bench"},
+    "llm": {*FLOOR_0, "config", "hub", "text", "wire", "observe", "frontend", "parallel", "models", "agent"},
+    "__main__": {*FLOOR_0, "config", "hub", "wire", "observe", "models", "engine", "supervisor", "bench"},
 }
 TORCH_FREE = [
     "frontend",
@@ -66,6 +69,7 @@ TORCH_FREE = [
     "bench.command",
     "bench.serve",
     "__main__",
+    "llm.api",
 ]
 ENVIRONMENT_READER = PACKAGE / "config" / "env.py"
 
@@ -98,8 +102,6 @@ def imported_rooms(tree: ast.AST) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down_only(path: Path) -> None:
     room = room_of(path)
-    if room == "__init__":
-        room = "version"
     tree = ast.parse(path.read_text())
     allowed = ALLOWED[room] | {room, "version"}
     breaches = [f"{path.name}:{line} {room} -> {target}" for line, target in imported_rooms(tree) if target not in allowed]
@@ -121,6 +123,12 @@ def test_no_pickle_anywhere() -> None:
             module = node.module if isinstance(node, ast.ImportFrom) else None
             attribute = node.attr if isinstance(node, ast.Attribute) else ""
             assert "pickle" not in [*names, module] and "broadcast_object" not in attribute, f"{path} unpickles"
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    code = "import sys, tpserve; print(*(m for m in sys.modules if m.startswith('tpserve.') or m in ('torch', 'msgspec')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == ["tpserve.version"]
 
 
 def test_one_room_asks_the_hub() -> None:

@@ -54,7 +54,7 @@ def rank_main() -> int:
         if found is None:
             found = attach_remote(env, store, WAIT_S)
         else:
-            publish(found, store)
+            publish(env, found, store)
     assert found is not None
     while True:
         control = begin(env, found)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tpserve.observe import log, progress
-from tpserve.observe.progress import Progress
+from tpserve.observe.progress import Answered, Progress
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +94,17 @@ def test_progress_on_a_terminal_draws_a_bar() -> None:
         bar.update(1_000_000, 1_000_000)
     assert "loading weights" in terminal.getvalue()
     assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_answered_prompts_are_a_bar_on_a_terminal_and_a_line_elsewhere() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = []
+    for stream in (Terminal(), io.StringIO()):
+        with Answered(3, True, stream) as bar:
+            bar.update(3, 120)
+        shown.append(stream.getvalue())
+    assert "3/3" in shown[0] and "tokens/s" in shown[0]
+    assert re.fullmatch(r"3/3 prompts in \d\.\d s, [\d,]+ tokens/s\n", shown[1])

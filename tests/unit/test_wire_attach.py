@@ -121,7 +121,7 @@ def test_ranks_of_other_nodes_wait_for_an_address_that_answers() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         told = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-        attach.publish(Attachment("ipc://x", "127.0.0.1", 2, told), store)
+        attach.publish(ENV, Attachment("ipc://x", "127.0.0.1", 2, told), store)
         with pytest.raises(EngineFailure, match=f"nobody answers at {told}"):
             attach.attach_remote(ENV, store, 0.1)
         listener.listen()

@@ -33,7 +33,7 @@ RAY = {
 }
 """Flags of the days of Ray, and whether a value follows."""
 
-_REFUSED = {
+REFUSED = {
     "--trust-remote-code": "no code of a repository is ever run: leave it out; docs/limits.md lists the models that are served",
 }
 """Flags of vLLM that are known and not served, and what to do instead."""
@@ -55,8 +55,8 @@ def parse(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *, la
         raise HelpWanted(help_text())
     _refuse_ray(argv)
     for flag in (arg.partition("=")[0] for arg in argv):
-        if flag in _REFUSED:
-            raise UserError(f"{flag} is refused: {_REFUSED[flag]}", param=flag)
+        if flag in REFUSED:
+            raise UserError(f"{flag} is refused: {REFUSED[flag]}", param=flag)
     given, extra = _parser().parse_known_args(argv)
     said = vars(given)
     if extra:

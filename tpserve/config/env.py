@@ -6,6 +6,7 @@ LOCAL_RANK LOCAL_WORLD_SIZE           RankEnv.local_rank, .local_world_size
 GROUP_RANK GROUP_WORLD_SIZE           RankEnv.node_rank, .nnodes
 MASTER_ADDR MASTER_PORT               RankEnv.master_addr, .master_port
 TORCHELASTIC_RUN_ID                   RankEnv.run_id
+TORCHELASTIC_RESTART_COUNT            RankEnv.restart_count
 TORCHELASTIC_USE_AGENT_STORE          RankEnv.use_agent_store
 TORCHELASTIC_ERROR_FILE               RankEnv.error_file
 
@@ -23,6 +24,10 @@ set by `tpserve serve` for its ranks
 TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
 TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug
 
+set by an `LLM` for its ranks, besides those
+TPSERVE_JOB                           RankEnv.job: which LLM of a script under torchrun this rank belongs to
+TPSERVE_AGENT_PID                     RankEnv.agent_pid: the script; `tpserve serve`'s agent sets it too
+
 set by every rank for itself, before torch is loaded
 GOMP_SPINCOUNT                        1000, unless set already or OMP_WAIT_POLICY is
 """
@@ -38,7 +43,11 @@ _OVERRIDE = "TPSERVE_ARG_"
 
 @dataclass(frozen=True)
 class RankEnv:
-    """What torchrun tells a rank. `runtime_dir` is None unless `tpserve serve` started the agent."""
+    """What torchrun tells a rank. `runtime_dir` is None unless `tpserve serve` or an `LLM` chose one.
+
+    `agent_pid`: the parent, with which this rank dies. `job` is empty unless a script under torchrun started this rank in its own
+    place: it then names the script's LLM, whose addresses must not be taken for those of another one.
+    """
 
     rank: int
     world_size: int
@@ -53,6 +62,8 @@ class RankEnv:
     agent_pid: int
     runtime_dir: str | None
     error_file: str | None
+    restart_count: int = 0
+    job: str = ""
 
 
 def under_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
@@ -86,6 +97,8 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         agent_pid=number("TPSERVE_AGENT_PID", os.getppid()),
         runtime_dir=environ.get("TPSERVE_RUNTIME_DIR"),
         error_file=environ.get("TORCHELASTIC_ERROR_FILE"),
+        restart_count=number("TORCHELASTIC_RESTART_COUNT", 0),
+        job=environ.get("TPSERVE_JOB", ""),
     )
 
 
@@ -124,3 +137,10 @@ def for_ranks(runtime_dir: str, quiet: bool, environ: Mapping[str, str] = os.env
     # All flags are on the ranks' command line, launch flags and the key are not for them.
     inherited = {name: text for name, text in environ.items() if name != "TPSERVE_API_KEY" and not name.startswith(_OVERRIDE)}
     return {**inherited, **chatter, "TPSERVE_RUNTIME_DIR": runtime_dir}
+
+
+def for_rank(runtime_dir: str, job: str, quiet: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of the rank that a script under torchrun starts in its own place: what torchrun told the script, but that
+    the script is the parent, that torchrun's store is hosted already, and that the error file is the script's."""
+    inherited = for_ranks(runtime_dir, quiet, {name: text for name, text in environ.items() if name != "TORCHELASTIC_ERROR_FILE"})
+    return {**inherited, "TPSERVE_AGENT_PID": str(os.getpid()), "TPSERVE_JOB": job, "TORCHELASTIC_USE_AGENT_STORE": "True"}

@@ -19,7 +19,7 @@ _UNLIMITED = 1 << 60
 class Machine:
     """Where the ranks run. `num_gpus`: visible on this node and usable by the installed torch.
 
-    `launcher`: how ranks are started, for the command lines in errors.
+    `launcher`: how ranks are started, for the command lines in errors (script: an LLM under torchrun; LLM: one alone).
     """
 
     world_size: int
@@ -27,7 +27,7 @@ class Machine:
     nnodes: int
     num_gpus: int
     cores: int
-    launcher: Literal["torchrun", "serve"]
+    launcher: Literal["torchrun", "serve", "script", "LLM"]
 
 
 def of_rank(rank: RankEnv) -> Machine:

@@ -229,6 +229,13 @@ def _command(grid: Grid, flags: Flags, nodes: int, machine: Machine) -> str:
     """A command line that starts this layout on as many nodes."""
     per_node = grid.tp * grid.pp // nodes
     model = f"{shlex.quote(flags.model or '')} -tp {grid.tp} -pp {grid.pp}"
+    llm = f"LLM({flags.model!r}, tensor_parallel_size={grid.tp}, pipeline_parallel_size={grid.pp})"
+    if machine.launcher == "LLM":
+        return llm
+    if machine.launcher == "script" and nodes == 1:
+        return f"torchrun --nproc-per-node {per_node} SCRIPT` with `{llm}"
+    if machine.launcher == "script":
+        return f"torchrun --nnodes {nodes} --node_rank I --nproc_per_node {per_node} --master_addr HEAD SCRIPT` with `{llm}"
     if machine.launcher == "torchrun" and nodes == 1:
         return f"torchrun --nproc-per-node {per_node} -m tpserve {model}"
     if machine.launcher == "torchrun":

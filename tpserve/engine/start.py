@@ -58,14 +58,14 @@ def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: At
         assert store is not None
         attachment = attach_remote(env, store, config.start_timeout)
     elif store is not None:
-        publish(attachment, store)
+        publish(env, attachment, store)
     control = Control(
         env.rank,
         attachment.control,
         host=socket.gethostname(),
         frontend_pid=attachment.frontend_pid,
         agent_pid=env.agent_pid,
-        local_ranks=env.local_world_size,
+        local_ranks=1 if env.job else env.local_world_size,  # a script's only child
     )
     control.start()
     try:

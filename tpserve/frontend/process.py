@@ -1,13 +1,12 @@
-"""The frontend as a process: its sockets, its event loop and its exit code.
+"""The frontend as a process: its HTTP port, its event loop and its exit code.
 
     HTTP      clients          listening before anything else is looked at, so that a port in use is known at once
-    control   every rank       `Ranks`, which runs the coordinator
-    engine    rank 0           the journal's requests out, tokens in
+    ranks     the bridge       `Bridge`, which holds the journal and runs the coordinator
     watched   the agent or the supervisor: a pidfd; when it ends, so does this process
 
 Owns the order of coming and going and decides nothing about requests. Clients' sockets live here, so they outlive a crash of the
-ranks. Invariants: frontend.json is written only once every socket is bound, or with the line that says why not; whatever ends the
-service, open requests get their answer first, the ranks are told and given time to leave, and the runtime directory goes away.
+ranks. Invariants: frontend.json is written only once every socket is bound, or with the line that says why not; when the service
+has ended the runtime directory goes away.
 """
 
 import asyncio
@@ -20,44 +19,26 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
 
 import msgspec
 import uvloop
-import zmq
 from aiohttp import web
 
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
-from tpserve.frontend.coordinator import Action, Coordinator, Draining, Failed, Finished, Ready, State
-from tpserve.frontend.journal import Journal
-from tpserve.frontend.ranks import TICK_S, Ranks
-from tpserve.frontend.status import Status
+from tpserve.frontend.bridge import Bridge, News
+from tpserve.frontend.coordinator import Failed, Ready
 from tpserve.observe import log
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.messages import Control, EngineInput
 from tpserve.wire.attach import Frontend, hold_lock, remove_runtime_dir, write
-from tpserve.wire.channels import EngineServer, tcp
 from tpserve.wire.control import SAME_SIGNAL_S, SIGNALS, unblock_signals
-from tpserve.wire.lifetime import open_pidfd
 
 logger = logging.getLogger(__name__)
 
-LEAVE_S = 4.0
-"""How long ranks on this host have to end after Stop before they are killed; they end themselves after two seconds."""
 ANSWER_S = 2.0
 """How long the last answers have to reach their clients."""
-SLOW_S = 5.0
-"""Who starts all nodes at once hears nothing of waiting; who waits longer than this is told for whom."""
-_STATES: dict[State, Literal["starting", "running", "draining", "stopped"]] = {
-    State.FORMING: "starting",
-    State.STARTING: "starting",
-    State.RUN: "running",
-    State.DRAINING: "draining",
-    State.STOPPED: "stopped",
-}
 
 
 def main(arguments: list[str]) -> int:
@@ -107,153 +88,50 @@ async def _run(config: EngineConfig, where: Path, watch_pid: int, nnodes: int, a
 
 
 class Service:
-    """Everything between the application and the ranks."""
+    """The application over the bridge to the ranks, and the signals that end it."""
 
     def __init__(self, config: EngineConfig, where: Path, nnodes: int, address: str, url: str, started_s: float) -> None:
         """Bind the sockets and load the tokenizer. UserError or EngineFailure when that cannot be."""
         self._config = config
-        self._where = where
         self._nnodes = nnodes
         self._url = url
         self._started_s = started_s
         self._signalled_s: float | None = None
-        self._coordinator = Coordinator(
-            config.layout.world_size,
-            time.monotonic(),
-            form_timeout_s=config.start_timeout,
-            drain_timeout_s=config.drain_timeout,
-        )
-        remote = tcp(address) if nnodes > 1 else None
-        self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", remote, self._on_action)
-        self._engine = EngineServer(f"ipc://{where}/engine")
-        self._journal = Journal(self._to_engine, (config.served_model_name or (config.model,))[0])
+        self._bridge = Bridge(config, where, address if nnodes > 1 else None, started_s, self._tell)
         tokenizer, template = Tokenizer.load(config.tokenizer), ChatTemplate.load(config.tokenizer, config.chat_template)
-        self.app = create_app(config, self._journal, self.status, tokenizer, template)
-        self._code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.app = create_app(config, self._bridge.journal, self._bridge.status, tokenizer, template)
 
     def announce(self) -> None:
         """Tell the ranks where we are."""
-        ranks = self._ranks
-        write(self._where, Frontend(os.getpid(), ranks.local_endpoint, ranks.remote_endpoint, self._engine.endpoint, self._url))
-
-    def status(self) -> Status:
-        """What the HTTP side may say of the engine."""
-        c, facts = self._coordinator, self._coordinator.facts
-        return Status(_STATES[c.state], c.phase, c.percent, c.reason, facts.get("max_model_len"), facts.get("vocab_size"))
+        self._bridge.announce(self._url)
 
     async def serve(self, watch_pid: int) -> int:
         """Run until the service has ended and the ranks on this host are gone; returns the exit code."""
-        loop = asyncio.get_running_loop()
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal)
-        watched = open_pidfd(watch_pid)
-        if watched is None:
-            self._agent_gone(watch_pid)
-        else:
-            loop.add_reader(watched, self._agent_gone, watch_pid)
-        descriptor = self._engine.socket.get(zmq.FD)
-        assert isinstance(descriptor, int)
-        loop.add_reader(descriptor, self._from_engine)
-        tasks = [loop.create_task(self._ranks.run()), loop.create_task(self._watch())]
-        try:
-            code = await self._ended(tasks)
-            (self._where / "frontend.json").unlink(missing_ok=True)  # who comes now waits for a successor
-            if not await self._ranks.all_gone(LEAVE_S) and (killed := self._ranks.kill()):
-                logger.warning("killed the ranks that did not end: %s", ", ".join(map(str, killed)))
-            return code
-        finally:
-            for task in tasks:
-                task.cancel()
-            loop.remove_reader(descriptor)
-            if watched is not None:
-                loop.remove_reader(watched)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        return await self._bridge.serve(watch_pid)
 
     def close(self) -> None:
         """Close the sockets."""
-        self._ranks.close()
-        self._engine.close()
-
-    async def _ended(self, tasks: list[asyncio.Task[None]]) -> int:
-        """The exit code; raises what a task of ours raised."""
-        waited: list[asyncio.Future[Any]] = [self._code, *tasks]
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                await task
-        return self._code.result()
-
-    async def _watch(self) -> None:
-        """See what no event tells: that a drain has nothing open any more, what waits in a socket, who is waited for."""
-        said = ""
-        while True:
-            self._from_engine()
-            if self._journal.num_open == 0:
-                self._ranks.carry_out(self._coordinator.drained(time.monotonic()))
-            slow = self._coordinator.state is State.FORMING and time.monotonic() > self._started_s + SLOW_S
-            if slow and self._coordinator.phase != said:
-                said = self._coordinator.phase
-                logger.info(said)
-            await asyncio.sleep(TICK_S)
-
-    # The engine
-
-    def _to_engine(self, inputs: list[EngineInput]) -> None:
-        try:
-            self._engine.send(inputs)
-        except EngineFailure as error:
-            self._fail(1, str(error))
-        asyncio.get_running_loop().call_soon(self._from_engine)  # sending may have swallowed the descriptor's news
-
-    def _from_engine(self) -> None:
-        try:
-            outputs = self._engine.receive()
-        except EngineFailure as error:
-            self._fail(1, str(error))
-            return
-        try:
-            self._journal.receive(outputs)
-        except Exception:  # the edge towards the loop, which would log it and let clients wait for ever
-            logger.exception("the journal failed")
-            self._fail(1, "the server met an error of its own (see its log)")
-
-    # What ends it
+        self._bridge.close()
 
     def _on_signal(self) -> None:
         now = time.monotonic()
         if self._signalled_s is None:
             self._signalled_s = now
-            logger.info("draining: %d open requests", self._journal.num_open)
-            self._ranks.carry_out(self._coordinator.drain(now))
+            logger.info("draining: %d open requests", self._bridge.journal.num_open)
+            self._bridge.drain()
         elif now - self._signalled_s > SAME_SIGNAL_S:
-            self._fail(1, "ended at once by a second signal")
+            self._bridge.fail(1, "ended at once by a second signal")
 
-    def _agent_gone(self, pid: int) -> None:
-        self._fail(1, f"the agent (pid {pid}) that started the ranks is gone")
-
-    def _fail(self, code: int, reason: str) -> None:
-        self._ranks.carry_out(self._coordinator.fail(code, reason, time.monotonic()))
-
-    def _on_action(self, action: Action) -> None:
-        match action:
+    def _tell(self, news: News) -> None:
+        match news:
             case Ready():
-                incarnation = self._coordinator.hellos[0].incarnation
-                self._engine.attach(incarnation)
                 logger.info(ready_line(self._config, self._nnodes, self._url, time.monotonic() - self._started_s))
-            case Draining():
-                self._to_engine([Control("drain")])
-            case Failed(code, reason):
-                if code == 2:
-                    sys.stderr.write(log.user_error(reason) + "\n")
-                else:
-                    logger.error(reason)
-                self._end(code, reason, 500)
-            case Finished():
-                self._end(0, self._coordinator.reason or "the server is shutting down", 503)
-
-    def _end(self, code: int, text: str, status: int) -> None:
-        self._journal.fail_all(text, status)
-        if not self._code.done():
-            self._code.set_result(code)
+            case Failed(code, reason) if code == 2:
+                sys.stderr.write(log.user_error(reason) + "\n")
+            case Failed(_, reason):
+                logger.error(reason)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -69,3 +69,59 @@ def _bar(title: str, stream: TextIO) -> "tuple[Bar, TaskID]":
     bar = Progress(*columns, console=Console(file=stream), transient=True)
     bar.start()
     return bar, bar.add_task(title, total=None)
+
+
+class Answered:
+    """How many prompts of a call are answered, and how fast: a bar on a terminal, a line every few seconds elsewhere.
+
+    Writes to the stream and not to the log: this is the caller's screen, whose log is not ours to set up.
+    """
+
+    def __init__(self, total: int, visible: bool, stream: TextIO | None = None) -> None:
+        self._total = total
+        self._visible = visible
+        self._stream = sys.stderr if stream is None else stream
+        self._bar: tuple[Bar, TaskID] | None = None
+        self._done = self._tokens = 0
+        self._begin_s = self._line_s = 0.0
+
+    def __enter__(self) -> Self:
+        self._begin_s = self._line_s = time.monotonic()
+        if self._visible and self._stream.isatty():
+            self._bar = _counting_bar(self._total, self._stream)
+        return self
+
+    def update(self, done: int, tokens: int) -> None:
+        """`done` prompts are answered, `tokens` tokens are generated."""
+        self._done, self._tokens = done, tokens
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.update(task, completed=done, speed=self._speed())
+        elif self._visible and time.monotonic() - self._line_s >= LINE_EVERY_S:
+            self._line_s = time.monotonic()
+            self._say()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar[0].stop()
+        elif self._visible and kind is None:
+            self._say()
+
+    def _say(self) -> None:
+        seconds = time.monotonic() - self._begin_s
+        self._stream.write(f"{self._done}/{self._total} prompts in {seconds:.1f} s, {self._speed()}\n")
+        self._stream.flush()
+
+    def _speed(self) -> str:
+        return f"{self._tokens / max(time.monotonic() - self._begin_s, 1e-9):,.0f} tokens/s"
+
+
+def _counting_bar(total: int, stream: TextIO) -> "tuple[Bar, TaskID]":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[speed]}")
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), speed, TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(file=stream))
+    bar.start()
+    return bar, bar.add_task("prompts", total=total, speed="")

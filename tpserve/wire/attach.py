@@ -93,9 +93,9 @@ def attach(env: RankEnv, config: EngineConfig, timeout_s: float) -> Attachment:
     return Attachment(found.control, address, env.nnodes, found.control_tcp, found.engine, found.pid, where)
 
 
-def publish(attachment: Attachment, store: Store) -> None:
+def publish(env: RankEnv, attachment: Attachment, store: Store) -> None:
     """For rank 0: tell the ranks of other nodes where the coordinator is."""
-    store.set(_KEY, attachment.control_tcp)
+    store.set(_KEY + env.job, attachment.control_tcp)
 
 
 def attach_remote(env: RankEnv, store: Store, timeout_s: float) -> Attachment:
@@ -104,7 +104,7 @@ def attach_remote(env: RankEnv, store: Store, timeout_s: float) -> Attachment:
     told = ""
     while time.monotonic() < deadline_s:
         try:
-            told = store.get(_KEY).decode()
+            told = store.get(_KEY + env.job).decode()
         except RuntimeError:  # nothing was told within the store's own timeout
             continue
         host, _, port = told.removeprefix("tcp://").rpartition(":")

@@ -1,0 +1,92 @@
+"""Arguments of `LLM` and `SamplingParams`: what they mean, and the one line about wrong ones."""
+
+from typing import Any
+
+import pytest
+
+from tests.unit.test_config_resolve import SPEC
+from tpserve import SamplingParams, UserError
+from tpserve.config import keywords
+from tpserve.config.machine import Machine
+from tpserve.config.resolve import resolve
+from tpserve.types.model_files import ModelFiles
+
+
+def test_keywords_are_the_flags_in_snake_case() -> None:
+    flags = keywords.read(
+        {"model": "m", "tensor_parallel_size": 2, "pipeline_layer_map": [3, 2], "enable_prefix_caching": False,
+         "gpu_memory_utilization": 0.5, "max_model_len": None}
+    )  # fmt: skip
+    assert (flags.model, flags.tensor_parallel_size, flags.pipeline_layer_map) == ("m", 2, (3, 2))
+    assert (flags.enable_prefix_caching, flags.gpu_memory_utilization, flags.max_model_len) == (False, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"tensor_paralel_size": 2}, "unknown keyword tensor_paralel_size: did you mean tensor_parallel_size?"),
+        ({"trust_remote_code": True}, "trust_remote_code is refused: no code of a repository is ever run"),
+        ({"zzz": None}, "unknown keyword zzz: docs/flags.md lists them all"),
+        ({"port": 8000}, "port is for `tpserve serve`, an LLM has no use for it: leave it out"),
+        ({"nnodes": 2}, "nnodes is for `tpserve serve`"),
+        ({"max_queued_requests": 9}, "max_queued_requests is for `tpserve serve`"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, not '0'"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size must be no switch, not True"),
+        ({"max_num_seqs": 2.5}, "max_num_seqs must be a whole number, not '2.5'"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False, not 1"),
+        ({"dtype": "float64"}, "dtype must be one of auto, bfloat16, float16, float32, not 'float64'"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2 is not supported: start one script per replica"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend='ray': tpserve needs no Ray cluster"),
+    ],
+)
+def test_wrong_keywords(said: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        keywords.read(said)
+    assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "nodes", "line"),
+    [
+        ("LLM", 1, "run `LLM('m', tensor_parallel_size=2, pipeline_parallel_size=2)`"),
+        ("script", 1, "run `torchrun --nproc-per-node 4 SCRIPT` with `LLM('m', tensor_parallel_size=2, "),
+        ("script", 2, "run `torchrun --nnodes 2 --node_rank I --nproc_per_node 2 --master_addr HEAD SCRIPT` with `LLM("),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_told_in_python(launcher: Any, nodes: int, line: str) -> None:
+    flags = keywords.read({"model": "m", "tensor_parallel_size": 2, "pipeline_parallel_size": 1})
+    with pytest.raises(UserError) as error:
+        resolve(flags, ModelFiles("m", "m"), SPEC, Machine(4, 4 // nodes, nodes, 0, 2, launcher))
+    assert line in str(error.value)
+
+
+def test_sampling_params_have_vllms_defaults() -> None:
+    call = SamplingParams().call()
+    assert (call.max_tokens, call.temperature, call.top_p, call.n, call.num_logprobs) == (16, 1.0, 1.0, 1, None)
+    assert SamplingParams(top_k=-1, stop="x", logit_bias={3: 1.5}).call().logit_bias == {3: 1.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"temprature": 1}, "unknown sampling parameter temprature: did you mean temperature?"),
+        ({"use_beam_search": True}, "use_beam_search is not supported by tpserve"),
+        ({"temperature": -1}, "temperature: expected `float` >= 0.0, got -1"),
+        ({"max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
+        ({"n": 3, "best_of": 2}, "best_of is 2, and n 3"),
+        ({"stop": ["a"], "detokenize": False}, "stop strings need detokenize=True"),
+        ({"seed": 1 << 64}, "seed must fit 64 bits"),
+        ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens is not supported"),
+    ],
+)
+def test_wrong_sampling_params(said: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        SamplingParams(**said)
+    assert str(error.value).startswith(line)
+
+
+def test_a_parameter_set_later_is_checked_too() -> None:
+    params = SamplingParams()
+    params.top_p = 2.0
+    with pytest.raises(UserError, match="top_p"):
+        params.call()

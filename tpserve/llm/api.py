@@ -1,0 +1,148 @@
+"""`LLM`: a model in a script or a notebook, without a server.
+
+    from tpserve import LLM, SamplingParams
+    llm = LLM("facebook/opt-13b", tensor_parallel_size=4)
+    print(llm.generate("San Francisco is a")[0].outputs[0].text)
+
+Owns a call's way from arguments to outputs. The caller is never a rank. Alone it plays the frontend's part (`Session`) and starts
+the same agent as `tpserve serve`; under `torchrun script.py` every script starts one rank, rank 0's plays the frontend, and the
+others (`Follower`) return what it returns. Needs no `if __name__ == "__main__"` and no free event loop, takes no signals.
+"""
+
+import itertools
+import os
+import weakref
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from tpserve.config import env, keywords
+from tpserve.config.env import RankEnv
+from tpserve.frontend.bridge import Bridge
+from tpserve.llm import launch
+from tpserve.llm.callers import Answer, trouble
+from tpserve.llm.follower import Follower
+from tpserve.llm.generate import Count, Generation
+from tpserve.llm.outputs import RequestOutput
+from tpserve.llm.params import SamplingParams
+from tpserve.llm.prompts import Job, PromptInput, chats, jobs
+from tpserve.llm.session import Session
+from tpserve.observe.progress import Answered
+from tpserve.text.chat import ChatTemplate
+from tpserve.text.tokenizer import Tokenizer
+
+_numbers = itertools.count()
+"""Of the LLMs of this process: scripts of one torchrun job make them in the same order."""
+
+
+class LLM:
+    """A loaded model. Methods raise UserError for what the caller can mend and EngineFailure when a rank or a link failed; after
+    that every call raises. `close`, the end of a `with` block and the end of the script leave no process and no file."""
+
+    def __init__(self, model: "str | os.PathLike[str] | None" = None, **flags: Any) -> None:
+        """Load `model` (a directory or a repository id; None: the small built-in one) and wait until it is ready. `flags`: those
+        of the command line in snake_case, docs/flags.md. UserError, in one line, for what cannot be."""
+        said = keywords.read({"model": model, **flags})
+        me = env.rank_env() if env.under_torchrun() else None
+        self._calls = itertools.count(1)
+        self._num_requests = 0
+        self._session: Session | None = None
+        self._follower: Follower | None = None
+        job = f"llm{next(_numbers)}-{me.restart_count}" if me else ""
+        if me is not None and me.rank > 0:
+            self._follow(me, launch.Script(me, job, said))
+        else:
+            self._lead(launch.Alone(said) if me is None else launch.Script(me, job, said))
+
+    def _lead(self, way: "launch.Alone | launch.Script") -> None:
+        config = way.config()
+        self._window = 2 * config.max_num_seqs
+        self._tokenizer, self._template = (
+            Tokenizer.load(config.tokenizer),
+            ChatTemplate.load(config.tokenizer, config.chat_template),
+        )
+        session = Session(config, way.where, way.start, remote=way.remote, followers=way.num_followers)
+        self._session = session
+        self._finalizer = weakref.finalize(self, session.close)
+        try:
+            way.publish(session.wait_bound())
+            session.wait_ready()
+        except BaseException as error:
+            session.tell_followers(trouble(0, error))
+            self.close()
+            raise
+        session.tell_followers(Answer(0, []))
+
+    def _follow(self, me: RankEnv, way: "launch.Script") -> None:
+        self._follower = Follower(me.rank, way.find(), way.start)
+        self._finalizer = weakref.finalize(self, self._follower.close)
+        try:
+            self._follower.wait(0)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: "PromptInput | Sequence[PromptInput]",
+        sampling_params: "SamplingParams | Sequence[SamplingParams] | None" = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; outputs come in the order of the prompts."""
+        return self._call(lambda: jobs(prompts, sampling_params), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: "SamplingParams | Sequence[SamplingParams] | None" = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation (a list of messages), or each of several, through the model's chat template."""
+        arguments = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+        }
+        return self._call(lambda: chats(messages, sampling_params, arguments), use_tqdm)
+
+    def _call(self, ask: Callable[[], list[Job]], visible: bool) -> list[RequestOutput]:
+        """One numbered call: whatever happens here, the other scripts of a torchrun job hear of it under its number."""
+        call = next(self._calls)
+        if self._follower is not None:
+            return self._follower.wait(call)
+        assert self._session is not None
+        try:
+            outputs = self._answer(self._session, ask(), visible)
+        except BaseException as error:
+            self._session.tell_followers(trouble(call, error))
+            raise
+        self._session.tell_followers(Answer(call, outputs))
+        return outputs
+
+    def _answer(self, session: Session, asked: Sequence[Job], visible: bool) -> list[RequestOutput]:
+        if not asked:
+            return []
+        first_id, count = self._num_requests, Count()
+        self._num_requests += len(asked)
+
+        def work(bridge: Bridge) -> Coroutine[Any, Any, list[RequestOutput]]:
+            return Generation(bridge, self._tokenizer, self._template, asked, first_id, self._window, count).run()
+
+        with Answered(len(asked), visible) as progress:
+            outputs = session.run(work, lambda: progress.update(count.done, count.tokens))
+            progress.update(count.done, count.tokens)
+        return outputs
+
+    def close(self) -> None:
+        """End the ranks and wait for it. Under torchrun all scripts' ranks end, when their open calls have."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,79 @@
+"""Another script of a torchrun job than rank 0's: starts its rank, and returns what rank 0's script returns.
+
+Owns the rank's process and the link to rank 0's script. It plans nothing and computes nothing. Invariant: a waiting caller gets
+the answer or an exception; when its own rank ends, rank 0 has a moment to tell why.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+from tpserve.errors import EngineFailure, UserError
+from tpserve.llm.callers import ASK_S, Answer, Link
+from tpserve.llm.child import Child
+from tpserve.llm.outputs import RequestOutput
+
+EXPLAIN_S = 2.0
+"""How long rank 0's script has to tell why the ranks ended, which it knows at once or within some seconds."""
+DRAIN_S = 30.0
+"""How long after we leave the other scripts' requests may take: `drain_timeout` and some."""
+
+
+class Follower:
+    """See the module."""
+
+    def __init__(self, rank: int, endpoint: str, start_rank: Callable[[], Child]) -> None:
+        """Start the rank; `endpoint`: where rank 0's script is. `wait` for call 0 follows."""
+        self._rank = rank
+        self._owner_pid = os.getpid()
+        self._link: Link | None = Link(rank, endpoint)
+        self._failure: Exception | None = None
+        self._child: Child | None = None
+        try:
+            self._child = start_rank()
+        except BaseException as error:
+            self._leave(f"rank {rank}'s script cannot start its rank: {error}")
+            raise
+
+    def wait(self, call: int) -> list[RequestOutput]:
+        """The answer to a call of rank 0's script, or its exception."""
+        if self._failure is not None:
+            raise self._failure
+        if self._link is None or self._child is None:
+            raise EngineFailure("the LLM is closed")
+        asked_s, ended_s = -ASK_S, None
+        while True:
+            now = time.monotonic()
+            if now - asked_s > ASK_S:
+                asked_s = now
+                self._link.ask(call)
+            message = self._link.hear(call)
+            if isinstance(message, Answer):
+                self._link.ask(call + 1)
+                return message.outputs
+            if message is not None:
+                self._link.ask(call + 1)
+                raise UserError(message.text) if message.kind == "user" else EngineFailure(message.text)
+            if self._child.code is not None:
+                ended_s = ended_s or now
+            if ended_s is not None and now - ended_s > EXPLAIN_S:
+                code = self._child.code
+                self._failure = EngineFailure(
+                    f"rank {self._rank} ended (exit code {code}), and rank 0's script does not tell why"
+                )
+                raise self._failure
+
+    def close(self) -> None:
+        """Leave, and wait for the end that all scripts' ranks come to then. Again, or in a fork of the caller: nothing."""
+        if os.getpid() == self._owner_pid:
+            self._leave(f"the script of rank {self._rank} has closed its LLM")
+
+    def _leave(self, text: str) -> None:
+        if self._link is None:
+            return
+        self._link.leave(text)
+        self._link.close()
+        self._link = None
+        if self._child is not None:
+            self._child.wait(DRAIN_S)
+            self._child.end(0.0)

@@ -1,0 +1,171 @@
+"""A call's work on the session's loop: prompts checked and tokenized as over HTTP, opened in the journal, put together.
+
+Owns the order of a call and how much of it is open at once. Everything is checked before anything is opened. Whatever ends a
+call, its tickets are closed on the way out.
+"""
+
+import asyncio
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from tpserve.errors import EngineFailure, UserError
+from tpserve.frontend.bridge import Bridge
+from tpserve.frontend.journal import Ticket
+from tpserve.frontend.openai.body import parse
+from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
+from tpserve.frontend.openai.schema import ChatCall, CompletionCall
+from tpserve.frontend.openai.sequences import sequences
+from tpserve.frontend.openai.service import Limits, Service
+from tpserve.llm.outputs import RequestOutput, Speller
+from tpserve.llm.prompts import Job
+from tpserve.text.chat import ChatTemplate
+from tpserve.text.logprobs import likeliest
+from tpserve.text.tokenizer import Tokenizer
+
+COUNT_S = 0.1
+"""How often tokens are counted for the progress bar."""
+BREATH_S = 0.05
+"""After this long without news the loop looks after the ranks, while many prompts are tokenized."""
+
+
+@dataclass
+class Count:
+    """How far a call has come; written by the session's thread, read by the caller's."""
+
+    done: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A prompt that can be served. `text` is None for one given as ids."""
+
+    prompt: Prompt
+    text: str | None
+    call: CompletionCall
+    max_tokens: int
+    detokenize: bool
+
+
+class Generation:
+    """One call. `window`: prompts that are open at once; more of them would only wait in the scheduler."""
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        jobs: Sequence[Job],
+        first_id: int,
+        window: int,
+        count: Count,
+    ) -> None:
+        self._service = Service(
+            names=("",),
+            root="",
+            created_s=0,
+            max_open=sys.maxsize,
+            journal=bridge.journal,
+            status=bridge.status,
+            tokenizer=tokenizer,
+            chat_template=template,
+        )
+        self._jobs = jobs
+        self._first_id = first_id
+        self._window = window
+        self._progress = count
+        self._open: set[Ticket] = set()
+        self._ended_tokens = 0
+
+    async def run(self) -> list[RequestOutput]:
+        """The outputs in the order of the prompts. UserError names what cannot be served; EngineFailure: the ranks have ended."""
+        try:
+            limits = self._service.limits()
+            waiting = enumerate(await self._check(limits))
+            outputs: list[RequestOutput | None] = [None] * len(self._jobs)
+            tasks = [asyncio.create_task(self._count())]
+            workers = [
+                asyncio.create_task(self._work(waiting, limits, outputs)) for _ in range(min(self._window, len(self._jobs)))
+            ]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for task in (*tasks, *workers):
+                    task.cancel()
+        except UserError as error:
+            if error.status >= 500:  # the journal's way of saying that it is not the request's fault
+                raise EngineFailure(str(error)) from None
+            raise
+        self._progress.tokens = self._ended_tokens
+        return [output for output in outputs if output is not None]
+
+    async def _check(self, limits: Limits) -> list[Checked]:
+        checked, breath_s = list[Checked](), time.monotonic()
+        for index, job in enumerate(self._jobs):
+            try:
+                one = await self._checked(job, limits)
+                sequences(self._service, one.call, [one.prompt], [one.max_tokens], limits)
+            except UserError as error:
+                if len(self._jobs) == 1:
+                    raise
+                raise UserError(f"prompts[{index}]: {error}", param=error.param, code=error.code, status=error.status) from None
+            checked.append(one)
+            if time.monotonic() - breath_s > BREATH_S:
+                await asyncio.sleep(0)
+                breath_s = time.monotonic()
+        return checked
+
+    async def _checked(self, job: Job, limits: Limits) -> Checked:
+        call = job.params.call()
+        if job.chat is not None:
+            chat, _ = parse(dict(job.chat), ChatCall, set())
+            prompt = await chat_prompt(self._service, chat, limits)
+        else:
+            given = job.text if job.text is not None else [job.ids]
+            (prompt,) = await completion_prompts(self._service, replace(call, prompt=given), limits)
+        size = max_new_tokens(prompt, None, job.params.max_tokens, limits, "prompt")
+        return Checked(prompt, None if job.ids is not None else prompt.text, call, size, job.params.detokenize)
+
+    async def _work(self, waiting: Iterator[tuple[int, Checked]], limits: Limits, outputs: list[RequestOutput | None]) -> None:
+        """Answer one prompt after another, until none waits."""
+        for index, one in waiting:
+            new = sequences(self._service, one.call, [one.prompt], [one.max_tokens], limits)
+            ticket = self._service.open(new, streaming=False)
+            self._open.add(ticket)
+            try:
+                while not ticket.ended:
+                    await ticket.wait()
+                outputs[index] = self._output(index, one, ticket)
+            finally:
+                self._open.discard(ticket)
+                self._service.journal.abort(ticket)
+            self._ended_tokens += _num_tokens(ticket)
+            self._progress.done += 1
+
+    def _output(self, index: int, one: Checked, ticket: Ticket) -> RequestOutput:
+        call, speller = one.call, Speller(self._service.tokenizer, one.detokenize)
+        pieces = [piece for _, piece in ticket.take()]
+        scores = ticket.sequences[0].assembler.scores
+        if call.n < call.num_drawn:
+            pieces = likeliest(pieces, call.n)
+        return RequestOutput(
+            request_id=str(self._first_id + index),
+            prompt=one.text,
+            prompt_token_ids=list(one.prompt.ids),
+            prompt_logprobs=None if scores is None else speller.prompt(scores, call.prompt_logprobs or 0),
+            outputs=[speller.completion(number, piece, call.logprobs) for number, piece in enumerate(pieces)],
+            num_cached_tokens=ticket.sequences[0].cached_tokens,
+        )
+
+    async def _count(self) -> None:
+        while True:
+            self._progress.tokens = self._ended_tokens + sum(map(_num_tokens, self._open))
+            await asyncio.sleep(COUNT_S)
+
+
+def _num_tokens(ticket: Ticket) -> int:
+    return sum(sequence.assembler.num_tokens for sequence in ticket.sequences)

@@ -1,0 +1,137 @@
+"""How the ranks of an `LLM` come to be: all of them through an agent, or under torchrun one by each script.
+
+Owns what differs between the two: flags resolved for the machine, the runtime directory's name, the child's command line and
+environment, and how the scripts of other nodes find rank 0's. Never waits for a rank.
+"""
+
+import os
+import sys
+import tempfile
+import time
+import uuid
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from tpserve.agent import Job
+from tpserve.config import cli, env
+from tpserve.config.env import RankEnv
+from tpserve.config.machine import Machine, available_cores, visible_gpus
+from tpserve.config.resolve import num_local_ranks, resolve
+from tpserve.config.schema import EngineConfig, Flags
+from tpserve.errors import EngineFailure
+from tpserve.hub.locate import locate
+from tpserve.llm.child import Child
+from tpserve.models.opened import open_model
+from tpserve.wire.attach import LOOPBACK, cluster_address, runtime_dir
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+FIND_S = 0.1
+
+
+class Alone:
+    """A plain script or a notebook: an agent below it starts the ranks, as under `tpserve serve`."""
+
+    remote: str | None = None
+    num_followers = 0
+
+    def __init__(self, said: Flags) -> None:
+        self._said = said
+        self.where = Path(tempfile.gettempdir(), f"tpserve-{os.getuid()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+    @cached_property
+    def _resolved(self) -> tuple[Flags, EngineConfig]:
+        flags, files, spec = open_model(self._said, lambda flags: locate(flags, head=True))
+        num_gpus = visible_gpus()
+        nproc = num_local_ranks(flags, num_gpus)
+        return flags, resolve(flags, files, spec, Machine(nproc, nproc, 1, num_gpus, available_cores(), "LLM"))
+
+    def config(self) -> EngineConfig:
+        """UserError for what can be refused before a process is started."""
+        return self._resolved[1]
+
+    def start(self) -> Child:
+        """Start the agent."""
+        flags, config = self._resolved
+        job = Job(
+            supervisor_pid=os.getpid(),
+            nnodes=1,
+            node_rank=0,
+            nproc=config.layout.world_size,
+            master_addr=LOOPBACK,
+            master_port=0,
+            run_id=uuid.uuid4().hex,
+            start_timeout_s=config.start_timeout,
+            runtime_dir=str(self.where),
+            log_level=config.log_level,
+            argv=cli.to_argv(flags),
+        )
+        environ = env.for_ranks(str(self.where), quiet=config.log_level != "debug")
+        return Child([sys.executable, "-m", "tpserve.agent"], environ, msgspec.json.encode(job))
+
+    def publish(self, endpoint: str) -> None:
+        """Nobody else looks for us."""
+
+
+class Script:
+    """One of the scripts of `torchrun script.py`. `job` names this LLM among those that the scripts make."""
+
+    def __init__(self, me: RankEnv, job: str, said: Flags) -> None:
+        self._me = me
+        self._job = job
+        self._said = said
+        self.where = runtime_dir(me).with_name(f"{runtime_dir(me).name}-{job}")
+        self.remote = cluster_address(me.master_addr) if me.nnodes > 1 else None
+        self.num_followers = me.world_size - 1
+
+    @cached_property
+    def _resolved(self) -> tuple[Flags, EngineConfig]:
+        me = self._me
+        flags, files, spec = open_model(self._said, lambda flags: locate(flags, head=me.rank == 0))
+        machine = Machine(me.world_size, me.local_world_size, me.nnodes, visible_gpus(), available_cores(), "script")
+        return flags, resolve(flags, files, spec, machine)
+
+    def config(self) -> EngineConfig:
+        """UserError for what can be refused before a process is started."""
+        return self._resolved[1]
+
+    def start(self) -> Child:
+        """Start the rank in the script's own place."""
+        flags, config = self._resolved
+        environ = env.for_rank(str(self.where), self._job, quiet=config.log_level != "debug")
+        return Child([sys.executable, "-m", "tpserve", *cli.to_argv(flags)], environ)
+
+    def publish(self, endpoint: str) -> None:
+        """Rank 0's script: tell those of other nodes where it is."""
+        if self._me.nnodes > 1:
+            self._store.set(self._key, endpoint)
+
+    def find(self) -> str:
+        """Another script: where rank 0's is. EngineFailure when it does not tell in time."""
+        if self._me.node_rank == 0:
+            return f"ipc://{self.where}/callers"
+        deadline_s = time.monotonic() + self._said.start_timeout
+        while time.monotonic() < deadline_s:
+            try:
+                if self._store.check([self._key]):
+                    return self._store.get(self._key).decode()
+            except RuntimeError as error:
+                raise EngineFailure(f"torchrun's store on node 0 is gone: {error}") from error
+            time.sleep(FIND_S)
+        raise EngineFailure(f"rank 0's script made no LLM within {self._said.start_timeout:g} s")
+
+    @property
+    def _key(self) -> str:
+        return f"tpserve/callers/{self._job}"
+
+    @cached_property
+    def _store(self) -> "Store":
+        """torchrun's own, as ranks of other nodes use it: only to learn an address. Kept, for rank 0's script may host it."""
+        from tpserve.parallel.mesh import agent_store  # imports torch, which is needed with several nodes only
+
+        me = self._me
+        return agent_store(me.master_addr, me.master_port, me.rank, me.use_agent_store, self._said.start_timeout)

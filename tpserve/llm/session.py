@@ -1,0 +1,210 @@
+"""The frontend's part, played inside the caller's process: a thread with an event loop that owns the bridge to the ranks.
+
+Owns the runtime directory, the thread, the child that starts the ranks, and the reason for their end. The caller is never a rank:
+a caller that sits in a collective with a dead peer could neither raise nor be interrupted. Invariants: whatever the thread or the
+ranks do, a waiting caller gets an answer or an exception; `close` leaves no process, no socket and no directory of this session.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future, TimeoutError
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvloop
+
+from tpserve.config.schema import EngineConfig
+from tpserve.errors import EngineFailure, UserError
+from tpserve.frontend.bridge import Bridge, News
+from tpserve.frontend.coordinator import Failed, Finished, Ready
+from tpserve.llm.callers import Answer, Callers, Trouble
+from tpserve.llm.child import Child
+from tpserve.wire.attach import hold_lock, make_runtime_dir, remove_runtime_dir
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LOOK_S = 0.1
+"""How often a waiting caller looks up: for its progress bar, and whether the session lives."""
+CHILD_S = 3.0
+"""How long the agent has to end once its ranks have."""
+TOLD_S = 5.0
+"""How long other scripts of a torchrun job have to fetch the last answer."""
+_CLOSED = Failed(1, "the LLM is closed")
+
+
+class Session:
+    """See the module. Methods are for the caller's threads."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        where: Path,
+        start_ranks: Callable[[], Child],
+        *,
+        remote: str | None = None,
+        followers: int = 0,
+    ) -> None:
+        """Begin; `wait_ready` follows. `where`: the runtime directory to make. `remote`: our address for ranks of other nodes.
+        `followers`: scripts of the same torchrun job that fetch their answers here."""
+        self._config = config
+        self._where = where
+        self._start_ranks = start_ranks
+        self._remote = remote
+        self._num_followers = followers
+        self._owner_pid = os.getpid()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bridge: Bridge | None = None
+        self._callers: Callers | None = None
+        self._bound = threading.Event()
+        self._ready = threading.Event()
+        self._ended = threading.Event()
+        self._failure: Failed | None = None
+        self._thread = threading.Thread(target=self._live, name="tpserve session", daemon=True)
+        make_runtime_dir(where)
+        (where / "frontend.json").unlink(missing_ok=True)  # of a session that was killed
+        self._lock = hold_lock(where)
+        self._thread.start()
+
+    def wait_bound(self) -> str:
+        """Wait until the sockets are there; returns where followers of other nodes find us."""
+        while not self._bound.wait(LOOK_S):
+            self._raise_if_ended()
+        return "" if self._callers is None else self._callers.remote_endpoint
+
+    def wait_ready(self) -> None:
+        """Wait until the ranks are. UserError or EngineFailure with the reason when they will not be."""
+        while not self._ready.wait(LOOK_S):
+            self._raise_if_ended()
+
+    def run(self, work: Callable[[Bridge], Coroutine[Any, Any, T]], look: Callable[[], None]) -> T:
+        """Run `work` on the session's loop and wait for it, calling `look` now and then. An exception here, such as Ctrl-C,
+        cancels it. EngineFailure when the ranks have ended."""
+        self._raise_if_ended()
+        assert self._loop is not None and self._bridge is not None
+        coroutine = work(self._bridge)
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the loop has closed
+            coroutine.close()
+            raise self._reason() from None
+        try:
+            while not _done(future, LOOK_S):
+                look()
+                if self._ended.is_set() and not _done(future, LOOK_S):
+                    raise self._reason()
+            return future.result()
+        except CancelledError:
+            raise self._reason() from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def tell_followers(self, message: Answer | Trouble) -> None:
+        """Let the other scripts return or raise the same. Without any, or when all is over, nothing happens."""
+        if self._callers is not None and self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._callers.answer, message)
+            except RuntimeError:  # the loop has closed meanwhile
+                logger.debug("call %d was not told", message.call)
+
+    def close(self) -> None:
+        """End the ranks and wait for it. Again, or in a fork of the caller: nothing."""
+        if os.getpid() != self._owner_pid or self._lock < 0:
+            return
+        while not (self._bound.wait(LOOK_S) or self._ended.is_set()):
+            pass  # it has just begun
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._close_bridge)
+        except RuntimeError:
+            logger.debug("the session ended by itself")
+        self._thread.join()
+        remove_runtime_dir(self._where)
+        os.close(self._lock)
+        self._lock = -1
+
+    def _close_bridge(self) -> None:
+        if self._bridge is not None:
+            self._bridge.journal.fail_all("the LLM was closed", 503)
+            self._bridge.drain()
+
+    def _raise_if_ended(self) -> None:
+        if self._failure is not None or self._ended.is_set():
+            raise self._reason()
+
+    def _reason(self) -> UserError | EngineFailure:
+        why = self._failure or _CLOSED
+        return UserError(why.reason) if why.code == 2 else EngineFailure(why.reason)
+
+    # The thread
+
+    def _live(self) -> None:
+        """The edge of the thread: what fails here is what the caller gets."""
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._serve())
+        except BaseException as error:
+            logger.debug("the session failed", exc_info=True)
+            kind = 2 if isinstance(error, UserError) else 1
+            self._failure = self._failure or Failed(kind, str(error) or type(error).__name__)
+        finally:
+            self._ended.set()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        with contextlib.closing(Bridge(self._config, self._where, self._remote, time.monotonic(), self._tell)) as self._bridge:
+            if not self._num_followers:
+                await self._serve_ranks(self._bridge)
+                return
+            with contextlib.closing(Callers(self._num_followers, f"ipc://{self._where}/callers", self._remote)) as self._callers:
+                hearing = self._loop.create_task(self._hear(self._callers, self._bridge))
+                await self._serve_ranks(self._bridge)
+                hearing.cancel()
+                why = self._failure or _CLOSED
+                self._callers.end("user" if why.code == 2 else "engine", why.reason)
+                await self._callers.all_told(TOLD_S)
+
+    async def _serve_ranks(self, bridge: Bridge) -> None:
+        bridge.announce()
+        self._bound.set()
+        child = self._start_ranks()
+        try:
+            await bridge.serve(child.pid)
+        finally:
+            child.end(CHILD_S)
+
+    async def _hear(self, callers: Callers, bridge: Bridge) -> None:
+        """What the other scripts want, until cancelled."""
+        while True:
+            callers.read()
+            if callers.left is not None:
+                self._failure = self._failure or Failed(1, callers.left.text)
+                bridge.drain()
+            await asyncio.sleep(LOOK_S / 10)
+
+    def _tell(self, news: News) -> None:
+        match news:
+            case Ready():
+                self._ready.set()
+            case Failed():
+                self._failure = self._failure or news
+            case Finished():
+                self._failure = self._failure or _CLOSED
+
+
+def _done(future: "Future[Any]", timeout_s: float) -> bool:
+    """Whether the work has ended, by itself or not, within `timeout_s`."""
+    try:
+        future.exception(timeout_s)
+    except TimeoutError:
+        return future.done()
+    except CancelledError:
+        return True
+    return True
