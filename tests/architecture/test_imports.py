@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     # floor 6
     "engine": {*FLOOR_0, "config", "hub", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
     # floor 7
-    "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker"},
+    "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker", "llm"},
     "agent": {*FLOOR_0, "config", "observe", "wire"},
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "agent"},
     "llm": {*FLOOR_0, "config", "hub", "text", "wire", "observe", "frontend", "parallel", "models", "agent"},
@@ -68,6 +68,7 @@ TORCH_FREE = [
     "agent",
     "bench.command",
     "bench.serve",
+    "bench.offline",
     "__main__",
     "llm.api",
 ]

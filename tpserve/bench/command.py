@@ -23,9 +23,12 @@ def run(argv: Sequence[str]) -> int:
         parser = make_parser()
         if wants_help:
             raise HelpWanted(parser.format_help().rstrip())
-        return measure(vars(parser.parse_args(argv[1:])))
+        known, rest = parser.parse_known_args(argv[1:])
+        if rest and "engine" not in known:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return measure(vars(known) | ({"engine": rest} if rest else {}))
     if wants_help:
-        rows = [f"  tpserve bench {name:<8}{about}" for name, (about, _, _) in BENCHMARKS.items()]
+        rows = [f"  tpserve bench {name:<12}{about}" for name, (about, _, _) in BENCHMARKS.items()]
         raise HelpWanted("\n".join(["Benchmarks; each has a --help of its own:", *rows]))
     said = f"tpserve bench {argv[0]}: there is no such benchmark" if argv else "tpserve bench: which one"
     raise UserError(f"{said}: see `tpserve bench --help`")
@@ -36,6 +39,20 @@ def _run_step(options: dict[str, Any]) -> int:
     from tpserve.bench.step import run as run_step
 
     return run_step(**options)
+
+
+def _run_latency(options: dict[str, Any]) -> int:
+    from tpserve.bench.offline import Batches, latency
+
+    engine, output = options.pop("engine"), options.pop("output")
+    return latency(Batches(**options), engine, output)
+
+
+def _run_throughput(options: dict[str, Any]) -> int:
+    from tpserve.bench.offline import Crowd, throughput
+
+    engine, output = options.pop("engine"), options.pop("output")
+    return throughput(Crowd(**options), engine, output)
 
 
 def _run_serve(options: dict[str, Any]) -> int:
@@ -82,6 +99,47 @@ def _run_serve(options: dict[str, Any]) -> int:
 
 def _parser(name: str, description: str) -> Parser:
     return Parser(prog=f"tpserve bench {name}", description=description, add_help=False, allow_abbrev=False)
+
+
+def _offline(name: str, description: str, input_len: int) -> Parser:
+    parser = _parser(name, f"{description} Takes MODEL and the engine's flags as `tpserve serve` does, such as -tp 2.")
+    parser.set_defaults(engine=())
+    flag = parser.add_argument
+    flag("--input-len", "--random-input-len", type=_count, default=input_len, metavar="N",
+         help=f"tokens of a prompt (default {input_len})")  # fmt: skip
+    flag("--output-len", "--random-output-len", type=_count, default=128, metavar="N", help="tokens to generate (default 128)")
+    flag("--seed", type=_whole, default=0, metavar="N", help="of prompts, and of --load-format dummy (default 0)")
+    flag("--output", "--output-json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    return parser
+
+
+def _latency() -> Parser:
+    parser = _offline(
+        "latency",
+        "One batch at a time, without a server: what prefill takes, and each token after it. Greedy, without an end.",
+        input_len=32,
+    )
+    flag = parser.add_argument
+    flag("--batch-size", type=_count, default=8, metavar="N", help="prompts in a batch (default 8)")
+    flag("--num-iters", type=_count, default=10, metavar="N", help="batches to measure (default 10)")
+    flag("--num-iters-warmup", type=_whole, default=2, metavar="N", help="batches before, not measured (default 2)")
+    return parser
+
+
+def _throughput() -> Parser:
+    parser = _offline(
+        "throughput",
+        "Many prompts at once, without a server: requests and tokens a second. Greedy, without an end.",
+        input_len=512,
+    )
+    flag = parser.add_argument
+    flag("--num-prompts", type=_count, default=100, metavar="N", help="prompts to measure (default 100)")
+    flag("--num-warmups", type=_whole, default=1, metavar="N", help="like prompts before, not measured (default 1)")
+    flag("--range-ratio", "--random-range-ratio", type=_ratio, default=0.0, metavar="R",
+         help="lengths are uniform from (1 - R) to (1 + R) times those (default 0)")  # fmt: skip
+    flag("--prefix-len", "--random-prefix-len", type=_whole, default=0, metavar="N",
+         help="tokens before them that all prompts share (default 0)")  # fmt: skip
+    return parser
 
 
 def _serve() -> Parser:
@@ -205,6 +263,8 @@ def _picture(text: str) -> Path:
 
 
 BENCHMARKS: dict[str, tuple[str, Callable[[], Parser], Callable[[dict[str, Any]], int]]] = {
+    "latency": ("one batch at a time, without a server: prefill, and milliseconds a token", _latency, _run_latency),
+    "throughput": ("many prompts at once, without a server: tokens a second", _throughput, _run_throughput),
     "serve": ("a load against the URL of a running server, this or another one with the OpenAI API", _serve, _run_serve),
     "step": ("what a decode step costs rank 0 on the CPU beside the model", _step, _run_step),
 }

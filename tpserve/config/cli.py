@@ -17,7 +17,7 @@ from tpserve.errors import UserError
 USAGE = """usage: tpserve serve [MODEL] [flags]
        torchrun --nproc-per-node N -m tpserve [MODEL] [flags]
        torchrun --nnodes 2 --node_rank I --nproc_per_node N --master_addr HEAD -m tpserve [MODEL] [flags]
-       tpserve bench serve|step [--help]
+       tpserve bench latency|throughput|serve|step [--help]
 
 Serves MODEL (a directory or a repository id ORG/NAME; without it a small built-in model) over HTTP with the OpenAI API."""
 

@@ -1,0 +1,175 @@
+"""`tpserve bench latency` and `tpserve bench throughput`: what the engine does for a caller of `LLM.generate`, without HTTP.
+
+    latency      one batch after another. A batch is sent twice, for one token and for all of them, with prompts of its own each
+                 time, so that no prefix is cached; the difference is what the tokens after the first took
+    throughput   all prompts in one call
+
+Under torchrun every script takes part, and rank 0's reports.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tpserve.bench.figures import Latency
+from tpserve.bench.report import Machine, Report, write
+from tpserve.bench.workload import Ask, Prompts
+from tpserve.config import cli, env
+from tpserve.config.option import OPTIONS
+from tpserve.errors import EngineFailure, UserError
+from tpserve.llm.api import LLM
+from tpserve.llm.params import SamplingParams
+
+
+class Batches(msgspec.Struct, frozen=True, kw_only=True):
+    """The workload of `latency`."""
+
+    batch_size: int
+    input_len: int
+    output_len: int
+    num_iters: int
+    num_iters_warmup: int
+    seed: int
+
+
+class Crowd(msgspec.Struct, frozen=True, kw_only=True):
+    """The workload of `throughput`; lengths as in `bench serve`."""
+
+    num_prompts: int
+    num_warmups: int
+    input_len: int
+    output_len: int
+    range_ratio: float
+    prefix_len: int
+    seed: int
+
+
+class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """`ms_per_token`: of a step, which gives each sequence of the batch a token; None where the first is the only one.
+
+    `prefill`: until the first token is there. Both rates are of the whole batch.
+    """
+
+    ready_s: float
+    prefill: Latency
+    whole: Latency
+    prefill_tokens_per_s: float
+    ms_per_token: float | None
+    output_tokens_per_s: float | None
+
+
+class CrowdFigures(msgspec.Struct, frozen=True, kw_only=True):
+    ready_s: float
+    duration_s: float
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+
+
+def latency(workload: Batches, engine: Sequence[str], output: Path | None) -> int:
+    """Measure; returns the exit code. `engine`: the model and its flags, as `tpserve serve` takes them."""
+
+    def measure(llm: LLM, ready_s: float) -> BatchFigures:
+        prompts = Prompts("ids", 0, workload.seed)
+
+        def batch_s(num_tokens: int) -> float:
+            return generate(llm, [prompts.next(workload.input_len, num_tokens) for _ in range(workload.batch_size)])[0]
+
+        for _ in range(workload.num_iters_warmup):
+            batch_s(workload.output_len)
+        pairs_s = [(batch_s(1), batch_s(workload.output_len)) for _ in range(workload.num_iters)]
+        prefill, whole = Latency.of([first for first, _ in pairs_s]), Latency.of([all for _, all in pairs_s])
+        assert prefill is not None and whole is not None
+        rest = workload.output_len - 1
+        ms_per_token = (whole.p50_ms - prefill.p50_ms) / rest if rest else None
+        return BatchFigures(
+            ready_s=ready_s,
+            prefill=prefill,
+            whole=whole,
+            prefill_tokens_per_s=round(workload.batch_size * workload.input_len / prefill.p50_ms * 1e3, 2),
+            ms_per_token=None if ms_per_token is None else round(ms_per_token, 4),
+            output_tokens_per_s=None if not ms_per_token else round(workload.batch_size / ms_per_token * 1e3, 2),
+        )
+
+    return _run("latency", workload, engine, output, measure)
+
+
+def throughput(workload: Crowd, engine: Sequence[str], output: Path | None) -> int:
+    """Measure; returns the exit code. `engine`: the model and its flags, as `tpserve serve` takes them."""
+
+    def measure(llm: LLM, ready_s: float) -> CrowdFigures:
+        prompts = Prompts("ids", workload.prefix_len, workload.seed)
+        lengths = (workload.input_len, workload.output_len, workload.range_ratio)
+        asks = [prompts.next(*lengths) for _ in range(workload.num_prompts + workload.num_warmups)]
+        generate(llm, asks[workload.num_prompts :])
+        asks = asks[: workload.num_prompts]
+        duration_s, cached_tokens = generate(llm, asks)
+        input_tokens, output_tokens = sum(ask.input_len for ask in asks), sum(ask.output_len for ask in asks)
+        return CrowdFigures(
+            ready_s=ready_s,
+            duration_s=round(duration_s, 3),
+            input_tokens=input_tokens,
+            cached_tokens=cached_tokens,
+            output_tokens=output_tokens,
+            requests_per_s=round(len(asks) / duration_s, 3),
+            output_tokens_per_s=round(output_tokens / duration_s, 2),
+            total_tokens_per_s=round((input_tokens + output_tokens) / duration_s, 2),
+        )
+
+    return _run("throughput", workload, engine, output, measure)
+
+
+def generate(llm: LLM, asks: Sequence[Ask]) -> tuple[float, int]:
+    """Seconds that one call took, and how many tokens of its prompts were cached. UserError when an answer is short."""
+    params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=ask.output_len, detokenize=False) for ask in asks]
+    begin_s = time.perf_counter()
+    outputs = llm.generate([ask.prompt for ask in asks], params, use_tqdm=False)
+    duration_s = time.perf_counter() - begin_s
+    for ask, output in zip(asks, outputs, strict=True):
+        if (got := len(output.outputs[0].token_ids)) != ask.output_len:
+            raise UserError(
+                f"{ask.input_len} tokens in and {ask.output_len} out do not fit the context, {got} came out: "
+                "lower --input-len or --output-len, or raise --max-model-len"
+            )
+    return duration_s, sum(output.num_cached_tokens for output in outputs)
+
+
+def _run(
+    benchmark: str,
+    workload: Batches | Crowd,
+    engine: Sequence[str],
+    output: Path | None,
+    measure: Callable[[LLM, float], BatchFigures | CrowdFigures],
+) -> int:
+    leads = not env.under_torchrun() or env.rank_env().rank == 0
+    if output is not None and leads:
+        write("--output", output)
+    flags = cli.parse(engine)
+    said = {name: value for name, option in OPTIONS.items() if (value := getattr(flags, name)) != option.default}
+    machine, begin_s = Machine.here(), time.perf_counter()
+    try:
+        with LLM(**said, seed=workload.seed) as llm:
+            result = measure(llm, round(time.perf_counter() - begin_s, 3))
+    except EngineFailure as error:
+        sys.stderr.write(f"tpserve bench {benchmark}: {error}\n")
+        return 1
+    if leads:
+        sys.stdout.write(f"{benchmark} on {machine}\n")
+        sys.stdout.writelines(f"{name:<22}{_shown(value)}\n" for name, value in msgspec.structs.asdict(result).items())
+    if output is not None and leads:
+        asked = {**msgspec.to_builtins(workload), "engine": said}
+        Report.of(benchmark, machine, ("torch",), asked, result).write(output)
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Latency):
+        return f"{value.p50_ms:,.2f} ms p50, {value.p90_ms:,.2f} p90, {value.p99_ms:,.2f} p99, {value.mean_ms:,.2f} mean"
+    return "-" if value is None else f"{value:,}"
