@@ -5,6 +5,7 @@ checks the layout and finds the frontend first, so that whatever can be refused 
 port is open while torch loads. Exit codes: 0 after a drain, 1 failure, 2 something the user can mend.
 """
 
+import gc
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.locate import locate
 from tpserve.models.opened import open_model
 from tpserve.observe import log
+from tpserve.observe.stopwatch import Stopwatch
 from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
 from tpserve.wire.attach import attach
@@ -106,6 +108,7 @@ def _rank(argv: list[str]) -> int:
     """One of torchrun's ranks."""
     block_signals()
     me = env.rank_env()
+    watch = Stopwatch(me.agent_pid)
     die_with(me.agent_pid)
     try:
         flags = cli.parse(argv, env.overrides(), launch=False)
@@ -124,6 +127,7 @@ def _rank(argv: list[str]) -> int:
     log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.local_rank == 0)
     if me.rank == 0:
         _introduce(flags, config)
+    watch.lap("config")
     try:
         attachment = attach(me, config, config.start_timeout) if me.node_rank == 0 else None
     except UserError as error:  # under `tpserve serve` it is the supervisor who tells
@@ -131,10 +135,15 @@ def _rank(argv: list[str]) -> int:
     except EngineFailure as error:
         logger.error("%s", error)
         return 1
+    watch.lap("frontend")
     env.calm_threads()
+    gc.disable()  # nothing that torch makes while it is imported is garbage, and looking for it costs a sixth of the time
     from tpserve.engine.start import run_rank
 
-    code = run_rank(config, spec, me, attachment)
+    gc.freeze()  # nor need it be looked at ever again
+    gc.enable()
+    watch.lap("torch")
+    code = run_rank(config, spec, me, attachment, watch)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # taking the interpreter down takes seconds, and destructors of a broken mesh can hang
@@ -144,7 +153,7 @@ def _introduce(flags: Flags, config: EngineConfig) -> None:
     """Say once what was resolved."""
     layout = config.layout
     logger.info(
-        "tpserve %s: %s (%s), TP %d x PP %d (layers %s), %s on %s; up to %s tokens a sequence, %d sequences and %s tokens a step",
+        "tpserve %s: %s (%s), TP %d x PP %d (layers %s), %s on %s; %s %s tokens a sequence, %d sequences and %s tokens a step",
         __version__,
         config.served_model_name[0],
         config.model,
@@ -153,6 +162,7 @@ def _introduce(flags: Flags, config: EngineConfig) -> None:
         ",".join(map(str, layout.layers)),
         config.dtype,
         config.device,
+        "as many as fit of" if config.fit_max_model_len else "up to",
         f"{config.max_model_len:,}",
         config.max_num_seqs,
         f"{config.max_num_batched_tokens:,}",

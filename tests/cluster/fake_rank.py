@@ -36,7 +36,9 @@ def main(config_file: str, how: str) -> int:
         if how == "user-error" and env.rank == 1:
             raise UserError("no such model")
         link = EngineLink(found.engine, control.incarnation) if env.rank == 0 else None
-        control.up(MemoryLedger(0, 0, 0, 0, 0, 8, 16), {"max_model_len": config.max_model_len, "vocab_size": 320})
+        heads = {"first_head": 2 * env.rank, "end_head": 2 * env.rank + 2, "first_kv_head": env.rank, "end_kv_head": env.rank + 1}
+        ledger = MemoryLedger(9, 0, 0, 0, 0, 0, 0, 8, 16, config.max_model_len)
+        control.up(ledger, {"max_model_len": config.max_model_len, "vocab_size": 320, **heads})
         control.wait_run(20.0)
         if how == "crash-after-up" and env.rank == 1:
             time.sleep(0.5)

@@ -15,7 +15,7 @@ from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello
 from tpserve.wire import codec, control
 from tpserve.wire.channels import bind, open_socket, wait
 
-LEDGER = MemoryLedger(0, 0, 0, 0, 0, 1, 16)
+LEDGER = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256)
 
 
 class Coordinator:

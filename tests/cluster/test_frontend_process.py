@@ -38,6 +38,7 @@ def config(model: Path, port: int) -> EngineConfig:
     return EngineConfig(
         model=str(model), tokenizer=str(model), chat_template=None, snapshot=None, served_model_name=("fake",), dtype="float32",
         load_format="dummy", seed=0, layout=ParallelLayout(2, 1, (1,)), device="cpu", all_reduce="auto", max_model_len=256,
+        fit_max_model_len=False, kv_cache_memory=None, admin_api_key=None,
         max_num_seqs=8, max_num_batched_tokens=64, block_size=16, enable_prefix_caching=True, gpu_memory_utilization=0.9,
         num_gpu_blocks_override=None, max_queued_requests=8, host="127.0.0.1", port=port, api_key=None, log_level="info",
         start_timeout=20.0, drain_timeout=5.0, step_trace=None,
@@ -139,6 +140,29 @@ def test_serves_then_drains_on_a_ranks_signal(job: Job) -> None:
     pid = job.frontend_pid
     os.kill(job.ranks[1].pid, signal.SIGTERM)
     assert job.codes() == [0, 0] and job.gone(pid)
+
+
+def test_server_info_of_ranks_that_are_up(job: Job) -> None:
+    assert job.frontend_pid
+    early = json.loads(job.get("/server_info")[1])
+    assert early["state"] in ("starting", "running") and [rank["rank"] for rank in early["ranks"]] == [0, 1]
+    job.ready()
+    time.sleep(0.6)  # a beat later
+    status, text = job.get("/server_info")
+    info = json.loads(text)
+    assert (status, info["state"], info["epoch"], info["max_model_len"]) == (200, "running", 1, 256)
+    assert info["layout"] == {"tp": 2, "pp": 1, "layers": [1]}
+    assert info["config"]["block_size"] == 16 and info["config"]["api_key"] is None
+    for rank, told in enumerate(info["ranks"]):
+        shard = {"tp_rank": rank, "layers": [0, 1], "heads": [2 * rank, 2 * rank + 2], "kv_heads": [rank, rank + 1]}
+        about = (told["rank"], told["host"], told["pid"], told["stage"], told["shard"], told["state"])
+        assert about == (rank, "here", job.ranks[rank].pid, 0, shard, "running")
+        assert told["memory"]["total"] == 9 and told["memory"]["num_blocks"] == 8
+        assert 0 <= told["silent_s"] < 4 and told["last_step"] is None
+    os.kill(job.ranks[1].pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    assert json.loads(job.get("/server_info")[1])["ranks"][1]["silent_s"] > 1
+    os.kill(job.ranks[1].pid, signal.SIGCONT)
 
 
 def test_drains_on_the_frontends_own_signal(job: Job) -> None:

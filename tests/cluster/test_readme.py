@@ -49,7 +49,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def shape(line: str) -> str:
-    """A log line without its numbers, units and paths."""
+    """A log line without its numbers, units and paths, and without the parts of a start, which are told if they took long."""
+    line = re.sub(r"start: agent .* s$", "start", line)
     line = re.sub(r"\([^()]*builtin/model\)", "(model)", line)
     line = re.sub(r"http://[\d.:]+", "URL", line)
     return re.sub(r"[\d,.]+ (B|KiB|MiB|GiB|GB)|[\d,.]*\d", "N", line)
@@ -59,7 +60,8 @@ def test_the_two_node_log(server: Server) -> None:
     assert len(TWO_NODES) == 2
     shown = [shape(line) for line in README.split("```")[1].strip().splitlines()]
     printed = [shape(line) for line in server.log.splitlines() if line.startswith("[") and "waiting for" not in line]
-    assert printed == shown
+    assert sorted(printed[-2:]) == sorted(shown[-2:]), "two processes say that it is ready"
+    assert printed[:-2] == shown[:-2]
 
 
 def test_the_curl_line(server: Server) -> None:

@@ -13,7 +13,7 @@ from tpserve.wire.control import Control
 
 __all__ = ["agent_store", "take_part"]
 
-LEDGER = MemoryLedger(0, 0, 0, 0, 0, 1, 16)
+LEDGER = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256)
 torch.set_num_threads(1)
 
 

@@ -119,6 +119,7 @@ class Config:
     model: str = "/models/tiny"
     served_model_name: tuple[str, ...] = ("tiny", "org/tiny")
     api_key: str | None = None
+    admin_api_key: str | None = None
     max_num_seqs: int = 8
     max_queued_requests: int = 56
 
@@ -138,8 +139,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, step_s: float = 0.001, **config: Any) -> Iterator[Server]:
-    """Serve on a loopback port until the block ends. `server.states[-1]` is what the application sees as the engine's state."""
+def serving(directory: Path, step_s: float = 0.001, exposed: bool = False, **config: Any) -> Iterator[Server]:
+    """Serve on a loopback port until the block ends; `exposed`: as if others could reach it. `server.states[-1]` is what the
+    application sees as the engine's state."""
     save(byte_level(), directory)
     tokenizer = Tokenizer.load(directory)
     engine = Engine(tokenizer.vocab_size, step_s)
@@ -151,7 +153,9 @@ def serving(directory: Path, step_s: float = 0.001, **config: Any) -> Iterator[S
 
     async def start() -> tuple[web.AppRunner, asyncio.Task[None], Journal, int]:
         journal = Journal(engine.send, settings.served_model_name[0])
-        app = create_app(settings, journal, lambda: states[-1], tokenizer, ChatTemplate.load(directory))
+        template = ChatTemplate.load(directory)
+        info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
+        app = create_app(settings, journal, lambda: states[-1], tokenizer, template, info=info, exposed=exposed)
         site_runner = runner(app)
         await site_runner.setup()
         site = web.TCPSite(site_runner, "127.0.0.1", 0)

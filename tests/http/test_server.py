@@ -250,6 +250,32 @@ def test_api_key(tmp_path: Path) -> None:
             library.models.list()
 
 
+def asked(server: Server, key: str | None) -> checks.Reply:
+    return checks.Client(server.url, {} if key is None else {"Authorization": f"Bearer {key}"}).get("/server_info")
+
+
+def test_what_is_for_operators_is_closed_to_others(tmp_path: Path) -> None:
+    with serving(tmp_path, exposed=True, api_key="s3cret") as server:
+        for key in (None, "s3cret"):
+            checks.is_error(asked(server, key), 403, code="admin_key_not_set", says="--admin-api-key")
+    with serving(tmp_path, exposed=True, api_key="s3cret", admin_api_key="root") as server:
+        for key in (None, "s3cret", "rootx"):
+            checks.is_error(asked(server, key), 401, code="invalid_api_key", says="admin key")
+        assert asked(server, "root").json == {"state": "running"}
+        checks.is_error(
+            checks.Client(server.url, {"Authorization": "Bearer root"}).get("/v1/models"), 401, code="invalid_api_key"
+        )
+
+
+def test_what_is_for_operators_is_open_on_loopback_unless_it_has_a_key(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        assert asked(server, None).status == 200
+    with serving(tmp_path, api_key="s3cret") as server:
+        assert [asked(server, key).status for key in (None, "s3cret")] == [401, 200]
+    with serving(tmp_path, admin_api_key="root") as server:
+        assert [asked(server, key).status for key in (None, "root")] == [401, 200]
+
+
 def test_any_key_is_fine_without_one(client: checks.Client) -> None:
     client.headers["Authorization"] = "Bearer anything"
     assert client.completion(max_tokens=1).status == 200

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tpserve.config import env, machine
+from tpserve.config.machine import Memory
 from tpserve.errors import UserError
 
 TORCHRUN = {
@@ -79,7 +80,7 @@ def test_a_control_group_grants_less(files: tuple[str, str], monkeypatch: pytest
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 1024\n")
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     assert machine.available_cores() == 1
-    assert machine.available_memory() == (1 << 20) + 1024
+    assert machine.available_memory() == Memory((1 << 20) + 1024, 3 << 20, f"the control group ({tmp_path})")
 
 
 def test_probing_imports_no_torch() -> None:

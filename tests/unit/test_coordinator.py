@@ -11,7 +11,7 @@ def hello(rank: int, incarnation: int = 1, **fingerprint: str) -> Hello:
 
 
 def up(rank: int, epoch: int = 1, num_blocks: int = 8) -> Up:
-    return Up(rank, epoch, MemoryLedger(0, 0, 0, 0, 0, num_blocks, 16), {"vocab_size": 320} if rank == 0 else {})
+    return Up(rank, epoch, MemoryLedger(0, 0, 0, 0, 0, 0, 0, num_blocks, 16, 256), {"vocab_size": 320} if rank == 0 else {})
 
 
 def running(world_size: int = 2, *, survive: bool = False) -> Coordinator:
@@ -52,7 +52,8 @@ def test_hello_start_up_run() -> None:
     assert c.receive(Peer(1, 1), up(1, 1, 7), 0.0) == []
     actions = c.receive(Peer(0, 1), up(0), 0.0)
     assert actions == [Send(Peer(0, 1), Run(1)), Send(Peer(1, 1), Run(1)), Ready(1)]
-    assert c.facts == {"vocab_size": 320} and c.ledger is not None and c.ledger.num_blocks == 7
+    assert c.facts == {"vocab_size": 320}
+    assert [seen.up and seen.up.ledger.num_blocks for seen in c.seen] == [8, 7]
     assert (c.phase, c.percent) == ("ready", 100)
 
 

@@ -27,7 +27,7 @@ from tpserve.types.messages import (
     Up,
 )
 
-LEDGER = MemoryLedger(0, 0, 0, 0, 0, 1, 16)
+LEDGER = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256)
 STEP_S = 0.05
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tpserve.config.cli import parse
-from tpserve.config.machine import Machine
+from tpserve.config.machine import Machine, Memory
 from tpserve.config.resolve import resolve
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
@@ -18,8 +18,9 @@ from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
 from tpserve.weights.dummy import dummy
 from tpserve.worker import rows
-from tpserve.worker.memory import _Trial, measure, report
+from tpserve.worker.memory import _Trial, measure
 from tpserve.worker.rows import AtOnce
+from tpserve.worker.sizing import report
 from tpserve.worker.slots import Slots
 
 VOCAB = 20_000
@@ -76,13 +77,12 @@ def test_shares_of_the_vocabulary_are_counted_by_the_widest() -> None:
 
 def test_the_ledger_has_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, mesh, slots = make()
-    monkeypatch.setattr("tpserve.worker.memory.available_memory", lambda: 1 << 30)
-    ledger = measure(decoder, mesh, slots, CONFIG, 2, weights=0)
+    monkeypatch.setattr("tpserve.worker.memory.available_memory", lambda: Memory(1 << 30, 1 << 31, "the machine"))
+    found, ledgers = measure(decoder, mesh, lambda _: slots, CONFIG, 2, weights=0)
+    ledger = ledgers[0]
     assert ledger.head == 30 * (VOCAB * rows.FILTERED_BYTES + 1001 * rows.HISTORY_BYTES), "70 rows without filters take less"
     block = 2 * 16 * 16 * 2
-    assert ledger.num_blocks == int(((1 << 29) - ledger.head) * 0.4) // block
-    said: list[str] = []
-    report(ledger, CONFIG, said.append)
-    assert "LM head rows 37.1 MiB, KV cache" in said[0]
+    assert ledger.num_blocks == (int(((1 << 29) - ledger.head) * 0.4) - ledger.slots) // block
+    assert any("LM head rows 37.1 MiB, slots" in line for line in report(ledgers, found, CONFIG))
     earlier = Mesh(0, ParallelLayout(1, 2, (1, 1)), Group(), Group(), Pipeline(None, 1), DEVICE)
-    assert measure(decoder, earlier, slots, CONFIG, 2, weights=0).head == 0, "an earlier stage has no head"
+    assert measure(decoder, earlier, lambda _: slots, CONFIG, 2, weights=0)[1][0].head == 0, "an earlier stage has no head"

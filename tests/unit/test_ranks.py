@@ -33,7 +33,7 @@ class Rank:
         self.say(Hello(self.rank, self.incarnation, self.pid, "h", {"store": "a:1"} if self.rank == 0 else {}, {}))
 
     def up(self) -> None:
-        self.say(Up(self.rank, 1, MemoryLedger(0, 0, 0, 0, 0, 1, 16), {}))
+        self.say(Up(self.rank, 1, MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256), {}))
 
     def heard(self) -> list[CoordinatorMessage]:
         messages: list[CoordinatorMessage] = []

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from tpserve.config.option import OPTIONS, Option
-from tpserve.config.schema import GROUPS, LAUNCH, Flags
+from tpserve.config.schema import GROUPS, LAUNCH, SECRETS, Flags
 from tpserve.errors import UserError
 
 USAGE = """usage: tpserve serve [MODEL] [flags]
@@ -73,11 +73,11 @@ def parse(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *, la
 
 
 def to_argv(flags: Flags) -> list[str]:
-    """The command line of a rank that `tpserve serve` starts: all that was said, without launch flags and the key."""
+    """The command line of a rank that `tpserve serve` starts: all that was said, without launch flags and the keys."""
     argv = []
     for name, option in OPTIONS.items():
         value = getattr(flags, name)
-        if value == option.default or name == "api_key" or option.about.group == LAUNCH:
+        if value == option.default or name in SECRETS or option.about.group == LAUNCH:
             continue
         if option.kind is bool:
             argv.append(option.flag if value else option.off)

@@ -12,6 +12,7 @@ TORCHELASTIC_ERROR_FILE               RankEnv.error_file
 
 set by the user
 TPSERVE_API_KEY                       --api-key, when that is not given
+TPSERVE_ADMIN_API_KEY                 --admin-api-key, when that is not given
 TPSERVE_ARG_<FLAG>                    --<flag>, when that is not given; the prefix keeps clear of what Kubernetes
                                       injects for a service named tpserve (TPSERVE_PORT)
 CUDA_VISIBLE_DEVICES                  machine.visible_gpus
@@ -39,6 +40,7 @@ from dataclasses import dataclass
 from tpserve.errors import UserError
 
 _OVERRIDE = "TPSERVE_ARG_"
+_KEYS = {"TPSERVE_API_KEY": "api_key", "TPSERVE_ADMIN_API_KEY": "admin_api_key"}
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,7 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
 def overrides(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Flags given as environment variables: name to text."""
     found = {name.removeprefix(_OVERRIDE).lower(): text for name, text in sorted(environ.items()) if name.startswith(_OVERRIDE)}
-    if environ.get("TPSERVE_API_KEY"):
-        found["api_key"] = environ["TPSERVE_API_KEY"]
-    return found
+    return found | {flag: environ[name] for name, flag in _KEYS.items() if environ.get(name)}
 
 
 def cuda_visible_devices(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -134,8 +134,8 @@ def announce_agent() -> None:
 def for_ranks(runtime_dir: str, quiet: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of the agent and its ranks. `quiet`: no chatter of torch's C++ side."""
     chatter = {"TORCH_CPP_LOG_LEVEL": "ERROR"} if quiet and "TORCH_CPP_LOG_LEVEL" not in environ else {}
-    # All flags are on the ranks' command line, launch flags and the key are not for them.
-    inherited = {name: text for name, text in environ.items() if name != "TPSERVE_API_KEY" and not name.startswith(_OVERRIDE)}
+    # All flags are on the ranks' command line, launch flags and the keys are not for them.
+    inherited = {name: text for name, text in environ.items() if name not in _KEYS and not name.startswith(_OVERRIDE)}
     return {**inherited, **chatter, "TPSERVE_RUNTIME_DIR": runtime_dir}
 
 

@@ -68,15 +68,25 @@ def available_cores() -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
-def available_memory() -> int:
-    """Bytes that can still be allocated: what the system has free, and less when a control group grants less."""
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that can still be allocated, and of how many: `of` names what sets the limit."""
+
+    free: int
+    total: int
+    of: str
+
+
+def available_memory() -> Memory:
+    """What the system has free, or less where a control group grants less."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    free, total = (int(meminfo[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    found = [Memory(free, total, "the machine")]
     for directory, limit_name, usage_name in _memory_groups():
         limit, usage = _number(directory / limit_name), _number(directory / usage_name)
         if limit is not None and usage is not None and limit < _UNLIMITED:
-            free = min(free, max(0, limit - usage + _reclaimable(directory)))
-    return free
+            found.append(Memory(max(0, limit - usage + _reclaimable(directory)), limit, f"the control group ({directory})"))
+    return min(found, key=lambda memory: memory.free)
 
 
 def _cpu_quota() -> float | None:

@@ -13,12 +13,16 @@ from tpserve.errors import UserError
 
 @dataclass(frozen=True)
 class Option:
-    """One flag. `kind`: the type of its value; a tuple of str takes several arguments, a tuple of int one with commas."""
+    """One flag. `kind`: the type of its value; a tuple of str takes several arguments, a tuple of int one with commas.
+
+    `words`: what it also takes, beside values of that type.
+    """
 
     name: str
     kind: Any
     default: Any
     about: Flag
+    words: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -42,9 +46,8 @@ class Option:
         """What stands for the value in help texts; empty for a switch."""
         if get_origin(self.kind) is Literal:
             return "{" + ",".join(get_args(self.kind)) + "}"
-        return {int: "N", float: "X", str: "TEXT", bool: "", tuple[str, ...]: "NAME [NAME ...]", tuple[int, ...]: "N,N,..."}[
-            self.kind
-        ]
+        names = {int: "N", float: "X", str: "TEXT", bool: "", tuple[str, ...]: "NAME [NAME ...]", tuple[int, ...]: "N,N,..."}
+        return "|".join((names[self.kind], *self.words))
 
     def default_text(self) -> str:
         """The default for help texts; empty when the help text tells it."""
@@ -54,10 +57,13 @@ class Option:
         """The value of `text`. Raises UserError that names `said_as` and what it takes."""
         if not text:
             raise UserError(f"{said_as} is empty", param=self.name)
+        if text in self.words:
+            return text
         try:
             return self._choice(text) if get_origin(self.kind) is Literal else self._bounded(_READERS[self.kind](text))
         except _WrongValue as wrong:
-            raise UserError(f"{said_as} must be {wrong}, not {text!r}", param=self.name) from None
+            what = " or ".join((str(wrong), *self.words))
+            raise UserError(f"{said_as} must be {what}, not {text!r}", param=self.name) from None
 
     def _choice(self, text: str) -> str:
         if text not in get_args(self.kind):
@@ -118,9 +124,11 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 
 def _option(name: str, default: Any, hint: Any) -> Option:
     kind, about = hint.__origin__, hint.__metadata__[0]
+    words: tuple[str, ...] = ()
     if NoneType in get_args(kind):
-        kind = next(option for option in get_args(kind) if option is not NoneType)
-    return Option(name, kind, default, about)
+        kind, *others = (option for option in get_args(kind) if option is not NoneType)
+        words = tuple(word for other in others for word in get_args(other))
+    return Option(name, kind, default, about, words)
 
 
 _HINTS = get_type_hints(Flags, include_extras=True)

@@ -13,6 +13,7 @@ from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 
+GIB = 1 << 30
 BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 
@@ -40,16 +41,19 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         device=device,
         all_reduce=_all_reduce(flags, machine, device),
         max_model_len=(max_model_len := _max_model_len(flags, spec)),
+        fit_max_model_len=flags.max_model_len == "auto",
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens or max(BATCHED_TOKENS[device], flags.max_num_seqs),
         block_size=flags.block_size,
         enable_prefix_caching=flags.enable_prefix_caching,
         gpu_memory_utilization=flags.gpu_memory_utilization,
+        kv_cache_memory=None if flags.kv_cache_memory is None else int(flags.kv_cache_memory * GIB),
         num_gpu_blocks_override=_num_blocks(flags, max_model_len),
         max_queued_requests=flags.max_queued_requests,
         host=flags.host,
         port=flags.port,
         api_key=flags.api_key,
+        admin_api_key=flags.admin_api_key,
         log_level=flags.log_level,
         start_timeout=flags.start_timeout,
         drain_timeout=flags.drain_timeout,
@@ -118,7 +122,7 @@ def _dtype(flags: Flags, spec: ModelSpec, device: str) -> Literal["bfloat16", "f
 
 
 def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
-    if flags.max_model_len is None:
+    if flags.max_model_len is None or flags.max_model_len == "auto":
         return spec.max_position
     if flags.max_model_len > spec.max_position:
         raise UserError(
@@ -130,7 +134,13 @@ def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
 
 def _num_blocks(flags: Flags, max_model_len: int) -> int | None:
     given, size = flags.num_gpu_blocks_override, flags.block_size
-    if given is not None and given * size < max_model_len:
+    if given is not None and flags.kv_cache_memory is not None:
+        raise UserError(
+            f"--num-gpu-blocks-override {given} and --kv-cache-memory {flags.kv_cache_memory:g} both give the KV cache a size: "
+            "pass one of them",
+            param="kv_cache_memory",
+        )
+    if given is not None and flags.max_model_len != "auto" and given * size < max_model_len:
         raise UserError(
             f"--num-gpu-blocks-override {given} is {given * size:,} tokens in blocks of {size}, too few for one sequence of "
             f"{max_model_len:,}: pass at least {-(-max_model_len // size)}, or --max-model-len {given * size}",

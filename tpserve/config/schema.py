@@ -23,6 +23,9 @@ MODEL, LAYOUT, ENGINE, HTTP, OPERATION, LAUNCH = GROUPS = (
     "Launch (tpserve serve only)",
 )
 
+SECRETS = ("api_key", "admin_api_key")
+"""Fields that are never shown, and not on the command lines of ranks."""
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -104,7 +107,13 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = "auto"
 
     max_model_len: Annotated[
-        int | None, Flag(ENGINE, "Longest sequence, prompt and output together. Default: the model's.", at_least=2)
+        int | Literal["auto"] | None,
+        Flag(
+            ENGINE,
+            "Longest sequence, prompt and output together. auto: the model's, or as much of it as fits the KV cache. "
+            "Default: the model's, refused when it does not fit.",
+            at_least=2,
+        ),
     ] = None
     max_num_seqs: Annotated[int, Flag(ENGINE, "Most sequences in a step.", at_least=1)] = 256
     max_num_batched_tokens: Annotated[
@@ -117,6 +126,10 @@ class Flags(Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: Annotated[
         float, Flag(ENGINE, "Share of each GPU's memory that tpserve may take.", above=0, at_most=1)
     ] = 0.9
+    kv_cache_memory: Annotated[
+        float | None,
+        Flag(ENGINE, "Size of each rank's KV cache in GiB, such as 4 or 0.5, instead of measuring.", "tpserve", above=0),
+    ] = None
     num_gpu_blocks_override: Annotated[
         int | None, Flag(ENGINE, "Number of KV cache blocks, instead of measuring.", at_least=1)
     ] = None
@@ -128,6 +141,10 @@ class Flags(Struct, frozen=True, kw_only=True):
     port: Annotated[int, Flag(HTTP, "Port to listen on; 0 takes a free one.", at_least=0, at_most=65535)] = 8000
     api_key: Annotated[
         str | None, Flag(HTTP, "Key that clients must send. Better given as TPSERVE_API_KEY, which `ps` does not show.")
+    ] = None
+    admin_api_key: Annotated[
+        str | None,
+        Flag(HTTP, "Key for /server_info, which is closed without it unless --host is loopback. Also TPSERVE_ADMIN_API_KEY."),
     ] = None
 
     log_level: Annotated[
@@ -161,6 +178,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
     `model` and `tokenizer` are directories on this node; `chat_template` is a text, None for the tokenizer's own; with a
     `snapshot` the weights may still have to be downloaded into `model`.
+    `max_model_len` is the most there can be: with `fit_max_model_len` the ledger says how much of it there is.
+    `kv_cache_memory` is in bytes, of each rank.
     """
 
     model: str
@@ -175,16 +194,19 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     device: Literal["cuda", "cpu"]
     all_reduce: Literal["auto", "nccl", "gloo", "shm"]
     max_model_len: int
+    fit_max_model_len: bool
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
     enable_prefix_caching: bool
     gpu_memory_utilization: float
+    kv_cache_memory: int | None
     num_gpu_blocks_override: int | None
     max_queued_requests: int
     host: str
     port: int
     api_key: str | None
+    admin_api_key: str | None
     log_level: Literal["debug", "info", "warning", "error"]
     start_timeout: float
     drain_timeout: float
@@ -194,8 +216,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         """What must be equal on all ranks, or their tokens would differ or their collectives hang."""
         return {name: value for name, value in to_builtins(self).items() if name not in _LOCAL}
 
+    def shown(self) -> dict[str, Any]:
+        """All of it for an operator's eyes: of secrets only whether they are set."""
+        return {name: "***" if name in SECRETS and value is not None else value for name, value in to_builtins(self).items()}
+
 
 _LOCAL = {
     *("model", "tokenizer", "chat_template", "snapshot", "served_model_name"),
-    *("max_queued_requests", "host", "port", "api_key", "log_level", "step_trace"),
+    *("max_queued_requests", "host", "port", *SECRETS, "log_level", "step_trace"),
 }

@@ -7,7 +7,9 @@ first rank of a node downloads the weights that its node lacks.
 import hashlib
 import logging
 import socket
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import torch
@@ -22,6 +24,7 @@ from tpserve.hub import download
 from tpserve.hub.locate import weights_of
 from tpserve.models.decoder import Decoder
 from tpserve.observe.progress import Progress
+from tpserve.observe.stopwatch import Stopwatch
 from tpserve.observe.trace import Trace
 from tpserve.parallel import mesh as meshes
 from tpserve.parallel.mesh import Mesh
@@ -40,16 +43,18 @@ from tpserve.wire.control import Control, Stopped
 from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
 from tpserve.worker.loop import serve_plans
-from tpserve.worker.memory import allocate, measure, report
+from tpserve.worker.memory import allocate, check_weights, measure, room_for
+from tpserve.worker.sizing import report
 from tpserve.worker.slots import Slots
 
 log = logging.getLogger(__name__)
 
 
-def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: Attachment | None) -> int:
+def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: Attachment | None, watch: Stopwatch) -> int:
     """Take part in serving until told to stop; returns the process's exit code.
 
     `attachment` is how to reach the frontend; ranks of other nodes have none yet and learn it over torchrun's store.
+    `watch` has timed what came before.
     """
     store = None
     if env.nnodes > 1 and (attachment is None or env.rank == 0):
@@ -69,7 +74,7 @@ def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: At
     )
     control.start()
     try:
-        _Rank(config, spec, env, attachment, control).serve()
+        _Rank(config, spec, env, attachment, control, watch).serve()
     except Stopped:
         pass
     except BaseException as error:  # the edge of the process: whatever it is, the coordinator hears of it first
@@ -91,48 +96,68 @@ class _Hosted:
 class _Rank:
     """The steps of a rank's life in order; each one's product is the next one's input."""
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: Attachment, control: Control) -> None:
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: Attachment, control: Control, watch: Stopwatch
+    ) -> None:
         self._config = config
         self._spec = spec
         self._env = env
         self._attachment = attachment
         self._control = control
+        self._watch = watch
         self._trace = Trace(config.step_trace, env.rank)
 
     def serve(self) -> None:
         """Join an epoch and run it to its end. Raises Stopped when told to leave earlier."""
-        control, env = self._control, self._env
-        device = devices.choose(self._config.device, env.local_rank, env.local_world_size)
+        config, control, env, watch = self._config, self._control, self._env, self._watch
+        device = devices.choose(config.device, env.local_rank, env.local_world_size)
+        watch.lap("device")
         self._have_weights()  # before hello: whoever waits for this rank is told how far it is
+        watch.lap("download")
         hosted = self._host() if env.rank == 0 else None
         control.progress("waiting for all ranks", 0)
-        control.hello(hosted.endpoints if hosted else {}, fingerprint(self._config, self._spec))
+        control.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec))
         start = control.wait_start()
+        watch.lap("all ranks")
         control.progress("forming the mesh", 5)
+        free = devices.free_memory(device)  # before the ranks meet, so before any has loaded
         store = hosted.store if hosted else meshes.join_store(start.endpoints["store"])
-        config = self._config
         mesh = meshes.form(
             env.rank, config.layout, start.epoch, store, device, config.start_timeout, config.all_reduce, available_cores()
         )
         plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
-        with devices.room_for("loading the model", device):
-            decoder, weights = self._load(mesh)
-            slots = self._slots(device)  # before measuring: 256 sequences of a million tokens are a gigabyte
-        control.progress("measuring memory", 90)
-        with devices.room_for("making room for the KV cache", device):
-            ledger = measure(decoder, mesh, slots, self._config, env.local_world_size, weights)
-            caches = allocate(decoder, mesh, ledger.num_blocks, ledger.block_size)
-        executor = Executor(mesh, decoder, slots, caches)
-        if env.rank == 0:
-            report(ledger, self._config, log.info)
-        control.up(ledger, {"max_model_len": self._config.max_model_len, "vocab_size": self._spec.vocab_size})
+        watch.lap("mesh")
+        executor, ledger = self._build(mesh, free)
+        control.up(ledger, {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()})
         epoch = control.wait_run()
         if hosted:
+            watch.lap("other ranks")
+            log.info(watch.line())
             self._lead(hosted, executor, ledger, epoch)
         else:
             assert plans is not None
-            sampling = env.rank == self._config.layout.sampling_rank
+            sampling = env.rank == config.layout.sampling_rank
             serve_plans(plans, executor, ResultSender(start.endpoints["result"]) if sampling else None, control, self._trace)
+
+    def _build(self, mesh: Mesh, free: int) -> tuple[Executor, MemoryLedger]:
+        """Load this rank's share, see what fits beside it, and make that. `free`: memory before any rank had loaded."""
+        config, env, watch = self._config, self._env, self._watch
+        check_weights(mesh, self._spec, config, env.local_world_size, free)
+        with self._room_for("loading the model", mesh):
+            decoder, weights = self._load(mesh)
+        watch.lap("load")
+        self._control.progress("measuring memory", 90)
+        make_slots = partial(self._slots, mesh.device)
+        with self._room_for("measuring the largest steps", mesh):
+            found, ledgers = measure(decoder, mesh, make_slots, config, env.local_world_size, weights)
+        with self._room_for("making room for the KV cache", mesh):
+            slots = make_slots(found.max_model_len)
+            caches = allocate(decoder, mesh, found.num_blocks, config.block_size)
+        watch.lap("measure")
+        if env.rank == 0:
+            for line in report(ledgers, found, config):
+                log.info(line)
+        return Executor(mesh, decoder, slots, caches), ledgers[env.rank]
 
     def _have_weights(self) -> None:
         """Of a repository: download the weights that the cache lacks, or wait for local rank 0 to have done it."""
@@ -182,11 +207,21 @@ class _Rank:
                 load(parameters, Checkpoint.open(config.model), self._spec.num_layers, loaded)
         return decoder, decoder.prepack()
 
-    def _slots(self, device: torch.device) -> Slots:
+    def _heads(self) -> dict[str, int]:
+        """This rank's share of the attention heads, for Up."""
+        layout = self._config.layout
+        share = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)[layout.tp_rank_of(self._env.rank)]
+        q, kv = share.q, share.kv
+        return {"first_head": q.start, "end_head": q.stop, "first_kv_head": kv.start, "end_kv_head": kv.stop}
+
+    def _room_for(self, what: str, mesh: Mesh) -> AbstractContextManager[None]:
+        return room_for(what, mesh, self._spec, self._config, self._env.local_world_size)
+
+    def _slots(self, device: torch.device, max_len: int) -> Slots:
         config = self._config
         return Slots(
             config.max_num_seqs,
-            config.max_model_len,
+            max_len,
             config.block_size,
             len(self._spec.cache),
             device,
@@ -200,7 +235,7 @@ class _Rank:
         limits = Limits(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
+            max_model_len=ledger.max_model_len,
             num_blocks=ledger.num_blocks,
             block_size=config.block_size,
             depth=2 if layout.pp == 1 else layout.pp + 1,

@@ -34,6 +34,9 @@ http_log = logging.getLogger(f"{__name__}.http")
 MAX_BODY_BYTES = 32 << 20
 OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/ping"})
 """Answered without a key: probes have none."""
+ADMIN_PATHS = frozenset({"/server_info"})
+"""Answered to operators only: they tell how the server is built."""
+INFO: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("info")
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 MAX_ID_CHARS = 128
 
@@ -48,16 +51,27 @@ class Settings(Protocol):
     @property
     def api_key(self) -> str | None: ...
     @property
+    def admin_api_key(self) -> str | None: ...
+    @property
     def max_num_seqs(self) -> int: ...
     @property
     def max_queued_requests(self) -> int: ...
 
 
 def create_app(
-    settings: Settings, journal: Journal, status: Callable[[], Status], tokenizer: Tokenizer, chat_template: ChatTemplate
+    settings: Settings,
+    journal: Journal,
+    status: Callable[[], Status],
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate,
+    *,
+    info: Callable[[], dict[str, Any]],
+    exposed: bool,
 ) -> web.Application:
-    """The application; serve it through `runner`."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[report_errors, require_key(settings.api_key)])
+    """The application; serve it through `runner`. `info`: what /server_info answers; `exposed`: not on loopback alone."""
+    keys = require_key(settings.api_key, settings.admin_api_key, exposed)
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[report_errors, keys])
+    app[INFO] = info
     app[SERVICE] = Service(
         names=settings.served_model_name or (settings.model,),
         root=settings.model,
@@ -76,6 +90,7 @@ def create_app(
     app.router.add_get("/ping", alive)
     app.router.add_get("/version", version)
     app.router.add_get("/metrics", metrics)
+    app.router.add_get("/server_info", server_info)
     return app
 
 
@@ -114,6 +129,11 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=request.app[SERVICE].journal.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
+async def server_info(request: web.Request) -> web.Response:
+    """GET /server_info: also while starting, what is known so far."""
+    return json_response(request.app[INFO]())
+
+
 @web.middleware
 async def report_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """The outermost layer: gives the request its id and turns what is raised into the error body."""
@@ -133,15 +153,26 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return error_response(internal_error(request[REQUEST_ID]))
 
 
-def require_key(api_key: str | None) -> Middleware:
-    """401 for requests without the key, where one is set."""
+def require_key(api_key: str | None, admin_api_key: str | None, exposed: bool) -> Middleware:
+    """401 for requests without the key, where one is set. What is for operators has a key of its own, and is closed without
+    one to anybody but this host."""
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if api_key is not None and request.path not in OPEN_PATHS:
+        key, name = api_key, "API key"
+        if request.path in ADMIN_PATHS and (exposed or admin_api_key is not None):
+            key, name = admin_api_key, "admin key"
+            if key is None:
+                raise UserError(
+                    f"{request.path} is closed: this server does not listen on loopback alone and has no admin key; start it "
+                    "with --admin-api-key or TPSERVE_ADMIN_API_KEY",
+                    code="admin_key_not_set",
+                    status=403,
+                )
+        if key is not None and request.path not in OPEN_PATHS:
             given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(errors="surrogateescape"), f"Bearer {api_key}".encode()):
-                raise UserError("the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", status=401)
+            if not hmac.compare_digest(given.encode(errors="surrogateescape"), f"Bearer {key}".encode()):
+                raise UserError(f"the {name} is missing or wrong; send it as 'Authorization: Bearer KEY'", status=401)
         return await handler(request)
 
     return check

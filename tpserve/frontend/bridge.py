@@ -21,6 +21,7 @@ from tpserve.errors import EngineFailure
 from tpserve.frontend.coordinator import Action, Coordinator, Draining, Failed, Finished, Ready, State
 from tpserve.frontend.journal import Journal
 from tpserve.frontend.ranks import TICK_S, Ranks
+from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
 from tpserve.types.messages import Control, EngineInput
 from tpserve.wire.attach import Frontend, write
@@ -55,6 +56,7 @@ class Bridge:
         `tell` hears that the ranks are ready and why the service ended, before any open request does. EngineFailure when a socket
         cannot be bound.
         """
+        self._config = config
         self._where = where
         self._started_s = started_s
         self._tell = tell
@@ -79,6 +81,11 @@ class Bridge:
         """What may be said of the engine."""
         c, facts = self._coordinator, self._coordinator.facts
         return Status(_STATES[c.state], c.phase, c.percent, c.reason, facts.get("max_model_len"), facts.get("vocab_size"))
+
+    def info(self) -> dict[str, Any]:
+        """What operators may see: of the configuration, and of every rank as far as it is known."""
+        c = self._coordinator
+        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic())
 
     async def serve(self, watch_pid: int) -> int:
         """Run until the service has ended and the ranks on this host are gone; returns the exit code. The ranks die with

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, MemoryLedger, RankMessage, Run, Start, Stop, Up
+from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, RankMessage, Run, Start, Stop, Up
 
 LOST_S = 4.0
 """A rank that said nothing for this long while serving is lost; it beats every 0.5 s."""
@@ -100,6 +100,18 @@ _NEXT: dict[tuple[State, Event], State] = {
 _NEXT_SURVIVING = _NEXT | {(state, "fault"): State.FORMING for state in (State.FORMING, State.STARTING, State.RUN)}
 
 
+_SILENT = Beat(-1, 0, "", 0, -1)
+
+
+class Seen(NamedTuple):
+    """What a rank said last, and when it was heard; None before."""
+
+    hello: Hello | None
+    up: Up | None
+    beat: Beat
+    heard_s: float | None
+
+
 @dataclass
 class _Rank:
     """What is known of a rank. `over`: the last incarnation whose epoch has ended; it cannot come back."""
@@ -108,14 +120,8 @@ class _Rank:
     over: int = -1
     hello: Hello | None = None
     up: Up | None = None
+    beat: Beat = _SILENT
     heard_s: float = 0.0
-    phase: str = ""
-    percent: int = 0
-
-    @property
-    def comes(self) -> bool:
-        """It has not said Hello and tells what it does before that."""
-        return self.hello is None and bool(self.phase)
 
 
 class Coordinator:
@@ -151,19 +157,17 @@ class Coordinator:
         """What the start is waiting for, in a few words: the slowest rank's own when ranks are starting."""
         if self.state is State.FORMING:
             waiting = "waiting for " + _name_ranks([i for i, rank in enumerate(self._ranks) if rank.hello is None])
-            coming = [rank for rank in self._ranks if rank.comes]
-            return f"{waiting}: {_slowest(coming).phase}" if coming else waiting
+            said = self._slowest().phase
+            return f"{waiting}: {said}" if said else waiting
         if self.state is State.STARTING:
-            return _slowest(self._not_up()).phase or "starting"
+            return self._slowest().phase or "starting"
         return {State.RUN: "ready", State.DRAINING: "draining"}.get(self.state, "stopped")
 
     @property
     def percent(self) -> int:
         """How far the slowest rank's start is, 0 to 100."""
-        if self.state is State.STARTING:
-            return _slowest(self._not_up()).percent
-        if self.state is State.FORMING and (coming := [rank for rank in self._ranks if rank.comes]):
-            return _slowest(coming).percent
+        if self.state in (State.FORMING, State.STARTING):
+            return self._slowest().percent
         return 100 if self.state in (State.RUN, State.DRAINING) else 0
 
     @property
@@ -173,11 +177,9 @@ class Coordinator:
         return dict(up.facts) if up else {}
 
     @property
-    def ledger(self) -> MemoryLedger | None:
-        """The memory of the rank with the fewest KV blocks, which decides; None before all are up."""
-        ups = [rank.up for rank in self._ranks]
-        ledgers = [up.ledger for up in ups if up]
-        return min(ledgers, key=lambda ledger: ledger.num_blocks) if len(ledgers) == len(ups) else None
+    def seen(self) -> list[Seen]:
+        """Every rank as it is known now, in rank order."""
+        return [Seen(r.hello, r.up, r.beat, None if r.beat is _SILENT else r.heard_s) for r in self._ranks]
 
     @property
     def hellos(self) -> list[Hello]:
@@ -272,10 +274,9 @@ class Coordinator:
         return [Send(peer, Run(self.epoch))] if self.state in (State.RUN, State.DRAINING) else []
 
     def _beat(self, peer: Peer, message: Beat, now: float) -> list[Action]:
-        rank = self._ranks[peer.rank]
-        if self.state is State.FORMING and (rank.phase, rank.percent) != (message.phase, message.percent):
+        said, self._ranks[peer.rank].beat = self._ranks[peer.rank].beat, message
+        if self.state is State.FORMING and (said.phase, said.percent) != (message.phase, message.percent):
             self._moved_s = now
-        rank.phase, rank.percent = message.phase, message.percent
         return []
 
     def _fault(self, peer: Peer, message: Fault, now: float) -> list[Action]:
@@ -357,8 +358,11 @@ class Coordinator:
         for rank in self._ranks:
             rank.heard_s = now
 
-    def _not_up(self) -> list[_Rank]:
-        return [rank for rank in self._ranks if rank.up is None]
+    def _slowest(self) -> Beat:
+        """What the slowest of those says who are waited for: before Hello a rank may tell what it does, as when downloading."""
+        forming = self.state is State.FORMING
+        waited = [r.beat for r in self._ranks if (r.hello is None and r.beat.phase if forming else r.up is None)]
+        return min(waited, key=lambda beat: beat.percent, default=_SILENT)
 
     def _describe(self, index: int) -> str:
         hello = self._ranks[index].hello
@@ -378,10 +382,6 @@ class Coordinator:
                     )
             break
         return ""
-
-
-def _slowest(ranks: list[_Rank]) -> _Rank:
-    return min(ranks, key=lambda rank: rank.percent)
 
 
 def _name_ranks(ranks: list[int]) -> str:

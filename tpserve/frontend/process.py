@@ -73,11 +73,12 @@ def _report(where: Path, error: str, code: int) -> int:
 async def _run(config: EngineConfig, where: Path, watch_pid: int, nnodes: int, address: str, started_s: float) -> int:
     with listen(config.host, config.port) as listener:
         url = http_url(config.host, listener.getsockname()[1])
-        service = Service(config, where, nnodes, address, url, started_s)
+        exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        service = Service(config, where, nnodes, address, url, started_s, exposed)
         server = runner(service.app)
         await server.setup()
         await web.SockSite(server, listener).start()
-        if config.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        if config.api_key is None and exposed:
             logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", url)
         service.announce()
         code = await service.serve(watch_pid)
@@ -90,7 +91,9 @@ async def _run(config: EngineConfig, where: Path, watch_pid: int, nnodes: int, a
 class Service:
     """The application over the bridge to the ranks, and the signals that end it."""
 
-    def __init__(self, config: EngineConfig, where: Path, nnodes: int, address: str, url: str, started_s: float) -> None:
+    def __init__(
+        self, config: EngineConfig, where: Path, nnodes: int, address: str, url: str, started_s: float, exposed: bool
+    ) -> None:
         """Bind the sockets and load the tokenizer. UserError or EngineFailure when that cannot be."""
         self._config = config
         self._nnodes = nnodes
@@ -99,7 +102,8 @@ class Service:
         self._signalled_s: float | None = None
         self._bridge = Bridge(config, where, address if nnodes > 1 else None, started_s, self._tell)
         tokenizer, template = Tokenizer.load(config.tokenizer), ChatTemplate.load(config.tokenizer, config.chat_template)
-        self.app = create_app(config, self._bridge.journal, self._bridge.status, tokenizer, template)
+        bridge = self._bridge
+        self.app = create_app(config, bridge.journal, bridge.status, tokenizer, template, info=bridge.info, exposed=exposed)
 
     def announce(self) -> None:
         """Tell the ranks where we are."""

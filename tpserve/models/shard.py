@@ -9,14 +9,11 @@ from tpserve.layers.attention import Attention
 from tpserve.layers.block import Block
 from tpserve.layers.mlp import MLP
 from tpserve.models import names_of
+from tpserve.models.units import MLP_UNIT, VOCAB_UNIT
 from tpserve.parallel.group import Group
 from tpserve.parallel.split import split, split_heads
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter, Source
-
-VOCAB_UNIT = 128
-"""The sampler draws over blocks of so many vocabulary entries."""
-MLP_UNIT = 64
 
 
 class Shard:

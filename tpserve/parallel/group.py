@@ -4,6 +4,8 @@ Every rank of a group calls the same methods in the same order. Sums are taken i
 algorithm, so that an element's bits do not depend on where it stands in the tensor (docs/design.md, "Numerics").
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -56,6 +58,16 @@ class Group:
         x = torch.tensor([value], dtype=torch.int64, device=device)
         dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self._handle)
         return int(x.item())
+
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        """The integers of every rank, in rank order; each rank gives as many."""
+        if self.size == 1:
+            return [list(values)]
+        device = "cuda" if dist.get_backend(self._handle) == "nccl" else "cpu"
+        mine = torch.tensor(values, dtype=torch.int64, device=device)
+        theirs = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(theirs, mine, group=self._handle)
+        return [x.tolist() for x in theirs]
 
     def close(self) -> None:
         """Let go of the page; the process group is the mesh's."""

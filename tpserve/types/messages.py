@@ -136,16 +136,24 @@ class Hello(Message, frozen=True):
 
 
 class MemoryLedger(Struct, frozen=True, array_like=True):
-    """Where a rank's memory goes, in bytes, measured, and the KV blocks that were made of the rest."""
+    """Where a rank's memory goes, in bytes, measured, and the KV blocks that were made of the rest.
+
+    `total`: the card's; on the CPU the rank's part of what was free. `others`: of the card's, what is not this server's.
+    """
 
     total: int
+    others: int
     weights: int
     activations: int
     head: int
     """Rows at the LM head: their logits, and what the draw, its filters and log probabilities make of them."""
+    slots: int
+    """Tokens of the sequences in flight"""
     kv_cache: int
     num_blocks: int
     block_size: int
+    max_model_len: int
+    """The longest sequence: what was asked for, or under `--max-model-len auto` what fits"""
 
 
 class Up(Message, frozen=True):
@@ -155,7 +163,8 @@ class Up(Message, frozen=True):
     epoch: int
     ledger: MemoryLedger
     facts: dict[str, int]
-    """What the frontend needs and only a loaded model knows: max_model_len, vocab_size."""
+    """What only a loaded model knows: max_model_len, vocab_size, and the rank's heads [first_head, end_head) and
+    [first_kv_head, end_kv_head)."""
 
 
 class Beat(Message, frozen=True):

@@ -1,14 +1,16 @@
-"""This rank's device: which card, or which share of the cores, and what to say when it cannot be had or is full."""
+"""This rank's device: which card, or which share of the cores, and who else is on it when it is full."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import subprocess
 
 import torch
 
-from tpserve.config.machine import available_cores
+from tpserve.config.machine import available_cores, available_memory
 from tpserve.errors import UserError
 
 GIB = 1 << 30
+NVIDIA_SMI_S = 10.0
+"""It may have to wake the driver first."""
 
 
 def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
@@ -32,16 +34,40 @@ def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
     return device
 
 
-@contextmanager
-def room_for(what: str, device: torch.device) -> Iterator[None]:
-    """Turn a full card into a UserError that says who fills it. `what` completes "ran out of memory while ..."."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on the card, or on this machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory().free
+
+
+def places(device: torch.device, local_ranks: int) -> int:
+    """How many ranks a node like this one has place for, each with as much memory as a rank has now."""
+    return max(local_ranks, torch.cuda.device_count()) if device.type == "cuda" else local_ranks
+
+
+def sharers(device: torch.device, local_ranks: int) -> int:
+    """How many of this node's ranks are on the card."""
+    return len(range(device.index, local_ranks, torch.cuda.device_count()))
+
+
+def occupants(device: torch.device) -> str:
+    """Who else holds memory of a card, as far as nvidia-smi knows; of a machine, how much is free and what limits it."""
+    if device.type == "cpu":
+        memory = available_memory()
+        return f"{memory.free / GIB:.1f} GiB are free of the {memory.total / GIB:.1f} GiB of {memory.of}"
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return f"GPU {device.index}: {neighbours(uuid)}"
+
+
+def neighbours(uuid: str) -> str:
+    """Other processes on the card `uuid`, and what they hold."""
+    query = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_gpu_memory,process_name", "--format=csv,noheader,nounits"]
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info(device)
-        ours = torch.cuda.memory_reserved(device)
-        raise UserError(
-            f"GPU {device.index} ran out of memory while {what}: {total / GIB:.1f} GiB in all, {ours / GIB:.1f} taken by this "
-            f"rank, {(total - free - ours) / GIB:.1f} by other processes and the driver: use more ranks (--tensor-parallel-size, "
-            "--pipeline-parallel-size), a smaller --max-num-batched-tokens, or free the card (nvidia-smi shows who holds it)"
-        ) from error
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "who else holds it nvidia-smi would tell, which does not run here: run it on the host"
+    rows = [[cell.strip() for cell in line.split(",", 3)] for line in listed.splitlines()]
+    others = [row for row in rows if row[0] == uuid and row[1] != str(os.getpid())]
+    found = [f"pid {pid} ({name}) {mebibytes} MiB" for _, pid, mebibytes, name in others]
+    if not found:
+        return "nvidia-smi shows no other process on it (from inside a container it cannot: run it on the host)"
+    return "also on it: " + ", ".join(found)

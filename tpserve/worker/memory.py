@@ -1,10 +1,13 @@
-"""How many KV blocks a rank can hold: measured memory, minus what the model takes, as a ledger.
+"""Measures a rank's memory, agrees with the other ranks on what fits (`sizing`), and allocates the KV cache.
 
 On CUDA the largest steps are tried, the model and then the LM head, and the peaks are read from the allocator; on the CPU a
 share of what the control group has free is taken. The smallest rank decides for all.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
 from math import prod
 
 import torch
@@ -16,14 +19,19 @@ from tpserve.errors import UserError
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.mesh import Mesh
 from tpserve.types.messages import MemoryLedger
+from tpserve.types.model_spec import ModelSpec
 from tpserve.types.packed import pack
 from tpserve.types.plan import Admission, Chunk, StepPlan
 from tpserve.types.sampling import SamplingParams
+from tpserve.worker import device as devices
+from tpserve.worker import sizing
 from tpserve.worker.batch import Chunks, build
 from tpserve.worker.head import Head
+from tpserve.worker.sizing import GIB, Fit, Measured, size
 from tpserve.worker.slots import Slots
 
-GIB = 1 << 30
+log = logging.getLogger(__name__)
+
 CPU_CACHE_MOST = 4 * GIB
 CPU_CACHE_SHARE = 0.4
 CPU_WARM_UP_ROWS = 16
@@ -48,42 +56,121 @@ def _layers(mesh: Mesh) -> range:
     return mesh.layout.layers_of(mesh.layout.stage_of(mesh.rank))
 
 
-def measure(decoder: Decoder, mesh: Mesh, slots: Slots, config: EngineConfig, local_ranks: int, weights: int) -> MemoryLedger:
-    """Try a step, measure, and divide what is left into KV blocks. Every rank calls this; all get one block count.
+def check_weights(mesh: Mesh, spec: ModelSpec, config: EngineConfig, local_ranks: int, free: int) -> None:
+    """Before anything of the model is allocated: UserError when a rank's share of the weights is larger than its memory.
 
-    Changes what is in the slots. Raises UserError when the cache cannot hold a single sequence of `max_model_len`.
+    `free`: what this rank had when no rank had loaded anything yet. On the CPU it is the only check there is: the kernel
+    hands out more memory than it has, and kills who uses it. Every rank calls this.
     """
-    block_bytes = 2 * len(_layers(mesh)) * decoder.dtype.itemsize * prod(decoder.cache_shape(1, config.block_size))
     if mesh.device.type == "cuda":
-        total, activations, head = _profile_cuda(decoder, mesh, slots, config)
-        free, _ = torch.cuda.mem_get_info()
-        others = total - free - torch.cuda.memory_reserved()  # other processes, the CUDA context, NCCL's buffers
-        held = torch.cuda.memory_allocated()  # weights, tables of positions, slots
-        room = int(total * config.gpu_memory_utilization) - others - held - activations - head
+        total = torch.cuda.get_device_properties(mesh.device).total_memory
+        kept, sharers = int(total * (1 - config.gpu_memory_utilization)), devices.sharers(mesh.device, local_ranks)
     else:
-        trial = _Trial(decoder, mesh, slots, config, CPU_WARM_UP_ROWS)
-        trial.layers()
-        trial.head()
-        total, activations, head = available_memory(), 0, trial.head_bound()
-        room = min(CPU_CACHE_MOST // local_ranks, int((total // local_ranks - head) * CPU_CACHE_SHARE))
-    num_blocks = mesh.world.min(config.num_gpu_blocks_override or max(0, room // block_bytes))
-    needed = -(-config.max_model_len // config.block_size)
-    if num_blocks < needed:
-        raise UserError(_too_small(num_blocks, needed, block_bytes, room, config), param="max_model_len")
-    return MemoryLedger(total, weights, activations, head, num_blocks * block_bytes, num_blocks, config.block_size)
+        total, kept, sharers = free, 0, local_ranks
+    weights = sizing.weight_bytes(spec, config, mesh.rank)
+    mine = Measured(total, total - free, (free - kept) // sharers, weights, 0, 0, 0, free // sharers, 0)
+    ranks = _gather(mesh, mine)
+    refused = sizing.weights_refusal(ranks, spec, config, devices.places(mesh.device, local_ranks))
+    if refused is not None:
+        _explain(mesh, refused[0])
+        raise refused[1]
 
 
-def _too_small(num_blocks: int, needed: int, block_bytes: int, room: int, config: EngineConfig) -> str:
-    fits = num_blocks * config.block_size
-    remedy = f"pass --max-model-len {fits}" if fits else "use more ranks (--tensor-parallel-size, --pipeline-parallel-size)"
-    return (
-        f"one sequence of {config.max_model_len:,} tokens (--max-model-len) needs {_size(needed * block_bytes)} of KV cache "
-        f"a rank, and {_size(max(room, 0))} are free for it, enough for {fits:,} tokens: {remedy}"
-    )
+@contextmanager
+def room_for(what: str, mesh: Mesh, spec: ModelSpec, config: EngineConfig, local_ranks: int) -> Iterator[None]:
+    """Turn memory that ran out into a UserError that says who took it and what would help.
+
+    `what` completes "ran out of memory while ...".
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(mesh.device)
+        ours, weights = torch.cuda.memory_reserved(mesh.device), sizing.weight_bytes(spec, config, mesh.rank)
+        others = total - free - ours
+        share = int(total * config.gpu_memory_utilization) - others
+        rank = Measured(total, others, share, weights, max(0, ours - weights), 0, 0, free, 0)
+        log.error(devices.occupants(mesh.device))
+        raise UserError(
+            f"GPU {mesh.device.index} ran out of memory while {what}: {size(total)} in all, {size(ours)} taken by rank "
+            f"{mesh.rank} (weights {size(weights)}), {size(others)} by others and the driver: pass "
+            f"{sizing.wider(rank, spec, config, devices.places(mesh.device, local_ranks))}, or a smaller "
+            f"--max-num-batched-tokens than {config.max_num_batched_tokens}"
+        ) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"rank {mesh.rank} ran out of memory while {what}: {devices.occupants(mesh.device)}") from error
 
 
-def _profile_cuda(decoder: Decoder, mesh: Mesh, slots: Slots, config: EngineConfig) -> tuple[int, int, int]:
-    """Total device memory, and the peaks that activations and the LM head's rows add to it, in bytes."""
+def measure(
+    decoder: Decoder, mesh: Mesh, slots: Callable[[int], Slots], config: EngineConfig, local_ranks: int, weights: int
+) -> tuple[Fit, list[MemoryLedger]]:
+    """Try a step, measure, and decide how long a sequence may be and how many KV blocks there are: the same for all ranks.
+
+    `slots` makes some for sequences of a length; what is tried is dropped again. Every rank calls this and learns every
+    rank's memory. UserError when the cache cannot hold a single sequence of `max_model_len`.
+    """
+    block = 2 * len(_layers(mesh)) * decoder.dtype.itemsize * prod(decoder.cache_shape(1, config.block_size))
+
+    def trial(rows: int) -> _Trial:
+        return _Trial(decoder, mesh, slots(config.max_model_len), config, rows)
+
+    measured = _measured_cuda if mesh.device.type == "cuda" else _measured_cpu
+    ranks = _gather(mesh, measured(trial, mesh, config, local_ranks, weights, block))
+    found = sizing.fit(ranks, config)
+    ledgers = [sizing.ledger_of(rank, found, config) for rank in ranks]
+    refused = sizing.refusal(found, ranks, decoder.spec, config, devices.places(mesh.device, local_ranks))
+    if refused is not None:
+        _explain(mesh, found.rank, sizing.ledger_line(found.rank, ledgers[found.rank], config))
+        raise refused
+    return found, ledgers
+
+
+def _gather(mesh: Mesh, mine: Measured) -> list[Measured]:
+    return [Measured(*values) for values in mesh.world.gather(astuple(mine))]
+
+
+def _explain(mesh: Mesh, rank: int, *lines: str) -> None:
+    """The rank that decides says what is on its device; the others wait for it, so that the error comes last."""
+    if mesh.rank == rank:
+        for line in (*lines, devices.occupants(mesh.device)):
+            log.error(line)
+    mesh.world.min(0)
+
+
+def _measured_cpu(
+    trial: Callable[[int], "_Trial"], mesh: Mesh, config: EngineConfig, local_ranks: int, weights: int, block: int
+) -> Measured:
+    tried = trial(CPU_WARM_UP_ROWS)
+    tried.layers()
+    tried.head()
+    mesh.world.min(0)  # all ranks of this machine have loaded, so what is free is free for all
+    head = tried.head_bound()
+    free = available_memory().free // local_ranks - head
+    room = min(CPU_CACHE_MOST // local_ranks, int(free * CPU_CACHE_SHARE))
+    share = free + head + weights
+    return Measured(share, 0, share, weights, 0, head, room, free, block)
+
+
+def _measured_cuda(
+    trial: Callable[[int], "_Trial"], mesh: Mesh, config: EngineConfig, local_ranks: int, weights: int, block: int
+) -> Measured:
+    activations, head = _peaks(trial(config.max_num_batched_tokens))
+    torch.cuda.empty_cache()
+    mesh.world.min(0)  # ranks that share the card have loaded and given back what they tried
+    free, total = torch.cuda.mem_get_info()
+    sharers = devices.sharers(mesh.device, local_ranks)
+    held = torch.cuda.memory_allocated()
+    others = max(0, total - free - sharers * torch.cuda.memory_reserved())  # processes not ours, CUDA's contexts, NCCL's buffers
+    share = (int(total * config.gpu_memory_utilization) - others) // sharers
+    activations += held - weights  # tables of positions
+    taken = weights + activations + head
+    return Measured(total, others, share, weights, activations, head, share - taken, (total - others) // sharers - taken, block)
+
+
+def _peaks(trial: "_Trial") -> tuple[int, int]:
+    """What activations and the LM head's rows add to the device's memory at most, in bytes."""
 
     def peak(work: Callable[[], None]) -> int:
         torch.cuda.synchronize()
@@ -93,10 +180,7 @@ def _profile_cuda(decoder: Decoder, mesh: Mesh, slots: Slots, config: EngineConf
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    trial = _Trial(decoder, mesh, slots, config, config.max_num_batched_tokens)
-    activations, head = peak(trial.layers), peak(trial.head)
-    torch.cuda.empty_cache()
-    return torch.cuda.get_device_properties(mesh.device).total_memory, activations, head
+    return peak(trial.layers), peak(trial.head)
 
 
 class _Trial:
@@ -153,24 +237,3 @@ class _Trial:
         groups = (b"",) * len(self._decoder.spec.cache)
         prompt_len = self._config.max_model_len + 1  # so that every position of a chunk has a successor in it
         return StepPlan.of(0, 0, chunks, [Admission(c.slot, pack([0]), prompt_len, params, 0, 0, groups) for c in chunks])
-
-
-def report(ledger: MemoryLedger, config: EngineConfig, say: Callable[[str], None]) -> None:
-    """Print the ledger in the words that operators look for."""
-    whole = "on the device" if config.device == "cuda" else "free"
-    say(
-        f"memory of rank 0: {_size(ledger.total)} {whole}, weights {_size(ledger.weights)}, "
-        f"activations {_size(ledger.activations)}, LM head rows {_size(ledger.head)}, KV cache {_size(ledger.kv_cache)}"
-    )
-    tokens = ledger.num_blocks * ledger.block_size
-    device = "GPU" if config.device == "cuda" else "CPU"
-    say(f"{device} KV cache size: {tokens:,} tokens ({ledger.num_blocks:,} blocks of {ledger.block_size})")
-    say(f"Maximum concurrency for {config.max_model_len:,} tokens per request: {tokens / config.max_model_len:.2f}x")
-
-
-def _size(num_bytes: int) -> str:
-    """With a unit that suits it."""
-    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes} B"

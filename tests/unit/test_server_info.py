@@ -1,0 +1,46 @@
+"""What /server_info says of ranks that come one by one; and that it keeps secrets."""
+
+import json
+
+from msgspec import json as fast
+from msgspec.structs import replace
+
+from tests.specs import small
+from tpserve.config.cli import parse
+from tpserve.config.machine import Machine
+from tpserve.config.resolve import resolve
+from tpserve.frontend.coordinator import Coordinator, Peer
+from tpserve.frontend.server_info import server_info
+from tpserve.frontend.status import Status
+from tpserve.types.messages import Beat, Hello
+from tpserve.types.model_files import ModelFiles
+
+CONFIG = resolve(
+    parse(["m", "-tp", "2", "-pp", "2", "--device", "cpu", "--api-key", "s3cret", "--admin-api-key", "r00t"]),
+    ModelFiles("m", "m"),
+    small(),
+    Machine(4, 4, 1, 0, 2, "torchrun"),
+)
+
+
+def test_while_starting_what_is_known_so_far() -> None:
+    c = Coordinator(4, 0.0)
+    c.receive(Peer(3, 1), Hello(3, 1, 77, "node1", {}, {}), 1.0)
+    c.receive(Peer(3, 1), Beat(3, 0, "waiting for all ranks", 0, -1), 1.25)
+    info = server_info(CONFIG, Status("starting", c.phase, c.percent), c.epoch, c.seen, 2.0)
+    assert [rank["state"] for rank in info["ranks"]] == ["missing"] * 3 + ["starting"]
+    assert info["ranks"][3] == {
+        "rank": 3, "host": "node1", "pid": 77, "stage": 1, "state": "starting", "phase": "waiting for all ranks", "percent": 0,
+        "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None, "silent_s": 0.75,
+        "memory": None,
+    }  # fmt: skip
+    assert (info["ranks"][0]["pid"], info["ranks"][0]["silent_s"]) == (None, None)
+
+
+def test_secrets_are_not_shown() -> None:
+    text = json.dumps(server_info(CONFIG, Status("running"), 1, [], 0.0))
+    assert "s3cret" not in text and "r00t" not in text
+    shown = json.loads(text)["config"]
+    assert (shown["api_key"], shown["admin_api_key"], shown["num_gpu_blocks_override"]) == ("***", "***", None)
+    assert replace(CONFIG, api_key=None).shown()["api_key"] is None
+    assert "s3cret" in fast.encode(CONFIG).decode(), "the frontend itself needs them"

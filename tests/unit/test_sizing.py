@@ -1,0 +1,144 @@
+"""What fits, and what would: numbers of ranks that were never started."""
+
+import math
+import random
+import re
+
+import pytest
+import torch
+
+from tests.specs import small
+from tests.unit.test_weights import Seat
+from tpserve.config.cli import parse
+from tpserve.config.machine import Machine
+from tpserve.config.resolve import resolve
+from tpserve.config.schema import EngineConfig
+from tpserve.errors import UserError
+from tpserve.models.decoder import Decoder
+from tpserve.models.need import largest, need
+from tpserve.types.layout import ParallelLayout, even_layers
+from tpserve.types.model_files import ModelFiles
+from tpserve.worker.sizing import AUTO_LEAST, GIB, Measured, fit, ledger_of, refusal, report, slot_bytes
+
+MIB = 1 << 20
+SPEC = small(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+    max_position=131_072, dtype="bfloat16",
+)  # fmt: skip
+"""Llama 3.1 8B: 15.0 GiB of weights, 128 KiB of cache a token."""
+
+
+def config(line: str, ranks: int = 1, nnodes: int = 1) -> EngineConfig:
+    machine = Machine(ranks, ranks // nnodes, nnodes, 8, 2, "torchrun")
+    return resolve(parse(["m", "--device", "cuda", "--max-num-seqs", "8", *line.split()]), ModelFiles("m", "m"), SPEC, machine)
+
+
+def rank(total_gib: float, share: float = 0.9, tp: int = 1) -> Measured:
+    """A card on which this model was loaded, with one GiB for activations and LM head, half another for others."""
+    total, weights = int(total_gib * GIB), 2 * largest(SPEC, ParallelLayout(tp, 1, (32,))).weights
+    block = 16 * 2 * largest(SPEC, ParallelLayout(tp, 1, (32,))).cached
+    others, rest = GIB // 2, weights + GIB
+    mine = int(total * share) - others
+    return Measured(total, others, mine, weights, GIB // 2, GIB // 2, mine - rest, total - others - rest, block)
+
+
+def said(ranks: list[Measured], settings: EngineConfig, per_node: int = 8) -> str:
+    refused = refusal(fit(ranks, settings), ranks, SPEC, settings, per_node)
+    return "" if refused is None else str(refused)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (3, 2), (1, 3), (8, 1)])
+@pytest.mark.parametrize(
+    "extra", [{}, {"tie_embeddings": True, "qk_norm": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}]
+)
+def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra: dict[str, bool]) -> None:
+    spec = small(num_heads=12, num_kv_heads=4, **extra)
+    layout = ParallelLayout(tp, pp, even_layers(spec.num_layers, pp))
+    for place in range(layout.world_size):
+        stage, seat = layout.stage_of(place), Seat(layout.tp_rank_of(place), tp)
+        decoder = Decoder(spec, layout, stage, seat, torch.float32, torch.device("cpu"), 8)
+        computed = need(spec, layout, place)
+        assert computed.weights == sum(parameter.tensor.numel() for parameter in decoder.parameters())
+        assert computed.cached == 2 * layout.layers[stage] * math.prod(decoder.cache_shape(1, 1))
+
+
+def test_auto_takes_what_fits_on_the_smallest_rank() -> None:
+    settings = config("--max-model-len auto", ranks=2)
+    ranks = [rank(40, tp=2), rank(13, tp=2)]
+    found = fit(ranks, settings)
+    assert found.rank == 1 and AUTO_LEAST < found.max_model_len < 131_072 and found.max_model_len % 16 == 0
+    assert found.num_blocks * 16 >= found.max_model_len
+    took = found.num_blocks * ranks[1].block + slot_bytes(settings, found.max_model_len)
+    assert ranks[1].room - ranks[1].block < took <= ranks[1].room
+    lines = report([ledger_of(each, found, settings) for each in ranks], found, settings)
+    assert lines[0].startswith("memory of rank 1 (stage 0): 13.0 GiB on the device, 512.0 MiB not ours, weights 7.5 GiB")
+    assert lines[2] == f"max_model_len auto: {found.max_model_len:,} of the model's 131,072 tokens fit the KV cache"
+    assert lines[3] == f"Maximum concurrency for {found.max_model_len:,} tokens per request: 1.00x"
+
+
+def test_auto_takes_all_when_all_fits() -> None:
+    settings = config("--max-model-len auto")
+    found = fit([rank(80)], settings)
+    assert found.max_model_len == 131_072
+    assert "all of the model's 131,072 tokens" in report([ledger_of(rank(80), found, settings)], found, settings)[2]
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_random_ranks_never_get_more_than_their_room(auto: bool) -> None:
+    dice = random.Random(7)
+    for _ in range(300):
+        settings = config("--max-model-len auto" if auto else "--max-model-len 5000", ranks=2)
+        ranks = [rank(dice.uniform(15, 60), dice.uniform(0.5, 1)) for _ in range(2)]
+        found = fit(ranks, settings)
+        for each in ranks:
+            assert found.num_blocks * each.block <= max(0, each.room - slot_bytes(settings, found.max_model_len))
+        assert not auto or found.max_model_len <= found.num_blocks * 16
+        if not said(ranks, settings):
+            assert found.num_blocks * 16 >= found.max_model_len >= (AUTO_LEAST if auto else 5000)
+
+
+def test_a_size_that_is_given_wins() -> None:
+    settings = config("--kv-cache-memory 2.5 --max-model-len 4096")
+    assert fit([rank(40)], settings).num_blocks == 2.5 * GIB // rank(40).block
+    assert said([rank(40)], settings) == ""
+    assert said([rank(18)], settings) == (
+        "--kv-cache-memory 2.5 does not fit: beside weights, activations and LM head rank 0 has 1.5 GiB free: "
+        "pass at most 1.54, or leave it out"
+    )
+    assert "pass at most 789" in said([rank(18)], config("--num-gpu-blocks-override 800 --max-model-len 4096"))
+    both = "m --kv-cache-memory 1 --num-gpu-blocks-override 300 --device cpu"
+    with pytest.raises(UserError, match="both give the KV cache a size"):
+        resolve(parse(both.split()), ModelFiles("m", "m"), SPEC, Machine(1, 1, 1, 0, 2, "serve"))
+
+
+def test_what_would_help_is_computed() -> None:
+    text = said([rank(24)], config(""))
+    assert text == (
+        "one sequence of 131,072 tokens (--max-model-len) needs 16.0 GiB of KV cache a rank, and rank 0 has 5.1 GiB left for it, "
+        "enough for 42,112: pass --max-model-len 42112, or -tp 2 -pp 1 (2 ranks, about 16.5 GiB each)"
+    )
+    assert "or --kv-cache-memory 16 (" in said([rank(33)], config("")), "nothing but the share of the card keeps it from fitting"
+    assert "-tp 4 -pp 1 (4 ranks, about 8.7 GiB each)" in said([rank(18)], config("")), "two ranks would not do"
+    auto = said([rank(18.3)], config("--max-model-len auto"))
+    assert (
+        auto.startswith("one sequence of 1,024 tokens (auto takes no less) needs 128.0 MiB")
+        and "--kv-cache-memory 0.13 (" in auto
+    )
+    assert "--num-gpu-blocks-override 64" in said([rank(40)], config("--max-model-len auto --num-gpu-blocks-override 40"))
+
+
+@pytest.mark.parametrize("text_gib", [19, 20, 22, 24, 28])
+def test_the_remedies_are_true(text_gib: float) -> None:
+    """Who does what the error says is not refused again."""
+    text = said([rank(text_gib)], config(""))
+    shorter = re.search(r"--max-model-len \d+", text)
+    assert shorter is not None and said([rank(text_gib)], config(shorter[0])) == ""
+    layout = re.search(r"-tp (\d+) -pp 1", text)
+    assert layout is not None
+    assert said([rank(text_gib, tp=int(layout[1]))] * int(layout[1]), config(layout[0], ranks=int(layout[1]))) == ""
+
+
+def test_a_stage_stays_inside_a_node_where_it_can() -> None:
+    """On the CPU more ranks on the machine would share what it has: they need machines of their own."""
+    assert "-tp 1 -pp 2 (2 ranks on 2 nodes, about" in said([rank(24)], config(""), per_node=1)
+    assert "-tp 2 -pp 1 (2 ranks, about" in said([rank(24)], config(""), per_node=2)

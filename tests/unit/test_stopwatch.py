@@ -1,0 +1,27 @@
+"""Laps of a start, by a clock that counts from the start of a process."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+from tpserve.observe.stopwatch import Stopwatch, began_s
+
+
+def test_laps_are_told_in_order_and_add_up() -> None:
+    watch = Stopwatch(os.getppid())
+    time.sleep(0.25)
+    watch.lap("torch")
+    watch.lap("mesh")
+    said = re.fullmatch(r"start: agent ([\d.]+), interpreter ([\d.]+), torch 0\.[23], together ([\d.]+) s", watch.line())
+    assert said is not None, watch.line()
+    assert abs(float(said[1]) + float(said[2]) + 0.25 - float(said[3])) < 0.3
+
+
+def test_a_process_that_began_now() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    began = began_s(child.pid)
+    assert began is not None and 0 <= time.clock_gettime(time.CLOCK_BOOTTIME) - began < 2
+    child.communicate(b"\n")
+    assert began_s(child.pid) is None and Stopwatch(child.pid).line().startswith("start: interpreter ")

@@ -1,0 +1,61 @@
+"""What /server_info shows: the resolved configuration, and every rank as far as it is known. Owns nothing, shows no secret."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec.structs import asdict
+
+from tpserve.config.schema import EngineConfig
+from tpserve.frontend.coordinator import Seen
+from tpserve.frontend.status import Status
+from tpserve.types.layout import ParallelLayout
+from tpserve.version import __version__
+
+Json = dict[str, Any]
+
+
+def server_info(config: EngineConfig, status: Status, epoch: int, ranks: Sequence[Seen], now: float) -> Json:
+    """`now`: of the coordinator's clock."""
+    return {
+        "version": __version__,
+        "state": status.state,
+        "phase": status.phase,
+        "percent": status.percent,
+        "reason": status.reason,
+        "epoch": epoch,
+        "max_model_len": status.max_model_len,
+        "layout": asdict(config.layout),
+        "config": config.shown() | {"layout": asdict(config.layout)},
+        "ranks": [_rank(rank, config.layout, status, seen, now) for rank, seen in enumerate(ranks)],
+    }
+
+
+def _rank(rank: int, layout: ParallelLayout, status: Status, seen: Seen, now: float) -> Json:
+    hello, up, beat = seen.hello, seen.up, seen.beat
+    stage = layout.stage_of(rank)
+    layers = layout.layers_of(stage)
+    state: str
+    if hello is None:
+        state = "missing"
+    elif status.state == "starting":
+        state = "starting" if up is None else "up"
+    else:
+        state = status.state
+    return {
+        "rank": rank,
+        "host": hello and hello.host,
+        "pid": hello and hello.pid,
+        "stage": stage,
+        "shard": {
+            "tp_rank": layout.tp_rank_of(rank),
+            "layers": [layers.start, layers.stop],
+            "heads": up and [up.facts["first_head"], up.facts["end_head"]],
+            "kv_heads": up and [up.facts["first_kv_head"], up.facts["end_kv_head"]],
+        },
+        "state": state,
+        "phase": beat.phase,
+        "percent": beat.percent,
+        "last_step": beat.step if beat.step >= 0 else None,
+        "silent_s": None if seen.heard_s is None else round(now - seen.heard_s, 3),
+        "memory": up and asdict(up.ledger),
+    }

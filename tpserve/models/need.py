@@ -1,0 +1,41 @@
+"""What a rank of a layout must hold, from the model's configuration alone: which layout fits is known before it is tried.
+
+Mirrors `shard` and `decoder` in numbers, without allocating; a test holds it to what they allocate.
+"""
+
+from dataclasses import dataclass
+
+from tpserve.models.units import MLP_UNIT, VOCAB_UNIT
+from tpserve.parallel.split import split, split_heads
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Need:
+    """Elements, not bytes. `cached`: keys and values of one token in all layers of the rank."""
+
+    weights: int
+    cached: int
+
+
+def need(spec: ModelSpec, layout: ParallelLayout, rank: int) -> Need:
+    """Of one rank. UserError when the model cannot be split so far."""
+    stage, place = layout.stage_of(rank), layout.tp_rank_of(rank)
+    heads = split_heads(spec.num_heads, spec.num_kv_heads, layout.tp)[place]
+    channels = len(split(spec.intermediate_size, layout.tp, MLP_UNIT, what="MLP channels")[place])
+    vocab = len(split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")[place])
+    hidden, num_layers = spec.hidden_size, layout.layers[stage]
+    q, kv = len(heads.q) * spec.head_dim, len(heads.kv) * spec.head_dim
+    layer = hidden * (2 * q + 2 * kv + 3 * channels + 2)
+    layer += (q + 2 * kv) * spec.qkv_bias + hidden * spec.out_bias + (2 * channels + hidden) * spec.mlp_bias
+    layer += 2 * spec.head_dim * spec.qk_norm
+    first, last = stage == 0, stage == layout.pp - 1
+    whole_vocabularies = first + last - (first and last and spec.tie_embeddings)
+    return Need(num_layers * layer + whole_vocabularies * vocab * hidden + last * hidden, num_layers * 2 * kv)
+
+
+def largest(spec: ModelSpec, layout: ParallelLayout) -> Need:
+    """The most of each that any rank holds."""
+    needs = [need(spec, layout, rank) for rank in range(layout.world_size)]
+    return Need(max(n.weights for n in needs), max(n.cached for n in needs))
