@@ -1,6 +1,5 @@
 """Laps of a start, by a clock that counts from the start of a process."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,14 +8,23 @@ import time
 from tpserve.observe.stopwatch import Stopwatch, began_s
 
 
+LAPS = """
+import os, time
+from tpserve.observe.stopwatch import Stopwatch
+watch = Stopwatch(os.getppid())
+time.sleep(0.25)
+watch.lap("torch")
+watch.lap("mesh")
+print(watch.line())
+"""
+
+
 def test_laps_are_told_in_order_and_add_up() -> None:
-    watch = Stopwatch(os.getppid())
-    time.sleep(0.25)
-    watch.lap("torch")
-    watch.lap("mesh")
-    said = re.fullmatch(r"start: agent ([\d.]+), interpreter ([\d.]+), torch 0\.[23], together ([\d.]+) s", watch.line())
-    assert said is not None, watch.line()
-    assert abs(float(said[1]) + float(said[2]) + 0.25 - float(said[3])) < 0.3
+    """This process stands for the agent: it began well before the one it starts."""
+    line = subprocess.run([sys.executable, "-c", LAPS], check=True, capture_output=True, text=True).stdout.strip()
+    said = re.fullmatch(r"start: agent ([\d.]+), interpreter ([\d.]+), torch (0\.[2-4]), together ([\d.]+) s", line)
+    assert said is not None, line
+    assert abs(float(said[1]) + float(said[2]) + float(said[3]) - float(said[4])) < 0.2
 
 
 def test_a_process_that_began_now() -> None:

@@ -30,7 +30,7 @@ class Stopwatch:
         self._now_s = now_s
 
     def line(self) -> str:
-        """The laps that took a tenth of a second, in order."""
+        """The laps that took `LEAST_S`, in order."""
         parts = ", ".join(f"{name} {took_s:.1f}" for name, took_s in self._laps if took_s >= LEAST_S)
         return f"start: {parts}, together {sum(took_s for _, took_s in self._laps):.1f} s"
 
