@@ -65,6 +65,7 @@ class LLM:
         self._session = session
         self._finalizer = weakref.finalize(self, session.close)
         try:
+            session.begin()
             way.publish(session.wait_bound())
             session.wait_ready()
         except BaseException as error:

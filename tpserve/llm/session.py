@@ -51,7 +51,7 @@ class Session:
         remote: str | None = None,
         followers: int = 0,
     ) -> None:
-        """Begin; `wait_ready` follows. `where`: the runtime directory to make. `remote`: our address for ranks of other nodes.
+        """Nothing is begun yet. `where`: the runtime directory to make. `remote`: our address for ranks of other nodes.
         `followers`: scripts of the same torchrun job that fetch their answers here."""
         self._config = config
         self._where = where
@@ -66,10 +66,16 @@ class Session:
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._failure: Failed | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = -1
+        self._closed = False
+
+    def begin(self) -> None:
+        """Start the thread; `wait_ready` follows. Whatever interrupts this, `close` takes back."""
+        make_runtime_dir(self._where)
+        (self._where / "frontend.json").unlink(missing_ok=True)  # of a session that was killed
+        self._lock = hold_lock(self._where)
         self._thread = threading.Thread(target=self._live, name="tpserve session", daemon=True)
-        make_runtime_dir(where)
-        (where / "frontend.json").unlink(missing_ok=True)  # of a session that was killed
-        self._lock = hold_lock(where)
         self._thread.start()
 
     def wait_bound(self) -> str:
@@ -116,19 +122,28 @@ class Session:
 
     def close(self) -> None:
         """End the ranks and wait for it. Again, or in a fork of the caller: nothing."""
-        if os.getpid() != self._owner_pid or self._lock < 0:
+        if os.getpid() != self._owner_pid or self._closed:
             return
-        while not (self._bound.wait(LOOK_S) or self._ended.is_set()):
-            pass  # it has just begun
+        self._closed = True
+        if self._thread is not None:
+            self._end_thread(self._thread)
+        if self._lock < 0:
+            with contextlib.suppress(OSError):  # not made, or another's
+                self._lock = hold_lock(self._where)
+        if self._lock >= 0:
+            remove_runtime_dir(self._where)
+            os.close(self._lock)
+
+    def _end_thread(self, thread: threading.Thread) -> None:
+        while not (self._bound.wait(LOOK_S) or self._ended.is_set()):  # it has just begun
+            if thread.ident is None:
+                return  # or was kept from it
         try:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._close_bridge)
         except RuntimeError:
             logger.debug("the session ended by itself")
-        self._thread.join()
-        remove_runtime_dir(self._where)
-        os.close(self._lock)
-        self._lock = -1
+        thread.join()
 
     def _close_bridge(self) -> None:
         if self._bridge is not None:
