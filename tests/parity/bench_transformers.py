@@ -40,9 +40,7 @@ def main() -> None:
     prefill_s, whole_s = (median(times) for times in zip(*pairs, strict=True))
     ms_per_token = (whole_s - prefill_s) / (options.output_len - 1) * 1e3
     prefill, out = options.batch_size * options.input_len / prefill_s, options.batch_size / ms_per_token * 1e3
-    print(
-        f"prefill {rate:.0f} tok/s, {ms_per_token:.2f} ms a step, {options.batch_size / ms_per_token * 1e3:.1f} tok/s", flush=True
-    )
+    print(f"prefill {prefill:.0f} tok/s, {ms_per_token:.2f} ms a step, {out:.1f} tok/s")
 
 
 if __name__ == "__main__":
