@@ -110,7 +110,7 @@ def test_a_crowd_beyond_the_cache_says_what_each_says_alone(served: tuple[Server
     server, _ = served
     draws = [{"temperature": 0}, {"seed": 2**64 - 1, "n": 2}, {"temperature": 0.7, "seed": 5}]
     bodies = [
-        {"prompt": prompt(1 + 7 * i, seed=i), "max_tokens": 32, "ignore_eos": True, **draws[i % len(draws)]} for i in range(5)
+        {"prompt": prompt(1 + 4 * i, seed=i), "max_tokens": 56, "ignore_eos": True, **draws[i % len(draws)]} for i in range(6)
     ]
     alone = [ask(server, **body) for body in bodies]
     before = preemptions(server)
