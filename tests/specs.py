@@ -10,7 +10,7 @@ def small(**fields: Any) -> ModelSpec:
     own = {
         "family": "llama", "vocab_size": 517, "hidden_size": 64, "intermediate_size": 172, "num_layers": 4, "num_heads": 8,
         "num_kv_heads": 2, "head_dim": 8, "norm_eps": 1e-5, "rope": RopeSpec(), "max_position": 2048, "tie_embeddings": False,
-        "qkv_bias": False, "out_bias": False, "mlp_bias": False, "qk_norm": False, "activation": "silu", "dtype": "float32",
+        "qkv_bias": False, "out_bias": False, "mlp_bias": False, "activation": "silu", "dtype": "float32",
         "bos_id": None, "eos_ids": (), **fields,
     }  # fmt: skip
     return ModelSpec(**own, cache=(CacheGroup("full", tuple(range(own["num_layers"]))),))

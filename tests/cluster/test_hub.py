@@ -155,7 +155,7 @@ def look(server: Server) -> tuple[int, dict[str, str]]:
         ((REPOSITORY,), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and org/tiny at revision main is not in the cache"),
         ((REPOSITORY,), {"HF_ENDPOINT": NOBODY}, f"{NOBODY} did not give org/tiny (ConnectionRefusedError"),
         (
-            ("org/old",),
+            ("org/old", "--load-format", "safetensors"),
             {},
             "org/old at COMMIT holds no safetensors files (it has pytorch_model.bin): name a repository that does",
         ),
@@ -180,6 +180,25 @@ def test_what_cannot_be_had_is_one_line(
     assert done.returncode == 2
     assert the_line(done).startswith("tpserve: error: ") and said in the_line(done) and done.stderr.count("\n") == 1, done.stderr
     assert not any(name.endswith(".safetensors") for _, name in hub.gets)
+
+
+def test_files_of_torch_where_there_is_nothing_else(hub: FakeHub, model: Path, tmp_path: Path) -> None:
+    small = {name: content for name, content in directory(model).items() if "safetensors" not in name}
+    parts = {"pytorch_model-1.bin": b"xy", "pytorch_model-2.bin": b"z", "training_args.bin": b"no weights"}
+    hub.add("org/parts", small | parts)
+    index = json.dumps({"weight_map": {"a": "pytorch_model-2.bin"}}).encode()
+    hub.add("org/indexed", small | parts | {"pytorch_model.bin.index.json": index})
+    hub.add("org/single", small | parts | {"pytorch_model.bin": b"1234"})
+    hub.add("org/both", directory(model) | {"pytorch_model.bin": b"1234"})
+    wanted = {
+        "org/parts": {"pytorch_model-1.bin", "pytorch_model-2.bin"},
+        "org/indexed": {"pytorch_model-2.bin"},
+        "org/single": {"pytorch_model.bin"},
+        "org/both": set(WEIGHTS),
+    }
+    for repository, names in wanted.items():
+        snapshot = located(hub, tmp_path / "home", repository)["snapshot"]
+        assert isinstance(snapshot, dict) and {name for name, _ in snapshot["weights"]} == names
 
 
 def test_bare_torchrun_says_it_once(hub: FakeHub, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from tpserve.attention.batch import AttentionBatch, StepBatch
 from tpserve.attention.paged import KVCache
 from tpserve.config import model_config
-from tpserve.models import model_spec
+from tpserve.models import model_spec, names_of
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
@@ -87,7 +87,7 @@ def load_decoder(
     spec = model_spec(model_config.read(directory), str(directory / "config.json"))
     layout = ParallelLayout(tp_size, pp, even_layers(spec.num_layers, pp))
     decoder = Decoder(spec, layout, layout.stage_of(rank), tp, dtype, torch.device("cpu"), 400)
-    load(decoder.parameters(), Checkpoint.open(directory), spec.num_layers)
+    load(decoder.parameters(), Checkpoint.open(directory, names_of(spec)), spec.num_layers)
     decoder.prepack()
     return decoder, layout
 

@@ -2,9 +2,10 @@
 
     python rank.py RANK WORLD_SIZE DIRECTORY
 
-DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...]}},
-"shared": {"layouts": [...], "models": [name, ...]}, "scored": {"models": [name, ...], "sequences": [...]}}. The layouts run over
-gloo, those of "shared" through shared memory as well.
+DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...],
+"thorough": [[tp, pp], ...]}}, "shared": {"layouts": [...], "models": [name, ...]},
+"scored": {"models": [name, ...], "sequences": [...]}}. The layouts run over gloo, those of "shared" through
+shared memory as well; the thorough ones in bfloat16 and with each sequence in one chunk as well.
 """
 
 import json
@@ -54,9 +55,10 @@ def main(rank: int, world_size: int, directory: Path) -> None:
             model = work["models"][name]
             sequences = model["sequences"]
             lengths = [len(tokens) for tokens in sequences]
-            for dtype in (torch.float32, torch.bfloat16):
+            thorough = [tp, pp] in model["thorough"]
+            for dtype in (torch.float32, torch.bfloat16)[: 2 if thorough else 1]:
                 runner = Runner.load(directory / name, tp, pp, rank, group, pipeline, dtype)
-                runs = {"whole": whole(lengths), "mixed": mixed(lengths, model["prompts"], SIZES)}
+                runs = {"mixed": mixed(lengths, model["prompts"], SIZES)} | ({"whole": whole(lengths)} if thorough else {})
                 for kind, steps in runs.items():
                     for i, logits in enumerate(runner.run(sequences, steps)):
                         results[f"{name}.{kind}.{i}.{dtype}"] = logits

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.parity.two_forms import OWN
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {"torch.float32": 1e-4, "torch.bfloat16": 0.2}
 """Logits are near 1; bfloat16 keeps 8 bits, and two layers add up their roundings."""
@@ -20,7 +22,7 @@ def assert_close(other: str, environment: dict[str, str]) -> None:
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=110)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
-    assert len(lines) == 4
+    assert len(lines) == 2 * len(OWN)
     for family, dtype, difference in lines:
         assert float(difference) < LIMITS[dtype], (family, dtype, difference)
 

@@ -5,6 +5,7 @@ python -m tests.parity.two_forms interpreter     the CPU against the kernels in 
 """
 
 import sys
+from typing import Any
 
 import torch
 
@@ -20,23 +21,31 @@ from tpserve.weights.dummy import dummy
 LENGTHS, PROMPTS, SIZES = (4, 20, 40), (3, 19, 38), (17, 40, 5)
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"qk_norm": "head"},
+    "olmo2": {"qk_norm": "all", "norm_place": "output", "rope": RopeSpec(num_channels=12, magnitude=1.2)},
+    "gpt2": {"norm": "layer", "rope": None, "gated": False, "activation": "gelu_tanh"},
+}
+"""What each family has beside all biases."""
+
+
 def spec(family: str) -> ModelSpec:
-    """All biases, and Qwen3's norms where the family has them."""
-    return small(
-        family=family,
-        vocab_size=300,
-        hidden_size=48,
-        intermediate_size=96,
-        num_layers=2,
-        num_heads=4,
-        head_dim=16,
-        rope=RopeSpec(scaling="llama3", factor=4.0, original_max_position=16),
-        max_position=64,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        qk_norm=family == "qwen3",
-    )
+    shape = {
+        "family": family,
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+        "head_dim": 16,
+        "rope": RopeSpec(scaling="llama3", factor=4.0, original_max_position=16),
+        "max_position": 64,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+    }
+    return small(**{**shape, **OWN[family]})
 
 
 def logits(family: str, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -50,7 +59,7 @@ def logits(family: str, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def main(other: str) -> None:
-    for family in ("llama", "qwen3"):
+    for family in OWN:
         for dtype in (torch.float32, torch.bfloat16):
             expected = logits(family, dtype, "cpu")
             if other == "cuda":

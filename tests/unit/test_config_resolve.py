@@ -161,3 +161,13 @@ def test_how_many_ranks_serve_starts(line: str, gpus: int, ranks: int) -> None:
 def test_ranks_that_cannot_be_dealt_to_nodes() -> None:
     with pytest.raises(UserError, match="3 ranks .* cannot be dealt evenly to 2 nodes"):
         num_local_ranks(parse(["m", "-tp", "3", "--nnodes", "2"]), 0)
+
+
+def test_a_sliding_window_wider_than_every_sequence() -> None:
+    windowed = replace(SPEC, sliding_window=1000)
+    assert resolved("m --max-model-len 1000", machine(1), windowed).max_model_len == 1000
+    assert resolved("m --max-model-len auto", machine(1), windowed).max_model_len == 1000
+    assert resolved("m", machine(1), replace(SPEC, sliding_window=SPEC.max_position)).max_model_len == SPEC.max_position
+    for line, most in (("m", SPEC.max_position), ("m --max-model-len 1001", 1001)):
+        with pytest.raises(UserError, match=f"window of 1000 .* may have {most}: pass --max-model-len 1000, within"):
+            resolved(line, machine(1), windowed)

@@ -27,7 +27,7 @@ VOCAB = 20_000
 SPEC = ModelSpec(
     family="llama", vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1, num_kv_heads=1,
     head_dim=16, norm_eps=1e-5, rope=RopeSpec(), max_position=4096, tie_embeddings=True, qkv_bias=False, out_bias=False,
-    mlp_bias=False, qk_norm=False, activation="silu", dtype="bfloat16", bos_id=1, eos_ids=(2,), cache=(CacheGroup("full", (0,)),),
+    mlp_bias=False, qk_norm=None, activation="silu", dtype="bfloat16", bos_id=1, eos_ids=(2,), cache=(CacheGroup("full", (0,)),),
 )  # fmt: skip
 DEVICE = torch.device("cpu")
 CONFIG = resolve(

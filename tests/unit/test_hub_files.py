@@ -13,7 +13,7 @@ from tpserve.config.cli import parse
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.cache import Wanted, known_commit, note_commit, present
 from tpserve.hub.download import check_room
-from tpserve.hub.locate import INDEX, locate
+from tpserve.hub.locate import INDICES, locate
 from tpserve.hub.names import check_revision, is_repository
 from tpserve.text.chat import ChatTemplate
 from tpserve.types.model_files import ModelFiles, Snapshot
@@ -138,8 +138,8 @@ def test_an_index_that_is_none_or_leads_elsewhere(index: str, tmp_path: Path, mo
     files = wanted(tmp_path)
     files.directory.mkdir(parents=True)
     (files.directory / "config.json").write_text("{}")
-    (files.directory / INDEX).write_text(index)
-    with pytest.raises(UserError, match="is not a safetensors index|no file of this repository"):
+    (files.directory / INDICES[0]).write_text(index)
+    with pytest.raises(UserError, match="is not an index of weight files|no file of this repository"):
         locate(parse(["org/tiny", "--revision", COMMIT, "--download-dir", str(tmp_path)]), head=False)
 
 

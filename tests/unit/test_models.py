@@ -54,6 +54,49 @@ def test_qwen() -> None:
     assert qwen3.family == "qwen3" and not qwen3.qkv_bias and qwen3.qk_norm and qwen3.head_dim == 16
 
 
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "attn_pdrop": 0.1, "bos_token_id": 50256,
+    "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
+    "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "vocab_size": 50257,
+    "summary_type": "cls_index", "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}  # fmt: skip
+OPT_350M: dict[str, Any] = {
+    "architectures": ["OPTForCausalLM"], "activation_function": "relu", "bos_token_id": 2, "do_layer_norm_before": False,
+    "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 4096, "hidden_size": 1024, "max_position_embeddings": 2048, "prefix": "</s>",
+    "model_type": "opt", "num_attention_heads": 16, "num_hidden_layers": 24, "torch_dtype": "float16", "vocab_size": 50272,
+    "word_embed_proj_dim": 512, "layerdrop": 0.0, "init_std": 0.02, "pad_token_id": 1, "use_cache": True,
+}  # fmt: skip
+
+
+def test_gpt2_and_opt() -> None:
+    gpt2 = model_spec(GPT2, "config.json")
+    assert (gpt2.hidden_size, gpt2.intermediate_size, gpt2.head_dim, gpt2.max_position) == (768, 3072, 64, 1024)
+    assert (gpt2.norm, gpt2.rope, gpt2.gated, gpt2.activation, gpt2.tie_embeddings) == ("layer", None, False, "gelu_tanh", True)
+    assert gpt2.qkv_bias and gpt2.out_bias and gpt2.mlp_bias and gpt2.norm_place == "before" and gpt2.final_norm
+    opt = model_spec(OPT_350M, "config.json")
+    assert (opt.embedding_size, opt.norm_place, opt.final_norm, opt.activation) == (512, "after", False, "relu")
+    assert model_spec({**OPT_350M, "word_embed_proj_dim": 1024}, "").embedding_size is None
+    for config, changed, message in (
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' is True"),
+        (GPT2, {"activation_function": "tanh"}, "'activation_function' is 'tanh': supported are"),
+        (GPT2, {"n_head": 5}, "768 is no multiple of 5"),
+        (OPT_350M, {"enable_bias": "yes"}, "'enable_bias' must be true or false"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model_spec({**config, **changed}, "config.json")
+
+
+def test_windows_multipliers_and_norms() -> None:
+    assert spec_of(architectures=["MistralForCausalLM"], sliding_window=4096).sliding_window == 4096
+    assert spec_of(architectures=["MistralForCausalLM"], sliding_window=None).sliding_window is None
+    multipliers = {"attention_multiplier": 0.0078125, "embedding_multiplier": 12, "residual_multiplier": 0.22}
+    granite = spec_of(architectures=["GraniteForCausalLM"], **multipliers, logits_scaling=16)
+    assert (granite.attention_scale, granite.embedding_scale, granite.residual_scale) == (0.0078125, 12.0, 0.22)
+    assert granite.logits_scale == 1 / 16
+    olmo = spec_of(architectures=["Olmo2ForCausalLM"])
+    assert (olmo.norm_place, olmo.qk_norm) == ("output", "all")
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2-7b": {
         "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
@@ -91,14 +134,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "heads", "rope", "end_ids", "biased", "normed"),
     [
-        ("Llama-2-7b", (32, 32, 128), RopeSpec(10000.0), (2,), False, False),
-        ("Llama-3.1-8B", (32, 8, 128), RopeSpec(5e5, "llama3", 8.0), (128001, 128008, 128009), False, False),
-        ("Qwen2.5-7B", (28, 4, 128), RopeSpec(1e6), (151645,), True, False),
-        ("Qwen3-8B", (32, 8, 128), RopeSpec(1e6), (151645,), False, True),
+        ("Llama-2-7b", (32, 32, 128), RopeSpec(10000.0), (2,), False, None),
+        ("Llama-3.1-8B", (32, 8, 128), RopeSpec(5e5, "llama3", 8.0), (128001, 128008, 128009), False, None),
+        ("Qwen2.5-7B", (28, 4, 128), RopeSpec(1e6), (151645,), True, None),
+        ("Qwen3-8B", (32, 8, 128), RopeSpec(1e6), (151645,), False, "head"),
     ],
 )
 def test_published_configs(
-    name: str, heads: tuple[int, int, int], rope: RopeSpec, end_ids: tuple[int, ...], biased: bool, normed: bool
+    name: str, heads: tuple[int, int, int], rope: RopeSpec, end_ids: tuple[int, ...], biased: bool, normed: str | None
 ) -> None:
     config = PUBLISHED[name]
     spec = model_spec(config, name)
@@ -120,6 +163,9 @@ def test_published_configs(
         ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, RopeSpec(5e5, "linear", 2.0)),
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, RopeSpec(5e5, "llama3", 8.0)),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, RopeSpec(5e5)),
+        ({"rope_theta": 5e5, "partial_rotary_factor": 0.5}, RopeSpec(5e5, num_channels=4)),
+        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.25}}, RopeSpec(5e5, num_channels=2)),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, RopeSpec(5e5)),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}}, RopeSpec(5e5, "llama3", 8.0)),
     ],
 )
@@ -143,13 +189,19 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"quantization_config": {"quant_method": "awq"}}, "'quantization_config' is"),
         ({"attention_multiplier": 0.1}, "'attention_multiplier'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "rope type 'mrope' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0, "alpha": 2}}, "field 'alpha' of a rope of type 'linear'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, "'factor' must be a positive number"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4}}, "'long_factor' is missing"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3}}, "'short_factor' must hold 4 positive numbers"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "3 rotary channels of 8"),
+        ({"partial_rotary_factor": 1.5}, "12 rotary channels of 8"),
+        ({"architectures": ["Phi3ForCausalLM"], "mlp_bias": True}, "'mlp_bias' is True"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "'rope_parameters' must be a flat object"),
         ({"num_key_value_heads": 3}, "8 attention heads are no multiple of 3"),
         ({"hidden_size": 65}, "65 is no multiple of 8"),
-        ({"head_dim": 7}, "head dimension of 7 is odd"),
+        ({"head_dim": 7}, "7 rotary channels of 7"),
         ({"hidden_size": "64"}, "'hidden_size' must be a positive integer, not '64'"),
         ({"num_hidden_layers": True}, "'num_hidden_layers' must be a positive integer"),
         ({"torch_dtype": "float8_e4m3fn"}, "'float8_e4m3fn'"),
@@ -163,8 +215,8 @@ def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], message: str
 
 
 def test_unsupported_architecture_lists_the_supported() -> None:
-    with pytest.raises(UserError, match="'GPT2LMHeadModel' is not supported: supported are") as error:
-        spec_of(architectures=["GPT2LMHeadModel"])
+    with pytest.raises(UserError, match="'BertModel' is not supported: supported are") as error:
+        spec_of(architectures=["BertModel"])
     assert all(name in str(error.value) for family in families() for name in family.architectures)
 
 

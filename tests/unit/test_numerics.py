@@ -1,16 +1,19 @@
 """The CPU numerics contract, op by op: a row's bits are those of the row alone, for any rows beside it and any thread count."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tpserve.attention import tiles
 from tpserve.attention.batch import AttentionBatch
 from tpserve.attention.paged import KVCache, attend, ready
-from tpserve.layers.mlp import silu_mul
-from tpserve.layers.norm import add_rms_norm, rms_norm
+from tpserve.layers.activation import PLAIN, silu_mul
+from tpserve.layers.norm import AllHeadsNorm, LayerNorm, add_rms_norm, rms_norm
 from tpserve.layers.rope import tables
+from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import PackedWeight, pack, packs
 from tpserve.types.model_spec import RopeSpec
@@ -20,6 +23,7 @@ ROWS = (1, 2, 3, 4, 5, 16, 17, 256, 257, 600)
 OFFSETS = (0, 1, 6)
 DTYPES = (torch.float32, torch.bfloat16)
 Op = Callable[[torch.Tensor], torch.Tensor]
+ORACLES: dict[str, Op] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 @pytest.fixture(autouse=True)
@@ -78,15 +82,48 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [8, 64, 171, 1000, 4096])
+def test_layer_norm(width: int, dtype: torch.dtype) -> None:
+    weight_H, bias_H = torch.randn(2, width).to(dtype)
+    for norm in (LayerNorm(weight_H, bias_H, 1e-5), LayerNorm(None, None, 1e-5)):
+        assert_rows_stand_alone(lambda x, norm=norm: torch.cat(norm.add(x, x.flip(1)), dim=1), width, dtype)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 1, 8), (6, 2, 80), (32, 32, 128)])
+def test_norm_over_all_heads(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    q_Q, k_K = torch.randn(heads * dim).to(dtype), torch.randn(kv_heads * dim).to(dtype)
+    norm = AllHeadsNorm(q_Q, k_K, 1e-6, heads * dim, kv_heads * dim, True, Group())
+
+    def op(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(norm(*x.view(len(x), -1, dim).tensor_split((heads,), dim=1)), dim=1).flatten(1)
+
+    assert_rows_stand_alone(op, (heads + kv_heads) * dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 58, 171, 1000, 4096])
+@pytest.mark.parametrize("name", PLAIN)
+def test_activations(name: str, width: int, dtype: torch.dtype) -> None:
+    assert_rows_stand_alone(PLAIN[name], width, dtype)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_activations_are_those_of_torch(name: str) -> None:
+    x = torch.cat([torch.linspace(-30, 30, 10001), torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4])])
+    torch.testing.assert_close(PLAIN[name](x), ORACLES[name](x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [2, 116, 342, 2000, 8192])
 def test_silu_mul(width: int, dtype: torch.dtype) -> None:
     assert_rows_stand_alone(silu_mul, width, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "dim"), [(3, 8), (6, 80), (12, 128)])
-def test_rope(heads: int, dim: int, dtype: torch.dtype) -> None:
-    rope = tables(RopeSpec(), dim, 1000, torch.device("cpu"))
+@pytest.mark.parametrize(("heads", "dim", "turning"), [(3, 8, None), (6, 80, None), (12, 128, None), (6, 80, 54)])
+def test_rope(heads: int, dim: int, turning: int | None, dtype: torch.dtype) -> None:
+    rope = tables(RopeSpec(num_channels=turning), dim, 1000, torch.device("cpu"))
 
     def op(x: torch.Tensor) -> torch.Tensor:
         """The first column says which position a row has."""

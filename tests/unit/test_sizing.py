@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -49,9 +50,18 @@ def said(ranks: list[Measured], settings: EngineConfig, per_node: int = 8) -> st
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 2), (3, 2), (1, 3), (8, 1)])
 @pytest.mark.parametrize(
-    "extra", [{}, {"tie_embeddings": True, "qk_norm": True}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True}]
+    "extra",
+    [
+        {},
+        {"tie_embeddings": True, "qk_norm": "head"},
+        {"family": "olmo2", "qk_norm": "all"},
+        {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
+        {"family": "gpt2", "norm": "layer", "rope": None, "gated": False, "mlp_bias": True, "tie_embeddings": True},
+        {"family": "opt", "norm": "layer", "rope": None, "final_norm": False, "embedding_size": 48},
+        {"family": "opt", "norm": "layer", "norm_affine": False, "embedding_size": 48, "tie_embeddings": True},
+    ],
 )
-def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra: dict[str, bool]) -> None:
+def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra: dict[str, Any]) -> None:
     spec = small(num_heads=12, num_kv_heads=4, **extra)
     layout = ParallelLayout(tp, pp, even_layers(spec.num_layers, pp))
     for place in range(layout.world_size):

@@ -1,6 +1,7 @@
 """Shards are exactly the ranges of the whole tensors, read by slices; what does not fit is refused by name."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from tests.specs import small
 from tpserve.errors import UserError
+from tpserve.models import names_of
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.types.layout import ParallelLayout, even_layers
@@ -17,9 +19,10 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import Loaded, load
-from tpserve.weights.parameter import Parameter
+from tpserve.weights.names import LLAMA
+from tpserve.weights.parameter import Parameter, Source
 
-QWEN3 = {"family": "qwen3", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True, "norm_eps": 1e-6}
+QWEN3 = {"family": "qwen3", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": "head", "norm_eps": 1e-6}
 SPEC = small(**QWEN3, num_layers=5, hidden_size=24, head_dim=4, max_position=64)
 TIED = replace(SPEC, tie_embeddings=True)
 
@@ -56,7 +59,7 @@ def directory(whole: dict[str, torch.Tensor], tmp_path: Path) -> Path:
 
 
 def read(directory: Path, model: Decoder) -> Loaded:
-    return load(model.parameters(), Checkpoint.open(directory), model.spec.num_layers)
+    return load(model.parameters(), Checkpoint.open(directory, names_of(model.spec)), model.spec.num_layers)
 
 
 def poison(model: Decoder) -> Decoder:
@@ -105,7 +108,7 @@ def test_bytes_and_progress(directory: Path) -> None:
     calls: list[tuple[int, int]] = []
     model = decoder(1, 3)
     progress = lambda done, total: calls.append((done, total))  # noqa: E731
-    loaded = load(model.parameters(), Checkpoint.open(directory), SPEC.num_layers, progress)
+    loaded = load(model.parameters(), Checkpoint.open(directory, LLAMA), SPEC.num_layers, progress)
     assert calls == sorted(calls) and calls[-1] == (loaded.requested_bytes, loaded.requested_bytes)
     by_name = {source.name: source for parameter in model.parameters() for source in parameter.sources}
     cut = [s for s in by_name.values() if s.dim == 1]
@@ -136,7 +139,7 @@ def test_files_by_index(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"b\.safetensors is missing"):
         read(tmp_path, model)
     index.write_text("[]")
-    with pytest.raises(UserError, match="not a safetensors index"):
+    with pytest.raises(UserError, match="not an index of weight files"):
         read(tmp_path, model)
 
 
@@ -151,6 +154,20 @@ def test_tied_embeddings(whole: dict[str, torch.Tensor], tmp_path: Path) -> None
     assert torch.equal(tensors(last.parameters())["model.embed_tokens.weight"], embedding)
     with pytest.raises(UserError, match=r"lm_head\.weight with shape \[517, 24\] is missing"):
         read(tmp_path, decoder())
+
+
+def test_names_without_the_outermost_of_two_prefixes(tmp_path: Path) -> None:
+    spec = replace(SPEC, family="opt", qk_norm=None, norm="layer", rope=None, gated=False, activation="relu")
+    one = decoder(spec=spec)
+    dummy(one.parameters(), seed=3)
+    whole: dict[str, torch.Tensor] = {}
+    for parameter in one.parameters():
+        for source, place in parameter.parts():
+            range_of(whole.setdefault(source.name, torch.zeros(source.shape)), source).copy_(place)
+    save_file({name.removeprefix("model."): tensor for name, tensor in whole.items()}, tmp_path / "model.safetensors")
+    again = poison(decoder(spec=spec))
+    read(tmp_path, again)
+    assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(again.parameters(), one.parameters(), strict=True))
 
 
 def test_names_without_prefix(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -208,11 +225,83 @@ def test_damaged_and_foreign_files(directory: Path) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors is a Git LFS pointer.* run `git lfs pull`"):
         read(directory, decoder())
     path.unlink()
-    with pytest.raises(UserError, match="no safetensors files in"):
-        Checkpoint.open(directory)
-    (directory / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match=r"pytorch_model\.bin is not read, convert it"):
-        Checkpoint.open(directory)
+    with pytest.raises(UserError, match=r"no safetensors files and no pytorch_model\.bin in"):
+        Checkpoint.open(directory, LLAMA)
+    (directory / "model.gguf").touch()
+    with pytest.raises(UserError, match=r"model\.gguf is not read, convert it"):
+        Checkpoint.open(directory, LLAMA)
+
+
+def test_files_of_torch(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    names = sorted(whole)
+    parts = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+    for file, held in parts.items():
+        torch.save({name: torch.nn.Parameter(whole[name]) for name in held}, tmp_path / file)
+    for indexed in (False, True):
+        if indexed:
+            index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        model = poison(decoder(2, 3))
+        loaded = read(tmp_path, model)
+        assert loaded.requested_bytes == sum(parameter.tensor.nbytes for parameter in model.parameters())
+        for parameter in model.parameters():
+            for source, place in parameter.parts():
+                where = (slice(None),) * source.dim + (slice(source.taken.start, source.taken.stop),)
+                assert torch.equal(place, whole[source.name][where]), source
+    save_file({name: tensor + 1 for name, tensor in whole.items()}, tmp_path / "model.safetensors")
+    model = decoder()
+    read(tmp_path, model)
+    assert torch.equal(tensors(model.parameters())["lm_head.weight"], whole["lm_head.weight"] + 1), "safetensors go first"
+
+
+class Evil:
+    """What a pickle could do."""
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"lm_head.weight": Evil()}, "damaged or truncated"),
+        ([torch.zeros(1)], "holds something else than tensors by their names"),
+        ({"lm_head.weight": {"q": 1}}, "holds something else than tensors by their names"),
+    ],
+)
+def test_what_is_no_file_of_tensors(tmp_path: Path, content: object, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message):
+        Checkpoint.open(tmp_path, LLAMA)
+    assert "unpickled" not in capsys.readouterr().out
+    data = (tmp_path / "pytorch_model.bin").read_bytes()
+    for end in (0, 100, len(data) - 1):
+        (tmp_path / "pytorch_model.bin").write_bytes(data[:end])
+        with pytest.raises(UserError, match=r"pytorch_model\.bin is damaged or truncated"):
+            Checkpoint.open(tmp_path, LLAMA)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "opt"])
+def test_fused_and_transposed_projections(family: str, tmp_path: Path) -> None:
+    """A fused parameter's sources are ranges of one stored tensor; every rank fills its own from it."""
+    plain = {"norm": "layer", "rope": None, "gated": False, "activation": "relu"} if family != "phi3" else {}
+    spec = replace(SPEC, **{"qk_norm": None, "family": family, **plain})
+    one = decoder(spec=spec)
+    dummy(one.parameters(), seed=3)
+    whole: dict[str, torch.Tensor] = {}
+    for parameter in one.parameters():
+        for source, place in parameter.parts():
+            range_of(whole.setdefault(source.name, torch.zeros(source.shape)), source).copy_(place)
+    save_file(whole, tmp_path / "model.safetensors")
+    for rank in range(3):
+        share = poison(decoder(rank, 3, spec=spec))
+        read(tmp_path, share)
+        for parameter in share.parameters():
+            assert all(torch.equal(place, range_of(whole[source.name], source)) for source, place in parameter.parts())
+
+
+def range_of(tensor: torch.Tensor, source: Source) -> torch.Tensor:
+    return tensor.narrow(source.dim, source.taken.start, len(source.taken))
 
 
 def test_dummy_weights_do_not_depend_on_the_layout(whole: dict[str, torch.Tensor]) -> None:

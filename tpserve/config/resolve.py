@@ -35,7 +35,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         snapshot=files.snapshot,
         served_model_name=flags.served_model_name or (flags.model,),
         dtype=_dtype(flags, spec, device),
-        load_format="safetensors" if flags.load_format == "auto" else flags.load_format,
+        load_format=flags.load_format,
         seed=flags.seed,
         layout=_layout(flags, spec, machine),
         device=device,
@@ -122,14 +122,21 @@ def _dtype(flags: Flags, spec: ModelSpec, device: str) -> Literal["bfloat16", "f
 
 
 def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
-    if flags.max_model_len is None or flags.max_model_len == "auto":
-        return spec.max_position
-    if flags.max_model_len > spec.max_position:
+    longest = spec.max_position if flags.max_model_len is None else flags.max_model_len
+    if longest == "auto":
+        return min(spec.max_position, spec.sliding_window or spec.max_position)
+    if longest > spec.max_position:
         raise UserError(
-            f"--max-model-len {flags.max_model_len} is beyond the model's {spec.max_position} positions: pass at most that",
+            f"--max-model-len {longest} is beyond the model's {spec.max_position} positions: pass at most that",
             param="max_model_len",
         )
-    return flags.max_model_len
+    if spec.sliding_window is not None and longest > spec.sliding_window:
+        raise UserError(
+            f"the model sees a sliding window of {spec.sliding_window} positions, which is not supported yet, and sequences may "
+            f"have {longest}: pass --max-model-len {spec.sliding_window}, within which it changes nothing",
+            param="max_model_len",
+        )
+    return longest
 
 
 def _num_blocks(flags: Flags, max_model_len: int) -> int | None:

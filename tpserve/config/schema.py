@@ -70,7 +70,9 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = "auto"
     load_format: Annotated[
         Literal["auto", "safetensors", "dummy"],
-        Flag(MODEL, "Where weights come from. auto: safetensors. dummy: random numbers, to try sizes."),
+        Flag(
+            MODEL, "Where weights come from. auto: safetensors, or else pytorch_model*.bin. dummy: random numbers, to try sizes."
+        ),
     ] = "auto"
     seed: Annotated[int, Flag(MODEL, "Seed of the random numbers of --load-format dummy.", at_least=0, at_most=2**63 - 1)] = 0
 
@@ -188,7 +190,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     snapshot: Snapshot | None
     served_model_name: tuple[str, ...]
     dtype: Literal["bfloat16", "float16", "float32"]
-    load_format: Literal["safetensors", "dummy"]
+    load_format: Literal["auto", "safetensors", "dummy"]
     seed: int
     layout: ParallelLayout
     device: Literal["cuda", "cpu"]

@@ -22,6 +22,7 @@ from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
 from tpserve.hub import download
 from tpserve.hub.locate import weights_of
+from tpserve.models import names_of
 from tpserve.models.decoder import Decoder
 from tpserve.observe.progress import Progress
 from tpserve.observe.stopwatch import Stopwatch
@@ -204,7 +205,9 @@ class _Rank:
             if config.load_format == "dummy":
                 dummy(parameters, config.seed)
             else:
-                load(parameters, Checkpoint.open(config.model), self._spec.num_layers, loaded)
+                only_safetensors = config.load_format == "safetensors"
+                checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
+                load(parameters, checkpoint, self._spec.num_layers, loaded)
         return decoder, decoder.prepack()
 
     def _heads(self) -> dict[str, int]:

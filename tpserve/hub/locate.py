@@ -2,7 +2,8 @@
 
 A revision is resolved to a commit here and nowhere else; everything later (the ranks of `tpserve serve`, the weights, the check
 that all nodes serve the same) uses the commit. Only files that are read are ever asked for: two files of configuration, the
-tokenizer's, the index of the weights, and later the safetensors files that the index names.
+tokenizer's, the indices of the weights, and later the files that the index names; pytorch_model*.bin only where there are no
+safetensors.
 
 When the hub cannot be reached or refuses, what the cache holds of the revision is used, with a warning; with HF_HUB_OFFLINE the
 hub is never asked.
@@ -10,7 +11,9 @@ hub is never asked.
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +24,13 @@ from tpserve.hub.cache import Wanted
 from tpserve.hub.download import check_room, ensure, use_our_log
 from tpserve.hub.names import check_revision, is_repository
 from tpserve.hub.refusal import refusal
-from tpserve.types.model_files import ModelFiles, Snapshot
+from tpserve.types.model_files import WEIGHT_FORMATS, ModelFiles, Snapshot, WeightFormat
 
 log = logging.getLogger(__name__)
 
 CONFIG = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDICES = tuple(format.index_file for format in WEIGHT_FORMATS)
 DEFAULT_REVISION = "main"
 LOOK_UP_TIMEOUT_S = 20.0
 _FOREIGN = (".bin", ".pth", ".pt", ".gguf", ".onnx")
@@ -59,8 +61,9 @@ def locate(flags: Flags, *, head: bool) -> ModelFiles:
 
 def _snapshot(repository: str, flags: Flags) -> Snapshot:
     """The model's repository, with its small files fetched and room for its weights."""
-    found = _fetch(repository, flags.revision or DEFAULT_REVISION, (*CONFIG, *TOKENIZER, INDEX), flags)
-    weights = {} if flags.load_format == "dummy" else _weights(found)
+    found = _fetch(repository, flags.revision or DEFAULT_REVISION, (*CONFIG, *TOKENIZER, *INDICES), flags)
+    only_safetensors = flags.load_format == "safetensors"
+    weights = {} if flags.load_format == "dummy" else _weights(found, WEIGHT_FORMATS[: 1 if only_safetensors else None])
     snapshot = Snapshot(repository, found.files.commit, str(found.files.cache), tuple(weights.items()))
     check_room(weights_of(snapshot))
     return snapshot
@@ -130,18 +133,22 @@ def _look_up(repository: str, revision: str, cache: Path) -> _Found:
     return _Found(Wanted(repository, info.sha, cache, {file.rfilename: file.size or 0 for file in info.siblings or ()}), None)
 
 
-def _weights(found: _Found) -> dict[str, int]:
-    """The safetensors files that make up the model: those of the index, else the usual one, else all."""
-    files = found.files
-    if INDEX in files.sizes:
-        names = _indexed(files.directory / INDEX)
-    elif SINGLE in files.sizes:
-        names = [SINGLE]
-    else:
-        names = sorted(name for name in files.sizes if name.endswith(".safetensors") and "/" not in name)
+def _weights(found: _Found, formats: Sequence[WeightFormat]) -> dict[str, int]:
+    """The files that make up the model, of the first format there is: those of the index, else the usual one, else all."""
+    files, names = found.files, list[str]()
+    for format in formats:
+        if format.index_file in files.sizes:
+            names = _indexed(files.directory / format.index_file)
+        elif format.single in files.sizes:
+            names = [format.single]
+        else:
+            names = sorted(name for name in files.sizes if "/" not in name and fnmatchcase(name, format.pattern))
+        if names:
+            break
     missing = [name for name in names if name not in files.sizes]
     if missing or not names:
-        raise found.without(missing[0] if missing else SINGLE, missing[0] if missing else "safetensors files")
+        what = "safetensors files" if len(formats) == 1 else "safetensors files and no pytorch_model.bin"
+        raise found.without(missing[0] if missing else formats[0].single, missing[0] if missing else what)
     return {name: files.sizes[name] for name in names}
 
 
@@ -149,7 +156,7 @@ def _indexed(index: Path) -> list[str]:
     try:
         names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index} is not a safetensors index: remove it, and it is downloaded again") from None
+        raise UserError(f"{index} is not an index of weight files: remove it, and it is downloaded again") from None
     if foreign := [name for name in names if Path(name).name != name]:
         raise UserError(f"{index} names {foreign[0]!r}, which is no file of this repository's first level: this cannot be served")
     return names

@@ -6,7 +6,7 @@ import torch
 
 from tpserve.attention.batch import AttentionBatch
 from tpserve.attention.paged import KVCache, attend, write_kv
-from tpserve.layers.norm import rms_norm
+from tpserve.layers.norm import AllHeadsNorm, HeadNorm
 from tpserve.layers.rope import Turn
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
@@ -22,24 +22,24 @@ class Attention:
     head_dim: int
     qkv: Weight
     qkv_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    qk_norm: HeadNorm | AllHeadsNorm | None
+    scale: float
     out: Weight
     out_bias: torch.Tensor | None
-    eps: float
     tp: Group
 
-    def __call__(self, x_TH: torch.Tensor, turn: Turn, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
+    def __call__(self, x_TH: torch.Tensor, turn: Turn | None, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
         qkv = matmul(x_TH, self.qkv)
         if self.qkv_bias is not None:
             qkv += self.qkv_bias
         heads_TAD = qkv.view(len(x_TH), -1, self.head_dim)
         q_TND, k_TKD, v_TKD = heads_TAD.tensor_split((self.num_heads, self.num_heads + self.num_kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_TND, k_TKD = rms_norm(q_TND, self.q_norm, self.eps), rms_norm(k_TKD, self.k_norm, self.eps)
-        q_TND, k_TKD = turn(q_TND, k_TKD)
+        if self.qk_norm is not None:
+            q_TND, k_TKD = self.qk_norm(q_TND, k_TKD)
+        if turn is not None:
+            q_TND, k_TKD = turn(q_TND, k_TKD)
         write_kv(k_TKD, v_TKD, cache, batch)
-        mixed_TND = attend(q_TND, cache, batch, self.head_dim**-0.5)
+        mixed_TND = attend(q_TND, cache, batch, self.scale)
         out_TH = self.tp.all_reduce(matmul(mixed_TND.flatten(1), self.out))
         return out_TH if self.out_bias is None else out_TH + self.out_bias
 

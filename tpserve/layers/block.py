@@ -1,6 +1,8 @@
-"""One transformer layer: attention and MLP, each behind a norm and added to the residual stream. T rows, H channels."""
+"""One transformer layer: attention and MLP, each with a norm and added to the residual stream. T rows, H channels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -8,35 +10,53 @@ from tpserve.attention.batch import AttentionBatch
 from tpserve.attention.paged import KVCache
 from tpserve.layers.attention import Attention
 from tpserve.layers.mlp import MLP
-from tpserve.layers.norm import add_rms_norm, rms_norm
+from tpserve.layers.norm import Norm
 from tpserve.layers.rope import Turn
+
+Stream = tuple[torch.Tensor, torch.Tensor | None]
+"""Two tensors whose sum is the residual stream, so that adding them fuses with the next norm; or the stream itself."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Takes and gives (x, residual), whose sum is the residual stream, so that adding them fuses with the next norm."""
+    """`place`: where the norms are, as in ModelSpec.norm_place."""
 
-    attention_norm: torch.Tensor
+    place: Literal["before", "after", "output"]
+    attention_norm: Norm
     attention: Attention
-    mlp_norm: torch.Tensor
+    mlp_norm: Norm
     mlp: MLP
-    eps: float
+    residual_scale: float
 
     def __call__(
         self,
         x_TH: torch.Tensor,
         residual_TH: torch.Tensor | None,
-        turn: Turn,
+        turn: Turn | None,
         batch: AttentionBatch,
         cache: KVCache,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if residual_TH is None:
-            normed_TH, residual_TH = rms_norm(x_TH, self.attention_norm, self.eps), x_TH
-        else:
-            normed_TH, residual_TH = add_rms_norm(x_TH, residual_TH, self.attention_norm, self.eps)
-        mixed_TH = self.attention(normed_TH, turn, batch, cache)
-        normed_TH, residual_TH = add_rms_norm(mixed_TH, residual_TH, self.mlp_norm, self.eps)
-        return self.mlp(normed_TH), residual_TH
+    ) -> Stream:
+        x_TH, residual_TH = self._add(lambda x: self.attention(x, turn, batch, cache), self.attention_norm, x_TH, residual_TH)
+        return self._add(self.mlp, self.mlp_norm, x_TH, residual_TH)
+
+    def _add(
+        self,
+        layer: Callable[[torch.Tensor], torch.Tensor],
+        norm: Norm,
+        x_TH: torch.Tensor,
+        residual_TH: torch.Tensor | None,
+    ) -> Stream:
+        """The stream and what `layer` adds to it."""
+        if self.place == "before":
+            normed_TH, stream_TH = (norm(x_TH), x_TH) if residual_TH is None else norm.add(x_TH, residual_TH)
+            return self._scaled(layer(normed_TH)), stream_TH
+        stream_TH = x_TH if residual_TH is None else x_TH + residual_TH
+        if self.place == "output":
+            return self._scaled(norm(layer(stream_TH))), stream_TH
+        return norm(stream_TH + self._scaled(layer(stream_TH))), None
+
+    def _scaled(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return x_TH if self.residual_scale == 1 else x_TH * self.residual_scale
 
     def packed(self) -> "Block":
         """The same with packed weights."""

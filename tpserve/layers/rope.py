@@ -1,6 +1,6 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-rotation layout: channel c turns with c + D / 2.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-rotation layout: channel c turns with c + R / 2.
 
-T rows, N heads, D channels of a head, E = D / 2 frequencies, P positions.
+T rows, N heads, D channels of a head, of which the first R turn (mostly all), E = R / 2 frequencies, P positions.
 """
 
 import math
@@ -18,7 +18,7 @@ class Turn:
     rope: "Rope"
     positions_T: torch.Tensor
     rows: tuple[torch.Tensor, torch.Tensor] | None
-    """On the CPU the positions' cosines and sines, [T, 1, D] each, the sines of the lower half negated."""
+    """On the CPU the positions' cosines and sines, [T, 1, R] each, the sines of the lower half negated."""
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate queries and keys."""
@@ -46,26 +46,52 @@ class Rope:
         )
 
 
-def _rotate(x_TND: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-    low_TNE, high_TNE = x_TND.chunk(2, dim=-1)
-    crossed_TND = torch.cat((high_TNE, low_TNE), dim=-1)
-    return (x_TND * cos_T1D).add_(crossed_TND * sin_T1D).to(x_TND.dtype)
+def _rotate(x_TND: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
+    turning_TNR, rest = x_TND.tensor_split((cos_T1R.shape[2],), dim=2)
+    low_TNE, high_TNE = turning_TNR.chunk(2, dim=-1)
+    crossed_TNR = torch.cat((high_TNE, low_TNE), dim=-1)
+    turned_TNR = (turning_TNR * cos_T1R).add_(crossed_TNR * sin_T1R).to(x_TND.dtype)
+    return torch.cat((turned_TNR, rest), dim=-1) if rest.shape[2] else turned_TNR
 
 
 def tables(spec: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Rope:
-    """The tables of positions [0, num_positions)."""
-    angles_PE = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies(spec, head_dim))
-    return Rope(angles_PE.cos().to(device), angles_PE.sin().to(device))
+    """The tables of positions [0, num_positions), as a server of sequences of that length turns them."""
+    angles_PE = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies(spec, head_dim, num_positions))
+    return Rope((angles_PE.cos() * spec.magnitude).to(device), (angles_PE.sin() * spec.magnitude).to(device))
 
 
-def frequencies(spec: RopeSpec, head_dim: int) -> torch.Tensor:
+def frequencies(spec: RopeSpec, head_dim: int, num_positions: int) -> torch.Tensor:
     """Radians per position, float32 [E]."""
-    base_E = 1.0 / spec.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if spec.scaling == "default":
-        return base_E
+    num_channels = spec.num_channels or head_dim
+    powers_E = spec.theta ** (torch.arange(0, num_channels, 2, dtype=torch.float32) / num_channels)
+    if spec.scaling == "longrope":
+        is_long = num_positions > spec.original_max_position
+        return 1.0 / (torch.tensor(spec.long_factors if is_long else spec.short_factors) * powers_E)
+    base_E = 1.0 / powers_E
     if spec.scaling == "linear":
         return base_E / spec.factor
-    # Llama 3.1: slow waves are stretched by `factor`, fast ones kept, those between interpolated.
-    turns_E = spec.original_max_position * base_E / (2 * math.pi)
-    blend_E = ((turns_E - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)).clamp(0, 1)
-    return blend_E * base_E + (1 - blend_E) * base_E / spec.factor
+    if spec.scaling == "llama3":
+        # Slow waves are stretched by `factor`, fast ones kept, those between interpolated.
+        turns_E = spec.original_max_position * base_E / (2 * math.pi)
+        kept_E = ((turns_E - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)).clamp(0, 1)
+        return kept_E * base_E + (1 - kept_E) * base_E / spec.factor
+    if spec.scaling == "yarn":
+        return _yarn(spec, base_E)
+    return base_E
+
+
+def _yarn(spec: RopeSpec, base_E: torch.Tensor) -> torch.Tensor:
+    """The same between two channels: those that turn `beta_fast` and `beta_slow` times over the original length."""
+    num_channels = 2 * len(base_E)
+
+    def channel(turns: float) -> float:
+        wave = spec.original_max_position / (turns * 2 * math.pi)
+        return num_channels * math.log(wave) / (2 * math.log(spec.theta))
+
+    first, last = channel(spec.beta_fast), channel(spec.beta_slow)
+    if spec.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, num_channels - 1)
+    width = last - first or 0.001
+    stretched_E = ((torch.arange(len(base_E)) - first) / width).clamp(0, 1)
+    return (1 - stretched_E) * base_E + stretched_E * base_E / spec.factor

@@ -4,14 +4,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpserve.errors import UserError
-from tpserve.models import llama, qwen2, qwen3
-from tpserve.models.family import Family, WeightNames
+from tpserve.models import gpt2, granite, llama, mistral, olmo2, opt, phi3, qwen2, qwen3
+from tpserve.models.family import Family
 from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
+from tpserve.weights.names import WeightNames
 
 __all__ = ["Family", "families", "model_spec", "names_of"]
 
-_FAMILIES = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+_FAMILIES = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    phi3.FAMILY,
+    granite.FAMILY,
+    olmo2.FAMILY,
+    gpt2.FAMILY,
+    opt.FAMILY,
+)
 
 
 def families() -> tuple[Family, ...]:

@@ -4,7 +4,7 @@ Owns the stage's weights and layers, not the caches and no transfer between stag
 methods in the same order (each layer sums over `tp` twice, the embedding once).
 Invariant: cutting the layers into stages changes no bit; what passes between stages is the residual stream.
 
-T rows of a step, S rows wanted, H hidden channels, V vocabulary entries of this rank.
+T rows of a step, S rows wanted, H hidden channels, E of the embedding (mostly H), V vocabulary entries of this rank.
 """
 
 import torch
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from tpserve.attention.batch import StepBatch
 from tpserve.attention.paged import KVCache, ready
 from tpserve.layers.embedding import embed
-from tpserve.layers.norm import rms_norm
 from tpserve.layers.rope import tables
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
@@ -46,12 +45,15 @@ class Decoder:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.vocab_shards, self._vocab = shard.vocab_shards, shard.vocab
         self._tp = tp
-        self._rope = tables(spec.rope, spec.head_dim, max_positions, device)
+        self._rope = tables(spec.rope, spec.head_dim, max_positions, device) if spec.rope else None
         self._num_heads, self._num_kv_heads = len(shard.heads.q), len(shard.heads.kv)
         self._embedding = shard.embedding() if stage == 0 else None
+        self._project_in = shard.project_in() if stage == 0 else None
+        self._positions = shard.positions() if stage == 0 else None
         self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
         self._cache_groups = [_cache_group(spec, layer) for layer in layout.layers_of(stage)]
         self._norm = shard.final_norm() if last else None
+        self._project_out = shard.project_out() if last else None
         shares_embedding = last and spec.tie_embeddings and self._embedding is not None
         self._head: Weight | None = self._embedding if shares_embedding else shard.head() if last else None
         self._parameters = shard.parameters
@@ -83,23 +85,35 @@ class Decoder:
     def forward(self, batch: StepBatch, hidden_TH: torch.Tensor | None, caches: list[KVCache]) -> torch.Tensor:
         """This stage's layers. `hidden_TH`: what the previous stage gave, None on the first; `caches`: one per layer here."""
         if self._embedding is not None:
-            x_TH = embed(batch.tokens_T, self._embedding, self._vocab, self._tp)
+            x_TH = self._embed(batch, self._embedding)
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
         rows, x_TH = len(x_TH), pad_rows(x_TH)
-        turn = self._rope.to(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
+        turn = self._rope.to(F.pad(batch.positions_T, (0, len(x_TH) - rows))) if self._rope else None
         groups = [ready(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
             x_TH, residual_TH = block(x_TH, residual_TH, turn, groups[group], cache)
-        assert residual_TH is not None, "a stage has layers"
-        return (x_TH + residual_TH)[:rows]
+        return (x_TH if residual_TH is None else x_TH + residual_TH)[:rows]
+
+    def _embed(self, batch: StepBatch, weight_VE: torch.Tensor) -> torch.Tensor:
+        x_TH = embed(batch.tokens_T, weight_VE, self._vocab, self._tp)
+        if self.spec.embedding_scale != 1:
+            x_TH = x_TH * self.spec.embedding_scale
+        if self._project_in is not None:
+            x_TH = matmul(x_TH, self._project_in)
+        return x_TH if self._positions is None else x_TH + self._positions[batch.positions_T]
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Last stage: logits of the rows given over this rank's vocabulary shard, float32 [S, V]."""
-        assert self._norm is not None and self._head is not None, "only the last stage has logits"
-        return matmul(rms_norm(hidden_SH, self._norm, self.spec.norm_eps), self._head).float()
+        assert self._head is not None, "only the last stage has logits"
+        if self._norm is not None:
+            hidden_SH = self._norm(hidden_SH)
+        if self._project_out is not None:
+            hidden_SH = matmul(hidden_SH, self._project_out)
+        logits_SV = matmul(hidden_SH, self._head).float()
+        return logits_SV if self.spec.logits_scale == 1 else logits_SV * self.spec.logits_scale
 
 
 def _cache_group(spec: ModelSpec, layer: int) -> int:

@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from tpserve.errors import UserError
-from tpserve.types.model_spec import RopeSpec
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # field -> values with which the decoder's mathematics is right; an absent field or null always is
     "hidden_act": ("silu", "swish"),
     "use_sliding_window": (False,),
-    "partial_rotary_factor": (1, 1.0),
     "quantization_config": (),
     "compression_config": (),
     "attention_multiplier": (),
@@ -37,6 +35,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_lora_rank": (),
     "is_encoder_decoder": (False,),
     "cross_attention_hidden_size": (),
+}
+ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -85,6 +92,24 @@ class Fields:
             raise self.refuse(f"field {name!r} is missing")
         return value
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` positive numbers."""
+        values = self._required(name, None)
+        if not isinstance(values, list) or len(values) != count or not all(type(x) in (int, float) and x > 0 for x in values):
+            raise self.refuse(f"field {name!r} must hold {count} positive numbers, not {_short(values)}")
+        return tuple(map(float, values))
+
+    def table(self, name: str) -> "Fields":
+        """The fields of a flat object; none where it is absent or null."""
+        value = self.get(name) or {}
+        if not isinstance(value, dict) or any(isinstance(inner, dict) for inner in value.values()):
+            raise self.refuse(f"field {name!r} must be a flat object, not {_short(value)}")
+        return Fields(value, f"{self._where}: {name}")
+
+    def names(self) -> set[str]:
+        """Of the fields that are not null."""
+        return {name for name, value in self._config.items() if value is not None}
+
     def ids(self, name: str) -> tuple[int, ...]:
         """A token id, a list of them, or none."""
         value = self.get(name)
@@ -100,42 +125,28 @@ class Fields:
             raise self.refuse(f"dtype {value!r} is not supported: supported are {', '.join(DTYPES)}")
         return cast(Literal["float32", "bfloat16", "float16"], value)
 
-    def refuse_other_mathematics(self) -> None:
-        """Refuse fields that ask for more than the decoder does."""
+    def activation(self, name: str, default: str) -> Literal["silu", "gelu", "gelu_tanh", "relu"]:
+        """An activation of an MLP without a gate."""
+        value = self.get(name) or default
+        if value not in ACTIVATIONS:
+            raise self.refuse(f"field {name!r} is {_short(value)}: supported are {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[value]
+
+    def refuse_unless(self, name: str, *neutral: Any) -> None:
+        """Refuse a field that asks for more than the decoder does; absent, null and `neutral` are well."""
+        value = self.get(name)
+        if value is not None and value not in neutral:
+            shown = value.get("quant_method", value) if isinstance(value, dict) else value
+            raise self.refuse(f"field {name!r} is {_short(shown)}, which tpserve does not support yet")
+
+    def refuse_other_mathematics(self, honoured: tuple[str, ...] = ()) -> None:
+        """The same for every field of `NEUTRAL` that the family does not honour."""
         for name, neutral in NEUTRAL.items():
-            value = self.get(name)
-            if value is not None and value not in neutral:
-                shown = value.get("quant_method", value) if isinstance(value, dict) else value
-                raise self.refuse(f"field {name!r} is {_short(shown)}, which tpserve does not support yet")
+            if name not in honoured:
+                self.refuse_unless(name, *neutral)
         kinds = {kind for kind in self.get("layer_types") or [] if kind != "full_attention"}
         if kinds:
             raise self.refuse(f"field 'layer_types' names {min(kinds)!r}, which tpserve does not support yet")
-
-    def rope(self) -> RopeSpec:
-        """Rope in its new spelling (`rope_parameters`) or its old one (`rope_theta` and `rope_scaling`)."""
-        name = "rope_parameters" if self.get("rope_parameters") is not None else "rope_scaling"
-        table = self.get(name) or {}
-        if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
-            raise self.refuse(f"field {name!r} must be a flat object, not {_short(table)}")
-        inner = Fields(table, f"{self._where}: {name}")
-        if (inner.get("partial_rotary_factor") or 1) != 1:
-            raise inner.refuse("field 'partial_rotary_factor' other than 1 is not supported yet")
-        theta = inner.number("rope_theta", self.number("rope_theta", 10000.0))
-        kind = inner.get("rope_type") or inner.get("type") or "default"
-        if kind == "default":
-            return RopeSpec(theta=theta)
-        if kind == "linear":
-            return RopeSpec(theta=theta, scaling="linear", factor=inner.number("factor"))
-        if kind == "llama3":
-            return RopeSpec(
-                theta=theta,
-                scaling="llama3",
-                factor=inner.number("factor"),
-                low_freq_factor=inner.number("low_freq_factor"),
-                high_freq_factor=inner.number("high_freq_factor"),
-                original_max_position=inner.size("original_max_position_embeddings"),
-            )
-        raise inner.refuse(f"rope type {kind!r} is not supported yet: supported are default, linear, llama3")
 
 
 def _short(value: Any) -> str:

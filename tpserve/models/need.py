@@ -27,12 +27,16 @@ def need(spec: ModelSpec, layout: ParallelLayout, rank: int) -> Need:
     vocab = len(split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")[place])
     hidden, num_layers = spec.hidden_size, layout.layers[stage]
     q, kv = len(heads.q) * spec.head_dim, len(heads.kv) * spec.head_dim
-    layer = hidden * (2 * q + 2 * kv + 3 * channels + 2)
-    layer += (q + 2 * kv) * spec.qkv_bias + hidden * spec.out_bias + (2 * channels + hidden) * spec.mlp_bias
-    layer += 2 * spec.head_dim * spec.qk_norm
+    norm, num_up = hidden * spec.norm_affine * (2 if spec.norm == "layer" else 1), 2 if spec.gated else 1
+    layer = hidden * (2 * q + 2 * kv + (1 + num_up) * channels) + 2 * norm
+    layer += (q + 2 * kv) * spec.qkv_bias + hidden * spec.out_bias + (num_up * channels + hidden) * spec.mlp_bias
+    layer += {None: 0, "head": 2 * spec.head_dim, "all": q + kv}[spec.qk_norm]
     first, last = stage == 0, stage == layout.pp - 1
-    whole_vocabularies = first + last - (first and last and spec.tie_embeddings)
-    return Need(num_layers * layer + whole_vocabularies * vocab * hidden + last * hidden, num_layers * 2 * kv)
+    width, ends = spec.embedding_size or hidden, first + last
+    outside = (ends - (first and last and spec.tie_embeddings)) * vocab * width
+    outside += ends * width * hidden * (spec.embedding_size is not None) + last * spec.final_norm * norm
+    outside += first * (spec.rope is None) * spec.max_position * hidden
+    return Need(num_layers * layer + outside, num_layers * 2 * kv)
 
 
 def largest(spec: ModelSpec, layout: ParallelLayout) -> Need:

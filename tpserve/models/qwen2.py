@@ -16,4 +16,4 @@ def _spec(fields: Fields) -> ModelSpec:
     )
 
 
-FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), _spec)
+FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), _spec, without="`use_sliding_window`")

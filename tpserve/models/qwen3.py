@@ -15,8 +15,8 @@ def _spec(fields: Fields) -> ModelSpec:
         head_dim=fields.size("head_dim"),
         qkv_bias=bias,
         out_bias=bias,
-        qk_norm=True,
+        qk_norm="head",
     )
 
 
-FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), _spec)
+FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), _spec, without="`use_sliding_window`")

@@ -1,19 +1,32 @@
 """Cuts a model for one tensor-parallel rank: allocates its parameters and builds its layers from them.
 
-Heads, MLP channels and vocabulary are split; norms and the biases after a sum over ranks are held whole by every rank.
+Heads, MLP channels and vocabulary are split; norms, learned positions, the projections of an embedding of its own width and
+the biases after a sum over ranks are held whole by every rank.
 """
+
+from typing import NamedTuple
 
 import torch
 
+from tpserve.layers import activation
 from tpserve.layers.attention import Attention
 from tpserve.layers.block import Block
 from tpserve.layers.mlp import MLP
+from tpserve.layers.norm import AllHeadsNorm, HeadNorm, LayerNorm, Norm, RMSNorm
 from tpserve.models import names_of
 from tpserve.models.units import MLP_UNIT, VOCAB_UNIT
 from tpserve.parallel.group import Group
 from tpserve.parallel.split import split, split_heads
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter, Source
+
+
+class Rows(NamedTuple):
+    """Outputs `taken` of the `whole` ones of a checkpoint's projection."""
+
+    name: str
+    whole: int
+    taken: range
 
 
 class Shard:
@@ -23,7 +36,9 @@ class Shard:
         self.spec = spec
         self.names = names_of(spec)
         self.parameters: list[Parameter] = []
-        self.heads = split_heads(spec.num_heads, spec.num_kv_heads, tp.size)[tp.rank]
+        shares = split_heads(spec.num_heads, spec.num_kv_heads, tp.size)
+        self.heads = shares[tp.rank]
+        self._first_of_kv = next(rank for rank, share in enumerate(shares) if share.kv == self.heads.kv) == tp.rank
         self.channels = split(spec.intermediate_size, tp.size, MLP_UNIT, what="MLP channels")[tp.rank]
         self.vocab_shards = split(spec.vocab_size, tp.size, VOCAB_UNIT, what="vocabulary entries")
         self.vocab = self.vocab_shards[tp.rank]
@@ -35,78 +50,151 @@ class Shard:
         """The token embedding's rows of this rank."""
         return self._tensor(self._vocab_rows(self.names.embedding))
 
+    def positions(self) -> torch.Tensor | None:
+        """The embeddings of the positions, where they are learned."""
+        if self.spec.rope is not None:
+            return None
+        first = self.names.unused_positions
+        rows = first + self.spec.max_position
+        return self._tensor(Source(f"{self.names.positions}.weight", (rows, self.spec.hidden_size), 0, range(first, rows)))
+
+    def project_in(self) -> torch.Tensor | None:
+        """From the embedding to the layers, where they are not of one width."""
+        return self._projection(self.names.project_in, self.spec.hidden_size, self.spec.embedding_size)
+
+    def project_out(self) -> torch.Tensor | None:
+        """From the layers to the LM head, where they are not of one width."""
+        return self._projection(self.names.project_out, self.spec.embedding_size, self.spec.hidden_size)
+
     def head(self) -> torch.Tensor:
         """The LM head's rows of this rank; the embedding's where the model ties them."""
         return self._tensor(self._vocab_rows(self.names.embedding if self.spec.tie_embeddings else self.names.head))
 
-    def final_norm(self) -> torch.Tensor:
+    def final_norm(self) -> Norm | None:
         """The norm before the LM head."""
-        return self._tensor(_whole(self.names.final_norm, self.spec.hidden_size))
+        return self._norm(self.names.final_norm) if self.spec.final_norm else None
 
     def block(self, layer: int) -> Block:
         """Layer number `layer` of the whole model."""
         spec, names = self.spec, self.names
         prefix = names.layer.format(layer=layer)
         return Block(
-            attention_norm=self._tensor(_whole(prefix + names.attention_norm, spec.hidden_size)),
+            place=spec.norm_place,
+            attention_norm=self._norm(prefix + names.attention_norm),
             attention=self._attention(prefix),
-            mlp_norm=self._tensor(_whole(prefix + names.mlp_norm, spec.hidden_size)),
+            mlp_norm=self._norm(prefix + names.mlp_norm),
             mlp=self._mlp(prefix),
-            eps=spec.norm_eps,
+            residual_scale=spec.residual_scale,
         )
+
+    def _norm(self, name: str) -> Norm:
+        """A norm of the residual stream."""
+        spec = self.spec
+        weight = self._vector(f"{name}.weight", spec.hidden_size) if spec.norm_affine else None
+        if spec.norm == "layer":
+            return LayerNorm(weight, self._vector(f"{name}.bias", spec.hidden_size) if spec.norm_affine else None, spec.norm_eps)
+        assert weight is not None, "RMS norms have weights"
+        return RMSNorm(weight, spec.norm_eps)
 
     def _attention(self, prefix: str) -> Attention:
         spec, names, heads, dim = self.spec, self.names, self.heads, self.spec.head_dim
         q, kv = _scaled(heads.q, dim), _scaled(heads.kv, dim)
         q_rows, kv_rows = spec.num_heads * dim, spec.num_kv_heads * dim
-        fused = ((prefix + names.q, q_rows, q), (prefix + names.k, kv_rows, kv), (prefix + names.v, kv_rows, kv))
+        fused = _fused(
+            Rows(prefix + names.q, q_rows, q), Rows(prefix + names.k, kv_rows, kv), Rows(prefix + names.v, kv_rows, kv)
+        )
         return Attention(
             num_heads=len(heads.q),
             num_kv_heads=len(heads.kv),
             head_dim=dim,
             qkv=self._rows(fused),
             qkv_bias=self._row_biases(fused) if spec.qkv_bias else None,
-            q_norm=self._tensor(_whole(prefix + names.q_norm, dim)) if spec.qk_norm else None,
-            k_norm=self._tensor(_whole(prefix + names.k_norm, dim)) if spec.qk_norm else None,
+            qk_norm=self._qk_norm(prefix, q, kv),
+            scale=dim**-0.5 if spec.attention_scale is None else spec.attention_scale,
             out=self._columns(prefix + names.o, q_rows, q),
-            out_bias=self._tensor(_whole(f"{prefix}{names.o}.bias", spec.hidden_size)) if spec.out_bias else None,
+            out_bias=self._vector(f"{prefix}{names.o}.bias", spec.hidden_size) if spec.out_bias else None,
+            tp=self._tp,
+        )
+
+    def _qk_norm(self, prefix: str, q: range, kv: range) -> HeadNorm | AllHeadsNorm | None:
+        """`q`, `kv`: this rank's channels of all heads."""
+        spec = self.spec
+        q_name, k_name = f"{prefix}{self.names.q_norm}.weight", f"{prefix}{self.names.k_norm}.weight"
+        if spec.qk_norm is None:
+            return None
+        if spec.qk_norm == "head":
+            return HeadNorm(self._vector(q_name, spec.head_dim), self._vector(k_name, spec.head_dim), spec.norm_eps)
+        num_q, num_k = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        return AllHeadsNorm(
+            self._tensor(Source(q_name, (num_q,), 0, q)),
+            self._tensor(Source(k_name, (num_k,), 0, kv)),
             eps=spec.norm_eps,
+            num_q=num_q,
+            num_k=num_k,
+            counts_k=self._first_of_kv,
             tp=self._tp,
         )
 
     def _mlp(self, prefix: str) -> MLP:
         spec, names = self.spec, self.names
-        fused = tuple((prefix + name, spec.intermediate_size, self.channels) for name in (names.gate, names.up))
+        projections = (names.gate, names.up) if spec.gated else (names.up,)
+        fused = _fused(*(Rows(prefix + name, spec.intermediate_size, self.channels) for name in projections))
         return MLP(
-            gate_up=self._rows(fused),
-            gate_up_bias=self._row_biases(fused) if spec.mlp_bias else None,
+            up=self._rows(fused),
+            up_bias=self._row_biases(fused) if spec.mlp_bias else None,
+            activate=(activation.GATED if spec.gated else activation.PLAIN)[spec.activation],
             down=self._columns(prefix + names.down, spec.intermediate_size, self.channels),
-            down_bias=self._tensor(_whole(f"{prefix}{names.down}.bias", spec.hidden_size)) if spec.mlp_bias else None,
+            down_bias=self._vector(f"{prefix}{names.down}.bias", spec.hidden_size) if spec.mlp_bias else None,
             tp=self._tp,
         )
 
-    def _rows(self, fused: tuple[tuple[str, int, range], ...]) -> torch.Tensor:
-        """Projections (name, all rows, taken rows) stacked; each rank computes some of the outputs."""
-        hidden = self.spec.hidden_size
-        return self._tensor(*(Source(f"{name}.weight", (rows, hidden), 0, taken) for name, rows, taken in fused))
+    def _rows(self, fused: tuple[Rows, ...]) -> torch.Tensor:
+        """Projections of a layer stacked; each rank computes some of the outputs."""
+        return self._tensor(*(self._weight(rows.name, (rows.whole, self.spec.hidden_size), 0, rows.taken) for rows in fused))
 
-    def _row_biases(self, fused: tuple[tuple[str, int, range], ...]) -> torch.Tensor:
-        return self._tensor(*(Source(f"{name}.bias", (rows,), 0, taken) for name, rows, taken in fused))
+    def _row_biases(self, fused: tuple[Rows, ...]) -> torch.Tensor:
+        return self._tensor(*(Source(f"{rows.name}.bias", (rows.whole,), 0, rows.taken) for rows in fused))
 
     def _columns(self, name: str, columns: int, taken: range) -> torch.Tensor:
-        """A projection of which each rank computes all outputs from some of the inputs."""
-        return self._tensor(Source(f"{name}.weight", (self.spec.hidden_size, columns), 1, taken))
+        """A projection of a layer of which each rank computes all outputs from some of the inputs."""
+        return self._tensor(self._weight(name, (self.spec.hidden_size, columns), 1, taken))
+
+    def _weight(self, name: str, shape: tuple[int, int], dim: int, taken: range) -> Source:
+        """`shape`, `dim`: as [outputs, inputs]."""
+        if self.names.transposed:
+            return Source(f"{name}.weight", shape[::-1], 1 - dim, taken, transposed=True)
+        return Source(f"{name}.weight", shape, dim, taken)
+
+    def _projection(self, name: str, rows: int | None, columns: int | None) -> torch.Tensor | None:
+        """Whole on every rank."""
+        if rows is None or columns is None:
+            return None
+        return self._tensor(Source(f"{name}.weight", (rows, columns), 0, range(rows)))
+
+    def _vector(self, name: str, size: int) -> torch.Tensor:
+        """Whole on every rank."""
+        return self._tensor(Source(name, (size,), 0, range(size)))
 
     def _vocab_rows(self, name: str) -> Source:
-        return Source(name, (self.spec.vocab_size, self.spec.hidden_size), 0, self.vocab)
+        shape = (self.spec.vocab_size, self.spec.embedding_size or self.spec.hidden_size)
+        return Source(f"{name}.weight", shape, 0, self.vocab)
 
     def _tensor(self, *sources: Source) -> torch.Tensor:
         self.parameters.append(Parameter.empty(sources, self._dtype, self._device))
         return self.parameters[-1].tensor
 
 
-def _whole(name: str, size: int) -> Source:
-    return Source(name, (size,), 0, range(size))
+def _fused(*projections: Rows) -> tuple[Rows, ...]:
+    """Where the rows are in the checkpoint: projections of one name lie below one another in one tensor."""
+    totals: dict[str, int] = {}
+    firsts = []
+    for name, whole, _ in projections:
+        firsts.append(totals.get(name, 0))
+        totals[name] = firsts[-1] + whole
+    return tuple(
+        Rows(name, totals[name], range(first + taken.start, first + taken.stop))
+        for first, (name, _, taken) in zip(firsts, projections, strict=True)
+    )
 
 
 def _scaled(heads: range, head_dim: int) -> range:

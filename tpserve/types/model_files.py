@@ -1,6 +1,23 @@
 """Where a model's files are on this node."""
 
+from typing import NamedTuple
+
 from msgspec import Struct
+
+
+class WeightFormat(NamedTuple):
+    """How files of weights are called: those that an index lists, the only one, and those without an index."""
+
+    index_file: str
+    single: str
+    pattern: str
+
+
+WEIGHT_FORMATS = (
+    WeightFormat("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
+    WeightFormat("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
+)
+"""Safetensors, and torch's own. The first that a directory or repository has is read."""
 
 
 class Snapshot(Struct, frozen=True):

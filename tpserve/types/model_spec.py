@@ -8,15 +8,27 @@ from msgspec import Struct
 class RopeSpec(Struct, frozen=True):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scaling.
 
-    `linear` divides positions by `factor`; `llama3` is the frequency-dependent interpolation of Llama 3.1.
+    `linear` divides positions by `factor`; `llama3` is the frequency-dependent interpolation of Llama 3.1; `yarn` that of
+    Peng et al. 2023 (arXiv:2309.00071); `longrope` (Ding et al. 2024, arXiv:2402.13753) has a divisor for each frequency.
     """
 
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3"] = "default"
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: whether the bounds of its ramp are whole channels."""
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    """longrope: the divisors up to `original_max_position`, and those of a server of longer sequences."""
+    magnitude: float = 1.0
+    """What rotated channels are multiplied by."""
+    num_channels: int | None = None
+    """How many of a head's channels turn, the first ones; None: all."""
 
 
 class CacheGroup(Struct, frozen=True):
@@ -26,8 +38,8 @@ class CacheGroup(Struct, frozen=True):
     layers: tuple[int, ...]
 
 
-class ModelSpec(Struct, frozen=True):
-    """A decoder-only transformer. Sizes are those of the whole model, before any split."""
+class ModelSpec(Struct, frozen=True, kw_only=True):
+    """A decoder-only transformer. Sizes are those of the whole model, before any split. Defaults are neutral: Llama's."""
 
     family: str
     vocab_size: int
@@ -37,18 +49,37 @@ class ModelSpec(Struct, frozen=True):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    embedding_size: int | None = None
+    """Width of the embedding and of the LM head's input where it is not the hidden size: a projection lies between."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_affine: bool = True
+    """Whether norms have weights; layer norms have biases then, too."""
     norm_eps: float
-    rope: RopeSpec
+    norm_place: Literal["before", "after", "output"] = "before"
+    """f is attention or MLP: x + f(norm(x)), norm(x + f(x)), or x + norm(f(x))."""
+    final_norm: bool = True
+    rope: RopeSpec | None
+    """None: positions are learned embeddings, added to those of the tokens."""
     max_position: int
+    sliding_window: int | None = None
+    """Positions that a token sees, its own included; None: all before it."""
     tie_embeddings: bool
     qkv_bias: bool
     """Bias on the query, key and value projections."""
     out_bias: bool
     """Bias on the attention output projection."""
     mlp_bias: bool
-    qk_norm: bool
-    """RMS norm over each head of q and k, before rope (Qwen3)."""
-    activation: Literal["silu"]
+    qk_norm: Literal["head", "all"] | None = None
+    """RMS norm of q and k before rope: over each head (Qwen3), or over all heads together (OLMo 2)."""
+    gated: bool = True
+    """The MLP is down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    attention_scale: float | None = None
+    """What scores are multiplied by; None: head_dim ** -0.5."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """What attention and MLP are multiplied by before they are added to the residual stream."""
+    logits_scale: float = 1.0
     dtype: Literal["float32", "bfloat16", "float16"]
     """The checkpoint's dtype, what `--dtype auto` follows."""
     bos_id: int | None

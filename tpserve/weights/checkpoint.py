@@ -1,36 +1,36 @@
-"""A directory of safetensors files: which tensor is in which file, and reading slices of them. Never loads a whole file."""
+"""A directory of weight files: which tensor is in which file, and reading slices of them. Never loads a whole file.
+
+Safetensors where there are some, else torch's own files; with an index or without.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from tpserve.errors import UserError
+from tpserve.types.model_files import WEIGHT_FORMATS
+from tpserve.weights import files
+from tpserve.weights.names import WeightNames
 from tpserve.weights.parameter import Source
 
-INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """Element types that are weights as they stand; others (integers, 8-bit floats) are quantized."""
-LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that Git LFS has not replaced by its content yet."""
 
 
 class File:
-    """One open safetensors file."""
+    """One open file of a checkpoint."""
 
-    def __init__(self, path: Path, handle: Any, stored: dict[str, str]) -> None:
+    def __init__(self, path: Path, file: files.TensorFile, stored: Mapping[str, str]) -> None:
         self._path = path
-        self._handle = handle
+        self._file = file
         self._stored = stored
 
     def check(self, source: Source) -> int:
         """Bytes of one element of the source's tensor. UserError when its shape or type is not what the model needs."""
-        tensor = self._handle.get_slice(self._stored[source.name])
-        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+        shape, kind = self._file.facts(self._stored[source.name])
         if shape != source.shape:
             raise UserError(
                 f"tensor {source.name} in {self._path} has shape {list(shape)}, but config.json asks for {list(source.shape)}"
@@ -41,82 +41,80 @@ class File:
 
     def read(self, source: Source) -> torch.Tensor:
         """The source's range, in the file's dtype."""
-        tensor = self._handle.get_slice(self._stored[source.name])
-        taken = slice(source.taken.start, source.taken.stop)
-        piece: torch.Tensor = tensor[taken] if source.dim == 0 else tensor[:, taken]
-        return piece
+        return self._file.read(self._stored[source.name], source.dim, source.taken)
 
 
 class Checkpoint:
     """Tensor names resolved to files; opening it reads headers only."""
 
-    def __init__(self, directory: Path, files: dict[str, Path]) -> None:
-        """`files`: where each stored name is. Names saved from a bare transformer lack the prefix "model." and get it here."""
-        bare = not any(name.startswith("model.") for name in files)
+    def __init__(self, directory: Path, paths: Mapping[str, Path], names: WeightNames) -> None:
+        """`paths`: where each stored name is. Names saved from a bare transformer lack a prefix and get it here."""
         self.directory = directory
-        self._stored = {f"model.{name}" if bare and not name.startswith("lm_head.") else name: name for name in files}
-        self._files = {name: files[stored] for name, stored in self._stored.items()}
+        self.names = names
+        prefix = _missing_prefix(paths, names)
+        outside = f"{names.head}."
+        self._stored = {name if name.startswith(outside) else prefix + name: name for name in paths}
+        self._paths = {name: paths[stored] for name, stored in self._stored.items()}
 
     @staticmethod
-    def open(directory: Path | str) -> "Checkpoint":
+    def open(directory: Path | str, names: WeightNames, *, only_safetensors: bool = False) -> "Checkpoint":
         """Find the tensors, by the index file if there is one. UserError for missing, damaged or foreign files."""
         directory = Path(directory)
-        if (directory / INDEX).exists():
-            return Checkpoint(directory, _indexed(directory))
-        single = directory / "model.safetensors"
-        paths = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
-        if not paths:
-            foreign = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in directory.glob(pattern))
-            found = f": {foreign[0]} is not read, convert it to safetensors" if foreign else ""
-            raise UserError(f"no safetensors files in {directory}{found}")
-        files: dict[str, Path] = {}
-        for path in paths:
-            with _opened(path) as handle:
-                files.update(dict.fromkeys(handle.keys(), path))
-        return Checkpoint(directory, files)
+        for index, single, pattern in WEIGHT_FORMATS[: 1 if only_safetensors else None]:
+            if (directory / index).exists():
+                return Checkpoint(directory, _indexed(directory, index), names)
+            paths = [directory / single] if (directory / single).exists() else sorted(directory.glob(pattern))
+            if paths:
+                return Checkpoint(directory, _listed(paths), names)
+        foreign = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in directory.glob(pattern))
+        found = f": {foreign[0]} is not read, convert it to safetensors" if foreign else ""
+        torchs = "" if only_safetensors else " and no pytorch_model.bin"
+        raise UserError(f"no safetensors files{torchs} in {directory}{found}")
 
-    def names(self) -> list[str]:
-        """All tensors, under the model's names."""
-        return list(self._files)
+    def tensors(self) -> list[str]:
+        """All of them, under the model's names."""
+        return list(self._paths)
 
     def path_of(self, source: Source) -> Path:
         """The file that holds the source's tensor. UserError when there is none."""
-        if source.name not in self._files:
+        if source.name not in self._paths:
             raise UserError(
                 f"tensor {source.name} with shape {list(source.shape)} is missing from the checkpoint in {self.directory}: "
-                "config.json and the safetensors files do not belong together, or a file is incomplete"
+                "config.json and the weight files do not belong together, or a file is incomplete"
             )
-        return self._files[source.name]
+        return self._paths[source.name]
 
     @contextmanager
     def opened(self, path: Path) -> Iterator[File]:
         """Open one of the files; what goes wrong in it is a UserError that names it."""
-        with _opened(path) as handle:
-            yield File(path, handle, self._stored)
+        with files.opened(path) as file:
+            yield File(path, file, self._stored)
 
 
-def _indexed(directory: Path) -> dict[str, Path]:
+def _missing_prefix(paths: Mapping[str, Path], names: WeightNames) -> str:
+    """What the stored names lack of the model's: its outermost modules ("model."), if they were not saved."""
+    parts = f"{names.embedding}.weight".split(".")
+    for at in range(len(parts) - 1):
+        if ".".join(parts[at:]) in paths:
+            return "".join(f"{part}." for part in parts[:at])
+    return ""
+
+
+def _listed(paths: list[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        with files.opened(path) as file:
+            found.update(dict.fromkeys(file.names(), path))
+    return found
+
+
+def _indexed(directory: Path, index: str) -> dict[str, Path]:
     try:
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-        files = {str(name): directory / file for name, file in weight_map.items()}
+        weight_map = json.loads((directory / index).read_text())["weight_map"]
+        found = {str(name): directory / file for name, file in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{directory / INDEX} is not a safetensors index: download the file again") from None
-    for path in sorted(set(files.values())):
+        raise UserError(f"{directory / index} is not an index of weight files: download the file again") from None
+    for path in sorted(set(found.values())):
         if not path.exists():
-            raise UserError(f"{path} is missing, but {INDEX} lists it: download the model's remaining files")
-    return files
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            yield handle
-    except SafetensorError as error:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-        if is_pointer:
-            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}") from None
-        raise UserError(f"{path} is damaged or truncated ({error}): download the file again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{path} is missing, but {index} lists it: download the model's remaining files")
+    return found

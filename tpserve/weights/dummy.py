@@ -15,16 +15,17 @@ BATCH = 1 << 18
 
 
 def dummy(parameters: Sequence[Parameter], seed: int = 0) -> None:
-    """Fill the parameters: matrices with variance 1 / columns, norms around 1, biases around 0."""
+    """Fill the parameters: matrices with variance 1 / inputs, norms around 1, biases around 0."""
     for parameter in parameters:
         for source, place in parameter.parts():
             _fill(place, source, seed)
 
 
 def _fill(place: torch.Tensor, source: Source, seed: int) -> None:
-    spread = (3.0 / source.shape[-1]) ** 0.5 if len(source.shape) == 2 else 0.1
-    centre = 1.0 if source.name.endswith("norm.weight") else 0.0
-    width = source.shape[-1] if len(source.shape) == 2 else 1
+    is_matrix = len(source.shape) == 2
+    spread = (3.0 / source.shape[0 if source.transposed else 1]) ** 0.5 if is_matrix else 0.1
+    centre = 0.0 if is_matrix or source.name.endswith(".bias") else 1.0
+    width = source.shape[-1] if is_matrix else 1
     columns = torch.arange(width, device=place.device)
     first_row = 0
     if source.dim == 0:

@@ -3,7 +3,6 @@
 Everything is checked before the first byte of a tensor is read.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,6 @@ from tpserve.weights.parameter import Parameter, Source
 
 READAHEAD_BYTES = 64 * 1024
 """The kernel reads ahead at least this much: a cut through rows narrower than that brings in the rows whole."""
-LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-UNUSED_SUFFIXES = (".rotary_emb.inv_freq",)
-"""Tensors that old checkpoints carry and that config.json already says."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,12 @@ def _physical_bytes(source: Source, item_bytes: int) -> int:
 
 def _refuse_unused(parameters: Sequence[Parameter], checkpoint: Checkpoint, num_layers: int) -> None:
     """A tensor that no parameter wants (a bias or scale in one of our layers, a layer too many) would change the output."""
+    names = checkpoint.names
     wanted = {source.name for parameter in parameters for source in parameter.sources}
-    ours = {int(match[1]) for name in wanted if (match := LAYER.match(name))}
-    for name in checkpoint.names():
-        match = LAYER.match(name)
-        if name in wanted or match is None or name.endswith(UNUSED_SUFFIXES):
-            continue
-        if int(match[1]) in ours or int(match[1]) >= num_layers:
+    ours = {names.layer_of(name) for name in wanted}
+    for name in checkpoint.tensors():
+        layer = names.layer_of(name)
+        if name not in wanted and layer is not None and (layer in ours or layer >= num_layers):
             raise UserError(
                 f"{checkpoint.directory} holds tensor {name}, which a model with this config.json does not have: "
                 "they do not belong together, or the model needs more than tpserve supports"

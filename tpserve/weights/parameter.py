@@ -1,7 +1,7 @@
 """A parameter of the model says what it is made of; loaders fill it. Owns no file and no device.
 
 A fused parameter (query-key-value, gate-up) has several sources, one below the other along dim 0, each with its own
-range of its own checkpoint tensor.
+range of a checkpoint tensor, which may be fused as well.
 """
 
 from collections.abc import Iterator
@@ -12,16 +12,20 @@ import torch
 
 @dataclass(frozen=True)
 class Source:
-    """The range `taken` along `dim` of the checkpoint tensor `name`, whose whole shape is `shape`."""
+    """The range `taken` along `dim` of the checkpoint tensor `name`, whose whole shape is `shape`.
+
+    `transposed`: the parameter holds the transpose of what is taken.
+    """
 
     name: str
     shape: tuple[int, ...]
     dim: int
     taken: range
+    transposed: bool = False
 
     @property
     def shard(self) -> tuple[int, ...]:
-        """Shape of what is taken."""
+        """Shape of what is taken, as the checkpoint has it."""
         return (*self.shape[: self.dim], len(self.taken), *self.shape[self.dim + 1 :])
 
 
@@ -35,14 +39,16 @@ class Parameter:
     @staticmethod
     def empty(sources: tuple[Source, ...], dtype: torch.dtype, device: torch.device) -> "Parameter":
         """Allocate room for the sources."""
-        shards = [source.shard for source in sources]
+        shards = [source.shard[::-1] if source.transposed else source.shard for source in sources]
         shape = (sum(shard[0] for shard in shards), *shards[0][1:])
         return Parameter(torch.empty(shape, dtype=dtype, device=device), sources)
 
     def parts(self) -> Iterator[tuple[Source, torch.Tensor]]:
-        """Each source with its place in the tensor."""
+        """Each source with its place in the tensor, of the shape of its shard."""
         row = 0
         for source in self.sources:
-            yield source, self.tensor[row : row + source.shard[0]]
-            row += source.shard[0]
+            rows = source.shard[-1 if source.transposed else 0]
+            place = self.tensor[row : row + rows]
+            yield source, place.T if source.transposed else place
+            row += rows
         assert row == len(self.tensor), "sources fill the tensor"

@@ -1,0 +1,19 @@
+"""Mistral: Llama's shape, and in its first release a sliding window."""
+
+from tpserve.models import transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ModelSpec
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    return transformer.spec(
+        fields,
+        "mistral",
+        num_kv_heads=fields.size("num_key_value_heads", fields.size("num_attention_heads")),
+        head_dim=transformer.head_dim_of(fields),
+        sliding_window=transformer.sliding_window_of(fields),
+    )
+
+
+FAMILY = Family("mistral", ("MistralForCausalLM",), _spec, without="a `sliding_window` shorter than `--max-model-len`")

@@ -1,0 +1,30 @@
+"""Phi-3, Phi-3.5 and Phi-4 (text): fused projections, rope over a part of each head, longrope."""
+
+from tpserve.models import transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ModelSpec
+from tpserve.weights.names import WeightNames
+
+FUSED_QKV, FUSED_GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    fields.refuse_unless("attention_bias", False)
+    fields.refuse_unless("mlp_bias", False)
+    return transformer.spec(
+        fields,
+        "phi3",
+        num_kv_heads=fields.size("num_key_value_heads", fields.size("num_attention_heads")),
+        head_dim=transformer.head_dim_of(fields),
+        sliding_window=transformer.sliding_window_of(fields),
+    )
+
+
+FAMILY = Family(
+    "phi3",
+    ("Phi3ForCausalLM",),
+    _spec,
+    WeightNames(q=FUSED_QKV, k=FUSED_QKV, v=FUSED_QKV, gate=FUSED_GATE_UP, up=FUSED_GATE_UP),
+    without="a `sliding_window` shorter than `--max-model-len`",
+)
