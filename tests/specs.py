@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
+from tpserve.types.model_spec import CacheGroup, ExpertsSpec, ModelSpec, RopeSpec
+
+EXPERTS = ExpertsSpec(count=5, num_active=2, size=44, renormalise=True, layers=(0, 2, 3), shared_size=100)
+"""For a model of four layers: experts in some, beside a shared one, in numbers that no two ranks share evenly."""
 
 
 def small(**fields: Any) -> ModelSpec:

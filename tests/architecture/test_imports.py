@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {*FLOOR_0, "config"},
     # floor 2
     "parallel": FLOOR_0,
-    "quant": FLOOR_0,
+    "quant": {*FLOOR_0, "kernels"},
     "frontend": {*FLOOR_0, "config", "text", "wire", "observe"},
     # floor 3
     "attention": {*FLOOR_0, "kernels"},

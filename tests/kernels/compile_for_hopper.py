@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tpserve_kernels import activation, attention, kv, norm, rope
+from tpserve_kernels import activation, attention, grouped, kv, norm, rope
 
 
 class Hopper:
@@ -59,6 +59,10 @@ def main() -> None:
     attention.paged_attention(q.float(), cache.float(), cache.float(), tables, starts, contexts, 99, scale)
     q, cache = q.new_zeros(4, 32, 256), cache.new_zeros(128, 16, 8, 256)  # the largest tile
     attention.paged_attention(q, cache, cache, tables, starts, contexts, 99, scale)
+
+    weight = torch.zeros(60, 512, 96, dtype=dtype)
+    grouped.grouped_matmul(torch.zeros(8, 96, dtype=dtype), weight, torch.zeros(60, dtype=torch.int32))
+    grouped.grouped_matmul(torch.zeros(8, 96), weight.float(), torch.zeros(60, dtype=torch.int32))
 
 
 if __name__ == "__main__":

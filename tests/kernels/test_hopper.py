@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 HOPPER_SHARED_BYTES = 227 * 1024
+PRODUCTS = ("_attention_kernel", "_grouped_kernel")
 
 
 def test_kernels_compile_for_hopper() -> None:
@@ -17,7 +18,8 @@ def test_kernels_compile_for_hopper() -> None:
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert {kernel["name"] for kernel in kernels} == {
         "_norm_kernel", "_silu_mul_kernel", "_rope_kernel", "_write_kv_kernel", "_attention_kernel", "_merge_kernel",
+        "_grouped_kernel",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["shared"] <= HOPPER_SHARED_BYTES, kernel
-        assert kernel["wgmma"] == (kernel["name"] == "_attention_kernel" and kernel["dtype"] == "bfloat16"), kernel
+        assert kernel["wgmma"] == (kernel["name"] in PRODUCTS and kernel["dtype"] == "bfloat16"), kernel

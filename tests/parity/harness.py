@@ -40,8 +40,17 @@ class Runner:
         self._num_layers = num_layers
 
     @staticmethod
-    def load(directory: Path, tp_size: int, pp: int, rank: int, tp: Group, pipeline: Pipeline, dtype: torch.dtype) -> "Runner":
-        decoder, layout = load_decoder(directory, tp_size, pp, rank, tp, dtype)
+    def load(
+        directory: Path,
+        tp_size: int,
+        pp: int,
+        rank: int,
+        tp: Group,
+        pipeline: Pipeline,
+        dtype: torch.dtype,
+        expert_parallel: bool = False,
+    ) -> "Runner":
+        decoder, layout = load_decoder(directory, tp_size, pp, rank, tp, dtype, expert_parallel)
         return Runner(decoder, tp, pipeline, layout.layers[layout.stage_of(rank)])
 
     @torch.inference_mode()
@@ -81,11 +90,11 @@ class Runner:
 
 
 def load_decoder(
-    directory: Path, tp_size: int, pp: int, rank: int, tp: Group, dtype: torch.dtype
+    directory: Path, tp_size: int, pp: int, rank: int, tp: Group, dtype: torch.dtype, expert_parallel: bool = False
 ) -> tuple[Decoder, ParallelLayout]:
     """A rank's stage of the checkpoint."""
     spec = model_spec(model_config.read(directory), str(directory / "config.json"))
-    layout = ParallelLayout(tp_size, pp, even_layers(spec.num_layers, pp))
+    layout = ParallelLayout(tp_size, pp, even_layers(spec.num_layers, pp), expert_parallel)
     decoder = Decoder(spec, layout, layout.stage_of(rank), tp, dtype, torch.device("cpu"), 400)
     load(decoder.parameters(), Checkpoint.open(directory, names_of(spec)), spec.num_layers)
     decoder.prepack()

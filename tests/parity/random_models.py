@@ -10,8 +10,10 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim == 2:
-                weight.copy_(noise * (1.5 / weight.shape[1] ** 0.5))
+            if weight.ndim >= 2:  # transformers keeps a layer's experts in one tensor
+                # A router's near tie is a cliff in any dtype: let it decide, and the experts not shout.
+                spread = 3.0 if name.endswith("mlp.gate.weight") else 1.0 if weight.ndim == 3 else 1.5
+                weight.copy_(noise * (spread / weight.shape[-1] ** 0.5))
             else:
                 is_norm = not name.endswith(".bias") and any(part in name for part in ("norm", "ln_"))
                 weight.copy_(noise * 0.3 + is_norm)

@@ -3,9 +3,9 @@
     python rank.py RANK WORLD_SIZE DIRECTORY
 
 DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...],
-"thorough": [[tp, pp], ...]}}, "shared": {"layouts": [...], "models": [name, ...]},
-"scored": {"models": [name, ...], "sequences": [...]}}. The layouts run over gloo, those of "shared" through
-shared memory as well; the thorough ones in bfloat16 and with each sequence in one chunk as well.
+"thorough": [[tp, pp], ...]}}, "shared": {"layouts": [...], "models": [name, ...]}, "experts": like shared,
+"scored": {"models": [name, ...], "sequences": [...]}}. The layouts run over gloo, those of "shared" through shared memory as
+well, those of "experts" with expert parallelism too; the thorough ones in bfloat16 and with each sequence in one chunk as well.
 """
 
 import json
@@ -36,14 +36,15 @@ def main(rank: int, world_size: int, directory: Path) -> None:
     pipelines = []  # a send is lost when its pipeline goes before it is delivered
     over_gloo = [(tp, pp, list(work["models"]), "") for tp, pp in work["layouts"]]
     shared = [(tp, pp, work["shared"]["models"], "-shm") for tp, pp in work["shared"]["layouts"]]
+    experts = [(tp, pp, work["experts"]["models"], "-ep") for tp, pp in work["experts"]["layouts"]]
     places = exchange_places(store, rank, world_size, 60.0)
-    for tp, pp, names, carrier in over_gloo + shared:
+    for tp, pp, names, way in over_gloo + shared + experts:
         stages = [dist.new_group([stage * tp + i for i in range(tp)]) for stage in range(pp)]
         if rank >= tp * pp:
             continue
         stage = rank // tp
         page = None
-        if carrier:
+        if way == "-shm":
             keys = dist.PrefixStore(f"tp{tp}pp{pp}", store)  # a page's keys are good for one
             page = share(keys, places, range(stage * tp, (stage + 1) * tp), rank, 2, 60.0)
             assert isinstance(page, SharedPage), page
@@ -55,21 +56,21 @@ def main(rank: int, world_size: int, directory: Path) -> None:
             model = work["models"][name]
             sequences = model["sequences"]
             lengths = [len(tokens) for tokens in sequences]
-            thorough = [tp, pp] in model["thorough"]
+            thorough = way == "-ep" or [tp, pp] in model["thorough"]
             for dtype in (torch.float32, torch.bfloat16)[: 2 if thorough else 1]:
-                runner = Runner.load(directory / name, tp, pp, rank, group, pipeline, dtype)
+                runner = Runner.load(directory / name, tp, pp, rank, group, pipeline, dtype, way == "-ep")
                 runs = {"mixed": mixed(lengths, model["prompts"], SIZES)} | ({"whole": whole(lengths)} if thorough else {})
                 for kind, steps in runs.items():
                     for i, logits in enumerate(runner.run(sequences, steps)):
                         results[f"{name}.{kind}.{i}.{dtype}"] = logits
-        if not carrier:
+        if not way:
             for name in work["scored"]["models"]:
                 decoder, layout = load_decoder(directory / name, tp, pp, rank, group, torch.float32)
                 mesh = Mesh(rank, layout, group, Group(), pipeline, torch.device("cpu"))
                 scored = score(decoder, mesh, work["scored"]["sequences"])
                 results |= {f"{name}.{key}": x for key, x in scored.items()}
         if rank == tp * (pp - 1):
-            save_file(results, directory / f"tp{tp}pp{pp}{carrier}.safetensors")
+            save_file(results, directory / f"tp{tp}pp{pp}{way}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -25,15 +25,17 @@ from transformers import (
 )
 
 from tests.parity.dense_models import DENSE
+from tests.parity.expert_models import EXPERTS
 from tests.parity.random_models import randomised
 
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2)]
 SHARED = [(2, 1), (3, 1), (2, 2)]
+EXPERT_PARALLEL = [(2, 1), (3, 1), (2, 2)]
 PROMPTS = (3, 37, 170)
 NEW_TOKENS = 10
 SCORED = (1, 2, 33, 64, 129, 200)
 """Lengths of prompts that are scored."""
-SCORED_MODELS = ("llama-old", "qwen2")
+SCORED_MODELS = ("llama-old", "qwen2", "qwen2-moe")
 SIZES = {"vocab_size": 517, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 400}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -97,12 +99,13 @@ MODELS = {
     "qwen2": make_qwen2,
     "qwen3": make_qwen3,
     **DENSE,
+    **EXPERTS,
 }
 
 
 def thorough(name: str) -> list[tuple[int, int]]:
     """Layouts at which a model runs in both types, whole and in chunks; at the others once, in float32 and in chunks."""
-    return [(1, 1), (3, 1)] if name in DENSE else LAYOUTS
+    return [(1, 1), (3, 1)] if name in DENSE or name in EXPERTS else LAYOUTS
 
 
 def greedy(model: PreTrainedModel) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -130,7 +133,10 @@ Runs = Any
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[torch.Tensor]], dict[tuple[int | str, ...], Results]]:
-    """The oracle's logits by model, and what the ranks of each layout computed, also through shared memory (tp, pp, "shm")."""
+    """The oracle's logits by model, and what the ranks of each layout computed.
+
+    Also through shared memory (tp, pp, "shm"), and with expert parallelism (tp, pp, "ep").
+    """
     directory = tmp_path_factory.mktemp("parity")
     torch.set_num_threads(1)
     oracle, work = {}, {}
@@ -140,10 +146,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[torch
         if name in SCORED_MODELS:
             with torch.inference_mode():
                 oracle[f"{name}.scored"] = [model(torch.tensor([tokens])).logits[0] for tokens in to_score()]
+        if name in EXPERTS:
+            with torch.inference_mode():
+                rounded = model.bfloat16().float()
+                oracle[f"{name}.rounded"] = [rounded(torch.tensor([tokens])).logits[0] for tokens in sequences]
         work[name] = {"sequences": sequences, "prompts": PROMPTS, "thorough": thorough(name)}
     shared = {"layouts": SHARED, "models": ["llama-old"]}
     scored = {"models": SCORED_MODELS, "sequences": to_score()}
-    (directory / "models.json").write_text(json.dumps({"layouts": LAYOUTS, "models": work, "shared": shared, "scored": scored}))
+    experts = {"layouts": EXPERT_PARALLEL, "models": list(EXPERTS)}
+    jobs = {"layouts": LAYOUTS, "models": work, "shared": shared, "experts": experts, "scored": scored}
+    (directory / "models.json").write_text(json.dumps(jobs))
     world_size = max(tp * pp for tp, pp in LAYOUTS)
     run_ranks(directory, world_size)
     results: dict[tuple[int | str, ...], Results] = {}
@@ -151,6 +163,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[torch
         results[tp, pp] = load_file(directory / f"tp{tp}pp{pp}.safetensors")
     for tp, pp in SHARED:
         results[tp, pp, "shm"] = load_file(directory / f"tp{tp}pp{pp}-shm.safetensors")
+    for tp, pp in EXPERT_PARALLEL:
+        results[tp, pp, "ep"] = load_file(directory / f"tp{tp}pp{pp}-ep.safetensors")
     return oracle, results
 
 
@@ -182,7 +196,7 @@ def test_logprobs_and_greedy_tokens(runs: Runs, layout: tuple[int, int], name: s
         assert torch.equal(logits[PROMPTS[i] - 1 :].argmax(-1), expected[PROMPTS[i] - 1 :].argmax(-1))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in EXPERTS])
 def test_bfloat16_stays_close(runs: Runs, name: str) -> None:
     """The distribution of every position, against transformers' in float32."""
     oracle, results = runs
@@ -201,6 +215,35 @@ def test_chunking_and_company_change_no_bit(runs: Runs, layout: tuple[int, int],
             alone, mixed = (results[layout][f"{name}.{kind}.{i}.{dtype}"] for kind in ("whole", "mixed"))
             assert torch.isfinite(alone).all()
             assert torch.equal(alone, mixed), f"{name}, sequence {i}"
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("layout", EXPERT_PARALLEL, ids=lambda layout: f"tp{layout[0]}-pp{layout[1]}")
+def test_expert_parallelism(runs: Runs, layout: tuple[int, int], name: str) -> None:
+    """Whole experts on each rank, uneven counts of them: transformers' tokens, and in bfloat16 too a row's own bits."""
+    oracle, results = runs
+    split = results[*layout, "ep"]
+    for i, expected in enumerate(oracle[name]):
+        logits = split[f"{name}.mixed.{i}.torch.float32"]
+        torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=0)
+        assert torch.equal(logits[PROMPTS[i] - 1 :].argmax(-1), expected[PROMPTS[i] - 1 :].argmax(-1))
+        assert not torch.equal(logits, results[layout][f"{name}.mixed.{i}.torch.float32"]), (
+            "other sums than those of split channels"
+        )
+        for dtype in ("torch.float32", "torch.bfloat16"):
+            assert torch.equal(split[f"{name}.whole.{i}.{dtype}"], split[f"{name}.mixed.{i}.{dtype}"])
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_in_bfloat16(runs: Runs, name: str) -> None:
+    """Close to float32 of the same weights."""
+    oracle, results = runs
+    expected = torch.cat(oracle[f"{name}.rounded"]).log_softmax(-1)
+    for layout, result in results.items():
+        if f"{name}.mixed.0.torch.bfloat16" in result:
+            logits = [result[f"{name}.mixed.{i}.torch.bfloat16"] for i in range(len(PROMPTS))]
+            far = (expected.exp() * (expected - torch.cat(logits).log_softmax(-1))).sum(-1)
+            assert far.mean() < 1e-2, layout
 
 
 @pytest.mark.parametrize("name", SCORED_MODELS)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from tests.specs import small
+from tests.specs import EXPERTS, small
 from tpserve.config.cli import parse
 from tpserve.config.machine import Machine
 from tpserve.config.resolve import num_local_ranks, resolve
@@ -68,6 +68,7 @@ def test_any_size_that_leaves_no_rank_empty(tp: int, pp: int, say_tp: bool) -> N
         ("m --all-reduce nccl", machine(2), "--all-reduce nccl is for GPUs, and the ranks run on the CPU: leave it out"),
         ("m --all-reduce shm", machine(2, gpus=2), "--all-reduce shm is for the CPU, and the ranks run on GPUs"),
         ("m --all-reduce nccl --device cuda", machine(2, gpus=1), "needs a GPU for each rank, but 2 ranks share 1"),
+        ("m --enable-expert-parallel", machine(2), "--enable-expert-parallel, but the model has no experts: leave it out"),
         ("m --max-model-len 2049", machine(1), "--max-model-len 2049 is beyond the model's 2048 positions"),
     ],
 )
@@ -75,6 +76,14 @@ def test_refusals(line: str, on: Machine, said: str) -> None:
     with pytest.raises(UserError) as error:
         resolved(line, on)
     assert said in str(error.value)
+
+
+def test_whole_experts_on_each_rank() -> None:
+    mixture = replace(SPEC, experts=EXPERTS)
+    assert not resolved("m", machine(5), mixture).layout.expert_parallel
+    assert resolved("m --enable-expert-parallel", machine(5), mixture).layout.expert_parallel
+    with pytest.raises(UserError, match="but 6 ranks would share 5 experts, so that a rank would hold none: leave it out, or"):
+        resolved("m --enable-expert-parallel", machine(6), mixture)
 
 
 @settings(max_examples=150, deadline=None)

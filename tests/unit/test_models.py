@@ -10,7 +10,7 @@ import pytest
 from tpserve.config import model_config
 from tpserve.errors import UserError
 from tpserve.models import families, model_spec
-from tpserve.types.model_spec import RopeSpec
+from tpserve.types.model_spec import ExpertsSpec, RopeSpec
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -95,6 +95,21 @@ def test_windows_multipliers_and_norms() -> None:
     assert granite.logits_scale == 1 / 16
     olmo = spec_of(architectures=["Olmo2ForCausalLM"])
     assert (olmo.norm_place, olmo.qk_norm) == ("output", "all")
+
+
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 8}
+
+
+def test_experts() -> None:
+    mixtral = spec_of(architectures=["MixtralForCausalLM"], num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
+    assert mixtral.experts == ExpertsSpec(count=8, num_active=2, size=172, renormalise=True, layers=(0, 1))
+    qwen3 = spec_of(architectures=["Qwen3MoeForCausalLM"], **MOE, norm_topk_prob=True, mlp_only_layers=[0])
+    assert qwen3.qk_norm and qwen3.experts == ExpertsSpec(6, 2, 48, renormalise=True, layers=(1,))
+    shared = {"shared_expert_intermediate_size": 100, "decoder_sparse_step": 2, "num_hidden_layers": 5}
+    qwen2 = spec_of(architectures=["Qwen2MoeForCausalLM"], **MOE, **shared)
+    assert qwen2.qkv_bias and qwen2.experts == ExpertsSpec(6, 2, 48, renormalise=False, layers=(1, 3), shared_size=100)
+    renamed = {"num_local_experts": MOE["num_experts"], **{name: value for name, value in MOE.items() if name != "num_experts"}}
+    assert spec_of(architectures=["Qwen2MoeForCausalLM"], **renamed, **shared) == qwen2
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -207,6 +222,13 @@ def test_a_missing_field_is_named(name: str) -> None:
         ({"torch_dtype": "float8_e4m3fn"}, "'float8_e4m3fn'"),
         ({"eos_token_id": ["</s>"]}, "'eos_token_id' must hold token ids"),
         ({"architectures": []}, "'architectures' is missing"),
+        ({"num_experts": 8}, "'num_experts' is 8"),
+        ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 4}, "'num_experts_per_tok' is missing"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 5},
+            "'num_experts_per_tok' is 5, but there are 4 experts",
+        ),
+        ({"architectures": ["Qwen3MoeForCausalLM"], **MOE, "mlp_only_layers": "0"}, "'mlp_only_layers' must hold layer numbers"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -11,10 +11,12 @@ from tpserve.attention import tiles
 from tpserve.attention.batch import AttentionBatch
 from tpserve.attention.paged import KVCache, attend, ready
 from tpserve.layers.activation import PLAIN, silu_mul
+from tpserve.layers.mlp import MLP
+from tpserve.layers.moe import Experts, MoE
 from tpserve.layers.norm import AllHeadsNorm, LayerNorm, add_rms_norm, rms_norm
 from tpserve.layers.rope import tables
 from tpserve.parallel.group import Group
-from tpserve.quant.matmul import matmul
+from tpserve.quant.matmul import matmul, pad_rows
 from tpserve.quant.packed import PackedWeight, pack, packs
 from tpserve.types.model_spec import RopeSpec
 from tpserve_kernels.attention import paged_attention_reference
@@ -79,6 +81,57 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
     weight_H = torch.randn(width).to(dtype)
     assert_rows_stand_alone(lambda x: rms_norm(x, weight_H, 1e-6), width, dtype)
     assert_rows_stand_alone(lambda x: torch.cat(add_rms_norm(x, x.flip(1), weight_H, 1e-6), dim=1), width, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("count", "num_active", "mine", "channels", "shared"),
+    [(5, 2, range(5), 58, 0), (8, 2, range(2, 5), 64, 0), (60, 8, range(60), 20, 0), (7, 3, range(3, 7), 171, 100)],
+    ids=str,
+)
+def test_experts(count: int, num_active: int, mine: range, channels: int, shared: int, dtype: torch.dtype) -> None:
+    """Whichever experts the other rows go to; the rest of a step's rows is padding, which counts for no expert."""
+    hidden, group = 96, Group()
+
+    def weight(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape) * 2 / shape[-1] ** 0.5).to(dtype)
+
+    experts = Experts(count, mine, weight(len(mine), 2 * channels, hidden), weight(len(mine), hidden, channels))
+    beside = MLP(weight(2 * shared, hidden), None, silu_mul, weight(hidden, shared), None, group) if shared else None
+    router, tally = weight(count + bool(shared), hidden).float(), torch.zeros(count, dtype=torch.int64)
+    layer = MoE(router, num_active, count % 2 == 0, experts, beside, tally, group).packed()
+
+    def op(x_TH: torch.Tensor) -> torch.Tensor:
+        before = tally.sum()
+        out_TH = layer(pad_rows(x_TH), len(x_TH))
+        assert tally.sum() - before == num_active * len(x_TH) and not out_TH[len(x_TH) :].any()
+        return out_TH[: len(x_TH)]
+
+    assert_rows_stand_alone(op, hidden, dtype)
+    x_TH = torch.randn(9, hidden).to(dtype)
+    tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
+    tally.zero_()
+    op(x_TH)
+    chosen = (x_TH.float() @ router.T)[:, :count].topk(num_active).indices
+    assert torch.equal(tally, chosen.flatten().bincount(minlength=count)), "other ranks' experts are counted here too"
+    torch.testing.assert_close(op(x_TH).float(), one_by_one(layer, x_TH.float()), atol=tolerance, rtol=tolerance)
+
+
+def one_by_one(layer: MoE, x_TH: torch.Tensor) -> torch.Tensor:
+    """The same in float32, token by token and expert by expert."""
+    experts, out_TH = layer.experts, torch.zeros_like(x_TH)
+    logits_TE = x_TH @ layer.router.T
+    chosen = logits_TE[:, : experts.count].softmax(1).topk(layer.num_active)
+    for t, (weights, ids) in enumerate(zip(chosen.values, chosen.indices, strict=True)):
+        total = weights.sum() if layer.renormalise else 1.0
+        for probability, e in zip(weights, ids.tolist(), strict=True):
+            if e in experts.mine:
+                gate, up = (experts.gate_up_EI2H[e - experts.mine.start].float() @ x_TH[t]).chunk(2)
+                down = experts.down_EHI[e - experts.mine.start].float()[:, : len(gate)]
+                out_TH[t] += probability / total * (down @ (torch.nn.functional.silu(gate) * up))
+    if layer.shared is None:
+        return out_TH
+    return out_TH + layer.shared.part(x_TH.to(experts.down_EHI.dtype)).float() * logits_TE[:, -1:].sigmoid()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

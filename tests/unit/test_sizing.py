@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
-from tests.specs import small
+from tests.specs import EXPERTS, small
 from tests.unit.test_weights import Seat
 from tpserve.config.cli import parse
 from tpserve.config.machine import Machine
@@ -59,11 +60,14 @@ def said(ranks: list[Measured], settings: EngineConfig, per_node: int = 8) -> st
         {"family": "gpt2", "norm": "layer", "rope": None, "gated": False, "mlp_bias": True, "tie_embeddings": True},
         {"family": "opt", "norm": "layer", "rope": None, "final_norm": False, "embedding_size": 48},
         {"family": "opt", "norm": "layer", "norm_affine": False, "embedding_size": 48, "tie_embeddings": True},
+        {"family": "qwen2_moe", "experts": EXPERTS},
+        {"family": "mixtral", "experts": replace(EXPERTS, count=8, shared_size=0, layers=(0, 1, 2, 3)), "split": "experts"},
     ],
 )
 def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra: dict[str, Any]) -> None:
-    spec = small(num_heads=12, num_kv_heads=4, **extra)
-    layout = ParallelLayout(tp, pp, even_layers(spec.num_layers, pp))
+    fields = {name: value for name, value in extra.items() if name != "split"}
+    spec = small(num_heads=12, num_kv_heads=4, **fields)
+    layout = ParallelLayout(tp, pp, even_layers(spec.num_layers, pp), "split" in extra)
     for place in range(layout.world_size):
         stage, seat = layout.stage_of(place), Seat(layout.tp_rank_of(place), tp)
         decoder = Decoder(spec, layout, stage, seat, torch.float32, torch.device("cpu"), 8)

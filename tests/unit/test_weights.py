@@ -1,6 +1,7 @@
 """Shards are exactly the ranges of the whole tensors, read by slices; what does not fit is refused by name."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from msgspec.structs import replace
 from safetensors.torch import save_file
 
-from tests.specs import small
+from tests.specs import EXPERTS, small
 from tpserve.errors import UserError
 from tpserve.models import names_of
 from tpserve.models.decoder import Decoder
@@ -24,6 +25,7 @@ from tpserve.weights.parameter import Parameter, Source
 
 QWEN3 = {"family": "qwen3", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": "head", "norm_eps": 1e-6}
 SPEC = small(**QWEN3, num_layers=5, hidden_size=24, head_dim=4, max_position=64)
+MIXTURE = small(family="mixtral", experts=replace(EXPERTS, shared_size=0), hidden_size=24, head_dim=4)
 TIED = replace(SPEC, tie_embeddings=True)
 
 
@@ -38,6 +40,11 @@ class Seat(Group):
 def decoder(rank: int = 0, tp: int = 1, stage: int = 0, pp: int = 1, spec: ModelSpec = SPEC) -> Decoder:
     layout = ParallelLayout(tp, pp, even_layers(spec.num_layers, pp))
     return Decoder(spec, layout, stage, Seat(rank, tp), torch.float32, torch.device("cpu"), 16)
+
+
+def mixture(rank: int = 0, tp: int = 1, expert_parallel: bool = False) -> Decoder:
+    layout = ParallelLayout(tp, 1, (MIXTURE.num_layers,), expert_parallel)
+    return Decoder(MIXTURE, layout, 0, Seat(rank, tp), torch.float32, torch.device("cpu"), 16)
 
 
 def tensors(parameters: list[Parameter]) -> dict[str, torch.Tensor]:
@@ -89,6 +96,61 @@ def test_each_rank_holds_its_ranges(whole: dict[str, torch.Tensor], directory: P
     for name, count in seen.items():
         if name.endswith(split_names):
             assert bool((count == 1).all()), f"{name} is held twice"
+
+
+def stacked(one_by_one: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same checkpoint as transformers keeps it in memory."""
+    result = {name: tensor for name, tensor in one_by_one.items() if "block_sparse_moe" not in name}
+    for layer in EXPERTS.layers:
+        prefix = f"model.layers.{layer}."
+        one = lambda e, w: one_by_one[f"{prefix}block_sparse_moe.experts.{e}.{w}.weight"]  # noqa: B023, E731
+        every = range(EXPERTS.count)
+        result[f"{prefix}mlp.gate.weight"] = one_by_one[f"{prefix}block_sparse_moe.gate.weight"]
+        result[f"{prefix}mlp.experts.gate_up_proj"] = torch.stack([torch.cat([one(e, "w1"), one(e, "w3")]) for e in every])
+        result[f"{prefix}mlp.experts.down_proj"] = torch.stack([one(e, "w2") for e in every])
+    return result
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_experts_one_by_one_or_stacked(tp: int, expert_parallel: bool, tmp_path: Path) -> None:
+    """Each rank reads its own experts, or its own channels of all, and nothing else; both formats hold the same."""
+    model = mixture()
+    dummy(model.parameters(), seed=3)
+    whole = tensors(model.parameters())
+    read_bytes = 0
+    for number, checkpoint in enumerate((whole, stacked(whole))):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        save_file(checkpoint, directory / "model.safetensors")
+        for rank in range(tp):
+            model = poison(mixture(rank, tp, expert_parallel))
+            read_bytes += read(directory, model).requested_bytes
+            for parameter in model.parameters():
+                for source, place in parameter.parts():
+                    assert torch.equal(place, whole[source.name][source.index]), source
+            held = {
+                name for parameter in model.parameters() for name in (s.name for s in parameter.sources) if ".experts." in name
+            }
+            counts = [5, 3, 2, 2, 2, 1][tp * (tp - 1) // 2 + rank] if expert_parallel else EXPERTS.count
+            assert len(held) == counts * 3 * len(EXPERTS.layers)
+    experts_bytes = 4 * 3 * EXPERTS.size * 24 * EXPERTS.count * len(EXPERTS.layers)
+    assert 2 * experts_bytes < read_bytes < 2 * (experts_bytes + tp * 4 * 60_000), "no expert is read twice"
+
+
+def test_experts_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    model = mixture()
+    dummy(model.parameters())
+    whole = tensors(model.parameters())
+    name = "model.layers.2.block_sparse_moe.experts.4.w2.weight"
+    for checkpoint, message in (
+        ({n: t for n, t in whole.items() if n != name}, rf"tensor {re.escape(name)} with shape \[24, 44\] is missing"),
+        ({**whole, "model.layers.2.block_sparse_moe.gate.bias": torch.zeros(5)}, r"holds tensor .*gate\.bias"),
+        ({n: t[:4].clone() if "stack" in n or "mlp.experts" in n else t for n, t in stacked(whole).items()}, r"has shape \[4, "),
+    ):
+        save_file(checkpoint, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, mixture(1, 2, True) if "missing" not in message else mixture())
 
 
 def test_too_many_ranks_are_refused() -> None:

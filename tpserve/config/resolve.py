@@ -180,7 +180,21 @@ def _layout(flags: Flags, spec: ModelSpec, machine: Machine) -> ParallelLayout:
             f"use at most {spec.num_heads}",
             param="tensor_parallel_size",
         )
-    return ParallelLayout(tp, pp, _stages(given, pp, spec.num_layers))
+    return ParallelLayout(tp, pp, _stages(given, pp, spec.num_layers), _expert_parallel(flags, spec, tp))
+
+
+def _expert_parallel(flags: Flags, spec: ModelSpec, tp: int) -> bool:
+    if not flags.enable_expert_parallel:
+        return False
+    why = ""
+    if spec.experts is None:
+        why = "but the model has no experts: leave it out"
+    elif tp > spec.experts.count:
+        why = f"but {tp} ranks would share {spec.experts.count} experts, so that a rank would hold none: "
+        why += f"leave it out, or use --tensor-parallel-size {spec.experts.count} at most"
+    if why:
+        raise UserError(f"--enable-expert-parallel, {why}", param="enable_expert_parallel")
+    return True
 
 
 def _default_stages(flags: Flags, spec: ModelSpec, world_size: int) -> int:

@@ -89,6 +89,13 @@ class Flags(Struct, frozen=True, kw_only=True):
         tuple[int, ...],
         Flag(LAYOUT, "Layers of each stage, such as 3,2. Default: even, earlier stages take the odd ones.", "tpserve"),
     ] = ()
+    enable_expert_parallel: Annotated[
+        bool,
+        Flag(
+            LAYOUT,
+            "The ranks of a stage hold whole experts, each a range of them; without it each holds some channels of every expert.",
+        ),
+    ] = False
     data_parallel_size: Annotated[int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", at_least=1)] = 1
     distributed_executor_backend: Annotated[
         Literal["mp", "auto", "external_launcher", "ray"] | None,

@@ -158,6 +158,9 @@ class _Rank:
         if env.rank == 0:
             for line in report(ledgers, found, config):
                 log.info(line)
+        if (tally := decoder.tally) is not None and mesh.tp.rank == 0:  # the other ranks of the stage count the same
+            tally.clear()
+            self._control.count(tally.layers, tally.read)
         return Executor(mesh, decoder, slots, caches), ledgers[env.rank]
 
     def _have_weights(self) -> None:

@@ -23,7 +23,7 @@ from tpserve.frontend.journal import Journal
 from tpserve.frontend.ranks import TICK_S, Ranks
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
-from tpserve.types.messages import Control, EngineInput
+from tpserve.types.messages import Control, EngineInput, Experts
 from tpserve.wire.attach import Frontend, write
 from tpserve.wire.channels import EngineServer, tcp
 from tpserve.wire.lifetime import open_pidfd
@@ -181,6 +181,8 @@ class Bridge:
             case Ready():
                 self._engine.attach(self._coordinator.hellos[0].incarnation)
                 self._tell(action)
+            case Experts(_, _, layers, tokens):
+                self.journal.metrics.experts(layers, tokens)
             case Draining():
                 self._to_engine([Control("drain")])
             case Failed(code, reason):

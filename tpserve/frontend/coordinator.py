@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, RankMessage, Run, Start, Stop, Up
+from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Experts, Fault, Hello, RankMessage, Run, Start, Stop, Up
 
 LOST_S = 4.0
 """A rank that said nothing for this long while serving is lost; it beats every 0.5 s."""
@@ -74,7 +74,7 @@ class Finished(Struct, frozen=True):
     """Stopped because it was asked to: exit code 0."""
 
 
-Action = Send | Ready | Draining | Failed | Finished
+Action = Send | Ready | Draining | Failed | Finished | Experts
 
 
 class State(Enum):
@@ -146,6 +146,7 @@ class Coordinator:
             Hello: self._hello,
             Up: self._up,
             Beat: self._beat,
+            Experts: lambda peer, message, now: [message],  # to be shown; nothing is decided by it
             Fault: self._fault,
             Drain: self._asked_to_end,
         }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from tpserve.attention.batch import AttentionBatch
 from tpserve.attention.paged import KVCache
 from tpserve.layers.attention import Attention
 from tpserve.layers.mlp import MLP
+from tpserve.layers.moe import MoE
 from tpserve.layers.norm import Norm
 from tpserve.layers.rope import Turn
 
@@ -25,7 +27,7 @@ class Block:
     attention_norm: Norm
     attention: Attention
     mlp_norm: Norm
-    mlp: MLP
+    mlp: MLP | MoE
     residual_scale: float
 
     def __call__(
@@ -37,7 +39,9 @@ class Block:
         cache: KVCache,
     ) -> Stream:
         x_TH, residual_TH = self._add(lambda x: self.attention(x, turn, batch, cache), self.attention_norm, x_TH, residual_TH)
-        return self._add(self.mlp, self.mlp_norm, x_TH, residual_TH)
+        # Rows of padding would wake experts that no token needs.
+        mlp = self.mlp if isinstance(self.mlp, MLP) else partial(self.mlp, rows=len(batch.write_slots))
+        return self._add(mlp, self.mlp_norm, x_TH, residual_TH)
 
     def _add(
         self,

@@ -22,11 +22,15 @@ class MLP:
     down_bias: torch.Tensor | None
     tp: Group
 
-    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def part(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """This rank's term of the sum over ranks."""
         up_TI = matmul(x_TH, self.up)
         if self.up_bias is not None:
             up_TI += self.up_bias
-        out_TH = self.tp.all_reduce(matmul(self.activate(up_TI), self.down))
+        return matmul(self.activate(up_TI), self.down)
+
+    def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        out_TH = self.tp.all_reduce(self.part(x_TH))
         return out_TH if self.down_bias is None else out_TH + self.down_bias
 
     def packed(self) -> "MLP":

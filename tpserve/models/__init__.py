@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpserve.errors import UserError
-from tpserve.models import gpt2, granite, llama, mistral, olmo2, opt, phi3, qwen2, qwen3
+from tpserve.models import gpt2, granite, llama, mistral, mixtral, olmo2, opt, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
 from tpserve.models.family import Family
 from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
@@ -15,8 +15,11 @@ __all__ = ["Family", "families", "model_spec", "names_of"]
 _FAMILIES = (
     llama.FAMILY,
     mistral.FAMILY,
+    mixtral.FAMILY,
     qwen2.FAMILY,
+    qwen2_moe.FAMILY,
     qwen3.FAMILY,
+    qwen3_moe.FAMILY,
     phi3.FAMILY,
     granite.FAMILY,
     olmo2.FAMILY,

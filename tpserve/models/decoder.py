@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from tpserve.attention.batch import StepBatch
 from tpserve.attention.paged import KVCache, ready
 from tpserve.layers.embedding import embed
+from tpserve.layers.moe import MoE
 from tpserve.layers.rope import tables
+from tpserve.layers.tally import Tally
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul, pad_rows
@@ -26,7 +28,8 @@ from tpserve.weights.parameter import Parameter
 class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
-    `vocab_shards`: every tensor-parallel rank's vocabulary range, this rank's at `tp.rank`.
+    `tally`: what this stage's experts have had to do, where it has experts. `vocab_shards`: every tensor-parallel rank's
+    vocabulary range, this rank's at `tp.rank`.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Decoder:
         max_positions: int,
     ) -> None:
         """Allocate the share; UserError when the model has too few heads, channels or entries for so many ranks."""
-        shard = Shard(spec, tp, dtype, device)
+        shard = Shard(spec, tp, dtype, device, layout.expert_parallel)
         last = stage == layout.pp - 1
         self.spec, self.dtype, self.device = spec, dtype, device
         self.vocab_shards, self._vocab = shard.vocab_shards, shard.vocab
@@ -57,6 +60,9 @@ class Decoder:
         shares_embedding = last and spec.tie_embeddings and self._embedding is not None
         self._head: Weight | None = self._embedding if shares_embedding else shard.head() if last else None
         self._parameters = shard.parameters
+        mixed = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
+        counts = {layer: mlp.tally for layer, mlp in mixed if isinstance(mlp, MoE)}
+        self.tally = Tally(list(counts), list(counts.values())) if counts else None
 
     def parameters(self) -> list[Parameter]:
         """What a loader must fill; `prepack` empties the list."""

@@ -23,20 +23,37 @@ def need(spec: ModelSpec, layout: ParallelLayout, rank: int) -> Need:
     """Of one rank. UserError when the model cannot be split so far."""
     stage, place = layout.stage_of(rank), layout.tp_rank_of(rank)
     heads = split_heads(spec.num_heads, spec.num_kv_heads, layout.tp)[place]
-    channels = len(split(spec.intermediate_size, layout.tp, MLP_UNIT, what="MLP channels")[place])
     vocab = len(split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")[place])
     hidden, num_layers = spec.hidden_size, layout.layers[stage]
     q, kv = len(heads.q) * spec.head_dim, len(heads.kv) * spec.head_dim
-    norm, num_up = hidden * spec.norm_affine * (2 if spec.norm == "layer" else 1), 2 if spec.gated else 1
-    layer = hidden * (2 * q + 2 * kv + (1 + num_up) * channels) + 2 * norm
-    layer += (q + 2 * kv) * spec.qkv_bias + hidden * spec.out_bias + (num_up * channels + hidden) * spec.mlp_bias
+    norm = hidden * spec.norm_affine * (2 if spec.norm == "layer" else 1)
+    layer = hidden * (2 * q + 2 * kv) + 2 * norm + (q + 2 * kv) * spec.qkv_bias + hidden * spec.out_bias
     layer += {None: 0, "head": 2 * spec.head_dim, "all": q + kv}[spec.qk_norm]
     first, last = stage == 0, stage == layout.pp - 1
     width, ends = spec.embedding_size or hidden, first + last
     outside = (ends - (first and last and spec.tie_embeddings)) * vocab * width
     outside += ends * width * hidden * (spec.embedding_size is not None) + last * spec.final_norm * norm
     outside += first * (spec.rope is None) * spec.max_position * hidden
-    return Need(num_layers * layer + outside, num_layers * 2 * kv)
+    inside = num_layers * layer + sum(_feed_forward(spec, layout, place, number) for number in layout.layers_of(stage))
+    return Need(inside + outside, num_layers * 2 * kv)
+
+
+def _feed_forward(spec: ModelSpec, layout: ParallelLayout, place: int, layer: int) -> int:
+    """The MLP of a layer, or its experts (whose router is few numbers, if wider ones)."""
+
+    def channels(size: int) -> int:
+        return len(split(size, layout.tp, MLP_UNIT, what="MLP channels")[place])
+
+    hidden, experts, num_up = spec.hidden_size, spec.experts, 2 if spec.gated else 1
+    if experts is None or layer not in experts.layers:
+        mine = channels(spec.intermediate_size)
+        return hidden * (1 + num_up) * mine + (num_up * mine + hidden) * spec.mlp_bias
+    if layout.expert_parallel:
+        all_mine = experts.size * len(split(experts.count, layout.tp, what="experts")[place])
+    else:
+        all_mine = experts.count * channels(experts.size)
+    shared = 3 * channels(experts.shared_size) + 1 if experts.shared_size else 0
+    return hidden * (3 * all_mine + experts.count + shared)
 
 
 def largest(spec: ModelSpec, layout: ParallelLayout) -> Need:

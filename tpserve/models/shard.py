@@ -4,6 +4,7 @@ Heads, MLP channels and vocabulary are split; norms, learned positions, the proj
 the biases after a sum over ranks are held whole by every rank.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,14 @@ from tpserve.layers import activation
 from tpserve.layers.attention import Attention
 from tpserve.layers.block import Block
 from tpserve.layers.mlp import MLP
+from tpserve.layers.moe import Experts, MoE
 from tpserve.layers.norm import AllHeadsNorm, HeadNorm, LayerNorm, Norm, RMSNorm
 from tpserve.models import names_of
 from tpserve.models.units import MLP_UNIT, VOCAB_UNIT
 from tpserve.parallel.group import Group
 from tpserve.parallel.split import split, split_heads
-from tpserve.types.model_spec import ModelSpec
+from tpserve.types.model_spec import ExpertsSpec, ModelSpec
+from tpserve.weights.names import ExpertNames
 from tpserve.weights.parameter import Parameter, Source
 
 
@@ -32,14 +35,16 @@ class Rows(NamedTuple):
 class Shard:
     """Rank `tp.rank`'s share of `spec`. `parameters` grows with everything built."""
 
-    def __init__(self, spec: ModelSpec, tp: Group, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, tp: Group, dtype: torch.dtype, device: torch.device, expert_parallel: bool = False
+    ) -> None:
         self.spec = spec
         self.names = names_of(spec)
         self.parameters: list[Parameter] = []
         shares = split_heads(spec.num_heads, spec.num_kv_heads, tp.size)
         self.heads = shares[tp.rank]
         self._first_of_kv = next(rank for rank, share in enumerate(shares) if share.kv == self.heads.kv) == tp.rank
-        self.channels = split(spec.intermediate_size, tp.size, MLP_UNIT, what="MLP channels")[tp.rank]
+        self.expert_parallel = expert_parallel
         self.vocab_shards = split(spec.vocab_size, tp.size, VOCAB_UNIT, what="vocabulary entries")
         self.vocab = self.vocab_shards[tp.rank]
         self._tp = tp
@@ -83,7 +88,7 @@ class Shard:
             attention_norm=self._norm(prefix + names.attention_norm),
             attention=self._attention(prefix),
             mlp_norm=self._norm(prefix + names.mlp_norm),
-            mlp=self._mlp(prefix),
+            mlp=self._feed_forward(prefix, layer),
             residual_scale=spec.residual_scale,
         )
 
@@ -135,18 +140,60 @@ class Shard:
             tp=self._tp,
         )
 
-    def _mlp(self, prefix: str) -> MLP:
-        spec, names = self.spec, self.names
-        projections = (names.gate, names.up) if spec.gated else (names.up,)
-        fused = _fused(*(Rows(prefix + name, spec.intermediate_size, self.channels) for name in projections))
+    def _feed_forward(self, prefix: str, layer: int) -> MLP | MoE:
+        experts = self.spec.experts
+        if experts is not None and layer in experts.layers:
+            return self._mixture(prefix, experts)
+        names = self.names
+        return self._mlp(prefix, self.spec.intermediate_size, (names.gate, names.up, names.down))
+
+    def _mlp(self, prefix: str, size: int, names: tuple[str, str, str]) -> MLP:
+        """An MLP of `size` channels; `names`: of gate, up and down."""
+        spec, channels, down = self.spec, self._channels(size), names[2]
+        fused = _fused(*(Rows(prefix + name, size, channels) for name in names[0 if spec.gated else 1 : 2]))
         return MLP(
             up=self._rows(fused),
             up_bias=self._row_biases(fused) if spec.mlp_bias else None,
             activate=(activation.GATED if spec.gated else activation.PLAIN)[spec.activation],
-            down=self._columns(prefix + names.down, spec.intermediate_size, self.channels),
-            down_bias=self._vector(f"{prefix}{names.down}.bias", spec.hidden_size) if spec.mlp_bias else None,
+            down=self._columns(prefix + down, size, channels),
+            down_bias=self._vector(f"{prefix}{down}.bias", spec.hidden_size) if spec.mlp_bias else None,
             tp=self._tp,
         )
+
+    def _mixture(self, prefix: str, experts: ExpertsSpec) -> MoE:
+        """A range of whole experts, or a range of every expert's channels; a shared expert is always cut by channels."""
+        names, hidden = self.names.experts, self.spec.hidden_size
+        mine, channels = range(experts.count), range(experts.size)
+        if self.expert_parallel:
+            mine = split(experts.count, self._tp.size, what="experts")[self._tp.rank]
+        else:
+            channels = self._channels(experts.size)
+        router = Source(f"{prefix}{names.router}.weight", (experts.count, hidden), 0, range(experts.count))
+        router = replace(router, instead=replace(router, name=f"{prefix}{names.stacked_router}.weight"))
+        sources, shared = [router], None
+        if experts.shared_size:
+            shared = self._mlp(prefix, experts.shared_size, names.shared)
+            sources.append(Source(f"{prefix}{names.shared_gate}.weight", (1, hidden), 0, range(1)))
+        gate_up = [s for e in mine for s in _expert_rows(names, prefix, experts, hidden, e, channels)]
+        down = [_expert_columns(names, prefix, experts, hidden, e, channels) for e in mine]
+        return MoE(
+            router=self._tensor(*sources, dtype=torch.float32),
+            num_active=experts.num_active,
+            renormalise=experts.renormalise,
+            experts=Experts(
+                count=experts.count,
+                mine=mine,
+                gate_up_EI2H=self._tensor(*gate_up).view(len(mine), -1, hidden),
+                down_EHI=self._tensor(*down).view(len(mine), hidden, -1),
+            ),
+            shared=shared,
+            tally=torch.zeros(experts.count, dtype=torch.int64, device=self._device),
+            tp=self._tp,
+        )
+
+    def _channels(self, size: int) -> range:
+        """This rank's channels of an MLP."""
+        return split(size, self._tp.size, MLP_UNIT, what="MLP channels")[self._tp.rank]
 
     def _rows(self, fused: tuple[Rows, ...]) -> torch.Tensor:
         """Projections of a layer stacked; each rank computes some of the outputs."""
@@ -179,8 +226,9 @@ class Shard:
         shape = (self.spec.vocab_size, self.spec.embedding_size or self.spec.hidden_size)
         return Source(f"{name}.weight", shape, 0, self.vocab)
 
-    def _tensor(self, *sources: Source) -> torch.Tensor:
-        self.parameters.append(Parameter.empty(sources, self._dtype, self._device))
+    def _tensor(self, *sources: Source, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`dtype`: the model's unless it is said."""
+        self.parameters.append(Parameter.empty(sources, dtype or self._dtype, self._device))
         return self.parameters[-1].tensor
 
 
@@ -199,3 +247,25 @@ def _fused(*projections: Rows) -> tuple[Rows, ...]:
 
 def _scaled(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
+
+
+def _expert_rows(
+    names: ExpertNames, prefix: str, experts: ExpertsSpec, hidden: int, expert: int, channels: range
+) -> tuple[Source, Source]:
+    """Gate and up of one expert, the rows of `channels`."""
+
+    def source(name: str, above: int) -> Source:
+        taken = range(above + channels.start, above + channels.stop)
+        stacked = Source(
+            prefix + names.stacked_gate_up, (2 * experts.size, hidden), 0, taken, expert=expert, num_experts=experts.count
+        )
+        return Source(f"{prefix}{name.format(expert=expert)}.weight", (experts.size, hidden), 0, channels, instead=stacked)
+
+    return source(names.gate, 0), source(names.up, experts.size)
+
+
+def _expert_columns(names: ExpertNames, prefix: str, experts: ExpertsSpec, hidden: int, expert: int, channels: range) -> Source:
+    """Down of one expert, the columns of `channels`."""
+    shape = (hidden, experts.size)
+    stacked = Source(prefix + names.stacked_down, shape, 1, channels, expert=expert, num_experts=experts.count)
+    return Source(f"{prefix}{names.down.format(expert=expert)}.weight", shape, 1, channels, instead=stacked)

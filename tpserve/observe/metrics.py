@@ -4,6 +4,9 @@ Owns a registry of its own; two servers in one process do not meet. Never reads 
 Counters of the engine start at 0 with every epoch and arrive as totals; here they only grow.
 """
 
+from array import array
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tpserve.types.messages import FinishReason, PhaseTimes, Stats
@@ -42,6 +45,11 @@ class Metrics:
             "prefix_cache_hits": counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
         }
         self._last = dict.fromkeys(self._totals, 0)
+        self._experts = Counter(
+            "tpserve:expert_tokens", "Tokens each expert had, of a mixture.", (*labels, "layer", "expert"), registry=self.registry
+        )
+        self._labels = labels
+        self._had: dict[int, array[int]] = {}
         success = Counter("tpserve:request_success", "Requests ended.", (*labels, "finished_reason"), registry=self.registry)
         self._ended = {reason: success.labels(**labels, finished_reason=reason) for reason in FINISH_REASONS}
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
@@ -63,6 +71,17 @@ class Metrics:
             before = self._last[name] if total >= self._last[name] else 0  # a new epoch counts from 0
             counter.inc(total - before)
             self._last[name] = total
+
+    def experts(self, layers: Sequence[int], tokens: bytes) -> None:
+        """Running totals of these layers' experts: 64-bit integers, layer by layer."""
+        totals = array("q", tokens)
+        count = len(totals) // len(layers)
+        for i, layer in enumerate(layers):
+            now, had = totals[i * count : (i + 1) * count], self._had.get(layer, array("q", bytes(8 * count)))
+            for expert, (total, before) in enumerate(zip(now, had, strict=True)):
+                series = self._experts.labels(**self._labels, layer=layer, expert=expert)
+                series.inc(total - before if total >= before else total)  # a new epoch counts from 0
+            self._had[layer] = now
 
     def first_token(self, since_arrival_s: float) -> None:
         self._ttft.observe(since_arrival_s)

@@ -6,12 +6,14 @@ from msgspec import Struct
 class ParallelLayout(Struct, frozen=True, array_like=True):
     """Tensor-parallel ranks are neighbours, pipeline stages are strides: rank = stage * tp + tp_rank.
 
-    `layers`: layers per stage, one entry a stage; its sum is the model's number of layers.
+    `layers`: layers per stage, one entry a stage; its sum is the model's number of layers. `expert_parallel`: a stage's ranks
+    hold whole experts, each a range of them, instead of a part of every expert.
     """
 
     tp: int
     pp: int
     layers: tuple[int, ...]
+    expert_parallel: bool = False
 
     @property
     def world_size(self) -> int:

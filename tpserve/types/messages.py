@@ -2,7 +2,7 @@
 
     frontend -> engine    Add, Abort, Cut, Control
     engine -> frontend    Scored, Delta, Done, Stats
-    rank -> coordinator   Hello, Up, Beat, Fault, Drain
+    rank -> coordinator   Hello, Up, Beat, Experts, Fault, Drain
     coordinator -> rank   Start, Run, Drain, Stop
 
 Each direction is one tagged union; a frame on the wire is a msgpack list of messages of its direction.
@@ -177,6 +177,18 @@ class Beat(Message, frozen=True):
     step: int
 
 
+class Experts(Message, frozen=True):
+    """How many tokens each expert of these layers has had in this epoch, sent by the first rank of a stage when it has changed.
+
+    `tokens`: 64-bit integers, one an expert, layer by layer.
+    """
+
+    rank: int
+    epoch: int
+    layers: tuple[int, ...]
+    tokens: bytes
+
+
 class Fault(Message, frozen=True):
     """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1)."""
 
@@ -192,7 +204,7 @@ class Drain(Message, frozen=True):
     rank: int = -1
 
 
-RankMessage = Hello | Up | Beat | Fault | Drain
+RankMessage = Hello | Up | Beat | Experts | Fault | Drain
 
 # coordinator -> rank
 

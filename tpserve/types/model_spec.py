@@ -38,6 +38,24 @@ class CacheGroup(Struct, frozen=True):
     layers: tuple[int, ...]
 
 
+class ExpertsSpec(Struct, frozen=True):
+    """A mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv:1701.06538).
+
+    A token's experts are the `num_active` most probable ones under a softmax over all of them; the lower id wins a tie.
+    """
+
+    count: int
+    num_active: int
+    size: int
+    """Intermediate channels of an expert."""
+    renormalise: bool
+    """Whether the chosen experts' probabilities are scaled to add up to 1."""
+    layers: tuple[int, ...]
+    """The layers that have experts; the others have an MLP of `ModelSpec.intermediate_size`."""
+    shared_size: int = 0
+    """Intermediate channels of an MLP that every token goes through beside its experts, behind a sigmoid gate; 0 for none."""
+
+
 class ModelSpec(Struct, frozen=True, kw_only=True):
     """A decoder-only transformer. Sizes are those of the whole model, before any split. Defaults are neutral: Llama's."""
 
@@ -74,6 +92,7 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     gated: bool = True
     """The MLP is down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    experts: ExpertsSpec | None = None
     attention_scale: float | None = None
     """What scores are multiplied by; None: head_dim ** -0.5."""
     embedding_scale: float = 1.0

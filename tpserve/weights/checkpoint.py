@@ -31,9 +31,9 @@ class File:
     def check(self, source: Source) -> int:
         """Bytes of one element of the source's tensor. UserError when its shape or type is not what the model needs."""
         shape, kind = self._file.facts(self._stored[source.name])
-        if shape != source.shape:
+        if shape != source.stored:
             raise UserError(
-                f"tensor {source.name} in {self._path} has shape {list(shape)}, but config.json asks for {list(source.shape)}"
+                f"tensor {source.name} in {self._path} has shape {list(shape)}, but config.json asks for {list(source.stored)}"
             )
         if kind not in ITEM_BYTES:
             raise UserError(f"tensor {source.name} in {self._path} is {kind}: supported are {', '.join(ITEM_BYTES)}")
@@ -41,7 +41,7 @@ class File:
 
     def read(self, source: Source) -> torch.Tensor:
         """The source's range, in the file's dtype."""
-        return self._file.read(self._stored[source.name], source.dim, source.taken)
+        return self._file.read(self._stored[source.name], source.index)
 
 
 class Checkpoint:
@@ -74,6 +74,11 @@ class Checkpoint:
     def tensors(self) -> list[str]:
         """All of them, under the model's names."""
         return list(self._paths)
+
+    def held(self, source: Source) -> Source:
+        """The source as this checkpoint has it: itself, or what it says to take instead."""
+        use_other = source.instead is not None and source.name not in self._paths and source.instead.name in self._paths
+        return source.instead if use_other and source.instead is not None else source
 
     def path_of(self, source: Source) -> Path:
         """The file that holds the source's tensor. UserError when there is none."""

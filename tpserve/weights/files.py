@@ -18,6 +18,8 @@ LFS_POINTER = b"version https://git-lfs"
 """How a file begins that Git LFS has not replaced by its content yet."""
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Types in the words of safetensors."""
+Index = tuple[int | slice, ...]
+"""A place in the first dimensions, and a range of the next."""
 
 
 class TensorFile(Protocol):
@@ -31,8 +33,8 @@ class TensorFile(Protocol):
         """A tensor's shape and type."""
         ...
 
-    def read(self, name: str, dim: int, taken: range) -> torch.Tensor:
-        """A range of a tensor along a dimension, in the file's type."""
+    def read(self, name: str, index: Index) -> torch.Tensor:
+        """A part of a tensor, in the file's type."""
         ...
 
 
@@ -51,10 +53,9 @@ class SafetensorsFile:
         tensor = self._handle.get_slice(name)
         return tuple(tensor.get_shape()), tensor.get_dtype()
 
-    def read(self, name: str, dim: int, taken: range) -> torch.Tensor:
-        """A range of a tensor along a dimension."""
-        tensor, where = self._handle.get_slice(name), slice(taken.start, taken.stop)
-        piece: torch.Tensor = tensor[where] if dim == 0 else tensor[:, where]
+    def read(self, name: str, index: Index) -> torch.Tensor:
+        """A part of a tensor."""
+        piece: torch.Tensor = self._handle.get_slice(name)[index]
         return piece
 
 
@@ -73,9 +74,9 @@ class TorchFile:
         tensor = self._tensors[name]
         return tuple(tensor.shape), KINDS.get(tensor.dtype, str(tensor.dtype))
 
-    def read(self, name: str, dim: int, taken: range) -> torch.Tensor:
-        """A range of a tensor along a dimension."""
-        return self._tensors[name].detach().narrow(dim, taken.start, len(taken))
+    def read(self, name: str, index: Index) -> torch.Tensor:
+        """A part of a tensor."""
+        return self._tensors[name].detach()[index]
 
 
 @contextmanager

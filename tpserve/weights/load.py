@@ -3,6 +3,7 @@
 Everything is checked before the first byte of a tensor is read.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from tpserve.weights.parameter import Parameter, Source
 
 READAHEAD_BYTES = 64 * 1024
 """The kernel reads ahead at least this much: a cut through rows narrower than that brings in the rows whole."""
+EXPERT = re.compile(r"\.\d+\.(?=\w+\.weight$)")
+"""The number of an expert in the name of one of its matrices."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ def load(
     """
     by_file: dict[Path, list[tuple[Source, torch.Tensor]]] = defaultdict(list)
     for parameter in parameters:
-        for source, place in parameter.parts():
+        for wanted, place in parameter.parts():
+            source = checkpoint.held(wanted)
             by_file[checkpoint.path_of(source)].append((source, place))
-    _refuse_unused(parameters, checkpoint, num_layers)
+    _refuse_unused({source.name for parts in by_file.values() for source, _ in parts}, checkpoint, num_layers)
     sizes: dict[Source, int] = {}
     for path, parts in by_file.items():
         with checkpoint.opened(path) as file:
@@ -63,14 +67,17 @@ def _physical_bytes(source: Source, item_bytes: int) -> int:
     return prod(source.shape if narrow else source.shard) * item_bytes
 
 
-def _refuse_unused(parameters: Sequence[Parameter], checkpoint: Checkpoint, num_layers: int) -> None:
-    """A tensor that no parameter wants (a bias or scale in one of our layers, a layer too many) would change the output."""
+def _refuse_unused(wanted: set[str], checkpoint: Checkpoint, num_layers: int) -> None:
+    """A tensor that no parameter wants (a bias or scale in one of our layers, a layer too many) would change the output.
+
+    Another rank's experts are wanted there; that there are no more than config.json says, the router's shape tells.
+    """
     names = checkpoint.names
-    wanted = {source.name for parameter in parameters for source in parameter.sources}
     ours = {names.layer_of(name) for name in wanted}
+    wanted = {EXPERT.sub(".", name) for name in wanted}
     for name in checkpoint.tensors():
         layer = names.layer_of(name)
-        if name not in wanted and layer is not None and (layer in ours or layer >= num_layers):
+        if EXPERT.sub(".", name) not in wanted and layer is not None and (layer in ours or layer >= num_layers):
             raise UserError(
                 f"{checkpoint.directory} holds tensor {name}, which a model with this config.json does not have: "
                 "they do not belong together, or the model needs more than tpserve supports"

@@ -9,6 +9,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """Checkpoint names of a mixture of experts, after the layer's prefix.
+
+    A checkpoint has the experts one by one, or stacked: gate above up [experts, 2 x channels, hidden], down
+    [experts, hidden, channels], without a final `.weight`. `stacked_router`: what the router is called in the second case.
+    """
+
+    router: str = "mlp.gate"
+    gate: str = "mlp.experts.{expert}.gate_proj"
+    up: str = "mlp.experts.{expert}.up_proj"
+    down: str = "mlp.experts.{expert}.down_proj"
+    stacked_router: str = "mlp.gate"
+    stacked_gate_up: str = "mlp.experts.gate_up_proj"
+    stacked_down: str = "mlp.experts.down_proj"
+    shared: tuple[str, str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+@dataclass(frozen=True)
 class WeightNames:
     """Names of a layer follow `layer`, with the layer's number in it."""
 
@@ -33,6 +52,7 @@ class WeightNames:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    experts: ExpertNames = ExpertNames()
     transposed: bool = False
     """A layer's projections are stored [inputs, outputs]."""
     unused: tuple[str, ...] = (".rotary_emb.inv_freq",)

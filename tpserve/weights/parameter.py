@@ -14,7 +14,8 @@ import torch
 class Source:
     """The range `taken` along `dim` of the checkpoint tensor `name`, whose whole shape is `shape`.
 
-    `transposed`: the parameter holds the transpose of what is taken.
+    `transposed`: the parameter holds the transpose of what is taken. A checkpoint may have the matrices of all experts in one
+    tensor; `instead` says where the same numbers are then.
     """
 
     name: str
@@ -22,6 +23,22 @@ class Source:
     dim: int
     taken: range
     transposed: bool = False
+    expert: int = 0
+    num_experts: int = 0
+    """Unless 0, the tensor is a stack [num_experts, *shape], and this is about the matrix of `expert` in it."""
+    instead: "Source | None" = None
+    """Where to look when the checkpoint has no tensor `name`."""
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the checkpoint tensor."""
+        return (self.num_experts, *self.shape) if self.num_experts else self.shape
+
+    @property
+    def index(self) -> tuple[int | slice, ...]:
+        """What is taken, as an index into the checkpoint tensor."""
+        taken = (*(slice(None),) * self.dim, slice(self.taken.start, self.taken.stop))
+        return (self.expert, *taken) if self.num_experts else taken
 
     @property
     def shard(self) -> tuple[int, ...]:

@@ -25,7 +25,20 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from tpserve.errors import EngineFailure, UserError
-from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, MemoryLedger, RankMessage, Run, Start, Stop, Up
+from tpserve.types.messages import (
+    Beat,
+    CoordinatorMessage,
+    Drain,
+    Experts,
+    Fault,
+    Hello,
+    MemoryLedger,
+    RankMessage,
+    Run,
+    Start,
+    Stop,
+    Up,
+)
 from tpserve.wire import codec
 from tpserve.wire.channels import connect, open_socket
 from tpserve.wire.lifetime import die_with, exit_now, live_children, open_pidfd, tell
@@ -113,6 +126,8 @@ class Control:
         self._fault: Fault | None = None
         self._phase, self._percent, self._step = "", 0, -1
         self._due: tuple[int, float] | None = None
+        self._read_tally: Callable[[], bytes] | None = None
+        self._expert_layers: tuple[int, ...] = ()
         self._left = False
         # said by the coordinator
         self._start: Start | None = None
@@ -120,6 +135,7 @@ class Control:
         self.draining = False
         self.stop: Stop | None = None
         # the thread's own
+        self._tally_told = b""
         self._stopped_s = 0.0
         self._signalled_s: float | None = None
         self._away_s: float | None = time.monotonic()
@@ -153,6 +169,10 @@ class Control:
     def expect(self, due: tuple[int, float] | None) -> None:
         """Rank 0: the oldest plan in flight and when (monotonic) it is overdue; None when nothing is. Overdue is a fault."""
         self._due = due
+
+    def count(self, layers: tuple[int, ...], read: Callable[[], bytes]) -> None:
+        """From now on tell with the beats what these layers' experts have had; `read` is called on the control thread."""
+        self._expert_layers, self._read_tally = layers, read
 
     def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str]) -> None:
         """Ask to take part."""
@@ -277,6 +297,9 @@ class Control:
             said.append(self._up)
         if self._signalled_s is not None and not self.draining:
             said.append(Drain(self.rank))
+        if self._run is not None and self._read_tally is not None and (tokens := self._read_tally()) != self._tally_told:
+            self._tally_told = tokens
+            said.append(Experts(self.rank, self._epoch, self._expert_layers, tokens))
         if self._fault is not None:
             said.append(self._fault)
         return [*said, Beat(self.rank, self._epoch, self._phase, self._percent, self._step)]

@@ -65,4 +65,7 @@ class Executor:
         if not pipeline.first:
             rows, width = len(step.positions_T), self._decoder.spec.hidden_size
             hidden_TH = pipeline.receive(rows, width, self._decoder.dtype, self._mesh.device)
-        return self._decoder.forward(step, hidden_TH, self._caches)
+        hidden_TH = self._decoder.forward(step, hidden_TH, self._caches)
+        if self._decoder.tally is not None:
+            self._decoder.tally.publish()
+        return hidden_TH

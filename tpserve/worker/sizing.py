@@ -180,9 +180,10 @@ def _layouts(spec: ModelSpec, now: ParallelLayout, per_node: int) -> Iterator[Pa
     factor = 2
     while factor <= _MOST_FACTOR:
         world = now.world_size * factor
-        widths = [tp for tp in range(1, min(world, spec.num_heads) + 1) if world % tp == 0 and world // tp <= spec.num_layers]
+        widest = min(world, spec.num_heads, spec.experts.count if now.expert_parallel and spec.experts is not None else world)
+        widths = [tp for tp in range(1, widest + 1) if world % tp == 0 and world // tp <= spec.num_layers]
         for tp in sorted(widths, key=lambda tp: (tp > max(per_node, now.tp), -tp)):
-            yield ParallelLayout(tp, world // tp, even_layers(spec.num_layers, world // tp))
+            yield ParallelLayout(tp, world // tp, even_layers(spec.num_layers, world // tp), now.expert_parallel)
         factor *= 2
 
 

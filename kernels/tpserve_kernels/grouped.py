@@ -1,0 +1,88 @@
+"""The matrix product of a mixture of experts: rows in order of their experts, each times its own expert's matrix.
+
+Gale et al., "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts" (2022), https://arxiv.org/abs/2211.15841.
+
+Legend: R rows, E experts, K inner, N outputs. A tile is BLOCK_M rows of one expert by BLOCK_N outputs. Its shape depends on
+the dtype alone and K is walked in one order, so that no row's bits depend on how many rows an expert got.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def grouped_matmul(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """y[r] = x[r] @ weight[e].T for ends_E[e - 1] <= r < ends_E[e], summed in float32 and rounded once.
+
+    x_RK: [R, K] float32, float16 or bfloat16; the K values of a row are adjacent.
+    weight_ENK: [E, N, K], the same dtype, contiguous.
+    ends_E: [E] int32, ascending, the last one at most R (not checked); an expert may have no rows.
+    Returns [R, N], the same dtype, contiguous; rows from ends_E[-1] on are left as they were allocated.
+    Errors: AssertionError when shapes, dtypes or layouts differ from this.
+    """
+    (num_rows, inner), (num_experts, outputs, weight_inner) = x_RK.shape, weight_ENK.shape
+    assert weight_inner == inner and x_RK.dtype == weight_ENK.dtype
+    assert x_RK.stride(1) == 1 and weight_ENK.is_contiguous()
+    assert ends_E.shape == (num_experts,) and ends_E.dtype == torch.int32 and ends_E.is_contiguous()
+    y_RN = torch.empty(num_rows, outputs, dtype=x_RK.dtype, device=x_RK.device)
+    single = x_RK.dtype == torch.float32
+    block_m, block_n, block_k = (16, 64, 32) if single else (64, 128, 64)
+    # The host does not know who has how many rows: every expert that has any wastes less than a tile.
+    most_tiles = num_rows // block_m + min(num_experts, num_rows)
+    _grouped_kernel[(triton.cdiv(outputs, block_n), most_tiles)](
+        x_RK, weight_ENK, ends_E, y_RN, x_RK.stride(0), outputs, inner,
+        NUM_EXPERTS=num_experts, EXPERTS_BLOCK=triton.next_power_of_2(num_experts),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=2 if single else 4,
+        # Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers.
+        WIDEN=x_RK.dtype == torch.bfloat16 and not isinstance(_grouped_kernel, triton.JITFunction),
+    )  # fmt: skip
+    return y_RN
+
+
+def grouped_matmul_reference(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """`grouped_matmul` in plain torch, on any device; rows of no expert are zero."""
+    y_RN = x_RK.new_zeros(len(x_RK), weight_ENK.shape[1])
+    start = 0
+    for weight_NK, end in zip(weight_ENK, ends_E.tolist(), strict=True):
+        y_RN[start:end] = (x_RK[start:end].float() @ weight_NK.float().T).to(x_RK.dtype)
+        start = end
+    return y_RN
+
+
+@triton.jit
+def _grouped_kernel(
+    x_ptr, weight_ptr, ends_ptr, y_ptr, x_stride, outputs, inner,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    # Whose tile is this? Experts' tiles are numbered in order; `tile_ends` counts them up to and with each expert's.
+    tile = tl.program_id(1)
+    experts = tl.arange(0, EXPERTS_BLOCK)
+    known = experts < NUM_EXPERTS
+    starts = tl.load(ends_ptr + experts - 1, mask=known & (experts > 0), other=0)
+    ends = tl.load(ends_ptr + experts, mask=known, other=0)
+    tiles = tl.where(known, (ends - starts + BLOCK_M - 1) // BLOCK_M, 0)
+    tile_ends = tl.cumsum(tiles, 0)
+    expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
+    if expert < NUM_EXPERTS:
+        mine = experts == expert
+        first_tile = tl.sum(tl.where(mine, tile_ends - tiles, 0), 0)
+        start = tl.sum(tl.where(mine, starts, 0), 0)
+        end = tl.sum(tl.where(mine, ends, 0), 0)
+        row = start + (tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_inside, output_inside = row < end, output < outputs
+        x_row_ptr = x_ptr + row.to(tl.int64)[:, None] * x_stride
+        weight_row_ptr = weight_ptr + (expert.to(tl.int64) * outputs + output)[None, :] * inner
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for at in range(0, inner, BLOCK_K):
+            k = at + tl.arange(0, BLOCK_K)
+            x = tl.load(x_row_ptr + k[None, :], mask=row_inside[:, None] & (k < inner)[None, :], other=0.0)
+            weight = tl.load(weight_row_ptr + k[:, None], mask=output_inside[None, :] & (k < inner)[:, None], other=0.0)
+            if WIDEN:
+                x, weight = x.to(tl.float32), weight.to(tl.float32)
+            total = tl.dot(x, weight, total, input_precision="ieee")
+        y = total.to(y_ptr.dtype.element_ty)
+        tl.store(
+            y_ptr + row.to(tl.int64)[:, None] * outputs + output[None, :], y, mask=row_inside[:, None] & output_inside[None, :]
+        )

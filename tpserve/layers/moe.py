@@ -1,0 +1,121 @@
+"""A mixture of experts in place of the MLP: a router, this rank's part of the experts, and a shared expert where there is one.
+
+Every rank of a stage holds every token, so each routes all of them (with equal bits), computes what its part of the experts
+gives them, and the closing sum over ranks adds up: either whole experts of a range, or some channels of every expert.
+Invariant on the CPU: a row's bits do not depend on the other rows, whichever experts they went to.
+
+T rows, H channels, E experts, A experts a token, P = T A pairs of token and expert, I channels of an expert on this rank,
+R rows in order of their experts, each expert's padded to what the grouped product needs.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from tpserve.layers.activation import silu_mul
+from tpserve.layers.mlp import MLP
+from tpserve.parallel.group import Group
+from tpserve.quant.grouped import aligned, group_unit, grouped_matmul
+from tpserve.quant.matmul import matmul
+
+
+def route(logits_TE: torch.Tensor, num_active: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of each token, the most probable first, and their weights: float32 [T, A], int64 [T, A]."""
+    probable = torch.sort(torch.softmax(logits_TE, dim=1), dim=1, descending=True, stable=True)
+    weights_TA, experts_TA = probable.values[:, :num_active], probable.indices[:, :num_active]
+    return weights_TA / weights_TA.sum(1, keepdim=True) if renormalise else weights_TA, experts_TA
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Pairs of token and expert brought into the order of this rank's experts.
+
+    Rows [ends_E[e - 1], ends_E[e]) are of expert e; those of padding repeat a token, and nobody reads what becomes of them.
+    """
+
+    tokens_R: torch.Tensor
+    ends_E: torch.Tensor
+    rows_TA: torch.Tensor
+    """Where each pair's row is; 0 where the expert is another rank's."""
+    foreign_TA: torch.Tensor
+    counts: torch.Tensor
+    """Tokens of each expert of the layer."""
+
+    @staticmethod
+    def of(experts_TA: torch.Tensor, mine: range, num_experts: int) -> "Deal":
+        """Without waiting for the device, except on the CPU, where the rows of other ranks' experts are left out."""
+        device, num_pairs = experts_TA.device, experts_TA.numel()
+        ours_P = (experts_TA.flatten() - mine.start) % num_experts  # this rank's experts are the first ones
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, ours_P, torch.ones_like(ours_P))
+        unit = group_unit(device)
+        padded = (counts + unit - 1) // unit * unit
+        ends = padded.cumsum(0)
+        order_P = torch.argsort(ours_P, stable=True)
+        shifts = (ends - padded) - (counts.cumsum(0) - counts)
+        rows_P = torch.empty_like(order_P)
+        rows_P[order_P] = torch.arange(num_pairs, device=device) + shifts[ours_P[order_P]]
+        num_rows = num_pairs if device.type == "cuda" else int(ends[-1])
+        tokens_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        tokens_R[rows_P] = torch.arange(num_pairs, device=device) // experts_TA.shape[1]
+        if device.type != "cuda":
+            tokens_R = tokens_R[: int(ends[len(mine) - 1])]
+        foreign_TA = (ours_P >= len(mine)).view_as(experts_TA)
+        rows_TA = rows_P.view_as(experts_TA).masked_fill(foreign_TA, 0)
+        return Deal(tokens_R, ends[: len(mine)].int(), rows_TA, foreign_TA, counts.roll(mine.start))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """This rank's part of the experts: `mine` of `count`, gate above up. Split over ranks by expert or by channel."""
+
+    count: int
+    mine: range
+    gate_up_EI2H: torch.Tensor
+    down_EHI: torch.Tensor
+
+    def part(self, x_TH: torch.Tensor, weights_TA: torch.Tensor, deal: Deal) -> torch.Tensor:
+        """This rank's term of the weighted sum over each token's experts, float32 [T, H]."""
+        if not len(deal.tokens_R):
+            return torch.zeros_like(x_TH, dtype=torch.float32)
+        gate_up_RI2 = grouped_matmul(x_TH[deal.tokens_R], self.gate_up_EI2H, deal.ends_E)
+        out_RH = grouped_matmul(silu_mul(gate_up_RI2), self.down_EHI, deal.ends_E)
+        out_TAH = out_RH[deal.rows_TA].float().mul_(weights_TA.unsqueeze(2))
+        if len(self.mine) < self.count:
+            out_TAH.masked_fill_(deal.foreign_TA.unsqueeze(2), 0)
+        return out_TAH.sum(1)
+
+
+@dataclass(frozen=True)
+class MoE:
+    """`router`: float32 [E, H]; with a shared expert a last row, [E + 1, H], is the shared expert's gate.
+
+    `tally`: int64 [E], the tokens that each expert has had so far; every rank of a stage counts all of them.
+    """
+
+    router: torch.Tensor
+    num_active: int
+    renormalise: bool
+    experts: Experts
+    shared: MLP | None
+    tally: torch.Tensor
+    tp: Group
+
+    def __call__(self, x_TH: torch.Tensor, rows: int) -> torch.Tensor:
+        """`rows`: how many of `x` are tokens; the others are padding, and zero in the result."""
+        padding, x_TH = len(x_TH) - rows, x_TH[:rows]
+        logits_TE = matmul(x_TH.float(), self.router)
+        weights_TA, experts_TA = route(logits_TE[:, : self.experts.count], self.num_active, self.renormalise)
+        deal = Deal.of(experts_TA, self.experts.mine, self.experts.count)
+        self.tally.add_(deal.counts)
+        out_TH = self.experts.part(x_TH, weights_TA, deal)
+        if self.shared is not None:
+            gate_T1 = logits_TE[:, self.experts.count :]
+            out_TH += self.shared.part(x_TH).float() / (1 + torch.exp(-gate_T1))
+        return self.tp.all_reduce(F.pad(out_TH.to(x_TH.dtype), (0, 0, 0, padding)))
+
+    def packed(self) -> "MoE":
+        """The same with weights as their products like them."""
+        experts = self.experts
+        experts = replace(experts, gate_up_EI2H=aligned(experts.gate_up_EI2H), down_EHI=aligned(experts.down_EHI))
+        return replace(self, experts=experts, shared=None if self.shared is None else self.shared.packed())

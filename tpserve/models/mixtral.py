@@ -1,0 +1,43 @@
+"""Mixtral: Llama's shape with experts in every layer, their probabilities renormalised."""
+
+from tpserve.models import experts, transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ExpertsSpec, ModelSpec
+from tpserve.weights.names import ExpertNames, WeightNames
+
+EXPERTS = ExpertNames(
+    router="block_sparse_moe.gate",
+    gate="block_sparse_moe.experts.{expert}.w1",
+    up="block_sparse_moe.experts.{expert}.w3",
+    down="block_sparse_moe.experts.{expert}.w2",
+)
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    mixture = ExpertsSpec(
+        count=fields.size("num_local_experts"),
+        num_active=fields.size("num_experts_per_tok"),
+        size=fields.size("intermediate_size"),
+        renormalise=True,
+        layers=tuple(range(fields.size("num_hidden_layers"))),
+    )
+    return transformer.spec(
+        fields,
+        "mixtral",
+        num_kv_heads=fields.size("num_key_value_heads", fields.size("num_attention_heads")),
+        head_dim=transformer.head_dim_of(fields),
+        sliding_window=transformer.sliding_window_of(fields),
+        honoured=experts.COUNTS,
+        experts=experts.checked(fields, mixture),
+    )
+
+
+FAMILY = Family(
+    "mixtral",
+    ("MixtralForCausalLM",),
+    _spec,
+    WeightNames(experts=EXPERTS),
+    without="a `sliding_window` shorter than `--max-model-len`",
+    parallel=experts.PARALLEL,
+)

@@ -1,0 +1,21 @@
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 with experts in some layers, and a shared expert behind a sigmoid gate beside them."""
+
+from tpserve.models import experts, transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ModelSpec
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    return transformer.spec(
+        fields,
+        "qwen2_moe",
+        num_kv_heads=fields.size("num_key_value_heads"),
+        head_dim=transformer.head_dim_of(fields),
+        qkv_bias=fields.flag("qkv_bias", True),
+        honoured=experts.COUNTS,
+        experts=experts.qwen(fields, shared_size=fields.size("shared_expert_intermediate_size")),
+    )
+
+
+FAMILY = Family("qwen2_moe", ("Qwen2MoeForCausalLM",), _spec, without="`use_sliding_window`", parallel=experts.PARALLEL)

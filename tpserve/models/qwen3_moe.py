@@ -1,0 +1,24 @@
+"""Qwen3-MoE: Qwen3 with experts in some layers or all."""
+
+from tpserve.models import experts, transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ModelSpec
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    bias = fields.flag("attention_bias")
+    return transformer.spec(
+        fields,
+        "qwen3_moe",
+        num_kv_heads=fields.size("num_key_value_heads"),
+        head_dim=transformer.head_dim_of(fields),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm="head",
+        honoured=experts.COUNTS,
+        experts=experts.qwen(fields),
+    )
+
+
+FAMILY = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _spec, without="`use_sliding_window`", parallel=experts.PARALLEL)
