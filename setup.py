@@ -23,7 +23,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "safetensors>=0.5",
-        "huggingface_hub>=0.30",
+        "huggingface_hub>=1.31",
         "aiohttp>=3.14",
         "msgspec>=0.19",
         "pyzmq>=26",
