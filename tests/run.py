@@ -23,19 +23,19 @@ LINT = (
     ("mypy",),
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "unit": (100, ("unit", "scheduling", "architecture")),
-    "parity": (180, ("parity",)),
-    "http": (90, ("http",)),
-    "kernels": (110, ("kernels",)),
-    "cluster": (135, ("cluster",)),
-    "crash": (60, ("crash",)),
+    "unit": (80, ("unit", "scheduling", "architecture")),
+    "parity": (150, ("parity",)),
+    "http": (70, ("http",)),
+    "kernels": (50, ("kernels",)),
+    "cluster": (260, ("cluster",)),
+    "crash": (30, ("crash",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
 GPU = {
     "kernels-on-card": ("tests/kernels", "tests/gpu"),
     "engine-on-card": ("tests/parity/test_two_forms.py", "tests/unit/test_draw.py"),
 }
-INSTALL_S, LINT_S = 150, 60
+INSTALL_S, LINT_S = 110, 50
 
 
 @dataclass

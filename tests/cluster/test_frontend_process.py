@@ -151,7 +151,7 @@ def test_server_info_of_ranks_that_are_up(job: Job) -> None:
     status, text = job.get("/server_info")
     info = json.loads(text)
     assert (status, info["state"], info["epoch"], info["max_model_len"]) == (200, "running", 1, 256)
-    assert info["layout"] == {"tp": 2, "pp": 1, "layers": [1]}
+    assert info["layout"] == {"tp": 2, "pp": 1, "layers": [1], "expert_parallel": False}
     assert info["config"]["block_size"] == 16 and info["config"]["api_key"] is None
     for rank, told in enumerate(info["ranks"]):
         shard = {"tp_rank": rank, "layers": [0, 1], "heads": [2 * rank, 2 * rank + 2], "kv_heads": [rank, rank + 1]}
