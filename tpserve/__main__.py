@@ -1,4 +1,4 @@
-"""Where every command starts: `tpserve serve ...`, `tpserve bench ...`, and `python -m tpserve ...` as a rank of torchrun.
+"""Where every command starts: `tpserve serve`, `tpserve bench`, `tpserve secret`, and `python -m tpserve` as a rank of torchrun.
 
 Owns which of them this process is, and the last line of an error. Never imports torch itself: a rank reads its flags,
 checks the layout and finds the frontend first, so that whatever can be refused is refused within a moment, and the HTTP
@@ -26,6 +26,7 @@ from tpserve.observe.stopwatch import Stopwatch
 from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
 from tpserve.wire.attach import attach
+from tpserve.wire.auth import Keyring, write_secret
 from tpserve.wire.control import block_signals
 from tpserve.wire.lifetime import die_with
 from tpserve.wire.siblings import Elder, ask
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _serve(argv[1:])
         if argv[:1] == ["bench"]:
             return _bench(argv[1:])
+        if argv[:1] == ["secret"]:
+            return _secret(argv[1:])
         if env.under_torchrun():
             return _rank(argv)
         return _neither(argv)
@@ -62,6 +65,7 @@ def _serve(argv: list[str]) -> int:
 
     flags = cli.parse(argv, env.overrides())
     check_launch(flags)
+    _check_secret(flags)
     log.setup(flags.log_level, f"n{flags.node_rank} serve")
     try:
         flags, files, spec = open_model(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
@@ -75,6 +79,14 @@ def _bench(argv: list[str]) -> int:
     from tpserve.bench.command import run
 
     return run(argv)
+
+
+def _secret(argv: list[str]) -> int:
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError("say where to write it: `tpserve secret FILE`; then copy the file to every node, readable by you alone")
+    write_secret(argv[0])
+    sys.stdout.write(f"wrote {argv[0]}: copy it to every node and pass --cluster-secret-file there\n")
+    return 0
 
 
 def _neither(argv: list[str]) -> int:
@@ -104,6 +116,12 @@ def _find_once_a_node(me: env.RankEnv, flags: Flags) -> ModelFiles:
     return files
 
 
+def _check_secret(flags: Flags) -> None:
+    """Now, and not once other nodes have been waited for."""
+    if flags.cluster_secret_file is not None:
+        Keyring.read(flags.cluster_secret_file)
+
+
 def _rank(argv: list[str]) -> int:
     """One of torchrun's ranks."""
     block_signals()
@@ -112,6 +130,7 @@ def _rank(argv: list[str]) -> int:
     die_with(me.agent_pid)
     try:
         flags = cli.parse(argv, env.overrides(), launch=False)
+        _check_secret(flags)
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0)
         flags, files, spec = open_model(flags, lambda flags: _find_once_a_node(me, flags))
         config = resolve(flags, files, spec, machine.of_rank(me))
@@ -143,7 +162,10 @@ def _rank(argv: list[str]) -> int:
     gc.freeze()  # nor need it be looked at ever again
     gc.enable()
     watch.lap("torch")
-    code = run_rank(config, spec, me, attachment, watch)
+    try:
+        code = run_rank(config, spec, me, attachment, watch)
+    except UserError as error:  # before it could tell the coordinator
+        code = _refuse(me, error, tell=me.local_rank == 0)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # taking the interpreter down takes seconds, and destructors of a broken mesh can hang

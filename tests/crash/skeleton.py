@@ -31,7 +31,8 @@ from tpserve.wire.attach import (
     wait_ready,
     write,
 )
-from tpserve.wire.channels import tcp
+from tpserve.wire.auth import FRONTEND, Doorkeeper, Keyring
+from tpserve.wire.channels import Door, tcp
 from tpserve.wire.control import SIGNALS, Control, Stopped, block_signals
 from tpserve.wire.lifetime import open_pidfd
 
@@ -46,7 +47,8 @@ def rank_main() -> int:
     if env.node_rank == 0:
         where = runtime_dir(env)
         record = wait_ready(where, None, WAIT_S)
-        found = Attachment(record.control, LOOPBACK, env.nnodes, record.control_tcp, "", record.pid, where)
+        keyring = None if record.remote is None else record.remote.accept(None)
+        found = Attachment(record.control, LOOPBACK, keyring, record.remote, "", record.pid, where)
     from tests.crash.mesh_rank import agent_store, take_part  # torch comes only now
 
     if env.nnodes > 1 and (found is None or env.rank == 0):
@@ -75,6 +77,7 @@ def begin(env: RankEnv, found: Attachment) -> Control:
         env.rank,
         found.control,
         host=f"node{env.node_rank}",
+        key=found.key(env.rank, FRONTEND),
         frontend_pid=found.frontend_pid,
         agent_pid=env.agent_pid,
         local_ranks=env.local_world_size,
@@ -93,8 +96,12 @@ async def frontend_main(where: Path, watch_pid: int, world_size: int, address: s
             ended.set_result(action.code if isinstance(action, Failed) else 0)
 
     coordinator = Coordinator(world_size, time.monotonic(), survive=True, form_timeout_s=120.0)
-    ranks = Ranks(coordinator, f"ipc://{where}/control", tcp(address) if address else None, on_action)
-    write(where, Frontend(os.getpid(), ranks.local_endpoint, ranks.remote_endpoint))
+    keyring = Keyring.open(None)
+    lock = keyring.lock(FRONTEND, world_size)
+    doorkeeper = Doorkeeper(lock.allowed)
+    ranks = Ranks(coordinator, f"ipc://{where}/control", Door(tcp(address), lock) if address else None, on_action)
+    invitation = keyring.invitation(ranks.remote_endpoint, with_secret=True) if address else None
+    write(where, Frontend(os.getpid(), ranks.local_endpoint, invitation))
 
     def drain() -> None:
         ranks.carry_out(coordinator.drain(time.monotonic()))
@@ -115,6 +122,7 @@ async def frontend_main(where: Path, watch_pid: int, world_size: int, address: s
     for task in tasks:
         task.cancel()
     loop.remove_reader(watched)
+    doorkeeper.close()
     ranks.close()
     remove_runtime_dir(where)
     os.close(lock)

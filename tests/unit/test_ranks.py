@@ -14,17 +14,18 @@ from tpserve.frontend.coordinator import Action, Coordinator, Failed, State
 from tpserve.frontend.ranks import Ranks
 from tpserve.types.messages import CoordinatorMessage, Fault, Hello, MemoryLedger, RankMessage, Start, Stop, Up
 from tpserve.wire import codec
-from tpserve.wire.channels import connect, open_socket, tcp
+from tpserve.wire.auth import FRONTEND, Doorkeeper, Key, Keyring
+from tpserve.wire.channels import Door, connect, open_socket, tcp
 
 
 class Rank:
     """A rank's socket in this process; `pid` is what its Hello says."""
 
-    def __init__(self, endpoint: str, rank: int, incarnation: int = 1, pid: int | None = None) -> None:
+    def __init__(self, endpoint: str, key: Key | None, rank: int, incarnation: int = 1, pid: int | None = None) -> None:
         self.rank, self.incarnation, self.pid = rank, incarnation, pid or os.getpid()
         self.socket = open_socket(zmq.DEALER, codec.COORDINATOR.max_bytes)
         self.socket.set(zmq.ROUTING_ID, f"{rank}.{incarnation}".encode())
-        connect(self.socket, endpoint)
+        connect(self.socket, endpoint, key)
 
     def say(self, *messages: RankMessage) -> None:
         self.socket.send(codec.RANK.encode(messages))
@@ -43,13 +44,15 @@ class Rank:
 
 
 class Stage:
-    def __init__(self, ranks: Ranks, actions: list[Action]) -> None:
+    def __init__(self, ranks: Ranks, keyring: Keyring, actions: list[Action]) -> None:
+        self.keyring = keyring
         self.ranks, self.actions, self.coordinator = ranks, actions, ranks.coordinator
         self.cast: list[Rank] = []
 
     def rank(self, rank: int, incarnation: int = 1, pid: int | None = None, *, remote: bool = False) -> Rank:
         endpoint = self.ranks.remote_endpoint if remote else self.ranks.local_endpoint
-        self.cast.append(Rank(endpoint, rank, incarnation, pid))
+        key = self.keyring.key(rank, FRONTEND) if remote else None
+        self.cast.append(Rank(endpoint, key, rank, incarnation, pid))
         return self.cast[-1]
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -72,15 +75,19 @@ class Stage:
 async def stage(where: Path, size: int) -> AsyncIterator[Stage]:
     actions: list[Action] = []
     coordinator = Coordinator(size, asyncio.get_running_loop().time())
-    ranks = Ranks(coordinator, f"ipc://{where}/control", tcp("127.0.0.1"), actions.append)
+    keyring = Keyring.open(None)
+    lock = keyring.lock(FRONTEND, size)
+    doorkeeper = Doorkeeper(lock.allowed)
+    ranks = Ranks(coordinator, f"ipc://{where}/control", Door(tcp("127.0.0.1"), lock), actions.append)
     task = asyncio.create_task(ranks.run())
-    it = Stage(ranks, actions)
+    it = Stage(ranks, keyring, actions)
     try:
         yield it
     finally:
         task.cancel()
         for rank in it.cast:
             rank.socket.close(linger=0)
+        doorkeeper.close()
         ranks.close()
 
 
@@ -167,7 +174,7 @@ def test_noise_is_dropped(tmp_path: Path) -> None:
             ):
                 socket = open_socket(zmq.DEALER, 1000)
                 socket.set(zmq.ROUTING_ID, name)
-                connect(socket, it.ranks.remote_endpoint)
+                connect(socket, it.ranks.remote_endpoint, it.keyring.key(0, FRONTEND))
                 socket.send(frame)
                 await asyncio.sleep(0.05)
                 socket.close(linger=0)

@@ -15,6 +15,7 @@ from tpserve.config.env import RankEnv
 from tpserve.errors import EngineFailure, UserError
 from tpserve.wire import attach
 from tpserve.wire.attach import Attachment, Frontend
+from tpserve.wire.auth import FRONTEND, Keyring
 
 ENV = RankEnv(
     rank=2, world_size=4, local_rank=0, local_world_size=2, node_rank=1, nnodes=2, master_addr="127.0.0.1", master_port=1,
@@ -90,7 +91,7 @@ def test_a_frontend_lives_as_long_as_its_process(tmp_path: Path, resident: "subp
 
 
 def test_a_record_counts_only_while_its_frontend_lives(tmp_path: Path, resident: "subprocess.Popen[bytes]") -> None:
-    record = Frontend(resident.pid, "ipc://c", "", "ipc://e", "http://h")
+    record = Frontend(resident.pid, "ipc://c", None, "ipc://e", "http://h")
     attach.write(tmp_path, record)
     assert attach.wait_ready(tmp_path, None, 1.0) == record
     resident.kill()
@@ -121,19 +122,21 @@ def test_ranks_of_other_nodes_wait_for_an_address_that_answers() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         told = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-        attach.publish(ENV, Attachment("ipc://x", "127.0.0.1", 2, told), store)
+        invitation = Keyring.open(None).invitation(told, with_secret=True)
+        attach.publish(ENV, Attachment("ipc://x", "127.0.0.1", invitation=invitation), store)
         with pytest.raises(EngineFailure, match=f"nobody answers at {told}"):
             attach.attach_remote(ENV, store, 0.1)
         listener.listen()
         found = attach.attach_remote(ENV, store, 5.0)
     assert (found.control, found.address, found.frontend_pid) == (told, "127.0.0.1", None)
-    assert found.endpoint("plan") == "tcp://127.0.0.1:0"
+    assert found.key(2, FRONTEND) == invitation.accept(None).key(2, FRONTEND)
 
 
-def test_endpoints_stay_inside_one_node_when_there_is_one(tmp_path: Path) -> None:
-    found = Attachment("ipc://x", attach.LOOPBACK, 1, runtime_dir=tmp_path)
+def test_endpoints_stay_inside_a_node(tmp_path: Path) -> None:
+    found = Attachment("ipc://x", attach.LOOPBACK, Keyring.open(None), runtime_dir=tmp_path)
     first = found.endpoint("plan")
     assert first.startswith(f"ipc://{tmp_path}/plan-") and first != found.endpoint("plan")
+    assert found.key(1, FRONTEND) is None
 
 
 def test_an_address_that_leads_nowhere_is_named() -> None:

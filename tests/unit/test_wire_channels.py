@@ -12,7 +12,9 @@ from tpserve.types.messages import Abort, Cut, Done
 from tpserve.types.packed import pack
 from tpserve.types.plan import Chunk, StepPlan, StepResult
 from tpserve.wire import codec
+from tpserve.wire.auth import Doorkeeper, Keyring, rank_role
 from tpserve.wire.channels import (
+    Door,
     EngineLink,
     EngineServer,
     PlanBroadcaster,
@@ -124,15 +126,20 @@ def test_plans_are_numbered_without_a_gap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_over_tcp(address: str) -> None:
-    sender = PlanBroadcaster(tcp(address))
-    assert int(sender.endpoint.rpartition(":")[2]) > 0
-    receiver = PlanReceiver(sender.endpoint, 1)
-    sender.begin(1, 1, 5.0)
+def test_inside_a_node_and_over_tcp(tmp_path: Path, address: str) -> None:
+    keyring = Keyring.open(None)
+    lock = keyring.lock(rank_role(0), 3)
+    doorkeeper = Doorkeeper(lock.allowed)
+    sender = PlanBroadcaster(f"ipc://{tmp_path}/plan", Door(tcp(address), lock))
+    assert int(sender.remote_endpoint.rpartition(":")[2]) > 0
+    near = PlanReceiver(sender.endpoint, 1)
+    far = PlanReceiver(sender.remote_endpoint, 1, keyring.key(2, rank_role(0)))
+    sender.begin(1, 2, 5.0)
     sender.send(plan(0))
-    assert receiver.receive(5.0) == plan(0)
-    receiver.close()
-    sender.close()
+    assert near.receive(5.0) == far.receive(5.0) == plan(0)
+    doorkeeper.close()
+    for channel in (near, far, sender):
+        channel.close()
 
 
 def test_results_keep_their_order_and_their_epoch(tmp_path: Path) -> None:

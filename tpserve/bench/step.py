@@ -34,7 +34,8 @@ from tpserve.types.plan import StepPlan, StepResult
 from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
 from tpserve.wire import codec
-from tpserve.wire.channels import PlanBroadcaster, tcp
+from tpserve.wire.auth import Doorkeeper, Invitation, Keyring, rank_role
+from tpserve.wire.channels import Door, PlanBroadcaster, tcp
 from tpserve.worker import device as devices
 from tpserve.worker.batch import Chunks, build
 from tpserve.worker.rows import AtOnce, sampled
@@ -100,14 +101,19 @@ def run(
 def measure(batch: int, context: int, num_subscribers: int, steps: int, transport: str) -> Case:
     """`steps` decode steps of `batch` sequences, with a broadcast to `num_subscribers`."""
     with tempfile.TemporaryDirectory(prefix="tpserve-bench-") as directory:
-        plans = PlanBroadcaster(tcp("127.0.0.1") if transport == "tcp" else f"ipc://{directory}/plan")
-        with _listeners(plans.endpoint, num_subscribers):
+        keyring, over_tcp = Keyring.open(None), transport == "tcp"
+        lock = keyring.lock(rank_role(0), 2)
+        plans = PlanBroadcaster(f"ipc://{directory}/plan", Door(tcp("127.0.0.1"), lock) if over_tcp else None)
+        doorkeeper = Doorkeeper(lock.allowed)
+        invitation = keyring.invitation(plans.remote_endpoint if over_tcp else plans.endpoint, with_secret=True)
+        with _listeners(invitation, num_subscribers):
             plans.begin(0, num_subscribers, CONNECT_S)
             rank = Rank(plans, batch, context, steps)
             for _ in range(WARM_UP):
                 rank.turn()
             turns = [rank.turn() for _ in range(steps)]
             plan_bytes = rank.plan_bytes
+        doorkeeper.close()
         plans.close()
     total = Spread.of([sum(turn.wall_s[phase] for phase in COUNTED) for turn in turns])
     cpu = Spread.of([sum(turn.cpu_s[phase] for phase in COUNTED) for turn in turns])
@@ -195,9 +201,10 @@ def _compute() -> None:
 
 
 @contextmanager
-def _listeners(endpoint: str, count: int) -> Iterator[None]:
-    """`count` receivers of what is sent at `endpoint`."""
-    process = subprocess.Popen([sys.executable, "-m", "tpserve.bench.listeners", endpoint, str(count), str(os.getpid())])
+def _listeners(invitation: Invitation, count: int) -> Iterator[None]:
+    """`count` receivers of what is sent at the invitation's endpoint."""
+    where = msgspec.json.encode(invitation).decode()
+    process = subprocess.Popen([sys.executable, "-m", "tpserve.bench.listeners", where, str(count), str(os.getpid())])
     try:
         yield
     finally:

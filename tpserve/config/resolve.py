@@ -54,11 +54,22 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         port=flags.port,
         api_key=flags.api_key,
         admin_api_key=flags.admin_api_key,
+        cluster_secret_file=_secret_file(flags, machine),
         log_level=flags.log_level,
         start_timeout=flags.start_timeout,
         drain_timeout=flags.drain_timeout,
         step_trace=flags.step_trace,
     )
+
+
+def _secret_file(flags: Flags, machine: Machine) -> str | None:
+    if flags.require_secret and flags.cluster_secret_file is None and machine.nnodes > 1:
+        raise UserError(
+            "--require-secret, but the nodes share no --cluster-secret-file: make one with `tpserve secret FILE` and copy it "
+            "to every node",
+            param="cluster_secret_file",
+        )
+    return flags.cluster_secret_file
 
 
 def num_local_ranks(flags: Flags, num_gpus: int) -> int:

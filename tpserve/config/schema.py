@@ -156,6 +156,16 @@ class Flags(Struct, frozen=True, kw_only=True):
         Flag(HTTP, "Key for /server_info, which is closed without it unless --host is loopback. Also TPSERVE_ADMIN_API_KEY."),
     ] = None
 
+    cluster_secret_file: Annotated[
+        str | None,
+        Flag(
+            OPERATION,
+            "Secret that the nodes share, from which the keys of their links are derived; `tpserve secret FILE` makes one. "
+            "Without it the keys of each run travel over torchrun's store.",
+            "tpserve",
+        ),
+    ] = None
+    require_secret: Annotated[bool, Flag(OPERATION, "Refuse several nodes without --cluster-secret-file.", "tpserve")] = False
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Flag(OPERATION, "How much the first rank of a node logs; other ranks log warnings and errors.", "tpserve"),
@@ -216,6 +226,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     port: int
     api_key: str | None
     admin_api_key: str | None
+    cluster_secret_file: str | None
     log_level: Literal["debug", "info", "warning", "error"]
     start_timeout: float
     drain_timeout: float
@@ -232,5 +243,5 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
 _LOCAL = {
     *("model", "tokenizer", "chat_template", "snapshot", "served_model_name"),
-    *("max_queued_requests", "host", "port", *SECRETS, "log_level", "step_trace"),
+    *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
 }

@@ -32,14 +32,15 @@ from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import imbalance, split_heads
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import MemoryLedger
+from tpserve.types.messages import MemoryLedger, Start
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
 from tpserve.wire.attach import Attachment, attach_remote, publish
-from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender
+from tpserve.wire.auth import FRONTEND, Doorkeeper, Key, rank_role
+from tpserve.wire.channels import Door, EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, tcp
 from tpserve.wire.control import Control, Stopped
 from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
@@ -62,13 +63,14 @@ def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: At
         store = meshes.agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, config.start_timeout)
     if attachment is None:
         assert store is not None
-        attachment = attach_remote(env, store, config.start_timeout)
+        attachment = attach_remote(env, store, config.start_timeout, config.cluster_secret_file)
     elif store is not None:
         publish(env, attachment, store)
     control = Control(
         env.rank,
         attachment.control,
         host=socket.gethostname(),
+        key=attachment.key(env.rank, FRONTEND),
         frontend_pid=attachment.frontend_pid,
         agent_pid=env.agent_pid,
         local_ranks=1 if env.job else env.local_world_size,  # a script's only child
@@ -126,7 +128,7 @@ class _Rank:
         mesh = meshes.form(
             env.rank, config.layout, start.epoch, store, device, config.start_timeout, config.all_reduce, available_cores()
         )
-        plans = None if hosted else PlanReceiver(start.endpoints["plan"], start.epoch)
+        plans = None if hosted else PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
         watch.lap("mesh")
         executor, ledger = self._build(mesh, free)
         control.up(ledger, {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()})
@@ -138,7 +140,8 @@ class _Rank:
         else:
             assert plans is not None
             sampling = env.rank == config.layout.sampling_rank
-            serve_plans(plans, executor, ResultSender(start.endpoints["result"]) if sampling else None, control, self._trace)
+            results = ResultSender(self._endpoint(start, "result"), self._leader_key) if sampling else None
+            serve_plans(plans, executor, results, control, self._trace)
 
     def _build(self, mesh: Mesh, free: int) -> tuple[Executor, MemoryLedger]:
         """Load this rank's share, see what fits beside it, and make that. `free`: memory before any rank had loaded."""
@@ -180,11 +183,29 @@ class _Rank:
             have(weights_of(snapshot), self._config.start_timeout, arrived)
 
     def _host(self) -> _Hosted:
-        address = self._attachment.address if self._env.nnodes > 1 else "127.0.0.1"
-        store, store_address = meshes.host_store(address)
-        plans = PlanBroadcaster(self._attachment.endpoint("plan"))
-        results = ResultReceiver(self._attachment.endpoint("result"))
-        return _Hosted(store, plans, results, {"store": store_address, "plan": plans.endpoint, "result": results.endpoint})
+        attachment, keyring = self._attachment, self._attachment.keyring
+        store, store_address = meshes.host_store(attachment.address)
+        remote = None
+        if keyring is not None:
+            lock = keyring.lock(rank_role(0), self._config.layout.world_size)
+            remote, doorkeeper = Door(tcp(attachment.address), lock), Doorkeeper(lock.allowed)
+        plans = PlanBroadcaster(attachment.endpoint("plan"), remote)
+        results = ResultReceiver(attachment.endpoint("result"), remote)
+        endpoints = {"store": store_address, "plan": plans.endpoint, "result": results.endpoint}
+        if keyring is not None:
+            endpoints |= {"plan-tcp": plans.remote_endpoint, "result-tcp": results.remote_endpoint}
+            doorkeeper.watch(plans.socket)
+            doorkeeper.watch(results.socket)
+        return _Hosted(store, plans, results, endpoints)
+
+    def _endpoint(self, start: Start, name: str) -> str:
+        """Where this rank finds what rank 0 hosts."""
+        return start.endpoints[name if self._leader_key is None else f"{name}-tcp"]
+
+    @property
+    def _leader_key(self) -> Key | None:
+        """To rank 0's sockets; None on its own node."""
+        return self._attachment.key(self._env.rank, rank_role(0))
 
     def _load(self, mesh: Mesh) -> tuple[Decoder, int]:
         """This rank's shard of the model, and its size in bytes."""

@@ -25,7 +25,8 @@ from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
 from tpserve.types.messages import Control, EngineInput, Experts
 from tpserve.wire.attach import Frontend, write
-from tpserve.wire.channels import EngineServer, tcp
+from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
+from tpserve.wire.channels import Door, EngineServer, tcp
 from tpserve.wire.lifetime import open_pidfd
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,10 @@ LEAVE_S = 4.0
 """How long ranks on this host have to end after Stop before they are killed; they end themselves after two seconds."""
 SLOW_S = 5.0
 """Who starts all nodes at once hears nothing of waiting; who waits longer than this is told for whom."""
+NO_SECRET = (
+    "the nodes share no --cluster-secret-file: the keys of this run travel over torchrun's store, and whoever can reach its port "
+    "can take part (`tpserve secret FILE` makes a secret)"
+)
 _STATES: dict[State, Literal["starting", "running", "draining", "stopped"]] = {
     State.FORMING: "starting",
     State.STARTING: "starting",
@@ -66,16 +71,35 @@ class Bridge:
             form_timeout_s=config.start_timeout,
             drain_timeout_s=config.drain_timeout,
         )
-        remote = None if remote_address is None else tcp(remote_address)
-        self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", remote, self._on_action)
+        self._remote_address = remote_address
+        if remote_address is not None:
+            self._keyring = Keyring.open(config.cluster_secret_file)
+            self._lock = self._keyring.lock(FRONTEND, config.layout.world_size)
+            self._doorkeeper = Doorkeeper(self._lock.allowed)
+            if config.cluster_secret_file is None:
+                logger.warning(NO_SECRET)
+        self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", self.door(), self._on_action)
+        if (locked := self._ranks.remote_socket) is not None:
+            self._doorkeeper.watch(locked)
         self._engine = EngineServer(f"ipc://{where}/engine")
         self.journal = Journal(self._to_engine, (config.served_model_name or (config.model,))[0])
         self._code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
+    def door(self) -> Door | None:
+        """A place for processes of other nodes to come in; None where there are none."""
+        return None if self._remote_address is None else Door(tcp(self._remote_address), self._lock)
+
+    def invitation(self, endpoint: str) -> Invitation | None:
+        """What such processes must know to come in at `endpoint`, which was bound at a door."""
+        if self._remote_address is None:
+            return None
+        return self._keyring.invitation(endpoint, with_secret=self._config.cluster_secret_file is None)
+
     def announce(self, url: str = "") -> None:
         """Tell the ranks where we are; `url`: where clients reach us, if they do."""
         ranks = self._ranks
-        write(self._where, Frontend(os.getpid(), ranks.local_endpoint, ranks.remote_endpoint, self._engine.endpoint, url))
+        invitation = self.invitation(ranks.remote_endpoint)
+        write(self._where, Frontend(os.getpid(), ranks.local_endpoint, invitation, self._engine.endpoint, url))
 
     def status(self) -> Status:
         """What may be said of the engine."""
@@ -125,6 +149,8 @@ class Bridge:
 
     def close(self) -> None:
         """Close the sockets."""
+        if self._remote_address is not None:
+            self._doorkeeper.close()
         self._ranks.close()
         self._engine.close()
 

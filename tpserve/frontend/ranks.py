@@ -20,7 +20,7 @@ from tpserve.errors import EngineFailure
 from tpserve.frontend.coordinator import Action, Coordinator, Peer, Send
 from tpserve.types.messages import CoordinatorMessage, Fault, Hello
 from tpserve.wire import codec
-from tpserve.wire.channels import bind, open_socket
+from tpserve.wire.channels import Door, bind, open_socket
 from tpserve.wire.lifetime import open_pidfd
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ _KILLED = "ended without a word: it was killed or it crashed"
 class Ranks:
     """Runs a coordinator over real ranks. `on_action` gets every action that is not a Send."""
 
-    def __init__(self, coordinator: Coordinator, local: str, remote: str | None, on_action: Callable[[Action], None]) -> None:
-        """Bind `local` (ipc) and, when ranks run on other nodes, `remote` (tcp)."""
+    def __init__(self, coordinator: Coordinator, local: str, remote: Door | None, on_action: Callable[[Action], None]) -> None:
+        """Bind `local` (ipc) and, when ranks run on other nodes, `remote`."""
         self.coordinator = coordinator
         self._on_action = on_action
         self._local = _router()
@@ -45,10 +45,15 @@ class Ranks:
         self.remote_endpoint = ""
         if remote is not None:
             self._sockets.append(_router())
-            self.remote_endpoint = bind(self._sockets[1], remote)
+            self.remote_endpoint = bind(self._sockets[1], *remote)
         self._peers: dict[Peer, zmq.Socket[bytes]] = {}
         self._pidfds: dict[Peer, int] = {}
         self._probed_s = 0.0
+
+    @property
+    def remote_socket(self) -> "zmq.Socket[bytes] | None":
+        """What ranks of other nodes connect to."""
+        return self._sockets[1] if self.remote_endpoint else None
 
     async def run(self) -> None:
         """Until cancelled: pass on what comes, and the time."""

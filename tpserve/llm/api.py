@@ -75,7 +75,7 @@ class LLM:
         session.tell_followers(Answer(0, []))
 
     def _follow(self, me: RankEnv, way: "launch.Script") -> None:
-        self._follower = Follower(me.rank, way.find(), way.start)
+        self._follower = Follower(me.rank, *way.find(), way.start)
         self._finalizer = weakref.finalize(self, self._follower.close)
         try:
             self._follower.wait(0)

@@ -18,7 +18,8 @@ import zmq
 from tpserve.errors import EngineFailure, UserError
 from tpserve.llm.outputs import RequestOutput
 from tpserve.types.messages import Message
-from tpserve.wire.channels import bind, connect, open_socket, tcp
+from tpserve.wire.auth import Key
+from tpserve.wire.channels import Door, bind, connect, open_socket
 from tpserve.wire.codec import MIB, Codec
 
 log = logging.getLogger(__name__)
@@ -72,14 +73,14 @@ def trouble(call: int, error: BaseException) -> Trouble:
 class Callers:
     """Rank 0's side. Used inside its event loop only."""
 
-    def __init__(self, num_followers: int, local: str, remote_address: str | None) -> None:
-        """Bind for followers on this host and, on `remote_address`, for those of other nodes."""
+    def __init__(self, num_followers: int, local: str, remote: Door | None) -> None:
+        """Bind for followers on this host and, at `remote`, for those of other nodes."""
         self._sockets = [_router()]
         bind(self._sockets[0], local)
         self.remote_endpoint = ""
-        if remote_address is not None:
+        if remote is not None:
             self._sockets.append(_router())
-            self.remote_endpoint = bind(self._sockets[1], tcp(remote_address))
+            self.remote_endpoint = bind(self._sockets[1], *remote)
         self._num_followers = num_followers
         self._wanted: dict[int, int] = {}
         self._ways: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
@@ -153,11 +154,11 @@ class Callers:
 class Link:
     """A follower's side."""
 
-    def __init__(self, rank: int, endpoint: str) -> None:
+    def __init__(self, rank: int, endpoint: str, key: Key | None = None) -> None:
         self._rank = rank
         self._socket = open_socket(zmq.DEALER, _ANSWERS.max_bytes)
         self._socket.set(zmq.ROUTING_ID, b"caller-%d" % rank)
-        connect(self._socket, endpoint)
+        connect(self._socket, endpoint, key)
 
     def ask(self, call: int) -> None:
         """Say that everything before `call` has come."""

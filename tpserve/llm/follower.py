@@ -12,6 +12,7 @@ from tpserve.errors import EngineFailure, UserError
 from tpserve.llm.callers import ASK_S, Answer, Link
 from tpserve.llm.child import Child
 from tpserve.llm.outputs import RequestOutput
+from tpserve.wire.auth import Key
 
 EXPLAIN_S = 2.0
 """How long rank 0's script has to tell why the ranks ended, which it knows at once or within some seconds."""
@@ -22,11 +23,11 @@ DRAIN_S = 30.0
 class Follower:
     """See the module."""
 
-    def __init__(self, rank: int, endpoint: str, start_rank: Callable[[], Child]) -> None:
-        """Start the rank; `endpoint`: where rank 0's script is. `wait` for call 0 follows."""
+    def __init__(self, rank: int, endpoint: str, key: Key | None, start_rank: Callable[[], Child]) -> None:
+        """Start the rank; `endpoint`: where rank 0's script is, `key` to get in over TCP. `wait` for call 0 follows."""
         self._rank = rank
         self._owner_pid = os.getpid()
-        self._link: Link | None = Link(rank, endpoint)
+        self._link: Link | None = Link(rank, endpoint, key)
         self._failure: Exception | None = None
         self._child: Child | None = None
         try:

@@ -26,6 +26,7 @@ from tpserve.hub.locate import locate
 from tpserve.llm.child import Child
 from tpserve.models.opened import open_model
 from tpserve.wire.attach import LOOPBACK, cluster_address, runtime_dir
+from tpserve.wire.auth import FRONTEND, Invitation, Key
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -73,7 +74,7 @@ class Alone:
         environ = env.for_ranks(str(self.where), quiet=config.log_level != "debug")
         return Child([sys.executable, "-m", "tpserve.agent"], environ, msgspec.json.encode(job))
 
-    def publish(self, endpoint: str) -> None:
+    def publish(self, invitation: Invitation | None) -> None:
         """Nobody else looks for us."""
 
 
@@ -105,20 +106,22 @@ class Script:
         environ = env.for_rank(str(self.where), self._job, quiet=config.log_level != "debug")
         return Child([sys.executable, "-m", "tpserve", *cli.to_argv(flags)], environ)
 
-    def publish(self, endpoint: str) -> None:
+    def publish(self, invitation: Invitation | None) -> None:
         """Rank 0's script: tell those of other nodes where it is."""
-        if self._me.nnodes > 1:
-            self._store.set(self._key, endpoint)
+        if invitation is not None:
+            self._store.set(self._key, msgspec.json.encode(invitation).decode())
 
-    def find(self) -> str:
-        """Another script: where rank 0's is. EngineFailure when it does not tell in time."""
+    def find(self) -> tuple[str, Key | None]:
+        """Another script: where rank 0's is. EngineFailure when it does not tell in time, UserError when the secrets differ."""
         if self._me.node_rank == 0:
-            return f"ipc://{self.where}/callers"
+            return f"ipc://{self.where}/callers", None
         deadline_s = time.monotonic() + self._said.start_timeout
         while time.monotonic() < deadline_s:
             try:
                 if self._store.check([self._key]):
-                    return self._store.get(self._key).decode()
+                    invitation = msgspec.json.decode(self._store.get(self._key), type=Invitation)
+                    keyring = invitation.accept(self._said.cluster_secret_file)
+                    return invitation.endpoint, keyring.key(self._me.rank, FRONTEND)
             except RuntimeError as error:
                 raise EngineFailure(f"torchrun's store on node 0 is gone: {error}") from error
             time.sleep(FIND_S)

@@ -25,6 +25,7 @@ from tpserve.frontend.coordinator import Failed, Finished, Ready
 from tpserve.llm.callers import Answer, Callers, Trouble
 from tpserve.llm.child import Child
 from tpserve.wire.attach import hold_lock, make_runtime_dir, remove_runtime_dir
+from tpserve.wire.auth import Invitation
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +79,13 @@ class Session:
         self._thread = threading.Thread(target=self._live, name="tpserve session", daemon=True)
         self._thread.start()
 
-    def wait_bound(self) -> str:
-        """Wait until the sockets are there; returns where followers of other nodes find us."""
+    def wait_bound(self) -> Invitation | None:
+        """Wait until the sockets are there; returns what followers of other nodes need to find us."""
         while not self._bound.wait(LOOK_S):
             self._raise_if_ended()
-        return "" if self._callers is None else self._callers.remote_endpoint
+        if self._callers is None or self._bridge is None:
+            return None
+        return self._bridge.invitation(self._callers.remote_endpoint)
 
     def wait_ready(self) -> None:
         """Wait until the ranks are. UserError or EngineFailure with the reason when they will not be."""
@@ -178,7 +181,8 @@ class Session:
             if not self._num_followers:
                 await self._serve_ranks(self._bridge)
                 return
-            with contextlib.closing(Callers(self._num_followers, f"ipc://{self._where}/callers", self._remote)) as self._callers:
+            callers = Callers(self._num_followers, f"ipc://{self._where}/callers", self._bridge.door())
+            with contextlib.closing(callers) as self._callers:
                 hearing = self._loop.create_task(self._hear(self._callers, self._bridge))
                 await self._serve_ranks(self._bridge)
                 hearing.cancel()

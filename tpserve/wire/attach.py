@@ -28,7 +28,7 @@ from msgspec import Struct
 from tpserve.config.env import RankEnv
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
-from tpserve.wire.channels import tcp
+from tpserve.wire.auth import Invitation, Key, Keyring
 
 LOOPBACK = "127.0.0.1"
 _KEY = "tpserve/control"
@@ -42,7 +42,7 @@ class Frontend(Struct, frozen=True):
 
     pid: int
     control: str = ""
-    control_tcp: str = ""
+    remote: Invitation | None = None
     engine: str = ""
     http: str = ""
     error: str = ""
@@ -58,21 +58,26 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Attachment:
-    """How a rank reaches the frontend. `address`: this host's on the cluster interface, loopback on a single node."""
+    """How a rank reaches the frontend. `address`: this host's on the cluster interface, loopback on a single node.
+
+    `keyring`: the cluster's keys, where there are several nodes. `runtime_dir`: on the frontend's own node.
+    """
 
     control: str
     address: str
-    nnodes: int
-    control_tcp: str = ""
+    keyring: Keyring | None = None
+    invitation: Invitation | None = None
     engine: str = ""
     frontend_pid: int | None = None
     runtime_dir: Path | None = None
 
     def endpoint(self, name: str) -> str:
-        """What rank 0 binds for other ranks to connect to; a new address each time."""
-        if self.nnodes > 1:
-            return tcp(self.address)
+        """What rank 0 binds for ranks of its node to connect to; a new address each time."""
         return f"ipc://{self.runtime_dir}/{name}-{time.time_ns():x}"
+
+    def key(self, rank: int, server: str) -> Key | None:
+        """What `rank` needs to connect to `server`; None where it is on the same node."""
+        return None if self.keyring is None or self.runtime_dir is not None else self.keyring.key(rank, server)
 
 
 def attach(env: RankEnv, config: EngineConfig, timeout_s: float) -> Attachment:
@@ -90,30 +95,35 @@ def attach(env: RankEnv, config: EngineConfig, timeout_s: float) -> Attachment:
             make_runtime_dir(where)  # again: one that ended has taken it away
             child = spawn(where, config, env.agent_pid, env.nnodes, address)
     found = wait_ready(where, child, deadline_s - time.monotonic())
-    return Attachment(found.control, address, env.nnodes, found.control_tcp, found.engine, found.pid, where)
+    keyring = None if found.remote is None else found.remote.accept(config.cluster_secret_file)
+    return Attachment(found.control, address, keyring, found.remote, found.engine, found.pid, where)
 
 
 def publish(env: RankEnv, attachment: Attachment, store: Store) -> None:
     """For rank 0: tell the ranks of other nodes where the coordinator is."""
-    store.set(_KEY + env.job, attachment.control_tcp)
+    store.set(_KEY + env.job, msgspec.json.encode(attachment.invitation).decode())
 
 
-def attach_remote(env: RankEnv, store: Store, timeout_s: float) -> Attachment:
-    """For ranks of other nodes: wait until rank 0 has told where the coordinator is, and until somebody listens there."""
+def attach_remote(env: RankEnv, store: Store, timeout_s: float, secret_file: str | None = None) -> Attachment:
+    """For ranks of other nodes: wait until rank 0 has told where the coordinator is, and until somebody listens there.
+
+    UserError when this node's secret is not node 0's.
+    """
     deadline_s = time.monotonic() + timeout_s
     told = ""
     while time.monotonic() < deadline_s:
         try:
-            told = store.get(_KEY + env.job).decode()
+            invitation = msgspec.json.decode(store.get(_KEY + env.job), type=Invitation)
         except RuntimeError:  # nothing was told within the store's own timeout
             continue
+        told = invitation.endpoint
         host, _, port = told.removeprefix("tcp://").rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), 3.0).close()
         except OSError:  # of a frontend that has gone: the next one's address follows
             time.sleep(0.2)
             continue
-        return Attachment(told, cluster_address(env.master_addr), env.nnodes, told)
+        return Attachment(told, cluster_address(env.master_addr), invitation.accept(secret_file))
     known = f"nobody answers at {told}" if told else "rank 0 has not told where it is"
     raise EngineFailure(f"rank {env.rank} waited {timeout_s:g} s for the frontend at {env.master_addr}: {known}")
 

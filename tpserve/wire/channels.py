@@ -14,7 +14,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import zmq
 
@@ -22,6 +22,7 @@ from tpserve.errors import EngineFailure
 from tpserve.types.messages import EngineInput, EngineOutput
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.wire import codec
+from tpserve.wire.auth import Key, Lock
 
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000
@@ -41,6 +42,13 @@ class Waitable(Protocol):
     def fileno(self) -> int: ...
 
 
+class Door(NamedTuple):
+    """Where processes of other nodes come in: the TCP endpoint to bind, and who may."""
+
+    endpoint: str
+    lock: Lock
+
+
 class Channel:
     """An open socket and the address to reach it at. Subclasses give it a direction."""
 
@@ -56,6 +64,13 @@ class Channel:
         """Sleep until a message is here (True), or the time is over or a `wake` is readable (False)."""
         return self.socket in _poll(timeout_s, [self.socket, *wake])
 
+    def _send(self, frame: bytes) -> None:
+        """Send, which never waits. EngineFailure when the other end has refused this process."""
+        try:
+            self.socket.send(frame)
+        except zmq.Again as error:
+            raise EngineFailure(f"{self.endpoint} refuses this process: its key is of another run or cluster") from error
+
     def _frames(self) -> Iterable[bytes]:
         """The frames that are here now."""
         while True:
@@ -70,6 +85,7 @@ def open_socket(kind: int, max_bytes: int) -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.SNDHWM, 0)
+    socket.set(zmq.SNDTIMEO, 0)  # without a mark nothing waits but who was refused for its key, and would for ever
     socket.set(zmq.RCVHWM, 0)
     socket.set(zmq.MAXMSGSIZE, max_bytes)
     socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -85,14 +101,20 @@ def tcp(address: str) -> str:
     return f"tcp://[{address}]:0" if ":" in address else f"tcp://{address}:0"
 
 
-def connect(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    """Connect, now or as soon as somebody listens there."""
+def connect(socket: zmq.Socket[bytes], endpoint: str, key: Key | None = None) -> None:
+    """Connect, now or as soon as somebody listens there. `key`: for TCP."""
+    assert (key is None) == endpoint.startswith("ipc:"), "TCP needs a key, and only TCP"
+    if key is not None:
+        key.put(socket)
     socket.set(zmq.IPV6, int("[" in endpoint))
     socket.connect(endpoint)
 
 
-def bind(socket: zmq.Socket[bytes], endpoint: str) -> str:
-    """Bind, and return the address that came of it (`tcp://10.0.0.1:0` becomes a real port)."""
+def bind(socket: zmq.Socket[bytes], endpoint: str, lock: Lock | None = None) -> str:
+    """Bind, and return the address that came of it (`tcp://10.0.0.1:0` becomes a real port). `lock`: for TCP."""
+    assert (lock is None) == endpoint.startswith("ipc:"), "TCP needs a lock, and only TCP"
+    if lock is not None:
+        lock.put(socket)
     socket.set(zmq.IPV6, int("[" in endpoint))
     try:
         socket.bind(endpoint)
@@ -117,10 +139,11 @@ def _poll(timeout_s: float, sources: list[object]) -> set[object]:
 class PlanBroadcaster(Channel):
     """Rank 0's end: every plan to every other rank. Bind before Hello; `begin` once all ranks are up."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, remote: Door | None = None) -> None:
         socket = open_socket(zmq.XPUB, codec.PLAN.max_bytes)
         socket.set(zmq.XPUB_VERBOSE, 1)  # every rank's subscription is passed up, though they are all the same
         super().__init__(socket, bind(socket, endpoint))
+        self.remote_endpoint = "" if remote is None else bind(socket, *remote)
         self._epoch = -1
         self._next = 0
         self._kept: deque[tuple[int, bytes]] = deque()
@@ -164,10 +187,10 @@ class PlanBroadcaster(Channel):
 class PlanReceiver(Channel):
     """Another rank's end. Hands out plans in order, each once."""
 
-    def __init__(self, endpoint: str, epoch: int) -> None:
+    def __init__(self, endpoint: str, epoch: int, key: Key | None = None) -> None:
         super().__init__(open_socket(zmq.XSUB, codec.PLAN.max_bytes), endpoint)
-        connect(self.socket, endpoint)
-        self.socket.send(_SUBSCRIBE)
+        connect(self.socket, endpoint, key)
+        self._send(_SUBSCRIBE)
         self._epoch = epoch
         self._next = 0
         self._ahead: dict[int, StepPlan] = {}
@@ -210,27 +233,28 @@ class PlanReceiver(Channel):
             self._gap_s = self._gap_s or self._heard_s
             if self._heard_s - self._gap_s > GAP_S:
                 raise EngineFailure(f"plan {self._next} of epoch {self._epoch} is lost: plan {min(self._ahead)} came without it")
-        self.socket.send(_RESEND.pack(b"\x02", self._epoch, self._next))
+        self._send(_RESEND.pack(b"\x02", self._epoch, self._next))
 
 
 class ResultSender(Channel):
     """The sampling rank's end."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, key: Key | None = None) -> None:
         super().__init__(open_socket(zmq.PUSH, codec.RESULT.max_bytes), endpoint)
-        connect(self.socket, endpoint)
+        connect(self.socket, endpoint, key)
 
     def send(self, result: StepResult) -> None:
         """Send one result; results are sent in step order."""
-        self.socket.send(codec.RESULT.encode([result]))
+        self._send(codec.RESULT.encode([result]))
 
 
 class ResultReceiver(Channel):
     """Rank 0's end. Bind before Hello."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, remote: Door | None = None) -> None:
         socket = open_socket(zmq.PULL, codec.RESULT.max_bytes)
         super().__init__(socket, bind(socket, endpoint))
+        self.remote_endpoint = "" if remote is None else bind(socket, *remote)
         self._epoch = -1
         self._next = 0
 
@@ -260,7 +284,7 @@ class EngineLink(Channel):
         super().__init__(open_socket(zmq.DEALER, codec.ENGINE_INPUT.max_bytes), endpoint)
         self.socket.set(zmq.ROUTING_ID, _address(incarnation))
         connect(self.socket, endpoint)
-        self.socket.send(codec.ENGINE_OUTPUT.encode([]))  # the frontend may answer from now on
+        self._send(codec.ENGINE_OUTPUT.encode([]))  # the frontend may answer from now on
 
     def poll(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> list[EngineInput]:
         """What the frontend asks for; empty when nothing came in time."""
@@ -271,7 +295,7 @@ class EngineLink(Channel):
     def send(self, outputs: list[EngineOutput]) -> None:
         """Hand outputs to the frontend, in one frame."""
         if outputs:
-            self.socket.send(codec.ENGINE_OUTPUT.encode(outputs))
+            self._send(codec.ENGINE_OUTPUT.encode(outputs))
 
 
 class EngineServer(Channel):

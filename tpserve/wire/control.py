@@ -40,6 +40,7 @@ from tpserve.types.messages import (
     Up,
 )
 from tpserve.wire import codec
+from tpserve.wire.auth import Key
 from tpserve.wire.channels import connect, open_socket
 from tpserve.wire.lifetime import die_with, exit_now, live_children, open_pidfd, tell
 
@@ -102,16 +103,18 @@ class Control:
         address: str,
         *,
         host: str,
+        key: Key | None = None,
         incarnation: int | None = None,
         frontend_pid: int | None = None,
         agent_pid: int | None = None,
         local_ranks: int = 1,
     ) -> None:
-        """`address`: the coordinator's. `incarnation`: by default the time, which grows with every start. `frontend_pid`: when it
-        runs on this host. `agent_pid`: the parent that started `local_ranks` ranks on this host."""
+        """`address`: the coordinator's; `key`: to get in there over TCP. `incarnation`: by default the time, which grows with
+        every start. `frontend_pid`: when it runs on this host. `agent_pid`: the parent that started `local_ranks` ranks on this
+        host."""
         self.rank = rank
         self.incarnation = time.time_ns() if incarnation is None else incarnation
-        self._address = address
+        self._address, self._key = address, key
         self._host = host
         self._frontend_pid = frontend_pid
         self._agent_pid = agent_pid
@@ -253,7 +256,7 @@ class Control:
         socket = open_socket(zmq.DEALER, codec.COORDINATOR.max_bytes)
         socket.set(zmq.ROUTING_ID, f"{self.rank}.{self.incarnation}".encode())
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        connect(socket, self._address)
+        connect(socket, self._address, self._key)
         watched = {open_pidfd(pid): name for pid, name in self._watched() if pid is not None}
         poller = zmq.Poller()
         for source in (socket, monitor, self._nudge, *(fd for fd in watched if fd is not None)):
@@ -273,7 +276,7 @@ class Control:
                 self._see_whether_overdue(now)
                 if self._nudge in ready or now >= next_beat_s:
                     _empty(self._nudge)
-                    socket.send(codec.RANK.encode(self._sayings()))
+                    self._say(socket)
                     next_beat_s = now + BEAT_S
                 gone = [name for fd, name in watched.items() if fd is None or fd in ready]
                 self._judge(gone[0] if gone else "", now)
@@ -287,6 +290,12 @@ class Control:
 
     def _watched(self) -> list[tuple[int | None, str]]:
         return [(self._frontend_pid, "the frontend"), (self._agent_pid, "the agent that started this rank")]
+
+    def _say(self, socket: zmq.Socket[bytes]) -> None:
+        try:
+            socket.send(codec.RANK.encode(self._sayings()))
+        except zmq.Again:
+            exit_now(1, f"rank {self.rank} ends: the coordinator at {self._address} refuses its key, which is of another run")
 
     def _sayings(self) -> list[RankMessage]:
         """All that the coordinator has not answered yet, and a beat."""

@@ -1,0 +1,204 @@
+"""Who gets in over TCP: keys of one secret, and nobody else; and what is said about secrets that do not fit."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import zmq
+
+from tpserve.errors import EngineFailure, UserError
+from tpserve.types.plan import StepResult
+from tpserve.wire import codec
+from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Key, KeyPair, Keyring, rank_role, write_secret
+from tpserve.wire.channels import Door, ResultReceiver, ResultSender, bind, connect, open_socket, tcp
+
+WORLD = 3
+
+
+@pytest.fixture
+def keyring() -> Keyring:
+    return Keyring.open(None)
+
+
+@pytest.fixture
+def door(keyring: Keyring) -> Iterator[ResultReceiver]:
+    """Rank 0's socket for results, as other nodes see it."""
+    lock = keyring.lock(rank_role(0), WORLD)
+    doorkeeper = Doorkeeper(lock.allowed)
+    receiver = ResultReceiver(f"ipc://@tpserve-{os.getpid()}-{time.time_ns():x}", Door(tcp("127.0.0.1"), lock))
+    doorkeeper.watch(receiver.socket)
+    yield receiver
+    doorkeeper.close()
+    receiver.close()
+
+
+def knock(door: ResultReceiver, key: Key | None) -> "zmq.Socket[bytes]":
+    """Send a word to the door."""
+    push = open_socket(zmq.PUSH, codec.RESULT.max_bytes)
+    if key is not None:
+        key.put(push)
+    push.connect(door.remote_endpoint)
+    push.send(b"a word")
+    return push
+
+
+def frames(door: ResultReceiver) -> list[bytes]:
+    return [door.socket.recv() for _ in iter(lambda: door.socket.poll(500), 0)]
+
+
+def test_who_knows_the_secret_is_heard(door: ResultReceiver, keyring: Keyring) -> None:
+    pushes = [knock(door, keyring.key(rank, rank_role(0))) for rank in (1, 2)]
+    assert frames(door) == [b"a word"] * 2
+    for push in pushes:
+        push.close(linger=0)
+
+
+def test_strangers_are_refused_and_told_of_once(door: ResultReceiver, keyring: Keyring, caplog: pytest.LogCaptureFixture) -> None:
+    server = keyring.pair(rank_role(0)).public
+    strangers = {
+        "no key": None,
+        "a key of its own": Key(KeyPair(*zmq.curve_keypair()), server),
+        "a rank that is not of this world": keyring.key(WORLD, rank_role(0)),
+        "another secret": Keyring.open(None).key(1, rank_role(0)),
+        "another role of ours": Key(keyring.pair(FRONTEND), server),
+    }
+    with caplog.at_level(logging.WARNING, "tpserve.wire.auth"):
+        pushes = [knock(door, key) for key in strangers.values() for _ in range(3)]
+        assert frames(door) == []
+        time.sleep(0.6)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == len(set(told)) == 2, told
+    assert any("from 127.0.0.1: its key is not of this cluster" in line for line in told)
+    assert any("knows no key of ours" in line for line in told)
+    friend = knock(door, keyring.key(1, rank_role(0)))
+    assert frames(door) == [b"a word"], "the service goes on"
+    for push in (*pushes, friend):
+        push.close(linger=0)
+
+
+def test_random_bytes_change_nothing(door: ResultReceiver, keyring: Keyring) -> None:
+    random, port = Random(7), int(door.remote_endpoint.rpartition(":")[2])
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(15) + bytes(32)
+    for beginning in (b"", greeting):
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", port)) as raw:
+                try:
+                    raw.sendall(beginning + random.randbytes(10_000))
+                except OSError:
+                    pass  # it was turned away before the end
+    friend = knock(door, keyring.key(1, rank_role(0)))
+    assert frames(door) == [b"a word"]
+    friend.close(linger=0)
+
+
+def test_a_conversation_recorded_and_played_again_is_not_heard(door: ResultReceiver, keyring: Keyring) -> None:
+    port = int(door.remote_endpoint.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", 0)) as between:
+        push = open_socket(zmq.PUSH, codec.RESULT.max_bytes)
+        keyring.key(1, rank_role(0)).put(push)
+        push.connect(f"tcp://127.0.0.1:{between.getsockname()[1]}")
+        push.send(b"a word")
+        near = between.accept()[0]
+        with near, socket.create_connection(("127.0.0.1", port)) as far:
+            said = pass_on(near, far)
+    assert frames(door) == [b"a word"], "the recorder stood between two who know each other"
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        raw.sendall(said)
+        assert frames(door) == []
+    push.close(linger=0)
+
+
+def pass_on(near: socket.socket, far: socket.socket) -> bytes:
+    """Pass bytes both ways for a second; returns what the near side said."""
+    said, deadline_s = bytearray(), time.monotonic() + 1.0
+    near.settimeout(0.02)
+    far.settimeout(0.02)
+    while time.monotonic() < deadline_s:
+        for source, sink in ((near, far), (far, near)):
+            try:
+                part = source.recv(65536)
+            except TimeoutError:
+                continue
+            said += part if source is near else b""
+            sink.sendall(part)
+    return bytes(said)
+
+
+def test_no_socket_of_ours_opens_tcp_without_keys() -> None:
+    listening, dialling = (open_socket(kind, 1) for kind in (zmq.PULL, zmq.PUSH))
+    with pytest.raises(AssertionError, match="needs a lock"):
+        bind(listening, tcp("127.0.0.1"))
+    with pytest.raises(AssertionError, match="needs a key"):
+        connect(dialling, "tcp://127.0.0.1:1")
+    with pytest.raises(AssertionError, match="needs a key"):
+        ResultSender("tcp://127.0.0.1:1")
+    listening.close()
+    dialling.close()
+
+
+def test_keys_are_of_secret_and_role(tmp_path: Path) -> None:
+    path = str(tmp_path / "secret")
+    write_secret(path)
+    one, again = Keyring.read(path), Keyring.open(path)
+    assert one.pair("rank 1") == again.pair("rank 1") != one.pair("rank 2"), "a restarted rank has the same key"
+    assert one.proof == again.proof
+    assert Keyring.open(None).pair("rank 1") != one.pair("rank 1")
+    assert zmq.curve_public(one.pair("rank 1").private) == one.pair("rank 1").public
+
+
+def test_a_secret_is_written_once_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    write_secret(str(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UserError, match="is there already"):
+        write_secret(str(path))
+    with pytest.raises(UserError, match="cannot write .*/nowhere/secret: No such file"):
+        write_secret(str(tmp_path / "nowhere" / "secret"))
+
+
+def test_a_secret_that_cannot_be_used_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        Keyring.read(str(path))
+    path.write_bytes(b"\xff no base64")
+    path.chmod(0o600)
+    with pytest.raises(UserError, match="holds no secret: make one with `tpserve secret"):
+        Keyring.read(str(path))
+    path.write_text("c2hvcnQ=\n")
+    with pytest.raises(UserError, match="holds 5 bytes and needs 32"):
+        Keyring.read(str(path))
+    path.chmod(0o644)
+    with pytest.raises(UserError, match=r"can be read by others \(mode 0644\): run `chmod 600"):
+        Keyring.read(str(path))
+
+
+def test_nodes_find_out_whose_secret_is_another(tmp_path: Path) -> None:
+    mine, theirs = str(tmp_path / "mine"), str(tmp_path / "theirs")
+    write_secret(mine)
+    write_secret(theirs)
+    invitation = Keyring.read(mine).invitation("tcp://10.0.0.1:1", with_secret=False)
+    assert invitation.accept(mine).proof == invitation.proof and not invitation.secret
+    with pytest.raises(UserError, match="holds another secret than node 0's"):
+        invitation.accept(theirs)
+    with pytest.raises(UserError, match="was given on node 0 and not here"):
+        invitation.accept(None)
+    drawn = Keyring.open(None)
+    told: Invitation = drawn.invitation("tcp://10.0.0.1:1", with_secret=True)
+    assert told.accept(None).proof == drawn.proof
+    with pytest.raises(UserError, match="was given here and not on node 0"):
+        told.accept(mine)
+
+
+def test_who_is_refused_is_told_and_never_waits(door: ResultReceiver, keyring: Keyring) -> None:
+    sender = ResultSender(door.remote_endpoint, keyring.key(WORLD, rank_role(0)))
+    result = StepResult(0, 0, b"")
+    with pytest.raises(EngineFailure, match="refuses this process: its key is of another run or cluster"):
+        for _ in range(50):
+            sender.send(result)
+            time.sleep(0.05)
+    sender.close()
