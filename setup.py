@@ -43,6 +43,7 @@ setup(
             "openai>=1.60",
             "ruff>=0.9",
             "mypy>=1.14",
+            "kubernetes-validate>=1.36",  # the schemas of Kubernetes' resources, for launch/kubernetes
         ],
     },
     entry_points={"console_scripts": ["tpserve = tpserve.__main__:main"]},

@@ -93,6 +93,12 @@ def _neither(argv: list[str]) -> int:
     """No torchrun, no command: say how it is done with what was given."""
     cli.parse(argv, env.overrides())
     torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])
+    if env.under_slurm():
+        raise UserError(
+            f"a task of SLURM, but not a rank of torchrun: run `{shlex.join(['sbatch', 'launch/slurm/tpserve.sbatch', *argv])}`, "
+            "or in a job with one task a node `srun bash -c 'torchrun --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID "
+            f"--nproc_per_node $SLURM_GPUS_ON_NODE --master_addr HEAD -m {shlex.join(['tpserve', *argv])}'`"
+        )
     raise UserError(
         f"neither `tpserve serve` nor a rank of torchrun: run `{shlex.join(['tpserve', 'serve', *argv])}` or `{torchrun}`"
     )

@@ -173,7 +173,7 @@ def test_a_secret_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds 5 bytes and needs 32"):
         Keyring.read(str(path))
     path.chmod(0o644)
-    with pytest.raises(UserError, match=r"can be read by others \(mode 0644\): run `chmod 600"):
+    with pytest.raises(UserError, match=r"can be read or changed by others \(mode 0644\): run `chmod 600"):
         Keyring.read(str(path))
 
 

@@ -10,6 +10,9 @@ TORCHELASTIC_RESTART_COUNT            RankEnv.restart_count
 TORCHELASTIC_USE_AGENT_STORE          RankEnv.use_agent_store
 TORCHELASTIC_ERROR_FILE               RankEnv.error_file
 
+set by SLURM
+SLURM_PROCID                          under_slurm(): only for the sentence that says how it is done there
+
 set by the user
 TPSERVE_API_KEY                       --api-key, when that is not given
 TPSERVE_ADMIN_API_KEY                 --admin-api-key, when that is not given
@@ -71,6 +74,11 @@ class RankEnv:
 def under_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is a rank."""
     return "RANK" in environ
+
+
+def under_slurm(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether srun started this process."""
+    return "SLURM_PROCID" in environ
 
 
 def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:

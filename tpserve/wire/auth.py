@@ -74,8 +74,8 @@ class Keyring:
             raise refuse(f"cannot be read: {error.strerror}") from error
         except binascii.Error as error:
             raise refuse(f"holds no secret: make one with `tpserve secret {path}`") from error
-        if mode & 0o077:
-            raise refuse(f"can be read by others (mode {mode:04o}): run `chmod 600 {path}`")
+        if mode & 0o027:  # a group may read it: Kubernetes gives files of a Secret to the pod's
+            raise refuse(f"can be read or changed by others (mode {mode:04o}): run `chmod 600 {path}`")
         if len(secret) < SECRET_BYTES:
             raise refuse(f"holds {len(secret)} bytes and needs {SECRET_BYTES}: make one with `tpserve secret {path}`")
         return Keyring(secret)
