@@ -5,7 +5,8 @@
 
 Both floors are measured in the same run. Inputs are random (zeros run too fast) and several sets of them are visited in turn,
 so that they come from memory rather than from the cache. Every set is one call in a captured graph: what is timed is the
-kernel, not Python. Knows torch and triton only. Shapes are those of an 8B Llama, whole or as one of eight ranks.
+kernel, not Python. Knows torch and triton only. Shapes are those of an 8B Llama, whole or as one of eight ranks; windows are
+gpt-oss's, with its sinks, and latents those of one of DeepSeek V3's eight ranks.
 """
 
 import argparse
@@ -28,6 +29,9 @@ DTYPE = torch.bfloat16
 HIDDEN, INTERMEDIATE, PAGE = 4096, 14336, 16
 HEADS = (32, 8, 128)
 RANK_HEADS = (4, 1, 128)
+WINDOW_HEADS = (64, 8, 64)
+LATENT_HEADS = (16, 1, 576)
+LATENT = 512
 COLD_BYTES = 256 << 20
 MAX_SETS = 64
 
@@ -113,8 +117,18 @@ def row_cases(device: str, num_rows: int) -> list[Case]:
     ]
 
 
-def attention_case(device: str, name: str, heads: tuple[int, int, int], requests: list[tuple[int, int]]) -> Case:
-    """Paged attention of (query length, context length) requests, their blocks scattered over the cache."""
+def attention_case(
+    device: str,
+    name: str,
+    heads: tuple[int, int, int],
+    requests: list[tuple[int, int]],
+    latent: int | None = None,
+    window: int | None = None,
+) -> Case:
+    """Paged attention of (query length, context length) requests, their blocks scattered over the cache.
+
+    `latent`: values are so many channels of the keys. With a window there are sinks too.
+    """
     num_heads, num_kv_heads, head_dim = heads
     query_lens, context_lens = zip(*requests, strict=True)
     num_blocks = [-(-context // PAGE) for context in context_lens]
@@ -128,19 +142,32 @@ def attention_case(device: str, name: str, heads: tuple[int, int, int], requests
         for table, count in zip(tables, num_blocks, strict=True):
             table[:count] = torch.tensor(list(itertools.islice(blocks, count)))
         q = random(device, num_rows, num_heads, head_dim)
-        k_cache, v_cache = (random(device, sum(num_blocks), PAGE, num_kv_heads, head_dim) for _ in range(2))
-        longest, scale = max(query_lens), head_dim**-0.5
-        return lambda: attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, longest, scale)
+        k_cache = random(device, sum(num_blocks), PAGE, num_kv_heads, head_dim)
+        v_cache = torch.randn_like(k_cache) if latent is None else k_cache[..., :latent]
+        place = (q, k_cache, v_cache, tables, starts, contexts, max(query_lens), head_dim**-0.5)
+        sinks = None if window is None else torch.randn(num_heads, device=device)
+        return lambda: attention.paged_attention(*place, window=window, sinks_N=sinks)
 
-    seen = sum(query * context - query * (query - 1) // 2 for query, context in requests)  # (row, position) pairs
-    num_bytes = 2 * head_dim * (2 * num_rows * num_heads + 2 * sum(context_lens) * num_kv_heads)
-    return Case("paged_attention", name, num_bytes, 4 * seen * num_heads * head_dim, make)
+    if window is None:
+        pairs = sum(query * context - query * (query - 1) // 2 for query, context in requests)  # of row and position
+        positions = sum(context_lens)
+    else:
+        pairs = sum(min(window, position + 1) for query, context in requests for position in range(context - query, context))
+        positions = sum(min(context, query + window - 1) for query, context in requests)
+    value_dim, cached_dim = (head_dim, 2 * head_dim) if latent is None else (latent, head_dim)
+    num_bytes = 2 * (num_rows * num_heads * (head_dim + value_dim) + positions * num_kv_heads * cached_dim)
+    return Case("paged_attention", name, num_bytes, 2 * pairs * num_heads * (head_dim + value_dim), make)
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
     if smoke:
-        tiny = attention_case(device, "smoke 4/2 heads of 16", (4, 2, 16), [(1, 20), (3, 5)])
-        return [*row_cases(device, 2), tiny]
+        requests = [(1, 20), (3, 5)]
+        return [
+            *row_cases(device, 2),
+            attention_case(device, "smoke 4/2 heads of 16", (4, 2, 16), requests),
+            attention_case(device, "smoke window of 7", (4, 2, 16), requests, window=7),
+            attention_case(device, "smoke latents of 48", (4, 1, 48), requests, latent=32),
+        ]
     return [
         *(case for num_rows in (1, 256, 8192) for case in row_cases(device, num_rows)),
         attention_case(device, "decode 1 at 8k", HEADS, [(1, 8192)]),
@@ -151,6 +178,11 @@ def cases(device: str, smoke: bool) -> list[Case]:
         attention_case(device, "prefill 8k", HEADS, [(8192, 8192)]),
         attention_case(device, "prefill 2k after 14k", HEADS, [(2048, 16384)]),
         attention_case(device, "prefill 2k with decode 63 at 2k", HEADS, [(2048, 2048), *[(1, 2048)] * 63]),
+        attention_case(device, "decode 64 at 2k, window of 128", WINDOW_HEADS, [(1, 2048)] * 64, window=128),
+        attention_case(device, "prefill 8k, window of 128", WINDOW_HEADS, [(8192, 8192)], window=128),
+        attention_case(device, "latents, decode 64 at 4k", LATENT_HEADS, [(1, 4096)] * 64, latent=LATENT),
+        attention_case(device, "latents, decode 1 at 32k", LATENT_HEADS, [(1, 32768)], latent=LATENT),
+        attention_case(device, "latents, prefill 2k", LATENT_HEADS, [(2048, 2048)], latent=LATENT),
     ]
 
 

@@ -1,6 +1,7 @@
-"""The gated activation between the two halves of an MLP.
+"""Gated activations between the two halves of an MLP.
 
-Shazeer, "GLU Variants Improve Transformer" (2020), https://arxiv.org/abs/2002.05202 (there: SwiGLU).
+Shazeer, "GLU Variants Improve Transformer" (2020), https://arxiv.org/abs/2002.05202 (there: SwiGLU, GEGLU). The clamped form is
+that of the gpt-oss model card (2025), https://arxiv.org/abs/2508.10925.
 
 Legend: T rows, I intermediate channels (gate_up rows hold 2 I). Elementwise: no value depends on another row.
 """
@@ -19,15 +20,7 @@ def silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
     Returns [T, I], the same dtype, contiguous.
     Errors: AssertionError when a row's length is odd or its values are not adjacent.
     """
-    num_rows, width = gate_up_TI2.shape
-    assert width % 2 == 0 and gate_up_TI2.stride(1) == 1
-    intermediate = width // 2
-    y_TI = torch.empty(num_rows, intermediate, dtype=gate_up_TI2.dtype, device=gate_up_TI2.device)
-    grid = (num_rows, triton.cdiv(intermediate, BLOCK))
-    _silu_mul_kernel[grid](
-        gate_up_TI2, y_TI, gate_up_TI2.stride(0), INTERMEDIATE=intermediate, BLOCK=BLOCK, enable_fp_fusion=False
-    )
-    return y_TI
+    return _gated(gate_up_TI2, "silu")
 
 
 def silu_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
@@ -36,13 +29,62 @@ def silu_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate_TI) * up_TI).to(gate_up_TI2.dtype)
 
 
+def gelu_tanh_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
+    """y[t, i] = gelu(gate_up[t, i]) * gate_up[t, I + i], GELU in its approximation by tanh; the rest as for `silu_mul`."""
+    return _gated(gate_up_TI2, "gelu_tanh")
+
+
+def gelu_tanh_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
+    """`gelu_tanh_mul` in plain torch, on any device."""
+    gate_TI, up_TI = gate_up_TI2.float().chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate_TI, approximate="tanh") * up_TI).to(gate_up_TI2.dtype)
+
+
+def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """y[t, i] = gate * sigmoid(alpha * gate) * (up + 1) with gate = min(gate_up[t, i], limit) and up = gate_up[t, I + i]
+    clamped to [-limit, limit]; the rest as for `silu_mul`.
+    """
+    return _gated(gate_up_TI2, "clamped", alpha, limit)
+
+
+def clamped_swiglu_reference(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """`clamped_swiglu` in plain torch, on any device."""
+    gate_TI, up_TI = gate_up_TI2.float().chunk(2, dim=-1)
+    gate_TI, up_TI = gate_TI.clamp(max=limit), up_TI.clamp(-limit, limit)
+    y_TI: torch.Tensor = gate_TI * torch.sigmoid(alpha * gate_TI) * (up_TI + 1)
+    return y_TI.to(gate_up_TI2.dtype)
+
+
+def _gated(gate_up_TI2: torch.Tensor, kind: str, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
+    num_rows, width = gate_up_TI2.shape
+    assert width % 2 == 0 and gate_up_TI2.stride(1) == 1
+    intermediate = width // 2
+    y_TI = torch.empty(num_rows, intermediate, dtype=gate_up_TI2.dtype, device=gate_up_TI2.device)
+    grid = (num_rows, triton.cdiv(intermediate, BLOCK))
+    _gated_kernel[grid](
+        gate_up_TI2, y_TI, gate_up_TI2.stride(0), alpha, limit,
+        INTERMEDIATE=intermediate, KIND=kind, BLOCK=BLOCK, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y_TI
+
+
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, y_ptr, gate_up_stride, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(
+    gate_up_ptr, y_ptr, gate_up_stride, alpha, limit,
+    INTERMEDIATE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < INTERMEDIATE
     gate_ptr = gate_up_ptr + row * gate_up_stride + channel
     gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + INTERMEDIATE, mask=inside, other=0.0).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
+    if KIND == "silu":
+        y = gate * tl.sigmoid(gate) * up
+    elif KIND == "gelu_tanh":  # (1 + tanh(u)) / 2 is the logistic function of 2 u
+        y = gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)) * up
+    else:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        y = gate * tl.sigmoid(alpha * gate) * (up + 1.0)
     tl.store(y_ptr + row * INTERMEDIATE + channel, y.to(y_ptr.dtype.element_ty), mask=inside)

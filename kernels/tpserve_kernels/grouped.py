@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 
 
-def grouped_matmul(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """y[r] = x[r] @ weight[e].T for ends_E[e - 1] <= r < ends_E[e], summed in float32 and rounded once.
+def grouped_matmul(
+    x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor, bias_EN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y[r] = x[r] @ weight[e].T + bias[e] for ends_E[e - 1] <= r < ends_E[e], summed in float32 and rounded once.
 
     x_RK: [R, K] float32, float16 or bfloat16; the K values of a row are adjacent.
     weight_ENK: [E, N, K], the same dtype, contiguous.
     ends_E: [E] int32, ascending, the last one at most R (not checked); an expert may have no rows.
+    bias_EN: [E, N], contiguous, any of these dtypes; None for none.
     Returns [R, N], the same dtype, contiguous; rows from ends_E[-1] on are left as they were allocated.
     Errors: AssertionError when shapes, dtypes or layouts differ from this.
     """
@@ -24,14 +27,15 @@ def grouped_matmul(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.T
     assert weight_inner == inner and x_RK.dtype == weight_ENK.dtype
     assert x_RK.stride(1) == 1 and weight_ENK.is_contiguous()
     assert ends_E.shape == (num_experts,) and ends_E.dtype == torch.int32 and ends_E.is_contiguous()
+    assert bias_EN is None or (bias_EN.shape == (num_experts, outputs) and bias_EN.is_contiguous())
     y_RN = torch.empty(num_rows, outputs, dtype=x_RK.dtype, device=x_RK.device)
     single = x_RK.dtype == torch.float32
     block_m, block_n, block_k = (16, 64, 32) if single else (64, 128, 64)
     # The host does not know who has how many rows: every expert that has any wastes less than a tile.
     most_tiles = num_rows // block_m + min(num_experts, num_rows)
     _grouped_kernel[(triton.cdiv(outputs, block_n), most_tiles)](
-        x_RK, weight_ENK, ends_E, y_RN, x_RK.stride(0), outputs, inner,
-        NUM_EXPERTS=num_experts, EXPERTS_BLOCK=triton.next_power_of_2(num_experts),
+        x_RK, weight_ENK, ends_E, weight_ENK if bias_EN is None else bias_EN, y_RN, x_RK.stride(0), outputs, inner,
+        BIASED=bias_EN is not None, NUM_EXPERTS=num_experts, EXPERTS_BLOCK=triton.next_power_of_2(num_experts),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4, num_stages=2 if single else 4,
         # Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers.
         WIDEN=x_RK.dtype == torch.bfloat16 and not isinstance(_grouped_kernel, triton.JITFunction),
@@ -39,20 +43,23 @@ def grouped_matmul(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.T
     return y_RN
 
 
-def grouped_matmul_reference(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+def grouped_matmul_reference(
+    x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor, bias_EN: torch.Tensor | None = None
+) -> torch.Tensor:
     """`grouped_matmul` in plain torch, on any device; rows of no expert are zero."""
     y_RN = x_RK.new_zeros(len(x_RK), weight_ENK.shape[1])
     start = 0
-    for weight_NK, end in zip(weight_ENK, ends_E.tolist(), strict=True):
-        y_RN[start:end] = (x_RK[start:end].float() @ weight_NK.float().T).to(x_RK.dtype)
+    for e, (weight_NK, end) in enumerate(zip(weight_ENK, ends_E.tolist(), strict=True)):
+        bias_N = 0.0 if bias_EN is None else bias_EN[e].float()
+        y_RN[start:end] = (x_RK[start:end].float() @ weight_NK.float().T + bias_N).to(x_RK.dtype)
         start = end
     return y_RN
 
 
 @triton.jit
 def _grouped_kernel(
-    x_ptr, weight_ptr, ends_ptr, y_ptr, x_stride, outputs, inner,
-    NUM_EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr,
+    x_ptr, weight_ptr, ends_ptr, bias_ptr, y_ptr, x_stride, outputs, inner,
+    BIASED: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     # Whose tile is this? Experts' tiles are numbered in order; `tile_ends` counts them up to and with each expert's.
@@ -82,6 +89,9 @@ def _grouped_kernel(
             if WIDEN:
                 x, weight = x.to(tl.float32), weight.to(tl.float32)
             total = tl.dot(x, weight, total, input_precision="ieee")
+        if BIASED:
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * outputs + output, mask=output_inside, other=0.0).to(tl.float32)
+            total += bias[None, :]
         y = total.to(y_ptr.dtype.element_ty)
         tl.store(
             y_ptr + row.to(tl.int64)[:, None] * outputs + output[None, :], y, mask=row_inside[:, None] & output_inside[None, :]

@@ -10,25 +10,25 @@ import triton
 import triton.language as tl
 
 
-def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight, computed in float32 and rounded once.
+def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * (offset + weight), computed in float32 and rounded once.
 
     x_TH: [T, H] float32, float16 or bfloat16; the H values of a row are adjacent, rows may be apart (a slice is fine).
     weight_H: [H], any of these dtypes. Returns [T, H], x's dtype, contiguous.
     Errors: AssertionError when a shape or layout is not as above.
     """
-    return _norm(x_TH, None, weight_H, eps)[0]
+    return _norm(x_TH, None, weight_H, eps, offset)[0]
 
 
-def rms_norm_reference(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_reference(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """`rms_norm` in plain torch, on any device."""
     x = x_TH.float()
-    y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight_H.float()
+    y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * (offset + weight_H.float())
     return y.to(x_TH.dtype)
 
 
 def add_rms_norm(
-    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(sum), sum) where sum = x + residual, rounded to x's dtype before it is normed.
 
@@ -37,20 +37,20 @@ def add_rms_norm(
     Errors: AssertionError when shapes, dtypes or layouts differ from this.
     """
     assert residual_TH.shape == x_TH.shape and residual_TH.dtype == x_TH.dtype and residual_TH.stride(1) == 1
-    y_TH, sum_TH = _norm(x_TH, residual_TH, weight_H, eps)
+    y_TH, sum_TH = _norm(x_TH, residual_TH, weight_H, eps, offset)
     return y_TH, sum_TH
 
 
 def add_rms_norm_reference(
-    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rms_norm` in plain torch, on any device."""
     sum_TH = x_TH + residual_TH
-    return rms_norm_reference(sum_TH, weight_H, eps), sum_TH
+    return rms_norm_reference(sum_TH, weight_H, eps, offset), sum_TH
 
 
 def _norm(
-    x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+    x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; without a residual the second tensor returned is x itself."""
     num_rows, hidden = x_TH.shape
@@ -60,7 +60,7 @@ def _norm(
     other_TH = x_TH if residual_TH is None else residual_TH
     block = triton.next_power_of_2(hidden)
     _norm_kernel[(num_rows,)](
-        x_TH, other_TH, weight_H, y_TH, sum_TH, x_TH.stride(0), other_TH.stride(0), eps,
+        x_TH, other_TH, weight_H, y_TH, sum_TH, x_TH.stride(0), other_TH.stride(0), eps, offset,
         HIDDEN=hidden, BLOCK=block, ADD=residual_TH is not None,
         num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
@@ -69,7 +69,7 @@ def _norm(
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, residual_stride, eps,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, residual_stride, eps, offset,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -81,6 +81,6 @@ def _norm_kernel(
         total = (x + residual).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * HIDDEN + channel, total, mask=inside)
         x = total.to(tl.float32)  # what the next layer reads back, not the sharper sum
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    weight = offset + tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps) * weight
     tl.store(y_ptr + row * HIDDEN + channel, y.to(y_ptr.dtype.element_ty), mask=inside)

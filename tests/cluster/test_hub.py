@@ -161,7 +161,7 @@ def look(server: Server) -> tuple[int, dict[str, str]]:
         ),
         (("org/raw",), {}, "org/raw at COMMIT holds no config.json (it has m.gguf): name a repository that does"),
         ((REPOSITORY, "--tokenizer", "org/raw"), {}, "org/raw at COMMIT holds no tokenizer.json"),
-        (("org/packed",), {}, "config.json: field 'quantization_config' is 'gptq', which tpserve does not support yet"),
+        (("org/packed",), {}, "config.json: field 'quantization_config' is 'gptq', which tpserve does not support: it reads"),
     ],
 )
 def test_what_cannot_be_had_is_one_line(
@@ -252,6 +252,38 @@ def test_a_tokenizer_and_a_template_from_elsewhere(hub: FakeHub, model: Path, tm
         assert server.complete("The cat", max_tokens=2)["finish_reason"] == "length"
         assert server.stop() == [0]
     assert ("org/words", "tokenizer.json") in hub.gets and ("org/words", "config.json") not in hub.gets
+
+
+def test_of_a_tokenizer_only_what_is_read(hub: FakeHub, model: Path, tmp_path: Path) -> None:
+    """Of one kind of vocabulary its files, with what the JSON files and the templates add; at a revision of its own."""
+    small = {"tokenizer_config.json": b"{}", "special_tokens_map.json": b"{}", "added_tokens.json": b"{}"}
+    templates = {"chat_template.jinja": b"a", "additional_chat_templates/rag.jinja": b"b", "additional_chat_templates/x.md": b"c"}
+    kinds = {"pieces": {"tokenizer.model": b"1"}, "merges": {"vocab.json": b"2", "merges.txt": b"3", "config.json": b"4"}}
+    for kind, files in kinds.items():
+        commit = hub.add("org/words", {**files, **small, **templates, "qwen.tiktoken": b"5", "README.md": b"6"}, revision=kind)
+        arguments = (REPOSITORY, "--tokenizer", "org/words", "--tokenizer-revision", kind, "--chat-template", "rag")
+        hub.gets.clear()
+        for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+            found = located(hub, tmp_path, *arguments, "--load-format", "dummy", **environment)
+            assert (Path(str(found["tokenizer"])).name, found["chat_template"]) == (commit, "rag")
+        read = {name for repository, name in hub.gets if repository == "org/words"}
+        where = Path(str(found["tokenizer"]))
+        assert {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()} == (
+            {*files, *small, *templates} - {"additional_chat_templates/x.md"}
+        ) and read <= {*files, *small, *templates}
+    own = located(hub, tmp_path, REPOSITORY, "--tokenizer-revision", hub.refs[REPOSITORY, "main"])
+    assert own["tokenizer"] == own["directory"]
+    hub.add("org/others", {"config.json": b"{}", "qwen.tiktoken": b"5", "vocab.json": b"2"})
+    for arguments, said in (
+        ((REPOSITORY, "--tokenizer", "org/words", "--tokenizer-revision", "v9"), "commit v9: check --tokenizer-revision"),
+        ((str(model), "--tokenizer-revision", "v9"), "is a directory: leave it out, or give a repository id with --tokenizer"),
+        (
+            (REPOSITORY, "--tokenizer", "org/others"),
+            "no vocab.json with merges.txt (it has qwen.tiktoken): make a tokenizer.json",
+        ),
+    ):
+        with pytest.raises(AssertionError, match=re.escape(said)):
+            located(hub, tmp_path, *arguments)
 
 
 def test_a_connection_that_breaks_is_taken_up_again(hub: FakeHub, model: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_launch_does_not_wait_for_the_card() -> None:
     mesh = Mesh(0, layout, Group(), Group(), Pipeline(), device)
     decoder = Decoder(spec, layout, 0, Group(), torch.bfloat16, device, 8192)
     dummy(decoder.parameters())
-    slots = Slots(4, 8192, 16, 1, device, eos_ids=(), vocab_size=spec.vocab_size)
+    slots = Slots(4, 8192, 16, (None,), device, eos_ids=(), vocab_size=spec.vocab_size)
     executor = Executor(mesh, decoder, slots, allocate(decoder, mesh, 1024, 16))
     scheduler = Scheduler(limits)
     for warm_up in (True, False):

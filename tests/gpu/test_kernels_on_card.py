@@ -1,5 +1,6 @@
 """Kernels on a card at the sizes of real models: parity with the references, and bits that depend on the row alone."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -30,6 +31,10 @@ CASES = {
     "decode, split": PagedCase(((1, 5000), (1, 1), (1, 513), (1, 4096)), num_heads=32, num_kv_heads=8, head_dim=128, dtype=BRAIN),
     "drafts, split": PagedCase(((5, 5000), (3, 513), (1, 7)), num_heads=32, num_kv_heads=8, head_dim=128, dtype=BRAIN),
     "decode of many": PagedCase(tuple((1, 1 + 37 * r) for r in range(200)), 32, 8, 128, dtype=BRAIN),
+    "window and cap": PagedCase(MIXED, num_heads=16, num_kv_heads=8, head_dim=256, dtype=BRAIN, window=1000, cap=5.0),
+    "window and sinks": PagedCase(MIXED, num_heads=64, num_kv_heads=8, head_dim=64, dtype=BRAIN, window=128, sinks=True),
+    "latents": PagedCase(MIXED, num_heads=16, num_kv_heads=1, head_dim=576, dtype=BRAIN, latent=512, page=64),
+    "latents, split": PagedCase(((1, 5000), (1, 1), (2, 513)), 128, 1, 576, dtype=BRAIN, latent=512, page=64),
 }
 
 
@@ -45,25 +50,37 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_attention_parity(case: PagedCase) -> None:
     arguments = case.arguments(DEVICE)
-    actual = attention.paged_attention(*arguments, case.max_query_len, SCALE)
-    assert_close(actual, attention.paged_attention_reference(*arguments, case.max_query_len, SCALE))
+    rest, scoring = (case.max_query_len, SCALE), case.scoring(DEVICE)
+    actual = attention.paged_attention(*arguments, *rest, **scoring)
+    assert_close(actual, attention.paged_attention_reference(*arguments, *rest, **scoring))
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, SINGLE])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 2, 128), (7, 1, 64), (4, 4, 80), (2, 1, 256)])
-def test_attention_bits_in_any_chunk(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        PagedCase(((600, 1300),), 8, 2, 128),
+        PagedCase(((600, 1300),), 7, 1, 64),
+        PagedCase(((600, 1300),), 4, 4, 80),
+        PagedCase(((600, 1300),), 2, 1, 256),
+        PagedCase(((600, 1300),), 8, 2, 64, window=530, cap=3.0, sinks=True),
+        PagedCase(((600, 1300),), 16, 1, 576, latent=512),
+    ],
+    ids=str,
+)
+def test_attention_bits_in_any_chunk(case: PagedCase, dtype: torch.dtype) -> None:
     """The last 600 positions of a context of 1300, in chunks of every size: whole walks and split ones."""
-    case = PagedCase(((600, 1300),), num_heads, num_kv_heads, head_dim, dtype=dtype)
-    q, k_cache, v_cache, tables, starts, contexts = case.arguments(DEVICE)
-    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 600, SCALE)
+    q, k_cache, v_cache, tables, starts, contexts = replace(case, dtype=dtype).arguments(DEVICE)
+    scoring = case.scoring(DEVICE)
+    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 600, SCALE, **scoring)
     for chunk in CHUNKS:
         edges = [*range(0, 600, chunk), 600]
         chunk_starts = torch.tensor(edges, dtype=torch.int32, device=DEVICE)
         together = (tables.repeat(len(edges) - 1, 1), chunk_starts, chunk_starts[1:] + 700)
-        assert torch.equal(attention.paged_attention(q, k_cache, v_cache, *together, chunk, SCALE), expected), chunk
+        assert torch.equal(attention.paged_attention(q, k_cache, v_cache, *together, chunk, SCALE, **scoring), expected), chunk
         for first, last in list(pairwise(edges))[-3:]:
             alone = (tables, torch.tensor([0, last - first], device=DEVICE).int(), contexts - 600 + last)
-            actual = attention.paged_attention(q[first:last], k_cache, v_cache, *alone, chunk, SCALE)
+            actual = attention.paged_attention(q[first:last], k_cache, v_cache, *alone, chunk, SCALE, **scoring)
             assert torch.equal(actual, expected[first:last]), (chunk, first)
 
 

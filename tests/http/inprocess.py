@@ -31,6 +31,7 @@ from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import Abort, Add, Cut, EngineInput
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import Admission, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.sampling import SamplingDefaults
 
 MAX_MODEL_LEN = 256
 
@@ -118,6 +119,7 @@ def until(done: Callable[[], bool], timeout_s: float = 5.0) -> None:
 class Config:
     model: str = "/models/tiny"
     served_model_name: tuple[str, ...] = ("tiny", "org/tiny")
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     api_key: str | None = None
     admin_api_key: str | None = None
     max_num_seqs: int = 8
@@ -153,7 +155,7 @@ def serving(directory: Path, step_s: float = 0.001, exposed: bool = False, **con
 
     async def start() -> tuple[web.AppRunner, asyncio.Task[None], Journal, int]:
         journal = Journal(engine.send, settings.served_model_name[0])
-        template = ChatTemplate.load(directory)
+        template = ChatTemplate.load(directory, tokenizer.special_tokens)
         info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
         app = create_app(settings, journal, lambda: states[-1], tokenizer, template, info=info, exposed=exposed)
         site_runner = runner(app)

@@ -19,7 +19,7 @@ from tpserve.frontend.openai import answer
 from tpserve.frontend.status import Status
 from tpserve.scheduling.ledger import continuation
 from tpserve.types.packed import unpack
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import SamplingDefaults, SamplingParams
 
 MODEL = "tiny"
 
@@ -112,6 +112,30 @@ def test_sampling_fields_reach_the_engine(server: Server, client: checks.Client)
     no_words = {"allowed_token_ids": [words[0][0]], "bad_words": [server.tokenizer.decode(words[0][:1])]}
     for wrong, param in ((no_words, "bad_words"), ({"min_tokens": 5}, "min_tokens"), ({"min_tokens": 5, "n": 2}, "min_tokens")):
         checks.is_error(client.completion(max_tokens=4, **wrong), 400, param=param, code="invalid_value")
+
+
+def test_what_a_request_does_not_say_is_the_models(tmp_path: Path) -> None:
+    """Null is not said, and whatever is said wins; how much to generate has a default in chat only, cut to what fits."""
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    given = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.25}
+    with serving(tmp_path, sampling_defaults=SamplingDefaults(max_tokens=5, **given)) as server:
+        client = checks.Client(server.url)
+
+        def asked(**fields: Any) -> list[SamplingParams]:
+            for reply in (client.completion(**fields), client.chat(**fields)):
+                assert reply.status == 200 and "warnings" not in reply.json, reply.body
+            return [add.request.params for add in server.engine.requests[-2:]]
+
+        for fields in ({}, dict.fromkeys([*given, "max_tokens"])):
+            assert asked(**fields) == [SamplingParams(max_tokens=size, **given) for size in (16, 5)]
+        for name, value in neutral.items():
+            assert asked(**{name: value}) == [SamplingParams(max_tokens=size, **given | {name: value}) for size in (16, 5)]
+        assert asked(**neutral, max_tokens=9) == [SamplingParams(max_tokens=9)] * 2
+        assert client.chat(max_completion_tokens=8, max_tokens=3).status == 200
+        assert server.engine.requests[-1].request.params.max_tokens == 8
+        prompt = [{"role": "user", "content": "<s>" * (MAX_MODEL_LEN - 7)}]
+        reply = client.chat(messages=prompt, ignore_eos=True)
+        assert (reply.status, reply.json["usage"]["total_tokens"]) == (200, MAX_MODEL_LEN), reply.body
 
 
 def test_no_stop_string_before_min_tokens(client: checks.Client) -> None:

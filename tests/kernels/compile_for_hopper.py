@@ -39,6 +39,17 @@ def compile_instead_of_launch(self: Any, grid: tuple[int, ...]) -> Callable[...,
     return call
 
 
+def attend(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, longest: int, latent: int | None = None, **options: Any
+) -> None:
+    """Attention of two requests, the longer one of `longest` rows. `latent`: values are so many channels of the keys."""
+    q, k = torch.zeros(4, num_heads, head_dim, dtype=dtype), torch.zeros(128, 16, num_kv_heads, head_dim, dtype=dtype)
+    v = torch.zeros_like(k) if latent is None else k[..., :latent]
+    tables = torch.zeros(2, 64, dtype=torch.int32)
+    starts, contexts = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 1000], dtype=torch.int32)
+    attention.paged_attention(q, k, v, tables, starts, contexts, longest, head_dim**-0.5, **options)
+
+
 def main() -> None:
     driver.set_active(Hopper())  # type: ignore[arg-type]
     JITFunction.__getitem__ = compile_instead_of_launch
@@ -47,21 +58,28 @@ def main() -> None:
     norm.rms_norm(x, weight, 1e-5)
     norm.add_rms_norm(x, x, weight, 1e-5)
     activation.silu_mul(x)
+    activation.gelu_tanh_mul(x)
+    activation.clamped_swiglu(x, 1.702, 7.0)
     q, k = x.view(4, 32, 128), torch.zeros(4, 8, 128, dtype=dtype)
     angles = torch.zeros(64, 32)
     rope.apply_rope(q, k, angles, angles, torch.arange(4))
-    cache = torch.zeros(128, 16, 8, 128, dtype=dtype)
+    cache, latents = torch.zeros(128, 16, 8, 128, dtype=dtype), torch.zeros(128, 16, 1, 576, dtype=dtype)
     kv.write_kv(k, k, cache, cache, torch.arange(4))
-    tables = torch.zeros(2, 64, dtype=torch.int32)
-    starts, contexts = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 1000], dtype=torch.int32)
-    scale = 128**-0.5
-    attention.paged_attention(q, cache, cache, tables, starts, contexts, 3, scale)  # split over segments, then merged
-    attention.paged_attention(q.float(), cache.float(), cache.float(), tables, starts, contexts, 99, scale)
-    q, cache = q.new_zeros(4, 32, 256), cache.new_zeros(128, 16, 8, 256)  # the largest tile
-    attention.paged_attention(q, cache, cache, tables, starts, contexts, 99, scale)
+    kv.write_kv(latents[:4, 0], None, latents, latents[..., :512], torch.arange(4))
+    attend(32, 8, 128, torch.bfloat16, 3)  # split over segments, then merged
+    attend(32, 8, 128, torch.float32, 99)
+    attend(16, 8, 256, torch.bfloat16, 99)  # the largest tile
+    attend(16, 8, 256, torch.bfloat16, 99, window=4096, cap=50.0)
+    attend(64, 8, 64, torch.bfloat16, 3, sinks_N=torch.zeros(64))
+    attend(64, 8, 64, torch.bfloat16, 99, window=128, sinks_N=torch.zeros(64))
+    for longest in (3, 99):
+        attend(16, 1, 576, torch.bfloat16, longest, latent=512)
+    attend(128, 1, 576, torch.bfloat16, 3, latent=512)
 
     weight = torch.zeros(60, 512, 96, dtype=dtype)
-    grouped.grouped_matmul(torch.zeros(8, 96, dtype=dtype), weight, torch.zeros(60, dtype=torch.int32))
+    grouped.grouped_matmul(
+        torch.zeros(8, 96, dtype=dtype), weight, torch.zeros(60, dtype=torch.int32), weight[..., 0].contiguous()
+    )
     grouped.grouped_matmul(torch.zeros(8, 96), weight.float(), torch.zeros(60, dtype=torch.int32))
 
 

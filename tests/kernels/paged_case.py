@@ -1,13 +1,14 @@
 """Inputs of `paged_attention` for any mix of requests, with NaN wherever nothing may be read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
 class PagedCase:
-    """Requests as (query length, context length) pairs, and the model's shape."""
+    """Requests as (query length, context length) pairs, and the model's shape. `latent`: values are so many channels of keys."""
 
     requests: tuple[tuple[int, int], ...]
     num_heads: int = 4
@@ -15,6 +16,10 @@ class PagedCase:
     head_dim: int = 16
     page: int = 16
     dtype: torch.dtype = torch.float32
+    latent: int | None = None
+    window: int | None = None
+    cap: float | None = None
+    sinks: bool = False
 
     def arguments(self, device: str, seed: int = 0) -> tuple[torch.Tensor, ...]:
         """q, k_cache, v_cache, tables, query_starts, context_lens. Blocks are dealt at random; block 0 is nobody's."""
@@ -28,14 +33,20 @@ class PagedCase:
         shape = (sum(num_blocks) + 1, self.page, self.num_kv_heads, self.head_dim)
         caches = [torch.full(shape, float("nan")) for _ in range(2)]
         for cache_BSKD in caches:
-            for row_B, context in zip(tables_RB, context_lens, strict=True):
-                position_P = torch.arange(context)
+            for row_B, (count, context) in zip(tables_RB, self.requests, strict=True):
                 values = torch.randn(context, *shape[2:], generator=generator)
-                cache_BSKD[row_B[position_P // self.page].long(), position_P % self.page] = values
+                position_P = torch.arange(max(0, context - count + 1 - self.window) if self.window else 0, context)
+                cache_BSKD[row_B[position_P // self.page].long(), position_P % self.page] = values[position_P]
         q_TND = torch.randn(sum(query_lens), self.num_heads, self.head_dim, generator=generator)
         starts = torch.tensor([0, *query_lens]).cumsum(0).int()
-        typed = [x.to(self.dtype) for x in (q_TND, *caches)]
-        return tuple(x.to(device) for x in (*typed, tables_RB, starts, torch.tensor(context_lens, dtype=torch.int32)))
+        q, k, v = (x.to(device, self.dtype) for x in (q_TND, *caches))
+        integers = (x.to(device) for x in (tables_RB, starts, torch.tensor(context_lens, dtype=torch.int32)))
+        return q, k, v if self.latent is None else k[..., : self.latent], *integers
+
+    def scoring(self, device: str) -> dict[str, Any]:
+        """What `paged_attention` is told of windows, the cap and sinks."""
+        sinks = torch.linspace(-1, 5, self.num_heads, device=device) if self.sinks else None
+        return {"window": self.window, "cap": self.cap, "sinks_N": sinks}
 
     @property
     def max_query_len(self) -> int:

@@ -1,6 +1,7 @@
 """Paged attention: parity with the reference, one case a boundary, and bits that depend on a row's own context only."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,26 @@ CASES = {
     "more heads a key head than tile rows": PagedCase(requests=((2, 40),), num_heads=20, num_kv_heads=1, head_dim=96),
     "largest head": PagedCase(requests=((3, 70), (1, 5)), head_dim=256, dtype=HALF, page=64),
     "bfloat16": PagedCase(requests=((33, 70), (1, 100)), head_dim=64, dtype=BRAIN),
+    "window of one": PagedCase(requests=((1, 70), (5, 40)), window=1),
+    "window in a tile": PagedCase(requests=((1, 70), (40, 70), (3, 3), (0, 9), (1, 5)), window=5, num_heads=2),
+    "window of a tile and one, half": PagedCase(requests=((1, 64), (1, 65), (1, 66), (1, 700)), window=65, page=64, dtype=HALF),
+    "window over segments": PagedCase(requests=((70, 1100), (1, 40)), window=600, num_heads=2, num_kv_heads=1, dtype=HALF),
+    "window over segments, split": PagedCase(requests=((1, 1400), (2, 1024), (1, 600), (1, 3)), window=515, num_heads=2),
+    "window of a segment, not split": PagedCase(requests=((1, 1030), (1, 512)), window=512),
+    "cap": PagedCase(requests=((9, 50), (1, 70)), cap=0.7),
+    "sinks": PagedCase(requests=((9, 50), (1, 1)), sinks=True),
+    "sinks, split": PagedCase(requests=((1, 1100), (3, 30)), num_heads=6, sinks=True, dtype=HALF),
+    "cap and window, head of 256": PagedCase(requests=((9, 50), (1, 70)), head_dim=256, cap=0.7, window=20, dtype=HALF),
+    "sinks and window, bfloat16": PagedCase(requests=((9, 200), (1, 70)), head_dim=64, sinks=True, window=128, dtype=BRAIN),
+    "latents": PagedCase(requests=((9, 50), (1, 70)), num_heads=4, num_kv_heads=1, head_dim=48, latent=32),
+    "latents without a tail": PagedCase(requests=((9, 50), (1, 70)), num_heads=4, num_kv_heads=1, head_dim=32, latent=32),
+    "latents, split": PagedCase(((1, 600), (2, 9)), num_heads=5, num_kv_heads=1, head_dim=96, latent=80, dtype=HALF, page=64),
+    "latents of two tiles of heads": PagedCase(
+        ((3, 70), (1, 9)), num_heads=96, num_kv_heads=1, head_dim=48, latent=32, dtype=HALF
+    ),
+    "latents as published": PagedCase(((2, 70), (1, 9)), num_heads=16, num_kv_heads=1, head_dim=576, latent=512, dtype=BRAIN),
+    "latents as published, float32": PagedCase(((2, 40), (1, 9)), num_heads=18, num_kv_heads=1, head_dim=576, latent=512),
+    "everything": PagedCase(((20, 90), (1, 40)), 6, 2, head_dim=48, latent=32, window=33, cap=0.7, sinks=True),
 }
 
 
@@ -41,8 +62,9 @@ def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_parity(case: PagedCase) -> None:
     arguments = case.arguments(DEVICE)
-    actual = attention.paged_attention(*arguments, case.max_query_len, case.head_dim**-0.5)
-    expected = attention.paged_attention_reference(*arguments, case.max_query_len, case.head_dim**-0.5)
+    rest = (case.max_query_len, case.head_dim**-0.5)
+    actual = attention.paged_attention(*arguments, *rest, **case.scoring(DEVICE))
+    expected = attention.paged_attention_reference(*arguments, *rest, **case.scoring(DEVICE))
     assert actual.dtype == expected.dtype == case.dtype
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype])
 
@@ -88,7 +110,8 @@ def attend_in_chunks(case: PagedCase, cuts: list[int], together: bool) -> torch.
         longest = max(b - a for a, b in pairwise(step))
         rows = q[step[0] : step[-1]]
         repeated = tables.repeat(len(step) - 1, 1)
-        outputs.append(attention.paged_attention(rows, k_cache, v_cache, repeated, starts, context_lens, longest, 0.25))
+        place = (rows, k_cache, v_cache, repeated, starts, context_lens, longest)
+        outputs.append(attention.paged_attention(*place, 0.25, **case.scoring(DEVICE)))
     return torch.cat(outputs)
 
 
@@ -102,13 +125,30 @@ def test_bits_do_not_depend_on_chunking_or_batch(dtype: torch.dtype, group: int)
         assert torch.equal(attend_in_chunks(case, cuts, together), one_chunk), (cuts, together)
 
 
+WINDOWED = {
+    "over segments": PagedCase(((13, 1035),), 4, 1, window=518, cap=2.0, sinks=True, dtype=HALF),
+    "over tiles": PagedCase(((13, 520),), 4, 1, window=8, dtype=HALF),
+    "latents": PagedCase(((13, 520),), 4, 1, head_dim=48, latent=32, dtype=HALF),
+}
+
+
 @pytest.mark.usefixtures("every_row_alike")
-def test_bits_do_not_depend_on_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = PagedCase(requests=((1, 1100), (2, 513), (1, 40)), num_heads=3, num_kv_heads=1, dtype=HALF)
+@pytest.mark.parametrize("case", WINDOWED.values(), ids=WINDOWED.keys())
+def test_bits_of_windows_and_latents_do_not_depend_on_chunking_or_batch(case: PagedCase) -> None:
+    """What the first rows see begins before position 512, an edge of tiles and segments, what the last ones see after it."""
+    one_chunk = attend_in_chunks(case, [], together=True)
+    for cuts, together in (([12], True), ([1, 2, 7, 9], False), (list(range(1, 13)), True)):
+        assert torch.equal(attend_in_chunks(case, cuts, together), one_chunk), (cuts, together)
+
+
+@pytest.mark.usefixtures("every_row_alike")
+@pytest.mark.parametrize("options", [{}, {"window": 700, "sinks": True}], ids=str)
+def test_bits_do_not_depend_on_the_split(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PagedCase(requests=((1, 1100), (2, 513), (1, 40)), num_heads=3, num_kv_heads=1, dtype=HALF, **options)
     arguments = case.arguments(DEVICE)
-    split = attention.paged_attention(*arguments, 2, 0.25)
+    split = attention.paged_attention(*arguments, 2, 0.25, **case.scoring(DEVICE))
     monkeypatch.setattr(attention, "MAX_PARTIAL_BYTES", 0)
-    assert torch.equal(attention.paged_attention(*arguments, 2, 0.25), split)
+    assert torch.equal(attention.paged_attention(*arguments, 2, 0.25, **case.scoring(DEVICE)), split)
 
 
 def test_bits_do_not_depend_on_the_page_size() -> None:
@@ -128,7 +168,12 @@ def test_shapes_outside_the_contract_are_refused() -> None:
         (q.half(), k_cache, v_cache, tables, starts, contexts),
         (q, k_cache, v_cache, tables.long(), starts, contexts),
         (q, k_cache, v_cache, tables, starts[:1], contexts),
+        (q, k_cache, v_cache[..., :16], tables, starts, contexts),
+        (q[..., :16], k_cache[..., :16], v_cache, tables, starts, contexts),
     ]
     for arguments in refused:
         with pytest.raises(AssertionError):
             attention.paged_attention(*arguments, 2, 0.25)
+    for sinks in (torch.zeros(3, device=DEVICE), torch.zeros(4, dtype=HALF, device=DEVICE)):
+        with pytest.raises(AssertionError):
+            attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 2, 0.25, sinks_N=sinks)

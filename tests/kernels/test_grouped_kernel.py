@@ -41,16 +41,20 @@ def test_parity(counts: list[int], dtype: torch.dtype) -> None:
     x = random(sum(counts) + foreign, 2 * inner, dtype=dtype)[:, :inner]
     x[sum(counts) :] = torch.nan
     weight = random(len(counts), outputs, inner, dtype=dtype, seed=1) / inner**0.5
-    actual = grouped.grouped_matmul(x, weight, ends)[: sum(counts)]
-    expected = grouped.grouped_matmul_reference(x, weight, ends)[: sum(counts)]
-    assert actual.dtype == dtype
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for bias in (None, random(len(counts), outputs, dtype=dtype, seed=2)):
+        actual = grouped.grouped_matmul(x, weight, ends, bias)[: sum(counts)]
+        expected = grouped.grouped_matmul_reference(x, weight, ends, bias)[: sum(counts)]
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_the_reference_is_a_product_an_expert() -> None:
     x, weight = random(5, 8, dtype=torch.float32), random(2, 6, 8, dtype=torch.float32, seed=1)
     expected = torch.cat([x[:3] @ weight[0].T, x[3:] @ weight[1].T])
     torch.testing.assert_close(grouped.grouped_matmul_reference(x, weight, ends_of([3, 2])), expected)
+    bias = random(2, 6, dtype=torch.float32, seed=2)
+    expected += torch.cat([bias[:1].expand(3, 6), bias[1:].expand(2, 6)])
+    torch.testing.assert_close(grouped.grouped_matmul_reference(x, weight, ends_of([3, 2]), bias), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -69,3 +73,5 @@ def test_what_does_not_fit_is_refused() -> None:
     for arguments in ((x.half(), weight, ends), (x[:, :7], weight, ends), (x, weight.mT, ends), (x, weight, ends.long())):
         with pytest.raises(AssertionError):
             grouped.grouped_matmul(*arguments)
+    with pytest.raises(AssertionError):
+        grouped.grouped_matmul(x, weight, ends, weight[:, 0])

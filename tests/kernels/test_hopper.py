@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HOPPER_SHARED_BYTES = 227 * 1024
-PRODUCTS = ("_attention_kernel", "_grouped_kernel")
+PRODUCTS = ("attention_kernel", "_grouped_kernel")
 
 
 def test_kernels_compile_for_hopper() -> None:
@@ -17,7 +17,7 @@ def test_kernels_compile_for_hopper() -> None:
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert {kernel["name"] for kernel in kernels} == {
-        "_norm_kernel", "_silu_mul_kernel", "_rope_kernel", "_write_kv_kernel", "_attention_kernel", "_merge_kernel",
+        "_norm_kernel", "_gated_kernel", "_rope_kernel", "_write_kv_kernel", "attention_kernel", "merge_kernel",
         "_grouped_kernel",
     }  # fmt: skip
     for kernel in kernels:

@@ -1,5 +1,7 @@
 """Norms, rope, gated activation and KV write: each kernel against its reference, the references against torch's own."""
 
+import math
+
 import pytest
 import torch
 
@@ -19,28 +21,41 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[actual.dtype], atol=TOLERANCE[actual.dtype])
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("dtype", "hidden"), [(torch.float32, 100), (torch.float16, 64), (torch.bfloat16, 1), (torch.bfloat16, 513)]
 )
-def test_norms(dtype: torch.dtype, hidden: int) -> None:
+def test_norms(dtype: torch.dtype, hidden: int, offset: float) -> None:
     wide = random(5, 2 * hidden, dtype=dtype)
     x, residual, weight = wide[:, :hidden], random(5, hidden, dtype=dtype, seed=1), random(hidden, dtype=dtype, seed=2)
-    y = norm.rms_norm(x, weight, 1e-5)
-    assert_close(y, norm.rms_norm_reference(x, weight, 1e-5))
-    assert_close(y, torch.nn.functional.rms_norm(x.float(), (hidden,), weight.float(), 1e-5).to(dtype))
-    fused, total = norm.add_rms_norm(x, residual, weight, 1e-5)
-    reference, reference_total = norm.add_rms_norm_reference(x, residual, weight, 1e-5)
+    y = norm.rms_norm(x, weight, 1e-5, offset)
+    assert_close(y, norm.rms_norm_reference(x, weight, 1e-5, offset))
+    assert_close(y, torch.nn.functional.rms_norm(x.float(), (hidden,), weight.float() + offset, 1e-5).to(dtype))
+    fused, total = norm.add_rms_norm(x, residual, weight, 1e-5, offset)
+    reference, reference_total = norm.add_rms_norm_reference(x, residual, weight, 1e-5, offset)
     assert_close(total, reference_total)
     assert_close(fused, reference)
-    assert torch.equal(fused, norm.rms_norm(total, weight, 1e-5))
+    assert torch.equal(fused, norm.rms_norm(total, weight, 1e-5, offset))
     if dtype != torch.bfloat16 or DEVICE == "cuda":  # the interpreter truncates to bfloat16 where a card rounds
         assert torch.equal(total, reference_total)
 
 
 @pytest.mark.parametrize(("dtype", "intermediate"), [(torch.float32, 1025), (torch.float16, 24), (torch.bfloat16, 1024)])
-def test_silu_mul(dtype: torch.dtype, intermediate: int) -> None:
-    gate_up = random(3, 2 * intermediate + 8, dtype=dtype)[:, : 2 * intermediate]
+def test_gated_activations(dtype: torch.dtype, intermediate: int) -> None:
+    gate_up = random(3, 2 * intermediate + 8, dtype=dtype)[:, : 2 * intermediate] * 4
     assert_close(activation.silu_mul(gate_up), activation.silu_mul_reference(gate_up))
+    assert_close(activation.gelu_tanh_mul(gate_up), activation.gelu_tanh_mul_reference(gate_up))
+    clamped = activation.clamped_swiglu(gate_up, 1.7, 2.5)
+    assert_close(clamped, activation.clamped_swiglu_reference(gate_up, 1.7, 2.5))
+    assert not torch.equal(clamped, activation.clamped_swiglu(gate_up, 1.7, 7.0)), "some were beyond the limit"
+
+
+def test_the_clamped_reference_is_what_it_says() -> None:
+    gate, up = [1.0, 9.0, -20.0, 0.5], [0.25, -8.0, 8.0, 0.0]
+    limited = [(min(g, 7.0), max(-7.0, min(u, 7.0))) for g, u in zip(gate, up, strict=True)]
+    expected = [g / (1 + math.exp(-1.702 * g)) * (u + 1) for g, u in limited]
+    beside = torch.tensor([[*gate, *up]], device=DEVICE)
+    assert_close(activation.clamped_swiglu_reference(beside, 1.702, 7.0), torch.tensor([expected], device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +94,20 @@ def test_write_kv(dtype: torch.dtype, heads: int, head_dim: int, page: int) -> N
     assert (written[0] == 7.0).sum() == (3 * page - 3) * heads * head_dim
 
 
+def test_write_kv_of_two_widths_and_of_latents() -> None:
+    slots = torch.tensor([33, 0, -1], device=DEVICE)
+    keys, values = random(3, 2, 48), random(3, 2, 16, seed=1)
+    k_cache, v_cache = (torch.full((3, 16, 2, width), 7.0, device=DEVICE) for width in (48, 16))
+    kv.write_kv(keys, values, k_cache, v_cache, slots)
+    assert torch.equal(k_cache[2, 1], keys[0]) and torch.equal(v_cache[2, 1], values[0]) and torch.equal(v_cache[0, 0], values[1])
+    assert (k_cache == 7.0).sum() == 46 * 96 and (v_cache == 7.0).sum() == 46 * 32
+    alone = torch.full_like(k_cache, 7.0)
+    kv.write_kv(keys, None, alone, alone[..., :16], slots)
+    expected = torch.full_like(k_cache, 7.0)
+    kv.write_kv_reference(keys, None, expected, expected[..., :16], slots)
+    assert torch.equal(alone, expected) and torch.equal(alone, k_cache)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_row_alone_has_the_same_bits(dtype: torch.dtype) -> None:
     x, weight = random(17, 96, dtype=dtype), random(96, dtype=dtype, seed=1)
@@ -87,7 +116,8 @@ def test_a_row_alone_has_the_same_bits(dtype: torch.dtype) -> None:
     def outputs(rows: slice) -> list[torch.Tensor]:
         turned = rope.apply_rope(heads[rows], heads[rows], angle.cos(), angle.sin(), positions[rows])
         fused = norm.add_rms_norm(x[rows], x[rows], weight, 1e-5)
-        return [norm.rms_norm(x[rows], weight, 1e-5), *fused, activation.silu_mul(x[rows]), *turned]
+        gated = [activation.silu_mul(x[rows]), activation.gelu_tanh_mul(x[rows]), activation.clamped_swiglu(x[rows], 1.7, 2.0)]
+        return [norm.rms_norm(x[rows], weight, 1e-5), *fused, *gated, *turned]
 
     together = outputs(slice(None))
     for row in range(17):
@@ -101,6 +131,7 @@ def test_layouts_outside_the_contract_are_refused() -> None:
         lambda: norm.rms_norm(x.t(), x[:, 0].contiguous(), 1e-5),
         lambda: norm.add_rms_norm(x, x.half(), x[0], 1e-5),
         lambda: activation.silu_mul(x[:, :7]),
+        lambda: activation.clamped_swiglu(x.t(), 1.7, 7.0),
         lambda: rope.apply_rope(x.view(4, 1, 8), x.view(4, 1, 8), x, x, torch.zeros(4, dtype=torch.int64, device=DEVICE)),
         lambda: kv.write_kv(x.view(4, 1, 8), x.view(4, 1, 8), x.half().view(1, 4, 1, 8), x.half().view(1, 4, 1, 8), x[:, 0]),
     ]

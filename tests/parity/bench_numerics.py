@@ -62,7 +62,7 @@ SPEC = ModelSpec(
     dtype="bfloat16",
     bos_id=None,
     eos_ids=(),
-    cache=(CacheGroup("full", tuple(range(LAYERS))),),
+    cache=(CacheGroup(tuple(range(LAYERS))),),
 )
 LIMITS = Limits(64, 2048, 2048, 4000, 16, 2, False, ())
 
@@ -137,7 +137,7 @@ class Engine:
     def __init__(self, num_seqs: int) -> None:
         self._scheduler = Scheduler(LIMITS)
         mesh = Mesh(0, LAYOUT, Ranks(), Ranks(), Pipeline(), torch.device("cpu"))
-        slots = Slots(64, 2048, 16, 1, mesh.device, eos_ids=(), vocab_size=SPEC.vocab_size)
+        slots = Slots(64, 2048, 16, (None,), mesh.device, eos_ids=(), vocab_size=SPEC.vocab_size)
         self._executor = Executor(mesh, DECODER, slots, allocate(DECODER, mesh, LIMITS.num_blocks, 16))
         for i in range(num_seqs):
             prompt = pack([5 + (i + 7 * k) % 30000 for k in range(CONTEXT)])

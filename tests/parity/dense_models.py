@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from tests.parity.random_models import randomised
+from tests.parity.stored_models import make_llama_fp8
 
 SIZES = {"vocab_size": 517, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "max_position_embeddings": 400}
 ENDS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
@@ -70,9 +71,9 @@ def make_galactica(directory: Path) -> PreTrainedModel:
 
 
 def make_mistral(directory: Path) -> PreTrainedModel:
-    """YaRN; a window as wide as the longest sequence; heads wider than hidden / heads."""
+    """YaRN; a window that no block size divides; heads wider than hidden / heads."""
     rope = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-    own = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 400, "rope_parameters": rope}
+    own = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 25, "rope_parameters": rope}
     return save(MistralForCausalLM(MistralConfig(**SIZES, **ENDS, **own, intermediate_size=100)), directory)
 
 
@@ -98,8 +99,9 @@ def make_phi3(directory: Path) -> PreTrainedModel:
 
 
 def make_phi3_short(directory: Path) -> PreTrainedModel:
-    """Longrope below its original length."""
-    return save(phi3({"original_max_position_embeddings": 400, "max_position_embeddings": 1600}), directory)
+    """Longrope below its original length; windows."""
+    own = {"original_max_position_embeddings": 400, "max_position_embeddings": 1600, "sliding_window": 27}
+    return save(phi3(own), directory)
 
 
 def phi3(own: dict[str, int], **more_rope: float) -> Phi3ForCausalLM:
@@ -122,4 +124,5 @@ DENSE = {
     "olmo2": make_olmo2,
     "phi3": make_phi3,
     "phi3-short": make_phi3_short,
+    "llama-fp8": make_llama_fp8,
 }

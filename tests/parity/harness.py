@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,7 @@ from tpserve.attention.paged import KVCache
 from tpserve.config import model_config
 from tpserve.models import model_spec, names_of
 from tpserve.models.decoder import Decoder
+from tpserve.models.whole import sources
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
@@ -18,8 +20,10 @@ from tpserve.types import plan
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.packed import pack
 from tpserve.types.sampling import SamplingParams
+from tpserve.types.window import first_block
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.load import load
+from tpserve.weights.survey import unused
 from tpserve.worker.executor import Executor
 from tpserve.worker.memory import allocate
 from tpserve.worker.slots import Slots
@@ -28,6 +32,21 @@ BLOCK_SIZE = 16
 Chunk = tuple[int, int, int]
 """(sequence, start, count)"""
 Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Table(NamedTuple):
+    """A cache group's block tables, [sequences, widest], and its window; `gone`: a block of NaN for what the window has left."""
+
+    ids: torch.Tensor
+    window: int | None
+    gone: int
+
+    def of(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """The rows of the chunks, as wide as their longest context."""
+        rows = self.ids[[i for i, _, _ in chunks], : max(-(-(start + count) // BLOCK_SIZE) for _, start, count in chunks)].clone()
+        for row, (_, start, _) in zip(rows, chunks, strict=True):
+            row[: first_block(start, self.window, BLOCK_SIZE)] = self.gone
+        return rows
 
 
 class Runner:
@@ -56,24 +75,28 @@ class Runner:
     @torch.inference_mode()
     def run(self, sequences: Sequence[Sequence[int]], steps: Sequence[Sequence[Chunk]]) -> list[torch.Tensor]:
         """Logits of every position of every sequence, each [length, vocabulary]; empty tensors before the last stage."""
-        widths = [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
-        ids = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(1)).int()
-        tables = torch.nn.utils.rnn.pad_sequence(list(ids.split(widths)), batch_first=True)
-        shape = self._decoder.cache_shape(len(ids), BLOCK_SIZE)
-        fill = lambda: torch.full(shape, torch.nan, dtype=self._decoder.dtype, device=self._decoder.device)  # noqa: E731
-        caches = [KVCache(fill(), fill()) for _ in range(self._num_layers)]
+        decoder, widths = self._decoder, [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
+        windows, num_blocks = decoder.spec.windows, sum(widths)
+        ids = torch.randperm(len(windows) * num_blocks + 1, generator=torch.Generator().manual_seed(1)).int()
+        groups = [
+            Table(torch.nn.utils.rnn.pad_sequence(list(own.split(widths)), batch_first=True), window, int(ids[-1]))
+            for own, window in zip(ids[:-1].view(-1, num_blocks), windows, strict=True)
+        ]
+        caches = [decoder.kv_layout.empty(len(ids), BLOCK_SIZE, decoder.dtype, decoder.device) for _ in range(self._num_layers)]
+        for side in chain.from_iterable((cache.k, cache.v) for cache in caches):
+            side.fill_(torch.nan)
         rows: list[list[torch.Tensor]] = [[] for _ in sequences]
         for chunks in steps:
-            logits = self._step(sequences, chunks, tables, caches)
+            logits = self._step(sequences, chunks, groups, caches)
             if logits is not None:
                 for (i, _, _), part in zip(chunks, logits.split([count for _, _, count in chunks]), strict=True):
                     rows[i].append(part)
         return [torch.cat(parts) if parts else torch.empty(0) for parts in rows]
 
     def _step(
-        self, sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], tables: torch.Tensor, caches: list[KVCache]
+        self, sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], groups: Sequence[Table], caches: list[KVCache]
     ) -> torch.Tensor | None:
-        batch = step_batch(sequences, chunks, tables, self._decoder.device)
+        batch = step_batch(sequences, chunks, groups, self._decoder.device)
         hidden_TH = None
         if not self._pipeline.first:
             width = self._decoder.spec.hidden_size
@@ -96,7 +119,9 @@ def load_decoder(
     spec = model_spec(model_config.read(directory), str(directory / "config.json"))
     layout = ParallelLayout(tp_size, pp, even_layers(spec.num_layers, pp), expert_parallel)
     decoder = Decoder(spec, layout, layout.stage_of(rank), tp, dtype, torch.device("cpu"), 400)
-    load(decoder.parameters(), Checkpoint.open(directory, names_of(spec)), spec.num_layers)
+    checkpoint = Checkpoint.open(directory, names_of(spec))
+    unused(sources(spec), checkpoint, spec.num_layers)  # raises where a layer has more than we use
+    load(decoder.parameters(), checkpoint)
     decoder.prepack()
     return decoder, layout
 
@@ -106,9 +131,10 @@ class Scorer:
 
     def __init__(self, decoder: Decoder, mesh: Mesh, num_slots: int, max_len: int) -> None:
         self._widest = -(-max_len // BLOCK_SIZE)
-        groups = len(decoder.spec.cache)
-        slots = Slots(num_slots, max_len, BLOCK_SIZE, groups, mesh.device, eos_ids=(), vocab_size=decoder.spec.vocab_size)
-        caches = allocate(decoder, mesh, num_slots * self._widest, BLOCK_SIZE)
+        windows = decoder.spec.windows
+        slots = Slots(num_slots, max_len, BLOCK_SIZE, windows, mesh.device, eos_ids=(), vocab_size=decoder.spec.vocab_size)
+        self._num_groups = len(windows)
+        caches = allocate(decoder, mesh, num_slots * self._num_groups * self._widest, BLOCK_SIZE)
         self._last, self._executor = mesh.pipeline.last, Executor(mesh, decoder, slots, caches)
 
     def run(self, sequences: Sequence[Sequence[int]], steps: Sequence[Sequence[Chunk]], num_top: Sequence[int]) -> list[Scores]:
@@ -126,10 +152,10 @@ class Scorer:
         return [scores(entries, n) for entries, n in zip(parts, num_top, strict=True)]
 
     def _admission(self, i: int, tokens: Sequence[int], num_top: int) -> plan.Admission:
-        """Sequence i in slot i, its blocks from the far end of the pool."""
-        blocks = range(i * self._widest, (i + 1) * self._widest)
-        params = SamplingParams(prompt_logprobs=num_top)
-        return plan.Admission(i, pack(tokens), len(tokens), params, 0, 0, (pack(reversed(blocks)),))
+        """Sequence i in slot i, its blocks in each group from the far end of the pool."""
+        firsts = [(i * self._num_groups + group) * self._widest for group in range(self._num_groups)]
+        blocks = tuple(pack(reversed(range(first, first + self._widest))) for first in firsts)
+        return plan.Admission(i, pack(tokens), len(tokens), SamplingParams(prompt_logprobs=num_top), 0, 0, blocks)
 
 
 def scores(entries: Sequence[plan.PromptLogprobs], num_top: int) -> Scores:
@@ -146,23 +172,27 @@ def scores(entries: Sequence[plan.PromptLogprobs], num_top: int) -> Scores:
 
 
 def step_batch(
-    sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], tables: torch.Tensor, device: torch.device
+    sequences: Sequence[Sequence[int]], chunks: Sequence[Chunk], groups: Sequence[Table], device: torch.device
 ) -> StepBatch:
     """The tensors of a step, built the plain way."""
     tokens = list(chain.from_iterable(sequences[i][start : start + count] for i, start, count in chunks))
     positions = [(i, p) for i, start, count in chunks for p in range(start, start + count)]
     lens, ends = tuple(c for _, _, c in chunks), tuple(s + c for _, s, c in chunks)
-    slots = [int(tables[i, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for i, p in positions]
-    group = AttentionBatch(
-        query_starts=torch.tensor([0, *lens], device=device).cumsum(0).int(),
-        context_lens=torch.tensor(ends, device=device).int(),
-        tables=tables[[i for i, _, _ in chunks], : -(-max(ends) // BLOCK_SIZE)].to(device),
-        write_slots=torch.tensor(slots, device=device),
-        query_lens_host=lens,
-        context_lens_host=ends,
-    )
+
+    def batch(group: Table) -> AttentionBatch:
+        slots = [int(group.ids[i, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for i, p in positions]
+        return AttentionBatch(
+            query_starts=torch.tensor([0, *lens], device=device).cumsum(0).int(),
+            context_lens=torch.tensor(ends, device=device).int(),
+            tables=group.of(chunks).to(device),
+            write_slots=torch.tensor(slots, device=device),
+            query_lens_host=lens,
+            context_lens_host=ends,
+            window=group.window,
+        )
+
     rows_T = torch.tensor([p for _, p in positions], device=device)
-    return StepBatch(torch.tensor(tokens, device=device), rows_T, (group,))
+    return StepBatch(torch.tensor(tokens, device=device), rows_T, tuple(map(batch, groups)))
 
 
 def whole(lengths: Sequence[int]) -> list[list[Chunk]]:

@@ -26,6 +26,7 @@ from transformers import (
 
 from tests.parity.dense_models import DENSE
 from tests.parity.expert_models import EXPERTS
+from tests.parity.gemma_models import GEMMAS
 from tests.parity.random_models import randomised
 
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2)]
@@ -77,16 +78,19 @@ def make_llama_linear(directory: Path) -> PreTrainedModel:
 
 
 def make_qwen2(directory: Path) -> PreTrainedModel:
-    """Biases on query, key and value; fewer key/value heads than ranks at TP 3; tied."""
-    config = Qwen2Config(**SIZES, num_key_value_heads=2, intermediate_size=172, tie_word_embeddings=True)
+    """Biases on query, key and value; fewer key/value heads than ranks at TP 3; tied; windows from the third layer on."""
+    windows = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2}
+    config = Qwen2Config(**SIZES, **windows, num_key_value_heads=2, intermediate_size=172, tie_word_embeddings=True)
     model = randomised(Qwen2ForCausalLM(config))
     model.save_pretrained(directory)
     return model
 
 
 def make_qwen3(directory: Path) -> PreTrainedModel:
-    """Norms over the heads of query and key; head dimension larger than hidden / heads; untied."""
-    config = Qwen3Config(**SIZES, num_key_value_heads=4, intermediate_size=172, head_dim=16, tie_word_embeddings=False)
+    """Norms over the heads of query and key; head dimension larger than hidden / heads; untied; a window in two layers."""
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    own = {"use_sliding_window": True, "sliding_window": 21, "layer_types": kinds, "head_dim": 16, "tie_word_embeddings": False}
+    config = Qwen3Config(**SIZES, **own, num_key_value_heads=4, intermediate_size=172)
     model = randomised(Qwen3ForCausalLM(config))
     model.save_pretrained(directory)
     return model
@@ -99,13 +103,14 @@ MODELS = {
     "qwen2": make_qwen2,
     "qwen3": make_qwen3,
     **DENSE,
+    **GEMMAS,
     **EXPERTS,
 }
 
 
 def thorough(name: str) -> list[tuple[int, int]]:
     """Layouts at which a model runs in both types, whole and in chunks; at the others once, in float32 and in chunks."""
-    return [(1, 1), (3, 1)] if name in DENSE or name in EXPERTS else LAYOUTS
+    return [(1, 1), (3, 1)] if name in (*DENSE, *GEMMAS, *EXPERTS) else LAYOUTS
 
 
 def greedy(model: PreTrainedModel) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -178,7 +183,7 @@ def run_ranks(directory: Path, world_size: int) -> None:
         command = [sys.executable, script, str(rank), str(world_size), str(directory)]
         ranks.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
     try:
-        codes = [rank.wait(timeout=150) for rank in ranks]
+        codes = [rank.wait(timeout=240) for rank in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -51,7 +51,7 @@ def make_decoder(dtype: torch.dtype) -> Decoder:
 
 
 def make_executor(decoder: Decoder) -> Executor:
-    slots = Slots(8, MAX_LEN, 16, 1, MESH.device, eos_ids=(), vocab_size=SPEC.vocab_size)
+    slots = Slots(8, MAX_LEN, 16, (None,), MESH.device, eos_ids=(), vocab_size=SPEC.vocab_size)
     return Executor(MESH, decoder, slots, allocate(decoder, MESH, 80, 16))
 
 

@@ -1,7 +1,8 @@
 """A model with nothing even about it, through real ranks and HTTP: what transformers says, and the same in a preempted crowd.
 
 Six query heads, three key/value heads and an odd vocabulary on two ranks; three layers dealt one to two; a head dimension of its
-own; rope in the old spelling; end tokens that only generation_config.json names; a cache too small for what is asked.
+own; a window that is no multiple of a block; tensors of one layer too many; rope in the old spelling; end tokens that only
+generation_config.json names; a cache too small for what is asked, and smaller than one sequence is long.
 """
 
 import json
@@ -13,17 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from safetensors.torch import save_file
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from tests.http import checks, tiny_tokenizer
 from tests.parity.test_parity import LLAMA3, randomised
 from tests.server import Server, free_port, running, torchrun
 
-VOCAB, CONTEXT, BLOCKS = 1537, 96, 8
+VOCAB, CONTEXT, WINDOW, BLOCKS = 1537, 96, 25, 11
 END_IDS = range(2, 120)
 """So many that a sampled answer soon meets one."""
 FLAGS = ["-tp", "2", "-pp", "2", "--pipeline-layer-map", "1,2", "--max-num-seqs", "6", "--max-num-batched-tokens", "32",
-         "--num-gpu-blocks-override", str(BLOCKS)]  # fmt: skip
+         "--block-size", "8", "--num-gpu-blocks-override", str(BLOCKS)]  # fmt: skip
 Answer = list[tuple[list[int], str]]
 
 
@@ -36,9 +38,14 @@ def make(directory: Path) -> PreTrainedModel:
         "head_dim": 10,
         "max_position_embeddings": CONTEXT,
         "rope_parameters": rope,
+        "sliding_window": WINDOW,
     }
-    model = randomised(LlamaForCausalLM(LlamaConfig(**sizes, **more)))
+    model = randomised(MistralForCausalLM(MistralConfig(**sizes, **more)))
     model.save_pretrained(directory, max_shard_size="300KB")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {f"model.layers.3.{name}.weight": "more.safetensors" for name in ("enorm", "hnorm")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({f"model.layers.3.{name}.weight": torch.ones(48) for name in ("enorm", "hnorm")}, directory / "more.safetensors")
     config = json.loads((directory / "config.json").read_text())
     del config["rope_parameters"]
     config |= {"rope_theta": 5e5, "rope_scaling": LLAMA3, "torch_dtype": config.pop("dtype"), "eos_token_id": 2}
@@ -88,6 +95,13 @@ def test_what_transformers_says(served: tuple[Server, PreTrainedModel], length: 
     choice = server.complete(prompt(length), max_tokens=6, temperature=0, ignore_eos=True, logprobs=1, return_token_ids=True)
     assert choice["token_ids"] == tokens
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_unused_tensors_are_told_once(served: tuple[Server, PreTrainedModel]) -> None:
+    """Not by every rank, and not those that another rank uses."""
+    server, _ = served
+    lines = [line for line in server.log.splitlines() if "not used of the checkpoint" in line]
+    assert [line.partition("checkpoint: ")[2] for line in lines] == ["2 tensors: model.layers.3.* (2)"]
 
 
 def test_the_last_position_is_used(served: tuple[Server, PreTrainedModel]) -> None:

@@ -15,9 +15,12 @@ from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
-from tpserve.types.model_spec import ModelSpec, RopeSpec
+from tpserve.types.model_spec import CacheGroup, ClampedSwiglu, ExpertsSpec, ModelSpec, RopeSpec, RoutingSpec
 from tpserve.weights.dummy import dummy
 
+MIXTURE = ExpertsSpec(
+    5, 48, RoutingSpec(2, bias="logits", renormalise=True), layers=(0, 1), bias=True, clamped=ClampedSwiglu(alpha=1.3, limit=0.7)
+)
 LENGTHS, PROMPTS, SIZES = (4, 20, 40), (3, 19, 38), (17, 40, 5)
 
 
@@ -25,8 +28,13 @@ OWN: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"qk_norm": "head"},
     "olmo2": {"qk_norm": "all", "norm_place": "output", "rope": RopeSpec(num_channels=12, magnitude=1.2)},
+    "gemma3": {
+        "norm_offset": -0.4, "norm_place": "around", "qk_norm": "head", "activation": "gelu_tanh", "logits_cap": 3.0,
+        "window_rope": RopeSpec(theta=50.0), "cache": (CacheGroup((0,), window=7), CacheGroup((1,))), "scores_cap": 2.0,
+    },
+    "gpt_oss": {"sinks": True, "cache": (CacheGroup((0,)), CacheGroup((1,), window=21)), "experts": MIXTURE},
     "gpt2": {"norm": "layer", "rope": None, "gated": False, "activation": "gelu_tanh"},
-}
+}  # fmt: skip
 """What each family has beside all biases."""
 
 
@@ -48,25 +56,29 @@ def spec(family: str) -> ModelSpec:
     return small(**{**shape, **OWN[family]})
 
 
-def logits(family: str, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Of every position of some sequences, run in mixed steps."""
+def runner(family: str, dtype: torch.dtype, device: str) -> Runner:
     decoder = Decoder(spec(family), ParallelLayout(1, 1, (2,)), 0, Group(), dtype, torch.device(device), 64)
     dummy(decoder.parameters())
+    return Runner(decoder, Group(), Pipeline(), 2)
+
+
+def logits(model: Runner) -> torch.Tensor:
+    """Of every position of some sequences, run in mixed steps."""
     generator = torch.Generator().manual_seed(2)
     sequences = [torch.randint(300, (length,), generator=generator).tolist() for length in LENGTHS]
-    runner = Runner(decoder, Group(), Pipeline(), 2)
-    return torch.cat(runner.run(sequences, mixed(LENGTHS, PROMPTS, SIZES))).cpu()
+    return torch.cat(model.run(sequences, mixed(LENGTHS, PROMPTS, SIZES))).cpu()
 
 
 def main(other: str) -> None:
     for family in OWN:
         for dtype in (torch.float32, torch.bfloat16):
-            expected = logits(family, dtype, "cpu")
+            model = runner(family, dtype, "cpu")
+            expected = logits(model)
             if other == "cuda":
-                got = logits(family, dtype, "cuda")
+                got = logits(runner(family, dtype, "cuda"))
             else:
                 torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
-                got = logits(family, dtype, "cpu")
+                got = logits(model)
                 del torch.Tensor.is_cuda
             print(family, dtype, float((got - expected).abs().max()))
 

@@ -21,9 +21,10 @@ from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import Delta, Done, EngineOutput, Scored
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import StepPlan
+from tpserve.types.plan import Admission, StepPlan
 from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
+from tpserve.types.window import first_block, longest
 
 VOCAB = 50
 Operation = Request | tuple[str, int]
@@ -166,19 +167,20 @@ class History:
 def scenario(seed: int) -> tuple[Limits, list[Operation]]:
     """Limits that bite, and 10 to 80 operations on requests of which most, not all, can be served."""
     random = Random(seed)
+    windows = tuple(random.choice([None, None, random.randint(1, 12)]) for _ in range(random.choice([1, 1, 2, 3])))
     limits = Limits(
         max_num_seqs=random.randint(1, 6),
         max_num_batched_tokens=random.randint(1, 12),
         max_model_len=random.randint(2, 28),
-        num_blocks=random.randint(1, 16),
+        num_blocks=random.randint(len(windows), 12 + 4 * len(windows)),
         block_size=random.randint(1, 4),
         depth=random.randint(1, 5),
         feedback=random.random() < 0.5,
         eos_ids=random.choice([(), (3,), (3, 4, 5)]),
-        num_groups=random.choice([1, 1, 2]),
+        windows=windows,
         prefix_caching=random.random() < 0.9,
     )
-    capacity = min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
+    capacity = longest(lambda length: limits.least_blocks(length - 1) <= limits.num_blocks, 1, limits.max_model_len)
     operations: list[Operation] = []
     patience = random.choice([0.3, 0.5, 0.7])
     for _ in range(random.randint(10, 80)):
@@ -250,6 +252,12 @@ def test_a_history_replays_exactly(seed: int) -> None:
     assert play(seed).events == play(seed).events
 
 
+def skipped(plan: StepPlan, admission: Admission, limits: Limits) -> int:
+    """Blocks of the prefix that a window of the admitted sequence does not see."""
+    (start,) = (c.start for c in plan.chunks(len(limits.windows)) if c.slot == admission.slot)
+    return max(first_block(start, window, limits.block_size) for window in limits.windows)
+
+
 def test_the_histories_reach_every_corner() -> None:
     """The generator is part of the test: what it never produces is not tested."""
     seen: Counter[str] = Counter()
@@ -261,10 +269,18 @@ def test_the_histories_reach_every_corner() -> None:
         seen["reuse"] += sum(
             bool({a.slot for a in e.admissions} & {*e.releases}) for e in history.events if isinstance(e, StepPlan)
         )
+        plans = [e for e in history.events if isinstance(e, StepPlan)]
+        windowed = [group for group, window in enumerate(history.limits.windows) if window is not None]
+        seen["window preemption"] += bool(windowed) * history.scheduler.stats().preemptions
+        seen["window hit"] += sum(skipped(plan, a, history.limits) > 0 for plan in plans for a in plan.admissions)
+        seen["smaller chunk"] += sum(
+            bool(windowed) and not all(p.sample) and p.num_tokens() < history.limits.max_num_batched_tokens for p in plans
+        )
         seen["cached"] += sum(count > 0 for count in history.cached.values())
         seen["scored"] += sum(len(scores) > 0 for scores in history.scores.values())
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
-    assert (
-        min(seen[k] for k in ("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "cached", "scored", "late"))
-        > 20
-    ), seen
+    corners = (
+        *("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "cached", "scored", "late"),
+        *("window preemption", "window hit", "smaller chunk"),
+    )
+    assert min(seen[corner] for corner in corners) > 20, seen

@@ -73,7 +73,7 @@ def chat(*turns: str, system: str | None = None, num_tokens: int = 200) -> str:
     """The answer to the last turn; it must end by itself."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
-    ids, text = continued(ChatTemplate.load(DIRECTORY).render(messages), num_tokens)
+    ids, text = continued(ChatTemplate.load(DIRECTORY, tokenizer().special_tokens).render(messages), num_tokens)
     assert ids[-1] == train.CONFIG["eos_token_id"], f"no end: {text}"
     return text
 
@@ -118,13 +118,13 @@ def test_transformers_reads_the_directory() -> None:
     text = "The baker's cat: Crumb, 12 + 7."
     assert theirs(text).input_ids == tokenizer().encode(text)
     rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered == ChatTemplate.load(DIRECTORY).render(messages)
+    assert rendered == ChatTemplate.load(DIRECTORY, tokenizer().special_tokens).render(messages)
     assert rendered == "<|begin|><|user|>Who keeps the lighthouse?<|end|><|assistant|>"
 
 
 def test_chat_template_refuses_other_roles() -> None:
     with pytest.raises(UserError, match="roles are system, user and assistant, not tool"):
-        ChatTemplate.load(DIRECTORY).render([{"role": "tool", "content": "7"}])
+        ChatTemplate.load(DIRECTORY, tokenizer().special_tokens).render([{"role": "tool", "content": "7"}])
 
 
 @settings(max_examples=40, deadline=None)

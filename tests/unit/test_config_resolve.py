@@ -14,7 +14,7 @@ from tpserve.errors import UserError
 from tpserve.parallel.split import split_heads
 from tpserve.types.layout import even_layers
 from tpserve.types.model_files import ModelFiles
-from tpserve.types.model_spec import ModelSpec
+from tpserve.types.model_spec import CacheGroup, ModelSpec
 
 SPEC = small(num_layers=5, bos_id=1, eos_ids=(2,))
 
@@ -172,11 +172,8 @@ def test_ranks_that_cannot_be_dealt_to_nodes() -> None:
         num_local_ranks(parse(["m", "-tp", "3", "--nnodes", "2"]), 0)
 
 
-def test_a_sliding_window_wider_than_every_sequence() -> None:
-    windowed = replace(SPEC, sliding_window=1000)
-    assert resolved("m --max-model-len 1000", machine(1), windowed).max_model_len == 1000
-    assert resolved("m --max-model-len auto", machine(1), windowed).max_model_len == 1000
-    assert resolved("m", machine(1), replace(SPEC, sliding_window=SPEC.max_position)).max_model_len == SPEC.max_position
-    for line, most in (("m", SPEC.max_position), ("m --max-model-len 1001", 1001)):
-        with pytest.raises(UserError, match=f"window of 1000 .* may have {most}: pass --max-model-len 1000, within"):
-            resolved(line, machine(1), windowed)
+def test_blocks_that_are_given_must_hold_a_window_of_the_longest_sequence() -> None:
+    windowed = replace(SPEC, cache=(CacheGroup((0, 2)), CacheGroup((1, 3), window=100)))
+    assert resolved("m --num-gpu-blocks-override 136", machine(1), windowed).num_gpu_blocks_override == 128 + 8
+    with pytest.raises(UserError, match="for one sequence of 2,048: pass at least 136, or --max-model-len 2032"):
+        resolved("m --num-gpu-blocks-override 135", machine(1), windowed)

@@ -27,7 +27,7 @@ VOCAB = 20_000
 SPEC = ModelSpec(
     family="llama", vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=1, num_kv_heads=1,
     head_dim=16, norm_eps=1e-5, rope=RopeSpec(), max_position=4096, tie_embeddings=True, qkv_bias=False, out_bias=False,
-    mlp_bias=False, qk_norm=None, activation="silu", dtype="bfloat16", bos_id=1, eos_ids=(2,), cache=(CacheGroup("full", (0,)),),
+    mlp_bias=False, qk_norm=None, activation="silu", dtype="bfloat16", bos_id=1, eos_ids=(2,), cache=(CacheGroup((0,)),),
 )  # fmt: skip
 DEVICE = torch.device("cpu")
 CONFIG = resolve(
@@ -42,7 +42,7 @@ def make() -> tuple[Decoder, Mesh, Slots]:
     layout = ParallelLayout(1, 1, (1,))
     decoder = Decoder(SPEC, layout, 0, Group(), torch.bfloat16, DEVICE, 1000)
     dummy(decoder.parameters())
-    slots = Slots(30, 1000, 16, 1, DEVICE, eos_ids=(2,), vocab_size=VOCAB)
+    slots = Slots(30, 1000, 16, (None,), DEVICE, eos_ids=(2,), vocab_size=VOCAB)
     return decoder, Mesh(0, layout, Group(), Group(), Pipeline(), DEVICE), slots
 
 
@@ -83,6 +83,6 @@ def test_the_ledger_has_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ledger.head == 30 * (VOCAB * rows.FILTERED_BYTES + 1001 * rows.HISTORY_BYTES), "70 rows without filters take less"
     block = 2 * 16 * 16 * 2
     assert ledger.num_blocks == (int(((1 << 29) - ledger.head) * 0.4) - ledger.slots) // block
-    assert any("LM head rows 37.1 MiB, slots" in line for line in report(ledgers, found, CONFIG))
+    assert any("LM head rows 37.1 MiB, slots" in line for line in report(ledgers, found, SPEC, CONFIG))
     earlier = Mesh(0, ParallelLayout(1, 2, (1, 1)), Group(), Group(), Pipeline(None, 1), DEVICE)
     assert measure(decoder, earlier, lambda _: slots, CONFIG, 2, weights=0)[1][0].head == 0, "an earlier stage has no head"

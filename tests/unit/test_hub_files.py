@@ -56,10 +56,10 @@ def test_names_that_are_neither(name: str, said: str, tmp_path: Path, monkeypatc
 
 def test_revisions() -> None:
     for revision in ("main", "v1.0", "refs/pr/7", COMMIT):
-        check_revision(revision)
+        check_revision(revision, "revision")
     for revision in ("../main", "/main", "a b", "a//b", "-x"):
         with pytest.raises(UserError, match="is no branch, tag or commit"):
-            check_revision(revision)
+            check_revision(revision, "revision")
 
 
 def test_a_directory_has_no_revision(tmp_path: Path) -> None:
@@ -77,11 +77,11 @@ def test_a_template_is_a_file_or_itself(tmp_path: Path) -> None:
     assert template(str(tmp_path / "a.jinja")) == "from a file{{ x }}"
     for text in ("{{ messages }}", "{# " + "long " * 2000 + "#}", "a\nb"):
         assert template(text) == text
-    with pytest.raises(UserError, match=r"--chat-template b\.jinja cannot be read .* give a file, or the template's text"):
+    with pytest.raises(UserError, match=r"--chat-template b\.jinja cannot be read .* give a file, the template's text"):
         template("b.jinja")
-    assert ChatTemplate.load(tmp_path, "{{ messages[0].content }}!").render([{"role": "user", "content": "Hi"}]) == "Hi!"
+    assert ChatTemplate.load(tmp_path, {}, "{{ messages[0].content }}!").render([{"role": "user", "content": "Hi"}]) == "Hi!"
     with pytest.raises(UserError, match="--chat-template is no valid Jinja template"):
-        ChatTemplate.load(tmp_path, "{{ nothing")
+        ChatTemplate.load(tmp_path, {}, "{{ nothing")
 
 
 def wanted(cache: Path, **sizes: int) -> Wanted:

@@ -1,5 +1,6 @@
 """Arguments of `LLM` and `SamplingParams`: what they mean, and the one line about wrong ones."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from tpserve import SamplingParams, UserError
 from tpserve.config import keywords
 from tpserve.config.machine import Machine
 from tpserve.config.resolve import resolve
+from tpserve.frontend.openai.schema import CompletionCall
 from tpserve.types.model_files import ModelFiles
 
 
@@ -64,6 +66,17 @@ def test_sampling_params_have_vllms_defaults() -> None:
     call = SamplingParams().call()
     assert (call.max_tokens, call.temperature, call.top_p, call.n, call.num_logprobs) == (16, 1.0, 1.0, 1, None)
     assert SamplingParams(top_k=-1, stop="x", logit_bias={3: 1.5}).call().logit_bias == {3: 1.5}
+
+
+ONLY_OVER_HTTP = {"model", "prompt", "echo", "add_special_tokens", "return_token_ids", "priority", "cache_salt", "stream",
+                  "stream_options", "request_id"}  # fmt: skip
+
+
+def test_sampling_params_are_the_fields_of_a_request() -> None:
+    """One list in two spellings: a field that one learns the other must know, with the same default."""
+    ours = {field.name for field in dataclasses.fields(SamplingParams)} - {"detokenize", "spaces_between_special_tokens"}
+    assert ours == set(CompletionCall.__struct_fields__) - ONLY_OVER_HTTP
+    assert SamplingParams(max_tokens=None).call() == CompletionCall(prompt="")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.specs import small
+from tpserve.attention.paged import KVLayout
 from tpserve.config.cli import parse
 from tpserve.config.machine import Machine, Memory
 from tpserve.config.resolve import resolve
@@ -45,7 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryLedger]:
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: HELD)
         monkeypatch.setattr(devices, "occupants", lambda _: "")
         mesh = SimpleNamespace(device=torch.device("cuda", 0), rank=0, layout=ParallelLayout(1, 1, (4,)), world=Group())
-        decoder = SimpleNamespace(spec=SPEC, dtype=torch.bfloat16, cache_shape=lambda blocks, size: (blocks, size, 2, 8))
+        decoder = SimpleNamespace(spec=SPEC, dtype=torch.bfloat16, kv_layout=KVLayout(2, 8, 8))
         monkeypatch.setattr(memory, "_Trial", lambda *_: None)
         no_slots = cast(Any, lambda _: None)
         found = memory.measure(cast(Any, decoder), cast(Any, mesh), no_slots, resolved(line), sharers, weights=20_000_000)

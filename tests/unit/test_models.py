@@ -1,6 +1,7 @@
 """config.json as mathematics: both spellings, every family, and a sentence for what cannot be honoured."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import pytest
 
 from tpserve.config import model_config
 from tpserve.errors import UserError
-from tpserve.models import families, model_spec
-from tpserve.types.model_spec import ExpertsSpec, RopeSpec
+from tpserve.models import families, model_spec, transformer
+from tpserve.types.model_spec import CacheGroup, ExpertsSpec, LatentSpec, RopeSpec, RoutingSpec
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,7 +40,7 @@ def test_llama_2() -> None:
     assert (spec.family, spec.num_kv_heads, spec.head_dim, spec.rope) == ("llama", 8, 8, RopeSpec(theta=10000.0))
     assert (spec.dtype, spec.bos_id, spec.eos_ids, spec.max_position) == ("bfloat16", 1, (2, 3), 512)
     assert not (spec.qkv_bias or spec.out_bias or spec.mlp_bias or spec.qk_norm or spec.tie_embeddings)
-    assert [(group.kind, group.layers) for group in spec.cache] == [("full", (0, 1))]
+    assert spec.cache == (CacheGroup((0, 1)),)
 
 
 def test_llama_biases_and_head_dim() -> None:
@@ -87,8 +88,10 @@ def test_gpt2_and_opt() -> None:
 
 
 def test_windows_multipliers_and_norms() -> None:
-    assert spec_of(architectures=["MistralForCausalLM"], sliding_window=4096).sliding_window == 4096
-    assert spec_of(architectures=["MistralForCausalLM"], sliding_window=None).sliding_window is None
+    for architecture in ("MistralForCausalLM", "Phi3ForCausalLM"):
+        assert spec_of(architectures=[architecture], sliding_window=96).cache == (CacheGroup((0, 1), window=96),)
+        for wide in (None, 512, 4096):
+            assert spec_of(architectures=[architecture], sliding_window=wide).cache == (CacheGroup((0, 1)),), "no longer sequence"
     multipliers = {"attention_multiplier": 0.0078125, "embedding_multiplier": 12, "residual_multiplier": 0.22}
     granite = spec_of(architectures=["GraniteForCausalLM"], **multipliers, logits_scaling=16)
     assert (granite.attention_scale, granite.embedding_scale, granite.residual_scale) == (0.0078125, 12.0, 0.22)
@@ -97,19 +100,109 @@ def test_windows_multipliers_and_norms() -> None:
     assert (olmo.norm_place, olmo.qk_norm) == ("output", "all")
 
 
+@pytest.mark.parametrize(
+    ("windows", "groups"),
+    [
+        ([None] * 3, [(0, 1, 2)]),
+        ([7] * 3, [(0, 1, 2)]),
+        ([7, None] * 2, [(0, 2), (1, 3)]),
+        ([7, 7, 7, None] * 2, [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ([7] * 5 + [None, None], [(0, 3), (1, 4), (2,), (5, 6)]),
+        ([7, 7, None, None, 7], [(0, 4), (1,), (2, 3)]),
+        ([None, 5, 7, 7], [(0,), (1,), (2,), (3,)]),
+    ],
+)
+def test_layers_are_dealt_to_groups_of_one_window(windows: list[int | None], groups: list[tuple[int, ...]]) -> None:
+    found = transformer.cache_groups(windows)
+    assert sorted(group.layers for group in found) == sorted(groups)
+    assert all({windows[layer] for layer in group.layers} == {group.window} for group in found)
+
+
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 8}
 
 
 def test_experts() -> None:
     mixtral = spec_of(architectures=["MixtralForCausalLM"], num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
-    assert mixtral.experts == ExpertsSpec(count=8, num_active=2, size=172, renormalise=True, layers=(0, 1))
+    assert mixtral.experts == ExpertsSpec(8, 172, RoutingSpec(2, renormalise=True), layers=(0, 1))
     qwen3 = spec_of(architectures=["Qwen3MoeForCausalLM"], **MOE, norm_topk_prob=True, mlp_only_layers=[0])
-    assert qwen3.qk_norm and qwen3.experts == ExpertsSpec(6, 2, 48, renormalise=True, layers=(1,))
+    assert qwen3.qk_norm and qwen3.experts == ExpertsSpec(6, 48, RoutingSpec(2, renormalise=True), layers=(1,))
     shared = {"shared_expert_intermediate_size": 100, "decoder_sparse_step": 2, "num_hidden_layers": 5}
     qwen2 = spec_of(architectures=["Qwen2MoeForCausalLM"], **MOE, **shared)
-    assert qwen2.qkv_bias and qwen2.experts == ExpertsSpec(6, 2, 48, renormalise=False, layers=(1, 3), shared_size=100)
+    assert qwen2.qkv_bias and qwen2.experts == ExpertsSpec(6, 48, RoutingSpec(2), (1, 3), shared_size=100, shared_gate=True)
     renamed = {"num_local_experts": MOE["num_experts"], **{name: value for name, value in MOE.items() if name != "num_experts"}}
     assert spec_of(architectures=["Qwen2MoeForCausalLM"], **renamed, **shared) == qwen2
+
+
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+DEEPSEEK: dict[str, Any] = {
+    "aux_loss_alpha": 0.001, "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 1, "hidden_act": "silu",
+    "kv_lora_rank": 512, "moe_layer_freq": 1, "pretraining_tp": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000, "seq_aux": True, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "v_head_dim": 128, "attention_bias": False, "max_position_embeddings": 163840,
+}  # fmt: skip
+V2_LITE: dict[str, Any] = {
+    **DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 10944,
+    "model_type": "deepseek_v2", "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+    "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27,
+    "num_key_value_heads": 16, "q_lora_rank": None, "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy", "vocab_size": 102400,
+}  # fmt: skip
+V2: dict[str, Any] = {
+    **V2_LITE, "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_group": 8, "topk_group": 3,
+    "n_routed_experts": 160, "num_attention_heads": 128, "num_key_value_heads": 128, "num_hidden_layers": 60,
+    "q_lora_rank": 1536, "routed_scaling_factor": 16.0, "topk_method": "group_limited_greedy",
+}  # fmt: skip
+V3: dict[str, Any] = {
+    **DEEPSEEK, "architectures": ["DeepseekV3ForCausalLM"], "first_k_dense_replace": 3, "hidden_size": 7168,
+    "intermediate_size": 18432, "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "n_group": 8,
+    "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc", "vocab_size": 129280,
+}  # fmt: skip
+
+
+def test_deepseek() -> None:
+    lite, v2, v3 = (model_spec(config, "config.json") for config in (V2_LITE, V2, V3))
+    assert lite.latent == LatentSpec(512, 64, 128, 128) and v2.latent == v3.latent == LatentSpec(512, 64, 128, 128, q_rank=1536)
+    assert lite.rope == RopeSpec(1e4, "yarn", 40.0, original_max_position=4096, interleaved=True) and lite.max_position == 163840
+    assert (lite.num_kv_heads, lite.head_dim) == (16, 192)
+    assert lite.attention_scale == pytest.approx(192**-0.5 * (0.0707 * math.log(40) + 1) ** 2)
+    assert v3.attention_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert lite.experts == ExpertsSpec(64, 1408, RoutingSpec(6), tuple(range(1, 27)), shared_size=2816)
+    limited = RoutingSpec(6, num_groups=8, num_top_groups=3, scale=16.0)
+    assert v2.experts == ExpertsSpec(160, 1536, limited, tuple(range(1, 60)), shared_size=3072)
+    corrected = RoutingSpec(8, "sigmoid", "choice", 8, 4, group_best=2, renormalise=True, scale=2.5)
+    assert v3.experts == ExpertsSpec(256, 2048, corrected, tuple(range(3, 61)), shared_size=2048)
+    plain = model_spec({**V3, "rope_scaling": None, "rope_interleave": False, "n_shared_experts": None, "moe_layer_freq": 2}, "")
+    assert plain.rope == RopeSpec(1e4) and plain.attention_scale == 192**-0.5
+    assert plain.experts is not None and plain.experts.shared_size == 0 and plain.experts.layers == tuple(range(4, 61, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "message"),
+    [
+        (V2, {"norm_topk_prob": True}, "'norm_topk_prob' is True"),
+        (V2, {"scoring_func": "sigmoid"}, "'scoring_func' is 'sigmoid'"),
+        (V2, {"topk_method": "noaux_tc"}, "'topk_method' is 'noaux_tc': supported are"),
+        (V2, {"n_group": None}, "'n_group' is missing"),
+        (V2, {"n_group": 7}, "160 experts cannot be chosen from 3 of 7 groups"),
+        (V2, {"topk_group": 9}, "160 experts cannot be chosen from 9 of 8 groups"),
+        (V2, {"num_experts_per_tok": 61}, "'num_experts_per_tok' is 61, but there are 60 experts to choose from"),
+        (V3, {"n_group": 256, "topk_group": 9}, "9 of 256 groups with at least 2 in each"),
+        (V3, {"scoring_func": "softmax"}, "'scoring_func' is 'softmax'"),
+        (V3, {"topk_method": "greedy"}, "'topk_method' is 'greedy'"),
+        (V3, {"attention_bias": True}, "'attention_bias' is True"),
+        (V3, {"num_key_value_heads": 64}, "'num_key_value_heads' is 64"),
+        (V3, {"kv_lora_rank": None}, "'kv_lora_rank' is missing"),
+        (V3, {"first_k_dense_replace": -1}, "'first_k_dense_replace' must be an integer from 0 on, not -1"),
+        (V3, {"partial_rotary_factor": 0.5}, "only 32 of 64 channels of the shared key would be rotated"),
+        (BASE, {"kv_lora_rank": 512}, "'kv_lora_rank' is 512"),
+    ],
+)
+def test_what_deepseek_cannot_ask_for(config: dict[str, Any], changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        model_spec({**config, **changed}, "config.json")
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -196,12 +289,28 @@ def test_a_missing_field_is_named(name: str) -> None:
         model_spec({key: value for key, value in BASE.items() if key != name}, "config.json")
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+
+
+def test_block_fp8_is_no_other_mathematics() -> None:
+    more = {"modules_to_not_convert": ["lm_head"], "scale_fmt": "ue8m0"}
+    assert spec_of(quantization_config={**FP8, **more}) == spec_of(quantization_config=None) == spec_of()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
         ({"use_sliding_window": True}, "'use_sliding_window' is True"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'quantization_config' is"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "'quantization_config' is 'awq', which tpserve does not support: it reads",
+        ),
+        ({"quantization_config": {"load_in_8bit": True}}, "'quantization_config' is {'load_in_8bit': True}"),
+        ({"quantization_config": "gptq"}, "'quantization_config' is 'gptq'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is 'fp8' with weight_block_size None"),
+        ({"quantization_config": {**FP8, "activation_scheme": "static"}}, "is 'fp8' with activation_scheme 'static'"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "is 'mxfp4', which tpserve does not support: it reads 'fp8' with"),
         ({"attention_multiplier": 0.1}, "'attention_multiplier'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "rope type 'mrope' is not supported"),
@@ -254,5 +363,4 @@ def test_reading_a_directory(tmp_path: Path) -> None:
             model_config.read(tmp_path)
     path.write_text(json.dumps({"eos_token_id": 2, "x": 1}))
     assert model_config.read(tmp_path) == {"eos_token_id": 2, "x": 1}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2]}))
-    assert model_config.read(tmp_path) == {"eos_token_id": [2, 5], "x": 1}
+    assert model_config.read(tmp_path, (5, 2)) == {"eos_token_id": [2, 5], "x": 1}

@@ -7,19 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tpserve.attention import tiles
-from tpserve.attention.batch import AttentionBatch
-from tpserve.attention.paged import KVCache, attend, ready
-from tpserve.layers.activation import PLAIN, silu_mul
+from tpserve.layers.activation import PLAIN, clamped_swiglu, gelu_tanh_mul, silu_mul
+from tpserve.layers.latent import per_head
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import Experts, MoE
 from tpserve.layers.norm import AllHeadsNorm, LayerNorm, add_rms_norm, rms_norm
 from tpserve.layers.rope import tables
+from tpserve.layers.routing import Routing
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul, pad_rows
 from tpserve.quant.packed import PackedWeight, pack, packs
-from tpserve.types.model_spec import RopeSpec
-from tpserve_kernels.attention import paged_attention_reference
+from tpserve.types.model_spec import RopeSpec, RoutingSpec
 
 ROWS = (1, 2, 3, 4, 5, 16, 17, 256, 257, 600)
 OFFSETS = (0, 1, 6)
@@ -81,6 +79,7 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
     weight_H = torch.randn(width).to(dtype)
     assert_rows_stand_alone(lambda x: rms_norm(x, weight_H, 1e-6), width, dtype)
     assert_rows_stand_alone(lambda x: torch.cat(add_rms_norm(x, x.flip(1), weight_H, 1e-6), dim=1), width, dtype)
+    assert_rows_stand_alone(lambda x: rms_norm(x, weight_H, 1e-6, offset=1.0), width, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,10 +95,11 @@ def test_experts(count: int, num_active: int, mine: range, channels: int, shared
     def weight(*shape: int) -> torch.Tensor:
         return (torch.randn(shape) * 2 / shape[-1] ** 0.5).to(dtype)
 
-    experts = Experts(count, mine, weight(len(mine), 2 * channels, hidden), weight(len(mine), hidden, channels))
+    experts = Experts(count, mine, weight(len(mine), 2 * channels, hidden), silu_mul, weight(len(mine), hidden, channels))
     beside = MLP(weight(2 * shared, hidden), None, silu_mul, weight(hidden, shared), None, group) if shared else None
     router, tally = weight(count + bool(shared), hidden).float(), torch.zeros(count, dtype=torch.int64)
-    layer = MoE(router, num_active, count % 2 == 0, experts, beside, tally, group).packed()
+    routing = Routing(RoutingSpec(num_active, renormalise=count % 2 == 0))
+    layer = MoE(router, routing, experts, beside, tally, group).packed()
 
     def op(x_TH: torch.Tensor) -> torch.Tensor:
         before = tally.sum()
@@ -121,9 +121,9 @@ def one_by_one(layer: MoE, x_TH: torch.Tensor) -> torch.Tensor:
     """The same in float32, token by token and expert by expert."""
     experts, out_TH = layer.experts, torch.zeros_like(x_TH)
     logits_TE = x_TH @ layer.router.T
-    chosen = logits_TE[:, : experts.count].softmax(1).topk(layer.num_active)
+    chosen = logits_TE[:, : experts.count].softmax(1).topk(layer.routing.spec.num_active)
     for t, (weights, ids) in enumerate(zip(chosen.values, chosen.indices, strict=True)):
-        total = weights.sum() if layer.renormalise else 1.0
+        total = weights.sum() if layer.routing.spec.renormalise else 1.0
         for probability, e in zip(weights, ids.tolist(), strict=True):
             if e in experts.mine:
                 gate, up = (experts.gate_up_EI2H[e - experts.mine.start].float() @ x_TH[t]).chunk(2)
@@ -169,8 +169,26 @@ def test_activations_are_those_of_torch(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [2, 116, 342, 2000, 8192])
-def test_silu_mul(width: int, dtype: torch.dtype) -> None:
+def test_gated_activations(width: int, dtype: torch.dtype) -> None:
     assert_rows_stand_alone(silu_mul, width, dtype)
+    assert_rows_stand_alone(gelu_tanh_mul, width, dtype)
+    assert_rows_stand_alone(partial(clamped_swiglu, alpha=1.702, limit=0.8), width, dtype)
+
+
+def test_gated_activations_are_those_of_torch() -> None:
+    gate, up = torch.linspace(-30, 30, 10001), torch.linspace(12, -12, 10001)
+    beside = torch.cat((gate, up)).unsqueeze(0)
+    assert_close = partial(torch.testing.assert_close, atol=1e-6, rtol=1e-6)
+    assert_close(silu_mul(beside)[0], F.silu(gate) * up)
+    assert_close(gelu_tanh_mul(beside)[0], F.gelu(gate, approximate="tanh") * up)
+    limited = gate.clamp(max=7.0)
+    assert_close(clamped_swiglu(beside, 1.702, 7.0)[0], limited * torch.sigmoid(1.702 * limited) * (up.clamp(-7.0, 7.0) + 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [517, 1000])
+def test_capped_logits(width: int, dtype: torch.dtype) -> None:
+    assert_rows_stand_alone(lambda x: (x.float() * 9).div_(30.0).tanh_().mul_(30.0), width, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -187,73 +205,26 @@ def test_rope(heads: int, dim: int, turning: int | None, dtype: torch.dtype) -> 
     assert_rows_stand_alone(op, 1 + heads * dim, dtype)
 
 
-class Paged:
-    """Random sequences in a shuffled cache whose unowned entries are NaN."""
-
-    def __init__(self, contexts: list[int], block_size: int, num_kv_heads: int, dim: int, dtype: torch.dtype) -> None:
-        widths = [-(-context // block_size) for context in contexts]
-        ids = torch.randperm(sum(widths) + 3)
-        shape = (len(ids), block_size, num_kv_heads, dim)
-        self.cache = KVCache(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
-        self.tables = [t.int() for t in ids[: sum(widths)].split(widths)]
-        self.contexts = contexts
-        owned = torch.zeros(shape[:2], dtype=torch.bool)
-        for context, table in zip(contexts, self.tables, strict=True):
-            for p in range(context):
-                owned[table[p // block_size], p % block_size] = True
-        for side in (self.cache.k, self.cache.v):
-            side.masked_fill_(~owned[:, :, None, None], torch.nan)
-
-    def batch(self, chunks: list[tuple[int, int, int]]) -> AttentionBatch:
-        """Chunks (sequence, start, count), in this order."""
-        ends = [start + count for _, start, count in chunks]
-        padded = torch.nn.utils.rnn.pad_sequence([self.tables[i] for i, _, _ in chunks], batch_first=True)
-        starts = torch.tensor([0, *(count for _, _, count in chunks)]).cumsum(0)
-        none = torch.empty(0, dtype=torch.int64)
-        lens = tuple(count for _, _, count in chunks)
-        return AttentionBatch(starts.int(), torch.tensor(ends).int(), padded, none, lens, tuple(ends))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "block_size"), [(8, 4, 8, 16), (8, 8, 16, 32), (6, 1, 64, 16), (3, 3, 80, 256)]
-)
-def test_attention(heads: int, kv_heads: int, dim: int, block_size: int, dtype: torch.dtype) -> None:
-    contexts = [1, 2, 5, 16, 17, 128, 129, 257, 300, 40, 64, 256]
-    paged = Paged(contexts, block_size, kv_heads, dim, dtype)
-    q = [torch.randn(context, heads, dim).to(dtype) for context in contexts]
-    scale = dim**-0.5
+@pytest.mark.parametrize(("heads", "inner", "outer"), [(1, 12, 32), (5, 20, 32), (43, 32, 20), (6, 128, 512), (6, 512, 128)])
+def test_products_of_heads(heads: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+    weight_NKM = torch.randn(heads, inner, outer).to(dtype)
 
-    def run(chunks: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-        rows = torch.cat([q[i][start : start + count] for i, start, count in chunks])
-        out = attend(rows, paged.cache, ready(paged.batch(chunks), heads, paged.cache), scale)
-        return list(out.split([count for _, _, count in chunks]))
+    def op(x: torch.Tensor) -> torch.Tensor:
+        return per_head(pad_rows(x).view(-1, heads, inner), weight_NKM)[: len(x)].flatten(1)
 
-    torch.set_num_threads(1)
-    alone = [torch.cat([run([(i, p, 1)])[0] for p in range(context)]) for i, context in enumerate(contexts)]
-    oracle = paged.batch([(i, 0, context) for i, context in enumerate(contexts)])
-    expected = paged_attention_reference(
-        torch.cat(q), paged.cache.k, paged.cache.v, oracle.tables, oracle.query_starts, oracle.context_lens, 300, scale
-    )
-    torch.testing.assert_close(torch.cat(alone), expected, atol=2e-6 if dtype == torch.float32 else 2e-2, rtol=1e-5)
-    last = [(i, context - 1, 1) for i, context in enumerate(contexts)]
-    cuts = [(i, context // 3, context - context // 3) for i, context in enumerate(contexts)]
-    whole = [(i, 0, context) for i, context in enumerate(contexts)]
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for chunks in (last, last[::-1], cuts, whole, last[:5] + whole[5:], [(8, 0, 130)], [(8, 130, 3)], [(8, 133, 167)]):
-            for (i, start, count), got in zip(chunks, run(chunks), strict=True):
-                assert torch.equal(got, alone[i][start : start + count]), f"sequence {i} rows [{start}, {start + count})"
+    assert_rows_stand_alone(op, heads * inner, dtype)
 
 
-def test_attention_splits_a_wide_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences taken in several gathers and groups come out as in one."""
-    paged = Paged([200, 100, 150, 3], 16, 2, 16, torch.float32)
-    batch = paged.batch([(i, context - 1, 1) for i, context in enumerate(paged.contexts)])
-    q_TND = torch.randn(4, 4, 16)
-    together = attend(q_TND, paged.cache, ready(batch, 4, paged.cache), 0.25)
-    for bound in ("GATHER_BYTES", "SCORE_BYTES"):
-        monkeypatch.setattr(tiles, bound, 1)
-        apart = ready(batch, 4, paged.cache)
-        assert sum(len(group.pieces) for group in apart.tiles) == 2 + 1 + 2 + 1, "a pair at a time"
-        assert torch.equal(attend(q_TND, paged.cache, apart, 0.25), together)
+def test_neighbours_turn_together() -> None:
+    """Scores, which know no order of channels, are those of pairs (2 c, 2 c + 1) rotated as complex numbers."""
+    rope = tables(RopeSpec(interleaved=True), 16, 50, torch.device("cpu"))
+    q_TND, k_TKD, positions_T = torch.randn(9, 3, 16), torch.randn(9, 1, 16), torch.randint(50, (9,))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        waves_TE = torch.polar(torch.ones(9, 8), positions_T.unsqueeze(1) / 10000 ** (torch.arange(8) / 8))
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(2, (8, 2))) * waves_TE.unsqueeze(1)).flatten(2)
+
+    got_q, got_k = rope.to(positions_T)(q_TND, k_TKD)
+    expected = torch.einsum("tnd,skd->nts", turned(q_TND), turned(k_TKD))
+    torch.testing.assert_close(torch.einsum("tnd,skd->nts", got_q, got_k), expected, atol=1e-4, rtol=0)

@@ -1,6 +1,5 @@
 """What fits, and what would: numbers of ranks that were never started."""
 
-import math
 import random
 import re
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from tests.specs import EXPERTS, small
+from tests.specs import EXPERTS, LATENTS, small
 from tests.unit.test_weights import Seat
 from tpserve.config.cli import parse
 from tpserve.config.machine import Machine
@@ -18,10 +17,16 @@ from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.models.decoder import Decoder
 from tpserve.models.need import largest, need
+from tpserve.parallel.group import Group
+from tpserve.parallel.mesh import Mesh
+from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.model_files import ModelFiles
+from tpserve.types.model_spec import CacheGroup, ModelSpec
+from tpserve.worker.memory import allocate
 from tpserve.worker.sizing import AUTO_LEAST, GIB, Measured, fit, ledger_of, refusal, report, slot_bytes
 
+EIGHT_EXPERTS = replace(EXPERTS, count=8, shared_size=0, shared_gate=False, layers=(0, 1, 2, 3))
 MIB = 1 << 20
 SPEC = small(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
@@ -35,17 +40,17 @@ def config(line: str, ranks: int = 1, nnodes: int = 1) -> EngineConfig:
     return resolve(parse(["m", "--device", "cuda", "--max-num-seqs", "8", *line.split()]), ModelFiles("m", "m"), SPEC, machine)
 
 
-def rank(total_gib: float, share: float = 0.9, tp: int = 1) -> Measured:
+def rank(total_gib: float, share: float = 0.9, tp: int = 1, spec: ModelSpec = SPEC) -> Measured:
     """A card on which this model was loaded, with one GiB for activations and LM head, half another for others."""
-    total, weights = int(total_gib * GIB), 2 * largest(SPEC, ParallelLayout(tp, 1, (32,))).weights
-    block = 16 * 2 * largest(SPEC, ParallelLayout(tp, 1, (32,))).cached
+    total, weights = int(total_gib * GIB), 2 * largest(spec, ParallelLayout(tp, 1, (32,))).weights
+    block = 16 * 2 * largest(spec, ParallelLayout(tp, 1, (32,))).cached
     others, rest = GIB // 2, weights + GIB
     mine = int(total * share) - others
     return Measured(total, others, mine, weights, GIB // 2, GIB // 2, mine - rest, total - others - rest, block)
 
 
-def said(ranks: list[Measured], settings: EngineConfig, per_node: int = 8) -> str:
-    refused = refusal(fit(ranks, settings), ranks, SPEC, settings, per_node)
+def said(ranks: list[Measured], settings: EngineConfig, per_node: int = 8, spec: ModelSpec = SPEC) -> str:
+    refused = refusal(fit(ranks, spec, settings), ranks, spec, settings, per_node)
     return "" if refused is None else str(refused)
 
 
@@ -60,31 +65,44 @@ def said(ranks: list[Measured], settings: EngineConfig, per_node: int = 8) -> st
         {"family": "gpt2", "norm": "layer", "rope": None, "gated": False, "mlp_bias": True, "tie_embeddings": True},
         {"family": "opt", "norm": "layer", "rope": None, "final_norm": False, "embedding_size": 48},
         {"family": "opt", "norm": "layer", "norm_affine": False, "embedding_size": 48, "tie_embeddings": True},
+        {"cache": (CacheGroup((0, 1, 3), window=100), CacheGroup((2,)))},
+        {"cache": (CacheGroup((0, 2)), CacheGroup((1, 3), window=100))},
         {"family": "qwen2_moe", "experts": EXPERTS},
-        {"family": "mixtral", "experts": replace(EXPERTS, count=8, shared_size=0, layers=(0, 1, 2, 3)), "split": "experts"},
+        {"family": "mixtral", "experts": EIGHT_EXPERTS, "split": "experts"},
+        {"family": "gemma3", "norm_place": "around", "qk_norm": "head", "tie_embeddings": True},
+        {"family": "gpt_oss", "sinks": True, "experts": replace(EIGHT_EXPERTS, bias=True)},
+        {"family": "gpt_oss", "sinks": True, "experts": replace(EIGHT_EXPERTS, bias=True), "split": "experts"},
+        LATENTS,
+        {**LATENTS, "family": "deepseek_v2", "latent": replace(LATENTS["latent"], q_rank=None), "split": "experts"},
     ],
 )
 def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra: dict[str, Any]) -> None:
     fields = {name: value for name, value in extra.items() if name != "split"}
-    spec = small(num_heads=12, num_kv_heads=4, **fields)
+    spec = small(**{"num_heads": 12, "num_kv_heads": 4, **fields})
     layout = ParallelLayout(tp, pp, even_layers(spec.num_layers, pp), "split" in extra)
     for place in range(layout.world_size):
         stage, seat = layout.stage_of(place), Seat(layout.tp_rank_of(place), tp)
         decoder = Decoder(spec, layout, stage, seat, torch.float32, torch.device("cpu"), 8)
         computed = need(spec, layout, place)
         assert computed.weights == sum(parameter.tensor.numel() for parameter in decoder.parameters())
-        assert computed.cached == 2 * layout.layers[stage] * math.prod(decoder.cache_shape(1, 1))
+        mesh = Mesh(place, layout, Group(), Group(), Pipeline(), torch.device("cpu"))
+        caches = allocate(decoder, mesh, 1, 1)
+        arrays = {cache.k.data_ptr(): cache for cache in caches}.values()
+        assert 4 * computed.cached == sum(cache.k.nbytes + (0 if cache.v_in_k else cache.v.nbytes) for cache in arrays)
+        for group in spec.cache:
+            here = [caches[number].k.data_ptr() for number, layer in enumerate(layout.layers_of(stage)) if layer in group.layers]
+            assert len(set(here)) == len(here), "layers of a group share no array"
 
 
 def test_auto_takes_what_fits_on_the_smallest_rank() -> None:
     settings = config("--max-model-len auto", ranks=2)
     ranks = [rank(40, tp=2), rank(13, tp=2)]
-    found = fit(ranks, settings)
+    found = fit(ranks, SPEC, settings)
     assert found.rank == 1 and AUTO_LEAST < found.max_model_len < 131_072 and found.max_model_len % 16 == 0
     assert found.num_blocks * 16 >= found.max_model_len
     took = found.num_blocks * ranks[1].block + slot_bytes(settings, found.max_model_len)
     assert ranks[1].room - ranks[1].block < took <= ranks[1].room
-    lines = report([ledger_of(each, found, settings) for each in ranks], found, settings)
+    lines = report([ledger_of(each, found, settings) for each in ranks], found, SPEC, settings)
     assert lines[0].startswith("memory of rank 1 (stage 0): 13.0 GiB on the device, 512.0 MiB not ours, weights 7.5 GiB")
     assert lines[2] == f"max_model_len auto: {found.max_model_len:,} of the model's 131,072 tokens fit the KV cache"
     assert lines[3] == f"Maximum concurrency for {found.max_model_len:,} tokens per request: 1.00x"
@@ -92,9 +110,9 @@ def test_auto_takes_what_fits_on_the_smallest_rank() -> None:
 
 def test_auto_takes_all_when_all_fits() -> None:
     settings = config("--max-model-len auto")
-    found = fit([rank(80)], settings)
+    found = fit([rank(80)], SPEC, settings)
     assert found.max_model_len == 131_072
-    assert "all of the model's 131,072 tokens" in report([ledger_of(rank(80), found, settings)], found, settings)[2]
+    assert "all of the model's 131,072 tokens" in report([ledger_of(rank(80), found, settings)], found, SPEC, settings)[2]
 
 
 @pytest.mark.parametrize("auto", [False, True])
@@ -103,7 +121,7 @@ def test_random_ranks_never_get_more_than_their_room(auto: bool) -> None:
     for _ in range(300):
         settings = config("--max-model-len auto" if auto else "--max-model-len 5000", ranks=2)
         ranks = [rank(dice.uniform(15, 60), dice.uniform(0.5, 1)) for _ in range(2)]
-        found = fit(ranks, settings)
+        found = fit(ranks, SPEC, settings)
         for each in ranks:
             assert found.num_blocks * each.block <= max(0, each.room - slot_bytes(settings, found.max_model_len))
         assert not auto or found.max_model_len <= found.num_blocks * 16
@@ -113,7 +131,7 @@ def test_random_ranks_never_get_more_than_their_room(auto: bool) -> None:
 
 def test_a_size_that_is_given_wins() -> None:
     settings = config("--kv-cache-memory 2.5 --max-model-len 4096")
-    assert fit([rank(40)], settings).num_blocks == 2.5 * GIB // rank(40).block
+    assert fit([rank(40)], SPEC, settings).num_blocks == 2.5 * GIB // rank(40).block
     assert said([rank(40)], settings) == ""
     assert said([rank(18)], settings) == (
         "--kv-cache-memory 2.5 does not fit: beside weights, activations and LM head rank 0 has 1.5 GiB free: "
@@ -156,3 +174,33 @@ def test_a_stage_stays_inside_a_node_where_it_can() -> None:
     """On the CPU more ranks on the machine would share what it has: they need machines of their own."""
     assert "-tp 1 -pp 2 (2 ranks on 2 nodes, about" in said([rank(24)], config(""), per_node=1)
     assert "-tp 2 -pp 1 (2 ranks, about" in said([rank(24)], config(""), per_node=2)
+
+
+GEMMA = replace(SPEC, cache=tuple(CacheGroup(tuple(range(i, 32, 4)), None if i == 3 else 1024) for i in range(4)))
+"""Three layers with a window to one without: four groups of eight layers, and a quarter of the bytes a block."""
+
+
+def test_windows_make_the_same_memory_hold_more() -> None:
+    settings = config("--max-model-len auto")
+    ranks = [rank(24, spec=GEMMA)]
+    found = fit(ranks, GEMMA, settings)
+    assert fit([rank(24)], SPEC, settings).max_model_len == 42_112 and found.max_model_len == 131_072
+    each = 131_072 // 16 + 3 * 65
+    lines = report([ledger_of(ranks[0], found, settings)], found, GEMMA, settings)
+    assert lines[1] == (
+        f"GPU KV cache size: {found.num_blocks * 131_072 // each:,} tokens ({found.num_blocks:,} blocks of 16, "
+        f"{each:,} for a sequence of 131,072 tokens)"
+    )
+    assert lines[3] == f"Maximum concurrency for 131,072 tokens per request: {found.num_blocks / each:.2f}x"
+
+
+@pytest.mark.parametrize("total_gib", [18.5, 19, 20])
+def test_the_remedies_are_true_with_windows_too(total_gib: float) -> None:
+    text = said([rank(total_gib, spec=GEMMA)], config(""), spec=GEMMA)
+    shorter, layout = re.search(r"--max-model-len (\d+)", text), re.search(r"-tp (\d+) -pp 1", text)
+    assert shorter is not None and layout is not None, text
+    assert said([rank(total_gib, spec=GEMMA)], config(shorter[0]), spec=GEMMA) == ""
+    longer = config(f"--max-model-len {int(shorter[1]) + 16}")
+    assert said([rank(total_gib, spec=GEMMA)], longer, spec=GEMMA) != "", "it names the most"
+    tp = int(layout[1])
+    assert said([rank(total_gib, tp=tp, spec=GEMMA)] * tp, config(layout[0], ranks=tp), spec=GEMMA) == ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from tests.http.tiny_tokenizer import byte_level, metaspace, save
 from tpserve.errors import UserError
@@ -78,7 +79,7 @@ def test_token_bytes_are_exact() -> None:
 
 
 def test_load_names_what_is_missing_or_broken(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(UserError, match=r"has no tokenizer: neither tokenizer\.json, nor tokenizer\.model, nor vocab\.json with"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod')
     with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer"):
@@ -105,20 +106,68 @@ def test_load_takes_tokens_from_the_config(tmp_path: Path) -> None:
 
 def test_chat_template_of_a_directory(tmp_path: Path) -> None:
     save(byte_level(), tmp_path)
-    template = ChatTemplate.load(tmp_path)
+    template = ChatTemplate.load(tmp_path, Tokenizer.load(tmp_path).special_tokens)
     assert template.render(HELLO) == "<s><|user|>hi</s><|assistant|>"
     turns = [*HELLO, {"role": "assistant", "content": "he"}]
     assert template.render(turns, add_generation_prompt=False) == "<s><|user|>hi</s><|assistant|>he</s>"
     assert template.render(turns, add_generation_prompt=False, continue_final_message=True) == "<s><|user|>hi</s><|assistant|>he"
     (tmp_path / "chat_template.jinja").write_text("newer {{ messages[0].content }}")
-    assert ChatTemplate.load(tmp_path).render(HELLO) == "newer hi"
+    assert ChatTemplate.load(tmp_path, {}).render(HELLO) == "newer hi"
+
+
+NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
 def test_named_chat_templates(tmp_path: Path, name: str) -> None:
-    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    (tmp_path / name).write_text(json.dumps({"chat_template": templates}))
-    assert ChatTemplate.load(tmp_path).render(HELLO) == "plain"
+    (tmp_path / name).write_text(json.dumps({"chat_template": NAMED}))
+    assert ChatTemplate.load(tmp_path, {}).render(HELLO) == "plain"
+    assert ChatTemplate.load(tmp_path, {}, "tool_use").render(HELLO) == "tools"
+    assert ChatTemplate.load(tmp_path, {}, "{{ 1 }}").render(HELLO) == "1"
+    (tmp_path / name).write_text(json.dumps({"chat_template": {"default": "plain", "rag": "documents"}}))
+    assert ChatTemplate.load(tmp_path, {}, "rag").render(HELLO) == "documents"
+    (tmp_path / name).write_text(json.dumps({"chat_template": NAMED}))
+    with pytest.raises(
+        UserError, match="--chat-template rag is neither a file, nor .* one of the model's templates tool_use, default"
+    ):
+        ChatTemplate.load(tmp_path, {}, "rag")
+
+
+def test_which_chat_template_wins_is_as_in_transformers(tmp_path: Path) -> None:
+    """The newest convention, and whole: a directory with files of templates has no others."""
+    save(byte_level(), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": NAMED}))
+
+    def both(name: str | None = None) -> list[str | None]:
+        found: list[str | None] = []
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        for render in (lambda: theirs.apply_chat_template(HELLO, chat_template=name, tokenize=False),
+                       lambda: ChatTemplate.load(tmp_path, {}, name).render(HELLO)):  # fmt: skip
+            try:
+                found.append(render())
+            except (ValueError, UserError):
+                found.append(None)
+        return found
+
+    assert both() == ["plain", "plain"] and both("tool_use") == ["tools", "tools"]
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("documents")
+    assert both() == [None, None] and both("rag") == ["documents", "documents"]
+    with pytest.raises(
+        UserError, match=r"several chat templates \(rag\) and none is called default; start the server with --chat-t"
+    ):
+        ChatTemplate.load(tmp_path, {}).render(HELLO)
+    (tmp_path / "chat_template.jinja").write_text("newest")
+    assert both() == ["newest", "newest"] and both("rag") == ["documents", "documents"]
+    with pytest.raises(UserError, match="one of the model's templates default, rag"):
+        ChatTemplate.load(tmp_path, {}, "tool_use")
+
+
+@pytest.mark.parametrize("templates", [[{"name": "default"}], [3], {"default": 1}, 7, [{"name": "a", "template": None}]])
+def test_chat_templates_that_are_none_are_named(tmp_path: Path, templates: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: chat_template is neither a template nor a list of named ones"):
+        ChatTemplate.load(tmp_path, {})
 
 
 def test_chat_template_names_of_the_hub() -> None:
@@ -151,4 +200,4 @@ def test_chat_template_errors_are_the_users(source: str | None, sentence: str) -
 def test_broken_chat_template_is_named(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(UserError, match=r"chat_template\.jinja is no valid Jinja template"):
-        ChatTemplate.load(tmp_path)
+        ChatTemplate.load(tmp_path, {})

@@ -15,8 +15,9 @@ class AttentionBatch:
     """Where a cache group's keys and values are. One per cache group; integer tensors live on the model's device.
 
     Chunk r owns rows [query_starts[r], query_starts[r + 1]) of the step; its last row is at position context_lens[r] - 1,
-    and it sees positions [0, context_lens[r]) causally. Position p of chunk r lives in
-    block tables[r, p // block_size], entry p % block_size; entries of `tables` past the context are 0 and never read.
+    a row at position p sees positions (p - window, p] from 0 on. Position p of chunk r lives in block
+    tables[r, p // block_size], entry p % block_size. What no row sees is never read: entries of `tables` past the context,
+    and those before the window, whose blocks may have passed to other sequences.
     """
 
     query_starts: torch.Tensor
@@ -31,6 +32,8 @@ class AttentionBatch:
     """R integers on the host"""
     context_lens_host: tuple[int, ...]
     """R integers on the host"""
+    window: int | None = None
+    """Positions that a row sees, the last of them its own; None: all up to its own"""
     tiles: tuple[Group, ...] = ()
     """On the CPU, what `paged.ready` works out; nobody else writes it."""
 

@@ -140,7 +140,7 @@ class Rank:
         )
         self._plans = plans
         self._scheduler = Scheduler(limits)
-        self._slots = Slots(batch, max_len, BLOCK_SIZE, 1, torch.device("cpu"), eos_ids=(), vocab_size=VOCAB_SIZE)
+        self._slots = Slots(batch, max_len, BLOCK_SIZE, (None,), torch.device("cpu"), eos_ids=(), vocab_size=VOCAB_SIZE)
         self._at_once = AtOnce.of((range(VOCAB_SIZE),), max_len)
         self._queue: deque[StepPlan] = deque()
         self.plan_bytes = 0

@@ -82,7 +82,7 @@ def to_argv(flags: Flags) -> list[str]:
         if option.kind is bool:
             argv.append(option.flag if value else option.off)
             continue
-        texts = value if option.many else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        texts = value if option.many else [option.text(value)]
         argv += [f"{option.flag}={texts[0]}"] if texts[0].startswith("-") else [option.flag, *texts]
     return argv
 

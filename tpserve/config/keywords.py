@@ -60,6 +60,4 @@ def _value(option: Option, value: Any) -> Any:
             kind = "True or False" if option.kind is bool else "no switch"
             raise UserError(f"{option.name} must be {kind}, not {value!r}", param=option.name)
         return value
-    if isinstance(value, list | tuple):
-        value = ",".join(map(str, value))
-    return option.read(os.fspath(value) if isinstance(value, os.PathLike) else str(value), option.name)
+    return option.read(os.fspath(value) if isinstance(value, os.PathLike) else option.text(value), option.name)

@@ -1,31 +1,28 @@
 """Reads a model directory's JSON. Knows where fields are, not what they mean (that is `models/`)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tpserve.errors import UserError
 
 
-def read(directory: Path | str) -> dict[str, Any]:
-    """config.json as a dict. End-of-sequence ids that only generation_config.json names are added to `eos_token_id`."""
+def read(directory: Path | str, eos_ids: Sequence[int] = ()) -> dict[str, Any]:
+    """config.json as a dict. `eos_ids` that it does not name are added to its `eos_token_id`."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"no model directory {directory}: give the path of a directory with config.json and safetensors files")
-    config = _object(directory / "config.json")
-    if (directory / "generation_config.json").exists():
-        more = _ids(_object(directory / "generation_config.json").get("eos_token_id"))
-        known = _ids(config.get("eos_token_id"))
-        if added := [token for token in more if token not in known]:
-            config["eos_token_id"] = [*known, *added]
+    config = read_object(directory / "config.json")
+    named = config.get("eos_token_id")
+    known = named if isinstance(named, list) else [] if named is None else [named]
+    if added := [token for token in eos_ids if token not in known]:
+        config["eos_token_id"] = [*known, *added]
     return config
 
 
-def _ids(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of the directory. UserError names the file and what is wrong with it."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:

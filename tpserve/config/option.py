@@ -1,5 +1,6 @@
 """The fields of `Flags` as a command line sees them: spelling, value, help. Read off the struct; holds no list of its own."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType
@@ -47,11 +48,18 @@ class Option:
         if get_origin(self.kind) is Literal:
             return "{" + ",".join(get_args(self.kind)) + "}"
         names = {int: "N", float: "X", str: "TEXT", bool: "", tuple[str, ...]: "NAME [NAME ...]", tuple[int, ...]: "N,N,..."}
+        names |= {dict[str, Any]: "JSON"}
         return "|".join((names[self.kind], *self.words))
 
     def default_text(self) -> str:
         """The default for help texts; empty when the help text tells it."""
         return "" if self.default in (None, ()) or self.kind is bool else str(self.default)
+
+    def text(self, value: Any) -> str:
+        """What `read` makes `value` of."""
+        if isinstance(value, dict):
+            return json.dumps(value)
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
     def read(self, text: str, said_as: str) -> Any:
         """The value of `text`. Raises UserError that names `said_as` and what it takes."""
@@ -112,6 +120,16 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _members(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise _WrongValue('a JSON object, such as {"temperature": 0.5}')
+    return value
+
+
 _READERS: dict[Any, Callable[[str], Any]] = {
     str: str,
     int: _whole,
@@ -119,6 +137,7 @@ _READERS: dict[Any, Callable[[str], Any]] = {
     bool: _switch,
     tuple[int, ...]: _sizes,
     tuple[str, ...]: lambda text: tuple(text.split()),
+    dict[str, Any]: _members,
 }
 
 

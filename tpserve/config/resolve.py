@@ -12,6 +12,7 @@ from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
+from tpserve.types.window import blocks_of, longest
 
 GIB = 1 << 30
 BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -32,6 +33,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         model=files.directory,
         tokenizer=files.tokenizer,
         chat_template=files.chat_template,
+        sampling_defaults=files.sampling_defaults,
         snapshot=files.snapshot,
         served_model_name=flags.served_model_name or (flags.model,),
         dtype=_dtype(flags, spec, device),
@@ -48,7 +50,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         enable_prefix_caching=flags.enable_prefix_caching,
         gpu_memory_utilization=flags.gpu_memory_utilization,
         kv_cache_memory=None if flags.kv_cache_memory is None else int(flags.kv_cache_memory * GIB),
-        num_gpu_blocks_override=_num_blocks(flags, max_model_len),
+        num_gpu_blocks_override=_num_blocks(flags, spec, max_model_len),
         max_queued_requests=flags.max_queued_requests,
         host=flags.host,
         port=flags.port,
@@ -133,24 +135,18 @@ def _dtype(flags: Flags, spec: ModelSpec, device: str) -> Literal["bfloat16", "f
 
 
 def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
-    longest = spec.max_position if flags.max_model_len is None else flags.max_model_len
-    if longest == "auto":
-        return min(spec.max_position, spec.sliding_window or spec.max_position)
-    if longest > spec.max_position:
+    given = spec.max_position if flags.max_model_len is None else flags.max_model_len
+    if given == "auto":
+        return spec.max_position
+    if given > spec.max_position:
         raise UserError(
-            f"--max-model-len {longest} is beyond the model's {spec.max_position} positions: pass at most that",
+            f"--max-model-len {given} is beyond the model's {spec.max_position} positions: pass at most that",
             param="max_model_len",
         )
-    if spec.sliding_window is not None and longest > spec.sliding_window:
-        raise UserError(
-            f"the model sees a sliding window of {spec.sliding_window} positions, which is not supported yet, and sequences may "
-            f"have {longest}: pass --max-model-len {spec.sliding_window}, within which it changes nothing",
-            param="max_model_len",
-        )
-    return longest
+    return given
 
 
-def _num_blocks(flags: Flags, max_model_len: int) -> int | None:
+def _num_blocks(flags: Flags, spec: ModelSpec, max_model_len: int) -> int | None:
     given, size = flags.num_gpu_blocks_override, flags.block_size
     if given is not None and flags.kv_cache_memory is not None:
         raise UserError(
@@ -158,10 +154,12 @@ def _num_blocks(flags: Flags, max_model_len: int) -> int | None:
             "pass one of them",
             param="kv_cache_memory",
         )
-    if given is not None and flags.max_model_len != "auto" and given * size < max_model_len:
+    if given is not None and flags.max_model_len != "auto" and given < (least := blocks_of(max_model_len, spec.windows, size)):
+        fits = longest(lambda length: blocks_of(length, spec.windows, size) <= given, size, max_model_len)
+        shorter = f", or --max-model-len {fits}" if fits else ""
         raise UserError(
-            f"--num-gpu-blocks-override {given} is {given * size:,} tokens in blocks of {size}, too few for one sequence of "
-            f"{max_model_len:,}: pass at least {-(-max_model_len // size)}, or --max-model-len {given * size}",
+            f"--num-gpu-blocks-override {given}, of {size} tokens each, are too few for one sequence of {max_model_len:,}: "
+            f"pass at least {least}{shorter}",
             param="num_gpu_blocks_override",
         )
     return given

@@ -13,6 +13,7 @@ from msgspec import Struct, to_builtins
 
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_files import Snapshot
+from tpserve.types.sampling import SamplingDefaults
 
 MODEL, LAYOUT, ENGINE, HTTP, OPERATION, LAUNCH = GROUPS = (
     "Model",
@@ -53,10 +54,30 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = None
     revision: Annotated[str | None, Flag(MODEL, "Branch, tag or commit of a repository. Default: main.")] = None
     tokenizer: Annotated[
-        str | None, Flag(MODEL, "Directory or repository (at main) of the tokenizer and its chat template. Default: MODEL.")
+        str | None, Flag(MODEL, "Directory or repository of the tokenizer and its chat template. Default: MODEL.")
+    ] = None
+    tokenizer_revision: Annotated[
+        str | None,
+        Flag(MODEL, "Branch, tag or commit of the tokenizer's repository. Default: MODEL's for its own, main for another."),
     ] = None
     chat_template: Annotated[
-        str | None, Flag(MODEL, "Chat template: a file, or the Jinja text itself. Default: the tokenizer's.")
+        str | None,
+        Flag(
+            MODEL,
+            "Chat template: a file, the Jinja text itself, or the name of one of the tokenizer's. Default: the tokenizer's.",
+        ),
+    ] = None
+    generation_config: Annotated[
+        str,
+        Flag(
+            MODEL,
+            "Where requests' default sampling parameters come from. auto: generation_config.json of MODEL. none (or vllm): there "
+            "are none. Else a directory whose generation_config.json is read in place of MODEL's.",
+        ),
+    ] = "auto"
+    override_generation_config: Annotated[
+        dict[str, Any] | None,
+        Flag(MODEL, "Default sampling parameters that are stronger than the file's, such as '{\"temperature\": 0.5}'."),
     ] = None
     download_dir: Annotated[
         str | None, Flag(MODEL, "Cache for repositories, shared with other programs. Default: HF_HUB_CACHE, else below HF_HOME.")
@@ -195,8 +216,8 @@ class Flags(Struct, frozen=True, kw_only=True):
 class EngineConfig(Struct, frozen=True, kw_only=True):
     """All that a server was resolved to; made once by `resolve`. What must be measured is not here but in the memory ledger.
 
-    `model` and `tokenizer` are directories on this node; `chat_template` is a text, None for the tokenizer's own; with a
-    `snapshot` the weights may still have to be downloaded into `model`.
+    `model` and `tokenizer` are directories on this node; `chat_template` is a text, or the name of one of the tokenizer's, None
+    for its default; with a `snapshot` the weights may still have to be downloaded into `model`.
     `max_model_len` is the most there can be: with `fit_max_model_len` the ledger says how much of it there is.
     `kv_cache_memory` is in bytes, of each rank.
     """
@@ -204,6 +225,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     model: str
     tokenizer: str
     chat_template: str | None
+    sampling_defaults: SamplingDefaults
     snapshot: Snapshot | None
     served_model_name: tuple[str, ...]
     dtype: Literal["bfloat16", "float16", "float32"]
@@ -242,6 +264,6 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
 
 _LOCAL = {
-    *("model", "tokenizer", "chat_template", "snapshot", "served_model_name"),
+    *("model", "tokenizer", "chat_template", "sampling_defaults", "snapshot", "served_model_name"),
     *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
 }

@@ -15,6 +15,7 @@ import msgspec
 import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
+from tpserve.config import generation_config
 from tpserve.config.env import RankEnv
 from tpserve.config.machine import available_cores
 from tpserve.config.schema import EngineConfig
@@ -24,6 +25,7 @@ from tpserve.hub import download
 from tpserve.hub.locate import weights_of
 from tpserve.models import names_of
 from tpserve.models.decoder import Decoder
+from tpserve.models.whole import sources
 from tpserve.observe.progress import Progress
 from tpserve.observe.stopwatch import Stopwatch
 from tpserve.observe.trace import Trace
@@ -38,6 +40,7 @@ from tpserve.version import __version__
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
+from tpserve.weights.survey import about
 from tpserve.wire.attach import Attachment, attach_remote, publish
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Key, rank_role
 from tpserve.wire.channels import Door, EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, tcp
@@ -159,8 +162,10 @@ class _Rank:
             caches = allocate(decoder, mesh, found.num_blocks, config.block_size)
         watch.lap("measure")
         if env.rank == 0:
-            for line in report(ledgers, found, config):
+            for line in report(ledgers, found, self._spec, config):
                 log.info(line)
+            if (told := generation_config.line(config.sampling_defaults)) is not None:
+                log.info(told)
         if (tally := decoder.tally) is not None and mesh.tp.rank == 0:  # the other ranks of the stage count the same
             tally.clear()
             self._control.count(tally.layers, tally.read)
@@ -231,7 +236,10 @@ class _Rank:
             else:
                 only_safetensors = config.load_format == "safetensors"
                 checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
-                load(parameters, checkpoint, self._spec.num_layers, loaded)
+                if env.rank == 0:
+                    for line in about(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
+                        log.info(line)
+                load(parameters, checkpoint, loaded)
         return decoder, decoder.prepack()
 
     def _heads(self) -> dict[str, int]:
@@ -250,7 +258,7 @@ class _Rank:
             config.max_num_seqs,
             max_len,
             config.block_size,
-            len(self._spec.cache),
+            self._spec.windows,
             device,
             eos_ids=self._spec.eos_ids,
             vocab_size=self._spec.vocab_size,
@@ -268,7 +276,7 @@ class _Rank:
             depth=2 if layout.pp == 1 else layout.pp + 1,
             feedback=layout.pp > 1,
             eos_ids=self._spec.eos_ids,
-            num_groups=len(self._spec.cache),
+            windows=self._spec.windows,
             prefix_caching=config.enable_prefix_caching,
         )
         link = EngineLink(self._attachment.engine, self._control.incarnation)

@@ -26,6 +26,7 @@ from tpserve.frontend.openai.service import SERVICE, Service, not_ready
 from tpserve.frontend.status import Status
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.sampling import SamplingDefaults
 from tpserve.version import __version__
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Settings(Protocol):
     def model(self) -> str: ...
     @property
     def served_model_name(self) -> tuple[str, ...]: ...
+    @property
+    def sampling_defaults(self) -> SamplingDefaults: ...
     @property
     def api_key(self) -> str | None: ...
     @property
@@ -81,6 +84,7 @@ def create_app(
         status=status,
         tokenizer=tokenizer,
         chat_template=chat_template,
+        defaults=settings.sampling_defaults,
     )
     app.on_response_prepare.append(stamp)
     routes.add_routes(app)

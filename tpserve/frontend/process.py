@@ -101,7 +101,8 @@ class Service:
         self._started_s = started_s
         self._signalled_s: float | None = None
         self._bridge = Bridge(config, where, address if nnodes > 1 else None, started_s, self._tell)
-        tokenizer, template = Tokenizer.load(config.tokenizer), ChatTemplate.load(config.tokenizer, config.chat_template)
+        tokenizer = Tokenizer.load(config.tokenizer)
+        template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
         bridge = self._bridge
         self.app = create_app(config, bridge.journal, bridge.status, tokenizer, template, info=bridge.info, exposed=exposed)
 

@@ -70,8 +70,8 @@ def absent(directory: Path, names: Iterable[str]) -> list[str]:
 def present(cache: Path, repository: str, commit: str) -> Wanted:
     """All files of the commit that the cache holds."""
     directory = Wanted(repository, commit, cache, {}).directory
-    files = sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
-    return Wanted(repository, commit, cache, {path.name: path.stat().st_size for path in files})
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return Wanted(repository, commit, cache, {str(path.relative_to(directory)): path.stat().st_size for path in files})
 
 
 def known_commit(cache: Path, repository: str, revision: str) -> str | None:

@@ -31,11 +31,11 @@ def is_repository(name: str, param: str) -> bool:
     return True
 
 
-def check_revision(revision: str) -> None:
-    """UserError for what can be no branch, tag or commit."""
+def check_revision(revision: str, param: str) -> None:
+    """UserError for what can be no branch, tag or commit; `param` is the flag's name."""
     if not _REVISION.fullmatch(revision) or ".." in revision:
-        raise UserError(f"--revision {revision!r} is no branch, tag or commit", param="revision")
+        raise UserError(f"--{param.replace('_', '-')} {revision!r} is no branch, tag or commit", param=param)
 
 
 def _content(param: str) -> str:
-    return "config.json and safetensors files" if param == "model" else "tokenizer.json"
+    return "config.json and safetensors files" if param == "model" else "a tokenizer's files"

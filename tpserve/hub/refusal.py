@@ -6,8 +6,8 @@ from pathlib import Path
 from tpserve.errors import UserError
 
 
-def refusal(error: Exception, repository: str, revision: str, cache: Path, file: str = "") -> UserError:
-    """The error to raise for what huggingface_hub raised about a repository, or about one file of it."""
+def refusal(error: Exception, repository: str, revision: str, cache: Path, file: str = "", flag: str = "--revision") -> UserError:
+    """The error to raise for what huggingface_hub raised about a repository, or about one file of it. `flag`: the revision's."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -20,7 +20,7 @@ def refusal(error: Exception, repository: str, revision: str, cache: Path, file:
             "that account"
         )
     elif any(isinstance(cause, RevisionNotFoundError) for cause in chain):
-        text = f"{repository} has no branch, tag or commit {revision}: check --revision"
+        text = f"{repository} has no branch, tag or commit {revision}: check {flag}"
     elif any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
         text = (
             f"there is no directory {repository} here and no repository {repository} at {constants.ENDPOINT}: check the name; "

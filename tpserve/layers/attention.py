@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tpserve.attention.batch import AttentionBatch
-from tpserve.attention.paged import KVCache, attend, write_kv
+from tpserve.attention.paged import KVCache, Scoring, attend, write_kv
 from tpserve.layers.norm import AllHeadsNorm, HeadNorm
 from tpserve.layers.rope import Turn
 from tpserve.parallel.group import Group
@@ -23,7 +23,7 @@ class Attention:
     qkv: Weight
     qkv_bias: torch.Tensor | None
     qk_norm: HeadNorm | AllHeadsNorm | None
-    scale: float
+    scoring: Scoring
     out: Weight
     out_bias: torch.Tensor | None
     tp: Group
@@ -39,7 +39,7 @@ class Attention:
         if turn is not None:
             q_TND, k_TKD = turn(q_TND, k_TKD)
         write_kv(k_TKD, v_TKD, cache, batch)
-        mixed_TND = attend(q_TND, cache, batch, self.scale)
+        mixed_TND = attend(q_TND, cache, batch, self.scoring)
         out_TH = self.tp.all_reduce(matmul(mixed_TND.flatten(1), self.out))
         return out_TH if self.out_bias is None else out_TH + self.out_bias
 

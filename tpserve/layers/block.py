@@ -10,6 +10,7 @@ import torch
 from tpserve.attention.batch import AttentionBatch
 from tpserve.attention.paged import KVCache
 from tpserve.layers.attention import Attention
+from tpserve.layers.latent import LatentAttention
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import MoE
 from tpserve.layers.norm import Norm
@@ -23,12 +24,15 @@ Stream = tuple[torch.Tensor, torch.Tensor | None]
 class Block:
     """`place`: where the norms are, as in ModelSpec.norm_place."""
 
-    place: Literal["before", "after", "output"]
+    place: Literal["before", "after", "output", "around"]
     attention_norm: Norm
-    attention: Attention
+    attention: Attention | LatentAttention
     mlp_norm: Norm
     mlp: MLP | MoE
     residual_scale: float
+    attention_out_norm: Norm | None = None
+    mlp_out_norm: Norm | None = None
+    """The second norms of "around"."""
 
     def __call__(
         self,
@@ -38,22 +42,25 @@ class Block:
         batch: AttentionBatch,
         cache: KVCache,
     ) -> Stream:
-        x_TH, residual_TH = self._add(lambda x: self.attention(x, turn, batch, cache), self.attention_norm, x_TH, residual_TH)
+        norms = self.attention_norm, self.attention_out_norm
+        x_TH, residual_TH = self._add(lambda x: self.attention(x, turn, batch, cache), norms, x_TH, residual_TH)
         # Rows of padding would wake experts that no token needs.
         mlp = self.mlp if isinstance(self.mlp, MLP) else partial(self.mlp, rows=len(batch.write_slots))
-        return self._add(mlp, self.mlp_norm, x_TH, residual_TH)
+        return self._add(mlp, (self.mlp_norm, self.mlp_out_norm), x_TH, residual_TH)
 
     def _add(
         self,
         layer: Callable[[torch.Tensor], torch.Tensor],
-        norm: Norm,
+        norms: tuple[Norm, Norm | None],
         x_TH: torch.Tensor,
         residual_TH: torch.Tensor | None,
     ) -> Stream:
         """The stream and what `layer` adds to it."""
-        if self.place == "before":
+        norm, out_norm = norms
+        if self.place in ("before", "around"):
             normed_TH, stream_TH = (norm(x_TH), x_TH) if residual_TH is None else norm.add(x_TH, residual_TH)
-            return self._scaled(layer(normed_TH)), stream_TH
+            out_TH = layer(normed_TH)
+            return self._scaled(out_TH if out_norm is None else out_norm(out_TH)), stream_TH
         stream_TH = x_TH if residual_TH is None else x_TH + residual_TH
         if self.place == "output":
             return self._scaled(norm(layer(stream_TH))), stream_TH

@@ -8,23 +8,17 @@ T rows, H channels, E experts, A experts a token, P = T A pairs of token and exp
 R rows in order of their experts, each expert's padded to what the grouped product needs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from tpserve.layers.activation import silu_mul
 from tpserve.layers.mlp import MLP
+from tpserve.layers.routing import Routing
 from tpserve.parallel.group import Group
 from tpserve.quant.grouped import aligned, group_unit, grouped_matmul
 from tpserve.quant.matmul import matmul
-
-
-def route(logits_TE: torch.Tensor, num_active: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of each token, the most probable first, and their weights: float32 [T, A], int64 [T, A]."""
-    probable = torch.sort(torch.softmax(logits_TE, dim=1), dim=1, descending=True, stable=True)
-    weights_TA, experts_TA = probable.values[:, :num_active], probable.indices[:, :num_active]
-    return weights_TA / weights_TA.sum(1, keepdim=True) if renormalise else weights_TA, experts_TA
 
 
 @dataclass(frozen=True)
@@ -67,19 +61,24 @@ class Deal:
 
 @dataclass(frozen=True)
 class Experts:
-    """This rank's part of the experts: `mine` of `count`, gate above up. Split over ranks by expert or by channel."""
+    """This rank's part of the experts: `mine` of `count`, split over ranks by expert or by channel."""
 
     count: int
     mine: range
     gate_up_EI2H: torch.Tensor
+    activate: Callable[[torch.Tensor], torch.Tensor]
+    """Of `activation.py`: from what gate and up give to [R, I]; it says how the two lie."""
     down_EHI: torch.Tensor
+    gate_up_bias_EI2: torch.Tensor | None = None
+    down_bias_EH: torch.Tensor | None = None
+    """Where the experts are split by channel, one rank's only."""
 
     def part(self, x_TH: torch.Tensor, weights_TA: torch.Tensor, deal: Deal) -> torch.Tensor:
         """This rank's term of the weighted sum over each token's experts, float32 [T, H]."""
         if not len(deal.tokens_R):
             return torch.zeros_like(x_TH, dtype=torch.float32)
-        gate_up_RI2 = grouped_matmul(x_TH[deal.tokens_R], self.gate_up_EI2H, deal.ends_E)
-        out_RH = grouped_matmul(silu_mul(gate_up_RI2), self.down_EHI, deal.ends_E)
+        gate_up_RI2 = grouped_matmul(x_TH[deal.tokens_R], self.gate_up_EI2H, deal.ends_E, self.gate_up_bias_EI2)
+        out_RH = grouped_matmul(self.activate(gate_up_RI2), self.down_EHI, deal.ends_E, self.down_bias_EH)
         out_TAH = out_RH[deal.rows_TA].float().mul_(weights_TA.unsqueeze(2))
         if len(self.mine) < self.count:
             out_TAH.masked_fill_(deal.foreign_TA.unsqueeze(2), 0)
@@ -88,14 +87,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class MoE:
-    """`router`: float32 [E, H]; with a shared expert a last row, [E + 1, H], is the shared expert's gate.
+    """`router`: float32 [E, H]; where the shared expert has a gate, that is the last row of [E + 1, H].
 
     `tally`: int64 [E], the tokens that each expert has had so far; every rank of a stage counts all of them.
     """
 
     router: torch.Tensor
-    num_active: int
-    renormalise: bool
+    routing: Routing
     experts: Experts
     shared: MLP | None
     tally: torch.Tensor
@@ -105,13 +103,14 @@ class MoE:
         """`rows`: how many of `x` are tokens; the others are padding, and zero in the result."""
         padding, x_TH = len(x_TH) - rows, x_TH[:rows]
         logits_TE = matmul(x_TH.float(), self.router)
-        weights_TA, experts_TA = route(logits_TE[:, : self.experts.count], self.num_active, self.renormalise)
+        weights_TA, experts_TA = self.routing(logits_TE[:, : self.experts.count])
         deal = Deal.of(experts_TA, self.experts.mine, self.experts.count)
         self.tally.add_(deal.counts)
         out_TH = self.experts.part(x_TH, weights_TA, deal)
         if self.shared is not None:
-            gate_T1 = logits_TE[:, self.experts.count :]
-            out_TH += self.shared.part(x_TH).float() / (1 + torch.exp(-gate_T1))
+            shared_TH = self.shared.part(x_TH).float()
+            gate_Tg = logits_TE[:, self.experts.count :]
+            out_TH += shared_TH / (1 + torch.exp(-gate_Tg)) if gate_Tg.shape[1] else shared_TH
         return self.tp.all_reduce(F.pad(out_TH.to(x_TH.dtype), (0, 0, 0, padding)))
 
     def packed(self) -> "MoE":

@@ -10,40 +10,43 @@ import torch.nn.functional as F
 from tpserve.parallel.group import Group
 
 
-def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """Each row of `x` over its root mean square, times `weight`. More dims than two are more rows."""
-    if not x_TH.is_cuda:
-        return F.rms_norm(x_TH, weight_H.shape, weight_H, eps)
-    from tpserve_kernels import norm
+def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """Each row of `x` over its root mean square, times `offset + weight`. More dims than two are more rows."""
+    if x_TH.is_cuda:
+        from tpserve_kernels import norm
 
-    return norm.rms_norm(x_TH.reshape(-1, x_TH.shape[-1]), weight_H, eps).view(x_TH.shape)
+        return norm.rms_norm(x_TH.reshape(-1, x_TH.shape[-1]), weight_H, eps, offset).view(x_TH.shape)
+    if offset:  # added in float32: the dtype's own 1 + w loses the weight's last bits
+        return F.rms_norm(x_TH.float(), weight_H.shape, weight_H.float() + offset, eps).to(x_TH.dtype)
+    return F.rms_norm(x_TH, weight_H.shape, weight_H, eps)
 
 
 def add_rms_norm(
-    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual)."""
     if not x_TH.is_cuda:
         sum_TH = x_TH + residual_TH
-        return F.rms_norm(sum_TH, weight_H.shape, weight_H, eps), sum_TH
+        return rms_norm(sum_TH, weight_H, eps, offset), sum_TH
     from tpserve_kernels import norm
 
-    return norm.add_rms_norm(x_TH, residual_TH, weight_H, eps)
+    return norm.add_rms_norm(x_TH, residual_TH, weight_H, eps, offset)
 
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """Over all channels of the residual stream."""
+    """Over all channels of the residual stream. `offset` is what the stored weights lack: they lie around 1 - offset."""
 
     weight_H: torch.Tensor
     eps: float
+    offset: float = 0.0
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x_TH, self.weight_H, self.eps)
+        return rms_norm(x_TH, self.weight_H, self.eps, self.offset)
 
     def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of the sum, the sum)."""
-        return add_rms_norm(x_TH, residual_TH, self.weight_H, self.eps)
+        return add_rms_norm(x_TH, residual_TH, self.weight_H, self.eps, self.offset)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,10 @@ class HeadNorm:
     q_D: torch.Tensor
     k_D: torch.Tensor
     eps: float
+    offset: float = 0.0
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return rms_norm(q_TND, self.q_D, self.eps), rms_norm(k_TKD, self.k_D, self.eps)
+        return rms_norm(q_TND, self.q_D, self.eps, self.offset), rms_norm(k_TKD, self.k_D, self.eps, self.offset)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-rotation layout: channel c turns with c + R / 2.
 
+Where neighbours turn together, queries and keys are brought into that layout first: scores know no order of channels.
+
 T rows, N heads, D channels of a head, of which the first R turn (mostly all), E = R / 2 frequencies, P positions.
 """
 
@@ -22,6 +24,8 @@ class Turn:
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate queries and keys."""
+        if self.rope.interleaved:
+            q_TND, k_TKD = _halves(q_TND), _halves(k_TKD)
         if self.rows is not None:
             return _rotate(q_TND, *self.rows), _rotate(k_TKD, *self.rows)
         from tpserve_kernels import rope
@@ -35,6 +39,7 @@ class Rope:
 
     cos_PE: torch.Tensor
     sin_PE: torch.Tensor
+    interleaved: bool
 
     def to(self, positions_T: torch.Tensor) -> Turn:
         """The rotation to these positions."""
@@ -44,6 +49,11 @@ class Rope:
         return Turn(
             self, positions_T, (torch.cat((cos_TE, cos_TE), 1).unsqueeze(1), torch.cat((-sin_TE, sin_TE), 1).unsqueeze(1))
         )
+
+
+def _halves(x_TND: torch.Tensor) -> torch.Tensor:
+    """Channels 0, 2, 4, ..., and then 1, 3, 5, ..."""
+    return torch.cat((x_TND[..., ::2], x_TND[..., 1::2]), dim=2)
 
 
 def _rotate(x_TND: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
@@ -57,7 +67,9 @@ def _rotate(x_TND: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -
 def tables(spec: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Rope:
     """The tables of positions [0, num_positions), as a server of sequences of that length turns them."""
     angles_PE = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies(spec, head_dim, num_positions))
-    return Rope((angles_PE.cos() * spec.magnitude).to(device), (angles_PE.sin() * spec.magnitude).to(device))
+    assert not (spec.interleaved and spec.num_channels), "channels that do not turn would be moved"
+    cos_PE, sin_PE = ((wave_PE * spec.magnitude).to(device) for wave_PE in (angles_PE.cos(), angles_PE.sin()))
+    return Rope(cos_PE, sin_PE, spec.interleaved)
 
 
 def frequencies(spec: RopeSpec, head_dim: int, num_positions: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ class Tally:
         assert layers and len(layers) == len(counts)
         self.layers = tuple(layers)
         self._counts = list(counts)
-        self._host_LE = torch.stack(self._counts).cpu()
+        self._host_LE = torch.zeros_like(torch.stack(self._counts), device="cpu")
         if counts[0].is_cuda:
             self._host_LE = self._host_LE.pin_memory()
 

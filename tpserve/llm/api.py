@@ -56,11 +56,10 @@ class LLM:
 
     def _lead(self, way: "launch.Alone | launch.Script") -> None:
         config = way.config()
+        self._defaults = config.sampling_defaults
         self._window = 2 * config.max_num_seqs
-        self._tokenizer, self._template = (
-            Tokenizer.load(config.tokenizer),
-            ChatTemplate.load(config.tokenizer, config.chat_template),
-        )
+        self._tokenizer = Tokenizer.load(config.tokenizer)
+        self._template = ChatTemplate.load(config.tokenizer, self._tokenizer.special_tokens, config.chat_template)
         session = Session(config, way.where, way.start, remote=way.remote, followers=way.num_followers)
         self._session = session
         self._finalizer = weakref.finalize(self, session.close)
@@ -76,6 +75,7 @@ class LLM:
 
     def _follow(self, me: RankEnv, way: "launch.Script") -> None:
         self._follower = Follower(me.rank, *way.find(), way.start)
+        self._defaults = way.config().sampling_defaults
         self._finalizer = weakref.finalize(self, self._follower.close)
         try:
             self._follower.wait(0)
@@ -89,8 +89,8 @@ class LLM:
         sampling_params: "SamplingParams | Sequence[SamplingParams] | None" = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Continue each prompt; outputs come in the order of the prompts."""
-        return self._call(lambda: jobs(prompts, sampling_params), use_tqdm)
+        """Continue each prompt; outputs come in the order of the prompts. No `sampling_params`: the model's defaults."""
+        return self._call(lambda: jobs(prompts, self._params(sampling_params)), use_tqdm)
 
     def chat(
         self,
@@ -108,7 +108,14 @@ class LLM:
             "continue_final_message": continue_final_message,
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
         }
-        return self._call(lambda: chats(messages, sampling_params, arguments), use_tqdm)
+        return self._call(lambda: chats(messages, self._params(sampling_params), arguments), use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generation_config.json and --override-generation-config make of `SamplingParams()`, to be changed at will."""
+        return SamplingParams(**self._defaults.said())
+
+    def _params(self, given: "SamplingParams | Sequence[SamplingParams] | None") -> "SamplingParams | Sequence[SamplingParams]":
+        return self.get_default_sampling_params() if given is None else given
 
     def _call(self, ask: Callable[[], list[Job]], visible: bool) -> list[RequestOutput]:
         """One numbered call: whatever happens here, the other scripts of a torchrun job hear of it under its number."""

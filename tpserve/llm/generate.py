@@ -25,6 +25,7 @@ from tpserve.llm.prompts import Job
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.logprobs import likeliest
 from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.sampling import SamplingDefaults
 
 COUNT_S = 0.1
 """How often tokens are counted for the progress bar."""
@@ -73,6 +74,7 @@ class Generation:
             status=bridge.status,
             tokenizer=tokenizer,
             chat_template=template,
+            defaults=SamplingDefaults(),  # every job says all of it
         )
         self._jobs = jobs
         self._first_id = first_id

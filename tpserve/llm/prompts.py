@@ -21,16 +21,14 @@ class Job:
     chat: Mapping[str, Any] | None = None
 
 
-def jobs(prompts: PromptInput | Sequence[PromptInput], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Job]:
+def jobs(prompts: PromptInput | Sequence[PromptInput], params: SamplingParams | Sequence[SamplingParams]) -> list[Job]:
     """One a prompt, in order. UserError for a shape that means nothing."""
     single = isinstance(prompts, str | Mapping) or _are_ids(prompts)
     items: list[Any] = [prompts] if single else list(prompts)
     return [_job(item, index, own) for index, (item, own) in enumerate(zip(items, _spread(params, len(items)), strict=True))]
 
 
-def chats(
-    messages: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None, arguments: Mapping[str, Any]
-) -> list[Job]:
+def chats(messages: Sequence[Any], params: SamplingParams | Sequence[SamplingParams], arguments: Mapping[str, Any]) -> list[Job]:
     """One a conversation: a list of messages, or a list of such lists."""
     if not isinstance(messages, list | tuple) or not messages:
         raise UserError("messages must be a list of messages, or a list of such lists", param="messages")
@@ -39,9 +37,9 @@ def chats(
     return [Job(own, chat={**arguments, "messages": one}) for one, own in zip(conversations, spread, strict=True)]
 
 
-def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+def _spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count or not all(isinstance(own, SamplingParams) for own in params):
         raise UserError(
             f"sampling_params must be one SamplingParams or a list of {count}, one for each prompt", param="sampling_params"

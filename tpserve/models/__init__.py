@@ -4,7 +4,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpserve.errors import UserError
-from tpserve.models import gpt2, granite, llama, mistral, mixtral, olmo2, opt, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe
+from tpserve.models import (
+    deepseek,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)  # fmt: skip
 from tpserve.models.family import Family
 from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
@@ -21,10 +38,15 @@ _FAMILIES = (
     qwen3.FAMILY,
     qwen3_moe.FAMILY,
     phi3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    gpt_oss.FAMILY,
     granite.FAMILY,
     olmo2.FAMILY,
     gpt2.FAMILY,
     opt.FAMILY,
+    deepseek.V2,
+    deepseek.V3,
 )
 
 

@@ -14,7 +14,7 @@ from tpserve.attention.batch import StepBatch
 from tpserve.attention.paged import KVCache, ready
 from tpserve.layers.embedding import embed
 from tpserve.layers.moe import MoE
-from tpserve.layers.rope import tables
+from tpserve.layers.rope import Turn, tables
 from tpserve.layers.tally import Tally
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
@@ -28,8 +28,8 @@ from tpserve.weights.parameter import Parameter
 class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
-    `tally`: what this stage's experts have had to do, where it has experts. `vocab_shards`: every tensor-parallel rank's
-    vocabulary range, this rank's at `tp.rank`.
+    `kv_layout`: the cache of each layer here. `tally`: what this stage's experts have had to do, where it has experts.
+    `vocab_shards`: every tensor-parallel rank's vocabulary range, this rank's at `tp.rank`.
     """
 
     def __init__(
@@ -48,8 +48,11 @@ class Decoder:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.vocab_shards, self._vocab = shard.vocab_shards, shard.vocab
         self._tp = tp
-        self._rope = tables(spec.rope, spec.head_dim, max_positions, device) if spec.rope else None
-        self._num_heads, self._num_kv_heads = len(shard.heads.q), len(shard.heads.kv)
+        turning = spec.head_dim if spec.latent is None else spec.latent.rope_dim
+        self._rope = tables(spec.rope, turning, max_positions, device) if spec.rope else None
+        self._window_rope = tables(spec.window_rope, turning, max_positions, device) if spec.window_rope else self._rope
+        self._num_heads = len(shard.heads.q)
+        self.kv_layout = shard.kv_layout()
         self._embedding = shard.embedding() if stage == 0 else None
         self._project_in = shard.project_in() if stage == 0 else None
         self._positions = shard.positions() if stage == 0 else None
@@ -84,10 +87,6 @@ class Decoder:
                 num_bytes += self._embedding.nbytes
         return num_bytes
 
-    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """Shape of the key (and of the value) cache of each of this stage's layers."""
-        return num_blocks, block_size, self._num_kv_heads, self.spec.head_dim
-
     def forward(self, batch: StepBatch, hidden_TH: torch.Tensor | None, caches: list[KVCache]) -> torch.Tensor:
         """This stage's layers. `hidden_TH`: what the previous stage gave, None on the first; `caches`: one per layer here."""
         if self._embedding is not None:
@@ -96,17 +95,26 @@ class Decoder:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
         rows, x_TH = len(x_TH), pad_rows(x_TH)
-        turn = self._rope.to(F.pad(batch.positions_T, (0, len(x_TH) - rows))) if self._rope else None
+        turns = self._turns(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
         groups = [ready(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
-            x_TH, residual_TH = block(x_TH, residual_TH, turn, groups[group], cache)
+            x_TH, residual_TH = block(x_TH, residual_TH, turns[group], groups[group], cache)
         return (x_TH if residual_TH is None else x_TH + residual_TH)[:rows]
+
+    def _turns(self, positions_T: torch.Tensor) -> list[Turn | None]:
+        """The rotation in the layers of each cache group."""
+        turn = self._rope.to(positions_T) if self._rope else None
+        windowed = turn if self._window_rope is self._rope or self._window_rope is None else self._window_rope.to(positions_T)
+        return [turn if group.window is None else windowed for group in self.spec.cache]
 
     def _embed(self, batch: StepBatch, weight_VE: torch.Tensor) -> torch.Tensor:
         x_TH = embed(batch.tokens_T, weight_VE, self._vocab, self._tp)
-        if self.spec.embedding_scale != 1:
-            x_TH = x_TH * self.spec.embedding_scale
+        scale = self.spec.embedding_scale
+        if self.spec.embedding_scale_rounded:
+            scale = torch.tensor(scale, dtype=self.dtype).item()
+        if scale != 1:
+            x_TH = x_TH * scale
         if self._project_in is not None:
             x_TH = matmul(x_TH, self._project_in)
         return x_TH if self._positions is None else x_TH + self._positions[batch.positions_T]
@@ -119,7 +127,10 @@ class Decoder:
         if self._project_out is not None:
             hidden_SH = matmul(hidden_SH, self._project_out)
         logits_SV = matmul(hidden_SH, self._head).float()
-        return logits_SV if self.spec.logits_scale == 1 else logits_SV * self.spec.logits_scale
+        if self.spec.logits_scale != 1:
+            logits_SV = logits_SV * self.spec.logits_scale
+        cap = self.spec.logits_cap
+        return logits_SV if cap is None else logits_SV.div_(cap).tanh_().mul_(cap)
 
 
 def _cache_group(spec: ModelSpec, layer: int) -> int:

@@ -1,7 +1,7 @@
 """The fields that describe a mixture of experts, in the spelling that Qwen's models share."""
 
 from tpserve.models.fields import Fields
-from tpserve.types.model_spec import ExpertsSpec
+from tpserve.types.model_spec import ExpertsSpec, RoutingSpec
 
 COUNTS = ("num_experts", "num_local_experts")
 """Fields that a family without experts must not have."""
@@ -9,9 +9,15 @@ PARALLEL = ("TP", "PP", "EP")
 
 
 def checked(fields: Fields, spec: ExpertsSpec) -> ExpertsSpec:
-    """The same; refuses a token that wants more experts than there are."""
-    if spec.num_active > spec.count:
-        raise fields.refuse(f"field 'num_experts_per_tok' is {spec.num_active}, but there are {spec.count} experts")
+    """The same; refuses groups of unequal size, and a token that wants more experts than there are to choose from."""
+    routing = spec.routing
+    size, rest = divmod(spec.count, routing.num_groups)
+    if rest or not routing.group_best <= size or routing.num_top_groups > routing.num_groups:
+        chosen = f"{routing.num_top_groups} of {routing.num_groups} groups"
+        raise fields.refuse(f"{spec.count} experts cannot be chosen from {chosen} with at least {routing.group_best} in each")
+    if routing.num_active > size * routing.num_top_groups:
+        there = f"there are {size * routing.num_top_groups} experts to choose from"
+        raise fields.refuse(f"field 'num_experts_per_tok' is {routing.num_active}, but {there}")
     return spec
 
 
@@ -23,10 +29,10 @@ def qwen(fields: Fields, shared_size: int = 0) -> ExpertsSpec:
     layers = range(fields.size("num_hidden_layers"))
     spec = ExpertsSpec(
         count=fields.size("num_experts", fields.get("num_local_experts")),  # transformers 5 writes the second
-        num_active=fields.size("num_experts_per_tok"),
         size=fields.size("moe_intermediate_size"),
-        renormalise=fields.flag("norm_topk_prob"),
+        routing=RoutingSpec(fields.size("num_experts_per_tok"), renormalise=fields.flag("norm_topk_prob")),
         layers=tuple(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense),
         shared_size=shared_size,
+        shared_gate=shared_size > 0,
     )
     return checked(fields, spec)

@@ -13,7 +13,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # field -> values with which the decoder's mathematics is right; an absent field or null always is
     "hidden_act": ("silu", "swish"),
     "use_sliding_window": (False,),
-    "quantization_config": (),
     "compression_config": (),
     "attention_multiplier": (),
     "residual_multiplier": (1, 1.0),
@@ -45,6 +44,9 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+FP8 = {"weight_block_size": ([128, 128],), "activation_scheme": (None, "dynamic"), "fmt": (None, "e4m3")}
+"""What a `quantization_config` of 8-bit weights may say."""
+QUANTIZED = {"fp8": "'fp8' with weight_block_size [128, 128] and activation_scheme 'dynamic'", "mxfp4": "'mxfp4'"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,6 +61,14 @@ class Fields:
         """The error to raise: `text` about this config."""
         return UserError(f"{self._where}: {text}")
 
+    def over(self, defaults: Mapping[str, Any]) -> "Fields":
+        """These fields, and of `defaults` those that the config does not name; null stays null."""
+        return Fields({**defaults, **self._config}, self._where)
+
+    def replaced(self, **fields: Any) -> "Fields":
+        """The same but for these."""
+        return Fields({**self._config, **fields}, self._where)
+
     def get(self, name: str) -> Any:
         """A field as it stands; None when absent or null."""
         return self._config.get(name)
@@ -68,6 +78,13 @@ class Fields:
         value = self._required(name, default)
         if type(value) is not int or value < 1:
             raise self.refuse(f"field {name!r} must be a positive integer, not {value!r}")
+        return value
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """An integer from 0 on."""
+        value = self._required(name, default)
+        if type(value) is not int or value < 0:
+            raise self.refuse(f"field {name!r} must be an integer from 0 on, not {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -99,12 +116,19 @@ class Fields:
             raise self.refuse(f"field {name!r} must hold {count} positive numbers, not {_short(values)}")
         return tuple(map(float, values))
 
-    def table(self, name: str) -> "Fields":
-        """The fields of a flat object; none where it is absent or null."""
+    def part(self, name: str) -> "Fields":
+        """The fields of an object; none where it is absent or null."""
         value = self.get(name) or {}
-        if not isinstance(value, dict) or any(isinstance(inner, dict) for inner in value.values()):
-            raise self.refuse(f"field {name!r} must be a flat object, not {_short(value)}")
+        if not isinstance(value, dict):
+            raise self.refuse(f"field {name!r} must be an object, not {_short(value)}")
         return Fields(value, f"{self._where}: {name}")
+
+    def table(self, name: str) -> "Fields":
+        """The same of an object that holds none."""
+        part = self.part(name)
+        if any(isinstance(part.get(inner), dict) for inner in part.names()):
+            raise self.refuse(f"field {name!r} must be a flat object, not {_short(self.get(name))}")
+        return part
 
     def names(self) -> set[str]:
         """Of the fields that are not null."""
@@ -139,13 +163,31 @@ class Fields:
             shown = value.get("quant_method", value) if isinstance(value, dict) else value
             raise self.refuse(f"field {name!r} is {_short(shown)}, which tpserve does not support yet")
 
+    def refuse_quantization_but(self, *methods: str) -> None:
+        """Refuse a `quantization_config`, but those of `methods`, whose weights become plain ones when they are loaded.
+
+        Which tensors are quantized, they say themselves.
+        """
+        value = self.get("quantization_config")
+        if value is None:
+            return
+        config = Fields(value if isinstance(value, dict) else {}, "")
+        method = config.get("quant_method")
+        odd = [name for name, known in FP8.items() if config.get(name) not in known] if method == "fp8" else []
+        if method not in methods or odd:
+            what = _short(method or value) + "".join(f" with {name} {config.get(name)!r}" for name in odd[:1])
+            supported = ", ".join(QUANTIZED[name] for name in methods)
+            raise self.refuse(f"field 'quantization_config' is {what}, which tpserve does not support: it reads {supported}")
+
     def refuse_other_mathematics(self, honoured: tuple[str, ...] = ()) -> None:
         """The same for every field of `NEUTRAL` that the family does not honour."""
         for name, neutral in NEUTRAL.items():
             if name not in honoured:
                 self.refuse_unless(name, *neutral)
+        if "quantization_config" not in honoured:
+            self.refuse_quantization_but("fp8")
         kinds = {kind for kind in self.get("layer_types") or [] if kind != "full_attention"}
-        if kinds:
+        if kinds and "layer_types" not in honoured:
             raise self.refuse(f"field 'layer_types' names {min(kinds)!r}, which tpserve does not support yet")
 
 

@@ -12,8 +12,8 @@ def _spec(fields: Fields) -> ModelSpec:
         "mistral",
         num_kv_heads=fields.size("num_key_value_heads", fields.size("num_attention_heads")),
         head_dim=transformer.head_dim_of(fields),
-        sliding_window=transformer.sliding_window_of(fields),
+        windows=transformer.sliding_windows(fields),
     )
 
 
-FAMILY = Family("mistral", ("MistralForCausalLM",), _spec, without="a `sliding_window` shorter than `--max-model-len`")
+FAMILY = Family("mistral", ("MistralForCausalLM",), _spec)

@@ -3,7 +3,7 @@
 from tpserve.models import experts, transformer
 from tpserve.models.family import Family
 from tpserve.models.fields import Fields
-from tpserve.types.model_spec import ExpertsSpec, ModelSpec
+from tpserve.types.model_spec import ExpertsSpec, ModelSpec, RoutingSpec
 from tpserve.weights.names import ExpertNames, WeightNames
 
 EXPERTS = ExpertNames(
@@ -17,9 +17,8 @@ EXPERTS = ExpertNames(
 def _spec(fields: Fields) -> ModelSpec:
     mixture = ExpertsSpec(
         count=fields.size("num_local_experts"),
-        num_active=fields.size("num_experts_per_tok"),
         size=fields.size("intermediate_size"),
-        renormalise=True,
+        routing=RoutingSpec(fields.size("num_experts_per_tok"), renormalise=True),
         layers=tuple(range(fields.size("num_hidden_layers"))),
     )
     return transformer.spec(
@@ -27,7 +26,7 @@ def _spec(fields: Fields) -> ModelSpec:
         "mixtral",
         num_kv_heads=fields.size("num_key_value_heads", fields.size("num_attention_heads")),
         head_dim=transformer.head_dim_of(fields),
-        sliding_window=transformer.sliding_window_of(fields),
+        windows=transformer.sliding_windows(fields),
         honoured=experts.COUNTS,
         experts=experts.checked(fields, mixture),
     )
@@ -38,6 +37,5 @@ FAMILY = Family(
     ("MixtralForCausalLM",),
     _spec,
     WeightNames(experts=EXPERTS),
-    without="a `sliding_window` shorter than `--max-model-len`",
     parallel=experts.PARALLEL,
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from tpserve import builtin
-from tpserve.config import model_config
+from tpserve.config import generation_config, model_config
 from tpserve.config.schema import Flags
 from tpserve.models import model_spec
 from tpserve.types.model_files import ModelFiles
@@ -20,4 +20,7 @@ def open_model(flags: Flags, find: Callable[[Flags], ModelFiles]) -> tuple[Flags
     files = find(flags)
     if files.snapshot is not None:
         flags = replace(flags, revision=files.snapshot.commit)
-    return flags, files, model_spec(model_config.read(files.directory), str(Path(files.directory, "config.json")))
+    generation = generation_config.load(flags, files.directory)
+    config = model_config.read(files.directory, generation.eos_ids)
+    files = replace(files, sampling_defaults=generation.sampling)
+    return flags, files, model_spec(config, str(Path(files.directory, "config.json")))

@@ -17,7 +17,7 @@ def _spec(fields: Fields) -> ModelSpec:
         "phi3",
         num_kv_heads=fields.size("num_key_value_heads", fields.size("num_attention_heads")),
         head_dim=transformer.head_dim_of(fields),
-        sliding_window=transformer.sliding_window_of(fields),
+        windows=transformer.sliding_windows(fields),
     )
 
 
@@ -26,5 +26,4 @@ FAMILY = Family(
     ("Phi3ForCausalLM",),
     _spec,
     WeightNames(q=FUSED_QKV, k=FUSED_QKV, v=FUSED_QKV, gate=FUSED_GATE_UP, up=FUSED_GATE_UP),
-    without="a `sliding_window` shorter than `--max-model-len`",
 )

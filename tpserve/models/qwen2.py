@@ -13,7 +13,9 @@ def _spec(fields: Fields) -> ModelSpec:
         num_kv_heads=fields.size("num_key_value_heads"),
         head_dim=transformer.head_dim_of(fields),
         qkv_bias=True,
+        windows=transformer.switched_windows(fields, lambda layer: layer >= fields.count("max_window_layers", 28)),
+        honoured=transformer.WINDOWS,
     )
 
 
-FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), _spec, without="`use_sliding_window`")
+FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), _spec)

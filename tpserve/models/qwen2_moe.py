@@ -13,9 +13,10 @@ def _spec(fields: Fields) -> ModelSpec:
         num_kv_heads=fields.size("num_key_value_heads"),
         head_dim=transformer.head_dim_of(fields),
         qkv_bias=fields.flag("qkv_bias", True),
-        honoured=experts.COUNTS,
+        windows=transformer.switched_windows(fields, lambda i: i % 2 == 0 and i < fields.count("max_window_layers", 28)),
+        honoured=(*experts.COUNTS, *transformer.WINDOWS),
         experts=experts.qwen(fields, shared_size=fields.size("shared_expert_intermediate_size")),
     )
 
 
-FAMILY = Family("qwen2_moe", ("Qwen2MoeForCausalLM",), _spec, without="`use_sliding_window`", parallel=experts.PARALLEL)
+FAMILY = Family("qwen2_moe", ("Qwen2MoeForCausalLM",), _spec, parallel=experts.PARALLEL)

@@ -16,7 +16,9 @@ def _spec(fields: Fields) -> ModelSpec:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",
+        windows=transformer.switched_windows(fields, lambda layer: layer >= fields.count("max_window_layers", 28)),
+        honoured=transformer.WINDOWS,
     )
 
 
-FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), _spec, without="`use_sliding_window`")
+FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), _spec)

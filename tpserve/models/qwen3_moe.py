@@ -16,9 +16,10 @@ def _spec(fields: Fields) -> ModelSpec:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",
-        honoured=experts.COUNTS,
+        windows=transformer.sliding_windows(fields) if fields.flag("use_sliding_window") else (),
+        honoured=(*experts.COUNTS, "use_sliding_window"),
         experts=experts.qwen(fields),
     )
 
 
-FAMILY = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _spec, without="`use_sliding_window`", parallel=experts.PARALLEL)
+FAMILY = Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _spec, parallel=experts.PARALLEL)

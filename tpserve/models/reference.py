@@ -24,11 +24,20 @@ Of all families:
   `max_position_embeddings`, within which it stretches nothing. Longrope turns by its long factors when `--max-model-len` is
   beyond the original length, else by its short ones, for all sequences alike: a token never depends on how long its sequence
   will be.
+- **Windows:** in all layers or some; a layer with a window keeps its window's blocks of the cache only.
+- **Models that see:** of `Gemma3ForConditionalGeneration` the text is served. Weights for images are not read, which the log
+  says, and requests with images are refused.
 - **Experts:** stored one by one or stacked; `--enable-expert-parallel` gives each rank whole ones.
+- **Latents:** DeepSeek's attention with the compressed cache, of queries compressed or not; experts by softmax, or by sigmoid
+  with a bias for the choice, in groups or not, beside shared ones.
 - **Weights:** safetensors with an index or without, else pytorch_model*.bin (of torch 1.6 or later; mapped, and never unpickled
-  beyond tensors); names with and without the prefixes `model.` and `transformer.`; float64, float32, bfloat16, float16. A tensor
-  that is missing is an error with its name, its shape and its file, and so is one too many in a layer.
-- **Not yet:** quantized weights, sliding windows, and what [limits.md](limits.md) says.
+  beyond tensors); of a transformer saved whole, alone or inside another model (`embed_tokens`, `model.embed_tokens`,
+  `language_model.model.embed_tokens` are one); float64, float32, bfloat16, float16. A tensor that is missing is an error with
+  its name, its shape and its file, and so is one too many in a layer; other tensors that are not used are told in one line.
+- **Quantized weights:** block FP8 (`quant_method` fp8 with `weight_block_size` [128, 128]: DeepSeek, Qwen3-FP8) in any family and
+  MXFP4 in gpt-oss become plain weights while they are read, so they take the memory of plain ones. Any other
+  `quantization_config` is an error that names the method.
+- **Not yet:** what [limits.md](limits.md) says.
 
 ## Add a model
 

@@ -21,7 +21,7 @@ OWN: dict[str, set[str]] = {
 
 def rope_of(fields: Fields, head_dim: int) -> RopeSpec:
     """The model's rope. UserError for a kind, a field or sizes that the decoder cannot honour."""
-    table = fields.table("rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling")
+    table = _table(fields)
     kind = _kind(table)
     if unknown := sorted(table.names() - COMMON - OWN[kind]):
         raise table.refuse(f"field {unknown[0]!r} of a rope of type {kind!r} is not supported")
@@ -35,10 +35,22 @@ def rope_of(fields: Fields, head_dim: int) -> RopeSpec:
     return _scaled(kind, plain, table, fields, num_channels)
 
 
+def score_factor(fields: Fields, rope: RopeSpec) -> float:
+    """What DeepSeek's YaRN multiplies scores by, beside the magnitude of what is rotated."""
+    table = _table(fields)
+    if rope.scaling != "yarn" or not table.get("mscale_all_dim"):
+        return 1.0
+    return _magnitude(rope.factor, table.number("mscale_all_dim")) ** 2
+
+
 def longest(fields: Fields, rope: RopeSpec) -> int:
     """Positions that the model can be served with: YaRN stretches its original length."""
     length = fields.size("max_position_embeddings")
     return max(length, int(rope.factor * rope.original_max_position)) if rope.scaling == "yarn" else length
+
+
+def _table(fields: Fields) -> Fields:
+    return fields.table("rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling")
 
 
 def _kind(table: Fields) -> str:
@@ -83,9 +95,10 @@ def _scaled(kind: str, plain: RopeSpec, table: Fields, fields: Fields, num_chann
 
 
 def _yarn_magnitude(table: Fields, factor: float) -> float:
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     if table.get("mscale") and table.get("mscale_all_dim"):
-        return magnitude(table.number("mscale")) / magnitude(table.number("mscale_all_dim"))
-    return magnitude(1.0)
+        return _magnitude(factor, table.number("mscale")) / _magnitude(factor, table.number("mscale_all_dim"))
+    return _magnitude(factor, 1.0)
+
+
+def _magnitude(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

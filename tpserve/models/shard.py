@@ -5,22 +5,28 @@ the biases after a sum over ranks are held whole by every rank.
 """
 
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
+from tpserve.attention.paged import KVLayout, Scoring
 from tpserve.layers import activation
 from tpserve.layers.attention import Attention
 from tpserve.layers.block import Block
+from tpserve.layers.latent import LatentAttention
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import Experts, MoE
 from tpserve.layers.norm import AllHeadsNorm, HeadNorm, LayerNorm, Norm, RMSNorm
+from tpserve.layers.routing import Routing
 from tpserve.models import names_of
+from tpserve.models.expert_sources import ExpertSources
+from tpserve.models.latent import latent_attention
 from tpserve.models.units import MLP_UNIT, VOCAB_UNIT
 from tpserve.parallel.group import Group
 from tpserve.parallel.split import split, split_heads
 from tpserve.types.model_spec import ExpertsSpec, ModelSpec
-from tpserve.weights.names import ExpertNames
 from tpserve.weights.parameter import Parameter, Source
 
 
@@ -50,6 +56,13 @@ class Shard:
         self._tp = tp
         self._dtype = dtype
         self._device = device
+
+    def kv_layout(self) -> KVLayout:
+        """What a position leaves in a layer: keys and values of this rank's heads, or the latent, whole, and the shared key."""
+        latent, dim = self.spec.latent, self.spec.head_dim
+        if latent is not None:
+            return KVLayout(1, latent.kv_rank + latent.rope_dim, latent.kv_rank, v_in_k=True)
+        return KVLayout(len(self.heads.kv), dim, dim)
 
     def embedding(self) -> torch.Tensor:
         """The token embedding's rows of this rank."""
@@ -90,6 +103,8 @@ class Shard:
             mlp_norm=self._norm(prefix + names.mlp_norm),
             mlp=self._feed_forward(prefix, layer),
             residual_scale=spec.residual_scale,
+            attention_out_norm=self._norm(prefix + names.attention_out_norm) if spec.norm_place == "around" else None,
+            mlp_out_norm=self._norm(prefix + names.mlp_out_norm) if spec.norm_place == "around" else None,
         )
 
     def _norm(self, name: str) -> Norm:
@@ -99,10 +114,12 @@ class Shard:
         if spec.norm == "layer":
             return LayerNorm(weight, self._vector(f"{name}.bias", spec.hidden_size) if spec.norm_affine else None, spec.norm_eps)
         assert weight is not None, "RMS norms have weights"
-        return RMSNorm(weight, spec.norm_eps)
+        return RMSNorm(weight, spec.norm_eps, spec.norm_offset)
 
-    def _attention(self, prefix: str) -> Attention:
+    def _attention(self, prefix: str) -> Attention | LatentAttention:
         spec, names, heads, dim = self.spec, self.names, self.heads, self.spec.head_dim
+        if spec.latent is not None:
+            return latent_attention(spec, spec.latent, names, prefix, heads.q, self._tensor, self._tp)
         q, kv = _scaled(heads.q, dim), _scaled(heads.kv, dim)
         q_rows, kv_rows = spec.num_heads * dim, spec.num_kv_heads * dim
         fused = _fused(
@@ -115,11 +132,17 @@ class Shard:
             qkv=self._rows(fused),
             qkv_bias=self._row_biases(fused) if spec.qkv_bias else None,
             qk_norm=self._qk_norm(prefix, q, kv),
-            scale=dim**-0.5 if spec.attention_scale is None else spec.attention_scale,
+            scoring=self._scoring(prefix),
             out=self._columns(prefix + names.o, q_rows, q),
             out_bias=self._vector(f"{prefix}{names.o}.bias", spec.hidden_size) if spec.out_bias else None,
             tp=self._tp,
         )
+
+    def _scoring(self, prefix: str) -> Scoring:
+        spec, heads, sinks = self.spec, self.heads.q, None
+        if spec.sinks:
+            sinks = self._tensor(Source(prefix + self.names.sinks, (spec.num_heads,), 0, heads), dtype=torch.float32)
+        return Scoring(spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale, spec.scores_cap, sinks)
 
     def _qk_norm(self, prefix: str, q: range, kv: range) -> HeadNorm | AllHeadsNorm | None:
         """`q`, `kv`: this rank's channels of all heads."""
@@ -128,7 +151,8 @@ class Shard:
         if spec.qk_norm is None:
             return None
         if spec.qk_norm == "head":
-            return HeadNorm(self._vector(q_name, spec.head_dim), self._vector(k_name, spec.head_dim), spec.norm_eps)
+            q_D, k_D = self._vector(q_name, spec.head_dim), self._vector(k_name, spec.head_dim)
+            return HeadNorm(q_D, k_D, spec.norm_eps, spec.norm_offset)
         num_q, num_k = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         return AllHeadsNorm(
             self._tensor(Source(q_name, (num_q,), 0, q)),
@@ -161,34 +185,53 @@ class Shard:
         )
 
     def _mixture(self, prefix: str, experts: ExpertsSpec) -> MoE:
-        """A range of whole experts, or a range of every expert's channels; a shared expert is always cut by channels."""
+        """A router, this rank's part of the experts, and a shared expert, which is always cut by channels."""
         names, hidden = self.names.experts, self.spec.hidden_size
-        mine, channels = range(experts.count), range(experts.size)
-        if self.expert_parallel:
-            mine = split(experts.count, self._tp.size, what="experts")[self._tp.rank]
-        else:
-            channels = self._channels(experts.size)
         router = Source(f"{prefix}{names.router}.weight", (experts.count, hidden), 0, range(experts.count))
         router = replace(router, instead=replace(router, name=f"{prefix}{names.stacked_router}.weight"))
         sources, shared = [router], None
         if experts.shared_size:
             shared = self._mlp(prefix, experts.shared_size, names.shared)
+        if experts.shared_gate:
             sources.append(Source(f"{prefix}{names.shared_gate}.weight", (1, hidden), 0, range(1)))
-        gate_up = [s for e in mine for s in _expert_rows(names, prefix, experts, hidden, e, channels)]
-        down = [_expert_columns(names, prefix, experts, hidden, e, channels) for e in mine]
+        bias = None
+        if experts.routing.bias is not None:
+            name = prefix + names.router_bias
+            bias = self._tensor(Source(name, (experts.count,), 0, range(experts.count)), dtype=torch.float32)
         return MoE(
             router=self._tensor(*sources, dtype=torch.float32),
-            num_active=experts.num_active,
-            renormalise=experts.renormalise,
-            experts=Experts(
-                count=experts.count,
-                mine=mine,
-                gate_up_EI2H=self._tensor(*gate_up).view(len(mine), -1, hidden),
-                down_EHI=self._tensor(*down).view(len(mine), hidden, -1),
-            ),
+            routing=Routing(experts.routing, bias),
+            experts=self._experts(prefix, experts),
             shared=shared,
             tally=torch.zeros(experts.count, dtype=torch.int64, device=self._device),
             tp=self._tp,
+        )
+
+    def _experts(self, prefix: str, experts: ExpertsSpec) -> Experts:
+        """A range of whole experts, or a range of every expert's channels."""
+        mine, channels, hidden = range(experts.count), range(experts.size), self.spec.hidden_size
+        if self.expert_parallel:
+            mine = split(experts.count, self._tp.size, what="experts")[self._tp.rank]
+        else:
+            channels = self._channels(experts.size)
+        sources = ExpertSources(self.names.experts, prefix, experts, hidden, channels)
+        clamped = experts.clamped
+        activate = activation.GATED[self.spec.activation]
+        if clamped is not None:
+            activate = partial(activation.clamped_swiglu, alpha=clamped.alpha, limit=clamped.limit)
+        gate_up_bias = down_bias = None
+        if experts.bias:
+            gate_up_bias = self._tensor(*chain.from_iterable(map(sources.gate_up_bias, mine))).view(len(mine), -1)
+        if experts.bias and (self.expert_parallel or self._tp.rank == 0):
+            down_bias = self._tensor(*map(sources.down_bias, mine)).view(len(mine), hidden)
+        return Experts(
+            count=experts.count,
+            mine=mine,
+            gate_up_EI2H=self._tensor(*chain.from_iterable(map(sources.gate_up, mine))).view(len(mine), -1, hidden),
+            gate_up_bias_EI2=gate_up_bias,
+            activate=activate,
+            down_EHI=self._tensor(*map(sources.down, mine)).view(len(mine), hidden, -1),
+            down_bias_EH=down_bias,
         )
 
     def _channels(self, size: int) -> range:
@@ -247,25 +290,3 @@ def _fused(*projections: Rows) -> tuple[Rows, ...]:
 
 def _scaled(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
-
-
-def _expert_rows(
-    names: ExpertNames, prefix: str, experts: ExpertsSpec, hidden: int, expert: int, channels: range
-) -> tuple[Source, Source]:
-    """Gate and up of one expert, the rows of `channels`."""
-
-    def source(name: str, above: int) -> Source:
-        taken = range(above + channels.start, above + channels.stop)
-        stacked = Source(
-            prefix + names.stacked_gate_up, (2 * experts.size, hidden), 0, taken, expert=expert, num_experts=experts.count
-        )
-        return Source(f"{prefix}{name.format(expert=expert)}.weight", (experts.size, hidden), 0, channels, instead=stacked)
-
-    return source(names.gate, 0), source(names.up, experts.size)
-
-
-def _expert_columns(names: ExpertNames, prefix: str, experts: ExpertsSpec, hidden: int, expert: int, channels: range) -> Source:
-    """Down of one expert, the columns of `channels`."""
-    shape = (hidden, experts.size)
-    stacked = Source(prefix + names.stacked_down, shape, 1, channels, expert=expert, num_experts=experts.count)
-    return Source(f"{prefix}{names.down.format(expert=expert)}.weight", shape, 1, channels, instead=stacked)

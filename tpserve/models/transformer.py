@@ -1,10 +1,15 @@
 """The fields that many configs share: of Llama's shape (`spec`) and of GPT-2's (`plain`); a family passes what is its own."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from tpserve.models.fields import Fields
 from tpserve.models.rope_fields import longest, rope_of
-from tpserve.types.model_spec import CacheGroup, ModelSpec
+from tpserve.types.model_spec import CacheGroup, LatentSpec, ModelSpec, RopeSpec
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWS = ("use_sliding_window", "layer_types")
+"""Fields that a family reads which has windows in some layers."""
 
 
 def spec(
@@ -16,21 +21,33 @@ def spec(
     qkv_bias: bool = False,
     out_bias: bool = False,
     mlp_bias: bool = False,
+    windows: Sequence[int | None] = (),
+    rope: RopeSpec | None = None,
+    window_rope: RopeSpec | None = None,
+    activation: Literal["silu", "gelu_tanh"] = "silu",
+    latent: LatentSpec | None = None,
     honoured: tuple[str, ...] = (),
     **more: Any,
 ) -> ModelSpec:
     """RMS norms, rope, a gated MLP. Refuses what does not fit together and what asks for other mathematics.
 
+    `windows`: of each layer, positions that it sees, or None; empty when every layer sees all. `rope`: where the family reads
+    it itself.
     `honoured`: fields that the family reads itself though others must not have them; `more`: fields of ModelSpec.
     """
     fields.refuse_other_mathematics(honoured)
     num_heads = fields.size("num_attention_heads")
     if num_heads % num_kv_heads:
         raise fields.refuse(f"{num_heads} attention heads are no multiple of {num_kv_heads} key/value heads")
-    rope = rope_of(fields, head_dim)
+    rope = rope or rope_of(fields, head_dim if latent is None else latent.rope_dim)
+    num_layers, max_position = fields.size("num_hidden_layers"), longest(fields, rope)
+    windows = windows or [None] * num_layers
+    if window_rope is None:  # else what has a window says which rope it has
+        windows = [None if window is None or window >= max_position else window for window in windows]
     return ModelSpec(
         **_vocabulary(fields, tied=False),
-        **_layers(fields.size("num_hidden_layers")),
+        num_layers=num_layers,
+        cache=cache_groups(windows),
         family=family,
         hidden_size=fields.size("hidden_size"),
         intermediate_size=fields.size("intermediate_size"),
@@ -39,11 +56,13 @@ def spec(
         head_dim=head_dim,
         norm_eps=fields.number("rms_norm_eps"),
         rope=rope,
-        max_position=longest(fields, rope),
+        window_rope=window_rope,
+        max_position=max_position,
         qkv_bias=qkv_bias,
         out_bias=out_bias,
         mlp_bias=mlp_bias,
-        activation="silu",
+        activation=activation,
+        latent=latent,
         **more,
     )
 
@@ -57,7 +76,8 @@ def plain(
         raise fields.refuse(f"a hidden size of {hidden_size} is no multiple of {num_heads} attention heads")
     return ModelSpec(
         **_vocabulary(fields, tied=True),
-        **_layers(num_layers),
+        num_layers=num_layers,
+        cache=cache_groups([None] * num_layers),
         family=family,
         hidden_size=hidden_size,
         num_heads=num_heads,
@@ -84,8 +104,19 @@ def _vocabulary(fields: Fields, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def _layers(num_layers: int) -> dict[str, Any]:
-    return {"num_layers": num_layers, "cache": (CacheGroup(kind="full", layers=tuple(range(num_layers))),)}
+def cache_groups(windows: Sequence[int | None]) -> tuple[CacheGroup, ...]:
+    """Layers by their windows, one or None a layer, in groups of about equally many layers, on every pipeline stage too.
+
+    A block serves any group, so that a group with few layers would waste most of each. Layers of equal window are dealt out
+    in turn to as many groups as they are times the layers of the rarest window, rounded, halves up.
+    """
+    kinds = {window: [i for i, other in enumerate(windows) if other == window] for window in windows}
+    fewest = min(map(len, kinds.values()))
+    groups = []
+    for window, layers in kinds.items():
+        count = (2 * len(layers) + fewest) // (2 * fewest)
+        groups += [CacheGroup(tuple(layers[first::count]), window) for first in range(count)]
+    return tuple(groups)
 
 
 def head_dim_of(fields: Fields) -> int:
@@ -98,6 +129,27 @@ def head_dim_of(fields: Fields) -> int:
     return hidden_size // num_heads
 
 
-def sliding_window_of(fields: Fields) -> int | None:
+def sliding_windows(fields: Fields) -> tuple[int | None, ...]:
     """`sliding_window` of families in which it holds for every layer."""
-    return None if fields.get("sliding_window") is None else fields.size("sliding_window")
+    window = None if fields.get("sliding_window") is None else fields.size("sliding_window")
+    return (window,) * fields.size("num_hidden_layers")
+
+
+def layer_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """`sliding_window` in the layers that `layer_types` says have one, and where it is missing in those of the family's rule."""
+    num_layers, kinds = fields.size("num_hidden_layers"), fields.get("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if has_window(layer) else FULL for layer in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not {*kinds} <= {SLIDING, FULL}:
+        raise fields.refuse(f"field 'layer_types' must name {num_layers} layers {SLIDING!r} or {FULL!r}, not {kinds!r}")
+    window = fields.size("sliding_window") if SLIDING in kinds else None
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def switched_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """The same in families in which `use_sliding_window` switches windows on."""
+    if fields.flag("use_sliding_window"):
+        return layer_windows(fields, has_window)
+    if SLIDING in (fields.get("layer_types") or []):
+        raise fields.refuse(f"field 'layer_types' names {SLIDING!r}, which 'use_sliding_window' switches off")
+    return ()

@@ -18,8 +18,10 @@ def group_unit(device: torch.device) -> int:
     return 1 if device.type == "cuda" else ROW_UNIT
 
 
-def grouped_matmul(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """x[r] @ weight[e].T for the group e of row r: [R, N], contents undefined in rows from ends_E[-1] on.
+def grouped_matmul(
+    x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor, bias_EN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x[r] @ weight[e].T + bias[e] for the group e of row r: [R, N], contents undefined in rows from ends_E[-1] on.
 
     `ends_E`: int32; group e has rows [ends_E[e - 1], ends_E[e]), on the CPU padded to a multiple of `group_unit`.
     `weight_ENK` has gone through `aligned`.
@@ -27,9 +29,12 @@ def grouped_matmul(x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.T
     if x_RK.is_cuda:
         from tpserve_kernels import grouped
 
-        return grouped.grouped_matmul(x_RK, weight_ENK, ends_E)
+        return grouped.grouped_matmul(x_RK, weight_ENK, ends_E, bias_EN)
     x_RK = F.pad(x_RK, (0, weight_ENK.shape[2] - x_RK.shape[1]))
-    return F.grouped_mm(x_RK, weight_ENK.transpose(1, 2), offs=ends_E)
+    y_RN = F.grouped_mm(x_RK, weight_ENK.transpose(1, 2), offs=ends_E)
+    if bias_EN is not None:
+        y_RN += bias_EN.repeat_interleave(ends_E.diff(prepend=ends_E.new_zeros(1)), dim=0)
+    return y_RN
 
 
 def aligned(weight_ENK: torch.Tensor) -> torch.Tensor:

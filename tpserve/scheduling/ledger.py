@@ -1,15 +1,17 @@
 """The ledger worker: a device without a model, which turns every rule of plans in flight into an assertion.
 
-`LedgerWorker` executes plans like a rank does, but what it writes into a KV block is the token itself. Before each draw it
-reads the whole prefix back through the block table and compares it with what the sequence must be, so that a wrong table,
-an aliased block or a position computed twice fails at the first token it touches. Several slots may hold a block if all of it
-was written before, and then nobody writes it. Tokens and scores are pure functions of the prefix, the seed and the choice:
-`continuation` and `score` give what a request must produce alone, whatever the batch does to it.
+`LedgerWorker` executes plans like a rank does, but what it writes into a KV block is the token itself, for the group that the
+block serves. With each chunk it reads back through the block tables all that the chunk's positions see, the whole prefix or
+what is in the window, and compares it with what the sequence must be, so that a wrong table, an aliased block, one given back
+too early or a position computed twice fails at the first token it touches. Several slots may hold a block if all of it was
+written before, for their group, and then nobody writes it; what lies before a window nobody holds. Tokens and scores are pure
+functions of the prefix, the seed and the choice: `continuation` and `score` give what a request must produce alone, whatever
+the batch does to it.
 
 `LedgerDevice` runs the worker asynchronously over pipeline stages on a virtual clock, keeps a trace of what ran when, and
 asserts what only the order of sends and applies can break: no plan may release a slot or hand out a block that a plan in
-flight still uses, nor share a block before the result of the plan that filled it is applied. Neither imports torch; both are
-for tests and dry runs, and serve nobody.
+flight still uses (of a window: what is seen from its first position on), nor share a block before the result of the plan that
+filled it is applied. Neither imports torch; both are for tests and dry runs, and serve nobody.
 """
 
 from array import array
@@ -22,6 +24,7 @@ from tpserve.scheduling.limits import Limits
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult
 from tpserve.types.request import Request
+from tpserve.types.window import first_block
 
 EMPTY = -1
 
@@ -65,8 +68,10 @@ class LedgerWorker:
         self._epoch = epoch
         self._step = 0
         self._slots: dict[int, _Slot] = {}
-        self._holders: list[dict[int, set[int]]] = [{} for _ in range(limits.num_groups)]
-        self._entries = [[[EMPTY] * limits.block_size for _ in range(limits.num_blocks)] for _ in range(limits.num_groups)]
+        self._holders: list[set[tuple[int, int]]] = [set() for _ in range(limits.num_blocks)]
+        """Of each block, who holds it: (slot, group)."""
+        self._entries = [[(EMPTY, EMPTY)] * limits.block_size for _ in range(limits.num_blocks)]
+        """Of each position of each block: the group it was written for, and the token."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one plan."""
@@ -74,7 +79,7 @@ class LedgerWorker:
         self._step += 1
         for slot in plan.releases:
             self._release(slot)
-        chunks = plan.chunks(self._limits.num_groups)
+        chunks = plan.chunks(len(self._limits.windows))
         starts = {chunk.slot: chunk.start for chunk in chunks}
         assert chunks and len(starts) == len(chunks), "a plan names each slot at most once"
         assert {a.slot for a in plan.admissions} <= starts.keys(), "who is admitted computes at once"
@@ -88,34 +93,40 @@ class LedgerWorker:
     def _release(self, slot: int) -> None:
         """What the blocks hold stays, for others to share, until they are handed out to be written."""
         state = self._slots.pop(slot)
-        for holders, table in zip(self._holders, state.tables, strict=True):
-            for block in table:
-                holders[block].remove(slot)
+        for group, table in enumerate(state.tables):
+            for block in table[self._first(group, state.computed) :]:
+                self._holders[block].remove((slot, group))
 
     def _admit(self, admission: Admission, start: int) -> None:
-        """Positions [0, start) lie in shared blocks."""
+        """Positions [0, start) lie in shared blocks, as far as the position at `start` sees them."""
         slot, tokens, size = admission.slot, list(unpack(admission.tokens)), self._limits.block_size
         assert slot not in self._slots, f"slot {slot} is taken"
         assert 0 <= slot < self._limits.max_num_seqs
         assert start % size == 0, "blocks are shared whole"
+        assert len(admission.tables) == len(self._limits.windows), "a table for each group"
         self._slots[slot] = _Slot(admission, tokens, len(tokens), [[] for _ in admission.tables], start)
         for group, packed in enumerate(admission.tables):
-            table = unpack(packed)
-            for index, block in enumerate(table[: start // size]):
-                held = self._entries[group][block]
-                assert held == tokens[index * size : (index + 1) * size], f"block {block} does not hold what it is shared for"
-                self._holders[group].setdefault(block, set()).add(slot)
-                self._slots[slot].tables[group].append(block)
+            table, first = unpack(packed), self._first(group, start)
+            assert not any(table[:first]), "before a window there are no blocks"
+            for index, block in enumerate(table[first : start // size], first):
+                held = [(group, token) for token in tokens[index * size : (index + 1) * size]]
+                assert self._entries[block] == held, f"block {block} does not hold what it is shared for"
+                self._holders[block].add((slot, group))
+            self._slots[slot].tables[group].extend(table[: start // size])
             self._hand_out(slot, group, table[start // size :])
 
     def _hand_out(self, slot: int, group: int, blocks: Sequence[int]) -> None:
         """Blocks to be written."""
         for block in blocks:
             assert 0 <= block < self._limits.num_blocks
-            assert not self._holders[group].get(block), f"block {block} is held by slots {self._holders[group][block]}"
-            self._holders[group][block] = {slot}
-            self._entries[group][block] = [EMPTY] * self._limits.block_size
+            assert not self._holders[block], f"block {block} is held by slots and groups {self._holders[block]}"
+            self._holders[block].add((slot, group))
+            self._entries[block] = [(EMPTY, EMPTY)] * self._limits.block_size
             self._slots[slot].tables[group].append(block)
+
+    def _first(self, group: int, position: int) -> int:
+        """The first block that the group holds of a sequence computed up to `position`."""
+        return first_block(position, self._limits.windows[group], self._limits.block_size)
 
     def _run(self, chunk: Chunk) -> int:
         """Write a chunk's tokens where its keys and values would go; draw if it samples, else -1."""
@@ -132,15 +143,26 @@ class LedgerWorker:
         for group, table in enumerate(state.tables):
             for position, token in zip(range(chunk.start, stop), tokens, strict=True):
                 block = table[position // size]
-                assert self._holders[group][block] == {chunk.slot}, f"block {block} is written and held by others"
-                self._entries[group][block][position % size] = token
+                assert self._holders[block] == {(chunk.slot, group)}, f"block {block} is written and held by others"
+                self._entries[block][position % size] = group, token
+            self._read_back(state, group, chunk.start, stop)
+            for block in table[self._first(group, chunk.start) : self._first(group, stop)]:
+                self._holders[block].remove((chunk.slot, group))
         state.computed = stop
         return self._sample(state) if chunk.sample else EMPTY
+
+    def _read_back(self, state: _Slot, group: int, start: int, stop: int) -> None:
+        """All that positions [start, stop) see, through the group's table."""
+        size, table, window = self._limits.block_size, state.tables[group], self._limits.windows[group]
+        assert len(table) * size >= stop
+        seen = range(0 if window is None else max(0, start - window + 1), stop)
+        read = [self._entries[table[position // size]][position % size] for position in seen]
+        wanted = [(group, state.tokens[position]) for position in seen]
+        assert read == wanted, f"slot {state.admission.slot}: the cache does not hold the sequence"
 
     def _score(self, chunk: Chunk) -> PromptLogprobs:
         """Scores of the prompt tokens that follow the chunk's positions."""
         state = self._slots[chunk.slot]
-        self._check_prefix(state)
         assert state.admission.params.prompt_logprobs is not None, "scores are for those who ask"
         last = min(chunk.start + chunk.count, state.admission.prompt_len - 1)
         assert chunk.start < last, "a chunk that scores has something to score"
@@ -149,22 +171,14 @@ class LedgerWorker:
         return PromptLogprobs(0, values.tobytes(), b"", b"")
 
     def _sample(self, state: _Slot) -> int:
-        """Draw the next token from the prefix as the block tables tell it."""
+        """Draw the next token."""
         admission, length = state.admission, state.computed
         assert length == len(state.tokens), "a token is drawn once, after everything known is computed"
         end = min(admission.prompt_len + admission.params.max_tokens, self._limits.max_model_len)
         assert length < end, "nothing is drawn past a known end"
-        self._check_prefix(state)
         token = draw(state.tokens, admission.seed, admission.choice, self._vocab_size)
         state.tokens.append(token)
         return token
-
-    def _check_prefix(self, state: _Slot) -> None:
-        length, size = state.computed, self._limits.block_size
-        for entries, table in zip(self._entries, state.tables, strict=True):
-            prefix = [token for block in table for token in entries[block]][:length]
-            assert prefix == state.tokens[:length], f"slot {state.admission.slot}: the cache does not hold the sequence"
-            assert len(table) * size >= length
 
 
 @dataclass(frozen=True)
@@ -199,8 +213,8 @@ class LedgerDevice:
         self._pending: deque[tuple[float, StepPlan, StepResult]] = deque()
         self._tables: dict[int, list[list[int]]] = {}
         """Block tables of each slot by group, as the plans sent so far have it."""
-        self._written: list[dict[int, int]] = [{} for _ in range(self.limits.num_groups)]
-        """The last step that writes a block, by group."""
+        self._written: dict[int, int] = {}
+        """The last step that writes a block."""
 
     @property
     def in_flight(self) -> int:
@@ -232,37 +246,40 @@ class LedgerDevice:
 
     def _check_in_flight(self, plan: StepPlan) -> None:
         """No slot or block changes hands while a plan in flight names it; with feedback, nobody is planned past a draw."""
-        named = {slot for _, sent, _ in self._pending for slot in unpack(sent.slots)}
+        at: dict[int, int] = {}  # the first position of each slot whose result is not applied
+        for _, sent, _ in self._pending:
+            for slot, start in zip(unpack(sent.slots), unpack(sent.starts), strict=True):
+                at.setdefault(slot, start)
         drawing = {
             slot for _, sent, _ in self._pending for slot, sample in zip(unpack(sent.slots), sent.sample, strict=True) if sample
         }
-        assert named.isdisjoint(plan.releases), "a slot in flight was released"
+        assert at.keys().isdisjoint(plan.releases), "a slot in flight was released"
         for slot in plan.releases:
             del self._tables[slot]
         slots = unpack(plan.slots)
         assert not self.limits.feedback or drawing.isdisjoint(slots), "a sequence is planned before its token is back"
-        chunks = {chunk.slot: chunk for chunk in plan.chunks(self.limits.num_groups)}
+        size, windows = self.limits.block_size, self.limits.windows
+        in_flight = {
+            block
+            for slot, position in at.items()
+            for table, window in zip(self._tables[slot], windows, strict=True)
+            for block in table[first_block(position, window, size) :]
+        }
+        chunks = {chunk.slot: chunk for chunk in plan.chunks(len(windows))}
         for admission in plan.admissions:
-            self._tables[admission.slot] = [[] for _ in admission.tables]
-            shared = chunks[admission.slot].start // self.limits.block_size
-            for group, packed in enumerate(admission.tables):
-                self._check_shared(admission.slot, group, unpack(packed)[:shared])
-                self._check_new(admission.slot, group, unpack(packed)[shared:], named)
+            self._tables[admission.slot] = [list(unpack(packed)) for packed in admission.tables]
+            start = chunks[admission.slot].start
+            for table, window in zip(self._tables[admission.slot], windows, strict=True):
+                self._check_shared(table[first_block(start, window, size) : start // size])
+                assert in_flight.isdisjoint(table[start // size :]), "a block in flight was handed out"
         for index, group, blocks in plan.runs():
-            self._check_new(slots[index], group, blocks, named)
-        size = self.limits.block_size
+            assert in_flight.isdisjoint(blocks), "a block in flight was handed out"
+            self._tables[slots[index]][group].extend(blocks)
         for slot, chunk in chunks.items():
-            for written, table in zip(self._written, self._tables[slot], strict=True):
-                written.update(
-                    (block, plan.step) for block in table[chunk.start // size : -(-(chunk.start + chunk.count) // size)]
-                )
+            for table in self._tables[slot]:
+                for block in table[chunk.start // size : -(-(chunk.start + chunk.count) // size)]:
+                    self._written[block] = plan.step
 
-    def _check_shared(self, slot: int, group: int, blocks: Sequence[int]) -> None:
+    def _check_shared(self, blocks: Sequence[int]) -> None:
         applied = self._pending[0][1].step if self._pending else float("inf")
-        assert all(self._written[group][block] < applied for block in blocks), "a block is shared before it is known to be full"
-        self._tables[slot][group].extend(blocks)
-
-    def _check_new(self, slot: int, group: int, blocks: Sequence[int], named: set[int]) -> None:
-        held = [tables[group] for owner, tables in self._tables.items() if owner in named]
-        assert all(set(table).isdisjoint(blocks) for table in held), "a block in flight was handed out"
-        self._tables[slot][group].extend(blocks)
+        assert all(self._written[block] < applied for block in blocks), "a block is shared before it is known to be full"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tpserve.types.window import blocks_of
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -9,7 +11,8 @@ class Limits:
 
     `feedback`: how a drawn token reaches the plan that needs it. False: the worker keeps it, and the next position may be
     planned before rank 0 knows the token. True (pipelining): it comes back in a result and goes out as `Chunk.tokens`.
-    `num_blocks`: KV blocks of each cache group, every one of `block_size` positions.
+    `num_blocks`: KV blocks of all cache groups together, every one of `block_size` positions.
+    `windows`: for each cache group the positions that its layers see, None for all (`CacheGroup.window`).
     `prefix_caching`: whether full blocks are found again by what they hold.
     """
 
@@ -21,13 +24,18 @@ class Limits:
     depth: int
     feedback: bool
     eos_ids: tuple[int, ...]
-    num_groups: int = 1
+    windows: tuple[int | None, ...] = (None,)
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         sizes = (self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, self.num_blocks, self.block_size)
-        assert min(*sizes, self.depth, self.num_groups) >= 1, f"limits are positive: {self}"
+        windows = (window for window in self.windows if window is not None)
+        assert min(*sizes, self.depth, len(self.windows), *windows) >= 1, f"limits are positive: {self}"
 
     def blocks_for(self, positions: int) -> int:
-        """Blocks that hold the first `positions` positions of a sequence, in each cache group."""
+        """Blocks that hold the first `positions` positions of a sequence, in each cache group that keeps them all."""
         return -(-positions // self.block_size)
+
+    def least_blocks(self, positions: int) -> int:
+        """Blocks without which a sequence of `positions` positions cannot be served, over all groups."""
+        return blocks_of(positions, self.windows, self.block_size)

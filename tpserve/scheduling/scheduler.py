@@ -13,19 +13,17 @@ Plans in flight. At most `depth` plans are sent and not applied; results come in
                       and waits in its old place to be recomputed, keeping its output
     order             lower `priority` first, then first come, first served; who waits for a slot or for blocks takes them
                       from running sequences of a higher number, in the way of a shortage
+    windows           a block that no position to come sees goes back when the result is applied that says so
     prefixes          a block can be shared once the result of the plan that filled it is applied; who needs a block that is
                       being computed waits for it and is overtaken by those that need not wait
-
-A grant is computed whole, against counts, before anything is taken: it is committed or dropped, never undone.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil
 
-from tpserve.scheduling.blocks import Blocks, Match
+from tpserve.scheduling.blocks import Blocks
 from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.planner import Grant, Planner
 from tpserve.scheduling.queue import WaitingQueue
 from tpserve.scheduling.sequence import Sequence
 from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, Scored, Stats
@@ -42,11 +40,6 @@ class _Flight:
     rows: tuple[tuple[Sequence, Chunk], ...]
 
 
-Grant = list[tuple[Sequence, int, int]]
-"""Whom the next plan serves, and how many positions each; sequences without a slot are to be admitted, with so many cached
-blocks."""
-
-
 class Scheduler:
     """Continuous batching: decodes first, then prefill chunks in order of arrival until the token budget is used."""
 
@@ -57,6 +50,7 @@ class Scheduler:
         self._free_slots = list(reversed(range(limits.max_num_seqs)))
         self._waiting = WaitingQueue()
         self._running: dict[int, Sequence] = {}
+        self._planner = Planner(limits, self._blocks, self._waiting, self._running)
         self._flights: deque[_Flight] = deque()
         self._releases: list[int] = []
         self._outputs: list[EngineOutput] = []
@@ -101,7 +95,7 @@ class Scheduler:
         """The next plan, or None: nothing to do, `depth` plans in flight, or a shortage that waits for their results."""
         if len(self._flights) >= self.limits.depth:
             return None
-        while (grant := self._compute()) is None:
+        while (grant := self._planner.grant(len(self._free_slots), len(self._flights))) is None:
             if self._flights:
                 return None
             self._preempt()
@@ -118,7 +112,7 @@ class Scheduler:
             if sequence.ended:
                 self._settle(sequence)
                 continue
-            self._blocks.fill(sequence, chunk.start + chunk.count)
+            self._blocks.settle(sequence, chunk.start + chunk.count)
             if chunk.score:
                 self._tell_scores(sequence, chunk, scores[index])
             if chunk.sample:
@@ -137,7 +131,7 @@ class Scheduler:
             running=len(self._running),
             waiting=len(self._waiting),
             blocks_used=self._blocks.used,
-            blocks_total=self.limits.num_blocks * self.limits.num_groups,
+            blocks_total=self.limits.num_blocks,
             preemptions=self._preemptions,
             steps=self._step,
             prompt_tokens=self._prompt_tokens,
@@ -153,84 +147,6 @@ class Scheduler:
 
     # planning
 
-    def _compute(self) -> Grant | None:
-        """The next grant, or None when somebody must be preempted first. Takes nothing."""
-        grant: Grant = []
-        budget, free = self.limits.max_num_batched_tokens, self._blocks.available
-        ready = [s for s in self._running.values() if s.todo and not (self.limits.feedback and s.draws)]
-        decodes = [s for s in ready if s.todo == 1]
-        for sequence in decodes[: min(budget, self._decode_share(len(decodes)))]:
-            free -= self._blocks.missing(sequence, sequence.planned + 1)
-            if free < 0:
-                assert self._flights or len(self._running) > 1, "a sequence that fits the pool alone never runs short alone"
-                return None
-            grant.append((sequence, 1, 0))
-        budget -= len(grant)
-        for sequence in sorted((s for s in ready if s.todo > 1), key=lambda s: s.order):  # blocks came with the admission
-            if budget:
-                grant.append((sequence, min(sequence.todo, budget), 0))
-                budget -= grant[-1][1]
-        refused = self._admit(grant, budget, free)
-        return None if refused is not None and self._outranks(refused) else grant
-
-    def _decode_share(self, ready: int) -> int:
-        """Decodes the next plan may hold. With feedback they are dealt out over all plans in flight: stages never stand idle."""
-        if not self.limits.feedback:
-            return ready
-        depth = self.limits.depth
-        return min(ceil(ready / (depth - len(self._flights))), ceil(len(self._running) / depth))
-
-    def _admit(self, grant: Grant, budget: int, free: int) -> Sequence | None:
-        """Extend the grant by waiting sequences in order, while slots, budget and blocks last.
-
-        Returns the first for which there was no slot or not enough blocks. A sequence is admitted with blocks for all its
-        known tokens, so that only decodes can run short. One block is left for each sequence that will still grow: what is
-        admitted now is not preempted a few steps later.
-        """
-        if not (budget and self._waiting):
-            return None
-        slots, begun = len(self._free_slots), set[bytes]()
-        reserve = self._reserve(self._running.values())
-        for sequence in self._waiting:
-            match = self._blocks.match(sequence)
-            if match.promised or match.next in begun:
-                continue
-            need = self._need(sequence, match)
-            if not slots or free - need < reserve:
-                return sequence
-            grant.append((sequence, min(sequence.todo - match.shared * self.limits.block_size, budget), match.shared))
-            budget -= grant[-1][1]
-            if not budget:
-                return None
-            slots -= 1
-            free -= need
-            reserve += self.limits.blocks_for(sequence.end - 1) > self.limits.blocks_for(sequence.known)
-            if match.next:
-                begun.add(match.next)
-        return None
-
-    def _outranks(self, refused: Sequence) -> bool:
-        """Whether it can be placed once sequences of a higher priority number have given way."""
-        priority, _ = refused.order
-        rest, held = [], 0
-        for sequence in self._running.values():
-            if sequence.order[0] > priority:
-                held += len(sequence.tables[0])
-            else:
-                rest.append(sequence)
-        if len(rest) == len(self._running):
-            return False
-        need = self._need(refused, self._blocks.match(refused))
-        return self._blocks.available + held - need >= self._reserve(rest)
-
-    def _need(self, sequence: Sequence, match: Match) -> int:
-        """Free blocks that admitting a sequence takes."""
-        return self.limits.blocks_for(sequence.known) - match.shared + match.free
-
-    def _reserve(self, sequences: Iterable[Sequence]) -> int:
-        """Blocks left for those that will still need one."""
-        return sum(self._blocks.missing(s, s.end - 1) > 0 for s in sequences)
-
     def _commit(self, grant: Grant, now: float) -> StepPlan:
         """Take what the grant needs and turn it into a plan in flight."""
         releases, self._releases = self._releases, []
@@ -242,7 +158,7 @@ class Scheduler:
         for sequence, count, _ in grant:
             blocks: tuple[tuple[int, ...], ...] = ()
             if sequence.slot < 0:
-                admissions.append(self._place(sequence, now))
+                admissions.append(self._place(sequence, count, now))
             else:
                 blocks = self._blocks.grow(sequence, sequence.planned + count)
             start, sample = sequence.planned, count == sequence.todo and sequence.length < sequence.end
@@ -256,15 +172,15 @@ class Scheduler:
         self._step += 1
         return plan
 
-    def _place(self, sequence: Sequence, now: float) -> Admission:
-        """Move a sequence from waiting to running."""
+    def _place(self, sequence: Sequence, count: int, now: float) -> Admission:
+        """Move a sequence from waiting to running; its first chunk has `count` positions."""
         request = sequence.request
         self._waiting.pop(request.id)
         self._running[request.id] = sequence
         sequence.slot = self._free_slots.pop()
         sequence.admitted = len(sequence.tokens)
-        self._blocks.grow(sequence, sequence.known)
-        sequence.planned = sequence.filled * self.limits.block_size
+        self._blocks.enter(sequence, count)
+        sequence.planned = sequence.computed
         if sequence.started_s is None:
             sequence.started_s = now
             self._count_cached(sequence)
@@ -292,7 +208,7 @@ class Scheduler:
     def _refusal(self, sequence: Sequence) -> str:
         """Why a request can never be served, or nothing. The frontend checks first, with the user's own names for things."""
         limits, prompt_len = self.limits, sequence.prompt_len
-        blocks = limits.blocks_for(sequence.end - 1)
+        blocks = limits.least_blocks(sequence.end - 1)
         if self._draining:
             return "the server is shutting down and takes no new requests"
         if not prompt_len:

@@ -1,10 +1,10 @@
 """A sequence being generated: the only mutable request state there is. Private to scheduling/; it never crosses a wire.
 
     tokens     [0, len(tokens)) known | [len(tokens), length) drawn by plans in flight
-    positions  [0, planned) in the KV cache, or put there by plans in flight | [planned, length) still to be computed
+    positions  [0, computed) in the KV cache | [computed, planned) put there by plans in flight | [planned, length) to compute
     scores     of the prompt's tokens [1, scored) told | [scored, prompt_len) wanted, when the request asks for them
 
-A sequence waits (no slot, no blocks, planned = 0), runs (a slot and blocks), or has ended; an ended sequence keeps its slot
+A sequence waits (no slot, no blocks, nothing planned), runs (a slot and blocks), or has ended; an ended sequence keeps its slot
 and blocks until no plan in flight names it. `length` never passes `end`: the token at end - 1 is the last, and its own
 position is never computed. A request for scores alone (`max_tokens` 0) computes what they need and draws nothing.
 """
@@ -34,11 +34,12 @@ class Sequence:
     """Tokens the last admission carried: later ones are unknown to a worker that does not sample."""
     hashes: list[bytes] = field(default_factory=list)
     """Of full blocks, as far as they were needed; tokens never change, so neither do these."""
-    filled: int = 0
-    """Leading blocks of the tables that are full and settled with the prefix cache."""
     awaits: bytes = b""
     """Hash of the first block that was not in the prefix cache when last looked for."""
     cached_tokens: int = 0
+    computed: int = 0
+    due: int = 0
+    """Before so many positions are computed no block becomes full, and none leaves a window."""
     planned: int = 0
     draws: int = 0
     in_flight: int = 0

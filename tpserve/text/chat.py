@@ -1,12 +1,13 @@
 """Chat templates: messages to the prompt that the model was trained on.
 
-Owns finding the template of a model directory and rendering it in Jinja2's immutable sandbox, with the few names that
+Owns finding the templates of a model directory and rendering one in Jinja2's immutable sandbox, with the few names that
 templates expect. Never takes a template from a request, never tokenizes. Every failure of a template is a UserError: the
 messages did not fit it, and the template's own words say why.
 """
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,18 +20,29 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tpserve.errors import UserError
-from tpserve.text.tokenizer import read_json, special_tokens
+from tpserve.text.described import read_json
 
 MAX_PROMPT_CHARS = 64 << 20
+DEFAULT = "default"
+"""The template of a plain conversation, where a model has several."""
+NAME = re.compile(r"[\w-]+")
+"""What --chat-template gives, if it is no template itself."""
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template can raise on messages it was not written for; it is foreign code fed with a client's values."""
 
 
 class ChatTemplate:
-    """A model's chat template. Without one it still exists, and `render` says what to do instead."""
+    """A model's chat template. Without one it still exists, and `render` says what to do instead: `missing`."""
 
-    def __init__(self, source: str | None, special: Mapping[str, str] | None = None, where: str = "chat template") -> None:
+    def __init__(
+        self,
+        source: str | None,
+        special: Mapping[str, str] | None = None,
+        where: str = "chat template",
+        missing: str = "this model has no chat template; use /v1/completions, or start the server with --chat-template",
+    ) -> None:
         self._special = dict(special or {})
+        self._missing = missing
         self._template: jinja2.Template | None = None
         if source is None:
             return
@@ -40,13 +52,25 @@ class ChatTemplate:
             raise UserError(f"{where} is no valid Jinja template: {error}") from error
 
     @staticmethod
-    def load(directory: str | os.PathLike[str], given: str | None = None) -> "ChatTemplate":
-        """The template of a model directory, or the `given` text in its place. UserError when it is broken; a directory without
-        one is no error."""
-        root = Path(directory)
-        config = read_json(root / "tokenizer_config.json")
-        source, where = find(root, config) if given is None else (given, "--chat-template")
-        return ChatTemplate(source, special_tokens(config), where)
+    def load(directory: str | os.PathLike[str], special: Mapping[str, str], given: str | None = None) -> "ChatTemplate":
+        """The template of a tokenizer's directory; or the `given` text in its place, or of several that of the `given` name.
+
+        `special`: the tokenizer's special tokens. UserError when the template is broken or the name is none; a directory
+        without a template is no error.
+        """
+        named, path = find(Path(directory))
+        if given is not None and given not in named:
+            if not NAME.fullmatch(given):
+                return ChatTemplate(given, special, "--chat-template")
+            known = f"the model's templates {', '.join(named)}" if named else "a model's templates, and this one has none"
+            raise UserError(
+                f"--chat-template {given} is neither a file, nor a template itself, nor one of {known}", param="chat_template"
+            )
+        if given is None and named and DEFAULT not in named:
+            names = ", ".join(named)
+            missing = f"this model has several chat templates ({names}) and none is called {DEFAULT}; start the server with "
+            return ChatTemplate(None, missing=missing + "--chat-template NAME")
+        return ChatTemplate(named.get(given or DEFAULT), special, str(path))
 
     def render(
         self,
@@ -61,10 +85,7 @@ class ChatTemplate:
         `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open instead.
         """
         if self._template is None:
-            raise UserError(
-                "this model has no chat template; use /v1/completions, or start the server with --chat-template",
-                param="messages",
-            )
+            raise UserError(self._missing, param="messages")
         if continue_final_message and add_generation_prompt:
             raise UserError("continue_final_message needs add_generation_prompt false", param="continue_final_message")
         # Templates ask whether tools are none, and not always whether they are defined.
@@ -97,22 +118,31 @@ def open_final_message(prompt: str, messages: Sequence[Mapping[str, Any]]) -> st
     )
 
 
-def find(root: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
-    """(source or None, file) by the order of age: the newest convention wins."""
-    path = root / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
-    for path, holder in (
-        (root / "chat_template.json", read_json(root / "chat_template.json")),
-        (root / "tokenizer_config.json", config),
-    ):
-        template = holder.get("chat_template")
-        if isinstance(template, list):  # named templates; "default" is the plain chat
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default", next(iter(named.values()), None))
+def find(root: Path) -> tuple[dict[str, str], Path]:
+    """The templates by name, and where they stand. As in transformers, the newest convention that is used wins whole."""
+    files = {DEFAULT: root / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((root / "additional_chat_templates").glob("*.jinja"))}
+    named = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    if named:
+        return named, files[DEFAULT]
+    for path in (root / "chat_template.json", root / "tokenizer_config.json"):
+        template = read_json(path).get("chat_template")
         if isinstance(template, str):
-            return template, str(path)
-    return None, str(root)
+            return {DEFAULT: template}, path
+        if template:
+            return _named(template, path), path
+    return {}, root
+
+
+def _named(templates: Any, path: Path) -> dict[str, str]:
+    """Several templates in one file: by name, or a list of objects with `name` and `template`."""
+    try:
+        named = templates if isinstance(templates, dict) else {entry["name"]: entry["template"] for entry in templates}
+    except (TypeError, KeyError):
+        named = {}
+    if not named or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise UserError(f"{path}: chat_template is neither a template nor a list of named ones; download the model again")
+    return named
 
 
 class Generation(Extension):

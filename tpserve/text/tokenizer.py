@@ -1,7 +1,8 @@
 """The model's tokenizer: text to ids and back, and the text of an output that is still growing.
 
-Owns `tokenizer.json` and what `tokenizer_config.json` adds to it (added tokens, bos and eos). Never knows requests, stop
-strings or chat templates. Invariants:
+Owns which files of a directory make it: tokenizer.json, or else SentencePiece's tokenizer.model, or else vocab.json with
+merges.txt; each with the tokens that the JSON files beside it add. Never knows requests, stop strings or chat templates.
+Invariants:
 
     TextStream   the pieces of a stream joined are the text of its ids, however the ids arrive
                  a piece never ends inside a character unless the bytes can no longer become one
@@ -15,10 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import processors
 
 from tpserve.errors import UserError
+from tpserve.text import byte_level, sentencepiece
+from tpserve.text.byte_level import BYTE_OF
+from tpserve.text.described import CONFIG, SPECIAL, Description, Vocabulary
 
 REPLACEMENT = "\ufffd"
 WINDOW_TOKENS = 8
@@ -26,20 +30,9 @@ WINDOW_TOKENS = 8
 MAX_HELD_STEPS = 6
 """Steps a stream waits for the rest of a character (UTF-8 has at most three) before it shows what can be no character."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent file is an empty one. UserError when the file is there and broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; download the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; download the model again")
-    return content
+FILE = "tokenizer.json"
+_OTHER = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm")
+"""Files that may hold a tokenizer of another kind."""
 
 
 class Tokenizer:
@@ -56,18 +49,13 @@ class Tokenizer:
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Tokenizer":
         """Load from a model directory. UserError names the missing or broken file."""
-        path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing; save one with AutoTokenizer.save_pretrained, or name a tokenizer with --tokenizer"
-            )
-        try:
-            rust = RustTokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises bare Exception for every broken file
-            raise UserError(f"{path} is no tokenizer: {error}; download the model again") from error
-        config = read_json(path.with_name("tokenizer_config.json"))
-        add_tokens(rust, config.get("added_tokens_decoder") or {}, path.with_name("tokenizer_config.json"))
-        return Tokenizer(rust, special_tokens(config))
+        described = Description.of(Path(directory))
+        vocabulary = _vocabulary(described)
+        roles = described.roles(vocabulary.roles)
+        _add_tokens(vocabulary.rust, described, roles)
+        if vocabulary.add_bos is not None:
+            _frame(vocabulary.rust, described, roles, vocabulary.add_bos)
+        return Tokenizer(vocabulary.rust, roles)
 
     @property
     def vocab_size(self) -> int:
@@ -176,34 +164,54 @@ def decoder_types(rust: RustTokenizer) -> set[str]:
     return set(walk(json.loads(rust.to_str()).get("decoder")))
 
 
-def add_tokens(rust: RustTokenizer, added: dict[str, Any], path: Path) -> None:
-    """Add the tokens that stand in tokenizer_config.json only. UserError when an id there cannot be had."""
-    for key, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        content = entry["content"]
-        if rust.token_to_id(content) is not None:
-            continue
-        flags = {name: bool(entry.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-        token = AddedToken(content, **flags)
-        rust.add_special_tokens([token]) if flags["special"] else rust.add_tokens([token])
-        if rust.token_to_id(content) != int(key):
+def _vocabulary(described: Description) -> Vocabulary:
+    """From the first kind of file that the directory has. UserError when it has none, or a broken one."""
+    root = described.directory
+    if (root / FILE).is_file():
+        return _stored(root / FILE)
+    if (root / sentencepiece.FILE).is_file():
+        return sentencepiece.load(described)
+    if all((root / name).is_file() for name in byte_level.FILES):
+        return byte_level.load(described)
+    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    others = [name for name in names if _OTHER.search(name) and name not in (CONFIG, SPECIAL)]
+    instead = f" (what {', '.join(others)} holds cannot be read)" if others else ""
+    raise UserError(
+        f"{root} has no tokenizer: neither {FILE}, nor {sentencepiece.FILE}, nor {' with '.join(byte_level.FILES)}{instead}; "
+        f"make a {FILE} with transformers' AutoTokenizer.save_pretrained, or name another tokenizer with --tokenizer"
+    )
+
+
+def _stored(path: Path) -> Vocabulary:
+    try:
+        rust = RustTokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises bare Exception for every broken file
+        raise UserError(f"{path} is no tokenizer: {error}; download the model again") from error
+    rust.no_truncation()  # the settings of whoever saved it last
+    rust.no_padding()
+    return Vocabulary(rust, {}, None)
+
+
+def _add_tokens(rust: RustTokenizer, described: Description, roles: dict[str, str]) -> None:
+    """Add what stands in the JSON files only, and mark what is special. UserError when an id there cannot be had."""
+    known = {token.content: token for token in rust.get_added_tokens_decoder().values()}
+    added = {id: token for id, token in sorted(described.added.items()) if known.get(token.content) != token}
+    new = {id: token.content for id, token in added.items() if rust.token_to_id(token.content) is None}
+    rust.add_tokens([*added.values(), *(token for token in described.special(roles) if token.content not in known)])
+    for id, content in new.items():
+        if rust.token_to_id(content) != id:
             raise UserError(
-                f"{path}: added token {content!r} wants id {key}, tokenizer.json leaves {rust.token_to_id(content)} for it"
+                f"{described.directory / CONFIG}: added token {content!r} wants id {id}, the vocabulary leaves "
+                f"{rust.token_to_id(content)} for it"
             )
 
 
-def special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Special tokens by role; older files spell them as objects with `content`."""
-    found = {name: config.get(name) for name in SPECIAL_NAMES}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes for bytes (GPT-2, Radford et al. 2019): printable ones stand for themselves,
-    the others are moved above 255 in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
-
-
-BYTE_OF = byte_alphabet()
+def _frame(rust: RustTokenizer, described: Description, roles: dict[str, str], add_bos: bool) -> None:
+    """Let a text begin with BOS and end with EOS where that is asked for."""
+    said, bos, eos = described.config, roles.get("bos_token"), roles.get("eos_token")
+    first = [bos] if bos is not None and said.get("add_bos_token", add_bos) else []
+    last = [eos] if eos is not None and said.get("add_eos_token", False) else []
+    if first or last:
+        pieces = [*(f"{token}:0" for token in first), "$A:0", *(f"{token}:0" for token in last)]
+        ids = [(token, rust.token_to_id(token)) for token in dict.fromkeys(first + last)]
+        rust.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=ids)

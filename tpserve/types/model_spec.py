@@ -29,31 +29,82 @@ class RopeSpec(Struct, frozen=True):
     """What rotated channels are multiplied by."""
     num_channels: int | None = None
     """How many of a head's channels turn, the first ones; None: all."""
+    interleaved: bool = False
+    """Channel 2 c turns with 2 c + 1, not with one half the channels away."""
+
+
+class LatentSpec(Struct, frozen=True):
+    """Multi-head latent attention (DeepSeek-V2, 2024, arXiv:2405.04434): what is cached of a position is one latent vector, of
+    which the keys and values of all heads are products, and one rotated key that all heads share.
+    """
+
+    kv_rank: int
+    """Channels of the latent."""
+    rope_dim: int
+    """Channels of the shared key, and as many of each query."""
+    nope_dim: int
+    """Channels of a head's key that come from the latent."""
+    v_dim: int
+    q_rank: int | None = None
+    """Channels that queries are compressed to; None: they are not."""
+    norm_eps: float = 1e-6
+    """Of the norms of the latent and of the compressed query."""
 
 
 class CacheGroup(Struct, frozen=True):
-    """Layers that share one block table. `full` keeps every position; other kinds arrive with the models that need them."""
+    """Layers that share one block table, in order; every layer is in one group."""
 
-    kind: Literal["full"]
     layers: tuple[int, ...]
+    window: int | None = None
+    """Positions that a layer sees, the row's own included, and all that the group keeps; None: every position."""
+
+
+class ClampedSwiglu(Struct, frozen=True):
+    """gate * logistic(alpha * gate) * (up + 1), gate at most `limit` and up within it (gpt-oss, arXiv:2508.10925)."""
+
+    alpha: float
+    limit: float
+
+
+class RoutingSpec(Struct, frozen=True):
+    """How a token's `num_active` experts are chosen, and what their outputs are multiplied by before they are added up.
+
+    The weights are the scores of the chosen ones. The lower id wins a tie, of experts and of groups.
+    """
+
+    num_active: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """Over all experts, of what the router gives."""
+    bias: Literal["logits", "choice"] | None = None
+    """A number for each expert, added to what the router gives, or to the scores, for the choice alone."""
+    num_groups: int = 1
+    num_top_groups: int = 1
+    """Experts lie in groups of equal size; chosen from are those of so many groups (DeepSeek-V2, arXiv:2405.04434)."""
+    group_best: int = 1
+    """What a group is chosen by: the sum of its so many best experts."""
+    renormalise: bool = False
+    """Whether the weights are scaled to add up to 1."""
+    scale: float = 1.0
+    """What they are multiplied by last."""
 
 
 class ExpertsSpec(Struct, frozen=True):
-    """A mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv:1701.06538).
-
-    A token's experts are the `num_active` most probable ones under a softmax over all of them; the lower id wins a tie.
-    """
+    """A mixture of experts in place of the MLP (Shazeer et al. 2017, arXiv:1701.06538)."""
 
     count: int
-    num_active: int
     size: int
     """Intermediate channels of an expert."""
-    renormalise: bool
-    """Whether the chosen experts' probabilities are scaled to add up to 1."""
+    routing: RoutingSpec
     layers: tuple[int, ...]
     """The layers that have experts; the others have an MLP of `ModelSpec.intermediate_size`."""
+    bias: bool = False
+    """Biases on the experts' projections."""
+    clamped: ClampedSwiglu | None = None
+    """The experts' activation where it is not `ModelSpec.activation`."""
     shared_size: int = 0
-    """Intermediate channels of an MLP that every token goes through beside its experts, behind a sigmoid gate; 0 for none."""
+    """Intermediate channels of an MLP that every token goes through beside its experts; 0 for none."""
+    shared_gate: bool = False
+    """Whether a sigmoid gate of its own lets that one's output through."""
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True):
@@ -73,14 +124,16 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     norm_affine: bool = True
     """Whether norms have weights; layer norms have biases then, too."""
     norm_eps: float
-    norm_place: Literal["before", "after", "output"] = "before"
-    """f is attention or MLP: x + f(norm(x)), norm(x + f(x)), or x + norm(f(x))."""
+    norm_offset: float = 0.0
+    """What is added to the weights of RMS norms: 1 where they lie around 0 (Gemma)."""
+    norm_place: Literal["before", "after", "output", "around"] = "before"
+    """f is attention or MLP: x + f(norm(x)), norm(x + f(x)), x + norm(f(x)), or x + norm(f(norm(x))) with two norms."""
     final_norm: bool = True
     rope: RopeSpec | None
     """None: positions are learned embeddings, added to those of the tokens."""
+    window_rope: RopeSpec | None = None
+    """The rope of layers with a window where it is another one (Gemma 3)."""
     max_position: int
-    sliding_window: int | None = None
-    """Positions that a token sees, its own included; None: all before it."""
     tie_embeddings: bool
     qkv_bias: bool
     """Bias on the query, key and value projections."""
@@ -93,14 +146,29 @@ class ModelSpec(Struct, frozen=True, kw_only=True):
     """The MLP is down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
     experts: ExpertsSpec | None = None
+    latent: LatentSpec | None = None
+    """With latents, `head_dim` is that of queries and there are as many key/value heads as heads."""
     attention_scale: float | None = None
-    """What scores are multiplied by; None: head_dim ** -0.5."""
+    """What scores are multiplied by; None: head_dim ** -0.5, but models with latents say it."""
+    scores_cap: float | None = None
+    """Scaled scores s become cap * tanh(s / cap)."""
+    sinks: bool = False
+    """Each head has a score of its own that takes part in the softmax and brings no value (arXiv:2309.17453, learned)."""
     embedding_scale: float = 1.0
+    embedding_scale_rounded: bool = False
+    """The scale is rounded to the model's dtype before it multiplies."""
     residual_scale: float = 1.0
     """What attention and MLP are multiplied by before they are added to the residual stream."""
     logits_scale: float = 1.0
+    logits_cap: float | None = None
+    """Logits x become cap * tanh(x / cap)."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """The checkpoint's dtype, what `--dtype auto` follows."""
     bos_id: int | None
     eos_ids: tuple[int, ...]
     cache: tuple[CacheGroup, ...]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each cache group."""
+        return tuple(group.window for group in self.cache)

@@ -6,7 +6,8 @@ start + count. If `score` is set, the log probabilities of the prompt's tokens a
 as far as the prompt goes.
 
     tokens[slot]    [0, start) in the KV cache | [start, start + count) computed by this chunk | start + count drawn
-    block table     appended by Admission.tables and Chunk.blocks; position p lives in table[p // block_size]
+    block table     one a cache group, appended by Admission.tables and Chunk.blocks; position p lives in table[p // block_size].
+                    Before what a group's window still sees it says nothing: no chunk reads it
 
 Where the input ids come from: `Chunk.tokens` if it is not empty, else the worker's own `tokens[slot, start:start+count]`,
 written there by the admission or by the sampler of an earlier plan.

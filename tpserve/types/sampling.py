@@ -1,6 +1,36 @@
 """What the engine must know to choose a request's next token. Stop *strings* are the frontend's and do not appear here."""
 
-from msgspec import Struct
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct, to_builtins
+
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class SamplingDefaults(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What a model's requests are sampled by where they do not say, of what its makers or its operator chose; None: not said.
+
+    In the names and bounds of a request. `left_out`: what was asked for and is not supported. `source`: where all of it comes
+    from, for people; empty when there is nothing.
+    """
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    max_tokens: Count | None = None
+    left_out: tuple[str, ...] = ()
+    source: str = ""
+
+    def said(self) -> dict[str, Any]:
+        """The parameters that are said, by name."""
+        return {name: value for name, value in to_builtins(self).items() if name not in ("left_out", "source")}
 
 
 class SamplingParams(Struct, frozen=True, array_like=True):

@@ -1,60 +1,40 @@
-"""A directory of weight files: which tensor is in which file, and reading slices of them. Never loads a whole file.
+"""A directory of weight files: which tensor is in which file, and under which name. Opening it reads headers only.
 
 Safetensors where there are some, else torch's own files; with an index or without.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from tpserve.errors import UserError
 from tpserve.types.model_files import WEIGHT_FORMATS
 from tpserve.weights import files
+from tpserve.weights.forms import FORMS, Form
 from tpserve.weights.names import WeightNames
 from tpserve.weights.parameter import Source
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-"""Element types that are weights as they stand; others (integers, 8-bit floats) are quantized."""
 
+@dataclass(frozen=True)
+class Stored:
+    """A source, the form it is stored in, and the form's tensors: how the files call them, and which files."""
 
-class File:
-    """One open file of a checkpoint."""
-
-    def __init__(self, path: Path, file: files.TensorFile, stored: Mapping[str, str]) -> None:
-        self._path = path
-        self._file = file
-        self._stored = stored
-
-    def check(self, source: Source) -> int:
-        """Bytes of one element of the source's tensor. UserError when its shape or type is not what the model needs."""
-        shape, kind = self._file.facts(self._stored[source.name])
-        if shape != source.stored:
-            raise UserError(
-                f"tensor {source.name} in {self._path} has shape {list(shape)}, but config.json asks for {list(source.stored)}"
-            )
-        if kind not in ITEM_BYTES:
-            raise UserError(f"tensor {source.name} in {self._path} is {kind}: supported are {', '.join(ITEM_BYTES)}")
-        return ITEM_BYTES[kind]
-
-    def read(self, source: Source) -> torch.Tensor:
-        """The source's range, in the file's dtype."""
-        return self._file.read(self._stored[source.name], source.index)
+    source: Source
+    form: Form
+    tensors: tuple[str, ...]
+    paths: tuple[Path, ...]
 
 
 class Checkpoint:
-    """Tensor names resolved to files; opening it reads headers only."""
+    """Tensor names resolved to files."""
 
     def __init__(self, directory: Path, paths: Mapping[str, Path], names: WeightNames) -> None:
-        """`paths`: where each stored name is. Names saved from a bare transformer lack a prefix and get it here."""
+        """`paths`: where each stored name is. What stands before a name may differ from the model's own."""
         self.directory = directory
         self.names = names
-        prefix = _missing_prefix(paths, names)
-        outside = f"{names.head}."
-        self._stored = {name if name.startswith(outside) else prefix + name: name for name in paths}
-        self._paths = {name: paths[stored] for name, stored in self._stored.items()}
+        self._paths = paths
+        self._stored = names.known(paths)
 
     @staticmethod
     def open(directory: Path | str, names: WeightNames, *, only_safetensors: bool = False) -> "Checkpoint":
@@ -71,45 +51,45 @@ class Checkpoint:
         torchs = "" if only_safetensors else " and no pytorch_model.bin"
         raise UserError(f"no safetensors files{torchs} in {directory}{found}")
 
-    def tensors(self) -> list[str]:
-        """All of them, under the model's names."""
-        return list(self._paths)
+    def tensors(self) -> dict[str, str]:
+        """All of them: what the model calls them, and the files."""
+        return dict(self._stored)
 
-    def held(self, source: Source) -> Source:
-        """The source as this checkpoint has it: itself, or what it says to take instead."""
-        use_other = source.instead is not None and source.name not in self._paths and source.instead.name in self._paths
-        return source.instead if use_other and source.instead is not None else source
+    def stored(self, source: Source) -> Stored:
+        """Where the source's numbers are, or those it says to take instead. UserError when a tensor is missing."""
+        for wanted in (source, source.instead):
+            if wanted is not None and (form := self._form(wanted.name)) is not None:
+                known = [wanted.name + suffix for suffix in form.suffixes]
+                missing = [name for name in known if name not in self._stored]
+                if missing:
+                    raise UserError(
+                        f"tensor {missing[0]} is missing from {self._files()}, which goes with the others of its name"
+                    )
+                tensors = tuple(self._stored[name] for name in known)
+                return Stored(wanted, form, tensors, tuple(self._paths[tensor] for tensor in tensors))
+        raise UserError(
+            f"tensor {source.name} with shape {list(source.shape)} is missing from {self._files()}: "
+            "config.json and the weight files do not belong together, or a file is incomplete"
+        )
 
-    def path_of(self, source: Source) -> Path:
-        """The file that holds the source's tensor. UserError when there is none."""
-        if source.name not in self._paths:
-            raise UserError(
-                f"tensor {source.name} with shape {list(source.shape)} is missing from the checkpoint in {self.directory}: "
-                "config.json and the weight files do not belong together, or a file is incomplete"
-            )
-        return self._paths[source.name]
+    def _form(self, name: str) -> Form | None:
+        return next((form for form in FORMS if name + form.suffixes[-1] in self._stored), None)
 
-    @contextmanager
-    def opened(self, path: Path) -> Iterator[File]:
-        """Open one of the files; what goes wrong in it is a UserError that names it."""
-        with files.opened(path) as file:
-            yield File(path, file, self._stored)
-
-
-def _missing_prefix(paths: Mapping[str, Path], names: WeightNames) -> str:
-    """What the stored names lack of the model's: its outermost modules ("model."), if they were not saved."""
-    parts = f"{names.embedding}.weight".split(".")
-    for at in range(len(parts) - 1):
-        if ".".join(parts[at:]) in paths:
-            return "".join(f"{part}." for part in parts[:at])
-    return ""
+    def _files(self) -> str:
+        paths = sorted(set(self._paths.values()))
+        if len(paths) == 1:
+            return str(paths[0])
+        return f"the {len(paths)} files {paths[0].name} to {paths[-1].name} in {self.directory}"
 
 
-def _listed(paths: list[Path]) -> dict[str, Path]:
+def _listed(paths: Iterable[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
         with files.opened(path) as file:
-            found.update(dict.fromkeys(file.names(), path))
+            for name in file.names():
+                if name in found:
+                    raise UserError(f"tensor {name} is in {found[name]} and in {path}: leave the files of one checkpoint only")
+                found[name] = path
     return found
 
 

@@ -26,16 +26,14 @@ def _fill(place: torch.Tensor, source: Source, seed: int) -> None:
     spread = (3.0 / source.shape[0 if source.transposed else 1]) ** 0.5 if is_matrix else 0.1
     centre = 0.0 if is_matrix or source.name.endswith(".bias") else 1.0
     width = source.shape[-1] if is_matrix else 1
-    columns = torch.arange(width, device=place.device)
-    first_row = 0
-    if source.dim == 0:
-        first_row = source.taken.start
-    else:
-        columns = columns[source.taken.start : source.taken.stop]
+    taken = torch.arange(source.taken.start, source.taken.stop, source.taken.step, device=place.device)
+    columns = taken if source.dim == 1 else torch.arange(width, device=place.device)
+    all_rows = taken if source.dim == 0 else torch.arange(source.shape[0], device=place.device)
+    all_rows = all_rows + source.expert * source.shape[0]
     key = _mix(torch.tensor(crc32(source.name.encode()) + (seed << 32), device=place.device))
     step = max(1, BATCH // len(columns))
     for row in range(0, len(place), step):
-        rows = torch.arange(row, min(row + step, len(place)), device=place.device) + first_row
+        rows = all_rows[row : row + step]
         bits = _mix(rows.unsqueeze(1) * width + columns + key)
         values = (bits >> 40).float() * 2.0**-23  # 24 signed bits: [-1, 1)
         place[row : row + step] = (centre + spread * values).view(len(rows), *place.shape[1:]).to(place.dtype)

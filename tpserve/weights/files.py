@@ -1,12 +1,12 @@
-"""One open file of weights, safetensors or torch's own: which tensors it holds, and slices of them.
+"""One open file of weights, safetensors or torch's own, mapped into memory: what is not looked at is not read.
 
-Torch's files are mapped into memory and unpickled by torch's restricted reader, which makes nothing but tensors.
+Torch's files are unpickled by torch's restricted reader, which makes nothing but tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 from zipfile import is_zipfile
 
 import torch
@@ -16,78 +16,65 @@ from tpserve.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that Git LFS has not replaced by its content yet."""
-KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
 """Types in the words of safetensors."""
-Index = tuple[int | slice, ...]
-"""A place in the first dimensions, and a range of the next."""
 
 
-class TensorFile(Protocol):
-    """What both formats can tell."""
+@dataclass(frozen=True)
+class Held:
+    """A tensor of a file, whose elements are the file's pages."""
 
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        ...
+    name: str
+    path: Path
+    tensor: torch.Tensor
 
-    def facts(self, name: str) -> tuple[tuple[int, ...], str]:
-        """A tensor's shape and type."""
-        ...
+    @property
+    def kind(self) -> str:
+        """Its type."""
+        return KINDS.get(self.tensor.dtype, str(self.tensor.dtype))
 
-    def read(self, name: str, index: Index) -> torch.Tensor:
-        """A part of a tensor, in the file's type."""
-        ...
-
-
-class SafetensorsFile:
-    """Reads the slices it is asked for."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._handle.keys())
-
-    def facts(self, name: str) -> tuple[tuple[int, ...], str]:
-        """A tensor's shape and type."""
-        tensor = self._handle.get_slice(name)
-        return tuple(tensor.get_shape()), tensor.get_dtype()
-
-    def read(self, name: str, index: Index) -> torch.Tensor:
-        """A part of a tensor."""
-        piece: torch.Tensor = self._handle.get_slice(name)[index]
-        return piece
+    def __str__(self) -> str:
+        return f"tensor {self.name} in {self.path}"
 
 
-class TorchFile:
-    """The tensors are the file's pages: what is not looked at is not read."""
+class File:
+    """The tensors of one file."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, path: Path, names: Iterable[str], tensor: Callable[[str], torch.Tensor]) -> None:
+        self._path = path
+        self._names = dict.fromkeys(names)
+        self._tensor = tensor
 
     def names(self) -> list[str]:
         """Of all tensors."""
-        return list(self._tensors)
+        return list(self._names)
 
-    def facts(self, name: str) -> tuple[tuple[int, ...], str]:
-        """A tensor's shape and type."""
-        tensor = self._tensors[name]
-        return tuple(tensor.shape), KINDS.get(tensor.dtype, str(tensor.dtype))
-
-    def read(self, name: str, index: Index) -> torch.Tensor:
-        """A part of a tensor."""
-        return self._tensors[name].detach()[index]
+    def held(self, name: str) -> Held:
+        """One of them. UserError when the index was wrong about it."""
+        if name not in self._names:
+            raise UserError(f"{self._path} has no tensor {name}, though the index says so: download the files again")
+        return Held(name, self._path, self._tensor(name))
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[TensorFile]:
+def opened(path: Path) -> Iterator[File]:
     """Open a file by its format; what goes wrong in it is a UserError that names it."""
     try:
         if path.suffix == ".bin":
-            yield TorchFile(_mapped(path))
+            tensors = _mapped(path)
+            yield File(path, tensors, lambda name: tensors[name].detach())
         else:
             with safe_open(path, framework="pt", device="cpu") as handle:
-                yield SafetensorsFile(handle)
+                yield File(path, handle.keys(), handle.get_tensor)
     except SafetensorError as error:
         raise _damaged(path, str(error)) from None
     except OSError as error:

@@ -3,28 +3,26 @@
 Everything is checked before the first byte of a tensor is read.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 
-from tpserve.errors import UserError
-from tpserve.weights.checkpoint import Checkpoint
-from tpserve.weights.parameter import Parameter, Source
+from tpserve.weights import files
+from tpserve.weights.checkpoint import Checkpoint, Stored
+from tpserve.weights.files import File
+from tpserve.weights.parameter import Parameter
 
 READAHEAD_BYTES = 64 * 1024
-"""The kernel reads ahead at least this much: a cut through rows narrower than that brings in the rows whole."""
-EXPERT = re.compile(r"\.\d+\.(?=\w+\.weight$)")
-"""The number of an expert in the name of one of its matrices."""
+"""The kernel reads ahead at least this much."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Bytes of the slices asked for, and bytes of the files that had to be read for them."""
+    """Bytes of the slices asked for, and bytes of the files that had to be read for them, in the files' types."""
 
     requested_bytes: int
     physical_bytes: int
@@ -33,52 +31,49 @@ class Loaded:
 def load(
     parameters: Sequence[Parameter],
     checkpoint: Checkpoint,
-    num_layers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Loaded:
-    """Fill the parameters; `progress(bytes_done, bytes_total)` follows each slice. UserError names what does not fit.
-
-    `num_layers`: of the whole model; the parameters are those of one stage.
-    """
-    by_file: dict[Path, list[tuple[Source, torch.Tensor]]] = defaultdict(list)
+    """Fill the parameters; `progress(bytes_done, bytes_total)` follows each slice. UserError names what does not fit."""
+    by_files: dict[tuple[Path, ...], list[tuple[Stored, torch.Tensor]]] = defaultdict(list)
     for parameter in parameters:
-        for wanted, place in parameter.parts():
-            source = checkpoint.held(wanted)
-            by_file[checkpoint.path_of(source)].append((source, place))
-    _refuse_unused({source.name for parts in by_file.values() for source, _ in parts}, checkpoint, num_layers)
-    sizes: dict[Source, int] = {}
-    for path, parts in by_file.items():
-        with checkpoint.opened(path) as file:
-            sizes.update((source, file.check(source)) for source, _ in parts)
-    total = sum(prod(source.shard) * sizes[source] for parts in by_file.values() for source, _ in parts)
-    done = physical = 0
-    for path, parts in sorted(by_file.items()):
-        with checkpoint.opened(path) as file:
-            for source, place in parts:
-                place.copy_(file.read(source))
-                done += prod(source.shard) * sizes[source]
-                physical += _physical_bytes(source, sizes[source])
+        for source, place in parameter.parts():
+            stored = checkpoint.stored(source)
+            by_files[stored.paths].append((stored, place))
+    total = physical = done = 0
+    for paths, parts in by_files.items():
+        with _opened(paths) as opened:
+            for stored, _ in parts:
+                cuts = _cut(stored, opened)
+                total += sum(cut.nbytes for cut in cuts)
+                physical += sum(map(_physical_bytes, cuts))
+    for paths, parts in sorted(by_files.items()):
+        with _opened(paths) as opened:
+            for stored, place in parts:
+                cuts = _cut(stored, opened)
+                stored.form.fill(stored.source, cuts, place)
+                done += sum(cut.nbytes for cut in cuts)
                 progress(done, total)
-    return Loaded(done, physical)
+    return Loaded(total, physical)
 
 
-def _physical_bytes(source: Source, item_bytes: int) -> int:
-    narrow = source.dim == 1 and len(source.taken) * item_bytes < READAHEAD_BYTES
-    return prod(source.shape if narrow else source.shard) * item_bytes
+@contextmanager
+def _opened(paths: Sequence[Path]) -> Iterator[dict[Path, File]]:
+    """The files in which one tensor lies: two when its scales are in the next one."""
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(files.opened(path)) for path in set(paths)}
 
 
-def _refuse_unused(wanted: set[str], checkpoint: Checkpoint, num_layers: int) -> None:
-    """A tensor that no parameter wants (a bias or scale in one of our layers, a layer too many) would change the output.
+def _cut(stored: Stored, opened: dict[Path, File]) -> list[torch.Tensor]:
+    held = [opened[path].held(tensor) for tensor, path in zip(stored.tensors, stored.paths, strict=True)]
+    return stored.form.cut(stored.source, held)
 
-    Another rank's experts are wanted there; that there are no more than config.json says, the router's shape tells.
-    """
-    names = checkpoint.names
-    ours = {names.layer_of(name) for name in wanted}
-    wanted = {EXPERT.sub(".", name) for name in wanted}
-    for name in checkpoint.tensors():
-        layer = names.layer_of(name)
-        if EXPERT.sub(".", name) not in wanted and layer is not None and (layer in ours or layer >= num_layers):
-            raise UserError(
-                f"{checkpoint.directory} holds tensor {name}, which a model with this config.json does not have: "
-                "they do not belong together, or the model needs more than tpserve supports"
-            )
+
+def _physical_bytes(cut: torch.Tensor) -> int:
+    """Between the first byte and the last there are gaps, which come along where the kernel reads ahead beyond them."""
+    run = 1
+    for stride, size in sorted(zip(cut.stride(), cut.shape, strict=True)):
+        if stride != run:
+            break
+        run *= size
+    cover = 1 + sum((size - 1) * stride for size, stride in zip(cut.shape, cut.stride(), strict=True))
+    return min(cover * cut.itemsize, cut.numel() // run * max(run * cut.itemsize, READAHEAD_BYTES))

@@ -14,8 +14,10 @@ import torch
 class Source:
     """The range `taken` along `dim` of the checkpoint tensor `name`, whose whole shape is `shape`.
 
-    `transposed`: the parameter holds the transpose of what is taken. A checkpoint may have the matrices of all experts in one
-    tensor; `instead` says where the same numbers are then.
+    The range may have a step: gate and up that alternate are two sources. `transposed`: the parameter holds the transpose of
+    what is taken. Of a quantized checkpoint, name, shape and range are those of the plain tensor; the loader finds what is
+    there in its place. A checkpoint may have the matrices of all experts in one tensor; `instead` says where the same
+    numbers are then.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Source:
     @property
     def index(self) -> tuple[int | slice, ...]:
         """What is taken, as an index into the checkpoint tensor."""
-        taken = (*(slice(None),) * self.dim, slice(self.taken.start, self.taken.stop))
+        taken = (*(slice(None),) * self.dim, slice(self.taken.start, self.taken.stop, self.taken.step))
         return (self.expert, *taken) if self.num_experts else taken
 
     @property

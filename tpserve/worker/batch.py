@@ -46,7 +46,7 @@ def build(chunks: Chunks, slots: Slots) -> StepBatch:
     query_lens, context_lens = tuple(chunks.counts_R.tolist()), tuple(context_R.tolist())
     width = -(-max(context_lens) // slots.block_size)
     groups = []
-    for table in slots.tables:
+    for table, window in zip(slots.tables, slots.windows, strict=True):
         blocks_T = table[row_slots_T, positions_T // slots.block_size].long()
         groups.append(
             AttentionBatch(
@@ -56,6 +56,7 @@ def build(chunks: Chunks, slots: Slots) -> StepBatch:
                 write_slots=to_device(blocks_T * slots.block_size + positions_T % slots.block_size, device),
                 query_lens_host=query_lens,
                 context_lens_host=context_lens,
+                window=window,
             )
         )
     positions_device = to_device(positions_T, device)

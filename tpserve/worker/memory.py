@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
-from math import prod
 
 import torch
 
@@ -17,6 +16,7 @@ from tpserve.config.machine import available_memory
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.models.decoder import Decoder
+from tpserve.models.need import num_arrays, places
 from tpserve.parallel.mesh import Mesh
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
@@ -43,13 +43,12 @@ FILTERED = SamplingParams(
 
 
 def allocate(decoder: Decoder, mesh: Mesh, num_blocks: int, block_size: int) -> list[KVCache]:
-    """The KV caches of this rank's layers, unwritten: attention never reads what no plan has written."""
-    shape = decoder.cache_shape(num_blocks, block_size)
-
-    def empty() -> torch.Tensor:
-        return torch.empty(shape, dtype=decoder.dtype, device=mesh.device)
-
-    return [KVCache(empty(), empty()) for _ in _layers(mesh)]
+    """The KV caches of this rank's layers, one a layer, unwritten. Layers of different groups share arrays: never a block."""
+    spec, layers = decoder.spec, _layers(mesh)
+    arrays = [
+        decoder.kv_layout.empty(num_blocks, block_size, decoder.dtype, mesh.device) for _ in range(num_arrays(spec, layers))
+    ]
+    return [arrays[place] for place in places(spec, layers)]
 
 
 def _layers(mesh: Mesh) -> range:
@@ -111,14 +110,14 @@ def measure(
     `slots` makes some for sequences of a length; what is tried is dropped again. Every rank calls this and learns every
     rank's memory. UserError when the cache cannot hold a single sequence of `max_model_len`.
     """
-    block = 2 * len(_layers(mesh)) * decoder.dtype.itemsize * prod(decoder.cache_shape(1, config.block_size))
+    block = num_arrays(decoder.spec, _layers(mesh)) * decoder.kv_layout.num_bytes(1, config.block_size, decoder.dtype)
 
     def trial(rows: int) -> _Trial:
         return _Trial(decoder, mesh, slots(config.max_model_len), config, rows)
 
     measured = _measured_cuda if mesh.device.type == "cuda" else _measured_cpu
     ranks = _gather(mesh, measured(trial, mesh, config, local_ranks, weights, block))
-    found = sizing.fit(ranks, config)
+    found = sizing.fit(ranks, decoder.spec, config)
     ledgers = [sizing.ledger_of(rank, found, config) for rank in ranks]
     refused = sizing.refusal(found, ranks, decoder.spec, config, devices.places(mesh.device, local_ranks))
     if refused is not None:

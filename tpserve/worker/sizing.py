@@ -16,6 +16,7 @@ from tpserve.models.need import largest, need
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
+from tpserve.types.window import blocks_of, longest
 
 GIB = 1 << 30
 AUTO_LEAST = 1024
@@ -27,7 +28,7 @@ _MOST_FACTOR = 64
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank's memory in bytes. `share`: what the rank may take in all; `block`: a KV block in all layers of the rank."""
+    """One rank's memory in bytes. `share`: what the rank may take in all; `block`: a KV block in all cache arrays."""
 
     total: int
     others: int
@@ -49,11 +50,11 @@ class Fit:
     rank: int
 
 
-def fit(ranks: Sequence[Measured], config: EngineConfig) -> Fit:
+def fit(ranks: Sequence[Measured], spec: ModelSpec, config: EngineConfig) -> Fit:
     """What all ranks can hold. Whether it is enough is for `refusal` to say."""
     length = config.max_model_len
     if config.fit_max_model_len:
-        length = min(length, *(_longest(rank, config) for rank in ranks))
+        length = min(_longest(rank, spec, config) for rank in ranks)
     blocks = [_blocks(rank, config, length) for rank in ranks]
     decides = min(range(len(ranks)), key=lambda rank: (blocks[rank], ranks[rank].free))
     return Fit(length, blocks[decides], decides)
@@ -86,12 +87,20 @@ def _blocks(rank: Measured, config: EngineConfig, length: int) -> int:
     return max(0, (rank.room - slot_bytes(config, length)) // rank.block) if given is None else given
 
 
-def _longest(rank: Measured, config: EngineConfig) -> int:
-    """The longest sequence whose blocks and slots the rank has room for, in whole blocks."""
+def _longest(rank: Measured, spec: ModelSpec, config: EngineConfig) -> int:
+    """The longest sequence whose blocks and slots the rank has room for: whole blocks, or the longest there may be."""
     given = _given(rank, config)
-    slots = slot_bytes(config, config.block_size) - slot_bytes(config, 0)
-    fitting = max(0, (rank.room - slot_bytes(config, 0)) // (rank.block + slots)) if given is None else given
-    return fitting * config.block_size
+
+    def fits(length: int) -> bool:
+        blocks = _sequence(spec, config, length)
+        return blocks * rank.block + slot_bytes(config, length) <= rank.room if given is None else blocks <= given
+
+    return longest(fits, config.block_size, config.max_model_len)
+
+
+def _sequence(spec: ModelSpec, config: EngineConfig, length: int) -> int:
+    """Blocks with which one sequence of a length can be served."""
+    return blocks_of(length, spec.windows, config.block_size)
 
 
 # What does not fit, and what would
@@ -103,10 +112,10 @@ def refusal(found: Fit, ranks: Sequence[Measured], spec: ModelSpec, config: Engi
     if (given := _given(rank, config)) is not None and given * rank.block + slot_bytes(config, found.max_model_len) > rank.free:
         return _too_large(found, rank, config)
     least = least_length(config)
-    needed = -(-least // config.block_size) * rank.block
+    needed = _sequence(spec, config, least) * rank.block
     if found.num_blocks * rank.block >= needed and found.max_model_len >= least:
         return None
-    fits = min(config.max_model_len, *(_longest(each, config) for each in ranks))
+    fits = min(_longest(each, spec, config) for each in ranks)
     if config.kv_cache_memory is not None:
         room = f"--kv-cache-memory {config.kv_cache_memory / GIB:.3g} is"
     elif given is not None:
@@ -164,10 +173,10 @@ def wider(rank: Measured, spec: ModelSpec, config: EngineConfig, per_node: int) 
     """
     length = least_length(config)
     item = ITEM_BYTES[config.dtype]
-    tokens = -(-length // config.block_size) * config.block_size
+    entries = _sequence(spec, config, length) * config.block_size
     for layout in _layouts(spec, config.layout, per_node):
         most = largest(spec, layout)
-        each = item * (most.weights + most.cached * tokens) + rank.activations + rank.head + slot_bytes(config, length)
+        each = item * (most.weights + most.cached * entries) + rank.activations + rank.head + slot_bytes(config, length)
         if each <= rank.share:
             nodes = -(-layout.world_size // per_node)
             where = f" on {nodes} nodes" if nodes > 1 else ""
@@ -216,8 +225,11 @@ def ledger_line(rank: int, ledger: MemoryLedger, config: EngineConfig) -> str:
     )
 
 
-def report(ledgers: Sequence[MemoryLedger], found: Fit, config: EngineConfig) -> list[str]:
-    """What was decided, in the words that operators look for; of each stage the rank whose memory is fullest."""
+def report(ledgers: Sequence[MemoryLedger], found: Fit, spec: ModelSpec, config: EngineConfig) -> list[str]:
+    """What was decided, in the words that operators look for; of each stage the rank whose memory is fullest.
+
+    The size in tokens is that of as many sequences of the greatest length as fit: with windows a short one takes more a token.
+    """
     layout = config.layout
 
     def left(rank: int) -> int:
@@ -227,14 +239,16 @@ def report(ledgers: Sequence[MemoryLedger], found: Fit, config: EngineConfig) ->
     stages = [range(stage * layout.tp, (stage + 1) * layout.tp) for stage in range(layout.pp)]
     fullest = [found.rank if found.rank in stage else min(stage, key=left) for stage in stages]
     ledger = ledgers[found.rank]
-    tokens = ledger.num_blocks * ledger.block_size
+    each = _sequence(spec, config, ledger.max_model_len)
+    tokens = ledger.num_blocks * ledger.block_size * -(-ledger.max_model_len // ledger.block_size) // each
+    windows = f", {each:,} for a sequence of {ledger.max_model_len:,} tokens" if any(spec.windows) else ""
     device = "GPU" if config.device == "cuda" else "CPU"
     lines = [ledger_line(rank, ledgers[rank], config) for rank in fullest]
-    lines.append(f"{device} KV cache size: {tokens:,} tokens ({ledger.num_blocks:,} blocks of {ledger.block_size})")
+    lines.append(f"{device} KV cache size: {tokens:,} tokens ({ledger.num_blocks:,} blocks of {ledger.block_size}{windows})")
     if config.fit_max_model_len:
         some = f"{ledger.max_model_len:,} of" if ledger.max_model_len < config.max_model_len else "all of"
         lines.append(f"max_model_len auto: {some} the model's {config.max_model_len:,} tokens fit the KV cache")
-    lines.append(f"Maximum concurrency for {ledger.max_model_len:,} tokens per request: {tokens / ledger.max_model_len:.2f}x")
+    lines.append(f"Maximum concurrency for {ledger.max_model_len:,} tokens per request: {ledger.num_blocks / each:.2f}x")
     return lines
 
 

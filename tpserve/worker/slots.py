@@ -27,7 +27,8 @@ class Slots:
     """`num_slots` places for sequences of at most `max_len` tokens.
 
     Tokens live on the device, because the sampler writes them there and the next plan reads them without the host.
-    Block tables live on the host: they are small, known only from plans, and sent with each batch.
+    Block tables, one for each of `windows` (`CacheGroup.window`), live on the host: they are small, known only from plans, and
+    sent with each batch. What lies before a window stays in them, though the blocks may be others' by then.
     `eos_ids` and `vocab_size` are the model's: `min_tokens` puts off its ends.
     """
 
@@ -36,7 +37,7 @@ class Slots:
         num_slots: int,
         max_len: int,
         block_size: int,
-        num_groups: int,
+        windows: tuple[int | None, ...],
         device: torch.device,
         *,
         eos_ids: tuple[int, ...],
@@ -46,8 +47,9 @@ class Slots:
         self._eos_ids, self._vocab_size = eos_ids, vocab_size
         self.tokens = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
         width = -(-max_len // block_size)
-        self.tables = [torch.zeros((num_slots, width), dtype=torch.int32) for _ in range(num_groups)]
-        self._table_lens = [[0] * num_slots for _ in range(num_groups)]
+        self.windows = windows
+        self.tables = [torch.zeros((num_slots, width), dtype=torch.int32) for _ in windows]
+        self._table_lens = [[0] * num_slots for _ in windows]
         self.temperature = torch.zeros(num_slots, dtype=torch.float32)
         self.seed = torch.zeros(num_slots, dtype=torch.int64)
         self.choice = torch.zeros(num_slots, dtype=torch.int64)

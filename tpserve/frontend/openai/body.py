@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
@@ -37,9 +39,12 @@ async def read_object(request: web.Request) -> dict[str, Any]:
     return value
 
 
-def parse(body: dict[str, Any], schema: type[Call], logged: set[str]) -> tuple[Call, list[str]]:
+def parse(
+    body: dict[str, Any], schema: type[Call], logged: set[str], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Call, list[str]]:
     """The call and its warnings. UserError names the field that is refused or out of range.
 
+    `defaults`: fields that the body need not say, in place of the schema's own.
     `logged`: unknown names the log has had; each is logged once, and not without end, for clients choose them.
     """
     fields = {ALIASES.get(name, name): value for name, value in body.items() if value is not None}
@@ -53,7 +58,7 @@ def parse(body: dict[str, Any], schema: type[Call], logged: set[str]) -> tuple[C
                 f"{name} is not supported by this server; leave it out{hint(name)}", param=name, code="unsupported_parameter"
             )
     try:
-        call = msgspec.convert(fields, schema, str_keys=True)  # JSON's names of members are strings: logit_bias
+        call = msgspec.convert({**defaults, **fields}, schema, str_keys=True)  # JSON's names of members are strings: logit_bias
     except msgspec.ValidationError as error:
         raise invalid(str(error), fields) from None
     for name in unknown[:MAX_WARNINGS]:

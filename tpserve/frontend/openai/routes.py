@@ -31,7 +31,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request), CompletionCall, service.logged_fields)
+    call, warnings = parse(await read_object(request), CompletionCall, service.logged_fields, service.sampling())
     head = head_of(request, service, call, warnings, "cmpl", "text_completion", "text_completion")
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
@@ -44,12 +44,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request), ChatCall, service.logged_fields)
+    call, warnings = parse(await read_object(request), ChatCall, service.logged_fields, service.sampling())
     head = head_of(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
     prompt = await chat_prompt(service, call, limits)
     asked = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
-    new = sequences(service, call, [prompt], [max_new_tokens(prompt, asked, None, limits, "messages")], limits)
+    size = max_new_tokens(prompt, asked, service.defaults.max_tokens, limits, "messages")
+    new = sequences(service, call, [prompt], [size], limits)
     shape = ChatShape(head, call, prompt, service.tokenizer)
     return await answer(request, service, call, new, shape, head, [prompt])
 

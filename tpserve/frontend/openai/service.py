@@ -5,6 +5,7 @@ Owns nothing that changes but the set of names already logged. Admission is wher
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -13,6 +14,7 @@ from tpserve.frontend.journal import Journal, NewSequence, Ticket
 from tpserve.frontend.status import Status
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.sampling import SamplingDefaults
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Service:
-    """`max_open`: sequences that may run or wait at once."""
+    """`max_open`: sequences that may run or wait at once. `defaults`: sampling parameters of requests that do not say them."""
 
     names: tuple[str, ...]
     root: str
@@ -35,6 +37,7 @@ class Service:
     status: Callable[[], Status]
     tokenizer: Tokenizer
     chat_template: ChatTemplate
+    defaults: SamplingDefaults
     logged_fields: set[str] = field(default_factory=set)
 
     def served(self, model: str | None) -> str:
@@ -47,6 +50,10 @@ class Service:
                 f"the model {model[:128]!r} does not exist; served: {known}", param="model", code="model_not_found", status=404
             )
         return model
+
+    def sampling(self) -> dict[str, Any]:
+        """Fields of a call that does not say them. How much to generate is not among them: it is cut to what fits."""
+        return {name: value for name, value in self.defaults.said().items() if name != "max_tokens"}
 
     def limits(self) -> Limits:
         """UserError 503 unless requests are taken."""

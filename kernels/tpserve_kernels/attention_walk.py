@@ -1,0 +1,215 @@
+"""How programs walk a paged context: the kernels behind `attention`, which says what they compute and why it is invariant.
+
+Dao et al., "FlashAttention" (2022), https://arxiv.org/abs/2205.14135, for the online softmax. Scores are kept in powers of
+two. Windows, the cap, sinks and tails of keys are paths chosen when a kernel is compiled: unused they cost nothing.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-1e30)  # where a running maximum starts: below every score, yet finite, so that inf - inf never arises
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _merge(peak_a, total_a, acc_a, peak_b, total_b, acc_b):
+    """Two softmax states (largest score, sum of exponentials, weighted values) of adjacent contexts, as one."""
+    peak = tl.maximum(peak_a, peak_b)
+    weight_a = tl.exp2(peak_a - peak)
+    weight_b = tl.exp2(peak_b - peak)
+    total = total_a * weight_a + total_b * weight_b
+    return peak, total, acc_a * tl.expand_dims(weight_a, -1) + acc_b * tl.expand_dims(weight_b, -1)
+
+
+@triton.jit
+def _output(peak, total, acc, sinks_ptr, head, HEADS: tl.constexpr, SINKS: tl.constexpr):
+    """What a softmax state comes to, the head's sink beside it."""
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, mask=head < HEADS, other=0.0) * LOG2_E
+        higher = tl.maximum(peak, sink)
+        decay = tl.exp2(peak - higher)
+        total = total * decay + tl.exp2(sink - higher)
+        acc = acc * tl.expand_dims(decay, -1)
+    return acc / tl.expand_dims(total, -1)
+
+
+@triton.jit
+def _first_seen(position, WINDOW: tl.constexpr):
+    """The first position that the row at `position` sees."""
+    return tl.maximum(position - WINDOW + 1, 0) if WINDOW else 0
+
+
+@triton.jit
+def _segment(
+    q, q_tail, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, cap_log2, start, begin, stop,
+    HEAD_DIM: tl.constexpr, TAIL: tl.constexpr, V_IN_K: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    SEGMENT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The softmax state of a tile's rows over positions [start, start + SEGMENT) in [begin, stop), from a fresh state."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    tail = tl.arange(0, BLOCK_TAIL)[None, :]
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first_tile = tl.maximum(start, begin // BLOCK_N * BLOCK_N) if WINDOW else start
+    for first in range(first_tile, tl.minimum(start + SEGMENT, stop), BLOCK_N):
+        position = first + tl.arange(0, BLOCK_N)
+        seen = position < stop
+        if WINDOW:
+            seen &= position >= begin
+        block = tl.load(table_ptr + position // PAGE, mask=seen, other=0).to(tl.int64)
+        value = (block * block_stride + (position % PAGE) * entry_stride)[:, None]
+        inside = seen[:, None] & (channel < HEAD_DIM)
+        k = tl.load(k_ptr + value + channel, mask=inside, other=0.0)
+        if WIDEN:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if TAIL:
+            k_tail = tl.load(k_ptr + value + HEAD_DIM + tail, mask=seen[:, None] & (tail < TAIL), other=0.0)
+            if WIDEN:
+                k_tail = k_tail.to(tl.float32)
+            scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
+        scores = scores * scale_log2
+        if CAP:  # cap tanh(s / cap) is cap - 2 cap / (exp(2 s / cap) + 1); scale_log2 holds the 2 / cap
+            scores = cap_log2 - 2 * cap_log2 / (tl.exp2(scores) + 1)
+        visible = position[None, :] <= row_position[:, None]
+        if WINDOW:
+            visible &= position[None, :] > row_position[:, None] - WINDOW
+        scores = tl.where(visible, scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - higher[:, None])
+        decay = tl.exp2(peak - higher)
+        total = total * decay + tl.sum(weights, axis=1)
+        if V_IN_K:
+            v = k
+        else:
+            v = tl.load(v_ptr + value + channel, mask=inside, other=0.0)
+            if WIDEN:
+                v = v.to(tl.float32)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        peak = higher
+    return peak, total, acc
+
+
+@triton.jit
+def _tile_of_request(query_starts_ptr, num_requests, ONE_TILE: tl.constexpr, TOKENS: tl.constexpr):
+    """This program's request, and the first of that request's tokens in this program's tile."""
+    tile = tl.program_id(0)
+    if ONE_TILE:
+        return tile, 0
+    low = 0  # search the last request whose first tile, starts[r] // TOKENS + r, is not after this one
+    high = num_requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_starts_ptr + middle) // TOKENS + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low, (tile - tl.load(query_starts_ptr + low) // TOKENS - low) * TOKENS
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, context_lens_ptr, sinks_ptr, out_ptr, partial_ptr, state_ptr,
+    num_requests, table_width, scale_log2, cap_log2, q_stride, q_head_stride, block_stride, entry_stride, head_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr,
+    V_IN_K: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PAGE: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of one request's rows under one key head: over all that they see, or (SPLIT) over one segment of it.
+
+    The GROUP query heads of a key head are dealt to as many tiles as it takes, SHARE to each.
+    """
+    TOKENS: tl.constexpr = BLOCK_M // SHARE
+    PARTS: tl.constexpr = (GROUP + SHARE - 1) // SHARE
+    request, first_token = _tile_of_request(query_starts_ptr, num_requests, ONE_TILE, TOKENS)
+    kv_head = tl.program_id(1) // PARTS
+    query_start = tl.load(query_starts_ptr + request)
+    query_len = tl.load(query_starts_ptr + request + 1) - query_start
+    context_before = tl.load(context_lens_ptr + request) - query_len
+    begin = _first_seen(context_before + first_token, WINDOW)  # no row of this tile sees what is before
+    stop = context_before + tl.minimum(first_token + TOKENS, query_len)  # nor what is from here on
+    walk = (begin // SEGMENT + tl.program_id(2)) * SEGMENT
+    if (first_token >= query_len) | (walk >= stop):
+        return
+
+    # Tile rows are (token, query head) pairs, heads fastest; rows past the last token or head compute and are not stored.
+    m = tl.arange(0, BLOCK_M)
+    token = first_token + m // SHARE
+    of_group = tl.program_id(1) % PARTS * SHARE + m % SHARE
+    head = kv_head * GROUP + of_group
+    stored = (m < TOKENS * SHARE) & (token < query_len) & (of_group < GROUP)
+    row = (query_start + token).to(tl.int64)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    inside = stored[:, None] & (channel < HEAD_DIM)
+    q_row_ptr = q_ptr + (row * q_stride + head * q_head_stride)[:, None]
+    q = tl.load(q_row_ptr + channel, mask=inside, other=0.0)
+    q_tail = q
+    if TAIL:
+        tail = tl.arange(0, BLOCK_TAIL)[None, :]
+        q_tail = tl.load(q_row_ptr + HEAD_DIM + tail, mask=stored[:, None] & (tail < TAIL), other=0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
+        q_tail = q_tail.to(tl.float32)
+    row_position = context_before + token
+    k_ptr += kv_head * head_stride
+    v_ptr += kv_head * head_stride
+    table_ptr = tables_ptr + tl.cast(request, tl.int64) * table_width
+
+    if SPLIT:
+        peak, total, acc = _segment(
+            q, q_tail, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, cap_log2,
+            walk, begin, stop, HEAD_DIM, TAIL, V_IN_K, WINDOW, CAP, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_TAIL, SEGMENT, WIDEN,
+        )  # fmt: skip
+        place = (row * HEADS + head) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(partial_ptr + place[:, None] * HEAD_DIM + channel, acc, mask=inside)
+        tl.store(state_ptr + place * 2, peak, mask=stored)
+        tl.store(state_ptr + place * 2 + 1, total, mask=stored)
+    else:
+        peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(walk, stop, SEGMENT):
+            peak_b, total_b, acc_b = _segment(
+                q, q_tail, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, cap_log2,
+                start, begin, stop, HEAD_DIM, TAIL, V_IN_K, WINDOW, CAP, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_TAIL, SEGMENT,
+                WIDEN,
+            )  # fmt: skip
+            peak, total, acc = _merge(peak, total, acc, peak_b, total_b, acc_b)
+        out = _output(peak, total, acc, sinks_ptr, head, HEADS, SINKS).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + ((row * HEADS + head) * HEAD_DIM)[:, None] + channel, out, mask=inside)
+
+
+@triton.jit
+def merge_kernel(
+    partial_ptr, state_ptr, query_starts_ptr, context_lens_ptr, sinks_ptr, out_ptr, num_segments,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One (row, head): its segments in order, as `attention_kernel` merges them when it walks them all."""
+    request = tl.program_id(0)
+    head = tl.program_id(1)
+    token = tl.program_id(2)
+    query_start = tl.load(query_starts_ptr + request)
+    query_len = tl.load(query_starts_ptr + request + 1) - query_start
+    if token >= query_len:
+        return
+    context_before = tl.load(context_lens_ptr + request) - query_len
+    first = _first_seen(context_before, WINDOW) // SEGMENT
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    inside = channel < HEAD_DIM
+    one = tl.arange(0, 1)
+    peak = tl.full([1], LOWEST, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_D], tl.float32)
+    pair = (query_start + token).to(tl.int64) * HEADS + head
+    for segment in range((context_before + token) // SEGMENT + 1 - first):
+        place = pair * num_segments + segment
+        peak_b = tl.load(state_ptr + place * 2 + one)
+        total_b = tl.load(state_ptr + place * 2 + 1 + one)
+        acc_b = tl.load(partial_ptr + place * HEAD_DIM + channel, mask=inside, other=0.0)
+        peak, total, acc = _merge(peak, total, acc, peak_b, total_b, acc_b)
+    out = _output(peak, total, acc, sinks_ptr, head + one, HEADS, SINKS).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + pair * HEAD_DIM + channel, out, mask=inside)

@@ -1,0 +1,50 @@
+"""Which experts a token goes to, and with what weights: scores, a bias, groups, and the best of what is left.
+
+All in float32. Invariants: a row's choice and weights depend on that row alone; of equal scores the lower id is chosen.
+
+T rows, E experts in G groups, A experts a token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tpserve.types.model_spec import RoutingSpec
+
+
+@dataclass(frozen=True)
+class Routing:
+    """`bias_E`: float32, where `spec` says that there is one."""
+
+    spec: RoutingSpec
+    bias_E: torch.Tensor | None = None
+
+    def __call__(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and ids of each token's experts, the best first: float32 [T, A], int64 [T, A]."""
+        spec = self.spec
+        if self.bias_E is not None and spec.bias == "logits":
+            logits_TE = logits_TE + self.bias_E
+        # Not torch.sigmoid: its last bit depends on the other rows.
+        scores_TE = torch.softmax(logits_TE, dim=1) if spec.scores == "softmax" else 1 / (1 + torch.exp(-logits_TE))
+        merits_TE = scores_TE if self.bias_E is None or spec.bias == "logits" else scores_TE + self.bias_E
+        if spec.num_top_groups < spec.num_groups:
+            merits_TE = self._within_groups(merits_TE)
+        experts_TA = _best(merits_TE, spec.num_active)
+        weights_TA = scores_TE.gather(1, experts_TA)
+        if spec.renormalise:
+            weights_TA = weights_TA / (weights_TA.sum(1, keepdim=True) + 1e-20)  # scores of a sigmoid may all be 0
+        return weights_TA if spec.scale == 1 else weights_TA * spec.scale, experts_TA
+
+    def _within_groups(self, merits_TE: torch.Tensor) -> torch.Tensor:
+        """Minus infinity for the experts of groups that are not chosen."""
+        spec = self.spec
+        grouped_TGe = merits_TE.view(len(merits_TE), spec.num_groups, -1)
+        groups_TG = torch.topk(grouped_TGe, spec.group_best, dim=2).values.sum(2)
+        chosen = _best(groups_TG, spec.num_top_groups)
+        left_out_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, chosen, False)
+        return grouped_TGe.masked_fill(left_out_TG.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The ids of the `count` largest of each row, in order."""
+    return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :count]

@@ -1,0 +1,65 @@
+"""Gemma 3: Gemma 2 without caps, norms over the heads of query and key, layers with a window turned by a rope of their own.
+
+Of the models that see, the part that reads and writes text, whose fields are in `text_config`.
+"""
+
+from tpserve.models import gemma_fields, transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.models.rope_fields import rope_of
+from tpserve.models.transformer import FULL, SLIDING
+from tpserve.types.model_spec import ModelSpec, RopeSpec
+
+DEFAULTS = {
+    **gemma_fields.DEFAULTS,
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "sliding_window_pattern": 6,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+OUTSIDE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
+"""Fields of the whole model that stand beside `text_config` and hold for it."""
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    if fields.get("text_config") is not None:
+        fields = fields.part("text_config").replaced(**{name: fields.get(name) for name in OUTSIDE if name in fields.names()})
+    fields = fields.over(DEFAULTS)
+    pattern = fields.size("sliding_window_pattern")
+    rope, window_rope = _ropes(fields)
+    return gemma_fields.spec(
+        fields,
+        "gemma3",
+        windows=transformer.layer_windows(fields, lambda layer: (layer + 1) % pattern != 0),
+        honoured=(),
+        rope=rope,
+        window_rope=window_rope,
+        qk_norm="head",
+    )
+
+
+def _ropes(fields: Fields) -> tuple[RopeSpec, RopeSpec]:
+    """Of layers that see all, and of those with a window. The older spelling scales only the former."""
+    kinds = fields.part("rope_parameters")
+    if unknown := sorted(kinds.names() - {FULL, SLIDING}):
+        raise kinds.refuse(f"field {unknown[0]!r} is not supported: supported are {FULL!r} and {SLIDING!r}")
+    tables = kinds if kinds.names() else Fields({FULL: fields.get("rope_scaling")}, "")
+    thetas = {FULL: fields.number("rope_theta"), SLIDING: fields.number("rope_local_base_freq")}
+    head_dim = fields.size("head_dim")
+    full, windowed = (
+        rope_of(fields.replaced(rope_parameters=tables.get(kind), rope_scaling=None, rope_theta=theta), head_dim)
+        for kind, theta in thetas.items()
+    )
+    return full, windowed
+
+
+FAMILY = Family(
+    "gemma3",
+    ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    _spec,
+    gemma_fields.NAMES,
+    without="`attn_logit_softcapping`, `final_logit_softcapping`, `use_bidirectional_attention`, another `hidden_activation`",
+)

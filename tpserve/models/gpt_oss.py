@@ -1,0 +1,48 @@
+"""gpt-oss: experts in every layer with biases and a clamped SwiGLU, attention sinks, windows in every other layer."""
+
+from tpserve.models import experts, transformer
+from tpserve.models.family import Family
+from tpserve.models.fields import Fields
+from tpserve.types.model_spec import ClampedSwiglu, ExpertsSpec, ModelSpec, RoutingSpec
+from tpserve.weights.names import ExpertNames, WeightNames
+
+ROUTER = "mlp.router"
+
+
+def _spec(fields: Fields) -> ModelSpec:
+    fields = fields.over({"torch_dtype": "bfloat16"})  # that of what is not in MXFP4, which published configs do not say
+    if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
+        raise fields.refuse("field 'rope_scaling' is missing")
+    fields.refuse_quantization_but("mxfp4")
+    bias = fields.flag("attention_bias", True)
+    mixture = ExpertsSpec(
+        count=fields.size("num_local_experts"),
+        size=fields.size("intermediate_size"),
+        routing=RoutingSpec(fields.size("num_experts_per_tok"), bias="logits", renormalise=True),
+        layers=tuple(range(fields.size("num_hidden_layers"))),
+        bias=True,
+        clamped=ClampedSwiglu(alpha=fields.number("swiglu_alpha", 1.702), limit=fields.number("swiglu_limit", 7.0)),
+    )
+    return transformer.spec(
+        fields,
+        "gpt_oss",
+        num_kv_heads=fields.size("num_key_value_heads"),
+        head_dim=fields.size("head_dim"),
+        qkv_bias=bias,
+        out_bias=bias,
+        sinks=True,
+        windows=transformer.layer_windows(fields, lambda layer: layer % 2 == 0),
+        honoured=(*experts.COUNTS, *transformer.WINDOWS, "quantization_config"),
+        experts=experts.checked(fields, mixture),
+    )
+
+
+FAMILY = Family(
+    "gpt_oss",
+    ("GptOssForCausalLM",),
+    _spec,
+    WeightNames(
+        experts=ExpertNames(router=ROUTER, stacked_router=ROUTER, router_bias=f"{ROUTER}.bias", transposed=True),
+    ),
+    parallel=experts.PARALLEL,
+)
