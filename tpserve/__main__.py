@@ -1,4 +1,4 @@
-"""Where every command starts: `tpserve serve`, `tpserve bench`, `tpserve secret`, and `python -m tpserve` as a rank of torchrun.
+"""Where every command starts: those of `COMMANDS` after `tpserve`, and `python -m tpserve` as a rank of torchrun.
 
 Owns which of them this process is, and the last line of an error. Never imports torch itself: a rank reads its flags,
 checks the layout and finds the frontend first, so that whatever can be refused is refused within a moment, and the HTTP
@@ -12,10 +12,11 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tpserve.config import cli, env, machine
+from tpserve.config.command import HelpWanted
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
@@ -41,16 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if argv[:1] == ["--version"]:
             sys.stdout.write(f"tpserve {__version__}\n")
             return 0
-        if argv[:1] == ["serve"]:
-            return _serve(argv[1:])
-        if argv[:1] == ["bench"]:
-            return _bench(argv[1:])
-        if argv[:1] == ["secret"]:
-            return _secret(argv[1:])
+        if argv[:1] and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
         if env.under_torchrun():
             return _rank(argv)
         return _neither(argv)
-    except cli.HelpWanted as wanted:
+    except HelpWanted as wanted:
         sys.stdout.write(f"{wanted}\n")
         return 0
     except UserError as error:
@@ -81,12 +78,21 @@ def _bench(argv: list[str]) -> int:
     return run(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from tpserve.planner.command import run
+
+    return run(argv)
+
+
 def _secret(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("say where to write it: `tpserve secret FILE`; then copy the file to every node, readable by you alone")
     write_secret(argv[0])
     sys.stdout.write(f"wrote {argv[0]}: copy it to every node and pass --cluster-secret-file there\n")
     return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "bench": _bench, "plan": _plan, "secret": _secret}
 
 
 def _neither(argv: list[str]) -> int:
@@ -145,7 +151,7 @@ def _rank(argv: list[str]) -> int:
         return 1
     except UserError as error:
         return _refuse(me, error, tell=me.local_rank == 0)
-    except cli.HelpWanted:
+    except HelpWanted:
         if me.local_rank:
             return 0
         raise

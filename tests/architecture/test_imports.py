@@ -50,10 +50,11 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {*FLOOR_0, "config", "hub", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
     # floor 7
     "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker", "llm"},
+    "planner": {*FLOOR_0, "config", "hub", "parallel", "models", "worker"},
     "agent": {*FLOOR_0, "config", "observe", "wire"},
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "agent"},
     "llm": {*FLOOR_0, "config", "hub", "text", "wire", "observe", "frontend", "parallel", "models", "agent"},
-    "__main__": {*FLOOR_0, "config", "hub", "wire", "observe", "models", "engine", "supervisor", "bench"},
+    "__main__": {*FLOOR_0, "config", "hub", "wire", "observe", "models", "engine", "supervisor", "bench", "planner"},
 }
 TORCH_FREE = [
     "frontend",
@@ -69,6 +70,7 @@ TORCH_FREE = [
     "bench.command",
     "bench.serve",
     "bench.offline",
+    "planner.command",
     "__main__",
     "llm.api",
 ]

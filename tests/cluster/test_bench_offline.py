@@ -84,7 +84,7 @@ def test_a_rank_that_dies(output: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("latency --batch-size 0", "--batch-size: '0' is not a number from 1 to"),
+        ("latency --batch-size 0", "--batch-size must be at least 1, not '0'"),
         ("latency --tensor-parallel-sise 2", "unknown flag --tensor-parallel-sise: did you mean --tensor-parallel-size?"),
         ("latency --port 3", "port is for `tpserve serve`"),
         ("latency /nowhere", "no model directory /nowhere"),

@@ -41,10 +41,10 @@ def test_every_case_is_measured(transport: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("step --batch 0", "--batch: '0' is not a number from 1 to"),
-        ("step --batch 1,x", "--batch: 'x' is not a number from 1 to"),
-        ("step --transport udp", "--transport: invalid choice: 'udp'"),
-        ("step --stpes 3", "unrecognized arguments: --stpes 3"),
+        ("step --batch 0", "--batch must be positive numbers joined by commas, such as 3,2, not '0'"),
+        ("step --batch 1,x", "--batch must be positive numbers joined by commas, such as 3,2, not '1,x'"),
+        ("step --transport udp", "--transport must be one of ipc, tcp, not 'udp'"),
+        ("step --stpes 3", "unknown flag --stpes: did you mean --steps?"),
         ("step --steps 5 --output /nowhere/step.json", "--output /nowhere/step.json: No such file or directory"),
         ("setp", "tpserve bench setp: there is no such benchmark: see `tpserve bench --help`"),
         ("", "tpserve bench: which one: see `tpserve bench --help`"),

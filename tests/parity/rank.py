@@ -23,7 +23,7 @@ from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.parallel.shm import SharedPage, exchange_places, share
-from tpserve.worker import rows
+from tpserve.worker import at_once
 
 SIZES = (17, 100, 5, 1, 33)
 
@@ -78,15 +78,15 @@ def main(rank: int, world_size: int, directory: Path) -> None:
 def score(decoder: Decoder, mesh: Mesh, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
     """Each sequence's own and most likely tokens, scored alone, and then together in chunks with few rows at the head at once."""
     lengths = [len(tokens) for tokens in sequences]
-    most, few = rows.HEAD_BYTES, 10 * rows.PLAIN_BYTES * len(decoder.vocab_shards[0])
+    most, few = at_once.HEAD_BYTES, 10 * at_once.PLAIN_BYTES * len(decoder.vocab_shards[0])
     runs = {"whole": (whole(lengths), most), "mixed": (mixed(lengths, lengths, SIZES), few)}
     results = {}
     for kind, (steps, head_bytes) in runs.items():
-        rows.HEAD_BYTES = head_bytes
+        at_once.HEAD_BYTES = head_bytes
         scorer = Scorer(decoder, mesh, len(sequences), max(lengths))
         for i, scores in enumerate(scorer.run(sequences, steps, [3] * len(sequences))):
             results |= {f"scored.{kind}.{i}.{what}": x for what, x in zip(("chosen", "ids", "top"), scores, strict=True)}
-    rows.HEAD_BYTES = most
+    at_once.HEAD_BYTES = most
     return results
 
 

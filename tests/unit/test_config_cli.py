@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tpserve.config import reference
-from tpserve.config.cli import HelpWanted, parse, to_argv
+from tpserve.config.cli import parse, to_argv
+from tpserve.config.command import HelpWanted
 from tpserve.config.option import OPTIONS
 from tpserve.config.schema import LAUNCH
 from tpserve.errors import UserError

@@ -17,9 +17,9 @@ from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
 from tpserve.weights.dummy import dummy
-from tpserve.worker import rows
+from tpserve.worker import at_once
+from tpserve.worker.at_once import AtOnce
 from tpserve.worker.memory import _Trial, measure
-from tpserve.worker.rows import AtOnce
 from tpserve.worker.sizing import report
 from tpserve.worker.slots import Slots
 
@@ -61,7 +61,7 @@ def peak(work: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("rows_at_once", [5, 1000], ids=["in slices", "at once"])
 def test_the_bound_is_what_the_largest_steps_take(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "HEAD_BYTES", rows_at_once * VOCAB * rows.FILTERED_BYTES)
+    monkeypatch.setattr(at_once, "HEAD_BYTES", rows_at_once * VOCAB * at_once.FILTERED_BYTES)
     trial = _Trial(*make(), CONFIG, rows=70)
     most = peak(trial.head)
     assert 0.7 * trial.head_bound() < most <= trial.head_bound()
@@ -70,7 +70,7 @@ def test_the_bound_is_what_the_largest_steps_take(rows_at_once: int, monkeypatch
 def test_shares_of_the_vocabulary_are_counted_by_the_widest() -> None:
     """All ranks of a stage cut the rows alike."""
     alone, shared = AtOnce.of((range(VOCAB),), 1000), AtOnce.of((range(12_800), range(12_800, VOCAB)), 1000)
-    assert shared.plain == rows.HEAD_BYTES // (12_800 * rows.PLAIN_BYTES) > alone.plain
+    assert shared.plain == at_once.HEAD_BYTES // (12_800 * at_once.PLAIN_BYTES) > alone.plain
     assert shared.filtered == alone.filtered, "rows with filters are gathered whole"
     assert AtOnce.of((range(1 << 40),), 1000).plain == 1
 
@@ -80,7 +80,7 @@ def test_the_ledger_has_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpserve.worker.memory.available_memory", lambda: Memory(1 << 30, 1 << 31, "the machine"))
     found, ledgers = measure(decoder, mesh, lambda _: slots, CONFIG, 2, weights=0)
     ledger = ledgers[0]
-    assert ledger.head == 30 * (VOCAB * rows.FILTERED_BYTES + 1001 * rows.HISTORY_BYTES), "70 rows without filters take less"
+    assert ledger.head == 30 * (VOCAB * at_once.FILTERED_BYTES + 1001 * at_once.HISTORY_BYTES), "70 plain rows take less"
     block = 2 * 16 * 16 * 2
     assert ledger.num_blocks == (int(((1 << 29) - ledger.head) * 0.4) - ledger.slots) // block
     assert any("LM head rows 37.1 MiB, slots" in line for line in report(ledgers, found, SPEC, CONFIG))

@@ -37,8 +37,9 @@ from tpserve.wire import codec
 from tpserve.wire.auth import Doorkeeper, Invitation, Keyring, rank_role
 from tpserve.wire.channels import Door, PlanBroadcaster, tcp
 from tpserve.worker import device as devices
+from tpserve.worker.at_once import AtOnce
 from tpserve.worker.batch import Chunks, build
-from tpserve.worker.rows import AtOnce, sampled
+from tpserve.worker.rows import sampled
 from tpserve.worker.slots import Slots
 
 PHASES = ("schedule", "encode", "broadcast", "build", "apply")

@@ -1,22 +1,21 @@
-"""Command lines to `Flags`. Pure: no file, no environment, no machine is looked at, nothing is printed.
+"""The server's command lines to `Flags` and back. Pure: no file, no environment, no machine is looked at, nothing is printed.
 
-Whatever is wrong with a command line is a UserError of one sentence. Dashes and underscores are the same in a flag's name.
+Owns what is said of flags that are known and not served; `command` reads them.
 """
 
-import argparse
-import difflib
-import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from tpserve.config.command import HelpWanted, dashes, described, nearest, read, wants_help
 from tpserve.config.option import OPTIONS, Option
-from tpserve.config.schema import GROUPS, LAUNCH, SECRETS, Flags
+from tpserve.config.schema import LAUNCH, SECRETS, Flags
 from tpserve.errors import UserError
 
 USAGE = """usage: tpserve serve [MODEL] [flags]
        torchrun --nproc-per-node N -m tpserve [MODEL] [flags]
        torchrun --nnodes 2 --node_rank I --nproc_per_node N --master_addr HEAD -m tpserve [MODEL] [flags]
+       tpserve plan MODEL --gpus N --gpu-memory 80GB [--help]
        tpserve bench latency|throughput|serve|step [--help]
 
 Serves MODEL (a directory or a repository id ORG/NAME; without it a small built-in model) over HTTP with the OpenAI API."""
@@ -41,24 +40,19 @@ REFUSED = {
 _BACKEND = {"--distributed-executor-backend": True}
 
 
-class HelpWanted(Exception):
-    """The user asked for the help; `str()` is its text."""
-
-
 def parse(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *, launch: bool = True) -> Flags:
     """Read a command line. `overrides` (flag name to text) are weaker; `launch`: the flags of `tpserve serve` are allowed.
 
     Raises UserError, or HelpWanted for `--help`.
     """
-    argv = [_dashes(arg) for arg in argv]
-    if "--help" in argv or "-h" in argv:
+    argv = dashes(argv)
+    if wants_help(argv):
         raise HelpWanted(help_text())
     _refuse_ray(argv)
     for flag in (arg.partition("=")[0] for arg in argv):
         if flag in REFUSED:
             raise UserError(f"{flag} is refused: {REFUSED[flag]}", param=flag)
-    given, extra = _parser().parse_known_args(argv)
-    said = vars(given)
+    said, extra = read(argv, OPTIONS, positional=True)
     if extra:
         raise _unexpected(extra[0], said.get("positional"))
     said.update(_overridden(overrides or {}, said))
@@ -89,50 +83,8 @@ def to_argv(flags: Flags) -> list[str]:
 
 def help_text() -> str:
     """All flags in their groups."""
-    lines = [USAGE]
-    for group in GROUPS:
-        lines.append(f"\n{group}:")
-        for option in OPTIONS.values():
-            if option.about.group == group:
-                spellings = ", ".join(option.spellings)
-                default = f" (default {option.default_text()})" if option.default_text() else ""
-                lines += [f"  {spellings} {option.value_name()}".rstrip(), f"        {option.about.help}{default}"]
-    lines.append("\n  --help, -h\n  --version\n\nEach flag can also be given as TPSERVE_ARG_<NAME>; the command line wins.")
-    return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with our manners: errors are raised, and `-p 8000` is no short form of `-pp`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(re.sub(r"^argument ([^ /:]+)[^ :]*: ", r"\1: ", message))
-
-    def _get_option_tuples(self, option_string: str) -> list[Any]:
-        return []
-
-
-class _Read(argparse.Action):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
-        option = OPTIONS[self.dest]
-        setattr(namespace, self.dest, tuple(values) if option.many else option.read(values, option.flag))
-
-
-def _parser() -> Parser:
-    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("positional", nargs="?")
-    for option in OPTIONS.values():
-        names = filter(None, [option.flag, option.about.short])
-        if option.kind is bool:
-            parser.add_argument(*names, dest=option.name, action="store_const", const=True)
-            parser.add_argument(option.off, dest=option.name, action="store_const", const=False)
-        else:
-            parser.add_argument(*names, dest=option.name, nargs="+" if option.many else None, action=_Read)
-    return parser
-
-
-def _dashes(arg: str) -> str:
-    name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else arg
+    ends = "\n  --help, -h\n  --version\n\nEach flag can also be given as TPSERVE_ARG_<NAME>; the command line wins."
+    return "\n".join([USAGE, *described(OPTIONS.values()), ends])
 
 
 def _overridden(overrides: Mapping[str, str], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,9 +107,7 @@ def _unexpected(arg: str, model: str | None) -> UserError:
 
 
 def _nearest(flag: str) -> str:
-    names = [name for option in OPTIONS.values() for name in (option.flag, option.off, option.about.short) if name]
-    near = difflib.get_close_matches(flag, [*names, "--help", "--version"], n=1, cutoff=0.6)
-    return f": did you mean {near[0]}?" if near else ": `tpserve serve --help` lists all flags"
+    return nearest(flag, OPTIONS, ("--help", "--version")) or ": `tpserve serve --help` lists all flags"
 
 
 def _refuse(flags: Flags, argv: Sequence[str]) -> None:

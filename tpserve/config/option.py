@@ -1,14 +1,16 @@
-"""The fields of `Flags` as a command line sees them: spelling, value, help. Read off the struct; holds no list of its own."""
+"""A struct of flags as a command line sees it: spelling, value, help of each field. Holds no list of its own."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from msgspec import Struct
 from msgspec.structs import fields
 
-from tpserve.config.schema import Flag, Flags
+from tpserve.config.schema import Flag, Flags, WrongValue
 from tpserve.errors import UserError
 
 
@@ -45,15 +47,17 @@ class Option:
 
     def value_name(self) -> str:
         """What stands for the value in help texts; empty for a switch."""
+        if self.about.shown:
+            return self.about.shown
         if get_origin(self.kind) is Literal:
             return "{" + ",".join(get_args(self.kind)) + "}"
-        names = {int: "N", float: "X", str: "TEXT", bool: "", tuple[str, ...]: "NAME [NAME ...]", tuple[int, ...]: "N,N,..."}
-        names |= {dict[str, Any]: "JSON"}
-        return "|".join((names[self.kind], *self.words))
+        return "|".join((_VALUE_NAMES[self.kind], *self.words))
 
     def default_text(self) -> str:
         """The default for help texts; empty when the help text tells it."""
-        return "" if self.default in (None, ()) or self.kind is bool else str(self.default)
+        if self.default in (None, ()) or self.kind is bool or (self.about.reads and not isinstance(self.default, str)):
+            return ""
+        return self.text(self.default)
 
     def text(self, value: Any) -> str:
         """What `read` makes `value` of."""
@@ -68,55 +72,55 @@ class Option:
         if text in self.words:
             return text
         try:
+            if self.about.reads is not None:
+                return self.about.reads(text)
             return self._choice(text) if get_origin(self.kind) is Literal else self._bounded(_READERS[self.kind](text))
-        except _WrongValue as wrong:
+        except WrongValue as wrong:
             what = " or ".join((str(wrong), *self.words))
             raise UserError(f"{said_as} must be {what}, not {text!r}", param=self.name) from None
 
     def _choice(self, text: str) -> str:
         if text not in get_args(self.kind):
-            raise _WrongValue("one of " + ", ".join(get_args(self.kind)))
+            raise WrongValue("one of " + ", ".join(get_args(self.kind)))
         return text
 
     def _bounded(self, value: Any) -> Any:
         about = self.about
         if about.at_least is not None and not value >= about.at_least:
-            raise _WrongValue(f"at least {about.at_least}")
+            raise WrongValue(f"at least {about.at_least}")
         if about.above is not None and not value > about.above:
-            raise _WrongValue(f"above {about.above}")
+            raise WrongValue(f"above {about.above}")
         if about.at_most is not None and not value <= about.at_most:
-            raise _WrongValue(f"at most {about.at_most}")
+            raise WrongValue(f"at most {about.at_most}")
+        if about.below is not None and not value < about.below:
+            raise WrongValue(f"below {about.below}")
         return value
-
-
-class _WrongValue(Exception):
-    """What the value should have been."""
 
 
 def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise _WrongValue("a whole number") from None
+        raise WrongValue("a whole number") from None
 
 
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise _WrongValue("a number") from None
+        raise WrongValue("a number") from None
 
 
 def _switch(text: str) -> bool:
     if text.lower() not in ("0", "1", "false", "true"):
-        raise _WrongValue("0 or 1")
+        raise WrongValue("0 or 1")
     return text.lower() in ("1", "true")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise _WrongValue("positive numbers joined by commas, such as 3,2")
+        raise WrongValue("positive numbers joined by commas, such as 3,2")
     return tuple(map(int, parts))
 
 
@@ -126,15 +130,20 @@ def _members(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise _WrongValue('a JSON object, such as {"temperature": 0.5}')
+        raise WrongValue('a JSON object, such as {"temperature": 0.5}')
     return value
 
 
+_VALUE_NAMES = {
+    int: "N", float: "X", str: "TEXT", bool: "", Path: "FILE", tuple[str, ...]: "NAME [NAME ...]", tuple[int, ...]: "N,N,...",
+    dict[str, Any]: "JSON",
+}  # fmt: skip
 _READERS: dict[Any, Callable[[str], Any]] = {
     str: str,
     int: _whole,
     float: _number,
     bool: _switch,
+    Path: Path,
     tuple[int, ...]: _sizes,
     tuple[str, ...]: lambda text: tuple(text.split()),
     dict[str, Any]: _members,
@@ -144,12 +153,17 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 def _option(name: str, default: Any, hint: Any) -> Option:
     kind, about = hint.__origin__, hint.__metadata__[0]
     words: tuple[str, ...] = ()
-    if NoneType in get_args(kind):
+    if get_origin(kind) in (Union, UnionType):
         kind, *others = (option for option in get_args(kind) if option is not NoneType)
         words = tuple(word for other in others for word in get_args(other))
     return Option(name, kind, default, about, words)
 
 
-_HINTS = get_type_hints(Flags, include_extras=True)
-OPTIONS: dict[str, Option] = {field.name: _option(field.name, field.default, _HINTS[field.name]) for field in fields(Flags)}
-"""All flags by field name, in the order of the struct."""
+def options_of(flags: type[Struct]) -> dict[str, Option]:
+    """The flags that are the fields of a struct, by field name, in its order; every field is `Annotated[..., Flag(...)]`."""
+    hints = get_type_hints(flags, include_extras=True)
+    return {field.name: _option(field.name, field.default, hints[field.name]) for field in fields(flags)}
+
+
+OPTIONS: dict[str, Option] = options_of(Flags)
+"""All flags of the server."""

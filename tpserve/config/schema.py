@@ -6,6 +6,7 @@ fields. A field's annotation carries its help text, its bounds and where its nam
 `all_reduce` on the CPU: which ranks share a host is known once they meet).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -28,17 +29,29 @@ SECRETS = ("api_key", "admin_api_key")
 """Fields that are never shown, and not on the command lines of ranks."""
 
 
+class WrongValue(Exception):
+    """A flag's value cannot be read; says what it should have been."""
+
+
 @dataclass(frozen=True)
 class Flag:
-    """What a field of `Flags` is besides its name, type and default. `named_by`: who named the flag first."""
+    """What a field of `Flags`, or of another command's struct, is besides its name, type and default.
+
+    `named_by`: who named the flag first. `also`: other spellings that are taken. `reads`: makes of a text a value that no plain
+    type is, or raises WrongValue; `shown` stands for such a value in help texts.
+    """
 
     group: str
     help: str
     named_by: Literal["vLLM", "torchrun", "tpserve"] = "vLLM"
     short: str = ""
+    also: tuple[str, ...] = ()
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
+    below: float | None = None
+    reads: Callable[[str], Any] | None = None
+    shown: str = ""
 
 
 class Flags(Struct, frozen=True, kw_only=True):

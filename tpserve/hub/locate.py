@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tpserve.config.schema import Flags
 from tpserve.errors import UserError
@@ -49,41 +49,46 @@ def locate(flags: Flags, *, head: bool) -> ModelFiles:
 
     Raises UserError for what cannot be found or had, EngineFailure for a download by another process that does not move.
     """
-    assert flags.model is not None, "the caller fills in the built-in model"
-    snapshot = None
-    directory = flags.model
-    if is_repository(flags.model, "model"):
-        snapshot = _snapshot(flags.model, flags, head and _own_tokenizer(flags))
-        directory = str(weights_of(snapshot).directory)
-    elif flags.revision is not None:
-        raise UserError(
-            f"--revision {flags.revision}, but {flags.model} is a directory: leave it out, or give a repository id",
-            param="revision",
-        )
+    directory, snapshot = _model(flags, "needed" if head and _own_tokenizer(flags) else "as it is")
+    if snapshot is not None:
+        check_room(weights_of(snapshot))
     if not head:
         return ModelFiles(directory, directory, snapshot=snapshot)
-    tokenizer = directory if _own_tokenizer(flags) else _tokenizer(flags.tokenizer or flags.model, flags)
+    tokenizer = directory if _own_tokenizer(flags) else _tokenizer(flags.tokenizer or str(flags.model), flags)
     return ModelFiles(directory, tokenizer, _template(flags.chat_template), snapshot)
+
+
+def describe(flags: Flags) -> ModelFiles:
+    """Find the model for one who will load nothing: of a repository configuration and index are fetched, of weights the sizes."""
+    directory, snapshot = _model(flags, "not")
+    return ModelFiles(directory, directory, snapshot=snapshot)
 
 
 def _own_tokenizer(flags: Flags) -> bool:
     return flags.tokenizer in (None, flags.model) and flags.tokenizer_revision is None
 
 
-def _snapshot(repository: str, flags: Flags, needs_tokenizer: bool) -> Snapshot:
-    """The model's repository, with its small files fetched and room for its weights."""
-    found = _look_up(repository, flags.revision or DEFAULT_REVISION, "revision", flags)
-    if CONFIG[0] not in found.files.sizes:
-        raise found.without(CONFIG[0], CONFIG[0])
-    tokenizer = _tokenizer_files(found.files.sizes)
-    _have(found, (*CONFIG, *tokenizer, *INDICES), flags)
-    only_safetensors = flags.load_format == "safetensors"
-    weights = {} if flags.load_format == "dummy" else _weights(found, WEIGHT_FORMATS[: 1 if only_safetensors else None])
-    if needs_tokenizer and not tokenizer:
-        raise _no_tokenizer(found)
-    snapshot = Snapshot(repository, found.files.commit, str(found.files.cache), tuple(weights.items()))
-    check_room(weights_of(snapshot))
-    return snapshot
+def _model(flags: Flags, tokenizer: Literal["not", "as it is", "needed"]) -> tuple[str, Snapshot | None]:
+    """The model's directory, and of a repository the snapshot, its small files fetched. `tokenizer`: whether its own, too."""
+    assert flags.model is not None, "the caller fills in the built-in model"
+    if is_repository(flags.model, "model"):
+        found = _look_up(flags.model, flags.revision or DEFAULT_REVISION, "revision", flags)
+        if CONFIG[0] not in found.files.sizes:
+            raise found.without(CONFIG[0], CONFIG[0])
+        its_tokenizer = () if tokenizer == "not" else _tokenizer_files(found.files.sizes)
+        _have(found, (*CONFIG, *its_tokenizer, *INDICES), flags)
+        only_safetensors = flags.load_format == "safetensors"
+        weights = {} if flags.load_format == "dummy" else _weights(found, WEIGHT_FORMATS[: 1 if only_safetensors else None])
+        if tokenizer == "needed" and not its_tokenizer:
+            raise _no_tokenizer(found)
+        snapshot = Snapshot(flags.model, found.files.commit, str(found.files.cache), tuple(weights.items()))
+        return str(weights_of(snapshot).directory), snapshot
+    if flags.revision is not None:
+        raise UserError(
+            f"--revision {flags.revision}, but {flags.model} is a directory: leave it out, or give a repository id",
+            param="revision",
+        )
+    return flags.model, None
 
 
 def _tokenizer(name: str, flags: Flags) -> str:

@@ -16,8 +16,9 @@ from tpserve.sampler.filters import apply
 from tpserve.sampler.logprobs import logprobs
 from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
+from tpserve.worker.at_once import AtOnce
 from tpserve.worker.batch import Chunks
-from tpserve.worker.rows import AtOnce, SampleBatch, ScoreBatch, sampled, scored
+from tpserve.worker.rows import SampleBatch, ScoreBatch, sampled, scored
 from tpserve.worker.slots import Slots
 
 Entries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -1,0 +1,114 @@
+"""How every command line is read and explained, whatever its flags are. Pure: nothing is looked at, nothing is printed.
+
+`read` and `described` take options (`option.options_of` a struct); `Command` is a command whose flags are a struct. Whatever is
+wrong with a command line is a UserError of one sentence. Dashes and underscores are the same in a flag's name.
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn, TypeVar
+
+from msgspec import Struct
+
+from tpserve.config.option import Option, options_of
+from tpserve.errors import UserError
+
+Of = TypeVar("Of", bound=Struct)
+
+
+class HelpWanted(Exception):
+    """The user asked for the help; `str()` is its text."""
+
+
+@dataclass(frozen=True)
+class Command(Generic[Of]):
+    """A command but `tpserve serve`. `flags`: the struct of its flags. `passes_on`: takes the server's flags beside its own."""
+
+    name: str
+    about: str
+    flags: type[Of]
+    passes_on: bool = False
+
+    def parse(self, argv: Sequence[str]) -> tuple[Of, list[str]]:
+        """The flags, and what is passed on. Raises UserError, or HelpWanted for `--help`."""
+        argv = dashes(argv)
+        options = options_of(self.flags)
+        if wants_help(argv):
+            usage = f"usage: tpserve {self.name} " + ("[MODEL] [flags of tpserve serve] " if self.passes_on else "") + "[flags]"
+            raise HelpWanted("\n".join([usage, "", self.about, *described(options.values())]))
+        said, rest = read(argv, options, positional=False)
+        if rest and not self.passes_on:
+            what = f"unknown flag {rest[0]}" if rest[0].startswith("-") else f"unexpected argument {rest[0]!r}"
+            raise UserError(f"{what}{nearest(rest[0], options) or f': see `tpserve {self.name} --help`'}")
+        return self.flags(**said), rest
+
+
+def dashes(argv: Sequence[str]) -> list[str]:
+    """With dashes for underscores in the names of flags."""
+    split = (arg.partition("=") for arg in argv)
+    return [name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
+            for name, equals, value in split]  # fmt: skip
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether the help is asked for."""
+    return "--help" in argv or "-h" in argv
+
+
+def read(argv: Sequence[str], options: Mapping[str, Option], *, positional: bool) -> tuple[dict[str, Any], list[str]]:
+    """What was said, by field name (a first argument that is no flag as `positional`), and the rest, which are none of these."""
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    if positional:
+        parser.add_argument("positional", nargs="?")
+    for option in options.values():
+        names = [option.flag, *filter(None, [option.about.short]), *option.about.also]
+        if option.kind is bool:
+            parser.add_argument(*names, dest=option.name, action="store_const", const=True)
+            parser.add_argument(option.off, dest=option.name, action="store_const", const=False)
+        else:
+            parser.add_argument(*names, dest=option.name, nargs="+" if option.many else None, action=_Read, option=option)
+    given, rest = parser.parse_known_args(argv)
+    return vars(given), rest
+
+
+def described(options: Iterable[Option]) -> list[str]:
+    """Lines of help, by groups."""
+    groups: dict[str, list[str]] = {}
+    for option in options:
+        spellings = ", ".join(option.spellings)
+        default = f" (default {option.default_text()})" if option.default_text() else ""
+        lines = [f"  {spellings} {option.value_name()}".rstrip(), f"        {option.about.help}{default}"]
+        groups.setdefault(option.about.group, []).extend(lines)
+    return [line for group, lines in groups.items() for line in (f"\n{group}:", *lines)]
+
+
+def nearest(flag: str, options: Mapping[str, Option], more: Sequence[str] = ()) -> str:
+    """A guess at what was meant, to end a sentence with; empty without one."""
+    names = [name for o in options.values() for name in (o.flag, o.off, o.about.short, *o.about.also) if name]
+    near = difflib.get_close_matches(flag.partition("=")[0], [*names, *more], n=1, cutoff=0.6)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our manners: errors are raised, and `-p 8000` is no short form of `-pp`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(re.sub(r"^argument ([^ /:]+)[^ :]*: ", r"\1: ", message))
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        return []
+
+
+class _Read(argparse.Action):
+    """Reads by the option's own reader."""
+
+    def __init__(self, *args: Any, option: Option, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._option = option
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        option = self._option
+        setattr(namespace, self.dest, tuple(values) if option.many else option.read(values, option.flag))

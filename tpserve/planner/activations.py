@@ -1,0 +1,69 @@
+"""What a step of many rows takes beside weights and cache on a GPU, derived from what `models/decoder` and its layers keep alive.
+
+A bound, close for the models with RMS norms and gated MLPs: tests hold it to what a layer allocates. Never below what is there:
+the server measures, and serves with what that leaves.
+
+T rows, H hidden channels, N query and K key/value channels, I MLP channels and E experts of this rank, A experts a token.
+"""
+
+from tpserve.models.units import MLP_UNIT
+from tpserve.parallel.split import HeadShare, split, split_heads
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_spec import ModelSpec
+
+WORKSPACE_BYTES = 32 << 20
+"""cuBLAS's, on Hopper."""
+FLOAT_BYTES = 4
+INDEX_BYTES = 8
+
+
+def activation_bytes(spec: ModelSpec, layout: ParallelLayout, rank: int, rows: int, item: int) -> int:
+    """At most, in a step of `rows` rows of `item` bytes an element."""
+    place = layout.tp_rank_of(rank)
+    heads = split_heads(spec.num_heads, spec.num_kv_heads, layout.tp)[place]
+    stream = spec.hidden_size * item
+    widest = max(5 * stream + _attention(spec, heads, item), 7 * stream + _feed_forward(spec, layout, place, item))
+    return rows * (widest + 4 * INDEX_BYTES) + WORKSPACE_BYTES
+
+
+def table_bytes(spec: ModelSpec, max_model_len: int) -> int:
+    """Cosines and sines of all positions."""
+    turning = spec.head_dim if spec.latent is None else spec.latent.rope_dim
+    channels = (rope.num_channels or turning for rope in (spec.rope, spec.window_rope) if rope is not None)
+    return max_model_len * sum(channels) * FLOAT_BYTES
+
+
+def _attention(spec: ModelSpec, heads: HeadShare, item: int) -> int:
+    """Of one row."""
+    num_heads, latent = len(heads.q), spec.latent
+    if latent is None:
+        q, kv = num_heads * spec.head_dim, len(heads.kv) * spec.head_dim
+        mixed = (2 * q + kv + spec.hidden_size) * item  # turned queries and keys, what they take, and what comes out
+        normed = {None: 0, "head": 2 * (q + kv) * item, "all": (3 * q + kv) * FLOAT_BYTES}[spec.qk_norm]
+        return (q + 2 * kv) * item + max(mixed, normed)
+    q, cached, taken = num_heads * spec.head_dim, latent.kv_rank + latent.rope_dim, num_heads * latent.kv_rank
+    projected = (latent.q_rank or 0) + cached + q
+    queries = num_heads * (latent.rope_dim + cached)
+    mixed = taken + 2 * num_heads * latent.v_dim + spec.hidden_size
+    return (projected + latent.rope_dim + queries + max(taken, mixed)) * item
+
+
+def _feed_forward(spec: ModelSpec, layout: ParallelLayout, place: int, item: int) -> int:
+    """Of one row, in the widest layer."""
+
+    def mlp(size: int) -> int:
+        channels = len(split(size, layout.tp, MLP_UNIT, what="MLP channels")[place])
+        between = 3 * item if spec.gated else 2 * item + 3 * FLOAT_BYTES  # plain activations go through float32
+        return channels * between + spec.hidden_size * item
+
+    experts = spec.experts
+    if experts is None:
+        return mlp(spec.intermediate_size)
+    size = experts.size if layout.expert_parallel else len(split(experts.size, layout.tp, MLP_UNIT, what="MLP channels")[place])
+    pair = max(3 * size * item, 2 * size * item + spec.hidden_size * (item + FLOAT_BYTES)) + spec.hidden_size * item
+    mixture = (
+        experts.routing.num_active * (pair + 6 * INDEX_BYTES) + experts.count * 6 * FLOAT_BYTES + spec.hidden_size * FLOAT_BYTES
+    )
+    shared = mlp(experts.shared_size) + 2 * spec.hidden_size * FLOAT_BYTES if experts.shared_size else 0
+    dense = mlp(spec.intermediate_size) if len(experts.layers) < spec.num_layers else 0
+    return max(mixture, shared, dense)

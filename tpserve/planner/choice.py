@@ -1,0 +1,140 @@
+"""Which layout to take, and why, in sentences. Pure.
+
+one GPU holds the model and what is wanted     no parallelism
+NVLink                                         TP inside a node, PP across nodes; of those the fastest floor
+PCIe                                           as little TP as there can be
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tpserve.planner.estimate import Cards, Estimate
+from tpserve.worker.sizing import size
+
+FEW = 8
+"""So few sequences at once are worth a warning when nobody said how many are wanted."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`best`: None where nothing fits."""
+
+    best: Estimate | None
+    why: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def choose(
+    tried: Sequence[Estimate],
+    fewest: Callable[[Callable[[Estimate], bool]], Estimate | None],
+    cards: Cards,
+    wanted: int | None,
+    max_start_s: int | None,
+) -> Choice:
+    """`tried`: layouts of one GPU and of all; `fewest`: of the fewest GPUs, there or not, whose layout passes a test."""
+
+    def enough(found: Estimate) -> bool:
+        return found.fits and found.concurrency >= (wanted or 0)
+
+    fitting = [found for found in tried if found.fits]
+    if not fitting:
+        return Choice(None, (_nothing(tried, fewest(lambda found: found.fits and not found.crosses)),), ())
+    single = next((found for found in fitting if found.layout.world_size == 1), None)
+    if single is not None and enough(single):
+        best, why = single, [_no_parallelism(single, cards)]
+    else:
+        best = min(fitting, key=lambda found: (found.crosses, not enough(found), *taste(found, cards)))
+        why = [*_because(best, cards)]
+        if single is not None and single is not best:
+            why.insert(0, f"One GPU holds the model, but {_room(single)}, and {wanted} are wanted.")
+        why.extend(_smaller(best, fewest(lambda found: enough(found) and not found.crosses), wanted))
+    why.extend(f"The parts are uneven: {text}; the others wait for it." for text in best.uneven)
+    return Choice(best, tuple(why), tuple(_warnings(best, cards, wanted, max_start_s)))
+
+
+def taste(found: Estimate, cards: Cards) -> tuple[float, ...]:
+    """Less is better, of layouts that are alike in what they hold."""
+    layout = found.layout
+    if cards.nvlink:
+        return found.token_s, layout.expert_parallel, layout.world_size
+    return -layout.world_size, layout.tp, layout.expert_parallel
+
+
+def _no_parallelism(single: Estimate, cards: Cards) -> str:
+    more = f" With all {cards.num_gpus}, start a server on each and balance between them." if cards.num_gpus > 1 else ""
+    ledger = single.ledgers[0]
+    return (
+        f"No parallelism needed: one GPU holds the model ({size(ledger.weights)} of weights in {size(ledger.total)}) and "
+        f"{_room(single)}; more GPUs a token would only add waiting for each other.{more}"
+    )
+
+
+def _because(best: Estimate, cards: Cards) -> list[str]:
+    layout, why = best.layout, list[str]()
+    if layout.world_size == 1:
+        return ["One GPU holds the model, and no layout of more holds as many sequences as are wanted."]
+    if layout.tp > 1 and best.crosses:
+        why.append(f"TP {layout.tp} over several nodes: nothing that keeps a stage inside a node fits.")
+    elif layout.tp > 1 and cards.nvlink:
+        where = "inside a node" if best.nodes > 1 else "over NVLink"
+        why.append(
+            f"TP {layout.tp} {where}: its GPUs share every layer, so that a token waits for a part of each; the two sums "
+            "a layer need the fast links."
+        )
+    elif layout.tp > 1:
+        why.append(f"TP {layout.tp}, though PCIe makes its sums slow: with less of it the model or what is wanted does not fit.")
+    if layout.pp > 1 and not cards.nvlink:
+        why.append(
+            f"PP {layout.pp} over PCIe: stages hand on activations once, where TP would add up over the bus twice a layer. One "
+            "sequence is no faster for it; many keep all stages busy."
+        )
+    if layout.pp > 1 and best.nodes > 1:
+        why.append(f"PP {layout.pp} across nodes: only the activations at the end of a stage cross the network.")
+    elif layout.pp > 1 and cards.nvlink:
+        why.append(f"PP {layout.pp}: wider TP does not fit or leaves a rank with more to read.")
+    return why
+
+
+def _smaller(best: Estimate, fewest: Estimate | None, wanted: int | None) -> list[str]:
+    if fewest is None or fewest.layout.world_size >= best.layout.world_size:
+        return []
+    what = f"{wanted} sequences at once" if wanted else "the model and a sequence"
+    gpus = fewest.layout.world_size
+    return [f"{gpus} GPU{'s' * (gpus > 1)} would hold {what}: {fewest.name}, {_room(fewest)}."]
+
+
+def _nothing(tried: Sequence[Estimate], fewest: Estimate | None) -> str:
+    gpus = max(found.layout.world_size for found in tried)
+    text = f"No layout fits {gpus} GPU{'s' * (gpus > 1)}."
+    if fewest is None:
+        return f"{text} A shorter --context or smaller weights would help."
+    nodes = f" on {fewest.nodes} nodes" if fewest.nodes > 1 else ""
+    return f"{text} {fewest.layout.world_size} such GPUs{nodes} would do: {fewest.name}, {_room(fewest)}."
+
+
+def _room(found: Estimate) -> str:
+    return f"its KV cache has room for {several(found.concurrency)} sequences of {found.ledgers[0].max_model_len:,} tokens"
+
+
+def several(number: float) -> str:
+    """How many sequences, as closely as it matters."""
+    return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
+
+
+def _warnings(best: Estimate, cards: Cards, wanted: int | None, max_start_s: int | None) -> list[str]:
+    said = []
+    if best.concurrency < (wanted or FEW):
+        short = f"of the {wanted} wanted; the others wait" if wanted else "at once; further ones wait"
+        said.append(
+            f"KV cache for {several(best.concurrency)} sequences of {best.ledgers[0].max_model_len:,} tokens {short}: a shorter "
+            "--context, more GPUs, or more memory on each"
+        )
+    if best.crosses:
+        said.append("TP across nodes: every layer waits twice for the network")
+    if max_start_s is not None and best.load_s is not None and cards.disk_rate is not None and best.load_s > max_start_s:
+        needed = cards.disk_rate * best.load_s / max_start_s / 1e9
+        said.append(
+            f"--max-start-time {max_start_s}s cannot be met: reading the weights alone takes {best.load_s:,.0f} s at "
+            f"{cards.disk_rate / 1e9:,.3g} GB/s a node; that takes {needed:,.3g} GB/s, or weights in the page cache"
+        )
+    return said

@@ -1,0 +1,182 @@
+"""What `tpserve plan` prints: a table, sentences and lines to paste, or the same as JSON. Decides nothing."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec.structs import asdict, replace
+
+from tpserve.config import cli
+from tpserve.config.schema import Flags
+from tpserve.models.need import need
+from tpserve.planner.choice import Choice, several
+from tpserve.planner.estimate import Cards, Estimate
+from tpserve.planner.model import Stored
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_spec import ModelSpec
+from tpserve.worker.sizing import size
+
+HEAD = "HEAD"
+"""Stands for the address of node 0."""
+COLUMNS = ("layout", "nodes", "weights", "activations", "LM head", "KV cache", "KV tokens", "sequences", "ms/token", "")
+GB = 10**9
+FLOATS = {"F64", "F32", "BF16", "F16"}
+"""Types of tensors that are weights as they stand."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """All there is to show. `flags`: the server's, as they were said, without a layout."""
+
+    flags: Flags
+    spec: ModelSpec
+    stored: Stored | None
+    cards: Cards
+    wanted: int | None
+    tried: Sequence[Estimate]
+    choice: Choice
+
+
+def as_text(page: Page) -> str:
+    """For people."""
+    lines = [*_about(page), "", *_table(page.tried), *_refused(page.tried), "", *page.choice.why]
+    lines += [f"Warning: {text}." for text in [*_mismatch(page), *page.choice.warnings]]
+    best = page.choice.best
+    if best is not None:
+        if best.load_s is not None:
+            lines.append(f"Loading takes {best.load_s:,.0f} s at least: what the busiest node reads of its disk.")
+        lines.append(f"\n{best.name}, to paste:")
+        for serve, torchrun in commands(page.flags, best, page.cards):
+            lines += [f"    {serve}", f"    {torchrun}"]
+        lines.append("(of each pair one, on its own node)" if best.nodes > 1 else "(one of the two)")
+    return "\n".join(lines) + "\n"
+
+
+def as_json(page: Page) -> str:
+    """For programs: every figure in bytes, tokens and seconds."""
+    best = page.choice.best
+    found = {
+        "model": page.flags.model,
+        "parameters": _parameters(page.spec),
+        "checkpoint": page.stored,
+        "gpus": page.cards,
+        "max_model_len": page.flags.max_model_len,
+        "wanted_concurrency": page.wanted,
+        "layouts": [_layout(page, each) for each in page.tried],
+        "recommended": None if best is None else page.tried.index(best),
+        "why": page.choice.why,
+        "warnings": [*_mismatch(page), *page.choice.warnings],
+    }
+    return msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n"
+
+
+def commands(flags: Flags, found: Estimate, cards: Cards) -> list[tuple[str, str]]:
+    """The two lines of each node, after `tpserve serve` and after torchrun."""
+    layout, head = found.layout, flags.master_addr or HEAD
+    more = cli.to_argv(replace(flags, model=None, enable_expert_parallel=layout.expert_parallel))
+    model = [flags.model] if flags.model is not None else []
+    server = [*model, "-tp", str(layout.tp), "-pp", str(layout.pp), *more]
+    local = str(min(cards.per_node, layout.world_size))
+    if found.nodes == 1:
+        return [(_line("tpserve serve", server), _line(f"torchrun --nproc-per-node {local} -m tpserve", server))]
+    lines = []
+    for node in range(found.nodes):
+        launch = ["--nnodes", str(found.nodes), "--node-rank", str(node), "--master-addr", head]
+        torchrun = f"torchrun --nnodes {found.nodes} --node_rank {node} --nproc_per_node {local} --master_addr {head} -m tpserve"
+        headless = ["--headless"] if node else []
+        lines.append((_line("tpserve serve", [*server, *launch, *headless]), _line(torchrun, server)))
+    return lines
+
+
+def _line(start: str, arguments: Sequence[str]) -> str:
+    return f"{start} {shlex.join(arguments)}"
+
+
+def _about(page: Page) -> Iterator[str]:
+    spec, cards = page.spec, page.cards
+    model = page.flags.model or "the built-in model"
+    cached = f"{spec.num_kv_heads} of keys and values" if spec.latent is None else "latents"
+    experts = f", {spec.experts.routing.num_active} of {spec.experts.count} experts" if spec.experts is not None else ""
+    yield (
+        f"{model}: {_parameters(spec) / 1e9:,.2f} billion parameters, {spec.num_layers} layers, {spec.num_heads} heads, "
+        f"{cached}{experts}"
+    )
+    if page.stored is not None:
+        kinds = f", {' and '.join(page.stored.kinds)}" if page.stored.kinds else ""
+        yield f"weight files: {page.stored.num_files}, {page.stored.num_bytes / GB:,.2f} GB{kinds}"
+    link = "NVLink" if cards.nvlink else "PCIe"
+    where = f" on {cards.nodes_of(cards.num_gpus)} nodes" if cards.num_gpus > cards.per_node else ""
+    wanted = f", {page.wanted} at once" if page.wanted else ""
+    yield (
+        f"{cards.num_gpus} GPU{'s' * (cards.num_gpus > 1)}{where}, {size(cards.memory)} and {cards.memory_rate / GB:,.0f} GB/s "
+        f"each, {link}; sequences of {page.flags.max_model_len:,} tokens{wanted}"
+    )
+
+
+def _table(tried: Sequence[Estimate]) -> list[str]:
+    rows = [COLUMNS, *(_row(found) for found in tried if found.fits)]
+    if len(rows) == 1:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    cells = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]) for row in rows]
+    return ["Of each rank, the fullest:", *map(str.rstrip, cells)]
+
+
+def _row(found: Estimate) -> tuple[str, ...]:
+    """Of the fullest rank."""
+    ledger = found.ledgers[found.decides]
+    return (
+        found.name,
+        str(found.nodes),
+        *(size(num_bytes) for num_bytes in (ledger.weights, ledger.activations, ledger.head, ledger.kv_cache)),
+        f"{found.kv_tokens:,}",
+        several(found.concurrency),
+        f"{found.token_s * 1e3:,.2f}",
+        "; ".join(["TP across nodes"] * found.crosses + list(found.uneven)),
+    )
+
+
+def _refused(tried: Sequence[Estimate]) -> list[str]:
+    return [f"{found.name} does not fit: {found.why_not}" for found in tried if not found.fits]
+
+
+def _mismatch(page: Page) -> list[str]:
+    """Whether the files hold another model than config.json describes. A tied head may be stored twice.
+
+    Not asked of quantized files, which hold scales too and several numbers in one. Some hold layers that nobody reads.
+    """
+    if page.stored is None or page.stored.elements is None or not set(page.stored.kinds) <= FLOATS:
+        return []
+    expected, here = _parameters(page.spec), page.stored.elements
+    spare = page.spec.vocab_size * page.spec.hidden_size if page.spec.tie_embeddings else 0
+    if 0.99 * expected <= here <= 1.05 * expected + spare:
+        return []
+    return [f"the weight files hold {here / 1e9:,.2f} billion numbers, and config.json describes {expected / 1e9:,.2f}"]
+
+
+def _parameters(spec: ModelSpec) -> int:
+    return need(spec, ParallelLayout(1, 1, (spec.num_layers,)), 0).weights
+
+
+def _layout(page: Page, found: Estimate) -> dict[str, Any]:
+    layout = found.layout
+    plain = {"tp": layout.tp, "pp": layout.pp, "expert_parallel": layout.expert_parallel, "nodes": found.nodes}
+    if not found.ledgers:
+        return {**plain, "fits": False, "why_not": found.why_not}
+    return {
+        **plain,
+        "layers": layout.layers,
+        "fits": found.fits,
+        "why_not": found.why_not,
+        "ranks": [asdict(ledger) for ledger in found.ledgers],
+        "decides": found.decides,
+        "kv_tokens": found.kv_tokens,
+        "max_concurrency": round(found.concurrency, 3),
+        "token_floor_s": round(found.token_s, 6),
+        "load_floor_s": found.load_s,
+        "crosses_nodes": found.crosses,
+        "uneven": found.uneven,
+        "commands": [{"serve": serve, "torchrun": torchrun} for serve, torchrun in commands(page.flags, found, page.cards)],
+    }

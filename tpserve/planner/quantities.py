@@ -1,0 +1,36 @@
+"""Sizes, rates and durations as people write them, to numbers. Raises WrongValue.
+
+Memory of cards is counted as their makers do: an 80 GB card has 80 x 2^30 bytes, or a few per cent less; GB and GiB are the same
+here. Rates are decimal, as those of memory and disks are.
+"""
+
+import re
+
+from tpserve.config.schema import WrongValue
+
+_BINARY = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_DECIMAL = {"M": 10**6, "G": 10**9, "T": 10**12}
+_SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
+
+
+def memory(text: str) -> int:
+    """Bytes."""
+    return _of(text, r"([MGT])i?B", _BINARY, "a size with its unit, such as 80GB or 46068MiB")
+
+
+def rate(text: str) -> int:
+    """Bytes a second."""
+    return _of(text, r"([MGT])B/s", _DECIMAL, "a rate with its unit, such as 3350GB/s")
+
+
+def duration(text: str) -> int:
+    """Seconds."""
+    return _of(text, r"(s|min|h|)", _SECONDS, "a time, such as 120s or 2min")
+
+
+def _of(text: str, unit: str, factors: dict[str, int], what: str) -> int:
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?{unit}", text.strip())
+    value = 0 if match is None else round(float(match[1]) * factors[match[2]])
+    if value <= 0:
+        raise WrongValue(what)
+    return value
