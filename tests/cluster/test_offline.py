@@ -299,10 +299,13 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 from tpserve import LLM, EngineFailure, SamplingParams, UserError
 rank = os.environ["RANK"]
-llm = LLM(pipeline_parallel_size=2, device="cpu", dtype="float32", log_level="warning")
+llm = LLM(pipeline_parallel_size=2, device="cpu", dtype="float32", log_level="warning",
+          override_generation_config={{"temperature": 0, "max_new_tokens": 12}})
 asked = [SamplingParams(temperature=0.0, max_tokens=12), SamplingParams(max_tokens=5)]
 outputs = llm.generate(["Once upon a time", "The harbour"], asked)
 said = {{"outputs": [[r.prompt, r.outputs[0].token_ids, r.outputs[0].text] for r in outputs]}}
+said["default"] = llm.generate("Once upon a time")[0].outputs[0].token_ids
+said["params"] = vars(llm.get_default_sampling_params())
 try:
     llm.generate("word " * 4000)
 except UserError as error:
@@ -341,6 +344,7 @@ def test_torchrun(nodes: int, kill: bool, place: Path, llm: LLM) -> None:
     assert first == second
     greedy = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)[0].outputs[0]
     assert first["outputs"][0] == ["Once upon a time", greedy.token_ids, greedy.text]
+    assert (first["default"], first["params"]) == (greedy.token_ids, vars(SamplingParams(temperature=0, max_tokens=12)))
     assert "maximum context length" in first["refused"]
     if kill:
         assert re.match(r"rank 1 on .* \(pid \d+\) ", first["failed"]) and first["failed"] == first["again"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from tpserve.attention import tiled, tiles
 from tpserve.attention.tiles import TILE, Group, Piece
-from tpserve.layers import mlp
+from tpserve.layers import activation
 from tpserve.models import decoder as decoders
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group as Ranks
@@ -64,6 +65,8 @@ SPEC = ModelSpec(
     eos_ids=(),
     cache=(CacheGroup(tuple(range(LAYERS))),),
 )
+SILU = SimpleNamespace(mul=activation.silu_mul)
+"""What the decoder's layers call; theirs is chosen when they are built."""
 LIMITS = Limits(64, 2048, 2048, 4000, 16, 2, False, ())
 
 
@@ -77,30 +80,27 @@ def coarse_gather(cache_BSKD: torch.Tensor, piece: Piece) -> torch.Tensor:
     return picked_PXKD.transpose(1, 2).contiguous().flatten(0, 1)
 
 
-def coarse_scores(q_nKMD: torch.Tensor, k_cache_BSKD: torch.Tensor, group: Group) -> torch.Tensor:
-    n, num_kv, width, _ = q_nKMD.shape
+def coarse_tiles(
+    q_nKMD: torch.Tensor, k_cache_BSKD: torch.Tensor, v_cache_BSKE: torch.Tensor, group: Group, cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`tiled._tiles` with products in the cache's dtype."""
+    assert cap is None
+    n, *heads, _ = q_nKMD.shape
     q_nKMD = q_nKMD.to(k_cache_BSKD.dtype)
-    scores_PKMX = torch.empty((sum(group.reach), num_kv, width, TILE))
+    peak_PKM1, weight_PKM1 = (torch.empty((len(group.owners), *heads, 1)) for _ in range(2))
+    out_PKME = torch.empty((len(group.owners), *heads, v_cache_BSKE.shape[3]))
     for piece in group.pieces:
-        here_pKMX = scores_PKMX[piece.pairs]
-        q_pKMD = q_nKMD.expand(len(here_pKMX), -1, -1, -1) if n == 1 else q_nKMD[piece.owners]
+        q_pKMD = q_nKMD.expand(len(piece.owners), -1, -1, -1) if n == 1 else q_nKMD[piece.owners]
         product = torch.bmm(q_pKMD.flatten(0, 1), coarse_gather(k_cache_BSKD, piece).transpose(1, 2))
-        here_pKMX.copy_(product.view(here_pKMX.shape))
+        scores_pKMX = product.float().view(-1, *heads, TILE)
         if piece.mask is not None:
-            here_pKMX += piece.mask
-    return scores_PKMX
-
-
-def coarse_values(scores_PKMX: torch.Tensor, v_cache_BSKD: torch.Tensor, group: Group) -> torch.Tensor:
-    peak_nKM1 = tiled._fold(scores_PKMX.amax(3, keepdim=True), group.reach, torch.maximum)
-    weights, outs = [], []
-    for piece in group.pieces:
-        here_pKMX = scores_PKMX[piece.pairs].sub_(peak_nKM1[piece.owners]).exp_()
-        weights.append(here_pKMX.sum(3, keepdim=True))
-        product = torch.bmm(here_pKMX.to(v_cache_BSKD.dtype).flatten(0, 1), coarse_gather(v_cache_BSKD, piece))
-        outs.append(product.view(*here_pKMX.shape[:3], -1).float())
-    weight_nKM1 = tiled._fold(torch.cat(weights), group.reach, torch.add)
-    return tiled._fold(torch.cat(outs), group.reach, torch.add).div_(weight_nKM1)
+            scores_pKMX += piece.mask
+        peak_PKM1[piece.pairs] = scores_pKMX.amax(3, keepdim=True).clamp_min_(tiled.LOWEST)
+        scores_pKMX.sub_(peak_PKM1[piece.pairs]).exp_()
+        weight_PKM1[piece.pairs] = scores_pKMX.sum(3, keepdim=True)
+        product = torch.bmm(scores_pKMX.to(v_cache_BSKE.dtype).flatten(0, 1), coarse_gather(v_cache_BSKE, piece))
+        out_PKME[piece.pairs] = product.view(-1, *heads, out_PKME.shape[3]).float()
+    return peak_PKM1, weight_PKM1, out_PKME
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def free() -> Iterator[None]:
     with (
         patch.object(products, "pad_rows", lambda x: x),
         patch.object(decoders, "pad_rows", lambda x: x),
-        patch.object(mlp, "silu_mul", free_silu_mul),
+        patch.object(SILU, "mul", free_silu_mul),
         patch.object(tiled, "ROW_UNIT", 1),
         patch.object(tiles, "ROW_UNIT", 1),
     ):
@@ -119,7 +119,7 @@ def free() -> Iterator[None]:
 @contextmanager
 def coarse() -> Iterator[None]:
     """The same with less precision."""
-    with free(), patch.object(tiled, "_scores", coarse_scores), patch.object(tiled, "_softmax_values", coarse_values):
+    with free(), patch.object(tiled, "_tiles", coarse_tiles):
         yield
 
 
@@ -158,7 +158,8 @@ class Engine:
 
 
 LAYOUT = ParallelLayout(1, 1, (LAYERS,))
-DECODER = Decoder(SPEC, LAYOUT, 0, Ranks(), torch.bfloat16, torch.device("cpu"), 2048)
+with patch.dict(activation.GATED, silu=lambda gate_up_TI2: SILU.mul(gate_up_TI2)):
+    DECODER = Decoder(SPEC, LAYOUT, 0, Ranks(), torch.bfloat16, torch.device("cpu"), 2048)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 
 from tests.parity.harness import Runner, mixed
-from tests.specs import small
+from tests.specs import LATENTS, small
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
-from tpserve.types.model_spec import CacheGroup, ClampedSwiglu, ExpertsSpec, ModelSpec, RopeSpec, RoutingSpec
+from tpserve.types.model_spec import CacheGroup, ClampedSwiglu, ExpertsSpec, LatentSpec, ModelSpec, RopeSpec, RoutingSpec
 from tpserve.weights.dummy import dummy
 
 MIXTURE = ExpertsSpec(
     5, 48, RoutingSpec(2, bias="logits", renormalise=True), layers=(0, 1), bias=True, clamped=ClampedSwiglu(alpha=1.3, limit=0.7)
 )
+ALL = ExpertsSpec(4, 48, RoutingSpec(4, "sigmoid", "choice", renormalise=True, scale=2.5), layers=(1,), shared_size=48)
+"""Every expert for every token: in bfloat16 a near tie of experts would fall to either side."""
+NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 LENGTHS, PROMPTS, SIZES = (4, 20, 40), (3, 19, 38), (17, 40, 5)
-
 
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -33,9 +35,13 @@ OWN: dict[str, dict[str, Any]] = {
         "window_rope": RopeSpec(theta=50.0), "cache": (CacheGroup((0,), window=7), CacheGroup((1,))), "scores_cap": 2.0,
     },
     "gpt_oss": {"sinks": True, "cache": (CacheGroup((0,)), CacheGroup((1,), window=21)), "experts": MIXTURE},
+    "deepseek_v3": {
+        **LATENTS, "num_heads": 4, "num_kv_heads": 4, "head_dim": 28, "rope": RopeSpec(interleaved=True), "experts": ALL,
+        "latent": LatentSpec(kv_rank=32, rope_dim=16, nope_dim=12, v_dim=20, q_rank=28), **NO_BIAS,
+    },
     "gpt2": {"norm": "layer", "rope": None, "gated": False, "activation": "gelu_tanh"},
 }  # fmt: skip
-"""What each family has beside all biases."""
+"""What each family has beside all biases, or without them."""
 
 
 def spec(family: str) -> ModelSpec:
