@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --quiet --disable-pip-version-check
 CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
-.PHONY: serve test format gpu-check model chaos clean
+.PHONY: serve test format gpu-check model chaos lab lab-sixteen clean
 
 serve: $(VENV)/serve.stamp
 	@exec $(VENV)/bin/tpserve serve $$($(PY) -c "from tpserve.config.machine import visible_gpus as n; print('' if n() else '--nproc-per-node 2')") $(ARGS)
@@ -34,6 +34,16 @@ model: $(VENV)/test.stamp
 # Killing ranks and agents at random for a long time.
 chaos: $(VENV)/test.stamp
 	$(PY) -m pytest tests/crash -m long
+
+# Every layout and every failure across the hosts of a lab (docs/clusters.md). Needs root; skipped, with the reason, elsewhere.
+lab: $(VENV)/test.stamp
+	@command -v ip bridge >/dev/null || apt-get install -y iproute2 || true
+	$(PY) -m pytest tests/lab -m "not long" -rs
+
+# Sixteen ranks on two hosts: slow on few cores.
+lab-sixteen: $(VENV)/test.stamp
+	@command -v ip bridge >/dev/null || apt-get install -y iproute2 || true
+	$(PY) -m pytest tests/lab -m long -rs
 
 clean:
 	rm -rf $(VENV) .tmp build *.egg-info

@@ -29,6 +29,7 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "kernels": (50, ("kernels",)),
     "cluster": (260, ("cluster",)),
     "crash": (30, ("crash",)),
+    "lab": (60, ("lab",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
 GPU = {
@@ -83,7 +84,7 @@ def lint() -> Row:
 
 def share(name: str, budget_s: int, folders: tuple[str, ...]) -> Row:
     paths = [f"tests/{folder}" for folder in folders if (ROOT / "tests" / folder).is_dir()]
-    return pytest(name, budget_s, [*paths, "-m", "not gpu and not long"])
+    return pytest(name, budget_s, [*paths, "-m", "not gpu and not long and not lab"])
 
 
 def gpu_check() -> list[Row]:

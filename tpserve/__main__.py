@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tpserve.config import cli, env, machine
 from tpserve.config.command import HelpWanted
+from tpserve.config.network import Interface, choose
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
@@ -28,9 +29,9 @@ from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
 from tpserve.wire.attach import attach
 from tpserve.wire.auth import Keyring, write_secret
-from tpserve.wire.control import block_signals
 from tpserve.wire.lifetime import die_with
 from tpserve.wire.siblings import Elder, ask
+from tpserve.wire.signals import block_signals
 
 logger = logging.getLogger("tpserve")
 
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(argv: list[str]) -> int:
-    from tpserve.supervisor import check_launch, serve
+    from tpserve.config.launch import check_launch
+    from tpserve.supervisor import serve
 
     flags = cli.parse(argv, env.overrides())
     check_launch(flags)
@@ -146,6 +148,7 @@ def _rank(argv: list[str]) -> int:
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0)
         flags, files, spec = open_model(flags, lambda flags: _find_once_a_node(me, flags))
         config = resolve(flags, files, spec, machine.of_rank(me))
+        interface = _interface(me, config)
     except EngineFailure as error:
         logger.error("%s", error)
         return 1
@@ -158,9 +161,10 @@ def _rank(argv: list[str]) -> int:
     log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.local_rank == 0)
     if me.rank == 0:
         _introduce(flags, config)
+    settings = _use(interface, me)
     watch.lap("config")
     try:
-        attachment = attach(me, config, config.start_timeout) if me.node_rank == 0 else None
+        attachment = attach(me, config, interface.address, config.start_timeout) if me.node_rank == 0 else None
     except UserError as error:  # under `tpserve serve` it is the supervisor who tells
         return _refuse(me, error, tell=me.rank == 0 and me.runtime_dir is None)
     except EngineFailure as error:
@@ -175,12 +179,35 @@ def _rank(argv: list[str]) -> int:
     gc.enable()
     watch.lap("torch")
     try:
-        code = run_rank(config, spec, me, attachment, watch)
+        code = run_rank(config, spec, me, interface, settings, attachment, watch)
     except UserError as error:  # before it could tell the coordinator
         code = _refuse(me, error, tell=me.local_rank == 0)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # taking the interpreter down takes seconds, and destructors of a broken mesh can hang
+
+
+def _interface(me: env.RankEnv, config: EngineConfig) -> Interface:
+    """This node's interface. Raises UserError when other nodes could not use it."""
+    interface = choose(config.interface, me.nnodes, me.master_addr)
+    if me.nnodes > 1 and me.rank == 0 and me.master_addr.strip("[]") != interface.address and interface.is_loopback:
+        raise UserError(
+            f"--master-addr {me.master_addr} is {interface} on this node, which other machines cannot reach: pass an address, or "
+            "--interface (lo, when all nodes are on this machine)",
+            param="master_addr",
+        )
+    return interface
+
+
+def _use(interface: Interface, me: env.RankEnv) -> dict[str, str]:
+    """Have gloo and NCCL use it too, unless the user has told them otherwise. Returns what the user has told."""
+    settings = env.network_variables()
+    if me.nnodes > 1:
+        logger.info("node %d of %d uses %s", me.node_rank, me.nnodes, interface)
+    for name, value in settings.items():
+        logger.info("%s=%s is set, and wins", name, value)
+    env.use_interface(interface.name)
+    return settings
 
 
 def _introduce(flags: Flags, config: EngineConfig) -> None:

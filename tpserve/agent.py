@@ -13,21 +13,30 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import msgspec
 from msgspec import Struct
 
 from tpserve.config import env
+from tpserve.config.network import host_id
+from tpserve.errors import EngineFailure, UserError
 from tpserve.observe import log
-from tpserve.wire.lifetime import die_with
+from tpserve.version import __version__
+from tpserve.wire.attach import Failure, write_failure
+from tpserve.wire.lifetime import die_with, live_children
+from tpserve.wire.muster import Join, Meet, Muster, head_gone, join, listen
 
 logger = logging.getLogger("tpserve.agent")
 
-SLOW_S = 5.0
-"""Who starts all nodes at once hears nothing of waiting; who waits longer is told for whom."""
+
+LEAVE_S = 1.0
+"""How long ranks may outlive node 0's agent, which ends after its own ranks."""
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -39,6 +48,13 @@ class Job(Struct, frozen=True, kw_only=True):
     nproc: int
     master_addr: str
     master_port: int
+    listener: int
+    """On node 0 of several, the descriptor of the socket to which the other nodes come; else -1."""
+    address: str
+    """This node's, for other nodes; `derived` from the route to the master"""
+    derived: bool
+    port_range: tuple[int, int]
+    world_size: int
     run_id: str
     start_timeout_s: float
     runtime_dir: str
@@ -53,35 +69,104 @@ def main() -> int:
     die_with(job.supervisor_pid)
     env.announce_agent()
     log.setup(job.log_level, f"n{job.node_rank} agent")
-    if job.node_rank > 0 and not _wait_for_head(job):
-        logger.error(
-            "node 0 did not answer at %s port %d within %g s: check --master-addr and --master-port and that tpserve runs there",
-            job.master_addr,
-            job.master_port,
-            job.start_timeout_s,
-        )
-        return 1
-    return _run(job)
+    try:
+        met = _find_nodes(job)
+    except (UserError, EngineFailure) as error:
+        return _refuse(job, error)
+    return _run(job, met)
 
 
-def _run(job: Job) -> int:
+class _Met(NamedTuple):
+    """Where the agents' store is, on node 0 also the socket it is to listen with, and what the other nodes hold on to."""
+
+    store: Meet
+    listener: socket.socket | None
+    muster: Muster | None
+
+
+def _find_nodes(job: Job) -> _Met:
+    """Wait for the other nodes."""
+    host = socket.gethostname()
+    me = Join(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.derived)
+    if job.node_rank > 0:
+        store, line = join(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s)
+        threading.Thread(target=_end_with_head, args=(line,), name="line to node 0", daemon=True).start()
+        return _Met(store, None, None)
+    muster = None
+    if job.nnodes > 1:
+        muster = Muster(me, socket.socket(fileno=job.listener), job.world_size, job.start_timeout_s)
+        muster.gather()
+    listener = listen(job.address, job.port_range)  # before its port is told
+    store = Meet(job.address, listener.getsockname()[1])
+    if muster is not None:
+        muster.meet(store.host, store.port)
+    return _Met(store, listener, muster)
+
+
+def _end_with_head(line: socket.socket) -> None:
+    """Node 0 decides when all is over; a rank that does not hear of it, being stopped or cut off, is ended here."""
+    why = head_gone(line)
+    while True:
+        time.sleep(LEAVE_S)
+        if ranks := live_children(os.getpid()):
+            logger.error("%s: ending the ranks of this node", why)
+        for pid in ranks or ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _refuse(job: Job, error: UserError | EngineFailure) -> int:
+    """Tell why there are no ranks: on node 0 through the frontend, which has the last word there and clients to answer."""
+    code = 2 if isinstance(error, UserError) else 1
+    if job.node_rank == 0:
+        write_failure(Path(job.runtime_dir), Failure(code, str(error)))
+    elif code == 2:
+        sys.stderr.write(log.user_error(str(error)) + "\n")
+    else:
+        logger.error("%s", error)
+    return code
+
+
+def _run(job: Job, met: _Met) -> int:
     gc.disable()  # nothing that torch makes while it is imported is garbage, and looking for it costs a sixth of the time
+    from torch._C._distributed_c10d import TCPStore  # torch.distributed has it without its types
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, rendezvous_handler_registry
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     gc.enable()
     if job.log_level != "debug":
         _silence("torch.distributed.elastic", "torch.distributed.launcher")
+
+    class Held(StaticTCPRendezvous):
+        """What is left of a rendezvous is the store."""
+
+        def get_backend(self) -> str:
+            return "tpserve"
+
+    def hold(parameters: RendezvousParameters) -> RendezvousHandler:
+        where, listener, timeout_s = met.store, met.listener, int(job.start_timeout_s) + 1
+        handler = Held(where.host, where.port, job.node_rank, job.nnodes, job.run_id, timeout_s)
+        handler._store = TCPStore(
+            where.host,
+            where.port,
+            job.nnodes,
+            listener is not None,
+            timedelta(seconds=timeout_s),
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+        return handler
+
+    rendezvous_handler_registry.register("tpserve", hold)
     config = LaunchConfig(
         min_nodes=job.nnodes,
         max_nodes=job.nnodes,
         nproc_per_node=job.nproc,
         logs_specs=DefaultLogsSpecs(log_dir=f"{job.runtime_dir}/agent"),
         run_id=job.run_id,
-        rdzv_backend="static",
-        rdzv_endpoint=f"{job.master_addr}:{job.master_port}",
-        rdzv_configs={"rank": job.node_rank, "timeout": int(job.start_timeout_s)},
+        rdzv_backend="tpserve",
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="SIGUSR2",  # none that is ever sent: SIGTERM is ours
@@ -106,21 +191,6 @@ def _silence(*names: str) -> None:
             existing.setLevel(logging.CRITICAL + 1)
 
 
-def _wait_for_head(job: Job) -> bool:
-    """Wait until node 0's agent listens. torch would wait too, but silently, and deaf to signals."""
-    begin_s, told = time.monotonic(), False
-    while (waited_s := time.monotonic() - begin_s) < job.start_timeout_s:
-        try:
-            socket.create_connection((job.master_addr, job.master_port), 1.0).close()
-            return True
-        except OSError as error:
-            if waited_s > SLOW_S and not told:
-                told = True
-                logger.info("waiting for node 0 at %s port %d: %s", job.master_addr, job.master_port, error)
-            time.sleep(0.2)
-    return False
-
-
 def _ask_ranks_to_end(number: int, frame: FrameType | None) -> None:
     children = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
     for pid in children:
@@ -131,4 +201,7 @@ def _ask_ranks_to_end(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch down takes seconds

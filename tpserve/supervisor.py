@@ -38,14 +38,17 @@ from msgspec.structs import replace
 
 from tpserve.agent import Job
 from tpserve.config import cli, env
+from tpserve.config.launch import meeting_address, own_interface
 from tpserve.config.machine import Machine, available_cores, visible_gpus
-from tpserve.config.resolve import num_local_ranks, resolve
+from tpserve.config.network import LOOPBACK, Interface, describe
+from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
-from tpserve.wire.attach import LOOPBACK, cluster_address, spawn, wait_ready
-from tpserve.wire.control import SAME_SIGNAL_S
+from tpserve.wire.attach import spawn, wait_ready
+from tpserve.wire.muster import Clock, listen
+from tpserve.wire.signals import SAME_SIGNAL_S
 
 logger = logging.getLogger("tpserve.supervisor")
 
@@ -60,32 +63,32 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     """Serve until told to end; returns the exit code. UserError for anything the user can mend."""
     num_gpus = visible_gpus()
     nproc = num_local_ranks(flags, num_gpus)
-    machine = Machine(nproc * flags.nnodes, nproc, flags.nnodes, num_gpus, available_cores(), "serve")
+    machine = Machine(num_all_ranks(flags, nproc), nproc, flags.nnodes, num_gpus, available_cores(), "serve")
     config = resolve(flags, files, spec, machine)
+    _await_name(flags)
+    interface = own_interface(flags)
+    leads = flags.nnodes > 1 and flags.node_rank == 0
+    listener = listen(meeting_address(flags, interface), (flags.master_port, flags.master_port)) if leads else None
     runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-"))
     try:
-        return _Supervisor(flags, config, nproc, runtime_dir).run()
+        return _Supervisor(flags, config, nproc, runtime_dir, interface, listener).run()
     finally:
         for left in (runtime_dir, *runtime_dir.parent.glob(f"{runtime_dir.name}.*")):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def check_launch(flags: Flags) -> None:
-    """The launch flags among themselves; before anything is downloaded. Raises UserError."""
-    if env.under_torchrun():
-        logger.debug("RANK is set and ignored: `tpserve serve` starts ranks of its own")
-    if flags.node_rank >= flags.nnodes:
-        raise UserError(
-            f"--node-rank {flags.node_rank} with --nnodes {flags.nnodes}: nodes count from 0 to {flags.nnodes - 1}",
-            param="node_rank",
-        )
-    if flags.headless and flags.node_rank == 0:
-        raise UserError(
-            "--headless on node 0, which answers HTTP: leave it out there, or give this node --node-rank 1 or more",
-            param="headless",
-        )
-    if flags.nnodes > 1 and flags.master_addr is None:
-        raise UserError(f"--nnodes {flags.nnodes} needs --master-addr, the address of node 0, on each node", param="master_addr")
+def _await_name(flags: Flags) -> None:
+    """Wait until the master address means something: where nodes are containers, names come with the nodes. Raises UserError."""
+    clock, name = Clock(flags.start_timeout), flags.master_addr
+    while flags.nnodes > 1:
+        try:
+            socket.getaddrinfo(name, flags.master_port)
+            return
+        except socket.gaierror as error:
+            if clock.over:
+                raise UserError(f"--master-addr {name}: {describe(error)}", param="master_addr") from error
+            clock.tell(f"the name {name}", describe(error))
+        time.sleep(READY_POLL_S)
 
 
 class _EndNow(BaseException):
@@ -99,12 +102,22 @@ class _EndNow(BaseException):
 class _Supervisor:
     """One node's children, from their start to their end."""
 
-    def __init__(self, flags: Flags, config: EngineConfig, nproc: int, runtime_dir: Path) -> None:
+    def __init__(
+        self,
+        flags: Flags,
+        config: EngineConfig,
+        nproc: int,
+        runtime_dir: Path,
+        interface: Interface,
+        listener: socket.socket | None,
+    ) -> None:
+        """`listener`: of node 0, where the others come to."""
         self._flags = flags
         self._config = config
         self._nproc = nproc
         self._runtime_dir = runtime_dir
-        self._address = LOOPBACK if flags.nnodes == 1 else cluster_address(flags.master_addr or LOOPBACK)
+        self._interface = interface
+        self._listener = listener
         self._signalled_s: list[float] = []
         self._starting = True
         self._passed_on = False
@@ -140,8 +153,13 @@ class _Supervisor:
             logger.info("node %d of %d: %d headless ranks", flags.node_rank, flags.nnodes, self._nproc)
             self._starting = False
             return
-        self._frontend = spawn(self._runtime_dir, config, self._agent.pid, flags.nnodes, self._address)
-        self._url = wait_ready(self._runtime_dir, self._frontend, config.start_timeout).http
+        self._frontend = spawn(self._runtime_dir, config, self._agent.pid, flags.nnodes, self._interface.address)
+        try:
+            self._url = wait_ready(self._runtime_dir, self._frontend, config.start_timeout).http
+        except EngineFailure:
+            if self._agent.poll() is None or self._frontend.poll() is None:
+                raise
+            # both have ended, and have said why
         self._starting = False
 
     def _spawn_agent(self) -> "subprocess.Popen[bytes]":
@@ -152,7 +170,12 @@ class _Supervisor:
             node_rank=flags.node_rank,
             nproc=self._nproc,
             master_addr=flags.master_addr or LOOPBACK,
-            master_port=flags.master_port if flags.nnodes > 1 else 0,
+            master_port=flags.master_port,
+            listener=-1 if self._listener is None else self._listener.fileno(),
+            address=self._interface.address,
+            derived=flags.interface is None,
+            port_range=config.port_range,
+            world_size=config.layout.world_size,
             run_id=f"tpserve-{flags.master_port}" if flags.nnodes > 1 else uuid.uuid4().hex,
             start_timeout_s=config.start_timeout,
             runtime_dir=str(self._runtime_dir),
@@ -161,7 +184,10 @@ class _Supervisor:
         )
         environ = env.for_ranks(str(self._runtime_dir), quiet=config.log_level != "debug")
         command = [sys.executable, "-m", "tpserve.agent"]
-        agent = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, start_new_session=True)
+        passed = () if self._listener is None else (self._listener.fileno(),)
+        agent = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, start_new_session=True, pass_fds=passed)
+        if self._listener is not None:
+            self._listener.close()  # the agent's now
         assert agent.stdin is not None
         with contextlib.suppress(BrokenPipeError), agent.stdin:
             agent.stdin.write(msgspec.json.encode(job))
@@ -184,7 +210,8 @@ class _Supervisor:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         for child in children:
-            poll.register(os.pidfd_open(child.pid), select.POLLIN)  # ours and not waited for: it exists
+            if child.poll() is None:  # ours and not waited for: it exists
+                poll.register(os.pidfd_open(child.pid), select.POLLIN)
         ended_s: float | None = None
         while any(child.poll() is None for child in children):
             if self._signalled_s and not self._passed_on:

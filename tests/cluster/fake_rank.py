@@ -16,7 +16,8 @@ from tpserve.types.messages import Abort, Add, Delta, Done, EngineOutput, Memory
 from tpserve.types.packed import unpack
 from tpserve.wire.attach import attach
 from tpserve.wire.channels import EngineLink, wait
-from tpserve.wire.control import Control, Stopped, block_signals
+from tpserve.wire.control import Control, Stopped
+from tpserve.wire.signals import block_signals
 
 
 def main(config_file: str, how: str) -> int:
@@ -24,7 +25,7 @@ def main(config_file: str, how: str) -> int:
     config = msgspec.json.decode(Path(config_file).read_bytes(), type=EngineConfig)
     env = rank_env()
     try:
-        found = attach(env, config, 20.0)
+        found = attach(env, config, "127.0.0.1", 20.0)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         return 2

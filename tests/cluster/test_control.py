@@ -12,7 +12,7 @@ import zmq
 
 from tpserve.errors import UserError
 from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, MemoryLedger, RankMessage, Run, Start, Stop, Up
-from tpserve.wire import codec, control
+from tpserve.wire import codec, control, signals
 from tpserve.wire.channels import bind, open_socket, wait
 
 LEDGER = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256)
@@ -33,7 +33,7 @@ class Coordinator:
         if self.pid == 0:
             code = 99
             try:
-                control.block_signals()
+                signals.block_signals()
                 arguments = {"host": "h", "agent_pid": os.getppid(), **how}
                 rank = control.Control(3, self.address, incarnation=7, **arguments)  # type: ignore[arg-type]
                 rank.start()
@@ -150,7 +150,7 @@ def test_a_second_signal_is_a_fault(coordinator: Coordinator) -> None:
     os.kill(coordinator.pid, signal.SIGTERM)  # the same Ctrl-C, passed on by the agent
     with pytest.raises(AssertionError):
         coordinator.hear(Fault, 0.3)
-    time.sleep(control.SAME_SIGNAL_S)
+    time.sleep(signals.SAME_SIGNAL_S)
     os.kill(coordinator.pid, signal.SIGTERM)
     fault = coordinator.hear(Fault)
     assert isinstance(fault, Fault) and "second signal" in fault.text
@@ -167,8 +167,8 @@ def test_a_signal_after_a_siblings_death_ends_at_once(coordinator: Coordinator) 
 def test_a_signal_before_control_has_taken_over_ends_the_process() -> None:
     pid = os.fork()
     if pid == 0:
-        control._taken_over.clear()
-        control.block_signals()
+        signals._taken_over.clear()
+        signals.block_signals()
         time.sleep(30)
         os._exit(99)
     time.sleep(0.2)
@@ -182,7 +182,7 @@ def test_a_blocked_main_thread_is_ended_with_the_code_of_stop(coordinator: Coord
     coordinator.say(Stop(2, "no such model"))
     asked_s = time.monotonic()
     assert coordinator.code() == 2
-    assert control.GRACE_S - 0.2 < time.monotonic() - asked_s < control.GRACE_S + 1
+    assert control.FAILED_GRACE_S - 0.2 < time.monotonic() - asked_s < control.FAILED_GRACE_S + 1
 
 
 def test_a_step_that_does_not_come_back_is_a_fault(coordinator: Coordinator) -> None:

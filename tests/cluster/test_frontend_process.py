@@ -41,7 +41,7 @@ def config(model: Path, port: int) -> EngineConfig:
         fit_max_model_len=False, kv_cache_memory=None, admin_api_key=None,
         max_num_seqs=8, max_num_batched_tokens=64, block_size=16, enable_prefix_caching=True, gpu_memory_utilization=0.9,
         num_gpu_blocks_override=None, max_queued_requests=8, host="127.0.0.1", port=port, api_key=None, log_level="info",
-        start_timeout=20.0, drain_timeout=5.0, step_trace=None,
+        cluster_secret_file=None, start_timeout=20.0, drain_timeout=5.0, interface=None, port_range=(0, 0), step_trace=None,
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_a_killed_rank_ends_all_and_is_named(job: Job) -> None:
     started_s = time.monotonic()
     job.ranks[1].kill()
     assert job.codes() == [1, -signal.SIGKILL] and job.gone(pid)
-    assert time.monotonic() - started_s < 3
+    assert time.monotonic() - started_s < 5
     assert f"rank 1 on here (pid {job.ranks[1].pid}) ended without a word" in job.log.read_text()
 
 

@@ -19,6 +19,7 @@ from tests.cluster.conftest import assert_nothing_left, of_place
 from tests.server import BIN, Server, free_port, running, serve, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
+SECOND_NODE = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--interface", "lo")
 DUMMY = ("--load-format", "dummy", "--served-model-name", "tiny")
 
 
@@ -114,7 +115,7 @@ def test_a_killed_rank_is_a_failure(model: str, place: Path) -> None:
 def test_two_nodes(model: str, place: Path) -> None:
     """The second node comes first, waits, and is the one that is told to end."""
     port, meet = free_port(), str(free_port())
-    nodes = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", meet, "-pp", "2")
+    nodes = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--interface", "lo", "--master-port", meet, "-pp", "2")
     second = serve(model, *DUMMY, *nodes, "--node-rank", "1", "--headless", port=port)
     with started(place, second, serve(model, *DUMMY, *nodes, port=port), port=port) as server:
         assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
@@ -126,7 +127,7 @@ def test_two_nodes(model: str, place: Path) -> None:
 
 def test_a_node_that_waits_for_its_head_can_be_ended(model: str, place: Path) -> None:
     port = free_port()
-    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    nodes = (*SECOND_NODE, "--master-port", str(free_port()))
     with started(place, serve(model, *DUMMY, *nodes, "-pp", "2", port=port), port=port, ready=False) as server:
         while "headless" not in server.log:
             time.sleep(0.05)
@@ -135,10 +136,22 @@ def test_a_node_that_waits_for_its_head_can_be_ended(model: str, place: Path) ->
 
 
 def test_a_node_whose_head_does_not_answer(model: str, place: Path) -> None:
-    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    port = free_port()
+    nodes = (*SECOND_NODE, "--master-port", str(port))
     done = run(serve(model, *DUMMY, *nodes, "-pp", "2", "--start-timeout", "1", port=0), place)
     assert done.returncode == 1
-    assert "node 0 did not answer at 127.0.0.1 port" in done.stderr.splitlines()[-1]
+    said = f"node 0 did not answer at 127.0.0.1:{port} within 1 s (Connection refused (errno 111)), so rank 0 is missing"
+    assert said in done.stderr.splitlines()[-1]
+
+
+def test_a_name_that_means_nothing_yet_is_waited_for(model: str, place: Path) -> None:
+    nodes = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "no.such.host.invalid", "-pp", "2")
+    done = run(serve(model, *DUMMY, *nodes, "--start-timeout", "6", port=0), place)
+    assert done.returncode == 2
+    waiting, error = done.stderr.splitlines()
+    assert "waiting for the name no.such.host.invalid, " in waiting
+    assert error.startswith("tpserve: error: --master-addr no.such.host.invalid: ") and "(errno -" in error
+    assert_nothing_left(place)
 
 
 def test_a_port_in_use_is_one_line(model: str, place: Path) -> None:

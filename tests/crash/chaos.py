@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpserve.config.network import LOOPBACK
 from tpserve.wire import attach
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,11 +62,11 @@ class Chaos:
             "TORCH_CPP_LOG_LEVEL": "FATAL",
         }
         self.log = (self.top / "log").open("wb")
-        address = attach.LOOPBACK if nnodes > 1 else ""
+        address = LOOPBACK if nnodes > 1 else ""
         self.frontend = self._spawn(SKELETON, "frontend", str(self.where), str(os.getpid()), str(nnodes * nproc), address)
         attach.wait_ready(self.where, self.frontend, 30.0)
         port = str(_free_port())
-        nodes = ["--nnodes", str(nnodes), "--nproc-per-node", str(nproc), "--master-addr", attach.LOOPBACK, "--master-port", port]
+        nodes = ["--nnodes", str(nnodes), "--nproc-per-node", str(nproc), "--master-addr", LOOPBACK, "--master-port", port]
         agent = ["-m", "torch.distributed.run", *nodes, "--max-restarts", "100000", "--monitor-interval", "0.1"]
         self.agents = [self._spawn(*agent, "--node-rank", str(node), SKELETON, "rank") for node in range(nnodes)]
 
@@ -166,7 +167,7 @@ def chaos(nnodes: int, nproc: int, kills: int, seed: int) -> Report:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind((attach.LOOPBACK, 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
 

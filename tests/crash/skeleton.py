@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 from tpserve.config.env import RankEnv, rank_env
+from tpserve.config.network import LOOPBACK
 from tpserve.errors import EngineFailure
 from tpserve.frontend.coordinator import Action, Coordinator, Failed, Finished, State
 from tpserve.frontend.ranks import Ranks
 from tpserve.wire.attach import (
-    LOOPBACK,
     Attachment,
     Frontend,
     attach_remote,
@@ -33,8 +33,9 @@ from tpserve.wire.attach import (
 )
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Keyring
 from tpserve.wire.channels import Door, tcp
-from tpserve.wire.control import SIGNALS, Control, Stopped, block_signals
+from tpserve.wire.control import Control, Stopped
 from tpserve.wire.lifetime import open_pidfd
+from tpserve.wire.signals import SIGNALS, block_signals
 
 WAIT_S = 60.0
 
@@ -54,7 +55,7 @@ def rank_main() -> int:
     if env.nnodes > 1 and (found is None or env.rank == 0):
         store = agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, WAIT_S)
         if found is None:
-            found = attach_remote(env, store, WAIT_S)
+            found = attach_remote(env, store, LOOPBACK, WAIT_S)
         else:
             publish(env, found, store)
     assert found is not None

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from tests.specs import EXPERTS, small
 from tpserve.config.cli import parse
 from tpserve.config.machine import Machine
-from tpserve.config.resolve import num_local_ranks, resolve
+from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.parallel.split import split_heads
@@ -124,8 +124,24 @@ def test_ranks_beyond_the_heads_become_stages(world: int, tp: int, pp: int) -> N
     assert (layout.tp, layout.pp) == (tp, pp)
 
 
-def test_nodes_of_unequal_size_under_torchrun() -> None:
+def test_nodes_of_unequal_size() -> None:
     assert resolved("m", Machine(3, 1, 2, 0, 2, "torchrun")).layout.tp == 3
+    assert resolved("m -tp 3", Machine(3, 1, 2, 0, 2, "serve")).layout.tp == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "here", "together"),
+    [
+        ("m", 2, 4),
+        ("m -tp 4", 2, 4),
+        ("m -tp 3", 1, 3),
+        ("m -tp 3", 2, 3),
+        ("m -tp 1 -pp 3", 2, 3),
+        ("m -tp 8", 8, 16),  # the other node would have none: what is wrong is the layout
+    ],
+)
+def test_how_many_ranks_two_nodes_start(line: str, here: int, together: int) -> None:
+    assert num_all_ranks(parse([*line.split(), "--nnodes", "2"]), here) == together
 
 
 def test_defaults_by_device() -> None:

@@ -1,6 +1,6 @@
 """The coordinator's transitions, one by one."""
 
-from tpserve.frontend.coordinator import Coordinator, Draining, Failed, Finished, Peer, Ready, Send, State
+from tpserve.frontend.coordinator import Coordinator, Draining, Failed, Finished, Lost, Peer, Ready, Send, State
 from tpserve.types.messages import Beat, Drain, Fault, Hello, MemoryLedger, Run, Start, Stop, Up
 
 ENDPOINTS = {"store": "127.0.0.1:1"}
@@ -112,7 +112,8 @@ def test_the_first_failure_is_the_reason() -> None:
     c = running(3)
     actions = c.receive(Peer(1, 1), Fault(1, 1, "engine", "out of memory"), 1.0)
     reason = "rank 1 on node1 (pid 101): out of memory"
-    assert actions == [*(Send(Peer(r, 1), Stop(1, reason)) for r in range(3)), Failed(1, reason)]
+    assert actions[:-1] == [Send(Peer(r, 1), Stop(1, reason)) for r in range(3)]
+    assert isinstance(failed := actions[-1], Failed) and (failed.code, failed.reason) == (1, reason)
     assert c.receive(Peer(2, 1), Fault(2, 1, "engine", "connection closed by peer"), 1.1) == [Send(Peer(2, 1), Stop(1, reason))]
     assert c.lost(Peer(0, 1), "died", 1.2) == []
     assert c.reason == reason
@@ -128,7 +129,9 @@ def test_a_silent_rank_is_lost_after_four_seconds() -> None:
     c = running()
     assert advance(c, 0.0, 3.9, range(1)) == []
     actions = advance(c, 3.9, 4.5, range(1))
-    assert actions[-1] == Failed(1, "rank 1 on node1 (pid 101) has been silent for 4 s")
+    assert actions[0] == Lost(Peer(1, 1)), "its process is of no more use"
+    assert isinstance(failed := actions[-1], Failed) and failed.reason == "rank 1 on node1 (pid 101) has been silent for 4 s"
+    assert "its node or the link to it is down" in failed.advice
 
 
 def test_a_late_tick_forgives_all_timers() -> None:

@@ -115,7 +115,7 @@ def test_a_death_is_reported_before_the_complaint_about_it(tmp_path: Path) -> No
             near.say(Fault(0, 1, "engine", "connection closed by peer"))
             child.wait()
             await it.until(lambda: bool(it.actions[1:]))
-            assert it.actions[1:] == [Failed(1, it.coordinator.reason)]
+            assert [type(action) for action in it.actions[1:]] == [Failed]
             assert it.coordinator.reason.startswith(f"rank 1 on h (pid {child.pid}) ended without a word")
             assert await it.ranks.all_gone(0.05) is False  # this process stands for rank 0
 

@@ -30,9 +30,9 @@ def test_while_starting_what_is_known_so_far() -> None:
     info = server_info(CONFIG, Status("starting", c.phase, c.percent), c.epoch, c.seen, 2.0)
     assert [rank["state"] for rank in info["ranks"]] == ["missing"] * 3 + ["starting"]
     assert info["ranks"][3] == {
-        "rank": 3, "host": "node1", "pid": 77, "stage": 1, "state": "starting", "phase": "waiting for all ranks", "percent": 0,
-        "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None, "silent_s": 0.75,
-        "memory": None,
+        "rank": 3, "host": "node1", "address": "", "pid": 77, "stage": 1, "state": "starting", "phase": "waiting for all ranks",
+        "percent": 0, "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None,
+        "silent_s": 0.75, "memory": None,
     }  # fmt: skip
     assert (info["ranks"][0]["pid"], info["ranks"][0]["silent_s"]) == (None, None)
 

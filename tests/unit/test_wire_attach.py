@@ -118,28 +118,22 @@ def test_a_child_that_dies_without_a_word(tmp_path: Path) -> None:
 def test_ranks_of_other_nodes_wait_for_an_address_that_answers() -> None:
     store = Dictionary()
     with pytest.raises(EngineFailure, match="rank 2 waited 0.1 s .* rank 0 has not told where it is"):
-        attach.attach_remote(ENV, store, 0.1)
+        attach.attach_remote(ENV, store, "127.0.0.1", 0.1)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         told = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         invitation = Keyring.open(None).invitation(told, with_secret=True)
         attach.publish(ENV, Attachment("ipc://x", "127.0.0.1", invitation=invitation), store)
         with pytest.raises(EngineFailure, match=f"nobody answers at {told}"):
-            attach.attach_remote(ENV, store, 0.1)
+            attach.attach_remote(ENV, store, "127.0.0.1", 0.1)
         listener.listen()
-        found = attach.attach_remote(ENV, store, 5.0)
+        found = attach.attach_remote(ENV, store, "127.0.0.1", 5.0)
     assert (found.control, found.address, found.frontend_pid) == (told, "127.0.0.1", None)
     assert found.key(2, FRONTEND) == invitation.accept(None).key(2, FRONTEND)
 
 
 def test_endpoints_stay_inside_a_node(tmp_path: Path) -> None:
-    found = Attachment("ipc://x", attach.LOOPBACK, Keyring.open(None), runtime_dir=tmp_path)
+    found = Attachment("ipc://x", "127.0.0.1", Keyring.open(None), runtime_dir=tmp_path)
     first = found.endpoint("plan")
     assert first.startswith(f"ipc://{tmp_path}/plan-") and first != found.endpoint("plan")
     assert found.key(1, FRONTEND) is None
-
-
-def test_an_address_that_leads_nowhere_is_named() -> None:
-    assert attach.cluster_address("127.0.0.1") == "127.0.0.1"
-    with pytest.raises(UserError, match=r"no\.such\.host\.invalid"):
-        attach.cluster_address("no.such.host.invalid")

@@ -24,6 +24,9 @@ set by the user, read by huggingface_hub and by nothing of ours
 HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE   where repositories are cached, and whether the network is used
 HF_ENDPOINT HF_TOKEN                  whom to ask for them, and as whom
 
+set by the user, read by NCCL and gloo, shown by us
+NCCL_* GLOO_*                         network_variables; what is set wins over --interface
+
 set by `tpserve serve` for its ranks
 TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
 TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug
@@ -33,6 +36,7 @@ TPSERVE_JOB                           RankEnv.job: which LLM of a script under t
 TPSERVE_AGENT_PID                     RankEnv.agent_pid: the script; `tpserve serve`'s agent sets it too
 
 set by every rank for itself, before torch is loaded
+GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME the cluster's interface, unless set already
 GOMP_SPINCOUNT                        1000, unless set already or OMP_WAIT_POLICY is
 """
 
@@ -132,6 +136,18 @@ def calm_threads(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+def network_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the user told NCCL and gloo."""
+    return {name: text for name, text in sorted(environ.items()) if name.startswith(("NCCL_", "GLOO_"))}
+
+
+def use_interface(name: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell gloo and NCCL which interface to use, unless the user has. For before torch is loaded. An empty name tells nothing."""
+    if name:
+        environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=", every interface whose name begins so
 
 
 def announce_agent() -> None:

@@ -60,6 +60,8 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         log_level=flags.log_level,
         start_timeout=flags.start_timeout,
         drain_timeout=flags.drain_timeout,
+        interface=flags.interface,
+        port_range=_port_range(flags.port_range),
         step_trace=flags.step_trace,
     )
 
@@ -89,9 +91,19 @@ def num_local_ranks(flags: Flags, num_gpus: int) -> int:
     if world % flags.nnodes:
         raise UserError(
             f"{world} ranks (--tensor-parallel-size x --pipeline-parallel-size) cannot be dealt evenly to {flags.nnodes} nodes: "
-            f"choose sizes whose product is a multiple of {flags.nnodes}"
+            f"choose sizes whose product is a multiple of {flags.nnodes}, or give each node its --nproc-per-node"
         )
     return world // flags.nnodes
+
+
+def num_all_ranks(flags: Flags, nproc: int) -> int:
+    """How many ranks `tpserve serve` expects on all nodes together, of which `nproc` are on this one. Nodes may differ in size:
+    then the layout says how many there are."""
+    if flags.nnodes > 1 and flags.tensor_parallel_size is not None:
+        asked = flags.tensor_parallel_size * (flags.pipeline_parallel_size or max(1, len(flags.pipeline_layer_map)))
+        if nproc + flags.nnodes - 1 <= asked:  # the other nodes have at least a rank each
+            return asked
+    return nproc * flags.nnodes
 
 
 def _device(flags: Flags, machine: Machine) -> Literal["cuda", "cpu"]:
@@ -165,11 +177,21 @@ def _num_blocks(flags: Flags, spec: ModelSpec, max_model_len: int) -> int | None
     return given
 
 
+def _port_range(said: str | None) -> tuple[int, int]:
+    if said is None:
+        return 0, 0
+    first, _, last = said.partition("-")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last) < 65536):
+        raise UserError(f"--port-range must be two ports such as 30000-30100, not {said!r}", param="port_range")
+    return int(first), int(last)
+
+
 def _layout(flags: Flags, spec: ModelSpec, machine: Machine) -> ParallelLayout:
-    if machine.launcher == "serve" and machine.world_size != machine.local_world_size * machine.nnodes:
+    unequal = machine.world_size != machine.local_world_size * machine.nnodes
+    if machine.launcher == "serve" and unequal and flags.tensor_parallel_size is None:
         raise UserError(
             f"the {machine.nnodes} nodes start {machine.world_size} ranks together and this one {machine.local_world_size}: "
-            "pass the same --nproc-per-node on every node, or start unequal nodes with torchrun",
+            "pass the same --nproc-per-node on every node, or for unequal nodes --tensor-parallel-size",
             param="nproc_per_node",
         )
     given = flags.pipeline_layer_map

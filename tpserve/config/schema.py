@@ -211,6 +211,19 @@ class Flags(Struct, frozen=True, kw_only=True):
     drain_timeout: Annotated[
         float, Flag(OPERATION, "Seconds for open requests when told to end (torchrun kills after 30).", "tpserve", at_least=0)
     ] = 25.0
+    interface: Annotated[
+        str | None,
+        Flag(
+            OPERATION,
+            "Interface between nodes, for all traffic alike: a name, a network (10.0.0.0/24) or an address. Default: the one "
+            "that leads to the master address.",
+            "tpserve",
+        ),
+    ] = None
+    port_range: Annotated[
+        str | None,
+        Flag(OPERATION, "Ports that tpserve listens on between nodes, such as 30000-30100. Default: free ones.", "tpserve"),
+    ] = None
     step_trace: Annotated[
         str | None, Flag(OPERATION, "Directory to which each rank writes its steps, as Chrome trace events.", "tpserve")
     ] = None
@@ -232,7 +245,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     `model` and `tokenizer` are directories on this node; `chat_template` is a text, or the name of one of the tokenizer's, None
     for its default; with a `snapshot` the weights may still have to be downloaded into `model`.
     `max_model_len` is the most there can be: with `fit_max_model_len` the ledger says how much of it there is.
-    `kv_cache_memory` is in bytes, of each rank.
+    `kv_cache_memory` is in bytes, of each rank. `port_range` is (0, 0) where the kernel chooses.
     """
 
     model: str
@@ -265,6 +278,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     log_level: Literal["debug", "info", "warning", "error"]
     start_timeout: float
     drain_timeout: float
+    interface: str | None
+    port_range: tuple[int, int]
     step_trace: str | None
 
     def shared(self) -> dict[str, Any]:
@@ -279,4 +294,5 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 _LOCAL = {
     *("model", "tokenizer", "chat_template", "sampling_defaults", "snapshot", "served_model_name"),
     *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
+    *("interface", "port_range"),
 }

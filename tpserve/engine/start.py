@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv
 from tpserve.config.machine import available_cores
+from tpserve.config.network import Interface, host_id
 from tpserve.config.schema import EngineConfig
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
@@ -34,7 +35,7 @@ from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import imbalance, split_heads
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import MemoryLedger, Start
+from tpserve.types.messages import MemoryLedger, Place, Start
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
 from tpserve.weights.checkpoint import Checkpoint
@@ -55,10 +56,19 @@ from tpserve.worker.slots import Slots
 log = logging.getLogger(__name__)
 
 
-def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: Attachment | None, watch: Stopwatch) -> int:
+def run_rank(
+    config: EngineConfig,
+    spec: ModelSpec,
+    env: RankEnv,
+    interface: Interface,
+    settings: dict[str, str],
+    attachment: Attachment | None,
+    watch: Stopwatch,
+) -> int:
     """Take part in serving until told to stop; returns the process's exit code.
 
-    `attachment` is how to reach the frontend; ranks of other nodes have none yet and learn it over torchrun's store.
+    `interface` is this node's between nodes, and `settings` what the user has told NCCL and gloo. `attachment` is how to reach
+    the frontend; ranks of other nodes have none yet and learn it over torchrun's store.
     `watch` has timed what came before.
     """
     store = None
@@ -66,13 +76,14 @@ def run_rank(config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: At
         store = meshes.agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, config.start_timeout)
     if attachment is None:
         assert store is not None
-        attachment = attach_remote(env, store, config.start_timeout, config.cluster_secret_file)
+        attachment = attach_remote(env, store, interface.address, config.start_timeout, config.cluster_secret_file)
     elif store is not None:
         publish(env, attachment, store)
     control = Control(
         env.rank,
         attachment.control,
         host=socket.gethostname(),
+        place=Place(env.node_rank, interface.address, host_id(), settings),
         key=attachment.key(env.rank, FRONTEND),
         frontend_pid=attachment.frontend_pid,
         agent_pid=env.agent_pid,
@@ -188,12 +199,12 @@ class _Rank:
             have(weights_of(snapshot), self._config.start_timeout, arrived)
 
     def _host(self) -> _Hosted:
-        attachment, keyring = self._attachment, self._attachment.keyring
-        store, store_address = meshes.host_store(attachment.address)
+        attachment, keyring, ports = self._attachment, self._attachment.keyring, self._config.port_range
+        store, store_address = meshes.host_store(attachment.address, ports)
         remote = None
         if keyring is not None:
             lock = keyring.lock(rank_role(0), self._config.layout.world_size)
-            remote, doorkeeper = Door(tcp(attachment.address), lock), Doorkeeper(lock.allowed)
+            remote, doorkeeper = Door(tcp(attachment.address, ports), lock), Doorkeeper(lock.allowed)
         plans = PlanBroadcaster(attachment.endpoint("plan"), remote)
         results = ResultReceiver(attachment.endpoint("result"), remote)
         endpoints = {"store": store_address, "plan": plans.endpoint, "result": results.endpoint}

@@ -18,13 +18,14 @@ import zmq
 
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure
+from tpserve.frontend.agreement import differences
 from tpserve.frontend.coordinator import Action, Coordinator, Draining, Failed, Finished, Ready, State
 from tpserve.frontend.journal import Journal
 from tpserve.frontend.ranks import TICK_S, Ranks
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
 from tpserve.types.messages import Control, EngineInput, Experts
-from tpserve.wire.attach import Frontend, write
+from tpserve.wire.attach import Frontend, read_failure, write
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
 from tpserve.wire.channels import Door, EngineServer, tcp
 from tpserve.wire.lifetime import open_pidfd
@@ -87,7 +88,7 @@ class Bridge:
 
     def door(self) -> Door | None:
         """A place for processes of other nodes to come in; None where there are none."""
-        return None if self._remote_address is None else Door(tcp(self._remote_address), self._lock)
+        return None if self._remote_address is None else Door(tcp(self._remote_address, self._config.port_range), self._lock)
 
     def invitation(self, endpoint: str) -> Invitation | None:
         """What such processes must know to come in at `endpoint`, which was bound at a door."""
@@ -165,12 +166,16 @@ class Bridge:
 
     async def _watch(self) -> None:
         """See what no event tells: that a drain has nothing open any more, what waits in a socket, who is waited for."""
-        said = ""
+        said, compared = "", False
         while True:
             self._from_engine()
             if self.journal.num_open == 0:
                 self._ranks.carry_out(self._coordinator.drained(time.monotonic()))
             slow = self._coordinator.state is State.FORMING and time.monotonic() > self._started_s + SLOW_S
+            if self._coordinator.state is not State.FORMING and not compared:
+                compared = True
+                for line in differences(self._coordinator.hellos):
+                    logger.warning(line)
             if slow and self._coordinator.phase != said:
                 said = self._coordinator.phase
                 logger.info(said)
@@ -200,7 +205,8 @@ class Bridge:
     # What ends it
 
     def _parent_gone(self, pid: int) -> None:
-        self.fail(1, f"the agent (pid {pid}) that started the ranks is gone")
+        failure = read_failure(self._where)
+        self.fail(*((failure.code, failure.why) if failure else (1, f"the agent (pid {pid}) that started the ranks is gone")))
 
     def _on_action(self, action: Action) -> None:
         match action:
@@ -211,7 +217,7 @@ class Bridge:
                 self.journal.metrics.experts(layers, tokens)
             case Draining():
                 self._to_engine([Control("drain")])
-            case Failed(code, reason):
+            case Failed(code, reason, _):
                 self._end(action, code, reason, 500)
             case Finished():
                 self._end(action, 0, self._coordinator.reason or "the server is shutting down", 503)

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
+from tpserve.frontend.agreement import disagreement
 from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Experts, Fault, Hello, RankMessage, Run, Start, Stop, Up
 
 LOST_S = 4.0
@@ -63,18 +64,26 @@ class Draining(Struct, frozen=True):
     """Take no new requests and let the open ones finish."""
 
 
+class Lost(Struct, frozen=True):
+    """This incarnation is silent and does not count any more: end its process, if it is on this host."""
+
+    peer: Peer
+
+
 class Failed(Struct, frozen=True):
-    """Stopped by a fault: open requests get `reason`, and the process exits with `code` (1 engine, 2 user)."""
+    """Stopped by a fault: open requests get `reason`, and the process exits with `code` (1 engine, 2 user). `advice`: what an
+    operator can do."""
 
     code: int
     reason: str
+    advice: str = ""
 
 
 class Finished(Struct, frozen=True):
     """Stopped because it was asked to: exit code 0."""
 
 
-Action = Send | Ready | Draining | Failed | Finished | Experts
+Action = Send | Ready | Draining | Lost | Failed | Finished | Experts
 
 
 class State(Enum):
@@ -100,6 +109,8 @@ _NEXT: dict[tuple[State, Event], State] = {
 _NEXT_SURVIVING = _NEXT | {(state, "fault"): State.FORMING for state in (State.FORMING, State.STARTING, State.RUN)}
 
 
+_SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
+_FAULT_ADVICE = "--log-level debug shows where"
 _SILENT = Beat(-1, 0, "", 0, -1)
 
 
@@ -134,7 +145,7 @@ class Coordinator:
         `drain_timeout_s` bounds DRAINING (torchrun kills its ranks 30 s after a SIGTERM)."""
         self.state = State.FORMING
         self.epoch = 0
-        self.reason = ""
+        self.reason = self.advice = ""
         self.code = 0
         self._next = _NEXT_SURVIVING if survive else _NEXT
         self._ranks = [_Rank() for _ in range(world_size)]
@@ -206,7 +217,7 @@ class Coordinator:
             return [*actions, Send(peer, Stop(self.code, self.reason))]
         return actions + self._receivers[type(message)](peer, message, now)
 
-    def lost(self, peer: Peer, how: str, now: float) -> list[Action]:
+    def lost(self, peer: Peer, how: str, now: float, advice: str = "") -> list[Action]:
         """The process of an incarnation has ended, or its link has. `how` completes "rank 1 on host (pid 7) ..."."""
         if not 0 <= peer.rank < len(self._ranks):
             return []
@@ -214,7 +225,7 @@ class Coordinator:
         if peer.incarnation != rank.incarnation or rank.hello is None or self.state is State.STOPPED:
             return []
         rank.over = rank.incarnation
-        actions = self._fail_epoch(1, f"{self._describe(peer.rank)} {how}", now)
+        actions = self._fail_epoch(1, f"{self._describe(peer.rank)} {how}", now, advice)
         rank.hello = None
         return actions
 
@@ -228,7 +239,8 @@ class Coordinator:
         limit_s = LOST_S if self.state in (State.RUN, State.DRAINING) else LOST_STARTING_S
         for i, rank in enumerate(self._ranks):
             if rank.hello is not None and now - rank.heard_s > limit_s:
-                return self.lost(Peer(i, rank.incarnation), f"has been silent for {limit_s:g} s", now)
+                silent = Peer(i, rank.incarnation)
+                return [Lost(silent), *self.lost(silent, f"has been silent for {limit_s:g} s", now, _SILENT_ADVICE)]
         waited_s = now - self._entered_s
         if self.state is State.FORMING:
             return self._tick_forming(waited_s, now)
@@ -259,7 +271,7 @@ class Coordinator:
             return [self._start(peer)] if rank.hello is not None and rank.up is None else []
         if rank.hello is not None:
             return []
-        difference = self._difference(peer.rank, message)
+        difference = disagreement(self.hellos, message)
         rank.hello = message
         if difference:
             return self._end("fatal", 2, difference, now)
@@ -287,7 +299,7 @@ class Coordinator:
         if rank.incarnation <= rank.over:
             return []
         rank.over = rank.incarnation
-        actions = self._fail_epoch(1, f"{self._describe(peer.rank)}: {message.text}", now)
+        actions = self._fail_epoch(1, f"{self._describe(peer.rank)}: {message.text}", now, _FAULT_ADVICE)
         rank.hello = None
         return actions
 
@@ -317,18 +329,18 @@ class Coordinator:
                     rank.over, rank.hello = rank.incarnation, None
                 rank.up = None
             return []
-        end = Failed(self.code, self.reason) if self.code else Finished()
+        end = Failed(self.code, self.reason, self.advice) if self.code else Finished()
         return [*self._to_all(Stop(self.code, self.reason)), end]
 
-    def _fail_epoch(self, code: int, reason: str, now: float) -> list[Action]:
+    def _fail_epoch(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
         if self.state is State.FORMING and self._next[self.state, "fault"] is State.FORMING:
             return []  # nothing runs yet, and whoever failed is simply waited for
-        return self._end("fault", code, reason, now)
+        return self._end("fault", code, reason, now, advice)
 
-    def _end(self, event: Event, code: int, reason: str, now: float) -> list[Action]:
+    def _end(self, event: Event, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
         if self.state is State.STOPPED:
             return []
-        self.reason = reason
+        self.reason, self.advice = reason, advice
         self.code = code if self._next[self.state, event] is State.STOPPED else 0
         return self._go(event, now)
 
@@ -368,21 +380,6 @@ class Coordinator:
     def _describe(self, index: int) -> str:
         hello = self._ranks[index].hello
         return f"rank {index} on {hello.host} (pid {hello.pid})" if hello else f"rank {index}"
-
-    def _difference(self, index: int, hello: Hello) -> str:
-        """How this rank's fingerprint differs from the first one known, or nothing."""
-        for other, rank in enumerate(self._ranks):
-            if rank.hello is None:
-                continue
-            mine, theirs = hello.fingerprint, rank.hello.fingerprint
-            for key in sorted({*mine, *theirs}):
-                if mine.get(key) != theirs.get(key):
-                    return (
-                        f"rank {other} on {rank.hello.host} has {key} {theirs.get(key, 'none')}, rank {index} on {hello.host} "
-                        f"has {key} {mine.get(key, 'none')}: start every node with the same version and arguments"
-                    )
-            break
-        return ""
 
 
 def _name_ranks(ranks: list[int]) -> str:

@@ -15,6 +15,7 @@ import errno
 import ipaddress
 import logging
 import os
+import select
 import socket
 import sys
 import time
@@ -33,7 +34,8 @@ from tpserve.observe import log
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.wire.attach import Frontend, hold_lock, remove_runtime_dir, write
-from tpserve.wire.control import SAME_SIGNAL_S, SIGNALS, unblock_signals
+from tpserve.wire.lifetime import open_pidfd
+from tpserve.wire.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,10 @@ async def _run(config: EngineConfig, where: Path, watch_pid: int, nnodes: int, a
         return code
 
 
+LAST_WORD_S = 2.0
+"""How long the agent may take to say what it has to say, so that the reason of a failure is the last line."""
+
+
 class Service:
     """The application over the bridge to the ranks, and the signals that end it."""
 
@@ -100,6 +106,7 @@ class Service:
         self._url = url
         self._started_s = started_s
         self._signalled_s: float | None = None
+        self._last_word = ""
         self._bridge = Bridge(config, where, address if nnodes > 1 else None, started_s, self._tell)
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
@@ -114,7 +121,13 @@ class Service:
         """Run until the service has ended and the ranks on this host are gone; returns the exit code."""
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
-        return await self._bridge.serve(watch_pid)
+        agent = open_pidfd(watch_pid)
+        code = await self._bridge.serve(watch_pid)
+        if self._last_word:
+            if agent is not None:
+                await asyncio.to_thread(select.select, [agent], [], [], LAST_WORD_S)
+            logger.error(self._last_word)
+        return code
 
     def close(self) -> None:
         """Close the sockets."""
@@ -133,10 +146,11 @@ class Service:
         match news:
             case Ready():
                 logger.info(ready_line(self._config, self._nnodes, self._url, time.monotonic() - self._started_s))
-            case Failed(code, reason) if code == 2:
+            case Failed(code, reason, _) if code == 2:
                 sys.stderr.write(log.user_error(reason) + "\n")
-            case Failed(_, reason):
+            case Failed(_, reason, advice):
                 logger.error(reason)
+                self._last_word = "; ".join(filter(None, (f"ended: {reason}", advice)))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import zmq
 
 from tpserve.errors import EngineFailure
-from tpserve.frontend.coordinator import Action, Coordinator, Peer, Send
+from tpserve.frontend.coordinator import Action, Coordinator, Lost, Peer, Send
 from tpserve.types.messages import CoordinatorMessage, Fault, Hello
 from tpserve.wire import codec
 from tpserve.wire.channels import Door, bind, open_socket
@@ -30,6 +30,8 @@ PROBE_S = 0.5
 SETTLE_S = 0.25
 """A dying process closes its connections before it is dead: its peers' complaints arrive first and are kept for this long."""
 _KILLED = "ended without a word: it was killed or it crashed"
+_CLOSED = "closed its connection without a word: it was killed or it crashed"
+_ADVICE = "look at the last lines of its node's log, and at `dmesg` there for a kernel that was out of memory"
 
 
 class Ranks:
@@ -80,6 +82,8 @@ class Ranks:
         for action in actions:
             if isinstance(action, Send):
                 self._send(action.peer, [action.message])
+            elif isinstance(action, Lost):
+                self._kill([action.peer])
             else:
                 self._on_action(action)
 
@@ -95,17 +99,19 @@ class Ranks:
 
     def kill(self) -> list[int]:
         """End the ranks on this host that do not end themselves; returns which."""
-        killed = []
-        for peer, pidfd in self._pidfds.items():
-            if _alive(pidfd):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                killed.append(peer.rank)
-        return killed
+        return self._kill(list(self._pidfds))
+
+    def _kill(self, peers: list[Peer]) -> list[int]:
+        living = [peer for peer in peers if peer in self._pidfds and _alive(self._pidfds[peer])]
+        for peer in living:
+            signal.pidfd_send_signal(self._pidfds[peer], signal.SIGKILL)
+        return [peer.rank for peer in living]
 
     def close(self) -> None:
         """Close the sockets; what was just sent still has half a second to arrive."""
         for socket in self._sockets:
             socket.close(linger=500)
+        self._sockets.clear()
         for pidfd in self._pidfds.values():
             os.close(pidfd)
         self._pidfds.clear()
@@ -130,7 +136,9 @@ class Ranks:
                         self._watch(peer, message, socket)
 
     def _complaint(self, peer: Peer, fault: Fault) -> None:
-        """Hear what a rank complains of, unless somebody's death has explained it meanwhile."""
+        """Hear what a rank complains of, unless somebody's death has explained it meanwhile, or all is over."""
+        if not self._sockets:
+            return
         now = time.monotonic()
         self._probe(peer, now)
         self.carry_out(self.coordinator.receive(peer, fault, now))
@@ -145,14 +153,14 @@ class Ranks:
             return
         pidfd = open_pidfd(hello.pid)
         if pidfd is None:
-            self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic()))
+            self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), _ADVICE))
             return
         self._pidfds[peer] = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self._died, peer)
 
     def _died(self, peer: Peer) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfds[peer])
-        self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic()))
+        self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), _ADVICE))
 
     def _forget(self, peer: Peer) -> None:
         del self._peers[peer]
@@ -170,9 +178,7 @@ class Ranks:
             if pidfd is not None and not _alive(pidfd):
                 self._died(peer)
             elif socket is not self._local and not self._send(peer, []):
-                self.carry_out(
-                    self.coordinator.lost(peer, "closed its connection without a word: it was killed or it crashed", now)
-                )
+                self.carry_out(self.coordinator.lost(peer, _CLOSED, now, _ADVICE))
 
     def _send(self, peer: Peer, messages: list[CoordinatorMessage]) -> bool:
         """False when the peer cannot be reached; an empty frame asks just that."""

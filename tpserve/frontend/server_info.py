@@ -44,6 +44,7 @@ def _rank(rank: int, layout: ParallelLayout, status: Status, seen: Seen, now: fl
     return {
         "rank": rank,
         "host": hello and hello.host,
+        "address": hello and hello.place.address,
         "pid": hello and hello.pid,
         "stage": stage,
         "shard": {

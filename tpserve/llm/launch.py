@@ -19,13 +19,14 @@ from tpserve.agent import Job
 from tpserve.config import cli, env
 from tpserve.config.env import RankEnv
 from tpserve.config.machine import Machine, available_cores, visible_gpus
+from tpserve.config.network import LOOPBACK, choose
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure
 from tpserve.hub.locate import locate
 from tpserve.llm.child import Child
 from tpserve.models.opened import open_model
-from tpserve.wire.attach import LOOPBACK, cluster_address, runtime_dir
+from tpserve.wire.attach import runtime_dir
 from tpserve.wire.auth import FRONTEND, Invitation, Key
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class Alone:
             nproc=config.layout.world_size,
             master_addr=LOOPBACK,
             master_port=0,
+            listener=-1,
+            address=LOOPBACK,
+            derived=True,
+            port_range=(0, 0),
+            world_size=config.layout.world_size,
             run_id=uuid.uuid4().hex,
             start_timeout_s=config.start_timeout,
             runtime_dir=str(self.where),
@@ -86,7 +92,7 @@ class Script:
         self._job = job
         self._said = said
         self.where = runtime_dir(me).with_name(f"{runtime_dir(me).name}-{job}")
-        self.remote = cluster_address(me.master_addr) if me.nnodes > 1 else None
+        self.remote = choose(said.interface, me.nnodes, me.master_addr).address if me.nnodes > 1 else None
         self.num_followers = me.world_size - 1
 
     @cached_property

@@ -169,12 +169,13 @@ def _destroy() -> None:
             dist.destroy_process_group()
 
 
-def host_store(address: str = "127.0.0.1") -> tuple[TCPStore, str]:
-    """Rank 0: a fresh store that listens on `address` alone, on a port the kernel chooses; and its "host:port"."""
+def host_store(address: str = "127.0.0.1", ports: tuple[int, int] = (0, 0)) -> tuple[TCPStore, str]:
+    """Rank 0: a fresh store that listens on `address` alone, on the first free one of `ports` or, by default, on a port that the
+    kernel chooses; and its "host:port"."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.bind((address, 0))
+        _bind(listener, address, ports)
         listener.listen(1024)
         port: int = listener.getsockname()[1]
         store = TCPStore(
@@ -190,6 +191,16 @@ def host_store(address: str = "127.0.0.1") -> tuple[TCPStore, str]:
     finally:
         listener.close()
     return store, f"{address}:{port}"
+
+
+def _bind(listener: socket.socket, address: str, ports: tuple[int, int]) -> None:
+    for port in range(ports[0], ports[1] + 1):
+        try:
+            listener.bind((address, port))
+            return
+        except OSError:
+            if port == ports[1]:
+                raise
 
 
 def join_store(address: str, timeout_s: float = DIAL_TIMEOUT_S) -> TCPStore:

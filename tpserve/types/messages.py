@@ -120,11 +120,25 @@ EngineOutput = Scored | Delta | Done | Stats
 # rank -> coordinator
 
 
+class Place(Struct, frozen=True, array_like=True):
+    """A rank's node. `address`: as other nodes shall use it. `machine`: equal for processes that share a network.
+    `settings`: what its user has told NCCL and gloo."""
+
+    node: int
+    address: str
+    machine: str
+    settings: dict[str, str]
+
+
+NOWHERE = Place(0, "", "", {})
+
+
 class Hello(Message, frozen=True):
     """A rank exists and wants to take part. `incarnation` grows with every restart of the rank's process.
 
     `endpoints`: on rank 0 the addresses of what it hosts for this incarnation: "store" (host:port of a fresh TCPStore),
     "plan" and "result" (ZeroMQ endpoints); empty elsewhere. `fingerprint`: facts that must agree on all ranks.
+    `place`: where it runs.
     """
 
     rank: int
@@ -133,6 +147,7 @@ class Hello(Message, frozen=True):
     host: str
     endpoints: dict[str, str]
     fingerprint: dict[str, str]
+    place: Place = NOWHERE
 
 
 class MemoryLedger(Struct, frozen=True, array_like=True):

@@ -2,6 +2,7 @@
 
     RUNTIME_DIR/            mode 0700, ours; named after the run id and the agent of node 0, or given by `tpserve serve`
         lock                held (flock) by the frontend for as long as it lives: the kernel lets go of it when it dies
+        agent.json          what kept the agent of `tpserve serve` from starting ranks
         frontend.json       written once its sockets are bound, or with the error that kept it from that
         control, engine     its ZeroMQ sockets; plan-*, result-* those of rank 0
 
@@ -26,12 +27,12 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.config.env import RankEnv
+from tpserve.config.network import host_id, interfaces
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
 from tpserve.wire.auth import Invitation, Key, Keyring
 
-LOOPBACK = "127.0.0.1"
-_KEY = "tpserve/control"
+_KEY, _MACHINE = "tpserve/control", "tpserve/machine"
 _POLL_S = 0.02
 _MAX_PATH = 70
 """A socket's path has 107 bytes at most; this leaves room for its name."""
@@ -47,6 +48,13 @@ class Frontend(Struct, frozen=True):
     http: str = ""
     error: str = ""
     code: int = 0
+
+
+class Failure(Struct, frozen=True):
+    """agent.json: why the agent of node 0 could not start the ranks, for the frontend to tell."""
+
+    code: int
+    why: str
 
 
 class Store(Protocol):
@@ -80,13 +88,12 @@ class Attachment:
         return None if self.keyring is None or self.runtime_dir is not None else self.keyring.key(rank, server)
 
 
-def attach(env: RankEnv, config: EngineConfig, timeout_s: float) -> Attachment:
+def attach(env: RankEnv, config: EngineConfig, address: str, timeout_s: float) -> Attachment:
     """For ranks of node 0: find the frontend. Rank 0 starts one when none lives, in a session of its own, so that it survives
     the restart of the rank group. Raises what kept the frontend from starting."""
     where = runtime_dir(env)
     deadline_s = time.monotonic() + timeout_s
     child: subprocess.Popen[bytes] | None = None
-    address = cluster_address(env.master_addr) if env.nnodes > 1 else LOOPBACK
     if env.rank == 0:
         make_runtime_dir(where)
         while is_alive(where) and read(where) is None and time.monotonic() < deadline_s:
@@ -101,13 +108,14 @@ def attach(env: RankEnv, config: EngineConfig, timeout_s: float) -> Attachment:
 
 def publish(env: RankEnv, attachment: Attachment, store: Store) -> None:
     """For rank 0: tell the ranks of other nodes where the coordinator is."""
+    store.set(_MACHINE + env.job, host_id())
     store.set(_KEY + env.job, msgspec.json.encode(attachment.invitation).decode())
 
 
-def attach_remote(env: RankEnv, store: Store, timeout_s: float, secret_file: str | None = None) -> Attachment:
+def attach_remote(env: RankEnv, store: Store, address: str, timeout_s: float, secret_file: str | None = None) -> Attachment:
     """For ranks of other nodes: wait until rank 0 has told where the coordinator is, and until somebody listens there.
 
-    UserError when this node's secret is not node 0's.
+    UserError when this node's secret is not node 0's, or when node 0's address is of no use here.
     """
     deadline_s = time.monotonic() + timeout_s
     told = ""
@@ -118,26 +126,26 @@ def attach_remote(env: RankEnv, store: Store, timeout_s: float, secret_file: str
             continue
         told = invitation.endpoint
         host, _, port = told.removeprefix("tcp://").rpartition(":")
+        _check_address(host.strip("[]"), store.get(_MACHINE + env.job).decode())
         try:
             socket.create_connection((host.strip("[]"), int(port)), 3.0).close()
         except OSError:  # of a frontend that has gone: the next one's address follows
             time.sleep(0.2)
             continue
-        return Attachment(told, cluster_address(env.master_addr), invitation.accept(secret_file))
+        return Attachment(told, address, invitation.accept(secret_file))
     known = f"nobody answers at {told}" if told else "rank 0 has not told where it is"
     raise EngineFailure(f"rank {env.rank} waited {timeout_s:g} s for the frontend at {env.master_addr}: {known}")
 
 
-def cluster_address(master_addr: str) -> str:
-    """This host's address on the interface that leads to the master."""
-    try:
-        routes = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)
-        family, kind, proto, _, target = min(routes, key=lambda route: route[0] != socket.AF_INET)  # IPv4 where there is a choice
-        with socket.socket(family, kind, proto) as probe:
-            probe.connect(target)  # of a datagram socket: chooses the route and sends nothing
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(f"no route to the master address {master_addr}: {error.strerror}", param="master_addr") from error
+def _check_address(told: str, machine: str) -> None:
+    """UserError when the address by which node 0 calls itself leads back here, though it is another machine."""
+    mine = next((own for own in interfaces() if own.address == told), None)
+    if mine is not None and machine != host_id():
+        raise UserError(
+            f"node 0 calls itself {told}, which on this node is {mine.name}: pass --interface with a network that they share, "
+            "such as --interface 10.0.0.0/24",
+            param="interface",
+        )
 
 
 # The runtime directory
@@ -209,6 +217,19 @@ def read(where: Path) -> Frontend | None:
     """What frontend.json says; None when there is none."""
     try:
         return msgspec.json.decode((where / "frontend.json").read_bytes(), type=Frontend)
+    except FileNotFoundError:
+        return None
+
+
+def write_failure(where: Path, failure: Failure) -> None:
+    """Write agent.json; before the agent ends."""
+    (where / "agent.json").write_bytes(msgspec.json.encode(failure))
+
+
+def read_failure(where: Path) -> Failure | None:
+    """What agent.json says; None when there is none."""
+    try:
+        return msgspec.json.decode((where / "agent.json").read_bytes(), type=Failure)
     except FileNotFoundError:
         return None
 

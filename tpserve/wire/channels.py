@@ -9,6 +9,7 @@ what is in flight is bounded by the engine) and nothing is dropped silently: pla
 again while rank 0 still keeps it, and a gap that cannot be filled, or a message of another epoch, is an `EngineFailure`.
 """
 
+import errno
 import math
 import struct
 import time
@@ -96,9 +97,10 @@ def open_socket(kind: int, max_bytes: int) -> zmq.Socket[bytes]:
     return socket
 
 
-def tcp(address: str) -> str:
-    """The endpoint to bind on a port of the kernel's choice."""
-    return f"tcp://[{address}]:0" if ":" in address else f"tcp://{address}:0"
+def tcp(address: str, ports: tuple[int, int] = (0, 0)) -> str:
+    """The endpoint to bind: on the first free one of `ports`, or on a port of the kernel's choice."""
+    host, (first, last) = f"[{address}]" if ":" in address else address, ports
+    return f"tcp://{host}:{first}-{last}" if last else f"tcp://{host}:0"
 
 
 def connect(socket: zmq.Socket[bytes], endpoint: str, key: Key | None = None) -> None:
@@ -116,12 +118,26 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, lock: Lock | None = None) -> 
     if lock is not None:
         lock.put(socket)
     socket.set(zmq.IPV6, int("[" in endpoint))
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        socket.close()
-        raise EngineFailure(f"cannot listen at {endpoint}: {error.strerror}") from error
-    return str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+    for candidate in _candidates(endpoint):
+        try:
+            socket.bind(candidate)
+        except zmq.ZMQError as error:
+            why = error
+            if error.errno == errno.EADDRINUSE:
+                continue
+            break
+        return str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+    socket.close()
+    raise EngineFailure(f"cannot listen at {endpoint}: {why.strerror}") from why
+
+
+def _candidates(endpoint: str) -> list[str]:
+    """What a range of ports stands for, in order."""
+    host, _, ports = endpoint.rpartition(":")
+    first, _, last = ports.partition("-")
+    if not (endpoint.startswith("tcp://") and last):
+        return [endpoint]
+    return [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
 
 
 def wait(timeout_s: float, *sources: Channel | Waitable | int) -> None:

@@ -15,6 +15,7 @@ A rank never outlives what it serves: it exits when the coordinator says Stop, w
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from tpserve.errors import EngineFailure, UserError
 from tpserve.types.messages import (
+    NOWHERE,
     Beat,
     CoordinatorMessage,
     Drain,
@@ -33,6 +35,7 @@ from tpserve.types.messages import (
     Fault,
     Hello,
     MemoryLedger,
+    Place,
     RankMessage,
     Run,
     Start,
@@ -43,25 +46,23 @@ from tpserve.wire import codec
 from tpserve.wire.auth import Key
 from tpserve.wire.channels import connect, open_socket
 from tpserve.wire.lifetime import die_with, exit_now, live_children, open_pidfd, tell
+from tpserve.wire.signals import SAME_SIGNAL_S, SIGNALS, take_over
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 POLL_MS = 100
 """How often signals are looked for."""
-GRACE_S = 2.0
-"""How long after Stop the main thread may take to leave."""
+GRACE_S, FAILED_GRACE_S = 2.0, 0.5
+"""How long after Stop the main thread may take to leave; after a failure it has nothing to finish."""
+WORD_S = 0.5
+"""How long a rank whose sibling has died may take to tell a frontend on another node."""
 LEAVE_S = 10.0
 """How long the process may take to end after it left: destructors of a broken mesh can hang."""
 GONE_S = 5.0
 """A coordinator that cannot be reached again for this long is gone (a heartbeat of 5 s has found the link dead before)."""
 CONNECT_S = 30.0
 VERDICT_S = 3.0
-SAME_SIGNAL_S = 1.0
-"""A terminal and an agent both pass the same Ctrl-C on: within this time it is one."""
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_taken_over = threading.Event()
 
 
 class Stopped(Exception):
@@ -73,27 +74,6 @@ class Stopped(Exception):
         self.reason = reason
 
 
-def block_signals() -> None:
-    """Keep the ending signals for the control thread; call before any other thread starts. Until a `Control` takes them over,
-    the first one ends the process, for there is nothing to drain yet. Threads and children inherit the mask."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=_end_on_signal, name="early signals", daemon=True).start()
-
-
-def _end_on_signal() -> None:
-    while not _taken_over.is_set():
-        taken = signal.sigtimedwait(SIGNALS, POLL_MS / 1000)
-        if taken is not None and not _taken_over.is_set():
-            os._exit(0)
-        if taken is not None:
-            os.kill(os.getpid(), taken.si_signo)  # it was meant for the control thread
-
-
-def unblock_signals() -> None:
-    """For a process started by a rank, which handles signals in its own way."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
 class Control:
     """See the module docstring. One per incarnation; every method is for the main thread."""
 
@@ -103,22 +83,20 @@ class Control:
         address: str,
         *,
         host: str,
+        place: Place = NOWHERE,
         key: Key | None = None,
         incarnation: int | None = None,
         frontend_pid: int | None = None,
         agent_pid: int | None = None,
         local_ranks: int = 1,
     ) -> None:
-        """`address`: the coordinator's; `key`: to get in there over TCP. `incarnation`: by default the time, which grows with
-        every start. `frontend_pid`: when it runs on this host. `agent_pid`: the parent that started `local_ranks` ranks on this
-        host."""
+        """`address`: the coordinator's; `key`: to get in there over TCP. `incarnation`: by default the time, which grows.
+        `frontend_pid`: when it runs on this host. `agent_pid`: the parent that started `local_ranks` ranks on this host."""
         self.rank = rank
         self.incarnation = time.time_ns() if incarnation is None else incarnation
         self._address, self._key = address, key
-        self._host = host
-        self._frontend_pid = frontend_pid
-        self._agent_pid = agent_pid
-        self._local_ranks = local_ranks
+        self._host, self._place = host, place
+        self._frontend_pid, self._agent_pid, self._local_ranks = frontend_pid, agent_pid, local_ranks
         self._changed = threading.Condition()
         self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -139,7 +117,7 @@ class Control:
         self.stop: Stop | None = None
         # the thread's own
         self._tally_told = b""
-        self._stopped_s = 0.0
+        self._stopped_s, self._ends_s = 0.0, math.inf
         self._signalled_s: float | None = None
         self._away_s: float | None = time.monotonic()
         self._connected = False
@@ -150,7 +128,7 @@ class Control:
         """Begin to speak and listen."""
         if self._agent_pid is not None:
             die_with(self._agent_pid)
-        _taken_over.set()
+        take_over()
         self._thread.start()
 
     def fileno(self) -> int:
@@ -179,7 +157,7 @@ class Control:
 
     def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str]) -> None:
         """Ask to take part."""
-        self._hello = Hello(self.rank, self.incarnation, os.getpid(), self._host, endpoints, fingerprint)
+        self._hello = Hello(self.rank, self.incarnation, os.getpid(), self._host, endpoints, fingerprint, self._place)
         os.eventfd_write(self._nudge, 1)
 
     def wait_start(self, timeout_s: float | None = None) -> Start:
@@ -354,9 +332,10 @@ class Control:
         if signal.sigtimedwait(SIGNALS, 0) is None:
             return
         if self._signalled_s is None:
-            if self._sibling_is_dead():
-                exit_now(1)  # who died, and why, is the news; the frontend tells it
             self._signalled_s = now
+            if self._sibling_is_dead():  # who died, and why, is the news; the frontend tells it
+                self._fault = self._fault or Fault(self.rank, self._epoch, "engine", "another rank of this node has ended")
+                self._ends_s = now + (WORD_S if self._frontend_pid is None else 0.0)
             os.eventfd_write(self._nudge, 1)
         elif now - self._signalled_s > SAME_SIGNAL_S and self._fault is None:
             self._fault = Fault(self.rank, self._epoch, "engine", "ended at once by a second signal")
@@ -372,7 +351,7 @@ class Control:
         if self._agent_pid is None or self._local_ranks == 1:
             return False
         alive = live_children(self._agent_pid)
-        return alive is not None and alive < self._local_ranks
+        return alive is not None and len(alive) < self._local_ranks
 
     def _forgive(self, now: float) -> None:
         """This thread was held up itself: what it has not seen since then says nothing of others."""
@@ -383,8 +362,10 @@ class Control:
 
     def _judge(self, gone: str, now: float) -> None:
         """End the process if the main thread will not, or must not go on."""
-        if self.stop is not None and now - self._stopped_s > GRACE_S:
+        if self.stop is not None and now - self._stopped_s > (FAILED_GRACE_S if self.stop.code else GRACE_S):
             exit_now(self.stop.code)
+        if now >= self._ends_s:
+            exit_now(1)
         if self.stop is not None:
             return
         if gone:

@@ -30,15 +30,15 @@ def open_pidfd(pid: int) -> int | None:
         return None
 
 
-def live_children(pid: int) -> int | None:
-    """How many children of a process live (dead ones that nobody has waited for do not); None when the kernel does not tell."""
+def live_children(pid: int) -> list[int] | None:
+    """The children of a process that live (dead ones that nobody has waited for do not); None when the kernel does not tell."""
     try:
         lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:
         return None
     if not lists:
         return None
-    return sum(_is_alive(int(child)) for text in lists for child in text.split())
+    return [int(child) for text in lists for child in text.split() if _is_alive(int(child))]
 
 
 def _is_alive(pid: int) -> bool:

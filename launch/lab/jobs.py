@@ -1,0 +1,145 @@
+"""What runs in a lab: one `tpserve serve`, or one torchrun, a host; and what can be done to it.
+
+Owns command lines, the processes it started and their printed lines. Knows nothing of links.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from launch.lab.hosts import Host, LabError
+
+ROOT = Path(__file__).resolve().parents[2]
+MASTER_PORT = 29501
+_BIN = Path(sys.executable).parent
+
+
+def commands(
+    hosts: Sequence[Host], flags: Sequence[str], ranks: Sequence[int], *, torchrun: bool = False, ipv6: bool = False
+) -> list[list[str]]:
+    """One command a host: `flags` with what says who is who. `ranks`: of each host, or one number for all of them."""
+    counts = list(ranks) * (len(hosts) if len(ranks) == 1 else 1)
+    if len(counts) != len(hosts):
+        raise LabError(f"--ranks {','.join(map(str, ranks))} for {len(hosts)} hosts: give one number, or one for each host")
+    head = hosts[0].address6 if ipv6 else hosts[0].address
+    listen = [] if "--host" in flags else ["--host", head]
+    lines = []
+    for node, count in enumerate(counts):
+        if torchrun:
+            agent = [
+                str(_BIN / "torchrun"),
+                "--nnodes",
+                str(len(hosts)),
+                "--node-rank",
+                str(node),
+                "--nproc-per-node",
+                str(count),
+            ]
+            lines.append([*agent, "--master-addr", head, "--master-port", str(MASTER_PORT), "-m", "tpserve", *flags, *listen])
+        else:
+            place = ["--nnodes", str(len(hosts)), "--node-rank", str(node), "--master-addr", head]
+            lines.append([sys.executable, "-m", "tpserve", "serve", *flags, *place, "--nproc-per-node", str(count)])
+            lines[-1] += listen if node == 0 else ["--headless"]
+    return lines
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Ours, and this checkout first where modules are looked for."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(extra or {})}
+
+
+class Jobs:
+    """The commands of a run, one a host, and their output: every line with the name of its host before it."""
+
+    def __init__(self, out: IO[str], env: Mapping[str, str] | None = None) -> None:
+        self._out = out
+        self._env = environment(env)
+        self._lock = threading.Lock()
+        self._readers: list[threading.Thread] = []
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, host: Host, command: Sequence[str]) -> None:
+        """Start one in the background, in a session of its own, so that Ctrl-C is ours to pass on."""
+        child: subprocess.Popen[str] = host.start(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            env=self._env, start_new_session=True,
+        )  # fmt: skip
+        self.processes.append(child)
+        self._readers.append(threading.Thread(target=self._print, args=(host.name, child), daemon=True))
+        self._readers[-1].start()
+
+    def signal(self, number: signal.Signals) -> None:
+        """To every one that lives."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def wait(self, timeout_s: float | None = None) -> list[int]:
+        """Their exit codes, when all have ended and all they said is printed."""
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        codes = [p.wait(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())) for p in self.processes]
+        for reader in self._readers:
+            reader.join(1.0)  # an orphan of a killed run may still hold the pipe
+        return codes
+
+    def _print(self, name: str, child: "subprocess.Popen[str]") -> None:
+        assert child.stdout is not None
+        for line in child.stdout:
+            with self._lock:
+                self._out.write(f"{name} | {line}")
+                self._out.flush()
+
+
+def rank_of(pid: int) -> int | None:
+    """Which rank a process is; None when it is none, or has ended."""
+    with suppress(OSError):
+        for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if pair.startswith(b"RANK="):
+                own = b"tpserve.frontend" not in command_of(pid)  # rank 0's child under bare torchrun
+                return int(pair.removeprefix(b"RANK=")) if own else None
+    return None
+
+
+def command_of(pid: int) -> bytes:
+    """A process's command line; empty when it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def what(pid: int) -> str:
+    """What part of a server a process is, for people."""
+    rank, command = rank_of(pid), command_of(pid)
+    if rank is not None:
+        return f"rank {rank}"
+    parts = {b"tpserve.frontend": "frontend", b"tpserve.agent": "agent", b"torchrun": "torchrun", b"\0serve\0": "serve"}
+    return next((name for mark, name in parts.items() if mark in command), command.partition(b"\0")[0].decode(errors="replace"))
+
+
+def stopped_or_dead(pid: int) -> str:
+    """What is the matter with a process; nothing when it runs."""
+    with suppress(OSError):
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return {"T": "stopped", "Z": "zombie"}.get(letter, "")
+    return "gone"
+
+
+def kill(hosts: Iterable[Host], number: signal.Signals, *, rank: int | None = None, part: str | None = None) -> list[str]:
+    """Signal processes: those of one rank, those of one part (frontend, agent, serve, torchrun), or all. Says what was hit."""
+    wanted = part if rank is None else f"rank {rank}"
+    hit = []
+    for host in hosts:
+        for pid, name in [(pid, what(pid)) for pid in host.processes()]:
+            if wanted in (None, name):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                    hit.append(f"{host.name}: {name} (pid {pid})")
+    return hit

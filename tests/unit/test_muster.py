@@ -1,0 +1,198 @@
+"""The nodes of a job find each other over real sockets, or are told why not."""
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from tpserve.errors import EngineFailure, UserError
+from tpserve.wire import muster
+from tpserve.wire.muster import Join, Meet, Muster, missing_ranks
+
+HEAD = Join(0, 3, 2, "1.0", "head", "machine-a", "127.0.0.1", derived=True)
+FIRST = Join(1, 3, 2, "1.0", "first", "machine-a", "127.0.0.1", derived=True)
+SECOND = replace(FIRST, node=2, host="second")
+
+
+class Head(threading.Thread):
+    """Node 0, gathering; `outcome` is what came of it."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(daemon=True)
+        listener = muster.listen("127.0.0.1", (0, 0))
+        self.port: int = listener.getsockname()[1]
+        self.outcome: Any = None
+        self._muster = Muster(HEAD, listener, 6, timeout_s)
+
+    def close(self) -> None:
+        self._muster.close()
+
+    def run(self) -> None:
+        try:
+            self._muster.gather()
+            self._muster.meet("10.0.0.1", 7)
+            self.outcome = "met"
+        except (UserError, EngineFailure) as error:
+            self.outcome = error
+
+
+@contextmanager
+def head(timeout_s: float = 20.0) -> Iterator[Head]:
+    thread = Head(timeout_s)
+    thread.start()
+    yield thread
+    thread.join(30.0)
+    assert not thread.is_alive()
+
+
+class Node(threading.Thread):
+    """Another node, joining."""
+
+    def __init__(self, me: Join, port: int, timeout_s: float = 20.0) -> None:
+        super().__init__(daemon=True)
+        self._args = (me, "127.0.0.1", port, 6, timeout_s)
+        self.outcome: Any = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome, self.line = muster.join(*self._args)
+        except (UserError, EngineFailure) as error:
+            self.outcome = error
+
+    def ended(self) -> Any:
+        self.join(30.0)
+        assert not self.is_alive()
+        return self.outcome
+
+
+def test_all_meet_and_strangers_do_not_matter() -> None:
+    with head() as first, socket.create_connection(("127.0.0.1", first.port)) as silent:
+        with socket.create_connection(("127.0.0.1", first.port)) as loud:
+            loud.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert loud.recv(1) == b""
+        with socket.create_connection(("127.0.0.1", first.port)) as endless, pytest.raises(OSError):
+            for _ in range(1000):
+                endless.sendall(b"x" * 65536)
+        nodes = [Node(join, first.port) for join in (SECOND, FIRST)]
+        assert [node.ended() for node in nodes] == [Meet("10.0.0.1", 7)] * 2
+        assert silent.recv(1) == b""
+    assert first.outcome == "met"
+    assert not select.select([node.line for node in nodes], [], [], 0.3)[0], "node 0 lives"
+    first.close()
+    assert [muster.head_gone(node.line) for node in nodes] == ["node 0 has ended"] * 2
+
+
+def test_a_node_that_leaves_is_waited_for_again() -> None:
+    with head() as first:
+        with socket.create_connection(("127.0.0.1", first.port)) as leaving:
+            leaving.sendall(msgspec.json.encode(FIRST) + b"\n")
+            assert b"Waiting" in leaving.recv(1000)
+        other = Node(SECOND, first.port)
+        time.sleep(0.7)
+        assert other.is_alive()
+        assert Node(FIRST, first.port).ended() == other.ended() == Meet("10.0.0.1", 7)
+
+
+@pytest.mark.parametrize(
+    ("join", "said"),
+    [
+        (
+            replace(FIRST, version="0.9"),
+            r"node 1 \(first, 127.0.0.1\) runs tpserve 0.9, node 0 \(head\) runs 1.0: install the same",
+        ),
+        (replace(FIRST, nnodes=4), r"was started with --nnodes 4, node 0 \(head\) with --nnodes 3"),
+        (replace(FIRST, machine="machine-b"), r"calls itself by a loopback address, and node 0 \(head\) is another machine"),
+        (replace(FIRST, machine="machine-b", address="10.0.0.2"), r"reaches node 0 as 127.0.0.1: there is address translation"),
+    ],
+)
+def test_what_cannot_heal_ends_both_at_once(join: Join, said: str) -> None:
+    with head() as first:
+        waiting = Node(SECOND, first.port)
+        time.sleep(0.3)
+        offender = Node(join, first.port)
+    for outcome in (offender.ended(), waiting.ended(), first.outcome):
+        with pytest.raises(UserError, match=said):
+            raise outcome
+
+
+def test_two_machines_with_one_address() -> None:
+    mine = replace(FIRST, address="10.0.0.2", derived=False)
+    with head() as first:
+        Node(mine, first.port)
+        time.sleep(0.3)
+        outcome = Node(replace(SECOND, address="10.0.0.2", machine="machine-b", derived=False), first.port).ended()
+    assert "node 2 (second, 10.0.0.2) and node 1 (first) both call themselves 10.0.0.2: pass --interface" in str(outcome)
+
+
+def test_a_place_that_is_taken_turns_only_the_newcomer_away() -> None:
+    with head() as first:
+        node = Node(FIRST, first.port)
+        time.sleep(0.3)
+        outcome = Node(replace(FIRST, host="twin"), first.port).ended()
+        assert isinstance(outcome, UserError) and "--node-rank 1 is taken by first (127.0.0.1)" in str(outcome)
+        assert Node(SECOND, first.port).ended() == node.ended() == Meet("10.0.0.1", 7)
+
+
+def test_when_the_time_is_over_the_missing_are_named() -> None:
+    with head(timeout_s=1.0) as first:
+        outcome = Node(SECOND, first.port).ended()
+    for error in (outcome, first.outcome):
+        assert isinstance(error, EngineFailure)
+        said = f"node 1 of 3 did not come to 127.0.0.1:{first.port} within 1 s, so ranks 2-3 are missing"
+        assert said in str(error)
+
+
+def test_a_head_that_does_not_answer_is_named_with_what_the_kernel_says() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        outcome = Node(FIRST, port, timeout_s=0.5).ended()
+    assert isinstance(outcome, EngineFailure)
+    said = f"node 0 did not answer at 127.0.0.1:{port} within 0.5 s (Connection refused (errno 111)), so ranks 0-1 are missing"
+    assert said in str(outcome)
+
+
+def test_what_is_no_node_of_ours() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = Node(FIRST, server.getsockname()[1])
+        with server.accept()[0] as connection:
+            connection.sendall(b"220 mail.example.com ESMTP\n")
+            assert "is no node of tpserve: check --master-port" in str(node.ended())
+
+
+def test_lines_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = muster.Clock(600.0)
+    with caplog.at_level("INFO", "tpserve.muster"):
+        for second in range(400):
+            now[0] = float(second)
+            clock.tell("node 1 of 2 at 10.0.0.1:29501", "No route to host (errno 113)" if second > 350 else "")
+    said = [record.message for record in caplog.records]
+    times = [line.split(", ")[1].split(" s")[0] for line in said]
+    assert times == ["5", "10", "20", "40", "80", "140", "200", "260", "320", "351", "380"]
+    assert said[0] == "waiting for node 1 of 2 at 10.0.0.1:29501, 5 s"
+    assert said[-1] == "waiting for node 1 of 2 at 10.0.0.1:29501, 380 s: No route to host (errno 113)"
+
+
+@pytest.mark.parametrize(
+    ("missing", "sizes", "world", "said"),
+    [
+        ([1], {0: 2}, 4, "ranks 2-3 are"),
+        ([1], {0: 1}, 2, "rank 1 is"),
+        ([0], {1: 2}, 3, "rank 0 is"),
+        ([1, 3], {0: 1, 2: 3}, 8, "ranks 1-2, 6-7 are"),
+        ([1, 2], {0: 1}, 4, "3 of 4 ranks are"),
+        ([1], {0: 4}, 4, "1 of 4 ranks are"),
+    ],
+)
+def test_missing_ranks(missing: list[int], sizes: dict[int, int], world: int, said: str) -> None:
+    assert missing_ranks(missing, sizes, world, len(missing) + len(sizes)) == said

@@ -1,0 +1,141 @@
+"""Which of this host's interfaces the cluster uses: found once, for ZeroMQ, gloo and NCCL alike. Changes nothing.
+
+Without `--interface` it is the one from which the kernel would send to the master address; on a single node it is loopback.
+"""
+
+import ctypes
+import errno
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tpserve.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+_UP = 0x1
+
+
+class Interface(NamedTuple):
+    """An interface and the address on it that other nodes use. `name` is empty where the kernel does not tell it."""
+
+    name: str
+    address: str
+
+    @property
+    def is_loopback(self) -> bool:
+        return ipaddress.ip_address(self.address).is_loopback
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.address})" if self.name else self.address
+
+
+def choose(asked: str | None, nnodes: int, master_addr: str) -> Interface:
+    """The interface of this host for a job of `nnodes`. `asked`: a name, a network such as 10.0.0.0/24, or an address.
+
+    UserError when there is no such interface, or no route to the master.
+    """
+    known = interfaces()
+    if asked is not None:
+        return _asked(asked, known, _family(master_addr) if nnodes > 1 else socket.AF_INET)
+    address = LOOPBACK if nnodes == 1 else route_to(master_addr)
+    return next((one for one in known if one.address == address), Interface("", address))
+
+
+def route_to(master_addr: str) -> str:
+    """This host's address on the interface that leads to the master."""
+    try:
+        routes = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)
+        family, kind, proto, _, target = min(routes, key=lambda route: route[0] != socket.AF_INET)  # IPv4 where there is a choice
+        with socket.socket(family, kind, proto) as probe:
+            probe.connect(target)  # of a datagram socket: chooses the route and sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(f"no route to the master address {master_addr}: {error.strerror}", param="master_addr") from error
+
+
+def host_id() -> str:
+    """Equal for processes that see the same network: one kernel, one network namespace. Empty when the kernel does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
+    except OSError:
+        return ""
+
+
+def interfaces() -> list[Interface]:
+    """Every address of every interface that is up, but the link-local ones of IPv6, in the kernel's order."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = ctypes.POINTER(_IfAddrs)()
+    if libc.getifaddrs(ctypes.byref(first)):
+        return []
+    found, at = [], first
+    while at:
+        entry = at.contents
+        if entry.flags & _UP and (address := _read(entry.address)):
+            found.append(Interface(entry.name.decode(), address))
+        at = entry.next
+    libc.freeifaddrs(first)
+    return found
+
+
+def at(address: str, port: int) -> str:
+    """An address and a port as people write them."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def describe(error: OSError) -> str:
+    """What the kernel said, with its number (that of a resolver is negative)."""
+    if error.errno is None:  # a timeout of Python's
+        error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    return f"{error.strerror} (errno {error.errno})"
+
+
+def _asked(asked: str, known: Sequence[Interface], family: int) -> Interface:
+    try:
+        network = ipaddress.ip_network(asked, strict=False)
+    except ValueError:
+        matching = [one for one in known if one.name == asked]
+        matching.sort(key=lambda one: (":" in one.address) != (family == socket.AF_INET6))
+    else:
+        matching = [one for one in known if ipaddress.ip_address(one.address) in network]
+    if not matching:
+        there = ", ".join(map(str, known)) or "none"
+        raise UserError(f"--interface {asked} is none of this host's interfaces: {there}", param="interface")
+    return matching[0]
+
+
+def _family(address: str) -> int:
+    """That of a literal address; of a name, IPv4."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+class _IfAddrs(ctypes.Structure):
+    """struct ifaddrs, as far as it is read here."""
+
+
+_IfAddrs._fields_ = [
+    ("next", ctypes.POINTER(_IfAddrs)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+    ("netmask", ctypes.c_void_p),
+    ("other", ctypes.c_void_p),
+    ("data", ctypes.c_void_p),
+]
+
+
+def _read(address: int | None) -> str:
+    """A struct sockaddr as text; empty for families that are not IP, and for link-local addresses of IPv6."""
+    if not address:
+        return ""
+    (family,) = struct.unpack("H", ctypes.string_at(address, 2))
+    if family == socket.AF_INET:
+        return socket.inet_ntop(socket.AF_INET, ctypes.string_at(address + 4, 4))
+    if family == socket.AF_INET6:
+        text = socket.inet_ntop(socket.AF_INET6, ctypes.string_at(address + 8, 16))
+        return "" if ipaddress.ip_address(text).is_link_local else text
+    return ""

@@ -1,0 +1,367 @@
+"""How the nodes of `tpserve serve` find each other, before torch is loaded: who is there, who is waited for, who cannot be had.
+
+    node 0   listens at the master address        <- Join      each other node, again and again until it is let in
+                                                  -> Waiting   every two seconds, until all are there
+                                                  -> Refused   what cannot heal: another version, a place that is taken
+                                                  -> Meet      all are there: where the agents' store listens
+
+One line of JSON a message. Afterwards each connection stays open, for the other node to see node 0's end (`head_gone`).
+Owns the sockets of the meeting and the lines that tell of it; knows no ranks but their number.
+Invariants: node 0 lets each node in once; a node that leaves before all are there is waited for again; nobody waits longer than
+`--start-timeout`. Whoever connects and says nothing sensible is dropped.
+"""
+
+import ipaddress
+import logging
+import select
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
+
+from tpserve.config.network import at, describe
+from tpserve.errors import EngineFailure, UserError
+
+logger = logging.getLogger("tpserve.muster")
+
+SLOW_S = 5.0
+"""Who starts all nodes at once hears nothing of waiting; who waits longer is told for whom, and again at growing intervals."""
+EVERY_S = 2.0
+SILENT_S = 10.0
+"""A node 0 that was not heard for this long is sought anew."""
+CONNECT_S = 4.0
+"""Longer than the kernel looks for a neighbour, so that it is the kernel who says why there is none."""
+RETRY_S = 0.2
+MOST_BYTES = 1 << 16
+
+
+class Join(Struct, frozen=True, tag=True):
+    """A node wants in. `host`: its name; `machine`: equal for nodes on one; `address`: its own, as other nodes shall use it;
+    `derived`: that is what the route to the master gave."""
+
+    node: int
+    nnodes: int
+    nproc: int
+    version: str
+    host: str
+    machine: str
+    address: str
+    derived: bool
+
+
+class Waiting(Struct, frozen=True, tag=True):
+    """Not all are there."""
+
+    nodes: list[int]
+
+
+class Refused(Struct, frozen=True, tag=True):
+    """It will not be. `code`: 2 for what the user can mend."""
+
+    code: int
+    why: str
+
+
+class Meet(Struct, frozen=True, tag=True):
+    """All are there; the agents' store listens here."""
+
+    host: str
+    port: int
+
+
+Answer = Waiting | Refused | Meet
+_JOIN = msgspec.json.Decoder(Join)
+_ANSWER: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+
+
+@dataclass
+class _Line:
+    """A connection that speaks lines."""
+
+    socket: socket.socket
+    peer: str
+    unread: bytearray = field(default_factory=bytearray)
+    join: Join | None = None
+
+    def send(self, message: Answer | Join) -> None:
+        """Best effort: who does not hear it asks again."""
+        with suppress(OSError):
+            self.socket.sendall(msgspec.json.encode(message) + b"\n")
+
+    def read(self) -> list[bytes] | None:
+        """The lines that are here; None when the other side has gone, or says too much."""
+        try:
+            part = self.socket.recv(MOST_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        self.unread += part
+        *lines, rest = bytes(self.unread).split(b"\n")
+        self.unread = bytearray(rest)
+        return None if not part or len(rest) > MOST_BYTES else lines
+
+
+class Clock:
+    """When to say again that we wait, and for how long already."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._began_s = time.monotonic()
+        self._timeout_s = timeout_s
+        self._due_s = SLOW_S
+        self._said = ""
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    @property
+    def over(self) -> bool:
+        return self.waited_s > self._timeout_s
+
+    def tell(self, what: str, why: str = "") -> None:
+        """Log it if it is time, or if `why` is another one."""
+        waited_s = self.waited_s
+        if waited_s < SLOW_S or (waited_s < self._due_s and why == self._said):
+            return
+        self._said = why
+        while self._due_s <= waited_s:
+            self._due_s += min(self._due_s, 60.0)
+        logger.info("waiting for %s, %.0f s%s", what, waited_s, f": {why}" if why else "")
+
+
+class Muster:
+    """Node 0's side. `me` is itself; `world_size` the ranks of all nodes together."""
+
+    def __init__(self, me: Join, listener: socket.socket, world_size: int, timeout_s: float) -> None:
+        """`listener`: from `listen`, at the master address; ours from now on."""
+        self._me = me
+        self._world_size = world_size
+        self._clock = Clock(timeout_s)
+        self._timeout_s = timeout_s
+        self._listener = listener
+        self._where = at(*listener.getsockname()[:2])
+        self._lines: list[_Line] = []
+
+    def gather(self) -> None:
+        """Until all nodes are there. UserError and EngineFailure are told to those that are."""
+        try:
+            next_s = 0.0
+            while missing := self._missing():
+                if self._clock.over:
+                    ranks = missing_ranks(missing, self._sizes(), self._world_size, self._me.nnodes)
+                    raise EngineFailure(
+                        f"{name_nodes(missing, self._me.nnodes)} did not come to {self._where} within {self._timeout_s:g} s, "
+                        f"so {ranks} missing: see what it says there, and whether its --master-addr and --master-port lead here"
+                    )
+                self._clock.tell(f"{name_nodes(missing, self._me.nnodes)} at {self._where}")
+                if (now := time.monotonic()) >= next_s:
+                    next_s = now + EVERY_S
+                    self._to_all(Waiting(missing))
+                self._read(min(1.0, EVERY_S / 4))
+        except (UserError, EngineFailure) as error:
+            for line in self._lines:  # who is not let in yet may be the very reason
+                line.send(Refused(2 if isinstance(error, UserError) else 1, str(error)))
+            self.close()
+            raise
+
+    def meet(self, host: str, port: int) -> None:
+        """Send all of them to the store. Their connections stay open as long as this process lives, and hear no more."""
+        self._to_all(Meet(host, port))
+        self._listener.close()
+        for line in self._lines:
+            if line.join is None:
+                line.socket.close()
+            else:
+                keep_alive(line.socket)
+
+    def close(self) -> None:
+        """Hear nobody any more."""
+        for line in self._lines:
+            line.socket.close()
+        self._listener.close()
+
+    def _sizes(self) -> dict[int, int]:
+        return {self._me.node: self._me.nproc} | {line.join.node: line.join.nproc for line in self._lines if line.join}
+
+    def _missing(self) -> list[int]:
+        there = self._sizes()
+        return [node for node in range(self._me.nnodes) if node not in there]
+
+    def _to_all(self, message: Answer) -> None:
+        for line in self._lines:
+            if line.join is not None:
+                line.send(message)
+
+    def _read(self, timeout_s: float) -> None:
+        ready, _, _ = select.select([self._listener, *(line.socket for line in self._lines)], [], [], timeout_s)
+        for line in list(self._lines):
+            if line.socket in ready:
+                self._hear(line)
+        if self._listener in ready:
+            with suppress(OSError):
+                connection, address = self._listener.accept()
+                connection.setblocking(False)
+                self._lines.append(_Line(connection, str(address[0])))
+
+    def _hear(self, line: _Line) -> None:
+        said = line.read()
+        try:
+            for text in said or ():
+                self._let_in(line, _JOIN.decode(text))
+        except msgspec.DecodeError:
+            logger.warning("%s speaks to %s and is no node of tpserve", line.peer, self._where)
+            said = None
+        if said is None:
+            if line.join is not None:
+                logger.info("node %d (%s) has gone", line.join.node, line.join.host)
+            line.socket.close()
+            self._lines.remove(line)
+
+    def _let_in(self, line: _Line, join: Join) -> None:
+        """Raises UserError for what cannot heal and ends all; who only takes another's place is turned away alone."""
+        me, who, head = self._me, f"node {join.node} ({join.host}, {join.address})", f"node 0 ({self._me.host})"
+        if join.version != me.version:
+            raise UserError(f"{who} runs tpserve {join.version}, {head} runs {me.version}: install the same on every node")
+        if join.nnodes != me.nnodes:
+            raise UserError(f"{who} was started with --nnodes {join.nnodes}, {head} with --nnodes {me.nnodes}")
+        if ipaddress.ip_address(join.address).is_loopback and join.machine != me.machine:
+            raise UserError(f"{who} calls itself by a loopback address, and {head} is another machine: see its --interface")
+        if (taken := next((one for one in self._joined() if one.node == join.node), None)) is not None:
+            why = f"--node-rank {join.node} is taken by {taken.host} ({taken.address}): "
+            why += f"give each node its own, from 0 to {me.nnodes - 1}"
+            logger.warning("%s (%s) wants in, but %s", join.host, join.address, why)
+            line.send(Refused(2, why))
+            return
+        for one in self._joined():
+            if one.address == join.address and one.machine != join.machine:
+                raise UserError(
+                    f"{who} and node {one.node} ({one.host}) both call themselves {join.address}: "
+                    "pass --interface with a network that they share, such as --interface 10.0.0.0/24"
+                )
+        if join.derived and join.address != line.peer and join.machine != me.machine:
+            raise UserError(
+                f"{who} reaches node 0 as {line.peer}: there is address translation between them, which gloo and NCCL cannot "
+                "cross: use the hosts' own network (Docker: --network host)"
+            )
+        line.join = join
+        line.send(Waiting(self._missing()))
+
+    def _joined(self) -> Iterable[Join]:
+        return [self._me, *(line.join for line in self._lines if line.join is not None)]
+
+
+def join(me: Join, master_addr: str, port: int, world_size: int, timeout_s: float) -> tuple[Meet, socket.socket]:
+    """Another node's side: until all are there. The socket tells of node 0's end (`head_gone`).
+
+    UserError or EngineFailure with node 0's reason, or when the time is over."""
+    clock, where = Clock(timeout_s), at(master_addr, port)
+    why = ""
+    while not clock.over:
+        try:
+            connection = socket.create_connection((master_addr, port), CONNECT_S)
+        except OSError as error:
+            why = describe(error)
+            clock.tell(f"node 0 of {me.nnodes} at {where}", why)
+            time.sleep(RETRY_S)
+            continue
+        answer = _wait_in(_Line(connection, where), me, clock, where)
+        if isinstance(answer, Meet):
+            return answer, connection
+        connection.close()
+        if answer is not None:
+            raise UserError(answer.why) if answer.code == 2 else EngineFailure(answer.why)
+        why = "it closed the connection"
+        time.sleep(RETRY_S)
+    ranks = missing_ranks([0], {me.node: me.nproc}, world_size, me.nnodes)
+    raise EngineFailure(
+        f"node 0 did not answer at {where} within {timeout_s:g} s ({why}), so {ranks} missing: "
+        "check --master-addr and --master-port, that tpserve runs there, and firewalls"
+    )
+
+
+def _wait_in(line: _Line, me: Join, clock: Clock, where: str) -> Refused | Meet | None:
+    """Node 0's last word; None when it has none, so that it must be sought again."""
+    line.socket.settimeout(CONNECT_S)
+    line.send(me)
+    heard_s = time.monotonic()
+    while time.monotonic() - heard_s < SILENT_S and not clock.over:
+        if not select.select([line.socket], [], [], 1.0)[0]:
+            continue
+        lines = line.read()
+        if lines is None:
+            return None
+        heard_s = time.monotonic()
+        for text in lines:
+            try:
+                answer = _ANSWER.decode(text)
+            except msgspec.DecodeError:
+                raise UserError(f"what answers at {where} is no node of tpserve: check --master-port") from None
+            if not isinstance(answer, Waiting):
+                return answer
+            clock.tell(f"{name_nodes(answer.nodes, me.nnodes)} at {where}")
+    return None
+
+
+def head_gone(connection: socket.socket) -> str:
+    """Wait, however long, until node 0's agent has ended or cannot be reached; why. The kernel watches: it does not matter how
+    busy either process is, and a cut of two seconds is not noticed."""
+    keep_alive(connection)
+    connection.settimeout(None)
+    try:
+        while connection.recv(MOST_BYTES):
+            pass
+    except OSError as error:
+        return f"node 0 cannot be reached: {describe(error)}"
+    return "node 0 has ended"
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel ask a silent peer every second, and give it up when it has not answered four times."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def listen(address: str, ports: tuple[int, int]) -> socket.socket:
+    """A socket on the first free one of `ports`; (0, 0): the kernel chooses. UserError when there is none."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    why: OSError | None = None
+    for port in range(ports[0], ports[1] + 1):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, port))
+            listener.listen(1024)
+        except OSError as error:
+            listener.close()
+            why = error
+            continue
+        return listener
+    assert why is not None
+    shown = at(address, ports[0]) if ports[0] == ports[1] else f"{address} ports {ports[0]}-{ports[1]}"
+    raise UserError(f"cannot listen at {shown}: {describe(why)}", param="port_range" if ports[1] > ports[0] else "master_port")
+
+
+def name_nodes(nodes: list[int], nnodes: int) -> str:
+    """ "node 1 of 2", "nodes 1, 3 of 4"."""
+    return f"node{'s' * (len(nodes) > 1)} {', '.join(map(str, nodes))} of {nnodes}"
+
+
+def missing_ranks(missing: list[int], sizes: dict[int, int], world_size: int, nnodes: int) -> str:
+    """Which ranks the missing nodes would have brought: "ranks 2-3 are". Only how many, when their sizes are not known."""
+    left = world_size - sum(sizes.values())
+    if left <= 0 or left % (nnodes - len(sizes)):
+        return f"{max(left, 1)} of {world_size} ranks are"
+    each = left // (nnodes - len(sizes))
+    runs, first = [], 0
+    for node in range(nnodes):
+        size = sizes.get(node, each)
+        if node in missing:
+            runs.append(f"{first}-{first + size - 1}" if size > 1 else str(first))
+        first += size
+    return f"rank {runs[0]} is" if len(missing) * each == 1 else f"ranks {', '.join(runs)} are"
