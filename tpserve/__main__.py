@@ -86,6 +86,24 @@ def _plan(argv: list[str]) -> int:
     return run(argv)
 
 
+def _status(argv: list[str]) -> int:
+    from tpserve.admin.status import run
+
+    return run(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from tpserve.admin.report import run
+
+    return run(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from tpserve.doctor.command import run
+
+    return run(argv)
+
+
 def _secret(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("say where to write it: `tpserve secret FILE`; then copy the file to every node, readable by you alone")
@@ -94,7 +112,15 @@ def _secret(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"serve": _serve, "bench": _bench, "plan": _plan, "secret": _secret}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": _serve,
+    "bench": _bench,
+    "plan": _plan,
+    "doctor": _doctor,
+    "status": _status,
+    "report": _report,
+    "secret": _secret,
+}
 
 
 def _neither(argv: list[str]) -> int:

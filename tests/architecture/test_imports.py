@@ -51,10 +51,25 @@ ALLOWED: dict[str, set[str]] = {
     # floor 7
     "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker", "llm"},
     "planner": {*FLOOR_0, "config", "hub", "parallel", "models", "worker"},
+    "admin": {*FLOOR_0, "config", "observe"},
+    "doctor": {*FLOOR_0, "config", "hub", "observe", "parallel", "frontend", "models", "worker", "engine", "agent"},
     "agent": {*FLOOR_0, "config", "observe", "wire"},
     "supervisor": {*FLOOR_0, "config", "wire", "observe", "agent"},
     "llm": {*FLOOR_0, "config", "hub", "text", "wire", "observe", "frontend", "parallel", "models", "agent"},
-    "__main__": {*FLOOR_0, "config", "hub", "wire", "observe", "models", "engine", "supervisor", "bench", "planner"},
+    "__main__": {
+        *FLOOR_0,
+        "config",
+        "hub",
+        "wire",
+        "observe",
+        "models",
+        "engine",
+        "supervisor",
+        "bench",
+        "planner",
+        "doctor",
+        "admin",
+    },
 }
 TORCH_FREE = [
     "frontend",
@@ -71,6 +86,9 @@ TORCH_FREE = [
     "bench.serve",
     "bench.offline",
     "planner.command",
+    "doctor.command",
+    "admin.status",
+    "admin.report",
     "__main__",
     "llm.api",
 ]

@@ -32,7 +32,7 @@ def main(config_file: str, how: str) -> int:
     control = Control(env.rank, found.control, host="here", frontend_pid=found.frontend_pid, agent_pid=env.agent_pid)
     control.start()
     try:
-        control.hello({}, {"version": "1"})
+        control.hello({}, {"version": "1"}, {})
         control.wait_start(20.0)
         if how == "user-error" and env.rank == 1:
             raise UserError("no such model")

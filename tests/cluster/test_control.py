@@ -81,7 +81,7 @@ def coordinator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coo
 def obedient(rank: control.Control) -> int:
     """A rank's life; says with its code how far it came if something is wrong."""
     rank.progress("loading weights", 40)
-    rank.hello({"store": "a:1"}, {"version": "1"})
+    rank.hello({"store": "a:1"}, {"version": "1"}, {})
     try:
         if rank.wait_start(10.0).epoch != 5:
             return 50
@@ -99,7 +99,7 @@ def obedient(rank: control.Control) -> int:
 
 def blocked(rank: control.Control) -> int:
     """A main thread that is lost in C."""
-    rank.hello({}, {})
+    rank.hello({}, {}, {})
     time.sleep(60)
     return 98
 
@@ -201,7 +201,7 @@ def test_a_step_that_does_not_come_back_is_a_fault(coordinator: Coordinator) -> 
 
 def test_a_control_thread_that_fails_ends_the_rank(coordinator: Coordinator) -> None:
     def wrong(rank: control.Control) -> int:
-        rank.hello({"plan": object()}, {})  # type: ignore[dict-item]
+        rank.hello({"plan": object()}, {}, {})  # type: ignore[dict-item]
         time.sleep(60)
         return 98
 

@@ -22,6 +22,7 @@ from tests.http.tiny_tokenizer import byte_level, save
 from tests.server import pids_with
 from tpserve.config.schema import EngineConfig
 from tpserve.types.layout import ParallelLayout
+from tpserve.types.sampling import SamplingDefaults
 from tpserve.wire import attach
 
 FAKE_RANK = Path(__file__).with_name("fake_rank.py")
@@ -37,11 +38,12 @@ def free_port() -> int:
 def config(model: Path, port: int) -> EngineConfig:
     return EngineConfig(
         model=str(model), tokenizer=str(model), chat_template=None, snapshot=None, served_model_name=("fake",), dtype="float32",
+        sampling_defaults=SamplingDefaults(), cluster_secret_file=None,
         load_format="dummy", seed=0, layout=ParallelLayout(2, 1, (1,)), device="cpu", all_reduce="auto", max_model_len=256,
         fit_max_model_len=False, kv_cache_memory=None, admin_api_key=None,
         max_num_seqs=8, max_num_batched_tokens=64, block_size=16, enable_prefix_caching=True, gpu_memory_utilization=0.9,
         num_gpu_blocks_override=None, max_queued_requests=8, host="127.0.0.1", port=port, api_key=None, log_level="info",
-        cluster_secret_file=None, start_timeout=20.0, drain_timeout=5.0, interface=None, port_range=(0, 0), step_trace=None,
+        start_timeout=20.0, drain_timeout=5.0, interface=None, port_range=(0, 0), step_trace=None,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 def take_part(env: RankEnv, control: Control, found: Attachment, timeout_s: float) -> None:
     """Form the mesh and add numbers every few milliseconds, until told to stop (returns by Stopped or by a broken collective)."""
     hosted, address = host_store(found.address) if env.rank == 0 else (None, "")
-    control.hello({"store": address} if hosted else {}, {"skeleton": "1"})
+    control.hello({"store": address} if hosted else {}, {"skeleton": "1"}, {})
     start = control.wait_start()
     store = hosted if hosted is not None else join_store(start.endpoints["store"])
     layout = ParallelLayout(env.world_size, 1, (1,))

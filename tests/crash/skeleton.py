@@ -89,7 +89,7 @@ def begin(env: RankEnv, found: Attachment) -> Control:
 
 async def frontend_main(where: Path, watch_pid: int, world_size: int, address: str) -> int:
     """Own the epoch until a signal ends it, or the process `watch_pid` has ended."""
-    lock = hold_lock(where)
+    held = hold_lock(where)
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def on_action(action: Action) -> None:
@@ -126,7 +126,7 @@ async def frontend_main(where: Path, watch_pid: int, world_size: int, address: s
     doorkeeper.close()
     ranks.close()
     remove_runtime_dir(where)
-    os.close(lock)
+    os.close(held)
     return code
 
 

@@ -1,6 +1,7 @@
 """What /server_info says of ranks that come one by one; and that it keeps secrets."""
 
 import json
+import logging
 
 from msgspec import json as fast
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from tpserve.config.resolve import resolve
 from tpserve.frontend.coordinator import Coordinator, Peer
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
+from tpserve.observe.log import Kept
 from tpserve.types.messages import Beat, Hello
 from tpserve.types.model_files import ModelFiles
 
@@ -27,18 +29,29 @@ def test_while_starting_what_is_known_so_far() -> None:
     c = Coordinator(4, 0.0)
     c.receive(Peer(3, 1), Hello(3, 1, 77, "node1", {}, {}), 1.0)
     c.receive(Peer(3, 1), Beat(3, 0, "waiting for all ranks", 0, -1), 1.25)
-    info = server_info(CONFIG, Status("starting", c.phase, c.percent), c.epoch, c.seen, 2.0)
+    info = server_info(CONFIG, Status("starting", c.phase, c.percent), c.epoch, c.seen, 2.0, None)
     assert [rank["state"] for rank in info["ranks"]] == ["missing"] * 3 + ["starting"]
     assert info["ranks"][3] == {
-        "rank": 3, "host": "node1", "address": "", "pid": 77, "stage": 1, "state": "starting", "phase": "waiting for all ranks",
-        "percent": 0, "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None,
-        "silent_s": 0.75, "memory": None,
+        "rank": 3, "node": 0, "host": "node1", "address": "", "visible_gpus": 0, "pid": 77, "stage": 1,
+        "state": "starting", "phase": "waiting for all ranks", "percent": 0,
+        "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None,
+        "silent_s": 0.75, "memory": None, "fingerprint": {}, "traits": {},
     }  # fmt: skip
     assert (info["ranks"][0]["pid"], info["ranks"][0]["silent_s"]) == (None, None)
 
 
+def test_the_first_and_the_last_lines_of_the_log() -> None:
+    kept = Kept(first=2, last=3)
+    kept.setFormatter(logging.Formatter("[frontend] %(message)s"))
+    for i in range(9):
+        kept.handle(logging.makeLogRecord({"msg": f"line {i}"}))
+    info = server_info(CONFIG, Status("running"), 1, [], 0.0, kept)
+    assert info["log"]["first"] == ["[frontend] line 0", "[frontend] line 1"]
+    assert info["log"]["last"] == ["[frontend] line 6", "[frontend] line 7", "[frontend] line 8"]
+
+
 def test_secrets_are_not_shown() -> None:
-    text = json.dumps(server_info(CONFIG, Status("running"), 1, [], 0.0))
+    text = json.dumps(server_info(CONFIG, Status("running"), 1, [], 0.0, None))
     assert "s3cret" not in text and "r00t" not in text
     shown = json.loads(text)["config"]
     assert (shown["api_key"], shown["admin_api_key"], shown["num_gpu_blocks_override"]) == ("***", "***", None)

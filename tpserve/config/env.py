@@ -24,6 +24,9 @@ set by the user, read by huggingface_hub and by nothing of ours
 HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE   where repositories are cached, and whether the network is used
 HF_ENDPOINT HF_TOKEN                  whom to ask for them, and as whom
 
+set by the user, looked for by `tpserve report` so that it can take them out
+*_KEY *_TOKEN *_SECRET *_PASSWORD     values
+
 set by the user, read by NCCL and gloo, shown by us
 NCCL_* GLOO_*                         network_variables; what is set wins over --interface
 
@@ -38,10 +41,13 @@ TPSERVE_AGENT_PID                     RankEnv.agent_pid: the script; `tpserve se
 set by every rank for itself, before torch is loaded
 GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME the cluster's interface, unless set already
 GOMP_SPINCOUNT                        1000, unless set already or OMP_WAIT_POLICY is
+
+set by a rank of `tpserve doctor` for itself
+NCCL_DEBUG NCCL_DEBUG_FILE            INFO, and a file to read; unless the user has set them
 """
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from tpserve.errors import UserError
@@ -122,6 +128,11 @@ def overrides(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     return found | {flag: environ[name] for name, flag in _KEYS.items() if environ.get(name)}
 
 
+def values(chosen: Callable[[str], bool], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What the variables with such names are set to."""
+    return [text for name, text in environ.items() if chosen(name) and text]
+
+
 def cuda_visible_devices(environ: Mapping[str, str] = os.environ) -> str | None:
     """The user's choice of GPUs; None for all."""
     return environ.get("CUDA_VISIBLE_DEVICES")
@@ -148,6 +159,14 @@ def use_interface(name: str, environ: MutableMapping[str, str] = os.environ) -> 
     if name:
         environ.setdefault("GLOO_SOCKET_IFNAME", name)
         environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=", every interface whose name begins so
+
+
+def trace_nccl(path: str, environ: MutableMapping[str, str] = os.environ) -> bool:
+    """Have NCCL write to the file `path` what carries its traffic; False when the user has told it otherwise. For before NCCL."""
+    if any(environ.get(name) for name in ("NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS")):
+        return False
+    environ["NCCL_DEBUG"], environ["NCCL_DEBUG_FILE"] = "INFO", path
+    return True
 
 
 def announce_agent() -> None:

@@ -4,22 +4,21 @@ Every rank runs this; what differs is that rank 0 hosts the epoch's store, the s
 first rank of a node downloads the weights that its node lacks.
 """
 
-import hashlib
 import logging
 import socket
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
-import msgspec
 import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv
-from tpserve.config.machine import available_cores
+from tpserve.config.machine import available_cores, visible_gpus
 from tpserve.config.network import Interface, host_id
 from tpserve.config.schema import EngineConfig
+from tpserve.engine.fingerprint import fingerprint, traits
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
 from tpserve.hub import download
@@ -37,7 +36,6 @@ from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import MemoryLedger, Place, Start
 from tpserve.types.model_spec import ModelSpec
-from tpserve.version import __version__
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
@@ -83,7 +81,7 @@ def run_rank(
         env.rank,
         attachment.control,
         host=socket.gethostname(),
-        place=Place(env.node_rank, interface.address, host_id(), settings),
+        place=Place(env.node_rank, interface.address, host_id(), settings, visible_gpus()),
         key=attachment.key(env.rank, FRONTEND),
         frontend_pid=attachment.frontend_pid,
         agent_pid=env.agent_pid,
@@ -133,7 +131,7 @@ class _Rank:
         watch.lap("download")
         hosted = self._host() if env.rank == 0 else None
         control.progress("waiting for all ranks", 0)
-        control.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec))
+        control.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits(device))
         start = control.wait_start()
         watch.lap("all ranks")
         control.progress("forming the mesh", 5)
@@ -296,18 +294,3 @@ class _Rank:
         results = None if layout.sampling_rank == 0 else hosted.results
         pace = Pace(first_s=config.start_timeout)
         Engine(Scheduler(limits, epoch), executor, link, hosted.plans, results, self._control, self._trace, pace).run()
-
-
-def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
-    """Facts that must agree on all ranks; a difference would give wrong tokens or a hang."""
-
-    def digest(value: object) -> str:
-        return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:12]
-
-    facts = {
-        "tpserve": __version__,
-        "torch": str(torch.__version__),
-        "flags": digest(config.shared()),
-        "model config": digest(spec),
-    }
-    return facts if config.snapshot is None else facts | {"--revision": config.snapshot.commit}

@@ -1,37 +1,68 @@
-"""Whether the ranks that say Hello can work together, and how their nodes differ. Pure; decides nothing."""
+"""Whether the ranks that say Hello can work together, and how they differ. Pure; decides nothing.
 
-from collections.abc import Iterable, Sequence
+A Hello's `fingerprint` must be equal on all ranks: a difference would give wrong tokens or a hang. What its `traits` and its
+place's `settings` say may differ, and is shown when it does.
+"""
 
+from collections.abc import Iterable, Mapping, Sequence
+
+from tpserve.observe.table import of_ranks, table
 from tpserve.types.messages import Hello
+
+WAY_OUT = "start every node with the same version and arguments"
+_NONE = "none"
 
 
 def disagreement(known: Iterable[Hello], hello: Hello) -> str:
-    """Why this rank cannot take part beside those already known; nothing when it can."""
+    """Why this rank cannot take part beside those already known, in a sentence; nothing when it can."""
     others = list(known)
     return (_difference(others[0], hello) if others else "") or _clash(others, hello)
 
 
-def differences(hellos: Sequence[Hello]) -> list[str]:
-    """What users have told NCCL and gloo on some nodes and not on others: a line for each variable, with who has what."""
-    nodes = {hello.place.node: hello for hello in hellos}
-    lines = []
-    for name in sorted({name for hello in nodes.values() for name in hello.place.settings}):
-        values = {node: hello.place.settings.get(name) for node, hello in sorted(nodes.items())}
-        if len({*values.values()}) > 1:
-            told = ", ".join(f"node {node} ({nodes[node].host}): {value or 'not set'}" for node, value in values.items())
-            lines.append(f"{name} differs between nodes: {told}")
-    return lines
+def refused(hellos: Sequence[Hello]) -> list[str]:
+    """Who has what of the facts that must agree and do not, as a table; empty when all agree."""
+    return _compare(hellos, [hello.fingerprint for hello in hellos])
+
+
+def noted(hellos: Sequence[Hello]) -> list[str]:
+    """The same of what may differ: drivers, cards, what users have told NCCL and gloo."""
+    return _compare(hellos, [hello.traits | hello.place.settings for hello in hellos])
+
+
+def everything(hellos: Sequence[Hello]) -> list[str]:
+    """The same of all that was told, differing or not."""
+    facts = [hello.fingerprint | hello.traits | hello.place.settings for hello in hellos]
+    return _table(hellos, facts, _names(facts))
+
+
+def _compare(hellos: Sequence[Hello], facts: Sequence[Mapping[str, str]]) -> list[str]:
+    """A row a difference."""
+    names = [name for name in _names(facts) if len({each.get(name) for each in facts}) > 1]
+    return _table(hellos, facts, names) if names else []
+
+
+def _names(facts: Sequence[Mapping[str, str]]) -> list[str]:
+    """In the order in which they are told."""
+    return list(dict.fromkeys(name for each in facts for name in each))
+
+
+def _table(hellos: Sequence[Hello], facts: Sequence[Mapping[str, str]], names: Sequence[str]) -> list[str]:
+    """A row a name, a column for the ranks that are alike in all of them."""
+    alike: dict[tuple[str, ...], list[Hello]] = {}
+    for hello, each in zip(hellos, facts, strict=True):
+        alike.setdefault(tuple(each.get(name, _NONE) for name in names), []).append(hello)
+    heads = [f"{of_ranks(sorted(h.rank for h in group))} on {', '.join(dict.fromkeys(h.host for h in group))}"
+             for group in alike.values()]  # fmt: skip
+    return table([["", *heads], *([name, *values] for name, *values in zip(names, *alike, strict=True))])
 
 
 def _difference(first: Hello, hello: Hello) -> str:
-    """Facts that must agree on all ranks; the first rank known stands for those that came after it."""
+    """The first rank known stands for those that came after it."""
     for key in sorted({*hello.fingerprint, *first.fingerprint}):
-        mine, theirs = hello.fingerprint.get(key, "none"), first.fingerprint.get(key, "none")
+        mine, theirs = hello.fingerprint.get(key, _NONE), first.fingerprint.get(key, _NONE)
         if mine != theirs:
-            return (
-                f"rank {first.rank} on {first.host} has {key} {theirs}, rank {hello.rank} on {hello.host} has {key} {mine}: "
-                "start every node with the same version and arguments"
-            )
+            have = f"rank {first.rank} on {first.host} has {key} {theirs}, rank {hello.rank} on {hello.host} has {key} {mine}"
+            return f"{have}: {WAY_OUT}"
     return ""
 
 

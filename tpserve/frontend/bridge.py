@@ -18,12 +18,13 @@ import zmq
 
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure
-from tpserve.frontend.agreement import differences
+from tpserve.frontend.agreement import noted, refused
 from tpserve.frontend.coordinator import Action, Coordinator, Draining, Failed, Finished, Ready, State
 from tpserve.frontend.journal import Journal
 from tpserve.frontend.ranks import TICK_S, Ranks
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
+from tpserve.observe.log import Kept
 from tpserve.types.messages import Control, EngineInput, Experts
 from tpserve.wire.attach import Frontend, read_failure, write
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
@@ -55,17 +56,24 @@ class Bridge:
     """See the module. Made and used inside a running event loop."""
 
     def __init__(
-        self, config: EngineConfig, where: Path, remote_address: str | None, started_s: float, tell: Callable[[News], None]
+        self,
+        config: EngineConfig,
+        where: Path,
+        remote_address: str | None,
+        started_s: float,
+        tell: Callable[[News], None],
+        kept: Kept | None = None,
     ) -> None:
         """Bind the sockets in the runtime directory `where` and, for ranks of other nodes, on `remote_address`.
 
-        `tell` hears that the ranks are ready and why the service ended, before any open request does. EngineFailure when a socket
-        cannot be bound.
+        `tell` hears that the ranks are ready and why the service ended, before any open request does. `kept`: lines of the log,
+        for operators. EngineFailure when a socket cannot be bound.
         """
         self._config = config
         self._where = where
         self._started_s = started_s
         self._tell = tell
+        self._kept = kept
         self._coordinator = Coordinator(
             config.layout.world_size,
             time.monotonic(),
@@ -110,7 +118,7 @@ class Bridge:
     def info(self) -> dict[str, Any]:
         """What operators may see: of the configuration, and of every rank as far as it is known."""
         c = self._coordinator
-        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic())
+        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic(), self._kept)
 
     async def serve(self, watch_pid: int) -> int:
         """Run until the service has ended and the ranks on this host are gone; returns the exit code. The ranks die with
@@ -174,8 +182,10 @@ class Bridge:
             slow = self._coordinator.state is State.FORMING and time.monotonic() > self._started_s + SLOW_S
             if self._coordinator.state is not State.FORMING and not compared:
                 compared = True
-                for line in differences(self._coordinator.hellos):
-                    logger.warning(line)
+                if lines := noted(self._coordinator.hellos):
+                    logger.warning("the ranks differ in what may matter")
+                    for line in lines:
+                        logger.warning(line)
             if slow and self._coordinator.phase != said:
                 said = self._coordinator.phase
                 logger.info(said)
@@ -218,6 +228,8 @@ class Bridge:
             case Draining():
                 self._to_engine([Control("drain")])
             case Failed(code, reason, _):
+                for line in refused(self._coordinator.hellos):
+                    logger.error(line)
                 self._end(action, code, reason, 500)
             case Finished():
                 self._end(action, 0, self._coordinator.reason or "the server is shutting down", 503)

@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 from msgspec import Struct
 
 from tpserve.frontend.agreement import disagreement
+from tpserve.observe.table import of_ranks
 from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Experts, Fault, Hello, RankMessage, Run, Start, Stop, Up
 
 LOST_S = 4.0
@@ -168,7 +169,7 @@ class Coordinator:
     def phase(self) -> str:
         """What the start is waiting for, in a few words: the slowest rank's own when ranks are starting."""
         if self.state is State.FORMING:
-            waiting = "waiting for " + _name_ranks([i for i, rank in enumerate(self._ranks) if rank.hello is None])
+            waiting = "waiting for " + of_ranks([i for i, rank in enumerate(self._ranks) if rank.hello is None])
             said = self._slowest().phase
             return f"{waiting}: {said}" if said else waiting
         if self.state is State.STARTING:
@@ -347,7 +348,7 @@ class Coordinator:
     def _tick_forming(self, waited_s: float, now: float) -> list[Action]:
         missing = [i for i, rank in enumerate(self._ranks) if rank.hello is None]
         if now - self._moved_s > self._form_timeout_s:
-            return self._end("fatal", 1, f"{_name_ranks(missing)} did not come within {self._form_timeout_s:g} s", now)
+            return self._end("fatal", 1, f"{of_ranks(missing)} did not come within {self._form_timeout_s:g} s", now)
         if self.epoch and waited_s > REJOIN_S:
             stop = Stop(1, self.reason)
             blocked = [i for i in missing if 0 <= self._ranks[i].over == self._ranks[i].incarnation]
@@ -380,15 +381,3 @@ class Coordinator:
     def _describe(self, index: int) -> str:
         hello = self._ranks[index].hello
         return f"rank {index} on {hello.host} (pid {hello.pid})" if hello else f"rank {index}"
-
-
-def _name_ranks(ranks: list[int]) -> str:
-    """ "rank 3", "ranks 1, 4-7"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    names = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

@@ -50,13 +50,14 @@ def main(arguments: list[str]) -> int:
     where, watch_pid, nnodes, address = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3]
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     log.setup(config.log_level, "frontend")
+    kept = log.keep()
     try:
         lock = hold_lock(where)
     except BlockingIOError:
         logger.error("another frontend lives in %s", where)
         return 1
     try:
-        code = uvloop.run(_run(config, where, watch_pid, nnodes, address, started_s))
+        code = uvloop.run(_run(config, where, watch_pid, nnodes, address, started_s, kept))
     except UserError as error:
         return _report(where, str(error), 2)
     except EngineFailure as error:
@@ -72,11 +73,13 @@ def _report(where: Path, error: str, code: int) -> int:
     return code
 
 
-async def _run(config: EngineConfig, where: Path, watch_pid: int, nnodes: int, address: str, started_s: float) -> int:
+async def _run(
+    config: EngineConfig, where: Path, watch_pid: int, nnodes: int, address: str, started_s: float, kept: log.Kept
+) -> int:
     with listen(config.host, config.port) as listener:
         url = http_url(config.host, listener.getsockname()[1])
         exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-        service = Service(config, where, nnodes, address, url, started_s, exposed)
+        service = Service(config, where, nnodes, address, url, started_s, exposed, kept)
         server = runner(service.app)
         await server.setup()
         await web.SockSite(server, listener).start()
@@ -98,7 +101,15 @@ class Service:
     """The application over the bridge to the ranks, and the signals that end it."""
 
     def __init__(
-        self, config: EngineConfig, where: Path, nnodes: int, address: str, url: str, started_s: float, exposed: bool
+        self,
+        config: EngineConfig,
+        where: Path,
+        nnodes: int,
+        address: str,
+        url: str,
+        started_s: float,
+        exposed: bool,
+        kept: log.Kept,
     ) -> None:
         """Bind the sockets and load the tokenizer. UserError or EngineFailure when that cannot be."""
         self._config = config
@@ -107,7 +118,7 @@ class Service:
         self._started_s = started_s
         self._signalled_s: float | None = None
         self._last_word = ""
-        self._bridge = Bridge(config, where, address if nnodes > 1 else None, started_s, self._tell)
+        self._bridge = Bridge(config, where, address if nnodes > 1 else None, started_s, self._tell, kept)
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
         bridge = self._bridge

@@ -8,14 +8,15 @@ from msgspec.structs import asdict
 from tpserve.config.schema import EngineConfig
 from tpserve.frontend.coordinator import Seen
 from tpserve.frontend.status import Status
+from tpserve.observe.log import Kept
 from tpserve.types.layout import ParallelLayout
 from tpserve.version import __version__
 
 Json = dict[str, Any]
 
 
-def server_info(config: EngineConfig, status: Status, epoch: int, ranks: Sequence[Seen], now: float) -> Json:
-    """`now`: of the coordinator's clock."""
+def server_info(config: EngineConfig, status: Status, epoch: int, ranks: Sequence[Seen], now: float, kept: Kept | None) -> Json:
+    """`now`: of the coordinator's clock. `kept`: lines of this process's log, if any were."""
     return {
         "version": __version__,
         "state": status.state,
@@ -27,6 +28,7 @@ def server_info(config: EngineConfig, status: Status, epoch: int, ranks: Sequenc
         "layout": asdict(config.layout),
         "config": config.shown() | {"layout": asdict(config.layout)},
         "ranks": [_rank(rank, config.layout, status, seen, now) for rank, seen in enumerate(ranks)],
+        "log": {"first": kept.first, "last": list(kept.last)} if kept else {"first": [], "last": []},
     }
 
 
@@ -43,8 +45,10 @@ def _rank(rank: int, layout: ParallelLayout, status: Status, seen: Seen, now: fl
         state = status.state
     return {
         "rank": rank,
+        "node": hello and hello.place.node,
         "host": hello and hello.host,
         "address": hello and hello.place.address,
+        "visible_gpus": hello and hello.place.gpus,
         "pid": hello and hello.pid,
         "stage": stage,
         "shard": {
@@ -59,4 +63,6 @@ def _rank(rank: int, layout: ParallelLayout, status: Status, seen: Seen, now: fl
         "last_step": beat.step if beat.step >= 0 else None,
         "silent_s": None if seen.heard_s is None else round(now - seen.heard_s, 3),
         "memory": up and asdict(up.ledger),
+        "fingerprint": hello and hello.fingerprint,
+        "traits": hello and hello.traits | hello.place.settings,
     }

@@ -7,9 +7,12 @@ debug.
 import logging
 import sys
 import warnings
+from collections import deque
 from typing import TextIO
 
 DEFAULT = "info"
+FIRST, LAST = 100, 200
+"""So many lines are kept of a log's begin and of its end."""
 
 
 def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None = None) -> None:
@@ -23,6 +26,33 @@ def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None =
     own = number if lead or number == logging.DEBUG else max(number, logging.WARNING)
     logging.getLogger("tpserve").setLevel(own)
     warnings.showwarning = _warn
+
+
+class Kept(logging.Handler):
+    """The first and the last lines of this process's log, as they were written, for a ticket."""
+
+    def __init__(self, first: int = FIRST, last: int = LAST) -> None:
+        super().__init__()
+        self._most_first = first
+        self.first: list[str] = []
+        self.last: deque[str] = deque(maxlen=last)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        line = self.format(record)
+        if len(self.first) < self._most_first:
+            self.first.append(line)
+        else:
+            self.last.append(line)
+
+
+def keep() -> Kept:
+    """From now on, keep lines of the log that `setup` has set up."""
+    root = logging.getLogger()
+    kept = Kept()
+    kept.setFormatter(root.handlers[0].formatter)
+    root.addHandler(kept)
+    return kept
 
 
 def rank_prefix(node: int, rank: int, stage: int) -> str:

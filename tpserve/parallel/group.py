@@ -25,6 +25,11 @@ class Group:
         self.rank = 0 if handle is None else handle.rank()
         self.size = 1 if handle is None else handle.size()
 
+    @property
+    def through_memory(self) -> bool:
+        """Whether activations go through a page of shared memory."""
+        return self._page is not None
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of `x` over the ranks, in rank order. May overwrite `x`; use the result."""
         if self.size == 1:

@@ -122,12 +122,13 @@ EngineOutput = Scored | Delta | Done | Stats
 
 class Place(Struct, frozen=True, array_like=True):
     """A rank's node. `address`: as other nodes shall use it. `machine`: equal for processes that share a network.
-    `settings`: what its user has told NCCL and gloo."""
+    `settings`: what its user has told NCCL and gloo. `gpus`: how many are visible there."""
 
     node: int
     address: str
     machine: str
     settings: dict[str, str]
+    gpus: int = 0
 
 
 NOWHERE = Place(0, "", "", {})
@@ -138,7 +139,7 @@ class Hello(Message, frozen=True):
 
     `endpoints`: on rank 0 the addresses of what it hosts for this incarnation: "store" (host:port of a fresh TCPStore),
     "plan" and "result" (ZeroMQ endpoints); empty elsewhere. `fingerprint`: facts that must agree on all ranks.
-    `place`: where it runs.
+    `place`: where it runs. `traits`: facts that may differ, and are shown when they do.
     """
 
     rank: int
@@ -148,6 +149,7 @@ class Hello(Message, frozen=True):
     endpoints: dict[str, str]
     fingerprint: dict[str, str]
     place: Place = NOWHERE
+    traits: dict[str, str] = {}
 
 
 class MemoryLedger(Struct, frozen=True, array_like=True):

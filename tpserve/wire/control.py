@@ -155,9 +155,9 @@ class Control:
         """From now on tell with the beats what these layers' experts have had; `read` is called on the control thread."""
         self._expert_layers, self._read_tally = layers, read
 
-    def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str]) -> None:
+    def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str], traits: dict[str, str]) -> None:
         """Ask to take part."""
-        self._hello = Hello(self.rank, self.incarnation, os.getpid(), self._host, endpoints, fingerprint, self._place)
+        self._hello = Hello(self.rank, self.incarnation, os.getpid(), self._host, endpoints, fingerprint, self._place, traits)
         os.eventfd_write(self._nudge, 1)
 
     def wait_start(self, timeout_s: float | None = None) -> Start:

@@ -1,0 +1,134 @@
+"""`tpserve status`, `report` and `doctor` on real ranks: while they start, when they serve, when they cannot agree."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import tiny_model
+from tests.server import BIN, free_port, running, serve
+
+KEY, ADMIN, PASSWORD = "k3y-of-clients", "k3y-of-operators", "hunter2-and-3"
+CALM = {"OMP_NUM_THREADS": "1"}
+
+
+def tpserve(*arguments: str, cwd: Path | None = None, **environ: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [str(BIN / "tpserve"), *arguments], capture_output=True, text=True, timeout=120, check=False, cwd=cwd,
+        env={**os.environ, **CALM, **environ},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tiny_model.save(tmp_path)
+    tiny_model.add_weights(path)
+    return str(path)
+
+
+def test_status_and_report(tmp_path: Path) -> None:
+    port = free_port()
+    keys = {"TPSERVE_API_KEY": KEY, "TPSERVE_ADMIN_API_KEY": ADMIN}
+    url = ("--url", f"http://127.0.0.1:{port}")
+    command = serve("-tp", "2", "--device", "cpu", port=port)
+    with running([command], port, tmp_path / "log", ready=False, env=CALM | keys | {"NCCL_IB_HCA": "mlx5"}) as server:
+        while not server.port_open():
+            assert server.processes[0].poll() is None, server.log
+        code, page, error = tpserve("status", *url, **keys)
+        assert (code, error) == (1, "") and re.search(r": starting, \d+%: ", page), page
+        assert page.count("missing") + page.count("starting") >= 2
+        server.wait_ready()
+        code, page, error = tpserve("status", *url, **keys)
+        assert (code, error) == (0, "")
+        first, second, _, head, *ranks, _, queue = page.splitlines()
+        assert first.endswith(f"127.0.0.1:{port}: ready") and "TP 2 x PP 1 on cpu" in second
+        assert head.split()[:4] == ["node", "host", "GPUs", "used/visible"] and len(ranks) == 2
+        assert all(re.search(rf"^0 +{socket.gethostname()} +0/\d+ +{i} +\d+ .* weights, .* KV of .*running$", line)
+                   for i, line in enumerate(ranks)), page  # fmt: skip
+        assert queue == "queue: 0 running, 0 waiting; 0.0% of the KV cache in use"
+        for given, way_out in (({}, "TPSERVE_ADMIN_API_KEY"), ({"TPSERVE_ADMIN_API_KEY": "wrong"}, "TPSERVE_ADMIN_API_KEY")):
+            code, _, error = tpserve("status", *url, **given)
+            assert code == 2 and error.count("\n") == 1 and "is running (ready)" in error and way_out in error
+        code, said, _ = tpserve(
+            "report", *url, "--output", "ticket.json", cwd=tmp_path, **keys, MY_PASSWORD=PASSWORD, NCCL_HOSTID=PASSWORD
+        )
+        text = (tmp_path / "ticket.json").read_text()
+        assert server.stop() == [0]
+    assert code == 0 and said.startswith("wrote ticket.json: ")
+    assert not [secret for secret in (KEY, ADMIN, PASSWORD) if secret in text]
+    assert json.loads(text)["here"]["nccl_and_gloo"] == {"NCCL_HOSTID": "***"}
+    info = json.loads(text)["server"]["server_info"]
+    assert info["config"]["api_key"] == info["config"]["admin_api_key"] == "***" and info["layout"]["tp"] == 2
+    assert [rank["fingerprint"]["--block-size"] for rank in info["ranks"]] == ["16", "16"]
+    assert info["ranks"][1]["traits"] == {"NCCL_IB_HCA": "mlx5"}
+    assert any("tpserve ready" in line for line in info["log"]["first"])
+
+
+def test_errors_of_one_line(tmp_path: Path) -> None:
+    code, _, error = tpserve("status", "--url", f"http://127.0.0.1:{free_port()}")
+    assert code == 2 and error.count("\n") == 1 and "Connection refused (errno 111)" in error
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            line, _ = other.accept()
+            with line:
+                line.recv(1000)
+                line.sendall(b"HTTP/1.1 200 OK\r\nServer: nginx\r\nContent-Length: 2\r\n\r\n{}")
+
+        threading.Thread(target=answer, daemon=True).start()
+        code, _, error = tpserve("status", "--url", f"127.0.0.1:{other.getsockname()[1]}")
+    assert code == 2 and error.count("\n") == 1 and "is no tpserve server" in error
+    code, said, _ = tpserve("report", "--url", f"127.0.0.1:{free_port()}", cwd=tmp_path)
+    (written,) = tmp_path.glob("tpserve-report-*.json")
+    assert code == 0 and "of this host alone" in said and json.loads(written.read_text())["here"]["packages"]["torch"]
+    code, _, error = tpserve("report", "--output", str(tmp_path / "no" / "file"))
+    assert code == 2 and "--output" in error
+
+
+def test_the_doctor_on_one_node(model: str) -> None:
+    code, page, error = tpserve("doctor", model, "-tp", "2", "-pp", "2", "--device", "cpu")
+    assert (code, error) == (0, ""), page
+    for what in (
+        "fingerprint",
+        "reachability",
+        "clocks",
+        "/dev/shm",
+        "memory",
+        "disk",
+        "mesh",
+        "transport",
+        "all-reduce in stage 1",
+        "all-reduce across stages",
+    ):
+        assert re.search(rf"^(good|slow) +{what}", page, re.MULTILINE), page
+    assert re.search(r"^torch +\d", page, re.MULTILINE) and re.search(r"^4 KiB +\S+ \S+ +\S+ GB/s$", page, re.MULTILINE)
+    assert re.search(r"disk .* of weights load in", page)
+    code, page, error = tpserve("doctor", model, "--device", "cpu", "--block-size", "0")
+    assert code == 2 and error.startswith("tpserve: error: ") and error.count("\n") == 1
+
+
+def test_nodes_that_differ_are_a_table_of_who_has_what(model: str, tmp_path: Path) -> None:
+    """Of the doctor, and of a server's start."""
+    for what in (("doctor", model), (model, "--port", str(free_port()))):
+        port = free_port()
+        agent = ("--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port))
+        flags = (*what, "-tp", "2", "--device", "cpu", "--block-size")
+        lines = [
+            [str(BIN / "torchrun"), *agent, "--node_rank", str(node), "-m", "tpserve", *flags, size]
+            for node, size in enumerate(("8", "16"))
+        ]
+        log = tmp_path / str(port)
+        with log.open("wb") as file:
+            both = [subprocess.Popen(line, stdout=file, stderr=file, env={**os.environ, **CALM}) for line in lines]
+            assert all(process.wait(100) == 1 for process in both)  # torchrun's own
+        said = log.read_text()
+        host = socket.gethostname()
+        assert re.search(rf"rank 0 on {host} +rank 1 on {host}\n", said), said
+        assert re.search(r"--block-size +8 +16\n", said) or re.search(r"--block-size +16 +8\n", said)
+        assert "tpserve: error: rank" in said and "start every node with the same version and arguments" in said

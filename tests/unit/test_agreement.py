@@ -1,0 +1,46 @@
+"""Which ranks can work together, and the tables that say how they differ."""
+
+from tpserve.frontend.agreement import disagreement, everything, noted, refused
+from tpserve.observe.table import of_ranks
+from tpserve.types.messages import Hello, Place
+
+
+def hello(rank: int, host: str, settings: dict[str, str] | None = None, driver: str = "570.1", **facts: str) -> Hello:
+    place = Place(rank // 2, f"10.0.0.{rank // 2}", host, settings or {})
+    return Hello(rank, 1, 100 + rank, host, {}, {"tpserve": "1", **facts}, place, {"driver": driver})
+
+
+SAME = [hello(0, "a", torch="2.13"), hello(1, "a", torch="2.13")]
+
+
+def test_ranks_that_agree_have_no_table() -> None:
+    assert refused(SAME) == noted(SAME) == refused([]) == []
+    assert disagreement(SAME[:1], SAME[1]) == ""
+    assert everything(SAME) == ["         ranks 0-1 on a", "tpserve  1", "torch    2.13", "driver   570.1"]
+
+
+def test_who_has_what_of_all_that_must_agree() -> None:
+    other = [hello(2, "b", torch="2.11", tpserve="2", NCCL="2.27"), hello(3, "b", torch="2.11", tpserve="2", NCCL="2.27")]
+    assert refused([*SAME, *other]) == [
+        "         ranks 0-1 on a  ranks 2-3 on b",
+        "tpserve  1               2",
+        "torch    2.13            2.11",
+        "NCCL     none            2.27",
+    ]
+    assert disagreement(SAME, other[0]).startswith("rank 0 on a has NCCL none, rank 2 on b has NCCL 2.27: start every node with")
+
+
+def test_what_may_differ_is_no_reason_to_refuse() -> None:
+    other = hello(2, "b", {"NCCL_IB_HCA": "mlx5"}, driver="560.2", torch="2.13")
+    assert disagreement(SAME, other) == "" and refused([*SAME, other]) == []
+    assert noted([*SAME, other]) == [
+        "             ranks 0-1 on a  rank 2 on b",
+        "driver       570.1           560.2",
+        "NCCL_IB_HCA  none            mlx5",
+    ]
+
+
+def test_ranks_that_are_alike_share_a_column_wherever_they_are() -> None:
+    mixed = [hello(0, "a", torch="1"), hello(1, "a", torch="2"), hello(2, "b", torch="1"), hello(3, "b", torch="1")]
+    assert refused(mixed)[0] == "       ranks 0, 2-3 on a, b  rank 1 on a"
+    assert of_ranks([7]) == "rank 7"

@@ -1,0 +1,49 @@
+"""What a rank tells of itself: it must see what makes ranks differ, and no more."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from tests.specs import small
+from tpserve.config.cli import parse
+from tpserve.config.machine import Machine
+from tpserve.config.resolve import resolve
+from tpserve.config.schema import EngineConfig
+from tpserve.engine import fingerprint as module
+from tpserve.engine.fingerprint import fingerprint
+from tpserve.types.model_files import ModelFiles
+
+
+def config(directory: Path, *flags: str) -> EngineConfig:
+    files = ModelFiles(str(directory), str(directory))
+    return resolve(parse(["m", "--device", "cpu", *flags]), files, small(), Machine(1, 1, 1, 0, 2, "torchrun"))
+
+
+def test_flags_are_told_one_by_one_and_what_is_local_is_not(tmp_path: Path) -> None:
+    plain = fingerprint(config(tmp_path), small())
+    assert plain["--block-size"] == "16" and plain["weights"] == "none" and plain["Python"].startswith("3.")
+    other = fingerprint(config(tmp_path, "--block-size", "8", "--port", "9", "--api-key", "s3cret"), small())
+    assert {name for name in plain if plain[name] != other[name]} == {"--block-size"}
+    assert "s3cret" not in str(other)
+    assert fingerprint(config(tmp_path), replace(small(), hidden_size=128))["model config"] != plain["model config"]
+
+
+def test_other_weights_are_another_fingerprint(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "model-1.safetensors").write_bytes(b"x" * (9 if name == "b" else 8))
+        (directory / "model.safetensors.index.json").write_text('{"weight_map": {}}' + " " * (name == "c"))
+    a, b, c = (fingerprint(config(tmp_path / name), small())["weights"] for name in "abc")
+    assert len({a, b, c}) == 3
+    assert "weights" not in fingerprint(config(tmp_path / "a", "--load-format", "dummy"), small())
+
+
+def test_the_driver_as_the_kernel_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "version"
+    told.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build\nGCC version: 12.2.0\n")
+    monkeypatch.setattr(module, "DRIVER", told)
+    assert module.driver() == "570.133.20"
+    monkeypatch.setattr(module, "DRIVER", tmp_path / "none")
+    assert module.driver() == "none"

@@ -1,0 +1,105 @@
+"""`tpserve status`: a server's nodes, ranks, GPUs, memory, phase and queue as one table. Exit code 0 only when it is ready."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from msgspec import Struct
+
+from tpserve.admin.client import URL, Facts, ask, gauge
+from tpserve.config.command import Command
+from tpserve.config.schema import Flag
+from tpserve.observe.table import table
+
+GIB = 1 << 30
+READY, NOT_READY = 0, 1
+Json = dict[str, Any]
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    """The flags."""
+
+    url: Annotated[str, Flag("Server", "Where the server answers HTTP.")] = URL
+
+
+COMMAND = Command(
+    "status",
+    "A server's nodes, ranks, GPUs, memory, phase and queue as one table, also while it starts. Exit code 0 when it is ready, 1\n"
+    "when it is not yet or no longer, 2 when there is none or it will not tell: where it has an admin key,\n"
+    "TPSERVE_ADMIN_API_KEY must be that.",
+    Status,
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print it; returns the exit code. Raises UserError, or HelpWanted."""
+    flags, _ = COMMAND.parse(argv)
+    facts = ask(flags.url)
+    sys.stdout.write("\n".join(page(facts)) + "\n")
+    return READY if facts.ready["state"] == "running" else NOT_READY
+
+
+def page(facts: Facts) -> list[str]:
+    """Lines: what it is, its ranks, its queue."""
+    info, ranks = facts.info, facts.info["ranks"]
+    config, layout = info["config"], info["layout"]
+    state = "ready" if info["state"] == "running" else f"{info['state']}, {info['percent']}%: {info['phase']}"
+    lines = [
+        f"{facts.url}: {state}",
+        f"tpserve {info['version']}, {', '.join(config['served_model_name'])} in {config['dtype']}, "
+        f"TP {layout['tp']} x PP {layout['pp']} on {config['device']}, up to {_tokens(info['max_model_len'])} tokens a sequence",
+    ]
+    if info["reason"]:
+        lines.append(info["reason"])
+    heads = ("node", "host", "GPUs used/visible", "rank", "pid", "layers", "heads", "memory", "state")
+    lines += ["", *table([heads, *(_row(rank, ranks, config["device"]) for rank in ranks)]), ""]
+    return [*lines, _queue(facts.metrics)]
+
+
+def _row(rank: Json, ranks: Sequence[Json], device: str) -> tuple[str, ...]:
+    node, shard = rank["node"], rank["shard"]
+    phase = f"{rank['percent']}% {rank['phase']}" if rank["state"] in ("missing", "starting") and rank["phase"] else ""
+    silent = f"silent for {rank['silent_s']:.0f} s" if (rank["silent_s"] or 0) > 2 else ""
+    return (
+        "?" if node is None else str(node),
+        rank["host"] or "?",
+        "?" if node is None else f"{_used(node, ranks, device)}/{rank['visible_gpus']}",
+        str(rank["rank"]),
+        str(rank["pid"] or "?"),
+        _range(shard["layers"]),
+        _range(shard["heads"]),
+        _memory(rank["memory"]),
+        ", ".join(filter(None, (rank["state"], phase, silent))),
+    )
+
+
+def _used(node: int, ranks: Sequence[Json], device: str) -> int:
+    """Ranks share the GPUs of their node where they are more."""
+    here = [rank for rank in ranks if rank["node"] == node]
+    return min(len(here), here[0]["visible_gpus"]) if device == "cuda" else 0
+
+
+def _memory(ledger: Json | None) -> str:
+    if ledger is None:
+        return "?"
+    return f"{_size(ledger['weights'])} weights, {_size(ledger['kv_cache'])} KV of {_size(ledger['total'])}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / (1 << 20):.1f} MiB"
+
+
+def _range(ends: Sequence[int] | None) -> str:
+    return "?" if ends is None else f"{ends[0]}-{ends[1] - 1}" if ends[1] > ends[0] else "none"
+
+
+def _tokens(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _queue(metrics: str) -> str:
+    running, waiting, used = (gauge(metrics, f"tpserve:{name}") for name in
+                              ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))  # fmt: skip
+    if running is None or waiting is None or used is None:
+        return "queue: the server tells it with its key: set TPSERVE_API_KEY"
+    return f"queue: {running:.0f} running, {waiting:.0f} waiting; {100 * used:.1f}% of the KV cache in use"

@@ -1,0 +1,1 @@
+"""`tpserve doctor`: whether these machines can serve together, and how well."""

@@ -1,0 +1,84 @@
+"""`tpserve doctor MODEL`: whether these machines can serve MODEL together. Takes the server's flags, and is loaded without torch.
+
+Under torchrun this process is one of the ranks; alone, it starts the ranks of one node as `tpserve serve` would.
+Exit codes: 0 nothing is broken, 1 something is, 2 what the user can mend, such as ranks that differ. (torchrun makes 1 of both.)
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import Struct
+
+from tpserve.agent import Job
+from tpserve.config import cli, env
+from tpserve.config.command import Command
+from tpserve.config.machine import visible_gpus
+from tpserve.config.network import LOOPBACK
+from tpserve.config.resolve import num_local_ranks
+from tpserve.config.schema import Flags
+from tpserve.errors import UserError
+
+
+class Doctor(Struct, frozen=True, kw_only=True):
+    """It has no flags of its own."""
+
+
+COMMAND = Command(
+    "doctor",
+    "Whether these machines can serve MODEL together, and how well: versions and flags, who reaches whom, what carries the\n"
+    "all-reduce and how fast it is, clocks, /dev/shm, free memory, the disk. Takes the flags of `tpserve serve`. On several\n"
+    "nodes start it as the server is started: `torchrun --nnodes 2 --node_rank N --nproc_per_node 8 --master_addr HEAD -m\n"
+    "tpserve doctor MODEL ...` on each. Exit code 0 when nothing is broken, 1 when something is, 2 for what you can mend.",
+    Doctor,
+    passes_on=True,
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Examine; returns the exit code. Raises UserError, or HelpWanted."""
+    _, rest = COMMAND.parse(argv)
+    if not env.under_torchrun():
+        return _alone(cli.parse(rest, env.overrides()))
+    from tpserve.doctor.rank import examine
+
+    return examine(env.rank_env(), rest)
+
+
+def _alone(flags: Flags) -> int:
+    """Start the ranks of one node."""
+    if flags.nnodes > 1:
+        rest = shlex.join(cli.to_argv(flags))
+        raise UserError(
+            f"`tpserve doctor` starts one node only: on each node run `torchrun --nnodes {flags.nnodes} --node_rank N "
+            f"--nproc_per_node RANKS --master_addr {flags.master_addr or 'HEAD'} -m tpserve doctor {rest}`",
+            param="nnodes",
+        )
+    nproc = num_local_ranks(flags, visible_gpus())
+    with tempfile.TemporaryDirectory(prefix="tpserve-doctor-") as directory:
+        job = Job(
+            supervisor_pid=os.getpid(),
+            nnodes=1,
+            node_rank=0,
+            nproc=nproc,
+            master_addr=LOOPBACK,
+            master_port=0,
+            listener=-1,
+            address=LOOPBACK,
+            derived=True,
+            port_range=(0, 0),
+            world_size=nproc,
+            run_id=uuid.uuid4().hex,
+            start_timeout_s=flags.start_timeout,
+            runtime_dir=directory,
+            log_level="error",
+            argv=["doctor", *cli.to_argv(flags)],
+        )
+        command = [sys.executable, "-m", "tpserve.agent"]
+        environ = env.for_ranks(directory, quiet=True)
+        return subprocess.run(command, input=msgspec.json.encode(job), env=environ, check=False).returncode

@@ -1,0 +1,85 @@
+"""What a rank tells of itself in Hello: what must be equal on all ranks, and what may differ and is shown when it does."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from tpserve.config.option import OPTIONS
+from tpserve.config.schema import EngineConfig
+from tpserve.types.model_files import WEIGHT_FORMATS
+from tpserve.types.model_spec import ModelSpec
+from tpserve.version import __version__
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
+    """Facts that must agree: a difference would give wrong tokens or a hang."""
+    facts = {
+        "tpserve": __version__,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "CUDA": str(torch.version.cuda),
+        "model config": _digest(spec),
+        **{_spoken(name): _text(value) for name, value in config.shared().items()},
+    }
+    if config.device == "cuda":
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    if config.snapshot is not None:
+        facts["--revision"] = config.snapshot.commit
+    elif config.load_format != "dummy":
+        facts["weights"] = _weights(Path(config.model))
+    return facts
+
+
+def traits(device: torch.device) -> dict[str, str]:
+    """Facts that may differ."""
+    if device.type == "cpu":
+        return {}
+    return {"GPU": torch.cuda.get_device_name(device), "driver": driver()}
+
+
+def driver() -> str:
+    """The NVIDIA driver's version; "none" without one."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())
+    except OSError:
+        return "none"
+    return found[0] if found else "unknown"
+
+
+def _weights(directory: Path) -> str:
+    """Names and sizes of the weight files, and the index where there is one: equal where the same files were put."""
+    for form in WEIGHT_FORMATS:
+        if paths := sorted(directory.glob(form.pattern)):
+            index = directory / form.index_file
+            said = index.read_text() if index.exists() else ""
+            return _digest([said, [(path.name, path.stat().st_size) for path in paths]])
+    return "none"
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:12]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _spoken(name: str) -> str:
+    return OPTIONS[name].flag if name in OPTIONS else name.replace("_", " ")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
