@@ -143,7 +143,10 @@ def test_row_kernels(dtype: torch.dtype, num_rows: int, hidden: int) -> None:
     expected_y, expected_total = norm.add_rms_norm_reference(x, residual, weight, 1e-5)
     assert_close(y, expected_y)
     assert torch.equal(total, expected_total)
+    assert_close(norm.rms_norm(x, weight, 1e-5, 1.0), norm.rms_norm_reference(x, weight, 1e-5, 1.0))
     assert_close(activation.silu_mul(x), activation.silu_mul_reference(x))
+    assert_close(activation.gelu_tanh_mul(x), activation.gelu_tanh_mul_reference(x))
+    assert_close(activation.clamped_swiglu(x, 1.702, 1.0), activation.clamped_swiglu_reference(x, 1.702, 1.0))
     heads = x.view(num_rows, -1, 128)
     q, k = heads[:, :-1], heads[:, -1:]
     angle = random(1000, 64, dtype=SINGLE)
@@ -162,7 +165,8 @@ def test_row_kernels_have_the_bits_of_a_row_alone(dtype: torch.dtype) -> None:
         heads = x[rows].view(-1, 32, 128)
         turned = rope.apply_rope(heads, heads, angle.cos(), angle.sin(), positions[rows])
         fused = norm.add_rms_norm(x[rows], x[rows], weight, 1e-5)
-        return [norm.rms_norm(x[rows], weight, 1e-5), *fused, activation.silu_mul(x[rows]), *turned]
+        gated = [activation.silu_mul(x[rows]), activation.gelu_tanh_mul(x[rows]), activation.clamped_swiglu(x[rows], 1.7, 1.0)]
+        return [norm.rms_norm(x[rows], weight, 1e-5), *fused, *gated, *turned]
 
     together = outputs(slice(None))
     for chunk in CHUNKS:

@@ -37,6 +37,8 @@ CONNECT_S = 4.0
 """Longer than the kernel looks for a neighbour, so that it is the kernel who says why there is none."""
 RETRY_S = 0.2
 MOST_BYTES = 1 << 16
+MOST_STRANGERS = 64
+"""Connections that have not said who they are; of more than these the oldest are closed."""
 
 
 class Join(Struct, frozen=True, tag=True):
@@ -146,6 +148,7 @@ class Muster:
         self._listener = listener
         self._where = at(*listener.getsockname()[:2])
         self._lines: list[_Line] = []
+        self._warned: set[str] = set()
 
     def gather(self) -> None:
         """Until all nodes are there. UserError and EngineFailure are told to those that are."""
@@ -207,6 +210,10 @@ class Muster:
                 connection, address = self._listener.accept()
                 connection.setblocking(False)
                 self._lines.append(_Line(connection, str(address[0])))
+                strangers = [line for line in self._lines if line.join is None]
+                for line in strangers[:-MOST_STRANGERS]:
+                    line.socket.close()
+                    self._lines.remove(line)
 
     def _hear(self, line: _Line) -> None:
         said = line.read()
@@ -214,7 +221,9 @@ class Muster:
             for text in said or ():
                 self._let_in(line, _JOIN.decode(text))
         except msgspec.DecodeError:
-            logger.warning("%s speaks to %s and is no node of tpserve", line.peer, self._where)
+            if line.peer not in self._warned:
+                self._warned.add(line.peer)
+                logger.warning("%s speaks to %s and is no node of tpserve", line.peer, self._where)
             said = None
         if said is None:
             if line.join is not None:
