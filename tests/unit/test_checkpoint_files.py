@@ -152,6 +152,9 @@ def test_unused_tensors_are_told_once(whole: dict[str, torch.Tensor], tmp_path: 
     save_file({**whole, **silent, **layer, **tower, "model.scale": torch.ones(1)}, tmp_path / "model.safetensors")
     line = unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
     assert line == "not used of the checkpoint: 7 tensors: model.layers.5.* (3), vision_tower.* (3), model.scale"
+    save_file({**whole, "model.layers.0.self_attn.k_scale": torch.ones(1)}, tmp_path / "model.safetensors")
+    line = unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
+    assert line == "not used of the checkpoint: 1 tensor: model.layers.0.self_attn.k_scale"
     many = {f"tower{number}.weight": torch.ones(1) for number in range(20)}
     save_file({**whole, **many}, tmp_path / "model.safetensors")
     assert unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers).endswith(", and 12 more groups")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tpserve.config import reference
+from tpserve.config import reference, vllm
 from tpserve.config.cli import parse, to_argv
 from tpserve.config.command import HelpWanted
 from tpserve.config.option import OPTIONS
@@ -23,6 +23,23 @@ def test_the_flag_list_is_frozen() -> None:
 def test_the_reference_page_is_current() -> None:
     page = (ROOT / "docs" / "flags.md").read_text()
     assert page == reference.markdown(), "run `python -m tpserve.config.reference > docs/flags.md`"
+
+
+def test_the_page_for_who_comes_from_vllm_is_current() -> None:
+    page = (ROOT / "docs" / "from-vllm.md").read_text()
+    assert page == vllm.markdown(), "run `python -m tpserve.config.vllm > docs/from-vllm.md`"
+
+
+@pytest.mark.parametrize("flag", [*vllm.ALWAYS, *vllm.INSTEAD, *vllm.PLANNED])
+def test_what_is_vllms_alone_is_refused_with_what_to_do(flag: str) -> None:
+    assert flag not in {spelling for option in OPTIONS.values() for spelling in option.spellings}
+    for spelling in (flag, flag.replace("-", "_").replace("__", "--", 1), f"{flag}=1"):
+        with pytest.raises(UserError, match=f"^{flag} is refused: .*(leave it out|use )") as refused:
+            parse(["m", spelling, "1"])
+        assert refused.value.param == flag
+    for other in (text for text in (vllm.INSTEAD.get(flag, ""),) if text.startswith("--")):
+        named = other.split()[0].rstrip(",")
+        assert any(named in option.spellings for option in OPTIONS.values()), "what it points to is there"
 
 
 @pytest.mark.parametrize(

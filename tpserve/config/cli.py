@@ -10,6 +10,7 @@ from typing import Any
 from tpserve.config.command import HelpWanted, dashes, described, nearest, read, wants_help
 from tpserve.config.option import OPTIONS, Option
 from tpserve.config.schema import LAUNCH, SECRETS, Flags
+from tpserve.config.vllm import why_refused
 from tpserve.errors import UserError
 
 USAGE = """usage: tpserve serve [MODEL] [flags]
@@ -17,6 +18,8 @@ USAGE = """usage: tpserve serve [MODEL] [flags]
        torchrun --nnodes 2 --node_rank I --nproc_per_node N --master_addr HEAD -m tpserve [MODEL] [flags]
        tpserve plan MODEL --gpus N --gpu-memory 80GB [--help]
        tpserve bench latency|throughput|serve|step [--help]
+       tpserve doctor | status | report [--help]
+       tpserve secret FILE
 
 Serves MODEL (a directory or a repository id ORG/NAME; without it a small built-in model) over HTTP with the OpenAI API."""
 
@@ -32,11 +35,6 @@ RAY = {
 }
 """Flags of the days of Ray, and whether a value follows."""
 
-REFUSED = {
-    "--trust-remote-code": "no code of a repository is ever run: leave it out; docs/limits.md lists the models that are served",
-}
-"""Flags of vLLM that are known and not served, and what to do instead."""
-
 _BACKEND = {"--distributed-executor-backend": True}
 
 
@@ -50,8 +48,8 @@ def parse(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *, la
         raise HelpWanted(help_text())
     _refuse_ray(argv)
     for flag in (arg.partition("=")[0] for arg in argv):
-        if flag in REFUSED:
-            raise UserError(f"{flag} is refused: {REFUSED[flag]}", param=flag)
+        if (why := why_refused(flag)) is not None:
+            raise UserError(f"{flag} is refused: {why}", param=flag)
     said, extra = read(argv, OPTIONS, positional=True)
     if extra:
         raise _unexpected(extra[0], said.get("positional"))

@@ -8,9 +8,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tpserve.config.cli import REFUSED
 from tpserve.config.option import OPTIONS, Option
 from tpserve.config.schema import HTTP, LAUNCH, Flags
+from tpserve.config.vllm import why_refused
 from tpserve.errors import UserError
 
 _SERVING = frozenset({"served_model_name", "max_queued_requests", "drain_timeout"})
@@ -38,7 +38,7 @@ def read(said: Mapping[str, Any]) -> Flags:
 
 def _option(name: str) -> Option:
     option = OPTIONS.get(name)
-    if (why := REFUSED.get("--" + name.replace("_", "-"))) is not None:
+    if (why := why_refused("--" + name.replace("_", "-"))) is not None:
         raise UserError(f"{name} is refused: {why}", param=name)
     if option is None:
         near = difflib.get_close_matches(name, [known for known in OPTIONS if _offered(OPTIONS[known])], n=1, cutoff=0.6)

@@ -33,7 +33,8 @@ Of all families:
 - **Weights:** safetensors with an index or without, else pytorch_model*.bin (of torch 1.6 or later; mapped, and never unpickled
   beyond tensors); of a transformer saved whole, alone or inside another model (`embed_tokens`, `model.embed_tokens`,
   `language_model.model.embed_tokens` are one); float64, float32, bfloat16, float16. A tensor that is missing is an error with
-  its name, its shape and its file, and so is one too many in a layer; other tensors that are not used are told in one line.
+  its name, its shape and its file, and so is a bias or a scale beside a weight that is used; other tensors that are not used
+  are told in one line.
 - **Quantized weights:** block FP8 (`quant_method` fp8 with `weight_block_size` [128, 128]: DeepSeek, Qwen3-FP8) in any family and
   MXFP4 in gpt-oss become plain weights while they are read, so they take the memory of plain ones. Any other
   `quantization_config` is an error that names the method.

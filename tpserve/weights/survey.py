@@ -27,15 +27,16 @@ def about(sources: Iterable[Source], checkpoint: Checkpoint, num_layers: int, dt
 def unused(sources: Iterable[Source], checkpoint: Checkpoint, num_layers: int) -> str:
     """How many tensors no rank wants, by the modules they are of; empty when there are none.
 
-    UserError when one is in a layer of the model: a bias or a scale that nobody adds, an expert too many.
+    UserError when one lies beside a weight that is used, in a layer of the model: a bias or a scale that nobody would add.
     """
     names, silent = checkpoint.names, (*checkpoint.names.unused, f".{checkpoint.names.head}.weight")
     wanted = {tensor for source in sources for tensor in checkpoint.stored(source).tensors}
     left = {name: tensor for name, tensor in checkpoint.tensors().items() if tensor not in wanted}
     left = {name: tensor for name, tensor in left.items() if not f".{name}".endswith(silent)}
+    modules = {tensor.rpartition(".")[0] for tensor in wanted}
     for name, tensor in left.items():
         layer = names.layer_of(name)
-        if layer is not None and layer < num_layers:
+        if layer is not None and layer < num_layers and tensor.rpartition(".")[0] in modules:
             raise UserError(
                 f"{checkpoint.directory} holds tensor {tensor}, which a model with this config.json does not have: "
                 "they do not belong together, or the model needs more than tpserve supports"
