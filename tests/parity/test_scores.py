@@ -15,7 +15,7 @@ from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult
 from tpserve.types.sampling import SamplingParams
 from tpserve.weights.dummy import dummy
-from tpserve.worker import rows
+from tpserve.worker import at_once
 from tpserve.worker.executor import Executor
 from tpserve.worker.memory import allocate
 from tpserve.worker.slots import Slots
@@ -33,7 +33,7 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows at the head at once, or one with filters."""
-    monkeypatch.setattr(rows, "HEAD_BYTES", 3 * SPEC.vocab_size * rows.PLAIN_BYTES)
+    monkeypatch.setattr(at_once, "HEAD_BYTES", 3 * SPEC.vocab_size * at_once.PLAIN_BYTES)
 
 
 @pytest.fixture(autouse=True)
@@ -151,8 +151,8 @@ def test_rows_drawn_in_several_batches(request: pytest.FixtureRequest) -> None:
     decoder = make_decoder(torch.float32)
     together = make_executor(decoder).launch(plan).wait()
     request.getfixturevalue("few_rows")
-    at_once = rows.AtOnce.of(decoder.vocab_shards, MAX_LEN + 1)
-    assert (at_once.plain, at_once.filtered) == (3, 1)
+    most = at_once.AtOnce.of(decoder.vocab_shards, MAX_LEN + 1)
+    assert (most.plain, most.filtered) == (3, 1)
     apart = make_executor(decoder).launch(plan).wait()
     assert apart.tokens == together.tokens and dict(apart.logprobs) == dict(together.logprobs)
     entries = dict(together.logprobs)

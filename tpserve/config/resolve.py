@@ -41,6 +41,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         seed=flags.seed,
         layout=_layout(flags, spec, machine),
         device=device,
+        binding=flags.binding,
         all_reduce=_all_reduce(flags, machine, device),
         max_model_len=(max_model_len := _max_model_len(flags, spec)),
         fit_max_model_len=flags.max_model_len == "auto",

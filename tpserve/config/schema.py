@@ -139,6 +139,10 @@ class Flags(Struct, frozen=True, kw_only=True):
         Literal["auto", "cuda", "cpu"],
         Flag(LAYOUT, "Where ranks run. auto: on GPUs if one is visible. cuda: ranks may share a GPU."),
     ] = "auto"
+    binding: Annotated[
+        bool,
+        Flag(LAYOUT, "Each rank runs on the cores near its GPU (on by default); --no-... leaves that to the system.", "tpserve"),
+    ] = True
     all_reduce: Annotated[
         Literal["auto", "nccl", "gloo", "shm"],
         Flag(
@@ -259,6 +263,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     seed: int
     layout: ParallelLayout
     device: Literal["cuda", "cpu"]
+    binding: bool
     all_reduce: Literal["auto", "nccl", "gloo", "shm"]
     max_model_len: int
     fit_max_model_len: bool

@@ -126,6 +126,8 @@ class _Rank:
         """Join an epoch and run it to its end. Raises Stopped when told to leave earlier."""
         config, control, env, watch = self._config, self._control, self._env, self._watch
         device = devices.choose(config.device, env.local_rank, env.local_world_size)
+        if config.binding and (bound := devices.bind(device)):
+            log.info("rank %d %s", env.rank, bound)
         watch.lap("device")
         self._have_weights()  # before hello: whoever waits for this rank is told how far it is
         watch.lap("download")

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,7 @@ from tpserve.config.machine import available_cores, available_memory
 from tpserve.errors import UserError
 
 GIB = 1 << 30
+DRIVER, PCI = Path("/proc/driver/nvidia/gpus"), Path("/sys/bus/pci/devices")
 NVIDIA_SMI_S = 10.0
 """It may have to wake the driver first."""
 
@@ -32,6 +34,33 @@ def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
             param="device",
         ) from error
     return device
+
+
+def bind(device: torch.device, driver: Path = DRIVER, buses: Path = PCI) -> str:
+    """Keep this thread, and those that it will start, to the cores near the card; says so, empty when nothing is done.
+
+    Of the cores that this process may use; none of the near ones among them, or a card whose place the system does not tell:
+    nothing. `driver`, `buses`: what the kernel tells of NVIDIA's cards and of PCI devices.
+    """
+    if device.type != "cuda":
+        return ""
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    try:
+        place = next(card.parent.name for card in driver.glob("*/information") if uuid in card.read_text())
+        listed = (buses / place.lower() / "local_cpulist").read_text().strip()
+    except (StopIteration, OSError):
+        return ""
+    near = cores_of(listed) & os.sched_getaffinity(0)
+    if not near:
+        return ""
+    os.sched_setaffinity(0, near)
+    return f"runs on {len(near)} cores near GPU {device.index} ({listed}); --no-binding leaves that to the system"
+
+
+def cores_of(listed: str) -> set[int]:
+    """The kernel's way of writing sets of cores: "0-3,8"."""
+    runs = [run.partition("-") for run in listed.split(",") if run]
+    return {core for first, _, last in runs for core in range(int(first), int(last or first) + 1)}
 
 
 def free_memory(device: torch.device) -> int:
