@@ -10,6 +10,7 @@ Standard library only. Exit code 1 when anything failed; a share over its budget
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,7 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts us in the background may have it ignored, for all below
     if options.gpu:
         rows = gpu_check()
     else:
@@ -84,7 +86,7 @@ def lint() -> Row:
 
 def share(name: str, budget_s: int, folders: tuple[str, ...]) -> Row:
     paths = [f"tests/{folder}" for folder in folders if (ROOT / "tests" / folder).is_dir()]
-    return pytest(name, budget_s, [*paths, "-m", "not gpu and not long and not lab"])
+    return pytest(name, budget_s, [*paths, "-m", "not gpu and not long and not lab", "--durations=12", "--durations-min=3"])
 
 
 def gpu_check() -> list[Row]:
