@@ -53,6 +53,8 @@ class Job(Struct, frozen=True, kw_only=True):
     address: str
     """This node's, for other nodes; `derived` from the route to the master"""
     derived: bool
+    proof: str = ""
+    """Of the cluster's secret, where there is a file of it"""
     port_range: tuple[int, int]
     world_size: int
     run_id: str
@@ -87,7 +89,7 @@ class _Met(NamedTuple):
 def _find_nodes(job: Job) -> _Met:
     """Wait for the other nodes."""
     host = socket.gethostname()
-    me = Join(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.derived)
+    me = Join(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.derived, job.proof)
     if job.node_rank > 0:
         store, line = join(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s)
         threading.Thread(target=_end_with_head, args=(line,), name="line to node 0", daemon=True).start()

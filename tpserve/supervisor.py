@@ -47,6 +47,7 @@ from tpserve.errors import EngineFailure, UserError
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.wire.attach import spawn, wait_ready
+from tpserve.wire.auth import Keyring
 from tpserve.wire.muster import Clock, listen
 from tpserve.wire.signals import SAME_SIGNAL_S
 
@@ -174,6 +175,7 @@ class _Supervisor:
             listener=-1 if self._listener is None else self._listener.fileno(),
             address=self._interface.address,
             derived=flags.interface is None,
+            proof="" if flags.cluster_secret_file is None else Keyring.read(flags.cluster_secret_file).proof,
             port_range=config.port_range,
             world_size=config.layout.world_size,
             run_id=f"tpserve-{flags.master_port}" if flags.nnodes > 1 else uuid.uuid4().hex,

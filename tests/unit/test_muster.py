@@ -24,12 +24,12 @@ SECOND = replace(FIRST, node=2, host="second")
 class Head(threading.Thread):
     """Node 0, gathering; `outcome` is what came of it."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, proof: str) -> None:
         super().__init__(daemon=True)
         listener = muster.listen("127.0.0.1", (0, 0))
         self.port: int = listener.getsockname()[1]
         self.outcome: Any = None
-        self._muster = Muster(HEAD, listener, 6, timeout_s)
+        self._muster = Muster(replace(HEAD, proof=proof), listener, 6, timeout_s)
 
     def close(self) -> None:
         self._muster.close()
@@ -44,8 +44,8 @@ class Head(threading.Thread):
 
 
 @contextmanager
-def head(timeout_s: float = 20.0) -> Iterator[Head]:
-    thread = Head(timeout_s)
+def head(timeout_s: float = 20.0, proof: str = "") -> Iterator[Head]:
+    thread = Head(timeout_s, proof)
     thread.start()
     yield thread
     thread.join(30.0)
@@ -124,6 +124,18 @@ def test_what_cannot_heal_ends_both_at_once(join: Join, said: str) -> None:
     for outcome in (offender.ended(), waiting.ended(), first.outcome):
         with pytest.raises(UserError, match=said):
             raise outcome
+
+
+@pytest.mark.parametrize("proof", ["", "another", "the same and more"])
+def test_who_does_not_know_the_secret_ends_nothing(proof: str) -> None:
+    """Not even by what would end all from one of us."""
+    with head(proof="the same") as first:
+        stranger = Node(replace(FIRST, proof=proof, version="0.9"), first.port)
+        with pytest.raises(UserError, match=r"its --cluster-secret-file is not that of node 0 \(head\)"):
+            raise stranger.ended()
+        nodes = [Node(replace(join, proof="the same"), first.port) for join in (FIRST, SECOND)]
+        assert [node.ended() for node in nodes] == [Meet("10.0.0.1", 7)] * 2
+    assert first.outcome == "met"
 
 
 def test_two_machines_with_one_address() -> None:

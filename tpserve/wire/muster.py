@@ -7,8 +7,9 @@
 
 One line of JSON a message. Afterwards each connection stays open, for the other node to see node 0's end (`head_gone`).
 Owns the sockets of the meeting and the lines that tell of it; knows no ranks but their number.
-Invariants: node 0 lets each node in once; a node that leaves before all are there is waited for again; nobody waits longer than
-`--start-timeout`. Whoever connects and says nothing sensible is dropped.
+Invariants: node 0 lets each node in once, and with a secret nobody who cannot prove that he knows it (strangers and mistakes are
+kept out, not who listens on the network); a node that leaves before all are there is waited for again; nobody waits longer
+than `--start-timeout`. Whoever connects and says nothing sensible is dropped.
 """
 
 import ipaddress
@@ -43,7 +44,7 @@ MOST_STRANGERS = 64
 
 class Join(Struct, frozen=True, tag=True):
     """A node wants in. `host`: its name; `machine`: equal for nodes on one; `address`: its own, as other nodes shall use it;
-    `derived`: that is what the route to the master gave."""
+    `derived`: that is what the route to the master gave; `proof`: of the secret of --cluster-secret-file, empty without one."""
 
     node: int
     nnodes: int
@@ -53,6 +54,7 @@ class Join(Struct, frozen=True, tag=True):
     machine: str
     address: str
     derived: bool
+    proof: str = ""
 
 
 class Waiting(Struct, frozen=True, tag=True):
@@ -233,6 +235,11 @@ class Muster:
 
     def _let_in(self, line: _Line, join: Join) -> None:
         """Raises UserError for what cannot heal and ends all; who only takes another's place is turned away alone."""
+        if join.proof != self._me.proof:
+            self._turn_away(
+                line, join, f"its --cluster-secret-file is not that of node 0 ({self._me.host}): give every node the same"
+            )
+            return
         me, who, head = self._me, f"node {join.node} ({join.host}, {join.address})", f"node 0 ({self._me.host})"
         if join.version != me.version:
             raise UserError(f"{who} runs tpserve {join.version}, {head} runs {me.version}: install the same on every node")
@@ -242,9 +249,7 @@ class Muster:
             raise UserError(f"{who} calls itself by a loopback address, and {head} is another machine: see its --interface")
         if (taken := next((one for one in self._joined() if one.node == join.node), None)) is not None:
             why = f"--node-rank {join.node} is taken by {taken.host} ({taken.address}): "
-            why += f"give each node its own, from 0 to {me.nnodes - 1}"
-            logger.warning("%s (%s) wants in, but %s", join.host, join.address, why)
-            line.send(Refused(2, why))
+            self._turn_away(line, join, f"{why}give each node its own, from 0 to {me.nnodes - 1}")
             return
         for one in self._joined():
             if one.address == join.address and one.machine != join.machine:
@@ -259,6 +264,10 @@ class Muster:
             )
         line.join = join
         line.send(Waiting(self._missing()))
+
+    def _turn_away(self, line: _Line, join: Join, why: str) -> None:
+        logger.warning("%s (%s) wants in, but %s", join.host, join.address, why)
+        line.send(Refused(2, why))
 
     def _joined(self) -> Iterable[Join]:
         return [self._me, *(line.join for line in self._lines if line.join is not None)]
