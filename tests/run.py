@@ -24,20 +24,20 @@ LINT = (
     ("mypy",),
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "unit": (80, ("unit", "scheduling", "architecture")),
-    "parity": (150, ("parity",)),
-    "http": (70, ("http",)),
-    "kernels": (50, ("kernels",)),
-    "cluster": (260, ("cluster",)),
-    "crash": (30, ("crash",)),
-    "lab": (60, ("lab",)),
+    "unit": (90, ("unit", "scheduling", "architecture")),
+    "parity": (215, ("parity",)),
+    "http": (60, ("http",)),
+    "kernels": (35, ("kernels",)),
+    "cluster": (310, ("cluster",)),
+    "crash": (15, ("crash",)),
+    "lab": (45, ("lab",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
 GPU = {
     "kernels-on-card": ("tests/kernels", "tests/gpu"),
     "engine-on-card": ("tests/parity/test_two_forms.py", "tests/unit/test_draw.py"),
 }
-INSTALL_S, LINT_S = 110, 50
+INSTALL_S, LINT_S = 90, 35
 
 
 @dataclass

@@ -45,19 +45,8 @@ def two_nodes(model: str, place: Path, *options: str) -> Iterator[Server]:
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(HOOK)
     port = free_port()
-    flags = (
-        "--load-format",
-        "dummy",
-        "--served-model-name",
-        "tiny",
-        "-pp",
-        "2",
-        "--nnodes",
-        "2",
-        "--master-addr",
-        "127.0.0.1",
-        *options,
-    )
+    layout = ("--load-format", "dummy", "--served-model-name", "tiny", "-pp", "2")
+    flags = (*layout, "--nnodes", "2", "--master-addr", "127.0.0.1", "--interface", "lo", *options)
     nodes = [serve(model, *flags, "--master-port", "{}", "--node-rank", str(node), port=port) for node in (0, 1)]
     meet = str(free_port())
     commands = [[meet if word == "{}" else word for word in command] for command in nodes]
