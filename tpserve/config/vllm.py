@@ -14,6 +14,7 @@ ALWAYS = {
     "--enforce-eager": "steps are never captured in graphs",
     "--disable-log-requests": "requests are never logged",
     "--no-enable-log-requests": "requests are never logged",
+    "--disable-uvicorn-access-log": "requests are never logged",
     "--disable-log-stats": "statistics are at /metrics, not in the log",
     "--enable-prompt-tokens-details": "usage always has the prompt's cached tokens",
     "--enable-request-id-headers": "a request's X-Request-Id always comes back",
@@ -26,7 +27,6 @@ ALWAYS = {
 INSTEAD = {
     "--kv-cache-memory-bytes": "--kv-cache-memory, in GiB",
     "--uvicorn-log-level": "--log-level",
-    "--disable-uvicorn-access-log": "--log-level warning",
     "--disable-custom-all-reduce": "--all-reduce nccl",
     "--config": "TPSERVE_ARG_<FLAG> in the environment, such as TPSERVE_ARG_MAX_MODEL_LEN",
     "--max-waiting-requests": "--max-queued-requests",
