@@ -52,6 +52,13 @@ class Coordinator:
                     return message
         raise AssertionError(f"no {kind}")
 
+    def rest(self) -> list[RankMessage]:
+        """All that was said and not heard yet."""
+        said: list[RankMessage] = []
+        while self.socket.poll(100):
+            said += codec.RANK.decode(self.socket.recv_multipart()[1])
+        return said
+
     def say(self, *messages: CoordinatorMessage) -> None:
         self.socket.send_multipart([self.name, codec.COORDINATOR.encode(messages)])
 
@@ -162,6 +169,9 @@ def test_a_signal_after_a_siblings_death_ends_at_once(coordinator: Coordinator) 
     started(coordinator)
     os.kill(coordinator.pid, signal.SIGTERM)
     assert coordinator.code(2.0) == 1
+    said = coordinator.rest()
+    assert any(isinstance(message, Fault) for message in said)
+    assert not any(isinstance(message, Drain) for message in said)  # nobody has asked the service to end
 
 
 def test_a_signal_before_control_has_taken_over_ends_the_process() -> None:

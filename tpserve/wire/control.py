@@ -282,7 +282,7 @@ class Control:
             said.append(self._hello)
         if self._up is not None and self._run is None:
             said.append(self._up)
-        if self._signalled_s is not None and not self.draining:
+        if self._signalled_s is not None and self._fault is None and not self.draining:
             said.append(Drain(self.rank))
         if self._run is not None and self._read_tally is not None and (tokens := self._read_tally()) != self._tally_told:
             self._tally_told = tokens
