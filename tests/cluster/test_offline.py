@@ -132,11 +132,17 @@ def test_what_an_output_holds(llm: LLM) -> None:
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     scored = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
     assert all(at is not None and id in at for at, id in scored)
+    times = output.metrics
+    assert 0 <= time.time() - times.arrival_time < 60 and times.num_generation_tokens == len(times.token_ts) == 5
+    assert times.queued_ts <= times.scheduled_ts < times.first_token_ts < times.last_token_ts <= time.monotonic()
+    assert times.first_token_ts - times.queued_ts <= times.first_token_latency < 60 and times.token_ts == sorted(times.token_ts)
     drawn = llm.generate("The", SamplingParams(seed=1, n=5, logprobs=0, max_tokens=6), use_tqdm=False)[0].outputs
     best = llm.generate("The", SamplingParams(seed=1, n=2, best_of=5, max_tokens=6), use_tqdm=False)[0].outputs
     ranked = sorted(drawn, key=lambda o: (o.cumulative_logprob or 0.0) / len(o.token_ids), reverse=True)
     assert [o.token_ids for o in best] == [o.token_ids for o in ranked[:2]] and [o.index for o in best] == [0, 1]
     assert best[0].logprobs is None and best[0].cumulative_logprob is None
+    [stopped] = llm.generate("The", SamplingParams(seed=1, n=2, max_tokens=40, stop=[" "]), use_tqdm=False)
+    assert stopped.metrics.num_generation_tokens == sum(len(choice.token_ids) for choice in stopped.outputs)
     [ids_only] = llm.generate("The", SamplingParams(seed=1, max_tokens=6, detokenize=False), use_tqdm=False)
     assert ids_only.outputs[0].token_ids == drawn[0].token_ids and ids_only.outputs[0].text == ""
 
@@ -304,6 +310,7 @@ llm = LLM(pipeline_parallel_size=2, device="cpu", dtype="float32", log_level="wa
 asked = [SamplingParams(temperature=0.0, max_tokens=12), SamplingParams(max_tokens=5)]
 outputs = llm.generate(["Once upon a time", "The harbour"], asked)
 said = {{"outputs": [[r.prompt, r.outputs[0].token_ids, r.outputs[0].text] for r in outputs]}}
+said["times"] = [r.metrics.token_ts for r in outputs]
 said["default"] = llm.generate("Once upon a time")[0].outputs[0].token_ids
 said["params"] = vars(llm.get_default_sampling_params())
 try:
