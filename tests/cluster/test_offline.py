@@ -101,20 +101,39 @@ def test_chat_is_the_servers(llm: LLM, server: Server) -> None:
     [one, two] = llm.chat([messages, messages], SamplingParams(seed=5), use_tqdm=False)
     assert one.outputs[0].text == two.outputs[0].text == body["choices"][0]["message"]["content"]
     assert one.prompt is not None and "Hello!" in one.prompt
+    [plain] = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False, chat_template="<{{ messages[0].content }}>")
+    assert plain.prompt == "<Hello!>"
+
+
+def test_a_fork_is_told_that_it_has_no_engine(llm: LLM) -> None:
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            llm.generate("x")
+        except UserError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert "in the process that made it" in said.read()
+    os.waitpid(pid, 0)
+    assert llm.generate("x", use_tqdm=False)[0].finished
 
 
 def test_shapes_of_prompts(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=4)
     [text] = llm.generate("Once upon a time", greedy, use_tqdm=False)
     ids = text.prompt_token_ids
-    shapes: list[Any] = [ids, [ids], {"prompt_token_ids": ids}, [{"prompt": "Once upon a time"}], ["Once upon a time", ids]]
+    shapes: list[Any] = [ids, [ids], {"prompt_token_ids": ids}, iter([{"prompt": "Once upon a time", "multi_modal_data": None}])]
+    shapes.append(["Once upon a time", {"prompt": "whatever it is", "prompt_token_ids": ids, "cache_salt": "mine"}])
     for prompts in shapes:
         outputs = llm.generate(prompts, greedy, use_tqdm=False)
         assert [o.prompt_token_ids for o in outputs] == [ids] * len(outputs)
         assert {o.outputs[0].text for o in outputs} == {text.outputs[0].text}
-    assert [o.prompt for o in outputs] == ["Once upon a time", None]
+    assert [o.prompt for o in outputs] == ["Once upon a time", "whatever it is"] and outputs[1].num_cached_tokens == 0
     assert int(outputs[1].request_id) == int(outputs[0].request_id) + 1 and outputs[0].finished
-    assert llm.generate([]) == []
+    assert llm.generate([]) == llm.chat([]) == []
     assert len(llm.generate(ids, use_tqdm=False)[0].outputs[0].token_ids) <= 16, "vLLM's default"
     assert capfd.readouterr().err == ""
 
@@ -162,7 +181,11 @@ def test_the_context_bounds_max_tokens(llm: LLM) -> None:
         ("word " * 4000, None, "maximum context length is 2048 tokens"),
         (["fine", [1 << 30]], None, "prompts[1]: prompt: token id 1073741824 is outside the vocabulary"),
         (["fine", 3.5], None, "prompts[1] must be a text or a list of token ids, not float"),
-        ([{"prompt": "x", "multi_modal_data": {}}], None, "not prompt, multi_modal_data"),
+        (3, None, "prompts must be a prompt or a list of them, not int"),
+        ([["a", 1]], None, "prompts[0] must be a text or a list of token ids, not a list of str"),
+        ([{"prompt": "x", "multi_modal_data": {}}], None, "prompts[0]: multi_modal_data is not supported"),
+        ("half \ud800", None, "half of a surrogate pair"),
+        ("x", {"n": 2}, "sampling_params must be one SamplingParams or a list of 1"),
         ("x", [SamplingParams()] * 2, "a list of 1, one for each prompt"),
         ("x", SamplingParams(stop_token_ids=[1 << 30]), "stop_token_ids: token id 1073741824"),
     ],

@@ -103,6 +103,11 @@ def why_refused(flag: str) -> str | None:
     return None
 
 
+def is_off(flag: str) -> bool:
+    """Whether what `flag` switches on in vLLM is always off here."""
+    return flag in PLANNED or INSTEAD.get(flag, "").startswith("nothing: ")
+
+
 def markdown() -> str:
     """The whole page."""
     same = [option for option in OPTIONS.values() if option.about.named_by == "vLLM"]

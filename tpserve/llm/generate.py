@@ -123,15 +123,15 @@ class Generation:
         return checked
 
     async def _checked(self, job: Job, limits: Limits) -> Checked:
-        call = job.params.call()
+        call = job.params.call(**job.fields)
         if job.chat is not None:
             chat, _ = parse(dict(job.chat), ChatCall, set())
             prompt = await chat_prompt(self._service, chat, limits)
         else:
-            given = job.text if job.text is not None else [job.ids]
+            given = job.text if job.ids is None else [job.ids]
             (prompt,) = await completion_prompts(self._service, replace(call, prompt=given), limits)
         size = max_new_tokens(prompt, None, job.params.max_tokens, limits, "prompt")
-        return Checked(prompt, None if job.ids is not None else prompt.text, call, size, job.params.detokenize)
+        return Checked(prompt, prompt.text if job.ids is None else job.text, call, size, job.params.detokenize)
 
     async def _work(self, waiting: Iterator[tuple[int, Checked]], limits: Limits, outputs: list[RequestOutput | None]) -> None:
         """Answer one prompt after another, until none waits."""

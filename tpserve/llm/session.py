@@ -40,6 +40,7 @@ CHILD_S = 3.0
 TOLD_S = 5.0
 """How long other scripts of a torchrun job have to fetch the last answer."""
 _CLOSED = Failed(1, "the LLM is closed")
+_TOLD = Failed(1, "the ranks have ended: somebody sent them SIGTERM")
 
 
 class Session:
@@ -160,6 +161,8 @@ class Session:
             self._bridge.drain()
 
     def _raise_if_ended(self) -> None:
+        if os.getpid() != self._owner_pid:
+            raise UserError("an LLM answers in the process that made it, and not in a fork of that: make one there")
         if self._failure is not None or self._ended.is_set():
             raise self._reason()
 
@@ -193,7 +196,8 @@ class Session:
                 await self._serve_ranks(self._bridge)
                 hearing.cancel()
                 why = self._failure or _CLOSED
-                self._callers.end("user" if why.code == 2 else "engine", why.reason)
+                reason = "rank 0's script has closed its LLM" if why is _CLOSED else why.reason
+                self._callers.end("user" if why.code == 2 else "engine", reason)
                 await self._callers.all_told(TOLD_S)
 
     async def _serve_ranks(self, bridge: Bridge) -> None:
@@ -221,7 +225,7 @@ class Session:
             case Failed():
                 self._failure = self._failure or news
             case Finished():
-                self._failure = self._failure or _CLOSED
+                self._failure = self._failure or (_CLOSED if self._closed else _TOLD)
 
 
 def _done(future: "Future[Any]", timeout_s: float) -> bool:
