@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tpserve.config import cli, env, machine
 from tpserve.config.command import HelpWanted
-from tpserve.config.network import Interface, choose
+from tpserve.config.network import Interface, choose, kernel_ports
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
@@ -29,7 +29,7 @@ from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
 from tpserve.wire.attach import attach
 from tpserve.wire.auth import Keyring, write_secret
-from tpserve.wire.lifetime import die_with
+from tpserve.wire.lifetime import allow_many_files, die_with
 from tpserve.wire.siblings import Elder, ask
 from tpserve.wire.signals import block_signals
 
@@ -65,6 +65,7 @@ def _serve(argv: list[str]) -> int:
     flags = cli.parse(argv, env.overrides())
     check_launch(flags)
     _check_secret(flags)
+    allow_many_files()
     log.setup(flags.log_level, f"n{flags.node_rank} serve")
     try:
         flags, files, spec = open_model(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
@@ -165,6 +166,7 @@ def _check_secret(flags: Flags) -> None:
 def _rank(argv: list[str]) -> int:
     """One of torchrun's ranks."""
     block_signals()
+    allow_many_files()
     me = env.rank_env()
     watch = Stopwatch(me.agent_pid)
     die_with(me.agent_pid)
@@ -187,7 +189,7 @@ def _rank(argv: list[str]) -> int:
     log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.local_rank == 0)
     if me.rank == 0:
         _introduce(flags, config)
-    settings = _use(interface, me)
+    settings = _use(interface, me, config)
     watch.lap("config")
     try:
         attachment = attach(me, config, interface.address, config.start_timeout) if me.node_rank == 0 else None
@@ -225,11 +227,15 @@ def _interface(me: env.RankEnv, config: EngineConfig) -> Interface:
     return interface
 
 
-def _use(interface: Interface, me: env.RankEnv) -> dict[str, str]:
+def _use(interface: Interface, me: env.RankEnv, config: EngineConfig) -> dict[str, str]:
     """Have gloo and NCCL use it too, unless the user has told them otherwise. Returns what the user has told."""
     settings = env.network_variables()
     if me.nnodes > 1:
         logger.info("node %d of %d uses %s", me.node_rank, me.nnodes, interface)
+    if me.nnodes > 1 and me.rank == 0 and config.port_range[1]:
+        what = "NCCL" if config.all_reduce == "nccl" else "gloo"
+        ranges = f"tpserve's {config.port_range[0]}-{config.port_range[1]}, and the kernel's {kernel_ports()} for {what}"
+        logger.info("ports between nodes: %s, which knows none (net.ipv4.ip_local_port_range)", ranges)
     for name, value in settings.items():
         logger.info("%s=%s is set, and wins", name, value)
     env.use_interface(interface.name)

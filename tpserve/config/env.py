@@ -154,6 +154,11 @@ def network_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]
     return {name: text for name, text in sorted(environ.items()) if name.startswith(("NCCL_", "GLOO_"))}
 
 
+def told_where(settings: Mapping[str, str], all_reduce: str) -> bool:
+    """Whether, by `network_variables`, the user has told what carries the sums which interface to use."""
+    return ("NCCL" if all_reduce == "nccl" else "GLOO") + "_SOCKET_IFNAME" in settings
+
+
 def use_interface(name: str, environ: MutableMapping[str, str] = os.environ) -> None:
     """Tell gloo and NCCL which interface to use, unless the user has. For before torch is loaded. An empty name tells nothing."""
     if name:

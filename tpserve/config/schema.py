@@ -226,7 +226,12 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = None
     port_range: Annotated[
         str | None,
-        Flag(OPERATION, "Ports that tpserve listens on between nodes, such as 30000-30100. Default: free ones.", "tpserve"),
+        Flag(
+            OPERATION,
+            "Ports that tpserve listens on between nodes, such as 30000-30100; gloo and NCCL know none and take the kernel's "
+            "(net.ipv4.ip_local_port_range). Default: free ones.",
+            "tpserve",
+        ),
     ] = None
     step_trace: Annotated[
         str | None, Flag(OPERATION, "Directory to which each rank writes its steps, as Chrome trace events.", "tpserve")
