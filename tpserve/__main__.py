@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tpserve.config import cli, env, machine
-from tpserve.config.command import HelpWanted
+from tpserve.config.command import HelpWanted, wants_help
 from tpserve.config.network import Interface, choose, kernel_ports
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
+from tpserve.config.vllm import means_nothing
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.locate import locate
 from tpserve.models.opened import open_model
@@ -105,7 +106,18 @@ def _doctor(argv: list[str]) -> int:
     return run(argv)
 
 
+def _ray(argv: list[str]) -> int:
+    raise UserError(
+        "tpserve needs no Ray cluster: run `tpserve serve MODEL`, on several nodes with `--nnodes N --node-rank I --master-addr "
+        "HEAD` added on each; `tpserve status` shows what `ray status` would"
+    )
+
+
 def _secret(argv: list[str]) -> int:
+    if wants_help(argv):
+        raise HelpWanted(
+            "usage: tpserve secret FILE\n\nWrites a new secret of 32 random bytes, for --cluster-secret-file on every node."
+        )
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("say where to write it: `tpserve secret FILE`; then copy the file to every node, readable by you alone")
     write_secret(argv[0])
@@ -121,6 +133,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "report": _report,
     "secret": _secret,
+    "ray": _ray,
 }
 
 
@@ -238,6 +251,8 @@ def _use(interface: Interface, me: env.RankEnv, config: EngineConfig) -> dict[st
         logger.info("ports between nodes: %s, which knows none (net.ipv4.ip_local_port_range)", ranges)
     for name, value in settings.items():
         logger.info("%s=%s is set, and wins", name, value)
+    for line in means_nothing(env.vllm_variables()) if me.local_rank == 0 else ():
+        logger.warning("%s", line)
     env.use_interface(interface.name)
     return settings
 
