@@ -216,7 +216,7 @@ def why_refused(flag: str) -> str | None:
 
 
 def full_name(flag: str) -> str:
-    """Of a short form (`-q`, `-O3`), a switch that is turned off (`--no-...`), or a member of a JSON value (`--...-config.name`)."""
+    """Of a short form (`-q`, `-O3`), a switch turned off (`--no-...`), or a member of a JSON value (`--...-config.name`)."""
     if not flag.startswith("--"):
         return SHORT.get("-O" if re.fullmatch(r"-O([0-9]|[.].*)", flag) else flag, flag)
     flag = flag.partition(".")[0]
