@@ -345,6 +345,17 @@ def test_block_fp8_is_no_other_mathematics() -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 0}}, "'factor' must be a positive number"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4}}, "'long_factor' is missing"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3}}, "'short_factor' must hold 4 positive numbers"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [1.0] * 4,
+                    "original_max_position_embeddings": 1,
+                }
+            },
+            "an original length of 1 cannot be stretched",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
         ({**PHI3, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "3 rotary channels of 8"),
         ({**PHI3, "partial_rotary_factor": 1.5}, "12 rotary channels of 8"),

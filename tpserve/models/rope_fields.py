@@ -93,6 +93,8 @@ def _scaled(kind: str, plain: RopeSpec, table: Fields, fields: Fields, num_chann
             truncate=table.over({"truncate": True}).flag("truncate"),
             magnitude=table.number("attention_factor", _yarn_magnitude(table, factor)),
         )
+    if factor > 1 and original == 1:
+        raise table.refuse("an original length of 1 cannot be stretched: field 'original_max_position_embeddings' must be larger")
     stretch = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return replace(
         scaled,
