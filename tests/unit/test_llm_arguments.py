@@ -25,7 +25,13 @@ def test_keywords_are_the_flags_in_snake_case() -> None:
 
 
 def test_what_is_said_to_be_off_is_off() -> None:
-    said = {"trust_remote_code": False, "quantization": None, "enable_lora": False, "kv_cache_dtype": None}
+    said = {
+        "trust_remote_code": False,
+        "quantization": None,
+        "enable_lora": False,
+        "kv_cache_dtype": None,
+        "enforce_eager": False,
+    }
     assert keywords.read({"model": "m", **said}) == keywords.read({"model": "m"})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tpserve.config.option import OPTIONS, Option
 from tpserve.config.schema import HTTP, LAUNCH, Flags
-from tpserve.config.vllm import is_off, why_refused
+from tpserve.config.vllm import asks_nothing, why_refused
 from tpserve.errors import UserError
 
 _SERVING = frozenset({"served_model_name", "max_queued_requests", "drain_timeout"})
@@ -39,7 +39,7 @@ def read(said: Mapping[str, Any]) -> Flags:
 def _asks_nothing(name: str, value: Any) -> bool:
     """Whether a caller spells out that something of vLLM's is not wanted, such as `trust_remote_code=False`."""
     flag = "--" + name.replace("_", "-")
-    return (value is None and (name in OPTIONS or why_refused(flag) is not None)) or (value is False and is_off(flag))
+    return (value is None and (name in OPTIONS or why_refused(flag) is not None)) or (value is False and asks_nothing(flag))
 
 
 def _option(name: str) -> Option:

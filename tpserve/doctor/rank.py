@@ -30,6 +30,7 @@ from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.doctor import host, links, traffic
 from tpserve.doctor.verdict import OK, Verdict, exit_code, page, summary
+from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, traits
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.agreement import disagreement, everything, noted
@@ -150,7 +151,10 @@ class _Rank:
         if layout.world_size == 1:
             return [Verdict("good", "all-reduce", "one rank, which has nothing to add up")]
         begin_s = time.monotonic()
+        between = None if environment.told_where(self._hello.place.settings, config.all_reduce) else self._interface.address
         try:
+            if self._me.nnodes > 1:
+                reach.check(self._me.rank, layout.world_size, between, self._store, MESH_S)
             mesh = meshes.form(
                 self._me.rank, layout, 1, self._store, self._device, MESH_S, config.all_reduce, available_cores()
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Facts about other processes on this host, straight from the kernel. Owns no thread and no socket; never signals anybody.
+"""Facts about processes on this host, straight from the kernel. Owns no thread and no socket; never signals anybody.
 
 A pidfd names a process, not a number that may be given away again; it becomes readable when the process ends.
 """
@@ -6,6 +6,7 @@ A pidfd names a process, not a number that may be given away again; it becomes r
 import ctypes
 import logging
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -20,6 +21,15 @@ def die_with(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files, and its children's, to the most that is allowed.
+
+    The usual 1,024 are used up by as many connections, and gloo ends its process when it cannot accept one more.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def open_pidfd(pid: int) -> int | None:
