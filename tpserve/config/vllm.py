@@ -86,6 +86,14 @@ ALWAYS = {
 }
 """Flag to what is so without it: leave it out."""
 
+ON = frozenset(
+    {
+        *("--enable-chunked-prefill", "--async-scheduling", "--use-tqdm-on-load"),
+        *("--enable-prompt-tokens-details", "--enable-request-id-headers"),
+    }
+)
+"""Those of them that cannot be turned off."""
+
 INSTEAD = {
     "--kv-cache-memory-bytes": "--kv-cache-memory, in GiB",
     "--max-num-queued-reqs": "--max-queued-requests",
@@ -213,6 +221,11 @@ def why_refused(flag: str) -> str | None:
     if flag in PLANNED:
         return f"it is planned, and not served yet{f' ({PLANNED[flag]})' if PLANNED[flag] else ''}: leave it out"
     return None
+
+
+def asks_nothing(flag: str) -> bool:
+    """Whether `flag` turned off is what is here anyway, as it is by default in vLLM."""
+    return flag not in ON and why_refused(flag) is not None
 
 
 def full_name(flag: str) -> str:

@@ -189,11 +189,15 @@ class Doorkeeper:
     """
 
     def __init__(self, allowed: frozenset[bytes]) -> None:
-        """`allowed`: public keys, as in the locks."""
+        """`allowed`: public keys, as in the locks. UserError when the process has a doorkeeper."""
         self._allowed = {z85.decode(public) for public in allowed}
         self._zap: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
         self._zap.set(zmq.LINGER, 0)
-        self._zap.bind(_ZAP)
+        try:
+            self._zap.bind(_ZAP)
+        except zmq.ZMQError as error:
+            self._zap.close()
+            raise UserError("this script has an LLM over several nodes already: close that one first") from error
         self._monitors: list[zmq.Socket[bytes]] = []
         self._refused: set[str] = set()
         self._ended = threading.Event()
