@@ -17,7 +17,7 @@ ENOUGH_S = 0.5
 """A larger sum is not tried when one has taken this long."""
 SLOW_TOKEN_S = 0.02
 PROMPT, SLOW_PROMPT_S = 1000, 1.0
-_CHANNEL = re.compile(r"Channel \d+(?:/\d+)? : (\d+)\[[^\]]*\] -> (\d+)\[[^\]]*\] (?:\[(?:send|receive)\] )?via ([\w/.]+)")
+_CHANNEL = re.compile(r"Channel \d+(?:/\d+)? : (\d+)\[[^\]]*\] -> (\d+)\[[^\]]*\] (?:\[(?:send|receive)\] )?via (\S.*)")
 _CARRIERS = (
     (re.compile(r"NET/.*GDRDMA"), "InfiniBand or RoCE, straight from the GPU (GDRDMA)"),
     (re.compile(r"NET/Socket"), "TCP (NET/Socket)"),
