@@ -21,12 +21,12 @@ from tpserve.errors import EngineFailure
 from tpserve.frontend.agreement import noted, refused
 from tpserve.frontend.coordinator import Action, Coordinator, Draining, Failed, Finished, Ready, State
 from tpserve.frontend.journal import Journal
-from tpserve.frontend.ranks import TICK_S, Ranks
+from tpserve.frontend.ranks import KILLED_ADVICE, TICK_S, Ranks
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept
 from tpserve.types.messages import Control, EngineInput, Experts
-from tpserve.wire.attach import Frontend, read_failure, write
+from tpserve.wire.attach import Failure, Frontend, read_failure, write
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
 from tpserve.wire.channels import Door, EngineServer, tcp
 from tpserve.wire.lifetime import open_pidfd
@@ -152,9 +152,9 @@ class Bridge:
         """Let open requests finish, then end with exit code 0."""
         self._ranks.carry_out(self._coordinator.drain(time.monotonic()))
 
-    def fail(self, code: int, reason: str) -> None:
+    def fail(self, code: int, reason: str, advice: str = "") -> None:
         """End at once."""
-        self._ranks.carry_out(self._coordinator.fail(code, reason, time.monotonic()))
+        self._ranks.carry_out(self._coordinator.fail(code, reason, time.monotonic(), advice))
 
     def close(self) -> None:
         """Close the sockets."""
@@ -215,8 +215,9 @@ class Bridge:
     # What ends it
 
     def _parent_gone(self, pid: int) -> None:
-        failure = read_failure(self._where)
-        self.fail(*((failure.code, failure.why) if failure else (1, f"the agent (pid {pid}) that started the ranks is gone")))
+        gone = Failure(1, f"the agent (pid {pid}) that started the ranks was killed or crashed", KILLED_ADVICE)
+        failure = read_failure(self._where) or gone
+        self.fail(failure.code, failure.why, failure.advice)
 
     def _on_action(self, action: Action) -> None:
         match action:

@@ -258,9 +258,9 @@ class Coordinator:
         """No request is open any more (said whenever it is true; matters while draining)."""
         return self._go("drained", now) if self.state is State.DRAINING else []
 
-    def fail(self, code: int, reason: str, now: float) -> list[Action]:
+    def fail(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
         """Something outside the ranks makes going on pointless: the agent is gone, a second signal came."""
-        return self._end("fatal", code, reason, now)
+        return self._end("fatal", code, reason, now, advice)
 
     # One handler a message; the peer is the current incarnation of its rank, the state is not STOPPED
 

@@ -31,7 +31,7 @@ SETTLE_S = 0.25
 """A dying process closes its connections before it is dead: its peers' complaints arrive first and are kept for this long."""
 _KILLED = "ended without a word: it was killed or it crashed"
 _CLOSED = "closed its connection without a word: it was killed or it crashed"
-_ADVICE = "look at the last lines of its node's log, and at `dmesg` there for a kernel that was out of memory"
+KILLED_ADVICE = "look at the last lines of its node's log, and at `dmesg` there for a kernel that was out of memory"
 
 
 class Ranks:
@@ -153,14 +153,14 @@ class Ranks:
             return
         pidfd = open_pidfd(hello.pid)
         if pidfd is None:
-            self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), _ADVICE))
+            self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), KILLED_ADVICE))
             return
         self._pidfds[peer] = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self._died, peer)
 
     def _died(self, peer: Peer) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfds[peer])
-        self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), _ADVICE))
+        self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), KILLED_ADVICE))
 
     def _forget(self, peer: Peer) -> None:
         del self._peers[peer]
@@ -178,7 +178,7 @@ class Ranks:
             if pidfd is not None and not _alive(pidfd):
                 self._died(peer)
             elif socket is not self._local and not self._send(peer, []):
-                self.carry_out(self.coordinator.lost(peer, _CLOSED, now, _ADVICE))
+                self.carry_out(self.coordinator.lost(peer, _CLOSED, now, KILLED_ADVICE))
 
     def _send(self, peer: Peer, messages: list[CoordinatorMessage]) -> bool:
         """False when the peer cannot be reached; an empty frame asks just that."""

@@ -2,7 +2,7 @@
 
     RUNTIME_DIR/            mode 0700, ours; named after the run id and the agent of node 0, or given by `tpserve serve`
         lock                held (flock) by the frontend for as long as it lives: the kernel lets go of it when it dies
-        agent.json          what kept the agent of `tpserve serve` from starting ranks
+        agent.json          why the agent of `tpserve serve` has ended
         frontend.json       written once its sockets are bound, or with the error that kept it from that
         control, engine     its ZeroMQ sockets; plan-*, result-* those of rank 0
 
@@ -10,6 +10,7 @@ Runs before torch is imported and needs none of it. Ranks of node 0 find the dir
 the coordinator's TCP address over torchrun's store, of which only `get` and `set` are used here.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -51,10 +52,11 @@ class Frontend(Struct, frozen=True):
 
 
 class Failure(Struct, frozen=True):
-    """agent.json: why the agent of node 0 could not start the ranks, for the frontend to tell."""
+    """agent.json: why the agent of node 0 has ended, for the frontend to tell."""
 
     code: int
     why: str
+    advice: str = ""
 
 
 class Store(Protocol):
@@ -222,8 +224,9 @@ def read(where: Path) -> Frontend | None:
 
 
 def write_failure(where: Path, failure: Failure) -> None:
-    """Write agent.json; before the agent ends."""
-    (where / "agent.json").write_bytes(msgspec.json.encode(failure))
+    """Write agent.json, before the agent ends; the first reason counts, and there may be no directory any more."""
+    with contextlib.suppress(OSError), (where / "agent.json").open("xb") as file:
+        file.write(msgspec.json.encode(failure))
 
 
 def read_failure(where: Path) -> Failure | None:

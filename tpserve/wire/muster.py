@@ -5,7 +5,7 @@
                                                   -> Refused   what cannot heal: another version, a place that is taken
                                                   -> Meet      all are there: where the agents' store listens
 
-One line of JSON a message. Afterwards each connection stays open, for the other node to see node 0's end (`head_gone`).
+One line of JSON a message. Afterwards each connection stays open, for both to see the other's end (`nodes`).
 Owns the sockets of the meeting and the lines that tell of it; knows no ranks but their number.
 Invariants: node 0 lets each node in once, and with a secret nobody who cannot prove that he knows it (strangers and mistakes are
 kept out, not who listens on the network); a node that leaves before all are there is waited for again; nobody waits longer
@@ -26,6 +26,7 @@ from msgspec import Struct
 
 from tpserve.config.network import at, describe
 from tpserve.errors import EngineFailure, UserError
+from tpserve.wire.nodes import Join, keep_alive
 
 logger = logging.getLogger("tpserve.muster")
 
@@ -40,21 +41,6 @@ RETRY_S = 0.2
 MOST_BYTES = 1 << 16
 MOST_STRANGERS = 64
 """Connections that have not said who they are; of more than these the oldest are closed."""
-
-
-class Join(Struct, frozen=True, tag=True):
-    """A node wants in. `host`: its name; `machine`: equal for nodes on one; `address`: its own, as other nodes shall use it;
-    `derived`: that is what the route to the master gave; `proof`: of the secret of --cluster-secret-file, empty without one."""
-
-    node: int
-    nnodes: int
-    nproc: int
-    version: str
-    host: str
-    machine: str
-    address: str
-    derived: bool
-    proof: str = ""
 
 
 class Waiting(Struct, frozen=True, tag=True):
@@ -181,8 +167,11 @@ class Muster:
         for line in self._lines:
             if line.join is None:
                 line.socket.close()
-            else:
-                keep_alive(line.socket)
+
+    @property
+    def joined(self) -> dict[socket.socket, Join]:
+        """The other nodes that are in, by their connections."""
+        return {line.socket: line.join for line in self._lines if line.join is not None}
 
     def close(self) -> None:
         """Hear nobody any more."""
@@ -263,6 +252,7 @@ class Muster:
                 "cross: use the hosts' own network (Docker: --network host)"
             )
         line.join = join
+        keep_alive(line.socket)  # a node that vanishes without a word must not hold the place of its successor
         line.send(Waiting(self._missing()))
 
     def _turn_away(self, line: _Line, join: Join, why: str) -> None:
@@ -323,26 +313,6 @@ def _wait_in(line: _Line, me: Join, clock: Clock, where: str) -> Refused | Meet 
                 return answer
             clock.tell(f"{name_nodes(answer.nodes, me.nnodes)} at {where}")
     return None
-
-
-def head_gone(connection: socket.socket) -> str:
-    """Wait, however long, until node 0's agent has ended or cannot be reached; why. The kernel watches: it does not matter how
-    busy either process is, and a cut of two seconds is not noticed."""
-    keep_alive(connection)
-    connection.settimeout(None)
-    try:
-        while connection.recv(MOST_BYTES):
-            pass
-    except OSError as error:
-        return f"node 0 cannot be reached: {describe(error)}"
-    return "node 0 has ended"
-
-
-def keep_alive(connection: socket.socket) -> None:
-    """Have the kernel ask a silent peer every second, and give it up when it has not answered four times."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 4)):
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def listen(address: str, ports: tuple[int, int]) -> socket.socket:
