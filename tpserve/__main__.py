@@ -185,6 +185,7 @@ def _rank(argv: list[str]) -> int:
             return 0
         raise
     log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.local_rank == 0)
+    kept = log.keep()
     if me.rank == 0:
         _introduce(flags, config)
     settings = _use(interface, me)
@@ -205,7 +206,7 @@ def _rank(argv: list[str]) -> int:
     gc.enable()
     watch.lap("torch")
     try:
-        code = run_rank(config, spec, me, interface, settings, attachment, watch)
+        code = run_rank(config, spec, me, interface, settings, attachment, watch, kept)
     except UserError as error:  # before it could tell the coordinator
         code = _refuse(me, error, tell=me.local_rank == 0)
     logging.shutdown()

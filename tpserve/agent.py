@@ -38,7 +38,7 @@ logger = logging.getLogger("tpserve.agent")
 
 LEAVE_S = 1.0
 """How long ranks may outlive node 0's agent, which ends after its own ranks, and this agent its ranks."""
-FOLLOW_S = 3.0
+FOLLOW_S = 2.5
 """How long ranks of node 0 may outlive another node's agent: all are told at once that it is over, and have two seconds."""
 LOOK_AT = "see the last lines of its log, and `dmesg` there for a kernel that was out of memory"
 LOOK_BETWEEN = "look at that node and the network between them"

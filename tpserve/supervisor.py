@@ -228,8 +228,8 @@ class _Supervisor:
                 ended_s = time.monotonic()
                 poll = select.poll()  # a dead child's descriptor would be readable for ever
                 poll.register(self._wake, select.POLLIN)
-            if ended_s is not None and time.monotonic() - ended_s > FOLLOW_S:
-                break
+            if ended_s is not None and (time.monotonic() - ended_s > FOLLOW_S or self._is_killed(self._frontend)):
+                break  # without a frontend, who is left has nobody to follow
             waiting = self._url or ended_s is not None
             poll.poll(READY_POLL_S * 1000 if waiting else None)
             with contextlib.suppress(BlockingIOError):
@@ -238,6 +238,10 @@ class _Supervisor:
                 self._invite()
         self._last_word()
         return self._verdict()
+
+    @staticmethod
+    def _is_killed(child: "subprocess.Popen[bytes] | None") -> bool:
+        return child is not None and (child.returncode or 0) < 0
 
     def _children(self) -> dict[int, str]:
         """Those that have not ended, and what they are."""
@@ -253,7 +257,7 @@ class _Supervisor:
     def _last_word(self) -> None:
         """It is the frontend's, and on other nodes the agent's, unless somebody has killed it."""
         name, last = ("the frontend", self._frontend) if self._frontend is not None else ("the agent", self._agent)
-        if last is not None and last.returncode is not None and last.returncode < 0 and not self._passed_on:
+        if last is not None and self._is_killed(last) and not self._passed_on:
             killer = signal.Signals(-last.returncode).name
             killed = f"{name} (pid {last.pid}) was killed by {killer}; look at `dmesg` for a kernel that was out of memory"
             logger.error("ended: %s", self._stopped.get(last.pid, killed))

@@ -14,7 +14,8 @@ from msgspec.structs import replace
 
 from tpserve.errors import EngineFailure, UserError
 from tpserve.wire import muster
-from tpserve.wire.muster import Join, Meet, Muster, missing_ranks
+from tpserve.wire.muster import Meet, Muster, missing_ranks
+from tpserve.wire.nodes import End, Join, first_end, head_gone
 
 HEAD = Join(0, 3, 2, "1.0", "head", "machine-a", "127.0.0.1", derived=True)
 FIRST = Join(1, 3, 2, "1.0", "first", "machine-a", "127.0.0.1", derived=True)
@@ -30,6 +31,10 @@ class Head(threading.Thread):
         self.port: int = listener.getsockname()[1]
         self.outcome: Any = None
         self._muster = Muster(replace(HEAD, proof=proof), listener, 6, timeout_s)
+
+    @property
+    def joined(self) -> dict[socket.socket, Join]:
+        return self._muster.joined
 
     def close(self) -> None:
         self._muster.close()
@@ -88,9 +93,17 @@ def test_all_meet_and_strangers_do_not_matter() -> None:
         for stranger in crowd:
             stranger.close()
     assert first.outcome == "met"
+    seen: list[End] = []
+    watch = threading.Thread(target=lambda: seen.append(first_end(first.joined)))
+    watch.start()
     assert not select.select([node.line for node in nodes], [], [], 0.3)[0], "node 0 lives"
+    assert not seen
+    nodes[0].line.close()
+    watch.join(5.0)
+    assert seen == [End("node 2 (second, 127.0.0.1)", "has ended", lost=False)]
     first.close()
-    assert [muster.head_gone(node.line) for node in nodes] == ["node 0 has ended"] * 2
+    del nodes[0]
+    assert [head_gone(node.line) for node in nodes] == ["node 0 has ended"]
 
 
 def test_a_node_that_leaves_is_waited_for_again() -> None:

@@ -6,6 +6,7 @@ first rank of a node downloads the weights that its node lacks.
 
 import logging
 import socket
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from tpserve.hub.locate import weights_of
 from tpserve.models import names_of
 from tpserve.models.decoder import Decoder
 from tpserve.models.whole import sources
+from tpserve.observe.log import Kept
 from tpserve.observe.progress import Progress
 from tpserve.observe.stopwatch import Stopwatch
 from tpserve.observe.trace import Trace
@@ -43,7 +45,8 @@ from tpserve.weights.survey import about
 from tpserve.wire.attach import Attachment, attach_remote, publish
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Key, rank_role
 from tpserve.wire.channels import Door, EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, tcp
-from tpserve.wire.control import Control, Stopped
+from tpserve.wire.control import WORD_S, Control, Stopped
+from tpserve.wire.lifetime import end_stopped
 from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
 from tpserve.worker.loop import serve_plans
@@ -62,12 +65,13 @@ def run_rank(
     settings: dict[str, str],
     attachment: Attachment | None,
     watch: Stopwatch,
+    kept: Kept,
 ) -> int:
     """Take part in serving until told to stop; returns the process's exit code.
 
     `interface` is this node's between nodes, and `settings` what the user has told NCCL and gloo. `attachment` is how to reach
     the frontend; ranks of other nodes have none yet and learn it over torchrun's store.
-    `watch` has timed what came before.
+    `watch` has timed what came before; `kept` holds this process's log, for operators.
     """
     store = None
     if env.nnodes > 1 and (attachment is None or env.rank == 0):
@@ -87,7 +91,10 @@ def run_rank(
         agent_pid=env.agent_pid,
         local_ranks=1 if env.job else env.local_world_size,  # a script's only child
     )
+    control.repeat(kept.since)
     control.start()
+    if env.runtime_dir is None:
+        _end_stopped_neighbours(env, attachment, control)
     try:
         _Rank(config, spec, env, attachment, control, watch).serve()
     except Stopped:
@@ -96,6 +103,20 @@ def run_rank(
         log.debug("rank %d fails", env.rank, exc_info=True)
         return control.fail(error)
     return control.leave()
+
+
+def _end_stopped_neighbours(env: RankEnv, attachment: Attachment, control: Control) -> None:
+    """Under bare torchrun, where nobody else looks after the agent and the frontend. `tpserve serve` does."""
+    neighbours = {env.agent_pid: "torchrun"}
+    if attachment.frontend_pid is not None:
+        neighbours[attachment.frontend_pid] = "the frontend"
+
+    def tell(pid: int, what: str) -> None:
+        log.error("%s: it is ended", what)
+        control.complain(what)
+        time.sleep(WORD_S)  # the frontend hears it before this rank dies with the agent
+
+    end_stopped(lambda: neighbours, tell)
 
 
 @dataclass

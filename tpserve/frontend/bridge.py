@@ -25,7 +25,7 @@ from tpserve.frontend.ranks import KILLED_ADVICE, TICK_S, Ranks
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept
-from tpserve.types.messages import Control, EngineInput, Experts
+from tpserve.types.messages import Control, EngineInput, Experts, Said
 from tpserve.wire.attach import Failure, Frontend, read_failure, write
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
 from tpserve.wire.channels import Door, EngineServer, tcp
@@ -74,6 +74,7 @@ class Bridge:
         self._started_s = started_s
         self._tell = tell
         self._kept = kept
+        self._said = [Kept() for _ in range(config.layout.world_size)]
         self._coordinator = Coordinator(
             config.layout.world_size,
             time.monotonic(),
@@ -118,7 +119,7 @@ class Bridge:
     def info(self) -> dict[str, Any]:
         """What operators may see: of the configuration, and of every rank as far as it is known."""
         c = self._coordinator
-        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic(), self._kept)
+        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic(), self._kept, self._said)
 
     async def serve(self, watch_pid: int) -> int:
         """Run until the service has ended and the ranks on this host are gone; returns the exit code. The ranks die with
@@ -226,6 +227,8 @@ class Bridge:
                 self._tell(action)
             case Experts(_, _, layers, tokens):
                 self.journal.metrics.experts(layers, tokens)
+            case Said(rank, start, lines) if 0 <= rank < len(self._said):
+                self._said[rank].take(start, lines)
             case Draining():
                 self._to_engine([Control("drain")])
             case Failed(code, reason, _):

@@ -29,7 +29,7 @@ from msgspec import Struct
 
 from tpserve.frontend.agreement import disagreement
 from tpserve.observe.table import of_ranks
-from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Experts, Fault, Hello, RankMessage, Run, Start, Stop, Up
+from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Experts, Fault, Hello, RankMessage, Run, Said, Start, Stop, Up
 
 LOST_S = 4.0
 """A rank that said nothing for this long while serving is lost; it beats every 0.5 s."""
@@ -84,7 +84,7 @@ class Finished(Struct, frozen=True):
     """Stopped because it was asked to: exit code 0."""
 
 
-Action = Send | Ready | Draining | Lost | Failed | Finished | Experts
+Action = Send | Ready | Draining | Lost | Failed | Finished | Experts | Said
 
 
 class State(Enum):
@@ -158,7 +158,8 @@ class Coordinator:
             Hello: self._hello,
             Up: self._up,
             Beat: self._beat,
-            Experts: lambda peer, message, now: [message],  # to be shown; nothing is decided by it
+            Experts: lambda peer, message, now: [message],  # to be shown; nothing is decided by it or the next
+            Said: lambda peer, message, now: [message],
             Fault: self._fault,
             Drain: self._asked_to_end,
         }

@@ -38,6 +38,7 @@ from tpserve.types.messages import (
     Place,
     RankMessage,
     Run,
+    Said,
     Start,
     Stop,
     Up,
@@ -109,6 +110,7 @@ class Control:
         self._due: tuple[int, float] | None = None
         self._read_tally: Callable[[], bytes] | None = None
         self._expert_layers: tuple[int, ...] = ()
+        self._read_log: Callable[[int], tuple[int, list[str]]] = lambda number: (number, [])
         self._left = False
         # said by the coordinator
         self._start: Start | None = None
@@ -117,6 +119,7 @@ class Control:
         self.stop: Stop | None = None
         # the thread's own
         self._tally_told = b""
+        self._lines_told = 0
         self._stopped_s, self._ends_s = 0.0, math.inf
         self._signalled_s: float | None = None
         self._away_s: float | None = time.monotonic()
@@ -154,6 +157,15 @@ class Control:
     def count(self, layers: tuple[int, ...], read: Callable[[], bytes]) -> None:
         """From now on tell with the beats what these layers' experts have had; `read` is called on the control thread."""
         self._expert_layers, self._read_tally = layers, read
+
+    def repeat(self, read: Callable[[int], tuple[int, list[str]]]) -> None:
+        """Tell with the beats what this rank logs. `read`: lines from a number on, and the number of the first."""
+        self._read_log = read
+
+    def complain(self, text: str) -> None:
+        """Report what makes going on pointless, whatever the main thread does."""
+        self._fault = self._fault or Fault(self.rank, self._epoch, "engine", text)
+        os.eventfd_write(self._nudge, 1)
 
     def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str], traits: dict[str, str]) -> None:
         """Ask to take part."""
@@ -287,6 +299,10 @@ class Control:
         if self._run is not None and self._read_tally is not None and (tokens := self._read_tally()) != self._tally_told:
             self._tally_told = tokens
             said.append(Experts(self.rank, self._epoch, self._expert_layers, tokens))
+        start, lines = self._read_log(self._lines_told)
+        if lines:
+            self._lines_told = start + len(lines)
+            said.append(Said(self.rank, start, tuple(lines)))
         if self._fault is not None:
             said.append(self._fault)
         return [*said, Beat(self.rank, self._epoch, self._phase, self._percent, self._step)]
@@ -338,14 +354,12 @@ class Control:
                 self._ends_s = now + (WORD_S if self._frontend_pid is None else 0.0)
             os.eventfd_write(self._nudge, 1)
         elif now - self._signalled_s > SAME_SIGNAL_S and self._fault is None:
-            self._fault = Fault(self.rank, self._epoch, "engine", "ended at once by a second signal")
-            os.eventfd_write(self._nudge, 1)
+            self.complain("ended at once by a second signal")
 
     def _see_whether_overdue(self, now: float) -> None:
         if self._due is None or self._fault is not None or now < self._due[1]:
             return
-        self._fault = Fault(self.rank, self._epoch, "engine", f"step {self._due[0]} does not come back: a rank hangs")
-        os.eventfd_write(self._nudge, 1)
+        self.complain(f"step {self._due[0]} does not come back: a rank hangs")
 
     def _sibling_is_dead(self) -> bool:
         if self._agent_pid is None or self._local_ranks == 1:

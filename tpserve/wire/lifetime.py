@@ -15,7 +15,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-STOPPED_S, LOOK_S = 5.0, 0.5
+STOPPED_S, LOOK_S = 4.5, 0.5
 """Who was stopped for so long (SIGSTOP, Ctrl-Z) is ended: nobody can wait for it, and only its end is noticed by everybody.
 Longer than the coordinator waits for a beat, whose reason says more."""
 _PR_SET_PDEATHSIG = 1
