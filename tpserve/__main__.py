@@ -191,7 +191,8 @@ def _rank(argv: list[str]) -> int:
     settings = _use(interface, me)
     watch.lap("config")
     try:
-        attachment = attach(me, config, interface.address, config.start_timeout) if me.node_rank == 0 else None
+        bare = me.runtime_dir is None
+        attachment = attach(me, config, interface.address, config.start_timeout, start=bare) if me.node_rank == 0 else None
     except UserError as error:  # under `tpserve serve` it is the supervisor who tells
         return _refuse(me, error, tell=me.rank == 0 and me.runtime_dir is None)
     except EngineFailure as error:

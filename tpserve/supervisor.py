@@ -236,8 +236,10 @@ class _Supervisor:
                 self._wake.recv(4096, socket.MSG_DONTWAIT)
             if self._url and not self._signalled_s and ended_s is None and self._is_ready():
                 self._invite()
+        code = self._verdict()
+        _end_all_children()  # before the last word, for it to be that
         self._last_word()
-        return self._verdict()
+        return code
 
     @staticmethod
     def _is_killed(child: "subprocess.Popen[bytes] | None") -> bool:

@@ -1,5 +1,5 @@
 """One fault done to a real cluster, and what it looks like from outside: how long everything took to end, what clients, /readyz
-and the log said, what is left. `test_failures` judges it; run as a program it measures all of them for docs/reliability.md.
+and the log said, what is left. `test_failures` judges it and prints the times that docs/reliability.md shows.
 """
 
 import http.client
@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,15 @@ from typing import Any
 from launch.lab import links
 from launch.lab.hosts import Host
 from launch.lab.jobs import commands, stopped_or_dead, what
+from tests.cluster import tiny_model
 from tests.lab.cluster import PORT, Cluster, cluster
 from tests.server import ReadyWatch
 
-FLAGS = ("--load-format", "dummy", "-tp", "2", "-pp", "2")
+FLAGS = ("--load-format", "dummy", "-tp", "2", "-pp", "2", "--max-model-len", "8192")
 KILL, STOP, CUT, SILENCE = "kill", "stop", "cut", "silence"
+LINK = "link"
 PARTS = ("rank 0", "rank 1", "rank 2", "rank 3", "frontend", "agent 0", "agent 1", "serve 0", "serve 1")
-"""What runs; a number behind `agent` and `serve` is the node's. Two ranks a node."""
+"""What runs; a number behind `agent` and `serve` is the node's. Two ranks a node. Under bare torchrun that is the agent."""
 GIVE_UP_S = 40.0
 
 
@@ -32,8 +34,9 @@ class Outcome:
     """Of one fault."""
 
     ended_s: float
-    """From the fault until every process had ended, but the one that was stopped when nobody may end it"""
+    """From the fault until every process had ended, but for one that was stopped itself"""
     left: list[str]
+    """What still ran when all patience had ended, and the stopped process if it still is"""
     codes: list[int]
     log: str
     ready: list[tuple[int, Any]]
@@ -45,7 +48,7 @@ class Outcome:
 
     def last(self, node: int) -> str:
         """The last line of a node's log."""
-        return [line for line in self.log.splitlines() if line.startswith(f"node{node} | ")][-1]
+        return [line for line in self.log.splitlines() if line.startswith(f"node{node} | ")][-1].partition(" | ")[2]
 
 
 class Client(threading.Thread):
@@ -81,8 +84,8 @@ def find(server: Cluster, part: str) -> int | None:
     """The process id of a part, when it lives."""
     name, _, number = part.partition(" ")
     hosts = server.hosts if name in ("rank", "frontend") else [server.hosts[int(number)]]
-    wanted = part if name == "rank" else name
-    return next((pid for host in hosts for pid in host.processes() if what(pid) == wanted and not stopped_or_dead(pid)), None)
+    wanted = {part} if name == "rank" else {"agent", "torchrun"} if name == "agent" else {name}
+    return next((pid for host in hosts for pid in host.processes() if what(pid) in wanted and not stopped_or_dead(pid)), None)
 
 
 def wait(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
@@ -137,9 +140,16 @@ def draining(server: Cluster) -> None:
 MOMENTS = {moment.__name__: moment for moment in (alone, forming, loading, idle, running, draining)}
 
 
-def happen(hosts: list[Host], model: str, place: Path, part: str, how: str, moment: str, flags: Sequence[str] = ()) -> Outcome:
-    """Bring a cluster to the moment, do it to the part, and see it end. `how` CUT and SILENCE are done to node 1's link."""
-    lines = commands(hosts, [model, *FLAGS, *flags], [2])
+def save(directory: Path) -> str:
+    """A tiny model with room for long streams."""
+    path = tiny_model.save(directory) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 8192}))
+    return str(directory)
+
+
+def happen(hosts: list[Host], model: str, place: Path, part: str, how: str, moment: str, *, torchrun: bool = False) -> Outcome:
+    """Bring a cluster to the moment, do it to the part, and see it end. CUT and SILENCE are done to the LINK."""
+    lines = commands(hosts, [model, *FLAGS], [2], torchrun=torchrun)
     with cluster(hosts, [], place, start=[], lines=lines) as server:
         MOMENTS[moment](server)
         clients = [Client(server) for _ in range(3)] if moment in ("running", "draining") else []
@@ -163,8 +173,6 @@ def happen(hosts: list[Host], model: str, place: Path, part: str, how: str, mome
         server.kill_all()
         codes = server.wait(5.0)
         files = [path.name for path in place.iterdir() if path.suffix != ".log"] + shm
-        for path in place.glob("tpserve-*"):
-            _remove(path)
         return Outcome(ended_s, left, codes, server.log, seen, [c.events for c in clients], listening, files)
 
 
@@ -183,9 +191,3 @@ def _alive(server: Cluster, spared: int | None) -> list[str]:
     """What still runs, zombies and the stopped process excluded."""
     found = [(what(pid), stopped_or_dead(pid), pid) for host in server.hosts for pid in host.processes()]
     return [f"{name} {state}".strip() for name, state, pid in found if name and state not in ("zombie", "gone") and pid != spared]
-
-
-def _remove(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)

@@ -42,11 +42,11 @@ from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
 from tpserve.weights.survey import about
-from tpserve.wire.attach import Attachment, attach_remote, publish
+from tpserve.wire.attach import Attachment, attach_remote, is_alive, publish, remove_runtime_dir
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Key, rank_role
 from tpserve.wire.channels import Door, EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, tcp
-from tpserve.wire.control import WORD_S, Control, Stopped
-from tpserve.wire.lifetime import end_stopped
+from tpserve.wire.control import VERDICT_S, Control, Stopped
+from tpserve.wire.lifetime import end_all_stopped, end_stopped, live_children
 from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
 from tpserve.worker.loop import serve_plans
@@ -90,6 +90,7 @@ def run_rank(
         frontend_pid=attachment.frontend_pid,
         agent_pid=env.agent_pid,
         local_ranks=1 if env.job else env.local_world_size,  # a script's only child
+        at_failure=partial(_clean_up, env, attachment),
     )
     control.repeat(kept.since)
     control.start()
@@ -113,10 +114,20 @@ def _end_stopped_neighbours(env: RankEnv, attachment: Attachment, control: Contr
 
     def tell(pid: int, what: str) -> None:
         log.error("%s: it is ended", what)
-        control.complain(what)
-        time.sleep(WORD_S)  # the frontend hears it before this rank dies with the agent
+        if pid == env.agent_pid:  # this rank dies with it: the frontend is to hear of it before, and to answer
+            control.complain(what)
+            time.sleep(VERDICT_S)
 
     end_stopped(lambda: neighbours, tell)
+
+
+def _clean_up(env: RankEnv, attachment: Attachment) -> None:
+    """Under bare torchrun, where nobody else does: end those of this node who were stopped and cannot end themselves, or torchrun
+    would wait for them; take the directory of a frontend that was killed away."""
+    if env.runtime_dir is None:
+        end_all_stopped([env.agent_pid, *(live_children(env.agent_pid) or ())])
+        if attachment.runtime_dir is not None and not is_alive(attachment.runtime_dir):
+            remove_runtime_dir(attachment.runtime_dir)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from tpserve.types.messages import Control, EngineInput, Experts, Said
 from tpserve.wire.attach import Failure, Frontend, read_failure, write
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
 from tpserve.wire.channels import Door, EngineServer, tcp
-from tpserve.wire.lifetime import open_pidfd
+from tpserve.wire.lifetime import has_ended, open_pidfd
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class Bridge:
         self._started_s = started_s
         self._tell = tell
         self._kept = kept
+        self._watched: tuple[int, int] | None = None
         self._said = [Kept() for _ in range(config.layout.world_size)]
         self._coordinator = Coordinator(
             config.layout.world_size,
@@ -88,7 +89,7 @@ class Bridge:
             self._doorkeeper = Doorkeeper(self._lock.allowed)
             if config.cluster_secret_file is None:
                 logger.warning(NO_SECRET)
-        self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", self.door(), self._on_action)
+        self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", self.door(), self._on_action, self._look_at_parent)
         if (locked := self._ranks.remote_socket) is not None:
             self._doorkeeper.watch(locked)
         self._engine = EngineServer(f"ipc://{where}/engine")
@@ -129,6 +130,7 @@ class Bridge:
         if watched is None:
             self._parent_gone(watch_pid)
         else:
+            self._watched = watch_pid, watched
             loop.add_reader(watched, self._parent_gone, watch_pid)
         descriptor = self._engine.socket.get(zmq.FD)
         assert isinstance(descriptor, int)
@@ -145,6 +147,7 @@ class Bridge:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # while their sockets are open
             loop.remove_reader(descriptor)
+            self._watched = None
             if watched is not None:
                 loop.remove_reader(watched)
                 os.close(watched)
@@ -215,8 +218,16 @@ class Bridge:
 
     # What ends it
 
+    def _look_at_parent(self) -> None:
+        """Before the death of a rank is told, of which the parent's may be the reason."""
+        if self._watched is not None and has_ended(self._watched[1]):
+            self._parent_gone(self._watched[0])
+
     def _parent_gone(self, pid: int) -> None:
-        gone = Failure(1, f"the agent (pid {pid}) that started the ranks was killed or crashed", KILLED_ADVICE)
+        why = (
+            f"the agent (pid {pid}) that started the ranks has ended: it, or a rank that had not come yet, was killed or crashed"
+        )
+        gone = Failure(1, why, KILLED_ADVICE)
         failure = read_failure(self._where) or gone
         self.fail(failure.code, failure.why, failure.advice)
 

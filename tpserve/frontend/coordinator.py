@@ -112,6 +112,7 @@ _NEXT_SURVIVING = _NEXT | {(state, "fault"): State.FORMING for state in (State.F
 
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
+_SIBLING_ADVICE = "look at the last lines of its node's log"
 _SILENT = Beat(-1, 0, "", 0, -1)
 
 
@@ -301,7 +302,8 @@ class Coordinator:
         if rank.incarnation <= rank.over:
             return []
         rank.over = rank.incarnation
-        actions = self._fail_epoch(1, f"{self._describe(peer.rank)}: {message.text}", now, _FAULT_ADVICE)
+        advice = _SIBLING_ADVICE if message.kind == "sibling" else _FAULT_ADVICE
+        actions = self._fail_epoch(1, f"{self._describe(peer.rank)}: {message.text}", now, advice)
         rank.hello = None
         return actions
 

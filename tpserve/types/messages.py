@@ -215,11 +215,12 @@ class Said(Message, frozen=True):
 
 
 class Fault(Message, frozen=True):
-    """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1)."""
+    """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1); sibling: the same,
+    since another rank of its node has ended, whose death explains more."""
 
     rank: int
     epoch: int
-    kind: Literal["user", "engine"]
+    kind: Literal["user", "engine", "sibling"]
     text: str
 
 

@@ -90,13 +90,13 @@ class Attachment:
         return None if self.keyring is None or self.runtime_dir is not None else self.keyring.key(rank, server)
 
 
-def attach(env: RankEnv, config: EngineConfig, address: str, timeout_s: float) -> Attachment:
-    """For ranks of node 0: find the frontend. Under bare torchrun rank 0 starts one when none lives, in a session of its own, so
-    that it survives the restart of the rank group. Raises what kept the frontend from starting."""
+def attach(env: RankEnv, config: EngineConfig, address: str, timeout_s: float, *, start: bool = True) -> Attachment:
+    """For ranks of node 0: find the frontend. With `start` (bare torchrun) rank 0 starts one when none lives, in a session of its
+    own, so that it survives the restart of the rank group. Raises what kept the frontend from starting."""
     where = runtime_dir(env)
     deadline_s = time.monotonic() + timeout_s
     child: subprocess.Popen[bytes] | None = None
-    if env.rank == 0 and env.runtime_dir is None:
+    if env.rank == 0 and start:
         make_runtime_dir(where)
         while is_alive(where) and read(where) is None and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)  # it is starting, or ending after a fault

@@ -7,10 +7,11 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,13 @@ def open_pidfd(pid: int) -> int | None:
         return None
 
 
+def has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has."""
+    poll = select.poll()  # select() knows no descriptor above 1023
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def live_children(pid: int) -> list[int] | None:
     """The children of a process that live (dead ones that nobody has waited for do not); None when the kernel does not tell."""
     try:
@@ -54,6 +62,14 @@ def end_stopped(find: Callable[[], Mapping[int, str]], tell: Callable[[int, str]
     It counts its own looks and not the time: what was stopped and went on together with this process is not to be blamed.
     """
     threading.Thread(target=_end_stopped, args=(find, tell), name="stopped neighbours", daemon=True).start()
+
+
+def end_all_stopped(pids: Iterable[int]) -> None:
+    """Kill those of them that are stopped now."""
+    for pid in pids:
+        if _state(pid) == "T":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _end_stopped(find: Callable[[], Mapping[int, str]], tell: Callable[[int, str], None]) -> None:

@@ -311,7 +311,8 @@ def _wait_in(line: _Line, me: Join, clock: Clock, where: str) -> Refused | Meet 
                 raise UserError(f"what answers at {where} is no node of tpserve: check --master-port") from None
             if not isinstance(answer, Waiting):
                 return answer
-            clock.tell(f"{name_nodes(answer.nodes, me.nnodes)} at {where}")
+            if answer.nodes:
+                clock.tell(f"{name_nodes(answer.nodes, me.nnodes)} at {where}")
     return None
 
 
