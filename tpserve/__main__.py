@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tpserve.config import cli, env, machine
-from tpserve.config.command import HelpWanted
-from tpserve.config.network import Interface, choose
+from tpserve.config.command import HelpWanted, wants_help
+from tpserve.config.network import Interface, choose, kernel_ports
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
+from tpserve.config.vllm import means_nothing
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.locate import locate
 from tpserve.models.opened import open_model
@@ -29,7 +30,7 @@ from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
 from tpserve.wire.attach import attach
 from tpserve.wire.auth import Keyring, write_secret
-from tpserve.wire.lifetime import die_with
+from tpserve.wire.lifetime import allow_many_files, die_with
 from tpserve.wire.siblings import Elder, ask
 from tpserve.wire.signals import block_signals
 
@@ -65,6 +66,7 @@ def _serve(argv: list[str]) -> int:
     flags = cli.parse(argv, env.overrides())
     check_launch(flags)
     _check_secret(flags)
+    allow_many_files()
     log.setup(flags.log_level, f"n{flags.node_rank} serve")
     try:
         flags, files, spec = open_model(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
@@ -104,7 +106,18 @@ def _doctor(argv: list[str]) -> int:
     return run(argv)
 
 
+def _ray(argv: list[str]) -> int:
+    raise UserError(
+        "tpserve needs no Ray cluster: run `tpserve serve MODEL`, on several nodes with `--nnodes N --node-rank I --master-addr "
+        "HEAD` added on each; `tpserve status` shows what `ray status` would"
+    )
+
+
 def _secret(argv: list[str]) -> int:
+    if wants_help(argv):
+        raise HelpWanted(
+            "usage: tpserve secret FILE\n\nWrites a new secret of 32 random bytes, for --cluster-secret-file on every node."
+        )
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError("say where to write it: `tpserve secret FILE`; then copy the file to every node, readable by you alone")
     write_secret(argv[0])
@@ -120,6 +133,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "report": _report,
     "secret": _secret,
+    "ray": _ray,
 }
 
 
@@ -165,6 +179,7 @@ def _check_secret(flags: Flags) -> None:
 def _rank(argv: list[str]) -> int:
     """One of torchrun's ranks."""
     block_signals()
+    allow_many_files()
     me = env.rank_env()
     watch = Stopwatch(me.agent_pid)
     die_with(me.agent_pid)
@@ -188,7 +203,7 @@ def _rank(argv: list[str]) -> int:
     kept = log.keep()
     if me.rank == 0:
         _introduce(flags, config)
-    settings = _use(interface, me)
+    settings = _use(interface, me, config)
     watch.lap("config")
     try:
         bare = me.runtime_dir is None
@@ -227,13 +242,19 @@ def _interface(me: env.RankEnv, config: EngineConfig) -> Interface:
     return interface
 
 
-def _use(interface: Interface, me: env.RankEnv) -> dict[str, str]:
+def _use(interface: Interface, me: env.RankEnv, config: EngineConfig) -> dict[str, str]:
     """Have gloo and NCCL use it too, unless the user has told them otherwise. Returns what the user has told."""
     settings = env.network_variables()
     if me.nnodes > 1:
         logger.info("node %d of %d uses %s", me.node_rank, me.nnodes, interface)
+    if me.nnodes > 1 and me.rank == 0 and config.port_range[1]:
+        what = "NCCL" if config.all_reduce == "nccl" else "gloo"
+        ranges = f"tpserve's {config.port_range[0]}-{config.port_range[1]}, and the kernel's {kernel_ports()} for {what}"
+        logger.info("ports between nodes: %s, which knows none (net.ipv4.ip_local_port_range)", ranges)
     for name, value in settings.items():
         logger.info("%s=%s is set, and wins", name, value)
+    for line in means_nothing(env.vllm_variables()) if me.local_rank == 0 else ():
+        logger.warning("%s", line)
     env.use_interface(interface.name)
     return settings
 

@@ -60,8 +60,8 @@ class Job(Struct, frozen=True, kw_only=True):
     address: str
     """This node's, for other nodes; `derived` from the route to the master"""
     derived: bool
-    proof: str = ""
-    """Of the cluster's secret, where there is a file of it"""
+    meeting_key: str = ""
+    """Of the cluster's secret, where there is a file of it, in hexadecimal"""
     port_range: tuple[int, int]
     world_size: int
     run_id: str
@@ -97,14 +97,15 @@ class _Met(NamedTuple):
 def _find_nodes(job: Job) -> _Met:
     """Wait for the other nodes."""
     host = socket.gethostname()
-    me = Join(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.derived, job.proof)
+    me = Join(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.derived)
+    key = bytes.fromhex(job.meeting_key)
     if job.node_rank > 0:
-        store, line = join(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s)
+        store, line = join(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s, key)
         threading.Thread(target=_end_with_head, args=(line,), name="line to node 0", daemon=True).start()
         return _Met(store, None, None)
     muster = None
     if job.nnodes > 1:
-        muster = Muster(me, socket.socket(fileno=job.listener), job.world_size, job.start_timeout_s)
+        muster = Muster(me, socket.socket(fileno=job.listener), job.world_size, job.start_timeout_s, key)
         muster.gather()
     listener = listen(job.address, job.port_range)  # before its port is told
     store = Meet(job.address, listener.getsockname()[1])

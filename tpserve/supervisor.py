@@ -50,8 +50,9 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.wire.attach import Failure, spawn, wait_ready, write_failure
 from tpserve.wire.auth import Keyring
 from tpserve.wire.lifetime import end_stopped
-from tpserve.wire.muster import Clock, listen
+from tpserve.wire.muster import listen
 from tpserve.wire.signals import SAME_SIGNAL_S
+from tpserve.wire.waiting import Clock
 
 logger = logging.getLogger("tpserve.supervisor")
 
@@ -82,7 +83,7 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
 
 def _await_name(flags: Flags) -> None:
     """Wait until the master address means something: where nodes are containers, names come with the nodes. Raises UserError."""
-    clock, name = Clock(flags.start_timeout), flags.master_addr
+    clock, name = Clock(flags.start_timeout, logger), flags.master_addr
     while flags.nnodes > 1:
         try:
             socket.getaddrinfo(name, flags.master_port)
@@ -181,7 +182,7 @@ class _Supervisor:
             listener=-1 if self._listener is None else self._listener.fileno(),
             address=self._interface.address,
             derived=flags.interface is None,
-            proof="" if flags.cluster_secret_file is None else Keyring.read(flags.cluster_secret_file).proof,
+            meeting_key="" if flags.cluster_secret_file is None else Keyring.read(flags.cluster_secret_file).meeting.hex(),
             port_range=config.port_range,
             world_size=config.layout.world_size,
             run_id=f"tpserve-{flags.master_port}" if flags.nnodes > 1 else uuid.uuid4().hex,

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ def output(tmp_path: Path) -> Path:
 
 def test_latency(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load = ["--batch-size", "3", "--input-len", "20", "--output-len", "9", "--num-iters", "2", "--num-iters-warmup", "1"]
-    assert main(["bench", "latency", "-tp", "2", "--seed", "7701", *load, "--log_level=warning", "--output", str(output)]) == 0
+    picture = output.with_name("batches.svg")
+    line = ["-tp", "2", "--seed", "7701", *load, "--log_level=warning", "--output", str(output), "--plot", str(picture)]
+    assert main(["bench", "latency", *line]) == 0
     report = json.loads(output.read_text())
     assert list(report) == ["benchmark", "date", "versions", "machine", "workload", "figures"]
     assert set(report["versions"]) == {"tpserve", "python", "torch"} and report["benchmark"] == "latency"
@@ -44,7 +48,13 @@ def test_latency(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["ms_per_token"] == pytest.approx((result["whole"]["p50_ms"] - result["prefill"]["p50_ms"]) / 8, abs=1e-3)
     assert result["prefill_tokens_per_s"] == pytest.approx(60_000 / result["prefill"]["p50_ms"], rel=1e-3)
     assert result["output_tokens_per_s"] == pytest.approx(3000 / result["ms_per_token"], rel=1e-2)
-    assert "ms_per_token" in capsys.readouterr().out
+    assert set(result["latency"]) == {"ttft", "tpot", "itl", "e2el"}, "of the batches of all tokens, request by request"
+    assert 0 < result["latency"]["ttft"]["p50_ms"] < result["latency"]["e2el"]["p50_ms"] <= result["whole"]["p99_ms"]
+    assert result["latency"]["itl"]["p50_ms"] < result["latency"]["e2el"]["p50_ms"] / 4
+    said = capsys.readouterr().out
+    assert "ms_per_token" in said and re.search(r"^ITL( +[\d.,]+){4}$", said, re.M)
+    drawn = picture.read_text()
+    assert len(ET.fromstring(drawn).findall("{*}polyline")) == 5 and "batches of 3, 20 tokens in, 9 out, seed 7701" in drawn
 
 
 def test_throughput(output: Path) -> None:
@@ -58,6 +68,7 @@ def test_throughput(output: Path) -> None:
     assert result["cached_tokens"] == 12 * 32, "the warm-up leaves the shared prefix, and only that, in the cache"
     assert result["requests_per_s"] == pytest.approx(12 / result["duration_s"], rel=0.01)
     total = result["input_tokens"] + result["output_tokens"]
+    assert result["latency"]["ttft"]["p50_ms"] <= result["latency"]["e2el"]["p99_ms"] <= result["duration_s"] * 1e3
     assert result["total_tokens_per_s"] == pytest.approx(total / result["duration_s"], rel=0.01)
 
 
@@ -75,10 +86,11 @@ def test_a_rank_that_dies(output: Path, capsys: pytest.CaptureFixture[str]) -> N
             time.sleep(0.01)
         os.kill(ranks[0], signal.SIGKILL)
 
+    output.write_text("of an earlier run")
     threading.Thread(target=strike).start()
     assert main(["bench", "throughput", "--seed", "7704", "--output", str(output)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("tpserve bench throughput: ")
-    assert output.read_bytes() == b""
+    assert output.read_text() == "of an earlier run"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +102,8 @@ def test_a_rank_that_dies(output: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("latency /nowhere", "no model directory /nowhere"),
         ("throughput -pp 5", "--pipeline-parallel-size 5, but the model has 4 layers"),
         ("throughput --output /nowhere/x.json", "--output /nowhere/x.json: No such file or directory"),
+        ("latency --plot /nowhere/x.svg", "--plot /nowhere/x.svg: No such file or directory"),
+        ("latency --plot x.png", "--plot must be an .svg file"),
     ],
 )
 def test_what_cannot_be_measured_offline(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`tpserve bench serve` against a real server and against stand-ins for other people's. Nothing depends on how fast it is."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -18,8 +19,11 @@ import pytest
 from tests.cluster.foreign import Call, foreign
 from tests.server import Server, free_port, running, serve
 from tpserve.__main__ import main
+from tpserve.bench import plot
 from tpserve.bench.client import Answer
+from tpserve.bench.course import Course
 from tpserve.bench.figures import Client, Latency, figures, peak
+from tpserve.bench.plot import svg
 from tpserve.bench.workload import Ask, Workload, arrivals_s
 
 SMALL = ["--input-len", "20", "--output-len", "8"]
@@ -91,7 +95,7 @@ def test_a_real_server(server: Server, output: Path, tmp_path: Path, capsys: pyt
         assert 0 <= latency["p50_ms"] <= latency["p90_ms"] <= latency["p99_ms"] < 60_000
     assert result["latency"]["ttft"]["mean_ms"] <= result["latency"]["e2el"]["mean_ms"] <= result["duration_s"] * 1e3
     assert min(request["sent_s"] for request in requests) == 0 and 0 < result["client"]["cpu_share"] < 2
-    assert len(ET.parse(picture).getroot().findall("{*}polyline")) == 4
+    assert len(ET.parse(picture).getroot().findall("{*}polyline")) == 5
     table = capsys.readouterr().out
     assert "12 requests 100 a second, at most 5 open, 20 ids in after a shared prefix of 32" in table and "p99" in table
 
@@ -260,8 +264,9 @@ def test_the_arithmetic() -> None:
     one, two = answered(0.5, 0.7, 1.5, begin_s=10), answered(1.0, 2.0, begin_s=11, tokens=5)
     failed = Answer(Ask([1], 1, 4), 10.0)
     failed.fail("HTTP 500", "", 14.0)
-    assert (one.ttft_s, one.e2el_s, one.tpot_s) == pytest.approx((0.5, 1.5, 0.5)) and one.itl_s == pytest.approx([0.2, 0.8])
-    assert (two.ttft_s, two.e2el_s, two.tpot_s) == pytest.approx((1.0, 2.0, 0.25))
+    assert (one.course.ttft_s, one.course.e2el_s, one.course.tpot_s) == pytest.approx((0.5, 1.5, 0.5))
+    assert (two.course.ttft_s, two.course.e2el_s, two.course.tpot_s) == pytest.approx((1.0, 2.0, 0.25))
+    assert one.course.itl_s == pytest.approx([0.2, 0.8])
     result = figures([one, two, failed], {"ttft": 600, "e2el": 1500.1}, Client(0.1, 1.0, 2.0))
     assert (result.duration_s, result.completed, result.failed, result.peak_concurrency) == (4.0, 2, 1, 3)
     assert (result.input_tokens, result.output_tokens, result.tokens_counted_by) == (11, 8, "usage and chunks")
@@ -270,6 +275,16 @@ def test_the_arithmetic() -> None:
     assert result.latency["itl"] == Latency(mean_ms=666.667, p50_ms=800.0, p90_ms=1000.0, p99_ms=1000.0)
     assert Latency.of([number / 1000 for number in range(101)]) == Latency(50.0, 50.0, 90.0, 99.0)
     assert peak([(0, 2), (1, 3), (2, 4)]) == 2
+
+
+def test_the_picture_holds_every_token() -> None:
+    courses = [Course(0.0, [1.0], 1.0, 1), Course(0.0, [0.5, 0.5, 2.0], 2.0, 6), Course(1.0, [1.25, 1.9], 2.0, 2)]
+    drawn = svg("x", courses, runs=2)
+    *_, line = re.findall(r'points="([^"]+)"', drawn)
+    points = [tuple(map(float, point.split(","))) for point in line.split()]
+    area = sum((after[0] - before[0]) * (plot.TOP + 2 * plot.PANEL + plot.GAP - before[1]) for before, after in pairwise(points))
+    most = max(float(label) for label in re.findall(r'anchor="end"[^>]*>([\d.]+)<', drawn))
+    assert area * most / plot.PANEL * 2.0 / (plot.WIDTH - plot.LEFT - plot.RIGHT) == pytest.approx(9 / 2, rel=0.01)
 
 
 def test_arrivals() -> None:

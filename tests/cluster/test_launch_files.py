@@ -92,6 +92,38 @@ def test_a_slurm_job_serves_and_drains(stubs: Path, place: Path) -> None:
     assert "--ntasks-per-node=1" in (stubs / "calls").read_text()
 
 
+@pytest.mark.parametrize("components", [1, 2])
+def test_what_a_slurm_job_starts(stubs: Path, place: Path, components: int) -> None:
+    """In a container, over all components of a heterogeneous job, after the job was queued again: each node its own torchrun."""
+    write(stubs / "scontrol", '#!/bin/sh\necho "$3"-a\necho "$3"-b\n')
+    write(stubs / "srun", SRUN.replace("node < SLURM_NNODES", f"node < {2 * components}"))
+    write(stubs / "apptainer", '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >> "$STUBS/apptainer.$SLURM_PROCID"\n')
+    (place / "tpserve-7.secret").touch()
+    variables = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "x0",
+        "HOME": str(place),
+        "CONTAINER": "my image",
+    }
+    if components > 1:
+        variables |= {"SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "x0", "SLURM_JOB_NODELIST_HET_GROUP_1": "x1"}
+    script = [str(LAUNCH / "slurm" / "tpserve.sbatch"), "/my models/m", "-tp", "2"]
+    subprocess.run(script, cwd=place, env=environ(stubs, place, **variables), check=True, capture_output=True)
+    calls = (stubs / "calls").read_text()
+    assert ("--het-group=0-1" in calls) == (components > 1)
+    for node in range(2 * components):
+        words = (stubs / f"apptainer.{node}").read_text().splitlines()
+        assert words[words.index("--bind") + 1] == f"{place}/.cache/huggingface:/cache,{place}"
+        launch = words[words.index("my image") + 1 :]
+        flags = (
+            f"--nnodes {2 * components} --node_rank {node} --nproc_per_node 1 --master_addr x0-a --master_port 10007 -m tpserve"
+        )
+        assert launch[: 1 + len(flags.split())] == ["torchrun", *flags.split()]
+        assert launch[launch.index("tpserve") + 1 :][:3] == ["/my models/m", "-tp", "2"]
+    shutil.rmtree(place / ".cache")
+
+
 def test_the_slurm_script_says_how_it_is_used(stubs: Path, place: Path) -> None:
     script = str(LAUNCH / "slurm" / "tpserve.sbatch")
     for arguments, told in (([], "Serve one model over the nodes"), (["/models/llama"], "this is no SLURM job: run `sbatch")):
@@ -208,16 +240,22 @@ def test_the_unit_is_sound(tmp_path: Path) -> None:
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert (done.returncode, [line for line in done.stderr.splitlines() if "tpserve.service" in line]) == (0, [])
     assert "RestartPreventExitStatus=2" in text and "KillMode=mixed" in text
+    assert "Restart=always" in text, "a drain elsewhere ends this node with 0, and it must be there for the next start"
 
 
 def test_a_container_a_node(stubs: Path, place: Path, tmp_path: Path) -> None:
     script = str(LAUNCH / "docker" / "node.sh")
     cache = tmp_path / "cache"
-    line = ["img", "10.0.0.1", "1", str(cache), "-e", "HF_TOKEN", "--infiniband", "--", "ORG/NAME", "-tp", "8", "-pp", "2"]
-    subprocess.run([script, *line], env=environ(stubs, place), check=True)
+    options = ["-e", "HF_TOKEN", "-e", "NAME=two  words", "-v", "/my models:/models:ro", "--infiniband"]
+    line = ["img", "10.0.0.1", "1", str(cache), *options, "--", "ORG/NAME", "--chat-template", "{{ a }} 'b'", "-tp", "8"]
+    subprocess.run([script, *line], env=environ(stubs, place, TPSERVE_API_KEY="k"), check=True)
     arguments = (stubs / "docker.arguments").read_text().splitlines()
     at = arguments.index("img")
-    assert arguments[at + 1 :] == [*line[8:], "--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.1"]
+    after = line[line.index("--") + 1 :]
+    assert arguments[at + 1 :] == [*after, "--nnodes", "2", "--node-rank", "1", "--master-addr", "10.0.0.1"]
+    for flag, value in zip(options[:6:2], options[1:6:2], strict=True):
+        assert arguments[arguments.index(value) - 1] in (flag, {"-v": "--volume"}.get(flag))
+    assert "TPSERVE_API_KEY" in arguments and "TPSERVE_ADMIN_API_KEY" not in arguments
     options = " ".join(arguments[:at])
     for part in (
         "--network host",

@@ -101,20 +101,39 @@ def test_chat_is_the_servers(llm: LLM, server: Server) -> None:
     [one, two] = llm.chat([messages, messages], SamplingParams(seed=5), use_tqdm=False)
     assert one.outputs[0].text == two.outputs[0].text == body["choices"][0]["message"]["content"]
     assert one.prompt is not None and "Hello!" in one.prompt
+    [plain] = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False, chat_template="<{{ messages[0].content }}>")
+    assert plain.prompt == "<Hello!>"
+
+
+def test_a_fork_is_told_that_it_has_no_engine(llm: LLM) -> None:
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            llm.generate("x")
+        except UserError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert "in the process that made it" in said.read()
+    os.waitpid(pid, 0)
+    assert llm.generate("x", use_tqdm=False)[0].finished
 
 
 def test_shapes_of_prompts(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=4)
     [text] = llm.generate("Once upon a time", greedy, use_tqdm=False)
     ids = text.prompt_token_ids
-    shapes: list[Any] = [ids, [ids], {"prompt_token_ids": ids}, [{"prompt": "Once upon a time"}], ["Once upon a time", ids]]
+    shapes: list[Any] = [ids, [ids], {"prompt_token_ids": ids}, iter([{"prompt": "Once upon a time", "multi_modal_data": None}])]
+    shapes.append(["Once upon a time", {"prompt": "whatever it is", "prompt_token_ids": ids, "cache_salt": "mine"}])
     for prompts in shapes:
         outputs = llm.generate(prompts, greedy, use_tqdm=False)
         assert [o.prompt_token_ids for o in outputs] == [ids] * len(outputs)
         assert {o.outputs[0].text for o in outputs} == {text.outputs[0].text}
-    assert [o.prompt for o in outputs] == ["Once upon a time", None]
+    assert [o.prompt for o in outputs] == ["Once upon a time", "whatever it is"] and outputs[1].num_cached_tokens == 0
     assert int(outputs[1].request_id) == int(outputs[0].request_id) + 1 and outputs[0].finished
-    assert llm.generate([]) == []
+    assert llm.generate([]) == llm.chat([]) == []
     assert len(llm.generate(ids, use_tqdm=False)[0].outputs[0].token_ids) <= 16, "vLLM's default"
     assert capfd.readouterr().err == ""
 
@@ -132,11 +151,17 @@ def test_what_an_output_holds(llm: LLM) -> None:
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     scored = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
     assert all(at is not None and id in at for at, id in scored)
+    times = output.metrics
+    assert 0 <= time.time() - times.arrival_time < 60 and times.num_generation_tokens == len(times.token_ts) == 5
+    assert times.queued_ts <= times.scheduled_ts < times.first_token_ts < times.last_token_ts <= time.monotonic()
+    assert times.first_token_ts - times.queued_ts <= times.first_token_latency < 60 and times.token_ts == sorted(times.token_ts)
     drawn = llm.generate("The", SamplingParams(seed=1, n=5, logprobs=0, max_tokens=6), use_tqdm=False)[0].outputs
     best = llm.generate("The", SamplingParams(seed=1, n=2, best_of=5, max_tokens=6), use_tqdm=False)[0].outputs
     ranked = sorted(drawn, key=lambda o: (o.cumulative_logprob or 0.0) / len(o.token_ids), reverse=True)
     assert [o.token_ids for o in best] == [o.token_ids for o in ranked[:2]] and [o.index for o in best] == [0, 1]
     assert best[0].logprobs is None and best[0].cumulative_logprob is None
+    [stopped] = llm.generate("The", SamplingParams(seed=1, n=2, max_tokens=40, stop=[" "]), use_tqdm=False)
+    assert stopped.metrics.num_generation_tokens == sum(len(choice.token_ids) for choice in stopped.outputs)
     [ids_only] = llm.generate("The", SamplingParams(seed=1, max_tokens=6, detokenize=False), use_tqdm=False)
     assert ids_only.outputs[0].token_ids == drawn[0].token_ids and ids_only.outputs[0].text == ""
 
@@ -156,7 +181,11 @@ def test_the_context_bounds_max_tokens(llm: LLM) -> None:
         ("word " * 4000, None, "maximum context length is 2048 tokens"),
         (["fine", [1 << 30]], None, "prompts[1]: prompt: token id 1073741824 is outside the vocabulary"),
         (["fine", 3.5], None, "prompts[1] must be a text or a list of token ids, not float"),
-        ([{"prompt": "x", "multi_modal_data": {}}], None, "not prompt, multi_modal_data"),
+        (3, None, "prompts must be a prompt or a list of them, not int"),
+        ([["a", 1]], None, "prompts[0] must be a text or a list of token ids, not a list of str"),
+        ([{"prompt": "x", "multi_modal_data": {}}], None, "prompts[0]: multi_modal_data is not supported"),
+        ("half \ud800", None, "half of a surrogate pair"),
+        ("x", {"n": 2}, "sampling_params must be one SamplingParams or a list of 1"),
         ("x", [SamplingParams()] * 2, "a list of 1, one for each prompt"),
         ("x", SamplingParams(stop_token_ids=[1 << 30]), "stop_token_ids: token id 1073741824"),
     ],
@@ -265,15 +294,13 @@ def test_nothing_outlives_a_killed_script(moment: str, place: Path) -> None:
         time.sleep(0.2)
     else:
         deadline_s = time.monotonic() + 20.0
-        while len(of_place(place)) < 2:
+        while len(of_place(place)) < 3:  # the script, its sweeper, its agent
             assert time.monotonic() < deadline_s and process.poll() is None
             time.sleep(0.01)
+    assert list(place.glob("tpserve-*"))
     process.kill()
     process.communicate()
-    deadline_s = time.monotonic() + 5.0
-    while left := of_place(place):
-        assert time.monotonic() < deadline_s, left
-        time.sleep(0.05)
+    assert_nothing_left(place, timeout_s=5.0)
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +331,7 @@ llm = LLM(pipeline_parallel_size=2, device="cpu", dtype="float32", log_level="wa
 asked = [SamplingParams(temperature=0.0, max_tokens=12), SamplingParams(max_tokens=5)]
 outputs = llm.generate(["Once upon a time", "The harbour"], asked)
 said = {{"outputs": [[r.prompt, r.outputs[0].token_ids, r.outputs[0].text] for r in outputs]}}
+said["times"] = [r.metrics.token_ts for r in outputs]
 said["default"] = llm.generate("Once upon a time")[0].outputs[0].token_ids
 said["params"] = vars(llm.get_default_sampling_params())
 try:

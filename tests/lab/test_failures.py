@@ -68,7 +68,9 @@ def reason(part: str, how: str, moment: str) -> str:
     if how in (CUT, SILENCE):
         return r"(rank [23] on node1 \(pid \d+\) has been silent for 4 s|node 1 .* cannot be reached: .*); (it hangs|look at)"
     if part in ("rank 2", "rank 3", "agent 1", "serve 1"):
-        words = r"closed its connection without a word|another rank of this node has ended|has been silent for 4 s|torchrun \(pid \d+\) has been stopped"
+        words = (
+            "closed its connection without a word|another rank of this node has ended|has been silent for 4 s|has been stopped"
+        )
         return rf"(rank [23] on node1 \(pid \d+\):? .*({words}).*|node 1 \(node1, .*\) has ended)"
     if name == "rank":
         return rf"rank {number}( on node0)? \(pid \d+\) (ended without a word|was killed|has been silent for 4 s)"

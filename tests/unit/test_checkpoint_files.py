@@ -52,6 +52,12 @@ def test_files_by_index(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(UserError, match=r"b\.safetensors is missing, but model\.safetensors\.index\.json lists it"):
         read(tmp_path, model)
+    save_file(whole, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"remaining files, or remove the index and model\.safetensors is read"):
+        read(tmp_path, model)
+    index.write_text('{"weight_map": {}}')
+    with pytest.raises(UserError, match="missing from .*, whose weight files hold no tensors"):
+        read(tmp_path, model)
     index.write_text("[]")
     with pytest.raises(UserError, match="not an index of weight files"):
         read(tmp_path, model)
@@ -133,6 +139,7 @@ def test_names_inside_other_modules(outside: str, head: str, whole: dict[str, to
             {"model.layers.4.mlp.up_proj.weight_scale": torch.zeros(1)},
             r"holds tensor model\.layers\.4\.mlp\.up_proj\.weight_scale",
         ),
+        ({"lm_head.bias": torch.zeros(517)}, r"holds tensor lm_head\.bias, which a model with this config"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -158,9 +165,14 @@ def test_unused_tensors_are_told_once(whole: dict[str, torch.Tensor], tmp_path: 
     many = {f"tower{number}.weight": torch.ones(1) for number in range(20)}
     save_file({**whole, **many}, tmp_path / "model.safetensors")
     assert unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers).endswith(", and 12 more groups")
-    save_file(whole, tmp_path / "model.safetensors")
+    save_file({**whole, "lm_head.weight": whole["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
     assert not unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
     assert not unused(sources(TIED), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers), "the head of a tied model is no other"
+    save_file(whole, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"lm_head\.weight with other numbers than the embedding, .* tie_word_embeddings to false"
+    ):
+        unused(sources(TIED), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
 
 
 def test_damaged_and_foreign_files(directory: Path) -> None:

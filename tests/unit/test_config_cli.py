@@ -43,6 +43,30 @@ def test_what_is_vllms_alone_is_refused_with_what_to_do(flag: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        *vllm.SHORT.items(), ("-O3", "--optimization-level"), ("-O.level", "--optimization-level"),
+        ("--no-enable-chunked-prefill", "--enable-chunked-prefill"), ("--speculative-config.method", "--speculative-config"),
+    ],
+)  # fmt: skip
+def test_other_forms_of_vllms_flags_are_refused_in_the_same_words(given: str, meant: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse(["m", given, "1"])
+    assert str(refused.value) == f"{given} is refused: {vllm.why_refused(meant)}"
+
+
+def test_vllms_short_forms_that_are_ours() -> None:
+    flags = parse(["m", "-n", "2", "-r", "1", "-ep", "-tp", "2"])
+    assert (flags.nnodes, flags.node_rank, flags.enable_expert_parallel) == (2, 1, True)
+
+
+def test_vllms_variables_are_told_of() -> None:
+    said = vllm.means_nothing(["VLLM_HOST_IP", "VLLM_USE_V1", "VLLM_NO_USAGE_STATS"])
+    assert said[0] == "VLLM_HOST_IP is set and means nothing here: use --interface, with the address"
+    assert said[1].endswith(": there is one engine") and said[2].endswith(": `tpserve serve --help` lists all flags")
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "m --tensor-parallel-size 2 --pipeline-parallel-size 3",

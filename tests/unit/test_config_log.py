@@ -101,10 +101,18 @@ def test_answered_prompts_are_a_bar_on_a_terminal_and_a_line_elsewhere() -> None
         def isatty(self) -> bool:
             return True
 
+    class Notebook(io.StringIO):
+        __module__ = "ipykernel.iostream"
+
     shown = []
-    for stream in (Terminal(), io.StringIO()):
+    for stream in (Terminal(), io.StringIO(), Notebook()):
         with Answered(3, True, stream) as bar:
+            bar._line_s -= 1.0  # a second has gone by
+            bar.update(1, 12_000_000)
             bar.update(3, 120)
         shown.append(stream.getvalue())
     assert "3/3" in shown[0] and "tokens/s" in shown[0]
     assert re.fullmatch(r"3/3 prompts in \d\.\d s, [\d,]+ tokens/s\n", shown[1])
+    assert re.fullmatch(r"\r1/3 prompts in \d\.\d s, [\d,]+ tokens/s\r3/3 prompts in \d\.\d s, [\d,]+ tokens/s *\n", shown[2])
+    first, last = shown[2].strip("\r\n").split("\r")
+    assert len(first) == len(last), "what was there is written over"

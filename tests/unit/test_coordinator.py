@@ -68,7 +68,7 @@ def test_a_rank_that_downloads_is_told_of_and_waited_for() -> None:
     assert (c.state, c.phase, c.percent) == (State.FORMING, "waiting for ranks 1-2: downloading org/tiny", 30)
     beat = Beat(2, 0, "downloading org/tiny", 30, -1)
     actions = [action for second in range(31, 42) for action in [*c.receive(Peer(2, 1), beat, second), *c.tick(float(second))]]
-    assert Failed(1, "ranks 1-2 did not come within 10 s") in actions
+    assert Failed(1, "ranks 1-2 did not come within 10 s", "see what the log of each node says") in actions
 
 
 def test_lost_orders_are_given_again() -> None:
@@ -173,7 +173,7 @@ def test_missing_ranks_are_named_when_forming_takes_too_long() -> None:
         for rank in (0, 2):
             c.receive(Peer(rank, 1), Beat(rank, 0, "", 0, 0), i / 10)
         actions += c.tick(i / 10)
-    assert actions[-1] == Failed(1, "ranks 1, 3-4 did not come within 10 s")
+    assert actions[-1] == Failed(1, "ranks 1, 3-4 did not come within 10 s", "see what the log of each node says")
 
 
 def test_a_rank_outside_the_world_is_sent_away() -> None:

@@ -11,6 +11,7 @@ from tpserve.config import keywords
 from tpserve.config.machine import Machine
 from tpserve.config.resolve import resolve
 from tpserve.frontend.openai.schema import CompletionCall
+from tpserve.llm.prompts import jobs
 from tpserve.types.model_files import ModelFiles
 
 
@@ -23,9 +24,21 @@ def test_keywords_are_the_flags_in_snake_case() -> None:
     assert (flags.enable_prefix_caching, flags.gpu_memory_utilization, flags.max_model_len) == (False, 0.5, None)
 
 
+def test_what_is_said_to_be_off_is_off() -> None:
+    said = {
+        "trust_remote_code": False,
+        "quantization": None,
+        "enable_lora": False,
+        "kv_cache_dtype": None,
+        "enforce_eager": False,
+    }
+    assert keywords.read({"model": "m", **said}) == keywords.read({"model": "m"})
+
+
 @pytest.mark.parametrize(
     ("said", "line"),
     [
+        ({"enable_chunked_prefill": False}, "enable_chunked_prefill is refused: prompts are always computed in chunks"),
         ({"tensor_paralel_size": 2}, "unknown keyword tensor_paralel_size: did you mean tensor_parallel_size?"),
         ({"trust_remote_code": True}, "trust_remote_code is refused: no code of a repository is ever run"),
         ({"zzz": None}, "unknown keyword zzz: docs/flags.md lists them all"),
@@ -96,6 +109,17 @@ def test_wrong_sampling_params(said: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as error:
         SamplingParams(**said)
     assert str(error.value).startswith(line)
+
+
+def test_what_a_prompt_asks_beside_its_params() -> None:
+    def asked(prompts: Any, priority: Any) -> list[tuple[int, str | None]]:
+        calls = [job.params.call(**job.fields) for job in jobs(prompts, SamplingParams(), priority)]
+        return [(call.priority, call.cache_salt) for call in calls]
+
+    assert asked(["a", {"prompt": "b", "cache_salt": "mine"}], [1, -2]) == [(1, None), (-2, "mine")]
+    assert asked("a", 7) == [(7, None)] and asked([3, 4], None) == [(0, None)]
+    with pytest.raises(UserError, match="priority must be one number or a list of 2"):
+        asked(["a", "b"], [1])
 
 
 def test_a_parameter_set_later_is_checked_too() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import DeepseekV2Config, DeepseekV3Config, GptOssConfig, MistralConfig, MixtralConfig
 
 from tpserve.config import model_config
 from tpserve.errors import UserError
 from tpserve.models import families, model_spec, transformer
-from tpserve.types.model_spec import CacheGroup, ExpertsSpec, LatentSpec, RopeSpec, RoutingSpec
+from tpserve.types.model_spec import CacheGroup, ExpertsSpec, LatentSpec, ModelSpec, RopeSpec, RoutingSpec
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,6 +29,7 @@ BASE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
 }
+PHI3 = {"architectures": ["Phi3ForCausalLM"]}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -179,6 +181,29 @@ def test_deepseek() -> None:
     assert plain.experts is not None and plain.experts.shared_size == 0 and plain.experts.layers == tuple(range(4, 61, 2))
 
 
+def without(config: dict[str, Any], *names: str) -> ModelSpec:
+    return model_spec({name: value for name, value in config.items() if name not in names}, "config.json")
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
+    """And null is not that."""
+    long = {**BASE, "max_position_embeddings": 32768}
+    assert without({**long, "architectures": ["MistralForCausalLM"]}).windows == (MistralConfig().sliding_window,)
+    mixtral = without({**long, "architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_experts_per_tok": 1})
+    yarn = {"rope_scaling": {**YARN, "rope_type": "yarn"}, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    gpt_oss = without({**long, **yarn, "architectures": ["GptOssForCausalLM"], "sliding_window": 7})
+    for spec, theirs in ((mixtral, MixtralConfig()), (gpt_oss, GptOssConfig())):
+        assert spec.rope is not None and spec.rope.theta == theirs.rope_parameters["rope_theta"]
+    for config, theirs in ((V2, DeepseekV2Config()), (V3, DeepseekV3Config())):
+        experts = without(config, "n_shared_experts", "norm_topk_prob", "rope_interleave").experts
+        assert experts is not None and experts.shared_size == theirs.n_shared_experts * experts.size
+        assert experts.routing.renormalise == theirs.norm_topk_prob
+    null = model_spec({**V3, "norm_topk_prob": None, "rope_interleave": None}, "config.json")
+    assert (
+        null.experts is not None and not null.experts.routing.renormalise and null.rope is not None and not null.rope.interleaved
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "changed", "message"),
     [
@@ -196,7 +221,7 @@ def test_deepseek() -> None:
         (V3, {"num_key_value_heads": 64}, "'num_key_value_heads' is 64"),
         (V3, {"kv_lora_rank": None}, "'kv_lora_rank' is missing"),
         (V3, {"first_k_dense_replace": -1}, "'first_k_dense_replace' must be an integer from 0 on, not -1"),
-        (V3, {"partial_rotary_factor": 0.5}, "only 32 of 64 channels of the shared key would be rotated"),
+        (V3, {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5, but"),
         (BASE, {"kv_lora_rank": 512}, "'kv_lora_rank' is 512"),
     ],
 )
@@ -271,8 +296,10 @@ def test_published_configs(
         ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, RopeSpec(5e5, "linear", 2.0)),
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, RopeSpec(5e5, "llama3", 8.0)),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, RopeSpec(5e5)),
-        ({"rope_theta": 5e5, "partial_rotary_factor": 0.5}, RopeSpec(5e5, num_channels=4)),
-        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.25}}, RopeSpec(5e5, num_channels=2)),
+        ({**PHI3, "rope_theta": 5e5, "partial_rotary_factor": 0.5}, RopeSpec(5e5, num_channels=4)),
+        ({**PHI3, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.25}}, RopeSpec(5e5, num_channels=2)),
+        ({"rope_parameters": {"rope_theta": 9.0}, "rope_scaling": {"type": "linear", "factor": 2}}, RopeSpec(1e4, "linear", 2.0)),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {}}, RopeSpec(5e5)),
         ({"rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, RopeSpec(5e5)),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}}, RopeSpec(5e5, "llama3", 8.0)),
     ],
@@ -318,9 +345,21 @@ def test_block_fp8_is_no_other_mathematics() -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 0}}, "'factor' must be a positive number"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4}}, "'long_factor' is missing"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3}}, "'short_factor' must hold 4 positive numbers"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [1.0] * 4,
+                    "original_max_position_embeddings": 1,
+                }
+            },
+            "an original length of 1 cannot be stretched",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "3 rotary channels of 8"),
-        ({"partial_rotary_factor": 1.5}, "12 rotary channels of 8"),
+        ({**PHI3, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}, "3 rotary channels of 8"),
+        ({**PHI3, "partial_rotary_factor": 1.5}, "12 rotary channels of 8"),
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5, but in this family all channels of a head turn"),
         ({"architectures": ["Phi3ForCausalLM"], "mlp_bias": True}, "'mlp_bias' is True"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "'rope_parameters' must be a flat object"),
         ({"num_key_value_heads": 3}, "8 attention heads are no multiple of 3"),

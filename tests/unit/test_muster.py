@@ -1,5 +1,7 @@
 """The nodes of a job find each other over real sockets, or are told why not."""
 
+import json
+import logging
 import select
 import socket
 import threading
@@ -14,23 +16,27 @@ from msgspec.structs import replace
 
 from tpserve.errors import EngineFailure, UserError
 from tpserve.wire import muster
-from tpserve.wire.muster import Meet, Muster, missing_ranks
+from tpserve.wire.muster import Meet, Muster
 from tpserve.wire.nodes import End, Join, first_end, head_gone
+from tpserve.wire.waiting import Clock, missing_ranks
 
 HEAD = Join(0, 3, 2, "1.0", "head", "machine-a", "127.0.0.1", derived=True)
 FIRST = Join(1, 3, 2, "1.0", "first", "machine-a", "127.0.0.1", derived=True)
 SECOND = replace(FIRST, node=2, host="second")
+KEY = b"of the cluster"
 
 
 class Head(threading.Thread):
     """Node 0, gathering; `outcome` is what came of it."""
 
-    def __init__(self, timeout_s: float, proof: str) -> None:
+    def __init__(self, timeout_s: float, key: bytes) -> None:
         super().__init__(daemon=True)
         listener = muster.listen("127.0.0.1", (0, 0))
         self.port: int = listener.getsockname()[1]
         self.outcome: Any = None
-        self._muster = Muster(replace(HEAD, proof=proof), listener, 6, timeout_s)
+        self._store = muster.listen("127.0.0.1", (0, 0))
+        self.meet = Meet("127.0.0.1", self._store.getsockname()[1])
+        self._muster = Muster(HEAD, listener, 6, timeout_s, key)
 
     @property
     def joined(self) -> dict[socket.socket, Join]:
@@ -38,19 +44,20 @@ class Head(threading.Thread):
 
     def close(self) -> None:
         self._muster.close()
+        self._store.close()
 
     def run(self) -> None:
         try:
             self._muster.gather()
-            self._muster.meet("10.0.0.1", 7)
+            self._muster.meet(self.meet.host, self.meet.port)
             self.outcome = "met"
         except (UserError, EngineFailure) as error:
             self.outcome = error
 
 
 @contextmanager
-def head(timeout_s: float = 20.0, proof: str = "") -> Iterator[Head]:
-    thread = Head(timeout_s, proof)
+def head(timeout_s: float = 20.0, key: bytes = b"") -> Iterator[Head]:
+    thread = Head(timeout_s, key)
     thread.start()
     yield thread
     thread.join(30.0)
@@ -60,15 +67,16 @@ def head(timeout_s: float = 20.0, proof: str = "") -> Iterator[Head]:
 class Node(threading.Thread):
     """Another node, joining."""
 
-    def __init__(self, me: Join, port: int, timeout_s: float = 20.0) -> None:
+    def __init__(self, me: Join, port: int, timeout_s: float = 20.0, key: bytes = b"") -> None:
         super().__init__(daemon=True)
-        self._args = (me, "127.0.0.1", port, 6, timeout_s)
+        self._args = (me, "127.0.0.1", port, 6, timeout_s, key)
         self.outcome: Any = None
         self.start()
 
     def run(self) -> None:
         try:
-            self.outcome, self.line = muster.join(*self._args)
+            met, self.line = muster.join(*self._args)
+            self.outcome = replace(met, proof="")
         except (UserError, EngineFailure) as error:
             self.outcome = error
 
@@ -82,14 +90,15 @@ def test_all_meet_and_strangers_do_not_matter() -> None:
     with head() as first, socket.create_connection(("127.0.0.1", first.port)) as silent:
         with socket.create_connection(("127.0.0.1", first.port)) as loud:
             loud.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert b"Challenge" in loud.recv(1000)
             assert loud.recv(1) == b""
         crowd = [socket.create_connection(("127.0.0.1", first.port)) for _ in range(100)]
         with socket.create_connection(("127.0.0.1", first.port)) as endless, pytest.raises(OSError):
             for _ in range(1000):
                 endless.sendall(b"x" * 65536)
         nodes = [Node(join, first.port) for join in (SECOND, FIRST)]
-        assert [node.ended() for node in nodes] == [Meet("10.0.0.1", 7)] * 2
-        assert {stranger.recv(1) for stranger in (silent, *crowd)} == {b""}
+        assert [node.ended() for node in nodes] == [first.meet] * 2
+        assert {silent.recv(1), silent.recv(1000)[-2:]} == {b"{", b"}\n"} and silent.recv(1) == b"", "the challenge, and no more"
         for stranger in crowd:
             stranger.close()
     assert first.outcome == "met"
@@ -108,13 +117,13 @@ def test_all_meet_and_strangers_do_not_matter() -> None:
 
 def test_a_node_that_leaves_is_waited_for_again() -> None:
     with head() as first:
-        with socket.create_connection(("127.0.0.1", first.port)) as leaving:
+        with socket.create_connection(("127.0.0.1", first.port)) as leaving, leaving.makefile() as lines:
             leaving.sendall(msgspec.json.encode(FIRST) + b"\n")
-            assert b"Waiting" in leaving.recv(1000)
+            assert "Challenge" in lines.readline() and "Waiting" in lines.readline()
         other = Node(SECOND, first.port)
         time.sleep(0.7)
         assert other.is_alive()
-        assert Node(FIRST, first.port).ended() == other.ended() == Meet("10.0.0.1", 7)
+        assert Node(FIRST, first.port).ended() == other.ended() == first.meet
 
 
 @pytest.mark.parametrize(
@@ -139,16 +148,57 @@ def test_what_cannot_heal_ends_both_at_once(join: Join, said: str) -> None:
             raise outcome
 
 
-@pytest.mark.parametrize("proof", ["", "another", "the same and more"])
-def test_who_does_not_know_the_secret_ends_nothing(proof: str) -> None:
-    """Not even by what would end all from one of us."""
-    with head(proof="the same") as first:
-        stranger = Node(replace(FIRST, proof=proof, version="0.9"), first.port)
+@pytest.mark.parametrize("key", [b"", b"another"])
+def test_who_does_not_know_the_secret_ends_nothing(key: bytes) -> None:
+    """Not even by what would end all from one of us, nor with what was heard of one of us."""
+    with head(key=KEY) as first:
+        stranger = Node(replace(FIRST, version="0.9"), first.port, key=key)
         with pytest.raises(UserError, match=r"its --cluster-secret-file is not that of node 0 \(head\)"):
             raise stranger.ended()
-        nodes = [Node(replace(join, proof="the same"), first.port) for join in (FIRST, SECOND)]
-        assert [node.ended() for node in nodes] == [Meet("10.0.0.1", 7)] * 2
+        heard = replace(FIRST, nonce="1")
+        with socket.create_connection(("127.0.0.1", first.port)) as once, once.makefile() as lines:
+            heard = replace(heard, proof=muster.prove(KEY, json.loads(lines.readline())["nonce"], heard))
+            once.sendall(msgspec.json.encode(heard) + b"\n")
+            assert "Waiting" in lines.readline()
+        with socket.create_connection(("127.0.0.1", first.port)) as again, again.makefile() as lines:
+            again.sendall(msgspec.json.encode(heard) + b"\n")
+            assert "Challenge" in lines.readline() and "Refused" in lines.readline()
+        nodes = [Node(join, first.port, key=KEY) for join in (FIRST, SECOND)]
+        assert [node.ended() for node in nodes] == [first.meet] * 2
     assert first.outcome == "met"
+
+
+def test_a_head_that_does_not_know_the_secret_is_not_believed() -> None:
+    with head() as first:
+        one, other = Node(FIRST, first.port, key=KEY), Node(SECOND, first.port)
+        with pytest.raises(UserError, match="its --cluster-secret-file is not that of node 0"):
+            raise one.ended()
+        assert Node(FIRST, first.port).ended() == other.ended() == first.meet
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = Node(FIRST, server.getsockname()[1], key=KEY)
+        with server.accept()[0] as connection:
+            connection.sendall(msgspec.json.encode(Meet("127.0.0.1", 1, "0" * 64)) + b"\n")
+            assert "does not know the secret of --cluster-secret-file" in str(node.ended())
+
+
+def test_a_store_that_cannot_be_reached_is_named() -> None:
+    """As behind a firewall that lets only the master port through."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = Node(FIRST, server.getsockname()[1], timeout_s=0.5)
+        with server.accept()[0] as connection:
+            connection.sendall(msgspec.json.encode(Meet("127.0.0.1", 1)) + b"\n")
+            outcome = node.ended()
+    assert isinstance(outcome, EngineFailure)
+    assert "node 0's store at 127.0.0.1:1 could not be reached within" in str(outcome) and "(errno 111)" in str(outcome)
+
+
+def test_a_head_that_ends_before_its_store_is_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = Node(FIRST, server.getsockname()[1], timeout_s=60.0)
+        with server.accept()[0] as connection:
+            connection.sendall(msgspec.json.encode(Meet("127.0.0.1", 1)) + b"\n")
+            time.sleep(0.3)
+        assert str(node.ended()) == "node 0 has ended"
 
 
 def test_two_machines_with_one_address() -> None:
@@ -166,7 +216,7 @@ def test_a_place_that_is_taken_turns_only_the_newcomer_away() -> None:
         time.sleep(0.3)
         outcome = Node(replace(FIRST, host="twin"), first.port).ended()
         assert isinstance(outcome, UserError) and "--node-rank 1 is taken by first (127.0.0.1)" in str(outcome)
-        assert Node(SECOND, first.port).ended() == node.ended() == Meet("10.0.0.1", 7)
+        assert Node(SECOND, first.port).ended() == node.ended() == first.meet
 
 
 def test_when_the_time_is_over_the_missing_are_named() -> None:
@@ -199,7 +249,7 @@ def test_what_is_no_node_of_ours() -> None:
 def test_lines_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock = muster.Clock(600.0)
+    clock = Clock(600.0, logging.getLogger("tpserve.muster"))
     with caplog.at_level("INFO", "tpserve.muster"):
         for second in range(400):
             now[0] = float(second)

@@ -158,6 +158,22 @@ def test_the_lines_to_paste_start_that_layout(plan: Any) -> None:
         assert config.max_model_len == 8192
 
 
+def test_the_longest_context_that_fits(plan: Any) -> None:
+    """The lines to paste hold what was found, and hardly more would fit."""
+    line = "llama-70b --gpus 8 --gpu-memory 48GB"
+    found = layouts(plan, f"{line} --context auto --concurrency 16")
+    one = found["by_name"]["8x1"]
+    length = one["ranks"][0]["max_model_len"]
+    assert 30_000 < length < 131_072 and one["max_concurrency"] >= 16
+    assert f"--max-model-len {length}" in one["commands"][0]["serve"]
+    longer = layouts(plan, f"{line} --context {length + 256} --concurrency 16")["by_name"]["8x1"]
+    assert longer["max_concurrency"] < 16
+    assert best(found) == (8, 1), "TP 1 x PP 8 would hold less"
+    alone = layouts(plan, "llama-70b --gpus 2 --gpu-memory 80GB --context auto")
+    assert best(alone) == (2, 1) and "--max-model-len auto" in alone["by_name"]["2x1"]["commands"][0]["serve"]
+    assert plan("llama-70b --gpus 2 --gpu-memory 1GB --context auto")[0] == 1
+
+
 def test_a_model_that_fits_one_card(plan: Any) -> None:
     code, text = plan("llama-8b --gpus 8 --gpu-memory 80GB --concurrency 16")
     assert code == 0 and "No parallelism needed: one GPU holds the model (15.0 GiB of weights in 80.0 GiB)" in text
@@ -258,11 +274,11 @@ def test_nonsense_is_one_line(line: str, said: str, plan: Any) -> None:
 
 
 def test_units() -> None:
-    assert [quantities.memory(text) for text in ("80GB", "80 GiB", "0.5TB", "46068MiB")] == [
-        80 * GIB, 80 * GIB, 512 * GIB, 46068 << 20
+    assert [quantities.memory(text) for text in ("80GB", "80 gib", "80G", "0.5TB", "46068MiB")] == [
+        80 * GIB, 80 * GIB, 80 * GIB, 512 * GIB, 46068 << 20
     ]  # fmt: skip
     assert [quantities.rate(text) for text in ("3350GB/s", "3.35TB/s", "500MB/s")] == [3350 * 10**9, 3350 * 10**9, 5 * 10**8]
-    assert [quantities.duration(text) for text in ("120s", "2min", "120")] == [120, 120, 120]
+    assert [quantities.duration(text) for text in ("120s", "2MIN", "120")] == [120, 120, 120]
     with pytest.raises(WrongValue):
         quantities.memory("80gb/s")
 

@@ -29,7 +29,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ("llama", {**LLAMA3, "original_max_position_embeddings": 64}, LENGTH),
         ("llama", YARN, LENGTH),
         ("llama", {**YARN, "partial_rotary_factor": 0.5}, LENGTH),
-        ("llama", {**YARN, "factor": 1.0}, LENGTH),
+        ("llama", {**YARN, "factor": 1.0, "attn_factor": 0.5}, LENGTH),
+        ("llama", {**YARN, "truncate": None}, LENGTH),
         ("llama", {**YARN, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}, LENGTH),
         ("llama", {**YARN, "attention_factor": 0.8}, LENGTH),
         ("llama", {**YARN, "mscale": 0.707, "mscale_all_dim": 1.2}, LENGTH),
@@ -50,7 +51,7 @@ def test_tables(model: str, table: dict[str, Any], length: int) -> None:
     theirs: PreTrainedConfig = config(**sizes, rope_parameters={"rope_theta": 5000.0, **table})
     cos, sin = rotary(theirs)(torch.zeros(1), torch.arange(length).unsqueeze(0))
     fields = Fields({**sizes, "rope_parameters": {"rope_theta": 5000.0, **table}}, "config.json")
-    spec = rope_of(fields, HEAD_DIM)
+    spec = rope_of(fields, HEAD_DIM, partial=True)
     ours = tables(spec, HEAD_DIM, length, torch.device("cpu"))
     half = cos.shape[-1] // 2
     torch.testing.assert_close(ours.cos_PE, cos[0, :, :half], atol=5e-5, rtol=0)

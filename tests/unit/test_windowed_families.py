@@ -150,6 +150,7 @@ def test_qwens_windows_are_those_of_transformers(architecture: str, windows: lis
 
 
 SLIDING = ["sliding_attention"]
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,12 @@ SLIDING = ["sliding_attention"]
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
             "rope_parameters: field 'factor' is not supported",
         ),
+        (GEMMA_3_1B, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: it must name its 'rope_type'"),
+        (
+            GEMMA_3_1B,
+            {"rope_scaling": LINEAR, "rope_parameters": {"full_attention": LINEAR}},
+            "there must be no 'rope_parameters' beside it",
+        ),
         (GEMMA_3_4B, {"quantization_config": {"quant_method": "awq"}}, "text_config: field 'quantization_config' is 'awq'"),
         (
             GEMMA_3_4B,
@@ -175,6 +182,7 @@ SLIDING = ["sliding_attention"]
         ),
         (GEMMA_3_4B, {"text_config": [1]}, "'text_config' must be an object, not [1]"),
         (GPT_OSS_20B, {"rope_scaling": None}, "'rope_scaling' is missing"),
+        (GPT_OSS_20B, {"rope_scaling": {}}, "'rope_scaling' is missing"),
         (GPT_OSS_20B, {"quantization_config": {"quant_method": "fp8"}}, "'quantization_config' is 'fp8'"),
         (GPT_OSS_20B, {"num_experts_per_tok": 33}, "'num_experts_per_tok' is 33, but there are 32 experts"),
         (

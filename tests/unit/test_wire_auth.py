@@ -1,5 +1,6 @@
 """Who gets in over TCP: keys of one secret, and nobody else; and what is said about secrets that do not fit."""
 
+import base64
 import logging
 import os
 import socket
@@ -175,6 +176,12 @@ def test_a_secret_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     path.write_text("c2hvcnQ=\n")
     with pytest.raises(UserError, match="holds 5 bytes and needs 32"):
         Keyring.read(str(path))
+    path.write_text(base64.b64encode(b"ab" * 16).decode())
+    with pytest.raises(UserError, match="holds a secret that can be guessed: make one with `tpserve secret"):
+        Keyring.read(str(path))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no file: every rank of the node reads it"):
+        Keyring.read(str(tmp_path / "pipe"))
     path.chmod(0o644)
     with pytest.raises(UserError, match=r"can be read or changed by others \(mode 0644\): run `chmod 600"):
         Keyring.read(str(path))

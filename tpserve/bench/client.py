@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from tpserve.bench.course import Course
 from tpserve.bench.workload import Api, Ask, Workload
 
 PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
@@ -142,23 +143,9 @@ class Answer:
         return details.cached_tokens if details else None
 
     @property
-    def ttft_s(self) -> float:
-        """Tokens without text, such as an end that is ignored, come with the next one that has some, or with the end."""
-        return (self.token_s[0] if self.token_s else self.end_s) - self.begin_s
-
-    @property
-    def e2el_s(self) -> float:
-        return self.end_s - self.begin_s
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean time of a token after the first; None for a single token."""
-        return (self.e2el_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
-
-    @property
-    def itl_s(self) -> list[float]:
-        """Between one chunk and the next."""
-        return [later - earlier for earlier, later in zip(self.token_s, self.token_s[1:], strict=False)]
+    def course(self) -> Course:
+        """What its times say."""
+        return Course(self.begin_s, self.token_s, self.end_s, self.output_tokens)
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, workload: Workload, what: Ask) -> Answer:

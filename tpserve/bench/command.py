@@ -59,6 +59,7 @@ def _file(help: str, *also: str) -> Flag:
     return Flag(REPORT, help, also=also)
 
 
+_PLOT = Flag(REPORT, "Draw latencies, and throughput over time.", reads=_picture, shown="FILE.svg")
 _FIGURES = "Write the figures there as JSON."
 _RANGE = "Lengths are uniform from (1 - R) to (1 + R) times those."
 _PREFIX = "Tokens before them that all prompts share."
@@ -81,6 +82,7 @@ class Offline(Struct, frozen=True, kw_only=True):
     output_len: Annotated[int, _number("Tokens to generate.", also="--random-output-len")] = 128
     seed: Annotated[int, _number("Of prompts, and of --load-format dummy.", least=0)] = 0
     output: Annotated[Path | None, _file(_FIGURES, "--output-json")] = None
+    plot: Annotated[Path | None, _PLOT] = None
 
 
 class Latency(Offline, frozen=True, kw_only=True):
@@ -142,9 +144,7 @@ class Serve(Struct, frozen=True, kw_only=True):
     ] = ()
     output: Annotated[Path | None, _file(_FIGURES)] = None
     save_detailed: Annotated[bool, _file("And every request by itself.", "--save-details")] = False
-    plot: Annotated[Path | None, Flag(REPORT, "Draw latencies, and throughput over time.", reads=_picture, shown="FILE.svg")] = (
-        None
-    )
+    plot: Annotated[Path | None, _PLOT] = None
 
 
 # From flags to what measures
@@ -161,16 +161,16 @@ def _run_latency(flags: Latency, engine: list[str]) -> int:
     from tpserve.bench.offline import Batches, latency
 
     workload = asdict(flags)
-    output = workload.pop("output")
-    return latency(Batches(**workload), engine, output)
+    output, plot = workload.pop("output"), workload.pop("plot")
+    return latency(Batches(**workload), engine, output, plot)
 
 
 def _run_throughput(flags: Throughput, engine: list[str]) -> int:
     from tpserve.bench.offline import Crowd, throughput
 
     workload = asdict(flags)
-    output = workload.pop("output")
-    return throughput(Crowd(**workload), engine, output)
+    output, plot = workload.pop("output"), workload.pop("plot")
+    return throughput(Crowd(**workload), engine, output, plot)
 
 
 def _run_serve(flags: Serve, _: list[str]) -> int:

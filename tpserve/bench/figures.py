@@ -1,23 +1,17 @@
-"""What the answers of a load amount to. Pure.
-
-    TTFT    time to first token: from sending a request to the first chunk with generated text
-    TPOT    time per output token: from the first chunk to the last, divided by the tokens after the first; one value a request
-    ITL     inter-token latency: from one chunk to the next; one value a chunk. Where a chunk holds several tokens, see TPOT
-    E2EL    end-to-end latency: from sending a request to its last chunk
+"""What the answers of a load amount to. Pure. `course` says what the latencies are.
 
 Throughput is that of completed requests, over the time from the first sending to the last end. A failed request is in
 `failures` and in nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from tpserve.bench.client import Answer
+from tpserve.bench.course import LABELS, Course, Metric, seconds
 from tpserve.bench.report import percentile
-
-Metric = Literal["ttft", "tpot", "itl", "e2el"]
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -105,7 +99,7 @@ def figures(answers: Sequence[Answer], bounds_ms: Mapping[Metric, float], client
         total_tokens_per_s=round((input_tokens + output_tokens) * per_s, 2),
         peak_concurrency=peak([(answer.begin_s, answer.end_s) for answer in answers]),
         goodput_per_s=round(good * per_s, 3) if bounds_ms else None,
-        latency=latencies(whole),
+        latency=latencies(answer.course for answer in whole),
         client=client,
     )
 
@@ -119,14 +113,18 @@ def failures(answers: Sequence[Answer]) -> list[Failure]:
     return sorted((Failure(kind, len(details), details[0]) for kind, details in kinds.items()), key=lambda f: -f.count)
 
 
-def latencies(answers: Sequence[Answer]) -> dict[Metric, Latency]:
-    values_s: dict[Metric, list[float]] = {
-        "ttft": [answer.ttft_s for answer in answers],
-        "tpot": [answer.tpot_s for answer in answers if answer.tpot_s is not None],
-        "itl": [value for answer in answers for value in answer.itl_s],
-        "e2el": [answer.e2el_s for answer in answers],
-    }
-    return {metric: latency for metric, values in values_s.items() if (latency := Latency.of(values)) is not None}
+def latencies(courses: Iterable[Course]) -> dict[Metric, Latency]:
+    """Of each metric of which there are values."""
+    return {metric: found for metric, values in seconds(courses).items() if (found := Latency.of(values)) is not None}
+
+
+def table(latency: Mapping[Metric, Latency]) -> list[str]:
+    """Latencies in lines for a person."""
+    lines = [f"{'ms':<12}{'mean':>12}{'p50':>12}{'p90':>12}{'p99':>12}"]
+    for metric, one in latency.items():
+        values = (one.mean_ms, one.p50_ms, one.p90_ms, one.p99_ms)
+        lines.append(f"{LABELS[metric]:<12}" + "".join(f"{value:>12,.2f}" for value in values))
+    return lines
 
 
 def peak(spans: Sequence[tuple[float, float]]) -> int:
@@ -148,9 +146,9 @@ def details(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             "failure": answer.failure,
             "input_tokens": answer.input_tokens,
             "output_tokens": answer.output_tokens,
-            "ttft_ms": None if answer.failure else round(answer.ttft_s * 1e3, 3),
-            "e2el_ms": round(answer.e2el_s * 1e3, 3),
-            "itl_ms": [round(value * 1e3, 3) for value in answer.itl_s],
+            "ttft_ms": None if answer.failure else round(answer.course.ttft_s * 1e3, 3),
+            "e2el_ms": round(answer.course.e2el_s * 1e3, 3),
+            "itl_ms": [round(value * 1e3, 3) for value in answer.course.itl_s],
         }
         for answer in answers
     ]
@@ -158,4 +156,5 @@ def details(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 def _value_s(answer: Answer, metric: Metric) -> float:
     """What goodput compares; a single token has no TPOT that could be too long."""
-    return {"ttft": answer.ttft_s, "tpot": answer.tpot_s or 0.0, "e2el": answer.e2el_s}[metric]
+    course = answer.course
+    return {"ttft": course.ttft_s, "tpot": course.tpot_s or 0.0, "e2el": course.e2el_s}[metric]

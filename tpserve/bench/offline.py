@@ -4,6 +4,7 @@
                  time, so that no prefix is cached; the difference is what the tokens after the first took
     throughput   all prompts in one call
 
+Latencies of single requests are those of `course`, counted from the call; of `latency`, of the batches of all tokens.
 Under torchrun every script takes part, and rank 0's reports.
 """
 
@@ -11,17 +12,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from tpserve.bench.figures import Latency
-from tpserve.bench.report import Machine, Report, write
+from tpserve.bench.course import Course, Metric
+from tpserve.bench.figures import Latency, latencies, table
+from tpserve.bench.plot import svg
+from tpserve.bench.report import Machine, Report, check, write
 from tpserve.bench.workload import Ask, Prompts
 from tpserve.config import cli, env
 from tpserve.config.option import OPTIONS
 from tpserve.errors import EngineFailure, UserError
 from tpserve.llm.api import LLM
+from tpserve.llm.outputs import RequestOutput
 from tpserve.llm.params import SamplingParams
 
 
@@ -35,6 +39,9 @@ class Batches(msgspec.Struct, frozen=True, kw_only=True):
     num_iters_warmup: int
     seed: int
 
+    def __str__(self) -> str:
+        return f"batches of {self.batch_size}, {self.input_len} tokens in, {self.output_len} out, seed {self.seed}"
+
 
 class Crowd(msgspec.Struct, frozen=True, kw_only=True):
     """The workload of `throughput`; lengths as in `bench serve`."""
@@ -46,6 +53,11 @@ class Crowd(msgspec.Struct, frozen=True, kw_only=True):
     range_ratio: float
     prefix_len: int
     seed: int
+
+    def __str__(self) -> str:
+        near = f" (up to {self.range_ratio:.0%} more or less)" if self.range_ratio else ""
+        shared = f" after a shared prefix of {self.prefix_len}" if self.prefix_len else ""
+        return f"{self.num_prompts} prompts, {self.input_len} tokens in{shared}, {self.output_len} out{near}, seed {self.seed}"
 
 
 class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +72,7 @@ class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float
     ms_per_token: float | None
     output_tokens_per_s: float | None
+    latency: dict[Metric, Latency]
 
 
 class CrowdFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,48 +84,69 @@ class CrowdFigures(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_s: float
     output_tokens_per_s: float
     total_tokens_per_s: float
+    latency: dict[Metric, Latency]
 
 
-def latency(workload: Batches, engine: Sequence[str], output: Path | None) -> int:
+class Measured(NamedTuple):
+    """`courses`: what was measured, for the picture, all of them counted from the begin of their run."""
+
+    figures: BatchFigures | CrowdFigures
+    courses: list[Course]
+    runs: int
+
+
+class Answers(NamedTuple):
+    """Of one call. `courses` are counted from its begin."""
+
+    duration_s: float
+    cached_tokens: int
+    courses: list[Course]
+
+
+def latency(workload: Batches, engine: Sequence[str], output: Path | None, plot: Path | None) -> int:
     """Measure; returns the exit code. `engine`: the model and its flags, as `tpserve serve` takes them."""
 
-    def measure(llm: LLM, ready_s: float) -> BatchFigures:
+    def measure(llm: LLM, ready_s: float) -> Measured:
         prompts = Prompts("ids", 0, workload.seed)
 
-        def batch_s(num_tokens: int) -> float:
-            return generate(llm, [prompts.next(workload.input_len, num_tokens) for _ in range(workload.batch_size)])[0]
+        def batch(num_tokens: int) -> Answers:
+            return generate(llm, [prompts.next(workload.input_len, num_tokens) for _ in range(workload.batch_size)])
 
         for _ in range(workload.num_iters_warmup):
-            batch_s(workload.output_len)
-        pairs_s = [(batch_s(1), batch_s(workload.output_len)) for _ in range(workload.num_iters)]
-        prefill, whole = Latency.of([first for first, _ in pairs_s]), Latency.of([all for _, all in pairs_s])
+            batch(workload.output_len)
+        pairs = [(batch(1), batch(workload.output_len)) for _ in range(workload.num_iters)]
+        prefill = Latency.of([first.duration_s for first, _ in pairs])
+        whole = Latency.of([all.duration_s for _, all in pairs])
+        courses = [course for _, all in pairs for course in all.courses]
         assert prefill is not None and whole is not None
         rest = workload.output_len - 1
         ms_per_token = (whole.p50_ms - prefill.p50_ms) / rest if rest else None
-        return BatchFigures(
+        figures = BatchFigures(
             ready_s=ready_s,
             prefill=prefill,
             whole=whole,
             prefill_tokens_per_s=round(workload.batch_size * workload.input_len / prefill.p50_ms * 1e3, 2),
             ms_per_token=None if ms_per_token is None else round(ms_per_token, 4),
             output_tokens_per_s=None if not ms_per_token else round(workload.batch_size / ms_per_token * 1e3, 2),
+            latency=latencies(courses),
         )
+        return Measured(figures, courses, workload.num_iters)
 
-    return _run("latency", workload, engine, output, measure)
+    return _run("latency", workload, engine, output, plot, measure)
 
 
-def throughput(workload: Crowd, engine: Sequence[str], output: Path | None) -> int:
+def throughput(workload: Crowd, engine: Sequence[str], output: Path | None, plot: Path | None) -> int:
     """Measure; returns the exit code. `engine`: the model and its flags, as `tpserve serve` takes them."""
 
-    def measure(llm: LLM, ready_s: float) -> CrowdFigures:
+    def measure(llm: LLM, ready_s: float) -> Measured:
         prompts = Prompts("ids", workload.prefix_len, workload.seed)
         lengths = (workload.input_len, workload.output_len, workload.range_ratio)
         asks = [prompts.next(*lengths) for _ in range(workload.num_prompts + workload.num_warmups)]
         generate(llm, asks[workload.num_prompts :])
         asks = asks[: workload.num_prompts]
-        duration_s, cached_tokens = generate(llm, asks)
+        duration_s, cached_tokens, courses = generate(llm, asks)
         input_tokens, output_tokens = sum(ask.input_len for ask in asks), sum(ask.output_len for ask in asks)
-        return CrowdFigures(
+        figures = CrowdFigures(
             ready_s=ready_s,
             duration_s=round(duration_s, 3),
             input_tokens=input_tokens,
@@ -121,13 +155,15 @@ def throughput(workload: Crowd, engine: Sequence[str], output: Path | None) -> i
             requests_per_s=round(len(asks) / duration_s, 3),
             output_tokens_per_s=round(output_tokens / duration_s, 2),
             total_tokens_per_s=round((input_tokens + output_tokens) / duration_s, 2),
+            latency=latencies(courses),
         )
+        return Measured(figures, courses, 1)
 
-    return _run("throughput", workload, engine, output, measure)
+    return _run("throughput", workload, engine, output, plot, measure)
 
 
-def generate(llm: LLM, asks: Sequence[Ask]) -> tuple[float, int]:
-    """Seconds that one call took, and how many tokens of its prompts were cached. UserError when an answer is short."""
+def generate(llm: LLM, asks: Sequence[Ask]) -> Answers:
+    """One call, for all tokens that are asked for. UserError when an answer is short."""
     params = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=ask.output_len, detokenize=False) for ask in asks]
     begin_s = time.perf_counter()
     outputs = llm.generate([ask.prompt for ask in asks], params, use_tqdm=False)
@@ -138,7 +174,14 @@ def generate(llm: LLM, asks: Sequence[Ask]) -> tuple[float, int]:
                 f"{ask.input_len} tokens in and {ask.output_len} out do not fit the context, {got} came out: "
                 "lower --input-len or --output-len, or raise --max-model-len"
             )
-    return duration_s, sum(output.num_cached_tokens for output in outputs)
+    return Answers(duration_s, sum(output.num_cached_tokens for output in outputs), [_course(output) for output in outputs])
+
+
+def _course(output: RequestOutput) -> Course:
+    times = output.metrics
+    begin_s = times.first_token_ts - times.first_token_latency
+    token_s = [token_ts - begin_s for token_ts in times.token_ts]
+    return Course(0.0, token_s, token_s[-1], len(token_s))
 
 
 def _run(
@@ -146,26 +189,32 @@ def _run(
     workload: Batches | Crowd,
     engine: Sequence[str],
     output: Path | None,
-    measure: Callable[[LLM, float], BatchFigures | CrowdFigures],
+    plot: Path | None,
+    measure: Callable[[LLM, float], Measured],
 ) -> int:
-    leads = not env.under_torchrun() or env.rank_env().rank == 0
-    if output is not None and leads:
-        write("--output", output)
     flags = cli.parse(engine)
+    leads = not env.under_torchrun() or env.rank_env().rank == 0
+    for flag, path in (("--output", output), ("--plot", plot)):
+        if path is not None and leads:
+            check(flag, path)
     said = {name: value for name, option in OPTIONS.items() if (value := getattr(flags, name)) != option.default}
     machine, begin_s = Machine.here(), time.perf_counter()
     try:
         with LLM(**said, seed=workload.seed) as llm:
-            result = measure(llm, round(time.perf_counter() - begin_s, 3))
+            result, courses, runs = measure(llm, round(time.perf_counter() - begin_s, 3))
     except EngineFailure as error:
         sys.stderr.write(f"tpserve bench {benchmark}: {error}\n")
         return 1
-    if leads:
-        sys.stdout.write(f"{benchmark} on {machine}\n")
-        sys.stdout.writelines(f"{name:<22}{_shown(value)}\n" for name, value in msgspec.structs.asdict(result).items())
-    if output is not None and leads:
+    if not leads:
+        return 0
+    shown = msgspec.structs.asdict(result)
+    lines = [*(f"{name:<22}{_shown(value)}" for name, value in shown.items() if name != "latency"), *table(result.latency)]
+    sys.stdout.write("\n".join([f"{benchmark} on {machine}", *lines]) + "\n")
+    if output is not None:
         asked = {**msgspec.to_builtins(workload), "engine": said}
         Report.of(benchmark, machine, ("torch",), asked, result).write(output)
+    if plot is not None:
+        write("--plot", plot, svg(f"{said.get('model', 'built-in model')}: {workload}", courses, runs).encode())
     return 0
 
 

@@ -1,6 +1,6 @@
 """A load in one picture, as SVG written by hand: how its latencies are spread, and what came out when.
 
-Above, for each metric, the share of requests that took at most so long, on a logarithmic axis. Below, tokens generated per
+Above, for each metric, the share of its values that are at most so long, on a logarithmic axis. Below, tokens generated per
 second over the time of the load. Pure; a plotting library would be the largest of our dependencies, for two panels of lines.
 """
 
@@ -8,64 +8,79 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from tpserve.bench.client import Answer
+from tpserve.bench.course import LABELS, Course, Metric, seconds
+from tpserve.bench.report import percentile
 
 WIDTH, HEIGHT = 760, 620
 LEFT, RIGHT, TOP, PANEL, GAP = 70, 30, 50, 220, 80
-COLOURS = {"TTFT": "#1f77b4", "TPOT": "#2ca02c", "E2EL": "#d62728"}
+COLOURS: dict[Metric, str] = {"ttft": "#1f77b4", "tpot": "#2ca02c", "itl": "#9467bd", "e2el": "#d62728"}
 BINS = 60
+LEAST_MS = 0.01
+MOST_STEPS = 400
+"""Of a curve: more are not to be told apart."""
 Point = tuple[float, float]
 
 
-def svg(title: str, answers: Sequence[Answer]) -> str:
-    """The picture of completed requests; with none, two empty panels."""
-    whole = [answer for answer in answers if not answer.failure]
+def svg(title: str, courses: Sequence[Course], runs: int = 1) -> str:
+    """The picture of completed requests; with none, two empty panels. `runs`: of so many equal loads laid over one another."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         _text(LEFT, 24, title, size=14),
-        *_spread(whole),
-        *_throughput(whole),
+        *_spread(courses),
+        *_throughput(courses, runs),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _spread(answers: Sequence[Answer]) -> list[str]:
-    seconds = {
-        "TTFT": [answer.ttft_s for answer in answers],
-        "TPOT": [answer.tpot_s for answer in answers if answer.tpot_s is not None],
-        "E2EL": [answer.e2el_s for answer in answers],
+def _spread(courses: Sequence[Course]) -> list[str]:
+    logs = {
+        metric: sorted(math.log10(max(value * 1e3, LEAST_MS)) for value in values) for metric, values in seconds(courses).items()
     }
-    logs = {name: sorted(math.log10(max(value * 1e3, 1e-3)) for value in values) for name, values in seconds.items()}
     every = [value for values in logs.values() for value in values] or [0.0]
     first, last = math.floor(min(every)), math.floor(max(every)) + 1
-    parts = _panel(TOP, "share of requests", "at most so many milliseconds")
+    parts = _panel(TOP, "share", "at most so many milliseconds")
     for power in range(first, last + 1):
         parts.append(_tick_x(TOP, (power - first) / (last - first), f"{10**power:g}"))
     parts += [_tick_y(TOP, share, f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    for index, (name, values) in enumerate(logs.items()):
-        steps = [((value - first) / (last - first), (at + up) / len(values)) for at, value in enumerate(values) for up in (0, 1)]
-        parts.append(_line(TOP, steps, COLOURS[name]))
-        parts.append(_text(LEFT + 10, TOP + 18 + 16 * index, name, colour=COLOURS[name]))
+    for index, (metric, values) in enumerate(logs.items()):
+        count = min(len(values), MOST_STEPS)
+        steps = [
+            ((percentile(values, (at + 1) / count) - first) / (last - first), (at + up) / count)
+            for at in range(count)
+            for up in (0, 1)
+        ]
+        parts.append(_line(TOP, steps, COLOURS[metric]))
+        parts.append(_text(LEFT + 10, TOP + 18 + 16 * index, LABELS[metric], colour=COLOURS[metric]))
     return parts
 
 
-def _throughput(answers: Sequence[Answer]) -> list[str]:
+def _throughput(courses: Sequence[Course], runs: int) -> list[str]:
     top = TOP + PANEL + GAP
     parts = _panel(top, "generated tokens per second", "seconds")
-    begin_s = min((answer.begin_s for answer in answers), default=0.0)
-    span_s = max((answer.end_s for answer in answers), default=1.0) - begin_s
+    begin_s = min((course.begin_s for course in courses), default=0.0)
+    span_s = max((course.end_s for course in courses), default=1.0) - begin_s
     bins = [0.0] * BINS
-    for answer in answers:
-        for token_s in answer.token_s:  # a chunk stands for its share of the answer's tokens
-            bins[min(BINS - 1, int((token_s - begin_s) / span_s * BINS))] += answer.output_tokens / len(answer.token_s)
-    rates = [tokens * BINS / span_s for tokens in bins]
+    for course in courses:
+        at = [(token_s - begin_s) / span_s * BINS for token_s in course.token_s]
+        for before, now in zip([*at[:1], *at], at, strict=False):  # a chunk stands for its share of the answer's tokens
+            _pour(bins, before, now, course.output_tokens / len(at))
+    rates = [tokens * BINS / span_s / runs for tokens in bins]
     most = max(rates) or 1.0
     parts += [_tick_x(top, share, f"{span_s * share:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     parts += [_tick_y(top, share, f"{most * share:.4g}") for share in (0.0, 0.5, 1.0)]
     parts.append(_line(top, [(x / BINS, rate / most) for at, rate in enumerate(rates) for x in (at, at + 1)], "#444"))
     return parts
+
+
+def _pour(bins: list[float], first: float, last: float, tokens: float) -> None:
+    """Tokens that took from `first` to `last`; those that took no time go where they came."""
+    if first == last:
+        bins[min(BINS - 1, int(last))] += tokens
+    else:
+        for bin in range(int(first), min(BINS, math.ceil(last))):
+            bins[bin] += tokens * (min(last, bin + 1) - max(first, bin)) / (last - first)
 
 
 def _panel(top: int, above: str, below: str) -> list[str]:

@@ -58,12 +58,23 @@ class Report(msgspec.Struct, frozen=True):
         write("--output", path, msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
 
-def write(flag: str, path: Path, content: bytes = b"") -> None:
-    """Write a file that `flag` names. Written empty first, a path that cannot be written does not cost a measurement."""
+def check(flag: str, path: Path) -> None:
+    """See that a file can be written, so that a path that cannot does not cost a measurement. What stands there stays."""
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}; name a file in a directory that exists") from error
+
+
+def write(flag: str, path: Path, content: bytes) -> None:
+    """Write a file that `flag` names."""
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}; name a file in a directory that exists") from error
+        raise UserError(f"{flag} {path}: {error.strerror}") from error
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

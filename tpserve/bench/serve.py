@@ -17,9 +17,10 @@ import uvloop
 from msgspec.structs import replace
 
 from tpserve.bench.client import Answer, ask, said
-from tpserve.bench.figures import Client, Figures, Metric, details, figures
+from tpserve.bench.course import LABELS, Metric
+from tpserve.bench.figures import Client, Figures, details, figures, table
 from tpserve.bench.plot import svg
-from tpserve.bench.report import Machine, Report, percentile, write
+from tpserve.bench.report import Machine, Report, check, percentile, write
 from tpserve.bench.workload import IDS, Ask, Workload, arrivals_s, asks
 from tpserve.errors import UserError
 
@@ -32,7 +33,6 @@ WATCH_S = 0.005
 LATE_MS = 10.0
 BUSY_SHARE = 0.9
 """From here on the client is a part of what it measures."""
-LABELS: dict[Metric, str] = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 
 Send = Callable[[Ask], Awaitable[Answer]]
 
@@ -63,7 +63,7 @@ def run(options: Options) -> int:
     """Measure; returns the exit code: 1 when no request was completed. Raises UserError where there is nothing to measure."""
     for flag, path in (("--output", options.output), ("--plot", options.plot)):
         if path is not None:
-            write(flag, path)
+            check(flag, path)
     machine = Machine.here()
     target, workload, answers, client = uvloop.run(_measure(options))
     result = figures(answers, options.goodput_ms, client)
@@ -74,7 +74,8 @@ def run(options: Options) -> int:
         asked = {"server": target, **msgspec.to_builtins(workload), "goodput_ms": options.goodput_ms}
         Report.of("serve", machine, ("aiohttp", "uvloop"), asked, shown).write(options.output)
     if options.plot is not None:
-        write("--plot", options.plot, svg(f"{target.model}: {_load(workload)}", answers).encode())
+        whole = [answer.course for answer in answers if not answer.failure]
+        write("--plot", options.plot, svg(f"{target.model}: {_load(workload)}", whole).encode())
     return 0 if result.completed else 1
 
 
@@ -226,10 +227,7 @@ def _table(result: Figures, bounds_ms: Mapping[Metric, float]) -> str:
     late = f"event loop late by {result.client.late_p99_ms:.1f} ms (p99), {result.client.late_max_ms:.1f} ms (most)"
     rows.append(("client", f"{result.client.cpu_share:.0%} of a core, {late}"))
     lines = [f"{name:<12}{value}" for name, value in rows]
-    lines.append(f"{'ms':<12}{'mean':>12}{'p50':>12}{'p90':>12}{'p99':>12}")
-    for metric, latency in result.latency.items():
-        values = (latency.mean_ms, latency.p50_ms, latency.p90_ms, latency.p99_ms)
-        lines.append(f"{LABELS[metric]:<12}" + "".join(f"{value:>12,.2f}" for value in values))
+    lines += table(result.latency)
     return "\n".join(lines) + "\n"
 
 

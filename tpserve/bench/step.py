@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from tpserve.bench.report import Machine, Report, percentile, write
+from tpserve.bench.report import Machine, Report, check, percentile
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.packed import pack
@@ -83,7 +83,7 @@ def run(
 ) -> int:
     """Measure every batch with every number of subscribers; returns the exit code: 0, bounds or not."""
     if output is not None:
-        write("--output", output)
+        check("--output", output)
     devices.choose("cpu", 0, 1)
     machine = Machine.here()
     sys.stdout.write(_heading(context, steps, transport, machine))

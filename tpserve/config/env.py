@@ -30,6 +30,9 @@ set by the user, looked for by `tpserve report` so that it can take them out
 set by the user, read by NCCL and gloo, shown by us
 NCCL_* GLOO_*                         network_variables; what is set wins over --interface
 
+set by the user for vLLM, which means nothing here and is said to
+VLLM_*                                vllm_variables
+
 set by `tpserve serve` for its ranks
 TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
 TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug
@@ -152,6 +155,16 @@ def calm_threads(environ: MutableMapping[str, str] = os.environ) -> None:
 def network_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What the user told NCCL and gloo."""
     return {name: text for name, text in sorted(environ.items()) if name.startswith(("NCCL_", "GLOO_"))}
+
+
+def vllm_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Names of what is set for vLLM."""
+    return sorted(name for name in environ if name.startswith("VLLM_"))
+
+
+def told_where(settings: Mapping[str, str], all_reduce: str) -> bool:
+    """Whether, by `network_variables`, the user has told what carries the sums which interface to use."""
+    return ("NCCL" if all_reduce == "nccl" else "GLOO") + "_SOCKET_IFNAME" in settings
 
 
 def use_interface(name: str, environ: MutableMapping[str, str] = os.environ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tpserve.config.option import OPTIONS, Option
 from tpserve.config.schema import HTTP, LAUNCH, Flags
-from tpserve.config.vllm import why_refused
+from tpserve.config.vllm import asks_nothing, why_refused
 from tpserve.errors import UserError
 
 _SERVING = frozenset({"served_model_name", "max_queued_requests", "drain_timeout"})
@@ -19,7 +19,7 @@ _SERVING = frozenset({"served_model_name", "max_queued_requests", "drain_timeout
 
 def read(said: Mapping[str, Any]) -> Flags:
     """Check keyword arguments; None means "not said". Raises UserError that names the keyword."""
-    values = {name: _value(_option(name), value) for name, value in said.items() if value is not None or name not in OPTIONS}
+    values = {name: _value(_option(name), value) for name, value in said.items() if not _asks_nothing(name, value)}
     flags = Flags(**values)
     if flags.data_parallel_size > 1:
         raise UserError(
@@ -34,6 +34,12 @@ def read(said: Mapping[str, Any]) -> Flags:
             param="distributed_executor_backend",
         )
     return flags
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    """Whether a caller spells out that something of vLLM's is not wanted, such as `trust_remote_code=False`."""
+    flag = "--" + name.replace("_", "-")
+    return (value is None and (name in OPTIONS or why_refused(flag) is not None)) or (value is False and asks_nothing(flag))
 
 
 def _option(name: str) -> Option:

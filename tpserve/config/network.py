@@ -82,6 +82,14 @@ def interfaces() -> list[Interface]:
     return found
 
 
+def kernel_ports() -> str:
+    """The ports that it chooses from for who names none; of IPv6 too."""
+    try:
+        return "-".join(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except OSError:
+        return "unknown"
+
+
 def at(address: str, port: int) -> str:
     """An address and a port as people write them."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -128,6 +128,7 @@ class Flags(Struct, frozen=True, kw_only=True):
         Flag(
             LAYOUT,
             "The ranks of a stage hold whole experts, each a range of them; without it each holds some channels of every expert.",
+            short="-ep",
         ),
     ] = False
     data_parallel_size: Annotated[int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", at_least=1)] = 1
@@ -191,7 +192,11 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = None
     admin_api_key: Annotated[
         str | None,
-        Flag(HTTP, "Key for /server_info, which is closed without it unless --host is loopback. Also TPSERVE_ADMIN_API_KEY."),
+        Flag(
+            HTTP,
+            "Key for /server_info, which is closed without it unless --host is loopback. Also TPSERVE_ADMIN_API_KEY.",
+            "tpserve",
+        ),
     ] = None
 
     cluster_secret_file: Annotated[
@@ -226,7 +231,12 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = None
     port_range: Annotated[
         str | None,
-        Flag(OPERATION, "Ports that tpserve listens on between nodes, such as 30000-30100. Default: free ones.", "tpserve"),
+        Flag(
+            OPERATION,
+            "Ports that tpserve listens on between nodes, such as 30000-30100; gloo and NCCL know none and take the kernel's "
+            "(net.ipv4.ip_local_port_range). Default: free ones.",
+            "tpserve",
+        ),
     ] = None
     step_trace: Annotated[
         str | None, Flag(OPERATION, "Directory to which each rank writes its steps, as Chrome trace events.", "tpserve")
@@ -236,8 +246,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         int | None,
         Flag(LAUNCH, "Ranks on this node. Default: one per visible GPU, or what the layout asks for.", "torchrun", at_least=1),
     ] = None
-    nnodes: Annotated[int, Flag(LAUNCH, "Number of nodes; run the same command on each.", at_least=1)] = 1
-    node_rank: Annotated[int, Flag(LAUNCH, "This node's number; node 0 answers HTTP.", at_least=0)] = 0
+    nnodes: Annotated[int, Flag(LAUNCH, "Number of nodes; run the same command on each.", short="-n", at_least=1)] = 1
+    node_rank: Annotated[int, Flag(LAUNCH, "This node's number; node 0 answers HTTP.", short="-r", at_least=0)] = 0
     master_addr: Annotated[str | None, Flag(LAUNCH, "Address of node 0; needed with several nodes.")] = None
     master_port: Annotated[int, Flag(LAUNCH, "Port on node 0 at which nodes meet.", at_least=1, at_most=65535)] = 29501
     headless: Annotated[bool, Flag(LAUNCH, "This node answers no HTTP; implied by --node-rank above 0.")] = False

@@ -32,6 +32,7 @@ from tpserve.config.schema import EngineConfig
 from tpserve.doctor import host, links, traffic
 from tpserve.doctor.hang import Limit, who_does_not_answer
 from tpserve.doctor.verdict import BROKEN, OK, Verdict, exit_code, page, summary
+from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, traits
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.agreement import disagreement, everything, noted
@@ -157,7 +158,10 @@ class _Rank:
         if layout.world_size == 1:
             return [Verdict("good", "all-reduce", "one rank, which has nothing to add up")]
         begin_s, limit = time.monotonic(), Limit(lambda what: self._give_up(what, LATER_S))
+        between = None if environment.told_where(self._hello.place.settings, config.all_reduce) else self._interface.address
         try:
+            if self._me.nnodes > 1:
+                reach.check(self._me.rank, layout.world_size, between, self._store, MESH_S)
             with limit.of("mesh", MESH_S + traffic.SUM_S):
                 mesh = meshes.form(
                     self._me.rank, layout, 1, self._store, self._device, MESH_S, config.all_reduce, available_cores()

@@ -15,10 +15,11 @@ import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.config import generation_config
-from tpserve.config.env import RankEnv
+from tpserve.config.env import RankEnv, told_where
 from tpserve.config.machine import available_cores, visible_gpus
 from tpserve.config.network import Interface, host_id
 from tpserve.config.schema import EngineConfig
+from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, traits
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
@@ -97,7 +98,8 @@ def run_rank(
     if env.runtime_dir is None:
         _end_stopped_neighbours(env, attachment, control)
     try:
-        _Rank(config, spec, env, attachment, control, watch).serve()
+        between = None if told_where(settings, config.all_reduce) else interface.address
+        _Rank(config, spec, env, attachment, control, watch, between).serve()
     except Stopped:
         pass
     except BaseException as error:  # the edge of the process: whatever it is, the coordinator hears of it first
@@ -144,14 +146,23 @@ class _Rank:
     """The steps of a rank's life in order; each one's product is the next one's input."""
 
     def __init__(
-        self, config: EngineConfig, spec: ModelSpec, env: RankEnv, attachment: Attachment, control: Control, watch: Stopwatch
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        env: RankEnv,
+        attachment: Attachment,
+        control: Control,
+        watch: Stopwatch,
+        between: str | None,
     ) -> None:
+        """`between`: this node's address for gloo and NCCL, None where the user has told them."""
         self._config = config
         self._spec = spec
         self._env = env
         self._attachment = attachment
         self._control = control
         self._watch = watch
+        self._between = between
         self._trace = Trace(config.step_trace, env.rank)
 
     def serve(self) -> None:
@@ -171,6 +182,9 @@ class _Rank:
         control.progress("forming the mesh", 5)
         free = devices.free_memory(device)  # before the ranks meet, so before any has loaded
         store = hosted.store if hosted else meshes.join_store(start.endpoints["store"])
+        if env.nnodes > 1:
+            remote = [address for name, address in hosted.endpoints.items() if name.endswith("-tcp")] if hosted else []
+            reach.check(env.rank, env.world_size, self._between, store, config.start_timeout, remote)
         mesh = meshes.form(
             env.rank, config.layout, start.epoch, store, device, config.start_timeout, config.all_reduce, available_cores()
         )

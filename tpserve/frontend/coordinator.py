@@ -351,7 +351,8 @@ class Coordinator:
     def _tick_forming(self, waited_s: float, now: float) -> list[Action]:
         missing = [i for i, rank in enumerate(self._ranks) if rank.hello is None]
         if now - self._moved_s > self._form_timeout_s:
-            return self._end("fatal", 1, f"{of_ranks(missing)} did not come within {self._form_timeout_s:g} s", now)
+            why = f"{of_ranks(missing)} did not come within {self._form_timeout_s:g} s"
+            return self._end("fatal", 1, why, now, "see what the log of each node says")
         if self.epoch and waited_s > REJOIN_S:
             stop = Stop(1, self.reason)
             blocked = [i for i in missing if 0 <= self._ranks[i].over == self._ranks[i].incarnation]

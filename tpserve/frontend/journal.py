@@ -72,8 +72,10 @@ class OpenSequence:
     ticket: "Ticket"
     arrived_s: float
     tokens: "array[int]" = field(default_factory=lambda: array("i"))
-    last_token_s: float | None = None
+    token_s: "array[float]" = field(default_factory=lambda: array("d"))
+    """When each token came that the client is given."""
     cached_tokens: int = 0
+    queue_s: float = 0.0
     closed: bool = False
 
     @property
@@ -204,14 +206,14 @@ class Journal:
             log.warning("tokens of sequence %d at %d dropped, expected %d", delta.id, delta.start, len(sequence.tokens))
             return
         now = self._clock()
-        if sequence.last_token_s is None:
+        if not sequence.token_s:
             self.metrics.first_token(now - sequence.arrived_s)
-            sequence.cached_tokens = delta.cached_tokens
+            sequence.cached_tokens, sequence.queue_s = delta.cached_tokens, delta.queue_s
         else:
-            self.metrics.next_token(now - sequence.last_token_s)
-        sequence.last_token_s = now
+            self.metrics.next_token(now - sequence.token_s[-1])
         sequence.tokens.extend(delta.tokens)
         sequence.assembler.push(delta.tokens, delta.logprobs, stops=stops)
+        sequence.token_s.extend([now] * (sequence.assembler.num_tokens - len(sequence.token_s)))
         if sequence.assembler.finish is not None:  # a stop string: the client has its answer before the engine knows
             self._close(sequence, sequence.assembler.finish)
             self._send([Cut(delta.id, sequence.assembler.num_tokens)])

@@ -55,7 +55,7 @@ def locate(flags: Flags, *, head: bool) -> ModelFiles:
     if not head:
         return ModelFiles(directory, directory, snapshot=snapshot)
     tokenizer = directory if _own_tokenizer(flags) else _tokenizer(flags.tokenizer or str(flags.model), flags)
-    return ModelFiles(directory, tokenizer, _template(flags.chat_template), snapshot)
+    return ModelFiles(directory, tokenizer, read_template(flags.chat_template), snapshot)
 
 
 def describe(flags: Flags) -> ModelFiles:
@@ -211,7 +211,7 @@ def _indexed(index: Path) -> list[str]:
     return names
 
 
-def _template(given: str | None) -> str | None:
+def read_template(given: str | None) -> str | None:
     """The text of --chat-template: a file's, or what was given where that is a template itself, or may be the name of one."""
     if given is None:
         return None

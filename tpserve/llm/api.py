@@ -13,19 +13,21 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from tpserve.config import env, keywords
 from tpserve.config.env import RankEnv
 from tpserve.frontend.bridge import Bridge
+from tpserve.hub.locate import read_template
 from tpserve.llm import launch
 from tpserve.llm.callers import Answer, trouble
 from tpserve.llm.follower import Follower
 from tpserve.llm.generate import Count, Generation
 from tpserve.llm.outputs import RequestOutput
 from tpserve.llm.params import SamplingParams
-from tpserve.llm.prompts import Job, PromptInput, chats, jobs
+from tpserve.llm.prompts import Job, Priority, PromptInput, chats, jobs
 from tpserve.llm.session import Session
 from tpserve.observe.progress import Answered
 from tpserve.text.chat import ChatTemplate
@@ -59,7 +61,8 @@ class LLM:
         self._defaults = config.sampling_defaults
         self._window = 2 * config.max_num_seqs
         self._tokenizer = Tokenizer.load(config.tokenizer)
-        self._template = ChatTemplate.load(config.tokenizer, self._tokenizer.special_tokens, config.chat_template)
+        self._load_template = partial(ChatTemplate.load, config.tokenizer, self._tokenizer.special_tokens)
+        self._template = self._load_template(config.chat_template)
         session = Session(config, way.where, way.start, remote=way.remote, followers=way.num_followers)
         self._session = session
         self._finalizer = weakref.finalize(self, session.close)
@@ -88,9 +91,11 @@ class LLM:
         prompts: "PromptInput | Sequence[PromptInput]",
         sampling_params: "SamplingParams | Sequence[SamplingParams] | None" = None,
         use_tqdm: bool = True,
+        *,
+        priority: Priority = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; outputs come in the order of the prompts. No `sampling_params`: the model's defaults."""
-        return self._call(lambda: jobs(prompts, self._params(sampling_params)), use_tqdm)
+        return self._call(lambda: jobs(prompts, self._params(sampling_params), priority), use_tqdm)
 
     def chat(
         self,
@@ -98,17 +103,20 @@ class LLM:
         sampling_params: "SamplingParams | Sequence[SamplingParams] | None" = None,
         use_tqdm: bool = True,
         *,
+        priority: Priority = None,
+        chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation (a list of messages), or each of several, through the model's chat template."""
+        """Answer a conversation (a list of messages), or each of several, through the model's chat template or another one: a
+        file, the Jinja text itself, or the name of one of the model's."""
         arguments = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
         }
-        return self._call(lambda: chats(messages, self._params(sampling_params), arguments), use_tqdm)
+        return self._call(lambda: chats(messages, self._params(sampling_params), priority, arguments), use_tqdm, chat_template)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json and --override-generation-config make of `SamplingParams()`, to be changed at will."""
@@ -117,28 +125,29 @@ class LLM:
     def _params(self, given: "SamplingParams | Sequence[SamplingParams] | None") -> "SamplingParams | Sequence[SamplingParams]":
         return self.get_default_sampling_params() if given is None else given
 
-    def _call(self, ask: Callable[[], list[Job]], visible: bool) -> list[RequestOutput]:
+    def _call(self, ask: Callable[[], list[Job]], visible: bool, template: str | None = None) -> list[RequestOutput]:
         """One numbered call: whatever happens here, the other scripts of a torchrun job hear of it under its number."""
         call = next(self._calls)
         if self._follower is not None:
             return self._follower.wait(call)
         assert self._session is not None
         try:
-            outputs = self._answer(self._session, ask(), visible)
+            outputs = self._answer(self._session, ask(), visible, template)
         except BaseException as error:
             self._session.tell_followers(trouble(call, error))
             raise
         self._session.tell_followers(Answer(call, outputs))
         return outputs
 
-    def _answer(self, session: Session, asked: Sequence[Job], visible: bool) -> list[RequestOutput]:
+    def _answer(self, session: Session, asked: Sequence[Job], visible: bool, given: str | None) -> list[RequestOutput]:
         if not asked:
             return []
+        template = self._template if given is None else self._load_template(read_template(given))
         first_id, count = self._num_requests, Count()
         self._num_requests += len(asked)
 
         def work(bridge: Bridge) -> Coroutine[Any, Any, list[RequestOutput]]:
-            return Generation(bridge, self._tokenizer, self._template, asked, first_id, self._window, count).run()
+            return Generation(bridge, self._tokenizer, template, asked, first_id, self._window, count).run()
 
         with Answered(len(asked), visible) as progress:
             outputs = session.run(work, lambda: progress.update(count.done, count.tokens))

@@ -1,4 +1,4 @@
-"""The one process that an `LLM` starts: the agent of all ranks, or under torchrun the rank in the script's own place.
+"""The process through which an `LLM` has its ranks: the agent of all ranks, or under torchrun the rank in the script's own place.
 
 Owns the process and the thread that started it and waits for it. Invariant: the child never outlives this process. The kernel
 kills it when the *thread* that started it ends, which is why it has one of its own and is not started by the caller's.

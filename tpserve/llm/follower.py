@@ -29,6 +29,8 @@ class Follower:
         self._owner_pid = os.getpid()
         self._link: Link | None = Link(rank, endpoint, key)
         self._failure: Exception | None = None
+        self._told: Exception | None = None
+        """What rank 0's script told last; its words for an end, once it is gone."""
         self._child: Child | None = None
         try:
             self._child = start_rank()
@@ -54,14 +56,14 @@ class Follower:
                 return message.outputs
             if message is not None:
                 self._link.ask(call + 1)
-                raise UserError(message.text) if message.kind == "user" else EngineFailure(message.text)
+                self._told = UserError(message.text) if message.kind == "user" else EngineFailure(message.text)
+                raise self._told
             if self._child.code is not None:
                 ended_s = ended_s or now
             if ended_s is not None and now - ended_s > EXPLAIN_S:
                 code = self._child.code
-                self._failure = EngineFailure(
-                    f"rank {self._rank} ended (exit code {code}), and rank 0's script does not tell why"
-                )
+                said = f"rank {self._rank} ended (exit code {code}), and rank 0's script does not tell why"
+                self._failure = self._told or EngineFailure(said)
                 raise self._failure
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prom
 from tpserve.frontend.openai.schema import ChatCall, CompletionCall
 from tpserve.frontend.openai.sequences import sequences
 from tpserve.frontend.openai.service import Limits, Service
-from tpserve.llm.outputs import RequestOutput, Speller
+from tpserve.llm.outputs import RequestOutput, RequestStateStats, Speller
 from tpserve.llm.prompts import Job
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.logprobs import likeliest
@@ -76,6 +76,7 @@ class Generation:
             chat_template=template,
             defaults=SamplingDefaults(),  # every job says all of it
         )
+        self._arrival_time, self._arrived_s = time.time(), time.monotonic()
         self._jobs = jobs
         self._first_id = first_id
         self._window = window
@@ -122,15 +123,15 @@ class Generation:
         return checked
 
     async def _checked(self, job: Job, limits: Limits) -> Checked:
-        call = job.params.call()
+        call = job.params.call(**job.fields)
         if job.chat is not None:
             chat, _ = parse(dict(job.chat), ChatCall, set())
             prompt = await chat_prompt(self._service, chat, limits)
         else:
-            given = job.text if job.text is not None else [job.ids]
+            given = job.text if job.ids is None else [job.ids]
             (prompt,) = await completion_prompts(self._service, replace(call, prompt=given), limits)
         size = max_new_tokens(prompt, None, job.params.max_tokens, limits, "prompt")
-        return Checked(prompt, None if job.ids is not None else prompt.text, call, size, job.params.detokenize)
+        return Checked(prompt, prompt.text if job.ids is None else job.text, call, size, job.params.detokenize)
 
     async def _work(self, waiting: Iterator[tuple[int, Checked]], limits: Limits, outputs: list[RequestOutput | None]) -> None:
         """Answer one prompt after another, until none waits."""
@@ -160,6 +161,7 @@ class Generation:
             prompt_token_ids=list(one.prompt.ids),
             prompt_logprobs=None if scores is None else speller.prompt(scores, call.prompt_logprobs or 0),
             outputs=[speller.completion(number, piece, call.logprobs) for number, piece in enumerate(pieces)],
+            metrics=RequestStateStats.of(ticket.sequences, self._arrival_time, self._arrived_s),
             num_cached_tokens=ticket.sequences[0].cached_tokens,
         )
 

@@ -1,9 +1,11 @@
 """What `generate` returns, in vLLM's names. Plain data: it also crosses between the scripts of a torchrun job, as msgpack."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct
 
+from tpserve.frontend.journal import OpenSequence
 from tpserve.text.assembler import Piece
 from tpserve.text.entries import PromptScores
 from tpserve.text.logprobs import pairs
@@ -34,6 +36,39 @@ class CompletionOutput(Struct, frozen=True):
     stop_reason: int | str | None
 
 
+class RequestStateStats(Struct, frozen=True):
+    """When things happened to one prompt, all its choices together.
+
+    `arrival_time` is when the call began, in seconds since 1970, and `first_token_latency` counts from there. All `_ts` are
+    seconds of the monotonic clock of rank 0's host: given to the scheduler, first planned, first and last token. `token_ts`,
+    which vLLM does not have: every token.
+    """
+
+    arrival_time: float
+    first_token_latency: float
+    queued_ts: float
+    scheduled_ts: float
+    first_token_ts: float
+    last_token_ts: float
+    num_generation_tokens: int
+    token_ts: list[float]
+
+    @staticmethod
+    def of(sequences: Sequence[OpenSequence], arrival_time: float, arrived_s: float) -> "RequestStateStats":
+        """Of sequences that have ended, each of which has a token. `arrived_s`: the call's begin on the monotonic clock."""
+        token_ts = sorted(token_s for sequence in sequences for token_s in sequence.token_s)
+        return RequestStateStats(
+            arrival_time=arrival_time,
+            first_token_latency=token_ts[0] - arrived_s,
+            queued_ts=sequences[0].arrived_s,
+            scheduled_ts=sequences[0].arrived_s + min(sequence.queue_s for sequence in sequences),
+            first_token_ts=token_ts[0],
+            last_token_ts=token_ts[-1],
+            num_generation_tokens=len(token_ts),
+            token_ts=token_ts,
+        )
+
+
 class RequestOutput(Struct, frozen=True):
     """The answer to one prompt. `prompt` is None for a prompt given as ids; the first of `prompt_logprobs` is None."""
 
@@ -42,6 +77,7 @@ class RequestOutput(Struct, frozen=True):
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
+    metrics: RequestStateStats
     finished: bool = True
     num_cached_tokens: int = 0
 

@@ -58,9 +58,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self.call()
 
-    def call(self) -> CompletionCall:
-        """As a request that came over HTTP, without its prompt. Checked anew: the fields may have been set since."""
-        fields: dict[str, Any] = dataclasses.asdict(self)
+    def call(self, **more: Any) -> CompletionCall:
+        """As a request that came over HTTP with these fields `more`, without its prompt. Checked anew: they may have been set
+        since."""
+        fields: dict[str, Any] = dataclasses.asdict(self) | more
         if not fields.pop("detokenize") and self.stop:
             raise UserError("stop strings need detokenize=True: leave one of them out", param="stop", code="invalid_value")
         if self.max_tokens == 0:

@@ -1,7 +1,7 @@
 """The prompts of a call in all their shapes, each beside what is asked for it. Pure; what a prompt holds is checked later."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tpserve.errors import UserError
@@ -9,56 +9,84 @@ from tpserve.llm.params import SamplingParams
 
 Ids = Sequence[int]
 PromptInput = str | Ids | Mapping[str, Any]
+Priority = int | Sequence[int] | None
+"""Lower goes first; one for all prompts, or one for each."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt: a text or ids, or the messages of a conversation, for which `chat` holds the template's arguments."""
+    """One prompt: a text, or ids (and what text they are, if that was said), or the messages of a conversation, for which `chat`
+    holds the template's arguments. `fields`: of a request, beside what `params` asks."""
 
     params: SamplingParams
     text: str | None = None
     ids: list[int] | None = None
     chat: Mapping[str, Any] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def jobs(prompts: PromptInput | Sequence[PromptInput], params: SamplingParams | Sequence[SamplingParams]) -> list[Job]:
+def jobs(
+    prompts: PromptInput | Sequence[PromptInput], params: SamplingParams | Sequence[SamplingParams], priority: Priority
+) -> list[Job]:
     """One a prompt, in order. UserError for a shape that means nothing."""
     single = isinstance(prompts, str | Mapping) or _are_ids(prompts)
+    if not single and not isinstance(prompts, Iterable):
+        raise UserError(f"prompts must be a prompt or a list of them, not {type(prompts).__name__}", param="prompts")
     items: list[Any] = [prompts] if single else list(prompts)
-    return [_job(item, index, own) for index, (item, own) in enumerate(zip(items, _spread(params, len(items)), strict=True))]
+    spread = zip(items, _spread(params, len(items)), _priorities(priority, len(items)), strict=True)
+    return [_job(item, index, own, fields) for index, (item, own, fields) in enumerate(spread)]
 
 
-def chats(messages: Sequence[Any], params: SamplingParams | Sequence[SamplingParams], arguments: Mapping[str, Any]) -> list[Job]:
+def chats(
+    messages: Sequence[Any],
+    params: SamplingParams | Sequence[SamplingParams],
+    priority: Priority,
+    arguments: Mapping[str, Any],
+) -> list[Job]:
     """One a conversation: a list of messages, or a list of such lists."""
-    if not isinstance(messages, list | tuple) or not messages:
+    if not isinstance(messages, list | tuple):
         raise UserError("messages must be a list of messages, or a list of such lists", param="messages")
-    conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
-    spread = _spread(params, len(conversations))
-    return [Job(own, chat={**arguments, "messages": one}) for one, own in zip(conversations, spread, strict=True)]
+    conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+    spread = zip(conversations, _spread(params, len(conversations)), _priorities(priority, len(conversations)), strict=True)
+    return [Job(own, chat={**arguments, "messages": one}, fields=fields) for one, own, fields in spread]
 
 
 def _spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     if isinstance(params, SamplingParams):
         return [params] * count
-    if len(params) != count or not all(isinstance(own, SamplingParams) for own in params):
+    if not isinstance(params, list | tuple) or len(params) != count or not all(isinstance(own, SamplingParams) for own in params):
         raise UserError(
             f"sampling_params must be one SamplingParams or a list of {count}, one for each prompt", param="sampling_params"
         )
     return list(params)
 
 
-def _job(item: Any, index: int, params: SamplingParams) -> Job:
-    where = f"prompts[{index}]"
+def _priorities(priority: Priority, count: int) -> list[dict[str, Any]]:
+    if not isinstance(priority, list | tuple):
+        return [{"priority": priority}] * count
+    if len(priority) != count:
+        raise UserError(f"priority must be one number or a list of {count}, one for each prompt", param="priority")
+    return [{"priority": one} for one in priority]
+
+
+def _job(item: Any, index: int, params: SamplingParams, fields: dict[str, Any]) -> Job:
+    where, text = f"prompts[{index}]", None
     if isinstance(item, Mapping):
-        if len(item) != 1 or not item.keys() <= {"prompt", "prompt_token_ids"}:
-            keys = ", ".join(map(str, item))
-            raise UserError(f"{where} must hold 'prompt' or 'prompt_token_ids' and nothing else, not {keys}", param=where)
-        item = next(iter(item.values()))
+        said = {key: value for key, value in item.items() if value is not None}
+        if strange := [key for key in said if key not in ("prompt", "prompt_token_ids", "cache_salt")]:
+            raise UserError(f"{where}: {strange[0]} is not supported: leave it out", param=where)
+        text = said.pop("prompt", None)
+        item = said.pop("prompt_token_ids", text)
+        fields = {**fields, **said}
+        if item is None:
+            raise UserError(f"{where} must hold 'prompt' or 'prompt_token_ids'", param=where)
     if isinstance(item, str):
-        return Job(params, text=item)
+        return Job(params, text=item, fields=fields)
     if _are_ids(item) or (isinstance(item, list | tuple) and not item):
-        return Job(params, ids=list(item))
-    raise UserError(f"{where} must be a text or a list of token ids, not {type(item).__name__}", param=where)
+        return Job(params, text, list(item), fields=fields)
+    odd = next((type(one).__name__ for one in item if not isinstance(one, int)), "") if isinstance(item, list | tuple) else ""
+    kind = f"a {type(item).__name__} of {odd}" if odd else type(item).__name__
+    raise UserError(f"{where} must be a text or a list of token ids, not {kind}", param=where)
 
 
 def _are_ids(value: object) -> bool:

@@ -2,7 +2,8 @@
 
 Owns the runtime directory, the thread, the child that starts the ranks, and the reason for their end. The caller is never a rank:
 a caller that sits in a collective with a dead peer could neither raise nor be interrupted. Invariants: whatever the thread or the
-ranks do, a waiting caller gets an answer or an exception; `close` leaves no process, no socket and no directory of this session.
+ranks do, a waiting caller gets an answer or an exception; `close` leaves no process, no socket and no directory of this session,
+nor does a SIGKILL (`Sweeper`).
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from tpserve.frontend.bridge import Bridge, News
 from tpserve.frontend.coordinator import Failed, Finished, Ready
 from tpserve.llm.callers import Answer, Callers, Trouble
 from tpserve.llm.child import Child
+from tpserve.llm.sweeper import Sweeper
 from tpserve.wire.attach import hold_lock, make_runtime_dir, remove_runtime_dir
 from tpserve.wire.auth import Invitation
 
@@ -38,6 +40,7 @@ CHILD_S = 3.0
 TOLD_S = 5.0
 """How long other scripts of a torchrun job have to fetch the last answer."""
 _CLOSED = Failed(1, "the LLM is closed")
+_TOLD = Failed(1, "the ranks have ended: somebody sent them SIGTERM")
 
 
 class Session:
@@ -68,13 +71,15 @@ class Session:
         self._ended = threading.Event()
         self._failure: Failed | None = None
         self._thread: threading.Thread | None = None
+        self._sweeper: Sweeper | None = None
         self._lock = -1
         self._closed = False
 
     def begin(self) -> None:
         """Start the thread; `wait_ready` follows. Whatever interrupts this, `close` takes back."""
+        self._sweeper = Sweeper(self._where)
         make_runtime_dir(self._where)
-        (self._where / "frontend.json").unlink(missing_ok=True)  # of a session that was killed
+        (self._where / "frontend.json").unlink(missing_ok=True)  # of a session that was killed with all its processes
         self._lock = hold_lock(self._where)
         self._thread = threading.Thread(target=self._live, name="tpserve session", daemon=True)
         self._thread.start()
@@ -136,6 +141,8 @@ class Session:
         if self._lock >= 0:
             remove_runtime_dir(self._where)
             os.close(self._lock)
+        if self._sweeper is not None:
+            self._sweeper.end()
 
     def _end_thread(self, thread: threading.Thread) -> None:
         while not (self._bound.wait(LOOK_S) or self._ended.is_set()):  # it has just begun
@@ -154,6 +161,8 @@ class Session:
             self._bridge.drain()
 
     def _raise_if_ended(self) -> None:
+        if os.getpid() != self._owner_pid:
+            raise UserError("an LLM answers in the process that made it, and not in a fork of that: make one there")
         if self._failure is not None or self._ended.is_set():
             raise self._reason()
 
@@ -187,7 +196,8 @@ class Session:
                 await self._serve_ranks(self._bridge)
                 hearing.cancel()
                 why = self._failure or _CLOSED
-                self._callers.end("user" if why.code == 2 else "engine", why.reason)
+                reason = "rank 0's script has closed its LLM" if why is _CLOSED else why.reason
+                self._callers.end("user" if why.code == 2 else "engine", reason)
                 await self._callers.all_told(TOLD_S)
 
     async def _serve_ranks(self, bridge: Bridge) -> None:
@@ -215,7 +225,7 @@ class Session:
             case Failed():
                 self._failure = self._failure or news
             case Finished():
-                self._failure = self._failure or _CLOSED
+                self._failure = self._failure or (_CLOSED if self._closed else _TOLD)
 
 
 def _done(future: "Future[Any]", timeout_s: float) -> bool:

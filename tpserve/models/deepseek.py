@@ -19,6 +19,7 @@ HONOURED = (*experts.COUNTS, "kv_lora_rank", "n_routed_experts")
 
 
 def _v2(fields: Fields) -> ModelSpec:
+    fields = fields.over({"n_shared_experts": 2})
     fields.refuse_unless("scoring_func", "softmax")
     fields.refuse_unless("norm_topk_prob", False)
     method = fields.get("topk_method") or "greedy"
@@ -35,6 +36,7 @@ def _v2(fields: Fields) -> ModelSpec:
 
 
 def _v3(fields: Fields) -> ModelSpec:
+    fields = fields.over({"n_shared_experts": 1, "norm_topk_prob": True, "rope_interleave": True})
     fields.refuse_unless("scoring_func", "sigmoid")
     fields.refuse_unless("topk_method", "noaux_tc")
     routing = RoutingSpec(
@@ -44,10 +46,10 @@ def _v3(fields: Fields) -> ModelSpec:
         num_groups=fields.size("n_group"),
         num_top_groups=fields.size("topk_group"),
         group_best=2,
-        renormalise=fields.flag("norm_topk_prob", True),
+        renormalise=fields.flag("norm_topk_prob"),
         scale=fields.number("routed_scaling_factor"),
     )
-    return _spec(fields, "deepseek_v3", routing, interleaved=fields.flag("rope_interleave", True))
+    return _spec(fields, "deepseek_v3", routing, interleaved=fields.flag("rope_interleave"))
 
 
 def _spec(fields: Fields, family: str, routing: RoutingSpec, interleaved: bool) -> ModelSpec:
@@ -73,8 +75,6 @@ def _spec(fields: Fields, family: str, routing: RoutingSpec, interleaved: bool) 
         honoured=HONOURED,
     )
     assert spec.rope is not None, "the shape of Llama"
-    if spec.rope.num_channels is not None:
-        raise fields.refuse(f"only {spec.rope.num_channels} of {latent.rope_dim} channels of the shared key would be rotated")
     scale = head_dim**-0.5 * score_factor(fields, spec.rope)
     return replace(spec, rope=replace(spec.rope, interleaved=interleaved), attention_scale=scale)
 

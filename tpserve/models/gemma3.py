@@ -44,6 +44,9 @@ def _spec(fields: Fields) -> ModelSpec:
 def _ropes(fields: Fields) -> tuple[RopeSpec, RopeSpec]:
     """Of layers that see all, and of those with a window. The older spelling scales only the former."""
     kinds = fields.part("rope_parameters")
+    scaling = fields.table("rope_scaling")
+    if scaling.names() and (kinds.names() or scaling.get("rope_type") is None):  # transformers merges, and ignores others
+        raise scaling.refuse("it must name its 'rope_type', and there must be no 'rope_parameters' beside it")
     if unknown := sorted(kinds.names() - {FULL, SLIDING}):
         raise kinds.refuse(f"field {unknown[0]!r} is not supported: supported are {FULL!r} and {SLIDING!r}")
     tables = kinds if kinds.names() else Fields({FULL: fields.get("rope_scaling")}, "")

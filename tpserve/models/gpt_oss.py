@@ -10,8 +10,9 @@ ROUTER = "mlp.router"
 
 
 def _spec(fields: Fields) -> ModelSpec:
-    fields = fields.over({"torch_dtype": "bfloat16"})  # that of what is not in MXFP4, which published configs do not say
-    if fields.get("rope_parameters") is None and fields.get("rope_scaling") is None:
+    # The dtype is that of what is not in MXFP4, which published configs do not say.
+    fields = fields.over({"torch_dtype": "bfloat16", "rope_theta": 150_000.0})
+    if not fields.get("rope_parameters") and not fields.get("rope_scaling"):
         raise fields.refuse("field 'rope_scaling' is missing")
     fields.refuse_quantization_but("mxfp4")
     bias = fields.flag("attention_bias", True)

@@ -7,6 +7,7 @@ from tpserve.types.model_spec import ModelSpec
 
 
 def _spec(fields: Fields) -> ModelSpec:
+    fields = fields.over({"sliding_window": 4096})
     return transformer.spec(
         fields,
         "mistral",

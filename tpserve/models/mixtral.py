@@ -15,6 +15,7 @@ EXPERTS = ExpertNames(
 
 
 def _spec(fields: Fields) -> ModelSpec:
+    fields = fields.over({"rope_theta": 1e6})
     mixture = ExpertsSpec(
         count=fields.size("num_local_experts"),
         size=fields.size("intermediate_size"),

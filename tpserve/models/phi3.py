@@ -3,6 +3,7 @@
 from tpserve.models import transformer
 from tpserve.models.family import Family
 from tpserve.models.fields import Fields
+from tpserve.models.rope_fields import rope_of
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.names import WeightNames
 
@@ -12,12 +13,14 @@ FUSED_QKV, FUSED_GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 def _spec(fields: Fields) -> ModelSpec:
     fields.refuse_unless("attention_bias", False)
     fields.refuse_unless("mlp_bias", False)
+    head_dim = transformer.head_dim_of(fields)
     return transformer.spec(
         fields,
         "phi3",
         num_kv_heads=fields.size("num_key_value_heads", fields.size("num_attention_heads")),
-        head_dim=transformer.head_dim_of(fields),
+        head_dim=head_dim,
         windows=transformer.sliding_windows(fields),
+        rope=rope_of(fields, head_dim, partial=True),
     )
 
 

@@ -20,10 +20,13 @@ the same greedy tokens, log probabilities within 1e-4.
 TAIL = '''
 Of all families:
 
-- **Rope:** default, linear, dynamic, YaRN, llama3, longrope; over the whole head or a part of it. Dynamic rope is served up to
-  `max_position_embeddings`, within which it stretches nothing. Longrope turns by its long factors when `--max-model-len` is
+- **Rope:** default, linear, dynamic, YaRN, llama3, longrope; over the whole head, in Phi-3 and Phi-4 also over a part of it.
+  As in transformers `rope_scaling` counts before `rope_parameters`, and YaRN's `attn_factor` does not. Dynamic rope is served up
+  to `max_position_embeddings`, within which it stretches nothing. Longrope turns by its long factors when `--max-model-len` is
   beyond the original length, else by its short ones, for all sequences alike: a token never depends on how long its sequence
   will be.
+- **Activations:** of gated MLPs SiLU, in Gemma GELU by tanh; of plain ones, in GPT-2 and OPT, SiLU, ReLU, GELU, GELU by tanh.
+  Others are refused.
 - **Windows:** in all layers or some; a layer with a window keeps its window's blocks of the cache only.
 - **Models that see:** of `Gemma3ForConditionalGeneration` the text is served. Weights for images are not read, which the log
   says, and requests with images are refused.
@@ -33,8 +36,8 @@ Of all families:
 - **Weights:** safetensors with an index or without, else pytorch_model*.bin (of torch 1.6 or later; mapped, and never unpickled
   beyond tensors); of a transformer saved whole, alone or inside another model (`embed_tokens`, `model.embed_tokens`,
   `language_model.model.embed_tokens` are one); float64, float32, bfloat16, float16. A tensor that is missing is an error with
-  its name, its shape and its file, and so is a bias or a scale beside a weight that is used; other tensors that are not used
-  are told in one line.
+  its name, its shape and its file, and so is a bias or a scale beside a weight that is used, or an LM head that differs from
+  the embedding that config.json ties to it; other tensors that are not used are told in one line.
 - **Quantized weights:** block FP8 (`quant_method` fp8 with `weight_block_size` [128, 128]: DeepSeek, Qwen3-FP8) in any family and
   MXFP4 in gpt-oss become plain weights while they are read, so they take the memory of plain ones. Any other
   `quantization_config` is an error that names the method.

@@ -1,4 +1,7 @@
-"""Reading rope in all its spellings: `rope_parameters`, or the older `rope_theta` and `rope_scaling`. No field is passed over."""
+"""Reading rope in all its spellings: `rope_parameters`, or the older `rope_theta` and `rope_scaling`. No field is passed over.
+
+What is read is what transformers reads. Of both spellings the older one counts.
+"""
 
 import math
 
@@ -8,19 +11,22 @@ from tpserve.models.fields import Fields
 from tpserve.types.model_spec import RopeSpec
 
 COMMON = {"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
-"""`finetuned` says how the model was made."""
+"""`finetuned` says how the model was made; transformers does not look at YaRN's `attn_factor`."""
 OWN: dict[str, set[str]] = {
     "default": set(),
     "linear": set(),
     "dynamic": set(),
     "llama3": {"low_freq_factor", "high_freq_factor"},
-    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "attn_factor"},
     "longrope": {"attention_factor", "short_factor", "long_factor"},
 }
 
 
-def rope_of(fields: Fields, head_dim: int) -> RopeSpec:
-    """The model's rope. UserError for a kind, a field or sizes that the decoder cannot honour."""
+def rope_of(fields: Fields, head_dim: int, *, partial: bool = False) -> RopeSpec:
+    """The model's rope. UserError for a kind, a field or sizes that the decoder cannot honour.
+
+    `partial`: whether a part of a head's channels may turn; transformers turns all of them in other families, or fails.
+    """
     table = _table(fields)
     kind = _kind(table)
     if unknown := sorted(table.names() - COMMON - OWN[kind]):
@@ -28,6 +34,8 @@ def rope_of(fields: Fields, head_dim: int) -> RopeSpec:
     part = fields.number("partial_rotary_factor", 1.0) if table.get("partial_rotary_factor") is None else None
     part = part or table.number("partial_rotary_factor")
     num_channels = int(head_dim * part)
+    if num_channels != head_dim and not partial:
+        raise table.refuse(f"field 'partial_rotary_factor' is {part:g}, but in this family all channels of a head turn")
     if num_channels % 2 or not 0 < num_channels <= head_dim:
         raise table.refuse(f"{num_channels} rotary channels of {head_dim}: rotary embedding turns pairs of a head's channels")
     theta = table.number("rope_theta", fields.number("rope_theta", 10000.0))
@@ -50,7 +58,7 @@ def longest(fields: Fields, rope: RopeSpec) -> int:
 
 
 def _table(fields: Fields) -> Fields:
-    return fields.table("rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling")
+    return fields.table("rope_parameters" if fields.get("rope_parameters") and not fields.get("rope_scaling") else "rope_scaling")
 
 
 def _kind(table: Fields) -> str:
@@ -82,9 +90,11 @@ def _scaled(kind: str, plain: RopeSpec, table: Fields, fields: Fields, num_chann
             scaled,
             beta_fast=table.number("beta_fast", 32.0),
             beta_slow=table.number("beta_slow", 1.0),
-            truncate=table.flag("truncate", True),
+            truncate=table.over({"truncate": True}).flag("truncate"),
             magnitude=table.number("attention_factor", _yarn_magnitude(table, factor)),
         )
+    if factor > 1 and original == 1:
+        raise table.refuse("an original length of 1 cannot be stretched: field 'original_max_position_embeddings' must be larger")
     stretch = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return replace(
         scaled,

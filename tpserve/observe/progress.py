@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 5.0
+REDRAW_EVERY_S = 0.5
+NOTEBOOK = "ipykernel.iostream"
+"""Where the class of a notebook's stderr is from: no terminal, but a line that is written again replaces itself."""
 GB = 1e9
 
 
@@ -72,7 +75,8 @@ def _bar(title: str, stream: TextIO) -> "tuple[Bar, TaskID]":
 
 
 class Answered:
-    """How many prompts of a call are answered, and how fast: a bar on a terminal, a line every few seconds elsewhere.
+    """How many prompts of a call are answered, and how fast: a bar on a terminal, a line that changes under a notebook's cell, a
+    line every few seconds elsewhere.
 
     Writes to the stream and not to the log: this is the caller's screen, whose log is not ours to set up.
     """
@@ -81,6 +85,8 @@ class Answered:
         self._total = total
         self._visible = visible
         self._stream = sys.stderr if stream is None else stream
+        self._redraws = type(self._stream).__module__ == NOTEBOOK
+        self._shown = 0
         self._bar: tuple[Bar, TaskID] | None = None
         self._done = self._tokens = 0
         self._begin_s = self._line_s = 0.0
@@ -97,20 +103,22 @@ class Answered:
         if self._bar is not None:
             bar, task = self._bar
             bar.update(task, completed=done, speed=self._speed())
-        elif self._visible and time.monotonic() - self._line_s >= LINE_EVERY_S:
+        elif self._visible and time.monotonic() - self._line_s >= (REDRAW_EVERY_S if self._redraws else LINE_EVERY_S):
             self._line_s = time.monotonic()
-            self._say()
+            self._say("" if self._redraws else "\n")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar[0].stop()
         elif self._visible and kind is None:
-            self._say()
+            self._say("\n")
 
-    def _say(self) -> None:
+    def _say(self, end: str) -> None:
         seconds = time.monotonic() - self._begin_s
-        self._stream.write(f"{self._done}/{self._total} prompts in {seconds:.1f} s, {self._speed()}\n")
+        line = f"{self._done}/{self._total} prompts in {seconds:.1f} s, {self._speed()}"
+        self._stream.write(f"\r{line:<{self._shown}}{end}" if self._redraws else line + end)
         self._stream.flush()
+        self._shown = len(line)
 
     def _speed(self) -> str:
         return f"{self._tokens / max(time.monotonic() - self._begin_s, 1e-9):,.0f} tokens/s"

@@ -33,20 +33,22 @@ def choose(
 ) -> Choice:
     """`tried`: layouts of one GPU and of all; `fewest`: of the fewest GPUs, there or not, whose layout passes a test."""
 
-    def enough(found: Estimate) -> bool:
-        return found.fits and found.concurrency >= (wanted or 0)
-
     fitting = [found for found in tried if found.fits]
+    longest = max((found.length for found in fitting), default=0)  # they differ where a length is to be found
+
+    def enough(found: Estimate) -> bool:
+        return found.fits and found.concurrency >= (wanted or 0) and found.length >= longest
+
     if not fitting:
         return Choice(None, (_nothing(tried, fewest(lambda found: found.fits and not found.crosses)),), ())
     single = next((found for found in fitting if found.layout.world_size == 1), None)
     if single is not None and enough(single):
         best, why = single, [_no_parallelism(single, cards)]
     else:
-        best = min(fitting, key=lambda found: (found.crosses, not enough(found), *taste(found, cards)))
+        best = min(fitting, key=lambda found: (found.crosses, not enough(found), -found.length, *taste(found, cards)))
         why = [*_because(best, cards)]
         if single is not None and single is not best:
-            why.insert(0, f"One GPU holds the model, but {_room(single)}, and {wanted} are wanted.")
+            why.insert(0, f"One GPU holds the model, but {_room(single)}{f', and {wanted} are wanted' if wanted else ''}.")
         why.extend(_smaller(best, fewest(lambda found: enough(found) and not found.crosses), wanted))
     why.extend(f"The parts are uneven: {text}; the others wait for it." for text in best.uneven)
     return Choice(best, tuple(why), tuple(_warnings(best, cards, wanted, max_start_s)))
@@ -113,7 +115,7 @@ def _nothing(tried: Sequence[Estimate], fewest: Estimate | None) -> str:
 
 
 def _room(found: Estimate) -> str:
-    return f"its KV cache has room for {several(found.concurrency)} sequences of {found.ledgers[0].max_model_len:,} tokens"
+    return f"its KV cache has room for {several(found.concurrency)} sequences of {found.length:,} tokens"
 
 
 def several(number: float) -> str:
@@ -126,7 +128,7 @@ def _warnings(best: Estimate, cards: Cards, wanted: int | None, max_start_s: int
     if best.concurrency < (wanted or FEW):
         short = f"of the {wanted} wanted; the others wait" if wanted else "at once; further ones wait"
         said.append(
-            f"KV cache for {several(best.concurrency)} sequences of {best.ledgers[0].max_model_len:,} tokens {short}: a shorter "
+            f"KV cache for {several(best.concurrency)} sequences of {best.length:,} tokens {short}: a shorter "
             "--context, more GPUs, or more memory on each"
         )
     if best.crosses:

@@ -63,10 +63,11 @@ class Plan(Struct, frozen=True, kw_only=True):
         ),
     ] = 3_350_000_000_000
     context: Annotated[
-        int | None,
+        int | Literal["auto"] | None,
         Flag(
             LOAD,
-            f"Tokens of a sequence, prompt and output; the server's --max-model-len. Default: {CONTEXT}, or the model's if less.",
+            "Tokens of a sequence, prompt and output; the server's --max-model-len. auto: as many as fit, for --concurrency "
+            f"sequences where that is said. Default: {CONTEXT}, or the model's if less.",
             at_least=2,
         ),
     ] = None
@@ -106,7 +107,7 @@ def run(argv: Sequence[str]) -> int:
     flags, files, spec = open_model(said, describe)
     flags, said = (_flags(given, plan, spec) for given in (flags, said))
     on_disk = stored(files)
-    asked = Asked(flags, files, spec, None if on_disk is None else on_disk.num_bytes)
+    asked = Asked(flags, files, spec, None if on_disk is None else on_disk.num_bytes, plan.concurrency or 1)
     only_experts = flags.enable_expert_parallel
 
     def tried(world_size: int) -> list[Estimate]:
@@ -132,8 +133,9 @@ def _cards(plan: Plan) -> Cards:
         raise UserError(f"{missing} is missing: `tpserve plan MODEL --gpus 16 --gpu-memory 80GB`", param=missing)
     per_node = plan.gpus_per_node or NODE
     if plan.gpus > per_node and plan.gpus % per_node:
+        alike = max(size for size in range(1, per_node + 1) if plan.gpus % size == 0)
         raise UserError(
-            f"--gpus {plan.gpus} is no multiple of {per_node} GPUs a node: nodes are to be alike; give another --gpus-per-node",
+            f"--gpus {plan.gpus} is no multiple of {per_node} GPUs a node: nodes are to be alike; give --gpus-per-node {alike}",
             param="gpus_per_node",
         )
     if plan.max_start_time is not None and plan.disk_rate is None:
@@ -146,7 +148,7 @@ def _flags(given: Flags, plan: Plan, spec: ModelSpec) -> Flags:
     if given.enable_expert_parallel and spec.experts is None:
         raise UserError("--enable-expert-parallel, but the model has no experts: leave it out", param="enable_expert_parallel")
     most = spec.max_position
-    if plan.context is not None and plan.context > most:
+    if isinstance(plan.context, int) and plan.context > most:
         raise UserError(f"--context {plan.context} is beyond the model's {most:,} tokens: give at most that", param="context")
     context = plan.context or min(CONTEXT, most)
     return replace(given, max_model_len=context, max_num_seqs=max(given.max_num_seqs, plan.concurrency or 1))

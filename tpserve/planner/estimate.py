@@ -21,7 +21,7 @@ from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
-from tpserve.types.window import blocks_of
+from tpserve.types.window import blocks_of, longest
 from tpserve.worker import sizing
 from tpserve.worker.at_once import AtOnce
 from tpserve.worker.sizing import ITEM_BYTES, Measured, size
@@ -54,6 +54,8 @@ class Asked:
     files: ModelFiles
     spec: ModelSpec
     stored_bytes: int | None
+    wanted: int
+    """Sequences at once; with a length of "auto" it is the longest of which so many fit."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class Estimate:
         return not self.why_not
 
     @property
+    def length(self) -> int:
+        """Of a sequence, in tokens."""
+        return self.ledgers[0].max_model_len
+
+    @property
     def name(self) -> str:
         """As people say it."""
         return f"TP {self.layout.tp} x PP {self.layout.pp}" + " x EP" * self.layout.expert_parallel
@@ -106,6 +113,8 @@ def estimate(asked: Asked, cards: Cards, layout: ParallelLayout) -> Estimate:
         if error.param not in (None, "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"):
             raise
         return Estimate(layout, nodes, str(error))
+    if config.fit_max_model_len:
+        config = replace(config, max_model_len=_longest(asked, ranks, config), fit_max_model_len=False)
     found = sizing.fit(ranks, asked.spec, config)
     sequence = blocks_of(config.max_model_len, asked.spec.windows, config.block_size)
     why_not = _shortage(ranks, sequence, config)
@@ -156,6 +165,16 @@ def measured(spec: ModelSpec, config: EngineConfig, memory: int, rank: int) -> M
     return Measured(memory, OTHERS_BYTES, share, weights, activations, head, share - taken, memory - OTHERS_BYTES - taken, block)
 
 
+def _longest(asked: Asked, ranks: list[Measured], config: EngineConfig) -> int:
+    """The longest sequence of which as many as are wanted fit; the shortest that a server would take where none does."""
+
+    def fits(length: int) -> bool:
+        blocks = asked.wanted * blocks_of(length, asked.spec.windows, config.block_size)
+        return all(blocks * rank.block + sizing.slot_bytes(config, length) <= rank.room for rank in ranks)
+
+    return max(longest(fits, config.block_size, config.max_model_len), sizing.least_length(config))
+
+
 def _shortage(ranks: list[Measured], blocks: int, config: EngineConfig) -> str:
     """Which rank has too little memory for one sequence, of so many blocks, and by how much; empty when that is not why."""
     rest = sizing.slot_bytes(config, config.max_model_len)
@@ -166,7 +185,7 @@ def _shortage(ranks: list[Measured], blocks: int, config: EngineConfig) -> str:
     rank = ranks[worst]
     return (
         f"rank {worst} needs {size(rank.share + short[worst])} (weights {size(rank.weights)}) for one sequence of "
-        f"{config.max_model_len:,} tokens and may take {size(rank.share)}: {size(short[worst])} too much"
+        f"{config.max_model_len:,} tokens and may take {size(max(rank.share, 0))}: {size(short[worst])} too much"
     )
 
 

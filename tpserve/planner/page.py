@@ -12,7 +12,7 @@ from tpserve.config import cli
 from tpserve.config.schema import Flags
 from tpserve.models.need import need
 from tpserve.planner.choice import Choice, several
-from tpserve.planner.estimate import Cards, Estimate
+from tpserve.planner.estimate import OTHERS_BYTES, Cards, Estimate
 from tpserve.planner.model import Stored
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
@@ -41,14 +41,14 @@ class Page:
 
 def as_text(page: Page) -> str:
     """For people."""
-    lines = [*_about(page), "", *_table(page.tried), *_refused(page.tried), "", *page.choice.why]
+    lines = [*_about(page), "", *_table(page), *_refused(page.tried), "", *page.choice.why]
     lines += [f"Warning: {text}." for text in [*_mismatch(page), *page.choice.warnings]]
     best = page.choice.best
     if best is not None:
         if best.load_s is not None:
             lines.append(f"Loading takes {best.load_s:,.0f} s at least: what the busiest node reads of its disk.")
         lines.append(f"\n{best.name}, to paste:")
-        for serve, torchrun in commands(page.flags, best, page.cards):
+        for serve, torchrun in commands(page, best):
             lines += [f"    {serve}", f"    {torchrun}"]
         lines.append("(of each pair one, on its own node)" if best.nodes > 1 else "(one of the two)")
     return "\n".join(lines) + "\n"
@@ -72,8 +72,11 @@ def as_json(page: Page) -> str:
     return msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n"
 
 
-def commands(flags: Flags, found: Estimate, cards: Cards) -> list[tuple[str, str]]:
+def commands(page: Page, found: Estimate) -> list[tuple[str, str]]:
     """The two lines of each node, after `tpserve serve` and after torchrun."""
+    flags, cards = page.flags, page.cards
+    if flags.max_model_len == "auto" and page.wanted is not None:  # a server's "auto" is one sequence's
+        flags = replace(flags, max_model_len=found.length)
     layout, head = found.layout, flags.master_addr or HEAD
     more = cli.to_argv(replace(flags, model=None, enable_expert_parallel=layout.expert_parallel))
     model = [flags.model] if flags.model is not None else []
@@ -109,23 +112,30 @@ def _about(page: Page) -> Iterator[str]:
     link = "NVLink" if cards.nvlink else "PCIe"
     where = f" on {cards.nodes_of(cards.num_gpus)} nodes" if cards.num_gpus > cards.per_node else ""
     wanted = f", {page.wanted} at once" if page.wanted else ""
+    said = page.flags.max_model_len
+    length = (
+        f"sequences of {said:,} tokens" if isinstance(said, int) else f"sequences as long as fit, up to {spec.max_position:,}"
+    )
     yield (
         f"{cards.num_gpus} GPU{'s' * (cards.num_gpus > 1)}{where}, {size(cards.memory)} and {cards.memory_rate / GB:,.0f} GB/s "
-        f"each, {link}; sequences of {page.flags.max_model_len:,} tokens{wanted}"
+        f"each, {link}; {length}{wanted}"
     )
 
 
-def _table(tried: Sequence[Estimate]) -> list[str]:
-    rows = [COLUMNS, *(_row(found) for found in tried if found.fits)]
+def _table(page: Page) -> list[str]:
+    is_auto = page.flags.max_model_len == "auto"
+    rows = [COLUMNS, *(_row(found, is_auto) for found in page.tried if found.fits)]
     if len(rows) == 1:
         return []
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     cells = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]) for row in rows]
-    return ["Of each rank, the fullest:", *map(str.rstrip, cells)]
+    share = f"{page.flags.gpu_memory_utilization:.0%} of its card less {size(OTHERS_BYTES)} for CUDA, NCCL and the driver"
+    return [f"Of each rank, the fullest ({share}):", *map(str.rstrip, cells)]
 
 
-def _row(found: Estimate) -> tuple[str, ...]:
+def _row(found: Estimate, is_auto: bool) -> tuple[str, ...]:
     """Of the fullest rank."""
+    length = f"sequences of {found.length:,} tokens"
     ledger = found.ledgers[found.decides]
     return (
         found.name,
@@ -134,7 +144,7 @@ def _row(found: Estimate) -> tuple[str, ...]:
         f"{found.kv_tokens:,}",
         several(found.concurrency),
         f"{found.token_s * 1e3:,.2f}",
-        "; ".join(["TP across nodes"] * found.crosses + list(found.uneven)),
+        "; ".join([length] * is_auto + ["TP across nodes"] * found.crosses + list(found.uneven)),
     )
 
 
@@ -178,5 +188,5 @@ def _layout(page: Page, found: Estimate) -> dict[str, Any]:
         "load_floor_s": found.load_s,
         "crosses_nodes": found.crosses,
         "uneven": found.uneven,
-        "commands": [{"serve": serve, "torchrun": torchrun} for serve, torchrun in commands(page.flags, found, page.cards)],
+        "commands": [{"serve": serve, "torchrun": torchrun} for serve, torchrun in commands(page, found)],
     }

@@ -15,7 +15,7 @@ _SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 
 def memory(text: str) -> int:
     """Bytes."""
-    return _of(text, r"([MGT])i?B", _BINARY, "a size with its unit, such as 80GB or 46068MiB")
+    return _of(text, r"([MGT])(?:i?B)?", _BINARY, "a size with its unit, such as 80GB or 46068MiB")
 
 
 def rate(text: str) -> int:
@@ -29,8 +29,8 @@ def duration(text: str) -> int:
 
 
 def _of(text: str, unit: str, factors: dict[str, int], what: str) -> int:
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?{unit}", text.strip())
-    value = 0 if match is None else round(float(match[1]) * factors[match[2]])
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?{unit}", text.strip(), re.IGNORECASE)
+    value = 0 if match is None else round(float(match[1]) * (factors.get(match[2].upper()) or factors[match[2].lower()]))
     if value <= 0:
         raise WrongValue(what)
     return value

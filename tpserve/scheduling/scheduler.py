@@ -238,14 +238,15 @@ class Scheduler:
         """Append a drawn token, tell it, and see whether it was the last."""
         assert token >= 0, "a chunk that samples has a token in its result"
         sequence.draws -= 1
-        cached = 0
+        first: tuple[int, float] | tuple[()] = ()
         if sequence.first_token_s is None:
-            sequence.first_token_s, cached = now, sequence.cached_tokens
+            sequence.first_token_s = now
+            first = (sequence.cached_tokens, sequence.times(now).queue_s)
             self._prompt_tokens += sequence.prompt_len
         sequence.last_token_s = now
         self._generation_tokens += 1
         entries = () if logprobs is None else (logprobs,)
-        self._outputs.append(Delta(sequence.request.id, sequence.num_output, (token,), entries, cached))
+        self._outputs.append(Delta(sequence.request.id, sequence.num_output, (token,), entries, *first))
         sequence.tokens.append(token)
         if not self._stopped(sequence, token, now) and len(sequence.tokens) == sequence.end:
             self._end(sequence, "length", now)

@@ -70,7 +70,10 @@ class Tokenizer:
         return self.special_tokens.get("eos_token")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:  # Rust's texts are always UTF-8
+            raise UserError("a text holds half of a surrogate pair, which is no character: take it out") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids outside the vocabulary have none."""

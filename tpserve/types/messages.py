@@ -58,7 +58,7 @@ EngineInput = Add | Abort | Cut | Control
 class Delta(Message, frozen=True):
     """New tokens of a request. `start`: how many output tokens came before. `logprobs`: one entry a token, or empty.
 
-    `cached_tokens`, in the first one: tokens of the prompt that were in the prefix cache when the request was first admitted.
+    In the first one, of the first admission: `cached_tokens` of the prompt were in the prefix cache, after `queue_s` of waiting.
     """
 
     id: int
@@ -66,6 +66,7 @@ class Delta(Message, frozen=True):
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
+    queue_s: float = 0.0
 
 
 class Scored(Message, frozen=True):

@@ -5,8 +5,11 @@ Safetensors where there are some, else torch's own files; with an index or witho
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from tpserve.errors import UserError
 from tpserve.types.model_files import WEIGHT_FORMATS
@@ -42,7 +45,7 @@ class Checkpoint:
         directory = Path(directory)
         for index, single, pattern in WEIGHT_FORMATS[: 1 if only_safetensors else None]:
             if (directory / index).exists():
-                return Checkpoint(directory, _indexed(directory, index), names)
+                return Checkpoint(directory, _indexed(directory, index, single), names)
             paths = [directory / single] if (directory / single).exists() else sorted(directory.glob(pattern))
             if paths:
                 return Checkpoint(directory, _listed(paths), names)
@@ -54,6 +57,14 @@ class Checkpoint:
     def tensors(self) -> dict[str, str]:
         """All of them: what the model calls them, and the files."""
         return dict(self._stored)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        paths = [self._paths[self._stored[name]] for name in (one, other)]
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(files.opened(path)) for path in set(paths)}
+            held = [opened[path].held(self._stored[name]) for name, path in zip((one, other), paths, strict=True)]
+            return torch.equal(held[0].tensor, held[1].tensor)
 
     def stored(self, source: Source) -> Stored:
         """Where the source's numbers are, or those it says to take instead. UserError when a tensor is missing."""
@@ -77,8 +88,8 @@ class Checkpoint:
 
     def _files(self) -> str:
         paths = sorted(set(self._paths.values()))
-        if len(paths) == 1:
-            return str(paths[0])
+        if len(paths) < 2:
+            return str(paths[0]) if paths else f"{self.directory}, whose weight files hold no tensors"
         return f"the {len(paths)} files {paths[0].name} to {paths[-1].name} in {self.directory}"
 
 
@@ -93,7 +104,7 @@ def _listed(paths: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _indexed(directory: Path, index: str) -> dict[str, Path]:
+def _indexed(directory: Path, index: str, single: str) -> dict[str, Path]:
     try:
         weight_map = json.loads((directory / index).read_text())["weight_map"]
         found = {str(name): directory / file for name, file in weight_map.items()}
@@ -101,5 +112,6 @@ def _indexed(directory: Path, index: str) -> dict[str, Path]:
         raise UserError(f"{directory / index} is not an index of weight files: download the file again") from None
     for path in sorted(set(found.values())):
         if not path.exists():
-            raise UserError(f"{path} is missing, but {index} lists it: download the model's remaining files")
+            instead = f", or remove the index and {single} is read" if (directory / single).exists() else ""
+            raise UserError(f"{path} is missing, but {index} lists it: download the model's remaining files{instead}")
     return found

@@ -27,16 +27,23 @@ def about(sources: Iterable[Source], checkpoint: Checkpoint, num_layers: int, dt
 def unused(sources: Iterable[Source], checkpoint: Checkpoint, num_layers: int) -> str:
     """How many tensors no rank wants, by the modules they are of; empty when there are none.
 
-    UserError when one lies beside a weight that is used, in a layer of the model: a bias or a scale that nobody would add.
+    UserError when one lies beside a weight that is used: a bias or a scale that nobody would add; and for an LM head of other
+    numbers than the embedding that config.json puts in its place, for transformers takes the head then.
     """
-    names, silent = checkpoint.names, (*checkpoint.names.unused, f".{checkpoint.names.head}.weight")
+    names, head = checkpoint.names, f"{checkpoint.names.head}.weight"
+    silent = (*names.unused, f".{head}")
     wanted = {tensor for source in sources for tensor in checkpoint.stored(source).tensors}
     left = {name: tensor for name, tensor in checkpoint.tensors().items() if tensor not in wanted}
+    if head in left and not checkpoint.equal(head, f"{names.embedding}.weight"):
+        raise UserError(
+            f"{checkpoint.directory} holds {left[head]} with other numbers than the embedding, which config.json ties to it: set "
+            "its tie_word_embeddings to false, or leave the tensor out"
+        )
     left = {name: tensor for name, tensor in left.items() if not f".{name}".endswith(silent)}
     modules = {tensor.rpartition(".")[0] for tensor in wanted}
     for name, tensor in left.items():
         layer = names.layer_of(name)
-        if layer is not None and layer < num_layers and tensor.rpartition(".")[0] in modules:
+        if (layer is None or layer < num_layers) and tensor.rpartition(".")[0] in modules:
             raise UserError(
                 f"{checkpoint.directory} holds tensor {tensor}, which a model with this config.json does not have: "
                 "they do not belong together, or the model needs more than tpserve supports"

@@ -12,6 +12,7 @@ the coordinator's TCP address over torchrun's store, of which only `get` and `se
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import socket
@@ -28,13 +29,16 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.config.env import RankEnv
-from tpserve.config.network import host_id, interfaces
+from tpserve.config.network import describe, host_id, interfaces
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
 from tpserve.wire.auth import Invitation, Key, Keyring
+from tpserve.wire.waiting import CONNECT_S, Clock
+
+logger = logging.getLogger(__name__)
 
 _KEY, _MACHINE = "tpserve/control", "tpserve/machine"
-_POLL_S = 0.02
+_POLL_S, _RETRY_S = 0.02, 0.2
 _MAX_PATH = 70
 """A socket's path has 107 bytes at most; this leaves room for its name."""
 
@@ -119,23 +123,23 @@ def attach_remote(env: RankEnv, store: Store, address: str, timeout_s: float, se
 
     UserError when this node's secret is not node 0's, or when node 0's address is of no use here.
     """
-    deadline_s = time.monotonic() + timeout_s
-    told = ""
-    while time.monotonic() < deadline_s:
+    clock = Clock(timeout_s, logger)
+    known = "rank 0 has not told where it is"
+    while not clock.over:
         try:
             invitation = msgspec.json.decode(store.get(_KEY + env.job), type=Invitation)
         except RuntimeError:  # nothing was told within the store's own timeout
             continue
-        told = invitation.endpoint
-        host, _, port = told.removeprefix("tcp://").rpartition(":")
+        host, _, port = invitation.endpoint.removeprefix("tcp://").rpartition(":")
         _check_address(host.strip("[]"), store.get(_MACHINE + env.job).decode())
         try:
-            socket.create_connection((host.strip("[]"), int(port)), 3.0).close()
-        except OSError:  # of a frontend that has gone: the next one's address follows
-            time.sleep(0.2)
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except OSError as error:  # a closed port; or the frontend has gone, and the next one's address follows
+            known = f"nobody answers at {invitation.endpoint}: {describe(error)}"
+            clock.tell(f"the frontend at {invitation.endpoint}", describe(error))
+            time.sleep(_RETRY_S)
             continue
-        return Attachment(told, address, invitation.accept(secret_file))
-    known = f"nobody answers at {told}" if told else "rank 0 has not told where it is"
+        return Attachment(invitation.endpoint, address, invitation.accept(secret_file))
     raise EngineFailure(f"rank {env.rank} waited {timeout_s:g} s for the frontend at {env.master_addr}: {known}")
 
 

@@ -68,7 +68,10 @@ class Keyring:
             return UserError(f"--cluster-secret-file {path} {text}", param="cluster_secret_file")
 
         try:
-            mode, text = stat.S_IMODE(file.stat().st_mode), file.read_bytes()
+            kind = file.stat().st_mode
+            if not stat.S_ISREG(kind):  # of a pipe only the first process that asks would have it
+                raise refuse("is no file: every rank of the node reads it")
+            mode, text = stat.S_IMODE(kind), file.read_bytes()
             secret = base64.b64decode(text.strip(), validate=True)
         except OSError as error:
             raise refuse(f"cannot be read: {error.strerror}") from error
@@ -78,6 +81,8 @@ class Keyring:
             raise refuse(f"can be read or changed by others (mode {mode:04o}): run `chmod 600 {path}`")
         if len(secret) < SECRET_BYTES:
             raise refuse(f"holds {len(secret)} bytes and needs {SECRET_BYTES}: make one with `tpserve secret {path}`")
+        if len(set(secret)) < SECRET_BYTES // 2:  # of 32 random bytes fewer differ once in 10**17 times
+            raise refuse(f"holds a secret that can be guessed: make one with `tpserve secret {path}`")
         return Keyring(secret)
 
     def invitation(self, endpoint: str, *, with_secret: bool) -> "Invitation":
@@ -86,8 +91,13 @@ class Keyring:
 
     @property
     def proof(self) -> str:
-        """Equal for equal secrets, and tells nothing of them."""
+        """Equal for equal secrets, and tells nothing of them, which are 32 random bytes and cannot be guessed."""
         return self._derive("proof").hex()
+
+    @property
+    def meeting(self) -> bytes:
+        """With what nodes that meet prove that they know the secret (`muster`)."""
+        return self._derive("meeting")
 
     def lock(self, role: str, world_size: int) -> "Lock":
         """For a process that listens as `role`: it lets the ranks of the world in."""
@@ -179,11 +189,15 @@ class Doorkeeper:
     """
 
     def __init__(self, allowed: frozenset[bytes]) -> None:
-        """`allowed`: public keys, as in the locks."""
+        """`allowed`: public keys, as in the locks. UserError when the process has a doorkeeper."""
         self._allowed = {z85.decode(public) for public in allowed}
         self._zap: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
         self._zap.set(zmq.LINGER, 0)
-        self._zap.bind(_ZAP)
+        try:
+            self._zap.bind(_ZAP)
+        except zmq.ZMQError as error:
+            self._zap.close()
+            raise UserError("this script has an LLM over several nodes already: close that one first") from error
         self._monitors: list[zmq.Socket[bytes]] = []
         self._refused: set[str] = set()
         self._ended = threading.Event()

@@ -1,4 +1,4 @@
-"""Facts about other processes on this host, straight from the kernel. Owns no socket, and signals only who was stopped.
+"""Facts about processes on this host, straight from the kernel. Owns no socket, and signals only who was stopped.
 
 A pidfd names a process, not a number that may be given away again; it becomes readable when the process ends.
 """
@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import select
 import signal
 import threading
@@ -27,6 +28,15 @@ def die_with(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files, and its children's, to the most that is allowed.
+
+    The usual 1,024 are used up by as many connections, and gloo ends its process when it cannot accept one more.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def open_pidfd(pid: int) -> int | None:

@@ -1,46 +1,54 @@
 """How the nodes of `tpserve serve` find each other, before torch is loaded: who is there, who is waited for, who cannot be had.
 
-    node 0   listens at the master address        <- Join      each other node, again and again until it is let in
+    node 0   listens at the master address        -> Challenge a number used once, to whoever connects
+                                                  <- Join      each other node, again and again until it is let in
                                                   -> Waiting   every two seconds, until all are there
                                                   -> Refused   what cannot heal: another version, a place that is taken
                                                   -> Meet      all are there: where the agents' store listens
 
 One line of JSON a message. Afterwards each connection stays open, for both to see the other's end (`nodes`).
 Owns the sockets of the meeting and the lines that tell of it; knows no ranks but their number.
-Invariants: node 0 lets each node in once, and with a secret nobody who cannot prove that he knows it (strangers and mistakes are
-kept out, not who listens on the network); a node that leaves before all are there is waited for again; nobody waits longer
-than `--start-timeout`. Whoever connects and says nothing sensible is dropped.
+Invariants: node 0 lets each node in once, and with a secret nobody who does not know it: Join and Meet carry an HMAC-SHA256 over
+themselves and the other side's number, of a key that HKDF gives of a secret of 32 random bytes, so that nothing that was heard on
+the network is of use later, nor to find the secret. A node that leaves, or is silent for five seconds, before all are there is
+waited for again; nobody waits longer than `--start-timeout`. Whoever connects and says nothing sensible is dropped.
 """
 
+import hmac
 import ipaddress
 import logging
+import secrets
 import select
 import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from tpserve.config.network import at, describe
 from tpserve.errors import EngineFailure, UserError
-from tpserve.wire.nodes import Join, keep_alive
+from tpserve.wire.nodes import Join, head_is_gone, keep_alive
+from tpserve.wire.waiting import CONNECT_S, RETRY_S, Clock, missing_ranks, name_nodes, reach
 
 logger = logging.getLogger("tpserve.muster")
 
-SLOW_S = 5.0
-"""Who starts all nodes at once hears nothing of waiting; who waits longer is told for whom, and again at growing intervals."""
 EVERY_S = 2.0
 SILENT_S = 10.0
 """A node 0 that was not heard for this long is sought anew."""
-CONNECT_S = 4.0
-"""Longer than the kernel looks for a neighbour, so that it is the kernel who says why there is none."""
-RETRY_S = 0.2
 MOST_BYTES = 1 << 16
 MOST_STRANGERS = 64
 """Connections that have not said who they are; of more than these the oldest are closed."""
+
+
+class Challenge(Struct, frozen=True, tag=True):
+    """Node 0's first word."""
+
+    nonce: str
 
 
 class Waiting(Struct, frozen=True, tag=True):
@@ -61,11 +69,28 @@ class Meet(Struct, frozen=True, tag=True):
 
     host: str
     port: int
+    proof: str = ""
 
 
-Answer = Waiting | Refused | Meet
+Answer = Challenge | Waiting | Refused | Meet
 _JOIN = msgspec.json.Decoder(Join)
 _ANSWER: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+
+
+def new_nonce() -> str:
+    """A number used once."""
+    return secrets.token_hex(16)
+
+
+def prove(key: bytes, nonce: str, message: Join | Meet) -> str:
+    """Shows who gave `nonce` that the sender of `message` knows the secret; empty without one."""
+    said = nonce.encode() + msgspec.json.encode(replace(message, proof=""))
+    return hmac.digest(key, said, "sha256").hex() if key else ""
+
+
+def is_proven(key: bytes, nonce: str, message: Join | Meet) -> bool:
+    """Whether `message` came with that."""
+    return hmac.compare_digest(message.proof.encode(), prove(key, nonce, message).encode())
 
 
 @dataclass
@@ -76,6 +101,7 @@ class _Line:
     peer: str
     unread: bytearray = field(default_factory=bytearray)
     join: Join | None = None
+    nonce: str = field(default_factory=new_nonce)
 
     def send(self, message: Answer | Join) -> None:
         """Best effort: who does not hear it asks again."""
@@ -96,42 +122,15 @@ class _Line:
         return None if not part or len(rest) > MOST_BYTES else lines
 
 
-class Clock:
-    """When to say again that we wait, and for how long already."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._began_s = time.monotonic()
-        self._timeout_s = timeout_s
-        self._due_s = SLOW_S
-        self._said = ""
-
-    @property
-    def waited_s(self) -> float:
-        return time.monotonic() - self._began_s
-
-    @property
-    def over(self) -> bool:
-        return self.waited_s > self._timeout_s
-
-    def tell(self, what: str, why: str = "") -> None:
-        """Log it if it is time, or if `why` is another one."""
-        waited_s = self.waited_s
-        if waited_s < SLOW_S or (waited_s < self._due_s and why == self._said):
-            return
-        self._said = why
-        while self._due_s <= waited_s:
-            self._due_s += min(self._due_s, 60.0)
-        logger.info("waiting for %s, %.0f s%s", what, waited_s, f": {why}" if why else "")
-
-
 class Muster:
     """Node 0's side. `me` is itself; `world_size` the ranks of all nodes together."""
 
-    def __init__(self, me: Join, listener: socket.socket, world_size: int, timeout_s: float) -> None:
-        """`listener`: from `listen`, at the master address; ours from now on."""
+    def __init__(self, me: Join, listener: socket.socket, world_size: int, timeout_s: float, key: bytes) -> None:
+        """`listener`: from `listen`, at the master address; ours from now on. `key`: of the secret; empty without one."""
         self._me = me
+        self._key = key
         self._world_size = world_size
-        self._clock = Clock(timeout_s)
+        self._clock = Clock(timeout_s, logger)
         self._timeout_s = timeout_s
         self._listener = listener
         self._where = at(*listener.getsockname()[:2])
@@ -162,11 +161,13 @@ class Muster:
 
     def meet(self, host: str, port: int) -> None:
         """Send all of them to the store. Their connections stay open as long as this process lives, and hear no more."""
-        self._to_all(Meet(host, port))
+        meet = Meet(host, port)
         self._listener.close()
         for line in self._lines:
             if line.join is None:
                 line.socket.close()
+            else:
+                line.send(replace(meet, proof=prove(self._key, line.join.nonce, meet)))
 
     @property
     def joined(self) -> dict[socket.socket, Join]:
@@ -200,7 +201,9 @@ class Muster:
             with suppress(OSError):
                 connection, address = self._listener.accept()
                 connection.setblocking(False)
-                self._lines.append(_Line(connection, str(address[0])))
+                line = _Line(connection, str(address[0]))
+                line.send(Challenge(line.nonce))
+                self._lines.append(line)
                 strangers = [line for line in self._lines if line.join is None]
                 for line in strangers[:-MOST_STRANGERS]:
                     line.socket.close()
@@ -224,7 +227,7 @@ class Muster:
 
     def _let_in(self, line: _Line, join: Join) -> None:
         """Raises UserError for what cannot heal and ends all; who only takes another's place is turned away alone."""
-        if join.proof != self._me.proof:
+        if not is_proven(self._key, line.nonce, join):
             self._turn_away(
                 line, join, f"its --cluster-secret-file is not that of node 0 ({self._me.host}): give every node the same"
             )
@@ -263,11 +266,12 @@ class Muster:
         return [self._me, *(line.join for line in self._lines if line.join is not None)]
 
 
-def join(me: Join, master_addr: str, port: int, world_size: int, timeout_s: float) -> tuple[Meet, socket.socket]:
-    """Another node's side: until all are there. The socket tells of node 0's end (`head_gone`).
+def join(me: Join, master_addr: str, port: int, world_size: int, timeout_s: float, key: bytes) -> tuple[Meet, socket.socket]:
+    """Another node's side: until all are there, and the store that they meet at can be reached. The socket tells of node 0's end
+    (`head_gone`).
 
     UserError or EngineFailure with node 0's reason, or when the time is over."""
-    clock, where = Clock(timeout_s), at(master_addr, port)
+    clock, where = Clock(timeout_s, logger), at(master_addr, port)
     why = ""
     while not clock.over:
         try:
@@ -277,8 +281,11 @@ def join(me: Join, master_addr: str, port: int, world_size: int, timeout_s: floa
             clock.tell(f"node 0 of {me.nnodes} at {where}", why)
             time.sleep(RETRY_S)
             continue
-        answer = _wait_in(_Line(connection, where), me, clock, where)
+        answer = _wait_in(_Line(connection, where), me, clock, where, key)
         if isinstance(answer, Meet):
+            keep_alive(connection)
+            vain = partial(head_is_gone, connection)
+            reach(answer.host, answer.port, "node 0's store", timeout_s - clock.waited_s, logger, vain)
             return answer, connection
         connection.close()
         if answer is not None:
@@ -292,10 +299,10 @@ def join(me: Join, master_addr: str, port: int, world_size: int, timeout_s: floa
     )
 
 
-def _wait_in(line: _Line, me: Join, clock: Clock, where: str) -> Refused | Meet | None:
+def _wait_in(line: _Line, me: Join, clock: Clock, where: str, key: bytes) -> Refused | Meet | None:
     """Node 0's last word; None when it has none, so that it must be sought again."""
     line.socket.settimeout(CONNECT_S)
-    line.send(me)
+    me = replace(me, nonce=line.nonce)
     heard_s = time.monotonic()
     while time.monotonic() - heard_s < SILENT_S and not clock.over:
         if not select.select([line.socket], [], [], 1.0)[0]:
@@ -309,10 +316,17 @@ def _wait_in(line: _Line, me: Join, clock: Clock, where: str) -> Refused | Meet 
                 answer = _ANSWER.decode(text)
             except msgspec.DecodeError:
                 raise UserError(f"what answers at {where} is no node of tpserve: check --master-port") from None
-            if not isinstance(answer, Waiting):
-                return answer
-            if answer.nodes:
-                clock.tell(f"{name_nodes(answer.nodes, me.nnodes)} at {where}")
+            match answer:
+                case Challenge(nonce):
+                    line.send(replace(me, proof=prove(key, nonce, me)))
+                case Waiting(nodes) if nodes:
+                    clock.tell(f"{name_nodes(nodes, me.nnodes)} at {where}")
+                case Meet() if not is_proven(key, me.nonce, answer):
+                    raise UserError(
+                        f"what answers at {where} does not know the secret of --cluster-secret-file: see --master-addr"
+                    )
+                case Refused() | Meet():
+                    return answer
     return None
 
 
@@ -334,23 +348,3 @@ def listen(address: str, ports: tuple[int, int]) -> socket.socket:
     assert why is not None
     shown = at(address, ports[0]) if ports[0] == ports[1] else f"{address} ports {ports[0]}-{ports[1]}"
     raise UserError(f"cannot listen at {shown}: {describe(why)}", param="port_range" if ports[1] > ports[0] else "master_port")
-
-
-def name_nodes(nodes: list[int], nnodes: int) -> str:
-    """ "node 1 of 2", "nodes 1, 3 of 4"."""
-    return f"node{'s' * (len(nodes) > 1)} {', '.join(map(str, nodes))} of {nnodes}"
-
-
-def missing_ranks(missing: list[int], sizes: dict[int, int], world_size: int, nnodes: int) -> str:
-    """Which ranks the missing nodes would have brought: "ranks 2-3 are". Only how many, when their sizes are not known."""
-    left = world_size - sum(sizes.values())
-    if left <= 0 or left % (nnodes - len(sizes)):
-        return f"{max(left, 1)} of {world_size} ranks are"
-    each = left // (nnodes - len(sizes))
-    runs, first = [], 0
-    for node in range(nnodes):
-        size = sizes.get(node, each)
-        if node in missing:
-            runs.append(f"{first}-{first + size - 1}" if size > 1 else str(first))
-        first += size
-    return f"rank {runs[0]} is" if len(missing) * each == 1 else f"ranks {', '.join(runs)} are"

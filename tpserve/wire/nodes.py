@@ -18,7 +18,7 @@ _CHUNK = 4096
 
 class Join(Struct, frozen=True, tag=True):
     """A node wants in. `host`: its name; `machine`: equal for nodes on one; `address`: its own, as other nodes shall use it;
-    `derived`: that is what the route to the master gave; `proof`: of the secret of --cluster-secret-file, empty without one."""
+    `derived`: that is what the route to the master gave; `nonce`: for node 0 to prove itself; `proof`: empty without a secret."""
 
     node: int
     nnodes: int
@@ -28,6 +28,7 @@ class Join(Struct, frozen=True, tag=True):
     machine: str
     address: str
     derived: bool
+    nonce: str = ""
     proof: str = ""
 
 
@@ -67,6 +68,11 @@ def head_gone(connection: socket.socket) -> str:
     except OSError as error:
         return f"node 0 cannot be reached: {describe(error)}"
     return "node 0 has ended"
+
+
+def head_is_gone(connection: socket.socket) -> str:
+    """Whether that has come already, without waiting: why, or nothing. `connection` must be kept alive."""
+    return head_gone(connection) if select.select([connection], [], [], 0)[0] else ""
 
 
 def keep_alive(connection: socket.socket) -> None:
