@@ -216,12 +216,13 @@ def _run(job: Job, met: _Met) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "tpserve", *job.argv)
     except ChildFailedError as failed:
-        for rank, failure in failed.failures.items():  # the others ended because of it
-            if failure.exitcode < 0:
-                why = f"rank {rank} (pid {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
-                logger.warning("%s", why)
-                if job.node_rank == 0:  # who died before its Hello is not known to the coordinator
-                    write_failure(Path(job.runtime_dir), Failure(1, why, LOOK_AT))
+        killed = {rank: failure for rank, failure in failed.failures.items() if failure.exitcode < 0}
+        first = {rank: failure for rank, failure in killed.items() if failure.exitcode != -signal.SIGTERM}
+        for rank, failure in (first or killed).items():  # torch ends the others, because of it, by SIGTERM
+            why = f"rank {rank} (pid {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
+            logger.warning("%s", why)
+            if job.node_rank == 0:  # who died before its Hello is not known to the coordinator
+                write_failure(Path(job.runtime_dir), Failure(1, why, LOOK_AT))
         return 2 if any(failure.exitcode == 2 for failure in failed.failures.values()) else 1
     except Exception as error:  # the edge of a process: torch names the store's troubles in many ways
         logger.error("the ranks of this node could not be started: %s", error, exc_info=job.log_level == "debug")

@@ -73,7 +73,8 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     interface = own_interface(flags)
     leads = flags.nnodes > 1 and flags.node_rank == 0
     listener = listen(meeting_address(flags, interface), (flags.master_port, flags.master_port)) if leads else None
-    runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-") if flags.node_rank == 0 else f"/nowhere/tpserve-{uuid.uuid4().hex}")
+    nowhere = f"/nowhere/tpserve-{uuid.uuid4().hex}"  # elsewhere it is but a name, by which a node's ranks find each other
+    runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-") if flags.node_rank == 0 else nowhere)
     try:
         return _Supervisor(flags, config, nproc, runtime_dir, interface, listener).run()
     finally:
@@ -260,7 +261,7 @@ class _Supervisor:
     def _last_word(self) -> None:
         """It is the frontend's, and on other nodes the agent's, unless somebody has killed it."""
         name, last = ("the frontend", self._frontend) if self._frontend is not None else ("the agent", self._agent)
-        if last is not None and self._is_killed(last) and not self._passed_on:
+        if last is not None and self._is_killed(last) and not (self._passed_on and last.returncode == -signal.SIGTERM):
             killer = signal.Signals(-last.returncode).name
             killed = f"{name} (pid {last.pid}) was killed by {killer}; look at `dmesg` for a kernel that was out of memory"
             logger.error("ended: %s", self._stopped.get(last.pid, killed))

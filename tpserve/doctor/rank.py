@@ -8,6 +8,7 @@ ranks leave with the same exit code.
 
 import logging
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -72,16 +73,32 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
         raise
     settings = environment.network_variables()
     environment.use_interface(interface.name)
-    with tempfile.TemporaryDirectory(prefix="tpserve-doctor-") as directory:
-        traced = config.all_reduce == "nccl" and environment.trace_nccl(f"{directory}/nccl")
-        device = devices.choose(config.device, me.local_rank, me.local_world_size)
-        try:
-            code = _Rank(me, config, spec, interface, settings, device, Path(directory) if traced else None).examine()
-        except EngineFailure as error:
-            logger.error("%s", error)
-            code = 1
-    sys.stdout.flush()
+    traced = _trace() if config.all_reduce == "nccl" else None
+    device = devices.choose(config.device, me.local_rank, me.local_world_size)
+    try:
+        code = _Rank(me, config, spec, interface, settings, device, traced).examine()
+    except EngineFailure as error:
+        logger.error("%s", error)
+        code = 1
+    _clean_up(traced)
     os._exit(code)  # destructors of a broken mesh can hang
+
+
+def _trace() -> Path | None:
+    """A directory into which NCCL writes what it does; None when the user has told it otherwise."""
+    directory = Path(tempfile.mkdtemp(prefix="tpserve-doctor-"))
+    if environment.trace_nccl(f"{directory}/nccl"):
+        return directory
+    directory.rmdir()
+    return None
+
+
+def _clean_up(traced: Path | None) -> None:
+    """Before this process ends, which it does at once."""
+    if traced is not None:
+        shutil.rmtree(traced, ignore_errors=True)
+    logging.shutdown()
+    sys.stdout.flush()
 
 
 class _Rank:
@@ -193,9 +210,8 @@ class _Rank:
             self._print(["", *page(found), "", summary(found)])
         except (EngineFailure, OSError, RuntimeError) as error:
             logger.error("%s did not come back, and neither does rank 0 on %s: %s", what, self._hosts[0], error)
-        sys.stdout.flush()
-        logging.shutdown()
         time.sleep(1.0 if self._me.rank == 0 else 0.0)  # its store is the others'
+        _clean_up(self._traced)
         os._exit(BROKEN)
 
     def _time(self, where: str, group: Group, firsts: Sequence[int], sums: int, limit: Limit) -> list[Verdict]:

@@ -161,6 +161,7 @@ class Ranks:
         if not self._sockets:
             return
         now = time.monotonic()
+        self._look_at_agent()
         self._probe(peer, now)
         self.carry_out(self.coordinator.receive(peer, fault, now))
 
