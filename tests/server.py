@@ -1,16 +1,18 @@
 """Real servers for tests: real processes, real ranks, real sockets, and a check that nothing stays behind."""
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,28 @@ class Server:
             assert time.monotonic() < deadline, f"left behind: processes {left}, port open: {self.port_open()}\n{self.log}"
             time.sleep(0.1)
         assert not list(Path("/dev/shm").glob("*tpserve*"))
+
+
+class ReadyWatch(threading.Thread):
+    """Asks /readyz again and again until `end`: what operators see while a server fails. Silence is not recorded."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self._over = threading.Event()
+        self._seen: list[tuple[int, Any]] = []
+        self.start()
+
+    def run(self) -> None:
+        while not self._over.wait(0.03):
+            with suppress(OSError, http.client.HTTPException):
+                self._seen.append(self._server.get("/readyz", 1.0))
+
+    def end(self) -> list[tuple[int, Any]]:
+        """The answers, status and body, in order."""
+        self._over.set()
+        self.join()
+        return self._seen
 
 
 def pids_with(*needles: str) -> list[int]:

@@ -205,12 +205,14 @@ def _rank(argv: list[str]) -> int:
             return 0
         raise
     log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.local_rank == 0)
+    kept = log.keep()
     if me.rank == 0:
         _introduce(flags, config)
     settings = _use(interface, me, config)
     watch.lap("config")
     try:
-        attachment = attach(me, config, interface.address, config.start_timeout) if me.node_rank == 0 else None
+        bare = me.runtime_dir is None
+        attachment = attach(me, config, interface.address, config.start_timeout, start=bare) if me.node_rank == 0 else None
     except UserError as error:  # under `tpserve serve` it is the supervisor who tells
         return _refuse(me, error, tell=me.rank == 0 and me.runtime_dir is None)
     except EngineFailure as error:
@@ -225,7 +227,7 @@ def _rank(argv: list[str]) -> int:
     gc.enable()
     watch.lap("torch")
     try:
-        code = run_rank(config, spec, me, interface, settings, attachment, watch)
+        code = run_rank(config, spec, me, interface, settings, attachment, watch, kept)
     except UserError as error:  # before it could tell the coordinator
         code = _refuse(me, error, tell=me.local_rank == 0)
     logging.shutdown()

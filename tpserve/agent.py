@@ -1,8 +1,9 @@
 """The child of `tpserve serve` that runs torchrun's elastic agent in-process: it starts this node's ranks and watches them.
 
 Started as `python -m tpserve.agent` with a `Job` as JSON on stdin. Owns the ranks' lives and nothing else. It dies with the
-supervisor, and its ranks die with it. Unlike torchrun it reports nothing of its own but a rank's violent death, and on
-SIGTERM it asks its ranks to end, without a limit of 30 s: who has the last word is the supervisor.
+supervisor, and its ranks die with it; it ends ranks, and a supervisor, that were stopped. Unlike torchrun it reports nothing of
+its own but a rank's violent death, and on SIGTERM it asks its ranks to end, without a limit of 30 s: who has the last word is
+the supervisor.
 Exit codes: 0 all ranks ended well, 2 a rank met something the user can mend, 1 anything else.
 """
 
@@ -29,20 +30,26 @@ from tpserve.errors import EngineFailure, UserError
 from tpserve.observe import log
 from tpserve.version import __version__
 from tpserve.wire.attach import Failure, write_failure
-from tpserve.wire.lifetime import die_with, live_children
-from tpserve.wire.muster import Join, Meet, Muster, head_gone, join, listen
+from tpserve.wire.lifetime import die_with, end_stopped, live_children
+from tpserve.wire.muster import Meet, Muster, join, listen
+from tpserve.wire.nodes import Join, first_end, head_gone
 
 logger = logging.getLogger("tpserve.agent")
 
-
 LEAVE_S = 1.0
-"""How long ranks may outlive node 0's agent, which ends after its own ranks."""
+"""How long ranks may outlive node 0's agent, which ends after its own ranks, and this agent its ranks."""
+FOLLOW_S = 2.5
+"""How long ranks of node 0 may outlive another node's agent: all are told at once that it is over, and have two seconds."""
+LOOK_AT = "see the last lines of its log, and `dmesg` there for a kernel that was out of memory"
+LOOK_BETWEEN = "look at that node and the network between them"
 
 
 class Job(Struct, frozen=True, kw_only=True):
     """What to start. `argv`: the ranks' command line after `python -m tpserve`."""
 
     supervisor_pid: int
+    mutual: bool = False
+    """The supervisor, too, is ended when it was stopped; a script or a command at somebody's terminal is not"""
     nnodes: int
     node_rank: int
     nproc: int
@@ -71,6 +78,7 @@ def main() -> int:
     die_with(job.supervisor_pid)
     env.announce_agent()
     log.setup(job.log_level, f"n{job.node_rank} agent")
+    _end_stopped_neighbours(job)
     try:
         met = _find_nodes(job)
     except (UserError, EngineFailure) as error:
@@ -103,19 +111,50 @@ def _find_nodes(job: Job) -> _Met:
     store = Meet(job.address, listener.getsockname()[1])
     if muster is not None:
         muster.meet(store.host, store.port)
+        threading.Thread(target=_end_with_nodes, args=(job, muster), name="lines to the nodes", daemon=True).start()
     return _Met(store, listener, muster)
 
 
 def _end_with_head(line: socket.socket) -> None:
     """Node 0 decides when all is over; a rank that does not hear of it, being stopped or cut off, is ended here."""
     why = head_gone(line)
-    while True:
-        time.sleep(LEAVE_S)
-        if ranks := live_children(os.getpid()):
-            logger.error("%s: ending the ranks of this node", why)
-        for pid in ranks or ():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    time.sleep(LEAVE_S)
+    logger.error("%s: ending the ranks of this node", why)
+    for pid in live_children(os.getpid()) or ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    time.sleep(LEAVE_S)  # for the main thread to say what became of them, if it waits for ranks already
+    os._exit(1)
+
+
+def _end_with_nodes(job: Job, muster: Muster) -> None:
+    """The coordinator knows the ranks that have said Hello; a node that is lost before its ranks have is missed here."""
+    end = first_end(muster.joined)
+    if not end.lost:
+        time.sleep(FOLLOW_S)
+    _fail(job, f"{end.who} {end.why}", LOOK_BETWEEN if end.lost else LOOK_AT)
+    os._exit(1)
+
+
+def _end_stopped_neighbours(job: Job) -> None:
+    """The ranks, and the supervisor, which looks after this process."""
+    supervisor = {job.supervisor_pid: f"`tpserve serve` of node {job.node_rank}"} if job.mutual else {}
+
+    def tell(pid: int, what: str) -> None:
+        if pid == job.supervisor_pid:
+            _fail(job, what, "SIGSTOP or Ctrl-Z does that: a server in the background is `... &`")
+        else:
+            logger.error("%s: it is ended", what)
+
+    end_stopped(lambda: supervisor | dict.fromkeys(live_children(os.getpid()) or (), "a rank"), tell)
+
+
+def _fail(job: Job, why: str, advice: str = "") -> None:
+    """Tell why this node is about to end: on node 0 the frontend has the last word."""
+    if job.node_rank == 0:
+        write_failure(Path(job.runtime_dir), Failure(1, why, advice))
+    else:
+        logger.error("%s", "; ".join(filter(None, (why, advice))))
 
 
 def _refuse(job: Job, error: UserError | EngineFailure) -> int:
@@ -167,7 +206,7 @@ def _run(job: Job, met: _Met) -> int:
         min_nodes=job.nnodes,
         max_nodes=job.nnodes,
         nproc_per_node=job.nproc,
-        logs_specs=DefaultLogsSpecs(log_dir=f"{job.runtime_dir}/agent"),
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # no files: ranks write to this process's stdout and stderr
         run_id=job.run_id,
         rdzv_backend="tpserve",
         max_restarts=0,
@@ -177,9 +216,13 @@ def _run(job: Job, met: _Met) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "tpserve", *job.argv)
     except ChildFailedError as failed:
-        for rank, failure in failed.failures.items():  # the others ended because of it
-            if failure.exitcode < 0:
-                logger.warning("rank %d was killed by %s", rank, signal.Signals(-failure.exitcode).name)
+        killed = {rank: failure for rank, failure in failed.failures.items() if failure.exitcode < 0}
+        first = {rank: failure for rank, failure in killed.items() if failure.exitcode != -signal.SIGTERM}
+        for rank, failure in (first or killed).items():  # torch ends the others, because of it, by SIGTERM
+            why = f"rank {rank} (pid {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
+            logger.warning("%s", why)
+            if job.node_rank == 0:  # who died before its Hello is not known to the coordinator
+                write_failure(Path(job.runtime_dir), Failure(1, why, LOOK_AT))
         return 2 if any(failure.exitcode == 2 for failure in failed.failures.values()) else 1
     except Exception as error:  # the edge of a process: torch names the store's troubles in many ways
         logger.error("the ranks of this node could not be started: %s", error, exc_info=job.log_level == "debug")

@@ -6,8 +6,9 @@
       frontend          its own session; ends when the agent is gone
 
 Owns the children's lives and the exit code. Never touches a request. Invariants: whatever can be refused is refused before a
-child is started; when this process has ended, none of its descendants lives (it adopts those whose parent died) and its
-runtime directory is gone. After SIGKILL of this process the kernel ends the agent and the ranks, and the frontend follows.
+child is started; when this process has ended, none of its descendants lives (it adopts those whose parent died) and the
+runtime directory is gone, which only node 0 has. After SIGKILL of this process the kernel ends the agent and the ranks, and the
+frontend follows, which takes the directory away. A child that was stopped is killed, and so is this process by the agent.
 
     SIGINT, SIGTERM, SIGHUP   drain: open requests finish, new ones are refused; exit code 0
                               before the server is ready, there being none: everything is killed at once
@@ -46,8 +47,9 @@ from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
-from tpserve.wire.attach import spawn, wait_ready
+from tpserve.wire.attach import Failure, spawn, wait_ready, write_failure
 from tpserve.wire.auth import Keyring
+from tpserve.wire.lifetime import end_stopped
 from tpserve.wire.muster import listen
 from tpserve.wire.signals import SAME_SIGNAL_S
 from tpserve.wire.waiting import Clock
@@ -71,7 +73,8 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     interface = own_interface(flags)
     leads = flags.nnodes > 1 and flags.node_rank == 0
     listener = listen(meeting_address(flags, interface), (flags.master_port, flags.master_port)) if leads else None
-    runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-"))
+    nowhere = f"/nowhere/tpserve-{uuid.uuid4().hex}"  # elsewhere it is but a name, by which a node's ranks find each other
+    runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-") if flags.node_rank == 0 else nowhere)
     try:
         return _Supervisor(flags, config, nproc, runtime_dir, interface, listener).run()
     finally:
@@ -121,6 +124,7 @@ class _Supervisor:
         self._interface = interface
         self._listener = listener
         self._signalled_s: list[float] = []
+        self._stopped: dict[int, str] = {}
         self._starting = True
         self._passed_on = False
         self._wake, self._wake_writer = socket.socketpair()
@@ -136,6 +140,8 @@ class _Supervisor:
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 signal.signal(number, self._note)
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # who is stopped is ended, and a Ctrl-Z does not mean that
+        end_stopped(self._children, self._tell_stopped)
         try:
             self._start()
             return self._watch()
@@ -168,6 +174,7 @@ class _Supervisor:
         flags, config = self._flags, self._config
         job = Job(
             supervisor_pid=os.getpid(),
+            mutual=True,
             nnodes=flags.nnodes,
             node_rank=flags.node_rank,
             nproc=self._nproc,
@@ -223,15 +230,41 @@ class _Supervisor:
                 ended_s = time.monotonic()
                 poll = select.poll()  # a dead child's descriptor would be readable for ever
                 poll.register(self._wake, select.POLLIN)
-            if ended_s is not None and time.monotonic() - ended_s > FOLLOW_S:
-                break
+            if ended_s is not None and (time.monotonic() - ended_s > FOLLOW_S or self._is_killed(self._frontend)):
+                break  # without a frontend, who is left has nobody to follow
             waiting = self._url or ended_s is not None
             poll.poll(READY_POLL_S * 1000 if waiting else None)
             with contextlib.suppress(BlockingIOError):
                 self._wake.recv(4096, socket.MSG_DONTWAIT)
             if self._url and not self._signalled_s and ended_s is None and self._is_ready():
                 self._invite()
-        return self._verdict()
+        code = self._verdict()
+        _end_all_children()  # before the last word, for it to be that
+        self._last_word()
+        return code
+
+    @staticmethod
+    def _is_killed(child: "subprocess.Popen[bytes] | None") -> bool:
+        return child is not None and (child.returncode or 0) < 0
+
+    def _children(self) -> dict[int, str]:
+        """Those that have not ended, and what they are."""
+        children = {"the frontend": self._frontend, f"the agent of node {self._flags.node_rank}": self._agent}
+        return {child.pid: name for name, child in children.items() if child is not None and child.returncode is None}
+
+    def _tell_stopped(self, pid: int, what: str) -> None:
+        logger.error("%s: it is ended", what)
+        self._stopped[pid] = what
+        if self._frontend is not None and pid != self._frontend.pid:
+            write_failure(self._runtime_dir, Failure(1, what))
+
+    def _last_word(self) -> None:
+        """It is the frontend's, and on other nodes the agent's, unless somebody has killed it."""
+        name, last = ("the frontend", self._frontend) if self._frontend is not None else ("the agent", self._agent)
+        if last is not None and self._is_killed(last) and not (self._passed_on and last.returncode == -signal.SIGTERM):
+            killer = signal.Signals(-last.returncode).name
+            killed = f"{name} (pid {last.pid}) was killed by {killer}; look at `dmesg` for a kernel that was out of memory"
+            logger.error("ended: %s", self._stopped.get(last.pid, killed))
 
     def _pass_on(self) -> None:
         """The first signal: whoever knows about open requests decides when they are done."""

@@ -24,6 +24,7 @@ from typing import Any
 
 MOST_HOSTS = 8
 GONE_S = 5.0
+NO_ROOT = "a lab needs root: it makes network namespaces"
 _INIT = Path(__file__).with_name("init.py")
 _UNSHARE = ("unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--mount-proc", "--kill-child")
 _ENTERED = ("net", "uts", "ipc", "mnt")
@@ -133,7 +134,8 @@ def down(lab: str) -> None:
     for pid in first:
         with contextlib.suppress(ChildProcessError):  # ours, when it was this process that made them
             os.waitpid(pid, 0)
-    for link in sorted(Path("/sys/class/net").glob(f"{bridge(lab)}*"), reverse=True):
+    links = [link for link in Path("/sys/class/net").glob("tp-*") if link.name.partition(".")[0] == bridge(lab)]
+    for link in sorted(links, reverse=True):
         subprocess.run(["ip", "link", "del", link.name], check=False, capture_output=True)  # its host may just have taken it away
 
 
@@ -151,13 +153,19 @@ def labs() -> list[str]:
 def refusal() -> str | None:
     """Why this machine cannot have a lab; None when it can."""
     if os.geteuid():
-        return "a lab needs root: it makes network namespaces"
-    missing = [tool for tool in ("ip", "bridge", "unshare", "mount") if shutil.which(tool) is None]
+        return NO_ROOT
+    missing = [tool for tool in ("ip", "bridge", "tc", "unshare", "mount") if shutil.which(tool) is None]
     if missing:
         return f"a lab needs {', '.join(missing)} (apt-get install -y iproute2 util-linux)"
     probe = "mount -t tmpfs tmpfs /dev/shm && ip link add tp-probe type bridge && ip link add veth-a type veth peer name veth-b"
     done = subprocess.run([*_UNSHARE, "sh", "-c", probe], capture_output=True, text=True, check=False)
     return f"namespaces, veth or bridges are not allowed here: {done.stderr.strip()}" if done.returncode else None
+
+
+def check_root() -> None:
+    """LabError for who is not root: he cannot even look into the hosts."""
+    if os.geteuid():
+        raise LabError(NO_ROOT)
 
 
 def has_ipv6() -> bool:
@@ -168,7 +176,7 @@ def has_ipv6() -> bool:
 
 def bridge(lab: str) -> str:
     """The lab's bridge."""
-    if not lab.isalnum() or len(lab) > 10:
+    if not (lab.isascii() and lab.isalnum()) or len(lab) > 10:
         raise LabError(f"a lab's name is at most ten letters and digits, not {lab!r}")
     return f"tp-{lab}"
 

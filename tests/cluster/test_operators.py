@@ -37,7 +37,9 @@ def test_status_and_report(tmp_path: Path) -> None:
     keys = {"TPSERVE_API_KEY": KEY, "TPSERVE_ADMIN_API_KEY": ADMIN}
     url = ("--url", f"http://127.0.0.1:{port}")
     command = serve("-tp", "2", "--device", "cpu", port=port)
-    with running([command], port, tmp_path / "log", ready=False, env=CALM | keys | {"NCCL_IB_HCA": "mlx5"}) as server:
+    with running(
+        [command], port, tmp_path / "log", ready=False, env=CALM | keys | {"NCCL_IB_HCA": "mlx5", "NCCL_HOSTID": PASSWORD}
+    ) as server:
         while not server.port_open():
             assert server.processes[0].poll() is None, server.log
         code, page, error = tpserve("status", *url, **keys)
@@ -66,8 +68,11 @@ def test_status_and_report(tmp_path: Path) -> None:
     info = json.loads(text)["server"]["server_info"]
     assert info["config"]["api_key"] == info["config"]["admin_api_key"] == "***" and info["layout"]["tp"] == 2
     assert [rank["fingerprint"]["--block-size"] for rank in info["ranks"]] == ["16", "16"]
-    assert info["ranks"][1]["traits"] == {"NCCL_IB_HCA": "mlx5"}
+    assert info["ranks"][1]["traits"] == {"NCCL_IB_HCA": "mlx5", "NCCL_HOSTID": "***"}
     assert any("tpserve ready" in line for line in info["log"]["first"])
+    first, second = (rank["log"]["first"] for rank in info["ranks"])
+    assert any("[n0 r0 s0]" in line and "NCCL_HOSTID=*** is set" in line for line in first), first
+    assert any("memory of rank" in line for line in first) and not any("r0" in line for line in second)
 
 
 def test_errors_of_one_line(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,15 @@ class Cluster(Server):
     def wait(self, timeout_s: float = 40.0) -> list[int]:
         return self.jobs.wait(timeout_s)
 
-    def kill(self) -> None:
+    def kill_all(self) -> None:
+        """End whatever runs on the hosts."""
         self.jobs.signal(signal.SIGKILL)
-        for host in self.hosts:
-            for pid in host.processes():
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        self.kill_all()
         self.jobs.wait(10.0)
         self._out.close()
 

@@ -1,6 +1,9 @@
 """The doctor across hosts: what is well, a pair that cannot reach each other, and nodes that differ."""
 
+import os
 import re
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 
 from launch.lab import links
 from launch.lab.hosts import Host
-from launch.lab.jobs import commands
+from launch.lab.jobs import commands, rank_of
 from tests.cluster import tiny_model
 from tests.lab.cluster import cluster
 
@@ -54,6 +57,23 @@ def test_a_slow_link_is_slow(hosts: list[Host], model: str, place: Path) -> None
     assert codes == [0, 0] and re.search(r"GB/s for \d", said), said
     rate = re.search(r"([\d.e-]+) GB/s for", said)
     assert rate is not None and float(rate[1]) < 0.01, said
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL, None])
+def test_a_sum_that_does_not_come_back(hosts: list[Host], model: str, place: Path, how: signal.Signals | None) -> None:
+    """Node 1's rank is stopped or killed, or its link is cut, while the sums are timed: soon a line names it."""
+    links.slow(hosts[1], "5mbit", None)
+    lines = commands(hosts, ["doctor", model, "-tp", "2", "--device", "cpu", "--host", "127.0.0.1"], [1], torchrun=True)
+    with cluster(hosts, [], place, lines=lines) as server:
+        received = Path("/sys/class/net", hosts[1].port, "statistics/rx_bytes")
+        begin = int(received.read_text())
+        while int(received.read_text()) < begin + 400_000:
+            time.sleep(0.05)
+        if how is None:
+            links.cut(hosts[1])
+        else:
+            os.kill(next(pid for pid in hosts[1].processes() if rank_of(pid) == 1), how)
+        server.wait_said("rank 1 on node1 does not answer", 40.0)
 
 
 def test_hosts_that_differ(hosts: list[Host], model: str, place: Path) -> None:

@@ -1,9 +1,10 @@
 """What fails on one host ends everything on all of them within ten seconds, and the last line says what failed and what to do."""
 
-import os
+import http.client
+import json
 import re
-import signal
-import threading
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,94 +13,101 @@ import pytest
 
 from launch.lab import links
 from launch.lab.hosts import Host
-from launch.lab.jobs import rank_of, stopped_or_dead, what
-from tests.cluster import tiny_model
-from tests.lab.cluster import Cluster, cluster
+from launch.lab.jobs import commands, environment
+from tests.lab.cluster import PORT, Cluster, cluster
+from tests.lab.faults import CUT, FLAGS, KILL, LINK, PARTS, SILENCE, STOP, Outcome, alone, happen, save
+from tests.server import ReadyWatch
 
-FLAGS = ("--load-format", "dummy", "-tp", "2", "-pp", "2")
 END_S = 10.0
+CASES = [
+    *(("running", how, part) for how in (KILL, STOP) for part in PARTS),
+    *((moment, how, LINK) for moment, how in (("running", CUT), ("running", SILENCE), ("forming", CUT), ("draining", SILENCE))),
+    *(("alone", how, part) for how, part in ((KILL, "frontend"), (STOP, "agent 0"), (STOP, "serve 0"))),
+    *(("forming", how, part) for how in (KILL, STOP) for part in ("rank 0", "rank 3", "frontend", "agent 1", "serve 1")),
+    *(("loading", how, part) for how, part in ((KILL, "rank 1"), (STOP, "rank 2"))),
+    *(("idle", how, part) for how, part in ((KILL, "rank 3"), (STOP, "frontend"))),
+    *(("draining", how, part) for how, part in ((KILL, "rank 2"), (STOP, "rank 1"), (KILL, "agent 0"), (STOP, "serve 1"))),
+]
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model.save(tmp_path_factory.mktemp("failing")))
-
-
-class Watch(threading.Thread):
-    """Asks /readyz again and again, and generates; what it saw."""
-
-    def __init__(self, server: Cluster) -> None:
-        super().__init__(daemon=True)
-        self._server = server
-        self.seen: list[tuple[int, Any]] = []
-        self.answers: list[tuple[int, Any]] = []
-        self._over = threading.Event()
-        self._asking = threading.Thread(target=self._ask, daemon=True)
-        self.start()
-        self._asking.start()
-
-    def run(self) -> None:
-        while not self._over.wait(0.05):
-            try:
-                self.seen.append(self._server.get("/readyz", 1.0))
-            except OSError:
-                continue
-
-    def _ask(self) -> None:
-        while not self._over.wait(0.01):
-            try:
-                body = {"prompt": "The cat", "max_tokens": 200, "ignore_eos": True}
-                self.answers.append(self._server.post("/v1/completions", body, 30.0))
-            except (OSError, ValueError):
-                continue
-
-    def end(self) -> None:
-        self._over.set()
-        self.join()
-
-
-def pid_of(hosts: list[Host], name: str) -> int:
-    return next(pid for host in hosts for pid in host.processes() if what(pid) == name)
-
-
-def ends(server: Cluster, watch: Watch, began_s: float, said: str) -> None:
-    """Everything on every host ends in time, and the reason is the last thing that node 0's log says."""
-    while left := [pid for host in server.hosts for pid in host.processes() if what(pid) and stopped_or_dead(pid) != "zombie"]:
-        names = [(what(pid), rank_of(pid)) for pid in left]
-        assert time.monotonic() - began_s < END_S, f"{names} live after {END_S:g} s:\n{server.log}"
-        time.sleep(0.02)
-    assert set(server.wait(5.0)) == {1}
-    watch.end()
-    last = [line for line in server.log.splitlines() if line.startswith("node0 | ")][-1]
-    assert re.search(rf"ERROR ended: rank {said}.*; (look|it hangs)", last), server.log
-    failed = [body for status, body in watch.seen if status == 503]
-    assert failed or watch.seen[-1][0] == 200, "it was gone before it could be asked"
-    assert "Traceback" not in server.log
+    return save(tmp_path_factory.mktemp("failing"))
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("rank", range(4))
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank(hosts: list[Host], model: str, place: Path, rank: int, number: signal.Signals) -> None:
-    with cluster(hosts, [model, *FLAGS], place, [2]) as server:
-        server.wait_ready()
-        watch = Watch(server)
-        time.sleep(1.0)
-        began_s = time.monotonic()
-        os.kill(pid_of(hosts, f"rank {rank}"), number)
-        ends(server, watch, began_s, rf"{rank} on node{rank // 2} \(pid")
+@pytest.mark.parametrize(("moment", "how", "part"), CASES)
+def test_a_fault(hosts: list[Host], model: str, place: Path, moment: str, how: str, part: str) -> None:
+    outcome = happen(hosts, model, place, part, how, moment)
+    print(f"{moment}, {how} {part}: {outcome.ended_s:.1f} s")
+    check(outcome)
+    _check_codes(outcome, part)
+    if part != "frontend":
+        check_word(outcome, reason(part, how, moment))
+    else:
+        why = r"was killed by SIGKILL; look at `dmesg`.*" if how == KILL else r"has been stopped for 4\.5 s"
+        assert re.fullmatch(rf"\[n0 serve\] \S+ ERROR ended: the frontend \(pid \d+\) {why}", outcome.last(0)), outcome.log
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("silent", [False, True])
-def test_a_cut_link(hosts: list[Host], model: str, place: Path, silent: bool) -> None:
-    with cluster(hosts, [model, *FLAGS], place, [2]) as server:
-        server.wait_ready()
-        watch = Watch(server)
-        time.sleep(1.0)
-        began_s = time.monotonic()
-        links.cut(hosts[1], hosts[0], silent=silent)
-        ends(server, watch, began_s, r"[23] on node1 \(pid")
+@pytest.mark.parametrize("part", ["rank 2", "frontend", "agent 0", "agent 1"])
+@pytest.mark.parametrize("how", [KILL, STOP])
+def test_under_bare_torchrun(hosts: list[Host], model: str, place: Path, part: str, how: str) -> None:
+    """As quick. What torchrun itself leaves behind and prints is its own."""
+    outcome = happen(hosts, model, place, part, how, "running", torchrun=True)
+    outcome.files = [name for name in outcome.files if not name.startswith("torchelastic_")]
+    check(outcome, tracebacks=True)
+    if part != "frontend":
+        ended = next(line for line in reversed(outcome.log.splitlines()) if " ended: " in line)
+        assert re.search(reason(part, how, "running"), ended), outcome.log
+
+
+def reason(part: str, how: str, moment: str) -> str:
+    """What the last line of node 0 says, as far as the moment lets it be known."""
+    name, _, number = part.partition(" ")
+    if how in (CUT, SILENCE):
+        return r"(rank [23] on node1 \(pid \d+\) has been silent for 4 s|node 1 .* cannot be reached: .*); (it hangs|look at)"
+    if part in ("rank 2", "rank 3", "agent 1", "serve 1"):
+        words = (
+            "closed its connection without a word|another rank of this node has ended|has been silent for 4 s|has been stopped"
+        )
+        return rf"(rank [23] on node1 \(pid \d+\):? .*({words}).*|node 1 \(node1, .*\) has ended)"
+    if name == "rank":
+        return rf"rank {number}( on node0)? \(pid \d+\) (ended without a word|was killed|has been silent for 4 s)"
+    if how == KILL:
+        return r"the agent \(pid \d+\) that started the ranks has ended: .*; look at"
+    return r"(the agent of node 0|`tpserve serve` of node 0|torchrun) \(pid \d+\) has been stopped for 4\.5 s"
+
+
+def check(outcome: Outcome, *, tracebacks: bool = False) -> None:
+    """Whatever failed."""
+    assert outcome.ended_s < END_S and outcome.left == [], (outcome.left, outcome.log)
+    assert (outcome.ports, outcome.files) == ([], [])
+    assert tracebacks or "Traceback" not in outcome.log, outcome.log
+    statuses = "".join({200: "r", 503: "n"}[status] for status, _ in outcome.ready)
+    assert re.fullmatch("n*r*n*", statuses), "it may become ready before anybody notices, and then never again"
+    assert all(body["phase"] for status, body in outcome.ready if status == 503)
+    for events in outcome.streams:
+        assert events[-1] in ("[DONE]", "it broke off", "ConnectionResetError", "IncompleteRead"), events
+        if events[-1] == "[DONE]":
+            assert json.loads(events[-2])["error"]["message"], "a stream that was open ends with the reason"
+
+
+def check_word(outcome: Outcome, why: str) -> None:
+    """The reason: the log's last line, what clients hear, and what /readyz says if it could still be asked."""
+    last = outcome.last(0)
+    assert re.search(rf"^\[frontend\] \S+ ERROR ended: {why}", last), outcome.log
+    said = last.partition("ended: ")[2].partition("; ")[0]
+    reasons = {body["reason"] for status, body in outcome.ready if status == 503 and body["reason"]}
+    assert reasons <= {said}, reasons
+    assert all(events[-1] == "[DONE]" and said in events[-2] for events in outcome.streams), (said, outcome.streams)
+
+
+def _check_codes(outcome: Outcome, part: str) -> None:
+    wanted = [{1}, {1, 2} if part == LINK else {1}]  # 2: a rank that looks for its way to node 0 finds none
+    if part.startswith("serve"):
+        wanted[int(part[-1])] = {-9}
+    assert all(code in each for code, each in zip(outcome.codes, wanted, strict=False)), outcome.codes
 
 
 @pytest.mark.lab
@@ -108,12 +116,54 @@ def test_a_cut_of_two_seconds_is_not_noticed(hosts: list[Host], model: str, plac
         server.wait_ready()
         body = {"prompt": "The cat", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
         calm = server.post("/v1/completions", body)[1]["choices"][0]["token_ids"]
-        watch = Watch(server)
+        watch = ReadyWatch(server)
         time.sleep(0.5)
         links.cut(hosts[1], silent=True)
         time.sleep(2.0)
         links.heal(hosts[1], [hosts[0]])
         assert server.post("/v1/completions", body)[1]["choices"][0]["token_ids"] == calm
-        watch.end()
-        assert {status for status, _ in watch.seen} == {status for status, _ in watch.answers} == {200}
+        assert {status for status, _ in watch.end()} == {200}
         assert set(server.stop()) == {0}
+
+
+def status(server: Cluster, *arguments: str) -> tuple[int, str]:
+    """`tpserve status`, asked on node 0, as exit code and page."""
+    line = [sys.executable, "-m", "tpserve", "status", "--url", server.url, *arguments]
+    child = server.hosts[0].start(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    said, _ = child.communicate(timeout=30)
+    return child.returncode, said
+
+
+@pytest.mark.lab
+def test_status_at_every_phase(hosts: list[Host], model: str, place: Path) -> None:
+    """While node 1 is not there, while ranks come, when it serves, while it drains and while it fails."""
+    lines = commands(hosts, [model, *FLAGS, "--admin-api-key", "k"], [2])
+    env = {"TPSERVE_ADMIN_API_KEY": "k"}
+    with cluster(hosts, [], place, start=[], lines=lines, env=env) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPSERVE_ADMIN_API_KEY", "k")
+        alone(server)
+        code, page = status(server)
+        assert code == 1 and page.count("missing") == 4 and "waiting for ranks 0-3" in page.splitlines()[0], page
+        server.start(1)
+        server.wait_ready()
+        code, page = status(server)
+        assert code == 0 and re.search(r"^1 +node1 +0/\d+ +3 ", page, re.MULTILINE), page
+        streams: list[Any] = [_stream(server) for _ in range(2)]
+        server.processes[0].terminate()
+        while server.get("/readyz")[1]["phase"] != "draining":
+            time.sleep(0.01)
+        code, page = status(server)
+        assert code == 1 and ": draining, 100%: draining" in page, page
+        for stream in streams:
+            stream.close()
+        assert server.wait(20.0) == [0, 0]
+        code, page = status(server)
+        assert code == 2 and page.count("\n") == 1 and "no server answers at" in page
+
+
+def _stream(server: Cluster) -> Any:
+    connection = http.client.HTTPConnection(server.hosts[0].address, PORT, timeout=30)
+    body = json.dumps({"prompt": "The cat", "max_tokens": 8000, "ignore_eos": True, "stream": True})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 200
+    return connection

@@ -1,6 +1,7 @@
 """The lab itself, by its command line: hosts that reach each other until a link is cut, and nothing left of them afterwards."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,18 @@ def lab(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
+WRONG = [
+    (("cut", "7"), "there is no host 7: the lab has 0, 1, 2"),
+    (("cut", "1", "1"), "cut takes one host, or two different ones"),
+    (("slow", "9", "--rate", "1mbit"), "there is no host 9: the lab has 0, 1, 2"),
+    (("slow", "1"), "slow takes either --rate, such as 10mbit, or --delay, such as 20ms"),
+    (("kill", "--signal", "FOO"), "there is no signal 'FOO': say KILL, STOP, CONT or TERM"),
+    (("exec", "0"), "exec takes a command, such as `exec 1 -- ip addr`"),
+    (("exec", "0", "--", "no-such-thing"), "no-such-thing: No such file or directory"),
+    (("up", "--hosts", "9"), "a lab has 2 to 8 hosts, not 9"),
+]
+
+
 @pytest.fixture
 def three() -> Iterator[list[Host]]:
     made = lab("up", "--hosts", "3")
@@ -37,13 +50,26 @@ def reaches(host: Host, address: str) -> str:
     return host.run(sys.executable, "-S", "-c", code).strip()
 
 
+def transfer_s(source: Host, target: Host, num_bytes: int) -> float:
+    """How long so much takes from one host to another."""
+    take = "import socket, sys; s = socket.create_server((sys.argv[1], 7077)); print('up', flush=True); c = s.accept()[0]"
+    take += "\nimport time\nc.recv(1); began = time.monotonic()\nwhile c.recv(1 << 16): pass\nprint(time.monotonic() - began)"
+    give = f"import socket, sys; socket.create_connection((sys.argv[1], 7077)).sendall(bytes({num_bytes}))"
+    taker = target.start([sys.executable, "-S", "-c", take, target.address], stdout=subprocess.PIPE, text=True)
+    assert taker.stdout is not None and taker.stdout.readline() == "up\n"
+    source.run(sys.executable, "-S", "-c", give, target.address)
+    return float(taker.communicate(timeout=30)[0])
+
+
 def test_the_command_line(three: list[Host]) -> None:
     table = lab("status").stdout.splitlines()
     assert [line.split()[:3] for line in table[1:4]] == [[host.name, host.address, "up"] for host in three]
     assert "no answer at port 8000" in table[4]
     assert lab("exec", "2", "--", "hostname").stdout == "node2\n"
     assert lab("exec", "0", "--", "sh", "-c", "exit 3").returncode == 3
-    assert lab("cut", "7").stderr == "lab: error: there is no host 7: the lab has 0, 1, 2\n"
+    for words, why in WRONG:
+        done = lab(*words)
+        assert (done.returncode, done.stderr) == (2, f"lab: error: {why}\n")
     sleeping = three[1].start(["sleep", "60"])
     assert f"node1: sleep (pid {sleeping.pid})" in lab("kill", "1").stdout and sleeping.wait() == -signal.SIGKILL
     assert lab("kill", "1").returncode == 1
@@ -52,8 +78,30 @@ def test_the_command_line(three: list[Host]) -> None:
     lab("heal")
     lab("slow", "0", "--rate", "10mbit")
     assert "slow (tbf)" in lab("status").stdout
+    assert lab("heal").returncode == 0 and "slow" not in lab("status").stdout
     assert lab("down").returncode == lab("down").returncode == 0
     assert lab("status").returncode == 2
+
+
+def test_a_slow_link_is_as_slow_as_told(three: list[Host]) -> None:
+    """Both ways, by a transfer; a delay that this kernel cannot make changes nothing and says so in one line."""
+    zero, one, _ = three
+    lab("slow", "1", "--rate", "20mbit")
+    assert all(transfer_s(*ends, 1 << 20) > 0.3 for ends in ((zero, one), (one, zero))), "1 MiB is 0.42 s of 20 Mbit/s"
+    done = lab("slow", "1", "--delay", "20ms")
+    if done.returncode == 2:
+        assert re.fullmatch(r"lab: error: .*: this kernel has no netem\n", done.stderr)
+        assert "slow (tbf)" in lab("status").stdout and transfer_s(zero, one, 1 << 20) > 0.3
+    lab("heal", "1")
+    assert transfer_s(zero, one, 1 << 20) < 0.3
+
+
+def test_labs_with_names_alike_and_who_is_not_root(three: list[Host]) -> None:
+    command = ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "launch/lab", "--name", NAME, "down"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "lab: error: a lab needs root: it makes network namespaces\n")
+    lab_hosts.down(NAME[:-1])
+    assert {f"tp-{NAME}", *(host.port for host in three)} <= {path.name for path in Path("/sys/class/net").iterdir()}
 
 
 @pytest.mark.parametrize("silent", [False, True])

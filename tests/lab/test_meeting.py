@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.lab import links
 from launch.lab.hosts import Host
 from launch.lab.jobs import MASTER_PORT, commands
 from tests.cluster import tiny_model
@@ -70,6 +71,20 @@ def test_a_closed_port_and_giving_up(hosts: list[Host], model: str, place: Path)
         )
         last = said(server, 0, "")[-1]
         assert f"node 1 of 2 did not come to {hosts[0].address}:{MASTER_PORT} within 9 s, so rank 1 is missing" in last
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("hosts", [3], indirect=True)
+def test_a_node_that_vanishes_while_others_are_waited_for(hosts: list[Host], model: str, place: Path) -> None:
+    """It does not hold its place: when it comes back, it is let in again."""
+    lines = commands(hosts, [model, "--load-format", "dummy", "-tp", "3"], [1])
+    with cluster(hosts, [], place, start=[0, 1], lines=lines) as server:
+        server.wait_said("waiting for node 2 of 3", 15.0)
+        links.cut(hosts[1], silent=True)
+        server.wait_said("node 1 (node1) has gone", 10.0)
+        links.heal(hosts[1], [hosts[0], hosts[2]])
+        server.start(2)
+        serves(server)
 
 
 @pytest.mark.lab

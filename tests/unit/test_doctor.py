@@ -1,15 +1,20 @@
 """The doctor's verdicts, from what its checks have found; links over real sockets, a disk that is this one."""
 
+import json
 import os
 import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import HashStore, Store
 
 from tpserve.doctor import host, links, traffic
+from tpserve.doctor.hang import Limit, who_does_not_answer
 from tpserve.doctor.host import Disk, Found
 from tpserve.doctor.links import Echo, Heard
 from tpserve.doctor.verdict import Verdict, duration, exit_code, page, size, summary
@@ -32,6 +37,39 @@ def test_pages_end_with_what_to_do() -> None:
     assert exit_code([*verdicts, Verdict("broken", "x", "y")]) == 1
     assert [size(n) for n in (0, 4096, 3 << 29, 5000 << 30)] == ["0 B", "4 KiB", "1.5 GiB", "5000 GiB"]
     assert [duration(s) for s in (21e-6, 0.0015, 2.5)] == ["21 us", "1.5 ms", "2.5 s"]
+
+
+def test_who_does_not_answer_is_named() -> None:
+    """Three ranks of which one is silent, and one whose port leads nowhere; then all of them answer."""
+    hosts, place = ["a", "b", "c"], ("127.0.0.1", (0, 0))
+
+    def ask(store: Store, ranks: Sequence[int]) -> list[list[Verdict]]:
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(lambda i: who_does_not_answer(store, i, hosts, place, "all-reduce", 0.5), ranks))
+
+    first, second = ask(HashStore(), (0, 2))
+    assert first == second and [verdict.found for verdict in first] == ["rank 1 on b does not answer"]
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        store = HashStore()
+        store.set("stuck1", json.dumps({"where": nobody.getsockname()}))
+        store.set("dialled1", "[]")
+        found = ask(store, (0, 2))[0]
+    assert [verdict.found.partition(": ")[0] for verdict in found] == ["rank 0 on a -> rank 1 on b", "rank 2 on c -> rank 1 on b"]
+    assert "Connection refused (errno 111)" in found[0].found
+    assert ["all ranks answer" in verdict.found for verdict in ask(HashStore(), (0, 1, 2))[1]] == [True]
+
+
+def test_a_step_that_takes_too_long() -> None:
+    late: list[str] = []
+    limit = Limit(late.append)
+    with limit.of("quick", 5.0):
+        pass
+    time.sleep(0.2)
+    with limit.of("slow", 0.1):
+        while not late:
+            time.sleep(0.02)
+    assert late == ["slow"]
 
 
 def test_ranks_dial_each_other() -> None:

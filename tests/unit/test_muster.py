@@ -16,7 +16,8 @@ from msgspec.structs import replace
 
 from tpserve.errors import EngineFailure, UserError
 from tpserve.wire import muster
-from tpserve.wire.muster import Join, Meet, Muster
+from tpserve.wire.muster import Meet, Muster
+from tpserve.wire.nodes import End, Join, first_end, head_gone
 from tpserve.wire.waiting import Clock, missing_ranks
 
 HEAD = Join(0, 3, 2, "1.0", "head", "machine-a", "127.0.0.1", derived=True)
@@ -36,6 +37,10 @@ class Head(threading.Thread):
         self._store = muster.listen("127.0.0.1", (0, 0))
         self.meet = Meet("127.0.0.1", self._store.getsockname()[1])
         self._muster = Muster(HEAD, listener, 6, timeout_s, key)
+
+    @property
+    def joined(self) -> dict[socket.socket, Join]:
+        return self._muster.joined
 
     def close(self) -> None:
         self._muster.close()
@@ -97,9 +102,17 @@ def test_all_meet_and_strangers_do_not_matter() -> None:
         for stranger in crowd:
             stranger.close()
     assert first.outcome == "met"
+    seen: list[End] = []
+    watch = threading.Thread(target=lambda: seen.append(first_end(first.joined)))
+    watch.start()
     assert not select.select([node.line for node in nodes], [], [], 0.3)[0], "node 0 lives"
+    assert not seen
+    nodes[0].line.close()
+    watch.join(5.0)
+    assert seen == [End("node 2 (second, 127.0.0.1)", "has ended", lost=False)]
     first.close()
-    assert [muster.head_gone(node.line) for node in nodes] == ["node 0 has ended"] * 2
+    del nodes[0]
+    assert [head_gone(node.line) for node in nodes] == ["node 0 has ended"]
 
 
 def test_a_node_that_leaves_is_waited_for_again() -> None:
@@ -179,6 +192,15 @@ def test_a_store_that_cannot_be_reached_is_named() -> None:
             outcome = node.ended()
     assert isinstance(outcome, EngineFailure)
     assert "node 0's store at 127.0.0.1:1 could not be reached within" in str(outcome) and "(errno 111)" in str(outcome)
+
+
+def test_a_head_that_ends_before_its_store_is_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = Node(FIRST, server.getsockname()[1], timeout_s=60.0)
+        with server.accept()[0] as connection:
+            connection.sendall(msgspec.json.encode(Meet("127.0.0.1", 1)) + b"\n")
+            time.sleep(0.3)
+        assert str(node.ended()) == "node 0 has ended"
 
 
 def test_two_machines_with_one_address() -> None:

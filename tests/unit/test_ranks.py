@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import zmq
 
 from tpserve.frontend.coordinator import Action, Coordinator, Failed, State
@@ -48,6 +49,11 @@ class Stage:
         self.keyring = keyring
         self.ranks, self.actions, self.coordinator = ranks, actions, ranks.coordinator
         self.cast: list[Rank] = []
+        self.agents_end = ""
+
+    def look_at_agent(self) -> None:
+        if self.agents_end:
+            self.ranks.carry_out(self.coordinator.fail(1, self.agents_end, asyncio.get_running_loop().time()))
 
     def rank(self, rank: int, incarnation: int = 1, pid: int | None = None, *, remote: bool = False) -> Rank:
         endpoint = self.ranks.remote_endpoint if remote else self.ranks.local_endpoint
@@ -78,9 +84,10 @@ async def stage(where: Path, size: int) -> AsyncIterator[Stage]:
     keyring = Keyring.open(None)
     lock = keyring.lock(FRONTEND, size)
     doorkeeper = Doorkeeper(lock.allowed)
-    ranks = Ranks(coordinator, f"ipc://{where}/control", Door(tcp("127.0.0.1"), lock), actions.append)
-    task = asyncio.create_task(ranks.run())
+    door = Door(tcp("127.0.0.1"), lock)
+    ranks = Ranks(coordinator, f"ipc://{where}/control", door, actions.append, lambda: it.look_at_agent())
     it = Stage(ranks, keyring, actions)
+    task = asyncio.create_task(ranks.run())
     try:
         yield it
     finally:
@@ -118,6 +125,44 @@ def test_a_death_is_reported_before_the_complaint_about_it(tmp_path: Path) -> No
             assert [type(action) for action in it.actions[1:]] == [Failed]
             assert it.coordinator.reason.startswith(f"rank 1 on h (pid {child.pid}) ended without a word")
             assert await it.ranks.all_gone(0.05) is False  # this process stands for rank 0
+
+    play(main, tmp_path)
+
+
+def test_the_agents_end_is_told_before_that_of_its_ranks(tmp_path: Path) -> None:
+    async def main(where: Path) -> None:
+        async with stage(where, 2) as it:
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            await it.run(it.rank(0), it.rank(1, pid=child.pid))
+            it.agents_end = "the agent was stopped"
+            child.kill()
+            child.wait()
+            await it.until(lambda: it.coordinator.state is State.STOPPED)
+            assert it.coordinator.reason == "the agent was stopped"
+
+    play(main, tmp_path)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_only_follows_another_rank_is_heard_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """Rank 0 has died before its Hello: rank 1 knows only that a sibling has, the agent soon which one."""
+    monkeypatch.setattr("tpserve.frontend.ranks.SIBLING_S", 0.8)
+
+    async def main(where: Path) -> None:
+        async with stage(where, 2) as it:
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            near = it.rank(1, pid=child.pid)
+            near.hello()
+            near.say(Fault(1, 0, "sibling", "another rank of this node has ended"))
+            await asyncio.sleep(0.3)
+            child.kill()
+            child.wait()
+            await asyncio.sleep(0.3)
+            assert it.coordinator.state is State.FORMING
+            it.agents_end = "rank 0 was killed" if known else ""
+            await it.until(lambda: it.coordinator.state is State.STOPPED)
+            alone = f"rank 1 on h (pid {child.pid}): another rank of this node has ended"
+            assert it.coordinator.reason == (it.agents_end or alone)
 
     play(main, tmp_path)
 

@@ -29,13 +29,13 @@ def test_while_starting_what_is_known_so_far() -> None:
     c = Coordinator(4, 0.0)
     c.receive(Peer(3, 1), Hello(3, 1, 77, "node1", {}, {}), 1.0)
     c.receive(Peer(3, 1), Beat(3, 0, "waiting for all ranks", 0, -1), 1.25)
-    info = server_info(CONFIG, Status("starting", c.phase, c.percent), c.epoch, c.seen, 2.0, None)
+    info = server_info(CONFIG, Status("starting", c.phase, c.percent), c.epoch, c.seen, 2.0, None, [Kept() for _ in c.seen])
     assert [rank["state"] for rank in info["ranks"]] == ["missing"] * 3 + ["starting"]
     assert info["ranks"][3] == {
         "rank": 3, "node": 0, "host": "node1", "address": "", "visible_gpus": 0, "pid": 77, "stage": 1,
         "state": "starting", "phase": "waiting for all ranks", "percent": 0,
         "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None,
-        "silent_s": 0.75, "memory": None, "fingerprint": {}, "traits": {},
+        "silent_s": 0.75, "memory": None, "fingerprint": {}, "traits": {}, "log": {"first": [], "last": []},
     }  # fmt: skip
     assert (info["ranks"][0]["pid"], info["ranks"][0]["silent_s"]) == (None, None)
 
@@ -45,13 +45,35 @@ def test_the_first_and_the_last_lines_of_the_log() -> None:
     kept.setFormatter(logging.Formatter("[frontend] %(message)s"))
     for i in range(9):
         kept.handle(logging.makeLogRecord({"msg": f"line {i}"}))
-    info = server_info(CONFIG, Status("running"), 1, [], 0.0, kept)
+    info = server_info(CONFIG, Status("running"), 1, [], 0.0, kept, [])
     assert info["log"]["first"] == ["[frontend] line 0", "[frontend] line 1"]
     assert info["log"]["last"] == ["[frontend] line 6", "[frontend] line 7", "[frontend] line 8"]
 
 
+def test_lines_of_another_process() -> None:
+    """Told bit by bit, twice, with a gap, and more than are kept: in order, none twice, and what is missing is said."""
+    theirs, ours = Kept(first=2, last=3), Kept(first=4, last=4)
+    for upto in (1, 4, 5):
+        while theirs.total < upto:
+            theirs.add(f"line {theirs.total}")
+        ours.take(*theirs.since(ours.total))
+        ours.take(*theirs.since(max(0, ours.total - 2)))
+    assert ours.shown() == {"first": ["line 0", "line 1", "line 2", "line 3"], "last": ["line 4"]}
+    for _ in range(6):
+        theirs.add(f"line {theirs.total} \udcff")
+    ours.take(*theirs.since(ours.total))
+    assert ours.shown()["last"] == ["(3 lines are missing)", "line 8 ?", "line 9 ?", "line 10 ?"]
+    assert theirs.since(theirs.total) == (11, [])
+    long = Kept()
+    for i in range(400):
+        long.add(f"{i}" * 2000)
+    start, lines = long.since(20)
+    assert (start, len(lines), len(lines[-1])) == (20, 80, 1000), "no further than where lines may be missing"
+    assert [long.since(100)[0], len(long.since(100)[1])] == [200, 100]
+
+
 def test_secrets_are_not_shown() -> None:
-    text = json.dumps(server_info(CONFIG, Status("running"), 1, [], 0.0, None))
+    text = json.dumps(server_info(CONFIG, Status("running"), 1, [], 0.0, None, []))
     assert "s3cret" not in text and "r00t" not in text
     shown = json.loads(text)["config"]
     assert (shown["api_key"], shown["admin_api_key"], shown["num_gpu_blocks_override"]) == ("***", "***", None)

@@ -119,7 +119,7 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         use_agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         agent_pid=number("TPSERVE_AGENT_PID", os.getppid()),
         runtime_dir=environ.get("TPSERVE_RUNTIME_DIR"),
-        error_file=environ.get("TORCHELASTIC_ERROR_FILE"),
+        error_file=environ.get("TORCHELASTIC_ERROR_FILE") or None,
         restart_count=number("TORCHELASTIC_RESTART_COUNT", 0),
         job=environ.get("TPSERVE_JOB", ""),
     )

@@ -2,11 +2,13 @@
 
 The ranks meet at a store that rank 0 hosts, as an epoch's ranks do, and learn its address from torchrun's. In order: who is there
 and whether they can work together; who reaches whom; what each node has; and, when nothing is broken so far, the mesh of the
-layout and what it carries. Invariants: every wait is bounded and names who is missing; all ranks leave with the same exit code.
+layout and what it carries. Invariants: every wait is bounded and names who is missing, and so is every collective (`hang`); all
+ranks leave with the same exit code.
 """
 
 import logging
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -29,7 +31,8 @@ from tpserve.config.network import Interface, choose, host_id
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.doctor import host, links, traffic
-from tpserve.doctor.verdict import OK, Verdict, exit_code, page, summary
+from tpserve.doctor.hang import Limit, who_does_not_answer
+from tpserve.doctor.verdict import BROKEN, OK, Verdict, exit_code, page, summary
 from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, traits
 from tpserve.errors import EngineFailure, UserError
@@ -49,6 +52,10 @@ logger = logging.getLogger(__name__)
 Of = TypeVar("Of")
 MESH_S = 60.0
 LEAVE_S = 5.0
+LATER_S = 5.0
+"""How much later than this rank another one may find that a sum does not come back."""
+ANSWER_S = 60.0
+"""How much later than the first another rank may be with what all do at the same time."""
 _KEY = "tpserve/doctor"
 
 
@@ -66,16 +73,32 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
         raise
     settings = environment.network_variables()
     environment.use_interface(interface.name)
-    with tempfile.TemporaryDirectory(prefix="tpserve-doctor-") as directory:
-        traced = config.all_reduce == "nccl" and environment.trace_nccl(f"{directory}/nccl")
-        device = devices.choose(config.device, me.local_rank, me.local_world_size)
-        try:
-            code = _Rank(me, config, spec, interface, settings, device, Path(directory) if traced else None).examine()
-        except EngineFailure as error:
-            logger.error("%s", error)
-            code = 1
-    sys.stdout.flush()
+    traced = _trace() if config.all_reduce == "nccl" else None
+    device = devices.choose(config.device, me.local_rank, me.local_world_size)
+    try:
+        code = _Rank(me, config, spec, interface, settings, device, traced).examine()
+    except EngineFailure as error:
+        logger.error("%s", error)
+        code = 1
+    _clean_up(traced)
     os._exit(code)  # destructors of a broken mesh can hang
+
+
+def _trace() -> Path | None:
+    """A directory into which NCCL writes what it does; None when the user has told it otherwise."""
+    directory = Path(tempfile.mkdtemp(prefix="tpserve-doctor-"))
+    if environment.trace_nccl(f"{directory}/nccl"):
+        return directory
+    directory.rmdir()
+    return None
+
+
+def _clean_up(traced: Path | None) -> None:
+    """Before this process ends, which it does at once."""
+    if traced is not None:
+        shutil.rmtree(traced, ignore_errors=True)
+    logging.shutdown()
+    sys.stdout.flush()
 
 
 class _Rank:
@@ -101,12 +124,13 @@ class _Rank:
         self._free = devices.free_memory(device)
         place = Place(me.node_rank, interface.address, host_id(), settings, visible_gpus())
         self._hello = Hello(me.rank, 0, os.getpid(), socket.gethostname(), {}, fingerprint(config, spec), place, traits(device))
-        self._store = _meet(me, config, interface)
+        self._store, self._store_address = _meet(me, config, interface)
+        self._hosts: list[str] = []
 
     def examine(self) -> int:
         """All checks; the exit code."""
         hellos = self._gather("hello", self._hello, Hello)
-        hosts = [hello.host for hello in hellos]
+        self._hosts = hosts = [hello.host for hello in hellos]
         self._print(everything(hellos))
         if why := next(filter(None, (disagreement(hellos[:i], hello) for i, hello in enumerate(hellos))), ""):
             self._print(["", log.user_error(why)])
@@ -150,29 +174,49 @@ class _Rank:
         layout, config = self._config.layout, self._config
         if layout.world_size == 1:
             return [Verdict("good", "all-reduce", "one rank, which has nothing to add up")]
-        begin_s = time.monotonic()
+        begin_s, limit = time.monotonic(), Limit(lambda what: self._give_up(what, LATER_S))
         between = None if environment.told_where(self._hello.place.settings, config.all_reduce) else self._interface.address
         try:
             if self._me.nnodes > 1:
                 reach.check(self._me.rank, layout.world_size, between, self._store, MESH_S)
-            mesh = meshes.form(
-                self._me.rank, layout, 1, self._store, self._device, MESH_S, config.all_reduce, available_cores()
-            )  # fmt: skip
+            with limit.of("mesh", MESH_S + traffic.SUM_S):
+                mesh = meshes.form(
+                    self._me.rank, layout, 1, self._store, self._device, MESH_S, config.all_reduce, available_cores()
+                )  # fmt: skip
         except EngineFailure as error:
             remedy = "see that --interface names the network that gloo and NCCL are to use, and that its ports are open"
             return [Verdict("broken", "mesh", str(error), remedy)]
         verdicts = [Verdict("good", "mesh", f"formed in {time.monotonic() - begin_s:.1f} s")]
-        if layout.tp > 1:
-            verdicts += self._time("in stage", mesh.tp, range(0, layout.world_size, layout.tp), 2 * self._spec.num_layers)
-        if layout.pp > 1:  # what passes between stages goes the same way
-            verdicts += self._time("across stages", mesh.world, range(1), layout.pp - 1)
+        try:
+            if layout.tp > 1:
+                firsts = range(0, layout.world_size, layout.tp)
+                verdicts += self._time("in stage", mesh.tp, firsts, 2 * self._spec.num_layers, limit)
+            if layout.pp > 1:  # what passes between stages goes the same way
+                verdicts += self._time("across stages", mesh.world, range(1), layout.pp - 1, limit)
+        except RuntimeError as error:  # of gloo and NCCL: a peer has gone
+            logger.warning("%s", str(error).partition("\n")[0])
+            self._give_up("all-reduce", traffic.SUM_S + LATER_S)
         verdicts.append(self._transport(hellos, mesh.tp.through_memory))
         meshes.leave(mesh)
         return verdicts
 
-    def _time(self, where: str, group: Group, firsts: Sequence[int], sums: int) -> list[Verdict]:
+    def _give_up(self, what: str, later_s: float) -> None:
+        """`what` hangs, or has failed: say who does not answer, and leave. On the thread that watches, or on the main one.
+        `later_s`: how much later than this rank others may notice."""
+        place = (self._interface.address, self._config.port_range)
+        try:
+            store = self._store if self._me.rank == 0 else meshes.join_store(self._store_address, links.CONNECT_S)
+            found = who_does_not_answer(store, self._me.rank, self._hosts, place, what, later_s)
+            self._print(["", *page(found), "", summary(found)])
+        except (EngineFailure, OSError, RuntimeError) as error:
+            logger.error("%s did not come back, and neither does rank 0 on %s: %s", what, self._hosts[0], error)
+        time.sleep(1.0 if self._me.rank == 0 else 0.0)  # its store is the others'
+        _clean_up(self._traced)
+        os._exit(BROKEN)
+
+    def _time(self, where: str, group: Group, firsts: Sequence[int], sums: int, limit: Limit) -> list[Verdict]:
         """All-reduces of groups, whose first ranks are `firsts`: a verdict each, and the sizes of the slowest."""
-        mine = traffic.measure(group, getattr(torch, self._config.dtype), self._device)
+        mine = traffic.measure(group, getattr(torch, self._config.dtype), self._device, limit, f"all-reduce {where}")
         all_times = self._gather(f"times {where}", mine, list[tuple[int, float]])
         names = [f"all-reduce {where}{f' {i}' if where == 'in stage' else ''}" for i in range(len(firsts))]
         times = [all_times[rank] for rank in firsts]
@@ -201,11 +245,12 @@ class _Rank:
         store, ranks = self._store, range(self._me.world_size)
         store.set(f"{name}{self._me.rank}", msgspec.json.encode(mine).decode())
         keys = [f"{name}{rank}" for rank in ranks]
+        limit_s = ANSWER_S if self._hosts else self._config.start_timeout
         try:
-            store.wait(keys, timedelta(seconds=self._config.start_timeout))
+            store.wait(keys, timedelta(seconds=limit_s))
         except RuntimeError as error:
             missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
-            raise EngineFailure(f"{of_ranks(missing)} did not come within {self._config.start_timeout:g} s") from error
+            raise EngineFailure(f"{of_ranks(missing)} did not come within {limit_s:g} s") from error
         return [msgspec.json.decode(store.get(key), type=kind) for key in keys]
 
     def _leave(self, code: int) -> int:
@@ -229,19 +274,20 @@ class _Rank:
             sys.stdout.flush()
 
 
-def _meet(me: RankEnv, config: EngineConfig, interface: Interface) -> Store:
-    """The store of this run."""
+def _meet(me: RankEnv, config: EngineConfig, interface: Interface) -> tuple[Store, str]:
+    """The store of this run, and where it is."""
     if me.world_size == 1:
-        return meshes.host_store(interface.address, config.port_range)[0]
+        return meshes.host_store(interface.address, config.port_range)
     agents = meshes.agent_store(me.master_addr, me.master_port, me.rank, me.use_agent_store, config.start_timeout)
     key = f"{_KEY}/{me.restart_count}"
     if me.rank == 0:
         store, address = meshes.host_store(interface.address, config.port_range)
         agents.set(key, address)
-        return store
+        return store, address
     try:
         agents.wait([key], timedelta(seconds=config.start_timeout))
-        return meshes.join_store(agents.get(key).decode(), links.CONNECT_S)
+        address = agents.get(key).decode()
+        return meshes.join_store(address, links.CONNECT_S), address
     except RuntimeError as error:
         raise EngineFailure(f"rank 0 did not come within {config.start_timeout:g} s") from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tpserve.doctor.hang import Limit
 from tpserve.doctor.verdict import Verdict, duration, size
 from tpserve.parallel.group import Group
 
@@ -15,6 +16,8 @@ SIZES = tuple(1 << power for power in (12, 16, 20, 24, 26))
 TRIES_S = 0.2
 ENOUGH_S = 0.5
 """A larger sum is not tried when one has taken this long."""
+SUM_S = 15.0
+"""What does not come back within this hangs: a size is at most sixteen times one that took `ENOUGH_S`."""
 SLOW_TOKEN_S = 0.02
 PROMPT, SLOW_PROMPT_S = 1000, 1.0
 _CHANNEL = re.compile(r"Channel \d+(?:/\d+)? : (\d+)\[[^\]]*\] -> (\d+)\[[^\]]*\] (?:\[(?:send|receive)\] )?via (\S.*)")
@@ -27,13 +30,15 @@ _CARRIERS = (
 )
 
 
-def measure(group: Group, dtype: torch.dtype, device: torch.device) -> list[tuple[int, float]]:
+def measure(group: Group, dtype: torch.dtype, device: torch.device, limit: Limit, what: str) -> list[tuple[int, float]]:
     """Bytes and seconds of an all-reduce, by size. All ranks of the group call it, and all get the slowest one's times."""
     found = []
     for num_bytes in SIZES:
         x = torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
-        took_s = _slowest(group, _time(group, x, 2))
-        took_s = _slowest(group, _time(group, x, max(2, min(100, int(TRIES_S / took_s)))))
+        with limit.of(f"{what} of {size(num_bytes)}", SUM_S):
+            took_s = _slowest(group, _time(group, x, 1))
+            if took_s <= ENOUGH_S:
+                took_s = _slowest(group, _time(group, x, max(2, min(100, int(TRIES_S / took_s)))))
         found.append((num_bytes, took_s))
         if took_s > ENOUGH_S:
             break

@@ -6,6 +6,7 @@ first rank of a node downloads the weights that its node lacks.
 
 import logging
 import socket
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from tpserve.hub.locate import weights_of
 from tpserve.models import names_of
 from tpserve.models.decoder import Decoder
 from tpserve.models.whole import sources
+from tpserve.observe.log import Kept
 from tpserve.observe.progress import Progress
 from tpserve.observe.stopwatch import Stopwatch
 from tpserve.observe.trace import Trace
@@ -41,10 +43,11 @@ from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
 from tpserve.weights.survey import about
-from tpserve.wire.attach import Attachment, attach_remote, publish
+from tpserve.wire.attach import Attachment, attach_remote, is_alive, publish, remove_runtime_dir
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Key, rank_role
 from tpserve.wire.channels import Door, EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, tcp
-from tpserve.wire.control import Control, Stopped
+from tpserve.wire.control import VERDICT_S, Control, Stopped
+from tpserve.wire.lifetime import end_all_stopped, end_stopped, live_children
 from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
 from tpserve.worker.loop import serve_plans
@@ -63,12 +66,13 @@ def run_rank(
     settings: dict[str, str],
     attachment: Attachment | None,
     watch: Stopwatch,
+    kept: Kept,
 ) -> int:
     """Take part in serving until told to stop; returns the process's exit code.
 
     `interface` is this node's between nodes, and `settings` what the user has told NCCL and gloo. `attachment` is how to reach
     the frontend; ranks of other nodes have none yet and learn it over torchrun's store.
-    `watch` has timed what came before.
+    `watch` has timed what came before; `kept` holds this process's log, for operators.
     """
     store = None
     if env.nnodes > 1 and (attachment is None or env.rank == 0):
@@ -87,8 +91,12 @@ def run_rank(
         frontend_pid=attachment.frontend_pid,
         agent_pid=env.agent_pid,
         local_ranks=1 if env.job else env.local_world_size,  # a script's only child
+        at_failure=partial(_clean_up, env, attachment),
     )
+    control.repeat(kept.since)
     control.start()
+    if env.runtime_dir is None:
+        _end_stopped_neighbours(env, attachment, control)
     try:
         between = None if told_where(settings, config.all_reduce) else interface.address
         _Rank(config, spec, env, attachment, control, watch, between).serve()
@@ -98,6 +106,30 @@ def run_rank(
         log.debug("rank %d fails", env.rank, exc_info=True)
         return control.fail(error)
     return control.leave()
+
+
+def _end_stopped_neighbours(env: RankEnv, attachment: Attachment, control: Control) -> None:
+    """Under bare torchrun, where nobody else looks after the agent and the frontend. `tpserve serve` does."""
+    neighbours = {env.agent_pid: "torchrun"}
+    if attachment.frontend_pid is not None:
+        neighbours[attachment.frontend_pid] = "the frontend"
+
+    def tell(pid: int, what: str) -> None:
+        log.error("%s: it is ended", what)
+        if pid == env.agent_pid:  # this rank dies with it: the frontend is to hear of it before, and to answer
+            control.complain(what)
+            time.sleep(VERDICT_S)
+
+    end_stopped(lambda: neighbours, tell)
+
+
+def _clean_up(env: RankEnv, attachment: Attachment) -> None:
+    """Under bare torchrun, where nobody else does: end those of this node who were stopped and cannot end themselves, or torchrun
+    would wait for them; take the directory of a frontend that was killed away."""
+    if env.runtime_dir is None:
+        end_all_stopped([env.agent_pid, *(live_children(env.agent_pid) or ())])
+        if attachment.runtime_dir is not None and not is_alive(attachment.runtime_dir):
+            remove_runtime_dir(attachment.runtime_dir)
 
 
 @dataclass

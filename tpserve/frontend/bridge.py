@@ -21,15 +21,15 @@ from tpserve.errors import EngineFailure
 from tpserve.frontend.agreement import noted, refused
 from tpserve.frontend.coordinator import Action, Coordinator, Draining, Failed, Finished, Ready, State
 from tpserve.frontend.journal import Journal
-from tpserve.frontend.ranks import TICK_S, Ranks
+from tpserve.frontend.ranks import KILLED_ADVICE, TICK_S, Ranks
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept
-from tpserve.types.messages import Control, EngineInput, Experts
-from tpserve.wire.attach import Frontend, read_failure, write
+from tpserve.types.messages import Control, EngineInput, Experts, Said
+from tpserve.wire.attach import Failure, Frontend, read_failure, write
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
 from tpserve.wire.channels import Door, EngineServer, tcp
-from tpserve.wire.lifetime import open_pidfd
+from tpserve.wire.lifetime import has_ended, open_pidfd
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ class Bridge:
         self._started_s = started_s
         self._tell = tell
         self._kept = kept
+        self._watched: tuple[int, int] | None = None
+        self._said = [Kept() for _ in range(config.layout.world_size)]
         self._coordinator = Coordinator(
             config.layout.world_size,
             time.monotonic(),
@@ -87,7 +89,7 @@ class Bridge:
             self._doorkeeper = Doorkeeper(self._lock.allowed)
             if config.cluster_secret_file is None:
                 logger.warning(NO_SECRET)
-        self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", self.door(), self._on_action)
+        self._ranks = Ranks(self._coordinator, f"ipc://{where}/control", self.door(), self._on_action, self._look_at_parent)
         if (locked := self._ranks.remote_socket) is not None:
             self._doorkeeper.watch(locked)
         self._engine = EngineServer(f"ipc://{where}/engine")
@@ -118,7 +120,7 @@ class Bridge:
     def info(self) -> dict[str, Any]:
         """What operators may see: of the configuration, and of every rank as far as it is known."""
         c = self._coordinator
-        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic(), self._kept)
+        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic(), self._kept, self._said)
 
     async def serve(self, watch_pid: int) -> int:
         """Run until the service has ended and the ranks on this host are gone; returns the exit code. The ranks die with
@@ -128,6 +130,7 @@ class Bridge:
         if watched is None:
             self._parent_gone(watch_pid)
         else:
+            self._watched = watch_pid, watched
             loop.add_reader(watched, self._parent_gone, watch_pid)
         descriptor = self._engine.socket.get(zmq.FD)
         assert isinstance(descriptor, int)
@@ -144,6 +147,7 @@ class Bridge:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # while their sockets are open
             loop.remove_reader(descriptor)
+            self._watched = None
             if watched is not None:
                 loop.remove_reader(watched)
                 os.close(watched)
@@ -152,9 +156,9 @@ class Bridge:
         """Let open requests finish, then end with exit code 0."""
         self._ranks.carry_out(self._coordinator.drain(time.monotonic()))
 
-    def fail(self, code: int, reason: str) -> None:
+    def fail(self, code: int, reason: str, advice: str = "") -> None:
         """End at once."""
-        self._ranks.carry_out(self._coordinator.fail(code, reason, time.monotonic()))
+        self._ranks.carry_out(self._coordinator.fail(code, reason, time.monotonic(), advice))
 
     def close(self) -> None:
         """Close the sockets."""
@@ -214,9 +218,18 @@ class Bridge:
 
     # What ends it
 
+    def _look_at_parent(self) -> None:
+        """Before the death of a rank is told, of which the parent's may be the reason."""
+        if self._watched is not None and has_ended(self._watched[1]):
+            self._parent_gone(self._watched[0])
+
     def _parent_gone(self, pid: int) -> None:
-        failure = read_failure(self._where)
-        self.fail(*((failure.code, failure.why) if failure else (1, f"the agent (pid {pid}) that started the ranks is gone")))
+        why = (
+            f"the agent (pid {pid}) that started the ranks has ended: it, or a rank that had not come yet, was killed or crashed"
+        )
+        gone = Failure(1, why, KILLED_ADVICE)
+        failure = read_failure(self._where) or gone
+        self.fail(failure.code, failure.why, failure.advice)
 
     def _on_action(self, action: Action) -> None:
         match action:
@@ -225,6 +238,8 @@ class Bridge:
                 self._tell(action)
             case Experts(_, _, layers, tokens):
                 self.journal.metrics.experts(layers, tokens)
+            case Said(rank, start, lines) if 0 <= rank < len(self._said):
+                self._said[rank].take(start, lines)
             case Draining():
                 self._to_engine([Control("drain")])
             case Failed(code, reason, _):

@@ -29,7 +29,7 @@ from msgspec import Struct
 
 from tpserve.frontend.agreement import disagreement
 from tpserve.observe.table import of_ranks
-from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Experts, Fault, Hello, RankMessage, Run, Start, Stop, Up
+from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Experts, Fault, Hello, RankMessage, Run, Said, Start, Stop, Up
 
 LOST_S = 4.0
 """A rank that said nothing for this long while serving is lost; it beats every 0.5 s."""
@@ -84,7 +84,7 @@ class Finished(Struct, frozen=True):
     """Stopped because it was asked to: exit code 0."""
 
 
-Action = Send | Ready | Draining | Lost | Failed | Finished | Experts
+Action = Send | Ready | Draining | Lost | Failed | Finished | Experts | Said
 
 
 class State(Enum):
@@ -112,6 +112,7 @@ _NEXT_SURVIVING = _NEXT | {(state, "fault"): State.FORMING for state in (State.F
 
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
+_SIBLING_ADVICE = "look at the last lines of its node's log"
 _SILENT = Beat(-1, 0, "", 0, -1)
 
 
@@ -158,7 +159,8 @@ class Coordinator:
             Hello: self._hello,
             Up: self._up,
             Beat: self._beat,
-            Experts: lambda peer, message, now: [message],  # to be shown; nothing is decided by it
+            Experts: lambda peer, message, now: [message],  # to be shown; nothing is decided by it or the next
+            Said: lambda peer, message, now: [message],
             Fault: self._fault,
             Drain: self._asked_to_end,
         }
@@ -258,9 +260,9 @@ class Coordinator:
         """No request is open any more (said whenever it is true; matters while draining)."""
         return self._go("drained", now) if self.state is State.DRAINING else []
 
-    def fail(self, code: int, reason: str, now: float) -> list[Action]:
+    def fail(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
         """Something outside the ranks makes going on pointless: the agent is gone, a second signal came."""
-        return self._end("fatal", code, reason, now)
+        return self._end("fatal", code, reason, now, advice)
 
     # One handler a message; the peer is the current incarnation of its rank, the state is not STOPPED
 
@@ -300,7 +302,8 @@ class Coordinator:
         if rank.incarnation <= rank.over:
             return []
         rank.over = rank.incarnation
-        actions = self._fail_epoch(1, f"{self._describe(peer.rank)}: {message.text}", now, _FAULT_ADVICE)
+        advice = _SIBLING_ADVICE if message.kind == "sibling" else _FAULT_ADVICE
+        actions = self._fail_epoch(1, f"{self._describe(peer.rank)}: {message.text}", now, advice)
         rank.hello = None
         return actions
 

@@ -2,14 +2,13 @@
 
 Owns two ROUTER sockets (ipc for this node, TCP for others) and one pidfd for each rank on this host. Decides nothing: whatever is
 seen goes into the coordinator, whatever it answers is carried out. Invariants: all of it runs in one event loop, so that the
-coordinator has a single writer; a death that has been seen is told before what it caused.
+coordinator has a single writer; a death that has been seen is told before what it caused, the agent's before its ranks'.
 """
 
 import asyncio
 import errno
 import logging
 import os
-import select
 import signal
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from tpserve.frontend.coordinator import Action, Coordinator, Lost, Peer, Send
 from tpserve.types.messages import CoordinatorMessage, Fault, Hello
 from tpserve.wire import codec
 from tpserve.wire.channels import Door, bind, open_socket
-from tpserve.wire.lifetime import open_pidfd
+from tpserve.wire.lifetime import has_ended, open_pidfd
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +28,32 @@ TICK_S = 0.1
 PROBE_S = 0.5
 SETTLE_S = 0.25
 """A dying process closes its connections before it is dead: its peers' complaints arrive first and are kept for this long."""
+CAUSE_S = 0.05
+"""The kernel ends an agent's ranks a moment before it tells of the agent's own end."""
+SIBLING_S = 2.0
+"""How long the agent of this host may take to tell which rank has ended, when another one knows only that one has."""
 _KILLED = "ended without a word: it was killed or it crashed"
 _CLOSED = "closed its connection without a word: it was killed or it crashed"
-_ADVICE = "look at the last lines of its node's log, and at `dmesg` there for a kernel that was out of memory"
+KILLED_ADVICE = "look at the last lines of its node's log, and at `dmesg` there for a kernel that was out of memory"
 
 
 class Ranks:
     """Runs a coordinator over real ranks. `on_action` gets every action that is not a Send."""
 
-    def __init__(self, coordinator: Coordinator, local: str, remote: Door | None, on_action: Callable[[Action], None]) -> None:
-        """Bind `local` (ipc) and, when ranks run on other nodes, `remote`."""
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        local: str,
+        remote: Door | None,
+        on_action: Callable[[Action], None],
+        look_at_agent: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Bind `local` (ipc) and, when ranks run on other nodes, `remote`. `look_at_agent` tells the coordinator if the process
+        that ranks of this host die with has ended."""
         self.coordinator = coordinator
         self._on_action = on_action
+        self._look_at_agent = look_at_agent
+        self._bereaved: set[Peer] = set()
         self._local = _router()
         self.local_endpoint = bind(self._local, local)
         self._sockets = [self._local]
@@ -92,7 +105,7 @@ class Ranks:
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             self._read()
-            if not any(_alive(pidfd) for pidfd in self._pidfds.values()):
+            if all(has_ended(pidfd) for pidfd in self._pidfds.values()):
                 return True
             await asyncio.sleep(0.02)
         return False
@@ -102,7 +115,7 @@ class Ranks:
         return self._kill(list(self._pidfds))
 
     def _kill(self, peers: list[Peer]) -> list[int]:
-        living = [peer for peer in peers if peer in self._pidfds and _alive(self._pidfds[peer])]
+        living = [peer for peer in peers if peer in self._pidfds and not has_ended(self._pidfds[peer])]
         for peer in living:
             signal.pidfd_send_signal(self._pidfds[peer], signal.SIGKILL)
         return [peer.rank for peer in living]
@@ -128,18 +141,27 @@ class Ranks:
                     continue
                 self._peers[peer] = socket
                 for message in messages:
-                    if isinstance(message, Fault) and message.kind == "engine":
-                        asyncio.get_running_loop().call_later(SETTLE_S, self._complaint, peer, message)
+                    if isinstance(message, Fault) and message.kind != "user":
+                        self._hear_later(peer, message, socket)
                         continue
                     self.carry_out(self.coordinator.receive(peer, message, time.monotonic()))
                     if isinstance(message, Hello):
                         self._watch(peer, message, socket)
+
+    def _hear_later(self, peer: Peer, fault: Fault, socket: "zmq.Socket[bytes]") -> None:
+        if fault.kind == "sibling" and socket is self._local:
+            if peer not in self._bereaved:
+                self._bereaved.add(peer)
+                asyncio.get_running_loop().call_later(SIBLING_S, self._complaint, peer, fault)
+            return
+        asyncio.get_running_loop().call_later(SETTLE_S, self._complaint, peer, fault)
 
     def _complaint(self, peer: Peer, fault: Fault) -> None:
         """Hear what a rank complains of, unless somebody's death has explained it meanwhile, or all is over."""
         if not self._sockets:
             return
         now = time.monotonic()
+        self._look_at_agent()
         self._probe(peer, now)
         self.carry_out(self.coordinator.receive(peer, fault, now))
 
@@ -153,14 +175,21 @@ class Ranks:
             return
         pidfd = open_pidfd(hello.pid)
         if pidfd is None:
-            self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), _ADVICE))
+            self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), KILLED_ADVICE))
             return
         self._pidfds[peer] = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self._died, peer)
 
     def _died(self, peer: Peer) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfds[peer])
-        self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), _ADVICE))
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._pidfds[peer])
+        loop.call_later(CAUSE_S, self._tell_death, peer)
+
+    def _tell_death(self, peer: Peer) -> None:
+        if not self._sockets or peer in self._bereaved:
+            return
+        self._look_at_agent()
+        self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), KILLED_ADVICE))
 
     def _forget(self, peer: Peer) -> None:
         del self._peers[peer]
@@ -175,10 +204,11 @@ class Ranks:
             if peer == teller:
                 continue
             pidfd = self._pidfds.get(peer)
-            if pidfd is not None and not _alive(pidfd):
-                self._died(peer)
+            if pidfd is not None and has_ended(pidfd):
+                asyncio.get_running_loop().remove_reader(pidfd)
+                self._tell_death(peer)
             elif socket is not self._local and not self._send(peer, []):
-                self.carry_out(self.coordinator.lost(peer, _CLOSED, now, _ADVICE))
+                self.carry_out(self.coordinator.lost(peer, _CLOSED, now, KILLED_ADVICE))
 
     def _send(self, peer: Peer, messages: list[CoordinatorMessage]) -> bool:
         """False when the peer cannot be reached; an empty frame asks just that."""
@@ -199,12 +229,6 @@ def _router() -> "zmq.Socket[bytes]":
     socket.set(zmq.ROUTER_MANDATORY, 1)
     socket.set(zmq.ROUTER_HANDOVER, 1)  # a rank that lost its connection comes back under its name
     return socket
-
-
-def _alive(pidfd: int) -> bool:
-    poll = select.poll()  # select() knows no descriptor above 1023
-    poll.register(pidfd, select.POLLIN)
-    return not poll.poll(0)
 
 
 def _option(socket: "zmq.Socket[bytes]", option: int) -> int:

@@ -15,8 +15,10 @@ from tpserve.version import __version__
 Json = dict[str, Any]
 
 
-def server_info(config: EngineConfig, status: Status, epoch: int, ranks: Sequence[Seen], now: float, kept: Kept | None) -> Json:
-    """`now`: of the coordinator's clock. `kept`: lines of this process's log, if any were."""
+def server_info(
+    config: EngineConfig, status: Status, epoch: int, ranks: Sequence[Seen], now: float, kept: Kept | None, said: Sequence[Kept]
+) -> Json:
+    """`now`: of the coordinator's clock. `kept`: lines of this process's log, if any were; `said`: of every rank's."""
     return {
         "version": __version__,
         "state": status.state,
@@ -27,8 +29,11 @@ def server_info(config: EngineConfig, status: Status, epoch: int, ranks: Sequenc
         "max_model_len": status.max_model_len,
         "layout": asdict(config.layout),
         "config": config.shown() | {"layout": asdict(config.layout)},
-        "ranks": [_rank(rank, config.layout, status, seen, now) for rank, seen in enumerate(ranks)],
-        "log": {"first": kept.first, "last": list(kept.last)} if kept else {"first": [], "last": []},
+        "ranks": [
+            _rank(rank, config.layout, status, seen, now) | {"log": lines.shown()}
+            for rank, (seen, lines) in enumerate(zip(ranks, said, strict=True))
+        ],
+        "log": (kept or Kept()).shown(),
     }
 
 

@@ -8,11 +8,14 @@ import logging
 import sys
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from typing import TextIO
 
 DEFAULT = "info"
 FIRST, LAST = 100, 200
 """So many lines are kept of a log's begin and of its end."""
+MOST, LONGEST = 100, 1000
+"""So many lines are told at a time, and so much of each."""
 
 
 def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None = None) -> None:
@@ -29,21 +32,53 @@ def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None =
 
 
 class Kept(logging.Handler):
-    """The first and the last lines of this process's log, as they were written, for a ticket."""
+    """The first and the last lines of a process's log, as they were written, for a ticket. Lines are numbered from 0."""
 
     def __init__(self, first: int = FIRST, last: int = LAST) -> None:
         super().__init__()
         self._most_first = first
         self.first: list[str] = []
         self.last: deque[str] = deque(maxlen=last)
+        self.total = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line of this process's own."""
+        self.add(self.format(record))
+
+    def add(self, line: str) -> None:
         """Keep a line."""
-        line = self.format(record)
         if len(self.first) < self._most_first:
             self.first.append(line)
         else:
             self.last.append(line)
+        self.total += 1
+
+    def since(self, number: int) -> tuple[int, list[str]]:
+        """Lines that follow each other, from `number` on or the first kept one after it, and the number of the first."""
+        if number == self.total:
+            return number, []
+        last = list(self.last)
+        kept = [*enumerate(self.first), *enumerate(last, self.total - len(last))]
+        found = [(i, line) for i, line in kept if i >= number][:MOST]
+        start = found[0][0]
+        return start, [_clipped(line) for place, (i, line) in enumerate(found, start) if i == place]
+
+    def take(self, start: int, lines: Sequence[str]) -> None:
+        """Keep what `since` gave in another process; says so when lines before have not come."""
+        if start > self.total:
+            self.add(f"({start - self.total} lines are missing)")
+            self.total = start
+        for line in lines[self.total - start :]:
+            self.add(line)
+
+    def shown(self) -> dict[str, list[str]]:
+        """For JSON."""
+        return {"first": list(self.first), "last": list(self.last)}
+
+
+def _clipped(line: str) -> str:
+    """What can be sent: names of files may hold bytes that are no text."""
+    return line[:LONGEST].encode(errors="replace").decode()
 
 
 def keep() -> Kept:

@@ -2,7 +2,7 @@
 
     frontend -> engine    Add, Abort, Cut, Control
     engine -> frontend    Scored, Delta, Done, Stats
-    rank -> coordinator   Hello, Up, Beat, Experts, Fault, Drain
+    rank -> coordinator   Hello, Up, Beat, Experts, Said, Fault, Drain
     coordinator -> rank   Start, Run, Drain, Stop
 
 Each direction is one tagged union; a frame on the wire is a msgpack list of messages of its direction.
@@ -207,12 +207,21 @@ class Experts(Message, frozen=True):
     tokens: bytes
 
 
+class Said(Message, frozen=True):
+    """Lines of the rank's log, from number `start` on, for operators."""
+
+    rank: int
+    start: int
+    lines: tuple[str, ...]
+
+
 class Fault(Message, frozen=True):
-    """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1)."""
+    """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1); sibling: the same,
+    since another rank of its node has ended, whose death explains more."""
 
     rank: int
     epoch: int
-    kind: Literal["user", "engine"]
+    kind: Literal["user", "engine", "sibling"]
     text: str
 
 
@@ -222,7 +231,7 @@ class Drain(Message, frozen=True):
     rank: int = -1
 
 
-RankMessage = Hello | Up | Beat | Experts | Fault | Drain
+RankMessage = Hello | Up | Beat | Experts | Said | Fault | Drain
 
 # coordinator -> rank
 

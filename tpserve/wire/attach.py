@@ -2,7 +2,7 @@
 
     RUNTIME_DIR/            mode 0700, ours; named after the run id and the agent of node 0, or given by `tpserve serve`
         lock                held (flock) by the frontend for as long as it lives: the kernel lets go of it when it dies
-        agent.json          what kept the agent of `tpserve serve` from starting ranks
+        agent.json          why the agent of `tpserve serve` has ended
         frontend.json       written once its sockets are bound, or with the error that kept it from that
         control, engine     its ZeroMQ sockets; plan-*, result-* those of rank 0
 
@@ -10,6 +10,7 @@ Runs before torch is imported and needs none of it. Ranks of node 0 find the dir
 the coordinator's TCP address over torchrun's store, of which only `get` and `set` are used here.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -55,10 +56,11 @@ class Frontend(Struct, frozen=True):
 
 
 class Failure(Struct, frozen=True):
-    """agent.json: why the agent of node 0 could not start the ranks, for the frontend to tell."""
+    """agent.json: why the agent of node 0 has ended, for the frontend to tell."""
 
     code: int
     why: str
+    advice: str = ""
 
 
 class Store(Protocol):
@@ -92,13 +94,13 @@ class Attachment:
         return None if self.keyring is None or self.runtime_dir is not None else self.keyring.key(rank, server)
 
 
-def attach(env: RankEnv, config: EngineConfig, address: str, timeout_s: float) -> Attachment:
-    """For ranks of node 0: find the frontend. Rank 0 starts one when none lives, in a session of its own, so that it survives
-    the restart of the rank group. Raises what kept the frontend from starting."""
+def attach(env: RankEnv, config: EngineConfig, address: str, timeout_s: float, *, start: bool = True) -> Attachment:
+    """For ranks of node 0: find the frontend. With `start` (bare torchrun) rank 0 starts one when none lives, in a session of its
+    own, so that it survives the restart of the rank group. Raises what kept the frontend from starting."""
     where = runtime_dir(env)
     deadline_s = time.monotonic() + timeout_s
     child: subprocess.Popen[bytes] | None = None
-    if env.rank == 0:
+    if env.rank == 0 and start:
         make_runtime_dir(where)
         while is_alive(where) and read(where) is None and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)  # it is starting, or ending after a fault
@@ -226,8 +228,9 @@ def read(where: Path) -> Frontend | None:
 
 
 def write_failure(where: Path, failure: Failure) -> None:
-    """Write agent.json; before the agent ends."""
-    (where / "agent.json").write_bytes(msgspec.json.encode(failure))
+    """Write agent.json, before the agent ends; the first reason counts, and there may be no directory any more."""
+    with contextlib.suppress(OSError), (where / "agent.json").open("xb") as file:
+        file.write(msgspec.json.encode(failure))
 
 
 def read_failure(where: Path) -> Failure | None:

@@ -38,6 +38,7 @@ from tpserve.types.messages import (
     Place,
     RankMessage,
     Run,
+    Said,
     Start,
     Stop,
     Up,
@@ -56,7 +57,7 @@ POLL_MS = 100
 GRACE_S, FAILED_GRACE_S = 2.0, 0.5
 """How long after Stop the main thread may take to leave; after a failure it has nothing to finish."""
 WORD_S = 0.5
-"""How long a rank whose sibling has died may take to tell a frontend on another node."""
+"""How long a rank whose sibling has died may take to tell the frontend."""
 LEAVE_S = 10.0
 """How long the process may take to end after it left: destructors of a broken mesh can hang."""
 GONE_S = 5.0
@@ -89,13 +90,15 @@ class Control:
         frontend_pid: int | None = None,
         agent_pid: int | None = None,
         local_ranks: int = 1,
+        at_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """`address`: the coordinator's; `key`: to get in there over TCP. `incarnation`: by default the time, which grows.
-        `frontend_pid`: when it runs on this host. `agent_pid`: the parent that started `local_ranks` ranks on this host."""
+        `frontend_pid`: when it runs on this host. `agent_pid`: the parent that started `local_ranks` ranks on this host.
+        `at_failure` is called on the control thread before this process ends for a failure."""
         self.rank = rank
         self.incarnation = time.time_ns() if incarnation is None else incarnation
         self._address, self._key = address, key
-        self._host, self._place = host, place
+        self._host, self._place, self._at_failure = host, place, at_failure
         self._frontend_pid, self._agent_pid, self._local_ranks = frontend_pid, agent_pid, local_ranks
         self._changed = threading.Condition()
         self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -109,6 +112,7 @@ class Control:
         self._due: tuple[int, float] | None = None
         self._read_tally: Callable[[], bytes] | None = None
         self._expert_layers: tuple[int, ...] = ()
+        self._read_log: Callable[[int], tuple[int, list[str]]] = lambda number: (number, [])
         self._left = False
         # said by the coordinator
         self._start: Start | None = None
@@ -117,6 +121,7 @@ class Control:
         self.stop: Stop | None = None
         # the thread's own
         self._tally_told = b""
+        self._lines_told = 0
         self._stopped_s, self._ends_s = 0.0, math.inf
         self._signalled_s: float | None = None
         self._away_s: float | None = time.monotonic()
@@ -154,6 +159,15 @@ class Control:
     def count(self, layers: tuple[int, ...], read: Callable[[], bytes]) -> None:
         """From now on tell with the beats what these layers' experts have had; `read` is called on the control thread."""
         self._expert_layers, self._read_tally = layers, read
+
+    def repeat(self, read: Callable[[int], tuple[int, list[str]]]) -> None:
+        """Tell with the beats what this rank logs. `read`: lines from a number on, and the number of the first."""
+        self._read_log = read
+
+    def complain(self, text: str) -> None:
+        """Report what makes going on pointless, whatever the main thread does."""
+        self._fault = self._fault or Fault(self.rank, self._epoch, "engine", text)
+        os.eventfd_write(self._nudge, 1)
 
     def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str], traits: dict[str, str]) -> None:
         """Ask to take part."""
@@ -287,6 +301,10 @@ class Control:
         if self._run is not None and self._read_tally is not None and (tokens := self._read_tally()) != self._tally_told:
             self._tally_told = tokens
             said.append(Experts(self.rank, self._epoch, self._expert_layers, tokens))
+        start, lines = self._read_log(self._lines_told)
+        if lines:
+            self._lines_told = start + len(lines)
+            said.append(Said(self.rank, start, tuple(lines)))
         if self._fault is not None:
             said.append(self._fault)
         return [*said, Beat(self.rank, self._epoch, self._phase, self._percent, self._step)]
@@ -315,8 +333,10 @@ class Control:
                 self.draining = True
             case Stop() if self.stop is None:
                 self.stop, self._stopped_s = message, now
-                if message.code and self._frontend_pid is None:
-                    tell(message.reason)  # where the frontend runs, it says so itself
+                if message.code:
+                    self._at_failure()
+                    if self._frontend_pid is None:
+                        tell(message.reason)  # where the frontend runs, it says so itself
             case _:
                 return
         os.eventfd_write(self._news, 1)
@@ -334,18 +354,16 @@ class Control:
         if self._signalled_s is None:
             self._signalled_s = now
             if self._sibling_is_dead():  # who died, and why, is the news; the frontend tells it
-                self._fault = self._fault or Fault(self.rank, self._epoch, "engine", "another rank of this node has ended")
-                self._ends_s = now + (WORD_S if self._frontend_pid is None else 0.0)
+                self._fault = self._fault or Fault(self.rank, self._epoch, "sibling", "another rank of this node has ended")
+                self._ends_s = now + WORD_S
             os.eventfd_write(self._nudge, 1)
         elif now - self._signalled_s > SAME_SIGNAL_S and self._fault is None:
-            self._fault = Fault(self.rank, self._epoch, "engine", "ended at once by a second signal")
-            os.eventfd_write(self._nudge, 1)
+            self.complain("ended at once by a second signal")
 
     def _see_whether_overdue(self, now: float) -> None:
         if self._due is None or self._fault is not None or now < self._due[1]:
             return
-        self._fault = Fault(self.rank, self._epoch, "engine", f"step {self._due[0]} does not come back: a rank hangs")
-        os.eventfd_write(self._nudge, 1)
+        self.complain(f"step {self._due[0]} does not come back: a rank hangs")
 
     def _sibling_is_dead(self) -> bool:
         if self._agent_pid is None or self._local_ranks == 1:
@@ -369,6 +387,7 @@ class Control:
         if self.stop is not None:
             return
         if gone:
+            self._at_failure()
             exit_now(1, f"rank {self.rank} ends: {gone} is gone")
         if self._away_s is not None and now - self._away_s > (GONE_S if self._connected else CONNECT_S):
             exit_now(1, f"rank {self.rank} ends: the coordinator at {self._address} cannot be reached")

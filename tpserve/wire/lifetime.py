@@ -1,18 +1,25 @@
-"""Facts about processes on this host, straight from the kernel. Owns no thread and no socket; never signals anybody.
+"""Facts about processes on this host, straight from the kernel. Owns no socket, and signals only who was stopped.
 
 A pidfd names a process, not a number that may be given away again; it becomes readable when the process ends.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import resource
+import select
 import signal
 import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+STOPPED_S, LOOK_S = 4.5, 0.5
+"""Who was stopped for so long (SIGSTOP, Ctrl-Z) is ended: nobody can wait for it, and only its end is noticed by everybody.
+Longer than the coordinator waits for a beat, whose reason says more."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,6 +47,13 @@ def open_pidfd(pid: int) -> int | None:
         return None
 
 
+def has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has."""
+    poll = select.poll()  # select() knows no descriptor above 1023
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def live_children(pid: int) -> list[int] | None:
     """The children of a process that live (dead ones that nobody has waited for do not); None when the kernel does not tell."""
     try:
@@ -51,12 +65,45 @@ def live_children(pid: int) -> list[int] | None:
     return [int(child) for text in lists for child in text.split() if _is_alive(int(child))]
 
 
+def end_stopped(find: Callable[[], Mapping[int, str]], tell: Callable[[int, str], None]) -> None:
+    """Start a thread that kills whoever of the processes in `find` (with what they are called) was stopped for `STOPPED_S`;
+    `tell` hears of each before, with a sentence about it.
+
+    It counts its own looks and not the time: what was stopped and went on together with this process is not to be blamed.
+    """
+    threading.Thread(target=_end_stopped, args=(find, tell), name="stopped neighbours", daemon=True).start()
+
+
+def end_all_stopped(pids: Iterable[int]) -> None:
+    """Kill those of them that are stopped now."""
+    for pid in pids:
+        if _state(pid) == "T":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _end_stopped(find: Callable[[], Mapping[int, str]], tell: Callable[[int, str], None]) -> None:
+    looks: dict[int, int] = {}
+    while True:
+        time.sleep(LOOK_S)
+        found = find()
+        looks = {pid: looks.get(pid, 0) + 1 for pid in found if _state(pid) == "T"}
+        for pid in [pid for pid, count in looks.items() if count * LOOK_S >= STOPPED_S]:
+            tell(pid, f"{found[pid]} (pid {pid}) has been stopped for {STOPPED_S:g} s")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def _is_alive(pid: int) -> bool:
+    return _state(pid) not in ("", "Z", "X")
+
+
+def _state(pid: int) -> str:
+    """The kernel's letter for it; empty when it is gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+        return ""
 
 
 def tell(text: str) -> None:

@@ -6,7 +6,7 @@
                                                   -> Refused   what cannot heal: another version, a place that is taken
                                                   -> Meet      all are there: where the agents' store listens
 
-One line of JSON a message. Afterwards each connection stays open, for the other node to see node 0's end (`head_gone`).
+One line of JSON a message. Afterwards each connection stays open, for both to see the other's end (`nodes`).
 Owns the sockets of the meeting and the lines that tell of it; knows no ranks but their number.
 Invariants: node 0 lets each node in once, and with a secret nobody who does not know it: Join and Meet carry an HMAC-SHA256 over
 themselves and the other side's number, of a key that HKDF gives of a secret of 32 random bytes, so that nothing that was heard on
@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 from msgspec import Struct
@@ -31,6 +32,7 @@ from msgspec.structs import replace
 
 from tpserve.config.network import at, describe
 from tpserve.errors import EngineFailure, UserError
+from tpserve.wire.nodes import Join, head_is_gone, keep_alive
 from tpserve.wire.waiting import CONNECT_S, RETRY_S, Clock, missing_ranks, name_nodes, reach
 
 logger = logging.getLogger("tpserve.muster")
@@ -47,22 +49,6 @@ class Challenge(Struct, frozen=True, tag=True):
     """Node 0's first word."""
 
     nonce: str
-
-
-class Join(Struct, frozen=True, tag=True):
-    """A node wants in. `host`: its name; `machine`: equal for nodes on one; `address`: its own, as other nodes shall use it;
-    `derived`: that is what the route to the master gave; `nonce`: for node 0 to prove itself; `proof`: empty without a secret."""
-
-    node: int
-    nnodes: int
-    nproc: int
-    version: str
-    host: str
-    machine: str
-    address: str
-    derived: bool
-    nonce: str = ""
-    proof: str = ""
 
 
 class Waiting(Struct, frozen=True, tag=True):
@@ -183,6 +169,11 @@ class Muster:
             else:
                 line.send(replace(meet, proof=prove(self._key, line.join.nonce, meet)))
 
+    @property
+    def joined(self) -> dict[socket.socket, Join]:
+        """The other nodes that are in, by their connections."""
+        return {line.socket: line.join for line in self._lines if line.join is not None}
+
     def close(self) -> None:
         """Hear nobody any more."""
         for line in self._lines:
@@ -263,7 +254,7 @@ class Muster:
                 "cross: use the hosts' own network (Docker: --network host)"
             )
         line.join = join
-        keep_alive(line.socket)
+        keep_alive(line.socket)  # a node that vanishes without a word must not hold the place of its successor
         line.send(Waiting(self._missing()))
 
     def _turn_away(self, line: _Line, join: Join, why: str) -> None:
@@ -291,7 +282,9 @@ def join(me: Join, master_addr: str, port: int, world_size: int, timeout_s: floa
             continue
         answer = _wait_in(_Line(connection, where), me, clock, where, key)
         if isinstance(answer, Meet):
-            reach(answer.host, answer.port, "node 0's store", timeout_s - clock.waited_s, logger)
+            keep_alive(connection)
+            vain = partial(head_is_gone, connection)
+            reach(answer.host, answer.port, "node 0's store", timeout_s - clock.waited_s, logger, vain)
             return answer, connection
         connection.close()
         if answer is not None:
@@ -325,36 +318,15 @@ def _wait_in(line: _Line, me: Join, clock: Clock, where: str, key: bytes) -> Ref
             match answer:
                 case Challenge(nonce):
                     line.send(replace(me, proof=prove(key, nonce, me)))
-                case Waiting(nodes):
+                case Waiting(nodes) if nodes:
                     clock.tell(f"{name_nodes(nodes, me.nnodes)} at {where}")
                 case Meet() if not is_proven(key, me.nonce, answer):
                     raise UserError(
                         f"what answers at {where} does not know the secret of --cluster-secret-file: see --master-addr"
                     )
-                case _:
+                case Refused() | Meet():
                     return answer
     return None
-
-
-def head_gone(connection: socket.socket) -> str:
-    """Wait, however long, until node 0's agent has ended or cannot be reached; why. The kernel watches: it does not matter how
-    busy either process is, and a cut of two seconds is not noticed."""
-    keep_alive(connection)
-    connection.settimeout(None)
-    try:
-        while connection.recv(MOST_BYTES):
-            pass
-    except OSError as error:
-        return f"node 0 cannot be reached: {describe(error)}"
-    return "node 0 has ended"
-
-
-def keep_alive(connection: socket.socket) -> None:
-    """Have the kernel ask a silent peer every second, and give it up when it has not answered for five, asked or told."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 5000)
-    for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 4)):
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def listen(address: str, ports: tuple[int, int]) -> socket.socket:

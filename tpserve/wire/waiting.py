@@ -3,6 +3,7 @@
 import logging
 import socket
 import time
+from collections.abc import Callable
 
 from tpserve.config.network import at, describe
 from tpserve.errors import EngineFailure
@@ -44,8 +45,11 @@ class Clock:
         self._logger.info("waiting for %s, %.0f s%s", what, waited_s, f": {why}" if why else "")
 
 
-def reach(host: str, port: int, what: str, timeout_s: float, logger: logging.Logger) -> None:
-    """Wait until somebody can be reached there. EngineFailure with the kernel's words when the time is over."""
+def reach(
+    host: str, port: int, what: str, timeout_s: float, logger: logging.Logger, vain: Callable[[], str] = lambda: ""
+) -> None:
+    """Wait until somebody can be reached there. EngineFailure with the kernel's words when the time is over, or with those of
+    `vain` when it says why it is no use to wait."""
     clock = Clock(timeout_s, logger)
     while True:
         try:
@@ -53,6 +57,8 @@ def reach(host: str, port: int, what: str, timeout_s: float, logger: logging.Log
             return
         except OSError as error:
             why = describe(error)
+        if gone := vain():
+            raise EngineFailure(gone)
         if clock.over:
             raise EngineFailure(
                 f"{what} at {at(host, port)} could not be reached within {timeout_s:.0f} s ({why}): between the nodes open the "
