@@ -5,6 +5,7 @@ checks the layout and finds the frontend first, so that whatever can be refused 
 port is open while torch loads. Exit codes: 0 after a drain, 1 failure, 2 something the user can mend.
 """
 
+import difflib
 import gc
 import json
 import logging
@@ -139,6 +140,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def _neither(argv: list[str]) -> int:
     """No torchrun, no command: say how it is done with what was given."""
+    near = difflib.get_close_matches(argv[0].lower(), COMMANDS, n=1) if argv else []
+    if near and not Path(argv[0]).exists():
+        raise UserError(f"there is no command {argv[0]}: did you mean `{shlex.join(['tpserve', near[0], *argv[1:]])}`?")
     cli.parse(argv, env.overrides())
     torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])
     if env.under_slurm():
@@ -148,7 +152,8 @@ def _neither(argv: list[str]) -> int:
             f"--nproc_per_node $SLURM_GPUS_ON_NODE --master_addr HEAD -m {shlex.join(['tpserve', *argv])}'`"
         )
     raise UserError(
-        f"neither `tpserve serve` nor a rank of torchrun: run `{shlex.join(['tpserve', 'serve', *argv])}` or `{torchrun}`"
+        f"neither `tpserve serve` nor a rank of torchrun: run `{shlex.join(['tpserve', 'serve', *argv])}` or `{torchrun}`; "
+        "`tpserve --help` lists the commands"
     )
 
 

@@ -35,6 +35,10 @@ for task in "${tasks[@]}"; do
 done
 exit "$code"
 """
+CONTAINER = r"""#!/usr/bin/env bash
+[[ $* != *" tpserve secret "* || ! -e ${!#} ]] || exit 2  # `tpserve secret` writes no file anew
+printf "%s\n" "$@" >> "$STUBS/apptainer.${SLURM_PROCID:-}"
+"""
 PASS_ON = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$STUBS/{name}.arguments"\n'
 
 
@@ -97,7 +101,7 @@ def test_what_a_slurm_job_starts(stubs: Path, place: Path, components: int) -> N
     """In a container, over all components of a heterogeneous job, after the job was queued again: each node its own torchrun."""
     write(stubs / "scontrol", '#!/bin/sh\necho "$3"-a\necho "$3"-b\n')
     write(stubs / "srun", SRUN.replace("node < SLURM_NNODES", f"node < {2 * components}"))
-    write(stubs / "apptainer", '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >> "$STUBS/apptainer.$SLURM_PROCID"\n')
+    write(stubs / "apptainer", CONTAINER)
     (place / "tpserve-7.secret").touch()
     variables = {
         "SLURM_JOB_ID": "7",

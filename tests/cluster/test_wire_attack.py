@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def two_nodes(model: str, place: Path, *options: str) -> Iterator[Server]:
     flags = (*layout, "--nnodes", "2", "--master-addr", "127.0.0.1", "--interface", "lo", *options)
     nodes = [serve(model, *flags, "--master-port", "{}", "--node-rank", str(node), port=port) for node in (0, 1)]
     meet = str(free_port())
-    commands = [[meet if word == "{}" else word for word in command] for command in nodes]
+    few = ("prlimit", "--nofile=1024:")  # the usual limit of open files, of which a higher one is allowed
+    commands = [[*few, *(meet if word == "{}" else word for word in command)] for command in nodes]
     path = os.pathsep.join(filter(None, (str(hook), os.environ.get("PYTHONPATH", ""))))
     environ = {"TMPDIR": str(place), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     with running(commands, port, place / "server.log", env=environ) as server:
@@ -79,6 +81,11 @@ def listening(pids: list[int]) -> dict[int, str]:
     return found
 
 
+def most_files(pids: list[int]) -> set[int]:
+    """How many each of these processes may open."""
+    return {resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] for pid in pids}
+
+
 def knock(port: int, random: Random) -> None:
     """Random bytes, bytes after ZeroMQ's greeting, and nothing at all."""
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32)
@@ -97,6 +104,7 @@ def test_strangers_change_nothing(model: str, place: Path) -> None:
         ports = listening(of_place(place))
         ours = [port for port, address in ports.items() if address.startswith(("0100007F", "00000000"))]
         assert len(ours) >= 5, f"HTTP, control, plan, result and a store: {ports}"
+        assert most_files(of_place(place)) == {resource.getrlimit(resource.RLIMIT_NOFILE)[1]}, "gloo ends when it has no more"
         random = Random(11)
         for port in ours:
             knock(port, random)

@@ -92,7 +92,8 @@ def test_no_such_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_neither_torchrun_nor_serve(capsys: pytest.CaptureFixture[str]) -> None:
     said = error_of(["my model", "-tp", "2"], capsys)
     assert "run `tpserve serve 'my model' -tp 2` or `torchrun --nproc-per-node 2 -m tpserve 'my model' -tp 2`" in said
-    assert "run `tpserve serve` or `torchrun --nproc-per-node 2 -m tpserve`" in error_of([], capsys)
+    assert "run `tpserve serve` or `torchrun --nproc-per-node 2 -m tpserve`; `tpserve --help`" in error_of([], capsys)
+    assert "there is no command serv: did you mean `tpserve serve --port 3`?" in error_of(["serv", "--port", "3"], capsys)
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

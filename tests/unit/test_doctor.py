@@ -154,6 +154,9 @@ def test_what_nccl_says_carries_its_channels() -> None:
     plain = traffic.carriers("Channel 00/0 : 0[0] -> 1[1] [send] via NET/IB/0\n")
     assert traffic.judge_nccl(plain, 2).level == "slow" and "nvidia-peermem" in traffic.judge_nccl(plain, 2).remedy
     assert traffic.judge_nccl({"GPU to GPU (P2P)": 2}, 1).level == "good"
+    for via in ("NET/IB/0(4)/GDRDMA/Shared", "NET/AWS Libfabric/1/GDRDMA(PCI)"):
+        (carrier,) = traffic.carriers(f"host:1:2 [0] NCCL INFO Channel 00/0 : 3[3] -> 8[0] [send] via {via}\n")
+        assert carrier.endswith("(GDRDMA)")
 
 
 def test_sums_are_judged_by_what_a_token_and_a_prompt_wait() -> None:

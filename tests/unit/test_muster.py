@@ -153,7 +153,9 @@ def test_who_does_not_know_the_secret_ends_nothing(key: bytes) -> None:
     """Not even by what would end all from one of us, nor with what was heard of one of us."""
     with head(key=KEY) as first:
         stranger = Node(replace(FIRST, version="0.9"), first.port, key=key)
-        with pytest.raises(UserError, match=r"its --cluster-secret-file is not that of node 0 \(head\)"):
+        with pytest.raises(
+            UserError, match=r"node 1 \(first\) has another --cluster-secret-file than node 0 \(head\), or one of them has none"
+        ):
             raise stranger.ended()
         heard = replace(FIRST, nonce="1")
         with socket.create_connection(("127.0.0.1", first.port)) as once, once.makefile() as lines:
@@ -171,7 +173,7 @@ def test_who_does_not_know_the_secret_ends_nothing(key: bytes) -> None:
 def test_a_head_that_does_not_know_the_secret_is_not_believed() -> None:
     with head() as first:
         one, other = Node(FIRST, first.port, key=KEY), Node(SECOND, first.port)
-        with pytest.raises(UserError, match="its --cluster-secret-file is not that of node 0"):
+        with pytest.raises(UserError, match="has another --cluster-secret-file than node 0"):
             raise one.ended()
         assert Node(FIRST, first.port).ended() == other.ended() == first.meet
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -7,7 +7,7 @@ import zmq
 
 from tpserve.config import env, network
 from tpserve.config.cli import parse
-from tpserve.config.launch import own_interface
+from tpserve.config.launch import check_launch, own_interface
 from tpserve.config.network import Interface, choose
 from tpserve.config.resolve import _port_range
 from tpserve.errors import UserError
@@ -99,3 +99,11 @@ def test_a_range_of_ports() -> None:
         receiver = bind(opened := open_socket(zmq.PULL, 100), tcp("127.0.0.1", (first, min(first + 20, 65535))), lock)
         opened.close()
     assert first < int(receiver.rpartition(":")[2]) <= first + 20
+
+
+@pytest.mark.parametrize("address", ["[::1]", "10.0.0.1:29501", "http://node-0"])
+def test_a_master_address_is_no_more_than_that(address: str) -> None:
+    with pytest.raises(UserError, match="is no name and no address: no brackets, and the port is --master-port"):
+        check_launch(parse(["m", "--nnodes", "2", "--master-addr", address]))
+    for plain in ("fd00::1", "10.0.0.1", "node-0.pods.svc"):
+        check_launch(parse(["m", "--nnodes", "2", "--master-addr", plain]))

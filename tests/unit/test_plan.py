@@ -160,18 +160,17 @@ def test_the_lines_to_paste_start_that_layout(plan: Any) -> None:
 
 def test_the_longest_context_that_fits(plan: Any) -> None:
     """The lines to paste hold what was found, and hardly more would fit."""
-    line = "llama-70b --gpus 8 --gpu-memory 48GB"
+    line = "llama-8b --gpus 2 --gpus-per-node 2 --gpu-memory 16GB"
     found = layouts(plan, f"{line} --context auto --concurrency 16")
-    one = found["by_name"]["8x1"]
+    one = found["by_name"]["2x1"]
     length = one["ranks"][0]["max_model_len"]
-    assert 30_000 < length < 131_072 and one["max_concurrency"] >= 16
+    assert 2_000 < length < 131_072 and one["max_concurrency"] >= 16
     assert f"--max-model-len {length}" in one["commands"][0]["serve"]
-    longer = layouts(plan, f"{line} --context {length + 256} --concurrency 16")["by_name"]["8x1"]
+    longer = layouts(plan, f"{line} --context {length + 256} --concurrency 16")["by_name"]["2x1"]
     assert longer["max_concurrency"] < 16
-    assert best(found) == (8, 1), "TP 1 x PP 8 would hold less"
+    assert best(found) == (2, 1), "TP 1 x PP 2 would hold less"
     alone = layouts(plan, "llama-70b --gpus 2 --gpu-memory 80GB --context auto")
     assert best(alone) == (2, 1) and "--max-model-len auto" in alone["by_name"]["2x1"]["commands"][0]["serve"]
-    assert plan("llama-70b --gpus 2 --gpu-memory 1GB --context auto")[0] == 1
 
 
 def test_a_model_that_fits_one_card(plan: Any) -> None:

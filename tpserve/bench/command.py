@@ -26,8 +26,8 @@ def run(argv: Sequence[str]) -> int:
     if wants_help(argv):
         rows = [f"  tpserve bench {name:<12}{about}" for name, (about, _, _) in BENCHMARKS.items()]
         raise HelpWanted("\n".join(["Benchmarks; each has a --help of its own:", *rows]))
-    said = f"tpserve bench {argv[0]}: there is no such benchmark" if argv else "tpserve bench: which one"
-    raise UserError(f"{said}: see `tpserve bench --help`")
+    said = f"tpserve bench {argv[0]}: there is no such benchmark" if argv else "tpserve bench: say which one"
+    raise UserError(f"{said}: {', '.join(BENCHMARKS)}")
 
 
 # The flags

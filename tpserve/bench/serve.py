@@ -153,7 +153,8 @@ async def _find(session: aiohttp.ClientSession, url: str, model: str | None) -> 
         try:
             model = str(msgspec.json.decode(content)["data"][0]["id"])
         except (msgspec.DecodeError, LookupError, TypeError) as error:
-            raise UserError(f"--url {url}: /v1/models names no model (HTTP {status}); give --model") from error
+            where = "give the server's address alone, such as http://HOST:8000" if status == 404 else "give --model"
+            raise UserError(f"--url {url}: /v1/models names no model (HTTP {status}); {where}") from error
     return Target(url, model, software)
 
 

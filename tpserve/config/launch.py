@@ -28,6 +28,11 @@ def check_launch(flags: Flags) -> None:
         )
     if flags.nnodes > 1 and flags.master_addr is None:
         raise UserError(f"--nnodes {flags.nnodes} needs --master-addr, the address of node 0, on each node", param="master_addr")
+    if flags.master_addr is not None and not _is_plain(flags.master_addr):
+        raise UserError(
+            f"--master-addr {flags.master_addr} is no name and no address: no brackets, and the port is --master-port",
+            param="master_addr",
+        )
 
 
 def own_interface(flags: Flags) -> Interface:
@@ -63,6 +68,15 @@ def meeting_address(flags: Flags, interface: Interface) -> str:
     """Where node 0 awaits the others: at the master address if that is its own, else on its interface."""
     own = {known.address for known in interfaces()}
     return next((address for address in sorted(_addresses(flags.master_addr or LOOPBACK)) if address in own), interface.address)
+
+
+def _is_plain(address: str) -> bool:
+    """Whether it is an address alone, or may be a name."""
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return not set("[]:/") & set(address)
+    return True
 
 
 def _addresses(name: str) -> set[str]:

@@ -20,7 +20,7 @@ SUM_S = 15.0
 """What does not come back within this hangs: a size is at most sixteen times one that took `ENOUGH_S`."""
 SLOW_TOKEN_S = 0.02
 PROMPT, SLOW_PROMPT_S = 1000, 1.0
-_CHANNEL = re.compile(r"Channel \d+(?:/\d+)? : (\d+)\[[^\]]*\] -> (\d+)\[[^\]]*\] (?:\[(?:send|receive)\] )?via ([\w/.]+)")
+_CHANNEL = re.compile(r"Channel \d+(?:/\d+)? : (\d+)\[[^\]]*\] -> (\d+)\[[^\]]*\] (?:\[(?:send|receive)\] )?via (\S.*)")
 _CARRIERS = (
     (re.compile(r"NET/.*GDRDMA"), "InfiniBand or RoCE, straight from the GPU (GDRDMA)"),
     (re.compile(r"NET/Socket"), "TCP (NET/Socket)"),

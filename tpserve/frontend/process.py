@@ -25,6 +25,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
+from tpserve.config.network import at
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
@@ -84,7 +85,8 @@ async def _run(
         await server.setup()
         await web.SockSite(server, listener).start()
         if config.api_key is None and exposed:
-            logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", url)
+            where_open = at(*listener.getsockname()[:2])
+            logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", where_open)
         service.announce()
         code = await service.serve(watch_pid)
         with contextlib.suppress(TimeoutError):

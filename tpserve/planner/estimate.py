@@ -167,10 +167,11 @@ def measured(spec: ModelSpec, config: EngineConfig, memory: int, rank: int) -> M
 
 def _longest(asked: Asked, ranks: list[Measured], config: EngineConfig) -> int:
     """The longest sequence of which as many as are wanted fit; the shortest that a server would take where none does."""
+    different = {(rank.block, rank.room) for rank in ranks}
 
     def fits(length: int) -> bool:
         blocks = asked.wanted * blocks_of(length, asked.spec.windows, config.block_size)
-        return all(blocks * rank.block + sizing.slot_bytes(config, length) <= rank.room for rank in ranks)
+        return all(blocks * block + sizing.slot_bytes(config, length) <= room for block, room in different)
 
     return max(longest(fits, config.block_size, config.max_model_len), sizing.least_length(config))
 

@@ -39,7 +39,7 @@ class ChatTemplate:
         source: str | None,
         special: Mapping[str, str] | None = None,
         where: str = "chat template",
-        missing: str = "this model has no chat template; use /v1/completions, or start the server with --chat-template",
+        missing: str = "this model has no chat template: ask for completions of plain texts, or give it one with --chat-template",
     ) -> None:
         self._special = dict(special or {})
         self._missing = missing

@@ -228,9 +228,8 @@ class Muster:
     def _let_in(self, line: _Line, join: Join) -> None:
         """Raises UserError for what cannot heal and ends all; who only takes another's place is turned away alone."""
         if not is_proven(self._key, line.nonce, join):
-            self._turn_away(
-                line, join, f"its --cluster-secret-file is not that of node 0 ({self._me.host}): give every node the same"
-            )
+            who = f"node {join.node} ({join.host}) has another --cluster-secret-file than node 0 ({self._me.host})"
+            self._turn_away(line, join, f"{who}, or one of them has none: give every node the same")
             return
         me, who, head = self._me, f"node {join.node} ({join.host}, {join.address})", f"node 0 ({self._me.host})"
         if join.version != me.version:

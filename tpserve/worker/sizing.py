@@ -117,7 +117,7 @@ def refusal(found: Fit, ranks: Sequence[Measured], spec: ModelSpec, config: Engi
         return None
     fits = min(_longest(each, spec, config) for each in ranks)
     if config.kv_cache_memory is not None:
-        room = f"--kv-cache-memory {config.kv_cache_memory / GIB:.3g} is"
+        room = f"--kv-cache-memory {round(config.kv_cache_memory / GIB, 5):g} is"
     elif given is not None:
         room = f"--num-gpu-blocks-override {given} is"
     else:
@@ -141,7 +141,7 @@ def refusal(found: Fit, ranks: Sequence[Measured], spec: ModelSpec, config: Engi
 def _too_large(found: Fit, rank: Measured, config: EngineConfig) -> UserError:
     most = max(0, rank.free - slot_bytes(config, found.max_model_len))
     if config.kv_cache_memory is not None:
-        name, said, at_most = "kv_cache_memory", f"{config.kv_cache_memory / GIB:.3g}", f"{most * 100 // GIB / 100:g}"
+        name, said, at_most = "kv_cache_memory", f"{round(config.kv_cache_memory / GIB, 5):g}", f"{most * 100 // GIB / 100:g}"
     else:
         name, said, at_most = "num_gpu_blocks_override", str(found.num_blocks), str(most // rank.block)
     return UserError(
