@@ -78,9 +78,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(where: Path, size: int) -> AsyncIterator[Stage]:
+async def stage(where: Path, size: int, *, survive: bool = False) -> AsyncIterator[Stage]:
     actions: list[Action] = []
-    coordinator = Coordinator(size, asyncio.get_running_loop().time())
+    coordinator = Coordinator(size, asyncio.get_running_loop().time(), survive=survive)
     keyring = Keyring.open(None)
     lock = keyring.lock(FRONTEND, size)
     doorkeeper = Doorkeeper(lock.allowed)
@@ -163,6 +163,28 @@ def test_who_only_follows_another_rank_is_heard_later(tmp_path: Path, monkeypatc
             await it.until(lambda: it.coordinator.state is State.STOPPED)
             alone = f"rank 1 on h (pid {child.pid}): another rank of this node has ended"
             assert it.coordinator.reason == (it.agents_end or alone)
+
+    play(main, tmp_path)
+
+
+def test_who_comes_back_does_not_hide_who_died(tmp_path: Path) -> None:
+    """Where the service goes on, ranks whose sum broke come back at once; and one whose sibling has died will soon have ended."""
+
+    async def main(where: Path) -> None:
+        async with stage(where, 2, survive=True) as it:
+            first, second = (subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2))
+            await it.run(it.rank(0, pid=first.pid), it.rank(1, pid=second.pid))
+            first.kill()
+            back = it.rank(1, incarnation=2, pid=second.pid)
+            first.wait()
+            back.hello()
+            await it.until(lambda: it.coordinator.state is State.FORMING)
+            assert it.coordinator.reason.startswith(f"rank 0 on h (pid {first.pid}) ended without a word")
+            await it.until(lambda: [hello.pid for hello in it.coordinator.hellos] == [second.pid])
+            back.say(Fault(1, 1, "sibling", "another rank of this node has ended"))
+            second.kill()
+            second.wait()
+            await it.until(lambda: it.coordinator.hellos == [])
 
     play(main, tmp_path)
 

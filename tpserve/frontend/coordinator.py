@@ -179,6 +179,11 @@ class Coordinator:
         return {State.RUN: "ready", State.DRAINING: "draining"}.get(self.state, "stopped")
 
     @property
+    def survives(self) -> bool:
+        """Whether the service goes on after a fault of the engine."""
+        return self._next is _NEXT_SURVIVING
+
+    @property
     def percent(self) -> int:
         """How far the slowest rank's start is, 0 to 100."""
         if self.state in (State.FORMING, State.STARTING):
@@ -337,7 +342,7 @@ class Coordinator:
         return [*self._to_all(Stop(self.code, self.reason)), end]
 
     def _fail_epoch(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
-        if self.state is State.FORMING and self._next[self.state, "fault"] is State.FORMING:
+        if self.state is State.FORMING and self.survives:
             return []  # nothing runs yet, and whoever failed is simply waited for
         return self._end("fault", code, reason, now, advice)
 

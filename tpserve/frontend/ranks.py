@@ -31,7 +31,8 @@ SETTLE_S = 0.25
 CAUSE_S = 0.05
 """The kernel ends an agent's ranks a moment before it tells of the agent's own end."""
 SIBLING_S = 2.0
-"""How long the agent of this host may take to tell which rank has ended, when another one knows only that one has."""
+"""How long the agent of this host may take to tell which rank has ended, when another one knows only that one has; it is the
+last thing to be told where a fault ends the service."""
 _KILLED = "ended without a word: it was killed or it crashed"
 _CLOSED = "closed its connection without a word: it was killed or it crashed"
 KILLED_ADVICE = "look at the last lines of its node's log, and at `dmesg` there for a kernel that was out of memory"
@@ -144,12 +145,14 @@ class Ranks:
                     if isinstance(message, Fault) and message.kind != "user":
                         self._hear_later(peer, message, socket)
                         continue
+                    if isinstance(message, Hello):  # of one who comes back, perhaps, because another one has died
+                        self._probe(peer, time.monotonic())
                     self.carry_out(self.coordinator.receive(peer, message, time.monotonic()))
                     if isinstance(message, Hello):
                         self._watch(peer, message, socket)
 
     def _hear_later(self, peer: Peer, fault: Fault, socket: "zmq.Socket[bytes]") -> None:
-        if fault.kind == "sibling" and socket is self._local:
+        if fault.kind == "sibling" and socket is self._local and not self.coordinator.survives:
             if peer not in self._bereaved:
                 self._bereaved.add(peer)
                 asyncio.get_running_loop().call_later(SIBLING_S, self._complaint, peer, fault)
