@@ -174,6 +174,23 @@ def test_a_signal_after_a_siblings_death_ends_at_once(coordinator: Coordinator) 
     assert not any(isinstance(message, Drain) for message in said)  # nobody has asked the service to end
 
 
+def test_a_signal_is_not_lost_between_two_incarnations(coordinator: Coordinator) -> None:
+    def returning(rank: control.Control) -> int:
+        rank.hello({}, {}, {})
+        while rank._signalled_s is None:
+            time.sleep(0.01)
+        rank.close()  # its collective has failed, too
+        again = control.Control(3, coordinator.address, incarnation=8, host="h", agent_pid=os.getppid(), local_ranks=50)
+        again.start()
+        time.sleep(30)
+        return 98
+
+    coordinator.fork(returning, local_ranks=50)
+    coordinator.hear(Hello)
+    os.kill(coordinator.pid, signal.SIGTERM)
+    assert coordinator.code(3.0) == 1
+
+
 def test_a_signal_before_control_has_taken_over_ends_the_process() -> None:
     pid = os.fork()
     if pid == 0:

@@ -219,6 +219,8 @@ class Control:
         os.eventfd_write(self._nudge, 1)
         if self._thread.is_alive():
             self._thread.join()
+        if self._signalled_s is not None and self.stop is None:
+            os.kill(os.getpid(), signal.SIGTERM)  # it is for the next incarnation, then
         os.close(self._nudge)
         os.close(self._news)
 
