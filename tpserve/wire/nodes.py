@@ -58,8 +58,7 @@ def first_end(nodes: Mapping[socket.socket, Join]) -> End:
 
 
 def head_gone(connection: socket.socket) -> str:
-    """Wait, however long, until node 0's agent has ended or cannot be reached; why. The kernel watches: it does not matter how
-    busy either process is, and a cut of two seconds is not noticed."""
+    """Wait, however long, until node 0's agent has ended or cannot be reached; why."""
     keep_alive(connection)
     connection.settimeout(None)
     try:
