@@ -5,7 +5,6 @@ checks the layout and finds the frontend first, so that whatever can be refused 
 port is open while torch loads. Exit codes: 0 after a drain, 1 failure, 2 something the user can mend.
 """
 
-import difflib
 import gc
 import json
 import logging
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from tpserve.config import cli, env, machine
 from tpserve.config.command import HelpWanted, wants_help
+from tpserve.config.commands import meant_command, overview
 from tpserve.config.network import Interface, choose, kernel_ports
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
@@ -42,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if argv[:1] == ["--version"]:
-            sys.stdout.write(f"tpserve {__version__}\n")
-            return 0
         if argv[:1] and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         if env.under_torchrun():
@@ -64,17 +61,31 @@ def _serve(argv: list[str]) -> int:
     from tpserve.config.launch import check_launch
     from tpserve.supervisor import serve
 
-    flags = cli.parse(argv, env.overrides())
+    flags, holding = cli.read_line(argv, env.overrides())
     check_launch(flags)
     _check_secret(flags)
     allow_many_files()
-    log.setup(flags.log_level, f"n{flags.node_rank} serve")
+    log.setup(flags.log_level, f"n{flags.node_rank} serve", color=env.color(sys.stderr))
+    if holding:
+        logger.info("%s", holding)
     try:
         flags, files, spec = open_model(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
         return serve(flags, files, spec)
     except EngineFailure as error:
         logger.error("%s", error)
         return 1
+
+
+def _version(argv: list[str]) -> int:
+    sys.stdout.write(f"tpserve {__version__}\n")
+    return 0
+
+
+def _help(argv: list[str]) -> int:
+    """`tpserve help bench serve` is `tpserve bench serve --help`."""
+    if not argv or argv[0] in ("help", "version"):
+        raise HelpWanted(overview())
+    return COMMANDS[argv[0]]([*argv[1:], "--help"]) if argv[0] in COMMANDS else _neither(argv)
 
 
 def _bench(argv: list[str]) -> int:
@@ -128,21 +139,26 @@ def _secret(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
-    "bench": _bench,
     "plan": _plan,
     "doctor": _doctor,
+    "bench": _bench,
     "status": _status,
     "report": _report,
     "secret": _secret,
+    "version": _version,
+    "help": _help,
+    "--version": _version,
+    "-v": _version,
     "ray": _ray,
 }
 
 
 def _neither(argv: list[str]) -> int:
     """No torchrun, no command: say how it is done with what was given."""
-    near = difflib.get_close_matches(argv[0].lower(), COMMANDS, n=1) if argv else []
-    if near and not Path(argv[0]).exists():
-        raise UserError(f"there is no command {argv[0]}: did you mean `{shlex.join(['tpserve', near[0], *argv[1:]])}`?")
+    if argv in (["--help"], ["-h"]) or (not argv and not env.under_slurm()):
+        raise HelpWanted(overview())
+    if argv and not Path(argv[0]).exists() and (meant := meant_command(argv[0], COMMANDS)):
+        raise UserError(f"there is no command {argv[0]}: did you mean `{shlex.join(['tpserve', meant, *argv[1:]])}`?")
     cli.parse(argv, env.overrides())
     torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])
     if env.under_slurm():
@@ -189,9 +205,12 @@ def _rank(argv: list[str]) -> int:
     watch = Stopwatch(me.agent_pid)
     die_with(me.agent_pid)
     try:
-        flags = cli.parse(argv, env.overrides(), launch=False)
+        flags, holding = cli.read_line(argv, env.overrides(), launch=False)
         _check_secret(flags)
-        log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0)
+        color = env.color(sys.stderr)
+        log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=color)
+        if holding and me.rank == 0:
+            logger.info("%s", holding)
         flags, files, spec = open_model(flags, lambda flags: _find_once_a_node(me, flags))
         config = resolve(flags, files, spec, machine.of_rank(me))
         interface = _interface(me, config)
@@ -204,10 +223,11 @@ def _rank(argv: list[str]) -> int:
         if me.local_rank:
             return 0
         raise
-    log.setup(config.log_level, log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank)), lead=me.local_rank == 0)
+    prefix = log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank))
+    log.setup(config.log_level, prefix, lead=me.local_rank == 0, color=color)
     kept = log.keep()
     if me.rank == 0:
-        _introduce(flags, config)
+        _introduce(config)
     settings = _use(interface, me, config)
     watch.lap("config")
     try:
@@ -264,7 +284,7 @@ def _use(interface: Interface, me: env.RankEnv, config: EngineConfig) -> dict[st
     return settings
 
 
-def _introduce(flags: Flags, config: EngineConfig) -> None:
+def _introduce(config: EngineConfig) -> None:
     """Say once what was resolved."""
     layout = config.layout
     logger.info(
@@ -282,8 +302,6 @@ def _introduce(flags: Flags, config: EngineConfig) -> None:
         config.max_num_seqs,
         f"{config.max_num_batched_tokens:,}",
     )
-    if flags.distributed_executor_backend is not None:
-        logger.info("--distributed-executor-backend %s: torchrun's ranks it is", flags.distributed_executor_backend)
 
 
 def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:

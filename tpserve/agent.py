@@ -77,7 +77,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _ask_ranks_to_end)
     die_with(job.supervisor_pid)
     env.announce_agent()
-    log.setup(job.log_level, f"n{job.node_rank} agent")
+    log.setup(job.log_level, f"n{job.node_rank} agent", color=env.color(sys.stderr))
     _end_stopped_neighbours(job)
     try:
         met = _find_nodes(job)

@@ -1,5 +1,6 @@
 """What the environment and the machine say."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,20 @@ def test_a_control_group_grants_less(files: tuple[str, str], monkeypatch: pytest
 def test_probing_imports_no_torch() -> None:
     code = "import sys, tpserve.config.machine as m; m.visible_gpus(); m.available_memory(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "on_terminal", "in_pipe"),
+    [
+        ({"TERM": "xterm"}, True, False), ({"TERM": "dumb"}, False, False), ({}, False, False),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False, False), ({"TERM": "xterm", "NO_COLOR": ""}, True, False),
+        ({"FORCE_COLOR": "1"}, True, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False),
+    ],
+)  # fmt: skip
+def test_who_gets_colors(variables: dict[str, str], on_terminal: bool, in_pipe: bool) -> None:
+    assert (env.color(Terminal(), variables), env.color(io.StringIO(), variables)) == (on_terminal, in_pipe)

@@ -258,9 +258,9 @@ def test_lines_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch, caplog
             clock.tell("node 1 of 2 at 10.0.0.1:29501", "No route to host (errno 113)" if second > 350 else "")
     said = [record.message for record in caplog.records]
     times = [line.split(", ")[1].split(" s")[0] for line in said]
-    assert times == ["5", "10", "20", "40", "80", "140", "200", "260", "320", "351", "380"]
-    assert said[0] == "waiting for node 1 of 2 at 10.0.0.1:29501, 5 s"
-    assert said[-1] == "waiting for node 1 of 2 at 10.0.0.1:29501, 380 s: No route to host (errno 113)"
+    assert times == ["2", "3", "6", "12", "24", "48", "96", "156", "216", "276", "336", "351", "396"]
+    assert said[0] == "waiting for node 1 of 2 at 10.0.0.1:29501, 2 s"
+    assert said[-1] == "waiting for node 1 of 2 at 10.0.0.1:29501, 396 s: No route to host (errno 113)"
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from msgspec import Struct
 
+from tpserve.config.meant import MEANT
 from tpserve.config.option import Option, options_of
 from tpserve.errors import UserError
 
@@ -39,11 +40,15 @@ class Command(Generic[Of]):
         if wants_help(argv):
             usage = f"usage: tpserve {self.name} " + ("[MODEL] [flags of tpserve serve] " if self.passes_on else "") + "[flags]"
             raise HelpWanted("\n".join([usage, "", self.about, *described(options.values())]))
-        said, rest = read(argv, options, positional=False)
-        if rest and not self.passes_on:
-            what = f"unknown flag {rest[0]}" if rest[0].startswith("-") else f"unexpected argument {rest[0]!r}"
-            raise UserError(f"{what}{nearest(rest[0], options) or f': see `tpserve {self.name} --help`'}")
-        return self.flags(**said), rest
+        said = read(argv, options)
+        help = f"see `tpserve {self.name} --help`"
+        wrong = list(said.wrong)
+        if not self.passes_on:
+            wrong += [unknown(arg, options, (), help) for arg in said.rest if arg.startswith("-")]
+        refuse_all(wrong)
+        if said.rest and not self.passes_on:
+            raise UserError(f"unexpected argument {said.rest[0]!r}: {help}")
+        return self.flags(**said.values), said.rest
 
 
 def dashes(argv: Sequence[str]) -> list[str]:
@@ -58,20 +63,35 @@ def wants_help(argv: Sequence[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
-def read(argv: Sequence[str], options: Mapping[str, Option], *, positional: bool) -> tuple[dict[str, Any], list[str]]:
-    """What was said, by field name (a first argument that is no flag as `positional`), and the rest, which are none of these."""
+class Said(NamedTuple):
+    """What a command line says: values by field name, the arguments that are none of its flags, and what is wrong with values."""
+
+    values: dict[str, Any]
+    rest: list[str]
+    wrong: list[UserError]
+
+
+def read(argv: Sequence[str], options: Mapping[str, Option]) -> Said:
+    """Read what is said of `options`. UserError only for a flag that lacks its value; other mistakes are collected in `wrong`."""
+    wrong: list[UserError] = []
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    if positional:
-        parser.add_argument("positional", nargs="?")
     for option in options.values():
-        names = [option.flag, *filter(None, [option.about.short]), *option.about.also]
         if option.kind is bool:
-            parser.add_argument(*names, dest=option.name, action="store_const", const=True)
-            parser.add_argument(option.off, dest=option.name, action="store_const", const=False)
+            parser.add_argument(*option.names, dest=option.name, action="store_const", const=True)
+            parser.add_argument(*option.off_names, dest=option.name, action="store_const", const=False)
         else:
-            parser.add_argument(*names, dest=option.name, nargs="+" if option.many else None, action=_Read, option=option)
+            nargs = "+" if option.many else None
+            parser.add_argument(*option.names, dest=option.name, nargs=nargs, action=_Read, option=option, wrong=wrong)
     given, rest = parser.parse_known_args(argv)
-    return vars(given), rest
+    return Said(vars(given), rest, wrong)
+
+
+def refuse_all(wrong: Sequence[UserError]) -> None:
+    """Raise what is wrong, all of it as one error; nothing without any."""
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise UserError("; ".join(map(str, wrong)), param=wrong[0].param)
 
 
 def described(options: Iterable[Option]) -> list[str]:
@@ -85,9 +105,18 @@ def described(options: Iterable[Option]) -> list[str]:
     return [line for group, lines in groups.items() for line in (f"\n{group}:", *lines)]
 
 
+def unknown(flag: str, options: Mapping[str, Option], more: Sequence[str], otherwise: str) -> UserError:
+    """What to say of a flag that there is not: what does the same, what was perhaps meant, or else `otherwise`."""
+    flag = flag.partition("=")[0]
+    names = {name for option in options.values() for name in (option.flag, option.off)}
+    if (meant := MEANT.get(flag)) is not None and meant.split()[0].rstrip(",:") in names:
+        return UserError(f"unknown flag {flag}: use {meant}", param=flag)
+    return UserError(f"unknown flag {flag}{nearest(flag, options, more) or f': {otherwise}'}", param=flag)
+
+
 def nearest(flag: str, options: Mapping[str, Option], more: Sequence[str] = ()) -> str:
     """A guess at what was meant, to end a sentence with; empty without one."""
-    names = [name for o in options.values() for name in (o.flag, o.off, o.about.short, *o.about.also) if name]
+    names = [name for option in options.values() for name in (*option.names, option.off) if name]
     near = difflib.get_close_matches(flag.partition("=")[0], [*names, *more], n=1, cutoff=0.6)
     return f": did you mean {near[0]}?" if near else ""
 
@@ -105,10 +134,13 @@ class _Parser(argparse.ArgumentParser):
 class _Read(argparse.Action):
     """Reads by the option's own reader."""
 
-    def __init__(self, *args: Any, option: Option, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, option: Option, wrong: list[UserError], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._option = option
+        self._option, self._wrong = option, wrong
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
         option = self._option
-        setattr(namespace, self.dest, tuple(values) if option.many else option.read(values, option.flag))
+        try:
+            setattr(namespace, self.dest, tuple(values) if option.many else option.read(values, option.flag))
+        except UserError as error:
+            self._wrong.append(error)

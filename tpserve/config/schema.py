@@ -113,11 +113,16 @@ class Flags(Struct, frozen=True, kw_only=True):
     tensor_parallel_size: Annotated[
         int | None,
         Flag(
-            LAYOUT, "Ranks that share each layer. Default: number of ranks / --pipeline-parallel-size.", short="-tp", at_least=1
+            LAYOUT,
+            "Ranks that share each layer. Default: number of ranks / --pipeline-parallel-size.",
+            short="-tp",
+            also=("--tp", "--tp-size"),
+            at_least=1,
         ),
     ] = None
     pipeline_parallel_size: Annotated[
-        int | None, Flag(LAYOUT, "Stages that share the layers. Default: 1.", short="-pp", at_least=1)
+        int | None,
+        Flag(LAYOUT, "Stages that share the layers. Default: 1.", short="-pp", also=("--pp", "--pp-size"), at_least=1),
     ] = None
     pipeline_layer_map: Annotated[
         tuple[int, ...],
@@ -129,20 +134,24 @@ class Flags(Struct, frozen=True, kw_only=True):
             LAYOUT,
             "The ranks of a stage hold whole experts, each a range of them; without it each holds some channels of every expert.",
             short="-ep",
+            also=("--ep",),
         ),
     ] = False
-    data_parallel_size: Annotated[int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", at_least=1)] = 1
-    distributed_executor_backend: Annotated[
-        Literal["mp", "auto", "external_launcher", "ray"] | None,
-        Flag(LAYOUT, "mp, auto and external_launcher mean torchrun's ranks, which tpserve always uses; ray is refused."),
-    ] = None
+    data_parallel_size: Annotated[
+        int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", also=("--dp", "--dp-size"), at_least=1)
+    ] = 1
     device: Annotated[
         Literal["auto", "cuda", "cpu"],
         Flag(LAYOUT, "Where ranks run. auto: on GPUs if one is visible. cuda: ranks may share a GPU."),
     ] = "auto"
     binding: Annotated[
         bool,
-        Flag(LAYOUT, "Each rank runs on the cores near its GPU (on by default); --no-... leaves that to the system.", "tpserve"),
+        Flag(
+            LAYOUT,
+            "Each rank runs on the cores near its GPU (on by default); --no-... leaves that to the system.",
+            "tpserve",
+            also=("--numa-bind",),
+        ),
     ] = True
     all_reduce: Annotated[
         Literal["auto", "nccl", "gloo", "shm"],
@@ -158,8 +167,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         int | Literal["auto"] | None,
         Flag(
             ENGINE,
-            "Longest sequence, prompt and output together. auto: the model's, or as much of it as fits the KV cache. "
-            "Default: the model's, refused when it does not fit.",
+            "Longest sequence, prompt and output together, such as 4096, 32k (32,000) or 32K (32,768). auto: the model's, or as "
+            "much of it as fits the KV cache. Default: the model's, refused when it does not fit.",
             at_least=2,
         ),
     ] = None
@@ -182,7 +191,14 @@ class Flags(Struct, frozen=True, kw_only=True):
         int | None, Flag(ENGINE, "Number of KV cache blocks, instead of measuring.", at_least=1)
     ] = None
     max_queued_requests: Annotated[
-        int, Flag(ENGINE, "Most requests that wait; further ones are answered with 429.", "tpserve", at_least=1)
+        int,
+        Flag(
+            ENGINE,
+            "Most requests that wait; further ones are answered with 429.",
+            "tpserve",
+            also=("--max-num-queued-reqs", "--max-waiting-requests"),
+            at_least=1,
+        ),
     ] = 1024
 
     host: Annotated[str, Flag(HTTP, "Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
@@ -199,6 +215,14 @@ class Flags(Struct, frozen=True, kw_only=True):
         ),
     ] = None
 
+    config: Annotated[
+        str | None,
+        Flag(
+            OPERATION,
+            "YAML file of flags by name, such as `max-model-len: 4096`; the command line and the environment are stronger.",
+            shown="FILE.yaml",
+        ),
+    ] = None
     cluster_secret_file: Annotated[
         str | None,
         Flag(
@@ -218,7 +242,14 @@ class Flags(Struct, frozen=True, kw_only=True):
         Flag(OPERATION, "Seconds until all ranks must have met; a download may take longer while it moves.", "tpserve", above=0),
     ] = 600.0
     drain_timeout: Annotated[
-        float, Flag(OPERATION, "Seconds for open requests when told to end (torchrun kills after 30).", "tpserve", at_least=0)
+        float,
+        Flag(
+            OPERATION,
+            "Seconds for open requests when told to end (torchrun kills after 30).",
+            "tpserve",
+            also=("--shutdown-timeout",),
+            at_least=0,
+        ),
     ] = 25.0
     interface: Annotated[
         str | None,

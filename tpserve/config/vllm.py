@@ -1,172 +1,236 @@
-"""What of vLLM's command line is not here, and what to do instead; and docs/from-vllm.md, which is generated from it:
-`python -m tpserve.config.vllm > docs/from-vllm.md`. A test checks that the page is current, and each row against the parser.
+"""vLLM's flags that are none of tpserve's: what each becomes here. Pure.
 
-Owns no flag. A flag that is planned is refused too, by its name, until it is served.
+A row of `KNOWN` says how a flag is read (a switch, or with a value), which of its values ask for what holds anyway, and what to
+say of the others. `translate` takes a command line of vLLM's apart: what holds anyway is noted, what has another name here is
+renamed, and whatever cannot be honoured is refused, all of it and not the first alone. docs/from-vllm.md is generated from this
+table (`from_vllm`); a test checks each row against the parser. Flags that only have another name stand in `schema`, as `also`.
 """
 
+import json
 import re
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
-from tpserve.config.option import OPTIONS
+from tpserve.config.option import human_number
 
-ALWAYS = {
-    "--enable-chunked-prefill": "prompts are always computed in chunks",
-    "--long-prefill-token-threshold": "prompts are always computed in chunks",
-    "--async-scheduling": "a plan is always sent before the results of the one before are in",
-    "--num-scheduler-steps": "plans are sent ahead of results",
-    "--stream-interval": "tokens are sent as they come, those of a step together",
-    "--enforce-eager": "steps are never captured in graphs",
-    "--max-seq-len-to-capture": "steps are never captured in graphs",
-    "--cuda-graph-sizes": "steps are never captured in graphs",
-    "--cudagraph-capture-sizes": "steps are never captured in graphs",
-    "--max-cudagraph-capture-size": "steps are never captured in graphs",
-    "--compilation-config": "nothing is compiled",
-    "--optimization-level": "nothing is compiled",
-    "--performance-mode": "there is one",
-    "--attention-backend": "there is one for each kind of device",
-    "--attention-config": "there is one for each kind of device",
-    "--moe-backend": "there is one for each kind of device",
-    "--all2all-backend": "experts need no all-to-all",
-    "--disable-cascade-attn": "there is one kind of attention",
-    "--disable-sliding-window": "a model's windows are always used",
-    "--disable-hybrid-kv-cache-manager": "layers with windows and without always share one pool of blocks",
-    "--calculate-kv-scales": "the cache has the model's type",
-    "--enable-log-requests": "requests are never logged",
-    "--disable-log-requests": "requests are never logged",
-    "--enable-log-outputs": "requests are never logged",
-    "--max-log-len": "requests are never logged",
-    "--disable-uvicorn-access-log": "requests are never logged",
-    "--disable-access-log-for-endpoints": "requests are never logged",
-    "--disable-log-stats": "statistics are at /metrics, not in the log",
-    "--enable-server-load-tracking": "statistics are at /metrics",
-    "--enable-prompt-tokens-details": "usage always has the prompt's cached tokens",
-    "--enable-request-id-headers": "a request's X-Request-Id always comes back",
-    "--sse-keep-alive-interval": "a comment is sent every 10 s while there is nothing to say",
-    "--prefix-caching-hash-algo": "blocks are always known by BLAKE2b, which nobody can make collide",
-    "--scheduling-policy": "a request's `priority` is always honoured",
-    "--preemption-mode": "a sequence that gave way is always computed again",
-    "--swap-space": "a sequence that gave way is computed again",
-    "--logprobs-mode": "log probabilities are those of the model, before temperature and filters",
-    "--max-logprobs": "20 at most",
-    "--chat-template-content-format": "a message's content is a text or a list of texts",
-    "--response-role": "answers are the assistant's",
-    "--disable-fastapi-docs": "there are no such pages",
-    "--api-server-count": "one process answers HTTP",
-    "--numa-bind": "each rank runs on the cores near its GPU, unless --no-binding",
-    "--distributed-timeout-seconds": "a rank that is silent for 4 s is noticed",
-    "--use-tqdm-on-load": "progress is always told",
-    "--max-parallel-loading-workers": "each rank reads its own part only",
-    "--safetensors-load-strategy": "files are mapped, and each rank reads its own part only",
-    "--pt-load-map-location": "each rank reads its own part only",
-    "--tokenizer-mode": "tokenizer.json, tokenizer.model and vocab.json with merges.txt are found",
-    "--skip-tokenizer-init": "the tokenizer is always loaded",
-    "--config-format": "config.json is read",
-    "--hf-config-path": "config.json is read from MODEL",
-    "--model-impl": "there is one",
-    "--task": "every model generates",
-    "--runner": "every model generates",
-    "--convert": "every model generates",
-    "--pooler-config": "every model generates",
-    "--limit-mm-per-prompt": "text only",
-    "--mm-processor-kwargs": "text only",
-    "--mm-processor-cache-gb": "text only",
-    "--media-io-kwargs": "text only",
-    "--allowed-local-media-path": "text only",
-    "--language-model-only": "text only",
-    "--worker-cls": "there is one",
-    "--worker-extension-cls": "no code is loaded by name",
-    "--scheduler-cls": "no code is loaded by name",
-    "--logits-processors": "no code is loaded by name",
-    "--middleware": "no code is loaded by name",
-    "--tool-parser-plugin": "no code is loaded by name",
-    "--reasoning-parser-plugin": "no code is loaded by name",
-    "--trust-remote-code": "no code of a repository is ever run; docs/models.md lists the models that are served",
-    "--code-revision": "no code of a repository is ever run",
-}
-"""Flag to what is so without it: leave it out."""
+ON, OFF = "on", "off"
+ANY = "any value"
+ZEROS = "zeros"
+"""What may stand in `holds` beside plain values: a JSON object, or NAME=N, of zeros alone."""
 
-ON = frozenset(
-    {
-        *("--enable-chunked-prefill", "--async-scheduling", "--use-tqdm-on-load"),
-        *("--enable-prompt-tokens-details", "--enable-request-id-headers"),
-    }
-)
-"""Those of them that cannot be turned off."""
+Reads = Literal["switch", "value", "maybe", "many"]
+Title = Literal["Always so", "Otherwise here", "Planned"]
 
-INSTEAD = {
-    "--kv-cache-memory-bytes": "--kv-cache-memory, in GiB",
-    "--max-num-queued-reqs": "--max-queued-requests",
-    "--max-waiting-requests": "--max-queued-requests",
-    "--shutdown-timeout": "--drain-timeout",
-    "--uvicorn-log-level": "--log-level",
-    "--log-config-file": "--log-level",
-    "--disable-custom-all-reduce": "--all-reduce nccl",
-    "--otlp-traces-endpoint": "--step-trace for steps, /metrics for requests",
-    "--collect-detailed-traces": "--step-trace",
-    "--profiler-config": "--step-trace",
-    "--device-ids": "CUDA_VISIBLE_DEVICES in the environment",
-    "--config": "TPSERVE_ARG_<FLAG> in the environment, such as TPSERVE_ARG_MAX_MODEL_LEN",
-    "--hf-token": "HF_TOKEN in the environment",
-    "--enable-force-include-usage": "stream_options.include_usage in the request",
-    "--default-chat-template-kwargs": "chat_template_kwargs in the request",
-    "--uds": "a proxy in front, for UNIX sockets",
-    "--ssl-keyfile": "a proxy in front, for TLS",
-    "--ssl-certfile": "a proxy in front, for TLS",
-    "--ssl-ca-certs": "a proxy in front, for TLS",
-    "--ssl-cert-reqs": "a proxy in front, for TLS",
-    "--root-path": "a proxy in front",
-    "--allowed-origins": "a proxy in front, for CORS",
-    "--allowed-methods": "a proxy in front, for CORS",
-    "--allowed-headers": "a proxy in front, for CORS",
-    "--allow-credentials": "a proxy in front, for CORS",
-    "--data-parallel-address": "one server per replica, and a load balancer",
-    "--data-parallel-rpc-port": "one server per replica, and a load balancer",
-    "--data-parallel-rank": "one server per replica, and a load balancer",
-    "--data-parallel-start-rank": "one server per replica, and a load balancer",
-    "--data-parallel-size-local": "one server per replica, and a load balancer",
-    "--data-parallel-backend": "one server per replica, and a load balancer",
-    "--data-parallel-hybrid-lb": "one server per replica, and a load balancer",
-    "--data-parallel-external-lb": "one server per replica, and a load balancer",
-    "--hf-overrides": "a copy of config.json with the field changed",
-    "--rope-scaling": "a copy of config.json with the field changed",
-    "--rope-theta": "a copy of config.json with the field changed",
-}
-"""Flag to what does the same here."""
 
-PLANNED = {
-    "--quantization": "checkpoints in block FP8 and MXFP4 are read without it, and dequantised",
-    "--kv-cache-dtype": "the cache has the model's type",
-    "--enable-lora": "",
-    "--lora-modules": "",
-    "--max-loras": "",
-    "--max-lora-rank": "",
-    "--max-cpu-loras": "",
-    "--lora-dtype": "",
-    "--speculative-config": "",
-    "--speculative-model": "",
-    "--num-speculative-tokens": "",
-    "--spec-method": "",
-    "--spec-model": "",
-    "--spec-tokens": "",
-    "--enable-auto-tool-choice": "",
-    "--tool-call-parser": "",
-    "--tool-server": "",
-    "--reasoning-parser": "",
-    "--reasoning-config": "",
-    "--structured-outputs-config": "",
-    "--guided-decoding-backend": "",
-    "--cpu-offload-gb": "",
-    "--kv-offloading-size": "",
-    "--enable-sleep-mode": "",
-    "--kv-transfer-config": "",
-    "--kv-events-config": "",
-    "--decode-context-parallel-size": "",
-    "--prefill-context-parallel-size": "",
-    "--enable-eplb": "",
-    "--enable-prompt-embeds": "",
-}
-"""Flag to what holds until then."""
+@dataclass(frozen=True)
+class Known:
+    """A flag of vLLM's. `holds`: the values that ask for what is so anyway. `why`: what is so, or what does the same."""
+
+    title: Title
+    reads: Reads
+    why: str
+    holds: tuple[str, ...] = ()
+
+    def asks_for_what_holds(self, value: str) -> bool:
+        return any(_alike(value, held) for held in self.holds)
+
+    def refusal(self) -> str:
+        """Why it is refused, and the way out."""
+        if self.title == "Otherwise here":
+            return f"use {self.why}"
+        if self.title == "Planned":
+            return f"it is planned, and not served yet{f' ({self.why})' if self.why else ''}: leave it out"
+        return f"{self.why}: leave it out"
+
+
+def _alike(value: str, held: str) -> bool:
+    if held in (ANY, value):
+        return True
+    if held == ZEROS:
+        return set(re.findall(r"\d+", value)) == {"0"}
+    try:
+        return float(value) == float(held) if not held.startswith("{") else json.loads(value) == json.loads(held)
+    except ValueError:
+        return False
+
+
+def _switch(why: str, *holds: str) -> Known:
+    """One that holds as it is; or only `OFF`."""
+    return Known("Always so", "switch", why, holds or (ON, OFF))
+
+
+def _value(why: str, *holds: str) -> Known:
+    return Known("Always so", "value", why, holds)
+
+
+def _instead(what: str, *holds: str, reads: Reads = "value") -> Known:
+    return Known("Otherwise here", reads, what, holds)
+
+
+def _planned(why: str = "", *holds: str, reads: Reads = "value") -> Known:
+    return Known("Planned", reads, why, (*holds, OFF) if reads == "switch" else holds)
+
+
+_NO_GRAPHS = "steps are never captured in graphs"
+_CHUNKS = "prompts are always computed in chunks"
+_ONE_BACKEND = "there is one for each kind of device"
+_NEVER_LOGGED = "the text of a request is never logged"
+_GENERATES = "every model generates"
+_NO_CODE = "no code is loaded by name"
+_OWN_PART = "each rank reads its own part only"
+_PROXY = "a proxy in front"
+_REPLICAS = "one server per replica, and a load balancer"
+_COPY = "a copy of config.json with the field changed"
+
+KNOWN: dict[str, Known] = {
+    "--enable-chunked-prefill": _switch(_CHUNKS, ON),
+    "--long-prefill-token-threshold": _value(_CHUNKS, "0"),
+    "--max-num-partial-prefills": _value(_CHUNKS, "1"),
+    "--max-long-partial-prefills": _value(_CHUNKS, "1"),
+    "--async-scheduling": _switch("a plan is always sent before the results of the one before are in", ON),
+    "--disable-async-output-proc": _switch("a plan is always sent before the results of the one before are in", OFF),
+    "--num-scheduler-steps": _value("plans are sent ahead of results", ANY),
+    "--stream-interval": _value("tokens are sent as they come, those of a step together", "1"),
+    "--use-v2-block-manager": _switch("there is one"),
+    "--enforce-eager": _switch(_NO_GRAPHS),
+    "--max-seq-len-to-capture": _value(_NO_GRAPHS, "0"),
+    "--cuda-graph-sizes": Known("Always so", "many", _NO_GRAPHS),
+    "--cudagraph-capture-sizes": Known("Always so", "many", _NO_GRAPHS),
+    "--max-cudagraph-capture-size": _value(_NO_GRAPHS, "0"),
+    "--compilation-config": _value("nothing is compiled", "0", '{"level": 0}', '{"mode": 0}', '{"cudagraph_mode": "NONE"}'),
+    "--optimization-level": _value("nothing is compiled", "0"),
+    "--performance-mode": _value("there is one", "balanced"),
+    "--attention-backend": _value(_ONE_BACKEND, "auto"),
+    "--attention-config": _value(_ONE_BACKEND),
+    "--moe-backend": _value(_ONE_BACKEND, "auto"),
+    "--all2all-backend": _value("experts need no all-to-all"),
+    "--disable-cascade-attn": _switch("there is one kind of attention"),
+    "--disable-sliding-window": _switch("a model's windows are always used", OFF),
+    "--disable-hybrid-kv-cache-manager": _switch("layers with windows and without always share one pool of blocks"),
+    "--disable-custom-all-reduce": _switch("on GPUs the sums are NCCL's, or gloo's where --all-reduce says so"),
+    "--calculate-kv-scales": _switch("the cache has the model's type", OFF),
+    "--enable-log-requests": _switch("requests are never logged", OFF),
+    "--disable-log-requests": _switch(_NEVER_LOGGED, ON),
+    "--enable-log-outputs": _switch(_NEVER_LOGGED, OFF),
+    "--max-log-len": _value(_NEVER_LOGGED, ANY),
+    "--disable-uvicorn-access-log": _switch(_NEVER_LOGGED),
+    "--disable-access-log-for-endpoints": _value(_NEVER_LOGGED, ANY),
+    "--disable-log-stats": _switch("statistics are at /metrics, not in the log", ON, OFF),
+    "--uvicorn-log-level": _value("there is no uvicorn; --log-level is tpserve's", "info", "warning", "error", "critical"),
+    "--disable-frontend-multiprocessing": _switch("the frontend is a process of its own", OFF),
+    "--enable-server-load-tracking": _switch("statistics are at /metrics", OFF),
+    "--enable-prompt-tokens-details": _switch("usage always has the prompt's cached tokens", ON),
+    "--enable-request-id-headers": _switch("a request's X-Request-Id always comes back", ON),
+    "--sse-keep-alive-interval": _value("a comment is sent every 10 s while there is nothing to say", "10"),
+    "--prefix-caching-hash-algo": _value(
+        "blocks are always known by BLAKE2b, which nobody can make collide", "sha256", "sha256_cbor", "sha256_cbor_64bit"
+    ),
+    "--scheduling-policy": _value("a request's `priority` is always honoured, first come first among equals", "fcfs", "priority"),
+    "--preemption-mode": _value("a sequence that gave way is always computed again", "recompute"),
+    "--swap-space": _value("a sequence that gave way is computed again, nothing is swapped", "0"),
+    "--logprobs-mode": _value("log probabilities are those of the model, before temperature and filters", "raw_logprobs"),
+    "--max-logprobs": _value("20 at most", "20"),
+    "--chat-template-content-format": _value("a message's content is a text or a list of texts", "auto"),
+    "--response-role": _value("answers are the assistant's", "assistant"),
+    "--disable-fastapi-docs": _switch("there are no such pages"),
+    "--api-server-count": _value("one process answers HTTP", "1"),
+    "--distributed-executor-backend": _value("ranks are torchrun's", "mp", "auto", "external_launcher", "uni"),
+    "--distributed-timeout-seconds": _value("a rank that is silent for 4 s is noticed"),
+    "--use-tqdm-on-load": _switch("progress is always told", ON),
+    "--max-parallel-loading-workers": _value(_OWN_PART, ANY),
+    "--safetensors-load-strategy": _value(f"files are mapped, and {_OWN_PART}", "lazy"),
+    "--pt-load-map-location": _value(_OWN_PART, "cpu"),
+    "--model-loader-extra-config": _value(_OWN_PART, "{}"),
+    "--tokenizer-mode": _value("tokenizer.json, tokenizer.model and vocab.json with merges.txt are found", "auto", "hf"),
+    "--skip-tokenizer-init": _switch("the tokenizer is always loaded", OFF),
+    "--config-format": _value("config.json is read", "auto", "hf"),
+    "--hf-config-path": _value("config.json is read from MODEL"),
+    "--model-impl": _value("there is one", "auto", "vllm"),
+    "--task": _value(_GENERATES, "auto", "generate"),
+    "--runner": _value(_GENERATES, "auto", "generate"),
+    "--convert": _value(_GENERATES, "auto", "none"),
+    "--pooler-config": _value(_GENERATES),
+    "--limit-mm-per-prompt": _value("text only", ZEROS),
+    "--mm-processor-kwargs": _value("text only", "{}"),
+    "--mm-processor-cache-gb": _value("text only", "0"),
+    "--media-io-kwargs": _value("text only", "{}"),
+    "--allowed-local-media-path": _value("text only"),
+    "--language-model-only": _switch("text only"),
+    "--worker-cls": _value("there is one", "auto"),
+    "--worker-extension-cls": _value(_NO_CODE),
+    "--scheduler-cls": _value(_NO_CODE),
+    "--logits-processors": Known("Always so", "many", _NO_CODE),
+    "--middleware": _value(_NO_CODE),
+    "--tool-parser-plugin": _value(_NO_CODE),
+    "--reasoning-parser-plugin": _value(_NO_CODE),
+    "--trust-remote-code": _switch("no code of a repository is ever run; docs/models.md lists the models that are served"),
+    "--code-revision": _value("no code of a repository is ever run"),
+    "--log-config-file": _instead("--log-level"),
+    "--otlp-traces-endpoint": _instead("--step-trace for steps, /metrics for requests"),
+    "--collect-detailed-traces": _instead("--step-trace"),
+    "--profiler-config": _instead("--step-trace"),
+    "--device-ids": _instead("CUDA_VISIBLE_DEVICES in the environment"),
+    "--hf-token": _instead("HF_TOKEN in the environment", "", reads="maybe"),
+    "--enable-force-include-usage": _instead("stream_options.include_usage in the request", OFF, reads="switch"),
+    "--default-chat-template-kwargs": _instead("chat_template_kwargs in the request", "{}"),
+    "--uds": _instead(f"{_PROXY}, for UNIX sockets"),
+    "--ssl-keyfile": _instead(f"{_PROXY}, for TLS"),
+    "--ssl-certfile": _instead(f"{_PROXY}, for TLS"),
+    "--ssl-ca-certs": _instead(f"{_PROXY}, for TLS"),
+    "--ssl-cert-reqs": _instead(f"{_PROXY}, for TLS", "0"),
+    "--root-path": _instead(_PROXY),
+    "--allowed-origins": _instead(f"{_PROXY}, for CORS"),
+    "--allowed-methods": _instead(f"{_PROXY}, for CORS"),
+    "--allowed-headers": _instead(f"{_PROXY}, for CORS"),
+    "--allow-credentials": _instead(f"{_PROXY}, for CORS", OFF, reads="switch"),
+    "--data-parallel-address": _instead(_REPLICAS),
+    "--data-parallel-rpc-port": _instead(_REPLICAS),
+    "--data-parallel-rank": _instead(_REPLICAS, "0"),
+    "--data-parallel-start-rank": _instead(_REPLICAS, "0"),
+    "--data-parallel-size-local": _instead(_REPLICAS, "1"),
+    "--data-parallel-backend": _instead(_REPLICAS, "mp"),
+    "--data-parallel-hybrid-lb": _instead(_REPLICAS, OFF, reads="switch"),
+    "--data-parallel-external-lb": _instead(_REPLICAS, OFF, reads="switch"),
+    "--hf-overrides": _instead(_COPY, "{}"),
+    "--rope-scaling": _instead(_COPY),
+    "--rope-theta": _instead(_COPY),
+    "--quantization": _planned("checkpoints in block FP8 and MXFP4 are read without it, and dequantised"),
+    "--kv-cache-dtype": _planned("the cache has the model's type", "auto"),
+    "--enable-lora": _planned(reads="switch"),
+    "--lora-modules": _planned(reads="many"),
+    "--max-loras": _planned(),
+    "--max-lora-rank": _planned(),
+    "--max-cpu-loras": _planned(),
+    "--lora-dtype": _planned(),
+    "--speculative-config": _planned(),
+    "--speculative-model": _planned(),
+    "--num-speculative-tokens": _planned(),
+    "--num-lookahead-slots": _planned("", "0"),
+    "--spec-method": _planned(),
+    "--spec-model": _planned(),
+    "--spec-tokens": _planned(),
+    "--enable-auto-tool-choice": _planned(reads="switch"),
+    "--tool-call-parser": _planned(),
+    "--tool-server": _planned(),
+    "--enable-reasoning": _planned(reads="switch"),
+    "--reasoning-parser": _planned(),
+    "--reasoning-config": _planned(),
+    "--structured-outputs-config": _planned(),
+    "--guided-decoding-backend": _planned("", "auto"),
+    "--cpu-offload-gb": _planned("", "0"),
+    "--kv-offloading-size": _planned("", "0"),
+    "--enable-sleep-mode": _planned(reads="switch"),
+    "--kv-transfer-config": _planned(),
+    "--kv-events-config": _planned(),
+    "--decode-context-parallel-size": _planned("", "1"),
+    "--prefill-context-parallel-size": _planned("", "1"),
+    "--enable-eplb": _planned(reads="switch"),
+    "--enable-prompt-embeds": _planned(reads="switch"),
+}  # fmt: skip
+
+MAPPED = {"--kv-cache-memory-bytes": "--kv-cache-memory"}
+"""Flag whose value is in bytes to the one in GiB."""
 
 SHORT = {
     "-q": "--quantization", "-O": "--optimization-level", "-cc": "--compilation-config", "-ac": "--attention-config",
@@ -176,18 +240,6 @@ SHORT = {
     "-dpb": "--data-parallel-backend", "-dph": "--data-parallel-hybrid-lb", "-dpe": "--data-parallel-external-lb",
 }  # fmt: skip
 """vLLM's short forms of these."""
-
-BUT = {
-    "--host": "loopback unless said; vLLM listens everywhere",
-    "--api-key": "one key",
-    "--seed": "of --load-format dummy alone: requests have seeds of their own, and a request without one a random one",
-    "--max-model-len": "a length that does not fit is refused, `auto` takes what fits",
-    "--max-num-batched-tokens": "8192 on GPUs, 2048 on the CPU, unless said",
-    "--distributed-executor-backend": "`mp`, `auto` and `external_launcher` all mean torchrun's ranks; `ray` is refused",
-    "--data-parallel-size": "1 alone",
-    "--load-format": "`auto`, `safetensors`, `dummy`",
-}
-"""Flag that is the same but for this."""
 
 ENVIRONMENT = {
     "VLLM_HOST_IP": "--interface, with the address",
@@ -200,32 +252,75 @@ ENVIRONMENT = {
 }
 """Variable of the environment to what does the same; of others a start says that they mean nothing here."""
 
-HEAD = """# Coming from vLLM
 
-Generated by `python -m tpserve.config.vllm > docs/from-vllm.md`; do not edit.
+class Given(NamedTuple):
+    """One of vLLM's flags on a command line. `said`: as it was spelt; `value`: `ON` or `OFF` of a switch; None: it has none."""
 
-`vllm serve MODEL ...` becomes `tpserve serve MODEL ...`, `from vllm import LLM` becomes `from tpserve import LLM`. What is not
-served is refused by name when it is given, with these words, never ignored; short forms, `--no-...` and `--...-config.name` too.
-Ray's flags (`--worker-use-ray`, `--ray-address`, `--num-gpus`, `--distributed-executor-backend ray`) are refused with the tpserve
-command that does the same; `ray start`, `ray status` and a controller have no counterpart: `tpserve serve` on each node is all.
-"""
+    said: str
+    flag: str
+    value: str | None
 
+    @property
+    def holds(self) -> bool:
+        """Whether it asks for what is so anyway. A member of a JSON value (`--x.y`) never does: the rest of it is not known."""
+        return self.value is not None and "." not in self.said and KNOWN[self.flag].asks_for_what_holds(self.value)
 
-def why_refused(flag: str) -> str | None:
-    """What to say to who gives `flag`; None for a flag that is not known here."""
-    flag = full_name(flag)
-    if flag in ALWAYS:
-        return f"{ALWAYS[flag]}: leave it out"
-    if flag in INSTEAD:
-        return f"use {INSTEAD[flag]}"
-    if flag in PLANNED:
-        return f"it is planned, and not served yet{f' ({PLANNED[flag]})' if PLANNED[flag] else ''}: leave it out"
-    return None
+    def refusal(self) -> str:
+        return f"{self.said} is refused: {KNOWN[self.flag].refusal()}"
 
 
-def asks_nothing(flag: str) -> bool:
-    """Whether `flag` turned off is what is here anyway, as it is by default in vLLM."""
-    return flag not in ON and why_refused(flag) is not None
+class Translation(NamedTuple):
+    """A command line of vLLM's: the rest of it in tpserve's flags, what asks for what holds, and what is refused."""
+
+    argv: list[str]
+    holding: list[Given]
+    refused: list[Given]
+
+
+def translate(argv: Sequence[str]) -> Translation:
+    """Take vLLM's flags out of a command line whose names have dashes. Raises WrongValue for a size in bytes that is none."""
+    result = Translation([], [], [])
+    rest = list(argv)
+    while rest:
+        said, equals, text = (arg := rest.pop(0)).partition("=")
+        flag, value = full_name(said), text if equals else None
+        if flag in MAPPED:
+            given = value if value is not None else rest.pop(0) if rest else ""
+            result.argv.append(f"{MAPPED[flag]}={human_number(given) / (1 << 30)!r}")
+        elif flag not in KNOWN:
+            result.argv.append(arg)
+        else:
+            given_flag = Given(said, flag, _take(KNOWN[flag].reads, said, value, rest))
+            (result.holding if given_flag.holds else result.refused).append(given_flag)
+    return result
+
+
+def _take(reads: Reads, said: str, value: str | None, rest: list[str]) -> str | None:
+    """The value of a flag, those that follow it in `rest` taken away."""
+    if reads == "switch":
+        on = value is None or value.lower() in ("1", "true")
+        return OFF if said.startswith("--no-") == on else ON
+    if value is not None or (compact := re.fullmatch(r"-O(\d)", said)):
+        return value if value is not None else compact[1] if compact else None
+    taken = []
+    while rest and not _is_flag(rest[0]) and (reads == "many" or not taken):
+        taken.append(rest.pop(0))
+    return " ".join(taken) if taken else "" if reads == "maybe" else None
+
+
+def _is_flag(arg: str) -> bool:
+    return arg.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", arg)
+
+
+def of_keyword(name: str, value: Any) -> Given | None:
+    """A keyword argument of a Python caller as the flag it would be; None for one that is not vLLM's. None as a value asks for
+    nothing, and holds."""
+    flag = "--" + name.replace("_", "-")
+    if flag not in KNOWN:
+        return None
+    if KNOWN[flag].reads == "switch" and isinstance(value, bool | None):
+        return Given(name, flag, ON if value else OFF)
+    return Given(name, flag, json.dumps(value) if isinstance(value, dict) else str(value))
 
 
 def full_name(flag: str) -> str:
@@ -236,6 +331,20 @@ def full_name(flag: str) -> str:
     return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else flag
 
 
+def holding_line(given: Iterable[Given]) -> str:
+    """What a start says of flags that ask for what holds; empty without any."""
+    by_reason: dict[str, list[str]] = {}
+    for each in given:
+        by_reason.setdefault(KNOWN[each.flag].why, []).append(each.said + _shown(each))
+    shown = [f"{', '.join(flags)} ({why})" for why, flags in by_reason.items()]
+    return f"these flags ask for what holds anyway: {', '.join(shown)}" if shown else ""
+
+
+def _shown(given: Given) -> str:
+    written = given.value in (ON, OFF, "", None) or (given.said.startswith("-O") and given.said != "-O")
+    return "" if written else f" {given.value}"
+
+
 def means_nothing(variables: Iterable[str]) -> list[str]:
     """A line for each of vLLM's variables that are set."""
     lines = []
@@ -244,26 +353,3 @@ def means_nothing(variables: Iterable[str]) -> list[str]:
         nothing, _, why = instead.partition("nothing: ")
         lines.append(f"{name} is set and means nothing here: {f'use {instead}' if nothing else why}")
     return lines
-
-
-def markdown() -> str:
-    """The whole page."""
-    same = [option for option in OPTIONS.values() if option.about.named_by == "vLLM"]
-    lines = [
-        HEAD,
-        "## The same\n",
-        ", ".join(f"`{option.flag}`" for option in same) + ": [flags.md](flags.md) has their meaning. But:\n",
-    ]
-    lines += _table("| flag | here |", BUT)
-    for title, table in (("Always so", ALWAYS), ("Otherwise here", INSTEAD), ("Planned", PLANNED), ("Environment", ENVIRONMENT)):
-        lines += [f"## {title}\n", *_table("| vLLM | tpserve |", table)]
-    lines.append("`CUDA_VISIBLE_DEVICES`, `HF_*`, `NCCL_*` and `GLOO_*` mean what they mean there.")
-    return "\n".join(lines) + "\n"
-
-
-def _table(head: str, rows: Mapping[str, str]) -> list[str]:
-    return [head, "|---|---|", *(f"| `{name}` | {text.removeprefix('nothing: ')} |" for name, text in rows.items()), ""]
-
-
-if __name__ == "__main__":
-    sys.stdout.write(markdown())

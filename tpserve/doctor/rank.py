@@ -63,7 +63,7 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
     """Take part; returns the exit code. Raises UserError for what no rank can be examined with."""
     try:
         flags = cli.parse(argv, environment.overrides(), launch=False)
-        log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0)
+        log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=environment.color(sys.stderr))
         flags, files, spec = open_model(flags, describe)
         config = resolve(flags, files, spec, of_rank(me))
         interface = choose(config.interface, me.nnodes, me.master_addr)

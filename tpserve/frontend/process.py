@@ -25,6 +25,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
+from tpserve.config import env
 from tpserve.config.network import at
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
     unblock_signals()  # inherited from the rank that started us
     where, watch_pid, nnodes, address = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3]
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    log.setup(config.log_level, "frontend")
+    log.setup(config.log_level, "frontend", color=env.color(sys.stderr))
     kept = log.keep()
     try:
         lock = hold_lock(where)

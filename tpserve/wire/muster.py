@@ -274,7 +274,7 @@ def join(me: Join, master_addr: str, port: int, world_size: int, timeout_s: floa
     why = ""
     while not clock.over:
         try:
-            connection = socket.create_connection((master_addr, port), CONNECT_S)
+            connection = socket.create_connection((master_addr, port), clock.connect_s)
         except OSError as error:
             why = describe(error)
             clock.tell(f"node 0 of {me.nnodes} at {where}", why)
