@@ -19,13 +19,14 @@ from typing import Annotated, Any
 
 from msgspec import Struct
 
-from tpserve.admin.client import URL, Unreachable, ask
+from tpserve.admin.client import Unreachable, ask
 from tpserve.admin.redact import is_secret, redacted
 from tpserve.admin.status import page
 from tpserve.config import env, machine
 from tpserve.config.command import Command
 from tpserve.config.network import interfaces
 from tpserve.config.schema import Flag
+from tpserve.config.url import URL, server_url
 from tpserve.errors import UserError
 from tpserve.version import __version__
 
@@ -41,7 +42,7 @@ NVIDIA_SMI_S = 10.0
 class Report(Struct, frozen=True, kw_only=True):
     """The flags."""
 
-    url: Annotated[str, Flag("Server", "Where the server answers HTTP.")] = URL
+    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
     output: Annotated[
         Path | None, Flag("Output", "Where to write. Default: tpserve-report-DATE-TIME.json in this directory.")
     ] = None
@@ -58,7 +59,7 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Write it; returns the exit code. Raises UserError, or HelpWanted."""
-    flags, _ = COMMAND.parse(argv)
+    flags = COMMAND.parse(argv).flags
     now = datetime.datetime.now().astimezone()
     output = flags.output or Path(f"tpserve-report-{now:%Y%m%d-%H%M%S}.json")
     found = report(flags.url) | {"made": now.isoformat(timespec="seconds"), "by": f"tpserve {__version__}"}

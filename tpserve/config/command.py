@@ -8,11 +8,12 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from msgspec import Struct
 
+from tpserve.config import vllm
 from tpserve.config.meant import MEANT
 from tpserve.config.option import Option, options_of
 from tpserve.errors import UserError
@@ -24,31 +25,41 @@ class HelpWanted(Exception):
     """The user asked for the help; `str()` is its text."""
 
 
+class Parsed(NamedTuple, Generic[Of]):
+    """The flags of a command, what is passed on, and what of vLLM's is so anyway, in one line (empty without any)."""
+
+    flags: Of
+    rest: list[str]
+    holding: str
+
+
 @dataclass(frozen=True)
 class Command(Generic[Of]):
-    """A command but `tpserve serve`. `flags`: the struct of its flags. `passes_on`: takes the server's flags beside its own."""
+    """A command but `tpserve serve`. `flags`: the struct of its flags. `passes_on`: takes the server's flags beside its own.
+    `known`: flags of vLLM's command of that name that are none of these."""
 
     name: str
     about: str
     flags: type[Of]
     passes_on: bool = False
+    known: Mapping[str, vllm.Known] = field(default_factory=dict)
 
-    def parse(self, argv: Sequence[str]) -> tuple[Of, list[str]]:
-        """The flags, and what is passed on. Raises UserError, or HelpWanted for `--help`."""
-        argv = dashes(argv)
+    def parse(self, argv: Sequence[str]) -> Parsed[Of]:
+        """Read a command line. Raises UserError, or HelpWanted for `--help`."""
+        argv, holding, refused = vllm.translate(dashes(argv), self.known)
         options = options_of(self.flags)
         if wants_help(argv):
             usage = f"usage: tpserve {self.name} " + ("[MODEL] [flags of tpserve serve] " if self.passes_on else "") + "[flags]"
             raise HelpWanted("\n".join([usage, "", self.about, *described(options.values())]))
         said = read(argv, options)
         help = f"see `tpserve {self.name} --help`"
-        wrong = list(said.wrong)
+        wrong = [*said.wrong, *(UserError(given.refusal(), param=given.flag) for given in refused)]
         if not self.passes_on:
             wrong += [unknown(arg, options, (), help) for arg in said.rest if arg.startswith("-")]
         refuse_all(wrong)
         if said.rest and not self.passes_on:
             raise UserError(f"unexpected argument {said.rest[0]!r}: {help}")
-        return self.flags(**said.values), said.rest
+        return Parsed(self.flags(**said.values), said.rest, vllm.holding_line(holding))
 
 
 def dashes(argv: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ table (`from_vllm`); a test checks each row against the parser. Flags that only 
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,8 @@ from tpserve.config.option import human_number
 ON, OFF = "on", "off"
 ANY = "any value"
 ZEROS = "zeros"
-"""What may stand in `holds` beside plain values: a JSON object, or NAME=N, of zeros alone."""
+SOME_OF = "some of "
+"""What may stand in `holds` beside plain values: a JSON object, or NAME=N, of zeros alone; some of these, joined by commas."""
 
 Reads = Literal["switch", "value", "maybe", "many"]
 Title = Literal["Always so", "Otherwise here", "Planned"]
@@ -47,6 +48,8 @@ class Known:
 def _alike(value: str, held: str) -> bool:
     if held in (ANY, value):
         return True
+    if held.startswith(SOME_OF):
+        return set(value.split(",")) <= set(held.removeprefix(SOME_OF).split(","))
     if held == ZEROS:
         return set(re.findall(r"\d+", value)) == {"0"}
     try:
@@ -55,12 +58,13 @@ def _alike(value: str, held: str) -> bool:
         return False
 
 
-def _switch(why: str, *holds: str) -> Known:
-    """One that holds as it is; or only `OFF`."""
+def switch(why: str, *holds: str) -> Known:
+    """A switch that asks for what holds; with `holds`, only so."""
     return Known("Always so", "switch", why, holds or (ON, OFF))
 
 
-def _value(why: str, *holds: str) -> Known:
+def value_of(why: str, *holds: str) -> Known:
+    """A flag of which some values ask for what holds."""
     return Known("Always so", "value", why, holds)
 
 
@@ -84,88 +88,88 @@ _REPLICAS = "one server per replica, and a load balancer"
 _COPY = "a copy of config.json with the field changed"
 
 KNOWN: dict[str, Known] = {
-    "--enable-chunked-prefill": _switch(_CHUNKS, ON),
-    "--long-prefill-token-threshold": _value(_CHUNKS, "0"),
-    "--max-num-partial-prefills": _value(_CHUNKS, "1"),
-    "--max-long-partial-prefills": _value(_CHUNKS, "1"),
-    "--async-scheduling": _switch("a plan is always sent before the results of the one before are in", ON),
-    "--disable-async-output-proc": _switch("a plan is always sent before the results of the one before are in", OFF),
-    "--num-scheduler-steps": _value("plans are sent ahead of results", ANY),
-    "--stream-interval": _value("tokens are sent as they come, those of a step together", "1"),
-    "--use-v2-block-manager": _switch("there is one"),
-    "--enforce-eager": _switch(_NO_GRAPHS),
-    "--max-seq-len-to-capture": _value(_NO_GRAPHS, "0"),
+    "--enable-chunked-prefill": switch(_CHUNKS, ON),
+    "--long-prefill-token-threshold": value_of(_CHUNKS, "0"),
+    "--max-num-partial-prefills": value_of(_CHUNKS, "1"),
+    "--max-long-partial-prefills": value_of(_CHUNKS, "1"),
+    "--async-scheduling": switch("a plan is always sent before the results of the one before are in", ON),
+    "--disable-async-output-proc": switch("a plan is always sent before the results of the one before are in", OFF),
+    "--num-scheduler-steps": value_of("plans are sent ahead of results", ANY),
+    "--stream-interval": value_of("tokens are sent as they come, those of a step together", "1"),
+    "--use-v2-block-manager": switch("there is one"),
+    "--enforce-eager": switch(_NO_GRAPHS),
+    "--max-seq-len-to-capture": value_of(_NO_GRAPHS, "0"),
     "--cuda-graph-sizes": Known("Always so", "many", _NO_GRAPHS),
     "--cudagraph-capture-sizes": Known("Always so", "many", _NO_GRAPHS),
-    "--max-cudagraph-capture-size": _value(_NO_GRAPHS, "0"),
-    "--compilation-config": _value("nothing is compiled", "0", '{"level": 0}', '{"mode": 0}', '{"cudagraph_mode": "NONE"}'),
-    "--optimization-level": _value("nothing is compiled", "0"),
-    "--performance-mode": _value("there is one", "balanced"),
-    "--attention-backend": _value(_ONE_BACKEND, "auto"),
-    "--attention-config": _value(_ONE_BACKEND),
-    "--moe-backend": _value(_ONE_BACKEND, "auto"),
-    "--all2all-backend": _value("experts need no all-to-all"),
-    "--disable-cascade-attn": _switch("there is one kind of attention"),
-    "--disable-sliding-window": _switch("a model's windows are always used", OFF),
-    "--disable-hybrid-kv-cache-manager": _switch("layers with windows and without always share one pool of blocks"),
-    "--disable-custom-all-reduce": _switch("on GPUs the sums are NCCL's, or gloo's where --all-reduce says so"),
-    "--calculate-kv-scales": _switch("the cache has the model's type", OFF),
-    "--enable-log-requests": _switch("requests are never logged", OFF),
-    "--disable-log-requests": _switch(_NEVER_LOGGED, ON),
-    "--enable-log-outputs": _switch(_NEVER_LOGGED, OFF),
-    "--max-log-len": _value(_NEVER_LOGGED, ANY),
-    "--disable-uvicorn-access-log": _switch(_NEVER_LOGGED),
-    "--disable-access-log-for-endpoints": _value(_NEVER_LOGGED, ANY),
-    "--disable-log-stats": _switch("statistics are at /metrics, not in the log", ON, OFF),
-    "--uvicorn-log-level": _value("there is no uvicorn; --log-level is tpserve's", "info", "warning", "error", "critical"),
-    "--disable-frontend-multiprocessing": _switch("the frontend is a process of its own", OFF),
-    "--enable-server-load-tracking": _switch("statistics are at /metrics", OFF),
-    "--enable-prompt-tokens-details": _switch("usage always has the prompt's cached tokens", ON),
-    "--enable-request-id-headers": _switch("a request's X-Request-Id always comes back", ON),
-    "--sse-keep-alive-interval": _value("a comment is sent every 10 s while there is nothing to say", "10"),
-    "--prefix-caching-hash-algo": _value(
+    "--max-cudagraph-capture-size": value_of(_NO_GRAPHS, "0"),
+    "--compilation-config": value_of("nothing is compiled", "0", '{"level": 0}', '{"mode": 0}', '{"cudagraph_mode": "NONE"}'),
+    "--optimization-level": value_of("nothing is compiled", "0"),
+    "--performance-mode": value_of("there is one", "balanced"),
+    "--attention-backend": value_of(_ONE_BACKEND, "auto"),
+    "--attention-config": value_of(_ONE_BACKEND),
+    "--moe-backend": value_of(_ONE_BACKEND, "auto"),
+    "--all2all-backend": value_of("experts need no all-to-all"),
+    "--disable-cascade-attn": switch("there is one kind of attention"),
+    "--disable-sliding-window": switch("a model's windows are always used", OFF),
+    "--disable-hybrid-kv-cache-manager": switch("layers with windows and without always share one pool of blocks"),
+    "--disable-custom-all-reduce": switch("on GPUs the sums are NCCL's, or gloo's where --all-reduce says so"),
+    "--calculate-kv-scales": switch("the cache has the model's type", OFF),
+    "--enable-log-requests": switch("requests are never logged", OFF),
+    "--disable-log-requests": switch(_NEVER_LOGGED, ON),
+    "--enable-log-outputs": switch(_NEVER_LOGGED, OFF),
+    "--max-log-len": value_of(_NEVER_LOGGED, ANY),
+    "--disable-uvicorn-access-log": switch(_NEVER_LOGGED),
+    "--disable-access-log-for-endpoints": value_of(_NEVER_LOGGED, ANY),
+    "--disable-log-stats": switch("statistics are at /metrics, not in the log", ON, OFF),
+    "--uvicorn-log-level": value_of("there is no uvicorn; --log-level is tpserve's", "info", "warning", "error", "critical"),
+    "--disable-frontend-multiprocessing": switch("the frontend is a process of its own", OFF),
+    "--enable-server-load-tracking": switch("statistics are at /metrics", OFF),
+    "--enable-prompt-tokens-details": switch("usage always has the prompt's cached tokens", ON),
+    "--enable-request-id-headers": switch("a request's X-Request-Id always comes back", ON),
+    "--sse-keep-alive-interval": value_of("a comment is sent every 10 s while there is nothing to say", "10"),
+    "--prefix-caching-hash-algo": value_of(
         "blocks are always known by BLAKE2b, which nobody can make collide", "sha256", "sha256_cbor", "sha256_cbor_64bit"
     ),
-    "--scheduling-policy": _value("a request's `priority` is always honoured, first come first among equals", "fcfs", "priority"),
-    "--preemption-mode": _value("a sequence that gave way is always computed again", "recompute"),
-    "--swap-space": _value("a sequence that gave way is computed again, nothing is swapped", "0"),
-    "--logprobs-mode": _value("log probabilities are those of the model, before temperature and filters", "raw_logprobs"),
-    "--max-logprobs": _value("20 at most", "20"),
-    "--chat-template-content-format": _value("a message's content is a text or a list of texts", "auto"),
-    "--response-role": _value("answers are the assistant's", "assistant"),
-    "--disable-fastapi-docs": _switch("there are no such pages"),
-    "--api-server-count": _value("one process answers HTTP", "1"),
-    "--distributed-executor-backend": _value("ranks are torchrun's", "mp", "auto", "external_launcher", "uni"),
-    "--distributed-timeout-seconds": _value("a rank that is silent for 4 s is noticed"),
-    "--use-tqdm-on-load": _switch("progress is always told", ON),
-    "--max-parallel-loading-workers": _value(_OWN_PART, ANY),
-    "--safetensors-load-strategy": _value(f"files are mapped, and {_OWN_PART}", "lazy"),
-    "--pt-load-map-location": _value(_OWN_PART, "cpu"),
-    "--model-loader-extra-config": _value(_OWN_PART, "{}"),
-    "--tokenizer-mode": _value("tokenizer.json, tokenizer.model and vocab.json with merges.txt are found", "auto", "hf"),
-    "--skip-tokenizer-init": _switch("the tokenizer is always loaded", OFF),
-    "--config-format": _value("config.json is read", "auto", "hf"),
-    "--hf-config-path": _value("config.json is read from MODEL"),
-    "--model-impl": _value("there is one", "auto", "vllm"),
-    "--task": _value(_GENERATES, "auto", "generate"),
-    "--runner": _value(_GENERATES, "auto", "generate"),
-    "--convert": _value(_GENERATES, "auto", "none"),
-    "--pooler-config": _value(_GENERATES),
-    "--limit-mm-per-prompt": _value("text only", ZEROS),
-    "--mm-processor-kwargs": _value("text only", "{}"),
-    "--mm-processor-cache-gb": _value("text only", "0"),
-    "--media-io-kwargs": _value("text only", "{}"),
-    "--allowed-local-media-path": _value("text only"),
-    "--language-model-only": _switch("text only"),
-    "--worker-cls": _value("there is one", "auto"),
-    "--worker-extension-cls": _value(_NO_CODE),
-    "--scheduler-cls": _value(_NO_CODE),
+    "--scheduling-policy": value_of("a request's `priority` is always honoured, first come first otherwise", "fcfs", "priority"),
+    "--preemption-mode": value_of("a sequence that gave way is always computed again", "recompute"),
+    "--swap-space": value_of("a sequence that gave way is computed again, nothing is swapped", "0"),
+    "--logprobs-mode": value_of("log probabilities are those of the model, before temperature and filters", "raw_logprobs"),
+    "--max-logprobs": value_of("20 at most", "20"),
+    "--chat-template-content-format": value_of("a message's content is a text or a list of texts", "auto"),
+    "--response-role": value_of("answers are the assistant's", "assistant"),
+    "--disable-fastapi-docs": switch("there are no such pages"),
+    "--api-server-count": value_of("one process answers HTTP", "1"),
+    "--distributed-executor-backend": value_of("ranks are torchrun's", "mp", "auto", "external_launcher", "uni"),
+    "--distributed-timeout-seconds": value_of("a rank that is silent for 4 s is noticed"),
+    "--use-tqdm-on-load": switch("progress is always told", ON),
+    "--max-parallel-loading-workers": value_of(_OWN_PART, ANY),
+    "--safetensors-load-strategy": value_of(f"files are mapped, and {_OWN_PART}", "lazy"),
+    "--pt-load-map-location": value_of(_OWN_PART, "cpu"),
+    "--model-loader-extra-config": value_of(_OWN_PART, "{}"),
+    "--tokenizer-mode": value_of("tokenizer.json, tokenizer.model and vocab.json with merges.txt are found", "auto", "hf"),
+    "--skip-tokenizer-init": switch("the tokenizer is always loaded", OFF),
+    "--config-format": value_of("config.json is read", "auto", "hf"),
+    "--hf-config-path": value_of("config.json is read from MODEL"),
+    "--model-impl": value_of("there is one", "auto", "vllm"),
+    "--task": value_of(_GENERATES, "auto", "generate"),
+    "--runner": value_of(_GENERATES, "auto", "generate"),
+    "--convert": value_of(_GENERATES, "auto", "none"),
+    "--pooler-config": value_of(_GENERATES),
+    "--limit-mm-per-prompt": value_of("text only", ZEROS),
+    "--mm-processor-kwargs": value_of("text only", "{}"),
+    "--mm-processor-cache-gb": value_of("text only", "0"),
+    "--media-io-kwargs": value_of("text only", "{}"),
+    "--allowed-local-media-path": value_of("text only"),
+    "--language-model-only": switch("text only"),
+    "--worker-cls": value_of("there is one", "auto"),
+    "--worker-extension-cls": value_of(_NO_CODE),
+    "--scheduler-cls": value_of(_NO_CODE),
     "--logits-processors": Known("Always so", "many", _NO_CODE),
-    "--middleware": _value(_NO_CODE),
-    "--tool-parser-plugin": _value(_NO_CODE),
-    "--reasoning-parser-plugin": _value(_NO_CODE),
-    "--trust-remote-code": _switch("no code of a repository is ever run; docs/models.md lists the models that are served"),
-    "--code-revision": _value("no code of a repository is ever run"),
+    "--middleware": value_of(_NO_CODE),
+    "--tool-parser-plugin": value_of(_NO_CODE),
+    "--reasoning-parser-plugin": value_of(_NO_CODE),
+    "--trust-remote-code": switch("no code of a repository is ever run; docs/models.md lists the models that are served"),
+    "--code-revision": value_of("no code of a repository is ever run"),
     "--log-config-file": _instead("--log-level"),
     "--otlp-traces-endpoint": _instead("--step-trace for steps, /metrics for requests"),
     "--collect-detailed-traces": _instead("--step-trace"),
@@ -259,14 +263,15 @@ class Given(NamedTuple):
     said: str
     flag: str
     value: str | None
+    known: Known
 
     @property
     def holds(self) -> bool:
         """Whether it asks for what is so anyway. A member of a JSON value (`--x.y`) never does: the rest of it is not known."""
-        return self.value is not None and "." not in self.said and KNOWN[self.flag].asks_for_what_holds(self.value)
+        return self.value is not None and "." not in self.said and self.known.asks_for_what_holds(self.value)
 
     def refusal(self) -> str:
-        return f"{self.said} is refused: {KNOWN[self.flag].refusal()}"
+        return f"{self.said} is refused: {self.known.refusal()}"
 
 
 class Translation(NamedTuple):
@@ -277,8 +282,8 @@ class Translation(NamedTuple):
     refused: list[Given]
 
 
-def translate(argv: Sequence[str]) -> Translation:
-    """Take vLLM's flags out of a command line whose names have dashes. Raises WrongValue for a size in bytes that is none."""
+def translate(argv: Sequence[str], known: Mapping[str, Known] = KNOWN) -> Translation:
+    """Take the flags of `known` out of a command line whose names have dashes. Raises WrongValue for a size that is none."""
     result = Translation([], [], [])
     rest = list(argv)
     while rest:
@@ -287,10 +292,10 @@ def translate(argv: Sequence[str]) -> Translation:
         if flag in MAPPED:
             given = value if value is not None else rest.pop(0) if rest else ""
             result.argv.append(f"{MAPPED[flag]}={human_number(given) / (1 << 30)!r}")
-        elif flag not in KNOWN:
+        elif flag not in known:
             result.argv.append(arg)
         else:
-            given_flag = Given(said, flag, _take(KNOWN[flag].reads, said, value, rest))
+            given_flag = Given(said, flag, _take(known[flag].reads, said, value, rest), known[flag])
             (result.holding if given_flag.holds else result.refused).append(given_flag)
     return result
 
@@ -319,8 +324,8 @@ def of_keyword(name: str, value: Any) -> Given | None:
     if flag not in KNOWN:
         return None
     if KNOWN[flag].reads == "switch" and isinstance(value, bool | None):
-        return Given(name, flag, ON if value else OFF)
-    return Given(name, flag, json.dumps(value) if isinstance(value, dict) else str(value))
+        return Given(name, flag, ON if value else OFF, KNOWN[flag])
+    return Given(name, flag, json.dumps(value) if isinstance(value, dict) else str(value), KNOWN[flag])
 
 
 def full_name(flag: str) -> str:
@@ -335,7 +340,7 @@ def holding_line(given: Iterable[Given]) -> str:
     """What a start says of flags that ask for what holds; empty without any."""
     by_reason: dict[str, list[str]] = {}
     for each in given:
-        by_reason.setdefault(KNOWN[each.flag].why, []).append(each.said + _shown(each))
+        by_reason.setdefault(each.known.why, []).append(each.said + _shown(each))
     shown = [f"{', '.join(flags)} ({why})" for why, flags in by_reason.items()]
     return f"these flags ask for what holds anyway: {', '.join(shown)}" if shown else ""
 

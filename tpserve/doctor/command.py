@@ -42,7 +42,7 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Examine; returns the exit code. Raises UserError, or HelpWanted."""
-    _, rest = COMMAND.parse(argv)
+    rest = COMMAND.parse(argv).rest
     if not env.under_torchrun():
         return _alone(cli.parse(rest, env.overrides()))
     from tpserve.doctor.rank import examine

@@ -97,7 +97,7 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Print a plan; returns the exit code. Raises UserError, or HelpWanted."""
-    plan, rest = COMMAND.parse(argv)
+    plan, rest, _ = COMMAND.parse(argv)
     said = cli.parse(rest, env.overrides())
     cards = _cards(plan)
     for name in _DECIDED:
