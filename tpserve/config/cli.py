@@ -91,8 +91,8 @@ class _Line(NamedTuple):
 def _read(argv: Sequence[str]) -> _Line:
     try:
         ours = vllm.translate(argv)
-    except WrongValue as wrong:
-        raise UserError(f"--kv-cache-memory-bytes must be {wrong}", param="kv_cache_memory") from None
+    except WrongValue as what:
+        raise UserError(f"--kv-cache-memory-bytes must be {what}", param="kv_cache_memory") from None
     ray, plain = _split_ray(ours.argv)
     said = read(plain, OPTIONS)
     wrong = [UserError(given.refusal(), param=given.flag) for given in ours.refused if not _is_ray(given)]

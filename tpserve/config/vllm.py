@@ -307,7 +307,7 @@ def _take(reads: Reads, said: str, value: str | None, rest: list[str]) -> str | 
         return OFF if said.startswith("--no-") == on else ON
     if value is not None or (compact := re.fullmatch(r"-O(\d)", said)):
         return value if value is not None else compact[1] if compact else None
-    taken = []
+    taken: list[str] = []
     while rest and not _is_flag(rest[0]) and (reads == "many" or not taken):
         taken.append(rest.pop(0))
     return " ".join(taken) if taken else "" if reads == "maybe" else None
