@@ -25,8 +25,8 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.config import env
-from tpserve.config.network import host_id
 from tpserve.errors import EngineFailure, UserError
+from tpserve.host.network import host_id
 from tpserve.observe import log
 from tpserve.version import __version__
 from tpserve.wire.attach import Failure, write_failure

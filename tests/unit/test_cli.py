@@ -13,8 +13,8 @@ import pytest
 from tests.cluster import tiny_model
 from tpserve import supervisor
 from tpserve.__main__ import COMMANDS, main
+from tpserve.cli.commands import ABOUT
 from tpserve.config import env
-from tpserve.config.commands import ABOUT
 from tpserve.config.schema import Flags
 from tpserve.supervisor import curl_line
 from tpserve.types.model_files import ModelFiles

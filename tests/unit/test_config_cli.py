@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from tpserve.config import from_vllm, reference, vllm
-from tpserve.config.cli import parse, read_line, to_argv
-from tpserve.config.command import HelpWanted
-from tpserve.config.meant import MEANT
-from tpserve.config.option import OPTIONS
+from tpserve.cli import flags_page, vllm, vllm_page
+from tpserve.cli.command import HelpWanted
+from tpserve.cli.option import OPTIONS
+from tpserve.cli.other_servers import MEANT
+from tpserve.cli.server_flags import parse, read_line, to_argv
 from tpserve.config.schema import LAUNCH
 from tpserve.errors import UserError
 
@@ -25,12 +25,12 @@ def test_the_flag_list_is_frozen() -> None:
 
 def test_the_reference_page_is_current() -> None:
     page = (ROOT / "docs" / "flags.md").read_text()
-    assert page == reference.markdown(), "run `python -m tpserve.config.reference > docs/flags.md`"
+    assert page == flags_page.markdown(), "run `python -m tpserve.cli.flags_page > docs/flags.md`"
 
 
 def test_the_page_for_who_comes_from_vllm_is_current() -> None:
     page = (ROOT / "docs" / "from-vllm.md").read_text()
-    assert page == from_vllm.markdown(), "run `python -m tpserve.config.from_vllm > docs/from-vllm.md`"
+    assert page == vllm_page.markdown(), "run `python -m tpserve.cli.vllm_page > docs/from-vllm.md`"
 
 
 def sample(held: str) -> str:

@@ -8,8 +8,8 @@ from threading import Thread
 
 import pytest
 
+from tpserve.cli.server_flags import parse
 from tpserve.config import env
-from tpserve.config.cli import parse
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.cache import Wanted, known_commit, note_commit, present
 from tpserve.hub.download import check_room

@@ -7,11 +7,11 @@ import pytest
 
 from tests.unit.test_config_resolve import SPEC
 from tpserve import SamplingParams, UserError
-from tpserve.config import keywords
-from tpserve.config.machine import Machine
+from tpserve.cli import keywords
 from tpserve.config.resolve import resolve
 from tpserve.frontend.openai.schema import CompletionCall
 from tpserve.llm.prompts import jobs
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 
 

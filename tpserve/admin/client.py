@@ -9,8 +9,8 @@ import urllib.parse
 from typing import Any, NamedTuple
 
 from tpserve.config import env
-from tpserve.config.network import describe
 from tpserve.errors import UserError
+from tpserve.host.network import describe
 from tpserve.version import __version__
 
 TIMEOUT_S = 10.0

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from msgspec import Struct
 
 from tpserve.admin.client import Facts, ask, gauge
-from tpserve.config.command import Command
+from tpserve.cli.command import Command
+from tpserve.cli.server_url import URL, server_url
 from tpserve.config.schema import Flag
-from tpserve.config.url import URL, server_url
 from tpserve.observe.table import table
 
 GIB = 1 << 30

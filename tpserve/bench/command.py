@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from msgspec import Struct
 from msgspec.structs import asdict
 
+from tpserve.cli.command import Command, HelpWanted, wants_help
+from tpserve.cli.server_url import URL, server_url
+from tpserve.cli.vllm import ANY, OFF, SOME_OF, switch, value_of
 from tpserve.config import env
-from tpserve.config.command import Command, HelpWanted, wants_help
-from tpserve.config.network import LOOPBACK, at
 from tpserve.config.schema import Flag, WrongValue
-from tpserve.config.url import URL, server_url
-from tpserve.config.vllm import ANY, OFF, SOME_OF, switch, value_of
 from tpserve.errors import UserError
+from tpserve.host.network import LOOPBACK, at
 
 MOST = 1 << 20
 """No number on these command lines is sensibly larger."""

@@ -26,12 +26,12 @@ import uvloop
 from aiohttp import web
 
 from tpserve.config import env
-from tpserve.config.network import at
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.bridge import Bridge, News
 from tpserve.frontend.coordinator import Failed, Ready
+from tpserve.host.network import at
 from tpserve.observe import log
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer

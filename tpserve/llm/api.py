@@ -18,7 +18,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from tpserve.config import env, keywords
+from tpserve.cli import keywords
+from tpserve.config import env
 from tpserve.config.env import RankEnv
 from tpserve.frontend.bridge import Bridge
 from tpserve.hub.locate import read_template

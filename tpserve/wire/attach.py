@@ -29,9 +29,9 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.config.env import RankEnv
-from tpserve.config.network import describe, host_id, interfaces
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
+from tpserve.host.network import describe, host_id, interfaces
 from tpserve.wire.auth import Invitation, Key, Keyring
 from tpserve.wire.waiting import Clock
 

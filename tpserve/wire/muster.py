@@ -30,8 +30,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from tpserve.config.network import at, describe
 from tpserve.errors import EngineFailure, UserError
+from tpserve.host.network import at, describe
 from tpserve.wire.nodes import Join, head_is_gone, keep_alive
 from tpserve.wire.waiting import CONNECT_S, RETRY_S, Clock, missing_ranks, name_nodes, reach
 

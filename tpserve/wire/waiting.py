@@ -5,8 +5,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from tpserve.config.network import at, describe
 from tpserve.errors import EngineFailure
+from tpserve.host.network import at, describe
 
 SLOW_S = 1.5
 """A wait that is longer is logged, so that a start never seems to hang for two seconds, and again at growing intervals."""

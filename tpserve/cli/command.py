@@ -13,9 +13,9 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from msgspec import Struct
 
-from tpserve.config import vllm
-from tpserve.config.meant import MEANT
-from tpserve.config.option import Option, options_of
+from tpserve.cli import vllm
+from tpserve.cli.option import Option, options_of
+from tpserve.cli.other_servers import MEANT
 from tpserve.errors import UserError
 
 Of = TypeVar("Of", bound=Struct)

@@ -9,9 +9,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tpserve.config import config_file, vllm
-from tpserve.config.command import HelpWanted, dashes, described, nearest, read, refuse_all, unknown, wants_help
-from tpserve.config.option import OPTIONS, Option
+from tpserve.cli import config_file, vllm
+from tpserve.cli.command import HelpWanted, dashes, described, nearest, read, refuse_all, unknown, wants_help
+from tpserve.cli.option import OPTIONS, Option
 from tpserve.config.schema import LAUNCH, SECRETS, Flags, WrongValue
 from tpserve.errors import UserError
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from tpserve.config.option import human_number
+from tpserve.cli.option import human_number
 
 ON, OFF = "on", "off"
 ANY = "any value"

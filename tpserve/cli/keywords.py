@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tpserve.config import vllm
-from tpserve.config.cli import CommandLine
-from tpserve.config.command import refuse_all
-from tpserve.config.meant import MEANT
-from tpserve.config.option import OPTIONS, Option
+from tpserve.cli import vllm
+from tpserve.cli.command import refuse_all
+from tpserve.cli.option import OPTIONS, Option
+from tpserve.cli.other_servers import MEANT
+from tpserve.cli.server_flags import CommandLine
 from tpserve.config.schema import HTTP, LAUNCH, Flags
 from tpserve.errors import UserError
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tpserve.config.option import OPTIONS
+from tpserve.cli.option import OPTIONS
 from tpserve.errors import UserError
 
 
