@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from tpserve.errors import EngineFailure, UserError
-from tpserve.wire import muster
+from tpserve.wire import muster, waiting
 from tpserve.wire.muster import Meet, Muster
 from tpserve.wire.nodes import End, Join, first_end, head_gone
 from tpserve.wire.waiting import Clock, missing_ranks
@@ -276,3 +276,18 @@ def test_lines_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch, caplog
 )
 def test_missing_ranks(missing: list[int], sizes: dict[int, int], world: int, said: str) -> None:
     assert missing_ranks(missing, sizes, world, len(missing) + len(sizes)) == said
+
+
+def test_a_host_that_does_not_answer_is_told_of_within_two_seconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel drops what comes to a full queue, as a firewall does."""
+    monkeypatch.setattr(waiting, "CONNECT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+        answers = iter(("", "enough"))
+        begin_s = time.time()
+        with caplog.at_level("INFO", "tpserve.muster"), pytest.raises(EngineFailure, match="enough"):
+            logger = logging.getLogger("tpserve.muster")
+            waiting.reach(*full.getsockname(), "node 0's store", 60.0, logger, lambda: next(answers))
+    (record,) = caplog.records
+    assert record.message.startswith("waiting for node 0's store at 127.0.0.1:") and record.created - begin_s < 2.0

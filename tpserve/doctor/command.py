@@ -45,7 +45,10 @@ def run(argv: Sequence[str]) -> int:
     """Examine; returns the exit code. Raises UserError, or HelpWanted."""
     rest = COMMAND.parse(argv).rest
     if not env.under_torchrun():
-        return _alone(server_flags.parse(rest, env.overrides()))
+        flags, holding = server_flags.read_line(rest, env.overrides())
+        if holding:
+            sys.stderr.write(f"tpserve doctor: {holding}\n")
+        return _alone(flags)
     from tpserve.doctor.rank import examine
 
     return examine(env.rank_env(), rest)

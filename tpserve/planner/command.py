@@ -99,7 +99,9 @@ COMMAND = Command(
 def run(argv: Sequence[str]) -> int:
     """Print a plan; returns the exit code. Raises UserError, or HelpWanted."""
     plan, rest, _ = COMMAND.parse(argv)
-    said = server_flags.parse(rest, env.overrides())
+    said, holding = server_flags.read_line(rest, env.overrides())
+    if holding:
+        sys.stderr.write(f"tpserve plan: {holding}\n")
     cards = _cards(plan)
     for name in _DECIDED:
         if getattr(said, name) != OPTIONS[name].default:
