@@ -17,7 +17,7 @@ def is_repository(name: str, param: str) -> bool:
     flag = "--" + param
     if path.is_dir():
         return False
-    if (foreign := foreign_format(path)) is not None:
+    if param == "model" and (foreign := foreign_format(path)) is not None:
         raise foreign
     if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise UserError(f"{name} is a file of weights: {flag} takes the directory that it is in, {path.parent}", param=param)
