@@ -1,6 +1,7 @@
 """The `tpserve` command up to the moment a process would be started: what it prints, and the exit code."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -140,6 +141,18 @@ def test_what_holds_anyway_is_one_line_of_the_log(monkeypatch: pytest.MonkeyPatc
     assert main(["serve", "--enforce-eager", "--swap-space", "0"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert "INFO  these flags ask for what holds anyway: --enforce-eager (" in line and "--swap-space 0 (" in line
+
+
+def test_a_terminal_has_colors_and_a_pipe_none() -> None:
+    command = [sys.executable, "-m", "tpserve", "serve", "/nowhere", "--enforce-eager"]
+    environ = {name: text for name, text in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "RANK")}
+    ours, theirs = os.openpty()
+    subprocess.run(command, stderr=theirs, env=environ | {"TERM": "xterm"}, check=False, timeout=60)
+    os.close(theirs)
+    assert b"\033[32mINFO \033[0m these flags" in os.read(ours, 4096)
+    os.close(ours)
+    piped = subprocess.run(command, capture_output=True, env=environ | {"TERM": "xterm"}, check=False, timeout=60).stderr
+    assert b"INFO  these flags" in piped and b"\033" not in piped
 
 
 def test_the_builtin_model_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
