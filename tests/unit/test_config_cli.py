@@ -222,9 +222,9 @@ def test_numbers_that_are_none(text: str, said: str) -> None:
 
 def test_flags_of_vllm_by_another_name() -> None:
     line = "m --shutdown-timeout 3 --max-num-queued-reqs 5 --no-numa-bind --kv-cache-memory-bytes 4G --ep -tp 2"
-    flags = parse(line.split())
+    flags = parse([*line.split(), "--disable-radix-cache"])
     assert (flags.drain_timeout, flags.max_queued_requests, flags.binding) == (3.0, 5, False)
-    assert (flags.kv_cache_memory, flags.enable_expert_parallel) == (4.0, True)
+    assert (flags.kv_cache_memory, flags.enable_expert_parallel, flags.enable_prefix_caching) == (4.0, True, False)
     with pytest.raises(UserError, match="--kv-cache-memory-bytes must be a whole number"):
         parse(["m", "--kv-cache-memory-bytes", "much"])
 
@@ -236,7 +236,7 @@ def test_flags_of_vllm_by_another_name() -> None:
         ("--n-gpu-layers 99", "--device: every layer is on the GPU"), ("--gpus 2", "--tensor-parallel-size or --nproc-per-node"),
         ("--tensor-split 1,1", "--tensor-parallel-size"), ("--context-length=9", "--max-model-len"),
         ("--model-path m", "--model"),
-        ("--model-id m", "--model"), ("--num-shard 2", "--tensor-parallel-size"), ("--disable-radix-cache", "--no-enable-prefix"),
+        ("--model-id m", "--model"), ("--num-shard 2", "--tensor-parallel-size"),
     ],
 )  # fmt: skip
 def test_flags_of_other_servers_name_what_does_the_same(given: str, use: str) -> None:

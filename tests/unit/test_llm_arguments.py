@@ -45,7 +45,9 @@ def test_what_asks_for_what_holds_is_accepted_and_told_of() -> None:
 
 
 def test_keywords_by_another_name() -> None:
-    flags = keywords.read({"model": "m", "tp_size": 2, "kv_cache_memory_bytes": 1 << 31, "max_model_len": "4k"})
+    flags = keywords.read({"model": "m", "tp_size": 2, "kv_cache_memory_bytes": 1 << 31, "max_model_len": "4k",
+                             "disable_radix_cache": True})  # fmt: skip
+    assert not flags.enable_prefix_caching
     assert (flags.tensor_parallel_size, flags.kv_cache_memory, flags.max_model_len) == (2, 2.0, 4000)
 
 

@@ -52,6 +52,8 @@ def _renamed(name: str, value: Any) -> tuple[str, Any]:
     """A keyword by tpserve's name."""
     if (ours := vllm.MAPPED.get(_flag(name))) is not None and type(value) is int:
         return _keyword(ours), value / (1 << 30)
+    if name in _ALSO_OFF and isinstance(value, bool):
+        return _ALSO_OFF[name], not value
     return _ALSO.get(name, name), value
 
 
@@ -63,6 +65,7 @@ def _keyword(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
+_ALSO_OFF = {_keyword(other): option.name for option in OPTIONS.values() for other in option.about.also_off}
 _ALSO = {_keyword(other): option.name for option in OPTIONS.values() for other in option.about.also}
 
 

@@ -46,7 +46,9 @@ class Option:
     @property
     def off_names(self) -> tuple[str, ...]:
         """All that turns a switch off."""
-        return tuple("--no-" + name[2:] for name in self.names if name.startswith("--")) if self.kind is bool else ()
+        if self.kind is not bool:
+            return ()
+        return (*("--no-" + name[2:] for name in self.names if name.startswith("--")), *self.about.also_off)
 
     @property
     def spellings(self) -> tuple[str, ...]:

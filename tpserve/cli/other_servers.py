@@ -49,7 +49,6 @@ MEANT = {
     "--mem-fraction-static": _SHARE,
     "--page-size": "--block-size",
     "--max-total-tokens": f"{_LENGTH} for a sequence, --kv-cache-memory for all of them",
-    "--disable-radix-cache": "--no-enable-prefix-caching",
     "--random-seed": "--seed",
     "--ep-size": "--enable-expert-parallel: the ranks of a stage share the experts",
     "--expert-parallel-size": "--enable-expert-parallel: the ranks of a stage share the experts",

@@ -37,6 +37,7 @@ def markdown() -> str:
     """The whole page."""
     same = [option for option in OPTIONS.values() if option.about.named_by == "vLLM"]
     other = [(name, option.flag) for option in OPTIONS.values() for name in option.about.also]
+    other += [(name, option.off) for option in OPTIONS.values() for name in option.about.also_off]
     other += [(flag, f"{ours}, in GiB") for flag, ours in MAPPED.items()]
     lines = [
         HEAD,

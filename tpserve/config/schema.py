@@ -37,7 +37,8 @@ class WrongValue(Exception):
 class Flag:
     """What a field of `Flags`, or of another command's struct, is besides its name, type and default.
 
-    `named_by`: who named the flag first. `also`: other spellings that are taken. `reads`: makes of a text a value that no plain
+    `named_by`: who named the flag first. `also`: other spellings that are taken; `also_off`: of a switch, what turns it
+    off. `reads`: makes of a text a value that no plain
     type is, or raises WrongValue; `shown` stands for such a value in help texts.
     """
 
@@ -46,6 +47,7 @@ class Flag:
     named_by: Literal["vLLM", "torchrun", "tpserve"] = "vLLM"
     short: str = ""
     also: tuple[str, ...] = ()
+    also_off: tuple[str, ...] = ()
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -178,7 +180,12 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = None
     block_size: Annotated[int, Flag(ENGINE, "Tokens in a block of the KV cache.", at_least=1, at_most=1024)] = 16
     enable_prefix_caching: Annotated[
-        bool, Flag(ENGINE, "Prompts that begin alike are computed once (on by default); --no-... computes every prompt whole.")
+        bool,
+        Flag(
+            ENGINE,
+            "Prompts that begin alike are computed once (on by default); --no-... computes every prompt whole.",
+            also_off=("--disable-radix-cache",),
+        ),
     ] = True
     gpu_memory_utilization: Annotated[
         float, Flag(ENGINE, "Share of each GPU's memory that tpserve may take.", above=0, at_most=1)
