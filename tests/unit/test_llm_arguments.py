@@ -31,6 +31,7 @@ def test_what_is_said_to_be_off_is_off() -> None:
         "enable_lora": False,
         "kv_cache_dtype": None,
         "enforce_eager": False,
+        "headless": False,
     }
     assert keywords.read_all({"model": "m", **said}) == keywords.read_all({"model": "m"})
 

@@ -34,7 +34,7 @@ def read_all(said: Mapping[str, Any]) -> CommandLine:
     for name, value in map(_renamed, said, said.values()):
         given = vllm.of_keyword(name, value)
         try:
-            if given is None and not (value is None and name in OPTIONS):
+            if given is None and not _asks_nothing(name, value):
                 values[name] = _value(_option(name), value)
         except UserError as error:
             wrong.append(error)
@@ -46,6 +46,12 @@ def read_all(said: Mapping[str, Any]) -> CommandLine:
         wrong.append(_replicas(replicas))
     refuse_all(wrong)
     return CommandLine(Flags(**values), vllm.holding_line(holding))
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    """Whether it is not said, or turns off what only a server has."""
+    option = OPTIONS.get(name)
+    return option is not None and (value is None or (value is False and not _offered(option)))
 
 
 def _renamed(name: str, value: Any) -> tuple[str, Any]:
