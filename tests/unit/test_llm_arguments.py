@@ -37,12 +37,13 @@ def test_what_is_said_to_be_off_is_off() -> None:
 
 
 def test_what_asks_for_what_holds_is_accepted_and_told_of() -> None:
-    said = {"enforce_eager": True, "swap_space": 0, "trust_remote_code": True, "disable_log_stats": True,
+    said = {"enforce_eager": True, "swap_space": 0, "trust_remote_code": True, "async_scheduling": True,
             "distributed_executor_backend": "mp", "limit_mm_per_prompt": {"image": 0}}  # fmt: skip
     flags, holding = keywords.read_all({"model": "m", **said})
     assert flags == keywords.read({"model": "m"})
     assert holding.startswith("these flags ask for what holds anyway: enforce_eager (steps are never")
     assert all(name in holding for name in said)
+    assert keywords.read({"model": "m", "disable_log_stats": True, "disable_log_requests": True}) == flags
 
 
 def test_keywords_by_another_name() -> None:
