@@ -14,7 +14,7 @@ CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 .PHONY: serve test format gpu-check model chaos lab lab-sixteen clean
 
 serve: $(VENV)/serve.stamp
-	@exec $(VENV)/bin/tpserve serve $$($(PY) -c "from tpserve.config.machine import visible_gpus as n; print('' if n() else '--nproc-per-node 2')") $(ARGS)
+	@exec $(VENV)/bin/tpserve serve $$($(PY) -c "from tpserve.host.resources import visible_gpus as n; print('' if n() else '--nproc-per-node 2')") $(ARGS)
 
 test: $(VENV)/test.stamp
 	@$(PY) tests/run.py

@@ -32,6 +32,7 @@ setup(
         "jinja2>=3.1",
         "uvloop>=0.20",
         "prometheus-client>=0.21",
+        "pyyaml>=6",
         "rich>=13",
     ],
     extras_require={

@@ -25,8 +25,8 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.config import env
-from tpserve.config.network import host_id
 from tpserve.errors import EngineFailure, UserError
+from tpserve.host.network import host_id
 from tpserve.observe import log
 from tpserve.version import __version__
 from tpserve.wire.attach import Failure, write_failure
@@ -77,7 +77,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _ask_ranks_to_end)
     die_with(job.supervisor_pid)
     env.announce_agent()
-    log.setup(job.log_level, f"n{job.node_rank} agent")
+    log.setup(job.log_level, f"n{job.node_rank} agent", color=env.color(sys.stderr))
     _end_stopped_neighbours(job)
     try:
         met = _find_nodes(job)

@@ -38,13 +38,15 @@ import msgspec
 from msgspec.structs import replace
 
 from tpserve.agent import Job
-from tpserve.config import cli, env
-from tpserve.config.launch import meeting_address, own_interface
-from tpserve.config.machine import Machine, available_cores, visible_gpus
-from tpserve.config.network import LOOPBACK, Interface, describe
+from tpserve.cli import server_flags
+from tpserve.config import env
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
+from tpserve.host.launch import meeting_address, own_interface
+from tpserve.host.network import LOOPBACK, Interface, describe
+from tpserve.host.resources import available_cores, visible_gpus
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.wire.attach import Failure, spawn, wait_ready, write_failure
@@ -190,7 +192,7 @@ class _Supervisor:
             start_timeout_s=config.start_timeout,
             runtime_dir=str(self._runtime_dir),
             log_level=config.log_level,
-            argv=cli.to_argv(replace(flags, port=config.port)),
+            argv=server_flags.to_argv(replace(flags, port=config.port)),
         )
         environ = env.for_ranks(str(self._runtime_dir), quiet=config.log_level != "debug")
         command = [sys.executable, "-m", "tpserve.agent"]

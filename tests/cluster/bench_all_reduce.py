@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cluster.forked import run
-from tpserve.config.machine import available_cores
+from tpserve.host.resources import available_cores
 from tpserve.parallel.group import Group
 from tpserve.parallel.shm import SharedPage, exchange_places, share
 

@@ -309,7 +309,16 @@ def test_arrivals() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--url 127.0.0.1:8000", "--url must be an address that begins with http:// or https://, not '127.0.0.1:8000'"),
+        ("--url ftp://127.0.0.1:8000", "--url must be an address such as http://127.0.0.1:8000, not 'ftp://127.0.0.1:8000'"),
+        ("--url http://h:1 --port 8000", "--url has a host and a port: leave --host and --port out"),
+        ("--backend tgi --dataset-name sharegpt", "not 'tgi'; --dataset-name must be one of random, custom, not 'sharegpt'"),
+        ("--backend openai-chat --endpoint /v1/completions", "--backend openai-chat is asked by chat, and --endpoint"),
+        ("--dataset-name custom", "--dataset-name custom: give --dataset, too"),
+        (
+            "--metric-percentiles 25,99 --top-p 0.9",
+            "--metric-percentiles is refused: these are reported: leave it out; --top-p is",
+        ),
+        ("--save-result --output x.json", "--output and --save-result both name a file"),
         ("--url http://127.0.0.1:9", "--url http://127.0.0.1:9: no server answers: "),
         ("--num-prompts 0", "--num-prompts must be at least 1, not '0'"),
         ("--num-warmups -1", "--num-warmups must be at least 0, not '-1'"),
@@ -343,6 +352,26 @@ def test_what_cannot_be_measured_is_one_line(line: str, said: str, tmp_path: Pat
     printed = capsys.readouterr()
     assert (printed.out, printed.err.count("\n")) == ("", 1)
     assert printed.err.startswith("tpserve: error: ") and said in printed.err
+
+
+def test_a_line_of_vllms(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = (
+        f"--backend vllm --host 127.0.0.1 --port {server.port} --endpoint /v1/completions --dataset-name random "
+        "--random-input-len 20 --random-output-len 4 --num-prompts 3 --request-rate inf --max-concurrency 2 --ignore-eos "
+        "--percentile-metrics ttft,tpot,itl,e2el --metric-percentiles 50,99 --seed 7 --save-result --result-dir . --disable-tqdm"
+    )
+    assert main(["bench", "serve", *line.split()]) == 0
+    (written,) = tmp_path.glob("vllm-infqps-concurrency2-*.json")
+    report = json.loads(written.read_text())
+    assert (report["figures"]["completed"], report["workload"]["seed"], report["workload"]["output_len"]) == (3, 7, 4)
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "tpserve bench serve: these flags ask for what holds anyway: --percentile-metrics ttft,tpot,itl,e2el ("
+    )
+    chat = f"--backend openai-chat --base-url 127.0.0.1:{server.port}/v1/ --num-prompts 1 --result-filename x.json"
+    assert main(["bench", "serve", *chat.split(), *SMALL]) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["workload"]["endpoint"] == "chat"
 
 
 def test_the_help_needs_neither_torch_nor_a_server() -> None:

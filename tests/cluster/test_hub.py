@@ -54,7 +54,7 @@ def run(hub: FakeHub, home: Path, *arguments: str, timeout_s: float = 60.0, **en
 def located(hub: FakeHub, home: Path, *arguments: str, **environ: str) -> dict[str, object]:
     """What a command line comes to, without starting anything."""
     code = (
-        "import sys, msgspec; from tpserve.config.cli import parse; from tpserve.hub.locate import locate; "
+        "import sys, msgspec; from tpserve.cli.server_flags import parse; from tpserve.hub.locate import locate; "
         "sys.stdout.buffer.write(msgspec.json.encode(locate(parse(sys.argv[1:]), head=True)))"
     )
     done = subprocess.run(
@@ -305,7 +305,7 @@ def test_a_download_that_never_ends_well_is_one_line_and_keeps_what_is_whole(hub
         assert line.startswith("tpserve: error: ") and f"{said} model-2.safetensors of org/tiny" in line
     hub.dead.clear()
     code = (
-        "import sys, msgspec; from tpserve.config.cli import parse; from tpserve.hub import download, locate; "
+        "import sys, msgspec; from tpserve.cli.server_flags import parse; from tpserve.hub import download, locate; "
         "found = locate.locate(parse(sys.argv[1:]), head=True); "
         "download.ensure(locate.weights_of(found.snapshot), 1.0, lambda done, total: None)"
     )

@@ -48,6 +48,8 @@ def test_status_and_report(tmp_path: Path) -> None:
         server.wait_ready()
         code, page, error = tpserve("status", *url, **keys)
         assert (code, error) == (0, "")
+        for other in (f"http://127.0.0.1:{port}/v1", f"127.0.0.1:{port}/", f"http://127.0.0.1:{port}/v1/"):
+            assert tpserve("status", "--url", other, **keys)[0] == 0, "as clients of the API are given it"
         first, second, _, head, *ranks, _, queue = page.splitlines()
         assert first.endswith(f"127.0.0.1:{port}: ready") and "TP 2 x PP 1 on cpu" in second
         assert head.split()[:4] == ["node", "host", "GPUs", "used/visible"] and len(ranks) == 2
@@ -92,6 +94,8 @@ def test_errors_of_one_line(tmp_path: Path) -> None:
     code, said, _ = tpserve("report", "--url", f"127.0.0.1:{free_port()}", cwd=tmp_path)
     (written,) = tmp_path.glob("tpserve-report-*.json")
     assert code == 0 and "of this host alone" in said and json.loads(written.read_text())["here"]["packages"]["torch"]
+    code, _, error = tpserve("status", "--url", "http://host:port")
+    assert code == 2 and "--url must be an address such as http://127.0.0.1:8000, not 'http://host:port'" in error
     code, _, error = tpserve("report", "--output", str(tmp_path / "no" / "file"))
     assert code == 2 and "--output" in error
 

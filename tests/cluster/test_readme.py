@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.server import BIN, Server, free_port, running
-from tpserve.config import cli
-from tpserve.config.machine import Machine
+from tpserve.cli import server_flags
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.models import model_spec
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
@@ -94,7 +94,7 @@ def test_the_bench_line(server: Server, tmp_path: Path) -> None:
 def test_every_command_is_understood(line: str) -> None:
     launcher, _, rest = line.partition("tpserve serve" if "tpserve serve" in line else "-m tpserve")
     serve = "tpserve serve" in line
-    flags = cli.parse(["--model", "MODEL", *shlex.split(rest)], launch=serve)
+    flags = server_flags.parse(["--model", "MODEL", *shlex.split(rest)], launch=serve)
     words = shlex.split(launcher.replace("-", "_"))
 
     def said(name: str, default: int) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpserve.config.network import LOOPBACK
+from tpserve.host.network import LOOPBACK
 from tpserve.wire import attach
 
 ROOT = Path(__file__).resolve().parents[2]

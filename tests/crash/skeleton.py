@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 from tpserve.config.env import RankEnv, rank_env
-from tpserve.config.network import LOOPBACK
 from tpserve.errors import EngineFailure
 from tpserve.frontend.coordinator import Action, Coordinator, Failed, Finished, State
 from tpserve.frontend.ranks import Ranks
+from tpserve.host.network import LOOPBACK
 from tpserve.wire.attach import (
     Attachment,
     Frontend,

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tpserve.config.machine import available_cores
+from tpserve.host.resources import available_cores
 
 
 def main() -> None:

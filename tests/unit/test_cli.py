@@ -1,6 +1,8 @@
 """The `tpserve` command up to the moment a process would be started: what it prints, and the exit code."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import pytest
 
 from tests.cluster import tiny_model
 from tpserve import supervisor
-from tpserve.__main__ import main
+from tpserve.__main__ import COMMANDS, main
+from tpserve.cli.commands import ABOUT
 from tpserve.config import env
 from tpserve.config.schema import Flags
 from tpserve.supervisor import curl_line
@@ -92,16 +95,64 @@ def test_no_such_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_neither_torchrun_nor_serve(capsys: pytest.CaptureFixture[str]) -> None:
     said = error_of(["my model", "-tp", "2"], capsys)
     assert "run `tpserve serve 'my model' -tp 2` or `torchrun --nproc-per-node 2 -m tpserve 'my model' -tp 2`" in said
-    assert "run `tpserve serve` or `torchrun --nproc-per-node 2 -m tpserve`; `tpserve --help`" in error_of([], capsys)
     assert "there is no command serv: did you mean `tpserve serve --port 3`?" in error_of(["serv", "--port", "3"], capsys)
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["serve", "--help"], ["serve", "m", "-h"]):
+    for arguments in (["serve", "--help"], ["serve", "m", "-h"], ["help", "serve"]):
         assert main(arguments) == 0
         assert "--tensor-parallel-size, -tp N" in capsys.readouterr().out
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"tpserve {__version__}\n"
+    for arguments in (["--version"], ["version"], ["-v"]):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == f"tpserve {__version__}\n"
+
+
+def test_the_overview_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["help"], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        page = capsys.readouterr().out
+        listed = re.findall(r"(?m)^  (\w+) +\w", page.partition("commands:\n")[2])
+        assert listed == [name for name in COMMANDS if name.isalpha() and name != "ray"]
+    for command in set(ABOUT) - {"serve", "help", "version"}:
+        assert main(["help", command]) == 0
+        assert f"tpserve {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [("run m -tp 2", "serve m -tp 2"), ("collect-env", "report"), ("ps", "status"), ("benchmark serve", "bench serve"),
+     ("help run", "serve")],
+)  # fmt: skip
+def test_commands_of_other_servers(line: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_of(line.split(), capsys).endswith(f": did you mean `tpserve {meant}`?")
+
+
+def test_a_gguf_says_what_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model-Q4_K_M.gguf").touch()
+    for given in (tmp_path, tmp_path / "model-Q4_K_M.gguf", tmp_path / "none.gguf", "ORG/NAME/x.gguf"):
+        said = error_of(["serve", str(given)], capsys)
+        assert ".gguf" in said and "tpserve reads no GGUF; give the model that it was made from" in said
+    (tmp_path / "model.safetensors").touch()
+    assert "--model takes the directory that it is in" in error_of(["serve", str(tmp_path / "model.safetensors")], capsys)
+
+
+def test_what_holds_anyway_is_one_line_of_the_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(supervisor, "serve", lambda *_: 0)
+    assert main(["serve", "--enforce-eager", "--swap-space", "0"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "INFO  these flags ask for what holds anyway: --enforce-eager (" in line and "--swap-space 0 (" in line
+
+
+def test_a_terminal_has_colors_and_a_pipe_none() -> None:
+    command = [sys.executable, "-m", "tpserve", "serve", "/nowhere", "--enforce-eager"]
+    environ = {name: text for name, text in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "RANK")}
+    ours, theirs = os.openpty()
+    subprocess.run(command, stderr=theirs, env=environ | {"TERM": "xterm"}, check=False, timeout=60)
+    os.close(theirs)
+    assert b"\033[32mINFO \033[0m these flags" in os.read(ours, 4096)
+    os.close(ours)
+    piped = subprocess.run(command, capture_output=True, env=environ | {"TERM": "xterm"}, check=False, timeout=60).stderr
+    assert b"INFO  these flags" in piped and b"\033" not in piped
 
 
 def test_the_builtin_model_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """Command lines: what they mean, and what is said about wrong ones."""
 
+import re
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from tpserve.config import reference, vllm
-from tpserve.config.cli import parse, to_argv
-from tpserve.config.command import HelpWanted
-from tpserve.config.option import OPTIONS
+from tpserve.cli import flags_page, vllm, vllm_page
+from tpserve.cli.command import HelpWanted
+from tpserve.cli.option import OPTIONS
+from tpserve.cli.other_servers import MEANT
+from tpserve.cli.server_flags import parse, read_line, to_argv
 from tpserve.config.schema import LAUNCH
 from tpserve.errors import UserError
 
@@ -22,37 +25,92 @@ def test_the_flag_list_is_frozen() -> None:
 
 def test_the_reference_page_is_current() -> None:
     page = (ROOT / "docs" / "flags.md").read_text()
-    assert page == reference.markdown(), "run `python -m tpserve.config.reference > docs/flags.md`"
+    assert page == flags_page.markdown(), "run `python -m tpserve.cli.flags_page > docs/flags.md`"
 
 
 def test_the_page_for_who_comes_from_vllm_is_current() -> None:
     page = (ROOT / "docs" / "from-vllm.md").read_text()
-    assert page == vllm.markdown(), "run `python -m tpserve.config.vllm > docs/from-vllm.md`"
+    assert page == vllm_page.markdown(), "run `python -m tpserve.cli.vllm_page > docs/from-vllm.md`"
 
 
-@pytest.mark.parametrize("flag", [*vllm.ALWAYS, *vllm.INSTEAD, *vllm.PLANNED])
-def test_what_is_vllms_alone_is_refused_with_what_to_do(flag: str) -> None:
-    assert flag not in {spelling for option in OPTIONS.values() for spelling in option.spellings}
-    for spelling in (flag, flag.replace("-", "_").replace("__", "--", 1), f"{flag}=1"):
-        with pytest.raises(UserError, match=f"^{flag} is refused: .*(leave it out|use )") as refused:
-            parse(["m", spelling, "1"])
+def sample(held: str) -> str:
+    """A value that a row's `holds` means."""
+    return {vllm.ANY: "7", vllm.ZEROS: '{"image": 0, "video": 0}'}.get(held, held)
+
+
+def spelt(flag: str, held: str) -> list[list[str]]:
+    """How `held` is given on a command line."""
+    if held == vllm.ON:
+        return [[flag], [flag.replace("-", "_").replace("__", "--", 1)], [f"{flag}=true"]]
+    if held == vllm.OFF:
+        return [[f"--no-{flag[2:]}"], [f"{flag}=false"]]
+    return [[flag, held], [f"{flag}={held}"]] if held else [[flag]]
+
+
+@pytest.mark.parametrize("flag", vllm.KNOWN)
+def test_each_flag_of_vllms_alone_is_accepted_for_what_holds_and_else_refused(flag: str) -> None:
+    known = vllm.KNOWN[flag]
+    assert flag not in {name for option in OPTIONS.values() for name in (*option.names, *option.off_names)}
+    plain = parse(["m", "-tp", "2"])
+    for given in (args for held in known.holds for args in spelt(flag, sample(held))):
+        line = read_line(["m", *given, "-tp", "2"])
+        assert line.flags == plain and flag[2:] in line.holding.replace("_", "-") and known.why in line.holding
+    wrong = {vllm.ON, vllm.OFF} - {*known.holds} if known.reads == "switch" else {"surely-not-that"} - {*known.holds}
+    for given in (args for value in wrong if vllm.ANY not in known.holds for args in spelt(flag, value)):
+        with pytest.raises(UserError, match=r"^--\S+ is refused: .*(leave it out|use )") as refused:
+            parse(["m", *given, "-tp", "2"])
         assert refused.value.param == flag
-    for other in (text for text in (vllm.INSTEAD.get(flag, ""),) if text.startswith("--")):
-        named = other.split()[0].rstrip(",")
-        assert any(named in option.spellings for option in OPTIONS.values()), "what it points to is there"
+
+
+def test_what_is_pointed_to_is_there() -> None:
+    names = {name for option in OPTIONS.values() for name in (option.flag, option.off)}
+    texts = [known.why for known in vllm.KNOWN.values() if known.title == "Otherwise here"]
+    pointed = [text.split()[0].rstrip(",:") for text in (*texts, *MEANT.values()) if text.startswith("--")]
+    assert {*pointed, *vllm.MAPPED.values()} <= names
+    assert not {*MEANT} & {name for option in OPTIONS.values() for name in (*option.names, *option.off_names)}
+
+
+def test_a_line_of_vllms_that_asks_for_what_holds_is_told_of_once() -> None:
+    line = (
+        "m --enforce-eager --enable-chunked-prefill --disable-log-requests --no-enable-log-requests --swap-space 0 "
+        "--trust-remote-code --generation-config auto --dtype auto --distributed-executor-backend mp --api-server-count 1 -tp 2"
+    )
+    read = read_line(line.split())
+    assert read.flags == parse(["m", "-tp", "2"])
+    assert read.holding.startswith("these flags ask for what holds anyway: --enforce-eager (") and "\n" not in read.holding
+    assert "--swap-space 0 (" in read.holding and "--distributed-executor-backend mp (" in read.holding
+    assert read_line(["m", "-tp", "2"]).holding == ""
+
+
+def test_all_that_cannot_be_honoured_is_in_one_message() -> None:
+    line = "m --quantization awq --enforce-eager --port x --ctx-size 4096 --enable-lora --nod-rank 1 --swap-space 4 --dtype int8"
+    with pytest.raises(UserError) as refused:
+        parse(line.split(), {"prt": "1"})
+    for said in ("--quantization is refused", "--port must be", "--ctx-size: use --max-model-len", "--enable-lora is refused",
+                 "--nod-rank: did you mean --node-rank", "--swap-space is refused", "--dtype must be",
+                 "TPSERVE_ARG_PRT"):  # fmt: skip
+        assert said in str(refused.value)
+    assert "--enforce-eager" not in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        *vllm.SHORT.items(), ("-O3", "--optimization-level"), ("-O.level", "--optimization-level"),
-        ("--no-enable-chunked-prefill", "--enable-chunked-prefill"), ("--speculative-config.method", "--speculative-config"),
+        *((short, flag) for short, flag in vllm.SHORT.items() if short != "-O"), ("-O3", "--optimization-level"),
+        ("-O.level", "--optimization-level"), ("--no-enable-chunked-prefill", "--enable-chunked-prefill"),
+        ("--speculative-config.method", "--speculative-config"), ("--compilation-config.level", "--compilation-config"),
     ],
 )  # fmt: skip
 def test_other_forms_of_vllms_flags_are_refused_in_the_same_words(given: str, meant: str) -> None:
+    switch = given.startswith("--no-") or vllm.KNOWN[meant].reads == "switch"
     with pytest.raises(UserError) as refused:
-        parse(["m", given, "1"])
-    assert str(refused.value) == f"{given} is refused: {vllm.why_refused(meant)}"
+        parse(["m", given, *([] if switch else ["9"])])
+    assert str(refused.value).startswith(f"{given} is refused: {vllm.KNOWN[meant].refusal()}")
+
+
+@pytest.mark.parametrize(("line", "held"), [("-O0", "-O0 ("), ("-O 0", "-O 0 ("), ("-asc 1", "-asc 1 ("), ("-dpl=1", "-dpl 1 (")])
+def test_short_forms_that_ask_for_what_holds(line: str, held: str) -> None:
+    assert held in read_line(["m", *line.split()]).holding
 
 
 def test_vllms_short_forms_that_are_ours() -> None:
@@ -72,6 +130,8 @@ def test_vllms_variables_are_told_of() -> None:
         "m --tensor-parallel-size 2 --pipeline-parallel-size 3",
         "m --tensor_parallel_size=2 --pipeline_parallel_size=3",
         "-tp 2 -pp=3 --model m",
+        "--tp 2 --pp-size 3 m",
+        "--tp-size=2 m --pp=3",
         "m -tp 2 -pp 3 --model m",
     ],
 )
@@ -140,9 +200,49 @@ def test_wrong_lines_name_the_thing_and_the_way_out(line: str, said: str) -> Non
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("backend", ["mp", "auto", "external_launcher"])
-def test_other_backends_are_accepted(backend: str) -> None:
-    assert parse(["m", "--distributed-executor-backend", backend]).distributed_executor_backend == backend
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1.5k", 1500), ("1m", 10**6), ("1M", 1 << 20), ("25.6k", 25_600)],
+)
+def test_numbers_as_vllm_takes_them(text: str, number: int) -> None:
+    flags = parse(["m", "--max-model-len", text, "--max-num-batched-tokens", text])
+    assert (flags.max_model_len, flags.max_num_batched_tokens) == (number, number)
+    assert parse(to_argv(flags)) == flags
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("1.5K", "a whole number before K, which counts by 1,024 (k counts by 1,000) or auto"), ("0.0001k", "a whole number"),
+     ("32kb", "a whole number"), ("k", "a whole number")],
+)  # fmt: skip
+def test_numbers_that_are_none(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"--max-model-len must be {re.escape(said)}"):
+        parse(["m", "--max-model-len", text])
+
+
+def test_flags_of_vllm_by_another_name() -> None:
+    line = "m --shutdown-timeout 3 --max-num-queued-reqs 5 --no-numa-bind --kv-cache-memory-bytes 4G --ep -tp 2"
+    flags = parse([*line.split(), "--disable-radix-cache"])
+    assert (flags.drain_timeout, flags.max_queued_requests, flags.binding) == (3.0, 5, False)
+    assert (flags.kv_cache_memory, flags.enable_expert_parallel, flags.enable_prefix_caching) == (4.0, True, False)
+    with pytest.raises(UserError, match="--kv-cache-memory-bytes must be a whole number"):
+        parse(["m", "--kv-cache-memory-bytes", "much"])
+
+
+@pytest.mark.parametrize(
+    ("given", "use"),
+    [
+        ("--ctx-size 4096", "--max-model-len"), ("-np 4", "--max-num-seqs"), ("--mem-fraction-static 0.8", "--gpu-memory-utiliz"),
+        ("--n-gpu-layers 99", "--device: every layer is on the GPU"), ("--gpus 2", "--tensor-parallel-size or --nproc-per-node"),
+        ("--tensor-split 1,1", "--tensor-parallel-size"), ("--context-length=9", "--max-model-len"),
+        ("--model-path m", "--model"),
+        ("--model-id m", "--model"), ("--num-shard 2", "--tensor-parallel-size"),
+    ],
+)  # fmt: skip
+def test_flags_of_other_servers_name_what_does_the_same(given: str, use: str) -> None:
+    flag = given.partition(" ")[0].partition("=")[0]
+    with pytest.raises(UserError, match=f"^unknown flag {flag}: use {re.escape(use)}"):
+        parse([*given.split(), "m"])
 
 
 @pytest.mark.parametrize("name", [o.name for o in OPTIONS.values() if o.about.group == LAUNCH])
@@ -165,7 +265,50 @@ def test_help_names_every_flag() -> None:
     assert all(f"  {option.spellings[0]}" in str(wanted.value) for option in OPTIONS.values())
 
 
-def test_code_of_a_repository_is_refused_by_name() -> None:
-    for line in ("m --trust-remote-code", "m --trust_remote_code=true"):
-        with pytest.raises(UserError, match="--trust-remote-code is refused: no code of a repository is ever run"):
-            parse(line.split())
+FILE = """
+model: from-file
+port: 1
+max_model_len: 32k
+served-model-name: [a, b]
+enable-prefix-caching: false
+pipeline-layer-map: [3, 2]
+override-generation-config: {temperature: 0.5}
+enforce-eager: true
+download-dir: null
+"""
+
+
+def test_the_order_of_strength(tmp_path: Path) -> None:
+    """Command line before environment before file before default."""
+    path = tmp_path / "serve.yaml"
+    path.write_text(FILE)
+    line = read_line(["--config", str(path)])
+    flags = line.flags
+    assert (flags.model, flags.port, flags.max_model_len, flags.served_model_name) == ("from-file", 1, 32_000, ("a", "b"))
+    assert (flags.enable_prefix_caching, flags.pipeline_layer_map) == (False, (3, 2))
+    assert flags.override_generation_config == {"temperature": 0.5} and flags.download_dir is None
+    assert "--enforce-eager (" in line.holding
+    environ = {"port": "2", "max_model_len": "16", "model": "from-environment"}
+    flags = parse(["--config", str(path), "--port", "3"], environ)
+    assert (flags.port, flags.max_model_len, flags.model, flags.block_size) == (3, 16, "from-environment", 16)
+    assert parse(["m", "--max-model-len", "8"], {"config": str(path)}).max_model_len == 8
+    assert parse(["m", "--config", str(path)]).model == "m"
+    assert parse(to_argv(flags)) == replace(flags, config=None), "a rank needs no file"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "it is no YAML: "), ("- a", "it must hold names and values"), ("prot: 1", "unknown flag --prot: did you mean"),
+        ("port: x\nquantization: awq", "--port must be a whole number, not 'x'"), ("config: other", "it names another file"),
+        ("port: true", "--port: expected one argument"), ("quantization: awq\nport: x", "--quantization is refused"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(["m", "--config", str(path)])
+    assert f"--config {path}: {said}" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="none.yaml: it cannot be read: No such file or directory"):
+        parse(["m", "--config", str(tmp_path / "none.yaml")])

@@ -1,14 +1,16 @@
 """What the environment and the machine say."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tpserve.config import env, machine
-from tpserve.config.machine import Memory
+from tpserve.config import env
 from tpserve.errors import UserError
+from tpserve.host import resources
+from tpserve.host.resources import Memory
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2",
@@ -58,15 +60,15 @@ def test_ranks_of_serve_inherit_neither_flags_nor_the_key() -> None:
 )
 def test_visible_gpus(chosen: str | None, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     devices = [tmp_path / f"0000:0{i}:00.0" for i in range(4)]
-    monkeypatch.setattr(machine, "_torch_has_cuda", lambda: True)
-    monkeypatch.setattr(machine.env, "cuda_visible_devices", lambda: chosen)
+    monkeypatch.setattr(resources, "_torch_has_cuda", lambda: True)
+    monkeypatch.setattr(resources.env, "cuda_visible_devices", lambda: chosen)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(devices))
-    assert machine.visible_gpus() == count
+    assert resources.visible_gpus() == count
 
 
 def test_no_gpus_for_a_torch_that_was_built_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_torch_has_cuda", lambda: False)
-    assert machine.visible_gpus() == 0
+    monkeypatch.setattr(resources, "_torch_has_cuda", lambda: False)
+    assert resources.visible_gpus() == 0
 
 
 @pytest.mark.parametrize("files", [("cpu.max", "50000 100000"), ("cpu/cpu.cfs_quota_us", "50000")])
@@ -78,11 +80,28 @@ def test_a_control_group_grants_less(files: tuple[str, str], monkeypatch: pytest
     (tmp_path / "memory.max").write_text(str(3 << 20))
     (tmp_path / "memory.current").write_text(str(2 << 20))
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 1024\n")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    assert machine.available_cores() == 1
-    assert machine.available_memory() == Memory((1 << 20) + 1024, 3 << 20, f"the control group ({tmp_path})")
+    monkeypatch.setattr(resources, "_CGROUP", tmp_path)
+    assert resources.available_cores() == 1
+    assert resources.available_memory() == Memory((1 << 20) + 1024, 3 << 20, f"the control group ({tmp_path})")
 
 
 def test_probing_imports_no_torch() -> None:
-    code = "import sys, tpserve.config.machine as m; m.visible_gpus(); m.available_memory(); sys.exit('torch' in sys.modules)"
+    code = "import sys, tpserve.host.resources as m; m.visible_gpus(); m.available_memory(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "on_terminal", "in_pipe"),
+    [
+        ({"TERM": "xterm"}, True, False), ({"TERM": "dumb"}, False, False), ({}, False, False),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False, False), ({"TERM": "xterm", "NO_COLOR": ""}, True, False),
+        ({"FORCE_COLOR": "1"}, True, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False),
+    ],
+)  # fmt: skip
+def test_who_gets_colors(variables: dict[str, str], on_terminal: bool, in_pipe: bool) -> None:
+    assert (env.color(Terminal(), variables), env.color(io.StringIO(), variables)) == (on_terminal, in_pipe)

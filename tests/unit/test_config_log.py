@@ -116,3 +116,17 @@ def test_answered_prompts_are_a_bar_on_a_terminal_and_a_line_elsewhere() -> None
     assert re.fullmatch(r"\r1/3 prompts in \d\.\d s, [\d,]+ tokens/s\r3/3 prompts in \d\.\d s, [\d,]+ tokens/s *\n", shown[2])
     first, last = shown[2].strip("\r\n").split("\r")
     assert len(first) == len(last), "what was there is written over"
+
+
+def test_colors_are_for_terminals_alone() -> None:
+    shown, kept = io.StringIO(), logging.getLogger("tpserve.test")
+    log.setup("info", "n0 r0 s0", stream=shown, color=True)
+    ring = log.keep()
+    kept.info("ready")
+    kept.error("gone")
+    assert re.sub(r"\d\d:\d\d:\d\d", "T", shown.getvalue()).splitlines() == [
+        "[\033[2mn0 r0 s0\033[0m] T \033[32mINFO \033[0m ready",
+        "[\033[2mn0 r0 s0\033[0m] T \033[1;31mERROR\033[0m gone",
+    ]
+    assert "\033" not in "".join(ring.first) and ring.first[0].startswith("[n0 r0 s0] "), "a ticket has none"
+    assert "\033" not in "".join(said("info"))

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from tests.specs import EXPERTS, small
-from tpserve.config.cli import parse
-from tpserve.config.machine import Machine
+from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.parallel.split import split_heads
 from tpserve.types.layout import even_layers
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec
 

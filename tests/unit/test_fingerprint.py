@@ -6,12 +6,12 @@ import pytest
 from msgspec.structs import replace
 
 from tests.specs import small
-from tpserve.config.cli import parse
-from tpserve.config.machine import Machine
+from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.engine import fingerprint as module
 from tpserve.engine.fingerprint import fingerprint
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 
 

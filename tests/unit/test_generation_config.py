@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tpserve.config.cli import parse, to_argv
+from tpserve.cli.keywords import read
+from tpserve.cli.server_flags import parse, to_argv
 from tpserve.config.generation_config import line, load
-from tpserve.config.keywords import read
 from tpserve.errors import UserError
 from tpserve.types.sampling import SamplingDefaults
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tpserve.config.cli import parse
-from tpserve.config.machine import Machine, Memory
+from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
+from tpserve.host.resources import Memory
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
 from tpserve.weights.dummy import dummy

@@ -8,8 +8,8 @@ from threading import Thread
 
 import pytest
 
+from tpserve.cli.server_flags import parse
 from tpserve.config import env
-from tpserve.config.cli import parse
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.cache import Wanted, known_commit, note_commit, present
 from tpserve.hub.download import check_room
@@ -43,7 +43,7 @@ def test_directories_and_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("org/a..b", "is neither a directory here nor a repository id"),
         ("org--x/a", "is neither a directory here nor a repository id"),
         ("org/" + "x" * 96, "is neither a directory here nor a repository id"),
-        ("m.gguf", "m.gguf is a file: --model takes a directory, or a repository id"),
+        ("m.gguf", "m.gguf is a GGUF file: tpserve reads no GGUF; give the model"),
     ],
 )  # fmt: skip
 def test_names_that_are_neither(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

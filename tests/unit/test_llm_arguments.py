@@ -7,11 +7,11 @@ import pytest
 
 from tests.unit.test_config_resolve import SPEC
 from tpserve import SamplingParams, UserError
-from tpserve.config import keywords
-from tpserve.config.machine import Machine
+from tpserve.cli import keywords
 from tpserve.config.resolve import resolve
 from tpserve.frontend.openai.schema import CompletionCall
 from tpserve.llm.prompts import jobs
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 
 
@@ -31,8 +31,26 @@ def test_what_is_said_to_be_off_is_off() -> None:
         "enable_lora": False,
         "kv_cache_dtype": None,
         "enforce_eager": False,
+        "headless": False,
     }
-    assert keywords.read({"model": "m", **said}) == keywords.read({"model": "m"})
+    assert keywords.read_all({"model": "m", **said}) == keywords.read_all({"model": "m"})
+
+
+def test_what_asks_for_what_holds_is_accepted_and_told_of() -> None:
+    said = {"enforce_eager": True, "swap_space": 0, "trust_remote_code": True, "async_scheduling": True,
+            "distributed_executor_backend": "mp", "limit_mm_per_prompt": {"image": 0}}  # fmt: skip
+    flags, holding = keywords.read_all({"model": "m", **said})
+    assert flags == keywords.read({"model": "m"})
+    assert holding.startswith("these flags ask for what holds anyway: enforce_eager (steps are never")
+    assert all(name in holding for name in said)
+    assert keywords.read({"model": "m", "disable_log_stats": True, "disable_log_requests": True}) == flags
+
+
+def test_keywords_by_another_name() -> None:
+    flags = keywords.read({"model": "m", "tp_size": 2, "kv_cache_memory_bytes": 1 << 31, "max_model_len": "4k",
+                             "disable_radix_cache": True})  # fmt: skip
+    assert not flags.enable_prefix_caching
+    assert (flags.tensor_parallel_size, flags.kv_cache_memory, flags.max_model_len) == (2, 2.0, 4000)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +58,14 @@ def test_what_is_said_to_be_off_is_off() -> None:
     [
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill is refused: prompts are always computed in chunks"),
         ({"tensor_paralel_size": 2}, "unknown keyword tensor_paralel_size: did you mean tensor_parallel_size?"),
-        ({"trust_remote_code": True}, "trust_remote_code is refused: no code of a repository is ever run"),
+        ({"quantization": "awq", "port": 1, "enforce_eager": True}, "quantization is refused: it is planned"),
+        (
+            {"quantization": "awq", "swap_space": 4},
+            "quantization is refused: it is planned, and not served yet (checkpoints in "
+            "block FP8 and MXFP4 are read without it, and dequantised): leave it out; swap_space is refused: ",
+        ),
+        ({"context_length": 4096}, "unknown keyword context_length: did you mean max_model_len?"),
+        ({"config": "x.yaml"}, "config is for `tpserve serve`"),
         ({"zzz": None}, "unknown keyword zzz: docs/flags.md lists them all"),
         ({"port": 8000}, "port is for `tpserve serve`, an LLM has no use for it: leave it out"),
         ({"nnodes": 2}, "nnodes is for `tpserve serve`"),

@@ -11,15 +11,16 @@ import torch
 
 from tests.specs import small
 from tpserve.attention.paged import KVLayout
-from tpserve.config.cli import parse
-from tpserve.config.machine import Machine, Memory
+from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
+from tpserve.host.resources import Memory
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
+from tpserve.types.machine import Machine
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_files import ModelFiles
 from tpserve.worker import device as devices

@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from tpserve.errors import EngineFailure, UserError
-from tpserve.wire import muster
+from tpserve.wire import muster, waiting
 from tpserve.wire.muster import Meet, Muster
 from tpserve.wire.nodes import End, Join, first_end, head_gone
 from tpserve.wire.waiting import Clock, missing_ranks
@@ -258,9 +258,9 @@ def test_lines_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch, caplog
             clock.tell("node 1 of 2 at 10.0.0.1:29501", "No route to host (errno 113)" if second > 350 else "")
     said = [record.message for record in caplog.records]
     times = [line.split(", ")[1].split(" s")[0] for line in said]
-    assert times == ["5", "10", "20", "40", "80", "140", "200", "260", "320", "351", "380"]
-    assert said[0] == "waiting for node 1 of 2 at 10.0.0.1:29501, 5 s"
-    assert said[-1] == "waiting for node 1 of 2 at 10.0.0.1:29501, 380 s: No route to host (errno 113)"
+    assert times == ["2", "3", "6", "12", "24", "48", "96", "156", "216", "276", "336", "351", "396"]
+    assert said[0] == "waiting for node 1 of 2 at 10.0.0.1:29501, 2 s"
+    assert said[-1] == "waiting for node 1 of 2 at 10.0.0.1:29501, 396 s: No route to host (errno 113)"
 
 
 @pytest.mark.parametrize(
@@ -276,3 +276,18 @@ def test_lines_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch, caplog
 )
 def test_missing_ranks(missing: list[int], sizes: dict[int, int], world: int, said: str) -> None:
     assert missing_ranks(missing, sizes, world, len(missing) + len(sizes)) == said
+
+
+def test_a_host_that_does_not_answer_is_told_of_within_two_seconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel drops what comes to a full queue, as a firewall does."""
+    monkeypatch.setattr(waiting, "CONNECT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+        answers = iter(("", "enough"))
+        begin_s = time.time()
+        with caplog.at_level("INFO", "tpserve.muster"), pytest.raises(EngineFailure, match="enough"):
+            logger = logging.getLogger("tpserve.muster")
+            waiting.reach(*full.getsockname(), "node 0's store", 60.0, logger, lambda: next(answers))
+    (record,) = caplog.records
+    assert record.message.startswith("waiting for node 0's store at 127.0.0.1:") and record.created - begin_s < 2.0

@@ -5,12 +5,13 @@ import socket
 import pytest
 import zmq
 
-from tpserve.config import env, network
-from tpserve.config.cli import parse
-from tpserve.config.launch import check_launch, own_interface
-from tpserve.config.network import Interface, choose
+from tpserve.cli.server_flags import parse
+from tpserve.config import env
 from tpserve.config.resolve import _port_range
 from tpserve.errors import UserError
+from tpserve.host import network
+from tpserve.host.launch import check_launch, own_interface
+from tpserve.host.network import Interface, choose
 from tpserve.wire.auth import FRONTEND, Keyring
 from tpserve.wire.channels import bind, open_socket, tcp
 
@@ -67,7 +68,7 @@ def test_what_nodes_could_not_use(line: str, said: str) -> None:
 
 
 def test_node_0_is_where_its_address_is(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpserve.config import launch
+    from tpserve.host import launch
 
     monkeypatch.setattr(launch, "interfaces", lambda: KNOWN)
     monkeypatch.setattr(network, "route_to", lambda master: "10.0.0.1")

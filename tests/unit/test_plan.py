@@ -12,14 +12,14 @@ from msgspec.structs import replace
 from safetensors.numpy import save_file
 
 from tpserve.__main__ import main
-from tpserve.config.cli import parse
-from tpserve.config.command import HelpWanted
-from tpserve.config.machine import Machine
+from tpserve.cli.command import HelpWanted
+from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import WrongValue
 from tpserve.models import model_spec
 from tpserve.planner import quantities
 from tpserve.planner.command import COMMAND
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 
 GIB = 1 << 30

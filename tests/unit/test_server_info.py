@@ -7,13 +7,13 @@ from msgspec import json as fast
 from msgspec.structs import replace
 
 from tests.specs import small
-from tpserve.config.cli import parse
-from tpserve.config.machine import Machine
+from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
 from tpserve.frontend.coordinator import Coordinator, Peer
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept
+from tpserve.types.machine import Machine
 from tpserve.types.messages import Beat, Hello
 from tpserve.types.model_files import ModelFiles
 

@@ -10,8 +10,7 @@ from msgspec.structs import replace
 
 from tests.specs import EXPERTS, LATENTS, small
 from tests.unit.test_weights import Seat
-from tpserve.config.cli import parse
-from tpserve.config.machine import Machine
+from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
@@ -21,6 +20,7 @@ from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout, even_layers
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec
 from tpserve.worker.memory import allocate

@@ -9,11 +9,10 @@ import urllib.parse
 from typing import Any, NamedTuple
 
 from tpserve.config import env
-from tpserve.config.network import describe
 from tpserve.errors import UserError
+from tpserve.host.network import describe
 from tpserve.version import __version__
 
-URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 10.0
 INFO = "/server_info"
 
@@ -57,14 +56,11 @@ def gauge(metrics: str, name: str) -> float | None:
 
 
 def _get(url: str, path: str, key: str | None) -> tuple[int, bytes]:
-    parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    parts = urllib.parse.urlsplit(url)
     connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = connect(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
     try:
-        connection = connect(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
-    except ValueError as error:
-        raise UserError(f"--url {url} is no address ({error}): give one such as {URL}", param="url") from None
-    try:
-        connection.request("GET", parts.path.rstrip("/") + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        connection.request("GET", parts.path + path, headers={"Authorization": f"Bearer {key}"} if key else {})
         answer = connection.getresponse()
         body = answer.read()
     except OSError as error:

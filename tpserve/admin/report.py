@@ -19,14 +19,16 @@ from typing import Annotated, Any
 
 from msgspec import Struct
 
-from tpserve.admin.client import URL, Unreachable, ask
+from tpserve.admin.client import Unreachable, ask
 from tpserve.admin.redact import is_secret, redacted
 from tpserve.admin.status import page
-from tpserve.config import env, machine
-from tpserve.config.command import Command
-from tpserve.config.network import interfaces
+from tpserve.cli.command import Command
+from tpserve.cli.server_url import URL, server_url
+from tpserve.config import env
 from tpserve.config.schema import Flag
 from tpserve.errors import UserError
+from tpserve.host import resources
+from tpserve.host.network import interfaces
 from tpserve.version import __version__
 
 PACKAGES = ("torch", "triton", "tpserve", "safetensors", "tokenizers", "pyzmq", "msgspec", "aiohttp", "uvloop", "numpy")
@@ -41,7 +43,7 @@ NVIDIA_SMI_S = 10.0
 class Report(Struct, frozen=True, kw_only=True):
     """The flags."""
 
-    url: Annotated[str, Flag("Server", "Where the server answers HTTP.")] = URL
+    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
     output: Annotated[
         Path | None, Flag("Output", "Where to write. Default: tpserve-report-DATE-TIME.json in this directory.")
     ] = None
@@ -58,7 +60,7 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Write it; returns the exit code. Raises UserError, or HelpWanted."""
-    flags, _ = COMMAND.parse(argv)
+    flags = COMMAND.parse(argv).flags
     now = datetime.datetime.now().astimezone()
     output = flags.output or Path(f"tpserve-report-{now:%Y%m%d-%H%M%S}.json")
     found = report(flags.url) | {"made": now.isoformat(timespec="seconds"), "by": f"tpserve {__version__}"}
@@ -83,15 +85,15 @@ def report(url: str) -> dict[str, Any]:
 
 
 def _here() -> dict[str, Any]:
-    memory = machine.available_memory()
+    memory = resources.available_memory()
     return {
         "host": platform.node(),
         "system": platform.platform(),
         "python": sys.version,
         "packages": {name: _version(name) for name in PACKAGES},
-        "cores": machine.available_cores(),
+        "cores": resources.available_cores(),
         "memory": {"free": memory.free, "total": memory.total, "of": memory.of},
-        "visible_gpus": machine.visible_gpus(),
+        "visible_gpus": resources.visible_gpus(),
         "nvidia_smi": _nvidia_smi(),
         "interfaces": list(map(str, interfaces())),
         "nccl_and_gloo": env.network_variables(),

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from msgspec import Struct
 
-from tpserve.admin.client import URL, Facts, ask, gauge
-from tpserve.config.command import Command
+from tpserve.admin.client import Facts, ask, gauge
+from tpserve.cli.command import Command
+from tpserve.cli.server_url import URL, server_url
 from tpserve.config.schema import Flag
 from tpserve.observe.table import table
 
@@ -19,7 +20,7 @@ Json = dict[str, Any]
 class Status(Struct, frozen=True, kw_only=True):
     """The flags."""
 
-    url: Annotated[str, Flag("Server", "Where the server answers HTTP.")] = URL
+    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
 
 
 COMMAND = Command(
@@ -33,7 +34,7 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Print it; returns the exit code. Raises UserError, or HelpWanted."""
-    flags, _ = COMMAND.parse(argv)
+    flags = COMMAND.parse(argv).flags
     facts = ask(flags.url)
     sys.stdout.write("\n".join(page(facts)) + "\n")
     return READY if facts.ready["state"] == "running" else NOT_READY

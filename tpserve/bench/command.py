@@ -1,5 +1,7 @@
 """`tpserve bench ...`: the command lines of the benchmarks. Owns their flags; what measures is loaded when it is wanted."""
 
+import datetime
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,10 +9,13 @@ from typing import Annotated, Any, Literal
 from msgspec import Struct
 from msgspec.structs import asdict
 
+from tpserve.cli.command import Command, HelpWanted, wants_help
+from tpserve.cli.server_url import URL, server_url
+from tpserve.cli.vllm import ANY, OFF, SOME_OF, switch, value_of
 from tpserve.config import env
-from tpserve.config.command import Command, HelpWanted, wants_help
 from tpserve.config.schema import Flag, WrongValue
 from tpserve.errors import UserError
+from tpserve.host.network import LOOPBACK, at
 
 MOST = 1 << 20
 """No number on these command lines is sensibly larger."""
@@ -22,7 +27,10 @@ def run(argv: Sequence[str]) -> int:
     """Run a benchmark; returns the exit code. Raises UserError, or HelpWanted."""
     if argv[:1] and argv[0] in BENCHMARKS:
         _, command, measure = BENCHMARKS[argv[0]]
-        return measure(*command.parse(argv[1:]))
+        flags, engine, holding = command.parse(argv[1:])
+        if holding:
+            sys.stderr.write(f"tpserve {command.name}: {holding}\n")
+        return measure(flags, engine)
     if wants_help(argv):
         rows = [f"  tpserve bench {name:<12}{about}" for name, (about, _, _) in BENCHMARKS.items()]
         raise HelpWanted("\n".join(["Benchmarks; each has a --help of its own:", *rows]))
@@ -31,13 +39,6 @@ def run(argv: Sequence[str]) -> int:
 
 
 # The flags
-
-
-def _url(text: str) -> str:
-    """Without the /v1 that clients of the API are given."""
-    if not text.startswith(("http://", "https://")):
-        raise WrongValue("an address that begins with http:// or https://")
-    return text.rstrip("/").removesuffix("/v1")
 
 
 def _picture(text: str) -> Path:
@@ -107,12 +108,29 @@ class Throughput(Offline, frozen=True, kw_only=True):
 class Serve(Struct, frozen=True, kw_only=True):
     """Of `bench serve`. None: not said."""
 
-    url: Annotated[str, Flag(TARGET, "The server.", also=("--base-url",), reads=_url, shown="URL")] = "http://127.0.0.1:8000"
+    url: Annotated[
+        str | None,
+        Flag(
+            TARGET,
+            f"The server. Default: that of --host and --port, else {URL}.",
+            also=("--base-url",),
+            reads=server_url,
+            shown="URL",
+        ),
+    ] = None
+    host: Annotated[str | None, Flag(TARGET, "The server's host, instead of --url.")] = None
+    port: Annotated[int | None, Flag(TARGET, "The server's port, instead of --url.", at_least=1, at_most=65535)] = None
+    backend: Annotated[
+        Literal["tpserve", "vllm", "openai", "openai-chat", "sglang", "sglang-oai", "sglang-oai-chat", "vllm-chat"],
+        Flag(TARGET, "Whose server it is: all are measured alike, ...-chat by --endpoint chat.", also=("--endpoint-type",)),
+    ] = "tpserve"
     model: Annotated[str | None, Flag(TARGET, "Model to ask for. Default: the first that the server names.")] = None
+    served_model_name: Annotated[str | None, Flag(TARGET, "Name by which the server knows --model.")] = None
     api_key: Annotated[str | None, Flag(TARGET, "Key to send; better given as TPSERVE_API_KEY, which `ps` does not show.")] = None
     endpoint: Annotated[
-        Literal["completions", "chat", "/v1/completions", "/v1/chat/completions"], Flag(TARGET, "What is asked.")
-    ] = "completions"
+        Literal["completions", "chat", "/v1/completions", "/v1/chat/completions"] | None,
+        Flag(TARGET, "What is asked. Default: completions, or what --backend says."),
+    ] = None
     num_prompts: Annotated[int | None, _number("Requests to measure. Default: 100, or all of the --dataset.")] = None
     num_warmups: Annotated[int, _number("Like requests before, not measured.", least=0)] = 1
     request_rate: Annotated[
@@ -127,6 +145,9 @@ class Serve(Struct, frozen=True, kw_only=True):
     output_len: Annotated[int | None, _number("Tokens to generate. Default: 128.", also="--random-output-len")] = None
     range_ratio: Annotated[float | None, _ratio(f"{_RANGE} Default: 0.")] = None
     prefix_len: Annotated[int | None, _number(f"{_PREFIX} Default: 0.", least=0, also="--random-prefix-len")] = None
+    dataset_name: Annotated[
+        Literal["random", "custom"] | None, Flag(LOAD, "random: prompts of --input-len; custom: those of --dataset.")
+    ] = None
     dataset: Annotated[
         Path | None,
         Flag(
@@ -143,6 +164,9 @@ class Serve(Struct, frozen=True, kw_only=True):
         Flag(REPORT, "Count what is within bounds: ttft:500 tpot:50 e2el:5000.", shown="METRIC:MS [METRIC:MS ...]"),
     ] = ()
     output: Annotated[Path | None, _file(_FIGURES)] = None
+    save_result: Annotated[bool, _file("Write them to a file with a name as vLLM's.")] = False
+    result_dir: Annotated[Path | None, _file("Where that file is. Default: this directory.")] = None
+    result_filename: Annotated[str | None, _file("Its name.")] = None
     save_detailed: Annotated[bool, _file("And every request by itself.", "--save-details")] = False
     plot: Annotated[Path | None, _PLOT] = None
 
@@ -180,9 +204,13 @@ def _run_serve(flags: Serve, _: list[str]) -> int:
 
     if flags.burstiness is not None and flags.request_rate == "inf":
         raise UserError("--burstiness is of the gaps between requests: give a --request-rate, too")
-    if flags.save_detailed and flags.output is None:
+    output = _output(flags)
+    if flags.save_detailed and output is None:
         raise UserError("--save-detailed writes into the report: give --output, too")
     path, count = flags.dataset, flags.num_prompts
+    if flags.dataset_name is not None and (flags.dataset_name == "custom") != (path is not None):
+        way_out = "leave --dataset out" if path is not None else "give --dataset, too"
+        raise UserError(f"--dataset-name {flags.dataset_name}: {way_out}", param="dataset_name")
     if path is not None:
         for name in ("input_len", "range_ratio", "prefix_len"):
             if getattr(flags, name) is not None:
@@ -190,7 +218,12 @@ def _run_serve(flags: Serve, _: list[str]) -> int:
     dataset = [] if path is None else read_dataset(path, flags.output_len)
     if path is not None and (not dataset or len(dataset) < (count or 0)):
         raise UserError(f"--dataset {path} holds {len(dataset)} prompts: give a longer file or a smaller --num-prompts")
-    api = endpoint(flags.endpoint)
+    chat = flags.backend.endswith("-chat")
+    api = endpoint(flags.endpoint or ("chat" if chat else "completions"))
+    if chat and api != "chat":
+        raise UserError(
+            f"--backend {flags.backend} is asked by chat, and --endpoint {flags.endpoint} is not: leave one of them out"
+        )
     workload = Workload(
         endpoint=api,
         prompts="dataset" if path else "ids" if api == "completions" else "words",
@@ -209,17 +242,38 @@ def _run_serve(flags: Serve, _: list[str]) -> int:
         seed=flags.seed,
     )
     options = serve.Options(
-        url=flags.url,
-        model=flags.model,
+        url=_url(flags),
+        model=flags.served_model_name or flags.model,
         api_key=flags.api_key or env.overrides().get("api_key"),
         workload=workload,
         dataset=dataset,
         goodput_ms=_bounds(flags.goodput),
-        output=flags.output,
+        output=output,
         plot=flags.plot,
         save_detailed=flags.save_detailed,
     )
     return serve.run(options)
+
+
+def _url(flags: Serve) -> str:
+    if flags.host is None and flags.port is None:
+        return flags.url or URL
+    if flags.url is not None:
+        raise UserError("--url has a host and a port: leave --host and --port out", param="url")
+    return f"http://{at(flags.host or LOOPBACK, flags.port or 8000)}"
+
+
+def _output(flags: Serve) -> Path | None:
+    """The file of figures: --output, or one with a name as vLLM gives it."""
+    if not (flags.save_result or flags.result_dir or flags.result_filename):
+        return flags.output
+    if flags.output is not None:
+        raise UserError("--output and --save-result both name a file: give one of them", param="output")
+    most = "" if flags.max_concurrency is None else f"-concurrency{flags.max_concurrency}"
+    model = "" if flags.model is None else f"-{Path(flags.model).name}"
+    moment = datetime.datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    name = flags.result_filename or f"{flags.backend}-{flags.request_rate}qps{most}{model}-{moment}.json"
+    return (flags.result_dir or Path()) / name
 
 
 def _bounds(texts: Sequence[str]) -> dict[Any, float]:
@@ -236,6 +290,34 @@ def _bounds(texts: Sequence[str]) -> dict[Any, float]:
     return bounds
 
 
+_VLLM_OFFLINE = {
+    "--backend": value_of("the engine is tpserve's", "vllm", "tpserve"),
+    "--dataset-name": value_of("prompts are random", "random"),
+    "--disable-tqdm": switch("there is no progress bar"),
+    "--n": value_of("each prompt has one answer", "1"),
+    "--use-beam-search": switch("answers are greedy", OFF),
+    "--profile": switch("--step-trace of `tpserve serve` writes one", OFF),
+    "--async-engine": switch("there is one engine", OFF),
+    "--disable-detokenize": switch("tokens are never made into text"),
+}
+_VLLM_SERVE = {
+    "--tokenizer": value_of("the server counts the tokens", ANY),
+    "--tokenizer-mode": value_of("the server counts the tokens", ANY),
+    "--trust-remote-code": switch("no code is run"),
+    "--disable-tqdm": switch("there is no bar, and on a terminal alone a line that counts"),
+    "--percentile-metrics": value_of("all of them are reported", SOME_OF + "ttft,tpot,itl,e2el"),
+    "--metric-percentiles": value_of("these are reported", SOME_OF + "50,90,99"),
+    "--append-result": switch("a report is a file of its own", OFF),
+    "--profile": switch("--step-trace of `tpserve serve` writes one", OFF),
+    "--use-beam-search": switch("answers are drawn token by token", OFF),
+    "--ready-check-timeout-sec": value_of("the server must be ready", "0"),
+    "--logprobs": value_of("none are asked for", "0"),
+    "--top-p": value_of("nothing is cut off", "1"),
+    "--top-k": value_of("nothing is cut off", "-1", "0"),
+    "--min-p": value_of("nothing is cut off", "0"),
+}
+"""Flags of vLLM's benchmarks that are none of these."""
+
 _STEP = Command(
     "bench step",
     "What a decode step costs rank 0 on the CPU beside the model: scheduling, encoding and broadcasting the plan, building its\n"
@@ -248,6 +330,7 @@ _LATENCY = Command(
     "and the engine's flags as `tpserve serve` does, such as -tp 2.",
     Latency,
     passes_on=True,
+    known=_VLLM_OFFLINE,
 )
 _THROUGHPUT = Command(
     "bench throughput",
@@ -255,12 +338,14 @@ _THROUGHPUT = Command(
     "flags as `tpserve serve` does, such as -tp 2.",
     Throughput,
     passes_on=True,
+    known=_VLLM_OFFLINE,
 )
 _SERVE = Command(
     "bench serve",
     "A load against a running server with the OpenAI API, whoever's: latency, throughput, failures. Every answer is streamed;\n"
     "tokens are counted by the server's usage, or else by chunks. Flags are also taken as vLLM spells them.",
     Serve,
+    known=_VLLM_SERVE,
 )
 BENCHMARKS: dict[str, tuple[str, Command[Any], Callable[[Any, list[str]], int]]] = {
     "latency": ("one batch at a time, without a server: prefill, and milliseconds a token", _LATENCY, _run_latency),

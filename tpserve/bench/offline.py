@@ -21,8 +21,9 @@ from tpserve.bench.figures import Latency, latencies, table
 from tpserve.bench.plot import svg
 from tpserve.bench.report import Machine, Report, check, write
 from tpserve.bench.workload import Ask, Prompts
-from tpserve.config import cli, env
-from tpserve.config.option import OPTIONS
+from tpserve.cli import server_flags
+from tpserve.cli.option import OPTIONS
+from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
 from tpserve.llm.api import LLM
 from tpserve.llm.outputs import RequestOutput
@@ -192,8 +193,10 @@ def _run(
     plot: Path | None,
     measure: Callable[[LLM, float], Measured],
 ) -> int:
-    flags = cli.parse(engine)
+    flags, holding = server_flags.read_line(engine)
     leads = not env.under_torchrun() or env.rank_env().rank == 0
+    if holding and leads:
+        sys.stderr.write(f"tpserve bench {benchmark}: {holding}\n")
     for flag, path in (("--output", output), ("--plot", plot)):
         if path is not None and leads:
             check(flag, path)

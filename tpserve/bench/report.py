@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from tpserve.config.machine import available_cores
 from tpserve.errors import UserError
+from tpserve.host.resources import available_cores
 from tpserve.version import __version__
 
 

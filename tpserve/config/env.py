@@ -19,6 +19,7 @@ TPSERVE_ADMIN_API_KEY                 --admin-api-key, when that is not given
 TPSERVE_ARG_<FLAG>                    --<flag>, when that is not given; the prefix keeps clear of what Kubernetes
                                       injects for a service named tpserve (TPSERVE_PORT)
 CUDA_VISIBLE_DEVICES                  machine.visible_gpus
+NO_COLOR FORCE_COLOR TERM             color(): whether log lines have colors; NO_COLOR wins
 
 set by the user, read by huggingface_hub and by nothing of ours
 HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE   where repositories are cached, and whether the network is used
@@ -52,6 +53,7 @@ NCCL_DEBUG NCCL_DEBUG_FILE            INFO, and a file to read; unless the user 
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import TextIO
 
 from tpserve.errors import UserError
 
@@ -134,6 +136,13 @@ def overrides(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 def values(chosen: Callable[[str], bool], environ: Mapping[str, str] = os.environ) -> list[str]:
     """What the variables with such names are set to."""
     return [text for name, text in environ.items() if chosen(name) and text]
+
+
+def color(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether to write colors to `stream`: on a terminal that knows some, unless NO_COLOR forbids or FORCE_COLOR demands them."""
+    if environ.get("NO_COLOR"):
+        return False
+    return bool(environ.get("FORCE_COLOR")) or (stream.isatty() and environ.get("TERM", "dumb") != "dumb")
 
 
 def cuda_visible_devices(environ: Mapping[str, str] = os.environ) -> str | None:

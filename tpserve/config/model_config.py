@@ -11,6 +11,8 @@ from tpserve.errors import UserError
 def read(directory: Path | str, eos_ids: Sequence[int] = ()) -> dict[str, Any]:
     """config.json as a dict. `eos_ids` that it does not name are added to its `eos_token_id`."""
     directory = Path(directory)
+    if (foreign := foreign_format(directory)) is not None:
+        raise foreign
     if not directory.is_dir():
         raise UserError(f"no model directory {directory}: give the path of a directory with config.json and safetensors files")
     config = read_object(directory / "config.json")
@@ -19,6 +21,22 @@ def read(directory: Path | str, eos_ids: Sequence[int] = ()) -> dict[str, Any]:
     if added := [token for token in eos_ids if token not in known]:
         config["eos_token_id"] = [*known, *added]
     return config
+
+
+def foreign_format(path: Path) -> UserError | None:
+    """What to say of a model that is a GGUF file, or a directory of nothing else; None for another one."""
+    files = [] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if path.suffix == ".gguf" and not path.is_dir():
+        what = f"{path} is a GGUF file"
+    elif files and not (path / "config.json").exists():
+        what = f"{path} holds {files[0].name} and no config.json"
+    else:
+        return None
+    return UserError(
+        f"{what}: tpserve reads no GGUF; give the model that it was made from, a directory or a repository ORG/NAME with "
+        "config.json and safetensors (or pytorch_model*.bin)",
+        param="model",
+    )
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ Everything that can be refused before a process is started is refused here, each
 import shlex
 from typing import Literal, NamedTuple
 
-from tpserve.config.machine import Machine
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers
+from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.types.window import blocks_of, longest

@@ -37,7 +37,8 @@ class WrongValue(Exception):
 class Flag:
     """What a field of `Flags`, or of another command's struct, is besides its name, type and default.
 
-    `named_by`: who named the flag first. `also`: other spellings that are taken. `reads`: makes of a text a value that no plain
+    `named_by`: who named the flag first. `also`: other spellings that are taken; `also_off`: of a switch, what turns it
+    off. `reads`: makes of a text a value that no plain
     type is, or raises WrongValue; `shown` stands for such a value in help texts.
     """
 
@@ -46,6 +47,7 @@ class Flag:
     named_by: Literal["vLLM", "torchrun", "tpserve"] = "vLLM"
     short: str = ""
     also: tuple[str, ...] = ()
+    also_off: tuple[str, ...] = ()
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -113,11 +115,16 @@ class Flags(Struct, frozen=True, kw_only=True):
     tensor_parallel_size: Annotated[
         int | None,
         Flag(
-            LAYOUT, "Ranks that share each layer. Default: number of ranks / --pipeline-parallel-size.", short="-tp", at_least=1
+            LAYOUT,
+            "Ranks that share each layer. Default: number of ranks / --pipeline-parallel-size.",
+            short="-tp",
+            also=("--tp", "--tp-size"),
+            at_least=1,
         ),
     ] = None
     pipeline_parallel_size: Annotated[
-        int | None, Flag(LAYOUT, "Stages that share the layers. Default: 1.", short="-pp", at_least=1)
+        int | None,
+        Flag(LAYOUT, "Stages that share the layers. Default: 1.", short="-pp", also=("--pp", "--pp-size"), at_least=1),
     ] = None
     pipeline_layer_map: Annotated[
         tuple[int, ...],
@@ -129,20 +136,24 @@ class Flags(Struct, frozen=True, kw_only=True):
             LAYOUT,
             "The ranks of a stage hold whole experts, each a range of them; without it each holds some channels of every expert.",
             short="-ep",
+            also=("--ep",),
         ),
     ] = False
-    data_parallel_size: Annotated[int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", at_least=1)] = 1
-    distributed_executor_backend: Annotated[
-        Literal["mp", "auto", "external_launcher", "ray"] | None,
-        Flag(LAYOUT, "mp, auto and external_launcher mean torchrun's ranks, which tpserve always uses; ray is refused."),
-    ] = None
+    data_parallel_size: Annotated[
+        int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", also=("--dp", "--dp-size"), at_least=1)
+    ] = 1
     device: Annotated[
         Literal["auto", "cuda", "cpu"],
         Flag(LAYOUT, "Where ranks run. auto: on GPUs if one is visible. cuda: ranks may share a GPU."),
     ] = "auto"
     binding: Annotated[
         bool,
-        Flag(LAYOUT, "Each rank runs on the cores near its GPU (on by default); --no-... leaves that to the system.", "tpserve"),
+        Flag(
+            LAYOUT,
+            "Each rank runs on the cores near its GPU (on by default); --no-... leaves that to the system.",
+            "tpserve",
+            also=("--numa-bind",),
+        ),
     ] = True
     all_reduce: Annotated[
         Literal["auto", "nccl", "gloo", "shm"],
@@ -158,8 +169,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         int | Literal["auto"] | None,
         Flag(
             ENGINE,
-            "Longest sequence, prompt and output together. auto: the model's, or as much of it as fits the KV cache. "
-            "Default: the model's, refused when it does not fit.",
+            "Longest sequence, prompt and output together, such as 4096, 32k (32,000) or 32K (32,768). auto: the model's, or as "
+            "much of it as fits the KV cache. Default: the model's, refused when it does not fit.",
             at_least=2,
         ),
     ] = None
@@ -169,7 +180,12 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = None
     block_size: Annotated[int, Flag(ENGINE, "Tokens in a block of the KV cache.", at_least=1, at_most=1024)] = 16
     enable_prefix_caching: Annotated[
-        bool, Flag(ENGINE, "Prompts that begin alike are computed once (on by default); --no-... computes every prompt whole.")
+        bool,
+        Flag(
+            ENGINE,
+            "Prompts that begin alike are computed once (on by default); --no-... computes every prompt whole.",
+            also_off=("--disable-radix-cache",),
+        ),
     ] = True
     gpu_memory_utilization: Annotated[
         float, Flag(ENGINE, "Share of each GPU's memory that tpserve may take.", above=0, at_most=1)
@@ -182,7 +198,14 @@ class Flags(Struct, frozen=True, kw_only=True):
         int | None, Flag(ENGINE, "Number of KV cache blocks, instead of measuring.", at_least=1)
     ] = None
     max_queued_requests: Annotated[
-        int, Flag(ENGINE, "Most requests that wait; further ones are answered with 429.", "tpserve", at_least=1)
+        int,
+        Flag(
+            ENGINE,
+            "Most requests that wait; further ones are answered with 429.",
+            "tpserve",
+            also=("--max-num-queued-reqs", "--max-waiting-requests"),
+            at_least=1,
+        ),
     ] = 1024
 
     host: Annotated[str, Flag(HTTP, "Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
@@ -199,6 +222,14 @@ class Flags(Struct, frozen=True, kw_only=True):
         ),
     ] = None
 
+    config: Annotated[
+        str | None,
+        Flag(
+            OPERATION,
+            "YAML file of flags by name, such as `max-model-len: 4096`; the command line and the environment are stronger.",
+            shown="FILE.yaml",
+        ),
+    ] = None
     cluster_secret_file: Annotated[
         str | None,
         Flag(
@@ -218,7 +249,14 @@ class Flags(Struct, frozen=True, kw_only=True):
         Flag(OPERATION, "Seconds until all ranks must have met; a download may take longer while it moves.", "tpserve", above=0),
     ] = 600.0
     drain_timeout: Annotated[
-        float, Flag(OPERATION, "Seconds for open requests when told to end (torchrun kills after 30).", "tpserve", at_least=0)
+        float,
+        Flag(
+            OPERATION,
+            "Seconds for open requests when told to end (torchrun kills after 30).",
+            "tpserve",
+            also=("--shutdown-timeout",),
+            at_least=0,
+        ),
     ] = 25.0
     interface: Annotated[
         str | None,

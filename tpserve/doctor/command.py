@@ -16,13 +16,14 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.agent import Job
-from tpserve.config import cli, env
-from tpserve.config.command import Command
-from tpserve.config.machine import visible_gpus
-from tpserve.config.network import LOOPBACK
+from tpserve.cli import server_flags
+from tpserve.cli.command import Command
+from tpserve.config import env
 from tpserve.config.resolve import num_local_ranks
 from tpserve.config.schema import Flags
 from tpserve.errors import UserError
+from tpserve.host.network import LOOPBACK
+from tpserve.host.resources import visible_gpus
 
 
 class Doctor(Struct, frozen=True, kw_only=True):
@@ -42,9 +43,12 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Examine; returns the exit code. Raises UserError, or HelpWanted."""
-    _, rest = COMMAND.parse(argv)
+    rest = COMMAND.parse(argv).rest
     if not env.under_torchrun():
-        return _alone(cli.parse(rest, env.overrides()))
+        flags, holding = server_flags.read_line(rest, env.overrides())
+        if holding:
+            sys.stderr.write(f"tpserve doctor: {holding}\n")
+        return _alone(flags)
     from tpserve.doctor.rank import examine
 
     return examine(env.rank_env(), rest)
@@ -53,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
 def _alone(flags: Flags) -> int:
     """Start the ranks of one node."""
     if flags.nnodes > 1:
-        rest = shlex.join(cli.to_argv(flags))
+        rest = shlex.join(server_flags.to_argv(flags))
         raise UserError(
             f"`tpserve doctor` starts one node only: on each node run `torchrun --nnodes {flags.nnodes} --node_rank N "
             f"--nproc_per_node RANKS --master_addr {flags.master_addr or 'HEAD'} -m tpserve doctor {rest}`",
@@ -77,7 +81,7 @@ def _alone(flags: Flags) -> int:
             start_timeout_s=flags.start_timeout,
             runtime_dir=directory,
             log_level="error",
-            argv=["doctor", *cli.to_argv(flags)],
+            argv=["doctor", *server_flags.to_argv(flags)],
         )
         command = [sys.executable, "-m", "tpserve.agent"]
         environ = env.for_ranks(directory, quiet=True)

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from msgspec import Struct
 
-from tpserve.config.network import at, describe
 from tpserve.doctor.verdict import Verdict, duration
+from tpserve.host.network import at, describe
 
 CONNECT_S = 4.0
 """Longer than the kernel looks for a neighbour, so that it is the kernel who says why there is none."""

@@ -23,11 +23,9 @@ import msgspec
 import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
-from tpserve.config import cli, network
+from tpserve.cli import server_flags
 from tpserve.config import env as environment
 from tpserve.config.env import RankEnv
-from tpserve.config.machine import Memory, available_cores, available_memory, of_rank, visible_gpus
-from tpserve.config.network import Interface, choose, host_id
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.doctor import host, links, traffic
@@ -37,6 +35,9 @@ from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, traits
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.agreement import disagreement, everything, noted
+from tpserve.host import network
+from tpserve.host.network import Interface, choose, host_id
+from tpserve.host.resources import Memory, available_cores, available_memory, of_rank, visible_gpus
 from tpserve.hub.locate import describe
 from tpserve.models.opened import open_model
 from tpserve.observe import log
@@ -62,8 +63,8 @@ _KEY = "tpserve/doctor"
 def examine(me: RankEnv, argv: Sequence[str]) -> int:
     """Take part; returns the exit code. Raises UserError for what no rank can be examined with."""
     try:
-        flags = cli.parse(argv, environment.overrides(), launch=False)
-        log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0)
+        flags = server_flags.parse(argv, environment.overrides(), launch=False)
+        log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=environment.color(sys.stderr))
         flags, files, spec = open_model(flags, describe)
         config = resolve(flags, files, spec, of_rank(me))
         interface = choose(config.interface, me.nnodes, me.master_addr)

@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
-from tpserve.config.option import OPTIONS
-from tpserve.config.schema import EngineConfig
+from tpserve.config.schema import EngineConfig, Flags
 from tpserve.types.model_files import WEIGHT_FORMATS
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
@@ -78,7 +77,7 @@ def _version(package: str) -> str:
 
 
 def _spoken(name: str) -> str:
-    return OPTIONS[name].flag if name in OPTIONS else name.replace("_", " ")
+    return "--" + name.replace("_", "-") if name in Flags.__struct_fields__ else name.replace("_", " ")
 
 
 def _text(value: Any) -> str:

@@ -13,8 +13,8 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed has them without their types
 
-from tpserve.config.network import at, describe, kernel_ports
 from tpserve.errors import EngineFailure
+from tpserve.host.network import at, describe, kernel_ports
 from tpserve.wire.waiting import CONNECT_S
 
 _SHOWN = 4

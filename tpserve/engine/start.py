@@ -16,13 +16,13 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, told_where
-from tpserve.config.machine import available_cores, visible_gpus
-from tpserve.config.network import Interface, host_id
 from tpserve.config.schema import EngineConfig
 from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, traits
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
+from tpserve.host.network import Interface, host_id
+from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.hub import download
 from tpserve.hub.locate import weights_of
 from tpserve.models import names_of

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 LEAVE_S = 4.0
 """How long ranks on this host have to end after Stop before they are killed; they end themselves after two seconds."""
-SLOW_S = 5.0
-"""Who starts all nodes at once hears nothing of waiting; who waits longer than this is told for whom."""
+SLOW_S = 1.0
+"""A start that waits longer for ranks logs for which: within two seconds of `tpserve serve`, with the time that Python takes."""
 NO_SECRET = (
     "the nodes share no --cluster-secret-file: the keys of this run travel over torchrun's store, and whoever can reach its port "
     "can take part (`tpserve secret FILE` makes a secret)"

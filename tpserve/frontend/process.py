@@ -25,12 +25,13 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from tpserve.config.network import at
+from tpserve.config import env
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.bridge import Bridge, News
 from tpserve.frontend.coordinator import Failed, Ready
+from tpserve.host.network import at
 from tpserve.observe import log
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
     unblock_signals()  # inherited from the rank that started us
     where, watch_pid, nnodes, address = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3]
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    log.setup(config.log_level, "frontend")
+    log.setup(config.log_level, "frontend", color=env.color(sys.stderr))
     kept = log.keep()
     try:
         lock = hold_lock(where)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from tpserve.config.model_config import foreign_format
 from tpserve.errors import UserError
 
 MAX_ID = 96
@@ -16,6 +17,10 @@ def is_repository(name: str, param: str) -> bool:
     flag = "--" + param
     if path.is_dir():
         return False
+    if param == "model" and (foreign := foreign_format(path)) is not None:
+        raise foreign
+    if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+        raise UserError(f"{name} is a file of weights: {flag} takes the directory that it is in, {path.parent}", param=param)
     if path.exists():
         raise UserError(f"{name} is a file: {flag} takes a directory, or a repository id such as ORG/NAME", param=param)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 or name.endswith("/"):

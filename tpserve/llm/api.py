@@ -10,6 +10,7 @@ others (`Follower`) return what it returns. Needs no `if __name__ == "__main__"`
 """
 
 import itertools
+import logging
 import os
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -17,7 +18,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from tpserve.config import env, keywords
+from tpserve.cli import keywords
+from tpserve.config import env
 from tpserve.config.env import RankEnv
 from tpserve.frontend.bridge import Bridge
 from tpserve.hub.locate import read_template
@@ -33,6 +35,7 @@ from tpserve.observe.progress import Answered
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 
+logger = logging.getLogger("tpserve")
 _numbers = itertools.count()
 """Of the LLMs of this process: scripts of one torchrun job make them in the same order."""
 
@@ -44,7 +47,9 @@ class LLM:
     def __init__(self, model: "str | os.PathLike[str] | None" = None, **flags: Any) -> None:
         """Load `model` (a directory or a repository id; None: the small built-in one) and wait until it is ready. `flags`: those
         of the command line in snake_case, docs/flags.md. UserError, in one line, for what cannot be."""
-        said = keywords.read({"model": model, **flags})
+        said, holding = keywords.read_all({"model": model, **flags})
+        if holding:
+            logger.info("%s", holding)
         me = env.rank_env() if env.under_torchrun() else None
         self._calls = itertools.count(1)
         self._num_requests = 0

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from tpserve.agent import Job
-from tpserve.config import cli, env
+from tpserve.cli import server_flags
+from tpserve.config import env
 from tpserve.config.env import RankEnv
-from tpserve.config.machine import Machine, available_cores, visible_gpus
-from tpserve.config.network import LOOPBACK, choose
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure
+from tpserve.host.network import LOOPBACK, choose
+from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.hub.locate import locate
 from tpserve.llm.child import Child
 from tpserve.models.opened import open_model
+from tpserve.types.machine import Machine
 from tpserve.wire.attach import runtime_dir
 from tpserve.wire.auth import FRONTEND, Invitation, Key
 
@@ -75,7 +77,7 @@ class Alone:
             start_timeout_s=config.start_timeout,
             runtime_dir=str(self.where),
             log_level=config.log_level,
-            argv=cli.to_argv(flags),
+            argv=server_flags.to_argv(flags),
         )
         environ = env.for_ranks(str(self.where), quiet=config.log_level != "debug")
         return Child([sys.executable, "-m", "tpserve.agent"], environ, msgspec.json.encode(job))
@@ -110,7 +112,7 @@ class Script:
         """Start the rank in the script's own place."""
         flags, config = self._resolved
         environ = env.for_rank(str(self.where), self._job, quiet=config.log_level != "debug")
-        return Child([sys.executable, "-m", "tpserve", *cli.to_argv(flags)], environ)
+        return Child([sys.executable, "-m", "tpserve", *server_flags.to_argv(flags)], environ)
 
     def publish(self, invitation: Invitation | None) -> None:
         """Rank 0's script: tell those of other nodes where it is."""

@@ -14,15 +14,18 @@ from typing import TextIO
 DEFAULT = "info"
 FIRST, LAST = 100, 200
 """So many lines are kept of a log's begin and of its end."""
+DIM, RESET = "\033[2m", "\033[0m"
+COLORS = {"DEBUG": DIM, "INFO": "\033[32m", "WARN": "\033[33m", "ERROR": "\033[1;31m"}
 MOST, LONGEST = 100, 1000
 """So many lines are told at a time, and so much of each."""
 
 
-def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None = None) -> None:
-    """Send this process's log to stderr (or `stream`). `prefix`: who speaks; `lead`: a node's first rank, and the frontend."""
+def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None = None, color: bool = False) -> None:
+    """Send this process's log to stderr (or `stream`). `prefix`: who speaks; `lead`: a node's first rank, and the frontend;
+    `color`: levels are colored and the prefix is dim, for a terminal."""
     number = logging.getLevelNamesMapping()[level.upper()]
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(_Line(prefix, tracebacks=number <= logging.DEBUG))
+    handler.setFormatter(_Line(prefix, tracebacks=number <= logging.DEBUG, color=color))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # of libraries
@@ -82,10 +85,11 @@ def _clipped(line: str) -> str:
 
 
 def keep() -> Kept:
-    """From now on, keep lines of the log that `setup` has set up."""
+    """From now on, keep lines of the log that `setup` has set up, without colors."""
     root = logging.getLogger()
-    kept = Kept()
-    kept.setFormatter(root.handlers[0].formatter)
+    kept, line = Kept(), root.handlers[0].formatter
+    assert isinstance(line, _Line)
+    kept.setFormatter(_Line(line.prefix, line.tracebacks))
     root.addHandler(kept)
     return kept
 
@@ -101,24 +105,24 @@ def user_error(message: str) -> str:
 
 
 class _Line(logging.Formatter):
-    def __init__(self, prefix: str, tracebacks: bool) -> None:
-        super().__init__(f"[{prefix}] %(asctime)s %(levelname)-5s %(message)s", datefmt="%H:%M:%S")
-        self._tracebacks = tracebacks
+    def __init__(self, prefix: str, tracebacks: bool, color: bool = False) -> None:
+        super().__init__("[%(prefix)s] %(asctime)s %(level)s %(message)s", datefmt="%H:%M:%S")
+        self.prefix, self.tracebacks, self._color = prefix, tracebacks, color
 
     def format(self, record: logging.LogRecord) -> str:
-        if self._tracebacks:
+        level = {"WARNING": "WARN", "CRITICAL": "ERROR"}.get(record.levelname, record.levelname)
+        colors = COLORS.get(level, "") if self._color else ""
+        record.level = f"{colors}{level:<5}{RESET}" if colors else f"{level:<5}"
+        record.prefix = f"{DIM}{self.prefix}{RESET}" if self._color else self.prefix
+        if self.tracebacks:
             return super().format(record)
-        line = self.formatMessage(self._plain(record))
+        record.message = record.getMessage()
+        record.asctime = self.formatTime(record, self.datefmt)
+        line = self.formatMessage(record)
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             line += f": {type(error).__name__}: {error}"
         return " ".join(line.splitlines())
-
-    def _plain(self, record: logging.LogRecord) -> logging.LogRecord:
-        record.message = record.getMessage()
-        record.asctime = self.formatTime(record, self.datefmt)
-        record.levelname = {"WARNING": "WARN", "CRITICAL": "ERROR"}.get(record.levelname, record.levelname)
-        return record
 
 
 def _warn(

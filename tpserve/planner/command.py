@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from tpserve.config import cli, env
-from tpserve.config.command import Command
-from tpserve.config.option import OPTIONS
+from tpserve.cli import server_flags
+from tpserve.cli.command import Command
+from tpserve.cli.option import OPTIONS
+from tpserve.config import env
 from tpserve.config.schema import Flag, Flags
 from tpserve.errors import UserError
 from tpserve.hub.locate import describe
@@ -97,8 +98,10 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Print a plan; returns the exit code. Raises UserError, or HelpWanted."""
-    plan, rest = COMMAND.parse(argv)
-    said = cli.parse(rest, env.overrides())
+    plan, rest, _ = COMMAND.parse(argv)
+    said, holding = server_flags.read_line(rest, env.overrides())
+    if holding:
+        sys.stderr.write(f"tpserve plan: {holding}\n")
     cards = _cards(plan)
     for name in _DECIDED:
         if getattr(said, name) != OPTIONS[name].default:

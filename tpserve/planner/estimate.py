@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from tpserve.config.machine import Machine
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import UserError
@@ -18,6 +17,7 @@ from tpserve.models.units import VOCAB_UNIT
 from tpserve.parallel.split import imbalance, split, split_heads
 from tpserve.planner.activations import activation_bytes, table_bytes
 from tpserve.types.layout import ParallelLayout, even_layers
+from tpserve.types.machine import Machine
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec

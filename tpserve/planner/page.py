@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict, replace
 
-from tpserve.config import cli
+from tpserve.cli import server_flags
 from tpserve.config.schema import Flags
 from tpserve.models.need import need
 from tpserve.planner.choice import Choice, several
@@ -78,7 +78,7 @@ def commands(page: Page, found: Estimate) -> list[tuple[str, str]]:
     if flags.max_model_len == "auto" and page.wanted is not None:  # a server's "auto" is one sequence's
         flags = replace(flags, max_model_len=found.length)
     layout, head = found.layout, flags.master_addr or HEAD
-    more = cli.to_argv(replace(flags, model=None, enable_expert_parallel=layout.expert_parallel))
+    more = server_flags.to_argv(replace(flags, model=None, enable_expert_parallel=layout.expert_parallel))
     model = [flags.model] if flags.model is not None else []
     server = [*model, "-tp", str(layout.tp), "-pp", str(layout.pp), *more]
     local = str(min(cards.per_node, layout.world_size))

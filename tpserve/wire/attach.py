@@ -29,11 +29,11 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.config.env import RankEnv
-from tpserve.config.network import describe, host_id, interfaces
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
+from tpserve.host.network import describe, host_id, interfaces
 from tpserve.wire.auth import Invitation, Key, Keyring
-from tpserve.wire.waiting import CONNECT_S, Clock
+from tpserve.wire.waiting import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def attach_remote(env: RankEnv, store: Store, address: str, timeout_s: float, se
         host, _, port = invitation.endpoint.removeprefix("tcp://").rpartition(":")
         _check_address(host.strip("[]"), store.get(_MACHINE + env.job).decode())
         try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), clock.connect_s).close()
         except OSError as error:  # a closed port; or the frontend has gone, and the next one's address follows
             known = f"nobody answers at {invitation.endpoint}: {describe(error)}"
             clock.tell(f"the frontend at {invitation.endpoint}", describe(error))

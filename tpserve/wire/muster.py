@@ -30,8 +30,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from tpserve.config.network import at, describe
 from tpserve.errors import EngineFailure, UserError
+from tpserve.host.network import at, describe
 from tpserve.wire.nodes import Join, head_is_gone, keep_alive
 from tpserve.wire.waiting import CONNECT_S, RETRY_S, Clock, missing_ranks, name_nodes, reach
 
@@ -274,7 +274,7 @@ def join(me: Join, master_addr: str, port: int, world_size: int, timeout_s: floa
     why = ""
     while not clock.over:
         try:
-            connection = socket.create_connection((master_addr, port), CONNECT_S)
+            connection = socket.create_connection((master_addr, port), clock.connect_s)
         except OSError as error:
             why = describe(error)
             clock.tell(f"node 0 of {me.nnodes} at {where}", why)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from tpserve.config.network import describe
+from tpserve.host.network import describe
 
 ALIVE_S = 5
 _CHUNK = 4096

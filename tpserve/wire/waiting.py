@@ -5,11 +5,11 @@ import socket
 import time
 from collections.abc import Callable
 
-from tpserve.config.network import at, describe
 from tpserve.errors import EngineFailure
+from tpserve.host.network import at, describe
 
-SLOW_S = 5.0
-"""Who starts all nodes at once hears nothing of waiting; who waits longer is told for whom, and again at growing intervals."""
+SLOW_S = 1.5
+"""A wait that is longer is logged, so that a start never seems to hang for two seconds, and again at growing intervals."""
 CONNECT_S = 4.0
 """Longer than the kernel looks for a neighbour, so that it is the kernel who says why there is none."""
 RETRY_S = 0.2
@@ -29,6 +29,11 @@ class Clock:
     @property
     def waited_s(self) -> float:
         return time.monotonic() - self._began_s
+
+    @property
+    def connect_s(self) -> float:
+        """How long to try a connection: the first one only until it is time to log that we wait."""
+        return max(RETRY_S, SLOW_S - self.waited_s) if self.waited_s < SLOW_S else CONNECT_S
 
     @property
     def over(self) -> bool:
@@ -53,7 +58,7 @@ def reach(
     clock = Clock(timeout_s, logger)
     while True:
         try:
-            socket.create_connection((host, port), CONNECT_S).close()
+            socket.create_connection((host, port), clock.connect_s).close()
             return
         except OSError as error:
             why = describe(error)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from tpserve.config.machine import available_cores, available_memory
 from tpserve.errors import UserError
+from tpserve.host.resources import available_cores, available_memory
 
 GIB = 1 << 30
 DRIVER, PCI = Path("/proc/driver/nvidia/gpus"), Path("/sys/bus/pci/devices")

@@ -12,9 +12,9 @@ from dataclasses import astuple
 import torch
 
 from tpserve.attention.paged import KVCache
-from tpserve.config.machine import available_memory
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
+from tpserve.host.resources import available_memory
 from tpserve.models.decoder import Decoder
 from tpserve.models.need import num_arrays, places
 from tpserve.parallel.mesh import Mesh

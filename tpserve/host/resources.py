@@ -9,25 +9,11 @@ from typing import Literal
 
 from tpserve.config import env
 from tpserve.config.env import RankEnv
+from tpserve.types.machine import Machine
 
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
 """Control groups of version 1 write "no limit" as a number near 2**63."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the ranks run. `num_gpus`: visible on this node and usable by the installed torch.
-
-    `launcher`: how ranks are started, for the command lines in errors (script: an LLM under torchrun; LLM: one alone).
-    """
-
-    world_size: int
-    local_world_size: int
-    nnodes: int
-    num_gpus: int
-    cores: int
-    launcher: Literal["torchrun", "serve", "script", "LLM"]
 
 
 def of_rank(rank: RankEnv) -> Machine:

@@ -5,9 +5,9 @@ import logging
 import socket
 
 from tpserve.config import env
-from tpserve.config.network import LOOPBACK, Interface, choose, describe, interfaces
 from tpserve.config.schema import Flags
 from tpserve.errors import UserError
+from tpserve.host.network import LOOPBACK, Interface, choose, describe, interfaces
 
 logger = logging.getLogger("tpserve.launch")
 

@@ -1,8 +1,10 @@
 """A struct of flags as a command line sees it: spelling, value, help of each field. Holds no list of its own."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -35,6 +37,18 @@ class Option:
     def off(self) -> str:
         """What turns a switch off; empty for other flags."""
         return "--no-" + self.name.replace("_", "-") if self.kind is bool else ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that turns a switch on, or that a value follows."""
+        return tuple(filter(None, [self.flag, self.about.short, *self.about.also]))
+
+    @property
+    def off_names(self) -> tuple[str, ...]:
+        """All that turns a switch off."""
+        if self.kind is not bool:
+            return ()
+        return (*("--no-" + name[2:] for name in self.names if name.startswith("--")), *self.about.also_off)
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -97,11 +111,22 @@ class Option:
         return value
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise WrongValue("a whole number") from None
+def human_number(text: str) -> int:
+    """A whole number, also as vLLM takes it: 32k is 32,000 and 32K is 32,768; m, g and t, M, G and T likewise."""
+    match = re.fullmatch(r"(\d+)(\.\d+)?([kmgt])", text.strip(), re.IGNORECASE)
+    if match is None:
+        try:
+            return int(text)
+        except ValueError:
+            raise WrongValue("a whole number") from None
+    whole, fraction, unit = match.groups(default="")
+    power = "kmgt".index(unit.lower()) + 1
+    if unit.isupper() and fraction:
+        raise WrongValue(f"a whole number before {unit}, which counts by 1,024 ({unit.lower()} counts by 1,000)")
+    size = Decimal(whole + fraction) * (1024 if unit.isupper() else 1000) ** power
+    if size != int(size):
+        raise WrongValue("a whole number")
+    return int(size)
 
 
 def _number(text: str) -> float:
@@ -140,7 +165,7 @@ _VALUE_NAMES = {
 }  # fmt: skip
 _READERS: dict[Any, Callable[[str], Any]] = {
     str: str,
-    int: _whole,
+    int: human_number,
     float: _number,
     bool: _switch,
     Path: Path,

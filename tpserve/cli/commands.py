@@ -1,0 +1,49 @@
+"""The list of commands: what each is for, and which one the name of another server's means. Data, and what is said of it."""
+
+import difflib
+from collections.abc import Collection
+
+ABOUT = {
+    "serve": "serve a model over HTTP with the OpenAI API, on one node or several",
+    "plan": "which layouts of ranks hold a model on which GPUs, before there are any",
+    "doctor": "whether these machines can serve a model together, and how well",
+    "bench": "measure: serve (a running server), latency, throughput, step",
+    "status": "a running server's nodes, ranks, memory and queue",
+    "report": "one file about a server and this host, for a ticket",
+    "secret": "make a secret that the nodes of a server share",
+    "version": "the version of tpserve; --version is the same",
+    "help": "this page, or `tpserve help COMMAND`",
+}
+
+ELSEWHERE = {
+    **dict.fromkeys(("run", "start", "launch", "launch-server", "launch_server", "server", "up", "api-server", "api_server",
+                     "chat", "complete", "generate", "load"), "serve"),
+    **dict.fromkeys(("ps", "ls", "list", "info", "show", "health"), "status"),
+    **dict.fromkeys(("collect-env", "collect_env", "env"), "report"),
+    **dict.fromkeys(("benchmark", "perf"), "bench"),
+    **dict.fromkeys(("check", "check-env", "check_env", "test", "diagnose"), "doctor"),
+    **dict.fromkeys(("estimate", "size", "memory"), "plan"),
+}  # fmt: skip
+"""Commands of vLLM, SGLang, Ollama and others, and what people guess."""
+
+_OVERVIEW = """Serves large language models over tensor and pipeline parallel ranks.
+
+usage: tpserve COMMAND ...
+       torchrun --nproc-per-node N -m tpserve [MODEL] [flags of serve]
+
+commands:
+{}
+
+To try it: `tpserve serve` serves a small built-in model at http://127.0.0.1:8000; `tpserve serve MODEL` a directory or a
+repository ORG/NAME of Hugging Face. Flags: `tpserve serve --help`."""
+
+
+def overview() -> str:
+    """A line for each command."""
+    return _OVERVIEW.format("\n".join(f"  {name:<10}{about}" for name, about in ABOUT.items()))
+
+
+def meant_command(name: str, commands: Collection[str]) -> str:
+    """The command that does what `name` does elsewhere, or the one that is spelt nearly so; empty without one."""
+    name = name.lower()
+    return ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, commands, n=1)), "")

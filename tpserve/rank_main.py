@@ -1,0 +1,174 @@
+"""One of torchrun's ranks, from its command line to the engine. Never imports torch before it must.
+
+A rank reads its flags, checks the layout and finds the frontend first, so that whatever can be refused is refused at once, and
+the HTTP port is open while torch loads.
+"""
+
+import gc
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from tpserve.cli import server_flags
+from tpserve.cli.command import HelpWanted
+from tpserve.cli.vllm import means_nothing
+from tpserve.config import env
+from tpserve.config.resolve import resolve
+from tpserve.config.schema import EngineConfig, Flags
+from tpserve.errors import EngineFailure, UserError
+from tpserve.host import resources
+from tpserve.host.network import Interface, choose, kernel_ports
+from tpserve.hub.locate import locate
+from tpserve.models.opened import open_model
+from tpserve.observe import log
+from tpserve.observe.stopwatch import Stopwatch
+from tpserve.types.model_files import ModelFiles
+from tpserve.version import __version__
+from tpserve.wire.attach import attach
+from tpserve.wire.auth import Keyring
+from tpserve.wire.lifetime import allow_many_files, die_with
+from tpserve.wire.siblings import Elder, ask
+from tpserve.wire.signals import block_signals
+
+logger = logging.getLogger("tpserve")
+
+
+def run(argv: list[str]) -> int:
+    """One of torchrun's ranks."""
+    block_signals()
+    allow_many_files()
+    me = env.rank_env()
+    watch = Stopwatch(me.agent_pid)
+    die_with(me.agent_pid)
+    try:
+        flags, holding = server_flags.read_line(argv, env.overrides(), launch=False)
+        Keyring.open(flags.cluster_secret_file)  # refused now, not once other nodes have been waited for
+        color = env.color(sys.stderr)
+        log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=color)
+        if holding and me.rank == 0:
+            logger.info("%s", holding)
+        flags, files, spec = open_model(flags, lambda flags: _find_once_a_node(me, flags))
+        config = resolve(flags, files, spec, resources.of_rank(me))
+        interface = _interface(me, config)
+    except EngineFailure as error:
+        logger.error("%s", error)
+        return 1
+    except UserError as error:
+        return _refuse(me, error, tell=me.local_rank == 0)
+    except HelpWanted:
+        if me.local_rank:
+            return 0
+        raise
+    prefix = log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank))
+    log.setup(config.log_level, prefix, lead=me.local_rank == 0, color=color)
+    kept = log.keep()
+    if me.rank == 0:
+        _introduce(config)
+    settings = _use(interface, me, config)
+    watch.lap("config")
+    try:
+        bare = me.runtime_dir is None
+        attachment = attach(me, config, interface.address, config.start_timeout, start=bare) if me.node_rank == 0 else None
+    except UserError as error:  # under `tpserve serve` it is the supervisor who tells
+        return _refuse(me, error, tell=me.rank == 0 and me.runtime_dir is None)
+    except EngineFailure as error:
+        logger.error("%s", error)
+        return 1
+    watch.lap("frontend")
+    env.calm_threads()
+    gc.disable()  # nothing that torch makes while it is imported is garbage, and looking for it costs a sixth of the time
+    from tpserve.engine.start import run_rank
+
+    gc.freeze()  # nor need it be looked at ever again
+    gc.enable()
+    watch.lap("torch")
+    try:
+        code = run_rank(config, spec, me, interface, settings, attachment, watch, kept)
+    except UserError as error:  # before it could tell the coordinator
+        code = _refuse(me, error, tell=me.local_rank == 0)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # taking the interpreter down takes seconds, and destructors of a broken mesh can hang
+
+
+def _interface(me: env.RankEnv, config: EngineConfig) -> Interface:
+    """This node's interface. Raises UserError when other nodes could not use it."""
+    interface = choose(config.interface, me.nnodes, me.master_addr)
+    if me.nnodes > 1 and me.rank == 0 and me.master_addr.strip("[]") != interface.address and interface.is_loopback:
+        raise UserError(
+            f"--master-addr {me.master_addr} is {interface} on this node, which other machines cannot reach: pass an address, or "
+            "--interface (lo, when all nodes are on this machine)",
+            param="master_addr",
+        )
+    return interface
+
+
+def _use(interface: Interface, me: env.RankEnv, config: EngineConfig) -> dict[str, str]:
+    """Have gloo and NCCL use it too, unless the user has told them otherwise. Returns what the user has told."""
+    settings = env.network_variables()
+    if me.nnodes > 1:
+        logger.info("node %d of %d uses %s", me.node_rank, me.nnodes, interface)
+    if me.nnodes > 1 and me.rank == 0 and config.port_range[1]:
+        what = "NCCL" if config.all_reduce == "nccl" else "gloo"
+        ranges = f"tpserve's {config.port_range[0]}-{config.port_range[1]}, and the kernel's {kernel_ports()} for {what}"
+        logger.info("ports between nodes: %s, which knows none (net.ipv4.ip_local_port_range)", ranges)
+    for name, value in settings.items():
+        logger.info("%s=%s is set, and wins", name, value)
+    for line in means_nothing(env.vllm_variables()) if me.local_rank == 0 else ():
+        logger.warning("%s", line)
+    env.use_interface(interface.name)
+    return settings
+
+
+def _introduce(config: EngineConfig) -> None:
+    """Say once what was resolved."""
+    layout = config.layout
+    logger.info(
+        "tpserve %s: %s (%s), TP %d x PP %d (layers %s), %s on %s; %s %s tokens a sequence, %d sequences and %s tokens a step",
+        __version__,
+        config.served_model_name[0],
+        config.model,
+        layout.tp,
+        layout.pp,
+        ",".join(map(str, layout.layers)),
+        config.dtype,
+        config.device,
+        "as many as fit of" if config.fit_max_model_len else "up to",
+        f"{config.max_model_len:,}",
+        config.max_num_seqs,
+        f"{config.max_num_batched_tokens:,}",
+    )
+
+
+def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:
+    """Tell the user, and torchrun, which would report no more than the exit code."""
+    if tell:
+        sys.stderr.write(log.user_error(str(error)) + "\n")
+        sys.stderr.flush()
+    if me.error_file is not None:
+        # "py_callstack" is what torchrun's report shows.
+        extra = {"timestamp": str(int(time.time())), "py_callstack": log.user_error(str(error))}
+        message = {"message": str(error), "extraInfo": extra}
+        Path(me.error_file).write_text(json.dumps({"message": message}))
+    return 2
+
+
+def _find_once_a_node(me: env.RankEnv, flags: Flags) -> ModelFiles:
+    """Only the first rank of a node looks for what is no directory; the others ask it, and all mean the same commit."""
+    head = me.rank == 0 and me.runtime_dir is None
+    assert flags.model is not None
+    if me.local_world_size == 1 or Path(flags.model).is_dir():
+        return locate(flags, head=head)
+    if me.local_rank:
+        return ask(me, flags.start_timeout)
+    elder = Elder(me)
+    try:
+        files = locate(flags, head=head)
+    except UserError as error:
+        elder.refuse(str(error))
+        raise
+    elder.tell(files)
+    return files
