@@ -142,6 +142,10 @@ class Journal:
         """Sequences whose client still waits."""
         return len(self._open)
 
+    @property
+    def open_sequences(self) -> list[OpenSequence]:
+        return list(self._open.values())
+
     def open(self, new: Sequence[NewSequence], *, streaming: bool) -> Ticket:
         """Admit a client's request: all its sequences, in the order of their indices."""
         ticket, now, adds = Ticket(streaming), self._clock(), list[EngineInput]()

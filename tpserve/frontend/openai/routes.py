@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from aiohttp import web
 
 from tpserve.errors import UserError
-from tpserve.frontend.journal import NewSequence
+from tpserve.frontend.journal import NewSequence, Ticket
 from tpserve.frontend.openai.answer import send_stream, send_whole
 from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.errors import json_response
@@ -27,6 +28,18 @@ from tpserve.frontend.openai.token_ids import check_ids
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """Where a request carries its id: the client's, or one of ours."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What a request that was let in is called, and where its tokens come."""
+
+    id: str
+    model: str
+    ticket: Ticket
+
+
+ADMITTED = web.RequestKey("admitted", Admitted)
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_COUNTED_TOKENS = 1 << 18
 """Tokens that /tokenize counts and /detokenize takes, or as many as a sequence may have where that is more."""
@@ -72,6 +85,7 @@ async def answer(
 ) -> web.StreamResponse:
     """Admit, and send what comes."""
     ticket = service.open(new, streaming=call.stream)
+    request[ADMITTED] = Admitted(head.id, head.model, ticket)
     if call.stream:
         options = call.stream_options or StreamOptions()
         return await send_stream(request, service.journal, ticket, shape, head, prompts, options)
