@@ -215,7 +215,13 @@ class Flags(Struct, frozen=True, kw_only=True):
     allow_credentials: Annotated[bool, Flag(HTTP, "Let pages of other origins send cookies.")] = False
     log_requests: Annotated[
         bool,
-        Flag(HTTP, "Log a line for each request when it has ended: id, model, tokens, times, status; never its text.", "tpserve"),
+        Flag(
+            HTTP,
+            "Log a line for each request when it has ended: id, model, tokens, times, status; never its text. Also vLLM's "
+            "--enable-log-requests.",
+            "tpserve",
+            also=("--enable-log-requests",),
+        ),
     ] = False
 
     cluster_secret_file: Annotated[
