@@ -83,7 +83,8 @@ class Drain:
         """What came of it. `why_cut`: why requests were ended, empty when none was."""
         if self.began_s is None:
             return None
-        return f"drained in {now_s - self.began_s:.1f} s" + (f": {why_cut}" if why_cut else "")
+        took_s = now_s - self.began_s
+        return f"the drain was cut after {took_s:.1f} s: {why_cut}" if why_cut else f"drained in {took_s:.1f} s"
 
 
 def counted(left: int) -> str:
