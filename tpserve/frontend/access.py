@@ -124,7 +124,7 @@ class Origins:
 
     def is_own(self, origin: str, request: web.Request) -> bool:
         """Whether a page comes from where it sends to, as behind a proxy that serves both. On loopback the host tells nothing."""
-        return self.exposed and origin.partition("://")[2].lower() == request.host.lower()
+        return self.exposed and origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()
 
     def refuse_foreign_host(self, request: web.Request) -> None:
         """UserError unless a server that only this machine reaches is called by a name of this machine, or of an allowed page."""

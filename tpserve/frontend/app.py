@@ -22,7 +22,7 @@ from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.http_errors import Runner
 from tpserve.frontend.journal import Journal
 from tpserve.frontend.openai import routes
-from tpserve.frontend.openai.errors import error_response, internal_error, json_response
+from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.routes import REQUEST_ID
 from tpserve.frontend.openai.service import SERVICE, Service, not_ready
 from tpserve.frontend.status import Status
@@ -171,7 +171,7 @@ def spoken(error: web.HTTPException, request: web.Request) -> UserError:
     """aiohttp's own errors in our words."""
     match error:
         case web.HTTPNotFound():
-            return UserError(f"no such route: {request.method} {request.path[:256]}", code="not_found", status=404)
+            return UserError(f"no such route: {request.method} {shown(request.path)}", code="not_found", status=404)
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))
             return UserError(f"{request.path} takes {allowed}, not {request.method}", code="method_not_allowed", status=405)
