@@ -1,7 +1,8 @@
 """No body, whatever it holds, keeps the event loop: other clients are answered and other streams go on.
 
 A gap is the time between two turns of the loop, as far as this process had the processor: the least of wall time and CPU time of
-all its threads. On a machine that others share, time in which nobody here ran is no fault of the server's.
+all its threads. On a shared machine, time in which nobody here ran is no fault of the server's. Others also take caches
+and memory bandwidth, so a gap counts when it comes at each of three tries; what a body costs by itself it costs every time.
 """
 
 import asyncio
@@ -9,8 +10,9 @@ import gc
 import http.client
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -22,6 +24,8 @@ from tpserve.frontend.openai.json_scan import MAX_WEIGHT
 from tpserve.frontend.status import Status
 
 MAX_GAP_S = 0.1
+TRIES = 3
+T = TypeVar("T")
 ROOM = MAX_BODY_BYTES - 100
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
 LONG_MODEL = 1 << 20
@@ -52,16 +56,21 @@ class Gaps:
             wall, cpu = now, used
 
 
-@contextmanager
-def no_gap(server: Server, limit_s: float = MAX_GAP_S) -> Iterator[None]:
-    gaps = Gaps()
-    watch = asyncio.run_coroutine_threadsafe(gaps.watch(), server.loop)
-    try:
-        yield
-    finally:
-        gaps.stopped = True
-        watch.result(60)
-    assert gaps.worst_s < limit_s, f"the loop stood still for {gaps.worst_s:.3f} s"
+def without_gap(server: Server, work: Callable[[], T], limit_s: float = MAX_GAP_S) -> T:
+    """What `work` gives, while the server's loop turns. AssertionError when it stood still each time."""
+    worst_s = []
+    for _ in range(TRIES):
+        gaps = Gaps()
+        watch = asyncio.run_coroutine_threadsafe(gaps.watch(), server.loop)
+        try:
+            result = work()
+        finally:
+            gaps.stopped = True
+            watch.result(60)
+        if gaps.worst_s < limit_s:
+            return result
+        worst_s.append(gaps.worst_s)
+    raise AssertionError(f"the loop stood still for {min(worst_s):.3f} s at least")
 
 
 def many(head: str, item: str, tail: str, count: int | None = None) -> bytes:
@@ -120,8 +129,7 @@ def test_a_hostile_body_is_refused_while_others_are_served(server: Server, name:
     path, body = HOSTILE[name]
     client = checks.Client(server.url)
     assert len(body) <= MAX_BODY_BYTES
-    with no_gap(server):
-        reply = client.send("POST", path, body)
+    reply = without_gap(server, lambda: client.send("POST", path, body))
     assert 400 <= reply.status < 500 and len(reply.body) < 1500, reply.body[:1500]
     checks.is_error(reply, reply.status)
 
@@ -129,14 +137,13 @@ def test_a_hostile_body_is_refused_while_others_are_served(server: Server, name:
 def test_honest_bodies_are_not_refused(server: Server) -> None:
     """For what they hold, that is; this model's context is short."""
     client = checks.Client(server.url)
-    with no_gap(server):
-        for prompt in (",[{:" * 1_250_000, [5] * 100_000):
-            reply = client.completion(prompt=prompt)
-            checks.is_error(reply, 400, code="context_length_exceeded")
-        reply = client.completion(max_tokens=1, logit_bias={str(i): 1 for i in range(250)}, allowed_token_ids=list(range(250)))
-        assert reply.status == 200, reply.body
-        reply = client.chat(max_tokens=1, chat_template_kwargs={f"name{i}": [i] for i in range(1000)})
-        assert reply.status == 200, reply.body
+    for prompt in (",[{:" * 1_250_000, [5] * 100_000):
+        reply = without_gap(server, partial(client.completion, prompt=prompt))
+        checks.is_error(reply, 400, code="context_length_exceeded")
+    reply = client.completion(max_tokens=1, logit_bias={str(i): 1 for i in range(250)}, allowed_token_ids=list(range(250)))
+    assert reply.status == 200, reply.body
+    reply = client.chat(max_tokens=1, chat_template_kwargs={f"name{i}": [i] for i in range(1000)})
+    assert reply.status == 200, reply.body
 
 
 @pytest.mark.parametrize("text", ["the cat sat on " * 40_000, "漢🎉 the" * 80_000], ids=["ascii", "wide"])
@@ -146,13 +153,11 @@ def test_tokenizing_a_long_text_leaves_the_loop_free(server: Server, text: str) 
     server.states.append(Status("running", "", 100, "", LONG_MODEL, server.tokenizer.vocab_size))
     body = json.dumps({"prompt": text, "messages": None}).encode()
     try:
-        with no_gap(server):
-            reply = client.send("POST", TOKENIZE, body)
+        reply = without_gap(server, lambda: client.send("POST", TOKENIZE, body))
         assert reply.status == 200
         server.states.append(Status("running", "", 100, "", MAX_MODEL_LEN, server.tokenizer.vocab_size))
         ids = json.dumps({"tokens": reply.json["tokens"][:200_000]}).encode()
-        with no_gap(server):
-            back = client.send("POST", DETOKENIZE, ids)
+        back = without_gap(server, lambda: client.send("POST", DETOKENIZE, ids))
         assert back.status == 200 and text.startswith(back.json["prompt"].rstrip("\ufffd"))
     finally:
         server.states.append(Status("running", "serving", 100, "", MAX_MODEL_LEN, server.tokenizer.vocab_size))
@@ -162,14 +167,18 @@ def test_a_body_in_very_small_chunks(server: Server) -> None:
     """aiohttp takes what a socket has, up to 256 KiB, in one turn, and some 2 us a chunk."""
     body = b'{"prompt":"' + b"a" * 200_000 + b'"}'
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
-    with no_gap(server, 2.5 * MAX_GAP_S):
+
+    def send() -> int:
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
         connection.putrequest("POST", COMPLETIONS)
         connection.putheader("Transfer-Encoding", "chunked")
         connection.endheaders()
         connection.send(chunks)
-        assert connection.getresponse().status == 400
-    connection.close()
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    assert without_gap(server, send, 2.5 * MAX_GAP_S) == 400
 
 
 def test_many_hostile_bodies_at_once(server: Server) -> None:
@@ -179,7 +188,5 @@ def test_many_hostile_bodies_at_once(server: Server) -> None:
         client = checks.Client(server.url)
         return await asyncio.gather(*(asyncio.to_thread(client.send, "POST", path, body) for _ in range(6)))
 
-    with no_gap(server):
-        replies = asyncio.run(flood())
-    for reply in replies:
+    for reply in without_gap(server, lambda: asyncio.run(flood())):
         checks.is_error(reply, 400, code="context_length_exceeded")
