@@ -29,7 +29,7 @@ while (($#)); do
     esac
 done
 mkdir -p "$cache"
-for key in TPSERVE_API_KEY TPSERVE_ADMIN_API_KEY; do
+for key in TPSERVE_API_KEY TPSERVE_ADMIN_API_KEY TPSERVE_METRICS_KEY; do
     [[ -z ${!key:-} ]] || options+=(-e "$key")
 done
 

@@ -122,6 +122,15 @@ class Config:
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     api_key: str | None = None
     admin_api_key: str | None = None
+    metrics_key: str | None = None
+    host: str = "127.0.0.1"
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    log_requests: bool = False
+    log_stats: bool = True
+    drain_timeout: float = 25.0
     max_num_seqs: int = 8
     max_queued_requests: int = 56
 

@@ -193,3 +193,17 @@ def test_blocks_that_are_given_must_hold_a_window_of_the_longest_sequence() -> N
     assert resolved("m --num-gpu-blocks-override 136", machine(1), windowed).num_gpu_blocks_override == 128 + 8
     with pytest.raises(UserError, match="for one sequence of 2,048: pass at least 136, or --max-model-len 2032"):
         resolved("m --num-gpu-blocks-override 135", machine(1), windowed)
+
+
+@pytest.mark.parametrize("said", ["HTTPS://a.example/ http://b:81", '["https://a.example", "http://b:81"]'])
+def test_origins_are_names_or_vllms_list(said: str) -> None:
+    config = resolved(f"m --allowed-origins {said} --allowed-headers *", machine(1))
+    assert config.allowed_origins == ("https://a.example", "http://b:81") and config.allowed_headers == ("*",)
+    assert resolved("m", machine(1)).allowed_origins == ()
+
+
+@pytest.mark.parametrize("said", ["a.example", "https://a.example/x", "[1]", "[", "://a", "https://"])
+def test_what_is_no_origin_is_refused(said: str) -> None:
+    with pytest.raises(UserError, match="--allowed-origins") as info:
+        resolved(f"m --allowed-origins {said}", machine(1))
+    assert info.value.param == "allowed_origins"

@@ -172,7 +172,7 @@ def test_chat_templates_that_are_none_are_named(tmp_path: Path, templates: objec
 
 def test_chat_template_names_of_the_hub() -> None:
     source = "{{ strftime_now('%Y') | length }} {{ x | tojson }}{% for i in [1, 2] %}{{ i }}{% break %}{% endfor %}"
-    assert ChatTemplate(source).render(HELLO, x="<é>") == '4 "<é>"1'
+    assert ChatTemplate(source).render(HELLO, variables={"x": "<é>"}) == '4 "<é>"1'
     assert (
         ChatTemplate("{{ tools is none }}{{ messages[::-1][0].content }}{{ messages[0].name is defined }}").render(HELLO)
         == "TruehiFalse"

@@ -1,6 +1,6 @@
 """A running server as operators see it, over HTTP. Every way in which there is no such server is a UserError of one sentence.
 
-Owns the keys it sends; they come from TPSERVE_API_KEY and TPSERVE_ADMIN_API_KEY. Never retries.
+Owns the keys it sends; they come from TPSERVE_API_KEY, TPSERVE_ADMIN_API_KEY and TPSERVE_METRICS_KEY. Never retries.
 """
 
 import http.client
@@ -43,7 +43,7 @@ def ask(url: str) -> Facts:
     info = _json(url, INFO, code, body)
     if info.get("version") != __version__:
         raise UserError(f"{url} is tpserve {info.get('version')} and this is {__version__}: ask with the server's own version")
-    code, metrics = _get(url, "/metrics", keys.get("api_key"))
+    code, metrics = _get(url, "/metrics", keys.get("metrics_key"))
     return Facts(url, ready, info, metrics.decode() if code == 200 else "")
 
 

@@ -102,5 +102,5 @@ def _queue(metrics: str) -> str:
     running, waiting, used = (gauge(metrics, f"tpserve:{name}") for name in
                               ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))  # fmt: skip
     if running is None or waiting is None or used is None:
-        return "queue: the server tells it with its key: set TPSERVE_API_KEY"
+        return "queue: the server tells it with its key: set TPSERVE_METRICS_KEY"
     return f"queue: {running:.0f} running, {waiting:.0f} waiting; {100 * used:.1f}% of the KV cache in use"

@@ -16,6 +16,7 @@ SLURM_PROCID                          under_slurm(): only for the sentence that 
 set by the user
 TPSERVE_API_KEY                       --api-key, when that is not given
 TPSERVE_ADMIN_API_KEY                 --admin-api-key, when that is not given
+TPSERVE_METRICS_KEY                   --metrics-key, when that is not given
 TPSERVE_ARG_<FLAG>                    --<flag>, when that is not given; the prefix keeps clear of what Kubernetes
                                       injects for a service named tpserve (TPSERVE_PORT)
 CUDA_VISIBLE_DEVICES                  machine.visible_gpus
@@ -58,7 +59,7 @@ from typing import TextIO
 from tpserve.errors import UserError
 
 _OVERRIDE = "TPSERVE_ARG_"
-_KEYS = {"TPSERVE_API_KEY": "api_key", "TPSERVE_ADMIN_API_KEY": "admin_api_key"}
+_KEYS = {"TPSERVE_API_KEY": "api_key", "TPSERVE_ADMIN_API_KEY": "admin_api_key", "TPSERVE_METRICS_KEY": "metrics_key"}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ Everything that can be refused before a process is started is refused here, each
 import shlex
 from typing import Literal, NamedTuple
 
+from msgspec import DecodeError, json
+
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers
@@ -57,6 +59,13 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         port=flags.port,
         api_key=flags.api_key,
         admin_api_key=flags.admin_api_key,
+        metrics_key=flags.metrics_key,
+        allowed_origins=_origins(flags.allowed_origins),
+        allowed_methods=_list("allowed_methods", flags.allowed_methods),
+        allowed_headers=_list("allowed_headers", flags.allowed_headers),
+        allow_credentials=flags.allow_credentials,
+        log_requests=flags.log_requests,
+        log_stats=flags.log_stats,
         cluster_secret_file=_secret_file(flags, machine),
         log_level=flags.log_level,
         start_timeout=flags.start_timeout,
@@ -65,6 +74,31 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         port_range=_port_range(flags.port_range),
         step_trace=flags.step_trace,
     )
+
+
+def _list(name: str, said: tuple[str, ...]) -> tuple[str, ...]:
+    """Names, or a JSON list of them as vLLM has it."""
+    text = " ".join(said)
+    if not text.startswith("["):
+        return said
+    try:
+        return tuple(json.decode(text, type=list[str]))
+    except (DecodeError, UnicodeDecodeError):
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{flag} must be names, or a JSON list of texts, not {text!r}", param=name) from None
+
+
+def _origins(said: tuple[str, ...]) -> tuple[str, ...]:
+    """The origins as browsers send them."""
+    origins = tuple(origin.rstrip("/").lower() for origin in _list("allowed_origins", said))
+    for origin in origins:
+        scheme, separator, host = origin.partition("://")
+        if origin not in ("*", "null") and (not separator or not scheme or not host or "/" in host):
+            raise UserError(
+                f"--allowed-origins {origin!r} is no origin: a scheme and a host, such as https://chat.example.com",
+                param="allowed_origins",
+            )
+    return origins
 
 
 def _secret_file(flags: Flags, machine: Machine) -> str | None:

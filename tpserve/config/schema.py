@@ -25,7 +25,7 @@ MODEL, LAYOUT, ENGINE, HTTP, OPERATION, LAUNCH = GROUPS = (
     "Launch (tpserve serve only)",
 )
 
-SECRETS = ("api_key", "admin_api_key")
+SECRETS = ("api_key", "admin_api_key", "metrics_key")
 """Fields that are never shown, and not on the command lines of ranks."""
 
 
@@ -221,6 +221,41 @@ class Flags(Struct, frozen=True, kw_only=True):
             "tpserve",
         ),
     ] = None
+    metrics_key: Annotated[
+        str | None,
+        Flag(HTTP, "Key for /metrics, which needs none without it. Also TPSERVE_METRICS_KEY.", "tpserve"),
+    ] = None
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Flag(
+            HTTP,
+            "Origins of the web pages that may use the server, such as https://chat.example.com, or * for all; a JSON list is "
+            "taken too. Default: pages of this machine (http://localhost and the like).",
+        ),
+    ] = ()
+    allowed_methods: Annotated[tuple[str, ...], Flag(HTTP, "Methods that pages of other origins may use; * for all.")] = ("*",)
+    allowed_headers: Annotated[tuple[str, ...], Flag(HTTP, "Headers that pages of other origins may send; * for all.")] = ("*",)
+    allow_credentials: Annotated[bool, Flag(HTTP, "Let pages of other origins send cookies.")] = False
+    log_requests: Annotated[
+        bool,
+        Flag(
+            HTTP,
+            "Log a line for each request when it has ended: id, model, tokens, times, status; never its text. Also vLLM's "
+            "--enable-log-requests.",
+            "tpserve",
+            also=("--enable-log-requests",),
+            also_off=("--disable-log-requests",),
+        ),
+    ] = False
+    log_stats: Annotated[
+        bool,
+        Flag(
+            HTTP,
+            "Log a line about throughput every 10 s while there is traffic (on by default); --no-... leaves it out.",
+            "tpserve",
+            also_off=("--disable-log-stats",),
+        ),
+    ] = True
 
     config: Annotated[
         str | None,
@@ -327,6 +362,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     port: int
     api_key: str | None
     admin_api_key: str | None
+    metrics_key: str | None
+    allowed_origins: tuple[str, ...]
+    allowed_methods: tuple[str, ...]
+    allowed_headers: tuple[str, ...]
+    allow_credentials: bool
+    log_requests: bool
+    log_stats: bool
     cluster_secret_file: str | None
     log_level: Literal["debug", "info", "warning", "error"]
     start_timeout: float
@@ -347,5 +389,6 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 _LOCAL = {
     *("model", "tokenizer", "chat_template", "sampling_defaults", "snapshot", "served_model_name"),
     *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
-    *("interface", "port_range"),
+    *("interface", "port_range", "allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials", "log_requests"),
+    "log_stats",
 }

@@ -4,7 +4,6 @@ Owns no state but what `Service` holds. Never opens sockets (`process` does), ne
 x-request-id; every error that passes through here has the OpenAI body.
 """
 
-import hmac
 import logging
 import secrets
 import string
@@ -14,13 +13,16 @@ from typing import Any, Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from tpserve.errors import UserError
+from tpserve.frontend import traffic
+from tpserve.frontend.access import AccessSettings, Origins, require_key
+from tpserve.frontend.http_errors import Runner
 from tpserve.frontend.journal import Journal
 from tpserve.frontend.openai import routes
-from tpserve.frontend.openai.errors import error_response, internal_error, json_response
+from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.routes import REQUEST_ID
 from tpserve.frontend.openai.service import SERVICE, Service, not_ready
 from tpserve.frontend.status import Status
@@ -32,17 +34,14 @@ from tpserve.version import __version__
 log = logging.getLogger(__name__)
 http_log = logging.getLogger(f"{__name__}.http")
 
-MAX_BODY_BYTES = 32 << 20
-OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/ping"})
-"""Answered without a key: probes have none."""
-ADMIN_PATHS = frozenset({"/server_info"})
-"""Answered to operators only: they tell how the server is built."""
+MAX_BODY_BYTES = 8 << 20
+"""A text of that size is some 2 million tokens, and takes some 50 ms to decode."""
 INFO: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("info")
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 MAX_ID_CHARS = 128
 
 
-class Settings(Protocol):
+class Settings(AccessSettings, Protocol):
     """What the application needs of the resolved configuration."""
 
     @property
@@ -52,9 +51,11 @@ class Settings(Protocol):
     @property
     def sampling_defaults(self) -> SamplingDefaults: ...
     @property
-    def api_key(self) -> str | None: ...
+    def log_requests(self) -> bool: ...
     @property
-    def admin_api_key(self) -> str | None: ...
+    def log_stats(self) -> bool: ...
+    @property
+    def drain_timeout(self) -> float: ...
     @property
     def max_num_seqs(self) -> int: ...
     @property
@@ -72,8 +73,11 @@ def create_app(
     exposed: bool,
 ) -> web.Application:
     """The application; serve it through `runner`. `info`: what /server_info answers; `exposed`: not on loopback alone."""
-    keys = require_key(settings.api_key, settings.admin_api_key, exposed)
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[report_errors, keys])
+    origins = Origins(settings, exposed)
+    middlewares = [report_errors, origins.middleware(), require_key(settings, exposed)]
+    if settings.log_requests:
+        middlewares.insert(0, traffic.log_request)
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[INFO] = info
     app[SERVICE] = Service(
         names=settings.served_model_name or (settings.model,),
@@ -87,6 +91,8 @@ def create_app(
         defaults=settings.sampling_defaults,
     )
     app.on_response_prepare.append(stamp)
+    app.on_response_prepare.append(origins.on_prepare)
+    app.cleanup_ctx.append(traffic.reporting(journal, status, settings.drain_timeout, settings.log_stats))
     routes.add_routes(app)
     app.router.add_get("/health", ready)
     app.router.add_get("/readyz", ready)
@@ -102,7 +108,7 @@ def runner(app: web.Application) -> web.AppRunner:
     """Without `handler_cancellation` the handler of a client that left would run on. Bodies are never inflated: a small one could
     become gigabytes of work for the event loop."""
     http_log.addFilter(not_the_clients_fault)
-    return web.AppRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
+    return Runner(app, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
 
 
 def not_the_clients_fault(record: logging.LogRecord) -> bool:
@@ -157,31 +163,6 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return error_response(internal_error(request[REQUEST_ID]))
 
 
-def require_key(api_key: str | None, admin_api_key: str | None, exposed: bool) -> Middleware:
-    """401 for requests without the key, where one is set. What is for operators has a key of its own, and is closed without
-    one to anybody but this host."""
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        key, name = api_key, "API key"
-        if request.path in ADMIN_PATHS and (exposed or admin_api_key is not None):
-            key, name = admin_api_key, "admin key"
-            if key is None:
-                raise UserError(
-                    f"{request.path} is closed: this server does not listen on loopback alone and has no admin key; start it "
-                    "with --admin-api-key or TPSERVE_ADMIN_API_KEY",
-                    code="admin_key_not_set",
-                    status=403,
-                )
-        if key is not None and request.path not in OPEN_PATHS:
-            given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(errors="surrogateescape"), f"Bearer {key}".encode()):
-                raise UserError(f"the {name} is missing or wrong; send it as 'Authorization: Bearer KEY'", status=401)
-        return await handler(request)
-
-    return check
-
-
 async def stamp(request: web.Request, response: web.StreamResponse) -> None:
     """The headers of every response."""
     response.headers["Server"] = f"tpserve/{__version__}"
@@ -192,7 +173,7 @@ def spoken(error: web.HTTPException, request: web.Request) -> UserError:
     """aiohttp's own errors in our words."""
     match error:
         case web.HTTPNotFound():
-            return UserError(f"no such route: {request.method} {request.path[:256]}", code="not_found", status=404)
+            return UserError(f"no such route: {request.method} {shown(request.path)}", code="not_found", status=404)
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))
             return UserError(f"{request.path} takes {allowed}, not {request.method}", code="method_not_allowed", status=405)

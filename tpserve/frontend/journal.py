@@ -142,14 +142,22 @@ class Journal:
         """Sequences whose client still waits."""
         return len(self._open)
 
+    @property
+    def open_sequences(self) -> list[OpenSequence]:
+        return list(self._open.values())
+
     def open(self, new: Sequence[NewSequence], *, streaming: bool) -> Ticket:
         """Admit a client's request: all its sequences, in the order of their indices."""
         ticket, now, adds = Ticket(streaming), self._clock(), list[EngineInput]()
+        prompt: Sequence[int] | None = None
+        packed = b""
         for index, item in enumerate(new):
+            if item.prompt is not prompt:  # the choices of a prompt share it
+                prompt, packed = item.prompt, pack(item.prompt)
             seed = secrets.randbits(64) if item.seed is None else item.seed
             request = Request(
                 next(self._ids),
-                pack(item.prompt),
+                packed,
                 item.params,
                 seed,
                 item.choice,

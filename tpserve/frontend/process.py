@@ -12,6 +12,7 @@ has ended the runtime directory goes away.
 import asyncio
 import contextlib
 import errno
+import gc
 import ipaddress
 import logging
 import os
@@ -88,6 +89,8 @@ async def _run(
         if config.api_key is None and exposed:
             where_open = at(*listener.getsockname()[:2])
             logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", where_open)
+        gc.collect()
+        gc.freeze()  # what stays for ever need not be gone through again and again
         service.announce()
         code = await service.serve(watch_pid)
         with contextlib.suppress(TimeoutError):
@@ -151,7 +154,6 @@ class Service:
         now = time.monotonic()
         if self._signalled_s is None:
             self._signalled_s = now
-            logger.info("draining: %d open requests", self._bridge.journal.num_open)
             self._bridge.drain()
         elif now - self._signalled_s > SAME_SIGNAL_S:
             self._bridge.fail(1, "ended at once by a second signal")

@@ -16,6 +16,7 @@ ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 
 LATENCY_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
+NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Metrics:
@@ -45,6 +46,10 @@ class Metrics:
             "prefix_cache_hits": counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
         }
         self._last = dict.fromkeys(self._totals, 0)
+        self.totals = dict.fromkeys(self._totals, 0)
+        """What the counters say."""
+        self.stats = NO_STATS
+        """What the engine said last."""
         self._experts = Counter(
             "tpserve:expert_tokens", "Tokens each expert had, of a mixture.", (*labels, "layer", "expert"), registry=self.registry
         )
@@ -63,6 +68,7 @@ class Metrics:
 
     def engine(self, stats: Stats) -> None:
         """The engine's gauges and running totals."""
+        self.stats = stats
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._cache.set(stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0)
@@ -70,6 +76,7 @@ class Metrics:
             total = int(getattr(stats, name))
             before = self._last[name] if total >= self._last[name] else 0  # a new epoch counts from 0
             counter.inc(total - before)
+            self.totals[name] += total - before
             self._last[name] = total
 
     def experts(self, layers: Sequence[int], tokens: bytes) -> None:

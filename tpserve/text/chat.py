@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,6 +24,7 @@ from tpserve.errors import UserError
 from tpserve.text.described import read_json
 
 MAX_PROMPT_CHARS = 64 << 20
+MAX_ERROR_CHARS = 200
 DEFAULT = "default"
 """The template of a plain conversation, where a model has several."""
 NAME = re.compile(r"[\w-]+")
@@ -78,9 +80,10 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **kwargs: Any,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """The prompt of `messages`; `kwargs` are further names for the template. UserError when the template refuses.
+        """The prompt of `messages`; `variables` are further names for the template. UserError when the template refuses, or a
+        variable has a name that templates know already.
 
         `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open instead.
         """
@@ -88,9 +91,13 @@ class ChatTemplate:
             raise UserError(self._missing, param="messages")
         if continue_final_message and add_generation_prompt:
             raise UserError("continue_final_message needs add_generation_prompt false", param="continue_final_message")
+        if taken := sorted(name for name in variables if name in RESERVED or name in self._special):
+            raise UserError(
+                f"chat_template_kwargs must not set {taken[0]}: the server gives it to the template", param="chat_template_kwargs"
+            )
         # Templates ask whether tools are none, and not always whether they are defined.
         absent = {"tools": None, "documents": None}
-        names = {**self._special, **absent, **kwargs, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        names = {**self._special, **absent, **variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
         parts, size = [], 0
         try:
             for part in self._template.generate(names):
@@ -101,9 +108,15 @@ class ChatTemplate:
                         f"the chat template made more than {MAX_PROMPT_CHARS} characters of the messages", param="messages"
                     )
         except TEMPLATE_ERRORS as error:
-            raise UserError(f"the chat template refused the messages: {error}", param="messages") from error
+            raise UserError(f"the chat template refused the messages: {shown(error)}", param="messages") from error
         prompt = "".join(parts)
         return open_final_message(prompt, messages) if continue_final_message else prompt
+
+
+def shown(error: Exception) -> str:
+    """A template's words, which may repeat all it was given."""
+    text = str(error)
+    return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"
 
 
 def open_final_message(prompt: str, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -180,3 +193,12 @@ def to_json(
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+RESERVED = frozenset(
+    {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "self", "super", "loop", "caller"}
+    | {f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    | {"additional_special_tokens", "varargs", "kwargs", "true", "false", "none", "True", "False", "None"}
+    | environment().globals.keys()
+)
+"""Names that mean something in a template already; a request gives none of them."""

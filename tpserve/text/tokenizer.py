@@ -35,6 +35,14 @@ _OTHER = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm")
 """Files that may hold a tokenizer of another kind."""
 
 
+class TooManyTokens(Exception):
+    """A text has more tokens than were wanted: `count`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} tokens")
+        self.count = count
+
+
 class Tokenizer:
     """A loaded tokenizer. Immutable; `encode` lets other threads run while it works."""
 
@@ -69,15 +77,24 @@ class Tokenizer:
     def eos_token(self) -> str | None:
         return self.special_tokens.get("eos_token")
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        try:
-            return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+    def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
+        """The ids of `text`. Raises TooManyTokens beyond `at_most`, before a list of them is made."""
+        try:  # of the library's calls the one for batches alone lets other threads run
+            (encoding,) = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # Rust's texts are always UTF-8
             raise UserError("a text holds half of a surrogate pair, which is no character: take it out") from None
+        if at_most is not None and len(encoding) > at_most:
+            raise TooManyTokens(len(encoding))
+        ids: list[int] = encoding.ids
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids outside the vocabulary have none."""
         return str(self._rust.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def decode_many(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """As `decode`, for hundreds of ids or more: other threads run meanwhile."""
+        return str(self._rust.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
     def stream(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> "TextStream":
         """The text of an output that follows `prompt`."""

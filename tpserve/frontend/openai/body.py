@@ -1,5 +1,9 @@
-"""From bytes to a checked call. Every way a body can be wrong ends here in a UserError that names the field."""
+"""From bytes to a checked call. Every way a body can be wrong ends here in a UserError that names the field.
 
+Nothing here keeps the event loop for long: a body is scanned in slices before it is decoded, and large ones one at a time.
+"""
+
+import asyncio
 import logging
 import re
 from collections.abc import Mapping
@@ -10,6 +14,8 @@ import msgspec
 from aiohttp import web
 
 from tpserve.errors import UserError
+from tpserve.frontend.openai.errors import shown
+from tpserve.frontend.openai.json_scan import SLICE, scan
 from tpserve.frontend.openai.schema import ALIASES, LABELS, NEUTRAL
 
 log = logging.getLogger(__name__)
@@ -20,23 +26,40 @@ MAX_LOGGED_NAMES = 256
 PLACE = re.compile(r"(?s)(.*) - at `(?:key` in `)?\$\.?(.*)`$")
 
 
-async def read_object(request: web.Request) -> dict[str, Any]:
-    """The body as a JSON object. UserError when it is none."""
+async def read_object(request: web.Request, large: asyncio.Lock) -> dict[str, Any]:
+    """The body as a JSON object. UserError when it is none, or holds more values than can be decoded at once.
+
+    `large`: held while a body of more than a slice is decoded, so that many of them do not keep the event loop together.
+    """
     if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
-        raise UserError(f"the body is encoded as {encoding[:64]!r}; send it plain", code="unsupported_encoding", status=415)
+        raise UserError(f"the body is encoded as {shown(encoding)!r}; send it plain", code="unsupported_encoding", status=415)
     try:
         data = await request.read()
     except web.RequestPayloadError as error:
         raise UserError(f"the body cannot be read: {error}") from error
     if not data:
         raise UserError("the body is empty; send a JSON object")
-    try:
-        value = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if len(data) <= SLICE:
+        for _ in scan(data):
+            pass
+        value = decode(data)
+    else:
+        async with large:
+            for _ in scan(data):
+                await asyncio.sleep(0)  # others have their turn
+            value = decode(data)
+            await asyncio.sleep(0)
     if not isinstance(value, dict):
         raise UserError(f"the body must be a JSON object, this is {type(value).__name__}")
     return value
+
+
+def decode(data: bytes) -> Any:
+    """The value of a JSON text. UserError when it is none."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
 def parse(
@@ -85,6 +108,6 @@ def invalid(text: str, fields: dict[str, Any]) -> UserError:
     if missing := re.search(r"missing required field `(\w+)`", sentence):
         return UserError(f"{missing[1]} is required", param=missing[1], code="missing_required_parameter")
     value = fields.get(param)
-    got = f", got {value}" if isinstance(value, int | float) and "got" not in sentence else ""
+    got = f", got {shown(value)}" if isinstance(value, int | float) and "got" not in sentence else ""
     sentence = sentence[0].lower() + sentence[1:]
     return UserError(f"{param}: {sentence}{got}", param=param or None, code="invalid_value")

@@ -16,14 +16,26 @@ TYPES = {
     503: "service_unavailable_error",
 }
 CODES = {401: "invalid_api_key", 429: "queue_full", 500: "internal_error"}
+MAX_ECHOED_CHARS = 200
+"""Of what a client sent, in an error about it."""
+MAX_MESSAGE_CHARS = 1000
 RETRY_AFTER_S = {429: 1, 503: 5}
 """Statuses that pass by themselves, and when to try again."""
 
 
+def shown(value: Any) -> str:
+    """A client's value as an error may repeat it."""
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= MAX_ECHOED_CHARS else text[: MAX_ECHOED_CHARS - 1] + "…"
+
+
 def error_object(error: UserError) -> dict[str, Any]:
+    text = str(error)
+    if len(text) > MAX_MESSAGE_CHARS:  # the words of a chat template, which may repeat all it was given
+        text = text[: MAX_MESSAGE_CHARS - 1] + "…"
     kind = TYPES.get(error.status, "invalid_request_error")
     code = error.code or CODES.get(error.status)
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": code}}
+    return {"error": {"message": text, "type": kind, "param": None if error.param is None else shown(error.param), "code": code}}
 
 
 def error_response(error: UserError, headers: dict[str, str] | None = None, **extra: Any) -> web.Response:

@@ -3,11 +3,14 @@
 from msgspec.structs import replace
 
 from tpserve.errors import UserError
-from tpserve.frontend.openai.prompts import check_ids, refuse_unknown
 from tpserve.frontend.openai.schema import ChatCall, CompletionCall
 from tpserve.frontend.openai.service import Limits
+from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.sampling import SamplingParams
+
+GREEDY_BELOW = 1e-5
+"""A temperature that small is 0, as in vLLM: logits divided by it are beyond what float32 tells apart."""
 
 
 def refuse_contradictions(call: CompletionCall | ChatCall) -> None:
@@ -31,7 +34,14 @@ def refuse_contradictions(call: CompletionCall | ChatCall) -> None:
 
 def sampling_params(call: CompletionCall | ChatCall, tokenizer: Tokenizer, limits: Limits) -> SamplingParams:
     """What all sequences of a call share: everything but `max_tokens`. UserError names the field that is wrong."""
-    vocab_size, allowed = limits.vocab_size, sorted({*(call.allowed_token_ids or ())})
+    vocab_size = limits.vocab_size
+    if len(call.allowed_token_ids or ()) > vocab_size:
+        raise UserError(
+            f"allowed_token_ids has {len(call.allowed_token_ids or ())} ids, the model's vocabulary {vocab_size}",
+            param="allowed_token_ids",
+            code="invalid_value",
+        )
+    allowed = sorted({*(call.allowed_token_ids or ())})
     check_ids(call.stop_token_ids, vocab_size, "stop_token_ids")
     check_ids(list(call.logit_bias), vocab_size, "logit_bias")
     check_ids(allowed, vocab_size, "allowed_token_ids")
@@ -39,7 +49,7 @@ def sampling_params(call: CompletionCall | ChatCall, tokenizer: Tokenizer, limit
     if allowed and all((id,) in bad_words for id in allowed):
         raise UserError("bad_words leave none of allowed_token_ids to draw", param="bad_words", code="invalid_value")
     return SamplingParams(
-        temperature=call.temperature,
+        temperature=0.0 if call.temperature < GREEDY_BELOW else call.temperature,
         ignore_eos=call.ignore_eos,
         stop_token_ids=tuple(call.stop_token_ids),
         logprobs=call.num_logprobs,

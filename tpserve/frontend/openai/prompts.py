@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tpserve.errors import UserError
+from tpserve.frontend.openai.errors import shown
 from tpserve.frontend.openai.schema import ChatCall, CompletionCall, TokenizeChatCall
 from tpserve.frontend.openai.service import Limits, Service
-from tpserve.text.tokenizer import Tokenizer
+from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
+from tpserve.text.tokenizer import Tokenizer, TooManyTokens
 
 T = TypeVar("T")
 
 THREAD_SIZE = 4096
 """From this size on work goes to a thread; less than that takes about as long as the switch."""
-RESERVED_KWARGS = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
+MESSAGE_SIZE = 64
+"""What a message costs to check and to render beside its text, in characters to tokenize."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Prompt:
     text: str
 
 
-async def completion_prompts(service: Service, call: CompletionCall, limits: Limits) -> list[Prompt]:
-    """The prompts of a completions call, in order: a text, texts, ids, or lists of ids."""
+async def completion_prompts(service: Service, call: CompletionCall, limits: Limits, at_most: int | None = None) -> list[Prompt]:
+    """The prompts of a completions call, in order: a text, texts, ids, or lists of ids. UserError for one of more than `at_most`
+    tokens, by default as many as a sequence may have."""
     items = split_prompt(call.prompt)
     if len(items) > service.max_open:
         raise UserError(
@@ -41,49 +45,61 @@ async def completion_prompts(service: Service, call: CompletionCall, limits: Lim
             refuse_too_long(item, service.tokenizer, limits, "prompt")
         elif len(item) > limits.max_model_len:
             raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
-        else:
-            check_ids(item, limits.vocab_size, "prompt")
     tokenizer = service.tokenizer
 
-    def encode() -> list[Prompt]:
-        return [
-            Prompt(tokenizer.encode(item, call.add_special_tokens), item)
-            if isinstance(item, str)
-            else Prompt(item, tokenizer.decode(item) if call.echo else "")
-            for item in items
-        ]
-
-    prompts = await in_thread(encode, sum(len(item) for item in items))
-    for prompt in prompts:
+    def made(item: str | list[int]) -> Prompt:
+        if isinstance(item, str):
+            ids = encoded(tokenizer, item, call.add_special_tokens, limits, at_most, "prompt")
+            prompt = Prompt(ids, item)
+        else:
+            check_ids(item, limits.vocab_size, "prompt")
+            prompt = Prompt(item, tokenizer.decode_many(item) if call.echo else "")
         if not prompt.ids:
             raise UserError("prompt is empty: the model needs at least one token to continue", param="prompt")
         refuse_unknown(prompt.ids, tokenizer, limits, "prompt")
-    return prompts
+        return prompt
+
+    return await in_thread(lambda: [made(item) for item in items], sum(len(item) for item in items))
 
 
-async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, limits: Limits) -> Prompt:
-    """The prompt of a conversation through the model's template."""
-    messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
-    if taken := RESERVED_KWARGS & call.chat_template_kwargs.keys():
-        raise UserError(f"chat_template_kwargs must not set {min(taken)}", param="chat_template_kwargs")
-    content_chars = sum(len(message.get("content") or "") for message in messages)
-    if content_chars > limits.max_model_len * service.tokenizer.longest_token_chars:
-        raise too_long(limits.max_model_len, f"the messages have {content_chars} characters", "messages")
+async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, limits: Limits, at_most: int | None = None) -> Prompt:
+    """The prompt of a conversation through the model's template. UserError when it has more than `at_most` tokens, by default as
+    many as a sequence may have."""
+    tokenizer = service.tokenizer
 
-    def encode() -> Prompt:
+    def made() -> Prompt:
+        messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
+        content_chars = sum(len(message.get("content") or "") for message in messages)
+        if content_chars > limits.max_model_len * tokenizer.longest_token_chars:
+            raise too_long(limits.max_model_len, f"the messages have {content_chars} characters", "messages")
         text = service.chat_template.render(
             messages,
             add_generation_prompt=call.add_generation_prompt,
             continue_final_message=call.continue_final_message,
-            **call.chat_template_kwargs,
+            variables=call.chat_template_kwargs,
         )
-        return Prompt(service.tokenizer.encode(text, call.add_special_tokens), text)
+        ids = encoded(tokenizer, text, call.add_special_tokens, limits, at_most, "messages")
+        if not ids:
+            raise UserError("the chat template made an empty prompt of the messages", param="messages")
+        refuse_unknown(ids, tokenizer, limits, "messages")
+        return Prompt(ids, text)
 
-    prompt = await in_thread(encode, content_chars)
-    if not prompt.ids:
-        raise UserError("the chat template made an empty prompt of the messages", param="messages")
-    refuse_unknown(prompt.ids, service.tokenizer, limits, "messages")
-    return prompt
+    return await in_thread(made, sum(map(size_of, call.messages)) + MESSAGE_SIZE * len(call.chat_template_kwargs))
+
+
+def size_of(message: dict[str, Any]) -> int:
+    """About how long a message takes to check, render and tokenize, in characters to tokenize."""
+    return MESSAGE_SIZE + sum(len(value) for value in message.values() if isinstance(value, str | list | dict))
+
+
+def encoded(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, limits: Limits, at_most: int | None, param: str
+) -> list[int]:
+    """The ids of a text. UserError beyond `at_most`, by default as many as a sequence may have."""
+    try:
+        return tokenizer.encode(text, add_special_tokens, limits.max_model_len if at_most is None else at_most)
+    except TooManyTokens as error:
+        raise too_long(limits.max_model_len, f"your prompt has {error.count} tokens", param) from None
 
 
 def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limits: Limits, param: str) -> int:
@@ -115,32 +131,6 @@ def split_prompt(prompt: str | list[Any]) -> list[str | list[int]]:
     return [prompt]
 
 
-def check_ids(ids: list[Any], vocab_size: int, param: str) -> None:
-    """UserError unless all are token ids of the model."""
-    for token in ids:
-        if type(token) is not int:
-            raise UserError(
-                f"{param}: expected token ids or texts, got a {type(token).__name__} among them",
-                param=param,
-                code="invalid_value",
-            )
-        if not 0 <= token < vocab_size:
-            raise UserError(
-                f"{param}: token id {token} is outside the vocabulary of {vocab_size}", param=param, code="invalid_value"
-            )
-
-
-def refuse_unknown(ids: list[int], tokenizer: Tokenizer, limits: Limits, param: str) -> None:
-    """A tokenizer may know tokens that the model has no embedding for, such as a padding token that was added later."""
-    if (token := max(ids)) >= limits.vocab_size:
-        raise UserError(
-            f"{param}: the model has no token {tokenizer.piece(token)!r} (id {token} of its tokenizer, vocabulary of "
-            f"{limits.vocab_size}); leave it out",
-            param=param,
-            code="invalid_value",
-        )
-
-
 def refuse_too_long(text: str, tokenizer: Tokenizer, limits: Limits, param: str) -> None:
     """A token stands for so many characters at most, so some texts need no tokenizing to be too long."""
     if len(text) > limits.max_model_len * tokenizer.longest_token_chars:
@@ -168,7 +158,7 @@ def text_part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise UserError(f"{where}: only text parts are supported, got {str(kind)[:64]}", param=where, code="unsupported_parameter")
+    raise UserError(f"{where}: only text parts are supported, got {shown(kind)}", param=where, code="unsupported_parameter")
 
 
 async def in_thread(work: Callable[[], T], size: int) -> T:

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from aiohttp import web
 
-from tpserve.frontend.journal import NewSequence
+from tpserve.errors import UserError
+from tpserve.frontend.journal import NewSequence, Ticket
 from tpserve.frontend.openai.answer import send_stream, send_whole
 from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.errors import json_response
 from tpserve.frontend.openai.params import refuse_contradictions
-from tpserve.frontend.openai.prompts import Prompt, chat_prompt, check_ids, completion_prompts, max_new_tokens, refuse_too_long
+from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, in_thread, max_new_tokens, refuse_too_long
 from tpserve.frontend.openai.schema import (
     ChatCall,
     CompletionCall,
@@ -22,16 +24,33 @@ from tpserve.frontend.openai.schema import (
 from tpserve.frontend.openai.sequences import sequences
 from tpserve.frontend.openai.service import SERVICE, Service
 from tpserve.frontend.openai.shapes import ChatShape, CompletionShape, Head, Json, Shape
+from tpserve.frontend.openai.token_ids import check_ids
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """Where a request carries its id: the client's, or one of ours."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What a request that was let in is called, and where its tokens come."""
+
+    id: str
+    model: str
+    ticket: Ticket
+
+
+ADMITTED = web.RequestKey("admitted", Admitted)
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_COUNTED_TOKENS = 1 << 18
+"""Tokens that /tokenize counts and /detokenize takes, or as many as a sequence may have where that is more."""
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request), CompletionCall, service.logged_fields, service.sampling())
+    call, warnings = parse(
+        await read_object(request, service.large_bodies), CompletionCall, service.logged_fields, service.sampling()
+    )
     head = head_of(request, service, call, warnings, "cmpl", "text_completion", "text_completion")
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
@@ -44,7 +63,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request), ChatCall, service.logged_fields, service.sampling())
+    call, warnings = parse(await read_object(request, service.large_bodies), ChatCall, service.logged_fields, service.sampling())
     head = head_of(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
     prompt = await chat_prompt(service, call, limits)
@@ -66,6 +85,7 @@ async def answer(
 ) -> web.StreamResponse:
     """Admit, and send what comes."""
     ticket = service.open(new, streaming=call.stream)
+    request[ADMITTED] = Admitted(head.id, head.model, ticket)
     if call.stream:
         options = call.stream_options or StreamOptions()
         return await send_stream(request, service.journal, ticket, shape, head, prompts, options)
@@ -116,11 +136,12 @@ def model_card(service: Service, name: str) -> Json:
 async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize: of a text, or of messages through the chat template."""
     service = request.app[SERVICE]
-    body = await read_object(request)
+    body = await read_object(request, service.large_bodies)
     if body.get("messages") is not None:
         chat, warnings = parse(body, TokenizeChatCall, service.logged_fields)
         service.served(chat.model)
-        ids = (await chat_prompt(service, chat, service.limits())).ids
+        limits = service.limits()
+        ids = (await chat_prompt(service, chat, limits, max(MAX_COUNTED_TOKENS, limits.max_model_len))).ids
         strings = chat.return_token_strs
     else:
         call, warnings = parse(body, TokenizeCall, service.logged_fields)
@@ -128,23 +149,35 @@ async def tokenize(request: web.Request) -> web.Response:
         limits = service.limits()
         refuse_too_long(call.prompt, service.tokenizer, limits, "prompt")
         plain = CompletionCall(prompt=call.prompt, add_special_tokens=call.add_special_tokens)
-        ids = (await completion_prompts(service, plain, limits))[0].ids if call.prompt else []
+        at_most = max(MAX_COUNTED_TOKENS, limits.max_model_len)
+        ids = (await completion_prompts(service, plain, limits, at_most))[0].ids if call.prompt else []
         strings = call.return_token_strs
-    answer: Json = {"count": len(ids), "max_model_len": service.status().max_model_len, "tokens": ids}
-    if strings:
-        answer["token_strs"] = [service.tokenizer.piece(token) for token in ids]
-    if warnings:
-        answer["warnings"] = warnings
-    return json_response(answer)
+
+    def encoded() -> web.Response:
+        answer: Json = {"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids}
+        if strings:
+            answer["token_strs"] = [service.tokenizer.piece(token) for token in ids]
+        if warnings:
+            answer["warnings"] = warnings
+        return json_response(answer)
+
+    return await in_thread(encoded, len(ids))
 
 
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request), DetokenizeCall, service.logged_fields)
+    call, warnings = parse(await read_object(request, service.large_bodies), DetokenizeCall, service.logged_fields)
     service.served(call.model)
-    check_ids(call.tokens, service.limits().vocab_size, "tokens")
-    text = service.tokenizer.decode(call.tokens, skip_special_tokens=False)
+    limits = service.limits()
+    if len(call.tokens) > (most := max(MAX_COUNTED_TOKENS, limits.max_model_len)):
+        raise UserError(f"tokens: {len(call.tokens)} ids, this server takes {most} at once; split them", param="tokens")
+
+    def decoded() -> str:
+        check_ids(call.tokens, limits.vocab_size, "tokens")
+        return service.tokenizer.decode_many(call.tokens, skip_special_tokens=False)
+
+    text = await in_thread(decoded, len(call.tokens))
     return json_response({"prompt": text} | ({"warnings": warnings} if warnings else {}))
 
 

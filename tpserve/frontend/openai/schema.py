@@ -14,7 +14,7 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 128
 MAX_BIASED_IDS = 1024
-
+MAX_MESSAGES = 8192
 MAX_CACHE_SALT_CHARS = 1024
 
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
@@ -22,7 +22,7 @@ TokenId = Annotated[int, Meta(ge=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
-Messages = Annotated[list[dict[str, Any]], Meta(min_length=1)]
+Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=MAX_CACHE_SALT_CHARS)]
 RequestId = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")]

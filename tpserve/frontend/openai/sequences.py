@@ -19,6 +19,8 @@ from tpserve.text.entries import PromptScores
 
 MAX_SENT_TOKENS = 1 << 23
 """Prompt tokens of all sequences of a request, which go to the engine in one frame: 32 MiB, half of the frame's bound."""
+MAX_SENT_ALLOWED = 1 << 20
+"""Allowed token ids of all sequences of a request, in the same frame."""
 MAX_SHOWN_SCORES = 1 << 21
 """Log probabilities of prompts in one answer; with vLLM's shape some 150 MB of JSON."""
 
@@ -30,6 +32,13 @@ def sequences(
     field = "best_of" if call.num_drawn > call.n else "n"
     service.refuse_too_many(len(prompts) * call.num_drawn, field)
     num_tokens = sum(len(prompt.ids) for prompt in prompts)
+    num_allowed = len(prompts) * call.num_drawn * len(call.allowed_token_ids or ())
+    if num_allowed > MAX_SENT_ALLOWED:
+        raise UserError(
+            f"allowed_token_ids times prompts times {field} are {num_allowed}, this server takes {MAX_SENT_ALLOWED} at once; "
+            "split the request",
+            param="allowed_token_ids",
+        )
     if num_tokens * call.num_drawn > MAX_SENT_TOKENS:
         raise UserError(
             f"the request's prompts times {field} have {num_tokens * call.num_drawn} tokens, this server takes {MAX_SENT_TOKENS} "

@@ -1,8 +1,10 @@
 """What the handlers share: the names served, the engine's state as seen from here, and admission.
 
-Owns nothing that changes but the set of names already logged. Admission is where 404, 429 and 503 come from.
+Owns nothing that changes but the set of names already logged and the turn of large bodies. Admission is where 404, 429 and 503
+come from.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +41,8 @@ class Service:
     chat_template: ChatTemplate
     defaults: SamplingDefaults
     logged_fields: set[str] = field(default_factory=set)
+    large_bodies: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a large body is decoded."""
 
     def served(self, model: str | None) -> str:
         """The served name of a request's model; None is the default. UserError 404 for any other."""

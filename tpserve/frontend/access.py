@@ -1,0 +1,202 @@
+"""Who may use the server: keys of clients and operators, and web pages.
+
+A web page is code of anybody that runs in the browser of somebody who can reach the server. Two things keep pages of other
+origins away from a server without a key:
+
+    Origin    a browser names the page's origin in every request of another origin and in every POST. One that is not allowed is
+              refused before anything is done, for a page need not read an answer to do harm
+    Host      where only this machine can connect, requests are made to a name of this machine. Another name is that of a page
+              whose DNS entry became 127.0.0.1 after it was loaded (DNS rebinding), which makes it the server's own origin
+
+With a key neither is needed: no page knows it, and browsers do not add it by themselves. The page of an allowed origin may read
+answers, too (CORS). Owns no state.
+"""
+
+import hmac
+import ipaddress
+from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from tpserve.errors import UserError
+from tpserve.frontend.openai.errors import shown
+
+OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/ping"})
+"""Answered without a key and to any name: probes have none."""
+ADMIN_PATHS = frozenset({"/server_info"})
+"""Answered to operators only: they tell how the server is built."""
+METRICS_PATH = "/metrics"
+METHODS = ("GET", "HEAD", "OPTIONS", "POST")
+MAX_PREFLIGHT_AGE_S = 600
+
+
+class AccessSettings(Protocol):
+    """What decides it, of the resolved configuration."""
+
+    @property
+    def host(self) -> str: ...
+    @property
+    def api_key(self) -> str | None: ...
+    @property
+    def admin_api_key(self) -> str | None: ...
+    @property
+    def metrics_key(self) -> str | None: ...
+    @property
+    def allowed_origins(self) -> tuple[str, ...]: ...
+    @property
+    def allowed_methods(self) -> tuple[str, ...]: ...
+    @property
+    def allowed_headers(self) -> tuple[str, ...]: ...
+    @property
+    def allow_credentials(self) -> bool: ...
+
+
+def require_key(settings: AccessSettings, exposed: bool) -> Middleware:
+    """401 for requests without the key, where one is set. What is for operators has a key of its own, and is closed without
+    one to anybody but this host."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        key, name = settings.api_key, "API key"
+        if request.path in ADMIN_PATHS and (exposed or settings.admin_api_key is not None):
+            key, name = settings.admin_api_key, "admin key"
+            if key is None:
+                raise UserError(
+                    f"{request.path} is closed: this server does not listen on loopback alone and has no admin key; start it "
+                    "with --admin-api-key or TPSERVE_ADMIN_API_KEY",
+                    code="admin_key_not_set",
+                    status=403,
+                )
+        if request.path == METRICS_PATH:
+            key, name = settings.metrics_key, "metrics key"
+        if key is not None and request.path not in OPEN_PATHS and not has_key(request, key):
+            raise UserError(f"the {name} is missing or wrong; send it as 'Authorization: Bearer KEY'", status=401)
+        return await handler(request)
+
+    return check
+
+
+def has_key(request: web.Request, key: str) -> bool:
+    """Whether a request carries the key. The scheme's case does not matter (RFC 9110)."""
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    same = hmac.compare_digest(given.strip(" ").encode(errors="surrogateescape"), key.encode())
+    return same and scheme.lower() == "bearer"
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Which web pages may use the server. `exposed`: not on loopback alone."""
+
+    settings: AccessSettings
+    exposed: bool
+
+    def middleware(self) -> Middleware:
+        """403 for pages that may not, and the answers to browsers that ask before they send (preflight)."""
+
+        @web.middleware
+        async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+            origin = request.headers.get("Origin")
+            if self.settings.api_key is None and request.path not in OPEN_PATHS:
+                self.refuse_foreign_host(request)
+                if origin is not None and not self.allows(origin) and not self.is_own(origin, request):
+                    raise UserError(
+                        f"pages of {shown(origin)} may not use this server; allow them with --allowed-origins, or set a key with "
+                        "--api-key",
+                        code="origin_not_allowed",
+                        status=403,
+                    )
+            if request.method == "OPTIONS" and origin is not None and "Access-Control-Request-Method" in request.headers:
+                return self.preflight(request, origin)
+            return await handler(request)
+
+        return check
+
+    def allows(self, origin: str) -> bool:
+        """Whether pages of `origin` may use the server and read what it answers."""
+        allowed = self.settings.allowed_origins
+        if allowed:
+            return "*" in allowed or origin.lower() in allowed
+        parts = split_origin(origin)
+        return parts is not None and is_loopback(parts)
+
+    def is_own(self, origin: str, request: web.Request) -> bool:
+        """Whether a page comes from where it sends to, as behind a proxy that serves both. On loopback the host tells nothing."""
+        return self.exposed and origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()
+
+    def refuse_foreign_host(self, request: web.Request) -> None:
+        """UserError unless a server that only this machine reaches is called by a name of this machine, or of an allowed page."""
+        given, allowed = request.headers.get("Host"), self.settings.allowed_origins
+        if self.exposed or given is None or "*" in allowed:
+            return
+        host = split_origin(f"http://{given}")
+        if host is not None and (is_loopback(host) or host == self.settings.host.lower().strip("[]")):
+            return
+        if host is not None and host in {split_origin(origin) for origin in allowed}:
+            return
+        raise UserError(
+            f"this server answers to names of its own machine only, not to {shown(given)}; behind a proxy name the proxy's "
+            "address with --allowed-origins, or set a key with --api-key",
+            code="host_not_allowed",
+            status=403,
+        )
+
+    def preflight(self, request: web.Request, origin: str) -> web.Response:
+        """What a browser wants to know before it sends a page's request: whether this method and these headers may come."""
+        method = request.headers["Access-Control-Request-Method"]
+        asked = request.headers.get("Access-Control-Request-Headers", "")
+        methods, headers = self.settings.allowed_methods, self.settings.allowed_headers
+        names = [name.strip().lower() for name in asked.split(",") if name.strip()]
+        wrong = next((name for name in names if "*" not in headers and name not in map(str.lower, headers)), None)
+        if not self.allows(origin):
+            raise refused(f"pages of {shown(origin)} may not use this server; allow them with --allowed-origins")
+        if "*" not in methods and method not in methods:
+            raise refused(f"pages may not use the method {shown(method)}; allow it with --allowed-methods")
+        if wrong is not None:
+            raise refused(f"pages may not send the header {shown(wrong)}; allow it with --allowed-headers")
+        return web.Response(
+            status=204,
+            headers={
+                "Access-Control-Allow-Methods": ", ".join(METHODS if "*" in methods else methods),
+                "Access-Control-Allow-Headers": asked if "*" in headers else ", ".join(headers),
+                "Access-Control-Max-Age": str(MAX_PREFLIGHT_AGE_S),
+            },
+        )
+
+    async def on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Let the page of an allowed origin read the response."""
+        response.headers.add("Vary", "Origin")
+        origin = request.headers.get("Origin")
+        if origin is None or not self.allows(origin):
+            return
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Expose-Headers"] = "x-request-id, Retry-After"
+        if self.settings.allow_credentials:
+            response.headers["Access-Control-Allow-Credentials"] = "true"
+
+
+def refused(text: str) -> UserError:
+    return UserError(text, code="origin_not_allowed", status=403)
+
+
+def split_origin(origin: str) -> str | None:
+    """The host of an origin, without brackets and port; None for what is no origin with a host, such as "null"."""
+    try:
+        parts = urlsplit(origin)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return None
+    plain = not (parts.path or parts.query or parts.fragment or parts.username or parts.password)
+    return host.lower().rstrip(".") if host and plain else None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine whatever DNS says: browsers and resolvers answer for "localhost" themselves (RFC 6761)."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

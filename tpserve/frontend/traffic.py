@@ -1,0 +1,156 @@
+"""What an operator sees of traffic in the log: how much there is, what a shutdown waits for, with --log-requests each request.
+
+Never logs a prompt or an answer. Owns the numbers of the last line; everything else it reads.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from tpserve.frontend.access import METRICS_PATH, OPEN_PATHS
+from tpserve.frontend.journal import Journal, OpenSequence
+from tpserve.frontend.openai.routes import ADMITTED, REQUEST_ID
+from tpserve.frontend.status import Status
+from tpserve.observe.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+LINE_S = 10.0
+DRAIN_LINE_S = 5.0
+TICK_S = 0.5
+CLIENT_LEFT = 499
+"""The status of a request whose client was gone before an answer, as proxies log it."""
+
+
+@dataclass
+class Throughput:
+    """The line that tells how much there was since the last one."""
+
+    metrics: Metrics
+    last_s: float
+    _last: dict[str, int] = field(default_factory=dict)
+
+    def line(self, now_s: float) -> str | None:
+        """None while there is no traffic."""
+        stats, totals, before = self.metrics.stats, dict(self.metrics.totals), self._last
+        took_s, self.last_s, self._last = now_s - self.last_s, now_s, totals
+        new = {name: total - before.get(name, 0) for name, total in totals.items()}
+        if not (new["prompt_tokens"] or new["generation_tokens"] or stats.running or stats.waiting):
+            return None
+        queries = totals["prefix_cache_queries"]
+        hits = 100 * totals["prefix_cache_hits"] / queries if queries else 0.0
+        used = 100 * stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+        return (
+            f"Avg prompt throughput: {new['prompt_tokens'] / took_s:.1f} tokens/s, "
+            f"Avg generation throughput: {new['generation_tokens'] / took_s:.1f} tokens/s, "
+            f"Running: {stats.running} reqs, Waiting: {stats.waiting} reqs, "
+            f"KV cache usage: {used:.1f}%, Prefix cache hit rate: {hits:.1f}%"
+        )
+
+
+@dataclass
+class Drain:
+    """The lines that tell what a shutdown waits for, and how long it may take."""
+
+    timeout_s: float
+    began_s: float | None = None
+    _said_s: float = 0.0
+
+    def line(self, now_s: float, open_sequences: list[OpenSequence]) -> str | None:
+        """None when there is nothing new to say. Call it while the server drains."""
+        left = len(open_sequences)
+        if self.began_s is None:
+            self.began_s = self._said_s = now_s
+            if not left:
+                return "draining: no request is open"
+            return f"draining: {counted(left)} may take up to {self.timeout_s:g} s more (--drain-timeout)"
+        if not left or now_s - self._said_s < DRAIN_LINE_S:
+            return None
+        self._said_s = now_s
+        oldest_s = now_s - min(sequence.arrived_s for sequence in open_sequences)
+        tokens = sum(sequence.assembler.num_tokens for sequence in open_sequences)
+        rest_s = max(0.0, self.began_s + self.timeout_s - now_s)
+        so_far = f"{tokens} tokens so far, the oldest came {oldest_s:.0f} s ago"
+        return f"draining: waiting for {counted(left)} ({so_far}); {rest_s:.0f} s left"
+
+    def last_line(self, now_s: float, why_cut: str) -> str | None:
+        """What came of it. `why_cut`: why requests were ended, empty when none was."""
+        if self.began_s is None:
+            return None
+        took_s = now_s - self.began_s
+        return f"the drain was cut after {took_s:.1f} s: {why_cut}" if why_cut else f"drained in {took_s:.1f} s"
+
+
+def counted(left: int) -> str:
+    return f"{left} open sequence{'s' * (left != 1)}"
+
+
+def reporting(
+    journal: Journal, status: Callable[[], Status], drain_timeout_s: float, log_stats: bool
+) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Log these lines while an application is served."""
+
+    drain = Drain(drain_timeout_s)
+
+    async def report() -> None:
+        throughput = Throughput(journal.metrics, time.monotonic())
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = time.monotonic()
+            lines = []
+            if log_stats and now_s - throughput.last_s >= LINE_S:
+                lines.append(throughput.line(now_s))
+            if status().state == "draining":
+                lines.append(drain.line(now_s, journal.open_sequences))
+            for line in filter(None, lines):
+                log.info(line)
+
+    async def context(_app: web.Application) -> AsyncIterator[None]:
+        task = asyncio.get_running_loop().create_task(report())
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        if line := drain.last_line(time.monotonic(), status().reason):
+            log.info(line)
+
+    return context
+
+
+@web.middleware
+async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A line for each request that has ended, but probes and scrapes."""
+    if request.path in OPEN_PATHS or request.path == METRICS_PATH:
+        return await handler(request)
+    began_s = time.monotonic()
+    status = CLIENT_LEFT
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        log.info(request_line(request, status, time.monotonic() - began_s))
+
+
+def request_line(request: web.Request, status: int, took_s: float) -> str:
+    """What happened to a request, and nothing of what it said."""
+    resource = request.match_info.route.resource
+    route = f"{request.method} {resource.canonical if resource is not None else '(no such route)'}"
+    if (admitted := request.get(ADMITTED)) is None:
+        return f"request {request[REQUEST_ID]}: {route}, status {status}, {took_s:.3f} s"
+    sequences = admitted.ticket.sequences
+    reasons = {sequence.assembler.finish or "none": None for sequence in sequences}
+    firsts = [sequence.token_s[0] - sequence.arrived_s for sequence in sequences if sequence.token_s]
+    ttft = f"{min(firsts):.3f} s" if firsts else "none"
+    prompt_tokens = sum(sequence.prompt_tokens for sequence in sequences if sequence.request.choice == 0)
+    output_tokens = sum(sequence.assembler.num_tokens for sequence in sequences)
+    return (
+        f"request {admitted.id}: {route}, model {admitted.model}, {prompt_tokens} prompt tokens, {output_tokens} output tokens, "
+        f"finish {'/'.join(reasons)}, TTFT {ttft}, status {status}, {took_s:.3f} s"
+    )
