@@ -45,9 +45,9 @@ ALLOWED: dict[str, set[str]] = {
     # floor 4
     "models": {*FLOOR_0, "builtin", "config", "parallel", "quant", "attention", "layers", "weights"},
     # floor 5
-    "worker": {*FLOOR_0, "config", "wire", "observe", "parallel", "attention", "sampler", "models", "weights"},
+    "worker": {*FLOOR_0, "config", "wire", "observe", "parallel", "quant", "attention", "sampler", "models", "weights"},
     # floor 6
-    "engine": {*FLOOR_0, "config", "hub", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
+    "engine": {*FLOOR_0, "config", "hub", "wire", "observe", "parallel", "quant", "scheduling", "models", "weights", "worker"},
     # floor 7
     "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker", "llm"},
     "planner": {*FLOOR_0, "config", "hub", "parallel", "models", "worker"},
