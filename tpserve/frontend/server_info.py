@@ -13,7 +13,7 @@ from tpserve.types.layout import ParallelLayout
 from tpserve.version import __version__
 
 Json = dict[str, Any]
-INVARIANT, NOT_PROMISED = "batch-invariant", "not promised on CUDA"
+INVARIANT, BROKEN, UNTESTED, NOT_PROMISED = "batch-invariant", "not on this processor", "untested", "not promised on CUDA"
 
 
 def server_info(
@@ -49,7 +49,7 @@ def numerics(ranks: Sequence[Seen]) -> str | None:
         return NOT_PROMISED
     broken = list(dict.fromkeys(name for each in tested for name in each.broken))
     untested = list(dict.fromkeys(name for each in tested for name in each.untested if name not in broken))
-    parts = [("not on this processor", broken), ("untested", untested)]
+    parts = [(BROKEN, broken), (UNTESTED, untested)]
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or INVARIANT
 
 
