@@ -54,7 +54,7 @@ def test_only_the_last_row_breaks() -> None:
         return torch.cat((x_TK[:-1], x_TK[-1:] * 1.001)) if len(x_TK) % 2 and len(x_TK) > 1 else x_TK
 
     known = Known()
-    examine([Product("tail", 8, 8, torch.float32, run)], known)
+    examine([Product("tail", 8, 8, torch.float32, run)], known, 1e9)
     assert known["tail"]["33"] is known["tail"]["65"] is False
 
 

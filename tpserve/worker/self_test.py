@@ -35,7 +35,7 @@ def self_test(products: Iterable[Product], machine: Sequence[str], directory: Pa
         key = hashlib.sha256("\n".join([__version__, torch.__config__.show(), str(torch.get_num_threads()), *machine]).encode())
         file = directory / f"numerics-{key.hexdigest()[:16]}.json"
     known = _read(file)
-    if examine(kinds, known):
+    if examine(kinds, known, BUDGET_S):
         _write(file, known)
     broken = tuple(kind.name for kind in kinds if not all(known.get(kind.name, {}).values()))
     reached = [kind.name for kind in kinds if all(str(rows) in known.get(kind.name, {}) for rows in ROWS)]
@@ -43,9 +43,7 @@ def self_test(products: Iterable[Product], machine: Sequence[str], directory: Pa
 
 
 @torch.inference_mode()
-def examine(
-    kinds: Sequence[Product], known: Known, budget_s: float = BUDGET_S, clock: Callable[[], float] = time.perf_counter
-) -> bool:
+def examine(kinds: Sequence[Product], known: Known, budget_s: float, clock: Callable[[], float] = time.perf_counter) -> bool:
     """Add to `known` what there is time for, in the order of `kinds`; whether there was anything to try.
 
     What would take longer than what is left, going by what the others took, is passed over.
