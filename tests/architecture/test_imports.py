@@ -47,9 +47,22 @@ ALLOWED: dict[str, set[str]] = {
     # floor 4
     "models": {*FLOOR_0, "builtin", "config", "parallel", "quant", "attention", "layers", "weights"},
     # floor 5
-    "worker": {*FLOOR_0, "config", "host", "wire", "observe", "parallel", "attention", "sampler", "models", "weights"},
+    "worker": {*FLOOR_0, "config", "host", "wire", "observe", "parallel", "quant", "attention", "sampler", "models", "weights"},
     # floor 6
-    "engine": {*FLOOR_0, "config", "host", "hub", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
+    "engine": {
+        *FLOOR_0,
+        "config",
+        "host",
+        "hub",
+        "wire",
+        "observe",
+        "parallel",
+        "quant",
+        "scheduling",
+        "models",
+        "weights",
+        "worker",
+    },
     # floor 7
     "bench": {*FLOOR_0, "config", "host", "cli", "wire", "scheduling", "worker", "llm"},
     "planner": {*FLOOR_0, "config", "cli", "hub", "parallel", "models", "worker"},

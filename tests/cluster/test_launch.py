@@ -125,6 +125,34 @@ def test_two_nodes(model: str, place: Path) -> None:
     assert "2 CPU ranks on 2 nodes, TP 1 x PP 2" in server.log
 
 
+def test_unlike_processors(model: str, place: Path) -> None:
+    """Serve together as stages, which say what their self-tests found; ranks of one stage must compute alike."""
+    port = free_port()
+    unlike, common = ("env", "ONEDNN_MAX_CPU_ISA=AVX"), ("--nnodes", "2", "--master-addr", "127.0.0.1", "--interface", "lo")
+
+    def node(rank: int, meet: int, layout: str) -> list[str]:
+        flags = (*DUMMY, *common, "--master-port", str(meet), layout, "2", "--node-rank", str(rank))
+        return [*(unlike if rank else ()), *serve(model, *flags, *(("--headless",) if rank else ()), port=port)]
+
+    meet = free_port()
+    with started(place, node(1, meet, "-pp"), node(0, meet, "-pp"), port=port) as server:
+        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        info = server.get("/server_info")[1]
+        assert re.fullmatch("batch-invariant|(untested|not on this processor): .+", info["numerics"]), info["numerics"]
+        assert [rank["processor"]["CPU"].endswith(" ONEDNN_MAX_CPU_ISA=AVX") for rank in info["ranks"]] == [False, True]
+        server.processes[0].terminate()
+        assert server.wait() == [0, 0]
+    assert ("may depend on the batch" in server.log) == (info["numerics"] != "batch-invariant")
+    meet = free_port()
+    with started(place, node(1, meet, "-tp"), node(0, meet, "-tp"), port=port, ready=False) as server:
+        assert 2 in server.wait(60)
+        assert_nothing_left(place)
+    host = socket.gethostname()
+    assert re.search(rf"rank 0 on {host} +rank 1 on {host}\n", server.log), server.log
+    assert re.search(r"CPU  .* ONEDNN_MAX_CPU_ISA=AVX\n", server.log)
+    assert "tensor parallel ranks must compute alike to the last bit" in server.log and "Traceback" not in server.log
+
+
 def test_a_node_that_waits_for_its_head_can_be_ended(model: str, place: Path) -> None:
     port = free_port()
     nodes = (*SECOND_NODE, "--master-port", str(free_port()))

@@ -14,7 +14,8 @@ import torch
 
 from tpserve.attention.batch import AttentionBatch
 from tpserve.attention.paged import KVLayout, Scoring, attend, ready
-from tpserve.layers.latent import per_head
+from tpserve.quant.grouped import per_head
+from tpserve.quant.packed import pack_stack
 
 HEADS, LATENT, PLAIN, ROTATED, VALUE = 16, 512, 128, 64, 128
 BLOCK_SIZE = 16
@@ -48,7 +49,7 @@ def best_ms(*steps: Callable[[], object]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     up = torch.randn(HEADS, PLAIN + VALUE, LATENT).bfloat16()
-    key_up, value_up = up[:, :PLAIN].contiguous(), up[:, PLAIN:].transpose(1, 2)
+    key_up, value_up = pack_stack(up[:, :PLAIN].transpose(1, 2)), pack_stack(up[:, PLAIN:])
     print("| rows | context | latents | expanded |\n|---|---|---|---|")
     for rows, context in ((512, 512), (512, 2048), (512, 8192), (1, 2048), (1, 8192)):
         padded = -(-rows // 4) * 4

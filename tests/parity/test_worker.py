@@ -68,7 +68,7 @@ def layout() -> ParallelLayout:
 def serve(decoder: Decoder, requests: list[Request], limits: Limits, threads: int = 1) -> tuple[dict[int, Answer], Scheduler]:
     """Everything at once through a fresh engine; the order is that of rank 0's loop."""
     torch.set_num_threads(threads)
-    mesh = Mesh(0, layout(), Group(), Group(), Pipeline(), torch.device("cpu"))
+    mesh = Mesh(0, ParallelLayout(1, 1, (decoder.spec.num_layers,)), Group(), Group(), Pipeline(), torch.device("cpu"))
     sizes = (limits.max_num_seqs, limits.max_model_len, limits.block_size, limits.windows)
     slots = Slots(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=SPEC.vocab_size)
     executor = Executor(mesh, decoder, slots, allocate(decoder, mesh, limits.num_blocks, limits.block_size))

@@ -6,6 +6,7 @@ python -m tests.parity.two_forms interpreter     the CPU against the kernels in 
 
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -17,6 +18,7 @@ from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import CacheGroup, ClampedSwiglu, ExpertsSpec, LatentSpec, ModelSpec, RopeSpec, RoutingSpec
 from tpserve.weights.dummy import dummy
+from tpserve_kernels import grouped
 
 MIXTURE = ExpertsSpec(
     5, 48, RoutingSpec(2, bias="logits", renormalise=True), layers=(0, 1), bias=True, clamped=ClampedSwiglu(alpha=1.3, limit=0.7)
@@ -84,8 +86,10 @@ def main(other: str) -> None:
                 got = logits(runner(family, dtype, "cuda"))
             else:
                 torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
-                got = logits(model)
+                with patch.object(grouped, "grouped_matmul", wraps=grouped.grouped_matmul) as of_experts:
+                    got = logits(model)
                 del torch.Tensor.is_cuda
+                assert of_experts.called == (spec(family).experts is not None), "experts have a form of their own, too"
             print(family, dtype, float((got - expected).abs().max()))
 
 

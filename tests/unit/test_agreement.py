@@ -1,5 +1,7 @@
 """Which ranks can work together, and the tables that say how they differ."""
 
+from msgspec.structs import replace
+
 from tpserve.frontend.agreement import disagreement, everything, noted, refused
 from tpserve.observe.table import of_ranks
 from tpserve.types.messages import Hello, Place
@@ -44,3 +46,31 @@ def test_ranks_that_are_alike_share_a_column_wherever_they_are() -> None:
     mixed = [hello(0, "a", torch="1"), hello(1, "a", torch="2"), hello(2, "b", torch="1"), hello(3, "b", torch="1")]
     assert refused(mixed)[0] == "       ranks 0, 2-3 on a, b  rank 1 on a"
     assert of_ranks([7]) == "rank 7"
+
+
+def seated(rank: int, stage: int, cpu: str, **facts: str) -> Hello:
+    return replace(hello(rank, "ab"[rank // 2], **facts), stage=stage, processor={"CPU": cpu, "CPU products": cpu[-4:]})
+
+
+def test_unlike_processors_are_for_different_stages() -> None:
+    mixed = [seated(0, 0, "AVX512 AMX"), seated(1, 0, "AVX512 AMX"), seated(2, 1, "AVX2"), seated(3, 1, "AVX2")]
+    assert all(disagreement(mixed[:i], mixed[i]) == "" for i in range(4)) and refused(mixed) == []
+    assert noted(mixed) == [
+        "              ranks 0-1 on a  ranks 2-3 on b",
+        "CPU           AVX512 AMX      AVX2",
+        "CPU products   AMX            AVX2",
+    ]
+
+
+def test_unlike_processors_in_a_stage_are_refused() -> None:
+    mixed = [seated(0, 0, "AVX2"), seated(1, 1, "AVX512"), seated(2, 0, "AVX2"), seated(3, 1, "AVX2")]
+    why = disagreement(mixed[:3], mixed[3])
+    assert why.startswith("rank 1 on a has CPU AVX512, rank 3 on b has CPU AVX2: tensor parallel ranks must compute alike")
+    assert "--pipeline-parallel-size" in why
+    assert refused(mixed) == [
+        "              ranks 0, 2-3 on a, b  rank 1 on a",
+        "CPU           AVX2                  AVX512",
+        "CPU products  AVX2                  X512",
+    ]
+    other = seated(3, 1, "AVX512", torch="2.11")
+    assert disagreement(mixed[:3], other).startswith("rank 0 on a has torch none"), "what all must have comes first"

@@ -46,9 +46,9 @@ def attended(width: int, q_TND: torch.Tensor, *_: Any) -> torch.Tensor:
     return q_TND.new_empty((*q_TND.shape[:2], width))
 
 
-def heads_apart(x_TNK: torch.Tensor, weight_NKM: torch.Tensor) -> torch.Tensor:
+def heads_apart(x_TNK: torch.Tensor, weight_NMK: torch.Tensor) -> torch.Tensor:
     rows, num_heads, _ = x_TNK.shape
-    return x_TNK.new_empty((num_heads, rows, weight_NKM.shape[2])).transpose(0, 1)
+    return x_TNK.new_empty((num_heads, rows, weight_NMK.shape[1])).transpose(0, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,6 @@ def kernels_allocate_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(room, "attend", partial(attended, width))
     monkeypatch.setattr(latent, "per_head", heads_apart)
     monkeypatch.setattr(moe, "grouped_matmul", product)
-    monkeypatch.setattr(moe, "group_unit", lambda device: 1)
     monkeypatch.setattr(norm, "rms_norm", lambda x, *_: torch.empty_like(x))
     monkeypatch.setattr(norm, "add_rms_norm", lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
     halve = lambda x: result(x, x.shape[1] // 2)  # noqa: E731

@@ -9,12 +9,12 @@ from msgspec.structs import replace
 from tests.specs import small
 from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
-from tpserve.frontend.coordinator import Coordinator, Peer
-from tpserve.frontend.server_info import server_info
+from tpserve.frontend.coordinator import Coordinator, Peer, Seen
+from tpserve.frontend.server_info import numerics, server_info
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept
 from tpserve.types.machine import Machine
-from tpserve.types.messages import Beat, Hello
+from tpserve.types.messages import Beat, Hello, MemoryLedger, Numerics, Up
 from tpserve.types.model_files import ModelFiles
 
 CONFIG = resolve(
@@ -35,8 +35,9 @@ def test_while_starting_what_is_known_so_far() -> None:
         "rank": 3, "node": 0, "host": "node1", "address": "", "visible_gpus": 0, "pid": 77, "stage": 1,
         "state": "starting", "phase": "waiting for all ranks", "percent": 0,
         "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None,
-        "silent_s": 0.75, "memory": None, "fingerprint": {}, "traits": {}, "log": {"first": [], "last": []},
+        "silent_s": 0.75, "memory": None, "fingerprint": {}, "processor": {}, "traits": {}, "log": {"first": [], "last": []},
     }  # fmt: skip
+    assert info["numerics"] is None
     assert (info["ranks"][0]["pid"], info["ranks"][0]["silent_s"]) == (None, None)
 
 
@@ -79,3 +80,17 @@ def test_secrets_are_not_shown() -> None:
     assert (shown["api_key"], shown["admin_api_key"], shown["num_gpu_blocks_override"]) == ("***", "***", None)
     assert replace(CONFIG, api_key=None).shown()["api_key"] is None
     assert "s3cret" in fast.encode(CONFIG).decode(), "the frontend itself needs them"
+
+
+def test_what_the_self_tests_of_all_ranks_say() -> None:
+    def seen(*found: Numerics | None) -> list[Seen]:
+        ledger = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 0, 16, 256)
+        return [Seen(None, Up(rank, 1, ledger, {}, each), Beat(rank, 1, "", 0, 0), 0.0) for rank, each in enumerate(found)]
+
+    good = Numerics()
+    assert numerics(seen(good, good)) == "batch-invariant"
+    assert numerics(seen(good, Numerics(untested=("a", "b")), Numerics(untested=("b", "c")))) == "untested: a, b, c"
+    both = Numerics(("x",), ("a",)), Numerics(("y", "x"), ("x",))
+    assert numerics(seen(*both)) == "not on this processor: x, y; untested: a"
+    assert numerics(seen(None, None)) == "not promised on CUDA"
+    assert numerics([*seen(good), Seen(None, None, Beat(1, 1, "", 0, 0), 0.0)]) is None

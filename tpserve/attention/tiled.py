@@ -46,6 +46,20 @@ def attend(
     return out_TNE
 
 
+def products(q_TD: torch.Tensor, v_dim: int) -> torch.Tensor:
+    """The two products of a tile, for a self-test: rows times keys, and that times values, all of them made up: [T, X + E].
+
+    As in a step, more rows come with more matrices.
+    """
+    rows, count = len(q_TD), 1 + len(q_TD) // 32
+    generator = torch.Generator().manual_seed(0)
+    k_XD, v_XE = (torch.randn(TILE, dim, generator=generator) for dim in (q_TD.shape[1], v_dim))
+    q_aMD = F.pad(q_TD, (0, 0, 0, -rows % ROW_UNIT)).repeat(count, 1, 1)
+    scores_aMX = torch.bmm(q_aMD, k_XD.repeat(count, 1, 1).transpose(1, 2))
+    out_aME = torch.bmm(scores_aMX, v_XE.repeat(count, 1, 1))
+    return torch.cat((scores_aMX, out_aME), dim=2)[-1, :rows]
+
+
 def _by_head(x_rND: torch.Tensor, count: int, num_kv: int) -> torch.Tensor:
     """A group's rows, r = n C of them, for each key/value head, padded: [n, K, M, D] float32, a copy."""
     rows, num_heads, dim = x_rND.shape

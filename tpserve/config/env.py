@@ -26,6 +26,13 @@ set by the user, read by huggingface_hub and by nothing of ours
 HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE   where repositories are cached, and whether the network is used
 HF_ENDPOINT HF_TOKEN                  whom to ask for them, and as whom
 
+set by the user or the system
+XDG_CACHE_HOME HOME                   cache_dir(): what a start remembers of the processor
+
+set by the user, read by torch's libraries, part of what must agree
+ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA MKL_ENABLE_INSTRUCTIONS MKL_CBWR
+                                      instruction_limits: they keep products from instructions
+
 set by the user, looked for by `tpserve report` so that it can take them out
 *_KEY *_TOKEN *_SECRET *_PASSWORD     values
 
@@ -54,12 +61,14 @@ NCCL_DEBUG NCCL_DEBUG_FILE            INFO, and a file to read; unless the user 
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 from tpserve.errors import UserError
 
 _OVERRIDE = "TPSERVE_ARG_"
 _KEYS = {"TPSERVE_API_KEY": "api_key", "TPSERVE_ADMIN_API_KEY": "admin_api_key", "TPSERVE_METRICS_KEY": "metrics_key"}
+_INSTRUCTION_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,19 @@ def calm_threads(environ: MutableMapping[str, str] = os.environ) -> None:
 def network_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What the user told NCCL and gloo."""
     return {name: text for name, text in sorted(environ.items()) if name.startswith(("NCCL_", "GLOO_"))}
+
+
+def instruction_limits(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the user told torch's libraries of the instructions that they may use."""
+    return {name: environ[name] for name in _INSTRUCTION_LIMITS if environ.get(name)}
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where this user's programs keep what they can find again (XDG); None for a user without a home."""
+    if (chosen := environ.get("XDG_CACHE_HOME", "")).startswith("/"):
+        return Path(chosen) / "tpserve"
+    home = environ.get("HOME", "")
+    return Path(home) / ".cache" / "tpserve" if home.startswith("/") else None
 
 
 def vllm_variables(environ: Mapping[str, str] = os.environ) -> list[str]:

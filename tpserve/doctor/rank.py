@@ -32,7 +32,7 @@ from tpserve.doctor import host, links, traffic
 from tpserve.doctor.hang import Limit, who_does_not_answer
 from tpserve.doctor.verdict import BROKEN, OK, Verdict, exit_code, page, summary
 from tpserve.engine import reach
-from tpserve.engine.fingerprint import fingerprint, traits
+from tpserve.engine.fingerprint import fingerprint, processor, traits
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.agreement import disagreement, everything, noted
 from tpserve.host import network
@@ -124,7 +124,8 @@ class _Rank:
         self._traced = traced
         self._free = devices.free_memory(device)
         place = Place(me.node_rank, interface.address, host_id(), settings, visible_gpus())
-        self._hello = Hello(me.rank, 0, os.getpid(), socket.gethostname(), {}, fingerprint(config, spec), place, traits(device))
+        seat, facts = (me.rank, 0, os.getpid(), socket.gethostname()), fingerprint(config, spec)
+        self._hello = Hello(*seat, {}, facts, place, traits(device), config.layout.stage_of(me.rank), processor(device))
         self._store, self._store_address = _meet(me, config, interface)
         self._hosts: list[str] = []
 

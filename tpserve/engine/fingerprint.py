@@ -1,4 +1,4 @@
-"""What a rank tells of itself in Hello: what must be equal on all ranks, and what may differ and is shown when it does."""
+"""What a rank tells of itself in Hello: what must be equal on all ranks, or on those of a stage, and what may differ."""
 
 import hashlib
 import importlib.metadata
@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 import torch
 
+from tpserve.config.env import instruction_limits
 from tpserve.config.schema import EngineConfig, Flags
+from tpserve.quant.processor import facts
 from tpserve.types.model_files import WEIGHT_FORMATS
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
@@ -21,7 +23,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
     """Facts that must agree: a difference would give wrong tokens or a hang."""
-    facts = {
+    told = {
         "tpserve": __version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "torch": str(torch.__version__),
@@ -31,12 +33,12 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
         **{_spoken(name): _text(value) for name, value in config.shared().items()},
     }
     if config.device == "cuda":
-        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        told["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     if config.snapshot is not None:
-        facts["--revision"] = config.snapshot.commit
+        told["--revision"] = config.snapshot.commit
     elif config.load_format != "dummy":
-        facts["weights"] = _weights(Path(config.model))
-    return facts
+        told["weights"] = _weights(Path(config.model))
+    return told
 
 
 def traits(device: torch.device) -> dict[str, str]:
@@ -44,6 +46,13 @@ def traits(device: torch.device) -> dict[str, str]:
     if device.type == "cpu":
         return {}
     return {"GPU": torch.cuda.get_device_name(device), "driver": driver()}
+
+
+def processor(device: torch.device) -> dict[str, str]:
+    """Facts that must agree on the ranks of a stage: they compute the same rows, and each draws and chooses experts by itself."""
+    if device.type == "cpu":
+        return facts(instruction_limits())
+    return {"GPU capability": "{}.{}".format(*torch.cuda.get_device_capability(device))}
 
 
 def driver() -> str:

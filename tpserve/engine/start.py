@@ -15,14 +15,14 @@ import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.config import generation_config
-from tpserve.config.env import RankEnv, told_where
+from tpserve.config.env import RankEnv, cache_dir, told_where
 from tpserve.config.schema import EngineConfig
 from tpserve.engine import reach
-from tpserve.engine.fingerprint import fingerprint, traits
+from tpserve.engine.fingerprint import fingerprint, processor, traits
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
 from tpserve.host.network import Interface, host_id
-from tpserve.host.resources import available_cores, visible_gpus
+from tpserve.host.resources import available_cores, cpu_model, visible_gpus
 from tpserve.hub import download
 from tpserve.hub.locate import weights_of
 from tpserve.models import names_of
@@ -37,7 +37,7 @@ from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import imbalance, split_heads
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import MemoryLedger, Place, Start
+from tpserve.types.messages import MemoryLedger, Numerics, Place, Start
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
@@ -52,6 +52,7 @@ from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
 from tpserve.worker.loop import serve_plans
 from tpserve.worker.memory import allocate, check_weights, measure, room_for
+from tpserve.worker.self_test import self_test
 from tpserve.worker.sizing import report
 from tpserve.worker.slots import Slots
 
@@ -175,8 +176,9 @@ class _Rank:
         self._have_weights()  # before hello: whoever waits for this rank is told how far it is
         watch.lap("download")
         hosted = self._host() if env.rank == 0 else None
+        stage, self._processor = config.layout.stage_of(env.rank), processor(device)
         control.progress("waiting for all ranks", 0)
-        control.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits(device))
+        control.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits(device), stage, self._processor)
         start = control.wait_start()
         watch.lap("all ranks")
         control.progress("forming the mesh", 5)
@@ -190,8 +192,9 @@ class _Rank:
         )
         plans = None if hosted else PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
         watch.lap("mesh")
-        executor, ledger = self._build(mesh, free)
-        control.up(ledger, {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()})
+        executor, ledger, numerics = self._build(mesh, free)
+        facts = {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()}
+        control.up(ledger, facts, numerics)
         epoch = control.wait_run()
         if hosted:
             watch.lap("other ranks")
@@ -203,13 +206,15 @@ class _Rank:
             results = ResultSender(self._endpoint(start, "result"), self._leader_key) if sampling else None
             serve_plans(plans, executor, results, control, self._trace)
 
-    def _build(self, mesh: Mesh, free: int) -> tuple[Executor, MemoryLedger]:
+    def _build(self, mesh: Mesh, free: int) -> tuple[Executor, MemoryLedger, Numerics | None]:
         """Load this rank's share, see what fits beside it, and make that. `free`: memory before any rank had loaded."""
         config, env, watch = self._config, self._env, self._watch
         check_weights(mesh, self._spec, config, env.local_world_size, free)
         with self._room_for("loading the model", mesh):
             decoder, weights = self._load(mesh)
         watch.lap("load")
+        numerics = self._self_test(decoder)
+        watch.lap("self-test")
         self._control.progress("measuring memory", 90)
         make_slots = partial(self._slots, mesh.device)
         with self._room_for("measuring the largest steps", mesh):
@@ -226,7 +231,13 @@ class _Rank:
         if (tally := decoder.tally) is not None and mesh.tp.rank == 0:  # the other ranks of the stage count the same
             tally.clear()
             self._control.count(tally.layers, tally.read)
-        return Executor(mesh, decoder, slots, caches), ledgers[env.rank]
+        return Executor(mesh, decoder, slots, caches), ledgers[env.rank], numerics
+
+    def _self_test(self, decoder: Decoder) -> Numerics | None:
+        """Whether rows keep their bits in company here; on CUDA that is not promised."""
+        if decoder.device.type != "cpu":
+            return None
+        return self_test(decoder.products(), [cpu_model(), *self._processor.values()], cache_dir())
 
     def _have_weights(self) -> None:
         """Of a repository: download the weights that the cache lacks, or wait for local rank 0 to have done it."""

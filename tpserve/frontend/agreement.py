@@ -1,44 +1,64 @@
 """Whether the ranks that say Hello can work together, and how they differ. Pure; decides nothing.
 
-A Hello's `fingerprint` must be equal on all ranks: a difference would give wrong tokens or a hang. What its `traits` and its
-place's `settings` say may differ, and is shown when it does.
+A Hello's `fingerprint` must be equal on all ranks, and its `processor` on the ranks of a stage: a difference would give wrong
+tokens or a hang. What its `traits` and its place's `settings` say may differ, and is shown when it does.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tpserve.observe.table import of_ranks, table
 from tpserve.types.messages import Hello
 
 WAY_OUT = "start every node with the same version and arguments"
+WAY_OUT_PROCESSOR = (
+    "tensor parallel ranks must compute alike to the last bit: put unlike processors in different pipeline stages "
+    "(--pipeline-parallel-size)"
+)
 _NONE = "none"
 
 
 def disagreement(known: Iterable[Hello], hello: Hello) -> str:
     """Why this rank cannot take part beside those already known, in a sentence; nothing when it can."""
     others = list(known)
-    return (_difference(others[0], hello) if others else "") or _clash(others, hello)
+    beside = [other for other in others if other.stage == hello.stage]
+    return (
+        (_difference(others[0], hello, _fingerprint, WAY_OUT) if others else "")
+        or (_difference(beside[0], hello, _processor, WAY_OUT_PROCESSOR) if beside else "")
+        or _clash(others, hello)
+    )
 
 
 def refused(hellos: Sequence[Hello]) -> list[str]:
     """Who has what of the facts that must agree and do not, as a table; empty when all agree."""
-    return _compare(hellos, [hello.fingerprint for hello in hellos])
+    stages = {hello.stage: [other.processor for other in hellos if other.stage == hello.stage] for hello in hellos}
+    names = _differing([hello.fingerprint for hello in hellos])
+    names += dict.fromkeys(name for facts in stages.values() for name in _differing(facts))
+    return _table(hellos, [hello.fingerprint | hello.processor for hello in hellos], names) if names else []
 
 
 def noted(hellos: Sequence[Hello]) -> list[str]:
     """The same of what may differ: drivers, cards, what users have told NCCL and gloo."""
-    return _compare(hellos, [hello.traits | hello.place.settings for hello in hellos])
+    facts = [hello.processor | hello.traits | hello.place.settings for hello in hellos]
+    names = _differing(facts)
+    return _table(hellos, facts, names) if names else []
 
 
 def everything(hellos: Sequence[Hello]) -> list[str]:
     """The same of all that was told, differing or not."""
-    facts = [hello.fingerprint | hello.traits | hello.place.settings for hello in hellos]
+    facts = [hello.fingerprint | hello.processor | hello.traits | hello.place.settings for hello in hellos]
     return _table(hellos, facts, _names(facts))
 
 
-def _compare(hellos: Sequence[Hello], facts: Sequence[Mapping[str, str]]) -> list[str]:
-    """A row a difference."""
-    names = [name for name in _names(facts) if len({each.get(name) for each in facts}) > 1]
-    return _table(hellos, facts, names) if names else []
+def _differing(facts: Sequence[Mapping[str, str]]) -> list[str]:
+    return [name for name in _names(facts) if len({each.get(name) for each in facts}) > 1]
+
+
+def _fingerprint(hello: Hello) -> Mapping[str, str]:
+    return hello.fingerprint
+
+
+def _processor(hello: Hello) -> Mapping[str, str]:
+    return hello.processor
 
 
 def _names(facts: Sequence[Mapping[str, str]]) -> list[str]:
@@ -56,13 +76,13 @@ def _table(hellos: Sequence[Hello], facts: Sequence[Mapping[str, str]], names: S
     return table([["", *heads], *([name, *values] for name, *values in zip(names, *alike, strict=True))])
 
 
-def _difference(first: Hello, hello: Hello) -> str:
-    """The first rank known stands for those that came after it."""
-    for key in sorted({*hello.fingerprint, *first.fingerprint}):
-        mine, theirs = hello.fingerprint.get(key, _NONE), first.fingerprint.get(key, _NONE)
+def _difference(first: Hello, hello: Hello, facts: Callable[[Hello], Mapping[str, str]], way_out: str) -> str:
+    """`first` stands for those that came after it and are like it."""
+    for key in sorted({*facts(hello), *facts(first)}):
+        mine, theirs = facts(hello).get(key, _NONE), facts(first).get(key, _NONE)
         if mine != theirs:
             have = f"rank {first.rank} on {first.host} has {key} {theirs}, rank {hello.rank} on {hello.host} has {key} {mine}"
-            return f"{have}: {WAY_OUT}"
+            return f"{have}: {way_out}"
     return ""
 
 

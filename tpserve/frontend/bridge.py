@@ -22,7 +22,7 @@ from tpserve.frontend.agreement import noted, refused
 from tpserve.frontend.coordinator import Action, Coordinator, Draining, Failed, Finished, Ready, State
 from tpserve.frontend.journal import Journal
 from tpserve.frontend.ranks import KILLED_ADVICE, TICK_S, Ranks
-from tpserve.frontend.server_info import server_info
+from tpserve.frontend.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept
 from tpserve.types.messages import Control, EngineInput, Experts, Said
@@ -235,6 +235,10 @@ class Bridge:
         match action:
             case Ready():
                 self._engine.attach(self._coordinator.hellos[0].incarnation)
+                if (found := numerics(self._coordinator.seen)) not in (INVARIANT, NOT_PROMISED):
+                    broken = found is not None and found.startswith(BROKEN)
+                    level = logging.WARNING if broken else logging.INFO
+                    logger.log(level, "a request's bits may depend on the batch: %s (docs/numerics.md)", found)
                 self._tell(action)
             case Experts(_, _, layers, tokens):
                 self.journal.metrics.experts(layers, tokens)

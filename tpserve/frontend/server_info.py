@@ -13,6 +13,7 @@ from tpserve.types.layout import ParallelLayout
 from tpserve.version import __version__
 
 Json = dict[str, Any]
+INVARIANT, BROKEN, UNTESTED, NOT_PROMISED = "batch-invariant", "not on this processor", "untested", "not promised on CUDA"
 
 
 def server_info(
@@ -27,6 +28,7 @@ def server_info(
         "reason": status.reason,
         "epoch": epoch,
         "max_model_len": status.max_model_len,
+        "numerics": numerics(ranks),
         "layout": asdict(config.layout),
         "config": config.shown() | {"layout": asdict(config.layout)},
         "ranks": [
@@ -35,6 +37,20 @@ def server_info(
         ],
         "log": (kept or Kept()).shown(),
     }
+
+
+def numerics(ranks: Sequence[Seen]) -> str | None:
+    """Whether a request gets the same bits whatever is computed beside it, by the self-tests of all ranks; None before."""
+    found = [rank.up.numerics for rank in ranks if rank.up is not None]
+    if len(found) < len(ranks) or not found:
+        return None
+    tested = [each for each in found if each is not None]
+    if len(tested) < len(found):
+        return NOT_PROMISED
+    broken = list(dict.fromkeys(name for each in tested for name in each.broken))
+    untested = list(dict.fromkeys(name for each in tested for name in each.untested if name not in broken))
+    parts = [(BROKEN, broken), (UNTESTED, untested)]
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or INVARIANT
 
 
 def _rank(rank: int, layout: ParallelLayout, status: Status, seen: Seen, now: float) -> Json:
@@ -69,5 +85,6 @@ def _rank(rank: int, layout: ParallelLayout, status: Status, seen: Seen, now: fl
         "silent_s": None if seen.heard_s is None else round(now - seen.heard_s, 3),
         "memory": up and asdict(up.ledger),
         "fingerprint": hello and hello.fingerprint,
+        "processor": hello and hello.processor,
         "traits": hello and hello.traits | hello.place.settings,
     }

@@ -75,6 +75,13 @@ def available_memory() -> Memory:
     return min(found, key=lambda memory: memory.free)
 
 
+def cpu_model() -> str:
+    """The processor's name, or what the kernel tells in its place (family and part, on ARM)."""
+    told = [line.partition(":") for line in _text(Path("/proc/cpuinfo")).partition("\n\n")[0].splitlines()]
+    kinds = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
+    return " ".join(value.strip() for name, _, value in told if name.strip() in kinds)
+
+
 def _cpu_quota() -> float | None:
     for directory in _directories("", ""):
         try:

@@ -1,5 +1,6 @@
 """The attention block, its heads split over ranks. T rows, H channels, N query and K key/value heads of this rank, D head_dim."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,7 @@ from tpserve.layers.rope import Turn
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
+from tpserve.quant.product import Product, of_weight
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Attention:
         mixed_TND = attend(q_TND, cache, batch, self.scoring)
         out_TH = self.tp.all_reduce(matmul(mixed_TND.flatten(1), self.out))
         return out_TH if self.out_bias is None else out_TH + self.out_bias
+
+    def products(self, dtype: torch.dtype) -> Iterator[Product]:
+        """Its products of weights of `dtype`."""
+        yield of_weight(self.qkv, dtype)
+        yield of_weight(self.out, dtype)
 
     def packed(self) -> "Attention":
         """The same with packed weights."""

@@ -1,6 +1,6 @@
 """The feed-forward block, its intermediate channels split over ranks. T rows, H channels, I channels of this rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
+from tpserve.quant.product import Product, of_weight
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class MLP:
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         out_TH = self.tp.all_reduce(self.part(x_TH))
         return out_TH if self.down_bias is None else out_TH + self.down_bias
+
+    def products(self, dtype: torch.dtype) -> Iterator[Product]:
+        """Its products of weights of `dtype`."""
+        yield of_weight(self.up, dtype)
+        yield of_weight(self.down, dtype)
 
     def packed(self) -> "MLP":
         """The same with packed weights."""

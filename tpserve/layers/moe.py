@@ -5,10 +5,10 @@ gives them, and the closing sum over ranks adds up: either whole experts of a ra
 Invariant on the CPU: a row's bits do not depend on the other rows, whichever experts they went to.
 
 T rows, H channels, E experts, A experts a token, P = T A pairs of token and expert, I channels of an expert on this rank,
-R rows in order of their experts, each expert's padded to what the grouped product needs.
+R rows in order of their experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from tpserve.layers.mlp import MLP
 from tpserve.layers.routing import Routing
 from tpserve.parallel.group import Group
-from tpserve.quant.grouped import aligned, group_unit, grouped_matmul
+from tpserve.quant.grouped import grouped_matmul
 from tpserve.quant.matmul import matmul
+from tpserve.quant.packed import Stack, Weight, pack, pack_stack
+from tpserve.quant.product import Product, of_experts, of_weight
 
 
 @dataclass(frozen=True)
 class Deal:
-    """Pairs of token and expert brought into the order of this rank's experts.
-
-    Rows [ends_E[e - 1], ends_E[e]) are of expert e; those of padding repeat a token, and nobody reads what becomes of them.
-    """
+    """Pairs of token and expert in the order of this rank's experts: rows [ends_E[e - 1], ends_E[e]) are of expert e."""
 
     tokens_R: torch.Tensor
     ends_E: torch.Tensor
@@ -38,25 +37,20 @@ class Deal:
 
     @staticmethod
     def of(experts_TA: torch.Tensor, mine: range, num_experts: int) -> "Deal":
-        """Without waiting for the device, except on the CPU, where the rows of other ranks' experts are left out."""
+        """On CUDA without waiting for the device: the rows of other ranks' experts are there, behind those of ours."""
         device, num_pairs = experts_TA.device, experts_TA.numel()
         ours_P = (experts_TA.flatten() - mine.start) % num_experts  # this rank's experts are the first ones
         counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, ours_P, torch.ones_like(ours_P))
-        unit = group_unit(device)
-        padded = (counts + unit - 1) // unit * unit
-        ends = padded.cumsum(0)
+        ends_E = counts.cumsum(0)[: len(mine)].int()
         order_P = torch.argsort(ours_P, stable=True)
-        shifts = (ends - padded) - (counts.cumsum(0) - counts)
         rows_P = torch.empty_like(order_P)
-        rows_P[order_P] = torch.arange(num_pairs, device=device) + shifts[ours_P[order_P]]
-        num_rows = num_pairs if device.type == "cuda" else int(ends[-1])
-        tokens_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        tokens_R[rows_P] = torch.arange(num_pairs, device=device) // experts_TA.shape[1]
-        if device.type != "cuda":
-            tokens_R = tokens_R[: int(ends[len(mine) - 1])]
+        rows_P[order_P] = torch.arange(num_pairs, device=device)
+        tokens_R = order_P // experts_TA.shape[1]
+        if not experts_TA.is_cuda:
+            tokens_R = tokens_R[: int(ends_E[-1])]
         foreign_TA = (ours_P >= len(mine)).view_as(experts_TA)
         rows_TA = rows_P.view_as(experts_TA).masked_fill(foreign_TA, 0)
-        return Deal(tokens_R, ends[: len(mine)].int(), rows_TA, foreign_TA, counts.roll(mine.start))
+        return Deal(tokens_R, ends_E, rows_TA, foreign_TA, counts.roll(mine.start))
 
 
 @dataclass(frozen=True)
@@ -65,10 +59,10 @@ class Experts:
 
     count: int
     mine: range
-    gate_up_EI2H: torch.Tensor
+    gate_up_EI2H: Stack
     activate: Callable[[torch.Tensor], torch.Tensor]
     """Of `activation.py`: from what gate and up give to [R, I]; it says how the two lie."""
-    down_EHI: torch.Tensor
+    down_EHI: Stack
     gate_up_bias_EI2: torch.Tensor | None = None
     down_bias_EH: torch.Tensor | None = None
     """Where the experts are split by channel, one rank's only."""
@@ -92,7 +86,7 @@ class MoE:
     `tally`: int64 [E], the tokens that each expert has had so far; every rank of a stage counts all of them.
     """
 
-    router: torch.Tensor
+    router: Weight
     routing: Routing
     experts: Experts
     shared: MLP | None
@@ -113,8 +107,16 @@ class MoE:
             out_TH += shared_TH / (1 + torch.exp(-gate_Tg)) if gate_Tg.shape[1] else shared_TH
         return self.tp.all_reduce(F.pad(out_TH.to(x_TH.dtype), (0, 0, 0, padding)))
 
+    def products(self, dtype: torch.dtype) -> Iterator[Product]:
+        """Its products: the router's in float32, the others of weights of `dtype`."""
+        yield of_weight(self.router, torch.float32)
+        yield of_experts(self.experts.gate_up_EI2H, dtype)
+        yield of_experts(self.experts.down_EHI, dtype)
+        if self.shared is not None:
+            yield from self.shared.products(dtype)
+
     def packed(self) -> "MoE":
-        """The same with weights as their products like them."""
-        experts = self.experts
-        experts = replace(experts, gate_up_EI2H=aligned(experts.gate_up_EI2H), down_EHI=aligned(experts.down_EHI))
-        return replace(self, experts=experts, shared=None if self.shared is None else self.shared.packed())
+        """The same with packed weights; the experts' plain ones are gone."""
+        experts, shared = self.experts, self.shared
+        experts = replace(experts, gate_up_EI2H=pack_stack(experts.gate_up_EI2H), down_EHI=pack_stack(experts.down_EHI))
+        return replace(self, router=pack(self.router), experts=experts, shared=None if shared is None else shared.packed())

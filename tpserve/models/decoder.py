@@ -7,11 +7,16 @@ Invariant: cutting the layers into stages changes no bit; what passes between st
 T rows of a step, S rows wanted, H hidden channels, E of the embedding (mostly H), V vocabulary entries of this rank.
 """
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
+from tpserve.attention import tiled
 from tpserve.attention.batch import StepBatch
 from tpserve.attention.paged import KVCache, ready
+from tpserve.attention.tiles import TILE
 from tpserve.layers.embedding import embed
 from tpserve.layers.moe import MoE
 from tpserve.layers.rope import Turn, tables
@@ -20,6 +25,7 @@ from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul, pad_rows
 from tpserve.quant.packed import Weight, pack
+from tpserve.quant.product import Product, of_weight
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter
@@ -54,12 +60,12 @@ class Decoder:
         self._num_heads = len(shard.heads.q)
         self.kv_layout = shard.kv_layout()
         self._embedding = shard.embedding() if stage == 0 else None
-        self._project_in = shard.project_in() if stage == 0 else None
+        self._project_in: Weight | None = shard.project_in() if stage == 0 else None
         self._positions = shard.positions() if stage == 0 else None
         self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
         self._cache_groups = [_cache_group(spec, layer) for layer in layout.layers_of(stage)]
         self._norm = shard.final_norm() if last else None
-        self._project_out = shard.project_out() if last else None
+        self._project_out: Weight | None = shard.project_out() if last else None
         shares_embedding = last and spec.tie_embeddings and self._embedding is not None
         self._head: Weight | None = self._embedding if shares_embedding else shard.head() if last else None
         self._parameters = shard.parameters
@@ -81,11 +87,25 @@ class Decoder:
         self._parameters.clear()  # the loader's list too, or the plain weights would live on in it
         for i in range(len(self._blocks)):
             self._blocks[i] = self._blocks[i].packed()
+        self._project_in = None if self._project_in is None else pack(self._project_in)
+        self._project_out = None if self._project_out is None else pack(self._project_out)
         if self._head is not None:
             plain, self._head = self._head, pack(self._head)
             if plain is self._embedding and self._head is not plain:
                 num_bytes += self._embedding.nbytes
         return num_bytes
+
+    def products(self) -> Iterator[Product]:
+        """Every matrix product of this stage's steps, those of like layers again and again."""
+        for block in self._blocks:
+            yield from block.attention.products(self.dtype)
+            yield from block.mlp.products(self.dtype)
+        for weight in (self._project_in, self._project_out, self._head):
+            if weight is not None:
+                yield of_weight(weight, self.dtype)
+        k_dim, v_dim = self.kv_layout.k_dim, self.kv_layout.v_dim
+        name = f"attention float32 {k_dim}x{v_dim}"
+        yield Product(name, k_dim, TILE * (k_dim + v_dim), torch.float32, partial(tiled.products, v_dim=v_dim))
 
     def forward(self, batch: StepBatch, hidden_TH: torch.Tensor | None, caches: list[KVCache]) -> torch.Tensor:
         """This stage's layers. `hidden_TH`: what the previous stage gave, None on the first; `caches`: one per layer here."""

@@ -43,7 +43,7 @@ def latent_attention(
         query_up=query_up,
         latent_norm=norm(own.kv_norm, rank),
         rotated=latent.rope_dim,
-        key_up_NPL=key_up_NPL,
+        key_up_NLP=key_up_NPL.transpose(1, 2),
         value_up_NVL=value_up_NVL,
         scoring=Scoring(spec.attention_scale),
         out=tensor(Source(f"{prefix}{names.o}.weight", (hidden, spec.num_heads * latent.v_dim), 1, values)),

@@ -140,7 +140,8 @@ class Hello(Message, frozen=True):
 
     `endpoints`: on rank 0 the addresses of what it hosts for this incarnation: "store" (host:port of a fresh TCPStore),
     "plan" and "result" (ZeroMQ endpoints); empty elsewhere. `fingerprint`: facts that must agree on all ranks.
-    `place`: where it runs. `traits`: facts that may differ, and are shown when they do.
+    `place`: where it runs. `traits`: facts that may differ, and are shown when they do. `processor`: facts that must agree on
+    the ranks of a `stage`, which compute the same rows.
     """
 
     rank: int
@@ -151,6 +152,8 @@ class Hello(Message, frozen=True):
     fingerprint: dict[str, str]
     place: Place = NOWHERE
     traits: dict[str, str] = {}
+    stage: int = 0
+    processor: dict[str, str] = {}
 
 
 class MemoryLedger(Struct, frozen=True, array_like=True):
@@ -174,6 +177,15 @@ class MemoryLedger(Struct, frozen=True, array_like=True):
     """The longest sequence: what was asked for, or under `--max-model-len auto` what fits"""
 
 
+class Numerics(Struct, frozen=True, array_like=True):
+    """What a rank's self-test found of its matrix products. Both empty: a row's bits do not depend on the rows beside it."""
+
+    broken: tuple[str, ...] = ()
+    """Products in which they do."""
+    untested: tuple[str, ...] = ()
+    """Products for which there was no time."""
+
+
 class Up(Message, frozen=True):
     """The rank has joined the mesh, loaded its shard and can run plans of `epoch`."""
 
@@ -183,6 +195,8 @@ class Up(Message, frozen=True):
     facts: dict[str, int]
     """What only a loaded model knows: max_model_len, vocab_size, and the rank's heads [first_head, end_head) and
     [first_kv_head, end_kv_head)."""
+    numerics: Numerics | None = None
+    """None where nothing is promised, on CUDA."""
 
 
 class Beat(Message, frozen=True):

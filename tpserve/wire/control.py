@@ -35,6 +35,7 @@ from tpserve.types.messages import (
     Fault,
     Hello,
     MemoryLedger,
+    Numerics,
     Place,
     RankMessage,
     Run,
@@ -169,9 +170,17 @@ class Control:
         self._fault = self._fault or Fault(self.rank, self._epoch, "engine", text)
         os.eventfd_write(self._nudge, 1)
 
-    def hello(self, endpoints: dict[str, str], fingerprint: dict[str, str], traits: dict[str, str]) -> None:
+    def hello(
+        self,
+        endpoints: dict[str, str],
+        fingerprint: dict[str, str],
+        traits: dict[str, str],
+        stage: int = 0,
+        processor: dict[str, str] | None = None,
+    ) -> None:
         """Ask to take part."""
-        self._hello = Hello(self.rank, self.incarnation, os.getpid(), self._host, endpoints, fingerprint, self._place, traits)
+        me = (self.rank, self.incarnation, os.getpid(), self._host)
+        self._hello = Hello(*me, endpoints, fingerprint, self._place, traits, stage, processor or {})
         os.eventfd_write(self._nudge, 1)
 
     def wait_start(self, timeout_s: float | None = None) -> Start:
@@ -180,10 +189,10 @@ class Control:
         assert self._start is not None
         return self._start
 
-    def up(self, ledger: MemoryLedger, facts: dict[str, int]) -> None:
+    def up(self, ledger: MemoryLedger, facts: dict[str, int], numerics: Numerics | None = None) -> None:
         """The mesh stands and the shard is loaded."""
         assert self._start is not None
-        self._up = Up(self.rank, self._start.epoch, ledger, facts)
+        self._up = Up(self.rank, self._start.epoch, ledger, facts, numerics)
         os.eventfd_write(self._nudge, 1)
 
     def wait_run(self, timeout_s: float | None = None) -> int:

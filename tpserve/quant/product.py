@@ -1,0 +1,56 @@
+"""The kinds of matrix product that a model's steps use, so that a self-test can run each by itself. Owns no weight."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tpserve.quant.grouped import grouped_matmul, per_head
+from tpserve.quant.matmul import matmul
+from tpserve.quant.packed import Stack, Weight
+
+
+@dataclass(frozen=True)
+class Product:
+    """`run` maps rows [T, width] of `dtype` to rows. `name`: equal for products of one kind, shape and dtype, and short.
+
+    `size`: numbers in its matrices, to which its time is roughly proportional.
+    """
+
+    name: str
+    width: int
+    size: int
+    dtype: torch.dtype
+    run: Callable[[torch.Tensor], torch.Tensor]
+
+
+def of_weight(weight_NK: Weight, dtype: torch.dtype) -> Product:
+    """`matmul` with this weight."""
+    outputs, inner = weight_NK.shape
+    return Product(_name("matmul", dtype, inner, outputs), inner, inner * outputs, dtype, partial(matmul, weight_NK=weight_NK))
+
+
+def of_experts(stack_ENK: Stack, dtype: torch.dtype) -> Product:
+    """`grouped_matmul`, all rows with the first matrix."""
+    outputs, inner = stack_ENK[0].shape
+    first = stack_ENK[:1]
+
+    def run(x_RK: torch.Tensor) -> torch.Tensor:
+        return grouped_matmul(x_RK, first, torch.tensor([len(x_RK)], dtype=torch.int32))
+
+    return Product(_name("experts", dtype, inner, outputs), inner, inner * outputs, dtype, run)
+
+
+def of_heads(stack_ENK: Stack, dtype: torch.dtype) -> Product:
+    """`per_head`, each row for all heads."""
+    count, (outputs, inner) = len(stack_ENK), stack_ENK[0].shape
+
+    def run(x_TF: torch.Tensor) -> torch.Tensor:
+        return per_head(x_TF.view(-1, count, inner), stack_ENK).flatten(1)
+
+    return Product(_name(f"{count} heads", dtype, inner, outputs), count * inner, count * inner * outputs, dtype, run)
+
+
+def _name(kind: str, dtype: torch.dtype, inner: int, outputs: int) -> str:
+    return f"{kind} {str(dtype).removeprefix('torch.')} {inner}x{outputs}"

@@ -1,0 +1,103 @@
+"""Whether a row keeps its bits in company on this processor: a rank tries its own products when it starts, within a time.
+
+Owns a file in the user's cache directory, so that a restart repeats nothing and goes on where the last start had no time
+left. What is wrong with the file, or with its directory, costs the memory of it and nothing else.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import torch
+
+from tpserve.quant.product import Product
+from tpserve.types.messages import Numerics
+from tpserve.version import __version__
+
+BUDGET_S = 0.3
+ROWS, MORE_ROWS = (33, 65), (600,)
+"""Tried with each product, and what is tried besides while there is time."""
+ALONE = 4
+"""A row alone is computed as so many."""
+Known = dict[str, dict[str, bool]]
+"""For each product, by number of rows: whether a row kept its bits."""
+
+
+def self_test(products: Iterable[Product], machine: Sequence[str], directory: Path | None) -> Numerics:
+    """Try what is not known yet. `machine`: all that decides what products give here; `directory`: of the file, or None."""
+    kinds = sorted({product.name: product for product in products}.values(), key=lambda product: (-product.width, product.size))
+    file = None
+    if directory is not None:
+        key = hashlib.sha256("\n".join([__version__, torch.__config__.show(), str(torch.get_num_threads()), *machine]).encode())
+        file = directory / f"numerics-{key.hexdigest()[:16]}.json"
+    known = _read(file)
+    if examine(kinds, known, BUDGET_S):
+        _write(file, known)
+    broken = tuple(kind.name for kind in kinds if not all(known.get(kind.name, {}).values()))
+    reached = [kind.name for kind in kinds if all(str(rows) in known.get(kind.name, {}) for rows in ROWS)]
+    return Numerics(broken, tuple(kind.name for kind in kinds if kind.name not in (*broken, *reached)))
+
+
+@torch.inference_mode()
+def examine(kinds: Sequence[Product], known: Known, budget_s: float, clock: Callable[[], float] = time.perf_counter) -> bool:
+    """Add to `known` what there is time for, in the order of `kinds`; whether there was anything to try.
+
+    What would take longer than what is left, going by what the others took, is passed over.
+    """
+    turns = [(kind, rows) for some in (ROWS, MORE_ROWS) for kind in kinds for rows in some]
+    todo = [(kind, rows) for kind, rows in turns if str(rows) not in known.get(kind.name, {})]
+    if not todo:
+        return False
+    end = clock() + budget_s
+    noise = torch.randn(max(ROWS), max(kind.width for kind, _ in todo), generator=torch.Generator().manual_seed(0))
+    alone: dict[str, tuple[torch.Tensor, float]] = {}
+    largest, per_size = 0, 0.0  # of the largest product tried: seconds of a row alone, for each number in its matrices
+    longer = {rows: rows / ALONE for rows in (*ROWS, *MORE_ROWS)}  # than a row alone: as the largest one took, or in proportion
+
+    def timed(kind: Product, x_TK: torch.Tensor) -> tuple[torch.Tensor, float]:
+        began = clock()
+        return kind.run(x_TK), max(clock() - began, 1e-9)
+
+    for kind, rows in todo:
+        if clock() + per_size * kind.size * longer[rows] > end:
+            continue
+        x_TK = noise[:, : kind.width].to(kind.dtype).repeat(-(-rows // len(noise)), 1)[:rows]
+        x_TK[-1] = x_TK[1]
+        if kind.name not in alone:
+            alone[kind.name] = timed(kind, x_TK[1:2])
+            if alone[kind.name][1] < budget_s / 20:  # the first time, a library may have had to make its kernel
+                alone[kind.name] = timed(kind, x_TK[1:2])
+        row, alone_s = alone[kind.name]
+        if clock() + alone_s * longer[rows] > end:
+            continue
+        got, took_s = timed(kind, x_TK)
+        if kind.size >= largest:
+            largest, per_size, longer[rows] = kind.size, alone_s / kind.size, took_s / alone_s
+        known.setdefault(kind.name, {})[str(rows)] = torch.equal(got[1:2], row) and torch.equal(got[-1:], row)
+    return True
+
+
+def _read(file: Path | None) -> Known:
+    if file is not None:
+        with suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode(file.read_bytes(), type=Known)
+    return {}
+
+
+def _write(file: Path | None, known: Known) -> None:
+    """Beside what another rank may have written meanwhile; readers see a whole file or none."""
+    if file is not None:
+        part = file.with_suffix(f".{os.getpid()}")
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            both = _read(file)
+            for name, found in known.items():
+                both[name] = both.get(name, {}) | found
+            part.write_bytes(msgspec.json.encode(both))
+            part.replace(file)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
