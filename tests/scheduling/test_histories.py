@@ -7,6 +7,7 @@ A history is a function of one number, which a failure prints. The device and it
 `--hypothesis-profile long` runs 10,000 histories.
 """
 
+import dataclasses
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -180,6 +181,9 @@ def scenario(seed: int) -> tuple[Limits, list[Operation]]:
         windows=windows,
         prefix_caching=random.random() < 0.9,
     )
+    if random.random() < 0.3:  # room for one or two admissions, now and then for none of the longest
+        size = limits.admission_bytes(50, limits.max_model_len)
+        limits = dataclasses.replace(limits, max_admission_bytes=round(size * random.uniform(0.9, 2.5)))
     capacity = longest(lambda length: limits.least_blocks(length - 1) <= limits.num_blocks, 1, limits.max_model_len)
     operations: list[Operation] = []
     patience = random.choice([0.3, 0.5, 0.7])
@@ -278,9 +282,11 @@ def test_the_histories_reach_every_corner() -> None:
         )
         seen["cached"] += sum(count > 0 for count in history.cached.values())
         seen["scored"] += sum(len(scores) > 0 for scores in history.scores.values())
+        one = history.limits.admission_bytes(50, history.limits.max_model_len)
+        seen["few bytes"] += history.limits.max_admission_bytes < 2 * one and sum(len(p.admissions) > 1 for p in plans) > 0
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
     corners = (
         *("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "cached", "scored", "late"),
-        *("window preemption", "window hit", "smaller chunk"),
+        *("window preemption", "window hit", "smaller chunk", "few bytes"),
     )
     assert min(seen[corner] for corner in corners) > 20, seen

@@ -215,6 +215,8 @@ class Scheduler:
             return "the prompt has no tokens; give at least one"
         if prompt_len + min(1, sequence.request.params.max_tokens) > limits.max_model_len:
             return f"the prompt has {prompt_len} tokens, and max_model_len {limits.max_model_len} leaves no room to generate one"
+        if (size := limits.admission_bytes(sequence.params_bytes, sequence.end)) > limits.max_admission_bytes:
+            return f"the request takes {size} bytes of a plan, which has {limits.max_admission_bytes}; send a shorter one"
         if blocks > limits.num_blocks:
             return f"the request needs {blocks} KV blocks and there are {limits.num_blocks}; ask for fewer tokens"
         return ""
