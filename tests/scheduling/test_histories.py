@@ -12,13 +12,14 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpserve.scheduling.ledger import LedgerDevice, continuation, score
-from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.limits import MAX_ADMISSION_BYTES, Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import Delta, Done, EngineOutput, Scored
 from tpserve.types.packed import pack, unpack
@@ -223,10 +224,10 @@ def choices_of(random: Random, request: Request) -> list[Request]:
     return [msgspec.structs.replace(request, id=1000 * i + request.id, choice=request.choice + i) for i in range(1, count + 1)]
 
 
-def play(seed: int) -> History:
-    """Perform the operations, then let the engine run until it is idle."""
+def play(seed: int, **changes: Any) -> History:
+    """Perform the operations, then let the engine run until it is idle. `changes`: of the limits."""
     limits, operations = scenario(seed)
-    history = History(limits)
+    history = History(dataclasses.replace(limits, **changes))
     for operation in operations:
         ids = list(history.requests) or [0]
         match operation:
@@ -282,8 +283,8 @@ def test_the_histories_reach_every_corner() -> None:
         )
         seen["cached"] += sum(count > 0 for count in history.cached.values())
         seen["scored"] += sum(len(scores) > 0 for scores in history.scores.values())
-        one = history.limits.admission_bytes(50, history.limits.max_model_len)
-        seen["few bytes"] += history.limits.max_admission_bytes < 2 * one and sum(len(p.admissions) > 1 for p in plans) > 0
+        if history.limits.max_admission_bytes != MAX_ADMISSION_BYTES:
+            seen["few bytes"] += play(seed, max_admission_bytes=MAX_ADMISSION_BYTES).events != history.events
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
     corners = (
         *("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "cached", "scored", "late"),

@@ -209,6 +209,35 @@ def test_an_admission_larger_than_its_share_of_a_plan_is_refused_and_the_next_on
     assert len(plan_of(scheduler).admissions) == 1
 
 
+HOSTILE: dict[str, dict[str, Any]] = {
+    "a token": {"prompt": pack([1, 1000])},
+    "stop_token_ids": {"stop_token_ids": (-1,)},
+    "logit_bias": {"logit_bias": ((5, 1.0), (5, 2.0))},
+    "logit_bias ": {"logit_bias": ((1000, 1.0),)},
+    "allowed_token_ids": {"allowed_token_ids": (-1,)},
+    "bad_words": {"bad_words": ((),)},
+    "bad_words ": {"bad_words": ((3, 2**40),)},
+    "a sampling parameter": {"temperature": float("nan")},
+    "a sampling parameter ": {"top_p": 0.0},
+    "repetition_penalty": {"repetition_penalty": 0.0},
+    "a count": {"max_tokens": -1},
+    "a count ": {"top_k": 2**40},
+    "logprobs": {"prompt_logprobs": 21},
+    "the seed": {"seed": -1},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_no_rank_could_compute_is_refused_before_it_is_planned(name: str) -> None:
+    fields = dict(HOSTILE[name])
+    prompt, seed = fields.pop("prompt", pack([1, 2])), fields.pop("seed", 0)
+    scheduler = Scheduler(limits(vocab_size=1000))
+    scheduler.add(Request(1, prompt, SamplingParams(**fields), seed), 0.0)
+    (done,) = scheduler.take()
+    assert isinstance(done, Done) and done.finish == "error" and done.error.startswith(name.strip()), done
+    assert scheduler.idle
+
+
 def test_drain_finishes_what_was_added_and_refuses_the_rest() -> None:
     scheduler = Scheduler(limits(max_num_seqs=1))
     device = LedgerDevice(limits(max_num_seqs=1))

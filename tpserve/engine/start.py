@@ -21,6 +21,7 @@ from tpserve.config.network import Interface, host_id
 from tpserve.config.schema import EngineConfig
 from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, traits
+from tpserve.engine.frames import check_frames
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
 from tpserve.hub import download
@@ -168,6 +169,7 @@ class _Rank:
     def serve(self) -> None:
         """Join an epoch and run it to its end. Raises Stopped when told to leave earlier."""
         config, control, env, watch = self._config, self._control, self._env, self._watch
+        check_frames(config, self._spec.vocab_size, len(self._spec.windows))
         device = devices.choose(config.device, env.local_rank, env.local_world_size)
         if config.binding and (bound := devices.bind(device)):
             log.info("rank %d %s", env.rank, bound)
@@ -335,6 +337,7 @@ class _Rank:
             eos_ids=self._spec.eos_ids,
             windows=self._spec.windows,
             prefix_caching=config.enable_prefix_caching,
+            vocab_size=self._spec.vocab_size,
         )
         link = EngineLink(self._attachment.engine, self._control.incarnation)
         hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)

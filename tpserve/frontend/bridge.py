@@ -29,6 +29,7 @@ from tpserve.types.messages import Control, EngineInput, Experts, Said
 from tpserve.wire.attach import Failure, Frontend, read_failure, write
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
 from tpserve.wire.channels import Door, EngineServer, tcp
+from tpserve.wire.codec import FrameTooLarge
 from tpserve.wire.lifetime import has_ended, open_pidfd
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,8 @@ class Bridge:
     def _to_engine(self, inputs: list[EngineInput]) -> None:
         try:
             self._engine.send(inputs)
+        except FrameTooLarge:  # of one request, which the journal refuses
+            raise
         except EngineFailure as error:
             self.fail(1, str(error))
         asyncio.get_running_loop().call_soon(self._from_engine)  # sending may have swallowed the descriptor's news
@@ -210,11 +213,7 @@ class Bridge:
         except EngineFailure as error:
             self.fail(1, str(error))
             return
-        try:
-            self.journal.receive(outputs)
-        except Exception:  # the edge towards the loop, which would log it and let clients wait for ever
-            logger.exception("the journal failed")
-            self.fail(1, "the server met an error of its own (see its log)")
+        self.journal.receive(outputs)
 
     # What ends it
 

@@ -18,6 +18,7 @@ class Limits:
     `num_blocks`: KV blocks of all cache groups together, every one of `block_size` positions.
     `windows`: for each cache group the positions that its layers see, None for all (`CacheGroup.window`).
     `prefix_caching`: whether full blocks are found again by what they hold.
+    `vocab_size`: how many token ids the model has.
     `max_admission_bytes`: the most that the admissions of one plan take on the wire together.
     """
 
@@ -32,6 +33,7 @@ class Limits:
     windows: tuple[int | None, ...] = (None,)
     prefix_caching: bool = True
     max_admission_bytes: int = MAX_ADMISSION_BYTES
+    vocab_size: int = 1 << 30
 
     def __post_init__(self) -> None:
         sizes = (self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, self.num_blocks, self.block_size)

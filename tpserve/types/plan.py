@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from msgspec import Struct
 
 from tpserve.types.packed import pack, unpack
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import MAX_LOGPROBS, SamplingParams
 
 
 ADMISSION_HEAD_BYTES = 48
@@ -194,3 +194,11 @@ class StepResult(Struct, frozen=True, array_like=True):
     tokens: bytes
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
     prompt_logprobs: tuple[tuple[int, PromptLogprobs], ...] = ()
+
+    @staticmethod
+    def most_bytes(num_seqs: int, num_tokens: int) -> int:
+        """An upper bound of the size on the wire of a result, and of what becomes of it for the frontend.
+
+        All of `num_tokens` positions may be scored, and all of `num_seqs` sequences may want log probabilities.
+        """
+        return 256 + num_seqs * (192 + 14 * MAX_LOGPROBS) + num_tokens * (4 + 8 * MAX_LOGPROBS)

@@ -332,9 +332,12 @@ class EngineServer(Channel):
         self._held.clear()
 
     def send(self, inputs: list[EngineInput]) -> None:
-        """Hand inputs to the engine, in one frame; held back until it has connected. EngineFailure when it is gone."""
+        """Hand inputs to the engine, in one frame if they fit; held back until it has connected.
+
+        EngineFailure when it is gone. What cannot be encoded raises, and nothing is sent.
+        """
         if inputs:
-            self._held.append(codec.ENGINE_INPUT.encode(inputs))
+            self._held += codec.ENGINE_INPUT.frames(inputs)
             self._deliver()
 
     def receive(self) -> list[EngineOutput]:
