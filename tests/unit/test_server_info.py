@@ -10,7 +10,8 @@ from tests.specs import small
 from tpserve.config.cli import parse
 from tpserve.config.machine import Machine
 from tpserve.config.resolve import resolve
-from tpserve.frontend.coordinator import Coordinator, Peer
+from tpserve.frontend.coordinator import Coordinator
+from tpserve.frontend.roster import Peer
 from tpserve.frontend.server_info import server_info
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept

@@ -47,8 +47,9 @@ from tpserve.weights.survey import about
 from tpserve.wire.attach import Attachment, attach_remote, is_alive, publish, remove_runtime_dir
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Key, rank_role
 from tpserve.wire.channels import Door, EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, tcp
-from tpserve.wire.control import VERDICT_S, Control, Stopped
+from tpserve.wire.control import VERDICT_S, Control
 from tpserve.wire.lifetime import end_all_stopped, end_stopped, live_children
+from tpserve.wire.orders import Stopped
 from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
 from tpserve.worker.loop import serve_plans
@@ -94,7 +95,8 @@ def run_rank(
         local_ranks=1 if env.job else env.local_world_size,  # a script's only child
         at_failure=partial(_clean_up, env, attachment),
     )
-    control.repeat(kept.since)
+    control.repeat(kept)
+    kept.alarm = control.nudge
     control.start()
     if env.runtime_dir is None:
         _end_stopped_neighbours(env, attachment, control)
@@ -339,7 +341,7 @@ class _Rank:
             prefix_caching=config.enable_prefix_caching,
             vocab_size=self._spec.vocab_size,
         )
-        link = EngineLink(self._attachment.engine, self._control.incarnation)
+        link = EngineLink(self._attachment.engine, self._control.identity)
         hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)
         hosted.results.begin(epoch)
         results = None if layout.sampling_rank == 0 else hosted.results

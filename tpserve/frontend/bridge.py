@@ -233,12 +233,12 @@ class Bridge:
     def _on_action(self, action: Action) -> None:
         match action:
             case Ready():
-                self._engine.attach(self._coordinator.hellos[0].incarnation)
+                self._engine.attach(self._coordinator.hellos[0].identity)
                 self._tell(action)
             case Experts(_, _, layers, tokens):
                 self.journal.metrics.experts(layers, tokens)
-            case Said(rank, start, lines) if 0 <= rank < len(self._said):
-                self._said[rank].take(start, lines)
+            case Said(rank, start, lines, last_error) if 0 <= rank < len(self._said):
+                self._said[rank].take(start, lines, last_error)
             case Draining():
                 self._to_engine([Control("drain")])
             case Failed(code, reason, _):

@@ -294,11 +294,11 @@ class ResultReceiver(Channel):
 
 
 class EngineLink(Channel):
-    """Rank 0's end of the link with the frontend. Its address there is the incarnation of rank 0."""
+    """Rank 0's end of the link with the frontend. Its address there is rank 0's identity (`Hello`)."""
 
-    def __init__(self, endpoint: str, incarnation: int) -> None:
+    def __init__(self, endpoint: str, identity: int) -> None:
         super().__init__(open_socket(zmq.DEALER, codec.ENGINE_INPUT.max_bytes), endpoint)
-        self.socket.set(zmq.ROUTING_ID, _address(incarnation))
+        self.socket.set(zmq.ROUTING_ID, _address(identity))
         connect(self.socket, endpoint)
         self._send(codec.ENGINE_OUTPUT.encode([]))  # the frontend may answer from now on
 
@@ -325,9 +325,9 @@ class EngineServer(Channel):
         self._heard: set[bytes] = set()
         self._held: list[bytes] = []
 
-    def attach(self, incarnation: int) -> None:
-        """From now on the engine is the one in this incarnation of rank 0. What was held for an earlier one is dropped."""
-        self._engine = _address(incarnation)
+    def attach(self, identity: int) -> None:
+        """From now on the engine is rank 0's incarnation of this identity. What was held for an earlier one is dropped."""
+        self._engine = _address(identity)
         self._heard &= {self._engine}
         self._held.clear()
 
@@ -364,5 +364,5 @@ class EngineServer(Channel):
         self._held.clear()
 
 
-def _address(incarnation: int) -> bytes:
-    return b"engine-%d" % incarnation
+def _address(identity: int) -> bytes:
+    return b"engine-%d" % identity
