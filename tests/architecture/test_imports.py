@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     # floor 5
     "worker": {*FLOOR_0, "config", "wire", "observe", "parallel", "attention", "sampler", "models", "weights"},
     # floor 6
-    "engine": {*FLOOR_0, "config", "hub", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
+    "engine": {*FLOOR_0, "kernels", "config", "hub", "wire", "observe", "parallel", "scheduling", "models", "weights", "worker"},
     # floor 7
     "bench": {*FLOOR_0, "config", "wire", "scheduling", "worker", "llm"},
     "planner": {*FLOOR_0, "config", "hub", "parallel", "models", "worker"},

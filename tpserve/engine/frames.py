@@ -22,7 +22,8 @@ def check_frames(config: EngineConfig, vocab_size: int, num_groups: int) -> None
     result = StepResult.most_bytes(num_seqs, num_tokens)
     if plan > codec.PLAN.max_bytes or result > min(codec.RESULT.max_bytes, codec.ENGINE_OUTPUT.max_bytes):
         raise UserError(
-            f"--max-num-batched-tokens {num_tokens} with --max-num-seqs {num_seqs} makes steps that are too large to send: lower them",
+            f"--max-num-batched-tokens {num_tokens} with --max-num-seqs {num_seqs} makes steps that are too large to send: "
+            "lower them",
             param="max_num_batched_tokens",
         )
     num_blocks = num_groups * -(-config.max_model_len // config.block_size)

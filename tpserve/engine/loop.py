@@ -94,11 +94,10 @@ class Engine:
         return launched or applied
 
     def _sleep(self) -> None:
-        """Wait until there is something to do. Who waits for a plan that was lost is served here."""
+        """Wait until there is something to do."""
         results = () if self._results is None else (self._results,)
         wait(IDLE_S, self._link, self._control, *results)
         self._control.clear()
-        self._plans.serve()
 
     def _hear(self, message: EngineInput) -> None:
         now = time.monotonic()

@@ -56,6 +56,7 @@ from tpserve.worker.loop import serve_plans
 from tpserve.worker.memory import allocate, check_weights, measure, room_for
 from tpserve.worker.sizing import report
 from tpserve.worker.slots import Slots
+from tpserve_kernels.compiling import on_compile
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +195,8 @@ class _Rank:
         )
         plans = None if hosted else PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
         watch.lap("mesh")
+        if device.type == "cuda":
+            on_compile(control.busy)
         executor, ledger = self._build(mesh, free)
         control.up(ledger, {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()})
         epoch = control.wait_run()
@@ -344,6 +347,7 @@ class _Rank:
         link = EngineLink(self._attachment.engine, self._control.identity)
         hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)
         hosted.results.begin(epoch)
+        self._control.beside(hosted.plans.serve)
         results = None if layout.sampling_rank == 0 else hosted.results
         pace = Pace(first_s=config.start_timeout)
         Engine(Scheduler(limits, epoch), executor, link, hosted.plans, results, self._control, self._trace, pace).run()

@@ -12,8 +12,8 @@ to carry out, in order. Nothing is awaited, opened or read here. The table `_NEX
 A fault in any state leads to STOPPED: Stop(code) to all, Failed. With `survive`, a fault of the engine leads to FORMING.
 
 Invariants
-- A process of a rank, or one attempt of it, is an *incarnation*. The coordinator numbers them as they come (`roster`); of each rank
-  only the highest counts, and a lower one is told to Stop.
+- A process of a rank, or one attempt of it, is an *incarnation*. They are numbered as they come (`roster`); of each rank only the
+  highest counts, and a lower one is told to Stop.
 - An incarnation takes part in at most one epoch: Start of epoch e + 1 needs of every rank an incarnation that was not part of e.
   So every rank has left an epoch before the next one runs.
 - Every message may be lost, repeated or late. Ranks repeat Hello until Start, Up until Run, Drain until Drain; each is answered

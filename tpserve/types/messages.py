@@ -213,7 +213,7 @@ class Experts(Message, frozen=True):
 
 
 class Said(Message, frozen=True):
-    """Lines of the rank's log, from number `start` on, for operators. `last_error`: the last error among them, if there is one."""
+    """Lines of the rank's log, from number `start` on, for operators. `last_error`: the last error among them, if any."""
 
     rank: int
     start: int

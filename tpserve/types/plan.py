@@ -20,7 +20,6 @@ from msgspec import Struct
 from tpserve.types.packed import pack, unpack
 from tpserve.types.sampling import MAX_LOGPROBS, SamplingParams
 
-
 ADMISSION_HEAD_BYTES = 48
 """The fields of fixed size: three numbers of at most 9 bytes, a seed, and what msgpack puts before fields."""
 
@@ -42,7 +41,7 @@ class Admission(Struct, frozen=True, array_like=True):
 
     @staticmethod
     def most_bytes(params_bytes: int, num_tokens: int, num_blocks: int, num_groups: int) -> int:
-        """An upper bound of an admission's size on the wire. `params_bytes`: of its encoded params; `num_blocks`: in all tables."""
+        """An upper bound of the size on the wire. `params_bytes`: of the encoded params; `num_blocks`: in all tables."""
         return ADMISSION_HEAD_BYTES + params_bytes + 4 * (num_tokens + num_blocks) + 5 * num_groups
 
 

@@ -151,6 +151,7 @@ class Control:
 
     def up(self, ledger: MemoryLedger, facts: dict[str, int]) -> None:
         """The mesh stands and the shard is loaded."""
+        self._heartbeat.busy = ""
         self._heartbeat.up = Up(self.rank, self._orders.epoch, ledger, facts)
         self.nudge()
 

@@ -2,7 +2,7 @@
 
     Hello until Start, Up until Run, Drain until Drain, Fault until Stop; a Beat always
 
-The main thread writes the fields, the control thread makes messages of them; each field is one reference, so neither needs a lock.
+The main thread writes the fields, the control thread makes messages of them. Each field is one reference: no lock is needed.
 """
 
 from typing import Literal
