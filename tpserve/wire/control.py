@@ -349,5 +349,5 @@ class Control:
         with contextlib.suppress(Exception):  # the log may be what the error is about
             socket.send(codec.RANK.encode(self._telemetry.log()), zmq.NOBLOCK)
         with contextlib.suppress(Exception):
-            socket.poll(WORD_S * 1000)
+            socket.poll(int(WORD_S * 1000))
         exit_now(1)
