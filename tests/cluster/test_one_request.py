@@ -57,7 +57,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     port = free_port()
     agent = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), faulty_rank.__file__]
     command = [*agent, "builtin", "--tensor-parallel-size", "2", "--port", str(port)]
-    with running([command], port, tmp_path_factory.mktemp("one") / "log", env={"PYTHONPATH": str(Path(__file__).parents[2])}) as it:
+    with running(
+        [command], port, tmp_path_factory.mktemp("one") / "log", env={"PYTHONPATH": str(Path(__file__).parents[2])}
+    ) as it:
         yield it
 
 

@@ -36,7 +36,8 @@ def test_while_starting_what_is_known_so_far() -> None:
         "rank": 3, "node": 0, "host": "node1", "address": "", "visible_gpus": 0, "pid": 77, "stage": 1,
         "state": "starting", "phase": "waiting for all ranks", "percent": 0,
         "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None,
-        "busy": "", "last_error": "", "silent_s": 0.75, "memory": None, "fingerprint": {}, "traits": {}, "log": {"first": [], "last": []},
+        "busy": "", "last_error": "",
+        "silent_s": 0.75, "memory": None, "fingerprint": {}, "traits": {}, "log": {"first": [], "last": []},
     }  # fmt: skip
     assert (info["ranks"][0]["pid"], info["ranks"][0]["silent_s"]) == (None, None)
 

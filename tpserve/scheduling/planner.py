@@ -4,9 +4,9 @@ and then committed or dropped by the scheduler, never undone.
     decodes     all that are ready; each may need a block, and when there is none somebody must be preempted
     prompts     in progress: they grow in windows only. One that runs short there gets a smaller chunk, or none until others go
                 on, or until a result gives it back what its last chunk took
-    admissions  in order, while slots, budget, blocks and the plan's bytes last, leaving blocks for those that run. Who is admitted
-                while budget and blocks are left gets all of its prompt, so that no two prompts in progress ever wait for each
-                other
+    admissions  in order, while slots, budget, blocks and the plan's bytes last, leaving blocks for those that run. Who is
+                admitted while budget and blocks are left gets all of its prompt, so that no two prompts in progress ever wait
+                for each other
 """
 
 from collections.abc import Iterable, Mapping

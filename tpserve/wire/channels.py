@@ -5,8 +5,9 @@
     EngineServer   ROUTER <> DEALER  EngineLink      the frontend and rank 0
 
 Owns sockets, numbering and order; decides nothing about what is sent. Invariants: a sender never blocks (no high-water mark:
-what is in flight is bounded by the engine) and nothing is dropped silently: plans are numbered (epoch, step), a gap is asked for
-again while rank 0 still keeps it, which its control thread answers, and a gap that cannot be filled, or a message of another epoch, is an `EngineFailure`.
+what is in flight is bounded by the engine) and nothing is dropped silently: plans are numbered (epoch, step), and a receiver asks
+again for a gap, which rank 0's control thread fills while the plan is kept. A gap that cannot be filled, or a message of another
+epoch, is an `EngineFailure`.
 """
 
 import errno
