@@ -3,6 +3,7 @@
 torchrun ... faulty_rank.py MODEL FLAGS
 """
 
+import logging
 import sys
 
 from tpserve.__main__ import main
@@ -31,6 +32,7 @@ def lose(frame: bytes) -> list[StepPlan]:
         Telemetry.messages = broken  # type: ignore[method-assign]
     if LOST_PLAN in lengths and not lost:
         lost.append(plans[0].step)
+        log.warning("rank 1 loses plan %d", plans[0].step)
         return []
     return plans
 
@@ -39,6 +41,7 @@ def broken(self: Telemetry) -> list[RankMessage]:
     raise RuntimeError("the counter is broken")
 
 
+log = logging.getLogger("tpserve.faulty_rank")
 lost: list[int] = []
 sequence_of, decode = Sequence.of, codec.PLAN.decode
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -57,9 +58,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
     port = free_port()
     agent = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port()), faulty_rank.__file__]
     command = [*agent, "builtin", "--tensor-parallel-size", "2", "--port", str(port)]
-    with running(
-        [command], port, tmp_path_factory.mktemp("one") / "log", env={"PYTHONPATH": str(Path(__file__).parents[2])}
-    ) as it:
+    root = Path(__file__).parents[2]
+    paths = ":".join(filter(None, (str(root), str(root / "kernels"), os.environ.get("PYTHONPATH"))))
+    with running([command], port, tmp_path_factory.mktemp("one") / "log", env={"PYTHONPATH": paths}) as it:
         yield it
 
 
@@ -83,7 +84,7 @@ def test_a_plan_that_is_lost_while_rank_0_waits_in_a_collective_comes_again(serv
     """Rank 0 computes the plan, and waits for rank 1, which waits for the plan."""
     began_s = time.monotonic()
     server.complete(prompt(faulty_rank.LOST_PLAN), max_tokens=3)
-    assert 0.9 < time.monotonic() - began_s < 20.0
+    assert time.monotonic() - began_s < 20.0 and "loses plan" in server.log
     check_alive(server)
 
 
