@@ -213,7 +213,11 @@ class Bridge:
         except EngineFailure as error:
             self.fail(1, str(error))
             return
-        self.journal.receive(outputs)
+        try:
+            self.journal.receive(outputs)
+        except Exception as error:  # of no request: the loop would log it and let clients wait for ever
+            logger.exception("the journal failed")
+            self.fail(1, f"the frontend failed with {type(error).__name__}: {error}")
 
     # What ends it
 
