@@ -106,7 +106,7 @@ class Engine:
                 try:
                     self._scheduler.add(request, now)
                 except Exception as error:  # of the request's content: nothing of it has been planned or sent
-                    log.exception("request %d cannot be added", request.id)
+                    log.warning("request %d cannot be added", request.id, exc_info=True)
                     self._scheduler.refuse(request.id, f"the engine cannot read the request: {type(error).__name__}: {error}")
             case Abort(id):
                 self._scheduler.abort(id, now)
