@@ -194,9 +194,14 @@ def _rank(argv: list[str]) -> int:
         why = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
         logger.error("rank %d fails: %s", me.rank, why)
         logger.debug("rank %d fails", me.rank, exc_info=True)
-        if me.node_rank == 0 and me.runtime_dir is not None:
-            write_failure(Path(me.runtime_dir), Failure(1, f"rank {me.rank} (pid {os.getpid()}): {why}"))
+        _leave_word(me, Failure(1, f"rank {me.rank} (pid {os.getpid()}): {why}"))
         return 1
+
+
+def _leave_word(me: env.RankEnv, failure: Failure) -> None:
+    """For the frontend, which does not know of this rank yet and will only see its agent end."""
+    if me.node_rank == 0 and me.runtime_dir is not None:
+        write_failure(Path(me.runtime_dir), failure)
 
 
 def _live_as(me: env.RankEnv, argv: list[str]) -> int:
@@ -296,6 +301,7 @@ def _introduce(flags: Flags, config: EngineConfig) -> None:
 
 def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:
     """Tell the user, and torchrun, which would report no more than the exit code."""
+    _leave_word(me, Failure(2, str(error)))
     if tell:
         sys.stderr.write(log.user_error(str(error)) + "\n")
         sys.stderr.flush()
