@@ -1,6 +1,6 @@
 """A rank of torchrun with faults that no input can cause; each waits for a request whose prompt has a certain length.
 
-    torchrun ... faulty_rank.py FLAGS
+torchrun ... faulty_rank.py FLAGS
 """
 
 import logging
