@@ -223,6 +223,10 @@ def _run(job: Job, met: _Met) -> int:
             logger.warning("%s", why)
             if job.node_rank == 0:  # who died before its Hello is not known to the coordinator
                 write_failure(Path(job.runtime_dir), Failure(1, why, LOOK_AT))
+        if job.node_rank == 0 and not killed:  # what a rank could say of it, it has said, and the first reason counts
+            rank, failure = next(iter(failed.failures.items()))
+            why = f"rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode}"
+            write_failure(Path(job.runtime_dir), Failure(failure.exitcode, why, "see what it logged"))
         return 2 if any(failure.exitcode == 2 for failure in failed.failures.values()) else 1
     except Exception as error:  # the edge of a process: torch names the store's troubles in many ways
         logger.error("the ranks of this node could not be started: %s", error, exc_info=job.log_level == "debug")

@@ -27,7 +27,7 @@ from tpserve.observe import log
 from tpserve.observe.stopwatch import Stopwatch
 from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
-from tpserve.wire.attach import attach
+from tpserve.wire.attach import Failure, attach, write_failure
 from tpserve.wire.auth import Keyring
 from tpserve.wire.lifetime import allow_many_files, die_with
 from tpserve.wire.siblings import Elder, ask
@@ -37,15 +37,35 @@ logger = logging.getLogger("tpserve")
 
 
 def run(argv: list[str]) -> int:
-    """One of torchrun's ranks."""
+    """One of torchrun's ranks. What ends it before the coordinator knows it, the frontend reads from the runtime directory."""
     block_signals()
     allow_many_files()
     me = env.rank_env()
+    try:
+        return _live_as(me, argv)
+    except (HelpWanted, UserError):
+        raise
+    except Exception as error:  # the edge of the process
+        why = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
+        logger.error("rank %d fails: %s", me.rank, why)
+        logger.debug("rank %d fails", me.rank, exc_info=True)
+        _leave_word(me, Failure(1, f"rank {me.rank} (pid {os.getpid()}): {why}"))
+        return 1
+
+
+def _leave_word(me: env.RankEnv, failure: Failure) -> None:
+    """For the frontend, which does not know of this rank yet and will only see its agent end."""
+    if me.node_rank == 0 and me.runtime_dir is not None:
+        write_failure(Path(me.runtime_dir), failure)
+
+
+def _live_as(me: env.RankEnv, argv: list[str]) -> int:
     watch = Stopwatch(me.agent_pid)
     die_with(me.agent_pid)
     try:
         flags, holding = server_flags.read_line(argv, env.overrides(), launch=False)
-        Keyring.open(flags.cluster_secret_file)  # refused now, not once other nodes have been waited for
+        if flags.cluster_secret_file is not None:
+            Keyring.read(flags.cluster_secret_file)  # refused now, not once other nodes have been waited for
         color = env.color(sys.stderr)
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=color)
         if holding and me.rank == 0:
@@ -53,9 +73,6 @@ def run(argv: list[str]) -> int:
         flags, files, spec = open_model(flags, lambda flags: _find_once_a_node(me, flags))
         config = resolve(flags, files, spec, resources.of_rank(me))
         interface = _interface(me, config)
-    except EngineFailure as error:
-        logger.error("%s", error)
-        return 1
     except UserError as error:
         return _refuse(me, error, tell=me.local_rank == 0)
     except HelpWanted:
@@ -74,9 +91,6 @@ def run(argv: list[str]) -> int:
         attachment = attach(me, config, interface.address, config.start_timeout, start=bare) if me.node_rank == 0 else None
     except UserError as error:  # under `tpserve serve` it is the supervisor who tells
         return _refuse(me, error, tell=me.rank == 0 and me.runtime_dir is None)
-    except EngineFailure as error:
-        logger.error("%s", error)
-        return 1
     watch.lap("frontend")
     env.calm_threads()
     gc.disable()  # nothing that torch makes while it is imported is garbage, and looking for it costs a sixth of the time
@@ -145,6 +159,7 @@ def _introduce(config: EngineConfig) -> None:
 
 def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:
     """Tell the user, and torchrun, which would report no more than the exit code."""
+    _leave_word(me, Failure(2, str(error)))
     if tell:
         sys.stderr.write(log.user_error(str(error)) + "\n")
         sys.stderr.flush()

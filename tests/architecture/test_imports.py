@@ -51,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     # floor 6
     "engine": {
         *FLOOR_0,
+        "kernels",
         "config",
         "host",
         "hub",

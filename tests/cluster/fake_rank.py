@@ -16,7 +16,8 @@ from tpserve.types.messages import Abort, Add, Delta, Done, EngineOutput, Memory
 from tpserve.types.packed import unpack
 from tpserve.wire.attach import attach
 from tpserve.wire.channels import EngineLink, wait
-from tpserve.wire.control import Control, Stopped
+from tpserve.wire.control import Control
+from tpserve.wire.orders import Stopped
 from tpserve.wire.signals import block_signals
 
 
@@ -36,7 +37,7 @@ def main(config_file: str, how: str) -> int:
         control.wait_start(20.0)
         if how == "user-error" and env.rank == 1:
             raise UserError("no such model")
-        link = EngineLink(found.engine, control.incarnation) if env.rank == 0 else None
+        link = EngineLink(found.engine, control.identity) if env.rank == 0 else None
         heads = {"first_head": 2 * env.rank, "end_head": 2 * env.rank + 2, "first_kv_head": env.rank, "end_kv_head": env.rank + 1}
         ledger = MemoryLedger(9, 0, 0, 0, 0, 0, 0, 8, 16, config.max_model_len)
         control.up(ledger, {"max_model_len": config.max_model_len, "vocab_size": 320, **heads})

@@ -1,5 +1,6 @@
 """A rank's control thread in a process of its own, against a coordinator's socket held by the test."""
 
+import logging
 import os
 import signal
 import sys
@@ -11,9 +12,24 @@ import pytest
 import zmq
 
 from tpserve.errors import UserError
-from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Fault, Hello, MemoryLedger, RankMessage, Run, Start, Stop, Up
+from tpserve.observe.log import Kept
+from tpserve.types.messages import (
+    Beat,
+    CoordinatorMessage,
+    Drain,
+    Fault,
+    Hello,
+    MemoryLedger,
+    RankMessage,
+    Run,
+    Said,
+    Start,
+    Stop,
+    Up,
+)
 from tpserve.wire import codec, control, signals
 from tpserve.wire.channels import bind, open_socket, wait
+from tpserve.wire.orders import Stopped
 
 LEDGER = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256)
 
@@ -35,7 +51,7 @@ class Coordinator:
             try:
                 signals.block_signals()
                 arguments = {"host": "h", "agent_pid": os.getppid(), **how}
-                rank = control.Control(3, self.address, incarnation=7, **arguments)  # type: ignore[arg-type]
+                rank = control.Control(3, self.address, identity=7, **arguments)  # type: ignore[arg-type]
                 rank.start()
                 code = main(rank)
             finally:
@@ -95,7 +111,7 @@ def obedient(rank: control.Control) -> int:
         rank.up(LEDGER, {"vocab_size": 1})
         if rank.wait_run(10.0) != 5:
             return 51
-    except control.Stopped as stopped:
+    except Stopped as stopped:
         return stopped.code + 60
     rank.step(17)
     while rank.stop is None:
@@ -122,7 +138,7 @@ def test_a_life(coordinator: Coordinator) -> None:
     coordinator.fork(obedient)
     hello = coordinator.hear(Hello)
     assert isinstance(hello, Hello)
-    assert (hello.rank, hello.incarnation, hello.pid, hello.endpoints) == (3, 7, coordinator.pid, {"store": "a:1"})
+    assert (hello.rank, hello.identity, hello.pid, hello.endpoints) == (3, 7, coordinator.pid, {"store": "a:1"})
     assert coordinator.name == b"3.7"
     assert coordinator.hear(Hello) == hello  # again, until it is answered
     beat = coordinator.hear(Beat)
@@ -177,10 +193,10 @@ def test_a_signal_after_a_siblings_death_ends_at_once(coordinator: Coordinator) 
 def test_a_signal_is_not_lost_between_two_incarnations(coordinator: Coordinator) -> None:
     def returning(rank: control.Control) -> int:
         rank.hello({}, {}, {})
-        while rank._signalled_s is None:
+        while not rank._heartbeat.asked_to_end:
             time.sleep(0.01)
         rank.close()  # its collective has failed, too
-        again = control.Control(3, coordinator.address, incarnation=8, host="h", agent_pid=os.getppid(), local_ranks=50)
+        again = control.Control(3, coordinator.address, identity=8, host="h", agent_pid=os.getppid(), local_ranks=50)
         again.start()
         time.sleep(30)
         return 98
@@ -220,20 +236,87 @@ def test_a_step_that_does_not_come_back_is_a_fault(coordinator: Coordinator) -> 
     coordinator.fork(hanging)
     began_s = time.monotonic()
     fault = coordinator.hear(Fault)
-    assert isinstance(fault, Fault) and "step 12 does not come back" in fault.text
+    assert fault == Fault(3, 0, "overdue", "step 12 does not come back: a rank hangs")
     assert time.monotonic() - began_s > 0.2
+    assert coordinator.hear(Fault) == fault, "until it does"
     coordinator.say(Stop(1, fault.text))
     assert coordinator.code() == 1
 
 
-def test_a_control_thread_that_fails_ends_the_rank(coordinator: Coordinator) -> None:
+def test_an_overdue_step_that_comes_back_is_no_fault_any_more(coordinator: Coordinator) -> None:
+    def slow(rank: control.Control) -> int:
+        rank.hello({}, {}, {})
+        rank.busy("compiling attention")
+        rank.expect((12, time.monotonic()))
+        time.sleep(1.0)
+        rank.step(12)
+        rank.expect((13, time.monotonic() + 60))
+        time.sleep(60)
+        return 98
+
+    coordinator.fork(slow)
+    coordinator.hear(Fault)
+    beat = coordinator.hear(Beat)
+    assert isinstance(beat, Beat) and beat.busy == "compiling attention"
+    while isinstance(beat, Beat) and beat.step != 12:
+        beat = coordinator.hear(Beat)
+    assert isinstance(beat, Beat) and not beat.busy
+    assert not any(isinstance(message, Fault) for message in coordinator.rest())
+
+
+def test_a_control_thread_that_fails_ends_the_rank_and_says_why(coordinator: Coordinator) -> None:
     def wrong(rank: control.Control) -> int:
+        kept = Kept()
+        kept.setFormatter(logging.Formatter("%(message)s"))
+        logging.getLogger().addHandler(kept)
+        rank.repeat(kept)
         rank.hello({"plan": object()}, {}, {})  # type: ignore[dict-item]
         time.sleep(60)
         return 98
 
     coordinator.fork(wrong)
+    fault = coordinator.hear(Fault)
+    assert isinstance(fault, Fault) and "its control thread failed with TypeError: Encoding objects of type object" in fault.text
+    said = coordinator.hear(Said)
+    assert isinstance(said, Said) and fault.text in said.last_error
     assert coordinator.code() == 1
+
+
+def test_an_error_is_told_at_once(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "BEAT_S", 60.0)
+
+    def main(rank: control.Control) -> int:
+        kept = Kept()
+        logging.getLogger().addHandler(kept)
+        kept.alarm = rank.nudge
+        rank.repeat(kept)
+        rank.hello({}, {}, {})
+        time.sleep(0.3)
+        logging.getLogger("tpserve.x").error("no space left \ud800 on %s", "disk")
+        time.sleep(60)
+        return 98
+
+    coordinator.fork(main)
+    said = coordinator.hear(Said, 3.0)
+    assert isinstance(said, Said) and said.last_error == "no space left ? on disk"
+
+
+def test_a_failure_whose_text_no_frame_can_hold_is_told_all_the_same(coordinator: Coordinator) -> None:
+    coordinator.fork(lambda rank: rank.fail(RuntimeError("\udcff" + "x" * (3 << 20))))
+    fault = coordinator.hear(Fault)
+    assert isinstance(fault, Fault) and fault.text.startswith("RuntimeError: ?xxx") and len(fault.text) < 3000
+    assert coordinator.code() == 1
+
+
+def test_what_goes_on_beside_a_blocked_main_thread(coordinator: Coordinator) -> None:
+    def main(rank: control.Control) -> int:
+        rank.beside(lambda: rank.progress("beside", 1 + rank._heartbeat.percent))
+        return blocked(rank)
+
+    coordinator.fork(main)
+    beat = coordinator.hear(Beat)
+    while isinstance(beat, Beat) and beat.percent < 5:
+        beat = coordinator.hear(Beat)
 
 
 def test_stop_raises_in_who_waits(coordinator: Coordinator) -> None:

@@ -33,8 +33,9 @@ from tpserve.wire.attach import (
 )
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Keyring
 from tpserve.wire.channels import Door, tcp
-from tpserve.wire.control import Control, Stopped
+from tpserve.wire.control import Control
 from tpserve.wire.lifetime import open_pidfd
+from tpserve.wire.orders import Stopped
 from tpserve.wire.signals import SIGNALS, block_signals
 
 WAIT_S = 60.0

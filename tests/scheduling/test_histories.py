@@ -7,17 +7,19 @@ A history is a function of one number, which a failure prints. The device and it
 `--hypothesis-profile long` runs 10,000 histories.
 """
 
+import dataclasses
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpserve.scheduling.ledger import LedgerDevice, continuation, score
-from tpserve.scheduling.limits import Limits
+from tpserve.scheduling.limits import MAX_ADMISSION_BYTES, Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import Delta, Done, EngineOutput, Scored
 from tpserve.types.packed import pack, unpack
@@ -180,6 +182,9 @@ def scenario(seed: int) -> tuple[Limits, list[Operation]]:
         windows=windows,
         prefix_caching=random.random() < 0.9,
     )
+    if random.random() < 0.3:  # room for one or two admissions, now and then for none of the longest
+        size = limits.admission_bytes(50, limits.max_model_len)
+        limits = dataclasses.replace(limits, max_admission_bytes=round(size * random.uniform(0.9, 2.5)))
     capacity = longest(lambda length: limits.least_blocks(length - 1) <= limits.num_blocks, 1, limits.max_model_len)
     operations: list[Operation] = []
     patience = random.choice([0.3, 0.5, 0.7])
@@ -219,10 +224,10 @@ def choices_of(random: Random, request: Request) -> list[Request]:
     return [msgspec.structs.replace(request, id=1000 * i + request.id, choice=request.choice + i) for i in range(1, count + 1)]
 
 
-def play(seed: int) -> History:
-    """Perform the operations, then let the engine run until it is idle."""
+def play(seed: int, **changes: Any) -> History:
+    """Perform the operations, then let the engine run until it is idle. `changes`: of the limits."""
     limits, operations = scenario(seed)
-    history = History(limits)
+    history = History(dataclasses.replace(limits, **changes))
     for operation in operations:
         ids = list(history.requests) or [0]
         match operation:
@@ -278,9 +283,11 @@ def test_the_histories_reach_every_corner() -> None:
         )
         seen["cached"] += sum(count > 0 for count in history.cached.values())
         seen["scored"] += sum(len(scores) > 0 for scores in history.scores.values())
+        if history.limits.max_admission_bytes != MAX_ADMISSION_BYTES:
+            seen["few bytes"] += play(seed, max_admission_bytes=MAX_ADMISSION_BYTES).events != history.events
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
     corners = (
         *("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "cached", "scored", "late"),
-        *("window preemption", "window hit", "smaller chunk"),
+        *("window preemption", "window hit", "smaller chunk", "few bytes"),
     )
     assert min(seen[corner] for corner in corners) > 20, seen

@@ -13,6 +13,7 @@ from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import Admission, Chunk, StepPlan
 from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
+from tpserve.wire import codec
 
 
 def test_without_pipelining_a_plan_is_sent_before_the_result_it_continues_is_applied() -> None:
@@ -178,6 +179,63 @@ def test_an_admission_leaves_a_block_for_each_that_will_grow() -> None:
     scheduler.add(request(1, prompt_len=4, max_tokens=4), 0.0)
     scheduler.add(request(2, prompt_len=4, max_tokens=4), 0.0)
     assert len(slots(plan_of(scheduler))) == 1, "both prompts fit, and their first decodes would not"
+
+
+def test_admissions_of_one_long_cached_prefix_fit_their_frames() -> None:
+    """256 copies of a prompt of 70,000 tokens are 72 MB; a frame holds 64 MiB."""
+    sizes = limits(
+        max_num_seqs=257, max_num_batched_tokens=80_000, max_model_len=80_000, num_blocks=2000, block_size=100, depth=1
+    )
+    scheduler, prompt = Scheduler(sizes), pack(range(70_000))
+    scheduler.add(Request(0, prompt, SamplingParams(max_tokens=20), seed=0), 0.0)
+    scheduler.apply(answer(plan_of(scheduler)), 0.0)
+    for id in range(1, 257):
+        scheduler.add(Request(id, prompt, SamplingParams(max_tokens=20), seed=id), 0.0)
+    admitted = []
+    while sum(admitted) < 256:
+        plan = plan_of(scheduler)
+        assert len(codec.PLAN.encode([plan])) < codec.PLAN.max_bytes
+        admitted.append(len(plan.admissions))
+        scheduler.apply(answer(plan), 0.0)
+    assert len(admitted) == 3 and min(admitted) > 0
+
+
+def test_an_admission_larger_than_its_share_of_a_plan_is_refused_and_the_next_one_served() -> None:
+    scheduler = Scheduler(limits(max_admission_bytes=300))
+    scheduler.add(request(1, allowed_token_ids=tuple(range(1000))), 0.0)
+    scheduler.add(request(2), 0.0)
+    (done,) = scheduler.take()
+    assert isinstance(done, Done) and done.finish == "error" and "bytes of a plan" in done.error
+    assert len(plan_of(scheduler).admissions) == 1
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "a token": {"prompt": pack([1, 1000])},
+    "stop_token_ids": {"stop_token_ids": (-1,)},
+    "logit_bias": {"logit_bias": ((5, 1.0), (5, 2.0))},
+    "logit_bias ": {"logit_bias": ((1000, 1.0),)},
+    "allowed_token_ids": {"allowed_token_ids": (-1,)},
+    "bad_words": {"bad_words": ((),)},
+    "bad_words ": {"bad_words": ((3, 2**40),)},
+    "a sampling parameter": {"temperature": float("nan")},
+    "a sampling parameter ": {"top_p": 0.0},
+    "repetition_penalty": {"repetition_penalty": 0.0},
+    "a count": {"max_tokens": -1},
+    "a count ": {"top_k": 2**40},
+    "logprobs": {"prompt_logprobs": 21},
+    "the seed": {"seed": -1},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_no_rank_could_compute_is_refused_before_it_is_planned(name: str) -> None:
+    fields = dict(HOSTILE[name])
+    prompt, seed = fields.pop("prompt", pack([1, 2])), fields.pop("seed", 0)
+    scheduler = Scheduler(limits(vocab_size=1000))
+    scheduler.add(Request(1, prompt, SamplingParams(**fields), seed), 0.0)
+    (done,) = scheduler.take()
+    assert isinstance(done, Done) and done.finish == "error" and done.error.startswith(name.strip()), done
+    assert scheduler.idle
 
 
 def test_drain_finishes_what_was_added_and_refuses_the_rest() -> None:

@@ -21,6 +21,7 @@ from tpserve.supervisor import curl_line
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
+from tpserve.wire.attach import read_failure
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,22 @@ def test_a_rank_tells_torchrun_too(model: Path, tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith("tpserve: error: 2 ranks were started but") is printed
         assert json.loads(report.read_text())["message"]["message"].startswith("2 ranks were started but")
+
+
+def test_what_ends_a_rank_before_anybody_knows_it_is_left_for_the_frontend(tmp_path: Path) -> None:
+    """No frontend comes: the rank can tell nobody, and the agent sees an exit code."""
+    where = tmp_path / "run"
+    where.mkdir(mode=0o700)
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    flags = ("-tp", "2", "--device", "cpu", "--start-timeout", "1")
+    ended = subprocess.run(
+        [sys.executable, "-m", "tpserve", *flags],
+        env={**os.environ, **ranks, "TPSERVE_RUNTIME_DIR": str(where)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    failure = read_failure(where)
+    assert ended.returncode == 1 and failure is not None and failure.code == 1
+    assert "rank 1 (pid " in failure.why and "the frontend was not ready within" in failure.why
+    assert "Traceback" not in ended.stderr and "ERROR rank 1 fails: the frontend was not ready" in ended.stderr
 
 
 def test_a_line_to_paste() -> None:

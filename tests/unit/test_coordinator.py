@@ -1,7 +1,10 @@
 """The coordinator's transitions, one by one."""
 
-from tpserve.frontend.coordinator import Coordinator, Draining, Failed, Finished, Lost, Peer, Ready, Send, State
-from tpserve.types.messages import Beat, Drain, Fault, Hello, MemoryLedger, Run, Start, Stop, Up
+import pytest
+
+from tpserve.frontend.coordinator import Coordinator, Draining, Failed, Finished, Lost, Ready, Send, State
+from tpserve.frontend.roster import Peer
+from tpserve.types.messages import Beat, Drain, Fault, Hello, MemoryLedger, Run, Said, Start, Stop, Up
 
 ENDPOINTS = {"store": "127.0.0.1:1"}
 
@@ -150,12 +153,45 @@ def test_a_difference_is_a_user_fault_that_names_both() -> None:
     assert "rank 1 on node1 has version 1.1, rank 0 on node0 has version 1.0" in actions[-1].reason
 
 
-def test_a_lower_incarnation_is_told_to_stop() -> None:
-    c = Coordinator(2, 0.0)
+@pytest.mark.parametrize("second", [4, 9])
+def test_incarnations_are_numbered_as_they_come(second: int) -> None:
+    """Whatever number they call themselves: of a clock that was set back, it would be a lower one."""
+    c = Coordinator(2, 0.0, survive=True)
     c.receive(Peer(1, 5), hello(1, 5), 0.0)
-    (action,) = c.receive(Peer(1, 4), hello(1, 4), 0.0)
-    assert isinstance(action, Send) and action.peer == Peer(1, 4) and isinstance(action.message, Stop)
+    c.receive(Peer(1, second), hello(1, second), 1.0)
+    (action,) = c.receive(Peer(1, 5), hello(1, 5), 1.1)
+    assert isinstance(action, Send) and action.peer == Peer(1, 5) and isinstance(action.message, Stop)
+    assert [hello.identity for hello in c.hellos] == [second] and c.is_current(Peer(1, second))
     assert c.phase == "waiting for rank 0"
+
+
+def test_what_a_rank_has_just_logged_explains_its_end() -> None:
+    for age_s, text in ((1.0, "ended after the error: disk is full"), (60.0, "ended without a word")):
+        c = running()
+        assert c.receive(Peer(1, 1), Said(1, 0, ("x",), "disk is full"), 5.0)
+        c.receive(Peer(1, 1), Said(1, 1, ("y",)), 5.1)
+        c.lost(Peer(1, 1), "ended", 5.0 + age_s, "look", "without a word")
+        assert c.reason == f"rank 1 on node1 (pid 101) {text}"
+
+
+def test_an_overdue_step_waits_for_a_rank_that_compiles_but_not_for_ever() -> None:
+    fault = Fault(0, 1, "overdue", "step 3 does not come back: a rank hangs")
+
+    def at(c: Coordinator, now: float, busy: str) -> State:
+        c.receive(Peer(1, 1), Beat(1, 1, "", 0, 0, busy), now)
+        c.receive(Peer(0, 1), fault, now)
+        return c.state
+
+    c = running()
+    assert at(c, 1.0, "") is State.STOPPED and c.reason.endswith("step 3 does not come back: a rank hangs")
+    c = running()
+    assert at(c, 1.0, "compiling attention") is State.RUN
+    assert at(c, 599.0, "compiling attention") is State.RUN
+    assert at(c, 602.0, "compiling attention") is State.STOPPED, "no longer than a start may take"
+    c = running()
+    assert at(c, 1.0, "compiling attention") is State.RUN
+    assert at(c, 2.0, "") is State.RUN, "it has compiled, and the step has its time"
+    assert at(c, 62.0, "") is State.STOPPED
 
 
 def test_a_new_incarnation_means_the_old_one_is_gone() -> None:

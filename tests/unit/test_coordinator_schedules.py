@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tpserve.frontend.coordinator import Action, Coordinator, Failed, Finished, Peer, Ready, Send, State
+from tpserve.frontend.coordinator import Action, Coordinator, Failed, Finished, Ready, Send, State
+from tpserve.frontend.roster import Peer
 from tpserve.types.messages import (
     Beat,
     CoordinatorMessage,

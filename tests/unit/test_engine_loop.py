@@ -181,6 +181,16 @@ def test_plans_ahead_and_keeps_the_tokens(bench: Bench) -> None:
     assert len(overlapped) > steps * 0.7, "and while plan n is still running"
 
 
+def test_a_request_that_cannot_be_read_fails_alone_and_is_named_in_the_log(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its ids are no whole numbers; no field of a message can say so."""
+    bench.server.send([Add(Request(1, b"\0" * 7, SamplingParams(), seed=0)), Add(make(2, 5, 6))])
+    tokens, dones = bench.until_done({1, 2})
+    assert dones[1].finish == "error" and "ValueError" in dones[1].error and "request 1" in caplog.text
+    assert dones[2].finish == "length" and tokens[2] == continuation(make(2, 5, 6), 6, 1000)
+
+
 def test_abort_frees_and_drain_refuses(bench: Bench) -> None:
     bench.server.send([Add(make(1, 5, 50)), Add(make(2, 5, 6))])
     bench.server.send([Abort(1)])

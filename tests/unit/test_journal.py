@@ -18,6 +18,7 @@ from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import Abort, Add, Cut, Delta, Done, EngineInput, EngineOutput, PhaseTimes, Scored, Stats
 from tpserve.types.plan import PromptLogprobs
 from tpserve.types.sampling import SamplingParams
+from tpserve.wire import codec
 
 TOKENIZER = Tokenizer(byte_level(), {})
 CAT = TOKENIZER.encode("the cat sat")
@@ -208,6 +209,35 @@ def test_a_failed_sequence_fails_its_ticket(done: Done, status: int) -> None:
         ticket.take()
     assert info.value.status == status and ticket.ended and harness.sent[3:] == [Abort(1)]
     assert not other.ended and harness.journal.num_open == 1
+
+
+@pytest.mark.parametrize("bad", [Delta(0, 0, (2**40,)), Scored(0, 1, PromptLogprobs(0, b"\0" * 6, b"", b""))])
+def test_what_the_journal_cannot_take_fails_its_own_request(bad: EngineOutput, caplog: pytest.LogCaptureFixture) -> None:
+    harness = Harness()
+    ticket = harness.open_scored(n=2) if isinstance(bad, Scored) else harness.open(n=2)
+    other = harness.open()
+    harness.journal.receive([bad, Delta(2, 0, tuple(CAT)), Done(2, "length", len(CAT))])
+    assert ticket.ended and sorted(message.id for message in harness.sent if isinstance(message, Abort)) == [0, 1]
+    with pytest.raises(UserError, match="error of its own with this request") as failed:
+        ticket.take()
+    assert failed.value.status == 500 and "request 0 fails in the frontend" in caplog.text
+    assert texts(other.take()) == "the cat sat", "the others notice nothing"
+    assert harness.journal.num_open == 0
+
+
+def test_a_request_that_cannot_be_sent_fails_and_is_not_left_open() -> None:
+    harness = Harness()
+
+    def send(inputs: Sequence[EngineInput]) -> None:
+        harness.sent.extend(codec.ENGINE_INPUT.decode(codec.ENGINE_INPUT.encode(inputs)))
+
+    harness.journal = Journal(send, "tiny")
+    ticket = harness.open(seed=2**70)
+    with pytest.raises(UserError, match="cannot be sent"):
+        ticket.take()
+    assert harness.journal.num_open == 0 and not harness.sent
+    harness.open(seed=1)
+    assert harness.journal.num_open == 1
 
 
 def test_fail_all_says_why_and_sends_nothing() -> None:

@@ -217,15 +217,33 @@ def test_a_rank_that_died_before_its_hello_was_read(tmp_path: Path) -> None:
 
 def test_who_came_before_is_sent_away_and_not_watched(tmp_path: Path) -> None:
     async def main(where: Path) -> None:
-        async with stage(where, 2) as it:
-            new = it.rank(1, incarnation=5)
-            new.hello()
+        async with stage(where, 2, survive=True) as it:
+            old, new = it.rank(1, incarnation=5), it.rank(1, incarnation=4)
+            old.hello()
             await it.until(lambda: bool(it.coordinator.hellos))
-            old = it.rank(1, incarnation=4, pid=1)
+            new.hello()
+            await it.until(lambda: it.coordinator.hellos != [] and it.coordinator.hellos[0].identity == 4)
             old.hello()
             await it.until(lambda: any(isinstance(message, Stop) for message in old.heard()))
-            assert it.coordinator.hellos[0].incarnation == 5
-            assert [peer.incarnation for peer in it.ranks._pidfds] == [5]
+            assert it.coordinator.hellos[0].identity == 4
+            assert [peer.identity for peer in it.ranks._pidfds] == [4]
+
+
+def test_a_rank_that_says_why_and_dies_at_once_is_believed(tmp_path: Path) -> None:
+    """A complaint is kept for a moment, since another rank's death may explain it; the rank's own death does not."""
+
+    async def main(where: Path) -> None:
+        async with stage(where, 2) as it:
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            near, other = it.rank(0), it.rank(1, pid=child.pid)
+            await it.run(near, other)
+            other.say(Fault(1, 1, "engine", "its control thread failed with TypeError: x"))
+            child.kill()
+            child.wait()
+            await it.until(lambda: it.coordinator.state is State.STOPPED)
+            assert it.coordinator.reason == f"rank 1 on h (pid {child.pid}): its control thread failed with TypeError: x"
+
+    play(main, tmp_path)
 
     play(main, tmp_path)
 

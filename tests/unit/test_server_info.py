@@ -9,7 +9,8 @@ from msgspec.structs import replace
 from tests.specs import small
 from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
-from tpserve.frontend.coordinator import Coordinator, Peer, Seen
+from tpserve.frontend.coordinator import Coordinator
+from tpserve.frontend.roster import Peer, Seen
 from tpserve.frontend.server_info import numerics, server_info
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept
@@ -36,6 +37,7 @@ def test_while_starting_what_is_known_so_far() -> None:
         "state": "starting", "phase": "waiting for all ranks", "percent": 0,
         "shard": {"tp_rank": 1, "layers": [2, 4], "heads": None, "kv_heads": None}, "last_step": None,
         "silent_s": 0.75, "memory": None, "fingerprint": {}, "processor": {}, "traits": {}, "log": {"first": [], "last": []},
+        "busy": "", "last_error": "",
     }  # fmt: skip
     assert info["numerics"] is None
     assert (info["ranks"][0]["pid"], info["ranks"][0]["silent_s"]) == (None, None)
@@ -45,10 +47,11 @@ def test_the_first_and_the_last_lines_of_the_log() -> None:
     kept = Kept(first=2, last=3)
     kept.setFormatter(logging.Formatter("[frontend] %(message)s"))
     for i in range(9):
-        kept.handle(logging.makeLogRecord({"msg": f"line {i}"}))
+        kept.handle(logging.makeLogRecord({"msg": f"line {i}", "levelno": logging.ERROR if i == 7 else logging.INFO}))
     info = server_info(CONFIG, Status("running"), 1, [], 0.0, kept, [])
     assert info["log"]["first"] == ["[frontend] line 0", "[frontend] line 1"]
     assert info["log"]["last"] == ["[frontend] line 6", "[frontend] line 7", "[frontend] line 8"]
+    assert (kept.last_error, kept.num_errors) == ("line 7", 1)
 
 
 def test_lines_of_another_process() -> None:

@@ -78,6 +78,16 @@ def test_a_frame_over_the_bound_is_refused_on_both_sides() -> None:
         small.decode(msgspec.msgpack.encode([Stop(1, "x" * 100)]))
 
 
+def test_messages_too_many_for_one_frame_go_in_several() -> None:
+    small: codec.Codec = codec.Codec(Stop, 64, "small")
+    messages = [Stop(code, "x" * 10) for code in range(9)]
+    frames = small.frames(messages)
+    assert len(frames) > 1 and [message for frame in frames for message in small.decode(frame)] == messages
+    assert small.frames(messages[:2]) == [small.encode(messages[:2])]
+    with pytest.raises(codec.FrameTooLarge):
+        small.frames([*messages, Stop(1, "x" * 100)])
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damaged_frames_never_raise_anything_else(data: st.DataObject) -> None:

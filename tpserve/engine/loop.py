@@ -10,6 +10,7 @@ says how many; this loop only keeps the order. Ready results are applied before 
 device which computes in `launch` (the CPU) delays no token.
 """
 
+import logging
 import time
 from collections import deque
 from typing import Protocol
@@ -18,10 +19,12 @@ from tpserve.engine.pace import Pace
 from tpserve.observe.trace import Trace
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types import messages
-from tpserve.types.messages import Abort, Add, Cut, EngineInput, EngineOutput, Stats
+from tpserve.types.messages import Abort, Add, Cut, Done, EngineInput, EngineOutput, Stats
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, ResultReceiver, wait
 from tpserve.wire.control import Control
+
+log = logging.getLogger(__name__)
 
 IDLE_S = 1.0
 STATS_EVERY_S = 0.1
@@ -91,17 +94,20 @@ class Engine:
         return launched or applied
 
     def _sleep(self) -> None:
-        """Wait until there is something to do. Who waits for a plan that was lost is served here."""
+        """Wait until there is something to do."""
         results = () if self._results is None else (self._results,)
         wait(IDLE_S, self._link, self._control, *results)
         self._control.clear()
-        self._plans.serve()
 
     def _hear(self, message: EngineInput) -> None:
         now = time.monotonic()
         match message:
             case Add(request):
-                self._scheduler.add(request, now)
+                try:
+                    self._scheduler.add(request, now)
+                except Exception as error:  # of the request's content: nothing of it has been planned or sent
+                    log.warning("request %d cannot be added", request.id, exc_info=True)
+                    self._scheduler.refuse(request.id, f"the engine cannot read the request: {type(error).__name__}: {error}")
             case Abort(id):
                 self._scheduler.abort(id, now)
             case Cut(id, length):
@@ -133,6 +139,9 @@ class Engine:
 
     def _tell(self) -> None:
         outputs: list[EngineOutput] = self._scheduler.take()
+        for output in outputs:
+            if isinstance(output, Done) and output.finish == "error":
+                log.warning("request %d fails: %s", output.id, output.error)
         now = time.monotonic()
         if now - self._stats_at >= STATS_EVERY_S or self._scheduler.idle:
             stats = self._scheduler.stats()

@@ -1,14 +1,28 @@
 """How long a step may take before something hangs. Pure: times come as `now`, in seconds of any monotonic clock.
 
 A rank whose main thread hangs still beats, and a collective waits for ever; what tells is that a plan does not come back.
-The allowance follows what was measured: ten times the slowest cost a token so far, never below a minute, because a kernel
-may have to be compiled for a shape that was not met before. Until the first result nothing is known but the start's own limit.
+
+    allowed   ten times what the step would have cost at the slowest of the last steps, in seconds a token;
+              never less than a minute;
+              never more than the start's own limit, or ten times the slowest of the last steps as it was, whichever is longer
+
+So one slow step (a kernel was compiled, a disk was slow) is forgotten after `RECENT` others, and while it is remembered a step of
+many tokens is not given days. Until the first result nothing is known but the start's own limit. A rank that compiles says so in
+its beats, and the coordinator then waits longer (`frontend/coordinator.py`).
 """
 
 from collections import deque
+from typing import NamedTuple
 
 LEAST_S = 60.0
 MARGIN = 10.0
+RECENT = 32
+"""So many steps are remembered."""
+
+
+class _Step(NamedTuple):
+    num_tokens: int
+    took_s: float
 
 
 class Pace:
@@ -18,10 +32,8 @@ class Pace:
         """`first_s`: what the first plan may take."""
         self._first_s = first_s
         self._in_flight: deque[tuple[int, int, float]] = deque()
-        self._slowest_s = 0.0
-        """Seconds a token of the slowest step so far."""
+        self._recent: deque[_Step] = deque(maxlen=RECENT)
         self._applied_s = 0.0
-        self._known = False
 
     def sent(self, step: int, num_tokens: int, now: float) -> None:
         """A plan is on its way."""
@@ -30,9 +42,8 @@ class Pace:
     def applied(self, now: float) -> None:
         """The oldest plan's result is here. It is charged from when it was sent or the one before done, whichever is later."""
         _, num_tokens, sent_s = self._in_flight.popleft()
-        self._slowest_s = max(self._slowest_s, (now - max(sent_s, self._applied_s)) / num_tokens)
+        self._recent.append(_Step(num_tokens, now - max(sent_s, self._applied_s)))
         self._applied_s = now
-        self._known = True
 
     @property
     def due(self) -> tuple[int, float] | None:
@@ -40,5 +51,11 @@ class Pace:
         if not self._in_flight:
             return None
         step, num_tokens, sent_s = self._in_flight[0]
-        allowed_s = max(LEAST_S, MARGIN * self._slowest_s * num_tokens) if self._known else self._first_s
-        return step, max(sent_s, self._applied_s) + allowed_s
+        return step, max(sent_s, self._applied_s) + self._allowed_s(num_tokens)
+
+    def _allowed_s(self, num_tokens: int) -> float:
+        if not self._recent:
+            return self._first_s
+        by_tokens_s = MARGIN * num_tokens * max(took_s / tokens for tokens, took_s in self._recent)
+        slowest_s = MARGIN * max(took_s for _, took_s in self._recent)
+        return max(LEAST_S, min(by_tokens_s, max(self._first_s, slowest_s)))

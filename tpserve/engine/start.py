@@ -19,6 +19,7 @@ from tpserve.config.env import RankEnv, cache_dir, told_where
 from tpserve.config.schema import EngineConfig
 from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, processor, traits
+from tpserve.engine.frames import check_frames
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
 from tpserve.host.network import Interface, host_id
@@ -46,8 +47,9 @@ from tpserve.weights.survey import about
 from tpserve.wire.attach import Attachment, attach_remote, is_alive, publish, remove_runtime_dir
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Key, rank_role
 from tpserve.wire.channels import Door, EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, tcp
-from tpserve.wire.control import VERDICT_S, Control, Stopped
+from tpserve.wire.control import VERDICT_S, Control
 from tpserve.wire.lifetime import end_all_stopped, end_stopped, live_children
+from tpserve.wire.orders import Stopped
 from tpserve.worker import device as devices
 from tpserve.worker.executor import Executor
 from tpserve.worker.loop import serve_plans
@@ -55,6 +57,7 @@ from tpserve.worker.memory import allocate, check_weights, measure, room_for
 from tpserve.worker.self_test import self_test
 from tpserve.worker.sizing import report
 from tpserve.worker.slots import Slots
+from tpserve_kernels.compiling import on_compile
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +97,8 @@ def run_rank(
         local_ranks=1 if env.job else env.local_world_size,  # a script's only child
         at_failure=partial(_clean_up, env, attachment),
     )
-    control.repeat(kept.since)
+    control.repeat(kept)
+    kept.alarm = control.nudge
     control.start()
     if env.runtime_dir is None:
         _end_stopped_neighbours(env, attachment, control)
@@ -169,6 +173,7 @@ class _Rank:
     def serve(self) -> None:
         """Join an epoch and run it to its end. Raises Stopped when told to leave earlier."""
         config, control, env, watch = self._config, self._control, self._env, self._watch
+        check_frames(config, self._spec.vocab_size, len(self._spec.windows))
         device = devices.choose(config.device, env.local_rank, env.local_world_size)
         if config.binding and (bound := devices.bind(device)):
             log.info("rank %d %s", env.rank, bound)
@@ -192,6 +197,8 @@ class _Rank:
         )
         plans = None if hosted else PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
         watch.lap("mesh")
+        if device.type == "cuda":
+            on_compile(control.busy)
         executor, ledger, numerics = self._build(mesh, free)
         facts = {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()}
         control.up(ledger, facts, numerics)
@@ -346,10 +353,12 @@ class _Rank:
             eos_ids=self._spec.eos_ids,
             windows=self._spec.windows,
             prefix_caching=config.enable_prefix_caching,
+            vocab_size=self._spec.vocab_size,
         )
-        link = EngineLink(self._attachment.engine, self._control.incarnation)
+        link = EngineLink(self._attachment.engine, self._control.identity)
         hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)
         hosted.results.begin(epoch)
+        self._control.beside(hosted.plans.serve)
         results = None if layout.sampling_rank == 0 else hosted.results
         pace = Pace(first_s=config.start_timeout)
         Engine(Scheduler(limits, epoch), executor, link, hosted.plans, results, self._control, self._trace, pace).run()

@@ -29,6 +29,7 @@ from tpserve.types.messages import Control, EngineInput, Experts, Said
 from tpserve.wire.attach import Failure, Frontend, read_failure, write
 from tpserve.wire.auth import FRONTEND, Doorkeeper, Invitation, Keyring
 from tpserve.wire.channels import Door, EngineServer, tcp
+from tpserve.wire.codec import FrameTooLarge
 from tpserve.wire.lifetime import has_ended, open_pidfd
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,8 @@ class Bridge:
     def _to_engine(self, inputs: list[EngineInput]) -> None:
         try:
             self._engine.send(inputs)
+        except FrameTooLarge:  # of one request, which the journal refuses
+            raise
         except EngineFailure as error:
             self.fail(1, str(error))
         asyncio.get_running_loop().call_soon(self._from_engine)  # sending may have swallowed the descriptor's news
@@ -212,9 +215,9 @@ class Bridge:
             return
         try:
             self.journal.receive(outputs)
-        except Exception:  # the edge towards the loop, which would log it and let clients wait for ever
+        except Exception as error:  # of no request: the loop would log it and let clients wait for ever
             logger.exception("the journal failed")
-            self.fail(1, "the server met an error of its own (see its log)")
+            self.fail(1, f"the frontend failed with {type(error).__name__}: {error}")
 
     # What ends it
 
@@ -234,7 +237,7 @@ class Bridge:
     def _on_action(self, action: Action) -> None:
         match action:
             case Ready():
-                self._engine.attach(self._coordinator.hellos[0].incarnation)
+                self._engine.attach(self._coordinator.hellos[0].identity)
                 if (found := numerics(self._coordinator.seen)) not in (INVARIANT, NOT_PROMISED):
                     broken = found is not None and found.startswith(BROKEN)
                     level = logging.WARNING if broken else logging.INFO
@@ -242,8 +245,8 @@ class Bridge:
                 self._tell(action)
             case Experts(_, _, layers, tokens):
                 self.journal.metrics.experts(layers, tokens)
-            case Said(rank, start, lines) if 0 <= rank < len(self._said):
-                self._said[rank].take(start, lines)
+            case Said(rank, start, lines, last_error) if 0 <= rank < len(self._said):
+                self._said[rank].take(start, lines, last_error)
             case Draining():
                 self._to_engine([Control("drain")])
             case Failed(code, reason, _):

@@ -12,22 +12,24 @@ to carry out, in order. Nothing is awaited, opened or read here. The table `_NEX
 A fault in any state leads to STOPPED: Stop(code) to all, Failed. With `survive`, a fault of the engine leads to FORMING.
 
 Invariants
-- A process of a rank is an *incarnation*; of each rank only the highest counts, and a lower one is told to Stop.
-- An incarnation takes part in at most one epoch: Start of epoch e + 1 needs a Hello of every rank newer than its part in e.
+- A process of a rank, or one attempt of it, is an *incarnation*. They are numbered as they come (`roster`); of each rank only the
+  highest counts, and a lower one is told to Stop.
+- An incarnation takes part in at most one epoch: Start of epoch e + 1 needs of every rank an incarnation that was not part of e.
   So every rank has left an epoch before the next one runs.
 - Every message may be lost, repeated or late. Ranks repeat Hello until Start, Up until Run, Drain until Drain; each is answered
   again, and anything said by a foreign epoch or incarnation changes nothing.
 - The first failure is the reason. What follows from it (lost connections, more faults) does not replace it.
+- A step that is overdue is no fault while a rank says that it compiles, for as long as a start may take.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from msgspec import Struct
 
 from tpserve.frontend.agreement import disagreement
+from tpserve.frontend.roster import Peer, Roster, Seen
 from tpserve.observe.table import of_ranks
 from tpserve.types.messages import Beat, CoordinatorMessage, Drain, Experts, Fault, Hello, RankMessage, Run, Said, Start, Stop, Up
 
@@ -39,13 +41,6 @@ LATE_S = 1.0
 """A coordinator that was itself held up for this long cannot tell who else was, and forgives all timers."""
 REJOIN_S = 5.0
 """With `survive`: who has not left a failed epoch after this long is blocked in it and told to Stop."""
-
-
-class Peer(NamedTuple):
-    """One incarnation of one rank: the address of everything said to and by it."""
-
-    rank: int
-    incarnation: int
 
 
 class Send(Struct, frozen=True):
@@ -113,28 +108,6 @@ _NEXT_SURVIVING = _NEXT | {(state, "fault"): State.FORMING for state in (State.F
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
 _SIBLING_ADVICE = "look at the last lines of its node's log"
-_SILENT = Beat(-1, 0, "", 0, -1)
-
-
-class Seen(NamedTuple):
-    """What a rank said last, and when it was heard; None before."""
-
-    hello: Hello | None
-    up: Up | None
-    beat: Beat
-    heard_s: float | None
-
-
-@dataclass
-class _Rank:
-    """What is known of a rank. `over`: the last incarnation whose epoch has ended; it cannot come back."""
-
-    incarnation: int = -1
-    over: int = -1
-    hello: Hello | None = None
-    up: Up | None = None
-    beat: Beat = _SILENT
-    heard_s: float = 0.0
 
 
 class Coordinator:
@@ -150,7 +123,7 @@ class Coordinator:
         self.reason = self.advice = ""
         self.code = 0
         self._next = _NEXT_SURVIVING if survive else _NEXT
-        self._ranks = [_Rank() for _ in range(world_size)]
+        self._roster = Roster(world_size)
         self._form_timeout_s = form_timeout_s
         self._drain_timeout_s = drain_timeout_s
         self._entered_s = self._moved_s = now
@@ -160,7 +133,7 @@ class Coordinator:
             Up: self._up,
             Beat: self._beat,
             Experts: lambda peer, message, now: [message],  # to be shown; nothing is decided by it or the next
-            Said: lambda peer, message, now: [message],
+            Said: self._note_log,
             Fault: self._fault,
             Drain: self._asked_to_end,
         }
@@ -171,11 +144,9 @@ class Coordinator:
     def phase(self) -> str:
         """What the start is waiting for, in a few words: the slowest rank's own when ranks are starting."""
         if self.state is State.FORMING:
-            waiting = "waiting for " + of_ranks([i for i, rank in enumerate(self._ranks) if rank.hello is None])
-            said = self._slowest().phase
-            return f"{waiting}: {said}" if said else waiting
+            return self._roster.waiting()
         if self.state is State.STARTING:
-            return self._slowest().phase or "starting"
+            return self._roster.slowest(forming=False).phase or "starting"
         return {State.RUN: "ready", State.DRAINING: "draining"}.get(self.state, "stopped")
 
     @property
@@ -187,53 +158,62 @@ class Coordinator:
     def percent(self) -> int:
         """How far the slowest rank's start is, 0 to 100."""
         if self.state in (State.FORMING, State.STARTING):
-            return self._slowest().percent
+            return self._roster.slowest(forming=self.state is State.FORMING).percent
         return 100 if self.state in (State.RUN, State.DRAINING) else 0
 
     @property
     def facts(self) -> dict[str, int]:
         """What only a loaded model knows, from rank 0's Up; empty before."""
-        up = self._ranks[0].up
+        up = self._roster[0].up
         return dict(up.facts) if up else {}
 
     @property
     def seen(self) -> list[Seen]:
         """Every rank as it is known now, in rank order."""
-        return [Seen(r.hello, r.up, r.beat, None if r.beat is _SILENT else r.heard_s) for r in self._ranks]
+        return self._roster.seen
 
     @property
     def hellos(self) -> list[Hello]:
-        """Those who take part: process ids, hosts and incarnations."""
-        return [rank.hello for rank in self._ranks if rank.hello]
+        """Those who take part: process ids, hosts and identities."""
+        return self._roster.hellos
+
+    def is_current(self, peer: Peer) -> bool:
+        """Whether it is the newest incarnation of its rank."""
+        return self._roster.is_current(peer)
 
     # Events
 
     def receive(self, peer: Peer, message: RankMessage, now: float) -> list[Action]:
         """A message of an incarnation of a rank."""
-        if not 0 <= peer.rank < len(self._ranks):
-            return [Send(peer, Stop(2, f"rank {peer.rank} is not of this world of {len(self._ranks)} ranks"))]
-        rank = self._ranks[peer.rank]
-        if peer.incarnation < rank.incarnation:
-            return [Send(peer, Stop(1, f"a newer process has taken the place of rank {peer.rank}"))]
+        roster = self._roster
+        if not roster.knows(peer):
+            return [Send(peer, Stop(2, f"rank {peer.rank} is not of this world of {len(roster)} ranks"))]
         actions: list[Action] = []
-        if peer.incarnation > rank.incarnation:
-            if rank.hello is not None:
-                actions = self._fail_epoch(1, f"{self._describe(peer.rank)} is gone: a new process has taken its place", now)
-            self._ranks[peer.rank] = rank = _Rank(peer.incarnation, rank.over)
-        rank.heard_s = now
+        if roster.is_new(peer):
+            if roster[peer.rank].hello is not None:
+                actions = self._fail_epoch(1, f"{roster.describe(peer.rank)} is gone: a new process has taken its place", now)
+            roster.admit(peer)
+        elif not roster.is_current(peer):
+            return [Send(peer, Stop(1, f"a newer process has taken the place of rank {peer.rank}"))]
+        roster[peer.rank].heard_s = now
         if self.state is State.STOPPED:
             return [*actions, Send(peer, Stop(self.code, self.reason))]
         return actions + self._receivers[type(message)](peer, message, now)
 
-    def lost(self, peer: Peer, how: str, now: float, advice: str = "") -> list[Action]:
-        """The process of an incarnation has ended, or its link has. `how` completes "rank 1 on host (pid 7) ..."."""
-        if not 0 <= peer.rank < len(self._ranks):
+    def lost(self, peer: Peer, how: str, now: float, advice: str = "", unexplained: str = "") -> list[Action]:
+        """The process of an incarnation has ended, or its link has. `how` completes "rank 1 on host (pid 7) ...".
+
+        What the rank has just logged as an error explains it; `unexplained` is said where there is nothing.
+        """
+        if not self._roster.is_current(peer) or self.state is State.STOPPED:
             return []
-        rank = self._ranks[peer.rank]
-        if peer.incarnation != rank.incarnation or rank.hello is None or self.state is State.STOPPED:
+        rank = self._roster[peer.rank]
+        if rank.hello is None:
             return []
-        rank.over = rank.incarnation
-        actions = self._fail_epoch(1, f"{self._describe(peer.rank)} {how}", now, advice)
+        cause = self._roster.cause(peer.rank, now)
+        why = f"after the error: {cause}" if cause else unexplained
+        rank.over = True
+        actions = self._fail_epoch(1, " ".join(filter(None, (self._roster.describe(peer.rank), how, why))), now, advice)
         rank.hello = None
         return actions
 
@@ -241,13 +221,13 @@ class Coordinator:
         """Time has passed."""
         late, self._ticked_s = now - self._ticked_s > LATE_S, now
         if late:
-            self._forgive(now)
+            self._roster.forgive(now)
         if self.state is State.STOPPED:
             return []
         limit_s = LOST_S if self.state in (State.RUN, State.DRAINING) else LOST_STARTING_S
-        for i, rank in enumerate(self._ranks):
+        for i, rank in enumerate(self._roster):
             if rank.hello is not None and now - rank.heard_s > limit_s:
-                silent = Peer(i, rank.incarnation)
+                silent = self._roster.peer(i)
                 return [Lost(silent), *self.lost(silent, f"has been silent for {limit_s:g} s", now, _SILENT_ADVICE)]
         waited_s = now - self._entered_s
         if self.state is State.FORMING:
@@ -272,8 +252,8 @@ class Coordinator:
     # One handler a message; the peer is the current incarnation of its rank, the state is not STOPPED
 
     def _hello(self, peer: Peer, message: Hello, now: float) -> list[Action]:
-        rank = self._ranks[peer.rank]
-        if rank.incarnation <= rank.over:
+        rank = self._roster[peer.rank]
+        if rank.over:
             return []
         if self.state is not State.FORMING:
             return [self._start(peer)] if rank.hello is not None and rank.up is None else []
@@ -283,32 +263,36 @@ class Coordinator:
         rank.hello = message
         if difference:
             return self._end("fatal", 2, difference, now)
-        return self._go("assembled", now) if all(r.hello for r in self._ranks) else []
+        return [] if self._roster.missing else self._go("assembled", now)
 
     def _up(self, peer: Peer, message: Up, now: float) -> list[Action]:
-        rank = self._ranks[peer.rank]
+        rank = self._roster[peer.rank]
         if message.epoch != self.epoch or rank.hello is None:
             return []
         if self.state is State.STARTING:
             rank.up = message
-            return self._go("up", now) if all(r.up for r in self._ranks) else []
+            return self._go("up", now) if all(r.up for r in self._roster) else []
         return [Send(peer, Run(self.epoch))] if self.state in (State.RUN, State.DRAINING) else []
 
     def _beat(self, peer: Peer, message: Beat, now: float) -> list[Action]:
-        said, self._ranks[peer.rank].beat = self._ranks[peer.rank].beat, message
-        if self.state is State.FORMING and (said.phase, said.percent) != (message.phase, message.percent):
+        moved = self._roster.note_beat(peer.rank, message, now)
+        if self.state is State.FORMING and moved:
             self._moved_s = now
         return []
 
+    def _note_log(self, peer: Peer, message: Said, now: float) -> list[Action]:
+        self._roster.note_error(peer.rank, message.last_error, now)
+        return [message]
+
     def _fault(self, peer: Peer, message: Fault, now: float) -> list[Action]:
-        rank = self._ranks[peer.rank]
+        rank = self._roster[peer.rank]
         if message.kind == "user":
             return self._end("fatal", 2, message.text, now)
-        if rank.incarnation <= rank.over:
+        if rank.over or (message.kind == "overdue" and self._roster.is_busy(now, self._form_timeout_s)):
             return []
-        rank.over = rank.incarnation
+        rank.over = True
         advice = _SIBLING_ADVICE if message.kind == "sibling" else _FAULT_ADVICE
-        actions = self._fail_epoch(1, f"{self._describe(peer.rank)}: {message.text}", now, advice)
+        actions = self._fail_epoch(1, f"{self._roster.describe(peer.rank)}: {message.text}", now, advice)
         rank.hello = None
         return actions
 
@@ -327,15 +311,15 @@ class Coordinator:
             self.reason = ""  # of a fault that was survived
         if self.state is State.STARTING:
             self.epoch += 1
-            return [self._start(peer) for peer in self._members()]
+            return [self._start(peer) for peer in self._roster.peers]
         if self.state is State.RUN:
             return [*self._to_all(Run(self.epoch)), Ready(self.epoch)]
         if self.state is State.DRAINING:
             return [*self._to_all(Drain()), Draining()]
         if self.state is State.FORMING:
-            for rank in self._ranks:
+            for rank in self._roster:
                 if rank.hello is not None:  # entered only from an epoch, in which everyone took part
-                    rank.over, rank.hello = rank.incarnation, None
+                    rank.over, rank.hello = True, None
                 rank.up = None
             return []
         end = Failed(self.code, self.reason, self.advice) if self.code else Finished()
@@ -354,39 +338,21 @@ class Coordinator:
         return self._go(event, now)
 
     def _tick_forming(self, waited_s: float, now: float) -> list[Action]:
-        missing = [i for i, rank in enumerate(self._ranks) if rank.hello is None]
+        missing = self._roster.missing
         if now - self._moved_s > self._form_timeout_s:
             why = f"{of_ranks(missing)} did not come within {self._form_timeout_s:g} s"
             return self._end("fatal", 1, why, now, "see what the log of each node says")
         if self.epoch and waited_s > REJOIN_S:
             stop = Stop(1, self.reason)
-            blocked = [i for i in missing if 0 <= self._ranks[i].over == self._ranks[i].incarnation]
-            return [Send(Peer(i, self._ranks[i].incarnation), stop) for i in blocked]
+            return [Send(self._roster.peer(i), stop) for i in missing if self._roster[i].over]
         return []
 
     # Helpers
 
     def _start(self, peer: Peer) -> Send:
-        first = self._ranks[0].hello
+        first = self._roster[0].hello
         assert first is not None
         return Send(peer, Start(self.epoch, first.endpoints))
 
-    def _members(self) -> list[Peer]:
-        return [Peer(i, rank.incarnation) for i, rank in enumerate(self._ranks) if rank.incarnation >= 0]
-
     def _to_all(self, message: CoordinatorMessage) -> list[Action]:
-        return [Send(peer, message) for peer in self._members()]
-
-    def _forgive(self, now: float) -> None:
-        for rank in self._ranks:
-            rank.heard_s = now
-
-    def _slowest(self) -> Beat:
-        """What the slowest of those says who are waited for: before Hello a rank may tell what it does, as when downloading."""
-        forming = self.state is State.FORMING
-        waited = [r.beat for r in self._ranks if (r.hello is None and r.beat.phase if forming else r.up is None)]
-        return min(waited, key=lambda beat: beat.percent, default=_SILENT)
-
-    def _describe(self, index: int) -> str:
-        hello = self._ranks[index].hello
-        return f"rank {index} on {hello.host} (pid {hello.pid})" if hello else f"rank {index}"
+        return [Send(peer, message) for peer in self._roster.peers]

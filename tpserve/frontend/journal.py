@@ -168,14 +168,19 @@ class Journal:
             self._open[request.id] = sequence
             ticket._opened(sequence)
             adds.append(Add(request))
-        self._send(adds)
+        try:
+            self._send(adds)
+        except Exception as error:  # what cannot be encoded: nothing was sent, and nothing else is affected
+            log.exception("requests %s cannot be sent to the engine", [sequence.request.id for sequence in ticket.sequences])
+            for sequence in ticket.sequences:
+                self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
         return ticket
 
     def abort(self, ticket: Ticket) -> None:
         """The client is gone, or has no use for the rest. Nothing happens to sequences that ended."""
         left = [sequence for sequence in ticket.sequences if not sequence.closed]
         for sequence in left:
-            sequence.assembler.end("abort")
+            sequence.assembler.abandon("abort")
             self._close(sequence, "abort")
         if left:
             self._send([Abort(sequence.request.id) for sequence in left])
@@ -189,18 +194,31 @@ class Journal:
         """One frame of the engine. A Done travels in the frame of its sequence's last tokens."""
         stops = {message.id: message.num_tokens for message in outputs if isinstance(message, Done) and message.finish == "stop"}
         for message in outputs:
-            match message:
-                case Scored():
-                    if (sequence := self._open.get(message.id)) is not None:
-                        self._scored(sequence, message)
-                case Delta():
-                    if (sequence := self._open.get(message.id)) is not None:
-                        self._delta(sequence, message, stops.get(message.id) == message.start + len(message.tokens))
-                case Done():
-                    if (sequence := self._open.get(message.id)) is not None:
-                        self._done(sequence, message)
-                case Stats():
-                    self.metrics.engine(message)
+            if isinstance(message, Stats):
+                self.metrics.engine(message)
+            elif (sequence := self._open.get(message.id)) is not None:
+                try:
+                    self._take(sequence, message, stops.get(message.id))
+                except Exception as error:  # the text, the scores or the log probabilities of one request
+                    log.exception("request %d fails in the frontend", message.id)
+                    self._give_up(sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500)
+                    self._send([Abort(message.id)])
+
+    def _take(self, sequence: OpenSequence, message: Scored | Delta | Done, stops_at: int | None) -> None:
+        """`stops_at`: the length at which a Done of the same frame says that the sequence has stopped."""
+        match message:
+            case Scored():
+                self._scored(sequence, message)
+            case Delta():
+                self._delta(sequence, message, stops_at == message.start + len(message.tokens))
+            case Done():
+                self._done(sequence, message)
+
+    def _give_up(self, sequence: OpenSequence, text: str, status: int) -> None:
+        """End the client's whole request: half an answer is none."""
+        if not sequence.closed:
+            self._fail(sequence, text, status)
+        self.abort(sequence.ticket)
 
     def _scored(self, sequence: OpenSequence, scored: Scored) -> None:
         scores = sequence.unscored
@@ -238,13 +256,12 @@ class Journal:
             sequence.assembler.end(done.finish, done.stop_id)
             self._close(sequence, done.finish, done.times)
             return
-        self._fail(sequence, error or "the engine gave the request up", 503 if done.finish == "abort" else 500)
-        self.abort(sequence.ticket)  # half an answer is none
+        self._give_up(sequence, error or "the engine gave the request up", 503 if done.finish == "abort" else 500)
 
     def _fail(self, sequence: OpenSequence, text: str, status: int) -> None:
         code = "engine_error" if status == 500 else "engine_unavailable"
         sequence.ticket.failure = sequence.ticket.failure or UserError(text, code=code, status=status)
-        sequence.assembler.end("error")
+        sequence.assembler.abandon("error")
         self._close(sequence, "error")
 
     def _close(self, sequence: OpenSequence, reason: FinishReason, times: PhaseTimes | None = None) -> None:

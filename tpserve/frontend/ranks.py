@@ -16,7 +16,8 @@ from collections.abc import Callable
 import zmq
 
 from tpserve.errors import EngineFailure
-from tpserve.frontend.coordinator import Action, Coordinator, Lost, Peer, Send
+from tpserve.frontend.coordinator import Action, Coordinator, Lost, Send
+from tpserve.frontend.roster import Peer
 from tpserve.types.messages import CoordinatorMessage, Fault, Hello
 from tpserve.wire import codec
 from tpserve.wire.channels import Door, bind, open_socket
@@ -33,8 +34,7 @@ CAUSE_S = 0.05
 SIBLING_S = 2.0
 """How long the agent of this host may take to tell which rank has ended, when another one knows only that one has; it is the
 last thing to be told where a fault ends the service."""
-_KILLED = "ended without a word: it was killed or it crashed"
-_CLOSED = "closed its connection without a word: it was killed or it crashed"
+_WORDLESS = "without a word: it was killed or it crashed"
 KILLED_ADVICE = "look at the last lines of its node's log, and at `dmesg` there for a kernel that was out of memory"
 
 
@@ -55,6 +55,8 @@ class Ranks:
         self._on_action = on_action
         self._look_at_agent = look_at_agent
         self._bereaved: set[Peer] = set()
+        self._complaints: dict[Peer, Fault] = {}
+        """What ranks have complained of and the coordinator has not heard yet."""
         self._local = _router()
         self.local_endpoint = bind(self._local, local)
         self._sockets = [self._local]
@@ -157,12 +159,15 @@ class Ranks:
                 self._bereaved.add(peer)
                 asyncio.get_running_loop().call_later(SIBLING_S, self._complaint, peer, fault)
             return
-        asyncio.get_running_loop().call_later(SETTLE_S, self._complaint, peer, fault)
+        if peer not in self._complaints:
+            self._complaints[peer] = fault
+            asyncio.get_running_loop().call_later(SETTLE_S, self._complaint, peer, fault)
 
     def _complaint(self, peer: Peer, fault: Fault) -> None:
         """Hear what a rank complains of, unless somebody's death has explained it meanwhile, or all is over."""
         if not self._sockets:
             return
+        self._complaints.pop(peer, None)
         now = time.monotonic()
         self._look_at_agent()
         self._probe(peer, now)
@@ -170,15 +175,15 @@ class Ranks:
 
     def _watch(self, peer: Peer, hello: Hello, socket: "zmq.Socket[bytes]") -> None:
         """Forget who came before, and learn of the death of a rank on this host at once."""
-        known = [other for other in self._peers if other.rank == peer.rank]
-        for old in known:
-            if old.incarnation < peer.incarnation:
-                self._forget(old)
-        if socket is not self._local or peer in self._pidfds or peer != max(known):
+        if not self.coordinator.is_current(peer):
+            return
+        for old in [other for other in self._peers if other.rank == peer.rank and other != peer]:
+            self._forget(old)
+        if socket is not self._local or peer in self._pidfds:
             return
         pidfd = open_pidfd(hello.pid)
         if pidfd is None:
-            self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), KILLED_ADVICE))
+            self._lost(peer, "ended")
             return
         self._pidfds[peer] = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self._died, peer)
@@ -186,13 +191,24 @@ class Ranks:
     def _died(self, peer: Peer) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._pidfds[peer])
-        loop.call_later(CAUSE_S, self._tell_death, peer)
+        loop.call_later(CAUSE_S, self._after_death, peer)
+
+    def _after_death(self, peer: Peer) -> None:
+        if self._sockets:
+            self._read()  # its last words
+            self._tell_death(peer)
 
     def _tell_death(self, peer: Peer) -> None:
-        if not self._sockets or peer in self._bereaved:
+        if peer in self._bereaved:
             return
         self._look_at_agent()
-        self.carry_out(self.coordinator.lost(peer, _KILLED, time.monotonic(), KILLED_ADVICE))
+        self._lost(peer, "ended")
+
+    def _lost(self, peer: Peer, how: str) -> None:
+        """Tell of an end; what the rank itself has said just before says more."""
+        if (fault := self._complaints.pop(peer, None)) is not None:
+            self.carry_out(self.coordinator.receive(peer, fault, time.monotonic()))
+        self.carry_out(self.coordinator.lost(peer, how, time.monotonic(), KILLED_ADVICE, _WORDLESS))
 
     def _forget(self, peer: Peer) -> None:
         del self._peers[peer]
@@ -211,7 +227,7 @@ class Ranks:
                 asyncio.get_running_loop().remove_reader(pidfd)
                 self._tell_death(peer)
             elif socket is not self._local and not self._send(peer, []):
-                self.carry_out(self.coordinator.lost(peer, _CLOSED, now, KILLED_ADVICE))
+                self._lost(peer, "closed its connection")
 
     def _send(self, peer: Peer, messages: list[CoordinatorMessage]) -> bool:
         """False when the peer cannot be reached; an empty frame asks just that."""
@@ -219,7 +235,7 @@ class Ranks:
         if socket is None:
             return False
         try:
-            socket.send_multipart([f"{peer.rank}.{peer.incarnation}".encode(), codec.COORDINATOR.encode(messages)], zmq.NOBLOCK)
+            socket.send_multipart([f"{peer.rank}.{peer.identity}".encode(), codec.COORDINATOR.encode(messages)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise

@@ -6,7 +6,7 @@ from typing import Any
 from msgspec.structs import asdict
 
 from tpserve.config.schema import EngineConfig
-from tpserve.frontend.coordinator import Seen
+from tpserve.frontend.roster import Seen
 from tpserve.frontend.status import Status
 from tpserve.observe.log import Kept
 from tpserve.types.layout import ParallelLayout
@@ -32,7 +32,7 @@ def server_info(
         "layout": asdict(config.layout),
         "config": config.shown() | {"layout": asdict(config.layout)},
         "ranks": [
-            _rank(rank, config.layout, status, seen, now) | {"log": lines.shown()}
+            _rank(rank, config.layout, status, seen, now) | {"last_error": lines.last_error, "log": lines.shown()}
             for rank, (seen, lines) in enumerate(zip(ranks, said, strict=True))
         ],
         "log": (kept or Kept()).shown(),
@@ -81,6 +81,7 @@ def _rank(rank: int, layout: ParallelLayout, status: Status, seen: Seen, now: fl
         "state": state,
         "phase": beat.phase,
         "percent": beat.percent,
+        "busy": beat.busy,
         "last_step": beat.step if beat.step >= 0 else None,
         "silent_s": None if seen.heard_s is None else round(now - seen.heard_s, 3),
         "memory": up and asdict(up.ledger),

@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 DEFAULT = "info"
@@ -35,7 +35,10 @@ def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None =
 
 
 class Kept(logging.Handler):
-    """The first and the last lines of a process's log, as they were written, for a ticket. Lines are numbered from 0."""
+    """The first and the last lines of a process's log, as they were written, for a ticket. Lines are numbered from 0.
+
+    `last_error`: what the last error said, without who and when. `alarm` is called after each error.
+    """
 
     def __init__(self, first: int = FIRST, last: int = LAST) -> None:
         super().__init__()
@@ -43,10 +46,16 @@ class Kept(logging.Handler):
         self.first: list[str] = []
         self.last: deque[str] = deque(maxlen=last)
         self.total = 0
+        self.last_error, self.num_errors = "", 0
+        self.alarm: Callable[[], None] = lambda: None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line of this process's own."""
         self.add(self.format(record))
+        if record.levelno >= logging.ERROR:
+            self.last_error = clipped(one_line(record))
+            self.num_errors += 1
+            self.alarm()
 
     def add(self, line: str) -> None:
         """Keep a line."""
@@ -58,16 +67,21 @@ class Kept(logging.Handler):
 
     def since(self, number: int) -> tuple[int, list[str]]:
         """Lines that follow each other, from `number` on or the first kept one after it, and the number of the first."""
-        if number == self.total:
+        self.acquire()  # lines are added on other threads
+        try:
+            first, last, total = list(self.first), list(self.last), self.total
+        finally:
+            self.release()
+        if number == total:
             return number, []
-        last = list(self.last)
-        kept = [*enumerate(self.first), *enumerate(last, self.total - len(last))]
+        kept = [*enumerate(first), *enumerate(last, total - len(last))]
         found = [(i, line) for i, line in kept if i >= number][:MOST]
         start = found[0][0]
-        return start, [_clipped(line) for place, (i, line) in enumerate(found, start) if i == place]
+        return start, [clipped(line) for place, (i, line) in enumerate(found, start) if i == place]
 
-    def take(self, start: int, lines: Sequence[str]) -> None:
+    def take(self, start: int, lines: Sequence[str], last_error: str = "") -> None:
         """Keep what `since` gave in another process; says so when lines before have not come."""
+        self.last_error = last_error or self.last_error
         if start > self.total:
             self.add(f"({start - self.total} lines are missing)")
             self.total = start
@@ -79,7 +93,7 @@ class Kept(logging.Handler):
         return {"first": list(self.first), "last": list(self.last)}
 
 
-def _clipped(line: str) -> str:
+def clipped(line: str) -> str:
     """What can be sent: names of files may hold bytes that are no text."""
     return line[:LONGEST].encode(errors="replace").decode()
 
@@ -104,6 +118,15 @@ def user_error(message: str) -> str:
     return f"tpserve: error: {' '.join(message.split())}"
 
 
+def one_line(record: logging.LogRecord) -> str:
+    """A record's message and the error it is about, in one line."""
+    text = record.getMessage()
+    if record.exc_info and record.exc_info[1] is not None:
+        error = record.exc_info[1]
+        text += f": {type(error).__name__}: {error}"
+    return " ".join(text.splitlines())
+
+
 class _Line(logging.Formatter):
     def __init__(self, prefix: str, tracebacks: bool, color: bool = False) -> None:
         super().__init__("[%(prefix)s] %(asctime)s %(level)s %(message)s", datefmt="%H:%M:%S")
@@ -116,13 +139,9 @@ class _Line(logging.Formatter):
         record.prefix = f"{DIM}{self.prefix}{RESET}" if self._color else self.prefix
         if self.tracebacks:
             return super().format(record)
-        record.message = record.getMessage()
+        record.message = one_line(record)
         record.asctime = self.formatTime(record, self.datefmt)
-        line = self.formatMessage(record)
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            line += f": {type(error).__name__}: {error}"
-        return " ".join(line.splitlines())
+        return self.formatMessage(record)
 
 
 def _warn(

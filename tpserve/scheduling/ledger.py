@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
+from msgspec import msgpack
+
 from tpserve.scheduling.limits import Limits
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult
@@ -86,9 +88,19 @@ class LedgerWorker:
         for admission in plan.admissions:
             self._admit(admission, starts[admission.slot])
         assert plan.num_tokens() <= self._limits.max_num_batched_tokens, "a plan keeps to the token budget"
+        self._check_bytes(plan)
         tokens = [self._run(chunk) for chunk in chunks]
         scores = tuple((index, self._score(chunk)) for index, chunk in enumerate(chunks) if chunk.score)
         return StepResult(plan.epoch, plan.step, pack(tokens), prompt_logprobs=scores)
+
+    def _check_bytes(self, plan: StepPlan) -> None:
+        """Admissions and all else keep to their shares of a frame, as they are on the wire."""
+        limits = self._limits
+        admissions = sum(len(msgpack.encode(admission)) for admission in plan.admissions)
+        assert admissions <= limits.max_admission_bytes, "a plan's admissions keep to their bytes"
+        rest = len(msgpack.encode(plan)) - admissions
+        most = StepPlan.most_bytes(limits.max_num_seqs, limits.max_num_batched_tokens, len(limits.windows))
+        assert rest <= most, f"a plan takes {rest} bytes beside its admissions"
 
     def _release(self, slot: int) -> None:
         """What the blocks hold stays, for others to share, until they are handed out to be written."""

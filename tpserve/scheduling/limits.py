@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
+from tpserve.types.plan import Admission
 from tpserve.types.window import blocks_of
+
+MAX_ADMISSION_BYTES = 32 << 20
+"""Half of a plan's frame; the other half is for its chunks."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,8 @@ class Limits:
     `num_blocks`: KV blocks of all cache groups together, every one of `block_size` positions.
     `windows`: for each cache group the positions that its layers see, None for all (`CacheGroup.window`).
     `prefix_caching`: whether full blocks are found again by what they hold.
+    `vocab_size`: how many token ids the model has.
+    `max_admission_bytes`: the most that the admissions of one plan take on the wire together.
     """
 
     max_num_seqs: int
@@ -26,6 +32,8 @@ class Limits:
     eos_ids: tuple[int, ...]
     windows: tuple[int | None, ...] = (None,)
     prefix_caching: bool = True
+    max_admission_bytes: int = MAX_ADMISSION_BYTES
+    vocab_size: int = 1 << 30
 
     def __post_init__(self) -> None:
         sizes = (self.max_num_seqs, self.max_num_batched_tokens, self.max_model_len, self.num_blocks, self.block_size)
@@ -35,6 +43,11 @@ class Limits:
     def blocks_for(self, positions: int) -> int:
         """Blocks that hold the first `positions` positions of a sequence, in each cache group that keeps them all."""
         return -(-positions // self.block_size)
+
+    def admission_bytes(self, params_bytes: int, num_tokens: int) -> int:
+        """A bound for the admission of a sequence of `num_tokens` known tokens. No table has more blocks than they fill."""
+        num_groups = len(self.windows)
+        return Admission.most_bytes(params_bytes, num_tokens, num_groups * self.blocks_for(num_tokens), num_groups)
 
     def least_blocks(self, positions: int) -> int:
         """Blocks without which a sequence of `positions` positions cannot be served, over all groups."""

@@ -4,8 +4,9 @@ and then committed or dropped by the scheduler, never undone.
     decodes     all that are ready; each may need a block, and when there is none somebody must be preempted
     prompts     in progress: they grow in windows only. One that runs short there gets a smaller chunk, or none until others go
                 on, or until a result gives it back what its last chunk took
-    admissions  in order, while slots, budget and blocks last, leaving blocks for those that run. Who is admitted while budget
-                and blocks are left gets all of its prompt, so that no two prompts in progress ever wait for each other
+    admissions  in order, while slots, budget, blocks and the plan's bytes last, leaving blocks for those that run. Who is
+                admitted while budget and blocks are left gets all of its prompt, so that no two prompts in progress ever wait
+                for each other
 """
 
 from collections.abc import Iterable, Mapping
@@ -59,7 +60,7 @@ class Planner:
         return min(ceil(ready / (depth - num_flights)), ceil(len(self._running) / depth))
 
     def _admit(self, grant: Grant, slots: int, budget: int, free: int) -> Sequence | None:
-        """Extend the grant by waiting sequences in order, while slots, budget and blocks last.
+        """Extend the grant by waiting sequences in order, while slots, budget, blocks and bytes last.
 
         Returns the first for which there was no slot or not enough blocks. A sequence is admitted with blocks for all its
         known tokens, in windows for those of its first chunk, so that mostly decodes run short. Blocks are left for all that
@@ -69,6 +70,7 @@ class Planner:
             return None
         begun = set[bytes]()
         reserve = self._reserve(self._running.values())
+        room = self._limits.max_admission_bytes
         for sequence in self._waiting:
             match = self._blocks.match(sequence)
             if match.promised or match.next in begun:
@@ -76,6 +78,9 @@ class Planner:
             entry = self._blocks.entry(sequence, match, budget, free - reserve) if slots else None
             if entry is None:
                 return sequence
+            room -= self._limits.admission_bytes(sequence.params_bytes, len(sequence.tokens))
+            if room < 0:  # the next plan begins with it: none is larger than all room
+                return None
             grant.append((sequence, entry.count, match.shared))
             budget -= entry.count
             if not budget:

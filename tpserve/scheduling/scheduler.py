@@ -29,7 +29,7 @@ from tpserve.scheduling.sequence import Sequence
 from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, Scored, Stats
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
-from tpserve.types.request import Request
+from tpserve.types.request import Request, content_error
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class Scheduler:
             self._end(sequence, "error", now, error=refusal)
         elif not self._ended_before(sequence, now):
             self._waiting.add(sequence)
+
+    def refuse(self, id: int, error: str) -> None:
+        """Answer a request that could not be added. Nothing is known of it here."""
+        self._outputs.append(Done(id, "error", 0, error=error))
 
     def abort(self, id: int, now: float) -> None:
         """The client is gone. Unknown or finished ids are ignored."""
@@ -208,14 +212,17 @@ class Scheduler:
     def _refusal(self, sequence: Sequence) -> str:
         """Why a request can never be served, or nothing. The frontend checks first, with the user's own names for things."""
         limits, prompt_len = self.limits, sequence.prompt_len
-        blocks = limits.least_blocks(sequence.end - 1)
         if self._draining:
             return "the server is shutting down and takes no new requests"
+        if wrong := content_error(sequence.request, limits.vocab_size):
+            return wrong
         if not prompt_len:
             return "the prompt has no tokens; give at least one"
         if prompt_len + min(1, sequence.request.params.max_tokens) > limits.max_model_len:
             return f"the prompt has {prompt_len} tokens, and max_model_len {limits.max_model_len} leaves no room to generate one"
-        if blocks > limits.num_blocks:
+        if (size := limits.admission_bytes(sequence.params_bytes, sequence.end)) > limits.max_admission_bytes:
+            return f"the request takes {size} bytes of a plan, which has {limits.max_admission_bytes}; send a shorter one"
+        if (blocks := limits.least_blocks(sequence.end - 1)) > limits.num_blocks:
             return f"the request needs {blocks} KV blocks and there are {limits.num_blocks}; ask for fewer tokens"
         return ""
 

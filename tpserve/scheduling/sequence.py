@@ -12,6 +12,8 @@ position is never computed. A request for scores alone (`max_tokens` 0) computes
 from array import array
 from dataclasses import dataclass, field
 
+from msgspec import msgpack
+
 from tpserve.types.messages import PhaseTimes
 from tpserve.types.request import Request
 
@@ -28,6 +30,8 @@ class Sequence:
     order: tuple[int, int]
     """Lower comes first: (priority, number of arrival)."""
     scored: int
+    params_bytes: int
+    """Size of the encoded params, a part of each admission."""
     slot: int = -1
     tables: tuple[list[int], ...] = ()
     admitted: int = 0
@@ -57,7 +61,8 @@ class Sequence:
         tokens.frombytes(request.output)
         end = min(prompt_len + request.params.max_tokens, max_model_len)
         scored = prompt_len if request.params.prompt_logprobs is None or request.output else min(1, prompt_len)
-        return Sequence(request, tokens, prompt_len, end, now, (request.priority, number), scored)
+        params_bytes = len(msgpack.encode(request.params))
+        return Sequence(request, tokens, prompt_len, end, now, (request.priority, number), scored, params_bytes)
 
     @property
     def length(self) -> int:

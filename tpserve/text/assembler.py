@@ -96,6 +96,11 @@ class Assembler:
         if self.finish is None:
             self._finish(finish, stop_id)
 
+    def abandon(self, finish: FinishReason) -> None:
+        """End where it stands: nobody reads the rest. Decodes nothing, so that it works after an error of the text's own."""
+        if self.finish is None:
+            self._finish(finish, None)
+
     @property
     def has_news(self) -> bool:
         """Whether `take` would return a piece."""

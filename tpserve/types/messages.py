@@ -136,7 +136,8 @@ NOWHERE = Place(0, "", "", {})
 
 
 class Hello(Message, frozen=True):
-    """A rank exists and wants to take part. `incarnation` grows with every restart of the rank's process.
+    """A rank exists and wants to take part. `identity`: a random number that tells this process, or this attempt of it, from all
+    others; which of a rank's is the newest, the coordinator knows by the order in which they come.
 
     `endpoints`: on rank 0 the addresses of what it hosts for this incarnation: "store" (host:port of a fresh TCPStore),
     "plan" and "result" (ZeroMQ endpoints); empty elsewhere. `fingerprint`: facts that must agree on all ranks.
@@ -145,7 +146,7 @@ class Hello(Message, frozen=True):
     """
 
     rank: int
-    incarnation: int
+    identity: int
     pid: int
     host: str
     endpoints: dict[str, str]
@@ -200,13 +201,17 @@ class Up(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """Every 0.5 s: the rank lives. `phase` and `percent` feed /readyz while starting; `step` is the last plan finished."""
+    """Every 0.5 s: the rank lives. `phase` and `percent` feed /readyz while starting; `step` is the last plan finished.
+
+    `busy`: what long work that is no hang its main thread does inside a step, such as compiling a kernel; empty for none.
+    """
 
     rank: int
     epoch: int
     phase: str
     percent: int
     step: int
+    busy: str = ""
 
 
 class Experts(Message, frozen=True):
@@ -222,20 +227,22 @@ class Experts(Message, frozen=True):
 
 
 class Said(Message, frozen=True):
-    """Lines of the rank's log, from number `start` on, for operators."""
+    """Lines of the rank's log, from number `start` on, for operators. `last_error`: the last error among them, if any."""
 
     rank: int
     start: int
     lines: tuple[str, ...]
+    last_error: str = ""
 
 
 class Fault(Message, frozen=True):
     """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1); sibling: the same,
-    since another rank of its node has ended, whose death explains more."""
+    since another rank of its node has ended, whose death explains more; overdue: a step does not come back, which is said again
+    with each beat and is no failure while a rank compiles."""
 
     rank: int
     epoch: int
-    kind: Literal["user", "engine", "sibling"]
+    kind: Literal["user", "engine", "sibling", "overdue"]
     text: str
 
 

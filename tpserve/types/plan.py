@@ -18,7 +18,10 @@ from collections.abc import Iterator, Sequence
 from msgspec import Struct
 
 from tpserve.types.packed import pack, unpack
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import MAX_LOGPROBS, SamplingParams
+
+ADMISSION_HEAD_BYTES = 48
+"""The fields of fixed size: three numbers of at most 9 bytes, a seed, and what msgpack puts before fields."""
 
 
 class Admission(Struct, frozen=True, array_like=True):
@@ -35,6 +38,11 @@ class Admission(Struct, frozen=True, array_like=True):
     seed: int
     choice: int
     tables: tuple[bytes, ...]
+
+    @staticmethod
+    def most_bytes(params_bytes: int, num_tokens: int, num_blocks: int, num_groups: int) -> int:
+        """An upper bound of the size on the wire. `params_bytes`: of the encoded params; `num_blocks`: in all tables."""
+        return ADMISSION_HEAD_BYTES + params_bytes + 4 * (num_tokens + num_blocks) + 5 * num_groups
 
 
 class Chunk(Struct, frozen=True, array_like=True):
@@ -107,6 +115,14 @@ class StepPlan(Struct, frozen=True, array_like=True):
             score=bytes(c.score for c in chunks) if any(c.score for c in chunks) else b"",
         )
 
+    @staticmethod
+    def most_bytes(num_seqs: int, num_tokens: int, num_groups: int) -> int:
+        """An upper bound of a plan's size on the wire without its admissions: `num_seqs` chunks of `num_tokens` positions.
+
+        A chunk has 3 numbers and 3 marks, a number for each position and, in each group, a run and a block for each position.
+        """
+        return 128 + num_seqs * (5 + 15 + 12 * num_groups) + 4 * num_tokens * (1 + num_groups)
+
     def num_tokens(self) -> int:
         """Number of positions the plan computes."""
         return sum(unpack(self.counts))
@@ -177,3 +193,11 @@ class StepResult(Struct, frozen=True, array_like=True):
     tokens: bytes
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
     prompt_logprobs: tuple[tuple[int, PromptLogprobs], ...] = ()
+
+    @staticmethod
+    def most_bytes(num_seqs: int, num_tokens: int) -> int:
+        """An upper bound of the size on the wire of a result, and of what becomes of it for the frontend.
+
+        All of `num_tokens` positions may be scored, and all of `num_seqs` sequences may want log probabilities.
+        """
+        return 256 + num_seqs * (192 + 14 * MAX_LOGPROBS) + num_tokens * (4 + 8 * MAX_LOGPROBS)

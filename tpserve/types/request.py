@@ -1,8 +1,12 @@
 """A request as the engine sees it: ids and numbers, no text."""
 
+from collections.abc import Sequence
+from math import isfinite
+
 from msgspec import Struct
 
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.packed import unpack
+from tpserve.types.sampling import MAX_LOGPROBS, SamplingParams
 
 
 class Request(Struct, frozen=True, array_like=True):
@@ -22,3 +26,38 @@ class Request(Struct, frozen=True, array_like=True):
     output: bytes = b""
     priority: int = 0
     cache_salt: str = ""
+
+
+def content_error(request: Request, vocab_size: int) -> str:
+    """Why no rank can compute a request, or nothing. Pure; rank 0 asks before it plans, so that every rank may trust a plan.
+
+    The frontend checks first, with the names that its clients use. ValueError where packed ids are not whole.
+    """
+    p = request.params
+    biased = [id for id, _ in p.logit_bias]
+    shares = (p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+    counts = (p.max_tokens, p.min_tokens, p.top_k, request.choice)
+    rules = (
+        ("a token", all(_are_ids(unpack(ids), vocab_size) for ids in (request.prompt, request.output))),
+        ("stop_token_ids", _are_ids(p.stop_token_ids, _INT32)),
+        ("logit_bias", _are_ids(biased, vocab_size) and _distinct(biased) and all(isfinite(value) for _, value in p.logit_bias)),
+        ("allowed_token_ids", _are_ids(p.allowed_token_ids, vocab_size) and _distinct(p.allowed_token_ids)),
+        ("bad_words", all(word and _are_ids(word, vocab_size) for word in p.bad_words)),
+        ("a sampling parameter", all(map(isfinite, shares)) and p.temperature >= 0 and 0 < p.top_p <= 1 and 0 <= p.min_p <= 1),
+        ("repetition_penalty", p.repetition_penalty > 0),
+        ("a count", _are_ids(counts, _INT32)),
+        ("logprobs", all(count is None or 0 <= count <= MAX_LOGPROBS for count in (p.logprobs, p.prompt_logprobs))),
+        ("the seed", 0 <= request.seed < 1 << 64),
+    )
+    return next((f"{name} of the request is out of range" for name, holds in rules if not holds), "")
+
+
+_INT32 = (1 << 31) - 1
+
+
+def _are_ids(values: Sequence[int], end: int) -> bool:
+    return not values or (min(values) >= 0 and max(values) < end)
+
+
+def _distinct(values: Sequence[int]) -> bool:
+    return len(set(values)) == len(values)

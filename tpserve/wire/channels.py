@@ -5,13 +5,15 @@
     EngineServer   ROUTER <> DEALER  EngineLink      the frontend and rank 0
 
 Owns sockets, numbering and order; decides nothing about what is sent. Invariants: a sender never blocks (no high-water mark:
-what is in flight is bounded by the engine) and nothing is dropped silently: plans are numbered (epoch, step), a gap is asked for
-again while rank 0 still keeps it, and a gap that cannot be filled, or a message of another epoch, is an `EngineFailure`.
+what is in flight is bounded by the engine) and nothing is dropped silently: plans are numbered (epoch, step), and a receiver asks
+again for a gap, which rank 0's control thread fills while the plan is kept. A gap that cannot be filled, or a message of another
+epoch, is an `EngineFailure`.
 """
 
 import errno
 import math
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -153,7 +155,10 @@ def _poll(timeout_s: float, sources: list[object]) -> set[object]:
 
 
 class PlanBroadcaster(Channel):
-    """Rank 0's end: every plan to every other rank. Bind before Hello; `begin` once all ranks are up."""
+    """Rank 0's end: every plan to every other rank. Bind before Hello; `begin` once all ranks are up.
+
+    `serve` is for a thread that is never blocked in a collective: the rank that missed a plan may be what a collective waits for.
+    """
 
     def __init__(self, endpoint: str, remote: Door | None = None) -> None:
         socket = open_socket(zmq.XPUB, codec.PLAN.max_bytes)
@@ -163,6 +168,8 @@ class PlanBroadcaster(Channel):
         self._epoch = -1
         self._next = 0
         self._kept: deque[tuple[int, bytes]] = deque()
+        self._lock = threading.Lock()
+        """Of the socket and what is kept, from `begin` on; nobody waits for long, since nothing under it blocks."""
 
     def begin(self, epoch: int, num_subscribers: int, timeout_s: float) -> None:
         """Wait until all receivers have subscribed: a plan sent earlier would reach only some."""
@@ -178,26 +185,28 @@ class PlanBroadcaster(Channel):
         """Send the next plan to all, and keep it until it is retired."""
         assert (plan.epoch, plan.step) == (self._epoch, self._next), "plans are numbered from 0 in every epoch"
         frame = codec.PLAN.encode([plan])
-        self.serve()
-        self._next += 1
-        self._kept.append((plan.step, frame))
-        self.socket.send(frame)
+        with self._lock:
+            self._next += 1
+            self._kept.append((plan.step, frame))
+            self.socket.send(frame)
 
     def retire(self, step: int) -> None:
         """The result of `step` is applied, so every rank has had the plan: forget it and those before."""
-        while self._kept and self._kept[0][0] <= step:
-            self._kept.popleft()
+        with self._lock:
+            while self._kept and self._kept[0][0] <= step:
+                self._kept.popleft()
 
     def serve(self) -> None:
-        """Send again what a receiver missed. All receivers get it; those that had it drop it."""
-        wanted = self._next
-        for request in self._frames():
-            if len(request) == _RESEND.size:
-                _, epoch, step = _RESEND.unpack(request)
-                wanted = min(wanted, step if epoch == self._epoch else self._next)
-        for step, frame in self._kept:
-            if step >= wanted:
-                self.socket.send(frame)
+        """Send again what a receiver missed. All receivers get it; those that had it drop it. On any thread, never waits."""
+        with self._lock:
+            wanted = self._next
+            for request in self._frames():
+                if len(request) == _RESEND.size:
+                    _, epoch, step = _RESEND.unpack(request)
+                    wanted = min(wanted, step if epoch == self._epoch else self._next)
+            for step, frame in self._kept:
+                if step >= wanted:
+                    self.socket.send(frame)
 
 
 class PlanReceiver(Channel):
@@ -294,11 +303,11 @@ class ResultReceiver(Channel):
 
 
 class EngineLink(Channel):
-    """Rank 0's end of the link with the frontend. Its address there is the incarnation of rank 0."""
+    """Rank 0's end of the link with the frontend. Its address there is rank 0's identity (`Hello`)."""
 
-    def __init__(self, endpoint: str, incarnation: int) -> None:
+    def __init__(self, endpoint: str, identity: int) -> None:
         super().__init__(open_socket(zmq.DEALER, codec.ENGINE_INPUT.max_bytes), endpoint)
-        self.socket.set(zmq.ROUTING_ID, _address(incarnation))
+        self.socket.set(zmq.ROUTING_ID, _address(identity))
         connect(self.socket, endpoint)
         self._send(codec.ENGINE_OUTPUT.encode([]))  # the frontend may answer from now on
 
@@ -325,16 +334,19 @@ class EngineServer(Channel):
         self._heard: set[bytes] = set()
         self._held: list[bytes] = []
 
-    def attach(self, incarnation: int) -> None:
-        """From now on the engine is the one in this incarnation of rank 0. What was held for an earlier one is dropped."""
-        self._engine = _address(incarnation)
+    def attach(self, identity: int) -> None:
+        """From now on the engine is rank 0's incarnation of this identity. What was held for an earlier one is dropped."""
+        self._engine = _address(identity)
         self._heard &= {self._engine}
         self._held.clear()
 
     def send(self, inputs: list[EngineInput]) -> None:
-        """Hand inputs to the engine, in one frame; held back until it has connected. EngineFailure when it is gone."""
+        """Hand inputs to the engine, in one frame if they fit; held back until it has connected.
+
+        EngineFailure when it is gone. What cannot be encoded raises, and nothing is sent.
+        """
         if inputs:
-            self._held.append(codec.ENGINE_INPUT.encode(inputs))
+            self._held += codec.ENGINE_INPUT.frames(inputs)
             self._deliver()
 
     def receive(self) -> list[EngineOutput]:
@@ -361,5 +373,5 @@ class EngineServer(Channel):
         self._held.clear()
 
 
-def _address(incarnation: int) -> bytes:
-    return b"engine-%d" % incarnation
+def _address(identity: int) -> bytes:
+    return b"engine-%d" % identity

@@ -18,6 +18,10 @@ T = TypeVar("T")
 MIB = 1 << 20
 
 
+class FrameTooLarge(EngineFailure):
+    """A frame is over the bound of its channel. Nothing of it was sent."""
+
+
 class Codec(Generic[T]):
     """Encodes and decodes the frames of one direction. `kind` is the message type or union, `what` names it in errors."""
 
@@ -28,10 +32,19 @@ class Codec(Generic[T]):
         self._decoder: msgspec.msgpack.Decoder[list[T]] = msgspec.msgpack.Decoder(list[kind])
 
     def encode(self, messages: Sequence[T]) -> bytes:
-        """One frame. EngineFailure if it is larger than the channel admits."""
+        """One frame. FrameTooLarge if it is larger than the channel admits."""
         frame = self._encoder.encode(messages)
         self._check(len(frame))
         return frame
+
+    def frames(self, messages: Sequence[T]) -> list[bytes]:
+        """As few frames as hold the messages, in order. FrameTooLarge if one message alone is too large."""
+        frame = self._encoder.encode(messages)
+        if len(frame) <= self.max_bytes or len(messages) == 1:
+            self._check(len(frame))
+            return [frame]
+        half = len(messages) // 2
+        return self.frames(messages[:half]) + self.frames(messages[half:])
 
     def decode(self, frame: bytes) -> list[T]:
         """The messages of a frame from a peer that may be wrong about anything."""
@@ -43,12 +56,12 @@ class Codec(Generic[T]):
 
     def _check(self, size: int) -> None:
         if size > self.max_bytes:
-            raise EngineFailure(f"a {self._what} frame of {size} bytes is over the bound of {self.max_bytes}")
+            raise FrameTooLarge(f"a {self._what} frame of {size} bytes is over the bound of {self.max_bytes}")
 
 
 ENGINE_INPUT: Codec[EngineInput] = Codec(EngineInput, 64 * MIB, "frontend-to-engine")
-ENGINE_OUTPUT: Codec[EngineOutput] = Codec(EngineOutput, 64 * MIB, "engine-to-frontend")
+ENGINE_OUTPUT: Codec[EngineOutput] = Codec(EngineOutput, 128 * MIB, "engine-to-frontend")
 RANK: Codec[RankMessage] = Codec(RankMessage, MIB, "rank-to-coordinator")
 COORDINATOR: Codec[CoordinatorMessage] = Codec(CoordinatorMessage, MIB, "coordinator-to-rank")
 PLAN: Codec[StepPlan] = Codec(StepPlan, 64 * MIB, "plan")
-RESULT: Codec[StepResult] = Codec(StepResult, 64 * MIB, "result")
+RESULT: Codec[StepResult] = Codec(StepResult, 128 * MIB, "result")

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def tell(text: str) -> None:
     teller.join(0.5)
 
 
-def exit_now(code: int, why: str = "") -> None:
+def exit_now(code: int, why: str = "") -> NoReturn:
     """End this process whatever its other threads do."""
     if why:
         tell(why)

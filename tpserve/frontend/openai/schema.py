@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from tpserve.types.sampling import Count, MinP, RepetitionPenalty, Temperature, TopK, TopP
+from tpserve.types.sampling import MAX_LOGPROBS, Count, MinP, RepetitionPenalty, Temperature, TopK, TopP
 
 MAX_CHOICES = 128
-MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 128
 MAX_BIASED_IDS = 1024
 MAX_MESSAGES = 8192

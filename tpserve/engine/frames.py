@@ -1,0 +1,36 @@
+"""Whether the largest step of a configuration fits its frames. Pure; called before anything is loaded.
+
+A plan's frame has one share for its admissions, which the scheduler fills as far as they fit (`Limits.max_admission_bytes`), and
+one for its chunks. A result and what the frontend is sent of it are as large as the log probabilities of a whole step of prompt
+tokens. So no step that the scheduler makes is ever too large for the wire.
+"""
+
+from tpserve.config.schema import EngineConfig
+from tpserve.errors import UserError
+from tpserve.scheduling.limits import MAX_ADMISSION_BYTES
+from tpserve.types.plan import Admission, StepPlan, StepResult
+from tpserve.wire import codec
+
+PARAMS_BYTES = 1 << 20
+"""For a request's parameters beside `allowed_token_ids`, with room to spare."""
+
+
+def check_frames(config: EngineConfig, vocab_size: int, num_groups: int) -> None:
+    """UserError naming the flag whose value makes a step too large."""
+    num_seqs, num_tokens = config.max_num_seqs, config.max_num_batched_tokens
+    plan = StepPlan.most_bytes(num_seqs, num_tokens, num_groups) + MAX_ADMISSION_BYTES
+    result = StepResult.most_bytes(num_seqs, num_tokens)
+    if plan > codec.PLAN.max_bytes or result > min(codec.RESULT.max_bytes, codec.ENGINE_OUTPUT.max_bytes):
+        raise UserError(
+            f"--max-num-batched-tokens {num_tokens} with --max-num-seqs {num_seqs} makes steps that are too large to send: "
+            "lower them",
+            param="max_num_batched_tokens",
+        )
+    num_blocks = num_groups * -(-config.max_model_len // config.block_size)
+    longest = Admission.most_bytes(PARAMS_BYTES + 5 * vocab_size, config.max_model_len, num_blocks, num_groups)
+    if longest > MAX_ADMISSION_BYTES:
+        raise UserError(
+            f"--max-model-len {config.max_model_len} makes a sequence of {longest} bytes, and {MAX_ADMISSION_BYTES} can be sent: "
+            "lower it, or raise --block-size",
+            param="max_model_len",
+        )
