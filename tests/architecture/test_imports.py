@@ -7,6 +7,7 @@ every folder of tests is run.
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,9 +182,35 @@ def test_test_modules_have_names_of_their_own() -> None:
     assert sorted(names) == sorted(set(names))
 
 
-def test_every_folder_of_tests_has_a_share_of_a_quarter_of_an_hour() -> None:
+def test_every_folder_of_tests_has_a_share_of_25_minutes() -> None:
     tests = ROOT / "tests"
     folders = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")}
     shares = [folder for _, folders in run.SHARES.values() for folder in folders]
     assert sorted([*shares, "gpu"]) == sorted(folders)
-    assert run.INSTALL_S + run.LINT_S + sum(budget_s for budget_s, _ in run.SHARES.values()) < 15 * 60
+    assert run.INSTALL_S + run.LINT_S + sum(budget_s for budget_s, _ in run.SHARES.values()) <= 25 * 60
+
+
+def test_every_test_for_a_card_has_a_share() -> None:
+    """And the mark by which it is chosen there, so that none is skipped on every machine."""
+    shares = [ROOT / path for paths in run.GPU.values() for path in paths]
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        text = path.read_text()
+        if path != Path(__file__) and ("cuda.is_available" in text or "mark.gpu" in text):
+            assert "mark.gpu" in text, f"{path} needs a card and has no mark"
+            assert any(share in (path, *path.parents) for share in shares), f"{path} is in no share of run.GPU"
+    held = set((ROOT / "tests" / "gpu").glob("test_*.py"))
+    assert held <= set(shares), held - set(shares)
+
+
+@pytest.mark.parametrize("share", run.GPU)
+def test_the_share_of_a_card_is_collected_without_one(share: str) -> None:
+    """Types and signatures of these modules are mypy's work (pyproject.toml)."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "gpu", *run.GPU[share]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path for path in run.GPU[share] if "gpu" in path} <= {line.partition("::")[0] for line in done.stdout.splitlines()}
+
+
+def test_types_are_checked_of_what_needs_a_card() -> None:
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    assert {"tests/gpu", "tests/kernels"} <= set(checked)

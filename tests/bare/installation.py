@@ -107,7 +107,8 @@ def _write_scripts(distribution: importlib.metadata.Distribution, directory: Pat
     """As pip writes them."""
     for point in distribution.entry_points.select(group="console_scripts"):
         script = directory / point.name
-        script.write_text(f"#!{directory}/python\nimport sys\nfrom {point.module} import {point.attr} as main\nsys.exit(main())\n")
+        code = f"import sys\nfrom {point.module} import {point.attr} as main\nsys.exit(main())\n"
+        script.write_text(f"#!{directory}/python\n{code}")
         script.chmod(0o755)
 
 
