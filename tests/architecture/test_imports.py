@@ -147,6 +147,25 @@ def test_no_pickle_anywhere() -> None:
             assert "pickle" not in [*names, module] and "broadcast_object" not in attribute, f"{path} unpickles"
 
 
+def test_nothing_is_used_that_setup_does_not_require() -> None:
+    """The environment of the tests has more than an installation: NumPy, transformers. tests/bare runs without them."""
+    required = {
+        "torch", "triton", "safetensors", "huggingface_hub", "aiohttp", "msgspec", "zmq", "tokenizers", "jinja2", "uvloop",
+        "prometheus_client", "rich",
+    }  # fmt: skip
+    for path in [*sources(), *(ROOT / "kernels").rglob("*.py")]:
+        if path == PACKAGE / "builtin" / "train.py":  # `make model`, in the environment of the tests
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            tops = {name.partition(".")[0] for name in names}
+            unknown = tops - required - sys.stdlib_module_names - {"tpserve", "tpserve_kernels"}
+            assert not unknown, f"{path} imports {unknown}"
+            attribute = node.attr if isinstance(node, ast.Attribute) else ""
+            assert attribute not in {"numpy", "from_numpy", "__array__"}, f"{path}:{getattr(node, 'lineno', 0)} needs NumPy"
+
+
 def test_importing_the_package_loads_nothing() -> None:
     code = "import sys, tpserve; print(*(m for m in sys.modules if m.startswith('tpserve.') or m in ('torch', 'msgspec')))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
