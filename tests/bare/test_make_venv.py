@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def python(path: Path, version: str = "3.12.4", *, no_venv: int = 0, no_index: i
         ({"PYTHON": "python3.14"}, "it needs Python 3.11, 3.12 or 3.13, and python3.14 is "),
     ],
 )
-def test_what_cannot_work_is_said_in_a_line(tmp_path: Path, machine: dict[str, str], says: str) -> None:
+def test_what_cannot_work_is_said_in_a_line(tmp_path: Path, machine: dict[str, Any], says: str) -> None:
     python(tmp_path / "python3")
     code, said = make_venv(tmp_path, **machine)
     assert code == 2 and said.startswith(f"tpserve: {says}") and said.count("\n") == 1
