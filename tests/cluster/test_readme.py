@@ -89,10 +89,16 @@ def test_every_block_is_run_or_understood() -> None:
     assert len(PASTED) == 5
 
 
-@pytest.mark.parametrize("line", [*lines("tpserve plan"), *lines("tpserve doctor")])
-def test_a_model_is_all_that_is_missing(line: str) -> None:
+def test_the_plan_lacks_a_model_and_nothing_else() -> None:
+    [line] = lines("tpserve plan")
     done = subprocess.run(shlex.split(f"{BIN}/{line}"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "MODEL" in done.stderr, done.stderr
+
+
+def test_the_doctor_is_understood() -> None:
+    """It is run in tests/bare; this line would start eight ranks."""
+    [line] = lines("tpserve doctor")
+    assert cli.parse(shlex.split(line)[2:]).tensor_parallel_size == 8
 
 
 @pytest.mark.parametrize("line", [*lines("torchrun"), *lines("tpserve serve")])
