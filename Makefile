@@ -1,20 +1,33 @@
-# make serve   serve the built-in model on all GPUs, or on two CPU ranks (ARGS="--port 9000 ..." adds flags)
-# make test    lint, types and all tests, with a table of the time they took
-#
-# Both make .venv first; PYTHON chooses the interpreter, TORCH the torch that is installed.
+# `make` alone prints what there is. All of it makes .venv first, with launch/make_venv.sh.
 
-PYTHON ?= python3
-TORCH ?= torch==2.13.0
 ARGS ?=
+PYTHON ?=
+TORCH ?=
+MATRIX ?=
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --quiet --quiet --disable-pip-version-check
-CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+PIP := $(PY) -m pip --disable-pip-version-check
+CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(or $(PYTHON),python3))
 
-.PHONY: serve test format gpu-check model chaos lab lab-sixteen clean
+.PHONY: help serve check test format gpu-check matrix model chaos lab lab-sixteen clean
+
+help:
+	@echo "make serve        serve the built-in model on all GPUs, or on two CPU ranks; ARGS=\"--port 9000\" adds flags"
+	@echo "make check        lint, types and the unit tests: three minutes"
+	@echo "make test         all tests, with a table of the time they took: 25 minutes on two cores"
+	@echo "make format       put the sources in order"
+	@echo "make gpu-check    the tests that need a GPU"
+	@echo "make matrix       the bare and the parity tests on other versions of Python and torch: MATRIX=\"3.12=2.14.1 3.13=2.14.1\""
+	@echo "make clean        remove .venv and what was built"
+	@echo "make model, chaos, lab, lab-sixteen: see CONTRIBUTING.md"
+	@echo
+	@echo "PYTHON=python3.12 chooses the interpreter of .venv, TORCH=torch==2.12.0 the torch that is installed."
 
 serve: $(VENV)/serve.stamp
 	@exec $(VENV)/bin/tpserve serve $$($(PY) -c "from tpserve.host.resources import visible_gpus as n; print('' if n() else '--nproc-per-node 2')") $(ARGS)
+
+check: $(VENV)/test.stamp
+	@$(PY) tests/run.py lint unit
 
 test: $(VENV)/test.stamp
 	@$(PY) tests/run.py
@@ -23,9 +36,13 @@ format: $(VENV)/test.stamp
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-# On a machine with a card; results as JSON and JUnit XML in $OUT (.tmp without it). Uses .venv when there is one.
+# Results as JSON and JUnit XML in $OUT (.tmp without it). Uses .venv when there is one.
 gpu-check:
 	$(CARD_PY) tests/run.py --gpu
+
+# An environment for each pair PYTHON=TORCH, in .tmp/matrix.
+matrix: $(VENV)/test.stamp
+	@$(PY) tests/matrix.py $(MATRIX)
 
 # The built-in model anew, from nothing but the script that generates its text. The result is committed.
 model: $(VENV)/test.stamp
@@ -48,16 +65,10 @@ lab-sixteen: $(VENV)/test.stamp
 clean:
 	rm -rf $(VENV) .tmp build *.egg-info
 
-$(PY):
-	@echo "making $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV)
+# Each stamp holds the seconds that its installation took. torch comes first and alone: what follows must not choose another one.
+$(VENV)/torch.stamp:
+	@begin=$$(date +%s) && PYTHON="$(PYTHON)" TORCH="$(TORCH)" launch/make_venv.sh $(VENV) && echo $$(($$(date +%s) - begin)) > $@
 
-# torch first and alone: what comes later must not choose another one.
-$(VENV)/torch.stamp: | $(PY)
-	@echo "installing $(TORCH)"
-	@begin=$$(date +%s) && $(PIP) install "$(TORCH)" && echo $$(($$(date +%s) - begin)) > $@
-
-# Each stamp holds the seconds its installation took.
 $(VENV)/serve.stamp: setup.py $(VENV)/torch.stamp
 	@echo "installing tpserve"
 	@begin=$$(date +%s) && $(PIP) install --editable . && echo $$(($$(date +%s) - begin)) > $@

@@ -1,26 +1,50 @@
 """Packaging truth of tpserve: packages, dependencies, the `tpserve` command."""
 
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
+from setuptools.command import editable_wheel
 
+ROOT = Path(__file__).resolve().parent
+SOURCE = "https://github.com/tpserve/tpserve"
 version: dict[str, str] = {}
-exec(Path(__file__).with_name("tpserve").joinpath("version.py").read_text(), version)
+exec((ROOT / "tpserve" / "version.py").read_text(), version)
+
+
+class EditableWheel(editable_wheel.editable_wheel):
+    """An editable installation adds two directories to `sys.path`.
+
+    setuptools would install an import hook, which Python asks last of all. In the directory above a clone named tpserve Python
+    then takes the clone itself for an empty package of that name. A package on `sys.path` comes before such a folder.
+    """
+
+    def _select_strategy(self, name: str, tag: str, build_lib: Any) -> Any:
+        return editable_wheel._StaticPth(self.distribution, name, [ROOT, ROOT / "kernels"])
+
 
 setup(
     name="tpserve",
     version=version["__version__"],
     description="Serve large language models over tensor and pipeline parallel ranks, with nothing but torchrun",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    url=SOURCE,
+    project_urls={
+        "Source": SOURCE,
+        "Documentation": f"{SOURCE}/tree/main/docs",
+        "Changelog": f"{SOURCE}/blob/main/CHANGELOG.md",
+        "Issues": f"{SOURCE}/issues",
+    },
+    # docs/install.md says which of these were tried, and when; `make matrix` tries them.
+    python_requires=">=3.11,<3.14",
     # `kernels/` is a folder, not a package: a package installed as plain `kernels` would shadow Hugging Face's.
     packages=[*find_packages(include=["tpserve", "tpserve.*"]), "tpserve_kernels"],
     package_dir={"tpserve_kernels": "kernels/tpserve_kernels"},
     package_data={"tpserve.builtin": ["model/*"], "tpserve": ["py.typed"], "tpserve_kernels": ["py.typed"]},
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.11,<2.16",
         "triton>=3.6; platform_system == 'Linux'",
         "safetensors>=0.5",
         "huggingface_hub>=1.31",
@@ -38,6 +62,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "setuptools>=77",  # builds the wheel in tests/bare; torch 2.11 wants it below 82
             "hypothesis>=6.100",
             "numpy<2.3",  # Triton 3.6's interpreter needs it below 2.3
             "transformers>=5.0",
@@ -47,5 +72,6 @@ setup(
             "kubernetes-validate>=1.36",  # the schemas of Kubernetes' resources, for launch/kubernetes
         ],
     },
+    cmdclass={"editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["tpserve = tpserve.__main__:main"]},
 )

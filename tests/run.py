@@ -1,7 +1,7 @@
 """The whole suite in shares, each with its time budget on two cores; prints a table and, last, how many tests passed and failed.
 
     python tests/run.py                   everything but what needs a card or a long time
-    python tests/run.py parity http       some shares
+    python tests/run.py lint unit         some shares: these are `make check`
     python tests/run.py --gpu             what needs a card; reports go to $OUT or .tmp
 
 Standard library only. Exit code 1 when anything failed; a share over its budget is marked, not failed.
@@ -25,20 +25,25 @@ LINT = (
     ("mypy",),
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "unit": (100, ("unit", "scheduling", "architecture")),
-    "parity": (215, ("parity",)),
-    "http": (60, ("http",)),
-    "kernels": (35, ("kernels",)),
-    "cluster": (310, ("cluster",)),
-    "crash": (15, ("crash",)),
-    "lab": (45, ("lab",)),
+    "unit": (175, ("unit", "scheduling", "architecture")),
+    "parity": (330, ("parity",)),
+    "http": (100, ("http",)),
+    "kernels": (45, ("kernels",)),
+    "cluster": (540, ("cluster",)),
+    "crash": (30, ("crash",)),
+    "lab": (60, ("lab",)),
+    "bare": (60, ("bare",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
 GPU = {
-    "kernels-on-card": ("tests/kernels", "tests/gpu"),
-    "engine-on-card": ("tests/parity/test_two_forms.py", "tests/unit/test_draw.py"),
+    "kernels-on-card": ("tests/kernels", "tests/gpu/test_kernels_on_card.py"),
+    "engine-on-card": (
+        "tests/gpu/test_engine_on_card.py",
+        "tests/gpu/test_sampler_on_card.py",
+        "tests/parity/test_two_forms.py",
+    ),
 }
-INSTALL_S, LINT_S = 80, 35
+INSTALL_S, LINT_S = 100, 60
 
 
 @dataclass

@@ -4,6 +4,7 @@ Importing this package imports nothing else; what it offers to scripts is loaded
 without torch, which only ranks need.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ _HOMES = {
     "EngineFailure": "errors",
     "UserError": "errors",
 }
+# torch warns while it is imported that NumPy is absent. tpserve needs none, and every process of it imports this first.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named 'numpy'", UserWarning)
 
 
 def __getattr__(name: str) -> Any:

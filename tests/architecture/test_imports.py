@@ -7,6 +7,7 @@ every folder of tests is run.
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,6 +181,25 @@ def test_no_pickle_anywhere() -> None:
             assert "pickle" not in [*names, module] and "broadcast_object" not in attribute, f"{path} unpickles"
 
 
+def test_nothing_is_used_that_setup_does_not_require() -> None:
+    """The environment of the tests has more than an installation: NumPy, transformers. tests/bare runs without them."""
+    required = {
+        "torch", "triton", "safetensors", "huggingface_hub", "aiohttp", "msgspec", "zmq", "tokenizers", "jinja2", "uvloop",
+        "prometheus_client", "rich",
+    }  # fmt: skip
+    for path in [*sources(), *(ROOT / "kernels").rglob("*.py")]:
+        if path == PACKAGE / "builtin" / "train.py":  # `make model`, in the environment of the tests
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            tops = {name.partition(".")[0] for name in names}
+            unknown = tops - required - sys.stdlib_module_names - {"tpserve", "tpserve_kernels"}
+            assert not unknown, f"{path} imports {unknown}"
+            attribute = node.attr if isinstance(node, ast.Attribute) else ""
+            assert attribute not in {"numpy", "from_numpy", "__array__"}, f"{path}:{getattr(node, 'lineno', 0)} needs NumPy"
+
+
 def test_importing_the_package_loads_nothing() -> None:
     code = "import sys, tpserve; print(*(m for m in sys.modules if m.startswith('tpserve.') or m in ('torch', 'msgspec')))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -215,9 +235,36 @@ def test_test_modules_have_names_of_their_own() -> None:
     assert sorted(names) == sorted(set(names))
 
 
-def test_every_folder_of_tests_has_a_share_of_a_quarter_of_an_hour() -> None:
+def test_every_folder_of_tests_has_a_share_of_25_minutes() -> None:
     tests = ROOT / "tests"
     folders = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")}
     shares = [folder for _, folders in run.SHARES.values() for folder in folders]
     assert sorted([*shares, "gpu"]) == sorted(folders)
-    assert run.INSTALL_S + run.LINT_S + sum(budget_s for budget_s, _ in run.SHARES.values()) < 15 * 60
+    assert run.INSTALL_S + run.LINT_S + sum(budget_s for budget_s, _ in run.SHARES.values()) <= 25 * 60
+
+
+def test_every_test_for_a_card_has_a_share() -> None:
+    """And the mark by which it is chosen there, so that none is skipped on every machine."""
+    shares = [ROOT / path for paths in run.GPU.values() for path in paths]
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        text = path.read_text()
+        if path != Path(__file__) and ("cuda.is_available" in text or "mark.gpu" in text):
+            assert "mark.gpu" in text, f"{path} needs a card and has no mark"
+            assert any(share in (path, *path.parents) for share in shares), f"{path} is in no share of run.GPU"
+    held = set((ROOT / "tests" / "gpu").glob("test_*.py"))
+    assert held <= set(shares), held - set(shares)
+
+
+def test_the_shares_of_a_card_are_collected_without_one() -> None:
+    """Types and signatures of these modules are mypy's work (pyproject.toml)."""
+    paths = [path for share in run.GPU.values() for path in share]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "gpu", *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = {line.partition(":")[0] for line in done.stdout.splitlines()}
+    assert {path for path in paths if path.endswith(".py")} <= collected, done.stdout
+
+
+def test_types_are_checked_of_what_needs_a_card() -> None:
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    assert {"tests/gpu", "tests/kernels"} <= set(checked)

@@ -1,7 +1,6 @@
-"""The README is run: its two-node lines, their log, its curl line and its Python; every other command of it is understood."""
+"""The README is run, as it is pasted into a fresh shell; what needs a model or eight GPUs is understood."""
 
-import contextlib
-import io
+import os
 import re
 import shlex
 import subprocess
@@ -26,13 +25,18 @@ LLAMA_70B = {
 }  # fmt: skip
 
 
+BLOCKS = re.findall(r"(?ms)^```bash\n(.*?)^```", README)
+
+
 def lines(start: str) -> list[str]:
-    """Indented lines of the README that begin with a word, without what a shell would drop."""
-    text = README.replace("\\\n", " ")
-    return [line.strip().partition("  #")[0] for line in text.splitlines() if line.startswith(f"    {start}")]
+    """Lines of the blocks to paste that begin with a word, without their comments."""
+    return [line.partition("  #")[0] for block in BLOCKS for line in block.splitlines() if line.startswith(start)]
 
 
 TWO_NODES = [line for line in lines("torchrun") if "127.0.0.1" in line]
+INSTALLS = ("git clone", ". .venv")
+PASTED = [block for block in BLOCKS if "MODEL" not in block and "torchrun" not in block and not block.startswith(INSTALLS)]
+"""What runs as it stands, beside the server of the two nodes."""
 
 
 @pytest.fixture(scope="module")
@@ -49,45 +53,52 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def shape(line: str) -> str:
-    """A log line without its numbers, units and paths, and without the parts of a start, which are told if they took long."""
-    line = re.sub(r"start: agent .* s$", "start", line)
+    """A log line without its numbers, units and paths."""
     line = re.sub(r"\([^()]*builtin/model\)", "(model)", line)
     line = re.sub(r"http://[\d.:]+", "URL", line)
     return re.sub(r"[\d,.]+ (B|KiB|MiB|GiB|GB)|[\d,.]*\d", "N", line)
 
 
-def test_the_two_node_log(server: Server) -> None:
-    assert len(TWO_NODES) == 2
-    shown = [shape(line) for line in README.split("```")[1].strip().splitlines()]
-    printed = [shape(line) for line in server.log.splitlines() if line.startswith("[") and "waiting for" not in line]
-    assert sorted(printed[-2:]) == sorted(shown[-2:]), "two processes say that it is ready"
-    own = [line for line in shown[:-2] if line.startswith("[nN rN sN] N:N:N INFO  node N")]
-    assert len(own) == 2, "one for each node, in any order"
-    assert sorted(printed[:-2]) == sorted(shown[:-2])
-    assert [line for line in printed[:-2] if line not in own] == [line for line in shown[:-2] if line not in own]
+def test_the_log_of_three_lines(server: Server) -> None:
+    [block] = re.findall(r"(?ms)^```\n(\[n0 .*?)^```", README)
+    shown = [shape(line) for line in block.splitlines()]
+    printed = [shape(line) for line in server.log.splitlines()]
+    assert len(shown) == 3 and [line for line in printed if line in shown] == shown
 
 
-def test_the_curl_line(server: Server) -> None:
-    (line,) = lines("curl")
-    command = shlex.split(line.replace(":8000", f":{server.port}"))
-    answer = subprocess.run(["curl", "-s", *command[1:]], capture_output=True, text=True, timeout=60, check=True)
-    assert '"text":"' in answer.stdout
+@pytest.mark.parametrize("block", PASTED, ids=lambda block: block.splitlines()[-2 if block.startswith("python") else 0][:40])
+def test_what_is_pasted_into_a_fresh_shell(block: str, server: Server, tmp_path: Path) -> None:
+    """From a directory in which a folder has the package's name, as the one above a clone."""
+    (tmp_path / "tpserve" / "docs").mkdir(parents=True)
+    kept = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    environment = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(tmp_path), **kept}
+    command = ["bash", "--noprofile", "--norc", "-e"]
+    pasted = block.replace(":8000", f":{server.port}")
+    done = subprocess.run(command, input=pasted, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout) > 3
+    if "bench" in block:
+        assert "completed   20 in " in done.stdout and (tmp_path / "load.svg").stat().st_size > 1000
+    if "curl" in block:
+        assert '"text":"' in done.stdout
 
 
-def test_the_python_lines(server: Server) -> None:
-    block = re.search(r"(?m)^    from openai.*\n(?:    .*\n)+", README)
-    assert block is not None
-    code = "\n".join(line.strip() for line in block.group().splitlines()).replace(":8000", f":{server.port}")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        exec(code, {})  # noqa: S102
-    assert len(said.getvalue()) > 3
+def test_every_block_is_run_or_understood() -> None:
+    understood = ("torchrun", "tpserve serve", "tpserve plan", "tpserve doctor", *INSTALLS)
+    assert [block for block in BLOCKS if block not in PASTED and not block.startswith(understood)] == []
+    assert len(PASTED) == 5
 
 
-def test_the_bench_line(server: Server, tmp_path: Path) -> None:
-    (line,) = lines("tpserve bench")
-    command = shlex.split(f"{BIN}/{line.replace(':8000', f':{server.port}')}")
-    table = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path).stdout
-    assert "completed   20 in " in table and "TTFT" in table and (tmp_path / "load.svg").stat().st_size > 1000
+def test_the_plan_lacks_a_model_and_nothing_else() -> None:
+    [line] = lines("tpserve plan")
+    done = subprocess.run(shlex.split(f"{BIN}/{line}"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "MODEL" in done.stderr, done.stderr
+
+
+def test_the_doctor_is_understood() -> None:
+    """It is run in tests/bare; this line would start eight ranks."""
+    [line] = lines("tpserve doctor")
+    assert cli.parse(shlex.split(line)[2:]).tensor_parallel_size == 8
 
 
 @pytest.mark.parametrize("line", [*lines("torchrun"), *lines("tpserve serve")])
@@ -112,5 +123,5 @@ def test_every_command_is_understood(line: str) -> None:
 
 
 def test_every_document_exists() -> None:
-    for target in re.findall(r"\]\((docs/[^)]+)\)", README):
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (Path(__file__).resolve().parents[2] / target).is_file(), target

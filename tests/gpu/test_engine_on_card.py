@@ -1,4 +1,4 @@
-"""The engine on a card, against the CPU path: one rank, two ranks over gloo sharing the card, and NCCL by itself.
+"""The engine on a card, against the CPU path: one rank, two ranks over gloo sharing the card, NCCL by itself and on two cards.
 
 Real torchrun ranks and real HTTP, so pyzmq, msgspec, aiohttp, uvloop and tokenizers must be installed beside torch and triton.
 float32, so that the same tokens are expected.
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -44,27 +45,37 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
 @pytest.mark.skipif(bool(missing), reason=f"the server needs {', '.join(missing)}")
 @pytest.mark.parametrize(
     ("flags", "ranks"),
-    [([], 1), (["-tp", "2"], 2), (["-pp", "2"], 2)],
+    [([], 1), (["-tp", "2", "--all-reduce", "gloo"], 2), (["-pp", "2", "--all-reduce", "gloo"], 2)],
     ids=["1 rank", "2 tensor-parallel ranks over gloo", "2 stages over gloo"],
 )
 def test_the_card_says_what_the_cpu_says(flags: list[str], ranks: int, on_cpu: list[list[list[int]]], tmp_path: Path) -> None:
     assert answers(["--device", "cuda", *flags], ranks, tmp_path / "log") == on_cpu
 
 
+@pytest.mark.skipif(bool(missing), reason=f"the server needs {', '.join(missing)}")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL joins ranks on different cards only")
+@pytest.mark.parametrize("flags", [["-tp", "2"], ["-pp", "2"]], ids=" ".join)
+def test_two_cards_over_nccl(flags: list[str], on_cpu: list[list[list[int]]], tmp_path: Path) -> None:
+    assert answers(["--device", "cuda", "--all-reduce", "nccl", *flags], 2, tmp_path / "log") == on_cpu
+
+
 def test_nccl_with_one_rank() -> None:
-    """NCCL itself: a group of one rank forms and sums on the card."""
+    """NCCL itself, by the calls that `Group` makes. (A `Group` of one rank makes none.)"""
     from tpserve.parallel import mesh
-    from tpserve.parallel.group import Group
 
     store, _ = mesh.host_store()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
+        assert dist.get_backend() == "nccl"
         x = torch.arange(8.0, device="cuda")
-        assert Group(torch.distributed.group.WORLD).all_gather(x).shape == (1, 8)
-        torch.distributed.all_reduce(x)
-        assert x.tolist() == list(map(float, range(8)))
+        gathered = torch.zeros(1, 8, device="cuda")
+        dist.all_gather(list(gathered.unbind(0)), x)
+        dist.all_reduce(x)
+        smallest = torch.tensor([7], device="cuda")
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        assert x.tolist() == gathered[0].tolist() == list(map(float, range(8))) and int(smallest) == 7
     finally:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def test_a_launch_does_not_wait_for_the_card() -> None:
@@ -113,9 +124,21 @@ def test_a_launch_does_not_wait_for_the_card() -> None:
 
 
 def test_a_full_card_is_one_sentence() -> None:
+    from tests.specs import small
+    from tpserve.cli.server_flags import parse
+    from tpserve.config.resolve import resolve
     from tpserve.errors import UserError
-    from tpserve.worker.device import room_for
+    from tpserve.parallel.group import Group
+    from tpserve.parallel.mesh import Mesh
+    from tpserve.parallel.pipeline import Pipeline
+    from tpserve.types.layout import ParallelLayout
+    from tpserve.types.machine import Machine
+    from tpserve.types.model_files import ModelFiles
+    from tpserve.worker.memory import room_for
 
-    device = torch.device("cuda", 0)
-    with pytest.raises(UserError, match="GPU 0 ran out of memory while trying: .* GiB in all"), room_for("trying", device):
+    spec, device = small(), torch.device("cuda", 0)
+    config = resolve(parse(["m", "--device", "cuda"]), ModelFiles("m", "m"), spec, Machine(1, 1, 1, 1, 2, "serve"))
+    mesh = Mesh(0, ParallelLayout(1, 1, (4,)), Group(), Group(), Pipeline(), device)
+    room = room_for("trying", mesh, spec, config, 1)
+    with pytest.raises(UserError, match="GPU 0 ran out of memory while trying: .* GiB in all"), room:
         torch.empty(1 << 50, dtype=torch.uint8, device=device)

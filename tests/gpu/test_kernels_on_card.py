@@ -87,11 +87,11 @@ def test_attention_bits_in_any_chunk(case: PagedCase, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, SINGLE])
 def test_attention_bits_in_any_batch_and_page(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = PagedCase(tuple((1, 1 + 29 * r) for r in range(60)), 8, 2, 128, page=64, dtype=dtype)
-    q, k_cache, v_cache, tables, _, contexts = arguments = case.arguments(DEVICE)
+    q, k_cache, v_cache, tables, starts, contexts = arguments = case.arguments(DEVICE)
     expected = attention.paged_attention(*arguments, 1, SCALE)
-    small = [cache.unflatten(1, (4, 16)).flatten(0, 1) for cache in (k_cache, v_cache)]
+    small_k, small_v = (cache.unflatten(1, (4, 16)).flatten(0, 1) for cache in (k_cache, v_cache))
     small_tables = (4 * tables.unsqueeze(2) + torch.arange(4, dtype=torch.int32, device=DEVICE)).flatten(1)
-    assert torch.equal(attention.paged_attention(q, *small, small_tables, *arguments[4:], 1, SCALE), expected)
+    assert torch.equal(attention.paged_attention(q, small_k, small_v, small_tables, starts, contexts, 1, SCALE), expected)
     one = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
     for r in range(60):
         alone = (q[r : r + 1], k_cache, v_cache, tables[r : r + 1], one, contexts[r : r + 1])
@@ -102,13 +102,13 @@ def test_attention_bits_in_any_batch_and_page(dtype: torch.dtype, monkeypatch: p
 
 def test_attention_in_a_captured_graph() -> None:
     case = PagedCase(((1, 2000), (1, 30)), 32, 8, 128, dtype=BRAIN)
-    q, *rest = case.arguments(DEVICE)
-    expected = attention.paged_attention(q, *rest, 1, SCALE)
+    q, k_cache, v_cache, tables, starts, contexts = case.arguments(DEVICE)
+    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 1, SCALE)
     static_q = torch.zeros_like(q)
-    attention.paged_attention(static_q, *rest, 1, SCALE)
+    attention.paged_attention(static_q, k_cache, v_cache, tables, starts, contexts, 1, SCALE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention.paged_attention(static_q, *rest, 1, SCALE)
+        out = attention.paged_attention(static_q, k_cache, v_cache, tables, starts, contexts, 1, SCALE)
     static_q.copy_(q)
     graph.replay()
     assert torch.equal(out, expected)

@@ -51,7 +51,7 @@ def attend(
 
 
 def main() -> None:
-    driver.set_active(Hopper())  # type: ignore[arg-type]
+    driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_instead_of_launch
     dtype = torch.bfloat16
     x, weight = torch.zeros(4, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+PagedArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class PagedCase:
@@ -21,7 +23,7 @@ class PagedCase:
     cap: float | None = None
     sinks: bool = False
 
-    def arguments(self, device: str, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    def arguments(self, device: str, seed: int = 0) -> PagedArguments:
         """q, k_cache, v_cache, tables, query_starts, context_lens. Blocks are dealt at random; block 0 is nobody's."""
         generator = torch.Generator().manual_seed(seed)
         query_lens, context_lens = zip(*self.requests, strict=True)
@@ -40,8 +42,10 @@ class PagedCase:
         q_TND = torch.randn(sum(query_lens), self.num_heads, self.head_dim, generator=generator)
         starts = torch.tensor([0, *query_lens]).cumsum(0).int()
         q, k, v = (x.to(device, self.dtype) for x in (q_TND, *caches))
-        integers = (x.to(device) for x in (tables_RB, starts, torch.tensor(context_lens, dtype=torch.int32)))
-        return q, k, v if self.latent is None else k[..., : self.latent], *integers
+        tables, query_starts, contexts = (
+            x.to(device) for x in (tables_RB, starts, torch.tensor(context_lens, dtype=torch.int32))
+        )
+        return q, k, v if self.latent is None else k[..., : self.latent], tables, query_starts, contexts
 
     def scoring(self, device: str) -> dict[str, Any]:
         """What `paged_attention` is told of windows, the cap and sinks."""

@@ -81,11 +81,11 @@ def test_reference_is_scaled_dot_product_attention() -> None:
 
 def test_packed_queries_and_caches_that_keep_heads_first() -> None:
     case = PagedCase(requests=((3, 20),))
-    q, k_cache, v_cache, *rest = case.arguments(DEVICE)
+    q, k_cache, v_cache, tables, starts, contexts = case.arguments(DEVICE)
     packed = torch.cat([q.flatten(1), torch.full_like(q.flatten(1), float("nan"))], dim=1)
     heads_first = torch.stack([k_cache, v_cache], dim=1).transpose(2, 3).contiguous().transpose(2, 3)
-    strided = (packed[:, : q[0].numel()].view(q.shape), heads_first[:, 0], heads_first[:, 1], *rest)
-    expected = attention.paged_attention(q, k_cache, v_cache, *rest, 3, 0.25)
+    strided = (packed[:, : q[0].numel()].view(q.shape), heads_first[:, 0], heads_first[:, 1], tables, starts, contexts)
+    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 3, 0.25)
     assert torch.equal(attention.paged_attention(*strided, 3, 0.25), expected)
 
 
@@ -152,11 +152,11 @@ def test_bits_do_not_depend_on_the_split(options: dict[str, Any], monkeypatch: p
 
 
 def test_bits_do_not_depend_on_the_page_size() -> None:
-    q, k_cache, v_cache, tables, *rest = PagedCase(requests=((9, 64), (1, 128)), page=64).arguments(DEVICE)
-    small = [cache.unflatten(1, (4, 16)).flatten(0, 1) for cache in (k_cache, v_cache)]  # block b becomes 4 b ... 4 b + 3
+    q, k_cache, v_cache, tables, starts, contexts = PagedCase(requests=((9, 64), (1, 128)), page=64).arguments(DEVICE)
+    small_k, small_v = (cache.unflatten(1, (4, 16)).flatten(0, 1) for cache in (k_cache, v_cache))  # block b is 4 b ... 4 b + 3
     small_tables = (4 * tables.unsqueeze(2) + torch.arange(4, dtype=torch.int32, device=DEVICE)).flatten(1)
-    expected = attention.paged_attention(q, k_cache, v_cache, tables, *rest, 9, 0.25)
-    assert torch.equal(attention.paged_attention(q, *small, small_tables, *rest, 9, 0.25), expected)
+    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 9, 0.25)
+    assert torch.equal(attention.paged_attention(q, small_k, small_v, small_tables, starts, contexts, 9, 0.25), expected)
 
 
 def test_shapes_outside_the_contract_are_refused() -> None:

@@ -87,8 +87,8 @@ def test_write_kv(dtype: torch.dtype, heads: int, head_dim: int, page: int) -> N
     slots = torch.tensor([3 * page - 1, -1, 0, page], device=DEVICE)
     written = [torch.full((3, page, heads, head_dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
     expected = [torch.full_like(cache, 7.0) for cache in written]
-    kv.write_kv(k, v, *written, slots)
-    kv.write_kv_reference(k, v, *expected, slots)
+    kv.write_kv(k, v, written[0], written[1], slots)
+    kv.write_kv_reference(k, v, expected[0], expected[1], slots)
     assert torch.equal(written[0], expected[0]) and torch.equal(written[1], expected[1])
     assert torch.equal(written[1][2, page - 1], v[0]) and torch.equal(written[0][1, 0], k[3])
     assert (written[0] == 7.0).sum() == (3 * page - 3) * heads * head_dim

@@ -181,17 +181,6 @@ def test_sums_do_not_know_their_order() -> None:
         assert torch.equal(module._exact_sum(weights[:, :, order]), sums)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_the_same_and_never_waits() -> None:
-    x, rest = logits(60, 1000), columns(60)
-    device = [c.cuda() for c in (x, *rest)]
-    whole(*device)
-    torch.cuda.set_sync_debug_mode("error")
-    tokens = whole(*device)
-    torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(tokens.cpu(), whole(x, *rest))
-
-
 @pytest.mark.parametrize("vocab", [300, 50_257])
 def test_a_row_does_not_see_the_others(vocab: int, two_threads: None) -> None:
     """Values and tokens bit for bit, for 1 to 17 rows, for one and two threads."""

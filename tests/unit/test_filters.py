@@ -165,14 +165,6 @@ def test_a_row_does_not_see_the_others() -> None:
         assert torch.equal(filtered(rows[number:])[0], together[number])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_filters_the_same_and_never_waits() -> None:
-    rows = make_rows()
-    expected, got = filtered(rows), filtered(rows, "cuda").cpu()
-    assert torch.equal(got.isinf(), expected.isinf())
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
-
-
 def test_exactly_k_and_the_lowest_ids_of_equal_ones() -> None:
     flat = torch.zeros(VOCAB)
     kept = [filtered([Row(params, [1], [], flat)])[0].isfinite().nonzero().flatten().tolist() for params in (

@@ -4,6 +4,7 @@ Owns no counter: the layers do. Never waits for the device: the counts are copie
 reader gets those of the last step that is through.
 """
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -31,4 +32,4 @@ class Tally:
 
     def read(self) -> bytes:
         """The counts as 64-bit integers, layer by layer. Any thread may ask."""
-        return self._host_LE.numpy().tobytes()
+        return array("q", self._host_LE.flatten().tolist()).tobytes()  # a tensor gives its bytes only by way of NumPy

@@ -1,0 +1,26 @@
+"""The sampler on a card: the tokens and the filtered logits of the CPU, and no wait for the device."""
+
+import pytest
+import torch
+
+from tests.unit.test_draw import columns, logits, whole
+from tests.unit.test_filters import filtered, make_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_a_gpu_draws_the_same_and_never_waits() -> None:
+    x, rest = logits(60, 1000), columns(60)
+    on_card = x.cuda(), *(column.cuda() for column in rest)
+    whole(*on_card)
+    torch.cuda.set_sync_debug_mode("error")
+    tokens = whole(*on_card)
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(tokens.cpu(), whole(x, *rest))
+
+
+def test_a_gpu_filters_the_same_and_never_waits() -> None:
+    rows = make_rows()
+    expected, got = filtered(rows), filtered(rows, "cuda").cpu()
+    assert torch.equal(got.isinf(), expected.isinf())
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
