@@ -25,13 +25,13 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.config import env
-from tpserve.config.network import host_id
+from tpserve.config.network import host_id, leave_dns, listen
 from tpserve.errors import EngineFailure, UserError
 from tpserve.observe import log
 from tpserve.version import __version__
 from tpserve.wire.attach import Failure, write_failure
 from tpserve.wire.lifetime import die_with, end_stopped, live_children
-from tpserve.wire.muster import Meet, Muster, join, listen
+from tpserve.wire.muster import Meet, Muster, join
 from tpserve.wire.nodes import Join, first_end, head_gone
 
 logger = logging.getLogger("tpserve.agent")
@@ -81,6 +81,7 @@ def main() -> int:
     _end_stopped_neighbours(job)
     try:
         met = _find_nodes(job)
+        leave_dns()  # torch's store and agent look names up, only to log them
     except (UserError, EngineFailure) as error:
         return _refuse(job, error)
     return _run(job, met)

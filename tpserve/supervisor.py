@@ -41,7 +41,7 @@ from tpserve.agent import Job
 from tpserve.config import cli, env
 from tpserve.config.launch import meeting_address, own_interface
 from tpserve.config.machine import Machine, available_cores, visible_gpus
-from tpserve.config.network import LOOPBACK, Interface, describe
+from tpserve.config.network import LOOPBACK, Interface, describe, listen
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
@@ -50,7 +50,6 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.wire.attach import Failure, spawn, wait_ready, write_failure
 from tpserve.wire.auth import Keyring
 from tpserve.wire.lifetime import end_stopped
-from tpserve.wire.muster import listen
 from tpserve.wire.signals import SAME_SIGNAL_S
 from tpserve.wire.waiting import Clock
 

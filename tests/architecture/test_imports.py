@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "observe": FLOOR_0,
     "hub": {*FLOOR_0, "config"},
     # floor 2
-    "parallel": FLOOR_0,
+    "parallel": {*FLOOR_0, "config", "observe"},
     "quant": {*FLOOR_0, "kernels"},
     "frontend": {*FLOOR_0, "config", "text", "wire", "observe"},
     # floor 3

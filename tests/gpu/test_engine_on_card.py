@@ -53,10 +53,10 @@ def test_the_card_says_what_the_cpu_says(flags: list[str], ranks: int, on_cpu: l
 
 def test_nccl_with_one_rank() -> None:
     """NCCL itself: a group of one rank forms and sums on the card."""
-    from tpserve.parallel import mesh
     from tpserve.parallel.group import Group
+    from tpserve.parallel.store import host_store
 
-    store, _ = mesh.host_store()
+    store, _ = host_store()
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
         x = torch.arange(8.0, device="cuda")

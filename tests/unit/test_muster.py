@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from tpserve.config.network import listen
 from tpserve.errors import EngineFailure, UserError
 from tpserve.wire import muster
 from tpserve.wire.muster import Meet, Muster
@@ -31,10 +32,10 @@ class Head(threading.Thread):
 
     def __init__(self, timeout_s: float, key: bytes) -> None:
         super().__init__(daemon=True)
-        listener = muster.listen("127.0.0.1", (0, 0))
+        listener = listen("127.0.0.1", (0, 0))
         self.port: int = listener.getsockname()[1]
         self.outcome: Any = None
-        self._store = muster.listen("127.0.0.1", (0, 0))
+        self._store = listen("127.0.0.1", (0, 0))
         self.meet = Meet("127.0.0.1", self._store.getsockname()[1])
         self._muster = Muster(HEAD, listener, 6, timeout_s, key)
 

@@ -35,6 +35,7 @@ from tpserve.observe.trace import Trace
 from tpserve.parallel import mesh as meshes
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import imbalance, split_heads
+from tpserve.parallel.store import agent_store, host_store, join_store
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import MemoryLedger, Place, Start
@@ -76,7 +77,7 @@ def run_rank(
     """
     store = None
     if env.nnodes > 1 and (attachment is None or env.rank == 0):
-        store = meshes.agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, config.start_timeout)
+        store = agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, config.start_timeout)
     if attachment is None:
         assert store is not None
         attachment = attach_remote(env, store, interface.address, config.start_timeout, config.cluster_secret_file)
@@ -181,7 +182,7 @@ class _Rank:
         watch.lap("all ranks")
         control.progress("forming the mesh", 5)
         free = devices.free_memory(device)  # before the ranks meet, so before any has loaded
-        store = hosted.store if hosted else meshes.join_store(start.endpoints["store"])
+        store = hosted.store if hosted else join_store(start.endpoints["store"])
         if env.nnodes > 1:
             remote = [address for name, address in hosted.endpoints.items() if name.endswith("-tcp")] if hosted else []
             reach.check(env.rank, env.world_size, self._between, store, config.start_timeout, remote)
@@ -246,7 +247,7 @@ class _Rank:
 
     def _host(self) -> _Hosted:
         attachment, keyring, ports = self._attachment, self._attachment.keyring, self._config.port_range
-        store, store_address = meshes.host_store(attachment.address, ports)
+        store, store_address = host_store(attachment.address, ports)
         remote = None
         if keyring is not None:
             lock = keyring.lock(rank_role(0), self._config.layout.world_size)

@@ -140,7 +140,7 @@ class Script:
     @cached_property
     def _store(self) -> "Store":
         """torchrun's own, as ranks of other nodes use it: only to learn an address. Kept, for rank 0's script may host it."""
-        from tpserve.parallel.mesh import agent_store  # imports torch, which is needed with several nodes only
+        from tpserve.parallel.store import agent_store  # imports torch, which is needed with several nodes only
 
         me = self._me
         return agent_store(me.master_addr, me.master_port, me.rank, me.use_agent_store, self._said.start_timeout)
