@@ -1,9 +1,9 @@
 """A host whose DNS server never answers, and whose own name nobody knows: run in it what must start all the same.
 
-    unshare --net --mount --uts ... python silent_dns.py COMMAND...     in namespaces of its own, then the command
-    silence()                                                           in namespaces that are there already (a lab host)
+    unshare --net --mount --uts ... python silent_dns.py QUESTIONS COMMAND...   in namespaces of its own, then the command
+    silence(QUESTIONS)                                                          in namespaces that are there (a lab host)
 
-A real resolver asks a real server, which reads the questions and says nothing: each costs glibc ten seconds.
+A real resolver asks a real server, which notes the questions in the file QUESTIONS and says nothing: each costs ten seconds.
 """
 
 import os
@@ -29,14 +29,15 @@ def refusal() -> str | None:
     return f"namespaces are not allowed here: {done.stderr.strip()}" if done.returncode else None
 
 
-def command(*words: str) -> list[str]:
+def command(questions: Path, *words: str) -> list[str]:
     """What runs `words` on such a host."""
-    return [*ALONE, sys.executable, __file__, *words]
+    questions.touch()
+    return [*ALONE, sys.executable, __file__, str(questions), *words]
 
 
-def silence(hosts: str = "127.0.0.1 localhost\n") -> None:
-    """Make this process's namespaces such a host's. `hosts`: its /etc/hosts."""
-    for target, text in (("/etc/resolv.conf", f"nameserver {SERVER}\n"), ("/etc/hosts", hosts)):
+def silence(questions: str) -> None:
+    """Make this process's namespaces such a host's."""
+    for target, text in (("/etc/resolv.conf", f"nameserver {SERVER}\n"), ("/etc/hosts", "127.0.0.1 localhost\n")):
         with tempfile.NamedTemporaryFile("w", delete=False) as file:
             file.write(text)
         subprocess.run(["mount", "--bind", file.name, target], check=True)
@@ -46,8 +47,9 @@ def silence(hosts: str = "127.0.0.1 localhost\n") -> None:
     if os.fork() == 0:  # it ends with the process namespace
         for descriptor in (0, 1, 2):
             os.close(descriptor)
-        while True:
-            server.recv(4096)
+        with Path(questions).open("ab", buffering=0) as noted:
+            while True:
+                noted.write(server.recv(4096)[12:].split(b"\0")[0] + b"\n")
 
 
 def main() -> None:
@@ -55,8 +57,8 @@ def main() -> None:
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     socket.sethostname("airgapped")
-    silence()
-    os.execvp(sys.argv[1], sys.argv[1:])
+    silence(sys.argv[1])
+    os.execvp(sys.argv[2], sys.argv[2:])
 
 
 if __name__ == "__main__":

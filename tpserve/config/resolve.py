@@ -38,6 +38,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         served_model_name=flags.served_model_name or (flags.model,),
         dtype=_dtype(flags, spec, device),
         load_format=flags.load_format,
+        verify_weights=flags.verify_weights,
         seed=flags.seed,
         layout=_layout(flags, spec, machine),
         device=device,

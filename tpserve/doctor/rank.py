@@ -78,9 +78,9 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
     device = devices.choose(config.device, me.local_rank, me.local_world_size)
     try:
         code = _Rank(me, config, spec, interface, settings, device, traced).examine()
-    except EngineFailure as error:
+    except (EngineFailure, UserError) as error:
         logger.error("%s", error)
-        code = 1
+        code = 2 if isinstance(error, UserError) else 1
     _clean_up(traced)
     os._exit(code)  # destructors of a broken mesh can hang
 

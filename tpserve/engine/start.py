@@ -10,6 +10,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
@@ -19,7 +20,7 @@ from tpserve.config.env import RankEnv, told_where
 from tpserve.config.machine import available_cores, visible_gpus
 from tpserve.config.network import Interface, host_id
 from tpserve.config.schema import EngineConfig
-from tpserve.engine import reach
+from tpserve.engine import reach, verify
 from tpserve.engine.fingerprint import fingerprint, traits
 from tpserve.engine.loop import Engine
 from tpserve.engine.pace import Pace
@@ -40,7 +41,7 @@ from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import MemoryLedger, Place, Start
 from tpserve.types.model_spec import ModelSpec
-from tpserve.weights.checkpoint import Checkpoint
+from tpserve.weights.checkpoint import Checkpoint, weight_files
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
 from tpserve.weights.survey import about
@@ -186,6 +187,9 @@ class _Rank:
         if env.nnodes > 1:
             remote = [address for name, address in hosted.endpoints.items() if name.endswith("-tcp")] if hosted else []
             reach.check(env.rank, env.world_size, self._between, store, config.start_timeout, remote)
+        if config.verify_weights:
+            self._verify_weights(store)
+            watch.lap("verify")
         mesh = meshes.form(
             env.rank, config.layout, start.epoch, store, device, config.start_timeout, config.all_reduce, available_cores()
         )
@@ -244,6 +248,23 @@ class _Rank:
 
             have = download.ensure if first else download.wait
             have(weights_of(snapshot), self._config.start_timeout, arrived)
+
+    def _verify_weights(self, store: Store) -> None:
+        """Compare the files of all nodes, byte by byte."""
+        config, env = self._config, self._env
+        if env.nnodes == 1 or config.load_format == "dummy":
+            log.info("--verify-weights: one node or --load-format dummy, so nothing to compare")
+            return
+        title = "verifying weights"
+        directory = Path(config.model)
+        names = weight_files(directory, only_safetensors=config.load_format == "safetensors")
+        with Progress(title, visible=env.local_rank == 0) as progress:
+
+            def read(done: int, total: int) -> None:
+                progress.update(done, total)
+                self._control.progress(title, 5)
+
+            verify.check(env, directory, names, store, max(1, available_cores() // env.local_world_size), read)
 
     def _host(self) -> _Hosted:
         attachment, keyring, ports = self._attachment, self._attachment.keyring, self._config.port_range

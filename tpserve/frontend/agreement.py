@@ -7,10 +7,11 @@ place's `settings` say may differ, and is shown when it does.
 from collections.abc import Iterable, Mapping, Sequence
 
 from tpserve.observe.table import of_ranks, table
-from tpserve.types.messages import Hello
+from tpserve.types.messages import WEIGHTS, Hello
 
 WAY_OUT = "start every node with the same version and arguments"
 _NONE = "none"
+_FILES = 4
 
 
 def disagreement(known: Iterable[Hello], hello: Hello) -> str:
@@ -32,18 +33,24 @@ def noted(hellos: Sequence[Hello]) -> list[str]:
 def everything(hellos: Sequence[Hello]) -> list[str]:
     """The same of all that was told, differing or not."""
     facts = [hello.fingerprint | hello.traits | hello.place.settings for hello in hellos]
-    return _table(hellos, facts, _names(facts))
+    return _table(hellos, facts, _few_files(_names(facts)))
 
 
 def _compare(hellos: Sequence[Hello], facts: Sequence[Mapping[str, str]]) -> list[str]:
     """A row a difference."""
     names = [name for name in _names(facts) if len({each.get(name) for each in facts}) > 1]
-    return _table(hellos, facts, names) if names else []
+    return _table(hellos, facts, _few_files(names)) if names else []
 
 
 def _names(facts: Sequence[Mapping[str, str]]) -> list[str]:
     """In the order in which they are told."""
     return list(dict.fromkeys(name for each in facts for name in each))
+
+
+def _few_files(names: Sequence[str]) -> list[str]:
+    """The same, with only the first of many weight files."""
+    others = [name for name in names if name.startswith(WEIGHTS)][_FILES:]
+    return [name for name in names if name not in others]
 
 
 def _table(hellos: Sequence[Hello], facts: Sequence[Mapping[str, str]], names: Sequence[str]) -> list[str]:
@@ -62,7 +69,7 @@ def _difference(first: Hello, hello: Hello) -> str:
         mine, theirs = hello.fingerprint.get(key, _NONE), first.fingerprint.get(key, _NONE)
         if mine != theirs:
             have = f"rank {first.rank} on {first.host} has {key} {theirs}, rank {hello.rank} on {hello.host} has {key} {mine}"
-            return f"{have}: {WAY_OUT}"
+            return f"{have}: {'put the same files on every node' if key.startswith(WEIGHTS) else WAY_OUT}"
     return ""
 
 
