@@ -34,8 +34,10 @@ def check(
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """All ranks of an epoch call this with their node's weight files; `threads` read at a time. UserError on all of them when two nodes
-    differ. `progress(bytes_done, bytes_total)` follows what this rank reads."""
+    """All ranks of an epoch call this with their node's weight files; `threads` read at a time.
+
+    `progress(bytes_done, bytes_total)` follows what this rank reads. UserError on all ranks when two nodes differ.
+    """
     mine = slices(directory, names)[env.local_rank :: env.local_world_size]
     found = zip(mine, digests(mine, threads, progress), strict=True)
     told = Told(env.node_rank, [(each.name, each.start, digest) for each, digest in found])
