@@ -37,7 +37,7 @@ from types import FrameType
 import msgspec
 from msgspec.structs import replace
 
-from tpserve.agent import Job
+from tpserve.agent import AGENT_COMMAND, Job
 from tpserve.config import cli, env
 from tpserve.config.launch import meeting_address, own_interface
 from tpserve.config.machine import Machine, available_cores, visible_gpus
@@ -192,9 +192,8 @@ class _Supervisor:
             argv=cli.to_argv(replace(flags, port=config.port)),
         )
         environ = env.for_ranks(str(self._runtime_dir), quiet=config.log_level != "debug")
-        command = [sys.executable, "-m", "tpserve.agent"]
         passed = () if self._listener is None else (self._listener.fileno(),)
-        agent = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, start_new_session=True, pass_fds=passed)
+        agent = subprocess.Popen(AGENT_COMMAND, stdin=subprocess.PIPE, env=environ, start_new_session=True, pass_fds=passed)
         if self._listener is not None:
             self._listener.close()  # the agent's now
         assert agent.stdin is not None

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import HashStore, Store
 
+from tpserve.config.sizes import size
 from tpserve.doctor import host, links, traffic
 from tpserve.doctor.hang import Limit, who_does_not_answer
 from tpserve.doctor.host import Disk, Found
 from tpserve.doctor.links import Echo, Heard
-from tpserve.doctor.verdict import Verdict, duration, exit_code, page, size, summary
+from tpserve.doctor.verdict import Verdict, duration, exit_code, page, summary
 from tpserve.errors import UserError
 
 LOG = """

@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple
 
 from tpserve.config.machine import Machine
 from tpserve.config.schema import EngineConfig, Flags
+from tpserve.config.sizes import GIB
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.types.window import blocks_of, longest
 
-GIB = 1 << 30
 BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 

@@ -112,8 +112,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         bool,
         Flag(
             MODEL,
-            "Compare every byte of the weight files between nodes before loading, not only a sample of each file; each node reads "
-            "its files once more.",
+            "Compare every byte of the weight files between nodes before loading, not only a sample of each file; each node "
+            "reads its files once more.",
             "tpserve",
         ),
     ] = False

@@ -7,19 +7,16 @@ Exit codes: 0 nothing is broken, 1 something is, 2 what the user can mend, such 
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
-import uuid
 from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
 
-from tpserve.agent import Job
+from tpserve.agent import AGENT_COMMAND, Job
 from tpserve.config import cli, env
 from tpserve.config.command import Command
 from tpserve.config.machine import visible_gpus
-from tpserve.config.network import LOOPBACK
 from tpserve.config.resolve import num_local_ranks
 from tpserve.config.schema import Flags
 from tpserve.errors import UserError
@@ -63,22 +60,13 @@ def _alone(flags: Flags) -> int:
     with tempfile.TemporaryDirectory(prefix="tpserve-doctor-") as directory:
         job = Job(
             supervisor_pid=os.getpid(),
-            nnodes=1,
-            node_rank=0,
             nproc=nproc,
-            master_addr=LOOPBACK,
-            master_port=0,
-            listener=-1,
-            address=LOOPBACK,
-            derived=True,
-            port_range=(0, 0),
             world_size=nproc,
-            run_id=uuid.uuid4().hex,
             start_timeout_s=flags.start_timeout,
             runtime_dir=directory,
             log_level="error",
             argv=["doctor", *cli.to_argv(flags)],
         )
-        command = [sys.executable, "-m", "tpserve.agent"]
+
         environ = env.for_ranks(directory, quiet=True)
-        return subprocess.run(command, input=msgspec.json.encode(job), env=environ, check=False).returncode
+        return subprocess.run(AGENT_COMMAND, input=msgspec.json.encode(job), env=environ, check=False).returncode

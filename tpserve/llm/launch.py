@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from tpserve.agent import Job
+from tpserve.agent import AGENT_COMMAND, Job
 from tpserve.config import cli, env
 from tpserve.config.env import RankEnv
 from tpserve.config.machine import Machine, available_cores, visible_gpus
-from tpserve.config.network import LOOPBACK, choose
+from tpserve.config.network import choose
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure
@@ -61,24 +61,15 @@ class Alone:
         flags, config = self._resolved
         job = Job(
             supervisor_pid=os.getpid(),
-            nnodes=1,
-            node_rank=0,
             nproc=config.layout.world_size,
-            master_addr=LOOPBACK,
-            master_port=0,
-            listener=-1,
-            address=LOOPBACK,
-            derived=True,
-            port_range=(0, 0),
             world_size=config.layout.world_size,
-            run_id=uuid.uuid4().hex,
             start_timeout_s=config.start_timeout,
             runtime_dir=str(self.where),
             log_level=config.log_level,
             argv=cli.to_argv(flags),
         )
         environ = env.for_ranks(str(self.where), quiet=config.log_level != "debug")
-        return Child([sys.executable, "-m", "tpserve.agent"], environ, msgspec.json.encode(job))
+        return Child(list(AGENT_COMMAND), environ, msgspec.json.encode(job))
 
     def publish(self, invitation: Invitation | None) -> None:
         """Nobody else looks for us."""

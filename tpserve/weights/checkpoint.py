@@ -47,9 +47,9 @@ class Checkpoint:
             index, paths = found
             return Checkpoint(directory, _listed(paths) if index is None else _indexed(index), names)
         foreign = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in directory.glob(pattern))
-        found = f": {foreign[0]} is not read, convert it to safetensors" if foreign else ""
+        there = f": {foreign[0]} is not read, convert it to safetensors" if foreign else ""
         torchs = "" if only_safetensors else " and no pytorch_model.bin"
-        raise UserError(f"no safetensors files{torchs} in {directory}{found}")
+        raise UserError(f"no safetensors files{torchs} in {directory}{there}")
 
     def tensors(self) -> dict[str, str]:
         """All of them: what the model calls them, and the files."""
