@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = "127.9.9.53"
+HOSTS = "127.0.0.1 localhost\n"
 ALONE = ("unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
@@ -36,12 +37,8 @@ def command(questions: Path, *words: str) -> list[str]:
 
 
 def silence(questions: str) -> None:
-    """Make this process's namespaces such a host's."""
-    for target, text in (("/etc/resolv.conf", f"nameserver {SERVER}\n"), ("/etc/hosts", "127.0.0.1 localhost\n")):
-        with tempfile.NamedTemporaryFile("w", delete=False) as file:
-            file.write(text)
-        subprocess.run(["mount", "--bind", file.name, target], check=True)
-        Path(file.name).unlink()  # the mount keeps it
+    """Make this process's namespaces such a host's, but for /etc/hosts."""
+    put("/etc/resolv.conf", f"nameserver {SERVER}\n")
     server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     server.bind((SERVER, 53))
     if os.fork() == 0:  # it ends with the process namespace
@@ -52,11 +49,20 @@ def silence(questions: str) -> None:
                 noted.write(server.recv(4096)[12:].split(b"\0")[0] + b"\n")
 
 
+def put(target: str, text: str) -> None:
+    """In this mount namespace a file has this content."""
+    with tempfile.NamedTemporaryFile("w", delete=False) as file:
+        file.write(text)
+    subprocess.run(["mount", "--bind", file.name, target], check=True)
+    Path(file.name).unlink()  # the mount keeps it
+
+
 def main() -> None:
     """Become such a host, then run the command."""
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     socket.sethostname("airgapped")
+    put("/etc/hosts", HOSTS)
     silence(sys.argv[1])
     os.execvp(sys.argv[2], sys.argv[2:])
 

@@ -18,15 +18,22 @@ def questions(hosts: list[Host], tmp_path: Path) -> Iterator[Path]:
     """What the hosts, which are made such, ask DNS."""
     noted = tmp_path / "questions"
     noted.touch()
+    named = [host.run("cat", "/etc/hosts") for host in hosts]
     for host in hosts:
         host.run("env", f"PYTHONPATH={silent_dns.ROOT}", sys.executable, "-c",
                  "import sys; from tests.silent_dns import silence; silence(sys.argv[1])", str(noted))  # fmt: skip
+        write_hosts(host, silent_dns.HOSTS)
     servers = [pid for host in hosts for pid in host.processes()]
     yield noted
-    for host in hosts:
-        host.run("umount", "/etc/resolv.conf", "/etc/hosts")
+    for host, names in zip(hosts, named, strict=True):
+        write_hosts(host, names)
+        host.run("umount", "/etc/resolv.conf")
     for pid in servers:
         os.kill(pid, 9)
+
+
+def write_hosts(host: Host, text: str) -> None:
+    host.run("sh", "-c", 'printf %s "$1" > /etc/hosts', "sh", text)
 
 
 def test_two_nodes_serve_without_names(hosts: list[Host], questions: Path, place: Path, tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ def agent_store(master_addr: str, master_port: int, rank: int, hosted_by_agent: 
     `hosted_by_agent`: the agent of node 0 hosts it (the usual case); else rank 0 does.
     """
     if rank == 0 and not hosted_by_agent:
-        return TCPStore(master_addr, master_port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        with without_dns():
+            return TCPStore(
+                master_addr, master_port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            )
     return _dial(master_addr, master_port, timeout_s, patient=True)
 
 
