@@ -16,22 +16,23 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import host_id
+from tpserve.host.network import LOOPBACK, host_id, leave_dns, listen
 from tpserve.observe import log
 from tpserve.version import __version__
 from tpserve.wire.attach import Failure, write_failure
 from tpserve.wire.lifetime import die_with, end_stopped, live_children
-from tpserve.wire.muster import Meet, Muster, join, listen
+from tpserve.wire.muster import Meet, Muster, join
 from tpserve.wire.nodes import Join, first_end, head_gone
 
 logger = logging.getLogger("tpserve.agent")
@@ -44,27 +45,31 @@ LOOK_AT = "see the last lines of its log, and `dmesg` there for a kernel that wa
 LOOK_BETWEEN = "look at that node and the network between them"
 
 
+AGENT_COMMAND = (sys.executable, "-m", "tpserve.agent")
+"""How an agent is started; it reads its `Job` from stdin."""
+
+
 class Job(Struct, frozen=True, kw_only=True):
-    """What to start. `argv`: the ranks' command line after `python -m tpserve`."""
+    """What to start. `argv`: the ranks' command line after `python -m tpserve`. Unless it says so, on this node alone."""
 
     supervisor_pid: int
     mutual: bool = False
     """The supervisor, too, is ended when it was stopped; a script or a command at somebody's terminal is not"""
-    nnodes: int
-    node_rank: int
+    nnodes: int = 1
+    node_rank: int = 0
     nproc: int
-    master_addr: str
-    master_port: int
-    listener: int
+    master_addr: str = LOOPBACK
+    master_port: int = 0
+    listener: int = -1
     """On node 0 of several, the descriptor of the socket to which the other nodes come; else -1."""
-    address: str
+    address: str = LOOPBACK
     """This node's, for other nodes; `derived` from the route to the master"""
-    derived: bool
+    derived: bool = True
     meeting_key: str = ""
     """Of the cluster's secret, where there is a file of it, in hexadecimal"""
-    port_range: tuple[int, int]
+    port_range: tuple[int, int] = (0, 0)
     world_size: int
-    run_id: str
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     start_timeout_s: float
     runtime_dir: str
     log_level: str
@@ -81,6 +86,7 @@ def main() -> int:
     _end_stopped_neighbours(job)
     try:
         met = _find_nodes(job)
+        leave_dns()  # torch's store and agent look names up, only to log them
     except (UserError, EngineFailure) as error:
         return _refuse(job, error)
     return _run(job, met)

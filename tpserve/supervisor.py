@@ -37,14 +37,14 @@ from types import FrameType
 import msgspec
 from msgspec.structs import replace
 
-from tpserve.agent import Job
+from tpserve.agent import AGENT_COMMAND, Job
 from tpserve.cli import server_flags
 from tpserve.config import env
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host.launch import meeting_address, own_interface
-from tpserve.host.network import LOOPBACK, Interface, describe
+from tpserve.host.network import LOOPBACK, Interface, describe, listen
 from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
@@ -52,7 +52,6 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.wire.attach import Failure, spawn, wait_ready, write_failure
 from tpserve.wire.auth import Keyring
 from tpserve.wire.lifetime import end_stopped
-from tpserve.wire.muster import listen
 from tpserve.wire.signals import SAME_SIGNAL_S
 from tpserve.wire.waiting import Clock
 
@@ -195,9 +194,8 @@ class _Supervisor:
             argv=server_flags.to_argv(replace(flags, port=config.port)),
         )
         environ = env.for_ranks(str(self._runtime_dir), quiet=config.log_level != "debug")
-        command = [sys.executable, "-m", "tpserve.agent"]
         passed = () if self._listener is None else (self._listener.fileno(),)
-        agent = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, start_new_session=True, pass_fds=passed)
+        agent = subprocess.Popen(AGENT_COMMAND, stdin=subprocess.PIPE, env=environ, start_new_session=True, pass_fds=passed)
         if self._listener is not None:
             self._listener.close()  # the agent's now
         assert agent.stdin is not None

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "observe": FLOOR_0,
     "hub": {*FLOOR_0, "config"},
     # floor 2
-    "parallel": FLOOR_0,
+    "parallel": {*FLOOR_0, "config", "host", "observe"},
     "quant": {*FLOOR_0, "kernels"},
     "frontend": {*FLOOR_0, "config", "host", "text", "wire", "observe"},
     # floor 3
@@ -185,7 +185,7 @@ def test_nothing_is_used_that_setup_does_not_require() -> None:
     """The environment of the tests has more than an installation: NumPy, transformers. tests/bare runs without them."""
     required = {
         "torch", "triton", "safetensors", "huggingface_hub", "aiohttp", "msgspec", "zmq", "tokenizers", "jinja2", "uvloop",
-        "prometheus_client", "rich",
+        "prometheus_client", "rich", "yaml",
     }  # fmt: skip
     for path in [*sources(), *(ROOT / "kernels").rglob("*.py")]:
         if path == PACKAGE / "builtin" / "train.py":  # `make model`, in the environment of the tests

@@ -15,6 +15,7 @@ from tests.cluster.forked import run
 from tpserve.errors import EngineFailure, UserError
 from tpserve.parallel import mesh as meshes
 from tpserve.parallel import shm
+from tpserve.parallel.store import agent_store, host_store, join_store
 from tpserve.types.layout import ParallelLayout
 
 AllReduce = Literal["auto", "gloo", "shm"]
@@ -25,7 +26,7 @@ def meet(where: Path, rank: int, epoch: int, patience_s: float = 20.0) -> dist.T
     """The epoch's store: rank 0 hosts it and leaves its address in a file. The test must not, or its thread is forked."""
     told = where / f"epoch{epoch}"
     if rank == 0:
-        store, address = meshes.host_store()
+        store, address = host_store()
         draft = told.with_suffix(".draft")
         draft.write_text(address)
         draft.rename(told)
@@ -34,7 +35,7 @@ def meet(where: Path, rank: int, epoch: int, patience_s: float = 20.0) -> dist.T
     while not told.exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
-    return meshes.join_store(told.read_text())
+    return join_store(told.read_text())
 
 
 def check(mesh: meshes.Mesh, epoch: int) -> None:
@@ -135,18 +136,18 @@ def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again(all_
 
 
 def test_the_store_listens_on_its_own_address_only() -> None:
-    store, address = meshes.host_store("127.0.0.1")
+    store, address = host_store("127.0.0.1")
     host, _, port = address.rpartition(":")
     assert host == "127.0.0.1"
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", int(port)), 1.0):
         pass
-    meshes.join_store(address).set("key", "value")
+    join_store(address).set("key", "value")
     assert store.get("key") == b"value"
 
 
 def test_a_store_on_an_ipv6_address() -> None:
-    store, address = meshes.host_store("::1")
-    meshes.join_store(address).set("key", "value")
+    store, address = host_store("::1")
+    join_store(address).set("key", "value")
     assert store.get("key") == b"value"
 
 
@@ -156,7 +157,7 @@ def test_a_dead_store_is_known_at_once() -> None:
         port = probe.getsockname()[1]
     started_s = time.monotonic()
     with pytest.raises(EngineFailure, match=f"the store at 127.0.0.1:{port} does not answer"):
-        meshes.join_store(f"127.0.0.1:{port}")
+        join_store(f"127.0.0.1:{port}")
     assert time.monotonic() - started_s < 1
 
 
@@ -168,7 +169,7 @@ def test_the_agents_store_may_come_late() -> None:
     def rank_main(rank: int) -> None:
         if rank == 0:
             time.sleep(0.5)
-        store = meshes.agent_store("127.0.0.1", port, rank, hosted_by_agent=False, timeout_s=10.0)
+        store = agent_store("127.0.0.1", port, rank, hosted_by_agent=False, timeout_s=10.0)
         if rank == 0:
             store.set("key", "value")
             assert store.get("seen") == b"yes"

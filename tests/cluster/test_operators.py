@@ -116,7 +116,7 @@ def test_the_doctor_on_one_node(model: str) -> None:
         "all-reduce across stages",
     ):
         assert re.search(rf"^(good|slow) +{what}", page, re.MULTILINE), page
-    assert re.search(r"^torch +\d", page, re.MULTILINE) and re.search(r"^4 KiB +\S+ \S+ +\S+ GB/s$", page, re.MULTILINE)
+    assert re.search(r"^torch +\d", page, re.MULTILINE) and re.search(r"^4\.0 KiB +\S+ \S+ +\S+ GB/s$", page, re.MULTILINE)
     assert re.search(r"disk .* of weights load in", page)
     code, page, error = tpserve("doctor", model, "--device", "cpu", "--block-size", "0")
     assert code == 2 and error.startswith("tpserve: error: ") and error.count("\n") == 1

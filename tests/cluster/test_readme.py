@@ -98,7 +98,7 @@ def test_the_plan_lacks_a_model_and_nothing_else() -> None:
 def test_the_doctor_is_understood() -> None:
     """It is run in tests/bare; this line would start eight ranks."""
     [line] = lines("tpserve doctor")
-    assert cli.parse(shlex.split(line)[2:]).tensor_parallel_size == 8
+    assert server_flags.parse(shlex.split(line)[2:]).tensor_parallel_size == 8
 
 
 @pytest.mark.parametrize("line", [*lines("torchrun"), *lines("tpserve serve")])

@@ -5,7 +5,8 @@ import time
 import torch
 
 from tpserve.config.env import RankEnv
-from tpserve.parallel.mesh import agent_store, form, host_store, join_store, leave
+from tpserve.parallel.mesh import form, leave
+from tpserve.parallel.store import agent_store, host_store, join_store
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.messages import MemoryLedger
 from tpserve.wire.attach import Attachment

@@ -61,9 +61,9 @@ def test_two_cards_over_nccl(flags: list[str], on_cpu: list[list[list[int]]], tm
 
 def test_nccl_with_one_rank() -> None:
     """NCCL itself, by the calls that `Group` makes. (A `Group` of one rank makes none.)"""
-    from tpserve.parallel import mesh
+    from tpserve.parallel.store import host_store
 
-    store, _ = mesh.host_store()
+    store, _ = host_store()
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:
         assert dist.get_backend() == "nccl"

@@ -32,6 +32,16 @@ def test_who_has_what_of_all_that_must_agree() -> None:
     assert disagreement(SAME, other[0]).startswith("rank 0 on a has NCCL none, rank 2 on b has NCCL 2.27: start every node with")
 
 
+def test_other_weights_are_told_by_a_file() -> None:
+    a, b = ({f"weights {i}.safetensors": f"{host}{i}" for i in range(9)} for host in "ab")
+    hellos = [hello(0, "a", **a), hello(1, "b", **b)]
+    said = disagreement(hellos[:1], hellos[1])
+    assert said == (
+        "rank 0 on a has weights 0.safetensors a0, rank 1 on b has weights 0.safetensors b0: put the same files on every node"
+    )
+    assert len(refused(hellos)) == 5 and len(everything(hellos)) == 7, "a few of many files"
+
+
 def test_what_may_differ_is_no_reason_to_refuse() -> None:
     other = hello(2, "b", {"NCCL_IB_HCA": "mlx5"}, driver="560.2", torch="2.13")
     assert disagreement(SAME, other) == "" and refused([*SAME, other]) == []

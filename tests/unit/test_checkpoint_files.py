@@ -80,6 +80,26 @@ def test_files_without_an_index(whole: dict[str, torch.Tensor], tmp_path: Path) 
         read(tmp_path, decoder())
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/../../x.safetensors", "", ".", "x\0.safetensors"])
+def test_an_index_that_leaves_its_directory_is_refused(whole: dict[str, torch.Tensor], tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    save_file(whole, tmp_path / "x.safetensors")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(whole, f"{tmp_path}{name}" if name.startswith("/") else name)}))
+    with pytest.raises(UserError, match=r"index\.json names '.*', which is no file in its directory"):
+        read(directory, decoder())
+
+
+def test_an_index_may_name_links_as_the_cache_of_the_hub_has_them(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    directory = tmp_path / "snapshots"
+    directory.mkdir()
+    save_file(whole, tmp_path / "blob")
+    (directory / "a.safetensors").symlink_to("../blob")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(whole, "a.safetensors")}))
+    read(directory, decoder())
+
+
 def test_tied_embeddings(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in whole.items() if name != "lm_head.weight"}, tmp_path / "model.safetensors")
     embedding = whole["model.embed_tokens.weight"]

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import HashStore, Store
 
+from tpserve.config.sizes import size
 from tpserve.doctor import host, links, traffic
 from tpserve.doctor.hang import Limit, who_does_not_answer
 from tpserve.doctor.host import Disk, Found
 from tpserve.doctor.links import Echo, Heard
-from tpserve.doctor.verdict import Verdict, duration, exit_code, page, size, summary
+from tpserve.doctor.verdict import Verdict, duration, exit_code, page, summary
 from tpserve.errors import UserError
 
 LOG = """
@@ -35,7 +36,7 @@ def test_pages_end_with_what_to_do() -> None:
     assert page(verdicts) == ["good  a     fine", "slow  much  meh", "        -> mend it"]
     assert summary(verdicts) == "1 good, 1 slow" and exit_code(verdicts) == 0
     assert exit_code([*verdicts, Verdict("broken", "x", "y")]) == 1
-    assert [size(n) for n in (0, 4096, 3 << 29, 5000 << 30)] == ["0 B", "4 KiB", "1.5 GiB", "5000 GiB"]
+    assert [size(n) for n in (0, 4096, 3 << 29, 5000 << 30)] == ["0 B", "4.0 KiB", "1.5 GiB", "5000.0 GiB"]
     assert [duration(s) for s in (21e-6, 0.0015, 2.5)] == ["21 us", "1.5 ms", "2.5 s"]
 
 
@@ -166,7 +167,7 @@ def test_sums_are_judged_by_what_a_token_and_a_prompt_wait() -> None:
     far = traffic.judge("x", [(4096, 500e-6), (1 << 26, 1e-3)], 4, 160, 16384)
     thin = traffic.judge("x", [(4096, 20e-6), (1 << 26, 0.1)], 4, 160, 16384)
     assert far.level == thin.level == "slow" and "-pp" in far.remedy
-    assert traffic.lines([(4096, 20e-6)], 2) == [("4 KiB", "20 us", "0.205 GB/s")]
+    assert traffic.lines([(4096, 20e-6)], 2) == [("4.0 KiB", "20 us", "0.205 GB/s")]
 
 
 def test_several_nodes_are_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_allocated(
         UserError, match=r"the weights of rank 0 take \d+\.\d KiB .* 293.0 KiB are free .* -tp 1 -pp 2 \(2 ranks on 2 nodes"
     ):
         memory.check_weights(mesh, SPEC, config, 1, free=300_000)
-    assert "0.0 GiB are free of the 0.0 GiB of the control group (/x)" in caplog.text
+    assert "293.0 KiB are free of the 1.0 MiB of the control group (/x)" in caplog.text
 
 
 def test_a_card_that_fills_up_is_explained(

@@ -15,6 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from tpserve.errors import EngineFailure, UserError
+from tpserve.host.network import listen
 from tpserve.wire import muster, waiting
 from tpserve.wire.muster import Meet, Muster
 from tpserve.wire.nodes import End, Join, first_end, head_gone
@@ -31,10 +32,10 @@ class Head(threading.Thread):
 
     def __init__(self, timeout_s: float, key: bytes) -> None:
         super().__init__(daemon=True)
-        listener = muster.listen("127.0.0.1", (0, 0))
+        listener = listen("127.0.0.1", (0, 0))
         self.port: int = listener.getsockname()[1]
         self.outcome: Any = None
-        self._store = muster.listen("127.0.0.1", (0, 0))
+        self._store = listen("127.0.0.1", (0, 0))
         self.meet = Meet("127.0.0.1", self._store.getsockname()[1])
         self._muster = Muster(HEAD, listener, 6, timeout_s, key)
 

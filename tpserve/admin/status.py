@@ -10,9 +10,9 @@ from tpserve.admin.client import Facts, ask, gauge
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
 from tpserve.config.schema import Flag
+from tpserve.config.sizes import size
 from tpserve.observe.table import table
 
-GIB = 1 << 30
 READY, NOT_READY = 0, 1
 Json = dict[str, Any]
 
@@ -83,11 +83,7 @@ def _used(node: int, ranks: Sequence[Json], device: str) -> int:
 def _memory(ledger: Json | None) -> str:
     if ledger is None:
         return "?"
-    return f"{_size(ledger['weights'])} weights, {_size(ledger['kv_cache'])} KV of {_size(ledger['total'])}"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / (1 << 20):.1f} MiB"
+    return f"{size(ledger['weights'])} weights, {size(ledger['kv_cache'])} KV of {size(ledger['total'])}"
 
 
 def _range(ends: Sequence[int] | None) -> str:

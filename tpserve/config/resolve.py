@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from msgspec import DecodeError, json
 
 from tpserve.config.schema import EngineConfig, Flags
+from tpserve.config.sizes import GIB
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.machine import Machine
@@ -16,7 +17,6 @@ from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.types.window import blocks_of, longest
 
-GIB = 1 << 30
 BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 
@@ -40,6 +40,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         served_model_name=flags.served_model_name or (flags.model,),
         dtype=_dtype(flags, spec, device),
         load_format=flags.load_format,
+        verify_weights=flags.verify_weights,
         seed=flags.seed,
         layout=_layout(flags, spec, machine),
         device=device,

@@ -110,6 +110,15 @@ class Flags(Struct, frozen=True, kw_only=True):
             MODEL, "Where weights come from. auto: safetensors, or else pytorch_model*.bin. dummy: random numbers, to try sizes."
         ),
     ] = "auto"
+    verify_weights: Annotated[
+        bool,
+        Flag(
+            MODEL,
+            "Compare every byte of the weight files between nodes before loading, not only a sample of each file; each node "
+            "reads its files once more.",
+            "tpserve",
+        ),
+    ] = False
     seed: Annotated[int, Flag(MODEL, "Seed of the random numbers of --load-format dummy.", at_least=0, at_most=2**63 - 1)] = 0
 
     tensor_parallel_size: Annotated[
@@ -343,6 +352,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     served_model_name: tuple[str, ...]
     dtype: Literal["bfloat16", "float16", "float32"]
     load_format: Literal["auto", "safetensors", "dummy"]
+    verify_weights: bool
     seed: int
     layout: ParallelLayout
     device: Literal["cuda", "cpu"]

@@ -9,20 +9,18 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
 
-from tpserve.agent import Job
+from tpserve.agent import AGENT_COMMAND, Job
 from tpserve.cli import server_flags
 from tpserve.cli.command import Command
 from tpserve.config import env
 from tpserve.config.resolve import num_local_ranks
 from tpserve.config.schema import Flags
 from tpserve.errors import UserError
-from tpserve.host.network import LOOPBACK
 from tpserve.host.resources import visible_gpus
 
 
@@ -67,22 +65,13 @@ def _alone(flags: Flags) -> int:
     with tempfile.TemporaryDirectory(prefix="tpserve-doctor-") as directory:
         job = Job(
             supervisor_pid=os.getpid(),
-            nnodes=1,
-            node_rank=0,
             nproc=nproc,
-            master_addr=LOOPBACK,
-            master_port=0,
-            listener=-1,
-            address=LOOPBACK,
-            derived=True,
-            port_range=(0, 0),
             world_size=nproc,
-            run_id=uuid.uuid4().hex,
             start_timeout_s=flags.start_timeout,
             runtime_dir=directory,
             log_level="error",
             argv=["doctor", *server_flags.to_argv(flags)],
         )
-        command = [sys.executable, "-m", "tpserve.agent"]
+
         environ = env.for_ranks(directory, quiet=True)
-        return subprocess.run(command, input=msgspec.json.encode(job), env=environ, check=False).returncode
+        return subprocess.run(AGENT_COMMAND, input=msgspec.json.encode(job), env=environ, check=False).returncode

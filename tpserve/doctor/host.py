@@ -8,7 +8,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from tpserve.doctor.verdict import Verdict, duration, size
+from tpserve.config.sizes import size
+from tpserve.doctor.verdict import Verdict, duration
 from tpserve.types.model_files import WEIGHT_FORMATS
 
 SHM = "/dev/shm"

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from msgspec import Struct
 
 from tpserve.doctor.verdict import Verdict, duration
-from tpserve.host.network import at, describe
+from tpserve.host.network import at, describe, listen
 
 CONNECT_S = 4.0
 """Longer than the kernel looks for a neighbour, so that it is the kernel who says why there is none."""
@@ -38,17 +38,8 @@ class Echo:
     """Answers every byte with this host's clock, until closed."""
 
     def __init__(self, address: str, ports: tuple[int, int]) -> None:
-        """OSError when no port can be had."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
-        for port in range(ports[0], ports[1] + 1):
-            try:
-                self._listener.bind((address, port))
-                break
-            except OSError:
-                if port == ports[1]:
-                    raise
-        self._listener.listen(1024)
+        """UserError when no port can be had."""
+        self._listener = listen(address, ports)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 

@@ -35,15 +35,15 @@ from tpserve.engine import reach
 from tpserve.engine.fingerprint import fingerprint, processor, traits
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.agreement import disagreement, everything, noted
-from tpserve.host import network
 from tpserve.host.network import Interface, choose, host_id
 from tpserve.host.resources import Memory, available_cores, available_memory, of_rank, visible_gpus
 from tpserve.hub.locate import describe
 from tpserve.models.opened import open_model
 from tpserve.observe import log
-from tpserve.observe.table import of_ranks, table
+from tpserve.observe.table import table
 from tpserve.parallel import mesh as meshes
 from tpserve.parallel.group import Group
+from tpserve.parallel.store import agent_store, gather, host_store, join_store
 from tpserve.types.messages import Hello, Place
 from tpserve.types.model_spec import ModelSpec
 from tpserve.worker import device as devices
@@ -78,9 +78,9 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
     device = devices.choose(config.device, me.local_rank, me.local_world_size)
     try:
         code = _Rank(me, config, spec, interface, settings, device, traced).examine()
-    except EngineFailure as error:
+    except (EngineFailure, UserError) as error:
         logger.error("%s", error)
-        code = 1
+        code = 2 if isinstance(error, UserError) else 1
     _clean_up(traced)
     os._exit(code)  # destructors of a broken mesh can hang
 
@@ -150,8 +150,8 @@ class _Rank:
     def _dial(self, hellos: Sequence[Hello]) -> list[list[links.Heard]]:
         try:
             echo = links.Echo(self._interface.address, self._config.port_range)
-        except OSError as error:
-            raise EngineFailure(f"cannot listen at {self._interface.address}: {network.describe(error)}") from error
+        except UserError as error:
+            raise EngineFailure(str(error)) from error
         ports = self._gather("port", echo.port, int)
         heard = links.dial(self._me.rank, [(hello.place.address, port) for hello, port in zip(hellos, ports, strict=True)])
         all_heard = self._gather("heard", heard, list[links.Heard])
@@ -207,10 +207,10 @@ class _Rank:
         `later_s`: how much later than this rank others may notice."""
         place = (self._interface.address, self._config.port_range)
         try:
-            store = self._store if self._me.rank == 0 else meshes.join_store(self._store_address, links.CONNECT_S)
+            store = self._store if self._me.rank == 0 else join_store(self._store_address, links.CONNECT_S)
             found = who_does_not_answer(store, self._me.rank, self._hosts, place, what, later_s)
             self._print(["", *page(found), "", summary(found)])
-        except (EngineFailure, OSError, RuntimeError) as error:
+        except (EngineFailure, UserError, RuntimeError) as error:
             logger.error("%s did not come back, and neither does rank 0 on %s: %s", what, self._hosts[0], error)
         time.sleep(1.0 if self._me.rank == 0 else 0.0)  # its store is the others'
         _clean_up(self._traced)
@@ -244,16 +244,9 @@ class _Rank:
 
     def _gather(self, name: str, mine: Of, kind: object) -> list[Of]:
         """What every rank has for `name`, in rank order. EngineFailure when one is missing for too long."""
-        store, ranks = self._store, range(self._me.world_size)
-        store.set(f"{name}{self._me.rank}", msgspec.json.encode(mine).decode())
-        keys = [f"{name}{rank}" for rank in ranks]
         limit_s = ANSWER_S if self._hosts else self._config.start_timeout
-        try:
-            store.wait(keys, timedelta(seconds=limit_s))
-        except RuntimeError as error:
-            missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
-            raise EngineFailure(f"{of_ranks(missing)} did not come within {limit_s:g} s") from error
-        return [msgspec.json.decode(store.get(key), type=kind) for key in keys]
+        told = gather(self._store, name, self._me.rank, range(self._me.world_size), msgspec.json.encode(mine), limit_s)
+        return [msgspec.json.decode(each, type=kind) for each in told]
 
     def _leave(self, code: int) -> int:
         """All leave with rank 0's code, once it has said what there is to say: torchrun ends all ranks when one has failed."""
@@ -279,17 +272,17 @@ class _Rank:
 def _meet(me: RankEnv, config: EngineConfig, interface: Interface) -> tuple[Store, str]:
     """The store of this run, and where it is."""
     if me.world_size == 1:
-        return meshes.host_store(interface.address, config.port_range)
-    agents = meshes.agent_store(me.master_addr, me.master_port, me.rank, me.use_agent_store, config.start_timeout)
+        return host_store(interface.address, config.port_range)
+    agents = agent_store(me.master_addr, me.master_port, me.rank, me.use_agent_store, config.start_timeout)
     key = f"{_KEY}/{me.restart_count}"
     if me.rank == 0:
-        store, address = meshes.host_store(interface.address, config.port_range)
+        store, address = host_store(interface.address, config.port_range)
         agents.set(key, address)
         return store, address
     try:
         agents.wait([key], timedelta(seconds=config.start_timeout))
         address = agents.get(key).decode()
-        return meshes.join_store(address, links.CONNECT_S), address
+        return join_store(address, links.CONNECT_S), address
     except RuntimeError as error:
         raise EngineFailure(f"rank 0 did not come within {config.start_timeout:g} s") from error
 

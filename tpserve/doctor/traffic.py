@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from tpserve.config.sizes import size
 from tpserve.doctor.hang import Limit
-from tpserve.doctor.verdict import Verdict, duration, size
+from tpserve.doctor.verdict import Verdict, duration
 from tpserve.parallel.group import Group
 
 SIZES = tuple(1 << power for power in (12, 16, 20, 24, 26))

@@ -41,15 +41,6 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     return ", ".join(f"{count} {level}" for level, count in counts.items() if count)
 
 
-def size(num_bytes: float) -> str:
-    """Bytes as people read them, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1024
-    raise AssertionError
-
-
 def duration(seconds: float) -> str:
     """A short time as people read it."""
     if seconds < 1e-3:

@@ -14,9 +14,11 @@ import torch
 from tpserve.config.env import instruction_limits
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.quant.processor import facts
-from tpserve.types.model_files import WEIGHT_FORMATS
+from tpserve.types.messages import WEIGHTS
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
+from tpserve.weights.checkpoint import weight_files
+from tpserve.weights.content import samples
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -37,7 +39,9 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
     if config.snapshot is not None:
         told["--revision"] = config.snapshot.commit
     elif config.load_format != "dummy":
-        told["weights"] = _weights(Path(config.model))
+        directory = Path(config.model)
+        found = weight_files(directory, only_safetensors=config.load_format == "safetensors")
+        told |= {f"{WEIGHTS}{name}": sample for name, sample in samples(directory, found).items()}
     return told
 
 
@@ -62,16 +66,6 @@ def driver() -> str:
     except OSError:
         return "none"
     return found[0] if found else "unknown"
-
-
-def _weights(directory: Path) -> str:
-    """Names and sizes of the weight files, and the index where there is one: equal where the same files were put."""
-    for form in WEIGHT_FORMATS:
-        if paths := sorted(directory.glob(form.pattern)):
-            index = directory / form.index_file
-            said = index.read_text() if index.exists() else ""
-            return _digest([said, [(path.name, path.stat().st_size) for path in paths]])
-    return "none"
 
 
 def _digest(value: object) -> str:

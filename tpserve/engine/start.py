@@ -10,6 +10,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
@@ -17,7 +18,7 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, cache_dir, told_where
 from tpserve.config.schema import EngineConfig
-from tpserve.engine import reach
+from tpserve.engine import reach, verify
 from tpserve.engine.fingerprint import fingerprint, processor, traits
 from tpserve.engine.frames import check_frames
 from tpserve.engine.loop import Engine
@@ -36,11 +37,12 @@ from tpserve.observe.trace import Trace
 from tpserve.parallel import mesh as meshes
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import imbalance, split_heads
+from tpserve.parallel.store import agent_store, host_store, join_store
 from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import MemoryLedger, Numerics, Place, Start
 from tpserve.types.model_spec import ModelSpec
-from tpserve.weights.checkpoint import Checkpoint
+from tpserve.weights.checkpoint import Checkpoint, weight_files
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
 from tpserve.weights.survey import about
@@ -80,7 +82,7 @@ def run_rank(
     """
     store = None
     if env.nnodes > 1 and (attachment is None or env.rank == 0):
-        store = meshes.agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, config.start_timeout)
+        store = agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, config.start_timeout)
     if attachment is None:
         assert store is not None
         attachment = attach_remote(env, store, interface.address, config.start_timeout, config.cluster_secret_file)
@@ -188,10 +190,13 @@ class _Rank:
         watch.lap("all ranks")
         control.progress("forming the mesh", 5)
         free = devices.free_memory(device)  # before the ranks meet, so before any has loaded
-        store = hosted.store if hosted else meshes.join_store(start.endpoints["store"])
+        store = hosted.store if hosted else join_store(start.endpoints["store"])
         if env.nnodes > 1:
             remote = [address for name, address in hosted.endpoints.items() if name.endswith("-tcp")] if hosted else []
             reach.check(env.rank, env.world_size, self._between, store, config.start_timeout, remote)
+        if config.verify_weights:
+            self._verify_weights(store)
+            watch.lap("verify")
         mesh = meshes.form(
             env.rank, config.layout, start.epoch, store, device, config.start_timeout, config.all_reduce, available_cores()
         )
@@ -262,9 +267,26 @@ class _Rank:
             have = download.ensure if first else download.wait
             have(weights_of(snapshot), self._config.start_timeout, arrived)
 
+    def _verify_weights(self, store: Store) -> None:
+        """Compare the files of all nodes, byte by byte."""
+        config, env = self._config, self._env
+        if env.nnodes == 1 or config.load_format == "dummy":
+            log.info("--verify-weights: one node or --load-format dummy, so nothing to compare")
+            return
+        title = "verifying weights"
+        directory = Path(config.model)
+        names = weight_files(directory, only_safetensors=config.load_format == "safetensors")
+        with Progress(title, visible=env.local_rank == 0) as progress:
+
+            def read(done: int, total: int) -> None:
+                progress.update(done, total)
+                self._control.progress(title, 5)
+
+            verify.check(env, directory, names, store, max(1, available_cores() // env.local_world_size), read)
+
     def _host(self) -> _Hosted:
         attachment, keyring, ports = self._attachment, self._attachment.keyring, self._config.port_range
-        store, store_address = meshes.host_store(attachment.address, ports)
+        store, store_address = host_store(attachment.address, ports)
         remote = None
         if keyring is not None:
             lock = keyring.lock(rank_role(0), self._config.layout.world_size)

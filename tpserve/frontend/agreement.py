@@ -7,7 +7,7 @@ tokens or a hang. What its `traits` and its place's `settings` say may differ, a
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tpserve.observe.table import of_ranks, table
-from tpserve.types.messages import Hello
+from tpserve.types.messages import WEIGHTS, Hello
 
 WAY_OUT = "start every node with the same version and arguments"
 WAY_OUT_PROCESSOR = (
@@ -15,6 +15,7 @@ WAY_OUT_PROCESSOR = (
     "(--pipeline-parallel-size)"
 )
 _NONE = "none"
+_FILES = 4
 
 
 def disagreement(known: Iterable[Hello], hello: Hello) -> str:
@@ -66,8 +67,15 @@ def _names(facts: Sequence[Mapping[str, str]]) -> list[str]:
     return list(dict.fromkeys(name for each in facts for name in each))
 
 
+def _few_files(names: Sequence[str]) -> list[str]:
+    """The same, with only the first of many weight files."""
+    others = [name for name in names if name.startswith(WEIGHTS)][_FILES:]
+    return [name for name in names if name not in others]
+
+
 def _table(hellos: Sequence[Hello], facts: Sequence[Mapping[str, str]], names: Sequence[str]) -> list[str]:
     """A row a name, a column for the ranks that are alike in all of them."""
+    names = _few_files(names)
     alike: dict[tuple[str, ...], list[Hello]] = {}
     for hello, each in zip(hellos, facts, strict=True):
         alike.setdefault(tuple(each.get(name, _NONE) for name in names), []).append(hello)
@@ -82,7 +90,7 @@ def _difference(first: Hello, hello: Hello, facts: Callable[[Hello], Mapping[str
         mine, theirs = facts(hello).get(key, _NONE), facts(first).get(key, _NONE)
         if mine != theirs:
             have = f"rank {first.rank} on {first.host} has {key} {theirs}, rank {hello.rank} on {hello.host} has {key} {mine}"
-            return f"{have}: {way_out}"
+            return f"{have}: {'put the same files on every node' if key.startswith(WEIGHTS) else way_out}"
     return ""
 
 

@@ -1,4 +1,5 @@
-"""Which of this host's interfaces the cluster uses: found once, for ZeroMQ, gloo and NCCL alike. Changes nothing.
+"""Which of this host's interfaces the cluster uses: found once, for ZeroMQ, gloo and NCCL alike. Where this process listens, and
+where it looks names up.
 
 Without `--interface` it is the one from which the kernel would send to the master address; on a single node it is loopback.
 """
@@ -7,9 +8,12 @@ import ctypes
 import errno
 import ipaddress
 import os
+import re
 import socket
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +94,26 @@ def kernel_ports() -> str:
         return "unknown"
 
 
+def listen(address: str, ports: tuple[int, int] = (0, 0)) -> socket.socket:
+    """A socket that listens on the first free one of `ports`; (0, 0): the kernel chooses. UserError when there is none."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    why: OSError | None = None
+    for port in range(ports[0], ports[1] + 1):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, port))
+            listener.listen(1024)
+        except OSError as error:
+            listener.close()
+            why = error
+            continue
+        return listener
+    assert why is not None
+    shown = at(address, ports[0]) if ports[0] == ports[1] else f"{address} ports {ports[0]}-{ports[1]}"
+    raise UserError(f"cannot listen at {shown}: {describe(why)}", param="port_range" if ports[1] > ports[0] else "master_port")
+
+
 def at(address: str, port: int) -> str:
     """An address and a port as people write them."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
@@ -100,6 +124,49 @@ def describe(error: OSError) -> str:
     if error.errno is None:  # a timeout of Python's
         error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
     return f"{error.strerror} (errno {error.errno})"
+
+
+_no_dns: list[None] = []
+"""One entry for each caller who wants none at present."""
+_no_dns_lock = threading.Lock()
+
+
+def leave_dns() -> None:
+    """From now on all names in this process come from /etc/hosts: a DNS server that does not answer holds nothing up.
+
+    For libraries that look a name up only to log it. Does nothing with a C library other than glibc.
+    """
+    with _no_dns_lock:
+        if not _no_dns:
+            _look_names_up_in("files")
+        _no_dns.append(None)
+
+
+@contextmanager
+def without_dns() -> Iterator[None]:
+    """The same for a while."""
+    leave_dns()
+    try:
+        yield
+    finally:
+        with _no_dns_lock:
+            _no_dns.pop()
+            if not _no_dns:
+                _look_names_up_in(_name_services())
+
+
+def _look_names_up_in(services: str) -> None:
+    if configure := getattr(ctypes.CDLL(None), "__nss_configure_lookup", None):
+        configure(b"hosts", services.encode())
+
+
+def _name_services(path: Path = Path("/etc/nsswitch.conf")) -> str:
+    """What this host's administrator wants to be asked for names, and in which order."""
+    try:
+        found = re.search(r"^\s*hosts:([^#\n]*)", path.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found and found[1].strip() else "dns [!UNAVAIL=return] files"
 
 
 def _asked(asked: str, known: Sequence[Interface], family: int) -> Interface:

@@ -29,7 +29,7 @@ from tpserve.llm.follower import Follower
 from tpserve.llm.generate import Count, Generation
 from tpserve.llm.outputs import RequestOutput
 from tpserve.llm.params import SamplingParams
-from tpserve.llm.prompts import Job, Priority, PromptInput, chats, jobs
+from tpserve.llm.prompts import Priority, PromptInput, PromptJob, chats, jobs
 from tpserve.llm.session import Session
 from tpserve.observe.progress import Answered
 from tpserve.text.chat import ChatTemplate
@@ -130,7 +130,7 @@ class LLM:
     def _params(self, given: "SamplingParams | Sequence[SamplingParams] | None") -> "SamplingParams | Sequence[SamplingParams]":
         return self.get_default_sampling_params() if given is None else given
 
-    def _call(self, ask: Callable[[], list[Job]], visible: bool, template: str | None = None) -> list[RequestOutput]:
+    def _call(self, ask: Callable[[], list[PromptJob]], visible: bool, template: str | None = None) -> list[RequestOutput]:
         """One numbered call: whatever happens here, the other scripts of a torchrun job hear of it under its number."""
         call = next(self._calls)
         if self._follower is not None:
@@ -144,7 +144,7 @@ class LLM:
         self._session.tell_followers(Answer(call, outputs))
         return outputs
 
-    def _answer(self, session: Session, asked: Sequence[Job], visible: bool, given: str | None) -> list[RequestOutput]:
+    def _answer(self, session: Session, asked: Sequence[PromptJob], visible: bool, given: str | None) -> list[RequestOutput]:
         if not asked:
             return []
         template = self._template if given is None else self._load_template(read_template(given))

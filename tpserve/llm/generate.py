@@ -21,7 +21,7 @@ from tpserve.frontend.openai.schema import ChatCall, CompletionCall
 from tpserve.frontend.openai.sequences import sequences
 from tpserve.frontend.openai.service import Limits, Service
 from tpserve.llm.outputs import RequestOutput, RequestStateStats, Speller
-from tpserve.llm.prompts import Job
+from tpserve.llm.prompts import PromptJob
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.logprobs import likeliest
 from tpserve.text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class Generation:
         bridge: Bridge,
         tokenizer: Tokenizer,
         template: ChatTemplate,
-        jobs: Sequence[Job],
+        jobs: Sequence[PromptJob],
         first_id: int,
         window: int,
         count: Count,
@@ -122,7 +122,7 @@ class Generation:
                 breath_s = time.monotonic()
         return checked
 
-    async def _checked(self, job: Job, limits: Limits) -> Checked:
+    async def _checked(self, job: PromptJob, limits: Limits) -> Checked:
         call = job.params.call(**job.fields)
         if job.chat is not None:
             chat, _ = parse(dict(job.chat), ChatCall, set())

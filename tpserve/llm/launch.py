@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from tpserve.agent import Job
+from tpserve.agent import AGENT_COMMAND, Job
 from tpserve.cli import server_flags
 from tpserve.config import env
 from tpserve.config.env import RankEnv
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure
-from tpserve.host.network import LOOPBACK, choose
+from tpserve.host.network import choose
 from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.hub.locate import locate
 from tpserve.llm.child import Child
@@ -63,24 +63,15 @@ class Alone:
         flags, config = self._resolved
         job = Job(
             supervisor_pid=os.getpid(),
-            nnodes=1,
-            node_rank=0,
             nproc=config.layout.world_size,
-            master_addr=LOOPBACK,
-            master_port=0,
-            listener=-1,
-            address=LOOPBACK,
-            derived=True,
-            port_range=(0, 0),
             world_size=config.layout.world_size,
-            run_id=uuid.uuid4().hex,
             start_timeout_s=config.start_timeout,
             runtime_dir=str(self.where),
             log_level=config.log_level,
             argv=server_flags.to_argv(flags),
         )
         environ = env.for_ranks(str(self.where), quiet=config.log_level != "debug")
-        return Child([sys.executable, "-m", "tpserve.agent"], environ, msgspec.json.encode(job))
+        return Child(list(AGENT_COMMAND), environ, msgspec.json.encode(job))
 
     def publish(self, invitation: Invitation | None) -> None:
         """Nobody else looks for us."""
@@ -142,7 +133,7 @@ class Script:
     @cached_property
     def _store(self) -> "Store":
         """torchrun's own, as ranks of other nodes use it: only to learn an address. Kept, for rank 0's script may host it."""
-        from tpserve.parallel.mesh import agent_store  # imports torch, which is needed with several nodes only
+        from tpserve.parallel.store import agent_store  # imports torch, which is needed with several nodes only
 
         me = self._me
         return agent_store(me.master_addr, me.master_port, me.rank, me.use_agent_store, self._said.start_timeout)

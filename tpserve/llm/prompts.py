@@ -14,7 +14,7 @@ Priority = int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
-class Job:
+class PromptJob:
     """One prompt: a text, or ids (and what text they are, if that was said), or the messages of a conversation, for which `chat`
     holds the template's arguments. `fields`: of a request, beside what `params` asks."""
 
@@ -27,7 +27,7 @@ class Job:
 
 def jobs(
     prompts: PromptInput | Sequence[PromptInput], params: SamplingParams | Sequence[SamplingParams], priority: Priority
-) -> list[Job]:
+) -> list[PromptJob]:
     """One a prompt, in order. UserError for a shape that means nothing."""
     single = isinstance(prompts, str | Mapping) or _are_ids(prompts)
     if not single and not isinstance(prompts, Iterable):
@@ -42,13 +42,13 @@ def chats(
     params: SamplingParams | Sequence[SamplingParams],
     priority: Priority,
     arguments: Mapping[str, Any],
-) -> list[Job]:
+) -> list[PromptJob]:
     """One a conversation: a list of messages, or a list of such lists."""
     if not isinstance(messages, list | tuple):
         raise UserError("messages must be a list of messages, or a list of such lists", param="messages")
     conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
     spread = zip(conversations, _spread(params, len(conversations)), _priorities(priority, len(conversations)), strict=True)
-    return [Job(own, chat={**arguments, "messages": one}, fields=fields) for one, own, fields in spread]
+    return [PromptJob(own, chat={**arguments, "messages": one}, fields=fields) for one, own, fields in spread]
 
 
 def _spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
@@ -69,7 +69,7 @@ def _priorities(priority: Priority, count: int) -> list[dict[str, Any]]:
     return [{"priority": one} for one in priority]
 
 
-def _job(item: Any, index: int, params: SamplingParams, fields: dict[str, Any]) -> Job:
+def _job(item: Any, index: int, params: SamplingParams, fields: dict[str, Any]) -> PromptJob:
     where, text = f"prompts[{index}]", None
     if isinstance(item, Mapping):
         said = {key: value for key, value in item.items() if value is not None}
@@ -81,9 +81,9 @@ def _job(item: Any, index: int, params: SamplingParams, fields: dict[str, Any]) 
         if item is None:
             raise UserError(f"{where} must hold 'prompt' or 'prompt_token_ids'", param=where)
     if isinstance(item, str):
-        return Job(params, text=item, fields=fields)
+        return PromptJob(params, text=item, fields=fields)
     if _are_ids(item) or (isinstance(item, list | tuple) and not item):
-        return Job(params, text, list(item), fields=fields)
+        return PromptJob(params, text, list(item), fields=fields)
     odd = next((type(one).__name__ for one in item if not isinstance(one, int)), "") if isinstance(item, list | tuple) else ""
     kind = f"a {type(item).__name__} of {odd}" if odd else type(item).__name__
     raise UserError(f"{where} must be a text or a list of token ids, not {kind}", param=where)

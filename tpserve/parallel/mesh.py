@@ -11,28 +11,25 @@ thread ends a rank that is blocked in a collective.
 import contextlib
 import logging
 import os
-import socket
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them without their types
+from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed has them without their types
 
 from tpserve.errors import EngineFailure, UserError
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.parallel.shm import SharedPage, exchange_places, share
+from tpserve.parallel.store import gather
 from tpserve.types.layout import ParallelLayout
 
 log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_S = 600.0
 """Of any one collective after forming. The slowest legitimate wait is for a rank that compiles or reads slowly."""
-DIAL_TIMEOUT_S = 3.0
-"""Dialling a store that is dead costs this; the epoch's store is up before its address is told to anybody."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def form(
     store = PrefixStore(f"epoch{epoch}", store)
     page = None
     try:
-        _meet(rank, layout.world_size, store, timeout_s)
+        gather(store, "rank", rank, range(layout.world_size), b"", timeout_s)  # torch's own waits are long, and name no rank
         dist.init_process_group(
             backend,
             store=store,
@@ -92,7 +89,7 @@ def form(
             device,
         )
         mesh.world.min(epoch)  # every connection of the world group stands from here on
-    except (RuntimeError, ValueError) as error:  # torch's DistError family and gloo's bare RuntimeErrors
+    except (EngineFailure, RuntimeError, ValueError) as error:  # torch's DistError family and gloo's bare RuntimeErrors
         if page is not None:
             page.close()
         _destroy()
@@ -103,17 +100,6 @@ def form(
         _destroy()
         raise
     return mesh
-
-
-def _meet(rank: int, world_size: int, store: Store, timeout_s: float) -> None:
-    """Wait until every rank is at the store: torch's own waits take the timeout of collectives, and name nobody."""
-    store.set(f"rank{rank}", "here")
-    keys = [f"rank{i}" for i in range(world_size)]
-    try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        missing = [str(i) for i, key in enumerate(keys) if not store.check([key])]
-        raise RuntimeError(f"rank {', '.join(missing)} did not come within {timeout_s:g} s") from error
 
 
 def _shared_page(
@@ -167,67 +153,3 @@ def _destroy() -> None:
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # a broken group says so once more on the way out
             dist.destroy_process_group()
-
-
-def host_store(address: str = "127.0.0.1", ports: tuple[int, int] = (0, 0)) -> tuple[TCPStore, str]:
-    """Rank 0: a fresh store that listens on `address` alone, on the first free one of `ports` or, by default, on a port that the
-    kernel chooses; and its "host:port"."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        _bind(listener, address, ports)
-        listener.listen(1024)
-        port: int = listener.getsockname()[1]
-        store = TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=DIAL_TIMEOUT_S),
-            master_listen_fd=listener.detach(),
-        )
-    except (OSError, RuntimeError) as error:
-        raise EngineFailure(f"cannot host a store at {address}: {error}") from error
-    finally:
-        listener.close()
-    return store, f"{address}:{port}"
-
-
-def _bind(listener: socket.socket, address: str, ports: tuple[int, int]) -> None:
-    for port in range(ports[0], ports[1] + 1):
-        try:
-            listener.bind((address, port))
-            return
-        except OSError:
-            if port == ports[1]:
-                raise
-
-
-def join_store(address: str, timeout_s: float = DIAL_TIMEOUT_S) -> TCPStore:
-    """Another rank: the store at "host:port" of Start. EngineFailure when it is dead or does not answer in time."""
-    host, _, port = address.rpartition(":")
-    return _dial(host, int(port), timeout_s, patient=False)
-
-
-def agent_store(master_addr: str, master_port: int, rank: int, hosted_by_agent: bool, timeout_s: float) -> TCPStore:
-    """torchrun's own store, only to tell the ranks of other nodes where the frontend is.
-
-    `hosted_by_agent`: the agent of node 0 hosts it (the usual case); else rank 0 does.
-    """
-    if rank == 0 and not hosted_by_agent:
-        return TCPStore(master_addr, master_port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-    return _dial(master_addr, master_port, timeout_s, patient=True)
-
-
-def _dial(host: str, port: int, timeout_s: float, *, patient: bool) -> TCPStore:
-    """Connect as a client. `patient`: nobody may listen there yet. Tried with a plain socket first: torch retries noisily."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            socket.create_connection((host, port), timeout_s).close()
-            return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-        except (OSError, RuntimeError) as error:
-            if not patient or time.monotonic() > deadline_s:
-                first_line = str(error).partition("\n")[0]
-                raise EngineFailure(f"the store at {host}:{port} does not answer: {first_line}") from error
-        time.sleep(0.2)

@@ -30,6 +30,7 @@ import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.errors import EngineFailure
+from tpserve.parallel.store import gather
 
 SLOT_BYTES = 1 << 20
 """Largest part of a tensor in one round; both of a pair's parts stay in a core's cache."""
@@ -61,9 +62,8 @@ class _Half(NamedTuple):
 
 def exchange_places(store: Store, rank: int, world_size: int, timeout_s: float) -> list[Place]:
     """Where every rank of the world runs. All call this."""
-    store.set(f"place{rank}", f"{_host()} {os.getpid()}")
-    told = [_read(store, f"place{i}", timeout_s).split() for i in range(world_size)]
-    return [Place(host, int(pid)) for host, pid in told]
+    told = gather(store, "place", rank, range(world_size), f"{_host()} {os.getpid()}".encode(), timeout_s)
+    return [Place(host, int(pid)) for host, pid in (each.decode().split() for each in told)]
 
 
 def share(
@@ -97,10 +97,9 @@ def share(
             reason = f"rank {rank}: {error}"
             if rank == ranks[0] and not told:
                 store.set(name, "-1 -")  # nobody can open that
-        store.set(f"{name}.{rank}", reason)
-        reasons = [_read(store, f"{name}.{i}", timeout_s) for i in ranks]
+        reasons = gather(store, f"{name}.", rank, ranks, reason.encode(), timeout_s)
         if any(reasons):
-            return next(filter(None, reasons))
+            return next(filter(None, reasons)).decode()
         watched.pop_all()
     assert memory is not None
     local_ranks = sum(place.host == places[rank].host for place in places)

@@ -8,8 +8,8 @@ PCIe                                           as little TP as there can be
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tpserve.config.sizes import size
 from tpserve.planner.estimate import Cards, Estimate
-from tpserve.worker.sizing import size
 
 FEW = 8
 """So few sequences at once are worth a warning when nobody said how many are wanted."""

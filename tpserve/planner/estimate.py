@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
+from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
 from tpserve.models.need import need, num_arrays
 from tpserve.models.units import VOCAB_UNIT
@@ -24,9 +25,9 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.types.window import blocks_of, longest
 from tpserve.worker import sizing
 from tpserve.worker.at_once import AtOnce
-from tpserve.worker.sizing import ITEM_BYTES, Measured, size
+from tpserve.worker.sizing import ITEM_BYTES, Measured
 
-OTHERS_BYTES = 1 << 30
+OTHERS_BYTES = GIB
 """Of a card's memory: CUDA's context, NCCL's buffers, and what the driver keeps."""
 
 

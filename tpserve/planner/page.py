@@ -10,13 +10,13 @@ from msgspec.structs import asdict, replace
 
 from tpserve.cli import server_flags
 from tpserve.config.schema import Flags
+from tpserve.config.sizes import size
 from tpserve.models.need import need
 from tpserve.planner.choice import Choice, several
 from tpserve.planner.estimate import OTHERS_BYTES, Cards, Estimate
 from tpserve.planner.model import Stored
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
-from tpserve.worker.sizing import size
 
 HEAD = "HEAD"
 """Stands for the address of node 0."""

@@ -17,6 +17,9 @@ from msgspec import Struct
 from tpserve.types.plan import PromptLogprobs, TokenLogprobs
 from tpserve.types.request import Request
 
+WEIGHTS = "weights "
+"""How the names of the facts about weight files begin in `Hello.fingerprint`; the file's name follows."""
+
 
 class Message(Struct, frozen=True, array_like=True, tag=True):
     """Base of all messages: immutable, encoded as an array that starts with the type's name."""

@@ -43,16 +43,13 @@ class Checkpoint:
     def open(directory: Path | str, names: WeightNames, *, only_safetensors: bool = False) -> "Checkpoint":
         """Find the tensors, by the index file if there is one. UserError for missing, damaged or foreign files."""
         directory = Path(directory)
-        for index, single, pattern in WEIGHT_FORMATS[: 1 if only_safetensors else None]:
-            if (directory / index).exists():
-                return Checkpoint(directory, _indexed(directory, index, single), names)
-            paths = [directory / single] if (directory / single).exists() else sorted(directory.glob(pattern))
-            if paths:
-                return Checkpoint(directory, _listed(paths), names)
+        if (found := _find(directory, only_safetensors)) is not None:
+            index, paths = found
+            return Checkpoint(directory, _listed(paths) if index is None else _indexed(index), names)
         foreign = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in directory.glob(pattern))
-        found = f": {foreign[0]} is not read, convert it to safetensors" if foreign else ""
+        there = f": {foreign[0]} is not read, convert it to safetensors" if foreign else ""
         torchs = "" if only_safetensors else " and no pytorch_model.bin"
-        raise UserError(f"no safetensors files{torchs} in {directory}{found}")
+        raise UserError(f"no safetensors files{torchs} in {directory}{there}")
 
     def tensors(self) -> dict[str, str]:
         """All of them: what the model calls them, and the files."""
@@ -93,6 +90,28 @@ class Checkpoint:
         return f"the {len(paths)} files {paths[0].name} to {paths[-1].name} in {self.directory}"
 
 
+def weight_files(directory: Path, *, only_safetensors: bool = False) -> list[str]:
+    """Names of the files that are read of a directory, the index first; none when it has no weights. UserError as
+    `Checkpoint.open`."""
+    found = _find(directory, only_safetensors)
+    if found is None:
+        return []
+    index, paths = found
+    read = paths if index is None else [index, *sorted(set(_indexed(index).values()))]
+    return [str(path.relative_to(directory)) for path in read]
+
+
+def _find(directory: Path, only_safetensors: bool) -> tuple[Path | None, list[Path]] | None:
+    """The index of the first format there is, or that format's files."""
+    for index, single, pattern in WEIGHT_FORMATS[: 1 if only_safetensors else None]:
+        if (directory / index).exists():
+            return directory / index, []
+        paths = [directory / single] if (directory / single).exists() else sorted(directory.glob(pattern))
+        if paths:
+            return None, paths
+    return None
+
+
 def _listed(paths: Iterable[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
@@ -104,14 +123,19 @@ def _listed(paths: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _indexed(directory: Path, index: str, single: str) -> dict[str, Path]:
+def _indexed(index: Path) -> dict[str, Path]:
+    directory = index.parent
     try:
-        weight_map = json.loads((directory / index).read_text())["weight_map"]
-        found = {str(name): directory / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{directory / index} is not an index of weight files: download the file again") from None
-    for path in sorted(set(found.values())):
-        if not path.exists():
+        files = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{index} is not an index of weight files: download the file again") from None
+    for file in sorted(set(files.values())):
+        if Path(file).is_absolute() or ".." in Path(file).parts or not file.isprintable() or file in ("", "."):
+            raise UserError(f"{index} names {file[:200]!r}, which is no file in its directory: download the index again")
+        if not (directory / file).is_file():
+            single = next(each.single for each in WEIGHT_FORMATS if each.index_file == index.name)
             instead = f", or remove the index and {single} is read" if (directory / single).exists() else ""
-            raise UserError(f"{path} is missing, but {index} lists it: download the model's remaining files{instead}")
-    return found
+            raise UserError(
+                f"{directory / file} is missing, but {index.name} lists it: download the model's remaining files{instead}"
+            )
+    return {name: directory / file for name, file in files.items()}

@@ -10,18 +10,19 @@ again for a gap, which rank 0's control thread fills while the plan is kept. A g
 epoch, is an `EngineFailure`.
 """
 
-import errno
 import math
 import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from socket import socket as Listener
 from typing import NamedTuple, Protocol
 
 import zmq
 
-from tpserve.errors import EngineFailure
+from tpserve.errors import EngineFailure, UserError
+from tpserve.host.network import listen
 from tpserve.types.messages import EngineInput, EngineOutput
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.wire import codec
@@ -120,26 +121,30 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, lock: Lock | None = None) -> 
     if lock is not None:
         lock.put(socket)
     socket.set(zmq.IPV6, int("[" in endpoint))
-    for candidate in _candidates(endpoint):
-        try:
-            socket.bind(candidate)
-        except zmq.ZMQError as error:
-            why = error
-            if error.errno == errno.EADDRINUSE:
-                continue
-            break
-        return str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
-    socket.close()
-    raise EngineFailure(f"cannot listen at {endpoint}: {why.strerror}") from why
+    try:
+        if endpoint.startswith("tcp:"):
+            listener = _listen(endpoint)
+            address, port = listener.getsockname()[:2]
+            endpoint = tcp(address, (port, port))
+            socket.set(zmq.USE_FD, listener.detach())  # ZeroMQ's from here on
+        socket.bind(endpoint)
+        socket.set(zmq.USE_FD, -1)
+    except UserError as error:
+        socket.close()
+        raise EngineFailure(str(error)) from error
+    except zmq.ZMQError as error:
+        socket.close()
+        raise EngineFailure(f"cannot listen at {endpoint}: {error.strerror}") from error
+    return str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
 
 
-def _candidates(endpoint: str) -> list[str]:
-    """What a range of ports stands for, in order."""
-    host, _, ports = endpoint.rpartition(":")
+def _listen(endpoint: str) -> Listener:
+    """A socket on the first free port of an endpoint of `tcp`."""
+    host, _, ports = endpoint.removeprefix("tcp://").rpartition(":")
     first, _, last = ports.partition("-")
-    if not (endpoint.startswith("tcp://") and last):
-        return [endpoint]
-    return [f"{host}:{port}" for port in range(int(first), int(last) + 1)]
+    listener = listen(host.strip("[]"), (int(first), int(last or first)))
+    listener.setblocking(False)
+    return listener
 
 
 def wait(timeout_s: float, *sources: Channel | Waitable | int) -> None:

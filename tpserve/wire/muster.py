@@ -327,23 +327,3 @@ def _wait_in(line: _Line, me: Join, clock: Clock, where: str, key: bytes) -> Ref
                 case Refused() | Meet():
                     return answer
     return None
-
-
-def listen(address: str, ports: tuple[int, int]) -> socket.socket:
-    """A socket on the first free one of `ports`; (0, 0): the kernel chooses. UserError when there is none."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    why: OSError | None = None
-    for port in range(ports[0], ports[1] + 1):
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address, port))
-            listener.listen(1024)
-        except OSError as error:
-            listener.close()
-            why = error
-            continue
-        return listener
-    assert why is not None
-    shown = at(address, ports[0]) if ports[0] == ports[1] else f"{address} ports {ports[0]}-{ports[1]}"
-    raise UserError(f"cannot listen at {shown}: {describe(why)}", param="port_range" if ports[1] > ports[0] else "master_port")

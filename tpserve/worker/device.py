@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from tpserve.config.sizes import size
 from tpserve.errors import UserError
 from tpserve.host.resources import available_cores, available_memory
 
-GIB = 1 << 30
 DRIVER, PCI = Path("/proc/driver/nvidia/gpus"), Path("/sys/bus/pci/devices")
 NVIDIA_SMI_S = 10.0
 """It may have to wake the driver first."""
@@ -82,7 +82,7 @@ def occupants(device: torch.device) -> str:
     """Who else holds memory of a card, as far as nvidia-smi knows; of a machine, how much is free and what limits it."""
     if device.type == "cpu":
         memory = available_memory()
-        return f"{memory.free / GIB:.1f} GiB are free of the {memory.total / GIB:.1f} GiB of {memory.of}"
+        return f"{size(memory.free)} are free of the {size(memory.total)} of {memory.of}"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     return f"GPU {device.index}: {neighbours(uuid)}"
 

@@ -13,6 +13,7 @@ import torch
 
 from tpserve.attention.paged import KVCache
 from tpserve.config.schema import EngineConfig
+from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
 from tpserve.host.resources import available_memory
 from tpserve.models.decoder import Decoder
@@ -27,7 +28,7 @@ from tpserve.worker import device as devices
 from tpserve.worker import sizing
 from tpserve.worker.batch import Chunks, build
 from tpserve.worker.head import Head
-from tpserve.worker.sizing import GIB, Fit, Measured, size
+from tpserve.worker.sizing import Fit, Measured
 from tpserve.worker.slots import Slots
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tpserve.config.schema import EngineConfig
+from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
 from tpserve.models.need import largest, need
 from tpserve.types.layout import ParallelLayout, even_layers
@@ -18,7 +19,6 @@ from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
 from tpserve.types.window import blocks_of, longest
 
-GIB = 1 << 30
 AUTO_LEAST = 1024
 """A context shorter than this is of little use: `--max-model-len auto` refuses to go below it (a number given may)."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -250,11 +250,3 @@ def report(ledgers: Sequence[MemoryLedger], found: Fit, spec: ModelSpec, config:
         lines.append(f"max_model_len auto: {some} the model's {config.max_model_len:,} tokens fit the KV cache")
     lines.append(f"Maximum concurrency for {ledger.max_model_len:,} tokens per request: {ledger.num_blocks / each:.2f}x")
     return lines
-
-
-def size(num_bytes: int) -> str:
-    """With a unit that suits it."""
-    for unit, name in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes} B"
