@@ -9,7 +9,7 @@ from tests.unit.test_config_resolve import SPEC
 from tpserve import SamplingParams, UserError
 from tpserve.cli import keywords
 from tpserve.config.resolve import resolve
-from tpserve.frontend.openai.schema import CompletionCall
+from tpserve.frontend.openai.schema import CompletionRequest
 from tpserve.llm.prompts import jobs
 from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
@@ -113,8 +113,8 @@ ONLY_OVER_HTTP = {"model", "prompt", "echo", "add_special_tokens", "return_token
 def test_sampling_params_are_the_fields_of_a_request() -> None:
     """One list in two spellings: a field that one learns the other must know, with the same default."""
     ours = {field.name for field in dataclasses.fields(SamplingParams)} - {"detokenize", "spaces_between_special_tokens"}
-    assert ours == set(CompletionCall.__struct_fields__) - ONLY_OVER_HTTP
-    assert SamplingParams(max_tokens=None).call() == CompletionCall(prompt="")
+    assert ours == set(CompletionRequest.__struct_fields__) - ONLY_OVER_HTTP
+    assert SamplingParams(max_tokens=None).call() == CompletionRequest(prompt="")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import shown
-from tpserve.frontend.openai.schema import ChatCall, CompletionCall, TokenizeChatCall
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeChatRequest
 from tpserve.frontend.openai.service import Limits, Service
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
 from tpserve.text.tokenizer import Tokenizer, TooManyTokens
@@ -32,7 +32,9 @@ class Prompt:
     text: str
 
 
-async def completion_prompts(service: Service, call: CompletionCall, limits: Limits, at_most: int | None = None) -> list[Prompt]:
+async def completion_prompts(
+    service: Service, call: CompletionRequest, limits: Limits, at_most: int | None = None
+) -> list[Prompt]:
     """The prompts of a completions call, in order: a text, texts, ids, or lists of ids. UserError for one of more than `at_most`
     tokens, by default as many as a sequence may have."""
     items = split_prompt(call.prompt)
@@ -62,7 +64,9 @@ async def completion_prompts(service: Service, call: CompletionCall, limits: Lim
     return await in_thread(lambda: [made(item) for item in items], sum(len(item) for item in items))
 
 
-async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, limits: Limits, at_most: int | None = None) -> Prompt:
+async def chat_prompt(
+    service: Service, call: ChatCompletionRequest | TokenizeChatRequest, limits: Limits, at_most: int | None = None
+) -> Prompt:
     """The prompt of a conversation through the model's template. UserError when it has more than `at_most` tokens, by default as
     many as a sequence may have."""
     tokenizer = service.tokenizer

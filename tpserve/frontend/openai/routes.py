@@ -14,12 +14,12 @@ from tpserve.frontend.openai.errors import json_response
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, in_thread, max_new_tokens, refuse_too_long
 from tpserve.frontend.openai.schema import (
-    ChatCall,
-    CompletionCall,
-    DetokenizeCall,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
     StreamOptions,
-    TokenizeCall,
-    TokenizeChatCall,
+    TokenizeChatRequest,
+    TokenizeRequest,
 )
 from tpserve.frontend.openai.sequences import sequences
 from tpserve.frontend.openai.service import SERVICE, Service
@@ -49,7 +49,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     service = request.app[SERVICE]
     call, warnings = parse(
-        await read_object(request, service.large_bodies), CompletionCall, service.logged_fields, service.sampling()
+        await read_object(request, service.large_bodies), CompletionRequest, service.logged_fields, service.sampling()
     )
     head = head_of(request, service, call, warnings, "cmpl", "text_completion", "text_completion")
     limits = service.limits()
@@ -63,7 +63,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request, service.large_bodies), ChatCall, service.logged_fields, service.sampling())
+    call, warnings = parse(
+        await read_object(request, service.large_bodies), ChatCompletionRequest, service.logged_fields, service.sampling()
+    )
     head = head_of(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
     prompt = await chat_prompt(service, call, limits)
@@ -77,7 +79,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 async def answer(
     request: web.Request,
     service: Service,
-    call: CompletionCall | ChatCall,
+    call: CompletionRequest | ChatCompletionRequest,
     new: Sequence[NewSequence],
     shape: Shape,
     head: Head,
@@ -95,7 +97,7 @@ async def answer(
 def head_of(
     request: web.Request,
     service: Service,
-    call: CompletionCall | ChatCall,
+    call: CompletionRequest | ChatCompletionRequest,
     warnings: list[str],
     prefix: str,
     kind: str,
@@ -138,17 +140,17 @@ async def tokenize(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     body = await read_object(request, service.large_bodies)
     if body.get("messages") is not None:
-        chat, warnings = parse(body, TokenizeChatCall, service.logged_fields)
+        chat, warnings = parse(body, TokenizeChatRequest, service.logged_fields)
         service.served(chat.model)
         limits = service.limits()
         ids = (await chat_prompt(service, chat, limits, max(MAX_COUNTED_TOKENS, limits.max_model_len))).ids
         strings = chat.return_token_strs
     else:
-        call, warnings = parse(body, TokenizeCall, service.logged_fields)
+        call, warnings = parse(body, TokenizeRequest, service.logged_fields)
         service.served(call.model)
         limits = service.limits()
         refuse_too_long(call.prompt, service.tokenizer, limits, "prompt")
-        plain = CompletionCall(prompt=call.prompt, add_special_tokens=call.add_special_tokens)
+        plain = CompletionRequest(prompt=call.prompt, add_special_tokens=call.add_special_tokens)
         at_most = max(MAX_COUNTED_TOKENS, limits.max_model_len)
         ids = (await completion_prompts(service, plain, limits, at_most))[0].ids if call.prompt else []
         strings = call.return_token_strs
@@ -167,7 +169,7 @@ async def tokenize(request: web.Request) -> web.Response:
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request, service.large_bodies), DetokenizeCall, service.logged_fields)
+    call, warnings = parse(await read_object(request, service.large_bodies), DetokenizeRequest, service.logged_fields)
     service.served(call.model)
     limits = service.limits()
     if len(call.tokens) > (most := max(MAX_COUNTED_TOKENS, limits.max_model_len)):

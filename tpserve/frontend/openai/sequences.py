@@ -12,7 +12,7 @@ from tpserve.errors import UserError
 from tpserve.frontend.journal import NewSequence
 from tpserve.frontend.openai.params import sampling_params, with_length
 from tpserve.frontend.openai.prompts import Prompt
-from tpserve.frontend.openai.schema import ChatCall, CompletionCall
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.service import Limits, Service
 from tpserve.text.assembler import Assembler
 from tpserve.text.entries import PromptScores
@@ -26,7 +26,11 @@ MAX_SHOWN_SCORES = 1 << 21
 
 
 def sequences(
-    service: Service, call: CompletionCall | ChatCall, prompts: Sequence[Prompt], sizes: Sequence[int], limits: Limits
+    service: Service,
+    call: CompletionRequest | ChatCompletionRequest,
+    prompts: Sequence[Prompt],
+    sizes: Sequence[int],
+    limits: Limits,
 ) -> list[NewSequence]:
     """All choices of all prompts, in order. `sizes`: how many tokens each prompt's choices may have. UserError names a field."""
     field = "best_of" if call.num_drawn > call.n else "n"
@@ -69,7 +73,7 @@ def sequences(
     return [new for prompt, size in zip(prompts, sizes, strict=True) for new in choices(prompt, size)]
 
 
-def refuse_too_many_scores(call: CompletionCall | ChatCall, num_tokens: int) -> None:
+def refuse_too_many_scores(call: CompletionRequest | ChatCompletionRequest, num_tokens: int) -> None:
     """An answer repeats a prompt's log probabilities in each choice, and must stay of a size that can be built and read."""
     shown = num_tokens * call.num_shown_scores
     if shown > MAX_SHOWN_SCORES:
