@@ -23,10 +23,11 @@ RESERVED_KWARGS = frozenset({"messages", "add_generation_prompt", "continue_fina
 
 @dataclass(frozen=True)
 class Prompt:
-    """`text` is what the client sent, or the text of the ids it sent."""
+    """`text` is what the client sent, or the text of the ids it sent without the last `num_open`, which the output may change."""
 
     ids: list[int]
     text: str
+    num_open: int = 0
 
 
 async def completion_prompts(service: Service, call: CompletionCall, limits: Limits) -> list[Prompt]:
@@ -45,15 +46,15 @@ async def completion_prompts(service: Service, call: CompletionCall, limits: Lim
             check_ids(item, limits.vocab_size, "prompt")
     tokenizer = service.tokenizer
 
-    def encode() -> list[Prompt]:
-        return [
-            Prompt(tokenizer.encode(item, call.add_special_tokens), item)
-            if isinstance(item, str)
-            else Prompt(item, tokenizer.decode(item) if call.echo else "")
-            for item in items
-        ]
+    def encode(item: str | list[int]) -> Prompt:
+        if isinstance(item, str):
+            return Prompt(tokenizer.encode(item, call.add_special_tokens), item)
+        if not call.echo:
+            return Prompt(item, "")
+        num_open = tokenizer.num_open(item, call.skip_special_tokens)
+        return Prompt(item, tokenizer.decode(item[: len(item) - num_open], call.skip_special_tokens), num_open)
 
-    prompts = await in_thread(encode, sum(len(item) for item in items))
+    prompts = await in_thread(lambda: list(map(encode, items)), sum(len(item) for item in items))
     for prompt in prompts:
         if not prompt.ids:
             raise UserError("prompt is empty: the model needs at least one token to continue", param="prompt")

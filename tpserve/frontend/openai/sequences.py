@@ -53,6 +53,7 @@ def sequences(
                 min_tokens=call.min_tokens,
                 skip_special_tokens=call.skip_special_tokens,
                 scores=scores,
+                num_open=prompt.num_open,
             )
             asked = own if choice == 0 else replace(own, prompt_logprobs=None)
             yield NewSequence(prompt.ids, asked, assembler, seed, choice, call.priority, call.cache_salt or "")
