@@ -1,4 +1,4 @@
-"""The text of a growing output is what the tokenizers library decodes of all its ids, for every kind of tokenizer that models have."""
+"""The text of a growing output is what the tokenizers library decodes of all its ids, whatever kind of tokenizer a model has."""
 
 from array import array
 from collections.abc import Sequence

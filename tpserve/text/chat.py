@@ -3,6 +3,9 @@
 Owns finding the templates of a model directory and rendering one in Jinja2's immutable sandbox, with the few names that
 templates expect. Never takes a template from a request, never tokenizes. Every failure of a template is a UserError: the
 messages did not fit it, and the template's own words say why.
+
+A message's content is a text or a list of text parts. A template that shows parts gets them as they are, as in transformers. A
+template that knows only texts would fail on a list, or print it or leave it out: it gets the parts joined, with nothing between.
 """
 
 import json
@@ -90,25 +93,56 @@ class ChatTemplate:
             raise UserError("continue_final_message needs add_generation_prompt false", param="continue_final_message")
         # Templates ask whether tools are none, and not always whether they are defined.
         absent = {"tools": None, "documents": None}
-        names = {**self._special, **absent, **kwargs, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        parts, size = [], 0
-        try:
-            for part in self._template.generate(names):
-                parts.append(part)
-                size += len(part)
-                if size > MAX_PROMPT_CHARS:
-                    raise UserError(
-                        f"the chat template made more than {MAX_PROMPT_CHARS} characters of the messages", param="messages"
-                    )
-        except TEMPLATE_ERRORS as error:
-            raise UserError(f"the chat template refused the messages: {error}", param="messages") from error
-        prompt = "".join(parts)
+        names = {**self._special, **absent, **kwargs, "add_generation_prompt": add_generation_prompt}
+        prompt = self._of_parts(names, messages) if any(isinstance(each.get("content"), list) for each in messages) else None
+        if prompt is None:
+            messages = [joined(message) for message in messages]
+            try:
+                prompt = self._generate(names | {"messages": messages})
+            except TEMPLATE_ERRORS as error:
+                raise UserError(f"the chat template refused the messages: {error}", param="messages") from error
         return open_final_message(prompt, messages) if continue_final_message else prompt
+
+    def _of_parts(self, names: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """The prompt of messages with lists; None when the template does not show all of their parts, or prints them as data."""
+        try:
+            prompt = self._generate({**names, "messages": messages})
+        except TEMPLATE_ERRORS:
+            return None
+        parts = [part for message in messages if isinstance(content := message.get("content"), list) for part in content]
+        if all(part["text"].strip() in prompt for part in parts) and not any(is_data(part, prompt) for part in parts):
+            return prompt
+        return None
+
+    def _generate(self, names: Mapping[str, Any]) -> str:
+        assert self._template is not None
+        parts, size = [], 0
+        for part in self._template.generate(names):
+            parts.append(part)
+            size += len(part)
+            if size > MAX_PROMPT_CHARS:
+                raise UserError(
+                    f"the chat template made more than {MAX_PROMPT_CHARS} characters of the messages", param="messages"
+                )
+        return "".join(parts)
+
+
+def is_data(part: Mapping[str, Any], prompt: str) -> bool:
+    """Whether the prompt shows a part as Python or JSON spells it."""
+    return str(part) in prompt or to_json(part) in prompt
+
+
+def joined(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its text parts as one text."""
+    content = message.get("content")
+    return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
 
 
 def open_final_message(prompt: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Cut a rendered prompt right behind the last message's text."""
+    """Cut a rendered prompt right behind the last message's text, or behind the last part of it."""
     text = messages[-1].get("content") or ""
+    if isinstance(text, list):
+        text = text[-1]["text"]
     for shown in (text, text.strip()):  # templates often trim
         end = prompt.rfind(shown) + len(shown)
         if shown and end >= len(shown):

@@ -67,7 +67,7 @@ async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, limit
     messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
     if taken := RESERVED_KWARGS & call.chat_template_kwargs.keys():
         raise UserError(f"chat_template_kwargs must not set {min(taken)}", param="chat_template_kwargs")
-    content_chars = sum(len(message.get("content") or "") for message in messages)
+    content_chars = sum(map(num_chars, messages))
     if content_chars > limits.max_model_len * service.tokenizer.longest_token_chars:
         raise too_long(limits.max_model_len, f"the messages have {content_chars} characters", "messages")
 
@@ -149,7 +149,7 @@ def refuse_too_long(text: str, tokenizer: Tokenizer, limits: Limits, param: str)
 
 
 def plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """A message as templates expect it: nulls left out, text parts joined, what this server cannot show the model refused."""
+    """A message as templates expect it: nulls left out; what this server cannot show the model is refused."""
     where = f"messages[{index}]"
     message = {name: value for name, value in message.items() if value is not None}
     role = message.get("role")
@@ -159,15 +159,23 @@ def plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
         raise UserError(f"{where}: tools are not supported by this server", param=where, code="unsupported_parameter")
     content = message.get("content")
     if isinstance(content, list):
-        message["content"] = "\n".join(text_part(part, f"{where}.content[{at}]") for at, part in enumerate(content))
+        for at, part in enumerate(content):
+            check_part(part, f"{where}.content[{at}]")
+        message["content"] = content or ""
     elif not isinstance(content, str):
         raise UserError(f"{where}.content must be a string or a list of text parts", param=f"{where}.content")
     return message
 
 
-def text_part(part: Any, where: str) -> str:
+def num_chars(message: dict[str, Any]) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+
+
+def check_part(part: Any, where: str) -> None:
+    """UserError unless it is a text part."""
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
+        return
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise UserError(f"{where}: only text parts are supported, got {str(kind)[:64]}", param=where, code="unsupported_parameter")
 
