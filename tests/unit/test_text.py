@@ -144,7 +144,7 @@ def test_which_chat_template_wins_is_as_in_transformers(tmp_path: Path) -> None:
         ChatTemplate.load(tmp_path, {}, "tool_use")
 
 
-PARTS = [{"type": "text", "text": "A "}, {"type": "text", "text": "B"}]
+PARTS = [{"type": "text", "text": "\tA "}, {"type": "text", "text": "B"}]
 LOOP = "{% for part in m.content %}{% if part.type == 'text' %}[{{ part.text }}]{% endif %}{% endfor %}"
 EITHER = "{% if m.content is string %}{{ m.content }}{% else %}" + LOOP + "{% endif %}"
 
@@ -180,6 +180,7 @@ def test_a_template_that_shows_parts_gets_them_as_in_transformers(tmp_path: Path
         "{{ '' + m['content'] }}",
         "{{ m.content.strip() }}",
         "{{ m.content | tojson }}",
+        "{{ m.content | tojson(separators=(',', ':')) }}",
         "{% if m.content is string %}{{ m.content }}{% endif %}",
         "{{ m.content[:9] }}",
         "{% if m.content is not string %}{{ raise_exception('only texts') }}{% endif %}{{ m.content }}",
@@ -187,7 +188,7 @@ def test_a_template_that_shows_parts_gets_them_as_in_transformers(tmp_path: Path
 )
 def test_a_template_that_knows_only_texts_gets_one(shown: str) -> None:
     template = ChatTemplate("{% for m in messages %}<{{ m.role }}>" + shown + "{% endfor %}")
-    whole = [{"role": "user", "content": "A B"}, {"role": "assistant", "content": "C"}]
+    whole = [{"role": "user", "content": "\tA B"}, {"role": "assistant", "content": "C"}]
     prompt = template.render([{"role": "user", "content": PARTS}, whole[1]])
     assert prompt == template.render(whole) and "A B" in prompt
 

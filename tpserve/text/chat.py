@@ -30,6 +30,8 @@ DEFAULT = "default"
 """The template of a plain conversation, where a model has several."""
 NAME = re.compile(r"[\w-]+")
 """What --chat-template gives, if it is no template itself."""
+PRINTED = re.compile(r"""['"]text['"]: ?['"](?:\s|\\[nrt])*\Z""")
+"""What stands before a part's text where a list is printed, by Python or as JSON."""
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template can raise on messages it was not written for; it is foreign code fed with a client's values."""
 
@@ -109,10 +111,7 @@ class ChatTemplate:
             prompt = self._generate({**names, "messages": messages})
         except TEMPLATE_ERRORS:
             return None
-        parts = [part for message in messages if isinstance(content := message.get("content"), list) for part in content]
-        if all(part["text"].strip() in prompt for part in parts) and not any(is_data(part, prompt) for part in parts):
-            return prompt
-        return None
+        return prompt if shows_parts(prompt, messages) else None
 
     def _generate(self, names: Mapping[str, Any]) -> str:
         assert self._template is not None
@@ -127,9 +126,19 @@ class ChatTemplate:
         return "".join(parts)
 
 
-def is_data(part: Mapping[str, Any], prompt: str) -> bool:
-    """Whether the prompt shows a part as Python or JSON spells it."""
-    return str(part) in prompt or to_json(part) in prompt
+def shows_parts(prompt: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the prompt holds the text of every part, and not as a value in a list that is printed."""
+    at = 0
+    for message in messages:
+        for part in content if isinstance(content := message.get("content"), list) else ():
+            text = part["text"].strip()
+            begin = prompt.find(text, at)
+            if begin < 0:  # a template may put messages in another order
+                begin = prompt.find(text)
+            if begin < 0 or PRINTED.search(prompt, max(0, begin - 64), begin):
+                return False
+            at = begin + len(text)
+    return True
 
 
 def joined(message: Mapping[str, Any]) -> Mapping[str, Any]:
