@@ -10,7 +10,7 @@ from tpserve import SamplingParams, UserError
 from tpserve.config import keywords
 from tpserve.config.machine import Machine
 from tpserve.config.resolve import resolve
-from tpserve.frontend.openai.schema import CompletionCall
+from tpserve.frontend.openai.schema import CompletionRequest
 from tpserve.llm.prompts import jobs
 from tpserve.types.model_files import ModelFiles
 
@@ -88,8 +88,8 @@ ONLY_OVER_HTTP = {"model", "prompt", "echo", "add_special_tokens", "return_token
 def test_sampling_params_are_the_fields_of_a_request() -> None:
     """One list in two spellings: a field that one learns the other must know, with the same default."""
     ours = {field.name for field in dataclasses.fields(SamplingParams)} - {"detokenize", "spaces_between_special_tokens"}
-    assert ours == set(CompletionCall.__struct_fields__) - ONLY_OVER_HTTP
-    assert SamplingParams(max_tokens=None).call() == CompletionCall(prompt="")
+    assert ours == set(CompletionRequest.__struct_fields__) - ONLY_OVER_HTTP
+    assert SamplingParams(max_tokens=None).call() == CompletionRequest(prompt="")
 
 
 @pytest.mark.parametrize(

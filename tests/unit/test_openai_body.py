@@ -10,22 +10,22 @@ import pytest
 from tpserve.errors import UserError
 from tpserve.frontend.openai.body import parse
 from tpserve.frontend.openai.params import refuse_contradictions
-from tpserve.frontend.openai.schema import LABELS, NEUTRAL, ChatCall, CompletionCall
+from tpserve.frontend.openai.schema import LABELS, NEUTRAL, ChatCompletionRequest, CompletionRequest
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def completion(**fields: Any) -> tuple[CompletionCall, list[str]]:
-    return parse({"prompt": "a"} | fields, CompletionCall, set())
+def completion(**fields: Any) -> tuple[CompletionRequest, list[str]]:
+    return parse({"prompt": "a"} | fields, CompletionRequest, set())
 
 
-def chat(**fields: Any) -> tuple[ChatCall, list[str]]:
-    return parse(CHAT | fields, ChatCall, set())
+def chat(**fields: Any) -> tuple[ChatCompletionRequest, list[str]]:
+    return parse(CHAT | fields, ChatCompletionRequest, set())
 
 
 def refused(schema: type[Any], fields: dict[str, Any]) -> UserError:
     with pytest.raises(UserError) as info:
-        parse({"prompt": "a", **CHAT} | fields if schema is ChatCall else {"prompt": "a"} | fields, schema, set())
+        parse({"prompt": "a", **CHAT} | fields if schema is ChatCompletionRequest else {"prompt": "a"} | fields, schema, set())
     return info.value
 
 
@@ -78,20 +78,20 @@ def refused(schema: type[Any], fields: dict[str, Any]) -> UserError:
     ],
 )
 def test_wrong_values_name_the_field(fields: dict[str, Any], param: str) -> None:
-    error = refused(CompletionCall, fields)
+    error = refused(CompletionRequest, fields)
     assert error.param == param and param in str(error) and (error.status, error.code) == (400, "invalid_value")
 
 
 def test_out_of_range_tells_the_value() -> None:
-    assert str(refused(CompletionCall, {"max_tokens": -5})) == "max_tokens: expected `int` >= 0, got -5"
+    assert str(refused(CompletionRequest, {"max_tokens": -5})) == "max_tokens: expected `int` >= 0, got -5"
 
 
 def test_missing_fields_are_named() -> None:
-    for schema, param in ((CompletionCall, "prompt"), (ChatCall, "messages")):
+    for schema, param in ((CompletionRequest, "prompt"), (ChatCompletionRequest, "messages")):
         with pytest.raises(UserError) as info:
             parse({}, schema, set())
         assert info.value.param == param
-    assert refused(ChatCall, {"messages": []}).param == "messages"
+    assert refused(ChatCompletionRequest, {"messages": []}).param == "messages"
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL))
@@ -99,25 +99,27 @@ def test_known_fields_are_refused_unless_neutral(name: str) -> None:
     for value in (None, *NEUTRAL[name]):
         assert chat(**{name: value})[1] == []
     for value in (0.5, ["x"], {"type": "json_object"}):
-        error = refused(ChatCall, {name: value})
+        error = refused(ChatCompletionRequest, {name: value})
         assert (error.param, error.code, error.status) == (name, "unsupported_parameter", 400) and name in str(error)
 
 
 @pytest.mark.parametrize(
     ("schema", "fields", "param"),
     [
-        (CompletionCall, {"max_tokens": 0}, "max_tokens"),
-        (CompletionCall, {"best_of": 2, "n": 3}, "best_of"),
-        (CompletionCall, {"best_of": 2, "stream": True}, "best_of"),
-        (CompletionCall, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
-        (CompletionCall, {"stream_options": {}}, "stream_options"),
-        (CompletionCall, {"seed": 2**64}, "seed"),
-        (ChatCall, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
-        (ChatCall, {"top_logprobs": 1}, "top_logprobs"),
+        (CompletionRequest, {"max_tokens": 0}, "max_tokens"),
+        (CompletionRequest, {"best_of": 2, "n": 3}, "best_of"),
+        (CompletionRequest, {"best_of": 2, "stream": True}, "best_of"),
+        (CompletionRequest, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        (CompletionRequest, {"stream_options": {}}, "stream_options"),
+        (CompletionRequest, {"seed": 2**64}, "seed"),
+        (ChatCompletionRequest, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        (ChatCompletionRequest, {"top_logprobs": 1}, "top_logprobs"),
     ],
 )
-def test_contradictions_name_a_field(schema: type[CompletionCall | ChatCall], fields: dict[str, Any], param: str) -> None:
-    call, _ = parse(({"prompt": "a"} if schema is CompletionCall else CHAT) | fields, schema, set())
+def test_contradictions_name_a_field(
+    schema: type[CompletionRequest | ChatCompletionRequest], fields: dict[str, Any], param: str
+) -> None:
+    call, _ = parse(({"prompt": "a"} if schema is CompletionRequest else CHAT) | fields, schema, set())
     with pytest.raises(UserError, match=f"^{param} ") as info:
         refuse_contradictions(call)
     assert (info.value.param, info.value.code, info.value.status) == (param, "invalid_value", 400)
@@ -126,7 +128,7 @@ def test_contradictions_name_a_field(schema: type[CompletionCall | ChatCall], fi
 def test_what_goes_together() -> None:
     for fields in ({"max_tokens": 0, "echo": True}, {"best_of": 2, "n": 2, "stream": True}, {"best_of": 3}, {"seed": -(2**63)}):
         refuse_contradictions(completion(**fields)[0])
-    assert chat(best_of=1)[0].num_drawn == 1 and refused(ChatCall, {"best_of": 2}).code == "unsupported_parameter"
+    assert chat(best_of=1)[0].num_drawn == 1 and refused(ChatCompletionRequest, {"best_of": 2}).code == "unsupported_parameter"
 
 
 def test_what_the_engine_is_asked_for() -> None:
@@ -147,9 +149,9 @@ def test_what_the_engine_is_asked_for() -> None:
 
 
 def test_null_is_accepted_for_every_field() -> None:
-    for schema in (CompletionCall, ChatCall):
+    for schema in (CompletionRequest, ChatCompletionRequest):
         names = [name for name in schema.__struct_fields__ if name not in ("prompt", "messages")]
-        body = {"prompt": "a"} if schema is CompletionCall else CHAT
+        body = {"prompt": "a"} if schema is CompletionRequest else CHAT
         call, warnings = parse(dict(body) | dict.fromkeys(names), schema, set())
         assert warnings == [] and call.temperature == 1.0 and call.max_tokens is None
     assert completion(stream_options={"include_usage": None})[0].stream_options is not None
@@ -159,7 +161,7 @@ def test_unknown_fields_are_served_with_one_warning(caplog: pytest.LogCaptureFix
     logged: set[str] = set()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            _, warnings = parse({"prompt": "a", "colour": "violet", "user": "me"}, CompletionCall, logged)
+            _, warnings = parse({"prompt": "a", "colour": "violet", "user": "me"}, CompletionRequest, logged)
             assert warnings == ["unknown field 'colour' ignored"]
     assert len(caplog.records) == 1 and "violet" not in caplog.text
 
@@ -169,7 +171,7 @@ def test_unknown_fields_do_not_fill_log_or_answer(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         for start in range(0, 600, 100):
             body = {"prompt": "a"} | {f"f{i}\n" + "y" * 5000: 1 for i in range(start, start + 100)}
-            _, warnings = parse(body, CompletionCall, logged)
+            _, warnings = parse(body, CompletionRequest, logged)
     assert len(warnings) == 16 and max(map(len, warnings)) < 120
     assert len(logged) <= 256 and all(len(record.getMessage()) < 250 for record in caplog.records)
 
@@ -187,5 +189,5 @@ def test_chat_logprobs() -> None:
 def test_the_documentation_lists_every_field() -> None:
     section = (Path(__file__).parents[2] / "docs" / "http.md").read_text().split("## Fields")[1].split("## Rules")[0]
     listed = set(re.findall(r"`(\w+)`", section))
-    honoured = {*CompletionCall.__struct_fields__, *ChatCall.__struct_fields__}
+    honoured = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
     assert listed - {"rid", "null", "warnings"} == honoured | LABELS | (NEUTRAL.keys() - honoured)

@@ -17,7 +17,7 @@ from tpserve.frontend.bridge import Bridge
 from tpserve.frontend.journal import Ticket
 from tpserve.frontend.openai.body import parse
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
-from tpserve.frontend.openai.schema import ChatCall, CompletionCall
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import Limits, Service
 from tpserve.llm.outputs import RequestOutput, RequestStateStats, Speller
@@ -47,7 +47,7 @@ class Checked:
 
     prompt: Prompt
     text: str | None
-    call: CompletionCall
+    call: CompletionRequest
     params: SamplingParams
     detokenize: bool
 
@@ -122,7 +122,7 @@ class Generation:
     async def _checked(self, job: Job, limits: Limits) -> Checked:
         call = job.params.call(**job.fields)
         if job.chat is not None:
-            chat, _ = parse(dict(job.chat), ChatCall, set())
+            chat, _ = parse(dict(job.chat), ChatCompletionRequest, set())
             prompt = await chat_prompt(self._service, chat, limits)
         else:
             given = job.text if job.ids is None else [job.ids]

@@ -8,7 +8,7 @@ from typing import Any, Self
 from tpserve.errors import UserError
 from tpserve.frontend.openai.body import parse
 from tpserve.frontend.openai.params import refuse_contradictions
-from tpserve.frontend.openai.schema import NEUTRAL, CompletionCall
+from tpserve.frontend.openai.schema import NEUTRAL, CompletionRequest
 
 
 @dataclass
@@ -58,7 +58,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self.call()
 
-    def call(self, **more: Any) -> CompletionCall:
+    def call(self, **more: Any) -> CompletionRequest:
         """As a request that came over HTTP with these fields `more`, without its prompt. Checked anew: they may have been set
         since."""
         fields: dict[str, Any] = dataclasses.asdict(self) | more
@@ -66,6 +66,6 @@ class SamplingParams:
             raise UserError("stop strings need detokenize=True: leave one of them out", param="stop", code="invalid_value")
         if self.max_tokens == 0:
             raise UserError("max_tokens: must be at least 1, got 0", param="max_tokens", code="invalid_value")
-        call, _ = parse({**fields, "prompt": ""}, CompletionCall, set())
+        call, _ = parse({**fields, "prompt": ""}, CompletionRequest, set())
         refuse_contradictions(call)
         return call

@@ -4,13 +4,13 @@ from msgspec.structs import replace
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.prompts import check_ids, refuse_unknown
-from tpserve.frontend.openai.schema import ChatCall, CompletionCall
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.service import Limits
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.sampling import SamplingParams
 
 
-def refuse_contradictions(call: CompletionCall | ChatCall) -> None:
+def refuse_contradictions(call: CompletionRequest | ChatCompletionRequest) -> None:
     """UserError when fields, each right by itself, do not go together."""
     streams = "does not go with stream true; leave one of them out"
     rules = [
@@ -18,7 +18,7 @@ def refuse_contradictions(call: CompletionCall | ChatCall) -> None:
         ("stream_options", call.stream_options is not None and not call.stream, "needs stream true"),
         ("prompt_logprobs", call.prompt_logprobs is not None and call.stream, streams),
     ]
-    if isinstance(call, ChatCall):
+    if isinstance(call, ChatCompletionRequest):
         rules.append(("top_logprobs", call.top_logprobs is not None and not call.logprobs, "needs logprobs true"))
     else:
         rules.append(("max_tokens", call.max_tokens == 0 and not call.echo, "is 0, which needs echo true"))
@@ -29,7 +29,7 @@ def refuse_contradictions(call: CompletionCall | ChatCall) -> None:
             raise UserError(f"{param} {text}", param=param, code="invalid_value")
 
 
-def sampling_params(call: CompletionCall | ChatCall, tokenizer: Tokenizer, limits: Limits) -> SamplingParams:
+def sampling_params(call: CompletionRequest | ChatCompletionRequest, tokenizer: Tokenizer, limits: Limits) -> SamplingParams:
     """What all sequences of a call share: everything but `max_tokens`. UserError names the field that is wrong."""
     vocab_size, allowed = limits.vocab_size, sorted({*(call.allowed_token_ids or ())})
     check_ids(call.stop_token_ids, vocab_size, "stop_token_ids")

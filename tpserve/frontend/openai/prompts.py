@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tpserve.errors import UserError
-from tpserve.frontend.openai.schema import ChatCall, CompletionCall, TokenizeChatCall
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeChatRequest
 from tpserve.frontend.openai.service import Limits, Service
 from tpserve.text.tokenizer import Tokenizer
 
@@ -30,7 +30,7 @@ class Prompt:
     num_open: int = 0
 
 
-async def completion_prompts(service: Service, call: CompletionCall, limits: Limits) -> list[Prompt]:
+async def completion_prompts(service: Service, call: CompletionRequest, limits: Limits) -> list[Prompt]:
     """The prompts of a completions call, in order: a text, texts, ids, or lists of ids."""
     items = split_prompt(call.prompt)
     if len(items) > service.max_open:
@@ -62,7 +62,7 @@ async def completion_prompts(service: Service, call: CompletionCall, limits: Lim
     return prompts
 
 
-async def chat_prompt(service: Service, call: ChatCall | TokenizeChatCall, limits: Limits) -> Prompt:
+async def chat_prompt(service: Service, call: ChatCompletionRequest | TokenizeChatRequest, limits: Limits) -> Prompt:
     """The prompt of a conversation through the model's template."""
     messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
     if taken := RESERVED_KWARGS & call.chat_template_kwargs.keys():

@@ -11,12 +11,12 @@ from tpserve.frontend.openai.errors import json_response
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, check_ids, completion_prompts, max_new_tokens, refuse_too_long
 from tpserve.frontend.openai.schema import (
-    ChatCall,
-    CompletionCall,
-    DetokenizeCall,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
     StreamOptions,
-    TokenizeCall,
-    TokenizeChatCall,
+    TokenizeChatRequest,
+    TokenizeRequest,
 )
 from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import SERVICE, Service
@@ -31,7 +31,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request), CompletionCall, service.logged_fields, service.sampling())
+    call, warnings = parse(await read_object(request), CompletionRequest, service.logged_fields, service.sampling())
     head = head_of(request, service, call, warnings, "cmpl", "text_completion", "text_completion")
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
@@ -44,7 +44,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request), ChatCall, service.logged_fields, service.sampling())
+    call, warnings = parse(await read_object(request), ChatCompletionRequest, service.logged_fields, service.sampling())
     head = head_of(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
     prompt = await chat_prompt(service, call, limits)
@@ -58,7 +58,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 async def answer(
     request: web.Request,
     service: Service,
-    call: CompletionCall | ChatCall,
+    call: CompletionRequest | ChatCompletionRequest,
     params: Sequence[SamplingParams],
     shape: Shape,
     head: Head,
@@ -75,7 +75,7 @@ async def answer(
 def head_of(
     request: web.Request,
     service: Service,
-    call: CompletionCall | ChatCall,
+    call: CompletionRequest | ChatCompletionRequest,
     warnings: list[str],
     prefix: str,
     kind: str,
@@ -118,16 +118,16 @@ async def tokenize(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     body = await read_object(request)
     if body.get("messages") is not None:
-        chat, warnings = parse(body, TokenizeChatCall, service.logged_fields)
+        chat, warnings = parse(body, TokenizeChatRequest, service.logged_fields)
         service.served(chat.model)
         ids = (await chat_prompt(service, chat, service.limits())).ids
         strings = chat.return_token_strs
     else:
-        call, warnings = parse(body, TokenizeCall, service.logged_fields)
+        call, warnings = parse(body, TokenizeRequest, service.logged_fields)
         service.served(call.model)
         limits = service.limits()
         refuse_too_long(call.prompt, service.tokenizer, limits, "prompt")
-        plain = CompletionCall(prompt=call.prompt, add_special_tokens=call.add_special_tokens)
+        plain = CompletionRequest(prompt=call.prompt, add_special_tokens=call.add_special_tokens)
         ids = (await completion_prompts(service, plain, limits))[0].ids if call.prompt else []
         strings = call.return_token_strs
     answer: Json = {"count": len(ids), "max_model_len": service.status().max_model_len, "tokens": ids}
@@ -141,7 +141,7 @@ async def tokenize(request: web.Request) -> web.Response:
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize"""
     service = request.app[SERVICE]
-    call, warnings = parse(await read_object(request), DetokenizeCall, service.logged_fields)
+    call, warnings = parse(await read_object(request), DetokenizeRequest, service.logged_fields)
     service.served(call.model)
     check_ids(call.tokens, service.limits().vocab_size, "tokens")
     text = service.tokenizer.decode(call.tokens, skip_special_tokens=False)

@@ -70,7 +70,7 @@ class Sampled(Struct, frozen=True, kw_only=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-class CompletionCall(Sampled, frozen=True, kw_only=True):
+class CompletionRequest(Sampled, frozen=True, kw_only=True):
     """POST /v1/completions. The shapes of `prompt` are told apart in `prompts`."""
 
     prompt: str | list[Any]
@@ -104,7 +104,7 @@ class CompletionCall(Sampled, frozen=True, kw_only=True):
         return self.n * sum(count + 1 for count in (self.prompt_logprobs, self.num_echoed) if count is not None)
 
 
-class ChatCall(Sampled, frozen=True, kw_only=True):
+class ChatCompletionRequest(Sampled, frozen=True, kw_only=True):
     """POST /v1/chat/completions. Special tokens come from the template, so encoding adds none by default."""
 
     messages: Messages
@@ -133,8 +133,8 @@ class ChatCall(Sampled, frozen=True, kw_only=True):
         return 0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
 
 
-class TokenizeCall(Struct, frozen=True, kw_only=True):
-    """POST /tokenize with a text; with messages it is a `TokenizeChatCall`."""
+class TokenizeRequest(Struct, frozen=True, kw_only=True):
+    """POST /tokenize with a text; with messages it is a `TokenizeChatRequest`."""
 
     prompt: str
     model: str | None = None
@@ -142,8 +142,8 @@ class TokenizeCall(Struct, frozen=True, kw_only=True):
     return_token_strs: bool = False
 
 
-class TokenizeChatCall(Struct, frozen=True, kw_only=True):
-    """POST /tokenize with messages: how the same fields of a `ChatCall` would be tokenized."""
+class TokenizeChatRequest(Struct, frozen=True, kw_only=True):
+    """POST /tokenize with messages: how the same fields of a `ChatCompletionRequest` would be tokenized."""
 
     messages: Messages
     model: str | None = None
@@ -154,7 +154,7 @@ class TokenizeChatCall(Struct, frozen=True, kw_only=True):
     return_token_strs: bool = False
 
 
-class DetokenizeCall(Struct, frozen=True, kw_only=True):
+class DetokenizeRequest(Struct, frozen=True, kw_only=True):
     """POST /detokenize."""
 
     tokens: list[Any]

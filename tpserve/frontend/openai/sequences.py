@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tpserve.errors import UserError
 from tpserve.frontend.openai.params import sampling_params, with_length
 from tpserve.frontend.openai.prompts import Prompt
-from tpserve.frontend.openai.schema import ChatCall, CompletionCall
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.service import Limits, Service
 from tpserve.text.assembler import Assembler
 from tpserve.text.entries import PromptScores
@@ -28,7 +28,11 @@ MAX_SHOWN_SCORES = 1 << 21
 
 
 def params_of(
-    service: Service, call: CompletionCall | ChatCall, prompts: Sequence[Prompt], sizes: Sequence[int], limits: Limits
+    service: Service,
+    call: CompletionRequest | ChatCompletionRequest,
+    prompts: Sequence[Prompt],
+    sizes: Sequence[int],
+    limits: Limits,
 ) -> list[SamplingParams]:
     """What is asked for each prompt. `sizes`: how many tokens each prompt's choices may have. UserError names a field."""
     field = "best_of" if call.num_drawn > call.n else "n"
@@ -46,7 +50,7 @@ def params_of(
 
 
 def requests_of(
-    service: Service, call: CompletionCall | ChatCall, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    service: Service, call: CompletionRequest | ChatCompletionRequest, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
 ) -> list[tuple[Request, Assembler]]:
     """All choices of all prompts, in order, each with what assembles its output. Without a seed each has one of its own."""
 
@@ -78,7 +82,7 @@ def requests_of(
     return [each for prompt, own in zip(prompts, params, strict=True) for each in choices(prompt, own)]
 
 
-def refuse_too_many_scores(call: CompletionCall | ChatCall, num_tokens: int) -> None:
+def refuse_too_many_scores(call: CompletionRequest | ChatCompletionRequest, num_tokens: int) -> None:
     """An answer repeats a prompt's log probabilities in each choice, and must stay of a size that can be built and read."""
     shown = num_tokens * call.num_shown_scores
     if shown > MAX_SHOWN_SCORES:

@@ -13,7 +13,7 @@ import msgspec
 
 from tpserve.frontend.journal import OpenSequence
 from tpserve.frontend.openai.prompts import Prompt
-from tpserve.frontend.openai.schema import ChatCall, CompletionCall
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.text.assembler import Piece
 from tpserve.text.entries import PromptScores, TokenEntry
 from tpserve.text.logprobs import chat_logprobs, completion_logprobs, likeliest, prompt_logprobs
@@ -101,7 +101,7 @@ class CompletionShape:
     """`text_completion`, streamed or not. Choice `index` continues prompt `index // n`; of more that were drawn the best stay."""
 
     head: Head
-    call: CompletionCall
+    call: CompletionRequest
     prompts: Sequence[Prompt]
     tokenizer: Tokenizer
     _prompt_ids_sent: set[int] = field(default_factory=set)
@@ -180,7 +180,7 @@ class ChatShape:
     """`chat.completion` and its chunks."""
 
     head: Head
-    call: ChatCall
+    call: ChatCompletionRequest
     prompt: Prompt
     tokenizer: Tokenizer
 
