@@ -12,6 +12,7 @@ Two streams have one contract, for tokens spell bytes in two ways. `ByteLevelStr
 
 import codecs
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
@@ -86,13 +87,20 @@ class ByteLevelStream:
 
     def step(self, token: int) -> str:
         data = self._spell(token)
+        if not self._begun:
+            with suppress(UnicodeDecodeError):  # most tokens are whole characters
+                text = data.decode()
+                self.offsets.append(self.chars)
+                self.chars += len(text)
+                return text
         self._places.append(len(self._begun))
-        return self._show(data, final=False) if data or not self._begun else ""
+        return self._show(data, final=False) if data else ""
 
     def skip(self) -> None:
-        self._places.append(len(self._begun))
-        if not self._begun:
-            self._show(b"", final=False)
+        if self._begun:
+            self._places.append(len(self._begun))
+        else:
+            self.offsets.append(self.chars)
 
     def flush(self) -> str:
         return self._show(b"", final=True)
