@@ -18,6 +18,7 @@ from typing import Any
 import uvloop
 from aiohttp import web
 from msgspec.structs import replace
+from tokenizers import Tokenizer as RustTokenizer
 
 from tests.http.tiny_tokenizer import EOS, byte_level, save
 from tpserve.frontend.app import create_app, runner
@@ -150,10 +151,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, step_s: float = 0.001, exposed: bool = False, **config: Any) -> Iterator[Server]:
+def serving(
+    directory: Path, step_s: float = 0.001, exposed: bool = False, kind: Callable[[], RustTokenizer] = byte_level, **config: Any
+) -> Iterator[Server]:
     """Serve on a loopback port until the block ends; `exposed`: as if others could reach it. `server.states[-1]` is what the
     application sees as the engine's state."""
-    save(byte_level(), directory)
+    save(kind(), directory)
     tokenizer = Tokenizer.load(directory)
     engine = Engine(tokenizer.vocab_size, step_s)
     loop = uvloop.new_event_loop()

@@ -3,12 +3,13 @@
 import http.client
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.http import checks, score_checks
+from tests.http import checks, score_checks, tiny_tokenizer
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving, until
 from tpserve.frontend.openai import sequences, shapes
 from tpserve.types.messages import Scored
@@ -102,3 +103,39 @@ def test_leaving_while_the_prompt_is_scored(tmp_path: Path) -> None:
         until(lambda: server.engine.scheduler.stats().blocks_used == 0)
         whole = checks.Client(server.url).completion(**fields).json["choices"]
         assert [len(choice["logprobs"]["tokens"]) for choice in whole] == [202, 202]
+
+
+@pytest.mark.parametrize("kind", [tiny_tokenizer.byte_level, tiny_tokenizer.metaspace])
+def test_text_is_what_the_tokenizer_decodes(kind: Callable[[], tiny_tokenizer.Tokenizer], tmp_path: Path) -> None:
+    """Random tokens after prompts that end inside characters: echoed or not, whole or streamed, with logprobs or without."""
+    with serving(tmp_path, kind=kind) as server:
+        client, tokenizer = checks.Client(server.url), server.tokenizer
+        alone = {tokenizer.token_bytes(id): id for id in reversed(range(tokenizer.vocab_size))}
+        begun = [[alone[bytes([byte])] for byte in data] for data in (b"a\xf0\x9f", b"\xc3\xa9\xe6", b"\xff\xe6\xbc")]
+        for seed, logprobs in ((1, None), (2, 2), (3, None), (4, 0)):
+            fields: dict[str, Any] = {"prompt": begun, "max_tokens": 40, "seed": seed, "ignore_eos": True, "logprobs": logprobs}
+            fields |= {"n": 2, "return_token_ids": True}
+            plain, echoed = (client.completion(**fields, echo=echo).json["choices"] for echo in (False, True))
+            for index, (own, choice) in enumerate(zip(plain, echoed, strict=True)):
+                prompt = begun[index // 2]
+                assert choice["text"] == tokenizer.decode(prompt + choice["token_ids"])
+                assert choice["token_ids"] == own["token_ids"] and choice["text"].endswith(own["text"])
+                if logprobs is not None:
+                    lists = choice["logprobs"]
+                    assert {len(lists[name]) for name in lists} == {len(prompt) + 40}
+                    offsets = lists["text_offset"]
+                    assert offsets == sorted(offsets) and offsets[-1] <= len(choice["text"])
+                    assert all(len(top) >= logprobs for top in lists["top_logprobs"][1:])
+            for echo, expected in ((False, plain), (True, echoed)):
+                streamed_as_whole(client, fields | {"echo": echo}, expected)
+
+
+def streamed_as_whole(client: checks.Client, fields: dict[str, Any], expected: list[dict[str, Any]]) -> None:
+    chunks = [chunk["choices"][0] for chunk in client.completion(**fields, stream=True).events]
+    for index, choice in enumerate(expected):
+        own = [chunk for chunk in chunks if chunk["index"] == index]
+        assert "".join(chunk["text"] for chunk in own) == choice["text"]
+        assert [token for chunk in own for token in chunk["token_ids"]] == choice["token_ids"]
+        if choice["logprobs"] is not None:
+            for name, values in choice["logprobs"].items():
+                assert [value for chunk in own if chunk["logprobs"] for value in chunk["logprobs"][name]] == values

@@ -171,8 +171,9 @@ def test_chat_sees_the_template(server: Server, client: checks.Client) -> None:
         assert answer.status == 200, answer.body
         return server.tokenizer.decode(answer.json["prompt_token_ids"], skip_special_tokens=False)
 
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert prompt(messages=[{"role": "user", "content": parts, "name": None}]) == "<s><|user|>a\nb</s><|assistant|>"
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert prompt(messages=[{"role": "user", "content": parts, "name": None}]) == "<s><|user|>a b</s><|assistant|>"
+    assert prompt(messages=[{"role": "user", "content": []}]) == "<s><|user|></s><|assistant|>"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "so"}]
     assert prompt(messages=turns, add_generation_prompt=False, continue_final_message=True) == "<s><|user|>a</s><|assistant|>so"
     checks.is_error(client.chat(messages=[{"role": "x", "content": "a"}]), 400, param="messages", says="unknown role x")

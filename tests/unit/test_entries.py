@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.http.tiny_tokenizer import EOS, byte_level, metaspace
 from tpserve.text.assembler import Assembler, Piece
 from tpserve.text.entries import PromptScores, TokenEntry, token_offsets
-from tpserve.text.logprobs import completion_logprobs, likeliest, prompt_logprobs
+from tpserve.text.logprobs import completion_logprobs, likeliest, prompt_logprobs, spelled
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs, TokenLogprobs
@@ -112,13 +112,28 @@ def test_the_first_token_of_a_prompt_has_null() -> None:
     assert prompt_logprobs(scores, range(2), 0, TOKENIZER)[0] is None
 
 
-def test_a_chosen_token_does_not_hide_a_likelier_one_spelled_alike() -> None:
-    """Harnesses ask whether the chosen value is the highest one; parts of characters are all spelled U+FFFD."""
-    part, other = TOKENIZER.encode("🎉")[:2]
-    assert TOKENIZER.token_text(part) == TOKENIZER.token_text(other)
-    entry = TokenEntry(part, 0, TokenLogprobs(-2.0, (other,), (-1.0,)))
-    shape = completion_logprobs([entry], TOKENIZER)
-    assert shape["token_logprobs"] == [-2.0] and shape["top_logprobs"] == [{"\ufffd": -1.0}]
+def test_alternatives_that_are_spelled_alike_are_all_there() -> None:
+    """Parts of characters by their bytes, whole tokens of one text by their ids; the chosen one has its name in `tokens`."""
+    parts = [token for token in range(300) if TOKENIZER.token_text(token) == "\ufffd"][:20]
+    chosen = TOKENIZER.encode(" 🎉")[1]
+    shape = completion_logprobs([TokenEntry(chosen, 0, TokenLogprobs(-9.0, tuple(parts), (-1.0,) * 20))], TOKENIZER)
+    assert shape["tokens"] == ["bytes:\\xf0"] and len(shape["top_logprobs"][0]) == len({*parts, chosen}) >= 20
+    assert shape["top_logprobs"][0][shape["tokens"][0]] == -9.0
+    metaspaced = Tokenizer(metaspace(), {})
+    letter, piece, far = 4 + ord("s"), metaspaced.encode("cats")[-1], 9999
+    assert metaspaced.token_text(letter) == metaspaced.token_text(piece) == "s"
+    (top,) = completion_logprobs(
+        [TokenEntry(letter, 0, TokenLogprobs(-2.0, (piece, letter, far, far + 1), (-1.0, -2.0, -3.0, -4.0)))], metaspaced
+    )["top_logprobs"]
+    assert top == {"s": -2.0, f"token_id:{piece}": -1.0, "": -3.0, f"token_id:{far + 1}": -4.0}
+
+
+def test_bytes_are_named_so_that_they_can_be_read_back() -> None:
+    rust = byte_level()
+    rust.add_tokens(["Ġ\\Ã"])
+    tokenizer = Tokenizer(rust, {})
+    assert spelled(tokenizer.vocab_size - 1, tokenizer) == "bytes: \\x5c\\xc3"
+    assert spelled(TOKENIZER.encode("the")[0], TOKENIZER) == "the"
 
 
 def test_the_likeliest_by_the_mean_of_their_tokens() -> None:

@@ -4,6 +4,7 @@ import asyncio
 from array import array
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,17 +12,20 @@ from hypothesis import strategies as st
 
 from tests.http.tiny_tokenizer import EOS, byte_level
 from tpserve.errors import UserError
-from tpserve.frontend.journal import Journal, NewSequence, Ticket
+from tpserve.frontend.journal import Journal, Ticket
 from tpserve.text.assembler import Assembler, Piece
 from tpserve.text.entries import PromptScores
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import Abort, Add, Cut, Delta, Done, EngineInput, EngineOutput, PhaseTimes, Scored, Stats
+from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs
+from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingParams
 from tpserve.wire import codec
 
 TOKENIZER = Tokenizer(byte_level(), {})
 CAT = TOKENIZER.encode("the cat sat")
+PLAIN = SamplingParams()
 
 
 class Harness:
@@ -32,16 +36,19 @@ class Harness:
         self.now = 0.0
         self.journal = Journal(self.sent.extend, "tiny", clock=lambda: self.now)
 
-    def open(self, n: int = 1, stop: Sequence[str] = (), streaming: bool = True, seed: int | None = None) -> Ticket:
-        new = [NewSequence([1, 2], SamplingParams(), Assembler(TOKENIZER, stop=stop), seed, choice) for choice in range(n)]
-        return self.journal.open(new, streaming=streaming)
+    def open(self, n: int = 1, stop: Sequence[str] = (), streaming: bool = True, seed: int = 1) -> Ticket:
+        requests = [(self.request([1, 2], choice=choice, seed=seed), Assembler(TOKENIZER, stop=stop)) for choice in range(n)]
+        return self.journal.open(requests, streaming=streaming)
+
+    def request(self, prompt: list[int], params: SamplingParams = PLAIN, seed: int = 1, **more: Any) -> Request:
+        return Request(self.journal.next_id(), pack(prompt), params, seed, **more)
 
     def open_scored(self, n: int = 1, stop: Sequence[str] = (), max_tokens: int = 16) -> Ticket:
         """Choices of a prompt of four tokens, the first of which is scored."""
         scores = PromptScores([1, 2, 3, 4])
         params = [SamplingParams(max_tokens=max_tokens, prompt_logprobs=None if choice else 0) for choice in range(n)]
-        new = [NewSequence([1, 2, 3, 4], p, Assembler(TOKENIZER, stop=stop, scores=scores)) for p in params]
-        return self.journal.open(new, streaming=True)
+        requests = [(self.request([1, 2, 3, 4], p), Assembler(TOKENIZER, stop=stop, scores=scores)) for p in params]
+        return self.journal.open(requests, streaming=True)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.journal.metrics.registry.get_sample_value(f"tpserve:{name}", {"model_name": "tiny", **labels})
@@ -55,14 +62,13 @@ def texts(pieces: Sequence[tuple[object, Piece]]) -> str:
     return "".join(piece.text for _, piece in pieces)
 
 
-def test_choices_become_requests_with_seeds() -> None:
+def test_choices_become_requests_with_numbers() -> None:
     harness = Harness()
     harness.open(n=3)
     harness.open(seed=7)
     requests = [message.request for message in harness.sent if isinstance(message, Add)]
     assert [r.choice for r in requests] == [0, 1, 2, 0] and len({r.id for r in requests}) == 4
-    assert len({r.seed for r in requests[:3]}) == 3 and requests[3].seed == 7
-    assert all(0 <= r.seed < 2**64 for r in requests) and harness.journal.num_open == 4
+    assert requests[3].seed == 7 and harness.journal.num_open == 4
 
 
 def test_deltas_then_done() -> None:
@@ -97,7 +103,8 @@ def test_only_the_expected_position_is_taken() -> None:
 
 def test_priority_and_salt_go_with_the_request() -> None:
     harness = Harness()
-    harness.journal.open([NewSequence([1], SamplingParams(), Assembler(TOKENIZER), 1, 2, -3, "salt")], streaming=False)
+    request = harness.request([1], choice=2, priority=-3, cache_salt="salt")
+    harness.journal.open([(request, Assembler(TOKENIZER))], streaming=False)
     (add,) = harness.sent
     assert isinstance(add, Add) and (add.request.choice, add.request.priority, add.request.cache_salt) == (2, -3, "salt")
 

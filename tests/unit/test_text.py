@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.http.tiny_tokenizer import byte_level, metaspace, save
 from tpserve.errors import UserError
@@ -32,25 +32,6 @@ def test_stream_of_text_is_the_text(text: str) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert streamed(tokenizer, ids) == tokenizer.decode(ids)
     assert streamed(BYTES, BYTES.encode(text)) == text
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 400), max_size=40))
-def test_stream_survives_any_ids(ids: list[int]) -> None:
-    """Invalid bytes, special tokens and ids outside the vocabulary: never an error, and what is valid is all there."""
-    assert streamed(BYTES, ids).replace("\ufffd", "") == BYTES.decode(ids).replace("\ufffd", "")
-    # Byte fallback takes valid bytes back when invalid ones follow; a stream cannot, and shows at least as much.
-    assert set(SPACES.decode(ids)) <= {*streamed(SPACES, ids), "\ufffd"}
-
-
-def test_stream_of_endless_invalid_bytes_has_bounded_cost() -> None:
-    bad = 4 + 0xFF
-    stream = SPACES.stream()
-    longest_window = 0
-    for _ in range(200):
-        stream.step(bad)
-        longest_window = max(longest_window, len(stream._window))
-    assert longest_window <= 17
 
 
 def test_stream_keeps_the_space_between_prompt_and_output() -> None:
@@ -161,6 +142,55 @@ def test_which_chat_template_wins_is_as_in_transformers(tmp_path: Path) -> None:
     assert both() == ["newest", "newest"] and both("rag") == ["documents", "documents"]
     with pytest.raises(UserError, match="one of the model's templates default, rag"):
         ChatTemplate.load(tmp_path, {}, "tool_use")
+
+
+PARTS = [{"type": "text", "text": "\tA "}, {"type": "text", "text": "B"}]
+LOOP = "{% for part in m.content %}{% if part.type == 'text' %}[{{ part.text }}]{% endif %}{% endfor %}"
+EITHER = "{% if m.content is string %}{{ m.content }}{% else %}" + LOOP + "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        LOOP,
+        EITHER,
+        "{{ m['content'] | map(attribute='text') | join('+') }}",
+        "{% macro show(content) %}{% for x in content %}{{ x['text'] | trim }};{% endfor %}{% endmacro %}{{ show(m.content) }}",
+    ],
+)
+def test_a_template_that_shows_parts_gets_them_as_in_transformers(tmp_path: Path, shown: str) -> None:
+    source = "{% for m in messages %}<{{ m.role }}>" + shown + "{% endfor %}"
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for messages in (
+        [{"role": "user", "content": PARTS}],
+        [{"role": "system", "content": PARTS[:1]}, {"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS}],
+    ):
+        expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
+        assert ChatTemplate(source).render(messages) == expected
+        cut = ChatTemplate(source).render(messages, add_generation_prompt=False, continue_final_message=True)
+        assert expected.startswith(cut) and cut.endswith("B")
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "{{ m.content }}",
+        "{{ m['content'] | trim }}",
+        "{{ '' + m['content'] }}",
+        "{{ m.content.strip() }}",
+        "{{ m.content | tojson }}",
+        "{{ m.content | tojson(separators=(',', ':')) }}",
+        "{% if m.content is string %}{{ m.content }}{% endif %}",
+        "{{ m.content[:9] }}",
+        "{% if m.content is not string %}{{ raise_exception('only texts') }}{% endif %}{{ m.content }}",
+    ],
+)
+def test_a_template_that_knows_only_texts_gets_one(shown: str) -> None:
+    template = ChatTemplate("{% for m in messages %}<{{ m.role }}>" + shown + "{% endfor %}")
+    whole = [{"role": "user", "content": "\tA B"}, {"role": "assistant", "content": "C"}]
+    prompt = template.render([{"role": "user", "content": PARTS}, whole[1]])
+    assert prompt == template.render(whole) and "A B" in prompt
 
 
 @pytest.mark.parametrize("templates", [[{"name": "default"}], [3], {"default": 1}, 7, [{"name": "a", "template": None}]])

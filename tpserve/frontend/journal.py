@@ -1,6 +1,6 @@
 """Every open request: what was asked, what has come, and who waits for it.
 
-Owns the sequences between admission and their one terminal, their numbers and seeds. Never touches sockets, text rules or
+Owns the sequences between admission and their one terminal, and their numbers. Never touches sockets, text rules or
 validation. Called from one event loop only. Invariants:
 
     entry     in the journal from `open` until its terminal: Done, a stop string, abort or failure; then it is gone
@@ -15,7 +15,6 @@ A `Ticket` is one client's request: n choices of one or several prompts are as m
 import asyncio
 import itertools
 import logging
-import secrets
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -38,27 +37,10 @@ from tpserve.types.messages import (
     Scored,
     Stats,
 )
-from tpserve.types.packed import pack
+from tpserve.types.packed import INT32_BYTES
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class NewSequence:
-    """One choice to generate. `seed` None: the journal draws one, so that the engine always has one.
-
-    With `params.prompt_logprobs` the assembler has the scores to fill.
-    """
-
-    prompt: Sequence[int]
-    params: SamplingParams
-    assembler: Assembler
-    seed: int | None = None
-    choice: int = 0
-    priority: int = 0
-    cache_salt: str = ""
 
 
 @dataclass(eq=False)
@@ -67,7 +49,6 @@ class OpenSequence:
 
     request: Request
     index: int
-    prompt_tokens: int
     assembler: Assembler
     ticket: "Ticket"
     arrived_s: float
@@ -77,6 +58,10 @@ class OpenSequence:
     cached_tokens: int = 0
     queue_s: float = 0.0
     closed: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt) // INT32_BYTES
 
     @property
     def unscored(self) -> PromptScores | None:
@@ -146,32 +131,24 @@ class Journal:
     def open_sequences(self) -> list[OpenSequence]:
         return list(self._open.values())
 
-    def open(self, new: Sequence[NewSequence], *, streaming: bool) -> Ticket:
-        """Admit a client's request: all its sequences, in the order of their indices."""
-        ticket, now, adds = Ticket(streaming), self._clock(), list[EngineInput]()
-        prompt: Sequence[int] | None = None
-        packed = b""
-        for index, item in enumerate(new):
-            if item.prompt is not prompt:  # the choices of a prompt share it
-                prompt, packed = item.prompt, pack(item.prompt)
-            seed = secrets.randbits(64) if item.seed is None else item.seed
-            request = Request(
-                next(self._ids),
-                packed,
-                item.params,
-                seed,
-                item.choice,
-                priority=item.priority,
-                cache_salt=item.cache_salt,
-            )
-            sequence = OpenSequence(request, index, len(item.prompt), item.assembler, ticket, now)
+    def next_id(self) -> int:
+        """A number for a request, never given again."""
+        return next(self._ids)
+
+    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool) -> Ticket:
+        """Admit what a client asked for: all its sequences, in the order of their indices, each with what assembles its output.
+
+        With `params.prompt_logprobs` the assembler has the scores to fill.
+        """
+        ticket, now = Ticket(streaming), self._clock()
+        for index, (request, assembler) in enumerate(requests):
+            sequence = OpenSequence(request, index, assembler, ticket, now)
             self._open[request.id] = sequence
             ticket._opened(sequence)
-            adds.append(Add(request))
         try:
-            self._send(adds)
+            self._send([Add(request) for request, _ in requests])
         except Exception as error:  # what cannot be encoded: nothing was sent, and nothing else is affected
-            log.exception("requests %s cannot be sent to the engine", [sequence.request.id for sequence in ticket.sequences])
+            log.exception("requests %s cannot be sent to the engine", [request.id for request, _ in requests])
             for sequence in ticket.sequences:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
         return ticket

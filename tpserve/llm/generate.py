@@ -18,14 +18,14 @@ from tpserve.frontend.journal import Ticket
 from tpserve.frontend.openai.body import parse
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
-from tpserve.frontend.openai.sequences import sequences
+from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import Limits, Service
 from tpserve.llm.outputs import RequestOutput, RequestStateStats, Speller
 from tpserve.llm.prompts import PromptJob
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.logprobs import likeliest
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.sampling import SamplingDefaults
+from tpserve.types.sampling import SamplingDefaults, SamplingParams
 
 COUNT_S = 0.1
 """How often tokens are counted for the progress bar."""
@@ -48,7 +48,7 @@ class Checked:
     prompt: Prompt
     text: str | None
     call: CompletionRequest
-    max_tokens: int
+    params: SamplingParams
     detokenize: bool
 
 
@@ -91,9 +91,7 @@ class Generation:
             waiting = enumerate(await self._check(limits))
             outputs: list[RequestOutput | None] = [None] * len(self._jobs)
             tasks = [asyncio.create_task(self._count())]
-            workers = [
-                asyncio.create_task(self._work(waiting, limits, outputs)) for _ in range(min(self._window, len(self._jobs)))
-            ]
+            workers = [asyncio.create_task(self._work(waiting, outputs)) for _ in range(min(self._window, len(self._jobs)))]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -111,7 +109,6 @@ class Generation:
         for index, job in enumerate(self._jobs):
             try:
                 one = await self._checked(job, limits)
-                sequences(self._service, one.call, [one.prompt], [one.max_tokens], limits)
             except UserError as error:
                 if len(self._jobs) == 1:
                     raise
@@ -131,13 +128,14 @@ class Generation:
             given = job.text if job.ids is None else [job.ids]
             (prompt,) = await completion_prompts(self._service, replace(call, prompt=given), limits)
         size = max_new_tokens(prompt, None, job.params.max_tokens, limits, "prompt")
-        return Checked(prompt, prompt.text if job.ids is None else job.text, call, size, job.params.detokenize)
+        (params,) = params_of(self._service, call, [prompt], [size], limits)
+        return Checked(prompt, prompt.text if job.ids is None else job.text, call, params, job.params.detokenize)
 
-    async def _work(self, waiting: Iterator[tuple[int, Checked]], limits: Limits, outputs: list[RequestOutput | None]) -> None:
+    async def _work(self, waiting: Iterator[tuple[int, Checked]], outputs: list[RequestOutput | None]) -> None:
         """Answer one prompt after another, until none waits."""
         for index, one in waiting:
-            new = sequences(self._service, one.call, [one.prompt], [one.max_tokens], limits)
-            ticket = self._service.open(new, streaming=False)
+            requests = requests_of(self._service, one.call, [one.prompt], [one.params])
+            ticket = self._service.open(requests, streaming=False)
             self._open.add(ticket)
             try:
                 while not ticket.ended:

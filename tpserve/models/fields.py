@@ -186,9 +186,6 @@ class Fields:
                 self.refuse_unless(name, *neutral)
         if "quantization_config" not in honoured:
             self.refuse_quantization_but("fp8")
-        kinds = {kind for kind in self.get("layer_types") or [] if kind != "full_attention"}
-        if kinds and "layer_types" not in honoured:
-            raise self.refuse(f"field 'layer_types' names {min(kinds)!r}, which tpserve does not support yet")
 
 
 def _short(value: Any) -> str:

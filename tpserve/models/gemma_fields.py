@@ -43,6 +43,6 @@ def spec(fields: Fields, family: str, *, honoured: tuple[str, ...], **more: Any)
         embedding_scale=fields.size("hidden_size") ** 0.5,
         embedding_scale_rounded=True,
         attention_scale=fields.number("query_pre_attn_scalar") ** -0.5,
-        honoured=(*transformer.WINDOWS, "hidden_act", "query_pre_attn_scalar", *honoured),
+        honoured=(*transformer.SWITCH, "hidden_act", "query_pre_attn_scalar", *honoured),
         **more,
     )

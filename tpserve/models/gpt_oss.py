@@ -11,7 +11,7 @@ ROUTER = "mlp.router"
 
 def _spec(fields: Fields) -> ModelSpec:
     # The dtype is that of what is not in MXFP4, which published configs do not say.
-    fields = fields.over({"torch_dtype": "bfloat16", "rope_theta": 150_000.0})
+    fields = fields.over({"torch_dtype": "bfloat16", "rope_theta": 150_000.0, "sliding_window": 128})
     if not fields.get("rope_parameters") and not fields.get("rope_scaling"):
         raise fields.refuse("field 'rope_scaling' is missing")
     fields.refuse_quantization_but("mxfp4")
@@ -33,7 +33,7 @@ def _spec(fields: Fields) -> ModelSpec:
         out_bias=bias,
         sinks=True,
         windows=transformer.layer_windows(fields, lambda layer: layer % 2 == 0),
-        honoured=(*experts.COUNTS, *transformer.WINDOWS, "quantization_config"),
+        honoured=(*experts.COUNTS, *transformer.SWITCH, "quantization_config"),
         experts=experts.checked(fields, mixture),
     )
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama's shape, and in its first release a sliding window."""
+"""Mistral: Llama's shape, and in its first release a sliding window; Ministral has it in some layers."""
 
 from tpserve.models import transformer
 from tpserve.models.family import Family
@@ -13,7 +13,7 @@ def _spec(fields: Fields) -> ModelSpec:
         "mistral",
         num_kv_heads=fields.size("num_key_value_heads", fields.size("num_attention_heads")),
         head_dim=transformer.head_dim_of(fields),
-        windows=transformer.sliding_windows(fields),
+        windows=transformer.layer_windows(fields, lambda _: transformer.window_of(fields) is not None),
     )
 
 

@@ -7,14 +7,15 @@ from tpserve.types.model_spec import ModelSpec
 
 
 def _spec(fields: Fields) -> ModelSpec:
+    fields = fields.over({"sliding_window": 4096})
     return transformer.spec(
         fields,
         "qwen2",
         num_kv_heads=fields.size("num_key_value_heads"),
         head_dim=transformer.head_dim_of(fields),
         qkv_bias=True,
-        windows=transformer.switched_windows(fields, lambda layer: layer >= fields.count("max_window_layers", 28)),
-        honoured=transformer.WINDOWS,
+        windows=transformer.switched_windows(fields, transformer.from_layer(fields)),
+        honoured=transformer.SWITCH,
     )
 
 

@@ -7,6 +7,7 @@ from tpserve.types.model_spec import ModelSpec
 
 
 def _spec(fields: Fields) -> ModelSpec:
+    fields = fields.over({"sliding_window": 4096})
     return transformer.spec(
         fields,
         "qwen2_moe",
@@ -14,7 +15,7 @@ def _spec(fields: Fields) -> ModelSpec:
         head_dim=transformer.head_dim_of(fields),
         qkv_bias=fields.flag("qkv_bias", True),
         windows=transformer.switched_windows(fields, lambda i: i % 2 == 0 and i < fields.count("max_window_layers", 28)),
-        honoured=(*experts.COUNTS, *transformer.WINDOWS),
+        honoured=(*experts.COUNTS, *transformer.SWITCH),
         experts=experts.qwen(fields, shared_size=fields.size("shared_expert_intermediate_size")),
     )
 

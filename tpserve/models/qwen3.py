@@ -7,6 +7,7 @@ from tpserve.types.model_spec import ModelSpec
 
 
 def _spec(fields: Fields) -> ModelSpec:
+    fields = fields.over({"sliding_window": 4096})
     bias = fields.flag("attention_bias")
     return transformer.spec(
         fields,
@@ -16,8 +17,8 @@ def _spec(fields: Fields) -> ModelSpec:
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="head",
-        windows=transformer.switched_windows(fields, lambda layer: layer >= fields.count("max_window_layers", 28)),
-        honoured=transformer.WINDOWS,
+        windows=transformer.switched_windows(fields, transformer.from_layer(fields)),
+        honoured=transformer.SWITCH,
     )
 
 

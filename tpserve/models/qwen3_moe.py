@@ -7,6 +7,7 @@ from tpserve.types.model_spec import ModelSpec
 
 
 def _spec(fields: Fields) -> ModelSpec:
+    fields = fields.over({"sliding_window": 4096})
     bias = fields.flag("attention_bias")
     return transformer.spec(
         fields,
@@ -17,7 +18,7 @@ def _spec(fields: Fields) -> ModelSpec:
         out_bias=bias,
         qk_norm="head",
         windows=transformer.sliding_windows(fields) if fields.flag("use_sliding_window") else (),
-        honoured=(*experts.COUNTS, "use_sliding_window"),
+        honoured=(*experts.COUNTS, *transformer.SWITCH),
         experts=experts.qwen(fields),
     )
 

@@ -8,8 +8,8 @@ from tpserve.models.rope_fields import longest, rope_of
 from tpserve.types.model_spec import CacheGroup, LatentSpec, ModelSpec, RopeSpec
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-WINDOWS = ("use_sliding_window", "layer_types")
-"""Fields that a family reads which has windows in some layers."""
+SWITCH = ("use_sliding_window",)
+"""The field of families in which a window is switched on."""
 
 
 def spec(
@@ -42,6 +42,7 @@ def spec(
     rope = rope or rope_of(fields, head_dim if latent is None else latent.rope_dim)
     num_layers, max_position = fields.size("num_hidden_layers"), longest(fields, rope)
     windows = windows or [None] * num_layers
+    refuse_other_layers(fields, windows, max_position)
     if window_rope is None:  # else what has a window says which rope it has
         windows = [None if window is None or window >= max_position else window for window in windows]
     return ModelSpec(
@@ -72,6 +73,7 @@ def plain(
 ) -> ModelSpec:
     """Layer norms, learned positions, an MLP without a gate, as many key/value heads as heads, mostly a tied LM head."""
     fields.refuse_other_mathematics()
+    refuse_other_layers(fields, [None] * num_layers)
     if hidden_size % num_heads:
         raise fields.refuse(f"a hidden size of {hidden_size} is no multiple of {num_heads} attention heads")
     return ModelSpec(
@@ -129,19 +131,23 @@ def head_dim_of(fields: Fields) -> int:
     return hidden_size // num_heads
 
 
+def window_of(fields: Fields) -> int | None:
+    """`sliding_window`, in positions; None where it is absent or null."""
+    return None if fields.get("sliding_window") is None else fields.size("sliding_window")
+
+
 def sliding_windows(fields: Fields) -> tuple[int | None, ...]:
-    """`sliding_window` of families in which it holds for every layer."""
-    window = None if fields.get("sliding_window") is None else fields.size("sliding_window")
-    return (window,) * fields.size("num_hidden_layers")
+    """The window of families in which it holds for every layer."""
+    return (window_of(fields),) * fields.size("num_hidden_layers")
 
 
 def layer_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """`sliding_window` in the layers that `layer_types` says have one, and where it is missing in those of the family's rule."""
-    num_layers, kinds = fields.size("num_hidden_layers"), fields.get("layer_types")
-    if kinds is None:
-        kinds = [SLIDING if has_window(layer) else FULL for layer in range(num_layers)]
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not {*kinds} <= {SLIDING, FULL}:
-        raise fields.refuse(f"field 'layer_types' must name {num_layers} layers {SLIDING!r} or {FULL!r}, not {kinds!r}")
+    """The window in the layers that `layer_types` says have one, and where it is missing in those of the family's rule.
+
+    UserError when a layer has a window, and there is none.
+    """
+    num_layers = fields.size("num_hidden_layers")
+    kinds = layer_kinds(fields, num_layers) or [SLIDING if has_window(layer) else FULL for layer in range(num_layers)]
     window = fields.size("sliding_window") if SLIDING in kinds else None
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
@@ -150,6 +156,38 @@ def switched_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple
     """The same in families in which `use_sliding_window` switches windows on."""
     if fields.flag("use_sliding_window"):
         return layer_windows(fields, has_window)
-    if SLIDING in (fields.get("layer_types") or []):
+    if SLIDING in (layer_kinds(fields, fields.size("num_hidden_layers")) or []):
         raise fields.refuse(f"field 'layer_types' names {SLIDING!r}, which 'use_sliding_window' switches off")
     return ()
+
+
+def from_layer(fields: Fields) -> Callable[[int], bool]:
+    """Which layers have a window where the first `max_window_layers` have none."""
+    first, window = fields.count("max_window_layers", 28), window_of(fields)
+    return lambda layer: window is not None and layer >= first
+
+
+def layer_kinds(fields: Fields, num_layers: int) -> list[str] | None:
+    """`layer_types`, None where it is absent or null. UserError unless it names a kind that is supported for each layer."""
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        return None
+    odd = [kind for kind in kinds if kind not in (SLIDING, FULL)] if isinstance(kinds, list) else [kinds]
+    if odd or len(kinds) != num_layers:
+        what = f"{odd[0]!r:.80}" if odd else f"{len(kinds)}"
+        raise fields.refuse(f"field 'layer_types' must name {num_layers} layers {SLIDING!r} or {FULL!r}, not {what}")
+    return list(kinds)
+
+
+def refuse_other_layers(fields: Fields, windows: Sequence[int | None], max_position: int | None = None) -> None:
+    """Refuse `layer_types` that a family does not read and that speak of other layers than `windows`: of windows that no sequence
+    leaves (`max_position` positions) they may say anything."""
+    for layer, kind in enumerate(layer_kinds(fields, len(windows)) or []):
+        window = windows[layer]
+        if kind == SLIDING and window is None:
+            raise fields.refuse(f"field 'layer_types' names {SLIDING!r} for layer {layer}, which has no window in this family")
+        if kind == FULL and window is not None and (max_position is None or window < max_position):
+            raise fields.refuse(
+                f"field 'layer_types' names {FULL!r} for layer {layer}, but in this family 'sliding_window' ({window}) holds for "
+                "every layer: set the one or the other to null"
+            )

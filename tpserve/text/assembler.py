@@ -3,11 +3,12 @@
 One `Assembler` a sequence, sans-I/O: `push` the engine's tokens, `end` it with the engine's verdict, `take` what became
 visible. It never knows HTTP, other sequences or time. Invariants:
 
-    text     decoded = [taken][ready to take][held back: it may be the beginning of a stop string]
-    tokens   every token up to the end is in exactly one piece, beside its log probabilities
+    text     decoded = [taken][ready to take][held back: it may be the beginning of a stop string][not certain: see `stream`]
+    tokens   every token up to the end is in exactly one piece, beside its log probabilities, once its place in the text is known
     end      reached once; tokens pushed later are dropped
     prompt   with `scores`, nothing becomes visible before they are complete; the first piece has them
     pieces   neither the joined text, nor the tokens, nor the end depend on how tokens were split into pushes
+    echo     the text of a prompt without its last `num_open` tokens, joined with the output's, is the text of all their tokens
 
 EOS and stop tokens are the engine's verdict and stop strings are decided here: after a match `num_tokens` is the length
 at which the engine may cut the sequence.
@@ -28,6 +29,7 @@ class Piece(Struct, frozen=True):
 
     `stop_reason`: the stop string or the stop token that ended the sequence, None for its EOS token or its length.
     `num_tokens`: output tokens so far, those of this piece included. `scores`: of the prompt, on the first piece if asked for.
+    `open_offsets`: on the first piece, characters of the output's text before each open token of an echoed prompt.
     """
 
     text: str
@@ -37,12 +39,14 @@ class Piece(Struct, frozen=True):
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     scores: PromptScores | None = None
+    open_offsets: list[int] = []
 
 
 class Assembler:
     """The output of one sequence that follows `prompt`. Stop strings are not empty; the first `min_tokens` tokens hold none.
 
-    `scores` may be shared with other choices of the prompt, of which one is scored.
+    `scores` may be shared with other choices of the prompt, of which one is scored. `num_open`: tokens at the end of an echoed
+    prompt whose text the output may change (`Tokenizer.num_open`); the text of the output begins with theirs.
     """
 
     def __init__(
@@ -56,24 +60,31 @@ class Assembler:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         scores: PromptScores | None = None,
+        num_open: int = 0,
     ) -> None:
         assert all(stop), "an empty stop string matches everywhere"
-        self._stream = tokenizer.stream(prompt, skip_special_tokens)
+        closed = len(prompt) - num_open
+        self._stream = tokenizer.stream(prompt[:closed], skip_special_tokens)
         self._stop = tuple(stop)
         self._stop_token_ids = frozenset(stop_token_ids)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self._decoded_chars = 0
+        self._num_open = num_open
+        self._num_taken = 0
+        self._search_at: int | None = None
+        """Where in the text the first token begins that may hold a stop string; None: not known."""
         self._held = ""
         self._ready: list[str] = []
         self._tokens: list[int] = []
-        self._entries: list[TokenEntry] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._begun = False
         self._end_taken = False
         self.scores = scores
         self.num_tokens = 0
         self.finish: FinishReason | None = None
         self.stop_reason: str | int | None = None
+        for token in prompt[closed:]:
+            self._add(self._stream.step(token))
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = (), *, stops: bool = False) -> None:
         """Take the next tokens. `logprobs`: one each, or none. `stops`: the last one is an EOS or stop token and has no text."""
@@ -84,10 +95,13 @@ class Assembler:
             self.num_tokens += 1
             self._tokens.append(token)
             if logprobs:
-                self._entries.append(TokenEntry(token, self._decoded_chars, logprobs[index]))
-            hidden = token in self._stop_token_ids or (stops and index == last)
-            if self._include_stop or not hidden:
+                self._logprobs.append(logprobs[index])
+            if not self._include_stop and (token in self._stop_token_ids or (stops and index == last)):
+                self._stream.skip()
+                self._add("")
+            else:
                 self._add(self._stream.step(token))
+                self._search_pending()
 
     def end(self, finish: FinishReason, stop_id: int | None = None) -> None:
         """The engine's verdict. Ignored after a stop string, which came first."""
@@ -106,39 +120,83 @@ class Assembler:
         """Whether `take` would return a piece."""
         if self.scores is not None and not self.scores.complete:
             return False
-        return bool(self._ready) or (self.finish is not None and not self._end_taken)
+        placed = self._begun or len(self._stream.offsets) >= self._num_open
+        return placed and (bool(self._ready) or (self.finish is not None and not self._end_taken))
 
     def take(self) -> Piece | None:
         """All that became visible since the last call; None when that is neither text nor the end."""
         if not self.has_news:
             return None
-        scores = None if self._begun else self.scores
-        piece = Piece("".join(self._ready), self._tokens, self._entries, self.num_tokens, self.finish, self.stop_reason, scores)
-        self._ready, self._tokens, self._entries, self._begun = [], [], [], True
+        offsets = self._stream.offsets
+        own = 0 if self._begun else self._num_open
+        count = len(offsets) - own
+        tokens, logprobs = self._tokens[:count], self._logprobs[:count]
+        entries = [TokenEntry(*entry) for entry in zip(tokens, offsets[own:], logprobs, strict=True)] if logprobs else []
+        piece = Piece(
+            text="".join(self._ready),
+            tokens=tokens,
+            entries=entries,
+            num_tokens=self.num_tokens,
+            finish=self.finish,
+            stop_reason=self.stop_reason,
+            scores=None if self._begun else self.scores,
+            open_offsets=offsets[:own],
+        )
+        self._num_taken += len(offsets)
+        del self._tokens[:count], self._logprobs[:count], offsets[:]
+        self._ready, self._begun = [], True
         self._end_taken = self.finish is not None
         return piece
 
     def _add(self, new: str) -> None:
-        """Search the new text for stop strings and hold back what may become one."""
-        self._decoded_chars += len(new)
+        """Search the text that became certain for stop strings and hold back what may become one."""
+        if self._search_at is None and self._num_placed > self._num_unsearched:
+            self._search_at = self._stream.offsets[self._num_unsearched - self._num_taken]
         if not new:
             return
-        text = self._held + new
-        if not self._stop or self.num_tokens <= self._min_tokens:
-            self._ready.append(text)
+        first = self._num_not_searched(len(new)) if self._stop else len(new)
+        if first:
+            self._ready.append(self._held + new[:first])
+            self._held = ""
+        if first == len(new):
             return
+        text = self._held + new[first:]
         if match := first_match(text, self._stop):
             at, stop = match
             text = text[: at + len(stop)] if self._include_stop else text[:at]
             self._held = ""
             if text:
                 self._ready.append(text)
+            self._stream.flush()
             self._finish("stop", stop)
             return
         sure = len(text) - longest_beginning(text, self._stop)
         self._held = text[sure:]
         if sure:
             self._ready.append(text[:sure])
+
+    @property
+    def _num_unsearched(self) -> int:
+        """Tokens in which no stop string is looked for."""
+        return self._num_open + self._min_tokens
+
+    @property
+    def _num_placed(self) -> int:
+        """Tokens whose place in the text is known, open ones of the prompt among them."""
+        return self._num_taken + len(self._stream.offsets)
+
+    def _num_not_searched(self, count: int) -> int:
+        """Of the last `count` characters, how many are theirs."""
+        if self._search_at is None:
+            return count
+        return min(count, max(0, self._search_at - (self._stream.chars - count)))
+
+    def _search_pending(self) -> None:
+        """A stop string ends the sequence though what follows could still change the text that holds it."""
+        if self._stop and self.finish is None and self._num_placed >= self._num_unsearched:
+            pending = self._stream.pending
+            if pending and first_match(self._held + pending, self._stop):
+                self._add(self._stream.flush())
 
     def _finish(self, finish: FinishReason, stop_reason: str | int | None) -> None:
         if self._held:

@@ -3,6 +3,9 @@
 Owns finding the templates of a model directory and rendering one in Jinja2's immutable sandbox, with the few names that
 templates expect. Never takes a template from a request, never tokenizes. Every failure of a template is a UserError: the
 messages did not fit it, and the template's own words say why.
+
+A message's content is a text or a list of text parts. A template that shows parts gets them as they are, as in transformers. A
+template that knows only texts would fail on a list, or print it or leave it out: it gets the parts joined, with nothing between.
 """
 
 import json
@@ -29,6 +32,8 @@ DEFAULT = "default"
 """The template of a plain conversation, where a model has several."""
 NAME = re.compile(r"[\w-]+")
 """What --chat-template gives, if it is no template itself."""
+PRINTED = re.compile(r"""['"]text['"]: ?['"](?:\s|\\[nrt])*\Z""")
+"""What stands before a part's text where a list is printed, by Python or as JSON."""
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template can raise on messages it was not written for; it is foreign code fed with a client's values."""
 
@@ -97,20 +102,56 @@ class ChatTemplate:
             )
         # Templates ask whether tools are none, and not always whether they are defined.
         absent = {"tools": None, "documents": None}
-        names = {**self._special, **absent, **variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        parts, size = [], 0
-        try:
-            for part in self._template.generate(names):
-                parts.append(part)
-                size += len(part)
-                if size > MAX_PROMPT_CHARS:
-                    raise UserError(
-                        f"the chat template made more than {MAX_PROMPT_CHARS} characters of the messages", param="messages"
-                    )
-        except TEMPLATE_ERRORS as error:
-            raise UserError(f"the chat template refused the messages: {shown(error)}", param="messages") from error
-        prompt = "".join(parts)
+        names = {**self._special, **absent, **variables, "add_generation_prompt": add_generation_prompt}
+        prompt = self._of_parts(names, messages) if any(isinstance(each.get("content"), list) for each in messages) else None
+        if prompt is None:
+            messages = [joined(message) for message in messages]
+            try:
+                prompt = self._generate(names | {"messages": messages})
+            except TEMPLATE_ERRORS as error:
+                raise UserError(f"the chat template refused the messages: {shown(error)}", param="messages") from error
         return open_final_message(prompt, messages) if continue_final_message else prompt
+
+    def _of_parts(self, names: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """The prompt of messages with lists; None when the template does not show all of their parts, or prints them as data."""
+        try:
+            prompt = self._generate({**names, "messages": messages})
+        except TEMPLATE_ERRORS:
+            return None
+        return prompt if shows_parts(prompt, messages) else None
+
+    def _generate(self, names: Mapping[str, Any]) -> str:
+        assert self._template is not None
+        parts, size = [], 0
+        for part in self._template.generate(names):
+            parts.append(part)
+            size += len(part)
+            if size > MAX_PROMPT_CHARS:
+                raise UserError(
+                    f"the chat template made more than {MAX_PROMPT_CHARS} characters of the messages", param="messages"
+                )
+        return "".join(parts)
+
+
+def shows_parts(prompt: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the prompt holds the text of every part, and not as a value in a list that is printed."""
+    at = 0
+    for message in messages:
+        for part in content if isinstance(content := message.get("content"), list) else ():
+            text = part["text"].strip()
+            begin = prompt.find(text, at)
+            if begin < 0:  # a template may put messages in another order
+                begin = prompt.find(text)
+            if begin < 0 or PRINTED.search(prompt, max(0, begin - 64), begin):
+                return False
+            at = begin + len(text)
+    return True
+
+
+def joined(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its text parts as one text."""
+    content = message.get("content")
+    return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
 
 
 def shown(error: Exception) -> str:
@@ -120,8 +161,10 @@ def shown(error: Exception) -> str:
 
 
 def open_final_message(prompt: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Cut a rendered prompt right behind the last message's text."""
+    """Cut a rendered prompt right behind the last message's text, or behind the last part of it."""
     text = messages[-1].get("content") or ""
+    if isinstance(text, list):
+        text = text[-1]["text"]
     for shown in (text, text.strip()):  # templates often trim
         end = prompt.rfind(shown) + len(shown)
         if shown and end >= len(shown):

@@ -18,7 +18,7 @@ from tpserve.types.plan import PromptLogprobs, TokenLogprobs
 class TokenEntry(Struct, frozen=True):
     """One token's log probabilities, None for a prompt's first token.
 
-    `offset`: characters of the output's text before it, or of the echoed prompt's; a part of a character adds none.
+    `offset`: characters of the output's text, or of the echoed prompt's, before the one in which it begins.
     """
 
     token: int
@@ -68,10 +68,15 @@ class PromptScores:
         end = begin + min(num_top, self._num_top)
         return TokenLogprobs(self._chosen[position - 1], tuple(self._top_ids[begin:end]), tuple(self._top[begin:end]))
 
-    def entries(self, tokenizer: Tokenizer, text: str, num_top: int) -> list[TokenEntry]:
-        """One entry a token, for a client that is shown the prompt as `text`."""
-        offsets = token_offsets(tokenizer, self.ids, text)
-        return [TokenEntry(token, offsets[i], self.at(i, num_top)) for i, token in enumerate(self.ids)]
+    def entries(self, tokenizer: Tokenizer, text: str, num_top: int, num_open: int = 0) -> list[TokenEntry]:
+        """One entry a token but the last `num_open`, for a client that is shown the prompt as `text`."""
+        offsets = token_offsets(tokenizer, self.ids[: len(self.ids) - num_open], text)
+        return [TokenEntry(self.ids[i], offset, self.at(i, num_top)) for i, offset in enumerate(offsets)]
+
+    def open_entries(self, offsets: Sequence[int], num_top: int) -> list[TokenEntry]:
+        """The entries of the last tokens, whose text begins the output's: `Piece.open_offsets`."""
+        first = len(self.ids) - len(offsets)
+        return [TokenEntry(self.ids[i], offset, self.at(i, num_top)) for i, offset in enumerate(offsets, first)]
 
 
 def token_offsets(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int]:
@@ -79,11 +84,12 @@ def token_offsets(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[i
 
     A special token counts where the text spells it, and adds none where it does not (a beginning that the tokenizer added).
     """
-    stream, at, offsets = tokenizer.stream(), 0, list[int]()
+    stream = tokenizer.stream(skip_special_tokens=False)
     for token in ids:
-        offsets.append(at)
-        new = stream.step(token)
-        if not new and (special := tokenizer.piece(token)) and text.startswith(special, at) and not tokenizer.decode([token]):
-            new = special
-        at = min(at + len(new), len(text))
-    return offsets
+        at = stream.chars + len(stream.pending)
+        if tokenizer.is_special(token) and not text.startswith(tokenizer.piece(token), at):
+            stream.skip()
+        else:
+            stream.step(token)
+    stream.flush()
+    return [min(offset, len(text)) for offset in stream.offsets]

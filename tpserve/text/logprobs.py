@@ -21,18 +21,29 @@ def completion_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer, bas
     def top(entry: TokenEntry) -> dict[str, float] | None:
         if entry.logprobs is None:
             return None
-        values: dict[str, float] = {}
-        for token, value in ((entry.token, max(entry.logprobs.chosen, FLOOR)), *pairs(entry.logprobs)):
-            text = tokenizer.token_text(token)
-            values[text] = max(value, values.get(text, value))  # of two tokens spelled alike the likelier stays
+        named = {entry.token: spelled(entry.token, tokenizer)}
+        values = {named[entry.token]: max(entry.logprobs.chosen, FLOOR)}
+        for token, value in pairs(entry.logprobs):
+            if token not in named:
+                named[token] = spelled(token, tokenizer)
+                values[named[token] if named[token] not in values else f"token_id:{token}"] = value
         return values
 
     return {
-        "tokens": [tokenizer.token_text(entry.token) for entry in entries],
+        "tokens": [spelled(entry.token, tokenizer) for entry in entries],
         "token_logprobs": [max(entry.logprobs.chosen, FLOOR) if entry.logprobs else None for entry in entries],
         "top_logprobs": [top(entry) for entry in entries],
         "text_offset": [base_offset + entry.offset for entry in entries],
     }
+
+
+def spelled(token: int, tokenizer: Tokenizer) -> str:
+    """A token as the completions API names it: its text, or, when that is no whole characters, its bytes ("bytes:\\xf0\\x9f")."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}" for byte in data)
 
 
 def chat_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer) -> dict[str, Any]:

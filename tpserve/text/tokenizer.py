@@ -1,18 +1,15 @@
-"""The model's tokenizer: text to ids and back, and the text of an output that is still growing.
+"""The model's tokenizer: text to ids and back.
 
 Owns which files of a directory make it: tokenizer.json, or else SentencePiece's tokenizer.model, or else vocab.json with
 merges.txt; each with the tokens that the JSON files beside it add. Never knows requests, stop strings or chat templates.
-Invariants:
-
-    TextStream   the pieces of a stream joined are the text of its ids, however the ids arrive
-                 a piece never ends inside a character unless the bytes can no longer become one
-                 a step costs the same at any length: the stream decodes a window, never the whole output
 """
 
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +20,9 @@ from tpserve.errors import UserError
 from tpserve.text import byte_level, sentencepiece
 from tpserve.text.byte_level import BYTE_OF
 from tpserve.text.described import CONFIG, SPECIAL, Description, Vocabulary
+from tpserve.text.stream import ByteLevelStream, PieceStream, TextStream, num_open_bytes, num_open_run
 
-REPLACEMENT = "\ufffd"
-WINDOW_TOKENS = 8
-"""Ids a stream decodes again at each step; older ones are forgotten."""
-MAX_HELD_STEPS = 6
-"""Steps a stream waits for the rest of a character (UTF-8 has at most three) before it shows what can be no character."""
-BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE_TOKENS = ("<0x%02X>", "<0x%02x>")
 FILE = "tokenizer.json"
 _OTHER = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm")
 """Files that may hold a tokenizer of another kind."""
@@ -51,7 +44,14 @@ class Tokenizer:
         self.special_tokens = special
         """Special tokens by their role ("bos_token": "<s>"), as chat templates see them."""
         self.longest_token_chars = max((len(piece) for piece in rust.get_vocab()), default=1)
-        self._byte_level = "ByteLevel" in decoder_types(rust)
+        decoders = decoder_types(rust)
+        self._byte_level = "ByteLevel" in decoders
+        spelled = ((rust.token_to_id(form % byte), byte) for form in BYTE_TOKENS for byte in range(256))
+        self._byte_of = {} if self._byte_level else {token: byte for token, byte in spelled if token is not None}
+        self._run_bytes = self._byte_of if "ByteFallback" in decoders else {}
+        self._special = {token for token, added in rust.get_added_tokens_decoder().items() if added.special}
+        words = (token for token in range(self.vocab_size) if token not in self._byte_of and token not in self._special)
+        self._anchor = list(islice((token for token in words if self.decode([token]).strip()), 1))
         self._bytes: dict[int, bytes] = {}
 
     @staticmethod
@@ -96,15 +96,35 @@ class Tokenizer:
         """As `decode`, for hundreds of ids or more: other threads run meanwhile."""
         return str(self._rust.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
-    def stream(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> "TextStream":
+    def stream(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
         """The text of an output that follows `prompt`."""
-        return TextStream(self, prompt, skip_special_tokens)
+        if self._byte_level:
+            return ByteLevelStream(partial(self._shown_bytes, skip_special_tokens), prompt)
+        decode, hidden = partial(self.decode, skip_special_tokens=skip_special_tokens), partial(self._hidden, skip_special_tokens)
+        return PieceStream(decode, self._run_bytes, self._anchor, hidden, prompt)
+
+    def num_open(self, ids: Sequence[int], skip_special_tokens: bool = True) -> int:
+        """How many ids at the end of `ids` have a text that what follows them may change."""
+        if self._byte_level:
+            return num_open_bytes(partial(self._shown_bytes, skip_special_tokens), ids)
+        return num_open_run(self._run_bytes, partial(self._hidden, skip_special_tokens), ids)
+
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves the token out, unless it is told not to."""
+        return token in self._special
+
+    def _hidden(self, skip_special_tokens: bool, token: int) -> bool:
+        return (skip_special_tokens and token in self._special) or self._rust.id_to_token(token) is None
+
+    def _shown_bytes(self, skip_special_tokens: bool, token: int) -> bytes:
+        return b"" if skip_special_tokens and token in self._special else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for, whole characters or not; empty for an id outside the vocabulary."""
         known = self._bytes.get(token)
         if known is None:
-            known = self._bytes[token] = self._spell(self._rust.id_to_token(token) or "")
+            byte = self._byte_of.get(token)
+            known = self._bytes[token] = bytes([byte]) if byte is not None else self._spell(self.piece(token))
         return known
 
     def token_text(self, token: int) -> str:
@@ -118,58 +138,7 @@ class Tokenizer:
     def _spell(self, piece: str) -> bytes:
         if self._byte_level and all(char in BYTE_OF for char in piece):
             return bytes(BYTE_OF[char] for char in piece)
-        if match := BYTE_TOKEN.fullmatch(piece):
-            return bytes.fromhex(match[1])
         return piece.replace("\u2581", " ").encode()
-
-
-class TextStream:
-    """Ids in, text out. `step` returns the characters that became certain, `flush` the rest at the end.
-
-        window    [ context, its text is `shown` | fresh, not shown yet ]
-
-    A token decodes differently after another than alone (a word's leading space), so some context always stays.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._window = list(prompt[-WINDOW_TOKENS:])
-        # The output may complete a character that the prompt's last token began.
-        self._shown = tokenizer.decode(self._window, skip_special_tokens).rstrip(REPLACEMENT)
-        self._fresh = 0
-        self._held_steps = 0
-
-    def step(self, token: int) -> str:
-        self._window.append(token)
-        self._fresh += 1
-        text = self._tokenizer.decode(self._window, self._skip)
-        if text.endswith(REPLACEMENT) and self._held_steps < MAX_HELD_STEPS:
-            self._held_steps += 1
-            return ""
-        return self._show(text)
-
-    def flush(self) -> str:
-        return self._show(self._tokenizer.decode(self._window, self._skip)) if self._fresh else ""
-
-    def _show(self, text: str) -> str:
-        self._held_steps = 0
-        # A decoder may rewrite what it said before (clean-up of spaces); what was shown cannot be taken back.
-        same = len(self._shown)
-        while not text.startswith(self._shown[:same]):
-            same -= 1
-        new = text[same:]
-        if not new:
-            if self._fresh > WINDOW_TOKENS:  # ids without text, one after another: special ones, or outside the vocabulary
-                self._window.pop()
-                self._fresh -= 1
-            return ""
-        if len(self._window) > WINDOW_TOKENS:
-            del self._window[: -self._fresh]
-            text = self._tokenizer.decode(self._window, self._skip)
-        self._fresh = 0
-        self._shown = text
-        return new
 
 
 def decoder_types(rust: RustTokenizer) -> set[str]:

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 assert sys.byteorder == "little", "tpserve's wire format is little endian"
 
 
+INT32_BYTES = 4
+
+
 def pack(values: Iterable[int]) -> bytes:
     """Encode integers in [-2**31, 2**31) as int32 bytes."""
     return array("i", values).tobytes()

@@ -26,10 +26,11 @@ MESSAGE_SIZE = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """`text` is what the client sent, or the text of the ids it sent."""
+    """`text` is what the client sent, or the text of the ids it sent without the last `num_open`, which the output may change."""
 
     ids: list[int]
     text: str
+    num_open: int = 0
 
 
 async def completion_prompts(
@@ -55,13 +56,19 @@ async def completion_prompts(
             prompt = Prompt(ids, item)
         else:
             check_ids(item, limits.vocab_size, "prompt")
-            prompt = Prompt(item, tokenizer.decode_many(item) if call.echo else "")
+            prompt = echoed(tokenizer, item, call.skip_special_tokens) if call.echo else Prompt(item, "")
         if not prompt.ids:
             raise UserError("prompt is empty: the model needs at least one token to continue", param="prompt")
         refuse_unknown(prompt.ids, tokenizer, limits, "prompt")
         return prompt
 
     return await in_thread(lambda: [made(item) for item in items], sum(len(item) for item in items))
+
+
+def echoed(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool) -> Prompt:
+    """A prompt of ids with its text, as far as no output changes it."""
+    num_open = tokenizer.num_open(ids, skip_special_tokens)
+    return Prompt(ids, tokenizer.decode_many(ids[: len(ids) - num_open], skip_special_tokens), num_open)
 
 
 async def chat_prompt(
@@ -73,7 +80,7 @@ async def chat_prompt(
 
     def made() -> Prompt:
         messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
-        content_chars = sum(len(message.get("content") or "") for message in messages)
+        content_chars = sum(map(num_chars, messages))
         if content_chars > limits.max_model_len * tokenizer.longest_token_chars:
             raise too_long(limits.max_model_len, f"the messages have {content_chars} characters", "messages")
         text = service.chat_template.render(
@@ -142,7 +149,7 @@ def refuse_too_long(text: str, tokenizer: Tokenizer, limits: Limits, param: str)
 
 
 def plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """A message as templates expect it: nulls left out, text parts joined, what this server cannot show the model refused."""
+    """A message as templates expect it: nulls left out; what this server cannot show the model is refused."""
     where = f"messages[{index}]"
     message = {name: value for name, value in message.items() if value is not None}
     role = message.get("role")
@@ -152,15 +159,23 @@ def plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
         raise UserError(f"{where}: tools are not supported by this server", param=where, code="unsupported_parameter")
     content = message.get("content")
     if isinstance(content, list):
-        message["content"] = "\n".join(text_part(part, f"{where}.content[{at}]") for at, part in enumerate(content))
+        for at, part in enumerate(content):
+            check_part(part, f"{where}.content[{at}]")
+        message["content"] = content or ""
     elif not isinstance(content, str):
         raise UserError(f"{where}.content must be a string or a list of text parts", param=f"{where}.content")
     return message
 
 
-def text_part(part: Any, where: str) -> str:
+def num_chars(message: dict[str, Any]) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+
+
+def check_part(part: Any, where: str) -> None:
+    """UserError unless it is a text part."""
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
+        return
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise UserError(f"{where}: only text parts are supported, got {shown(kind)}", param=where, code="unsupported_parameter")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from tpserve.errors import UserError
-from tpserve.frontend.journal import NewSequence, Ticket
+from tpserve.frontend.journal import Ticket
 from tpserve.frontend.openai.answer import send_stream, send_whole
 from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.errors import json_response
@@ -21,10 +21,11 @@ from tpserve.frontend.openai.schema import (
     TokenizeChatRequest,
     TokenizeRequest,
 )
-from tpserve.frontend.openai.sequences import sequences
+from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import SERVICE, Service
 from tpserve.frontend.openai.shapes import ChatShape, CompletionShape, Head, Json, Shape
 from tpserve.frontend.openai.token_ids import check_ids
+from tpserve.types.sampling import SamplingParams
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """Where a request carries its id: the client's, or one of ours."""
@@ -55,9 +56,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
     sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
-    new = sequences(service, call, prompts, sizes, limits)
+    params = params_of(service, call, prompts, sizes, limits)
     shape = CompletionShape(head, call, prompts, service.tokenizer)
-    return await answer(request, service, call, new, shape, head, prompts)
+    return await answer(request, service, call, params, shape, head, prompts)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -71,22 +72,22 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     prompt = await chat_prompt(service, call, limits)
     asked = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     size = max_new_tokens(prompt, asked, service.defaults.max_tokens, limits, "messages")
-    new = sequences(service, call, [prompt], [size], limits)
+    params = params_of(service, call, [prompt], [size], limits)
     shape = ChatShape(head, call, prompt, service.tokenizer)
-    return await answer(request, service, call, new, shape, head, [prompt])
+    return await answer(request, service, call, params, shape, head, [prompt])
 
 
 async def answer(
     request: web.Request,
     service: Service,
     call: CompletionRequest | ChatCompletionRequest,
-    new: Sequence[NewSequence],
+    params: Sequence[SamplingParams],
     shape: Shape,
     head: Head,
     prompts: Sequence[Prompt],
 ) -> web.StreamResponse:
     """Admit, and send what comes."""
-    ticket = service.open(new, streaming=call.stream)
+    ticket = service.open(requests_of(service, call, prompts, params), streaming=call.stream)
     request[ADMITTED] = Admitted(head.id, head.model, ticket)
     if call.stream:
         options = call.stream_options or StreamOptions()

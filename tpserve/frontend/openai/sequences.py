@@ -1,21 +1,25 @@
-"""From a checked call and its prompts to the sequences that the journal opens.
+"""From a checked call and its prompts to the requests that the journal opens.
 
 Owns how many there are and what tells them apart. The choices of a prompt differ in `choice` alone, except that the first
-one's prompt is scored for all of them; a list of prompts with a seed answers each as if it had come alone.
+one's prompt is scored for all of them; a list of prompts with a seed answers each as if it had come alone. Everything is checked
+in `params_of`, once: what it returns can be admitted.
 """
 
+import secrets
 from collections.abc import Iterator, Sequence
 
 from msgspec.structs import replace
 
 from tpserve.errors import UserError
-from tpserve.frontend.journal import NewSequence
 from tpserve.frontend.openai.params import sampling_params, with_length
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.service import Limits, Service
 from tpserve.text.assembler import Assembler
 from tpserve.text.entries import PromptScores
+from tpserve.types.packed import pack
+from tpserve.types.request import Request
+from tpserve.types.sampling import SamplingParams
 
 MAX_SENT_TOKENS = 1 << 23
 """Prompt tokens of all sequences of a request, which go to the engine in one frame: 32 MiB, half of the frame's bound."""
@@ -25,14 +29,14 @@ MAX_SHOWN_SCORES = 1 << 21
 """Log probabilities of prompts in one answer; with vLLM's shape some 150 MB of JSON."""
 
 
-def sequences(
+def params_of(
     service: Service,
     call: CompletionRequest | ChatCompletionRequest,
     prompts: Sequence[Prompt],
     sizes: Sequence[int],
     limits: Limits,
-) -> list[NewSequence]:
-    """All choices of all prompts, in order. `sizes`: how many tokens each prompt's choices may have. UserError names a field."""
+) -> list[SamplingParams]:
+    """What is asked for each prompt. `sizes`: how many tokens each prompt's choices may have. UserError names a field."""
     field = "best_of" if call.num_drawn > call.n else "n"
     service.refuse_too_many(len(prompts) * call.num_drawn, field)
     num_tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -51,12 +55,26 @@ def sequences(
         )
     refuse_too_many_scores(call, num_tokens)
     params = sampling_params(call, service.tokenizer, limits)
-    seed = None if call.seed is None else call.seed % 2**64
+    return [with_length(params, size) for size in sizes]
 
-    def choices(prompt: Prompt, size: int) -> Iterator[NewSequence]:
-        own = with_length(params, size)
-        scores = None if call.num_scored is None else PromptScores(prompt.ids)
+
+def requests_of(
+    service: Service, call: CompletionRequest | ChatCompletionRequest, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+) -> list[tuple[Request, Assembler]]:
+    """All choices of all prompts, in order, each with what assembles its output. Without a seed each has one of its own."""
+
+    def choices(prompt: Prompt, params: SamplingParams) -> Iterator[tuple[Request, Assembler]]:
+        packed, scores = pack(prompt.ids), None if call.num_scored is None else PromptScores(prompt.ids)
         for choice in range(call.num_drawn):
+            request = Request(
+                id=service.journal.next_id(),
+                prompt=packed,
+                params=params if choice == 0 else replace(params, prompt_logprobs=None),
+                seed=secrets.randbits(64) if call.seed is None else call.seed % 2**64,
+                choice=choice,
+                priority=call.priority,
+                cache_salt=call.cache_salt or "",
+            )
             assembler = Assembler(
                 service.tokenizer,
                 prompt.ids,
@@ -66,11 +84,11 @@ def sequences(
                 min_tokens=call.min_tokens,
                 skip_special_tokens=call.skip_special_tokens,
                 scores=scores,
+                num_open=prompt.num_open,
             )
-            asked = own if choice == 0 else replace(own, prompt_logprobs=None)
-            yield NewSequence(prompt.ids, asked, assembler, seed, choice, call.priority, call.cache_salt or "")
+            yield request, assembler
 
-    return [new for prompt, size in zip(prompts, sizes, strict=True) for new in choices(prompt, size)]
+    return [each for prompt, own in zip(prompts, params, strict=True) for each in choices(prompt, own)]
 
 
 def refuse_too_many_scores(call: CompletionRequest | ChatCompletionRequest, num_tokens: int) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 from aiohttp import web
 
 from tpserve.errors import UserError
-from tpserve.frontend.journal import Journal, NewSequence, Ticket
+from tpserve.frontend.journal import Journal, Ticket
 from tpserve.frontend.status import Status
+from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.request import Request
 from tpserve.types.sampling import SamplingDefaults
 
 
@@ -74,14 +76,14 @@ class Service:
                 param=field,
             )
 
-    def open(self, new: Sequence[NewSequence], *, streaming: bool) -> Ticket:
-        """Admit a request. UserError 429 when the queue is full."""
-        if self.journal.num_open + len(new) > self.max_open:
+    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool) -> Ticket:
+        """Admit what a client asked for. UserError 429 when the queue is full."""
+        if self.journal.num_open + len(requests) > self.max_open:
             raise UserError(
                 f"the queue is full: {self.journal.num_open} of {self.max_open} sequences are open; try again", status=429
             )
         self.limits()  # the engine may have left while the prompt was tokenized
-        return self.journal.open(new, streaming=streaming)
+        return self.journal.open(requests, streaming=streaming)
 
 
 def not_ready(status: Status) -> UserError:

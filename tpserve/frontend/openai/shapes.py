@@ -117,7 +117,7 @@ class CompletionShape:
 
     def deltas(self, index: int, piece: Piece) -> list[Json]:
         chunks = [] if piece.scores is None else self._echo(index, piece.scores)
-        tokens, logprobs = piece.tokens, self._logprobs(index, piece.entries)
+        tokens, logprobs = piece.tokens, self._logprobs(index, piece)
         if piece.text:
             chunks.append(self.head.chunk(self._choice(index, piece.text, tokens, logprobs) | NOT_ENDED))
             tokens, logprobs = [], None
@@ -131,12 +131,13 @@ class CompletionShape:
             drawn = [piece for _, piece in pieces[number * call.num_drawn : (number + 1) * call.num_drawn]]
             echoed, extra, scores = None, Json(), drawn[0].scores
             if scores is not None and call.num_echoed is not None:
-                echoed = completion_logprobs(scores.entries(self.tokenizer, prompt.text, call.num_echoed), self.tokenizer)
+                entries = scores.entries(self.tokenizer, prompt.text, call.num_echoed, prompt.num_open)
+                echoed = completion_logprobs(entries, self.tokenizer)
             if scores is not None and call.prompt_logprobs is not None:
                 extra = {"prompt_logprobs": encoded_prompt_logprobs(scores, call.prompt_logprobs, self.tokenizer)}
             for piece in drawn if call.n == call.num_drawn else likeliest(drawn, call.n):
                 index, text = len(choices), prompt.text + piece.text if call.echo else piece.text
-                logprobs = self._logprobs(index, piece.entries)
+                logprobs = self._logprobs(index, piece)
                 if echoed is not None:
                     logprobs = {name: values + logprobs[name] for name, values in echoed.items()} if logprobs else echoed
                 choices.append(self._choice(index, text, piece.tokens, logprobs) | end_of(piece) | extra)
@@ -145,15 +146,18 @@ class CompletionShape:
     def _prompt(self, index: int) -> Prompt:
         return self.prompts[index // self.call.n]
 
-    def _logprobs(self, index: int, entries: Sequence[TokenEntry]) -> Json | None:
+    def _logprobs(self, index: int, piece: Piece) -> Json | None:
+        entries, prompt = piece.entries, self._prompt(index)
+        if piece.scores is not None and self.call.num_echoed is not None:
+            entries = piece.scores.open_entries(piece.open_offsets, self.call.num_echoed) + entries
         if not entries or self.call.logprobs is None:  # the engine gives them for `best_of` too
             return None
-        return completion_logprobs(entries, self.tokenizer, len(self._prompt(index).text) if self.call.echo else 0)
+        return completion_logprobs(entries, self.tokenizer, len(prompt.text) if self.call.echo else 0)
 
     def _echo(self, index: int, scores: PromptScores) -> list[Json]:
         """The prompt with its log probabilities, in chunks of a size that clients read as a line."""
         text, chunks = self._prompt(index).text, list[Json]()
-        entries = scores.entries(self.tokenizer, text, self.call.num_echoed or 0)
+        entries = scores.entries(self.tokenizer, text, self.call.num_echoed or 0, self._prompt(index).num_open)
         for begin in range(0, len(entries), TOKENS_AT_ONCE):
             end = begin + TOKENS_AT_ONCE
             part = entries[begin:end]
