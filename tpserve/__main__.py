@@ -17,11 +17,11 @@ from tpserve.cli.commands import meant_command, overview
 from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.locate import locate
-from tpserve.models.opened import open_model
+from tpserve.models.load_config import load_model_config
 from tpserve.observe import log
+from tpserve.process.process_utils import allow_many_files
 from tpserve.version import __version__
-from tpserve.wire.auth import Keyring, write_secret
-from tpserve.wire.lifetime import allow_many_files
+from tpserve.wire.curve import Keyring, write_secret
 
 logger = logging.getLogger("tpserve")
 
@@ -66,7 +66,7 @@ def _serve(argv: list[str]) -> int:
     if holding:
         logger.info("%s", holding)
     try:
-        flags, files, spec = open_model(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
+        flags, files, spec = load_model_config(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
         return serve(flags, files, spec)
     except EngineFailure as error:
         logger.error("%s", error)

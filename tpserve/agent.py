@@ -1,6 +1,6 @@
 """The child of `tpserve serve` that runs torchrun's elastic agent in-process: it starts this node's ranks and watches them.
 
-Started as `python -m tpserve.agent` with a `Job` as JSON on stdin. Owns the ranks' lives and nothing else. It dies with the
+Started as `python -m tpserve.agent` with a `AgentJob` as JSON on stdin. Owns the ranks' lives and nothing else. It dies with the
 supervisor, and its ranks die with it; it ends ranks, and a supervisor, that were stopped. Unlike torchrun it reports nothing of
 its own but a rank's violent death, and on SIGTERM it asks its ranks to end, without a limit of 30 s: who has the last word is
 the supervisor.
@@ -25,15 +25,15 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct, field
 
+from tpserve.cluster.discovery import AgentFailure, write_failure
+from tpserve.cluster.node_monitor import JoinRequest, wait_head_exit, wait_node_exit
+from tpserve.cluster.rendezvous import Rendezvous, RendezvousInfo, join_rendezvous
 from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host.network import LOOPBACK, host_id, leave_dns, listen
 from tpserve.observe import log
+from tpserve.process.process_utils import die_with, kill_stopped_in_background, live_children
 from tpserve.version import __version__
-from tpserve.wire.attach import Failure, write_failure
-from tpserve.wire.lifetime import die_with, end_stopped, live_children
-from tpserve.wire.muster import Meet, Muster, join
-from tpserve.wire.nodes import Join, first_end, head_gone
 
 logger = logging.getLogger("tpserve.agent")
 
@@ -46,10 +46,10 @@ LOOK_BETWEEN = "look at that node and the network between them"
 
 
 AGENT_COMMAND = (sys.executable, "-m", "tpserve.agent")
-"""How an agent is started; it reads its `Job` from stdin."""
+"""How an agent is started; it reads its `AgentJob` from stdin."""
 
 
-class Job(Struct, frozen=True, kw_only=True):
+class AgentJob(Struct, frozen=True, kw_only=True):
     """What to start. `argv`: the ranks' command line after `python -m tpserve`. Unless it says so, on this node alone."""
 
     supervisor_pid: int
@@ -65,7 +65,7 @@ class Job(Struct, frozen=True, kw_only=True):
     address: str = LOOPBACK
     """This node's, for other nodes; `derived` from the route to the master"""
     derived: bool = True
-    meeting_key: str = ""
+    rendezvous_key: str = ""
     """Of the cluster's secret, where there is a file of it, in hexadecimal"""
     port_range: tuple[int, int] = (0, 0)
     world_size: int
@@ -78,7 +78,7 @@ class Job(Struct, frozen=True, kw_only=True):
 
 def main() -> int:
     """Run the ranks to their end."""
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=AgentJob)
     signal.signal(signal.SIGTERM, _ask_ranks_to_end)
     die_with(job.supervisor_pid)
     env.announce_agent()
@@ -92,38 +92,38 @@ def main() -> int:
     return _run(job, met)
 
 
-class _Met(NamedTuple):
+class _RendezvousResult(NamedTuple):
     """Where the agents' store is, on node 0 also the socket it is to listen with, and what the other nodes hold on to."""
 
-    store: Meet
+    store: RendezvousInfo
     listener: socket.socket | None
-    muster: Muster | None
+    rendezvous: Rendezvous | None
 
 
-def _find_nodes(job: Job) -> _Met:
+def _find_nodes(job: AgentJob) -> _RendezvousResult:
     """Wait for the other nodes."""
     host = socket.gethostname()
-    me = Join(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.derived)
-    key = bytes.fromhex(job.meeting_key)
+    me = JoinRequest(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.derived)
+    key = bytes.fromhex(job.rendezvous_key)
     if job.node_rank > 0:
-        store, line = join(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s, key)
+        store, line = join_rendezvous(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s, key)
         threading.Thread(target=_end_with_head, args=(line,), name="line to node 0", daemon=True).start()
-        return _Met(store, None, None)
-    muster = None
+        return _RendezvousResult(store, None, None)
+    rendezvous = None
     if job.nnodes > 1:
-        muster = Muster(me, socket.socket(fileno=job.listener), job.world_size, job.start_timeout_s, key)
-        muster.gather()
+        rendezvous = Rendezvous(me, socket.socket(fileno=job.listener), job.world_size, job.start_timeout_s, key)
+        rendezvous.wait_for_all()
     listener = listen(job.address, job.port_range)  # before its port is told
-    store = Meet(job.address, listener.getsockname()[1])
-    if muster is not None:
-        muster.meet(store.host, store.port)
-        threading.Thread(target=_end_with_nodes, args=(job, muster), name="lines to the nodes", daemon=True).start()
-    return _Met(store, listener, muster)
+    store = RendezvousInfo(job.address, listener.getsockname()[1])
+    if rendezvous is not None:
+        rendezvous.send_store(store.host, store.port)
+        threading.Thread(target=_end_with_nodes, args=(job, rendezvous), name="lines to the nodes", daemon=True).start()
+    return _RendezvousResult(store, listener, rendezvous)
 
 
 def _end_with_head(line: socket.socket) -> None:
     """Node 0 decides when all is over; a rank that does not hear of it, being stopped or cut off, is ended here."""
-    why = head_gone(line)
+    why = wait_head_exit(line)
     time.sleep(LEAVE_S)
     logger.error("%s: ending the ranks of this node", why)
     for pid in live_children(os.getpid()) or ():
@@ -133,16 +133,16 @@ def _end_with_head(line: socket.socket) -> None:
     os._exit(1)
 
 
-def _end_with_nodes(job: Job, muster: Muster) -> None:
+def _end_with_nodes(job: AgentJob, rendezvous: Rendezvous) -> None:
     """The coordinator knows the ranks that have said Hello; a node that is lost before its ranks have is missed here."""
-    end = first_end(muster.joined)
+    end = wait_node_exit(rendezvous.joined)
     if not end.lost:
         time.sleep(FOLLOW_S)
     _fail(job, f"{end.who} {end.why}", LOOK_BETWEEN if end.lost else LOOK_AT)
     os._exit(1)
 
 
-def _end_stopped_neighbours(job: Job) -> None:
+def _end_stopped_neighbours(job: AgentJob) -> None:
     """The ranks, and the supervisor, which looks after this process."""
     supervisor = {job.supervisor_pid: f"`tpserve serve` of node {job.node_rank}"} if job.mutual else {}
 
@@ -152,22 +152,22 @@ def _end_stopped_neighbours(job: Job) -> None:
         else:
             logger.error("%s: it is ended", what)
 
-    end_stopped(lambda: supervisor | dict.fromkeys(live_children(os.getpid()) or (), "a rank"), tell)
+    kill_stopped_in_background(lambda: supervisor | dict.fromkeys(live_children(os.getpid()) or (), "a rank"), tell)
 
 
-def _fail(job: Job, why: str, advice: str = "") -> None:
+def _fail(job: AgentJob, why: str, advice: str = "") -> None:
     """Tell why this node is about to end: on node 0 the frontend has the last word."""
     if job.node_rank == 0:
-        write_failure(Path(job.runtime_dir), Failure(1, why, advice))
+        write_failure(Path(job.runtime_dir), AgentFailure(1, why, advice))
     else:
         logger.error("%s", "; ".join(filter(None, (why, advice))))
 
 
-def _refuse(job: Job, error: UserError | EngineFailure) -> int:
+def _refuse(job: AgentJob, error: UserError | EngineFailure) -> int:
     """Tell why there are no ranks: on node 0 through the frontend, which has the last word there and clients to answer."""
     code = 2 if isinstance(error, UserError) else 1
     if job.node_rank == 0:
-        write_failure(Path(job.runtime_dir), Failure(code, str(error)))
+        write_failure(Path(job.runtime_dir), AgentFailure(code, str(error)))
     elif code == 2:
         sys.stderr.write(log.user_error(str(error)) + "\n")
     else:
@@ -175,7 +175,7 @@ def _refuse(job: Job, error: UserError | EngineFailure) -> int:
     return code
 
 
-def _run(job: Job, met: _Met) -> int:
+def _run(job: AgentJob, met: _RendezvousResult) -> int:
     gc.disable()  # nothing that torch makes while it is imported is garbage, and looking for it costs a sixth of the time
     from torch._C._distributed_c10d import TCPStore  # torch.distributed has it without its types
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -186,9 +186,9 @@ def _run(job: Job, met: _Met) -> int:
 
     gc.enable()
     if job.log_level != "debug":
-        _silence("torch.distributed.elastic", "torch.distributed.launcher")
+        _quiet_loggers("torch.distributed.elastic", "torch.distributed.launcher")
 
-    class Held(StaticTCPRendezvous):
+    class ListeningRendezvous(StaticTCPRendezvous):
         """What is left of a rendezvous is the store."""
 
         def get_backend(self) -> str:
@@ -196,7 +196,7 @@ def _run(job: Job, met: _Met) -> int:
 
     def hold(parameters: RendezvousParameters) -> RendezvousHandler:
         where, listener, timeout_s = met.store, met.listener, int(job.start_timeout_s) + 1
-        handler = Held(where.host, where.port, job.node_rank, job.nnodes, job.run_id, timeout_s)
+        handler = ListeningRendezvous(where.host, where.port, job.node_rank, job.nnodes, job.run_id, timeout_s)
         handler._store = TCPStore(
             where.host,
             where.port,
@@ -228,11 +228,11 @@ def _run(job: Job, met: _Met) -> int:
             why = f"rank {rank} (pid {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
             logger.warning("%s", why)
             if job.node_rank == 0:  # who died before its Hello is not known to the coordinator
-                write_failure(Path(job.runtime_dir), Failure(1, why, LOOK_AT))
+                write_failure(Path(job.runtime_dir), AgentFailure(1, why, LOOK_AT))
         if job.node_rank == 0 and not killed:  # what a rank could say of it, it has said, and the first reason counts
             rank, failure = next(iter(failed.failures.items()))
             why = f"rank {rank} (pid {failure.pid}) ended with exit code {failure.exitcode}"
-            write_failure(Path(job.runtime_dir), Failure(failure.exitcode, why, "see what it logged"))
+            write_failure(Path(job.runtime_dir), AgentFailure(failure.exitcode, why, "see what it logged"))
         return 2 if any(failure.exitcode == 2 for failure in failed.failures.values()) else 1
     except Exception as error:  # the edge of a process: torch names the store's troubles in many ways
         logger.error("the ranks of this node could not be started: %s", error, exc_info=job.log_level == "debug")
@@ -240,7 +240,7 @@ def _run(job: Job, met: _Met) -> int:
     return 0
 
 
-def _silence(*names: str) -> None:
+def _quiet_loggers(*names: str) -> None:
     """No reports of torch's own: each of its modules sets its own logger's level, so levels above them do not reach."""
     for name, existing in list(logging.Logger.manager.loggerDict.items()):
         if name.startswith(names) and isinstance(existing, logging.Logger):

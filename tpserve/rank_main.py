@@ -14,7 +14,9 @@ from pathlib import Path
 
 from tpserve.cli import server_flags
 from tpserve.cli.command import HelpWanted
-from tpserve.cli.vllm import means_nothing
+from tpserve.cli.vllm import ignored_variables
+from tpserve.cluster.discovery import AgentFailure, find_frontend, write_failure
+from tpserve.cluster.local_leader import LocalLeader, ask_local_leader
 from tpserve.config import env
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
@@ -22,16 +24,14 @@ from tpserve.errors import EngineFailure, UserError
 from tpserve.host import resources
 from tpserve.host.network import Interface, choose, kernel_ports
 from tpserve.hub.locate import locate
-from tpserve.models.opened import open_model
+from tpserve.models.load_config import load_model_config
 from tpserve.observe import log
-from tpserve.observe.stopwatch import Stopwatch
+from tpserve.observe.start_timer import StartTimer
+from tpserve.process.process_utils import allow_many_files, die_with
+from tpserve.process.signals import block_signals
 from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
-from tpserve.wire.attach import Failure, attach, write_failure
-from tpserve.wire.auth import Keyring
-from tpserve.wire.lifetime import allow_many_files, die_with
-from tpserve.wire.siblings import Elder, ask
-from tpserve.wire.signals import block_signals
+from tpserve.wire.curve import Keyring
 
 logger = logging.getLogger("tpserve")
 
@@ -49,18 +49,18 @@ def run(argv: list[str]) -> int:
         why = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
         logger.error("rank %d fails: %s", me.rank, why)
         logger.debug("rank %d fails", me.rank, exc_info=True)
-        _leave_word(me, Failure(1, f"rank {me.rank} (pid {os.getpid()}): {why}"))
+        _leave_word(me, AgentFailure(1, f"rank {me.rank} (pid {os.getpid()}): {why}"))
         return 1
 
 
-def _leave_word(me: env.RankEnv, failure: Failure) -> None:
+def _leave_word(me: env.RankEnv, failure: AgentFailure) -> None:
     """For the frontend, which does not know of this rank yet and will only see its agent end."""
     if me.node_rank == 0 and me.runtime_dir is not None:
         write_failure(Path(me.runtime_dir), failure)
 
 
 def _live_as(me: env.RankEnv, argv: list[str]) -> int:
-    watch = Stopwatch(me.agent_pid)
+    start_timer = StartTimer(me.agent_pid)
     die_with(me.agent_pid)
     try:
         flags, holding = server_flags.read_line(argv, env.overrides(), launch=False)
@@ -70,7 +70,7 @@ def _live_as(me: env.RankEnv, argv: list[str]) -> int:
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=color)
         if holding and me.rank == 0:
             logger.info("%s", holding)
-        flags, files, spec = open_model(flags, lambda flags: _find_once_a_node(me, flags))
+        flags, files, spec = load_model_config(flags, lambda flags: _find_once_a_node(me, flags))
         config = resolve(flags, files, spec, resources.of_rank(me))
         interface = _interface(me, config)
     except UserError as error:
@@ -81,26 +81,28 @@ def _live_as(me: env.RankEnv, argv: list[str]) -> int:
         raise
     prefix = log.rank_prefix(me.node_rank, me.rank, config.layout.stage_of(me.rank))
     log.setup(config.log_level, prefix, lead=me.local_rank == 0, color=color)
-    kept = log.keep()
+    log_buffer = log.keep_log()
     if me.rank == 0:
         _introduce(config)
     settings = _use(interface, me, config)
-    watch.lap("config")
+    start_timer.mark("config")
     try:
         bare = me.runtime_dir is None
-        attachment = attach(me, config, interface.address, config.start_timeout, start=bare) if me.node_rank == 0 else None
+        frontend_address = (
+            find_frontend(me, config, interface.address, config.start_timeout, start=bare) if me.node_rank == 0 else None
+        )
     except UserError as error:  # under `tpserve serve` it is the supervisor who tells
         return _refuse(me, error, tell=me.rank == 0 and me.runtime_dir is None)
-    watch.lap("frontend")
-    env.calm_threads()
+    start_timer.mark("frontend")
+    env.set_omp_spin()
     gc.disable()  # nothing that torch makes while it is imported is garbage, and looking for it costs a sixth of the time
     from tpserve.engine.start import run_rank
 
     gc.freeze()  # nor need it be looked at ever again
     gc.enable()
-    watch.lap("torch")
+    start_timer.mark("torch")
     try:
-        code = run_rank(config, spec, me, interface, settings, attachment, watch, kept)
+        code = run_rank(config, spec, me, interface, settings, frontend_address, start_timer, log_buffer)
     except UserError as error:  # before it could tell the coordinator
         code = _refuse(me, error, tell=me.local_rank == 0)
     logging.shutdown()
@@ -131,7 +133,7 @@ def _use(interface: Interface, me: env.RankEnv, config: EngineConfig) -> dict[st
         logger.info("ports between nodes: %s, which knows none (net.ipv4.ip_local_port_range)", ranges)
     for name, value in settings.items():
         logger.info("%s=%s is set, and wins", name, value)
-    for line in means_nothing(env.vllm_variables()) if me.local_rank == 0 else ():
+    for line in ignored_variables(env.vllm_variables()) if me.local_rank == 0 else ():
         logger.warning("%s", line)
     env.use_interface(interface.name)
     return settings
@@ -159,7 +161,7 @@ def _introduce(config: EngineConfig) -> None:
 
 def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:
     """Tell the user, and torchrun, which would report no more than the exit code."""
-    _leave_word(me, Failure(2, str(error)))
+    _leave_word(me, AgentFailure(2, str(error)))
     if tell:
         sys.stderr.write(log.user_error(str(error)) + "\n")
         sys.stderr.flush()
@@ -178,12 +180,12 @@ def _find_once_a_node(me: env.RankEnv, flags: Flags) -> ModelFiles:
     if me.local_world_size == 1 or Path(flags.model).is_dir():
         return locate(flags, head=head)
     if me.local_rank:
-        return ask(me, flags.start_timeout)
-    elder = Elder(me)
+        return ask_local_leader(me, flags.start_timeout)
+    local_leader = LocalLeader(me)
     try:
         files = locate(flags, head=head)
     except UserError as error:
-        elder.refuse(str(error))
+        local_leader.publish_error(str(error))
         raise
-    elder.tell(files)
+    local_leader.publish(files)
     return files

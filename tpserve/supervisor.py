@@ -37,23 +37,23 @@ from types import FrameType
 import msgspec
 from msgspec.structs import replace
 
-from tpserve.agent import AGENT_COMMAND, Job
+from tpserve.agent import AGENT_COMMAND, AgentJob
 from tpserve.cli import server_flags
+from tpserve.cluster.discovery import AgentFailure, spawn, wait_ready, write_failure
+from tpserve.cluster.retry_log import RetryLog
 from tpserve.config import env
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.launch import meeting_address, own_interface
+from tpserve.host.launch import own_interface, rendezvous_address
 from tpserve.host.network import LOOPBACK, Interface, describe, listen
 from tpserve.host.resources import available_cores, visible_gpus
+from tpserve.process.process_utils import kill_stopped_in_background
+from tpserve.process.signals import SAME_SIGNAL_S
 from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
-from tpserve.wire.attach import Failure, spawn, wait_ready, write_failure
-from tpserve.wire.auth import Keyring
-from tpserve.wire.lifetime import end_stopped
-from tpserve.wire.signals import SAME_SIGNAL_S
-from tpserve.wire.waiting import Clock
+from tpserve.wire.curve import Keyring
 
 logger = logging.getLogger("tpserve.supervisor")
 
@@ -73,7 +73,7 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     _await_name(flags)
     interface = own_interface(flags)
     leads = flags.nnodes > 1 and flags.node_rank == 0
-    listener = listen(meeting_address(flags, interface), (flags.master_port, flags.master_port)) if leads else None
+    listener = listen(rendezvous_address(flags, interface), (flags.master_port, flags.master_port)) if leads else None
     nowhere = f"/nowhere/tpserve-{uuid.uuid4().hex}"  # elsewhere it is but a name, by which a node's ranks find each other
     runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-") if flags.node_rank == 0 else nowhere)
     try:
@@ -85,19 +85,19 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
 
 def _await_name(flags: Flags) -> None:
     """Wait until the master address means something: where nodes are containers, names come with the nodes. Raises UserError."""
-    clock, name = Clock(flags.start_timeout, logger), flags.master_addr
+    retry_log, name = RetryLog(flags.start_timeout, logger), flags.master_addr
     while flags.nnodes > 1:
         try:
             socket.getaddrinfo(name, flags.master_port)
             return
         except socket.gaierror as error:
-            if clock.over:
+            if retry_log.timed_out:
                 raise UserError(f"--master-addr {name}: {describe(error)}", param="master_addr") from error
-            clock.tell(f"the name {name}", describe(error))
+            retry_log.log_if_due(f"the name {name}", describe(error))
         time.sleep(READY_POLL_S)
 
 
-class _EndNow(BaseException):
+class _ExitNow(BaseException):
     """Raised by the signal handler, wherever this process is: leave, kill every child, exit with `code`."""
 
     def __init__(self, code: int) -> None:
@@ -142,11 +142,11 @@ class _Supervisor:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
                 signal.signal(number, self._note)
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # who is stopped is ended, and a Ctrl-Z does not mean that
-        end_stopped(self._children, self._tell_stopped)
+        kill_stopped_in_background(self._children, self._log_stopped)
         try:
             self._start()
             return self._watch()
-        except _EndNow as now:
+        except _ExitNow as now:
             return now.code
         except EngineFailure as error:
             logger.error("%s", error)
@@ -173,7 +173,7 @@ class _Supervisor:
 
     def _spawn_agent(self) -> "subprocess.Popen[bytes]":
         flags, config = self._flags, self._config
-        job = Job(
+        job = AgentJob(
             supervisor_pid=os.getpid(),
             mutual=True,
             nnodes=flags.nnodes,
@@ -184,7 +184,9 @@ class _Supervisor:
             listener=-1 if self._listener is None else self._listener.fileno(),
             address=self._interface.address,
             derived=flags.interface is None,
-            meeting_key="" if flags.cluster_secret_file is None else Keyring.read(flags.cluster_secret_file).meeting.hex(),
+            rendezvous_key=""
+            if flags.cluster_secret_file is None
+            else Keyring.read(flags.cluster_secret_file).rendezvous_key.hex(),
             port_range=config.port_range,
             world_size=config.layout.world_size,
             run_id=f"tpserve-{flags.master_port}" if flags.nnodes > 1 else uuid.uuid4().hex,
@@ -210,9 +212,9 @@ class _Supervisor:
             return
         self._signalled_s.append(now)
         if len(self._signalled_s) == 2:  # a third one must not disturb the killing
-            raise _EndNow(128 + number)
+            raise _ExitNow(128 + number)
         if self._starting and len(self._signalled_s) == 1:
-            raise _EndNow(0)
+            raise _ExitNow(0)
 
     def _watch(self) -> int:
         """Until the children have ended."""
@@ -237,10 +239,10 @@ class _Supervisor:
             with contextlib.suppress(BlockingIOError):
                 self._wake.recv(4096, socket.MSG_DONTWAIT)
             if self._url and not self._signalled_s and ended_s is None and self._is_ready():
-                self._invite()
+                self._print_curl()
         code = self._verdict()
         _end_all_children()  # before the last word, for it to be that
-        self._last_word()
+        self._log_final_reason()
         return code
 
     @staticmethod
@@ -252,13 +254,13 @@ class _Supervisor:
         children = {"the frontend": self._frontend, f"the agent of node {self._flags.node_rank}": self._agent}
         return {child.pid: name for name, child in children.items() if child is not None and child.returncode is None}
 
-    def _tell_stopped(self, pid: int, what: str) -> None:
+    def _log_stopped(self, pid: int, what: str) -> None:
         logger.error("%s: it is ended", what)
         self._stopped[pid] = what
         if self._frontend is not None and pid != self._frontend.pid:
-            write_failure(self._runtime_dir, Failure(1, what))
+            write_failure(self._runtime_dir, AgentFailure(1, what))
 
-    def _last_word(self) -> None:
+    def _log_final_reason(self) -> None:
         """It is the frontend's, and on other nodes the agent's, unless somebody has killed it."""
         name, last = ("the frontend", self._frontend) if self._frontend is not None else ("the agent", self._agent)
         if last is not None and self._is_killed(last) and not (self._passed_on and last.returncode == -signal.SIGTERM):
@@ -270,7 +272,7 @@ class _Supervisor:
         """The first signal: whoever knows about open requests decides when they are done."""
         self._passed_on = True
         if self._url and self._flags.nnodes == 1 and not self._is_ready():
-            raise _EndNow(0)  # no request has been admitted, and no other node waits for a word
+            raise _ExitNow(0)  # no request has been admitted, and no other node waits for a word
         first = self._agent if self._frontend is None else self._frontend
         assert first is not None
         first.terminate()
@@ -286,7 +288,7 @@ class _Supervisor:
         finally:
             connection.close()
 
-    def _invite(self) -> None:
+    def _print_curl(self) -> None:
         """Once, when the server is ready: a line to paste."""
         with contextlib.suppress(OSError):  # nobody reads our stdout
             sys.stdout.write(curl_line(self._url, keyed=self._config.api_key is not None) + "\n")

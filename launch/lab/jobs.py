@@ -24,7 +24,7 @@ _BIN = Path(sys.executable).parent
 def commands(
     hosts: Sequence[Host], flags: Sequence[str], ranks: Sequence[int], *, torchrun: bool = False, ipv6: bool = False
 ) -> list[list[str]]:
-    """One command a host: `flags` with what says who is who. `ranks`: of each host, or one number for all of them."""
+    """One command a host: `flags` with what says who is who. `rank_monitor`: of each host, or one number for all of them."""
     counts = list(ranks) * (len(hosts) if len(ranks) == 1 else 1)
     if len(counts) != len(hosts):
         raise LabError(f"--ranks {','.join(map(str, ranks))} for {len(hosts)} hosts: give one number, or one for each host")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests.cluster.forked import run
 from tpserve.host.resources import available_cores
 from tpserve.parallel.group import Group
-from tpserve.parallel.shm import SharedPage, exchange_places, share
+from tpserve.parallel.shm import ShmAllReduce, create_shm_group, exchange_locations
 
 SIZES = {4 << 10: 2000, 1 << 20: 200}
 """Bytes to rounds."""
@@ -25,9 +25,9 @@ SIZES = {4 << 10: 2000, 1 << 20: 200}
 def rank_main(rank: int, where: Path) -> None:
     store = dist.FileStore(str(where / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    page = share(store, exchange_places(store, rank, 2, 20.0), range(2), rank, available_cores(), 20.0)
-    assert isinstance(page, SharedPage), page
-    groups = {"gloo": Group(dist.group.WORLD), "shm": Group(dist.group.WORLD, page)}
+    shm = create_shm_group(store, exchange_locations(store, rank, 2, 20.0), range(2), rank, available_cores(), 20.0)
+    assert isinstance(shm, ShmAllReduce), shm
+    groups = {"gloo": Group(dist.group.WORLD), "shm": Group(dist.group.WORLD, shm)}
     for size, rounds in SIZES.items():
         x = torch.zeros(size // 2, dtype=torch.bfloat16)
         for name, group in [*groups.items()] * 3:

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import msgspec
 
+from tpserve.cluster.discovery import find_frontend
 from tpserve.config.env import rank_env
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
+from tpserve.process.orders import Stopped
+from tpserve.process.rank_agent import RankAgent
+from tpserve.process.signals import block_signals
 from tpserve.types.messages import Abort, Add, Delta, Done, EngineOutput, MemoryLedger
 from tpserve.types.packed import unpack
-from tpserve.wire.attach import attach
 from tpserve.wire.channels import EngineLink, wait
-from tpserve.wire.control import Control
-from tpserve.wire.orders import Stopped
-from tpserve.wire.signals import block_signals
 
 
 def main(config_file: str, how: str) -> int:
@@ -26,35 +26,37 @@ def main(config_file: str, how: str) -> int:
     config = msgspec.json.decode(Path(config_file).read_bytes(), type=EngineConfig)
     env = rank_env()
     try:
-        found = attach(env, config, "127.0.0.1", 20.0)
+        frontend_address = find_frontend(env, config, "127.0.0.1", 20.0)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         return 2
-    control = Control(env.rank, found.control, host="here", frontend_pid=found.frontend_pid, agent_pid=env.agent_pid)
-    control.start()
+    rank_agent = RankAgent(
+        env.rank, frontend_address.control, host="here", frontend_pid=frontend_address.frontend_pid, agent_pid=env.agent_pid
+    )
+    rank_agent.start()
     try:
-        control.hello({}, {"version": "1"}, {})
-        control.wait_start(20.0)
+        rank_agent.hello({}, {"version": "1"}, {})
+        rank_agent.wait_start(20.0)
         if how == "user-error" and env.rank == 1:
             raise UserError("no such model")
-        link = EngineLink(found.engine, control.identity) if env.rank == 0 else None
+        link = EngineLink(frontend_address.engine, rank_agent.identity) if env.rank == 0 else None
         heads = {"first_head": 2 * env.rank, "end_head": 2 * env.rank + 2, "first_kv_head": env.rank, "end_kv_head": env.rank + 1}
         ledger = MemoryLedger(9, 0, 0, 0, 0, 0, 0, 8, 16, config.max_model_len)
-        control.up(ledger, {"max_model_len": config.max_model_len, "vocab_size": 320, **heads})
-        control.wait_run(20.0)
+        rank_agent.ready(ledger, {"max_model_len": config.max_model_len, "vocab_size": 320, **heads})
+        rank_agent.wait_run(20.0)
         if how == "crash-after-up" and env.rank == 1:
             time.sleep(0.5)
             raise SystemExit(7)
-        while control.stop is None:
-            wait(1.0, control, *([link] if link else []))
-            control.clear()
+        while rank_agent.stop is None:
+            wait(1.0, rank_agent, *([link] if link else []))
+            rank_agent.clear()
             if link:
                 link.send(answers(link))
     except Stopped:
         pass
     except UserError as error:
-        return control.fail(error)
-    return control.leave()
+        return rank_agent.fail(error)
+    return rank_agent.leave()
 
 
 def answers(link: EngineLink) -> list[EngineOutput]:

@@ -8,12 +8,12 @@ import sys
 
 from tpserve.__main__ import main
 from tpserve.config.env import rank_env
+from tpserve.process.telemetry import Telemetry
 from tpserve.scheduling.sequence import Sequence
 from tpserve.types.messages import RankMessage
 from tpserve.types.plan import StepPlan
 from tpserve.types.request import Request
 from tpserve.wire import codec
-from tpserve.wire.telemetry import Telemetry
 
 LOST_PLAN, UNREADABLE, BROKEN_THREAD = 19, 13, 17
 """Tokens of a prompt: rank 1 loses the plan that admits it; rank 0 cannot read the request; rank 1's control thread fails."""
@@ -27,7 +27,7 @@ def cannot_read(request: Request, *more: object) -> Sequence:
 
 def lose(frame: bytes) -> list[StepPlan]:
     plans = decode(frame)
-    lengths = {admission.prompt_len for plan in plans for admission in plan.admissions}
+    lengths = {new_sequence.prompt_len for plan in plans for new_sequence in plan.new_sequences}
     if BROKEN_THREAD in lengths:
         Telemetry.messages = broken  # type: ignore[method-assign]
     if LOST_PLAN in lengths and not lost:

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.foreign import Call, foreign
+from tests.cluster.fake_openai_server import ReceivedCall, fake_openai_server
 from tests.server import Server, free_port, running, serve
 from tpserve.__main__ import main
 from tpserve.bench import plot
-from tpserve.bench.client import Answer
-from tpserve.bench.course import Course
-from tpserve.bench.figures import Client, Latency, figures, peak
+from tpserve.bench.client import ResponseRecord
+from tpserve.bench.figures import ClientLoad, LatencyStats, figures, peak
 from tpserve.bench.plot import svg
-from tpserve.bench.workload import Ask, Workload, arrivals_s
+from tpserve.bench.request_timing import RequestTiming
+from tpserve.bench.workload import BenchRequest, Workload, arrivals_s
 
 SMALL = ["--input-len", "20", "--output-len", "8"]
 
@@ -142,7 +142,7 @@ def test_failures_are_counted_by_kind(output: Path, capsys: pytest.CaptureFixtur
         [b"data: {"],
         [*WHOLE, None],
     ]
-    with foreign(lambda call: answers[call.index % 9]) as server:
+    with fake_openai_server(lambda call: answers[call.index % 9]) as server:
         load = ["--num-prompts", "18", "--num-warmups", "8", "--max-concurrency", "1"]
         code, report = bench(server.url, *SMALL, *load, "--save-details", output=output)
         assert len(server.calls) == 1 + 8 + 18, "one to see whether ids are taken, and no request twice"
@@ -160,7 +160,7 @@ def test_failures_are_counted_by_kind(output: Path, capsys: pytest.CaptureFixtur
 
 
 def test_nothing_completed(output: Path) -> None:
-    with foreign(lambda call: 500) as server:
+    with fake_openai_server(lambda call: 500) as server:
         code, report = bench(server.url, *SMALL, "--num-prompts", "3", "--plot", str(output.with_suffix(".svg")), output=output)
     assert code == 1 and report["figures"]["failures"] == [{"kind": "HTTP 500", "count": 3, "example": "it is 500"}]
 
@@ -169,7 +169,7 @@ def prompts_sent(*arguments: str, output: Path) -> tuple[list[Any], dict[str, An
     """The bodies of the measured requests, to a server that takes no token ids if the arguments say so."""
     refuses = "words" in arguments
     rest = [argument for argument in arguments if argument != "words"]
-    with foreign(lambda call: 400 if refuses and isinstance(call.body["prompt"], list) else WHOLE) as server:
+    with fake_openai_server(lambda call: 400 if refuses and isinstance(call.body["prompt"], list) else WHOLE) as server:
         code, report = bench(server.url, *SMALL, "--num-prompts", "6", "--max-concurrency", "1", *rest, output=output)
         assert code == 0
         return [call.body["prompt"] for call in server.calls[-6:]], report["workload"]
@@ -191,11 +191,11 @@ def test_words_where_ids_are_refused(output: Path) -> None:
 
 def test_what_is_sent(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPSERVE_API_KEY", "from-env")
-    with foreign(lambda call: WHOLE) as server:
+    with fake_openai_server(lambda call: WHOLE) as server:
         load = ["--num-prompts", "9", "--max-concurrency", "3", "--temperature", "0.5", "--no-ignore-eos", "--model", "mine"]
         code, report = bench(server.url, *SMALL, *load, "--endpoint", "chat", output=output)
         assert code == 0 and server.most_open <= 3 and report["figures"]["peak_concurrency"] <= 3
-    call: Call = server.calls[-1]
+    call: ReceivedCall = server.calls[-1]
     assert (call.path, call.key) == ("/v1/chat/completions", "Bearer from-env")
     [message] = call.body.pop("messages")
     assert message["role"] == "user" and len(message["content"].split()) == 20
@@ -205,7 +205,7 @@ def test_what_is_sent(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ignore_eos_is_sent(output: Path) -> None:
-    with foreign(lambda call: 400 if call.index > 0 else WHOLE) as server:
+    with fake_openai_server(lambda call: 400 if call.index > 0 else WHOLE) as server:
         assert main(["bench", "serve", "--url", server.url]) == 2, "a warm-up that is refused, not broken, ends it"
         assert server.calls[-1].body["ignore_eos"] is True
 
@@ -242,7 +242,7 @@ FORMS = {
 def test_forms_of_chunks(form: str, bytes_at_once: int | None) -> None:
     tokens, pieces = FORMS[form]
     stream = b"".join(pieces)
-    answer = Answer(Ask("x", 5, 8), 0.0)
+    answer = ResponseRecord(BenchRequest("x", 5, 8), 0.0)
     for at in range(0, len(stream), bytes_at_once or len(stream)):
         answer.feed(stream[at : at + (bytes_at_once or len(stream))], 1.0)
     answer.close(2.0)
@@ -250,8 +250,8 @@ def test_forms_of_chunks(form: str, bytes_at_once: int | None) -> None:
     assert answer.counted is ("usage" in form and form != "no usage")
 
 
-def answered(*times_s: float, begin_s: float = 0.0, tokens: int | None = None) -> Answer:
-    answer = Answer(Ask([1], 1, 4), begin_s)
+def answered(*times_s: float, begin_s: float = 0.0, tokens: int | None = None) -> ResponseRecord:
+    answer = ResponseRecord(BenchRequest([1], 1, 4), begin_s)
     for index, time_s in enumerate(times_s):
         answer.feed(chunk("x", "length" if index == len(times_s) - 1 else None), begin_s + time_s)
     if tokens is not None:
@@ -262,24 +262,28 @@ def answered(*times_s: float, begin_s: float = 0.0, tokens: int | None = None) -
 
 def test_the_arithmetic() -> None:
     one, two = answered(0.5, 0.7, 1.5, begin_s=10), answered(1.0, 2.0, begin_s=11, tokens=5)
-    failed = Answer(Ask([1], 1, 4), 10.0)
+    failed = ResponseRecord(BenchRequest([1], 1, 4), 10.0)
     failed.fail("HTTP 500", "", 14.0)
-    assert (one.course.ttft_s, one.course.e2el_s, one.course.tpot_s) == pytest.approx((0.5, 1.5, 0.5))
-    assert (two.course.ttft_s, two.course.e2el_s, two.course.tpot_s) == pytest.approx((1.0, 2.0, 0.25))
-    assert one.course.itl_s == pytest.approx([0.2, 0.8])
-    result = figures([one, two, failed], {"ttft": 600, "e2el": 1500.1}, Client(0.1, 1.0, 2.0))
+    assert (one.timing.ttft_s, one.timing.e2el_s, one.timing.tpot_s) == pytest.approx((0.5, 1.5, 0.5))
+    assert (two.timing.ttft_s, two.timing.e2el_s, two.timing.tpot_s) == pytest.approx((1.0, 2.0, 0.25))
+    assert one.timing.itl_s == pytest.approx([0.2, 0.8])
+    result = figures([one, two, failed], {"ttft": 600, "e2el": 1500.1}, ClientLoad(0.1, 1.0, 2.0))
     assert (result.duration_s, result.completed, result.failed, result.peak_concurrency) == (4.0, 2, 1, 3)
     assert (result.input_tokens, result.output_tokens, result.tokens_counted_by) == (11, 8, "usage and chunks")
     assert (result.output_tokens_per_s, result.total_tokens_per_s, result.goodput_per_s) == (2.0, 4.75, 0.25)
     assert (result.tokens_per_chunk, result.ended_early) == (1.6, 1)
-    assert result.latency["itl"] == Latency(mean_ms=666.667, p50_ms=800.0, p90_ms=1000.0, p99_ms=1000.0)
-    assert Latency.of([number / 1000 for number in range(101)]) == Latency(50.0, 50.0, 90.0, 99.0)
+    assert result.latency["itl"] == LatencyStats(mean_ms=666.667, p50_ms=800.0, p90_ms=1000.0, p99_ms=1000.0)
+    assert LatencyStats.of([number / 1000 for number in range(101)]) == LatencyStats(50.0, 50.0, 90.0, 99.0)
     assert peak([(0, 2), (1, 3), (2, 4)]) == 2
 
 
 def test_the_picture_holds_every_token() -> None:
-    courses = [Course(0.0, [1.0], 1.0, 1), Course(0.0, [0.5, 0.5, 2.0], 2.0, 6), Course(1.0, [1.25, 1.9], 2.0, 2)]
-    drawn = svg("x", courses, runs=2)
+    timings = [
+        RequestTiming(0.0, [1.0], 1.0, 1),
+        RequestTiming(0.0, [0.5, 0.5, 2.0], 2.0, 6),
+        RequestTiming(1.0, [1.25, 1.9], 2.0, 2),
+    ]
+    drawn = svg("x", timings, runs=2)
     *_, line = re.findall(r'points="([^"]+)"', drawn)
     points = [tuple(map(float, point.split(","))) for point in line.split()]
     area = sum((after[0] - before[0]) * (plot.TOP + 2 * plot.PANEL + plot.GAP - before[1]) for before, after in pairwise(points))
@@ -346,7 +350,7 @@ def test_what_cannot_be_measured_is_one_line(line: str, said: str, tmp_path: Pat
     file, bad = tmp_path / "one.jsonl", tmp_path / "bad.jsonl"
     file.write_text('{"prompt": "x"}\n')
     bad.write_text('{"text": "x"}\n')
-    with foreign(lambda call: 400) as server:
+    with fake_openai_server(lambda call: 400) as server:
         arguments = [word.format(file=file, bad=bad, url=server.url) for word in line.split()]
         assert main(["bench", "serve", *arguments]) == 2
     printed = capsys.readouterr()

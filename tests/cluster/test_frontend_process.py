@@ -20,10 +20,10 @@ import pytest
 
 from tests.http.tiny_tokenizer import byte_level, save
 from tests.server import pids_with
+from tpserve.cluster import discovery
 from tpserve.config.schema import EngineConfig
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.sampling import SamplingDefaults
-from tpserve.wire import attach
 
 FAKE_RANK = Path(__file__).with_name("fake_rank.py")
 
@@ -76,7 +76,7 @@ class Job:
     def frontend_pid(self) -> int:
         deadline_s = time.monotonic() + 10
         while time.monotonic() < deadline_s:
-            record = attach.read(self.where / "run")
+            record = discovery.read_frontend(self.where / "run")
             if record is not None and not record.error:
                 return record.pid
             time.sleep(0.02)
@@ -150,7 +150,7 @@ def test_server_info_of_ranks_that_are_up(job: Job) -> None:
     early = json.loads(job.get("/server_info")[1])
     assert early["state"] in ("starting", "running") and [rank["rank"] for rank in early["ranks"]] == [0, 1]
     job.ready()
-    time.sleep(0.6)  # a beat later
+    time.sleep(0.6)  # a heartbeat later
     status, text = job.get("/server_info")
     info = json.loads(text)
     assert (status, info["state"], info["epoch"], info["max_model_len"]) == (200, "running", 1, 256)
@@ -248,5 +248,5 @@ def test_port_in_use_is_one_line(model: Path) -> None:
 
 
 def test_no_torch_in_the_frontend() -> None:
-    code = "import sys, tpserve.frontend.process, tpserve.wire.attach; sys.exit('torch' in sys.modules)"
+    code = "import sys, tpserve.frontend.process, tpserve.cluster.discovery; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -68,7 +68,7 @@ def test_two_epochs_in_the_same_processes(tp: int, pp: int, all_reduce: AllReduc
         stores = []  # a store outlives its epoch here, so that nobody who leaves late finds it gone
         for epoch in (1, 2):
             stores.append(meet(tmp_path, rank, epoch))
-            mesh = meshes.form(rank, layout, epoch, stores[-1], CPU, 20.0, all_reduce)
+            mesh = meshes.init_distributed(rank, layout, epoch, stores[-1], CPU, 20.0, all_reduce)
             check(mesh, epoch)
             maps_a_page = "memfd:tpserve" in Path("/proc/self/maps").read_text()
             assert maps_a_page == (tp > 1 and all_reduce != "gloo")
@@ -87,11 +87,11 @@ def test_shared_memory_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Mo
     def rank_main(rank: int) -> None:
         monkeypatch.setattr(shm, "_host", lambda: f"host{rank}")
         stores = [meet(tmp_path, rank, 1)]
-        check(meshes.form(rank, layout, 1, stores[0], CPU, 20.0), 1)
+        check(meshes.init_distributed(rank, layout, 1, stores[0], CPU, 20.0), 1)
         dist.destroy_process_group()
         stores.append(meet(tmp_path, rank, 2))
         with pytest.raises(UserError, match="--all-reduce shm is not possible .the ranks do not share a host.: pass"):
-            meshes.form(rank, layout, 2, stores[1], CPU, 20.0, "shm")
+            meshes.init_distributed(rank, layout, 2, stores[1], CPU, 20.0, "shm")
         assert not dist.is_initialized()
         stores[1].set(f"left{rank}", "")
         if rank == 0:
@@ -106,9 +106,9 @@ def test_a_rank_that_does_not_come_is_a_failure_in_time(tmp_path: Path) -> None:
             store = meet(tmp_path, 0, 1)
             started_s = time.monotonic()
             with pytest.raises(EngineFailure, match="rank 0 could not form the mesh of epoch 1: rank 1 did not come within 1 s"):
-                meshes.form(0, ParallelLayout(2, 1, (1,)), 1, store, CPU, 1.0)
+                meshes.init_distributed(0, ParallelLayout(2, 1, (1,)), 1, store, CPU, 1.0)
             assert time.monotonic() - started_s < 5
-            one = meshes.form(0, ParallelLayout(1, 1, (1,)), 2, store, CPU, 1.0)  # nothing was left behind
+            one = meshes.init_distributed(0, ParallelLayout(1, 1, (1,)), 2, store, CPU, 1.0)  # nothing was left behind
             assert one.world.size == 1
 
     assert run(2, rank_main) == [0, 0]
@@ -120,17 +120,17 @@ def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again(all_
 
     def rank_main(process: int) -> None:
         if process == 2:  # the next incarnation of rank 1
-            check(meshes.form(1, layout, 2, meet(tmp_path, 1, 2), CPU, 20.0), 2)
+            check(meshes.init_distributed(1, layout, 2, meet(tmp_path, 1, 2), CPU, 20.0), 2)
             return
         store = meet(tmp_path, process, 1)
-        mesh = meshes.form(process, layout, 1, store, CPU, 20.0, all_reduce)
+        mesh = meshes.init_distributed(process, layout, 1, store, CPU, 20.0, all_reduce)
         if process == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         with pytest.raises(RuntimeError if all_reduce == "gloo" else EngineFailure):
             while True:
                 mesh.tp.all_reduce(torch.ones(1))
         meshes.leave(mesh)
-        check(meshes.form(0, layout, 2, meet(tmp_path, 0, 2), CPU, 20.0), 2)
+        check(meshes.init_distributed(0, layout, 2, meet(tmp_path, 0, 2), CPU, 20.0), 2)
 
     assert run(3, rank_main) == [0, -signal.SIGKILL, 0]
 

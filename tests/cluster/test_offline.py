@@ -294,7 +294,7 @@ def test_nothing_outlives_a_killed_script(moment: str, place: Path) -> None:
         time.sleep(0.2)
     else:
         deadline_s = time.monotonic() + 20.0
-        while len(of_place(place)) < 3:  # the script, its sweeper, its agent
+        while len(of_place(place)) < 3:  # the script, its tempdir reaper, its agent
             assert time.monotonic() < deadline_s and process.poll() is None
             time.sleep(0.01)
     assert list(place.glob("tpserve-*"))

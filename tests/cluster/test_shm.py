@@ -17,16 +17,16 @@ from tests.cluster.forked import run
 from tpserve.errors import EngineFailure
 from tpserve.parallel import shm
 from tpserve.parallel.group import Group
-from tpserve.parallel.shm import SLOT_BYTES, Place, SharedPage, exchange_places, share
+from tpserve.parallel.shm import SLOT_BYTES, RankLocation, ShmAllReduce, create_shm_group, exchange_locations
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
-def page_of(where: Path, rank: int, size: int, cores: int = 2) -> SharedPage:
+def page_of(where: Path, rank: int, size: int, cores: int = 2) -> ShmAllReduce:
     store = dist.FileStore(str(where / "store"), size)
-    page = share(store, exchange_places(store, rank, size, 20.0), range(size), rank, cores, 20.0)
-    assert isinstance(page, SharedPage), page
-    return page
+    shm = create_shm_group(store, exchange_locations(store, rank, size, 20.0), range(size), rank, cores, 20.0)
+    assert isinstance(shm, ShmAllReduce), shm
+    return shm
 
 
 def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -48,13 +48,13 @@ def test_the_ordered_sum_bit_for_bit(size: int, tmp_path: Path) -> None:
     shapes = [(1,), (7,), (3, 64), (0, 64), (33, 5), (2, 3, 4), (over,), (3, over)]
 
     def rank_main(rank: int) -> None:
-        page = page_of(tmp_path, rank, size)
+        shm = page_of(tmp_path, rank, size)
         for dtype in DTYPES:
             for seed, shape in enumerate(shapes):
                 parts = [part(i, shape, dtype, seed) for i in range(size)]
-                gathered = page.all_gather(parts[rank])
+                gathered = shm.all_gather(parts[rank])
                 assert torch.equal(gathered, torch.stack(parts))
-                total = page.all_reduce(parts[rank].clone())
+                total = shm.all_reduce(parts[rank].clone())
                 assert total.dtype == dtype
                 assert torch.equal(total, ordered_sum(parts)), (dtype, shape)
 
@@ -67,13 +67,13 @@ def test_parts_that_are_not_contiguous_and_inference_mode(tmp_path: Path) -> Non
     ]  # fmt: skip
 
     def rank_main(rank: int) -> None:
-        page = page_of(tmp_path, rank, 2)
+        shm = page_of(tmp_path, rank, 2)
         for mode in (True, False, True):
             with torch.inference_mode(mode):
                 for view in views:
                     parts = [view(part(i, (6, 5), torch.bfloat16)) for i in range(2)]
-                    assert torch.equal(page.all_gather(parts[rank]), torch.stack(parts))
-                    assert torch.equal(page.all_reduce(view(part(rank, (6, 5), torch.bfloat16))), parts[0] + parts[1])
+                    assert torch.equal(shm.all_gather(parts[rank]), torch.stack(parts))
+                    assert torch.equal(shm.all_reduce(view(part(rank, (6, 5), torch.bfloat16))), parts[0] + parts[1])
 
     assert run(2, rank_main) == [0, 0]
 
@@ -104,7 +104,7 @@ def test_the_bits_of_gloo(dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "rounds"), [(2, 10_000), (3, 2_000)])
 def test_many_rounds_of_random_sizes(size: int, rounds: int, tmp_path: Path) -> None:
     def rank_main(rank: int) -> None:
-        page = page_of(tmp_path, rank, size)
+        shm = page_of(tmp_path, rank, size)
         common, own = random.Random(size), random.Random(100 + rank)
         for number in range(rounds):
             count = common.choice((1, 17, 1024, 4096, SLOT_BYTES // 4 if number % 50 == 0 else 2))
@@ -113,9 +113,9 @@ def test_many_rounds_of_random_sizes(size: int, rounds: int, tmp_path: Path) -> 
                 time.sleep(own.random() * 0.003)
             x = torch.full((count,), float(number % 50 + rank)).to(dtype)
             if common.random() < 0.7:
-                assert (page.all_reduce(x) == number % 50 * size + sum(range(size))).all()
+                assert (shm.all_reduce(x) == number % 50 * size + sum(range(size))).all()
             else:
-                assert page.all_gather(x)[:, -1].tolist() == [number % 50 + i for i in range(size)]
+                assert shm.all_gather(x)[:, -1].tolist() == [number % 50 + i for i in range(size)]
 
     assert run(size, rank_main) == [0] * size
 
@@ -123,15 +123,15 @@ def test_many_rounds_of_random_sizes(size: int, rounds: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_killed_peer_is_named_soon(size: int, tmp_path: Path) -> None:
     def rank_main(rank: int) -> None:
-        page = page_of(tmp_path, rank, size)
+        shm = page_of(tmp_path, rank, size)
         for _ in range(100):
-            page.all_reduce(torch.ones(8))
+            shm.all_reduce(torch.ones(8))
         if rank == 1:
             time.sleep(0.2)
             (tmp_path / "died").write_text(str(time.monotonic()))
             os.kill(os.getpid(), signal.SIGKILL)
         with pytest.raises(EngineFailure, match="rank 1 has ended"):
-            page.all_reduce(torch.ones(8))
+            shm.all_reduce(torch.ones(8))
         assert time.monotonic() - float((tmp_path / "died").read_text()) < 0.5  # a busy machine; some milliseconds on an idle one
 
     expected = [0] * size
@@ -141,14 +141,14 @@ def test_a_killed_peer_is_named_soon(size: int, tmp_path: Path) -> None:
 
 def test_the_last_round_of_a_rank_that_leaves_counts(tmp_path: Path) -> None:
     def rank_main(rank: int) -> None:
-        page = page_of(tmp_path, rank, 2)
+        shm = page_of(tmp_path, rank, 2)
         if rank == 0:
             time.sleep(0.2)  # rank 1 cannot have ended yet: it waits for this one
-        assert page.all_reduce(torch.ones(1)).item() == 2
+        assert shm.all_reduce(torch.ones(1)).item() == 2
         if rank == 0:
             time.sleep(0.1)
             with pytest.raises(EngineFailure, match="rank 1 has ended during a collective of rank 0"):
-                page.all_reduce(torch.ones(1))
+                shm.all_reduce(torch.ones(1))
 
     assert run(2, rank_main) == [0, 0]
 
@@ -159,13 +159,13 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     def rank_main(rank: int) -> None:
         gc.collect()  # what earlier tests left for the collector must not be counted
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
-        page = page_of(tmp_path, rank, 2)
-        page.all_reduce(torch.ones(1))
+        shm = page_of(tmp_path, rank, 2)
+        shm.all_reduce(torch.ones(1))
         assert "memfd:tpserve" in Path("/proc/self/maps").read_text()
-        page.all_reduce(torch.ones(1))  # nobody leaves before everybody has looked
-        page.close()
-        page.close()
-        del page
+        shm.all_reduce(torch.ones(1))  # nobody leaves before everybody has looked
+        shm.close()
+        shm.close()
+        del shm
         gc.collect()
         assert "memfd:tpserve" not in Path("/proc/self/maps").read_text()
         assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
@@ -183,15 +183,15 @@ def test_all_get_the_same_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def rank_main(rank: int) -> None:
         store = dist.FileStore(str(tmp_path / "store"), 3)
-        places = exchange_places(store, rank, 3, 20.0)
+        places = exchange_locations(store, rank, 3, 20.0)
         gc.collect()  # as above
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
-        elsewhere = [*places[:2], Place("another", 1)]
-        reasons = [share(dist.PrefixStore("a", store), elsewhere, range(3), rank, 2, 20.0)]
+        elsewhere = [*places[:2], RankLocation("another", 1)]
+        reasons = [create_shm_group(dist.PrefixStore("a", store), elsewhere, range(3), rank, 2, 20.0)]
         wrong = [places[1], *places[1:]]  # rank 1 is taken for rank 0
-        reasons.append(share(dist.PrefixStore("b", store), wrong, range(3), rank, 2, 20.0))
+        reasons.append(create_shm_group(dist.PrefixStore("b", store), wrong, range(3), rank, 2, 20.0))
         monkeypatch.setattr(shm, "_create", refuse)
-        reasons.append(share(dist.PrefixStore("c", store), places, range(3), rank, 2, 20.0))
+        reasons.append(create_shm_group(dist.PrefixStore("c", store), places, range(3), rank, 2, 20.0))
         gc.collect()
         assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
         (tmp_path / "reasons" / str(rank)).write_text("\n".join(map(str, reasons)))

@@ -19,8 +19,8 @@ def one_start(log: Path) -> tuple[float, float]:
         server.wait_ready()
         ready_s = time.monotonic() - began_s
         server.stop()
-        laps = [line for line in server.log.splitlines() if " start: agent " in line]
-        assert len(laps) == 1 and "[n0 r0 s0]" in laps[0] and ", torch " in laps[0] and laps[0].endswith(" s")
+        timer = [line for line in server.log.splitlines() if " start: agent " in line]
+        assert len(timer) == 1 and "[n0 r0 s0]" in timer[0] and ", torch " in timer[0] and timer[0].endswith(" s")
     return live_s, ready_s
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.cluster import tiny_model
 from tests.cluster.conftest import of_place
 from tests.server import Server, free_port, running, serve
-from tpserve.wire.auth import write_secret
+from tpserve.wire.curve import write_secret
 
 BYTES = 100_000
 HOOK = """

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpserve.cluster import discovery
 from tpserve.host.network import LOOPBACK
-from tpserve.wire import attach
 
 ROOT = Path(__file__).resolve().parents[2]
 SKELETON = str(Path(__file__).with_name("skeleton.py"))
@@ -53,7 +53,7 @@ class Chaos:
         self.top = Path(tempfile.mkdtemp(prefix="tps-"))
         self.where = self.top / "run"
         self.shm = _shm()
-        attach.make_runtime_dir(self.where)
+        discovery.make_runtime_dir(self.where)
         self.env = {
             **os.environ,
             "TPSERVE_RUNTIME_DIR": str(self.where),
@@ -64,7 +64,7 @@ class Chaos:
         self.log = (self.top / "log").open("wb")
         address = LOOPBACK if nnodes > 1 else ""
         self.frontend = self._spawn(SKELETON, "frontend", str(self.where), str(os.getpid()), str(nnodes * nproc), address)
-        attach.wait_ready(self.where, self.frontend, 30.0)
+        discovery.wait_ready(self.where, self.frontend, 30.0)
         port = str(_free_port())
         nodes = ["--nnodes", str(nnodes), "--nproc-per-node", str(nproc), "--master-addr", LOOPBACK, "--master-port", port]
         agent = ["-m", "torch.distributed.run", *nodes, "--max-restarts", "100000", "--monitor-interval", "0.1"]

@@ -1,4 +1,4 @@
-"""The frame of the house without a model: ranks that form a mesh and add numbers, a frontend that only owns the epoch.
+"""The frame of tpserve without a model: ranks that form a mesh and add numbers, a frontend that only owns the epoch.
 
     python skeleton.py rank                                              under a torchrun agent with --max-restarts
     python skeleton.py frontend RUNTIME_DIR WATCH_PID WORLD_SIZE ADDRESS
@@ -15,28 +15,28 @@ import sys
 import time
 from pathlib import Path
 
-from tpserve.config.env import RankEnv, rank_env
-from tpserve.errors import EngineFailure
-from tpserve.frontend.coordinator import Action, Coordinator, Failed, Finished, State
-from tpserve.frontend.ranks import Ranks
-from tpserve.host.network import LOOPBACK
-from tpserve.wire.attach import (
-    Attachment,
-    Frontend,
-    attach_remote,
+from tpserve.cluster.discovery import (
+    FrontendAddress,
+    FrontendRecord,
+    find_remote_frontend,
     hold_lock,
-    publish,
+    publish_frontend,
     remove_runtime_dir,
     runtime_dir,
     wait_ready,
-    write,
+    write_frontend,
 )
-from tpserve.wire.auth import FRONTEND, Doorkeeper, Keyring
-from tpserve.wire.channels import Door, tcp
-from tpserve.wire.control import Control
-from tpserve.wire.lifetime import open_pidfd
-from tpserve.wire.orders import Stopped
-from tpserve.wire.signals import SIGNALS, block_signals
+from tpserve.config.env import RankEnv, rank_env
+from tpserve.coordinator.coordinator import Action, Coordinator, EpochFailed, EpochFinished, EpochState
+from tpserve.coordinator.rank_monitor import RankMonitor
+from tpserve.errors import EngineFailure
+from tpserve.host.network import LOOPBACK
+from tpserve.process.orders import Stopped
+from tpserve.process.process_utils import open_pidfd
+from tpserve.process.rank_agent import RankAgent
+from tpserve.process.signals import SIGNALS, block_signals
+from tpserve.wire.channels import TcpEndpoint, tcp
+from tpserve.wire.curve import FRONTEND, Keyring, ZapAuthenticator
 
 WAIT_S = 60.0
 
@@ -45,47 +45,47 @@ def rank_main() -> int:
     """Take part in epoch after epoch until told to stop."""
     block_signals()
     env = rank_env()
-    found: Attachment | None = None
+    frontend_address: FrontendAddress | None = None
     if env.node_rank == 0:
         where = runtime_dir(env)
         record = wait_ready(where, None, WAIT_S)
         keyring = None if record.remote is None else record.remote.accept(None)
-        found = Attachment(record.control, LOOPBACK, keyring, record.remote, "", record.pid, where)
+        frontend_address = FrontendAddress(record.control, LOOPBACK, keyring, record.remote, "", record.pid, where)
     from tests.crash.mesh_rank import agent_store, take_part  # torch comes only now
 
-    if env.nnodes > 1 and (found is None or env.rank == 0):
+    if env.nnodes > 1 and (frontend_address is None or env.rank == 0):
         store = agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, WAIT_S)
-        if found is None:
-            found = attach_remote(env, store, LOOPBACK, WAIT_S)
+        if frontend_address is None:
+            frontend_address = find_remote_frontend(env, store, LOOPBACK, WAIT_S)
         else:
-            publish(env, found, store)
-    assert found is not None
+            publish_frontend(env, frontend_address, store)
+    assert frontend_address is not None
     while True:
-        control = begin(env, found)
+        rank_agent = begin(env, frontend_address)
         try:
-            take_part(env, control, found, WAIT_S)
+            take_part(env, rank_agent, frontend_address, WAIT_S)
         except Stopped as stopped:
-            control.close()
+            rank_agent.close()
             return stopped.code
         except (RuntimeError, EngineFailure):
-            if control.stop is not None:
-                return control.leave()
-            control.close()
+            if rank_agent.stop is not None:
+                return rank_agent.leave()
+            rank_agent.close()
 
 
-def begin(env: RankEnv, found: Attachment) -> Control:
+def begin(env: RankEnv, frontend_address: FrontendAddress) -> RankAgent:
     """A new incarnation of this rank."""
-    control = Control(
+    rank_agent = RankAgent(
         env.rank,
-        found.control,
+        frontend_address.control,
         host=f"node{env.node_rank}",
-        key=found.key(env.rank, FRONTEND),
-        frontend_pid=found.frontend_pid,
+        curve_client=frontend_address.curve_client(env.rank, FRONTEND),
+        frontend_pid=frontend_address.frontend_pid,
         agent_pid=env.agent_pid,
         local_ranks=env.local_world_size,
     )
-    control.start()
-    return control
+    rank_agent.start()
+    return rank_agent
 
 
 async def frontend_main(where: Path, watch_pid: int, world_size: int, address: str) -> int:
@@ -94,38 +94,40 @@ async def frontend_main(where: Path, watch_pid: int, world_size: int, address: s
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def on_action(action: Action) -> None:
-        if isinstance(action, Failed | Finished):
-            ended.set_result(action.code if isinstance(action, Failed) else 0)
+        if isinstance(action, EpochFailed | EpochFinished):
+            ended.set_result(action.code if isinstance(action, EpochFailed) else 0)
 
     coordinator = Coordinator(world_size, time.monotonic(), survive=True, form_timeout_s=120.0)
     keyring = Keyring.open(None)
-    lock = keyring.lock(FRONTEND, world_size)
-    doorkeeper = Doorkeeper(lock.allowed)
-    ranks = Ranks(coordinator, f"ipc://{where}/control", Door(tcp(address), lock) if address else None, on_action)
-    invitation = keyring.invitation(ranks.remote_endpoint, with_secret=True) if address else None
-    write(where, Frontend(os.getpid(), ranks.local_endpoint, invitation))
+    curve_server = keyring.curve_server(FRONTEND, world_size)
+    zap_authenticator = ZapAuthenticator(curve_server.allowed)
+    rank_monitor = RankMonitor(
+        coordinator, f"ipc://{where}/control", TcpEndpoint(tcp(address), curve_server) if address else None, on_action
+    )
+    connect_info = keyring.connect_info(rank_monitor.remote_endpoint, with_secret=True) if address else None
+    write_frontend(where, FrontendRecord(os.getpid(), rank_monitor.local_endpoint, connect_info))
 
     def drain() -> None:
-        ranks.carry_out(coordinator.drain(time.monotonic()))
-        ranks.carry_out(coordinator.drained(time.monotonic()))
+        rank_monitor.perform(coordinator.drain(time.monotonic()))
+        rank_monitor.perform(coordinator.drained(time.monotonic()))
 
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, drain)
     watched = open_pidfd(watch_pid)
     assert watched is not None
-    loop.add_reader(watched, lambda: ranks.carry_out(coordinator.fail(1, "the harness is gone", time.monotonic())))
-    tasks = [loop.create_task(ranks.run()), loop.create_task(note(coordinator, Path(f"{where}.events")))]
+    loop.add_reader(watched, lambda: rank_monitor.perform(coordinator.fail(1, "the harness is gone", time.monotonic())))
+    tasks = [loop.create_task(rank_monitor.run()), loop.create_task(note(coordinator, Path(f"{where}.events")))]
     await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
     code = ended.result()
-    if not await ranks.all_gone(5.0):
-        ranks.kill()
+    if not await rank_monitor.all_gone(5.0):
+        rank_monitor.kill()
         code = code or 3
     for task in tasks:
         task.cancel()
     loop.remove_reader(watched)
-    doorkeeper.close()
-    ranks.close()
+    zap_authenticator.close()
+    rank_monitor.close()
     remove_runtime_dir(where)
     os.close(held)
     return code
@@ -133,7 +135,7 @@ async def frontend_main(where: Path, watch_pid: int, world_size: int, address: s
 
 async def note(coordinator: Coordinator, path: Path) -> None:
     """Write down every change of state, with the processes that take part."""
-    said: tuple[State, int] | None = None
+    said: tuple[EpochState, int] | None = None
     with path.open("a") as out:
         while True:
             if said != (coordinator.state, coordinator.epoch):

@@ -85,38 +85,39 @@ def test_a_launch_does_not_wait_for_the_card() -> None:
     from tpserve.parallel.group import Group
     from tpserve.parallel.mesh import Mesh
     from tpserve.parallel.pipeline import Pipeline
-    from tpserve.scheduling.limits import Limits
     from tpserve.scheduling.scheduler import Scheduler
+    from tpserve.scheduling.scheduler_config import SchedulerConfig
     from tpserve.types.layout import ParallelLayout
     from tpserve.types.packed import pack
     from tpserve.types.request import Request
-    from tpserve.types.sampling import SamplingParams
+    from tpserve.types.sampling import EngineSamplingParams
     from tpserve.weights.dummy import dummy
-    from tpserve.worker.executor import Executor
     from tpserve.worker.memory import allocate
-    from tpserve.worker.slots import Slots
+    from tpserve.worker.model_runner import ModelRunner
+    from tpserve.worker.request_pool import RequestPool
 
     spec = small(
         vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=128,
         max_position=8192, tie_embeddings=True, dtype="bfloat16",
     )  # fmt: skip
-    limits = Limits(
-        max_num_seqs=4, max_num_batched_tokens=8192, max_model_len=8192, num_blocks=1024, block_size=16, depth=2, feedback=False,
+    limits = SchedulerConfig(
+        max_num_seqs=4, max_num_batched_tokens=8192, max_model_len=8192, num_blocks=1024, block_size=16, depth=2,
+        sync_sampling=False,
         eos_ids=(),
     )  # fmt: skip
     device, layout = torch.device("cuda", 0), ParallelLayout(1, 1, (8,))
     mesh = Mesh(0, layout, Group(), Group(), Pipeline(), device)
     decoder = Decoder(spec, layout, 0, Group(), torch.bfloat16, device, 8192)
     dummy(decoder.parameters())
-    slots = Slots(4, 8192, 16, (None,), device, eos_ids=(), vocab_size=spec.vocab_size)
-    executor = Executor(mesh, decoder, slots, allocate(decoder, mesh, 1024, 16))
+    request_pool = RequestPool(4, 8192, 16, (None,), device, eos_ids=(), vocab_size=spec.vocab_size)
+    model_runner = ModelRunner(mesh, decoder, request_pool, allocate(decoder, mesh, 1024, 16))
     scheduler = Scheduler(limits)
     for warm_up in (True, False):
-        scheduler.add(Request(int(warm_up), pack([7] * 8000), SamplingParams(max_tokens=4, temperature=0.5), seed=1), 0.0)
+        scheduler.add(Request(int(warm_up), pack([7] * 8000), EngineSamplingParams(max_tokens=4, temperature=0.5), seed=1), 0.0)
         waited = 0
         while not scheduler.idle:
             plans = [plan for _ in range(2) if (plan := scheduler.schedule(0.0)) is not None]
-            launched = [executor.launch(plan) for plan in plans]
+            launched = [model_runner.launch(plan) for plan in plans]
             waited += not launched[0].ready()
             for pending in launched:
                 scheduler.apply(pending.wait(), 0.0)

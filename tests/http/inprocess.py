@@ -1,4 +1,5 @@
-"""A whole server in one process, without torch: the real application and journal over the real scheduler and the ledger device.
+"""A whole server in one process, without torch: the real application and request table over the real scheduler and the
+simulated device.
 
     with serving(tmp_path, api_key=None) as server: server.url, server.engine, server.status
 
@@ -21,45 +22,47 @@ from msgspec.structs import replace
 from tokenizers import Tokenizer as RustTokenizer
 
 from tests.http.tiny_tokenizer import EOS, byte_level, save
+from tests.scheduling.simulator import SimulatedDevice
+from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.requests import RequestTable
 from tpserve.frontend.app import create_app, runner
-from tpserve.frontend.journal import Journal
-from tpserve.frontend.status import Status
-from tpserve.scheduling.ledger import LedgerDevice
-from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
+from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.messages import Abort, Add, Cut, EngineInput
+from tpserve.types.messages import Abort, Add, EngineInput, Truncate
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.plan import NewSequence, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from tpserve.types.sampling import SamplingDefaults
 
 MAX_MODEL_LEN = 256
 
 
 class Engine:
-    """Rank 0's loop in small: inputs in, plans to the ledger device, results back, outputs to the journal."""
+    """Rank 0's loop in small: inputs in, plans to the simulated device, results back, outputs to the request table."""
 
     def __init__(self, vocab_size: int, step_s: float) -> None:
-        self.limits = Limits(8, 64, MAX_MODEL_LEN, num_blocks=160, block_size=16, depth=2, feedback=False, eos_ids=(EOS,))
+        self.limits = SchedulerConfig(
+            8, 64, MAX_MODEL_LEN, num_blocks=160, block_size=16, depth=2, sync_sampling=False, eos_ids=(EOS,)
+        )
         self.scheduler = Scheduler(self.limits)
-        self.device = LedgerDevice(self.limits, cost_s=lambda plan: 0.0, hop_s=0.0, vocab_size=vocab_size)
+        self.device = SimulatedDevice(self.limits, cost_s=lambda plan: 0.0, hop_s=0.0, vocab_size=vocab_size)
         self.step_s = step_s
         self.requests: list[Add] = []
         self.paused = False
         self._inputs: list[EngineInput] = []
-        self._admitted: dict[int, Admission] = {}
+        self._admitted: dict[int, NewSequence] = {}
         self._vocab_size = vocab_size
 
     def send(self, inputs: list[EngineInput]) -> None:
         self._inputs.extend(inputs)
 
-    async def run(self, journal: Journal) -> None:
+    async def run(self, request_table: RequestTable) -> None:
         while True:
             await asyncio.sleep(self.step_s)
             if not self.paused:
                 self.step(time.monotonic())
-                journal.receive([*self.scheduler.take(), self.scheduler.stats()])
+                request_table.receive([*self.scheduler.take(), self.scheduler.stats()])
 
     def step(self, now: float) -> None:
         for message in self._inputs:
@@ -69,27 +72,27 @@ class Engine:
                     self.scheduler.add(message.request, now)
                 case Abort():
                     self.scheduler.abort(message.id, now)
-                case Cut():
-                    self.scheduler.cut(message.id, message.length, now)
+                case Truncate():
+                    self.scheduler.truncate(message.id, message.length, now)
         self._inputs.clear()
         plans = []
         while plan := self.scheduler.schedule(now):
             self.device.submit(plan, now)
             plans.append(plan)
-            self._admitted |= {admission.slot: admission for admission in plan.admissions}
+            self._admitted |= {new_sequence.slot: new_sequence for new_sequence in plan.new_sequences}
         for plan in plans:
             self.scheduler.apply(self.with_logprobs(plan, self.device.collect(now)), now)
 
     def with_logprobs(self, plan: StepPlan, result: StepResult) -> StepResult:
-        """The ledger draws without probabilities; here is a distribution for each position."""
+        """The simulator draws without probabilities; here is a distribution for each position."""
         drawn, scored = [], []
         for index, (chunk, token) in enumerate(zip(plan.chunks(), unpack(result.tokens), strict=True)):
-            admission = self._admitted[chunk.slot]
-            stop, num_top = chunk.start + chunk.count, admission.params.logprobs
+            new_sequence = self._admitted[chunk.slot]
+            stop, num_top = chunk.start + chunk.count, new_sequence.params.logprobs
             if token >= 0 and num_top is not None:
                 drawn.append((index, distribution(stop, token, num_top, self._vocab_size)))
             if chunk.score:
-                prompt, num_top = unpack(admission.tokens)[: admission.prompt_len], admission.params.prompt_logprobs or 0
+                prompt, num_top = unpack(new_sequence.tokens)[: new_sequence.prompt_len], new_sequence.params.prompt_logprobs or 0
                 positions = range(chunk.start + 1, min(stop + 1, len(prompt)))
                 rows = [distribution(at, prompt[at], num_top, self._vocab_size) for at in positions]
                 scored.append((index, packed(num_top, rows)))
@@ -140,10 +143,10 @@ class Config:
 class Server:
     url: str
     engine: Engine
-    journal: Journal
+    request_table: RequestTable
     tokenizer: Tokenizer
     loop: asyncio.AbstractEventLoop
-    states: list[Status] = field(default_factory=list)
+    states: list[EngineStatus] = field(default_factory=list)
 
     def call(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run something in the server's loop."""
@@ -162,22 +165,22 @@ def serving(
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    states = [Status("running", "serving", 100, "", MAX_MODEL_LEN, tokenizer.vocab_size)]
+    states = [EngineStatus("running", "serving", 100, "", MAX_MODEL_LEN, tokenizer.vocab_size)]
     settings = Config(**config)
 
-    async def start() -> tuple[web.AppRunner, asyncio.Task[None], Journal, int]:
-        journal = Journal(engine.send, settings.served_model_name[0])
+    async def start() -> tuple[web.AppRunner, asyncio.Task[None], RequestTable, int]:
+        request_table = RequestTable(engine.send, settings.served_model_name[0])
         template = ChatTemplate.load(directory, tokenizer.special_tokens)
         info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
-        app = create_app(settings, journal, lambda: states[-1], tokenizer, template, info=info, exposed=exposed)
+        app = create_app(settings, request_table, lambda: states[-1], tokenizer, template, info=info, exposed=exposed)
         site_runner = runner(app)
         await site_runner.setup()
         site = web.TCPSite(site_runner, "127.0.0.1", 0)
         await site.start()
-        return site_runner, loop.create_task(engine.run(journal)), journal, site_runner.addresses[0][1]
+        return site_runner, loop.create_task(engine.run(request_table)), request_table, site_runner.addresses[0][1]
 
-    site_runner, task, journal, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    server = Server(f"http://127.0.0.1:{port}", engine, journal, tokenizer, loop, states)
+    site_runner, task, request_table, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    server = Server(f"http://127.0.0.1:{port}", engine, request_table, tokenizer, loop, states)
     try:
         yield server
     finally:

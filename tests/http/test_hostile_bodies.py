@@ -19,9 +19,9 @@ import pytest
 
 from tests.http import checks
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving
+from tpserve.coordinator.status import EngineStatus
 from tpserve.frontend.app import MAX_BODY_BYTES
 from tpserve.frontend.openai.json_scan import MAX_WEIGHT
-from tpserve.frontend.status import Status
 
 MAX_GAP_S = 0.1
 TRIES = 3
@@ -150,17 +150,17 @@ def test_honest_bodies_are_not_refused(server: Server) -> None:
 def test_tokenizing_a_long_text_leaves_the_loop_free(server: Server, text: str) -> None:
     """The library lets other threads run; and of too many tokens no list is made."""
     client = checks.Client(server.url)
-    server.states.append(Status("running", "", 100, "", LONG_MODEL, server.tokenizer.vocab_size))
+    server.states.append(EngineStatus("running", "", 100, "", LONG_MODEL, server.tokenizer.vocab_size))
     body = json.dumps({"prompt": text, "messages": None}).encode()
     try:
         reply = without_gap(server, lambda: client.send("POST", TOKENIZE, body))
         assert reply.status == 200
-        server.states.append(Status("running", "", 100, "", MAX_MODEL_LEN, server.tokenizer.vocab_size))
+        server.states.append(EngineStatus("running", "", 100, "", MAX_MODEL_LEN, server.tokenizer.vocab_size))
         ids = json.dumps({"tokens": reply.json["tokens"][:200_000]}).encode()
         back = without_gap(server, lambda: client.send("POST", DETOKENIZE, ids))
         assert back.status == 200 and text.startswith(back.json["prompt"].rstrip("\ufffd"))
     finally:
-        server.states.append(Status("running", "serving", 100, "", MAX_MODEL_LEN, server.tokenizer.vocab_size))
+        server.states.append(EngineStatus("running", "serving", 100, "", MAX_MODEL_LEN, server.tokenizer.vocab_size))
 
 
 def test_a_body_in_very_small_chunks(server: Server) -> None:

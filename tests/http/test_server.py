@@ -15,11 +15,11 @@ import pytest
 from tests.http import checks
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving, until
 from tests.http.tiny_tokenizer import EOS
-from tpserve.frontend.openai import answer
-from tpserve.frontend.status import Status
-from tpserve.scheduling.ledger import continuation
+from tests.scheduling.simulator import continuation
+from tpserve.coordinator.status import EngineStatus
+from tpserve.frontend.openai import responses
 from tpserve.types.packed import unpack
-from tpserve.types.sampling import SamplingDefaults, SamplingParams
+from tpserve.types.sampling import EngineSamplingParams, SamplingDefaults
 
 MODEL = "tiny"
 
@@ -74,7 +74,7 @@ def test_tokens_and_text(server: Server) -> None:
 
 def test_disconnects_free_everything(server: Server) -> None:
     checks.disconnects(server.url)
-    assert server.journal.num_open == 0
+    assert server.request_table.num_open == 0
 
 
 def test_answers_are_the_engines_tokens(server: Server, client: checks.Client) -> None:
@@ -89,7 +89,7 @@ def test_answers_are_the_engines_tokens(server: Server, client: checks.Client) -
 
 
 def test_sampling_fields_reach_the_engine(server: Server, client: checks.Client) -> None:
-    def params(**fields: Any) -> SamplingParams:
+    def params(**fields: Any) -> EngineSamplingParams:
         for reply in (client.completion(max_tokens=4, **fields), client.chat(max_tokens=4, **fields)):
             assert reply.status == 200 and "warnings" not in reply.json, reply.body
         completion, chat = (add.request.params for add in server.engine.requests[-2:])
@@ -98,16 +98,16 @@ def test_sampling_fields_reach_the_engine(server: Server, client: checks.Client)
 
     numbers = {"top_p": 0.5, "min_p": 0.1, "presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1.5}
     asked = params(**numbers, top_k=7, min_tokens=4, logit_bias={"9": -100, "5": 1.5}, allowed_token_ids=[9, 8, 9])
-    assert asked == SamplingParams(
+    assert asked == EngineSamplingParams(
         max_tokens=4, top_k=7, min_tokens=4, logit_bias=((5, 1.5), (9, -100.0)), allowed_token_ids=(8, 9), **numbers
     )
     neutral: checks.Json = {"top_p": 1, "top_k": -1, "min_p": 0, "presence_penalty": 0, "repetition_penalty": 1}
     neutral |= {"logit_bias": {}, "bad_words": []}
-    assert params(**neutral) == params(top_k=10**30) == SamplingParams(max_tokens=4)
+    assert params(**neutral) == params(top_k=10**30) == EngineSamplingParams(max_tokens=4)
     words = params(bad_words=["cat", " sat on"]).bad_words
     texts = {server.tokenizer.decode(word) for word in words}
     assert texts == {"cat", " cat", "sat on", " sat on"} and len(words) == 4
-    assert params(prompt_logprobs=2, priority=-7, cache_salt="mine") == SamplingParams(max_tokens=4, prompt_logprobs=2)
+    assert params(prompt_logprobs=2, priority=-7, cache_salt="mine") == EngineSamplingParams(max_tokens=4, prompt_logprobs=2)
     assert {(add.request.priority, add.request.cache_salt) for add in server.engine.requests[-2:]} == {(-7, "mine")}
     no_words = {"allowed_token_ids": [words[0][0]], "bad_words": [server.tokenizer.decode(words[0][:1])]}
     for wrong, param in ((no_words, "bad_words"), ({"min_tokens": 5}, "min_tokens"), ({"min_tokens": 5, "n": 2}, "min_tokens")):
@@ -121,16 +121,16 @@ def test_what_a_request_does_not_say_is_the_models(tmp_path: Path) -> None:
     with serving(tmp_path, sampling_defaults=SamplingDefaults(max_tokens=5, **given)) as server:
         client = checks.Client(server.url)
 
-        def asked(**fields: Any) -> list[SamplingParams]:
+        def asked(**fields: Any) -> list[EngineSamplingParams]:
             for reply in (client.completion(**fields), client.chat(**fields)):
                 assert reply.status == 200 and "warnings" not in reply.json, reply.body
             return [add.request.params for add in server.engine.requests[-2:]]
 
         for fields in ({}, dict.fromkeys([*given, "max_tokens"])):
-            assert asked(**fields) == [SamplingParams(max_tokens=size, **given) for size in (16, 5)]
+            assert asked(**fields) == [EngineSamplingParams(max_tokens=size, **given) for size in (16, 5)]
         for name, value in neutral.items():
-            assert asked(**{name: value}) == [SamplingParams(max_tokens=size, **given | {name: value}) for size in (16, 5)]
-        assert asked(**neutral, max_tokens=9) == [SamplingParams(max_tokens=9)] * 2
+            assert asked(**{name: value}) == [EngineSamplingParams(max_tokens=size, **given | {name: value}) for size in (16, 5)]
+        assert asked(**neutral, max_tokens=9) == [EngineSamplingParams(max_tokens=9)] * 2
         assert client.chat(max_completion_tokens=8, max_tokens=3).status == 200
         assert server.engine.requests[-1].request.params.max_tokens == 8
         prompt = [{"role": "user", "content": "<s>" * (MAX_MODEL_LEN - 7)}]
@@ -187,11 +187,11 @@ def test_leaving_frees_the_blocks_within_a_step(tmp_path: Path) -> None:
         assert checks.Client(server.url).gauge("num_requests_running") == 1
         stream.close()
         until(lambda: server.engine.scheduler.stats().blocks_used == 0)
-        assert server.journal.num_open == 0 and server.engine.scheduler.stats().generation_tokens < 100
+        assert server.request_table.num_open == 0 and server.engine.scheduler.stats().generation_tokens < 100
 
 
 def test_keep_alive_while_nothing_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(responses, "KEEP_ALIVE_S", 0.05)
     with serving(tmp_path) as server:
         server.engine.paused = True
         stream = checks.open_stream(server.url, prompt="The", max_tokens=2)
@@ -211,7 +211,7 @@ def test_full_queue_is_429(tmp_path: Path) -> None:
         client, server.engine.paused = checks.Client(server.url), True
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(client.completion, max_tokens=2, n=2) for _ in range(2)]
-            until(lambda: server.journal.num_open == 4)
+            until(lambda: server.request_table.num_open == 4)
             reply = client.completion()
             checks.is_error(reply, 429, code="queue_full", says="4 of 4")
             assert reply.headers["retry-after"] == "1"
@@ -226,7 +226,7 @@ def test_tokens_that_only_the_tokenizer_knows(tmp_path: Path) -> None:
     """Their ids would be beyond the embedding, and on a GPU beyond help."""
     with serving(tmp_path) as server:
         client = checks.Client(server.url)
-        server.states.append(Status("running", max_model_len=MAX_MODEL_LEN, vocab_size=200))
+        server.states.append(EngineStatus("running", max_model_len=MAX_MODEL_LEN, vocab_size=200))
         assert max(server.tokenizer.encode("The cat")) >= 200
         checks.is_error(client.completion(prompt="The cat"), 400, param="prompt", code="invalid_value", says="vocabulary of 200")
         checks.is_error(client.chat(), 400, param="messages", code="invalid_value")
@@ -236,16 +236,16 @@ def test_tokens_that_only_the_tokenizer_knows(tmp_path: Path) -> None:
 def test_states_before_and_after_running(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         client = checks.Client(server.url)
-        server.states.append(Status("starting", "loading weights", 40))
+        server.states.append(EngineStatus("starting", "loading weights", 40))
         for reply in (client.get("/health"), client.get("/readyz"), client.completion(), client.chat()):
             checks.is_error(reply, 503, code="starting", says="loading weights (40%)")
             assert reply.headers["retry-after"]
         health = client.get("/readyz").json
         assert (health["state"], health["phase"], health["percent"]) == ("starting", "loading weights", 40)
         assert client.get("/livez").status == 200 and client.get("/v1/models").json["data"][0]["max_model_len"] is None
-        server.states.append(Status("draining"))
+        server.states.append(EngineStatus("draining"))
         checks.is_error(client.completion(), 503, code="draining")
-        server.states.append(Status("stopped", reason="rank 1 failed"))
+        server.states.append(EngineStatus("stopped", reason="rank 1 failed"))
         checks.is_error(client.get("/health"), 503, code="stopped", says="rank 1 failed")
 
 
@@ -255,8 +255,8 @@ def test_engine_failure_reaches_every_client_once(tmp_path: Path) -> None:
         client = checks.Client(server.url)
         with ThreadPoolExecutor(2) as pool:
             whole, streamed = pool.submit(client.completion), pool.submit(client.chat, stream=True)
-            until(lambda: server.journal.num_open == 2)
-            server.loop.call_soon_threadsafe(server.journal.fail_all, "rank 1 failed: out of memory", 503)
+            until(lambda: server.request_table.num_open == 2)
+            server.loop.call_soon_threadsafe(server.request_table.fail_all, "rank 1 failed: out of memory", 503)
         checks.is_error(whole.result(), 503, code="engine_unavailable", says="rank 1 failed")
         role, error = streamed.result().events
         assert role["choices"] and error["error"]["message"] == "rank 1 failed: out of memory"
@@ -318,7 +318,7 @@ def test_our_own_bug_is_a_500_without_details(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("inner detail")
 
-    monkeypatch.setattr(server.journal, "open", broken)
+    monkeypatch.setattr(server.request_table, "open", broken)
     reply = client.completion()
     checks.is_error(reply, 500, code="internal_error", says=reply.headers["x-request-id"])
     assert b"inner detail" not in reply.body and "inner detail" in caplog.text

@@ -9,8 +9,8 @@ import pytest
 
 from tests.http import checks
 from tests.http.inprocess import serving, until
+from tpserve.coordinator.status import EngineStatus
 from tpserve.frontend import traffic
-from tpserve.frontend.status import Status
 from tpserve.frontend.traffic import Throughput
 from tpserve.observe.metrics import Metrics
 from tpserve.types.messages import Stats
@@ -89,7 +89,7 @@ def test_the_log_tells_of_traffic_and_of_a_drain(
         next(stream)
         until(lambda: LINE.search(caplog.text) is not None)
         server.engine.paused = True
-        server.states.append(Status("draining"))
+        server.states.append(EngineStatus("draining"))
         until(lambda: "draining: waiting for" in caplog.text)
         server.engine.paused = False
         for _ in stream:

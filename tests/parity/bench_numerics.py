@@ -19,8 +19,8 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from tpserve.attention import tiled, tiles
-from tpserve.attention.tiles import TILE, Group, Piece
+from tpserve.attention import cpu_attention, cpu_plan
+from tpserve.attention.cpu_plan import TILE, KVChunk, TileGroup
 from tpserve.layers import activation
 from tpserve.models import decoder as decoders
 from tpserve.models.decoder import Decoder
@@ -28,17 +28,17 @@ from tpserve.parallel.group import Group as Ranks
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.quant import matmul as products
-from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
+from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import CacheGroup, ModelSpec, RopeSpec
 from tpserve.types.packed import pack
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.weights.dummy import dummy
-from tpserve.worker.executor import Executor
 from tpserve.worker.memory import allocate
-from tpserve.worker.slots import Slots
+from tpserve.worker.model_runner import ModelRunner
+from tpserve.worker.request_pool import RequestPool
 
 CONTEXT = 512
 LAYERS = 12
@@ -67,7 +67,7 @@ SPEC = ModelSpec(
 )
 SILU = SimpleNamespace(mul=activation.silu_mul)
 """What the decoder's layers call; theirs is chosen when they are built."""
-LIMITS = Limits(64, 2048, 2048, 4000, 16, 2, False, ())
+LIMITS = SchedulerConfig(64, 2048, 2048, 4000, 16, 2, False, ())
 
 
 def free_silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
@@ -75,31 +75,31 @@ def free_silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
     return F.silu(gate_TI) * up_TI
 
 
-def coarse_gather(cache_BSKD: torch.Tensor, piece: Piece) -> torch.Tensor:
-    picked_PXKD = cache_BSKD.flatten(0, 1).index_select(0, piece.entries).view(-1, TILE, *cache_BSKD.shape[2:])
+def coarse_gather(cache_BSKD: torch.Tensor, chunk: KVChunk) -> torch.Tensor:
+    picked_PXKD = cache_BSKD.flatten(0, 1).index_select(0, chunk.entries).view(-1, TILE, *cache_BSKD.shape[2:])
     return picked_PXKD.transpose(1, 2).contiguous().flatten(0, 1)
 
 
 def coarse_tiles(
-    q_nKMD: torch.Tensor, k_cache_BSKD: torch.Tensor, v_cache_BSKE: torch.Tensor, group: Group, cap: float | None
+    q_nKMD: torch.Tensor, k_cache_BSKD: torch.Tensor, v_cache_BSKE: torch.Tensor, group: TileGroup, cap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`tiled._tiles` with products in the cache's dtype."""
+    """`cpu_attention._tiles` with products in the cache's dtype."""
     assert cap is None
     n, *heads, _ = q_nKMD.shape
     q_nKMD = q_nKMD.to(k_cache_BSKD.dtype)
     peak_PKM1, weight_PKM1 = (torch.empty((len(group.owners), *heads, 1)) for _ in range(2))
     out_PKME = torch.empty((len(group.owners), *heads, v_cache_BSKE.shape[3]))
-    for piece in group.pieces:
-        q_pKMD = q_nKMD.expand(len(piece.owners), -1, -1, -1) if n == 1 else q_nKMD[piece.owners]
-        product = torch.bmm(q_pKMD.flatten(0, 1), coarse_gather(k_cache_BSKD, piece).transpose(1, 2))
+    for chunk in group.pieces:
+        q_pKMD = q_nKMD.expand(len(chunk.owners), -1, -1, -1) if n == 1 else q_nKMD[chunk.owners]
+        product = torch.bmm(q_pKMD.flatten(0, 1), coarse_gather(k_cache_BSKD, chunk).transpose(1, 2))
         scores_pKMX = product.float().view(-1, *heads, TILE)
-        if piece.mask is not None:
-            scores_pKMX += piece.mask
-        peak_PKM1[piece.pairs] = scores_pKMX.amax(3, keepdim=True).clamp_min_(tiled.LOWEST)
-        scores_pKMX.sub_(peak_PKM1[piece.pairs]).exp_()
-        weight_PKM1[piece.pairs] = scores_pKMX.sum(3, keepdim=True)
-        product = torch.bmm(scores_pKMX.to(v_cache_BSKE.dtype).flatten(0, 1), coarse_gather(v_cache_BSKE, piece))
-        out_PKME[piece.pairs] = product.view(-1, *heads, out_PKME.shape[3]).float()
+        if chunk.mask is not None:
+            scores_pKMX += chunk.mask
+        peak_PKM1[chunk.pairs] = scores_pKMX.amax(3, keepdim=True).clamp_min_(cpu_attention.LOWEST)
+        scores_pKMX.sub_(peak_PKM1[chunk.pairs]).exp_()
+        weight_PKM1[chunk.pairs] = scores_pKMX.sum(3, keepdim=True)
+        product = torch.bmm(scores_pKMX.to(v_cache_BSKE.dtype).flatten(0, 1), coarse_gather(v_cache_BSKE, chunk))
+        out_PKME[chunk.pairs] = product.view(-1, *heads, out_PKME.shape[3]).float()
     return peak_PKM1, weight_PKM1, out_PKME
 
 
@@ -110,8 +110,8 @@ def free() -> Iterator[None]:
         patch.object(products, "pad_rows", lambda x: x),
         patch.object(decoders, "pad_rows", lambda x: x),
         patch.object(SILU, "mul", free_silu_mul),
-        patch.object(tiled, "ROW_UNIT", 1),
-        patch.object(tiles, "ROW_UNIT", 1),
+        patch.object(cpu_attention, "ROW_UNIT", 1),
+        patch.object(cpu_plan, "ROW_UNIT", 1),
     ):
         yield
 
@@ -119,7 +119,7 @@ def free() -> Iterator[None]:
 @contextmanager
 def coarse() -> Iterator[None]:
     """The same with less precision."""
-    with free(), patch.object(tiled, "_tiles", coarse_tiles):
+    with free(), patch.object(cpu_attention, "_tiles", coarse_tiles):
         yield
 
 
@@ -132,22 +132,22 @@ FORMS = {"invariant": ours, "free": free, "coarse": coarse}
 
 
 class Engine:
-    """Scheduler and executor in one process."""
+    """Scheduler and model runner in one process."""
 
     def __init__(self, num_seqs: int) -> None:
         self._scheduler = Scheduler(LIMITS)
         mesh = Mesh(0, LAYOUT, Ranks(), Ranks(), Pipeline(), torch.device("cpu"))
-        slots = Slots(64, 2048, 16, (None,), mesh.device, eos_ids=(), vocab_size=SPEC.vocab_size)
-        self._executor = Executor(mesh, DECODER, slots, allocate(DECODER, mesh, LIMITS.num_blocks, 16))
+        request_pool = RequestPool(64, 2048, 16, (None,), mesh.device, eos_ids=(), vocab_size=SPEC.vocab_size)
+        self._model_runner = ModelRunner(mesh, DECODER, request_pool, allocate(DECODER, mesh, LIMITS.num_blocks, 16))
         for i in range(num_seqs):
             prompt = pack([5 + (i + 7 * k) % 30000 for k in range(CONTEXT)])
-            self._scheduler.add(Request(i, prompt, SamplingParams(temperature=0.0, max_tokens=1000), seed=i), 0.0)
+            self._scheduler.add(Request(i, prompt, EngineSamplingParams(temperature=0.0, max_tokens=1000), seed=i), 0.0)
 
     def step(self) -> int:
         """Run one plan, give its tokens."""
         plan = self._scheduler.schedule(0.0)
         assert plan is not None
-        self._scheduler.apply(self._executor.launch(plan).wait(), 0.0)
+        self._scheduler.apply(self._model_runner.launch(plan).wait(), 0.0)
         self._scheduler.take()
         return plan.num_tokens()
 

@@ -22,8 +22,8 @@ from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
-from tpserve.parallel.shm import SharedPage, exchange_places, share
-from tpserve.worker import at_once
+from tpserve.parallel.shm import ShmAllReduce, create_shm_group, exchange_locations
+from tpserve.worker import logits_chunking
 
 SIZES = (17, 100, 5, 1, 33)
 
@@ -37,18 +37,18 @@ def main(rank: int, world_size: int, directory: Path) -> None:
     over_gloo = [(tp, pp, list(work["models"]), "") for tp, pp in work["layouts"]]
     shared = [(tp, pp, work["shared"]["models"], "-shm") for tp, pp in work["shared"]["layouts"]]
     experts = [(tp, pp, work["experts"]["models"], "-ep") for tp, pp in work["experts"]["layouts"]]
-    places = exchange_places(store, rank, world_size, 60.0)
+    places = exchange_locations(store, rank, world_size, 60.0)
     for tp, pp, names, way in over_gloo + shared + experts:
         stages = [dist.new_group([stage * tp + i for i in range(tp)]) for stage in range(pp)]
         if rank >= tp * pp:
             continue
         stage = rank // tp
-        page = None
+        shm = None
         if way == "-shm":
             keys = dist.PrefixStore(f"tp{tp}pp{pp}", store)  # a page's keys are good for one
-            page = share(keys, places, range(stage * tp, (stage + 1) * tp), rank, 2, 60.0)
-            assert isinstance(page, SharedPage), page
-        group = Group(stages[stage] if tp > 1 else None, page)
+            shm = create_shm_group(keys, places, range(stage * tp, (stage + 1) * tp), rank, 2, 60.0)
+            assert isinstance(shm, ShmAllReduce), shm
+        group = Group(stages[stage] if tp > 1 else None, shm)
         pipeline = Pipeline(rank - tp if stage > 0 else None, rank + tp if stage < pp - 1 else None)
         pipelines.append(pipeline)
         results = {}
@@ -78,15 +78,15 @@ def main(rank: int, world_size: int, directory: Path) -> None:
 def score(decoder: Decoder, mesh: Mesh, sequences: list[list[int]]) -> dict[str, torch.Tensor]:
     """Each sequence's own and most likely tokens, scored alone, and then together in chunks with few rows at the head at once."""
     lengths = [len(tokens) for tokens in sequences]
-    most, few = at_once.HEAD_BYTES, 10 * at_once.PLAIN_BYTES * len(decoder.vocab_shards[0])
+    most, few = logits_chunking.HEAD_BYTES, 10 * logits_chunking.PLAIN_BYTES * len(decoder.vocab_shards[0])
     runs = {"whole": (whole(lengths), most), "mixed": (mixed(lengths, lengths, SIZES), few)}
     results = {}
     for kind, (steps, head_bytes) in runs.items():
-        at_once.HEAD_BYTES = head_bytes
+        logits_chunking.HEAD_BYTES = head_bytes
         scorer = Scorer(decoder, mesh, len(sequences), max(lengths))
         for i, scores in enumerate(scorer.run(sequences, steps, [3] * len(sequences))):
             results |= {f"scored.{kind}.{i}.{what}": x for what, x in zip(("chosen", "ids", "top"), scores, strict=True)}
-    at_once.HEAD_BYTES = most
+    logits_chunking.HEAD_BYTES = most
     return results
 
 

@@ -12,7 +12,7 @@ from tpserve.parallel.group import Group
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.packed import pack
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.weights.dummy import dummy
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -24,7 +24,7 @@ def alone_and_in_company(dtype: torch.dtype, num_layers: int, inner: int, crowd:
     decoder = Decoder(spec, ParallelLayout(1, 1, (num_layers,)), 0, Group(), dtype, torch.device("cpu"), LIMITS.max_model_len)
     dummy(decoder.parameters(), seed=5)
     decoder.prepack()
-    params = SamplingParams(temperature=1.0, max_tokens=length, logprobs=0)
+    params = EngineSamplingParams(temperature=1.0, max_tokens=length, logprobs=0)
     requests = [Request(i, pack([(7 * i + 11 * k) % 517 for k in range(3 + i % 5)]), params, seed=i) for i in range(crowd)]
     limits = replace(LIMITS, max_num_seqs=64, num_blocks=600, max_num_batched_tokens=512)
     together, _ = serve(decoder, requests, limits)

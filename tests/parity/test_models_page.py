@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import SeedOssConfig, SeedOssForCausalLM
 
-from tests.parity.harness import Runner, whole
 from tests.parity.random_models import randomised
+from tests.parity.runner import Runner, whole
 from tests.parity.test_parity import MODELS
 from tpserve import models
 from tpserve.models import reference

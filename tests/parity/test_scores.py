@@ -12,13 +12,13 @@ from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.plan import Chunk, NewSequence, PromptLogprobs, StepPlan, StepResult
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.weights.dummy import dummy
-from tpserve.worker import at_once
-from tpserve.worker.executor import Executor
+from tpserve.worker import logits_chunking
 from tpserve.worker.memory import allocate
-from tpserve.worker.slots import Slots
+from tpserve.worker.model_runner import ModelRunner
+from tpserve.worker.request_pool import RequestPool
 
 LENGTHS = (1, 2, 30, 45, 131)
 MAX_LEN = 160
@@ -33,7 +33,7 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows at the head at once, or one with filters."""
-    monkeypatch.setattr(at_once, "HEAD_BYTES", 3 * SPEC.vocab_size * at_once.PLAIN_BYTES)
+    monkeypatch.setattr(logits_chunking, "HEAD_BYTES", 3 * SPEC.vocab_size * logits_chunking.PLAIN_BYTES)
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +50,13 @@ def make_decoder(dtype: torch.dtype) -> Decoder:
     return made
 
 
-def make_executor(decoder: Decoder) -> Executor:
-    slots = Slots(8, MAX_LEN, 16, (None,), MESH.device, eos_ids=(), vocab_size=SPEC.vocab_size)
-    return Executor(MESH, decoder, slots, allocate(decoder, MESH, 80, 16))
+def make_executor(decoder: Decoder) -> ModelRunner:
+    request_pool = RequestPool(8, MAX_LEN, 16, (None,), MESH.device, eos_ids=(), vocab_size=SPEC.vocab_size)
+    return ModelRunner(MESH, decoder, request_pool, allocate(decoder, MESH, 80, 16))
 
 
-def admit(slot: int, tokens: Sequence[int], prompt_len: int, params: SamplingParams) -> Admission:
-    return Admission(slot, pack(tokens), prompt_len, params, slot + 1, 0, (pack(range(slot * 10, slot * 10 + 10)),))
+def admit(slot: int, tokens: Sequence[int], prompt_len: int, params: EngineSamplingParams) -> NewSequence:
+    return NewSequence(slot, pack(tokens), prompt_len, params, slot + 1, 0, (pack(range(slot * 10, slot * 10 + 10)),))
 
 
 def same(a: Sequence[Scores], b: Sequence[Scores]) -> bool:
@@ -84,13 +84,13 @@ def test_cuts_company_and_threads_change_no_bit(decoder: Decoder, request: pytes
 
 
 def test_a_scored_token_has_the_bits_of_a_drawn_one(decoder: Decoder) -> None:
-    prompt, params = prompts()[2], SamplingParams(temperature=0.8, logprobs=4)
-    executor = make_executor(decoder)
+    prompt, params = prompts()[2], EngineSamplingParams(temperature=0.8, logprobs=4)
+    model_runner = make_executor(decoder)
     results: list[StepResult] = []
     for step in range(15):
         start, count = (0, len(prompt)) if step == 0 else (len(prompt) + step - 1, 1)
         new = [admit(3, prompt, len(prompt), params)] if step == 0 else []
-        results.append(executor.launch(StepPlan.of(0, step, [Chunk(3, start, count, sample=True)], new)).wait())
+        results.append(model_runner.launch(StepPlan.of(0, step, [Chunk(3, start, count, sample=True)], new)).wait())
     output = [unpack(result.tokens)[0] for result in results]
     drawn = [result.logprobs[0][1] for result in results]
 
@@ -104,9 +104,9 @@ def test_a_scored_token_has_the_bits_of_a_drawn_one(decoder: Decoder) -> None:
 
 def test_a_plans_chunks_get_what_they_ask_for() -> None:
     tokens = list(range(40, 60))
-    new = [admit(slot, tokens, 20, SamplingParams(prompt_logprobs=n)) for slot, n in ((0, 2), (1, 0), (2, 600))]
-    new += [admit(3, tokens, 5, SamplingParams(prompt_logprobs=1)), admit(4, tokens, 20, SamplingParams(logprobs=0))]
-    new += [admit(5, tokens, 20, SamplingParams(prompt_logprobs=3, logprobs=3))]
+    new = [admit(slot, tokens, 20, EngineSamplingParams(prompt_logprobs=n)) for slot, n in ((0, 2), (1, 0), (2, 600))]
+    new += [admit(3, tokens, 5, EngineSamplingParams(prompt_logprobs=1)), admit(4, tokens, 20, EngineSamplingParams(logprobs=0))]
+    new += [admit(5, tokens, 20, EngineSamplingParams(prompt_logprobs=3, logprobs=3))]
     chunks = [
         Chunk(0, 0, 7, sample=False, score=True),
         Chunk(4, 0, 20, sample=True),
@@ -115,8 +115,8 @@ def test_a_plans_chunks_get_what_they_ask_for() -> None:
         Chunk(2, 0, 3, sample=False, score=True),
         Chunk(5, 0, 7, sample=True, score=True),  # its last row is drawn from and scored
     ]
-    executor = make_executor(make_decoder(torch.float32))
-    result = executor.launch(StepPlan.of(0, 0, chunks, new)).wait()
+    model_runner = make_executor(make_decoder(torch.float32))
+    result = model_runner.launch(StepPlan.of(0, 0, chunks, new)).wait()
     entries = dict(result.prompt_logprobs)
     assert [(chunk, len(entry.chosen) // 4, entry.num_top) for chunk, entry in entries.items()] == [
         (0, 7, 2), (2, 4, 1), (3, 19, 0), (4, 3, 517), (5, 7, 3),
@@ -129,10 +129,10 @@ def test_a_plans_chunks_get_what_they_ask_for() -> None:
     assert tuple(unpack(entries[5].top_ids)[-3:]) == drawn.top_ids, "both are of the raw logits of one row"
 
     rest = [Chunk(3, 20, 1, sample=True, score=True), Chunk(0, 7, 13, sample=True, score=True)]
-    later = dict(executor.launch(StepPlan.of(0, 1, rest)).wait().prompt_logprobs)
+    later = dict(model_runner.launch(StepPlan.of(0, 1, rest)).wait().prompt_logprobs)
     assert later.keys() == {1}, "nothing of the prompt is left in the other"
     assert entries[0].chosen + later[1].chosen == chosen_of(entries[3])
-    assert executor.launch(StepPlan.of(0, 2, [Chunk(0, 20, 1, sample=True)])).wait().prompt_logprobs == ()
+    assert model_runner.launch(StepPlan.of(0, 2, [Chunk(0, 20, 1, sample=True)])).wait().prompt_logprobs == ()
 
 
 def chosen_of(entry: PromptLogprobs) -> bytes:
@@ -142,16 +142,21 @@ def chosen_of(entry: PromptLogprobs) -> bytes:
 
 def test_rows_drawn_in_several_batches(request: pytest.FixtureRequest) -> None:
     """Plain rows and rows with filters, in no order, with and without log probabilities."""
-    both = SamplingParams(repetition_penalty=1.5, logprobs=2)
-    filtered = [SamplingParams(top_k=5), both, SamplingParams(top_p=0.5), SamplingParams(min_p=0.2)]
-    plain = [SamplingParams(), SamplingParams(temperature=0.0), SamplingParams(logprobs=2), SamplingParams()]
+    both = EngineSamplingParams(repetition_penalty=1.5, logprobs=2)
+    filtered = [EngineSamplingParams(top_k=5), both, EngineSamplingParams(top_p=0.5), EngineSamplingParams(min_p=0.2)]
+    plain = [
+        EngineSamplingParams(),
+        EngineSamplingParams(temperature=0.0),
+        EngineSamplingParams(logprobs=2),
+        EngineSamplingParams(),
+    ]
     asked = [params for pair in zip(plain, filtered, strict=True) for params in pair]
     new = [admit(i, prompts()[2], 30, params) for i, params in enumerate(asked)]
     plan = StepPlan.of(0, 0, [Chunk(i, 0, 30, sample=True) for i in range(8)], new)
     decoder = make_decoder(torch.float32)
     together = make_executor(decoder).launch(plan).wait()
     request.getfixturevalue("few_rows")
-    most = at_once.AtOnce.of(decoder.vocab_shards, MAX_LEN + 1)
+    most = logits_chunking.LogitsChunking.of(decoder.vocab_shards, MAX_LEN + 1)
     assert (most.plain, most.filtered) == (3, 1)
     apart = make_executor(decoder).launch(plan).wait()
     assert apart.tokens == together.tokens and dict(apart.logprobs) == dict(together.logprobs)

@@ -1,4 +1,5 @@
-"""Windows through scheduler and executor: the same bits alone, in company, in chunks, from the prefix cache, after preemption."""
+"""Windows through scheduler and model runner: the same bits alone, in company, in chunks, from the prefix cache, after
+preemption."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tpserve.models.transformer import cache_groups
 from tpserve.parallel.group import Group
 from tpserve.types.packed import pack, unpack
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.types.window import first_block
 from tpserve.weights.dummy import dummy
 
@@ -78,7 +79,7 @@ def test_any_schedule_gives_the_same_bits(decoder: Decoder, alone: dict[int, Ans
 
 def test_preempted_and_recomputed(decoder: Decoder) -> None:
     growing = [
-        Request(i, pack(range(i, i + 20)), SamplingParams(temperature=0.7 * (i % 2), max_tokens=60, logprobs=0), seed=i)
+        Request(i, pack(range(i, i + 20)), EngineSamplingParams(temperature=0.7 * (i % 2), max_tokens=60, logprobs=0), seed=i)
         for i in range(5)
     ]
     undisturbed, _ = serve(decoder, growing, sized(decoder))

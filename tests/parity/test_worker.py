@@ -1,4 +1,4 @@
-"""Scheduler and executor in one process: what a request gets does not depend on how it was batched, chunked or preempted."""
+"""Scheduler and model runner in one process: what a request gets does not depend on how it was batched, chunked or preempted."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,28 +14,28 @@ from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
-from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
+from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.messages import Delta, Done
 from tpserve.types.packed import pack
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.weights.dummy import dummy
-from tpserve.worker.executor import Executor, Pending
 from tpserve.worker.memory import allocate
-from tpserve.worker.slots import Slots
+from tpserve.worker.model_runner import ModelRunner, PendingStep
+from tpserve.worker.request_pool import RequestPool
 
 # An inner size, that of `down`, at which the libraries' paths differ by the number of rows.
 SPEC = small(num_layers=3, num_heads=4, head_dim=16, intermediate_size=1408, max_position=1024)
-LIMITS = Limits(
+LIMITS = SchedulerConfig(
     max_num_seqs=8,
     max_num_batched_tokens=1024,
     max_model_len=600,
     num_blocks=300,
     block_size=16,
     depth=2,
-    feedback=False,
+    sync_sampling=False,
     eos_ids=(),
 )
 
@@ -65,21 +65,23 @@ def layout() -> ParallelLayout:
     return ParallelLayout(1, 1, (SPEC.num_layers,))
 
 
-def serve(decoder: Decoder, requests: list[Request], limits: Limits, threads: int = 1) -> tuple[dict[int, Answer], Scheduler]:
+def serve(
+    decoder: Decoder, requests: list[Request], limits: SchedulerConfig, threads: int = 1
+) -> tuple[dict[int, Answer], Scheduler]:
     """Everything at once through a fresh engine; the order is that of rank 0's loop."""
     torch.set_num_threads(threads)
     mesh = Mesh(0, ParallelLayout(1, 1, (decoder.spec.num_layers,)), Group(), Group(), Pipeline(), torch.device("cpu"))
     sizes = (limits.max_num_seqs, limits.max_model_len, limits.block_size, limits.windows)
-    slots = Slots(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=SPEC.vocab_size)
-    executor = Executor(mesh, decoder, slots, allocate(decoder, mesh, limits.num_blocks, limits.block_size))
+    request_pool = RequestPool(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=SPEC.vocab_size)
+    model_runner = ModelRunner(mesh, decoder, request_pool, allocate(decoder, mesh, limits.num_blocks, limits.block_size))
     scheduler = Scheduler(limits)
     answers = {r.id: Answer() for r in requests}
     for request in requests:
         scheduler.add(request, 0.0)
-    launched: deque[Pending] = deque()
+    launched: deque[PendingStep] = deque()
     while not scheduler.idle:
         while (plan := scheduler.schedule(0.0)) is not None:
-            launched.append(executor.launch(plan))
+            launched.append(model_runner.launch(plan))
         scheduler.apply(launched.popleft().wait(), 0.0)
         for output in scheduler.take():
             if isinstance(output, Delta):
@@ -95,7 +97,7 @@ def make_requests() -> list[Request]:
     requests = []
     for i, (prompt_len, max_tokens) in enumerate([(1, 20), (7, 40), (16, 3), (33, 30), (150, 25), (270, 12), (90, 60)]):
         prompt = torch.randint(0, SPEC.vocab_size, (prompt_len,), generator=generator).tolist()
-        params = SamplingParams(temperature=[0.0, 0.8, 1.5][i % 3], max_tokens=max_tokens, logprobs=0)
+        params = EngineSamplingParams(temperature=[0.0, 0.8, 1.5][i % 3], max_tokens=max_tokens, logprobs=0)
         requests.append(Request(i, pack(prompt), params, seed=(i * 0x9E3779B97F4A7C15) & (2**64 - 1)))
     return requests
 
@@ -132,7 +134,7 @@ def test_what_comes_from_the_prefix_cache_is_what_would_have_been_computed(
 
 def test_preempted_and_recomputed(decoder: Decoder) -> None:
     growing = [
-        Request(i, pack(range(i, i + 20)), SamplingParams(temperature=0.7 * (i % 2), max_tokens=120, logprobs=0), seed=i)
+        Request(i, pack(range(i, i + 20)), EngineSamplingParams(temperature=0.7 * (i % 2), max_tokens=120, logprobs=0), seed=i)
         for i in range(5)
     ]
     undisturbed, _ = serve(decoder, growing, LIMITS)
@@ -171,7 +173,7 @@ def test_filters_see_the_same_in_any_schedule(decoder: Decoder, alone: dict[int,
 
 
 def test_filters_after_preemption(decoder: Decoder) -> None:
-    growing = [Request(i, pack(range(i, i + 20)), SamplingParams(temperature=0.7, max_tokens=60), seed=i) for i in range(7)]
+    growing = [Request(i, pack(range(i, i + 20)), EngineSamplingParams(temperature=0.7, max_tokens=60), seed=i) for i in range(7)]
     growing = filtering(growing, 60)
     undisturbed, _ = serve(decoder, growing, LIMITS)
     batched, scheduler = serve(decoder, growing, replace(LIMITS, num_blocks=20))
@@ -181,8 +183,10 @@ def test_filters_after_preemption(decoder: Decoder) -> None:
 
 def test_the_newest_token_counts_with_plans_in_flight(decoder: Decoder) -> None:
     """The host plans a position before it knows the token in front of it; what a filter says of that token holds all the same."""
-    wanted = SamplingParams(temperature=0.0, max_tokens=8, logit_bias=((5, 100.0), (6, 90.0)), bad_words=((5, 5), (6, 5, 6)))
-    late = SamplingParams(temperature=0.0, max_tokens=20, logit_bias=((11, 100.0), (12, 50.0)), min_tokens=4)
+    wanted = EngineSamplingParams(
+        temperature=0.0, max_tokens=8, logit_bias=((5, 100.0), (6, 90.0)), bad_words=((5, 5), (6, 5, 6))
+    )
+    late = EngineSamplingParams(temperature=0.0, max_tokens=20, logit_bias=((11, 100.0), (12, 50.0)), min_tokens=4)
     requests = [Request(0, pack([5]), wanted, seed=0), Request(1, pack([1, 2]), late, seed=0)]
     for depth in (1, 2):
         answers, _ = serve(decoder, requests, replace(LIMITS, eos_ids=(11,), depth=depth))

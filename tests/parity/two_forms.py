@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.parity.harness import Runner, mixed
+from tests.parity.runner import Runner, mixed
 from tests.specs import LATENTS, small
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group

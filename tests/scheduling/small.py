@@ -1,17 +1,17 @@
-"""Small limits, small requests, and the engine's loop over the ledger device."""
+"""Small limits, small requests, and the engine's loop over the simulated device."""
 
 from typing import Any
 
-from tpserve.scheduling.ledger import LedgerDevice
-from tpserve.scheduling.limits import Limits
+from tests.scheduling.simulator import SimulatedDevice
 from tpserve.scheduling.scheduler import Scheduler
+from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 
 
-def limits(**changes: Any) -> Limits:
+def limits(**changes: Any) -> SchedulerConfig:
     sizes: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
@@ -19,12 +19,14 @@ def limits(**changes: Any) -> Limits:
         "num_blocks": 64,
         "block_size": 4,
     }
-    return Limits(**{**sizes, "depth": 2, "feedback": False, "eos_ids": (), **changes})
+    return SchedulerConfig(**{**sizes, "depth": 2, "feedback": False, "eos_ids": (), **changes})
 
 
 def request(id: int, prompt_len: int = 4, max_tokens: int = 4, **params: Any) -> Request:
     """Its prompt begins like no other's."""
-    return Request(id, pack(range(1000 * id, 1000 * id + prompt_len)), SamplingParams(max_tokens=max_tokens, **params), seed=id)
+    return Request(
+        id, pack(range(1000 * id, 1000 * id + prompt_len)), EngineSamplingParams(max_tokens=max_tokens, **params), seed=id
+    )
 
 
 def answer(plan: StepPlan, token: int = 9) -> StepResult:
@@ -38,7 +40,7 @@ def plan_of(scheduler: Scheduler, now: float = 0.0) -> StepPlan:
     return plan
 
 
-def run(scheduler: Scheduler, device: LedgerDevice) -> list[StepPlan]:
+def run(scheduler: Scheduler, device: SimulatedDevice) -> list[StepPlan]:
     """The engine's loop on the device's clock: plan as far ahead as allowed, wait for the oldest result, apply it."""
     plans, now = [], 0.0
     while not scheduler.idle:

@@ -1,4 +1,4 @@
-"""Random histories of arrivals, aborts, cuts and late results under tight limits, over the ledger device.
+"""Random histories of arrivals, aborts, cuts and late results under tight limits, over the simulated device.
 
 Prompts are cut from a few stems, so that prefixes are shared, now and then by all choices of a request.
 Of any history must hold: every Add has one Done, its tokens and scores are those of an undisturbed run alone, nothing is held
@@ -18,14 +18,14 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpserve.scheduling.ledger import LedgerDevice, continuation, score
-from tpserve.scheduling.limits import MAX_ADMISSION_BYTES, Limits
+from tests.scheduling.simulator import SimulatedDevice, continuation, score
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import Delta, Done, EngineOutput, Scored
+from tpserve.scheduling.scheduler_config import MAX_ADMISSION_BYTES, SchedulerConfig
+from tpserve.types.messages import Delta, Done, EngineOutput, PromptLogprobsChunk
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, StepPlan
+from tpserve.types.plan import NewSequence, StepPlan
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.types.window import first_block, longest
 
 VOCAB = 50
@@ -38,7 +38,7 @@ STEMS = [[Random(stem).randrange(VOCAB) for _ in range(40)] for stem in range(3)
 class History:
     """One engine's life. Time moves by a thousandth per operation; `events` is what a replay must repeat."""
 
-    limits: Limits
+    limits: SchedulerConfig
     now: float = 0.0
     requests: dict[int, Request] = field(default_factory=dict)
     outputs: dict[int, list[int]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class History:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits)
-        self.device = LedgerDevice(self.limits, hop_s=0.0, cost_s=lambda plan: 0.0, vocab_size=VOCAB)
+        self.device = SimulatedDevice(self.limits, hop_s=0.0, cost_s=lambda plan: 0.0, vocab_size=VOCAB)
 
     def add(self, request: Request) -> None:
         self.requests[request.id] = request
@@ -73,7 +73,7 @@ class History:
         length = (len(self.outputs[id]) + 1) // 2
         if id not in self.dones:
             self.cuts[id] = length
-        self.scheduler.cut(id, length, self._tick())
+        self.scheduler.truncate(id, length, self._tick())
         self._take()
 
     def schedule(self) -> bool:
@@ -111,7 +111,7 @@ class History:
         assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
         free_slots = self.scheduler._free_slots
         assert sorted(free_slots) == list(range(self.limits.max_num_seqs))
-        assert not self.scheduler._blocks._promised, "a promise outlives who gave it"
+        assert not self.scheduler._blocks._pending_prefixes, "a promise outlives who gave it"
 
     def _check_request(self, request: Request, output: list[int], done: Done) -> None:
         assert output == continuation(request, len(output), VOCAB), "batching changed a token"
@@ -147,7 +147,7 @@ class History:
     def _take(self) -> None:
         for output in self.scheduler.take():
             self.events.append(output)
-            if isinstance(output, Scored):
+            if isinstance(output, PromptLogprobsChunk):
                 assert output.id not in self.dones and not self.outputs[output.id], "scores come before tokens"
                 assert output.logprobs.num_tokens, "nothing is told twice"
                 assert output.start == len(self.scores[output.id]) + 1, "scores are consecutive"
@@ -166,18 +166,18 @@ class History:
         return self.now
 
 
-def scenario(seed: int) -> tuple[Limits, list[Operation]]:
+def scenario(seed: int) -> tuple[SchedulerConfig, list[Operation]]:
     """Limits that bite, and 10 to 80 operations on requests of which most, not all, can be served."""
     random = Random(seed)
     windows = tuple(random.choice([None, None, random.randint(1, 12)]) for _ in range(random.choice([1, 1, 2, 3])))
-    limits = Limits(
+    limits = SchedulerConfig(
         max_num_seqs=random.randint(1, 6),
         max_num_batched_tokens=random.randint(1, 12),
         max_model_len=random.randint(2, 28),
         num_blocks=random.randint(len(windows), 12 + 4 * len(windows)),
         block_size=random.randint(1, 4),
         depth=random.randint(1, 5),
-        feedback=random.random() < 0.5,
+        sync_sampling=random.random() < 0.5,
         eos_ids=random.choice([(), (3,), (3, 4, 5)]),
         windows=windows,
         prefix_caching=random.random() < 0.9,
@@ -204,7 +204,7 @@ def a_request(random: Random, id: int, capacity: int) -> Request:
     """Now and then one that a fault interrupted, with the output the engine itself drew before, or one that cannot fit."""
     prompt_len = random.randint(0 if random.random() < 0.05 else 1, max(1, capacity - random.randint(0, 6)))
     room = max(capacity - prompt_len, 0)
-    params = SamplingParams(
+    params = EngineSamplingParams(
         max_tokens=room + 1 if random.random() < 0.05 else random.randint(0 if random.random() < 0.1 else min(1, room), room),
         ignore_eos=random.random() < 0.3,
         stop_token_ids=random.choice([(), (), (7, 8, 9)]),
@@ -257,9 +257,9 @@ def test_a_history_replays_exactly(seed: int) -> None:
     assert play(seed).events == play(seed).events
 
 
-def skipped(plan: StepPlan, admission: Admission, limits: Limits) -> int:
+def skipped(plan: StepPlan, new_sequence: NewSequence, limits: SchedulerConfig) -> int:
     """Blocks of the prefix that a window of the admitted sequence does not see."""
-    (start,) = (c.start for c in plan.chunks(len(limits.windows)) if c.slot == admission.slot)
+    (start,) = (c.start for c in plan.chunks(len(limits.windows)) if c.slot == new_sequence.slot)
     return max(first_block(start, window, limits.block_size) for window in limits.windows)
 
 
@@ -272,12 +272,12 @@ def test_the_histories_reach_every_corner() -> None:
         seen["preemption"] += history.scheduler.stats().preemptions
         seen["chunked"] += sum(not all(e.sample) for e in history.events if isinstance(e, StepPlan))
         seen["reuse"] += sum(
-            bool({a.slot for a in e.admissions} & {*e.releases}) for e in history.events if isinstance(e, StepPlan)
+            bool({a.slot for a in e.new_sequences} & {*e.releases}) for e in history.events if isinstance(e, StepPlan)
         )
         plans = [e for e in history.events if isinstance(e, StepPlan)]
         windowed = [group for group, window in enumerate(history.limits.windows) if window is not None]
         seen["window preemption"] += bool(windowed) * history.scheduler.stats().preemptions
-        seen["window hit"] += sum(skipped(plan, a, history.limits) > 0 for plan in plans for a in plan.admissions)
+        seen["window hit"] += sum(skipped(plan, a, history.limits) > 0 for plan in plans for a in plan.new_sequences)
         seen["smaller chunk"] += sum(
             bool(windowed) and not all(p.sample) and p.num_tokens() < history.limits.max_num_batched_tokens for p in plans
         )

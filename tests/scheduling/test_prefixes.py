@@ -8,23 +8,23 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from tests.scheduling.simulator import SimulatedDevice, SimulatedWorker, continuation, score
 from tests.scheduling.small import answer, limits, plan_of, request, run
-from tpserve.scheduling.ledger import LedgerDevice, LedgerWorker, continuation, score
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import Delta, Done, EngineOutput, Scored
+from tpserve.types.messages import Delta, Done, EngineOutput, PromptLogprobsChunk
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, Chunk, StepPlan
+from tpserve.types.plan import Chunk, NewSequence, StepPlan
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 
 
 class Engine:
-    """A scheduler on the ledger device. `ask` runs requests to their ends and gives their Dones in the order asked, `cached`
+    """A scheduler on the simulated device. `ask` runs requests to their ends and gives their Dones in the order asked, `cached`
     how many of their prompts' tokens were in the cache."""
 
     def __init__(self, **changes: Any) -> None:
         self.scheduler = Scheduler(limits(**changes))
-        self.device = LedgerDevice(self.scheduler.limits)
+        self.device = SimulatedDevice(self.scheduler.limits)
         self.outputs: list[EngineOutput] = []
         self.plans: list[StepPlan] = []
 
@@ -122,7 +122,7 @@ def test_a_promise_ends_with_who_gave_it(end: str) -> None:
     if end == "abort":
         scheduler.abort(1, 0.0)
     else:
-        scheduler.cut(1, 0, 0.0)
+        scheduler.truncate(1, 0, 0.0)
     assert plan_of(scheduler).chunks()[0].start == 0, "nothing is known of the block: computed again"
     scheduler.apply(answer(plan), 0.0)
     assert scheduler.stats().running == 1
@@ -130,7 +130,7 @@ def test_a_promise_ends_with_who_gave_it(end: str) -> None:
 
 def test_a_block_is_not_shared_before_its_result_is_applied() -> None:
     scheduler = Scheduler(limits(depth=3))
-    scheduler.add(prompt(1, range(9), params=SamplingParams(max_tokens=9)), 0.0)
+    scheduler.add(prompt(1, range(9), params=EngineSamplingParams(max_tokens=9)), 0.0)
     first = plan_of(scheduler)
     scheduler.add(prompt(2, range(9)), 0.0)
     assert len(unpack(plan_of(scheduler).slots)) == 1
@@ -142,7 +142,7 @@ def test_a_block_is_not_shared_before_its_result_is_applied() -> None:
 def test_the_least_recently_used_goes_first_and_of_a_prefix_its_end() -> None:
     engine = Engine(num_blocks=6, block_size=2)
     old, new = prompt(1, range(7)), prompt(2, range(50, 53))
-    one = SamplingParams(max_tokens=1)
+    one = EngineSamplingParams(max_tokens=1)
     engine.ask(structs.replace(old, params=one))  # 0..5 in three blocks
     engine.ask(structs.replace(new, params=one))  # 50, 51 in one
     engine.ask(prompt(3, range(90, 97), params=one))  # three blocks and one that is thrown away: two of them were blank
@@ -161,7 +161,7 @@ def test_the_preempted_one_finds_what_it_had() -> None:
     engine = Engine(num_blocks=16, block_size=2)
     engine.ask(*(request(id, prompt_len=8, max_tokens=5) for id in range(3)))
     assert engine.scheduler.stats().preemptions > 0
-    readmitted = [(a, p) for p in engine.plans for a in p.admissions if len(unpack(a.tokens)) > a.prompt_len]
+    readmitted = [(a, p) for p in engine.plans for a in p.new_sequences if len(unpack(a.tokens)) > a.prompt_len]
     starts = {c.slot: c.start for a, p in readmitted for c in p.chunks() if c.slot == a.slot}
     assert list(starts.values()) == [8], "the others took its last blocks only"
     assert engine.scheduler.stats().prefix_cache_queries == 24, "a preemption is no query"
@@ -170,9 +170,9 @@ def test_the_preempted_one_finds_what_it_had() -> None:
 def scored(outputs: list[EngineOutput], id: int) -> list[float]:
     """Scores of one request, which come in order and before its tokens."""
     values: list[float] = []
-    told = [o for o in outputs if isinstance(o, Scored | Delta) and o.id == id]
+    told = [o for o in outputs if isinstance(o, PromptLogprobsChunk | Delta) and o.id == id]
     for output in told:
-        if isinstance(output, Scored):
+        if isinstance(output, PromptLogprobsChunk):
             assert output.start == len(values) + 1
             values += array("f", output.logprobs.chosen)
     assert sorted(told, key=lambda o: isinstance(o, Delta)) == told
@@ -184,7 +184,7 @@ def scored(outputs: list[EngineOutput], id: int) -> list[float]:
 def test_a_prompt_is_scored_chunk_by_chunk_and_read_from_no_cache(prompt_len: int, max_tokens: int) -> None:
     engine, tokens = Engine(max_num_batched_tokens=6), range(prompt_len)
     engine.ask(prompt(1, tokens))
-    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0)
+    params = EngineSamplingParams(max_tokens=max_tokens, prompt_logprobs=0)
     (done,) = engine.ask(prompt(2, tokens, params=params))
     assert (done.finish, done.num_tokens) == ("length", max_tokens)
     assert not any(o.cached_tokens for o in engine.outputs if isinstance(o, Delta))
@@ -196,7 +196,7 @@ def test_a_prompt_is_scored_chunk_by_chunk_and_read_from_no_cache(prompt_len: in
 
 def test_a_prompt_of_one_token_has_no_scores() -> None:
     engine = Engine()
-    (done,) = engine.ask(prompt(1, [5], params=SamplingParams(max_tokens=0, prompt_logprobs=0)))
+    (done,) = engine.ask(prompt(1, [5], params=EngineSamplingParams(max_tokens=0, prompt_logprobs=0)))
     assert (done.finish, engine.outputs, engine.plans) == ("length", [done], [])
 
 
@@ -204,7 +204,7 @@ def test_scores_are_told_once_across_a_preemption() -> None:
     engine = Engine(num_blocks=7, max_num_batched_tokens=3, block_size=2)
     early, late = (
         request(1, prompt_len=2, max_tokens=9),
-        prompt(2, range(8), params=SamplingParams(prompt_logprobs=0, max_tokens=2)),
+        prompt(2, range(8), params=EngineSamplingParams(prompt_logprobs=0, max_tokens=2)),
     )
     engine.ask(early, structs.replace(late, priority=1))
     assert scored(engine.outputs, 2) == [score(range(8), position) for position in range(1, 8)]
@@ -212,15 +212,15 @@ def test_scores_are_told_once_across_a_preemption() -> None:
 
 def test_a_prompt_that_fills_the_context_can_be_scored() -> None:
     engine = Engine(max_model_len=8, num_blocks=2)
-    (done,) = engine.ask(prompt(1, range(8), params=SamplingParams(max_tokens=0, prompt_logprobs=0)))
+    (done,) = engine.ask(prompt(1, range(8), params=EngineSamplingParams(max_tokens=0, prompt_logprobs=0)))
     assert done.finish == "length" and len(scored(engine.outputs, 1)) == 7
-    (done,) = engine.ask(prompt(2, range(9), params=SamplingParams(max_tokens=0, prompt_logprobs=0)))
+    (done,) = engine.ask(prompt(2, range(9), params=EngineSamplingParams(max_tokens=0, prompt_logprobs=0)))
     assert done.finish == "error"
 
 
 def sent(step: int, slot: int, table: Sequence[int], start: int, count: int) -> StepPlan:
-    admission = Admission(slot, pack(range(6)), 6, SamplingParams(), 0, 0, (pack(table),))
-    return StepPlan.of(0, step, [Chunk(slot, start, count, start + count == 6)], [admission])
+    new_sequence = NewSequence(slot, pack(range(6)), 6, EngineSamplingParams(), 0, 0, (pack(table),))
+    return StepPlan.of(0, step, [Chunk(slot, start, count, start + count == 6)], [new_sequence])
 
 
 @pytest.mark.parametrize(
@@ -232,14 +232,14 @@ def sent(step: int, slot: int, table: Sequence[int], start: int, count: int) -> 
     ],
 )
 def test_the_ledger_worker_notices_wrong_sharing(message: str, plan: StepPlan) -> None:
-    worker = LedgerWorker(limits())
+    worker = SimulatedWorker(limits())
     worker.execute(sent(0, 0, (0, 1), 0, 6))
     with pytest.raises(AssertionError, match=message):
         worker.execute(plan)
 
 
 def test_the_ledger_device_notices_sharing_too_early() -> None:
-    device = LedgerDevice(replace(limits(), depth=2))
+    device = SimulatedDevice(replace(limits(), depth=2))
     device.submit(sent(0, 0, (0, 1), 0, 6), 0.0)
     with pytest.raises(AssertionError, match="before it is known to be full"):
         device.submit(sent(1, 1, (0, 2), 4, 2), 0.0)

@@ -3,8 +3,8 @@
 import pytest
 from msgspec import structs
 
+from tests.scheduling.simulator import SimulatedDevice
 from tests.scheduling.small import answer, limits, plan_of, request, run
-from tpserve.scheduling.ledger import LedgerDevice
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import Done
 from tpserve.types.packed import unpack
@@ -18,7 +18,7 @@ def ranked(id: int, priority: int, **changes: int) -> Request:
 
 def prompts(plan: StepPlan) -> list[int]:
     """Ids of the requests that a plan admits."""
-    return [unpack(a.tokens)[0] // 1000 for a in plan.admissions]
+    return [unpack(a.tokens)[0] // 1000 for a in plan.new_sequences]
 
 
 def test_lower_numbers_are_admitted_first_and_equal_ones_as_they_came() -> None:
@@ -51,7 +51,7 @@ def test_who_waits_for_a_slot_takes_it_from_the_last_of_a_higher_number() -> Non
 
 def test_as_many_give_way_as_must_and_come_back_in_their_order() -> None:
     sizes = limits(num_blocks=8, max_num_seqs=8)
-    scheduler, device = Scheduler(sizes), LedgerDevice(sizes)
+    scheduler, device = Scheduler(sizes), SimulatedDevice(sizes)
     for id in (1, 2, 3):
         scheduler.add(ranked(id, 9, prompt_len=7, max_tokens=2), 0.0)
     device.submit(plan_of(scheduler), 0.0)
@@ -106,4 +106,4 @@ def test_a_prefix_is_awaited_from_those_who_come_first_only(owner: int, waits: b
     plan_of(scheduler)
     scheduler.add(structs.replace(first, id=2, priority=1), 0.0)
     plan = plan_of(scheduler)
-    assert len(plan.admissions) == (not waits)
+    assert len(plan.new_sequences) == (not waits)

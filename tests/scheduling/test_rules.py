@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 
+from tests.scheduling.simulator import SimulatedDevice, SimulatedWorker, continuation
 from tests.scheduling.small import answer, limits, plan_of, request, run, slots
-from tpserve.scheduling.ledger import LedgerDevice, LedgerWorker, continuation
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import Delta, Done, PhaseTimes
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, Chunk, StepPlan
+from tpserve.types.plan import Chunk, NewSequence, StepPlan
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.wire import codec
 
 
 def test_without_pipelining_a_plan_is_sent_before_the_result_it_continues_is_applied() -> None:
-    scheduler, device = Scheduler(limits()), LedgerDevice(limits())
+    scheduler, device = Scheduler(limits()), SimulatedDevice(limits())
     scheduler.add(request(1, max_tokens=20), 0.0)
     plans = run(scheduler, device)
     assert len(plans) == 20
@@ -30,7 +30,7 @@ def test_without_pipelining_a_plan_is_sent_before_the_result_it_continues_is_app
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_under_pipelining_stage_0_runs_the_next_plan_while_the_last_stage_runs_this_one(stages: int) -> None:
     sizes = limits(depth=stages + 1, feedback=True)
-    scheduler, device = Scheduler(sizes), LedgerDevice(sizes, stages=stages)
+    scheduler, device = Scheduler(sizes), SimulatedDevice(sizes, stages=stages)
     for id in range(8):
         scheduler.add(request(id, max_tokens=20), 0.0)
     plans = run(scheduler, device)
@@ -96,7 +96,7 @@ def test_a_stop_drops_what_was_drawn_past_it_and_keeps_the_slot_until_then() -> 
     scheduler.apply(answer(second), 0.0)
     assert scheduler.take() == []
     third = plan_of(scheduler)
-    assert third.releases == (0,) and [a.slot for a in third.admissions] == [0], "released and taken in one plan"
+    assert third.releases == (0,) and [a.slot for a in third.new_sequences] == [0], "released and taken in one plan"
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_a_cut_counts_the_tokens_its_client_kept() -> None:
     scheduler.add(request(1, max_tokens=9), 0.0)
     for _ in range(4):
         scheduler.apply(answer(plan_of(scheduler)), 0.0)
-    scheduler.cut(1, 2, 0.0)
-    scheduler.cut(1, 1, 0.0)
+    scheduler.truncate(1, 2, 0.0)
+    scheduler.truncate(1, 1, 0.0)
     done = scheduler.take()[4:]
     assert len(done) == 1 and isinstance(done[0], Done) and (done[0].finish, done[0].num_tokens) == ("stop", 2)
 
@@ -165,11 +165,11 @@ def test_on_shortage_results_come_in_first_and_then_the_youngest_waits() -> None
 
 def test_the_preempted_one_comes_back_first_with_its_output() -> None:
     sizes = limits(num_blocks=6, block_size=2, max_num_seqs=3)
-    scheduler, device = Scheduler(sizes), LedgerDevice(sizes)
+    scheduler, device = Scheduler(sizes), SimulatedDevice(sizes)
     for id in range(4):
         scheduler.add(request(id, prompt_len=1, max_tokens=5), 0.0)
     plans = run(scheduler, device)
-    admitted = [(a.tokens, a.prompt_len) for p in plans for a in p.admissions]
+    admitted = [(a.tokens, a.prompt_len) for p in plans for a in p.new_sequences]
     assert [len(unpack(tokens)) for tokens, _ in admitted] == [1, 1, 1, 5, 1] and {n for _, n in admitted} == {1}
     assert [o.id for o in scheduler.take() if isinstance(o, Done)] == [0, 1, 2, 3]
 
@@ -187,15 +187,15 @@ def test_admissions_of_one_long_cached_prefix_fit_their_frames() -> None:
         max_num_seqs=257, max_num_batched_tokens=80_000, max_model_len=80_000, num_blocks=2000, block_size=100, depth=1
     )
     scheduler, prompt = Scheduler(sizes), pack(range(70_000))
-    scheduler.add(Request(0, prompt, SamplingParams(max_tokens=20), seed=0), 0.0)
+    scheduler.add(Request(0, prompt, EngineSamplingParams(max_tokens=20), seed=0), 0.0)
     scheduler.apply(answer(plan_of(scheduler)), 0.0)
     for id in range(1, 257):
-        scheduler.add(Request(id, prompt, SamplingParams(max_tokens=20), seed=id), 0.0)
+        scheduler.add(Request(id, prompt, EngineSamplingParams(max_tokens=20), seed=id), 0.0)
     admitted = []
     while sum(admitted) < 256:
         plan = plan_of(scheduler)
         assert len(codec.PLAN.encode([plan])) < codec.PLAN.max_bytes
-        admitted.append(len(plan.admissions))
+        admitted.append(len(plan.new_sequences))
         scheduler.apply(answer(plan), 0.0)
     assert len(admitted) == 3 and min(admitted) > 0
 
@@ -206,7 +206,7 @@ def test_an_admission_larger_than_its_share_of_a_plan_is_refused_and_the_next_on
     scheduler.add(request(2), 0.0)
     (done,) = scheduler.take()
     assert isinstance(done, Done) and done.finish == "error" and "bytes of a plan" in done.error
-    assert len(plan_of(scheduler).admissions) == 1
+    assert len(plan_of(scheduler).new_sequences) == 1
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -232,7 +232,7 @@ def test_what_no_rank_could_compute_is_refused_before_it_is_planned(name: str) -
     fields = dict(HOSTILE[name])
     prompt, seed = fields.pop("prompt", pack([1, 2])), fields.pop("seed", 0)
     scheduler = Scheduler(limits(vocab_size=1000))
-    scheduler.add(Request(1, prompt, SamplingParams(**fields), seed), 0.0)
+    scheduler.add(Request(1, prompt, EngineSamplingParams(**fields), seed), 0.0)
     (done,) = scheduler.take()
     assert isinstance(done, Done) and done.finish == "error" and done.error.startswith(name.strip()), done
     assert scheduler.idle
@@ -240,7 +240,7 @@ def test_what_no_rank_could_compute_is_refused_before_it_is_planned(name: str) -
 
 def test_drain_finishes_what_was_added_and_refuses_the_rest() -> None:
     scheduler = Scheduler(limits(max_num_seqs=1))
-    device = LedgerDevice(limits(max_num_seqs=1))
+    device = SimulatedDevice(limits(max_num_seqs=1))
     scheduler.add(request(1), 0.0)
     scheduler.add(request(2), 0.0)
     scheduler.drain()
@@ -265,7 +265,7 @@ def test_what_can_never_fit_is_answered_at_once(prompt_len: int, max_tokens: int
 def test_a_resubmitted_request_continues_its_counts() -> None:
     fresh = request(1, max_tokens=5)
     output = continuation(fresh, 5, 1000)
-    scheduler, device = Scheduler(limits()), LedgerDevice(limits())
+    scheduler, device = Scheduler(limits()), SimulatedDevice(limits())
     scheduler.add(Request(1, fresh.prompt, fresh.params, fresh.seed, output=pack(output[:3])), 0.0)
     run(scheduler, device)
     *deltas, done = scheduler.take()
@@ -292,8 +292,8 @@ def test_results_out_of_order_are_our_bug() -> None:
 
 
 def sent(*chunks: Chunk, admit: int | None = None, step: int = 0, table: tuple[int, ...] = (0,)) -> StepPlan:
-    admissions = [] if admit is None else [Admission(admit, pack([1, 2]), 2, SamplingParams(), 0, 0, (pack(table),))]
-    return StepPlan.of(0, step, chunks, admissions)
+    new_sequences = [] if admit is None else [NewSequence(admit, pack([1, 2]), 2, EngineSamplingParams(), 0, 0, (pack(table),))]
+    return StepPlan.of(0, step, chunks, new_sequences)
 
 
 def test_the_ledger_worker_notices() -> None:
@@ -305,12 +305,12 @@ def test_the_ledger_worker_notices() -> None:
         "at most once": [sent(Chunk(0, 0, 1, False), Chunk(0, 1, 1, True), admit=0)],
         "in order": [sent(Chunk(0, 0, 2, True), admit=0, step=1)],
         "computes at once": [
-            StepPlan.of(0, 0, [Chunk(0, 0, 1, False)], [*sent(admit=0).admissions, *sent(admit=1, table=(1,)).admissions])
+            StepPlan.of(0, 0, [Chunk(0, 0, 1, False)], [*sent(admit=0).new_sequences, *sent(admit=1, table=(1,)).new_sequences])
         ],
         "is taken": [sent(Chunk(0, 0, 2, True), admit=0), sent(Chunk(0, 0, 2, True), admit=0, step=1)],
     }
     for message, plans in broken.items():
-        worker = LedgerWorker(limits())
+        worker = SimulatedWorker(limits())
         with pytest.raises(AssertionError, match=message):
             for plan in plans:
                 worker.execute(plan)

@@ -5,23 +5,23 @@ from collections.abc import Sequence
 import pytest
 from msgspec import structs
 
+from tests.scheduling.simulator import SimulatedDevice, SimulatedWorker
 from tests.scheduling.small import answer, limits, plan_of, request, run
 from tests.scheduling.test_prefixes import Engine, prompt
-from tpserve.scheduling.ledger import LedgerDevice, LedgerWorker
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import Done
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, Chunk, StepPlan
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.plan import Chunk, NewSequence, StepPlan
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.types.window import blocks_of
 
-ONE = SamplingParams(max_tokens=1)
+ONE = EngineSamplingParams(max_tokens=1)
 
 
 def peak(windows: tuple[int | None, ...], prompt_len: int, max_tokens: int, depth: int = 1, chunk: int = 8) -> int:
     """The most blocks in use while one sequence is served, blocks of 4."""
     sizes = limits(windows=windows, max_num_batched_tokens=chunk, depth=depth)
-    scheduler, device, most = Scheduler(sizes), LedgerDevice(sizes), 0
+    scheduler, device, most = Scheduler(sizes), SimulatedDevice(sizes), 0
     scheduler.add(request(1, prompt_len, max_tokens), 0.0)
     while not scheduler.idle:
         while plan := scheduler.schedule(0.0):
@@ -62,7 +62,7 @@ def test_a_sequence_alone_gets_through_with_the_least_it_needs(windows: tuple[in
             scheduler = Scheduler(sizes)
             for id in (1, 2):
                 scheduler.add(request(id, prompt_len, max_tokens), 0.0)
-            run(scheduler, LedgerDevice(sizes))
+            run(scheduler, SimulatedDevice(sizes))
             assert [o.finish for o in scheduler.take() if isinstance(o, Done)] == ["length"] * 2
         scheduler = Scheduler(limits(windows=windows, num_blocks=max(1, num_blocks - 1), block_size=block_size))
         if num_blocks == 1:
@@ -120,7 +120,7 @@ def test_a_prompt_is_admitted_when_its_window_fits() -> None:
 
 
 def table_of(plan: StepPlan, group: int) -> list[int]:
-    return list(unpack(plan.admissions[0].tables[group]))
+    return list(unpack(plan.new_sequences[0].tables[group]))
 
 
 def test_a_prefix_is_found_by_its_window() -> None:
@@ -136,7 +136,7 @@ def test_without_its_window_a_prefix_is_of_no_use() -> None:
     """The longest prefix of which all is there that can be seen: not the longest that the full group knows."""
     engine = Engine(windows=(None, 6), num_blocks=16, max_num_batched_tokens=4)
     engine.ask(prompt(1, range(33), params=ONE))  # eight blocks and two
-    engine.ask(prompt(2, range(100, 103), params=SamplingParams(max_tokens=6)))
+    engine.ask(prompt(2, range(100, 103), params=EngineSamplingParams(max_tokens=6)))
     shorter = prompt(3, [*range(20), 99], params=ONE)
     assert engine.cached(structs.replace(shorter, id=4)) == [0], "given back first, and taken first"
     engine = Engine(windows=(None, 6), num_blocks=16, max_num_batched_tokens=4)
@@ -154,8 +154,8 @@ def test_salts_priorities_and_choices_keep_their_rules() -> None:
 
 def sent(step: int, slot: int, tables: Sequence[Sequence[int]], start: int, count: int, num_tokens: int = 12) -> StepPlan:
     packed = tuple(map(pack, tables))
-    admission = Admission(slot, pack(range(num_tokens)), num_tokens, SamplingParams(), 0, 0, packed)
-    return StepPlan.of(0, step, [Chunk(slot, start, count, start + count == num_tokens)], [admission])
+    new_sequence = NewSequence(slot, pack(range(num_tokens)), num_tokens, EngineSamplingParams(), 0, 0, packed)
+    return StepPlan.of(0, step, [Chunk(slot, start, count, start + count == num_tokens)], [new_sequence])
 
 
 def more(step: int, slot: int, start: int, count: int, blocks: Sequence[Sequence[int]] = ()) -> StepPlan:
@@ -172,7 +172,7 @@ def more(step: int, slot: int, start: int, count: int, blocks: Sequence[Sequence
     ],
 )
 def test_the_ledger_worker_notices_wrong_windows(message: str, plan: StepPlan) -> None:
-    worker = LedgerWorker(limits(windows=(None, 1 if "there are" in message else 2)))
+    worker = SimulatedWorker(limits(windows=(None, 1 if "there are" in message else 2)))
     worker.execute(sent(0, 0, [(0, 1, 2), (8, 9)], 0, 8))
     with pytest.raises(AssertionError, match=message):
         worker.execute(plan)
@@ -181,7 +181,7 @@ def test_the_ledger_worker_notices_wrong_windows(message: str, plan: StepPlan) -
 def test_the_ledger_worker_notices_what_a_window_lost() -> None:
     """Of positions 4 and 5 the first is no longer seen from 8 on by a window of four, and a window of five reads on."""
     for window in (4, 5):
-        worker = LedgerWorker(limits(windows=(window,)))
+        worker = SimulatedWorker(limits(windows=(window,)))
         worker.execute(sent(0, 0, [(0, 1)], 0, 8))
         worker.execute(sent(1, 1, [(0,)], 0, 4))
         worker._entries[1][0] = (0, 99)  # position 4
@@ -195,7 +195,7 @@ def test_the_ledger_worker_notices_what_a_window_lost() -> None:
 def test_the_ledger_device_notices_what_is_given_back_too_early() -> None:
     """Until the result is there, all that the first position in flight sees: of 0 to 7 everything, from 8 on position 4."""
     for window, applied, early in ((5, False, True), (4, True, False), (4, False, True)):
-        device = LedgerDevice(limits(windows=(window,), depth=3))
+        device = SimulatedDevice(limits(windows=(window,), depth=3))
         device.submit(sent(0, 0, [(0, 1)], 0, 8), 0.0)
         device.submit(more(1, 0, 8, 3, [(2,)]), 0.0)
         if applied:

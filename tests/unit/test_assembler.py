@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.http.tiny_tokenizer import EOS, byte_level
-from tpserve.text.assembler import Assembler, Piece
+from tpserve.text.assembler import Assembler, OutputDelta
 from tpserve.text.logprobs import chat_logprobs, completion_logprobs
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.plan import TokenLogprobs
@@ -14,7 +14,7 @@ TOKENIZER = Tokenizer(byte_level(), {})
 STOPS = st.lists(st.sampled_from(["cat", "t s", "at", "the dog", "🎉!", "é", "zz"]), max_size=3)
 
 
-def run(ids: list[int], cuts: list[int], stop: list[str], include: bool = False) -> tuple[str, list[Piece], Assembler]:
+def run(ids: list[int], cuts: list[int], stop: list[str], include: bool = False) -> tuple[str, list[OutputDelta], Assembler]:
     """Push `ids` in runs of the lengths `cuts`, one by one after that, taking after each push."""
     assembler = Assembler(TOKENIZER, stop=stop, include_stop=include)
     pieces, at = [], 0
@@ -26,8 +26,8 @@ def run(ids: list[int], cuts: list[int], stop: list[str], include: bool = False)
         pieces.append(assembler.take())
     assembler.end("length")
     pieces.append(assembler.take())
-    got = [piece for piece in pieces if piece is not None]
-    return "".join(piece.text for piece in got), got, assembler
+    got = [delta for delta in pieces if delta is not None]
+    return "".join(delta.text for delta in got), got, assembler
 
 
 @settings(max_examples=150, deadline=None)
@@ -42,10 +42,10 @@ def test_any_split_gives_the_same_answer(text: str, cuts: list[int], stop: list[
         other.stop_reason,
         other.num_tokens,
     )
-    tokens = [token for piece in pieces for token in piece.tokens]
-    assert tokens == ids[: assembler.num_tokens] == [entry.token for piece in pieces for entry in piece.entries]
-    assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1) and pieces[-1].finish is not None
-    assert all(piece.text for piece in pieces[:-1]), "only the end may come without text"
+    tokens = [token for delta in pieces for token in delta.tokens]
+    assert tokens == ids[: assembler.num_tokens] == [entry.token for delta in pieces for entry in delta.entries]
+    assert [delta.finish for delta in pieces[:-1]] == [None] * (len(pieces) - 1) and pieces[-1].finish is not None
+    assert all(delta.text for delta in pieces[:-1]), "only the end may come without text"
     found = [s for s in stop if s in text]
     if found:
         assert assembler.finish == "stop" and assembler.stop_reason in found
@@ -64,8 +64,8 @@ def test_stop_string_reports_the_length_to_cut_at() -> None:
     before = assembler.num_tokens
     assembler.push(ids)
     assembler.end("length")
-    piece = assembler.take()
-    assert piece is not None and piece.text == "the cat " and piece.num_tokens == before and piece.finish == "stop"
+    delta = assembler.take()
+    assert delta is not None and delta.text == "the cat " and delta.num_tokens == before and delta.finish == "stop"
     assert assembler.take() is None
 
 
@@ -74,8 +74,8 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     shown = []
     for token in TOKENIZER.encode("on the map"):
         assembler.push([token])
-        piece = assembler.take()
-        shown.append(piece.text if piece else "")
+        delta = assembler.take()
+        shown.append(delta.text if delta else "")
     assert "".join(shown) == "on the map" and " the" not in shown, "'the' waits for what follows"
 
 
@@ -85,8 +85,8 @@ def test_end_tokens_count_and_have_no_text(params: dict[str, tuple[int, ...]], s
     assembler = Assembler(TOKENIZER, skip_special_tokens=False, stop_token_ids=params.get("stop_token_ids", ()))
     assembler.push(ids, stops=stops)
     assembler.end("stop", EOS)
-    piece = assembler.take()
-    assert piece is not None and (piece.text, piece.tokens, piece.stop_reason) == ("the", ids, EOS)
+    delta = assembler.take()
+    assert delta is not None and (delta.text, delta.tokens, delta.stop_reason) == ("the", ids, EOS)
 
 
 def test_special_tokens_show_on_request() -> None:
@@ -94,8 +94,8 @@ def test_special_tokens_show_on_request() -> None:
     for skip, text in ((True, "the"), (False, "</s>the")):
         assembler = Assembler(TOKENIZER, skip_special_tokens=skip)
         assembler.push(ids)
-        piece = assembler.take()
-        assert piece is not None and piece.text == text
+        delta = assembler.take()
+        assert delta is not None and delta.text == text
 
 
 def test_incomplete_character_at_the_end_is_flushed_and_searched() -> None:
@@ -104,8 +104,8 @@ def test_incomplete_character_at_the_end_is_flushed_and_searched() -> None:
         assembler = Assembler(TOKENIZER, stop=stop)
         assembler.push(ids)
         assembler.end("length")
-        piece = assembler.take()
-        assert piece is not None and (piece.text, piece.finish) == (text, finish)
+        delta = assembler.take()
+        assert delta is not None and (delta.text, delta.finish) == (text, finish)
 
 
 def test_logprob_shapes() -> None:
@@ -113,13 +113,13 @@ def test_logprob_shapes() -> None:
     other = TOKENIZER.encode("c")[0]
     assembler = Assembler(TOKENIZER)
     assembler.push(ids, [TokenLogprobs(-0.5, (other, token), (-0.25, float("-inf"))) for token in ids])
-    piece = assembler.take()
-    assert piece is not None
-    shape = completion_logprobs(piece.entries, TOKENIZER, base_offset=10)
+    delta = assembler.take()
+    assert delta is not None
+    shape = completion_logprobs(delta.entries, TOKENIZER, base_offset=10)
     assert shape["text_offset"] == [10] + [11] * (len(ids) - 2) + [12], "a character in parts keeps its offset"
     assert shape["tokens"][0] == "a" and shape["token_logprobs"] == [-0.5] * len(ids)
     assert shape["top_logprobs"][0] == {"a": -0.5, "c": -0.25}
-    content = chat_logprobs(piece.entries, TOKENIZER)["content"]
+    content = chat_logprobs(delta.entries, TOKENIZER)["content"]
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "a🎉b"
     assert [top["token"] for top in content[0]["top_logprobs"]] == ["c", "a"] and content[0]["top_logprobs"][1][
         "logprob"

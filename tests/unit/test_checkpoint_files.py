@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from tests.unit.weights_case import SPEC, TIED, decoder, poison, range_of, read, tensors, whole_checkpoint
 from tpserve.errors import UserError
-from tpserve.models.whole import sources
+from tpserve.models.whole_model import sources
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.names import LLAMA
-from tpserve.weights.survey import unused
+from tpserve.weights.unused_weights import unused_tensors
 
 NORM = "model.layers.4.input_layernorm.weight"
 AUDIO = {
@@ -145,7 +145,7 @@ def test_names_inside_other_modules(outside: str, head: str, whole: dict[str, to
     model = poison(decoder())
     read(tmp_path, model)
     assert all(torch.equal(got, whole[name]) for name, got in tensors(model.parameters()).items())
-    told = unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
+    told = unused_tensors(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
     assert told == (outside and f"not used of the checkpoint: 5 tensors: {AUDIO[outside]}"), "under the names in the files"
 
 
@@ -177,22 +177,24 @@ def test_unused_tensors_are_told_once(whole: dict[str, torch.Tensor], tmp_path: 
     layer = {f"model.layers.5.{name}.weight": torch.ones(2) for name in ("a", "b", "mlp.up_proj")}
     tower = {f"vision_tower.blocks.{number}.weight": torch.ones(2) for number in range(3)}
     save_file({**whole, **silent, **layer, **tower, "model.scale": torch.ones(1)}, tmp_path / "model.safetensors")
-    line = unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
+    line = unused_tensors(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
     assert line == "not used of the checkpoint: 7 tensors: model.layers.5.* (3), vision_tower.* (3), model.scale"
     save_file({**whole, "model.layers.0.self_attn.k_scale": torch.ones(1)}, tmp_path / "model.safetensors")
-    line = unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
+    line = unused_tensors(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
     assert line == "not used of the checkpoint: 1 tensor: model.layers.0.self_attn.k_scale"
     many = {f"tower{number}.weight": torch.ones(1) for number in range(20)}
     save_file({**whole, **many}, tmp_path / "model.safetensors")
-    assert unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers).endswith(", and 12 more groups")
+    assert unused_tensors(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers).endswith(", and 12 more groups")
     save_file({**whole, "lm_head.weight": whole["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
-    assert not unused(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
-    assert not unused(sources(TIED), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers), "the head of a tied model is no other"
+    assert not unused_tensors(sources(SPEC), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
+    assert not unused_tensors(sources(TIED), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers), (
+        "the head of a tied model is no other"
+    )
     save_file(whole, tmp_path / "model.safetensors")
     with pytest.raises(
         UserError, match=r"lm_head\.weight with other numbers than the embedding, .* tie_word_embeddings to false"
     ):
-        unused(sources(TIED), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
+        unused_tensors(sources(TIED), Checkpoint.open(tmp_path, LLAMA), SPEC.num_layers)
 
 
 def test_damaged_and_foreign_files(directory: Path) -> None:

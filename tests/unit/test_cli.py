@@ -15,13 +15,13 @@ from tests.cluster import tiny_model
 from tpserve import supervisor
 from tpserve.__main__ import COMMANDS, main
 from tpserve.cli.commands import ABOUT
+from tpserve.cluster.discovery import read_failure
 from tpserve.config import env
 from tpserve.config.schema import Flags
 from tpserve.supervisor import curl_line
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
-from tpserve.wire.attach import read_failure
 
 
 @pytest.fixture(scope="module")

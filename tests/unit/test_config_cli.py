@@ -119,7 +119,7 @@ def test_vllms_short_forms_that_are_ours() -> None:
 
 
 def test_vllms_variables_are_told_of() -> None:
-    said = vllm.means_nothing(["VLLM_HOST_IP", "VLLM_USE_V1", "VLLM_NO_USAGE_STATS"])
+    said = vllm.ignored_variables(["VLLM_HOST_IP", "VLLM_USE_V1", "VLLM_NO_USAGE_STATS"])
     assert said[0] == "VLLM_HOST_IP is set and means nothing here: use --interface, with the address"
     assert said[1].endswith(": there is one engine") and said[2].endswith(": `tpserve serve --help` lists all flags")
 

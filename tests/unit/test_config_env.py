@@ -22,7 +22,7 @@ TORCHRUN = {
 def test_calm_threads_leaves_the_users_choice() -> None:
     for given, then in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
         environ: dict[str, str] = dict(given)
-        env.calm_threads(environ)
+        env.set_omp_spin(environ)
         assert environ.get("GOMP_SPINCOUNT") == then
 
 

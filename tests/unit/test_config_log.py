@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tpserve.observe import log, progress
-from tpserve.observe.progress import Answered, Progress
+from tpserve.observe.progress import ByteProgress, PromptProgress
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     log.setup("info", "x", stream=stream)
     for visible in (False, True):
-        with Progress("loading weights", visible, stream) as bar:
+        with ByteProgress("loading weights", visible, stream) as bar:
             bar.update(500_000_000, 2_000_000_000)
             bar.update(2_000_000_000, 2_000_000_000)
     lines = stream.getvalue().splitlines()
@@ -90,7 +90,7 @@ def test_progress_on_a_terminal_draws_a_bar() -> None:
 
     terminal, stream = Terminal(), io.StringIO()
     log.setup("info", "x", stream=stream)
-    with Progress("loading weights", True, terminal) as bar:
+    with ByteProgress("loading weights", True, terminal) as bar:
         bar.update(1_000_000, 1_000_000)
     assert "loading weights" in terminal.getvalue()
     assert len(stream.getvalue().splitlines()) == 1
@@ -106,7 +106,7 @@ def test_answered_prompts_are_a_bar_on_a_terminal_and_a_line_elsewhere() -> None
 
     shown = []
     for stream in (Terminal(), io.StringIO(), Notebook()):
-        with Answered(3, True, stream) as bar:
+        with PromptProgress(3, True, stream) as bar:
             bar._line_s -= 1.0  # a second has gone by
             bar.update(1, 12_000_000)
             bar.update(3, 120)
@@ -121,7 +121,7 @@ def test_answered_prompts_are_a_bar_on_a_terminal_and_a_line_elsewhere() -> None
 def test_colors_are_for_terminals_alone() -> None:
     shown, kept = io.StringIO(), logging.getLogger("tpserve.test")
     log.setup("info", "n0 r0 s0", stream=shown, color=True)
-    ring = log.keep()
+    ring = log.keep_log()
     kept.info("ready")
     kept.error("gone")
     assert re.sub(r"\d\d:\d\d:\d\d", "T", shown.getvalue()).splitlines() == [

@@ -2,9 +2,18 @@
 
 import pytest
 
-from tpserve.frontend.coordinator import Coordinator, Draining, Failed, Finished, Lost, Ready, Send, State
-from tpserve.frontend.roster import Peer
-from tpserve.types.messages import Beat, Drain, Fault, Hello, MemoryLedger, Run, Said, Start, Stop, Up
+from tpserve.coordinator.coordinator import (
+    Coordinator,
+    Draining,
+    EpochFailed,
+    EpochFinished,
+    EpochReady,
+    EpochState,
+    RankLost,
+    SendMessage,
+)
+from tpserve.coordinator.roster import Peer
+from tpserve.types.messages import Drain, Fault, Heartbeat, Hello, LogLines, MemoryLedger, Ready, Run, Start, Stop
 
 ENDPOINTS = {"store": "127.0.0.1:1"}
 
@@ -13,8 +22,8 @@ def hello(rank: int, incarnation: int = 1, **fingerprint: str) -> Hello:
     return Hello(rank, incarnation, 100 + rank, f"node{rank}", ENDPOINTS if rank == 0 else {}, fingerprint)
 
 
-def up(rank: int, epoch: int = 1, num_blocks: int = 8) -> Up:
-    return Up(rank, epoch, MemoryLedger(0, 0, 0, 0, 0, 0, 0, num_blocks, 16, 256), {"vocab_size": 320} if rank == 0 else {})
+def up(rank: int, epoch: int = 1, num_blocks: int = 8) -> Ready:
+    return Ready(rank, epoch, MemoryLedger(0, 0, 0, 0, 0, 0, 0, num_blocks, 16, 256), {"vocab_size": 320} if rank == 0 else {})
 
 
 def running(world_size: int = 2, *, survive: bool = False) -> Coordinator:
@@ -23,13 +32,13 @@ def running(world_size: int = 2, *, survive: bool = False) -> Coordinator:
         c.receive(Peer(rank, 1), hello(rank), 0.0)
     for rank in range(world_size):
         c.receive(Peer(rank, 1), up(rank, 1, 10 - rank), 0.0)
-    assert c.state is State.RUN
+    assert c.state is EpochState.RUN
     return c
 
 
 def beat_all(c: Coordinator, now: float, ranks: range) -> None:
     for rank in ranks:
-        c.receive(Peer(rank, 1), Beat(rank, 1, "", 0, 0), now)
+        c.receive(Peer(rank, 1), Heartbeat(rank, 1, "", 0, 0), now)
 
 
 def advance(c: Coordinator, start: float, end: float, beating: range) -> list[object]:
@@ -48,15 +57,15 @@ def test_hello_start_up_run() -> None:
     assert c.receive(Peer(0, 1), hello(0), 0.0) == []
     assert c.phase == "waiting for rank 1"
     start = Start(1, ENDPOINTS)
-    assert c.receive(Peer(1, 1), hello(1), 0.0) == [Send(Peer(0, 1), start), Send(Peer(1, 1), start)]
-    c.receive(Peer(0, 1), Beat(0, 1, "loading weights", 80, 0), 0.0)
-    c.receive(Peer(1, 1), Beat(1, 1, "loading weights", 40, 0), 0.0)
-    assert (c.state, c.phase, c.percent) == (State.STARTING, "loading weights", 40)
+    assert c.receive(Peer(1, 1), hello(1), 0.0) == [SendMessage(Peer(0, 1), start), SendMessage(Peer(1, 1), start)]
+    c.receive(Peer(0, 1), Heartbeat(0, 1, "loading weights", 80, 0), 0.0)
+    c.receive(Peer(1, 1), Heartbeat(1, 1, "loading weights", 40, 0), 0.0)
+    assert (c.state, c.phase, c.percent) == (EpochState.STARTING, "loading weights", 40)
     assert c.receive(Peer(1, 1), up(1, 1, 7), 0.0) == []
     actions = c.receive(Peer(0, 1), up(0), 0.0)
-    assert actions == [Send(Peer(0, 1), Run(1)), Send(Peer(1, 1), Run(1)), Ready(1)]
+    assert actions == [SendMessage(Peer(0, 1), Run(1)), SendMessage(Peer(1, 1), Run(1)), EpochReady(1)]
     assert c.facts == {"vocab_size": 320}
-    assert [seen.up and seen.up.ledger.num_blocks for seen in c.seen] == [8, 7]
+    assert [seen.ready and seen.ready.ledger.num_blocks for seen in c.seen] == [8, 7]
     assert (c.phase, c.percent) == ("ready", 100)
 
 
@@ -64,43 +73,49 @@ def test_a_rank_that_downloads_is_told_of_and_waited_for() -> None:
     c = Coordinator(3, 0.0, form_timeout_s=10.0)
     c.receive(Peer(0, 1), hello(0), 0.0)
     for second in range(1, 31):
-        c.receive(Peer(0, 1), Beat(0, 0, "waiting for all ranks", 0, -1), float(second))
-        c.receive(Peer(1, 1), Beat(1, 0, "downloading org/tiny", 50 + second, -1), float(second))
-        c.receive(Peer(2, 1), Beat(2, 0, "downloading org/tiny", second, -1), float(second))
+        c.receive(Peer(0, 1), Heartbeat(0, 0, "waiting for all ranks", 0, -1), float(second))
+        c.receive(Peer(1, 1), Heartbeat(1, 0, "downloading org/tiny", 50 + second, -1), float(second))
+        c.receive(Peer(2, 1), Heartbeat(2, 0, "downloading org/tiny", second, -1), float(second))
         assert c.tick(float(second)) == []
-    assert (c.state, c.phase, c.percent) == (State.FORMING, "waiting for ranks 1-2: downloading org/tiny", 30)
-    beat = Beat(2, 0, "downloading org/tiny", 30, -1)
-    actions = [action for second in range(31, 42) for action in [*c.receive(Peer(2, 1), beat, second), *c.tick(float(second))]]
-    assert Failed(1, "ranks 1-2 did not come within 10 s", "see what the log of each node says") in actions
+    assert (c.state, c.phase, c.percent) == (EpochState.FORMING, "waiting for ranks 1-2: downloading org/tiny", 30)
+    heartbeat = Heartbeat(2, 0, "downloading org/tiny", 30, -1)
+    actions = [
+        action for second in range(31, 42) for action in [*c.receive(Peer(2, 1), heartbeat, second), *c.tick(float(second))]
+    ]
+    assert EpochFailed(1, "ranks 1-2 did not come within 10 s", "see what the log of each node says") in actions
 
 
 def test_lost_orders_are_given_again() -> None:
     c = Coordinator(2, 0.0)
     c.receive(Peer(0, 1), hello(0), 0.0)
     c.receive(Peer(1, 1), hello(1), 0.0)
-    assert c.receive(Peer(1, 1), hello(1), 0.5) == [Send(Peer(1, 1), Start(1, ENDPOINTS))]
+    assert c.receive(Peer(1, 1), hello(1), 0.5) == [SendMessage(Peer(1, 1), Start(1, ENDPOINTS))]
     c.receive(Peer(0, 1), up(0), 0.5)
     assert c.receive(Peer(0, 1), hello(0), 0.5) == []  # a late Hello of one who is up already
     c.receive(Peer(1, 1), up(1), 0.5)
-    assert c.receive(Peer(1, 1), up(1), 0.5) == [Send(Peer(1, 1), Run(1))]
+    assert c.receive(Peer(1, 1), up(1), 0.5) == [SendMessage(Peer(1, 1), Run(1))]
     c.drain(1.0)
-    assert c.receive(Peer(1, 1), Drain(1), 1.0) == [Send(Peer(1, 1), Drain())]
+    assert c.receive(Peer(1, 1), Drain(1), 1.0) == [SendMessage(Peer(1, 1), Drain())]
     c.drained(1.0)
-    assert c.receive(Peer(1, 1), Beat(1, 1, "", 0, 0), 1.0) == [Send(Peer(1, 1), Stop(0, ""))]
+    assert c.receive(Peer(1, 1), Heartbeat(1, 1, "", 0, 0), 1.0) == [SendMessage(Peer(1, 1), Stop(0, ""))]
 
 
 def test_a_rank_that_is_told_to_end_drains_everyone() -> None:
     c = running()
-    assert c.drained(1.0) == [] and c.state is State.RUN
-    assert c.receive(Peer(1, 1), Drain(1), 1.0) == [Send(Peer(0, 1), Drain()), Send(Peer(1, 1), Drain()), Draining()]
-    assert c.state is State.DRAINING
-    assert c.drained(2.0) == [Send(Peer(0, 1), Stop(0, "")), Send(Peer(1, 1), Stop(0, "")), Finished()]
+    assert c.drained(1.0) == [] and c.state is EpochState.RUN
+    assert c.receive(Peer(1, 1), Drain(1), 1.0) == [
+        SendMessage(Peer(0, 1), Drain()),
+        SendMessage(Peer(1, 1), Drain()),
+        Draining(),
+    ]
+    assert c.state is EpochState.DRAINING
+    assert c.drained(2.0) == [SendMessage(Peer(0, 1), Stop(0, "")), SendMessage(Peer(1, 1), Stop(0, "")), EpochFinished()]
 
 
 def test_a_drain_before_the_first_step_stops_at_once() -> None:
     c = Coordinator(2, 0.0)
     c.receive(Peer(0, 1), hello(0), 0.0)
-    assert c.drain(1.0) == [Send(Peer(0, 1), Stop(0, "")), Finished()]
+    assert c.drain(1.0) == [SendMessage(Peer(0, 1), Stop(0, "")), EpochFinished()]
     assert c.drain(1.0) == []
 
 
@@ -108,16 +123,18 @@ def test_a_drain_does_not_last_for_ever() -> None:
     c = running()
     c.drain(0.0)
     actions = advance(c, 0.0, 26.0, range(2))
-    assert isinstance(actions[-1], Finished) and "25 s" in c.reason
+    assert isinstance(actions[-1], EpochFinished) and "25 s" in c.reason
 
 
 def test_the_first_failure_is_the_reason() -> None:
     c = running(3)
     actions = c.receive(Peer(1, 1), Fault(1, 1, "engine", "out of memory"), 1.0)
     reason = "rank 1 on node1 (pid 101): out of memory"
-    assert actions[:-1] == [Send(Peer(r, 1), Stop(1, reason)) for r in range(3)]
-    assert isinstance(failed := actions[-1], Failed) and (failed.code, failed.reason) == (1, reason)
-    assert c.receive(Peer(2, 1), Fault(2, 1, "engine", "connection closed by peer"), 1.1) == [Send(Peer(2, 1), Stop(1, reason))]
+    assert actions[:-1] == [SendMessage(Peer(r, 1), Stop(1, reason)) for r in range(3)]
+    assert isinstance(failed := actions[-1], EpochFailed) and (failed.code, failed.reason) == (1, reason)
+    assert c.receive(Peer(2, 1), Fault(2, 1, "engine", "connection closed by peer"), 1.1) == [
+        SendMessage(Peer(2, 1), Stop(1, reason))
+    ]
     assert c.lost(Peer(0, 1), "died", 1.2) == []
     assert c.reason == reason
 
@@ -125,22 +142,22 @@ def test_the_first_failure_is_the_reason() -> None:
 def test_a_user_fault_is_one_plain_line_and_code_2_even_when_surviving() -> None:
     c = running(survive=True)
     actions = c.receive(Peer(1, 1), Fault(1, 1, "user", "no file /x: give a directory"), 1.0)
-    assert actions[-1] == Failed(2, "no file /x: give a directory")
+    assert actions[-1] == EpochFailed(2, "no file /x: give a directory")
 
 
 def test_a_silent_rank_is_lost_after_four_seconds() -> None:
     c = running()
     assert advance(c, 0.0, 3.9, range(1)) == []
     actions = advance(c, 3.9, 4.5, range(1))
-    assert actions[0] == Lost(Peer(1, 1)), "its process is of no more use"
-    assert isinstance(failed := actions[-1], Failed) and failed.reason == "rank 1 on node1 (pid 101) has been silent for 4 s"
+    assert actions[0] == RankLost(Peer(1, 1)), "its process is of no more use"
+    assert isinstance(failed := actions[-1], EpochFailed) and failed.reason == "rank 1 on node1 (pid 101) has been silent for 4 s"
     assert "its node or the link to it is down" in failed.advice
 
 
 def test_a_late_tick_forgives_all_timers() -> None:
     c = running()
     advance(c, 0.0, 1.0, range(2))
-    assert c.tick(60.0) == [] and c.state is State.RUN
+    assert c.tick(60.0) == [] and c.state is EpochState.RUN
     assert advance(c, 60.0, 63.9, range(0)) == []
     assert advance(c, 63.9, 64.5, range(0)) != []
 
@@ -149,7 +166,7 @@ def test_a_difference_is_a_user_fault_that_names_both() -> None:
     c = Coordinator(2, 0.0)
     c.receive(Peer(1, 1), hello(1, version="1.1", config="a"), 0.0)
     actions = c.receive(Peer(0, 1), hello(0, version="1.0", config="a"), 0.0)
-    assert isinstance(actions[-1], Failed) and actions[-1].code == 2
+    assert isinstance(actions[-1], EpochFailed) and actions[-1].code == 2
     assert "rank 1 on node1 has version 1.1, rank 0 on node0 has version 1.0" in actions[-1].reason
 
 
@@ -160,7 +177,7 @@ def test_incarnations_are_numbered_as_they_come(second: int) -> None:
     c.receive(Peer(1, 5), hello(1, 5), 0.0)
     c.receive(Peer(1, second), hello(1, second), 1.0)
     (action,) = c.receive(Peer(1, 5), hello(1, 5), 1.1)
-    assert isinstance(action, Send) and action.peer == Peer(1, 5) and isinstance(action.message, Stop)
+    assert isinstance(action, SendMessage) and action.peer == Peer(1, 5) and isinstance(action.message, Stop)
     assert [hello.identity for hello in c.hellos] == [second] and c.is_current(Peer(1, second))
     assert c.phase == "waiting for rank 0"
 
@@ -168,8 +185,8 @@ def test_incarnations_are_numbered_as_they_come(second: int) -> None:
 def test_what_a_rank_has_just_logged_explains_its_end() -> None:
     for age_s, text in ((1.0, "ended after the error: disk is full"), (60.0, "ended without a word")):
         c = running()
-        assert c.receive(Peer(1, 1), Said(1, 0, ("x",), "disk is full"), 5.0)
-        c.receive(Peer(1, 1), Said(1, 1, ("y",)), 5.1)
+        assert c.receive(Peer(1, 1), LogLines(1, 0, ("x",), "disk is full"), 5.0)
+        c.receive(Peer(1, 1), LogLines(1, 1, ("y",)), 5.1)
         c.lost(Peer(1, 1), "ended", 5.0 + age_s, "look", "without a word")
         assert c.reason == f"rank 1 on node1 (pid 101) {text}"
 
@@ -177,27 +194,27 @@ def test_what_a_rank_has_just_logged_explains_its_end() -> None:
 def test_an_overdue_step_waits_for_a_rank_that_compiles_but_not_for_ever() -> None:
     fault = Fault(0, 1, "overdue", "step 3 does not come back: a rank hangs")
 
-    def at(c: Coordinator, now: float, busy: str) -> State:
-        c.receive(Peer(1, 1), Beat(1, 1, "", 0, 0, busy), now)
+    def at(c: Coordinator, now: float, busy: str) -> EpochState:
+        c.receive(Peer(1, 1), Heartbeat(1, 1, "", 0, 0, busy), now)
         c.receive(Peer(0, 1), fault, now)
         return c.state
 
     c = running()
-    assert at(c, 1.0, "") is State.STOPPED and c.reason.endswith("step 3 does not come back: a rank hangs")
+    assert at(c, 1.0, "") is EpochState.STOPPED and c.reason.endswith("step 3 does not come back: a rank hangs")
     c = running()
-    assert at(c, 1.0, "compiling attention") is State.RUN
-    assert at(c, 599.0, "compiling attention") is State.RUN
-    assert at(c, 602.0, "compiling attention") is State.STOPPED, "no longer than a start may take"
+    assert at(c, 1.0, "compiling attention") is EpochState.RUN
+    assert at(c, 599.0, "compiling attention") is EpochState.RUN
+    assert at(c, 602.0, "compiling attention") is EpochState.STOPPED, "no longer than a start may take"
     c = running()
-    assert at(c, 1.0, "compiling attention") is State.RUN
-    assert at(c, 2.0, "") is State.RUN, "it has compiled, and the step has its time"
-    assert at(c, 62.0, "") is State.STOPPED
+    assert at(c, 1.0, "compiling attention") is EpochState.RUN
+    assert at(c, 2.0, "") is EpochState.RUN, "it has compiled, and the step has its time"
+    assert at(c, 62.0, "") is EpochState.STOPPED
 
 
 def test_a_new_incarnation_means_the_old_one_is_gone() -> None:
     c = running()
     actions = c.receive(Peer(1, 2), hello(1, 2), 1.0)
-    assert Failed(1, "rank 1 on node1 (pid 101) is gone: a new process has taken its place") in actions
+    assert EpochFailed(1, "rank 1 on node1 (pid 101) is gone: a new process has taken its place") in actions
 
 
 def test_missing_ranks_are_named_when_forming_takes_too_long() -> None:
@@ -207,30 +224,30 @@ def test_missing_ranks_are_named_when_forming_takes_too_long() -> None:
     actions: list[object] = []
     for i in range(105):
         for rank in (0, 2):
-            c.receive(Peer(rank, 1), Beat(rank, 0, "", 0, 0), i / 10)
+            c.receive(Peer(rank, 1), Heartbeat(rank, 0, "", 0, 0), i / 10)
         actions += c.tick(i / 10)
-    assert actions[-1] == Failed(1, "ranks 1, 3-4 did not come within 10 s", "see what the log of each node says")
+    assert actions[-1] == EpochFailed(1, "ranks 1, 3-4 did not come within 10 s", "see what the log of each node says")
 
 
 def test_a_rank_outside_the_world_is_sent_away() -> None:
     (action,) = Coordinator(2, 0.0).receive(Peer(2, 1), hello(2), 0.0)
-    assert action == Send(Peer(2, 1), Stop(2, "rank 2 is not of this world of 2 ranks"))
+    assert action == SendMessage(Peer(2, 1), Stop(2, "rank 2 is not of this world of 2 ranks"))
 
 
 def test_surviving_a_death() -> None:
     c = running(survive=True)
     assert c.lost(Peer(1, 1), "died", 1.0) == []
-    assert (c.state, c.epoch) == (State.FORMING, 1) and "died" in c.reason
+    assert (c.state, c.epoch) == (EpochState.FORMING, 1) and "died" in c.reason
     assert c.receive(Peer(0, 1), hello(0), 1.0) == []  # a late Hello of the epoch that is over
     assert c.receive(Peer(0, 1), Fault(0, 1, "engine", "peer closed"), 1.0) == [] and "died" in c.reason
     c.receive(Peer(1, 2), hello(1, 2), 1.1)
-    assert c.state is State.FORMING
+    assert c.state is EpochState.FORMING
     actions = c.receive(Peer(0, 2), hello(0, 2), 1.2)
-    assert Send(Peer(0, 2), Start(2, ENDPOINTS)) in actions and c.epoch == 2
+    assert SendMessage(Peer(0, 2), Start(2, ENDPOINTS)) in actions and c.epoch == 2
     c.receive(Peer(0, 2), up(0, 1), 1.3)  # of the old epoch: says nothing
     c.receive(Peer(1, 2), up(1, 2), 1.3)
-    assert c.state is State.STARTING
-    assert c.receive(Peer(0, 2), up(0, 2), 1.3)[-1] == Ready(2)
+    assert c.state is EpochState.STARTING
+    assert c.receive(Peer(0, 2), up(0, 2), 1.3)[-1] == EpochReady(2)
 
 
 def test_who_is_blocked_in_a_failed_epoch_is_told_to_stop() -> None:
@@ -240,7 +257,7 @@ def test_who_is_blocked_in_a_failed_epoch_is_told_to_stop() -> None:
     c.receive(Peer(0, 2), hello(0, 2), 0.0)
     actions = []
     for i in range(1, 60):
-        c.receive(Peer(0, 2), Beat(0, 0, "", 0, 0), i / 10)
-        c.receive(Peer(1, 2), Beat(1, 0, "", 0, 0), i / 10)
+        c.receive(Peer(0, 2), Heartbeat(0, 0, "", 0, 0), i / 10)
+        c.receive(Peer(1, 2), Heartbeat(1, 0, "", 0, 0), i / 10)
         actions += c.tick(i / 10)
-    assert {a.peer for a in actions if isinstance(a, Send)} == {Peer(2, 1)}
+    assert {a.peer for a in actions if isinstance(a, SendMessage)} == {Peer(2, 1)}

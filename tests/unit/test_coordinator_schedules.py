@@ -1,6 +1,6 @@
 """The coordinator under random schedules: messages lost, repeated, late and out of order, ranks that die, hang and come back.
 
-A simulated rank does what `wire.control` and a rank's main do, on a simulated clock. Whatever happens:
+A simulated rank does what `process.rank_agent` and a rank's main do, on a simulated clock. Whatever happens:
 
     one epoch   when a rank starts to run an epoch, no rank runs another
     an end      once told to end, everything ends, although messages are still lost
@@ -13,20 +13,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tpserve.frontend.coordinator import Action, Coordinator, Failed, Finished, Ready, Send, State
-from tpserve.frontend.roster import Peer
-from tpserve.types.messages import (
-    Beat,
-    CoordinatorMessage,
-    Fault,
-    Hello,
-    MemoryLedger,
-    RankMessage,
-    Run,
-    Start,
-    Stop,
-    Up,
-)
+from tpserve.coordinator.coordinator import Action, Coordinator, EpochFailed, EpochFinished, EpochReady, EpochState, SendMessage
+from tpserve.coordinator.roster import Peer
+from tpserve.types.messages import CoordinatorMessage, Fault, Heartbeat, Hello, MemoryLedger, RankMessage, Ready, Run, Start, Stop
 
 LEDGER = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256)
 STEP_S = 0.05
@@ -49,13 +38,13 @@ class Process:
 
     def sayings(self) -> list[RankMessage]:
         epoch = self.start.epoch if self.start else 0
-        said: list[RankMessage] = [Beat(self.rank, epoch, "x", 0, 0)]
+        said: list[RankMessage] = [Heartbeat(self.rank, epoch, "x", 0, 0)]
         if self.start is None:
             said.append(
                 Hello(self.rank, self.incarnation, 1, "h", {"store": f"{self.incarnation}"} if self.rank == 0 else {}, {})
             )
         elif self.up and self.running is None:
-            said.append(Up(self.rank, epoch, LEDGER, {}))
+            said.append(Ready(self.rank, epoch, LEDGER, {}))
         if self.fault:
             said.append(self.fault)
         return said
@@ -96,11 +85,11 @@ class World:
 
     def do(self, actions: list[Action]) -> None:
         for action in actions:
-            if isinstance(action, Send):
+            if isinstance(action, SendMessage):
                 self.post(action.peer, action.message, up=False)
-            elif isinstance(action, Failed | Finished):
+            elif isinstance(action, EpochFailed | EpochFinished):
                 self.ends.append(action)
-            elif isinstance(action, Ready):
+            elif isinstance(action, EpochReady):
                 self.runs.append(action.epoch)
 
     def step(self, trouble: float) -> None:
@@ -130,7 +119,7 @@ class World:
                 process.running = epoch
             case Stop():
                 process.alive = False  # at the latest by os._exit
-                if self.survive and not process.orphan and self.coordinator.state is not State.STOPPED:
+                if self.survive and not process.orphan and self.coordinator.state is not EpochState.STOPPED:
                     self.begin(process.rank)
 
     def act(self, process: Process, trouble: float) -> None:
@@ -177,7 +166,7 @@ class World:
     def runs_whole(self) -> bool:
         """Every rank runs the coordinator's epoch, and nobody else is left."""
         running = [p.running for p in self.processes if p.alive]
-        return self.coordinator.state is State.RUN and running == [self.coordinator.epoch] * self.size
+        return self.coordinator.state is EpochState.RUN and running == [self.coordinator.epoch] * self.size
 
     def until(self, condition: Callable[[], bool], limit_s: float, trouble: float = 0.0) -> bool:
         limit_s += self.now
@@ -196,7 +185,7 @@ def test_surviving_schedules(seed: int) -> None:
         assert world.until(world.runs_whole, 120.0), (world.coordinator.state, world.coordinator.phase)
     assert world.runs == sorted(set(world.runs))
     finish(world)
-    assert isinstance(world.ends[0], Finished)
+    assert isinstance(world.ends[0], EpochFinished)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -211,9 +200,9 @@ def finish(world: World) -> None:
     """Told to end, everything ends."""
     world.do(world.coordinator.drain(world.now))
     world.do(world.coordinator.drained(world.now))
-    assert world.until(lambda: world.coordinator.state is State.STOPPED, 10.0)
+    assert world.until(lambda: world.coordinator.state is EpochState.STOPPED, 10.0)
     for process in world.processes:
         if process.blocked:
             process.blocked = False  # its control thread hears Stop all the same
     assert world.until(lambda: not any(p.alive for p in world.processes), 60.0), world.processes
-    assert len(world.ends) == 1 and world.coordinator.state is State.STOPPED
+    assert len(world.ends) == 1 and world.coordinator.state is EpochState.STOPPED

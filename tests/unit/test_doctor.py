@@ -15,9 +15,9 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from tpserve.config.sizes import size
 from tpserve.doctor import host, links, traffic
-from tpserve.doctor.hang import Limit, who_does_not_answer
-from tpserve.doctor.host import Disk, Found
-from tpserve.doctor.links import Echo, Heard
+from tpserve.doctor.hang import HangWatchdog, unresponsive_ranks
+from tpserve.doctor.host import DiskRead, NodeReport
+from tpserve.doctor.links import PingServer, ProbeResult
 from tpserve.doctor.verdict import Verdict, duration, exit_code, page, summary
 from tpserve.errors import UserError
 
@@ -46,7 +46,7 @@ def test_who_does_not_answer_is_named() -> None:
 
     def ask(store: Store, ranks: Sequence[int]) -> list[list[Verdict]]:
         with ThreadPoolExecutor(3) as pool:
-            return list(pool.map(lambda i: who_does_not_answer(store, i, hosts, place, "all-reduce", 0.5), ranks))
+            return list(pool.map(lambda i: unresponsive_ranks(store, i, hosts, place, "all-reduce", 0.5), ranks))
 
     first, second = ask(HashStore(), (0, 2))
     assert first == second and [verdict.found for verdict in first] == ["rank 1 on b does not answer"]
@@ -63,7 +63,7 @@ def test_who_does_not_answer_is_named() -> None:
 
 def test_a_step_that_takes_too_long() -> None:
     late: list[str] = []
-    limit = Limit(late.append)
+    limit = HangWatchdog(late.append)
     with limit.of("quick", 5.0):
         pass
     time.sleep(0.2)
@@ -74,22 +74,22 @@ def test_a_step_that_takes_too_long() -> None:
 
 
 def test_ranks_dial_each_other() -> None:
-    echoes = [Echo("127.0.0.1", (0, 0)) for _ in range(3)]
-    places = [("127.0.0.1", echo.port) for echo in echoes]
-    heard = [links.dial(rank, places) for rank in range(3)]
+    echoes = [PingServer("127.0.0.1", (0, 0)) for _ in range(3)]
+    places = [("127.0.0.1", ping_server.port) for ping_server in echoes]
+    heard = [links.probe_all(rank, places) for rank in range(3)]
     assert [[each.rank for each in all_] for all_ in heard] == [[1, 2], [0, 2], [0, 1]]
     assert all(0 < each.round_trip_s < 1 and abs(each.ahead_s) < 0.1 and not each.error for all_ in heard for each in all_)
     reach, clocks = links.judge(heard, ["a", "a", "b"])
     assert reach.level in ("good", "slow") and "each of 3 ranks" in reach.found and clocks.level == "good"
-    for echo in echoes:
-        echo.close()
+    for ping_server in echoes:
+        ping_server.close()
 
 
 def test_who_cannot_be_reached_is_named_with_errno() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    (heard,) = links.dial(0, [("127.0.0.1", 1), ("127.0.0.1", port)])
-    (verdict,) = links.judge([[heard], []], ["a", "b"])
+    (result,) = links.probe_all(0, [("127.0.0.1", 1), ("127.0.0.1", port)])
+    (verdict,) = links.judge([[result], []], ["a", "b"])
     assert (verdict.level, verdict.found) == (
         "broken", f"rank 0 on a -> rank 1 on b: 127.0.0.1:{port}: Connection refused (errno 111)",
     )  # fmt: skip
@@ -106,11 +106,11 @@ def test_a_clock_that_is_ahead_is_told() -> None:
                     line.sendall(struct.pack("!d", time.time() + 90))
 
         threading.Thread(target=answer, daemon=True).start()
-        (heard,) = links.dial(0, [("", 0), late.getsockname()])
-    assert heard.ahead_s == pytest.approx(90, abs=1)
-    verdict = links.judge([[heard], []], ["a", "b"])[1]
+        (result,) = links.probe_all(0, [("", 0), late.getsockname()])
+    assert result.ahead_s == pytest.approx(90, abs=1)
+    verdict = links.judge([[result], []], ["a", "b"])[1]
     assert verdict.level == "slow" and verdict.found.startswith("at most 90") and "chrony" in verdict.remedy
-    far = links.judge([[Heard(1, "", 0.02, 0.0)], []], ["a", "b"])[0]
+    far = links.judge([[ProbeResult(1, "", 0.02, 0.0)], []], ["a", "b"])[0]
     assert far.level == "slow" and "-pp" in far.remedy
 
 
@@ -132,13 +132,21 @@ GIB = 1 << 30
 @pytest.mark.parametrize(
     ("found", "device", "levels"),
     [
-        (Found("a", 16 * GIB, 70 * GIB, "the GPU", 30 * GIB, Disk(60 * GIB, 4 * GIB, 2.0, "cold")), "cuda", ["good"] * 3),
-        (Found("a", 64 << 20, 70 * GIB, "the GPU", 65 * GIB, Disk(60 * GIB, GIB // 5, 2.0, "warm")), "cuda", ["slow"] * 3),
-        (Found("a", 1 << 20, 10 * GIB, "the GPU", 30 * GIB, None), "cuda", ["broken", "broken", "good"]),
-        (Found("a", None, 10 * GIB, "the machine", GIB, None), "cpu", ["slow", "good", "good"]),
+        (
+            NodeReport("a", 16 * GIB, 70 * GIB, "the GPU", 30 * GIB, DiskRead(60 * GIB, 4 * GIB, 2.0, "cold")),
+            "cuda",
+            ["good"] * 3,
+        ),
+        (
+            NodeReport("a", 64 << 20, 70 * GIB, "the GPU", 65 * GIB, DiskRead(60 * GIB, GIB // 5, 2.0, "warm")),
+            "cuda",
+            ["slow"] * 3,
+        ),
+        (NodeReport("a", 1 << 20, 10 * GIB, "the GPU", 30 * GIB, None), "cuda", ["broken", "broken", "good"]),
+        (NodeReport("a", None, 10 * GIB, "the machine", GIB, None), "cpu", ["slow", "good", "good"]),
     ],
 )
-def test_what_a_node_has(found: Found, device: str, levels: list[str]) -> None:
+def test_what_a_node_has(found: NodeReport, device: str, levels: list[str]) -> None:
     verdicts = host.judge(found, device)
     assert [verdict.level for verdict in verdicts] == levels
     assert all(bool(verdict.remedy) == (verdict.level != "good") for verdict in verdicts)

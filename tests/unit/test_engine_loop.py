@@ -1,4 +1,4 @@
-"""Rank 0's loop on an asynchronous device: real sockets, the ledger worker behind a thread, and the order of what happened."""
+"""Rank 0's loop on an asynchronous device: real sockets, the simulated worker behind a thread, and the order of what happened."""
 
 import os
 import queue
@@ -9,23 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from tests.scheduling.simulator import SimulatedWorker, continuation
 from tpserve.engine.loop import Engine
-from tpserve.engine.pace import Pace
+from tpserve.engine.watchdog import StepWatchdog
 from tpserve.observe.trace import Trace
-from tpserve.scheduling.ledger import LedgerWorker, continuation
-from tpserve.scheduling.limits import Limits
 from tpserve.scheduling.scheduler import Scheduler
+from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.messages import Abort, Add, Delta, Done, Stop
-from tpserve.types.messages import Control as Order
+from tpserve.types.messages import EngineControl as Order
 from tpserve.types.packed import pack
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.wire.channels import EngineLink, EngineServer, PlanBroadcaster
 
 STEP_S = 0.01
-LIMITS = Limits(
-    max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, num_blocks=32, block_size=4, depth=2, feedback=False, eos_ids=()
+LIMITS = SchedulerConfig(
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
+    max_model_len=64,
+    num_blocks=32,
+    block_size=4,
+    depth=2,
+    sync_sampling=False,
+    eos_ids=(),
 )
 
 
@@ -51,7 +58,7 @@ class AsyncDevice:
 
     def __init__(self) -> None:
         self.ended: dict[int, float] = {}
-        self._worker = LedgerWorker(LIMITS)
+        self._worker = SimulatedWorker(LIMITS)
         self._queue: queue.SimpleQueue[Work] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -151,7 +158,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path):
     plans = PlanBroadcaster(f"ipc://{tmp_path}/plan")
     plans.begin(0, 0, 1.0)
     control, device, trace = NoCoordinator(), request.param(), Log()
-    engine = Engine(Scheduler(LIMITS), device, link, plans, None, control, trace, Pace(60.0))  # type: ignore[arg-type]
+    engine = Engine(Scheduler(LIMITS), device, link, plans, None, control, trace, StepWatchdog(60.0))  # type: ignore[arg-type]
     thread = threading.Thread(target=engine.run, daemon=True)
     thread.start()
     yield Bench(server, device, trace)
@@ -163,7 +170,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path):
 
 
 def make(id: int, prompt_len: int, max_tokens: int) -> Request:
-    return Request(id, pack(range(id, id + prompt_len)), SamplingParams(max_tokens=max_tokens), seed=id * 7)
+    return Request(id, pack(range(id, id + prompt_len)), EngineSamplingParams(max_tokens=max_tokens), seed=id * 7)
 
 
 def test_plans_ahead_and_keeps_the_tokens(bench: Bench) -> None:
@@ -185,7 +192,7 @@ def test_a_request_that_cannot_be_read_fails_alone_and_is_named_in_the_log(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its ids are no whole numbers; no field of a message can say so."""
-    bench.server.send([Add(Request(1, b"\0" * 7, SamplingParams(), seed=0)), Add(make(2, 5, 6))])
+    bench.server.send([Add(Request(1, b"\0" * 7, EngineSamplingParams(), seed=0)), Add(make(2, 5, 6))])
     tokens, dones = bench.until_done({1, 2})
     assert dones[1].finish == "error" and "ValueError" in dones[1].error and "request 1" in caplog.text
     assert dones[2].finish == "length" and tokens[2] == continuation(make(2, 5, 6), 6, 1000)

@@ -16,9 +16,9 @@ from tpserve.parallel.group import Group
 from tpserve.sampler import filters as module
 from tpserve.sampler.draw import gather
 from tpserve.sampler.filters import apply
-from tpserve.types.sampling import SamplingParams
-from tpserve.worker.asked import asked, filters
-from tpserve.worker.slots import to_device
+from tpserve.types.sampling import EngineSamplingParams
+from tpserve.worker.request_pool import to_device
+from tpserve.worker.sampling_metadata import filters, sampling_metadata
 
 VOCAB = 300
 EOS = (7, 8)
@@ -29,7 +29,7 @@ OUT = float("-inf")
 class Row:
     """A sequence that asks `params`, about to draw its next token."""
 
-    params: SamplingParams
+    params: EngineSamplingParams
     prompt: list[int]
     output: list[int]
     logits: torch.Tensor
@@ -82,7 +82,7 @@ def filtered(rows: Sequence[Row], device: str = "cpu") -> torch.Tensor:
     temperature, position, tokens = columns(rows)
     wanted = []
     for row in rows:
-        one = asked(row.params, len(row.prompt), EOS, VOCAB)
+        one = sampling_metadata(row.params, len(row.prompt), EOS, VOCAB)
         assert one is not None
         wanted.append(one)
     made = filters(wanted, position.tolist(), partial(to_device, device=torch.device(device)))
@@ -143,7 +143,7 @@ def make_rows(ties: bool = False) -> list[Row]:
     for number, fields in enumerate([*SINGLE.values(), *MIXED.values()]):
         x = torch.randn(VOCAB, generator=generator) * (1 + number % 3)
         prompt = torch.randint(0, VOCAB, (1 + 5 * number,), generator=generator).tolist()
-        params = SamplingParams(**{"temperature": 0.9, **fields})  # type: ignore[arg-type]
+        params = EngineSamplingParams(**{"temperature": 0.9, **fields})  # type: ignore[arg-type]
         rows.append(Row(params, prompt, [4, 3, 1, 3, 2, 3], (x * 2).round() / 2 if ties else x))
     return rows
 
@@ -168,31 +168,32 @@ def test_a_row_does_not_see_the_others() -> None:
 def test_exactly_k_and_the_lowest_ids_of_equal_ones() -> None:
     flat = torch.zeros(VOCAB)
     kept = [filtered([Row(params, [1], [], flat)])[0].isfinite().nonzero().flatten().tolist() for params in (
-        SamplingParams(top_k=5), SamplingParams(top_p=0.1), SamplingParams(top_k=200, top_p=0.1), SamplingParams(min_p=1.0)
+        EngineSamplingParams(top_k=5), EngineSamplingParams(top_p=0.1), EngineSamplingParams(top_k=200, top_p=0.1),
+        EngineSamplingParams(min_p=1.0)
     )]  # fmt: skip
     assert kept == [list(range(5)), list(range(30)), list(range(20)), list(range(VOCAB))]
 
 
 def test_top_p_beyond_the_candidates_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [Row(SamplingParams(top_p=p), [1], [], make_rows()[0].logits / 10) for p in (0.01, 0.5, 0.99)]
+    rows = [Row(EngineSamplingParams(top_p=p), [1], [], make_rows()[0].logits / 10) for p in (0.01, 0.5, 0.99)]
     expected = filtered(rows)
     monkeypatch.setattr(module, "CANDIDATES", 4)
     assert torch.equal(filtered(rows), expected) and torch.equal(filtered(rows[:1])[0], expected[0])
 
 
 def test_neutral_values_ask_for_nothing() -> None:
-    neutral = SamplingParams(
+    neutral = EngineSamplingParams(
         top_k=VOCAB, top_p=1.0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, min_tokens=0
     )
-    greedy = SamplingParams(temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)
-    assert asked(neutral, 4, EOS, VOCAB) is None and asked(greedy, 4, EOS, VOCAB) is None
-    until = asked(SamplingParams(min_tokens=3), 4, EOS, VOCAB)
+    greedy = EngineSamplingParams(temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)
+    assert sampling_metadata(neutral, 4, EOS, VOCAB) is None and sampling_metadata(greedy, 4, EOS, VOCAB) is None
+    until = sampling_metadata(EngineSamplingParams(min_tokens=3), 4, EOS, VOCAB)
     assert until is not None and [until.anything(position) for position in range(4, 9)] == [True] * 3 + [False] * 2
-    assert asked(SamplingParams(min_tokens=3, ignore_eos=True), 4, EOS, VOCAB) is None
+    assert sampling_metadata(EngineSamplingParams(min_tokens=3, ignore_eos=True), 4, EOS, VOCAB) is None
 
 
 def test_penalties_bring_nothing_back() -> None:
-    params = SamplingParams(allowed_token_ids=(1, 2), repetition_penalty=2.0, frequency_penalty=-2.0)
+    params = EngineSamplingParams(allowed_token_ids=(1, 2), repetition_penalty=2.0, frequency_penalty=-2.0)
     row = Row(params, [5], [5, 6], torch.zeros(VOCAB))
     assert filtered([row])[0].isfinite().nonzero().flatten().tolist() == [1, 2]
 
@@ -224,7 +225,7 @@ def one_row(fields: dict[str, object]) -> Row:
     """Repeats in the output, ids that penalties, bans and biases share."""
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(12))
     logits[[1, 2, 3, 4, 9, 20, 50, 51]] += 2.5
-    return Row(SamplingParams(**fields), [1, 4, 50], [4, 3, 1, 3, 2, 3], logits)  # type: ignore[arg-type]
+    return Row(EngineSamplingParams(**fields), [1, 4, 50], [4, 3, 1, 3, 2, 3], logits)  # type: ignore[arg-type]
 
 
 def test_every_pair_is_the_reference() -> None:

@@ -9,8 +9,8 @@ from tests.unit.test_server_info import CONFIG
 from tpserve.engine.frames import check_frames
 from tpserve.errors import UserError
 from tpserve.types.packed import pack
-from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
-from tpserve.types.sampling import MAX_LOGPROBS, SamplingParams
+from tpserve.types.plan import Chunk, NewSequence, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.sampling import MAX_LOGPROBS, EngineSamplingParams
 from tpserve.wire import codec
 
 
@@ -31,9 +31,11 @@ def test_the_bounds_hold_for_the_largest_steps() -> None:
     chunks = [Chunk(most, most, 8, True, (most,) * 8, blocks, True) for _ in range(num_seqs)]
     plan = StepPlan.of(1 << 40, 1 << 40, chunks, releases=[most] * num_seqs)
     assert len(codec.PLAN.encode([plan])) <= StepPlan.most_bytes(num_seqs, num_tokens, 2)
-    admission = Admission(most, pack([most] * 1000), most, SamplingParams(), (1 << 64) - 1, most, (pack([most] * 50),) * 2)
-    params_bytes = len(codec.PLAN.encode([SamplingParams()]))  # type: ignore[list-item]
-    assert len(codec.PLAN.encode([admission])) <= 5 + Admission.most_bytes(params_bytes, 1000, 100, 2)  # type: ignore[list-item]
+    new_sequence = NewSequence(
+        most, pack([most] * 1000), most, EngineSamplingParams(), (1 << 64) - 1, most, (pack([most] * 50),) * 2
+    )
+    params_bytes = len(codec.PLAN.encode([EngineSamplingParams()]))  # type: ignore[list-item]
+    assert len(codec.PLAN.encode([new_sequence])) <= 5 + NewSequence.most_bytes(params_bytes, 1000, 100, 2)  # type: ignore[list-item]
     entry = TokenLogprobs(-0.1, (most,) * MAX_LOGPROBS, (-0.1,) * MAX_LOGPROBS)
     floats = struct.pack("f", -0.1) * 8
     scores = PromptLogprobs(MAX_LOGPROBS, floats, floats * MAX_LOGPROBS, floats * MAX_LOGPROBS)

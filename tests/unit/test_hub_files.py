@@ -9,15 +9,15 @@ from threading import Thread
 import pytest
 
 from tpserve.cli.server_flags import parse
+from tpserve.cluster.local_leader import LocalLeader, ask_local_leader
 from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
-from tpserve.hub.cache import Wanted, known_commit, note_commit, present
+from tpserve.hub.cache import FileSet, known_commit, note_commit, present
 from tpserve.hub.download import check_room
 from tpserve.hub.locate import INDICES, locate
 from tpserve.hub.names import check_revision, is_repository
 from tpserve.text.chat import ChatTemplate
 from tpserve.types.model_files import ModelFiles, Snapshot
-from tpserve.wire.siblings import Elder, ask
 
 COMMIT = "c" * 40
 
@@ -84,8 +84,8 @@ def test_a_template_is_a_file_or_itself(tmp_path: Path) -> None:
         ChatTemplate.load(tmp_path, {}, "{{ nothing")
 
 
-def wanted(cache: Path, **sizes: int) -> Wanted:
-    return Wanted("org/tiny", COMMIT, cache, sizes)
+def wanted(cache: Path, **sizes: int) -> FileSet:
+    return FileSet("org/tiny", COMMIT, cache, sizes)
 
 
 def test_how_far_a_download_is(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def asking(*local_ranks: int) -> tuple[list[Thread], list[object]]:
 
     def one(local_rank: int) -> None:
         try:
-            said.append(ask(rank(local_rank), 5.0))
+            said.append(ask_local_leader(rank(local_rank), 5.0))
         except (UserError, EngineFailure) as error:
             said.append(error)
 
@@ -173,10 +173,10 @@ def asking(*local_ranks: int) -> tuple[list[Thread], list[object]]:
 def test_the_first_rank_tells_the_others_whenever_they_come() -> None:
     early, said = asking(1)
     time.sleep(0.1)
-    elder = Elder(rank(0))
+    local_leader = LocalLeader(rank(0))
     time.sleep(0.1)
     assert said == []
-    elder.tell(FOUND)
+    local_leader.publish(FOUND)
     late, more = asking(2)
     for thread in early + late:
         thread.join(5)
@@ -184,22 +184,22 @@ def test_the_first_rank_tells_the_others_whenever_they_come() -> None:
 
 
 def test_the_first_rank_tells_why_not() -> None:
-    elder = Elder(rank(0))
+    local_leader = LocalLeader(rank(0))
     threads, said = asking(1)
     time.sleep(0.1)
-    elder.refuse("org/tiny is gated")
+    local_leader.publish_error("org/tiny is gated")
     for thread in threads:
         thread.join(5)
     assert [type(error) for error in said] == [UserError] and str(said[0]) == "org/tiny is gated"
 
 
 def test_a_first_rank_that_ends_without_a_word() -> None:
-    elder = Elder(rank(0))
+    local_leader = LocalLeader(rank(0))
     threads, said = asking(1, 2)
     time.sleep(0.1)
-    elder._listener.close()
+    local_leader._listener.close()
     for thread in threads:
         thread.join(5)
     assert [type(error) for error in said] == [EngineFailure] * 2
     with pytest.raises(EngineFailure, match=r"did not start within 0\.1 s"):
-        ask(rank(1), 0.1)
+        ask_local_leader(rank(1), 0.1)

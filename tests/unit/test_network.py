@@ -12,8 +12,8 @@ from tpserve.errors import UserError
 from tpserve.host import network
 from tpserve.host.launch import check_launch, own_interface
 from tpserve.host.network import Interface, choose
-from tpserve.wire.auth import FRONTEND, Keyring
 from tpserve.wire.channels import bind, open_socket, tcp
+from tpserve.wire.curve import FRONTEND, Keyring
 
 LO = Interface("lo", "127.0.0.1")
 KNOWN = [LO, Interface("eth0", "10.0.0.1"), Interface("ib0", "192.168.7.1"), Interface("eth0", "fd00::1")]
@@ -96,8 +96,8 @@ def test_a_range_of_ports() -> None:
             _port_range(wrong)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         first = taken.getsockname()[1]
-        lock = Keyring.open(None).lock(FRONTEND, 2)
-        receiver = bind(opened := open_socket(zmq.PULL, 100), tcp("127.0.0.1", (first, min(first + 20, 65535))), lock)
+        curve_server = Keyring.open(None).curve_server(FRONTEND, 2)
+        receiver = bind(opened := open_socket(zmq.PULL, 100), tcp("127.0.0.1", (first, min(first + 20, 65535))), curve_server)
         opened.close()
     assert first < int(receiver.rpartition(":")[2]) <= first + 20
 

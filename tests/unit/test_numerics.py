@@ -148,24 +148,24 @@ def test_experts(count: int, num_active: int, mine: range, hidden: int, channels
     biases = (weight(len(mine), 2 * channels), weight(len(mine), hidden)) if count == 5 else (None, None)
     experts = Experts(count, mine, gate_up.clone(), silu_mul, down.clone(), *biases)
     beside = MLP(weight(2 * shared, hidden), None, silu_mul, weight(hidden, shared), None, group) if shared else None
-    router, tally = weight(count + bool(shared), hidden).float(), torch.zeros(count, dtype=torch.int64)
+    router, expert_load = weight(count + bool(shared), hidden).float(), torch.zeros(count, dtype=torch.int64)
     routing = Routing(RoutingSpec(num_active, renormalise=count % 2 == 0))
-    plain = MoE(router, routing, Experts(count, mine, gate_up, silu_mul, down, *biases), beside, tally, group)
+    plain = MoE(router, routing, Experts(count, mine, gate_up, silu_mul, down, *biases), beside, expert_load, group)
     layer = replace(plain, experts=experts).packed()
 
     def op(x_TH: torch.Tensor) -> torch.Tensor:
-        before = tally.sum()
+        before = expert_load.sum()
         out_TH = layer(pad_rows(x_TH), len(x_TH))
-        assert tally.sum() - before == num_active * len(x_TH) and not out_TH[len(x_TH) :].any()
+        assert expert_load.sum() - before == num_active * len(x_TH) and not out_TH[len(x_TH) :].any()
         return out_TH[: len(x_TH)]
 
     assert_rows_stand_alone(op, hidden, dtype)
     x_TH = torch.randn(9, hidden).to(dtype)
     tolerance = 8e-2 if dtype == torch.bfloat16 else 5e-5
-    tally.zero_()
+    expert_load.zero_()
     op(x_TH)
     chosen = (x_TH.float() @ router.T)[:, :count].topk(num_active).indices
-    assert torch.equal(tally, chosen.flatten().bincount(minlength=count)), "other ranks' experts are counted here too"
+    assert torch.equal(expert_load, chosen.flatten().bincount(minlength=count)), "other ranks' experts are counted here too"
     torch.testing.assert_close(op(x_TH).float(), one_by_one(plain, x_TH.float()), atol=tolerance, rtol=tolerance)
 
 
@@ -180,8 +180,8 @@ def one_by_one(layer: MoE, x_TH: torch.Tensor) -> torch.Tensor:
     for t, (weights, ids) in enumerate(zip(chosen.values, chosen.indices, strict=True)):
         total = weights.sum() if layer.routing.spec.renormalise else 1.0
         for probability, expert in zip(weights, ids.tolist(), strict=True):
-            if expert in experts.mine:
-                e = expert - experts.mine.start
+            if expert in experts.local_experts:
+                e = expert - experts.local_experts.start
                 gate_up = experts.gate_up_EI2H[e].float() @ x_TH[t] + (0 if up_bias is None else up_bias[e].float())
                 gate, up = gate_up.chunk(2)
                 down = experts.down_EHI[e].float() @ (F.silu(gate) * up) + (0 if down_bias is None else down_bias[e].float())
@@ -257,7 +257,7 @@ def test_rope(heads: int, dim: int, turning: int | None, dtype: torch.dtype) -> 
         """The first column says which position a row has."""
         q_TND = x[:, 1:].reshape(len(x), heads, dim)
         positions_T = (x[:, 0].float().abs() * 200).long().clamp(max=999)
-        return torch.cat(rope.to(positions_T)(q_TND, q_TND[:, :1]), dim=1).flatten(1)
+        return torch.cat(rope.at(positions_T)(q_TND, q_TND[:, :1]), dim=1).flatten(1)
 
     assert_rows_stand_alone(op, 1 + heads * dim, dtype)
 
@@ -286,6 +286,6 @@ def test_neighbours_turn_together() -> None:
         waves_TE = torch.polar(torch.ones(9, 8), positions_T.unsqueeze(1) / 10000 ** (torch.arange(8) / 8))
         return torch.view_as_real(torch.view_as_complex(x.unflatten(2, (8, 2))) * waves_TE.unsqueeze(1)).flatten(2)
 
-    got_q, got_k = rope.to(positions_T)(q_TND, k_TKD)
+    got_q, got_k = rope.at(positions_T)(q_TND, k_TKD)
     expected = torch.einsum("tnd,skd->nts", turned(q_TND), turned(k_TKD))
     torch.testing.assert_close(torch.einsum("tnd,skd->nts", got_q, got_k), expected, atol=1e-4, rtol=0)

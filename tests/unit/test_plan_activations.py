@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.specs import ROUTING, small
 from tests.unit.test_weights import Seat
-from tpserve.attention.batch import AttentionBatch, StepBatch
-from tpserve.layers import activation, attention, latent, mlp, moe, norm, rope
+from tpserve.attention.metadata import AttentionMetadata, ModelInput
+from tpserve.layers import activation, attention, mla, mlp, moe, norm, rope
 from tpserve.models import decoder as decoders
 from tpserve.models.decoder import Decoder
 from tpserve.planner.activations import WORKSPACE_BYTES, activation_bytes
@@ -56,26 +56,26 @@ def kernels_allocate_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
         return result(x, weight.shape[-2])
 
-    for room in (attention, latent, mlp, moe, decoders):
+    for room in (attention, mla, mlp, moe, decoders):
         monkeypatch.setattr(room, "matmul", product)
-    for room, width in ((attention, 128), (latent, LATENT.kv_rank)):
+    for room, width in ((attention, 128), (mla, LATENT.kv_rank)):
         monkeypatch.setattr(room, "write_kv", lambda *_: None)
         monkeypatch.setattr(room, "attend", partial(attended, width))
-    monkeypatch.setattr(latent, "per_head", heads_apart)
+    monkeypatch.setattr(mla, "per_head", heads_apart)
     monkeypatch.setattr(moe, "grouped_matmul", product)
     monkeypatch.setattr(norm, "rms_norm", lambda x, *_: torch.empty_like(x))
     monkeypatch.setattr(norm, "add_rms_norm", lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
     halve = lambda x: result(x, x.shape[1] // 2)  # noqa: E731
     for name in activation.GATED:
         monkeypatch.setitem(activation.GATED, name, halve)
-    monkeypatch.setattr(rope.Rope, "to", lambda self, positions: lambda q, k: (q.new_empty(q.shape), k.new_empty(k.shape)))
-    monkeypatch.setattr(decoders, "ready", lambda group, *_: group)
+    monkeypatch.setattr(rope.Rope, "at", lambda self, positions: lambda q, k: (q.new_empty(q.shape), k.new_empty(k.shape)))
+    monkeypatch.setattr(decoders, "build_metadata", lambda group, *_: group)
 
 
-def batch() -> StepBatch:
+def batch() -> ModelInput:
     some = torch.arange(ROWS)
-    group = AttentionBatch(some, some, some.view(1, -1), some, (ROWS,), (ROWS,))
-    return StepBatch(some, some, (group,))
+    group = AttentionMetadata(some, some, some.view(1, -1), some, (ROWS,), (ROWS,))
+    return ModelInput(some, some, (group,))
 
 
 def peak(decoder: Decoder, hidden_size: int) -> int:

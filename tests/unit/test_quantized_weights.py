@@ -17,7 +17,7 @@ from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.load import Loaded, load
 from tpserve.weights.names import LLAMA
 from tpserve.weights.parameter import Parameter, Source
-from tpserve.weights.survey import about
+from tpserve.weights.unused_weights import checkpoint_notes
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 STACK = "model.layers.0.mlp.experts.gate_up_proj"
@@ -156,7 +156,7 @@ def test_what_is_not_whole_is_named(tensors: dict[str, torch.Tensor], source: So
 @pytest.mark.parametrize(("tensors", "source", "title"), [(PAIR, MATRIX, "block-FP8"), (BLOCKS, EXPERT, "MXFP4")])
 def test_what_becomes_of_them_is_said(tensors: dict[str, torch.Tensor], source: Source, title: str, tmp_path: Path) -> None:
     def said(sources: Sequence[Source]) -> list[str]:
-        return about(sources, Checkpoint.open(tmp_path, LLAMA), 1, "bfloat16")
+        return checkpoint_notes(sources, Checkpoint.open(tmp_path, LLAMA), 1, "bfloat16")
 
     save_file({**tensors, "model.norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
     norm = Source("model.norm.weight", (1,), 0, range(1))

@@ -9,8 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from tpserve.layers.rope import tables
-from tpserve.models.fields import Fields
-from tpserve.models.rope_fields import longest, rope_of
+from tpserve.models.config_fields import ConfigFields
+from tpserve.models.rope_config import longest, rope_of
 
 LENGTH, HEAD_DIM = 300, 16
 SHORT, LONG = [1.0 + i / 7 for i in range(8)], [2.0 + i for i in range(8)]
@@ -50,7 +50,7 @@ def test_tables(model: str, table: dict[str, Any], length: int) -> None:
         sizes["original_max_position_embeddings"] = 150
     theirs: PreTrainedConfig = config(**sizes, rope_parameters={"rope_theta": 5000.0, **table})
     cos, sin = rotary(theirs)(torch.zeros(1), torch.arange(length).unsqueeze(0))
-    fields = Fields({**sizes, "rope_parameters": {"rope_theta": 5000.0, **table}}, "config.json")
+    fields = ConfigFields({**sizes, "rope_parameters": {"rope_theta": 5000.0, **table}}, "config.json")
     spec = rope_of(fields, HEAD_DIM, partial=True)
     ours = tables(spec, HEAD_DIM, length, torch.device("cpu"))
     half = cos.shape[-1] // 2
@@ -61,7 +61,7 @@ def test_tables(model: str, table: dict[str, Any], length: int) -> None:
 
 def test_yarn_stretches_the_original_length() -> None:
     config = {"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0}}
-    fields = Fields(config, "config.json")
+    fields = ConfigFields(config, "config.json")
     assert longest(fields, rope_of(fields, 128)) == 131072
 
 
@@ -69,5 +69,5 @@ def test_earlier_names_of_longrope() -> None:
     for name in ("su", "yarn"):
         table = {"type": name, "short_factor": SHORT, "long_factor": LONG}
         config = {"max_position_embeddings": 600, "original_max_position_embeddings": 150, "rope_scaling": table}
-        spec = rope_of(Fields(config, "config.json"), HEAD_DIM)
+        spec = rope_of(ConfigFields(config, "config.json"), HEAD_DIM)
         assert (spec.scaling, spec.factor, spec.original_max_position) == ("longrope", 4.0, 150)

@@ -9,13 +9,13 @@ from msgspec.structs import replace
 from tests.specs import small
 from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
-from tpserve.frontend.coordinator import Coordinator
-from tpserve.frontend.roster import Peer, Seen
-from tpserve.frontend.server_info import numerics, server_info
-from tpserve.frontend.status import Status
-from tpserve.observe.log import Kept
+from tpserve.coordinator.coordinator import Coordinator
+from tpserve.coordinator.roster import Peer, RankInfo
+from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.server_info import numerics, server_info
+from tpserve.observe.log import LogRingBuffer
 from tpserve.types.machine import Machine
-from tpserve.types.messages import Beat, Hello, MemoryLedger, Numerics, Up
+from tpserve.types.messages import Heartbeat, Hello, MemoryLedger, Numerics, Ready
 from tpserve.types.model_files import ModelFiles
 
 CONFIG = resolve(
@@ -29,8 +29,10 @@ CONFIG = resolve(
 def test_while_starting_what_is_known_so_far() -> None:
     c = Coordinator(4, 0.0)
     c.receive(Peer(3, 1), Hello(3, 1, 77, "node1", {}, {}), 1.0)
-    c.receive(Peer(3, 1), Beat(3, 0, "waiting for all ranks", 0, -1), 1.25)
-    info = server_info(CONFIG, Status("starting", c.phase, c.percent), c.epoch, c.seen, 2.0, None, [Kept() for _ in c.seen])
+    c.receive(Peer(3, 1), Heartbeat(3, 0, "waiting for all ranks", 0, -1), 1.25)
+    info = server_info(
+        CONFIG, EngineStatus("starting", c.phase, c.percent), c.epoch, c.seen, 2.0, None, [LogRingBuffer() for _ in c.seen]
+    )
     assert [rank["state"] for rank in info["ranks"]] == ["missing"] * 3 + ["starting"]
     assert info["ranks"][3] == {
         "rank": 3, "node": 0, "host": "node1", "address": "", "visible_gpus": 0, "pid": 77, "stage": 1,
@@ -44,19 +46,19 @@ def test_while_starting_what_is_known_so_far() -> None:
 
 
 def test_the_first_and_the_last_lines_of_the_log() -> None:
-    kept = Kept(first=2, last=3)
-    kept.setFormatter(logging.Formatter("[frontend] %(message)s"))
+    log_buffer = LogRingBuffer(first=2, last=3)
+    log_buffer.setFormatter(logging.Formatter("[frontend] %(message)s"))
     for i in range(9):
-        kept.handle(logging.makeLogRecord({"msg": f"line {i}", "levelno": logging.ERROR if i == 7 else logging.INFO}))
-    info = server_info(CONFIG, Status("running"), 1, [], 0.0, kept, [])
+        log_buffer.handle(logging.makeLogRecord({"msg": f"line {i}", "levelno": logging.ERROR if i == 7 else logging.INFO}))
+    info = server_info(CONFIG, EngineStatus("running"), 1, [], 0.0, log_buffer, [])
     assert info["log"]["first"] == ["[frontend] line 0", "[frontend] line 1"]
     assert info["log"]["last"] == ["[frontend] line 6", "[frontend] line 7", "[frontend] line 8"]
-    assert (kept.last_error, kept.num_errors) == ("line 7", 1)
+    assert (log_buffer.last_error, log_buffer.num_errors) == ("line 7", 1)
 
 
 def test_lines_of_another_process() -> None:
     """Told bit by bit, twice, with a gap, and more than are kept: in order, none twice, and what is missing is said."""
-    theirs, ours = Kept(first=2, last=3), Kept(first=4, last=4)
+    theirs, ours = LogRingBuffer(first=2, last=3), LogRingBuffer(first=4, last=4)
     for upto in (1, 4, 5):
         while theirs.total < upto:
             theirs.add(f"line {theirs.total}")
@@ -68,7 +70,7 @@ def test_lines_of_another_process() -> None:
     ours.take(*theirs.since(ours.total))
     assert ours.shown()["last"] == ["(3 lines are missing)", "line 8 ?", "line 9 ?", "line 10 ?"]
     assert theirs.since(theirs.total) == (11, [])
-    long = Kept()
+    long = LogRingBuffer()
     for i in range(400):
         long.add(f"{i}" * 2000)
     start, lines = long.since(20)
@@ -77,7 +79,7 @@ def test_lines_of_another_process() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    text = json.dumps(server_info(CONFIG, Status("running"), 1, [], 0.0, None, []))
+    text = json.dumps(server_info(CONFIG, EngineStatus("running"), 1, [], 0.0, None, []))
     assert "s3cret" not in text and "r00t" not in text
     shown = json.loads(text)["config"]
     assert (shown["api_key"], shown["admin_api_key"], shown["num_gpu_blocks_override"]) == ("***", "***", None)
@@ -86,9 +88,11 @@ def test_secrets_are_not_shown() -> None:
 
 
 def test_what_the_self_tests_of_all_ranks_say() -> None:
-    def seen(*found: Numerics | None) -> list[Seen]:
+    def seen(*found: Numerics | None) -> list[RankInfo]:
         ledger = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 0, 16, 256)
-        return [Seen(None, Up(rank, 1, ledger, {}, each), Beat(rank, 1, "", 0, 0), 0.0) for rank, each in enumerate(found)]
+        return [
+            RankInfo(None, Ready(rank, 1, ledger, {}, each), Heartbeat(rank, 1, "", 0, 0), 0.0) for rank, each in enumerate(found)
+        ]
 
     good = Numerics()
     assert numerics(seen(good, good)) == "batch-invariant"
@@ -96,4 +100,4 @@ def test_what_the_self_tests_of_all_ranks_say() -> None:
     both = Numerics(("x",), ("a",)), Numerics(("y", "x"), ("x",))
     assert numerics(seen(*both)) == "not on this processor: x, y; untested: a"
     assert numerics(seen(None, None)) == "not promised on CUDA"
-    assert numerics([*seen(good), Seen(None, None, Beat(1, 1, "", 0, 0), 0.0)]) is None
+    assert numerics([*seen(good), RankInfo(None, None, Heartbeat(1, 1, "", 0, 0), 0.0)]) is None

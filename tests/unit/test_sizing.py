@@ -15,7 +15,7 @@ from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.models.decoder import Decoder
-from tpserve.models.need import largest, need
+from tpserve.models.param_count import count_params, largest_count
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
@@ -24,7 +24,7 @@ from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec
 from tpserve.worker.memory import allocate
-from tpserve.worker.sizing import AUTO_LEAST, GIB, Measured, fit, ledger_of, refusal, report, slot_bytes
+from tpserve.worker.sizing import AUTO_LEAST, GIB, MemoryProfile, fit_kv_cache, ledger_of, refusal, report, slot_bytes
 
 EIGHT_EXPERTS = replace(EXPERTS, count=8, shared_size=0, shared_gate=False, layers=(0, 1, 2, 3))
 MIB = 1 << 20
@@ -40,17 +40,17 @@ def config(line: str, ranks: int = 1, nnodes: int = 1) -> EngineConfig:
     return resolve(parse(["m", "--device", "cuda", "--max-num-seqs", "8", *line.split()]), ModelFiles("m", "m"), SPEC, machine)
 
 
-def rank(total_gib: float, share: float = 0.9, tp: int = 1, spec: ModelSpec = SPEC) -> Measured:
+def rank(total_gib: float, share: float = 0.9, tp: int = 1, spec: ModelSpec = SPEC) -> MemoryProfile:
     """A card on which this model was loaded, with one GiB for activations and LM head, half another for others."""
-    total, weights = int(total_gib * GIB), 2 * largest(spec, ParallelLayout(tp, 1, (32,))).weights
-    block = 16 * 2 * largest(spec, ParallelLayout(tp, 1, (32,))).cached
+    total, weights = int(total_gib * GIB), 2 * largest_count(spec, ParallelLayout(tp, 1, (32,))).weights
+    block = 16 * 2 * largest_count(spec, ParallelLayout(tp, 1, (32,))).cached
     others, rest = GIB // 2, weights + GIB
     mine = int(total * share) - others
-    return Measured(total, others, mine, weights, GIB // 2, GIB // 2, mine - rest, total - others - rest, block)
+    return MemoryProfile(total, others, mine, weights, GIB // 2, GIB // 2, mine - rest, total - others - rest, block)
 
 
-def said(ranks: list[Measured], settings: EngineConfig, per_node: int = 8, spec: ModelSpec = SPEC) -> str:
-    refused = refusal(fit(ranks, spec, settings), ranks, spec, settings, per_node)
+def said(ranks: list[MemoryProfile], settings: EngineConfig, per_node: int = 8, spec: ModelSpec = SPEC) -> str:
+    refused = refusal(fit_kv_cache(ranks, spec, settings), ranks, spec, settings, per_node)
     return "" if refused is None else str(refused)
 
 
@@ -83,7 +83,7 @@ def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra
     for place in range(layout.world_size):
         stage, seat = layout.stage_of(place), Seat(layout.tp_rank_of(place), tp)
         decoder = Decoder(spec, layout, stage, seat, torch.float32, torch.device("cpu"), 8)
-        computed = need(spec, layout, place)
+        computed = count_params(spec, layout, place)
         assert computed.weights == sum(parameter.tensor.numel() for parameter in decoder.parameters())
         mesh = Mesh(place, layout, Group(), Group(), Pipeline(), torch.device("cpu"))
         caches = allocate(decoder, mesh, 1, 1)
@@ -97,7 +97,7 @@ def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra
 def test_auto_takes_what_fits_on_the_smallest_rank() -> None:
     settings = config("--max-model-len auto", ranks=2)
     ranks = [rank(40, tp=2), rank(13, tp=2)]
-    found = fit(ranks, SPEC, settings)
+    found = fit_kv_cache(ranks, SPEC, settings)
     assert found.rank == 1 and AUTO_LEAST < found.max_model_len < 131_072 and found.max_model_len % 16 == 0
     assert found.num_blocks * 16 >= found.max_model_len
     took = found.num_blocks * ranks[1].block + slot_bytes(settings, found.max_model_len)
@@ -110,7 +110,7 @@ def test_auto_takes_what_fits_on_the_smallest_rank() -> None:
 
 def test_auto_takes_all_when_all_fits() -> None:
     settings = config("--max-model-len auto")
-    found = fit([rank(80)], SPEC, settings)
+    found = fit_kv_cache([rank(80)], SPEC, settings)
     assert found.max_model_len == 131_072
     assert "all of the model's 131,072 tokens" in report([ledger_of(rank(80), found, settings)], found, SPEC, settings)[2]
 
@@ -121,7 +121,7 @@ def test_random_ranks_never_get_more_than_their_room(auto: bool) -> None:
     for _ in range(300):
         settings = config("--max-model-len auto" if auto else "--max-model-len 5000", ranks=2)
         ranks = [rank(dice.uniform(15, 60), dice.uniform(0.5, 1)) for _ in range(2)]
-        found = fit(ranks, SPEC, settings)
+        found = fit_kv_cache(ranks, SPEC, settings)
         for each in ranks:
             assert found.num_blocks * each.block <= max(0, each.room - slot_bytes(settings, found.max_model_len))
         assert not auto or found.max_model_len <= found.num_blocks * 16
@@ -131,7 +131,7 @@ def test_random_ranks_never_get_more_than_their_room(auto: bool) -> None:
 
 def test_a_size_that_is_given_wins() -> None:
     settings = config("--kv-cache-memory 2.5 --max-model-len 4096")
-    assert fit([rank(40)], SPEC, settings).num_blocks == 2.5 * GIB // rank(40).block
+    assert fit_kv_cache([rank(40)], SPEC, settings).num_blocks == 2.5 * GIB // rank(40).block
     assert said([rank(40)], settings) == ""
     assert said([rank(18)], settings) == (
         "--kv-cache-memory 2.5 does not fit: beside weights, activations and LM head rank 0 has 1.5 GiB free: "
@@ -183,8 +183,8 @@ GEMMA = replace(SPEC, cache=tuple(CacheGroup(tuple(range(i, 32, 4)), None if i =
 def test_windows_make_the_same_memory_hold_more() -> None:
     settings = config("--max-model-len auto")
     ranks = [rank(24, spec=GEMMA)]
-    found = fit(ranks, GEMMA, settings)
-    assert fit([rank(24)], SPEC, settings).max_model_len == 42_112 and found.max_model_len == 131_072
+    found = fit_kv_cache(ranks, GEMMA, settings)
+    assert fit_kv_cache([rank(24)], SPEC, settings).max_model_len == 42_112 and found.max_model_len == 131_072
     each = 131_072 // 16 + 3 * 65
     lines = report([ledger_of(ranks[0], found, settings)], found, GEMMA, settings)
     assert lines[1] == (

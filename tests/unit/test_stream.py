@@ -11,8 +11,8 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as RustTokenizer
 
 from tests.http.tiny_tokenizer import byte_level
-from tpserve.text.assembler import Assembler, Piece
-from tpserve.text.entries import PromptScores, token_offsets
+from tpserve.text.assembler import Assembler, OutputDelta
+from tpserve.text.logprob_entries import PromptScores, token_offsets
 from tpserve.text.stream import MAX_RUN_BYTES, split_utf8
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.plan import PromptLogprobs, TokenLogprobs
@@ -162,16 +162,16 @@ def test_invalid_bytes_are_replaced_as_unicode_recommends(data: bytes) -> None:
 # The assembler
 
 
-def pushed(assembler: Assembler, ids: Sequence[int], cuts: Sequence[int]) -> list[Piece]:
+def pushed(assembler: Assembler, ids: Sequence[int], cuts: Sequence[int]) -> list[OutputDelta]:
     """Push `ids` in runs of the lengths `cuts`, one by one after that, taking after each push."""
-    at, found = 0, list[Piece | None]()
+    at, found = 0, list[OutputDelta | None]()
     for count in [*cuts, *[1] * len(ids)]:
         if at < len(ids) and assembler.finish is None:
             assembler.push(ids[at : at + count], [TokenLogprobs(-1.0, (), ())] * len(ids[at : at + count]))
             at += count
             found.append(assembler.take())
     assembler.end("length")
-    return [piece for piece in [*found, assembler.take()] if piece is not None]
+    return [delta for delta in [*found, assembler.take()] if delta is not None]
 
 
 STOPS = st.lists(st.sampled_from(["é", "漢a", "a\n", "the", "\ufffd", " c", "🎉", "s."]), max_size=3)
@@ -192,7 +192,7 @@ def test_no_split_changes_an_answer(
     prompt, ids = ids_of(tokenizer, before), ids_of(tokenizer, parts)
     closed = len(prompt) - tokenizer.num_open(prompt, skip)
 
-    def run(cuts: Sequence[int]) -> tuple[Assembler, list[Piece]]:
+    def run(cuts: Sequence[int]) -> tuple[Assembler, list[OutputDelta]]:
         assembler = Assembler(
             tokenizer, prompt, stop=stop, skip_special_tokens=skip, min_tokens=minimum, num_open=len(prompt) - closed
         )
@@ -200,12 +200,12 @@ def test_no_split_changes_an_answer(
 
     assembler, found = run(cuts)
     alone, whole = run([len(ids)] if ids else [])
-    text = "".join(piece.text for piece in found)
-    assert text == "".join(piece.text for piece in whole)
+    text = "".join(delta.text for delta in found)
+    assert text == "".join(delta.text for delta in whole)
     assert (assembler.finish, assembler.stop_reason, assembler.num_tokens) == (alone.finish, alone.stop_reason, alone.num_tokens)
-    entries = [entry for piece in found for entry in piece.entries]
-    assert entries == [entry for piece in whole for entry in piece.entries]
-    assert [token for piece in found for token in piece.tokens] == ids[: assembler.num_tokens] == [e.token for e in entries]
+    entries = [entry for delta in found for entry in delta.entries]
+    assert entries == [entry for delta in whole for entry in delta.entries]
+    assert [token for delta in found for token in delta.tokens] == ids[: assembler.num_tokens] == [e.token for e in entries]
     assert found[0].open_offsets == whole[0].open_offsets and len(found[0].open_offsets) == len(prompt) - closed
     expected = tokenizer.decode(prompt[:closed] + prompt[closed:] + ids[: assembler.num_tokens], skip)
     expected = expected[len(tokenizer.decode(prompt[:closed], skip)) :]
@@ -225,7 +225,7 @@ def test_a_stop_string_in_a_run_ends_it_at_once(tokenizer: Tokenizer) -> None:
     ids = spelled(tokenizer, "a漢é🎉".encode())
     assembler = Assembler(tokenizer, ids[:1], stop=["é"])
     found = pushed(assembler, ids[1:], [])
-    assert ("".join(piece.text for piece in found), assembler.num_tokens, assembler.stop_reason) == ("漢", 5, "é")
+    assert ("".join(delta.text for delta in found), assembler.num_tokens, assembler.stop_reason) == ("漢", 5, "é")
 
 
 @ALL
@@ -236,8 +236,8 @@ def test_each_token_lies_where_its_offset_says(tokenizer: Tokenizer, parts: list
     ids = ids_of(tokenizer, parts)
     assembler = Assembler(tokenizer, skip_special_tokens=skip)
     found = pushed(assembler, ids, [])
-    text = "".join(piece.text for piece in found)
-    offsets = [*(entry.offset for piece in found for entry in piece.entries), len(text)]
+    text = "".join(delta.text for delta in found)
+    offsets = [*(entry.offset for delta in found for entry in delta.entries), len(text)]
     assert offsets == sorted(offsets) and (not ids or offsets[0] == 0) and offsets[-1] == len(text)
     for token, (begin, end) in zip(ids, pairwise(offsets), strict=True):
         if tokenizer is BYTES and "\ufffd" not in text[begin:end]:
@@ -248,8 +248,8 @@ def test_each_token_lies_where_its_offset_says(tokenizer: Tokenizer, parts: list
 def test_the_offset_behind_half_a_character_counts_it(tokenizer: Tokenizer) -> None:
     ids = spelled(tokenizer, b"a\xf0b\xf0")
     found = pushed(Assembler(tokenizer), [*ids, 2], [])
-    assert [entry.offset for piece in found for entry in piece.entries][:4] == [0, 1, 2, 3]
-    assert "".join(piece.text for piece in found) == tokenizer.decode(ids)
+    assert [entry.offset for delta in found for entry in delta.entries][:4] == [0, 1, 2, 3]
+    assert "".join(delta.text for delta in found) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, LLAMA], ids=["byte-level", "llama 2"])
@@ -259,11 +259,11 @@ def test_open_tokens_of_a_prompt_lie_in_the_output(tokenizer: Tokenizer) -> None
     scores.push(1, PromptLogprobs(0, array("f", [-1.0, -2.0]).tobytes(), b"", b""))
     num_open = tokenizer.num_open(prompt)
     assert num_open == (2 if tokenizer is BYTES else 3), "a run is open as a whole"
-    piece = pushed(Assembler(tokenizer, prompt, num_open=num_open), last, [])[0]
-    assert piece.text[-1] == "漢" and piece.open_offsets[-2:] == [len(piece.text) - 1] * 2
+    delta = pushed(Assembler(tokenizer, prompt, num_open=num_open), last, [])[0]
+    assert delta.text[-1] == "漢" and delta.open_offsets[-2:] == [len(delta.text) - 1] * 2
     echoed = scores.entries(tokenizer, tokenizer.decode(prompt[: 3 - num_open]), 0, num_open)
     assert [entry.token for entry in echoed] == prompt[: 3 - num_open]
-    assert [entry.token for entry in scores.open_entries(piece.open_offsets, 0)] == prompt[3 - num_open :]
+    assert [entry.token for entry in scores.open_entries(delta.open_offsets, 0)] == prompt[3 - num_open :]
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, LLAMA], ids=["byte-level", "llama 2"])

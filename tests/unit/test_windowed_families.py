@@ -8,7 +8,7 @@ import torch
 from msgspec.structs import replace
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from tests.parity.harness import Table, step_batch
+from tests.parity.runner import Table, step_batch
 from tests.specs import small
 from tpserve.errors import UserError
 from tpserve.models import model_spec

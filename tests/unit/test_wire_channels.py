@@ -8,22 +8,22 @@ import pytest
 import zmq
 
 from tpserve.errors import EngineFailure
-from tpserve.types.messages import Abort, Cut, Done
+from tpserve.types.messages import Abort, Done, Truncate
 from tpserve.types.packed import pack
 from tpserve.types.plan import Chunk, StepPlan, StepResult
 from tpserve.wire import codec
-from tpserve.wire.auth import Doorkeeper, Keyring, rank_role
 from tpserve.wire.channels import (
-    Door,
     EngineLink,
     EngineServer,
     PlanBroadcaster,
     PlanReceiver,
     ResultReceiver,
     ResultSender,
+    TcpEndpoint,
     tcp,
     wait,
 )
+from tpserve.wire.curve import Keyring, ZapAuthenticator, rank_role
 
 
 def plan(step: int, epoch: int = 1) -> StepPlan:
@@ -128,16 +128,16 @@ def test_plans_are_numbered_without_a_gap(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_inside_a_node_and_over_tcp(tmp_path: Path, address: str) -> None:
     keyring = Keyring.open(None)
-    lock = keyring.lock(rank_role(0), 3)
-    doorkeeper = Doorkeeper(lock.allowed)
-    sender = PlanBroadcaster(f"ipc://{tmp_path}/plan", Door(tcp(address), lock))
+    curve_server = keyring.curve_server(rank_role(0), 3)
+    zap_authenticator = ZapAuthenticator(curve_server.allowed)
+    sender = PlanBroadcaster(f"ipc://{tmp_path}/plan", TcpEndpoint(tcp(address), curve_server))
     assert int(sender.remote_endpoint.rpartition(":")[2]) > 0
     near = PlanReceiver(sender.endpoint, 1)
-    far = PlanReceiver(sender.remote_endpoint, 1, keyring.key(2, rank_role(0)))
+    far = PlanReceiver(sender.remote_endpoint, 1, keyring.curve_client(2, rank_role(0)))
     sender.begin(1, 2, 5.0)
     sender.send(plan(0))
     assert near.receive(5.0) == far.receive(5.0) == plan(0)
-    doorkeeper.close()
+    zap_authenticator.close()
     for channel in (near, far, sender):
         channel.close()
 
@@ -172,8 +172,8 @@ def test_the_frontend_speaks_only_with_the_engine_of_the_epoch(tmp_path: Path) -
         got += server.receive()
     time.sleep(0.05)
     assert got + server.receive() == [Done(2, "stop", 1)]
-    server.send([Abort(5), Cut(6, 7)])
-    assert new.poll(5.0) == [Abort(5), Cut(6, 7)]
+    server.send([Abort(5), Truncate(6, 7)])
+    assert new.poll(5.0) == [Abort(5), Truncate(6, 7)]
     assert old.poll(0.1) == []
     for channel in (server, old, new):
         channel.close()

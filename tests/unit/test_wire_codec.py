@@ -11,30 +11,30 @@ from tpserve.errors import EngineFailure
 from tpserve.types.messages import (
     Abort,
     Add,
-    Beat,
-    Control,
-    Cut,
     Delta,
     Done,
     Drain,
+    EngineControl,
     Fault,
+    Heartbeat,
     Hello,
     MemoryLedger,
+    Ready,
     Run,
     Start,
     Stats,
     Stop,
-    Up,
+    Truncate,
 )
 from tpserve.types.packed import pack
-from tpserve.types.plan import Admission, Chunk, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.plan import Chunk, NewSequence, StepPlan, StepResult, TokenLogprobs
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.wire import codec
 
-PARAMS = SamplingParams(temperature=0.5, max_tokens=7, stop_token_ids=(3,), logprobs=2)
+PARAMS = EngineSamplingParams(temperature=0.5, max_tokens=7, stop_token_ids=(3,), logprobs=2)
 SAMPLES = {
-    codec.ENGINE_INPUT: [Add(Request(1, pack([1, 2]), PARAMS, 2**64 - 1)), Abort(1), Cut(1, 5), Control("drain")],
+    codec.ENGINE_INPUT: [Add(Request(1, pack([1, 2]), PARAMS, 2**64 - 1)), Abort(1), Truncate(1, 5), EngineControl("drain")],
     codec.ENGINE_OUTPUT: [
         Delta(1, 0, (4, 5), (TokenLogprobs(-0.5, (4, 9), (-0.5, -1.5)),) * 2),
         Done(1, "stop", 2, stop_id=3),
@@ -42,13 +42,13 @@ SAMPLES = {
     ],
     codec.RANK: [
         Hello(0, 17, 99, "host", {"store": "127.0.0.1:1"}, {"version": "0"}),
-        Up(0, 1, MemoryLedger(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), {"vocab_size": 320}),
-        Beat(0, 1, "loading", 50, 3),
+        Ready(0, 1, MemoryLedger(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), {"vocab_size": 320}),
+        Heartbeat(0, 1, "loading", 50, 3),
         Fault(1, 1, "user", "no such file"),
         Drain(1),
     ],
     codec.COORDINATOR: [Start(1, {"store": "h:1"}), Run(1), Drain(), Stop(0, "")],
-    codec.PLAN: [StepPlan.of(1, 0, [Chunk(0, 0, 2, True)], [Admission(0, pack([1, 2]), 2, PARAMS, 1, 0, (pack([0]),))])],
+    codec.PLAN: [StepPlan.of(1, 0, [Chunk(0, 0, 2, True)], [NewSequence(0, pack([1, 2]), 2, PARAMS, 1, 0, (pack([0]),))])],
     codec.RESULT: [StepResult(1, 0, pack([5]))],
 }
 

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from tests.specs import small
 from tpserve.models import names_of
 from tpserve.models.decoder import Decoder
-from tpserve.models.whole import sources
+from tpserve.models.whole_model import sources
 from tpserve.parallel.group import Group
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.model_spec import ModelSpec
@@ -16,7 +16,7 @@ from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import Loaded, load
 from tpserve.weights.parameter import Parameter, Source
-from tpserve.weights.survey import unused
+from tpserve.weights.unused_weights import unused_tensors
 
 QWEN3 = {"family": "qwen3", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": "head", "norm_eps": 1e-6}
 SPEC = small(**QWEN3, num_layers=5, hidden_size=24, head_dim=4, max_position=64)
@@ -53,7 +53,7 @@ def whole_checkpoint() -> dict[str, torch.Tensor]:
 def read(directory: Path, model: Decoder) -> Loaded:
     """As rank 0 does it."""
     checkpoint = Checkpoint.open(directory, names_of(model.spec))
-    unused(sources(model.spec), checkpoint, model.spec.num_layers)
+    unused_tensors(sources(model.spec), checkpoint, model.spec.num_layers)
     return load(model.parameters(), checkpoint)
 
 

@@ -21,7 +21,7 @@ class Unreachable(UserError):
     """Nobody answers there."""
 
 
-class Facts(NamedTuple):
+class ServerFacts(NamedTuple):
     """What a server says of itself. `ready`: the body of /readyz; `metrics`: empty where the key for them is missing."""
 
     url: str
@@ -30,7 +30,7 @@ class Facts(NamedTuple):
     metrics: str
 
 
-def ask(url: str) -> Facts:
+def ask(url: str) -> ServerFacts:
     """All of it. UserError when nobody answers, when it is no tpserve, and when a key is missing."""
     keys = env.overrides()
     ready = _json(url, "/readyz", *_get(url, "/readyz", None))
@@ -44,7 +44,7 @@ def ask(url: str) -> Facts:
     if info.get("version") != __version__:
         raise UserError(f"{url} is tpserve {info.get('version')} and this is {__version__}: ask with the server's own version")
     code, metrics = _get(url, "/metrics", keys.get("metrics_key"))
-    return Facts(url, ready, info, metrics.decode() if code == 200 else "")
+    return ServerFacts(url, ready, info, metrics.decode() if code == 200 else "")
 
 
 def gauge(metrics: str, name: str) -> float | None:

@@ -40,7 +40,7 @@ NVIDIA_SMI = (
 NVIDIA_SMI_S = 10.0
 
 
-class Report(Struct, frozen=True, kw_only=True):
+class ReportFlags(Struct, frozen=True, kw_only=True):
     """The flags."""
 
     url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
@@ -54,7 +54,7 @@ COMMAND = Command(
     "One file for a ticket: versions, resolved flags, every rank's fingerprint, the layout, the first and last lines of the\n"
     "server's log, and this host. Keys, tokens and secrets are taken out. Where the server has an admin key,\n"
     "TPSERVE_ADMIN_API_KEY must be that; without a server the file tells of this host alone.",
-    Report,
+    ReportFlags,
 )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import Struct
 
-from tpserve.admin.client import Facts, ask, gauge
+from tpserve.admin.client import ServerFacts, ask, gauge
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
 from tpserve.config.schema import Flag
@@ -17,7 +17,7 @@ READY, NOT_READY = 0, 1
 Json = dict[str, Any]
 
 
-class Status(Struct, frozen=True, kw_only=True):
+class StatusFlags(Struct, frozen=True, kw_only=True):
     """The flags."""
 
     url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
@@ -28,7 +28,7 @@ COMMAND = Command(
     "A server's nodes, ranks, GPUs, memory, phase and queue as one table, also while it starts. Exit code 0 when it is ready, 1\n"
     "when it is not yet or no longer, 2 when there is none or it will not tell: where it has an admin key,\n"
     "TPSERVE_ADMIN_API_KEY must be that.",
-    Status,
+    StatusFlags,
 )
 
 
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     return READY if facts.ready["state"] == "running" else NOT_READY
 
 
-def page(facts: Facts) -> list[str]:
+def page(facts: ServerFacts) -> list[str]:
     """Lines: what it is, its ranks, its queue."""
     info, ranks = facts.info, facts.info["ranks"]
     config, layout = info["config"], info["layout"]

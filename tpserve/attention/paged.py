@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tpserve.attention import tiled, tiles
-from tpserve.attention.batch import AttentionBatch
+from tpserve.attention import cpu_attention, cpu_plan
+from tpserve.attention.metadata import AttentionMetadata
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class KVLayout:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class AttentionParams:
     """How a layer weighs what a row sees: the softmax of `scale` times query times key.
 
     `cap`: a score s becomes cap tanh(s / cap) first (Gemma 2). `sinks`: [query heads of this rank] float32, for each head one
@@ -65,7 +65,7 @@ class Scoring:
     sinks: torch.Tensor | None = None
 
 
-def ready(batch: AttentionBatch, num_heads: int, cache: KVCache) -> AttentionBatch:
+def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> AttentionMetadata:
     """The batch with what its attention needs worked out, once a step for all layers of its cache group.
 
     `cache`: any of theirs; only its shape counts.
@@ -73,12 +73,12 @@ def ready(batch: AttentionBatch, num_heads: int, cache: KVCache) -> AttentionBat
     if cache.k.is_cuda:
         return batch
     _, block_size, num_kv, k_dim = cache.k.shape
-    heads = tiles.Heads(num_kv, num_heads // num_kv, k_dim, cache.v.shape[3])
+    heads = cpu_plan.HeadShape(num_kv, num_heads // num_kv, k_dim, cache.v.shape[3])
     lens, contexts = batch.query_lens_host, batch.context_lens_host
-    return replace(batch, tiles=tiles.plan(lens, contexts, batch.tables, block_size, heads, batch.window))
+    return replace(batch, tiles=cpu_plan.plan(lens, contexts, batch.tables, block_size, heads, batch.window))
 
 
-def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, batch: AttentionBatch) -> None:
+def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, batch: AttentionMetadata) -> None:
     """Put each row's key and value where the batch says, in place; rows past the batch's are padding.
 
     `v_TKE`: None where the cache has the value in the key.
@@ -95,13 +95,16 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
         cache.v.flatten(0, 1).index_copy_(0, batch.write_slots, v_TKE[:rows])
 
 
-def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionBatch, scoring: Scoring) -> torch.Tensor:
-    """Attention of every row of the batch, made `ready`, over what it sees of its own sequence: [T, N, channels of a value]."""
+def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attention_params: AttentionParams) -> torch.Tensor:
+    """Attention of every row of the batch, made `build_metadata`, over what it sees of its own sequence: [T, N, channels of a
+    value]."""
     if not q_TND.is_cuda:
-        return tiled.attend(q_TND, cache.k, cache.v, batch.tiles, scoring.scale, scoring.cap, scoring.sinks)
+        return cpu_attention.attend(
+            q_TND, cache.k, cache.v, batch.tiles, attention_params.scale, attention_params.cap, attention_params.sinks
+        )
     from tpserve_kernels import attention
 
     return attention.paged_attention(
         q_TND, cache.k, cache.v, batch.tables, batch.query_starts, batch.context_lens, max(batch.query_lens_host),
-        scoring.scale, batch.window, scoring.cap, scoring.sinks,
+        attention_params.scale, batch.window, attention_params.cap, attention_params.sinks,
     )  # fmt: skip

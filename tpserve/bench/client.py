@@ -1,9 +1,11 @@
 """One streamed answer of an OpenAI server, whoever's: what its bytes say, and when they came.
 
-`Answer` is pure: pieces of the body and times in, facts out. Servers differ, and all of these are read: chunks without choices,
+`ResponseRecord` is pure: pieces of the body and times in, facts out. Servers differ, and all of these are read: chunks without
+choices,
 usage in a chunk of its own, in every chunk or not at all, comments between events, lines that end in CRLF, reasoning in a field
 of its own, a finish reason without `[DONE]` and `[DONE]` without a finish reason. A stream with neither was cut off.
-`ask` fills one from a socket. Never retries, never raises for what a server does: a failed request is a fact like the others.
+`send_request` fills one from a socket. Never retries, never raises for what a server does: a failed request is a fact like the
+others.
 """
 
 import time
@@ -12,8 +14,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from tpserve.bench.course import Course
-from tpserve.bench.workload import Api, Ask, Workload
+from tpserve.bench.request_timing import RequestTiming
+from tpserve.bench.workload import Api, BenchRequest, Workload
 
 PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 DETAIL_CHARS = 200
@@ -29,7 +31,7 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: Details | None = None
 
 
-class Delta(msgspec.Struct, frozen=True):
+class ChatDelta(msgspec.Struct, frozen=True):
     """Of chat. Whatever is in any of these was generated; `reasoning` is vLLM's newer name."""
 
     content: Any = None
@@ -38,9 +40,9 @@ class Delta(msgspec.Struct, frozen=True):
     tool_calls: Any = None
 
 
-class Choice(msgspec.Struct, frozen=True):
+class ResponseChoice(msgspec.Struct, frozen=True):
     text: str | None = None
-    delta: Delta | None = None
+    delta: ChatDelta | None = None
     finish_reason: Any = None
 
     def generated(self) -> bool:
@@ -48,20 +50,20 @@ class Choice(msgspec.Struct, frozen=True):
         return bool(self.text or (delta and (delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls)))
 
 
-class Chunk(msgspec.Struct, frozen=True):
-    choices: tuple[Choice, ...] | None = None
+class ResponseChunk(msgspec.Struct, frozen=True):
+    choices: tuple[ResponseChoice, ...] | None = None
     usage: Usage | None = None
     error: Any = None
 
 
-CHUNK = msgspec.json.Decoder(Chunk)
+RESPONSE_CHUNK = msgspec.json.Decoder(ResponseChunk)
 
 
-class Answer:
+class ResponseRecord:
     """One request, from its sending on. Times are those of `time.perf_counter`."""
 
-    def __init__(self, ask: Ask, begin_s: float) -> None:
-        self.asked = ask
+    def __init__(self, request: BenchRequest, begin_s: float) -> None:
+        self.request = request
         self.begin_s = begin_s
         self.token_s: list[float] = []
         """When each chunk with generated text came."""
@@ -107,7 +109,7 @@ class Answer:
             self._finished = True
             return
         try:
-            chunk = CHUNK.decode(data)
+            chunk = RESPONSE_CHUNK.decode(data)
         except msgspec.DecodeError as error:
             self.fail("unreadable chunk", f"{error}: {data[:DETAIL_CHARS].decode(errors='replace')}", now_s)
             return
@@ -134,7 +136,7 @@ class Answer:
     def input_tokens(self) -> int:
         """As the server counts; if it does not, as many as were asked for."""
         said = self.usage.prompt_tokens if self.usage else None
-        return self.asked.input_len if said is None else said
+        return self.request.input_len if said is None else said
 
     @property
     def cached_tokens(self) -> int | None:
@@ -143,15 +145,17 @@ class Answer:
         return details.cached_tokens if details else None
 
     @property
-    def course(self) -> Course:
+    def timing(self) -> RequestTiming:
         """What its times say."""
-        return Course(self.begin_s, self.token_s, self.end_s, self.output_tokens)
+        return RequestTiming(self.begin_s, self.token_s, self.end_s, self.output_tokens)
 
 
-async def ask(session: aiohttp.ClientSession, url: str, model: str, workload: Workload, what: Ask) -> Answer:
+async def send_request(
+    session: aiohttp.ClientSession, url: str, model: str, workload: Workload, what: BenchRequest
+) -> ResponseRecord:
     """Send one request to the server at `url` and read its answer to the end."""
     data = msgspec.json.encode(body(workload, model, what))
-    answer = Answer(what, time.perf_counter())
+    answer = ResponseRecord(what, time.perf_counter())
     try:
         async with session.post(url + PATHS[workload.endpoint], data=data) as response:
             if response.status != 200:
@@ -170,7 +174,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, workload: Wo
     return answer
 
 
-def body(workload: Workload, model: str, what: Ask) -> dict[str, Any]:
+def body(workload: Workload, model: str, what: BenchRequest) -> dict[str, Any]:
     """The request. `ignore_eos` is no field of OpenAI's own API, so that it is not sent when it is off."""
     fields = {"model": model, "max_tokens": what.output_len, "temperature": workload.temperature}
     fields |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -66,7 +66,7 @@ _RANGE = "Lengths are uniform from (1 - R) to (1 + R) times those."
 _PREFIX = "Tokens before them that all prompts share."
 
 
-class Step(Struct, frozen=True, kw_only=True):
+class StepFlags(Struct, frozen=True, kw_only=True):
     """Of `bench step`."""
 
     batch: Annotated[tuple[int, ...], Flag(LOAD, "Decoding sequences.")] = (1, 32, 256)
@@ -77,7 +77,7 @@ class Step(Struct, frozen=True, kw_only=True):
     output: Annotated[Path | None, _file(_FIGURES)] = None
 
 
-class Offline(Struct, frozen=True, kw_only=True):
+class OfflineFlags(Struct, frozen=True, kw_only=True):
     """Of every benchmark of the engine without a server."""
 
     output_len: Annotated[int, _number("Tokens to generate.", also="--random-output-len")] = 128
@@ -86,7 +86,7 @@ class Offline(Struct, frozen=True, kw_only=True):
     plot: Annotated[Path | None, _PLOT] = None
 
 
-class Latency(Offline, frozen=True, kw_only=True):
+class LatencyFlags(OfflineFlags, frozen=True, kw_only=True):
     """Of `bench latency`."""
 
     input_len: Annotated[int, _number("Tokens of a prompt.", also="--random-input-len")] = 32
@@ -95,7 +95,7 @@ class Latency(Offline, frozen=True, kw_only=True):
     num_iters_warmup: Annotated[int, _number("Batches before, not measured.", least=0)] = 2
 
 
-class Throughput(Offline, frozen=True, kw_only=True):
+class ThroughputFlags(OfflineFlags, frozen=True, kw_only=True):
     """Of `bench throughput`."""
 
     input_len: Annotated[int, _number("Tokens of a prompt.", also="--random-input-len")] = 512
@@ -105,7 +105,7 @@ class Throughput(Offline, frozen=True, kw_only=True):
     prefix_len: Annotated[int, _number(_PREFIX, least=0, also="--random-prefix-len")] = 0
 
 
-class Serve(Struct, frozen=True, kw_only=True):
+class ServeFlags(Struct, frozen=True, kw_only=True):
     """Of `bench serve`. None: not said."""
 
     url: Annotated[
@@ -174,30 +174,30 @@ class Serve(Struct, frozen=True, kw_only=True):
 # From flags to what measures
 
 
-def _run_step(flags: Step, _: list[str]) -> int:
-    env.calm_threads()
+def _run_step(flags: StepFlags, _: list[str]) -> int:
+    env.set_omp_spin()
     from tpserve.bench.step import run as run_step
 
     return run_step(**asdict(flags))
 
 
-def _run_latency(flags: Latency, engine: list[str]) -> int:
-    from tpserve.bench.offline import Batches, latency
+def _run_latency(flags: LatencyFlags, engine: list[str]) -> int:
+    from tpserve.bench.offline import LatencyWorkload, latency
 
     workload = asdict(flags)
     output, plot = workload.pop("output"), workload.pop("plot")
-    return latency(Batches(**workload), engine, output, plot)
+    return latency(LatencyWorkload(**workload), engine, output, plot)
 
 
-def _run_throughput(flags: Throughput, engine: list[str]) -> int:
-    from tpserve.bench.offline import Crowd, throughput
+def _run_throughput(flags: ThroughputFlags, engine: list[str]) -> int:
+    from tpserve.bench.offline import ThroughputWorkload, throughput
 
     workload = asdict(flags)
     output, plot = workload.pop("output"), workload.pop("plot")
-    return throughput(Crowd(**workload), engine, output, plot)
+    return throughput(ThroughputWorkload(**workload), engine, output, plot)
 
 
-def _run_serve(flags: Serve, _: list[str]) -> int:
+def _run_serve(flags: ServeFlags, _: list[str]) -> int:
     """Check what flags say of each other, and fill in what was not said."""
     from tpserve.bench import serve
     from tpserve.bench.workload import Workload, endpoint, read_dataset
@@ -241,7 +241,7 @@ def _run_serve(flags: Serve, _: list[str]) -> int:
         temperature=flags.temperature,
         seed=flags.seed,
     )
-    options = serve.Options(
+    options = serve.ServeOptions(
         url=_url(flags),
         model=flags.served_model_name or flags.model,
         api_key=flags.api_key or env.overrides().get("api_key"),
@@ -255,7 +255,7 @@ def _run_serve(flags: Serve, _: list[str]) -> int:
     return serve.run(options)
 
 
-def _url(flags: Serve) -> str:
+def _url(flags: ServeFlags) -> str:
     if flags.host is None and flags.port is None:
         return flags.url or URL
     if flags.url is not None:
@@ -263,7 +263,7 @@ def _url(flags: Serve) -> str:
     return f"http://{at(flags.host or LOOPBACK, flags.port or 8000)}"
 
 
-def _output(flags: Serve) -> Path | None:
+def _output(flags: ServeFlags) -> Path | None:
     """The file of figures: --output, or one with a name as vLLM gives it."""
     if not (flags.save_result or flags.result_dir or flags.result_filename):
         return flags.output
@@ -322,13 +322,13 @@ _STEP = Command(
     "bench step",
     "What a decode step costs rank 0 on the CPU beside the model: scheduling, encoding and broadcasting the plan, building its\n"
     "tensors, applying its result. The device is a fake; scheduler, sockets and tensors are real.",
-    Step,
+    StepFlags,
 )
 _LATENCY = Command(
     "bench latency",
     "One batch at a time, without a server: what prefill takes, and each token after it. Greedy, without an end. Takes MODEL\n"
     "and the engine's flags as `tpserve serve` does, such as -tp 2.",
-    Latency,
+    LatencyFlags,
     passes_on=True,
     known=_VLLM_OFFLINE,
 )
@@ -336,7 +336,7 @@ _THROUGHPUT = Command(
     "bench throughput",
     "Many prompts at once, without a server: requests and tokens a second. Greedy, without an end. Takes MODEL and the engine's\n"
     "flags as `tpserve serve` does, such as -tp 2.",
-    Throughput,
+    ThroughputFlags,
     passes_on=True,
     known=_VLLM_OFFLINE,
 )
@@ -344,7 +344,7 @@ _SERVE = Command(
     "bench serve",
     "A load against a running server with the OpenAI API, whoever's: latency, throughput, failures. Every answer is streamed;\n"
     "tokens are counted by the server's usage, or else by chunks. Flags are also taken as vLLM spells them.",
-    Serve,
+    ServeFlags,
     known=_VLLM_SERVE,
 )
 BENCHMARKS: dict[str, tuple[str, Command[Any], Callable[[Any, list[str]], int]]] = {

@@ -1,4 +1,4 @@
-"""What the answers of a load amount to. Pure. `course` says what the latencies are.
+"""What the answers of a load amount to. Pure. `timing` says what the latencies are.
 
 Throughput is that of completed requests, over the time from the first sending to the last end. A failed request is in
 `failures` and in nothing else.
@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from tpserve.bench.client import Answer
-from tpserve.bench.course import LABELS, Course, Metric, seconds
+from tpserve.bench.client import ResponseRecord
 from tpserve.bench.report import percentile
+from tpserve.bench.request_timing import LABELS, Metric, RequestTiming, seconds
 
 
-class Latency(msgspec.Struct, frozen=True):
+class LatencyStats(msgspec.Struct, frozen=True):
     """Half of the values are at most `p50_ms`, and so on; each but the mean is one that was measured."""
 
     mean_ms: float
@@ -23,15 +23,15 @@ class Latency(msgspec.Struct, frozen=True):
     p99_ms: float
 
     @staticmethod
-    def of(seconds: Sequence[float]) -> "Latency | None":
+    def of(seconds: Sequence[float]) -> "LatencyStats | None":
         if not seconds:
             return None
         ordered = sorted(seconds)
         values = (sum(seconds) / len(seconds), *(percentile(ordered, share) for share in (0.5, 0.9, 0.99)))
-        return Latency(*(round(value * 1e3, 3) for value in values))
+        return LatencyStats(*(round(value * 1e3, 3) for value in values))
 
 
-class Failure(msgspec.Struct, frozen=True):
+class FailureCount(msgspec.Struct, frozen=True):
     """One kind of failure, how often it was met, and what was said the first time."""
 
     kind: str
@@ -39,7 +39,7 @@ class Failure(msgspec.Struct, frozen=True):
     example: str
 
 
-class Client(msgspec.Struct, frozen=True):
+class ClientLoad(msgspec.Struct, frozen=True):
     """Whether the measuring process kept up: its share of a core, and by how much its event loop was late."""
 
     cpu_share: float
@@ -47,13 +47,13 @@ class Client(msgspec.Struct, frozen=True):
     late_max_ms: float
 
 
-class Figures(msgspec.Struct, frozen=True, kw_only=True):
+class ServeFigures(msgspec.Struct, frozen=True, kw_only=True):
     """The report's figures. `latency` has no entry of what no request has, such as the ITL of single tokens."""
 
     duration_s: float
     completed: int
     failed: int
-    failures: list[Failure]
+    failures: list[FailureCount]
     ended_early: int
     """Completed with fewer tokens than were asked for."""
     input_tokens: int
@@ -70,11 +70,11 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     peak_concurrency: int
     goodput_per_s: float | None
     """Completed requests that were within all bounds, per second; None without bounds."""
-    latency: dict[Metric, Latency]
-    client: Client
+    latency: dict[Metric, LatencyStats]
+    client: ClientLoad
 
 
-def figures(answers: Sequence[Answer], bounds_ms: Mapping[Metric, float], client: Client) -> Figures:
+def figures(answers: Sequence[ResponseRecord], bounds_ms: Mapping[Metric, float], client: ClientLoad) -> ServeFigures:
     """Of all answers of a load, of which there is at least one."""
     whole = [answer for answer in answers if not answer.failure]
     duration_s = max(answer.end_s for answer in answers) - min(answer.begin_s for answer in answers)
@@ -83,12 +83,12 @@ def figures(answers: Sequence[Answer], bounds_ms: Mapping[Metric, float], client
     cached = [answer.cached_tokens for answer in whole if answer.cached_tokens is not None]
     counted = sum(answer.counted for answer in whole)
     good = sum(all(_value_s(answer, metric) * 1e3 <= most for metric, most in bounds_ms.items()) for answer in whole)
-    return Figures(
+    return ServeFigures(
         duration_s=round(duration_s, 3),
         completed=len(whole),
         failed=len(answers) - len(whole),
         failures=failures(answers),
-        ended_early=sum(answer.output_tokens < answer.asked.output_len for answer in whole),
+        ended_early=sum(answer.output_tokens < answer.request.output_len for answer in whole),
         input_tokens=input_tokens,
         cached_tokens=sum(cached) if cached else None,
         output_tokens=output_tokens,
@@ -99,26 +99,26 @@ def figures(answers: Sequence[Answer], bounds_ms: Mapping[Metric, float], client
         total_tokens_per_s=round((input_tokens + output_tokens) * per_s, 2),
         peak_concurrency=peak([(answer.begin_s, answer.end_s) for answer in answers]),
         goodput_per_s=round(good * per_s, 3) if bounds_ms else None,
-        latency=latencies(answer.course for answer in whole),
+        latency=latencies(answer.timing for answer in whole),
         client=client,
     )
 
 
-def failures(answers: Sequence[Answer]) -> list[Failure]:
+def failures(answers: Sequence[ResponseRecord]) -> list[FailureCount]:
     """By kind, the most frequent first."""
     kinds: dict[str, list[str]] = {}
     for answer in answers:
         if answer.failure:
             kinds.setdefault(answer.failure, []).append(answer.detail)
-    return sorted((Failure(kind, len(details), details[0]) for kind, details in kinds.items()), key=lambda f: -f.count)
+    return sorted((FailureCount(kind, len(details), details[0]) for kind, details in kinds.items()), key=lambda f: -f.count)
 
 
-def latencies(courses: Iterable[Course]) -> dict[Metric, Latency]:
+def latencies(timings: Iterable[RequestTiming]) -> dict[Metric, LatencyStats]:
     """Of each metric of which there are values."""
-    return {metric: found for metric, values in seconds(courses).items() if (found := Latency.of(values)) is not None}
+    return {metric: found for metric, values in seconds(timings).items() if (found := LatencyStats.of(values)) is not None}
 
 
-def table(latency: Mapping[Metric, Latency]) -> list[str]:
+def table(latency: Mapping[Metric, LatencyStats]) -> list[str]:
     """Latencies in lines for a person."""
     lines = [f"{'ms':<12}{'mean':>12}{'p50':>12}{'p90':>12}{'p99':>12}"]
     for metric, one in latency.items():
@@ -137,7 +137,7 @@ def peak(spans: Sequence[tuple[float, float]]) -> int:
     return most
 
 
-def details(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def details(answers: Sequence[ResponseRecord]) -> list[dict[str, Any]]:
     """Every request by itself, in the order of the workload; `sent_s` is counted from the first one sent."""
     begin_s = min(answer.begin_s for answer in answers)
     return [
@@ -146,15 +146,15 @@ def details(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             "failure": answer.failure,
             "input_tokens": answer.input_tokens,
             "output_tokens": answer.output_tokens,
-            "ttft_ms": None if answer.failure else round(answer.course.ttft_s * 1e3, 3),
-            "e2el_ms": round(answer.course.e2el_s * 1e3, 3),
-            "itl_ms": [round(value * 1e3, 3) for value in answer.course.itl_s],
+            "ttft_ms": None if answer.failure else round(answer.timing.ttft_s * 1e3, 3),
+            "e2el_ms": round(answer.timing.e2el_s * 1e3, 3),
+            "itl_ms": [round(value * 1e3, 3) for value in answer.timing.itl_s],
         }
         for answer in answers
     ]
 
 
-def _value_s(answer: Answer, metric: Metric) -> float:
+def _value_s(answer: ResponseRecord, metric: Metric) -> float:
     """What goodput compares; a single token has no TPOT that could be too long."""
-    course = answer.course
-    return {"ttft": course.ttft_s, "tpot": course.tpot_s or 0.0, "e2el": course.e2el_s}[metric]
+    timing = answer.timing
+    return {"ttft": timing.ttft_s, "tpot": timing.tpot_s or 0.0, "e2el": timing.e2el_s}[metric]

@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from tpserve.bench.course import LABELS, Course, Metric, seconds
 from tpserve.bench.report import percentile
+from tpserve.bench.request_timing import LABELS, Metric, RequestTiming, seconds
 
 WIDTH, HEIGHT = 760, 620
 LEFT, RIGHT, TOP, PANEL, GAP = 70, 30, 50, 220, 80
@@ -21,22 +21,22 @@ MOST_STEPS = 400
 Point = tuple[float, float]
 
 
-def svg(title: str, courses: Sequence[Course], runs: int = 1) -> str:
+def svg(title: str, timings: Sequence[RequestTiming], runs: int = 1) -> str:
     """The picture of completed requests; with none, two empty panels. `runs`: of so many equal loads laid over one another."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         _text(LEFT, 24, title, size=14),
-        *_spread(courses),
-        *_throughput(courses, runs),
+        *_latency_panel(timings),
+        *_throughput(timings, runs),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _spread(courses: Sequence[Course]) -> list[str]:
+def _latency_panel(timings: Sequence[RequestTiming]) -> list[str]:
     logs = {
-        metric: sorted(math.log10(max(value * 1e3, LEAST_MS)) for value in values) for metric, values in seconds(courses).items()
+        metric: sorted(math.log10(max(value * 1e3, LEAST_MS)) for value in values) for metric, values in seconds(timings).items()
     }
     every = [value for values in logs.values() for value in values] or [0.0]
     first, last = math.floor(min(every)), math.floor(max(every)) + 1
@@ -56,16 +56,16 @@ def _spread(courses: Sequence[Course]) -> list[str]:
     return parts
 
 
-def _throughput(courses: Sequence[Course], runs: int) -> list[str]:
+def _throughput(timings: Sequence[RequestTiming], runs: int) -> list[str]:
     top = TOP + PANEL + GAP
     parts = _panel(top, "generated tokens per second", "seconds")
-    begin_s = min((course.begin_s for course in courses), default=0.0)
-    span_s = max((course.end_s for course in courses), default=1.0) - begin_s
+    begin_s = min((timing.begin_s for timing in timings), default=0.0)
+    span_s = max((timing.end_s for timing in timings), default=1.0) - begin_s
     bins = [0.0] * BINS
-    for course in courses:
-        at = [(token_s - begin_s) / span_s * BINS for token_s in course.token_s]
+    for timing in timings:
+        at = [(token_s - begin_s) / span_s * BINS for token_s in timing.token_s]
         for before, now in zip([*at[:1], *at], at, strict=False):  # a chunk stands for its share of the answer's tokens
-            _pour(bins, before, now, course.output_tokens / len(at))
+            _pour(bins, before, now, timing.output_tokens / len(at))
     rates = [tokens * BINS / span_s / runs for tokens in bins]
     most = max(rates) or 1.0
     parts += [_tick_x(top, share, f"{span_s * share:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]

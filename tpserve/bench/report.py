@@ -21,7 +21,7 @@ from tpserve.host.resources import available_cores
 from tpserve.version import __version__
 
 
-class Machine(msgspec.Struct, frozen=True):
+class MachineInfo(msgspec.Struct, frozen=True):
     """Where the benchmark ran. `load_average`: of a minute, when it began; well above 0, others wanted the cores too."""
 
     cpu: str
@@ -29,30 +29,30 @@ class Machine(msgspec.Struct, frozen=True):
     load_average: float
 
     @staticmethod
-    def here() -> "Machine":
-        return Machine(_cpu(), available_cores(), round(os.getloadavg()[0], 2))
+    def here() -> "MachineInfo":
+        return MachineInfo(_cpu(), available_cores(), round(os.getloadavg()[0], 2))
 
     def __str__(self) -> str:
         return f"{self.cores} cores of {self.cpu}, load {self.load_average:.2f}"
 
 
-class Report(msgspec.Struct, frozen=True):
+class BenchReport(msgspec.Struct, frozen=True):
     """What `--output` holds."""
 
     benchmark: str
     date: str
     versions: dict[str, str]
-    machine: Machine
+    machine: MachineInfo
     workload: Any
     figures: Any
 
     @staticmethod
-    def of(benchmark: str, machine: Machine, packages: Sequence[str], workload: Any, figures: Any) -> "Report":
+    def of(benchmark: str, machine: MachineInfo, packages: Sequence[str], workload: Any, figures: Any) -> "BenchReport":
         """`packages`: those, beside Python and tpserve, whose versions matter to the figures."""
         versions = {"tpserve": __version__, "python": platform.python_version()}
         versions |= {package: importlib.metadata.version(package) for package in packages}
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return Report(benchmark, date, versions, machine, workload, figures)
+        return BenchReport(benchmark, date, versions, machine, workload, figures)
 
     def write(self, path: Path) -> None:
         write("--output", path, msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")

@@ -16,12 +16,12 @@ import msgspec
 import uvloop
 from msgspec.structs import replace
 
-from tpserve.bench.client import Answer, ask, said
-from tpserve.bench.course import LABELS, Metric
-from tpserve.bench.figures import Client, Figures, details, figures, table
+from tpserve.bench.client import ResponseRecord, said, send_request
+from tpserve.bench.figures import ClientLoad, ServeFigures, details, figures, table
 from tpserve.bench.plot import svg
-from tpserve.bench.report import Machine, Report, check, percentile, write
-from tpserve.bench.workload import IDS, Ask, Workload, arrivals_s, asks
+from tpserve.bench.report import BenchReport, MachineInfo, check, percentile, write
+from tpserve.bench.request_timing import LABELS, Metric
+from tpserve.bench.workload import IDS, BenchRequest, Workload, arrivals_s, build_requests
 from tpserve.errors import UserError
 
 ANSWER_S = 6 * 3600.0
@@ -34,17 +34,17 @@ LATE_MS = 10.0
 BUSY_SHARE = 0.9
 """From here on the client is a part of what it measures."""
 
-Send = Callable[[Ask], Awaitable[Answer]]
+SendRequest = Callable[[BenchRequest], Awaitable[ResponseRecord]]
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the command line said. `workload.prompts` is "ids" where it is the server that decides whether it takes them."""
 
     url: str
     model: str | None
     api_key: str | None
     workload: Workload
-    dataset: list[Ask]
+    dataset: list[BenchRequest]
     goodput_ms: Mapping[Metric, float]
     output: Path | None
     plot: Path | None
@@ -59,12 +59,12 @@ class Target(msgspec.Struct, frozen=True):
     software: str
 
 
-def run(options: Options) -> int:
+def run(options: ServeOptions) -> int:
     """Measure; returns the exit code: 1 when no request was completed. Raises UserError where there is nothing to measure."""
     for flag, path in (("--output", options.output), ("--plot", options.plot)):
         if path is not None:
             check(flag, path)
-    machine = Machine.here()
+    machine = MachineInfo.here()
     target, workload, answers, client = uvloop.run(_measure(options))
     result = figures(answers, options.goodput_ms, client)
     sys.stdout.write(_table(result, options.goodput_ms))
@@ -72,14 +72,14 @@ def run(options: Options) -> int:
     if options.output is not None:
         shown = msgspec.to_builtins(result) | ({"requests": details(answers)} if options.save_detailed else {})
         asked = {"server": target, **msgspec.to_builtins(workload), "goodput_ms": options.goodput_ms}
-        Report.of("serve", machine, ("aiohttp", "uvloop"), asked, shown).write(options.output)
+        BenchReport.of("serve", machine, ("aiohttp", "uvloop"), asked, shown).write(options.output)
     if options.plot is not None:
-        whole = [answer.course for answer in answers if not answer.failure]
+        whole = [answer.timing for answer in answers if not answer.failure]
         write("--plot", options.plot, svg(f"{target.model}: {_load(workload)}", whole).encode())
     return 0 if result.completed else 1
 
 
-async def _measure(options: Options) -> tuple[Target, Workload, list[Answer], Client]:
+async def _measure(options: ServeOptions) -> tuple[Target, Workload, list[ResponseRecord], ClientLoad]:
     headers = {"Content-Type": "application/json"}
     if options.api_key is not None:
         headers["Authorization"] = f"Bearer {options.api_key}"
@@ -91,37 +91,39 @@ async def _measure(options: Options) -> tuple[Target, Workload, list[Answer], Cl
         sys.stdout.write(f"{target.model} at {target.url}: {_load(workload)}\n")
         sys.stdout.flush()
 
-        async def send(what: Ask) -> Answer:
-            return await ask(session, target.url, target.model, workload, what)
+        async def send(what: BenchRequest) -> ResponseRecord:
+            return await send_request(session, target.url, target.model, workload, what)
 
-        warmups, measured = asks(workload, options.dataset)
+        warmups, measured = build_requests(workload, options.dataset)
         for answer in await drive(send, warmups, [0.0] * len(warmups), workload.max_concurrency):
             _unless_refused(answer, target)
-        async with Watch() as watch:
+        async with LoopMonitor() as watch:
             answers = await drive(_told(send, len(measured)), measured, arrivals_s(workload), workload.max_concurrency)
     return target, workload, answers, watch.client
 
 
-async def drive(send: Send, asks: Sequence[Ask], at_s: Sequence[float], max_concurrency: int | None) -> list[Answer]:
+async def drive(
+    send: SendRequest, requests: Sequence[BenchRequest], at_s: Sequence[float], max_concurrency: int | None
+) -> list[ResponseRecord]:
     """Send each request at its time, or when one before it ends where too many are open. The answers, in the same order."""
-    gate = asyncio.Semaphore(max_concurrency or max(1, len(asks)))
+    gate = asyncio.Semaphore(max_concurrency or max(1, len(requests)))
     begin_s = time.perf_counter()
 
-    async def one(what: Ask, moment_s: float) -> Answer:
+    async def one(what: BenchRequest, moment_s: float) -> ResponseRecord:
         if (wait_s := begin_s + moment_s - time.perf_counter()) > 0:
             await asyncio.sleep(wait_s)
         async with gate:
             return await send(what)
 
-    return await asyncio.gather(*(one(what, moment_s) for what, moment_s in zip(asks, at_s, strict=True)))
+    return await asyncio.gather(*(one(what, moment_s) for what, moment_s in zip(requests, at_s, strict=True)))
 
 
-class Watch:
+class LoopMonitor:
     """Over its block: how busy this process is, and how late its event loop wakes a task that sleeps."""
 
-    client: Client
+    client: ClientLoad
 
-    async def __aenter__(self) -> "Watch":
+    async def __aenter__(self) -> "LoopMonitor":
         self._late_s = [0.0]
         self._cpu_s, self._wall_s = time.process_time(), time.perf_counter()
         self._task = asyncio.create_task(self._sleep())
@@ -131,7 +133,7 @@ class Watch:
         self._task.cancel()
         share = (time.process_time() - self._cpu_s) / max(time.perf_counter() - self._wall_s, 1e-9)
         late_ms = sorted(late_s * 1e3 for late_s in self._late_s)
-        self.client = Client(round(share, 3), round(percentile(late_ms, 0.99), 2), round(late_ms[-1], 2))
+        self.client = ClientLoad(round(share, 3), round(percentile(late_ms, 0.99), 2), round(late_ms[-1], 2))
 
     async def _sleep(self) -> None:
         while True:
@@ -161,33 +163,33 @@ async def _find(session: aiohttp.ClientSession, url: str, model: str | None) -> 
 async def _settle(session: aiohttp.ClientSession, target: Target, workload: Workload) -> Workload:
     """The workload with words where the server does not take token ids. UserError when it takes neither."""
     if workload.prompts == "ids":
-        answer = await ask(session, target.url, target.model, workload, Ask(list(IDS[:16]), 16, 1))
+        answer = await send_request(session, target.url, target.model, workload, BenchRequest(list(IDS[:16]), 16, 1))
         if not _refused(answer):
             return workload
         workload = replace(workload, prompts="words")
-    answer = await ask(session, target.url, target.model, workload, Ask("Hello", 1, 1))
+    answer = await send_request(session, target.url, target.model, workload, BenchRequest("Hello", 1, 1))
     _unless_refused(answer, target)
     return workload
 
 
-def _refused(answer: Answer) -> bool:
+def _refused(answer: ResponseRecord) -> bool:
     """Whether the request itself is what the server does not like. That it is overloaded or broken is for the load to tell."""
     return answer.failure.startswith("HTTP 4") and answer.failure not in ("HTTP 408", "HTTP 429")
 
 
-def _unless_refused(answer: Answer, target: Target) -> None:
+def _unless_refused(answer: ResponseRecord, target: Target) -> None:
     if _refused(answer):
         hint = "; --no-ignore-eos leaves a field out that OpenAI does not have" if "ignore_eos" in answer.detail else ""
         raise UserError(f"{target.url} refuses the requests of this load: {answer.failure}: {answer.detail}{hint}")
 
 
-def _told(send: Send, total: int) -> Send:
+def _told(send: SendRequest, total: int) -> SendRequest:
     """The same, with a line on a terminal that counts."""
     if not sys.stderr.isatty():
         return send
     done = 0
 
-    async def counted(what: Ask) -> Answer:
+    async def counted(what: BenchRequest) -> ResponseRecord:
         nonlocal done
         answer = await send(what)
         done += 1
@@ -209,7 +211,7 @@ def _load(workload: Workload) -> str:
     return f"{workload.num_prompts} requests {rate}{most}, {f'from {workload.dataset}' if workload.dataset else made}"
 
 
-def _table(result: Figures, bounds_ms: Mapping[Metric, float]) -> str:
+def _table(result: ServeFigures, bounds_ms: Mapping[Metric, float]) -> str:
     cached = "" if result.cached_tokens is None else f" ({result.cached_tokens:,} of them cached)"
     rows: list[tuple[str, Any]] = [
         ("completed", f"{result.completed} in {result.duration_s:.2f} s, {result.peak_concurrency} at once at most"),
@@ -232,7 +234,7 @@ def _table(result: Figures, bounds_ms: Mapping[Metric, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _warnings(result: Figures, ignore_eos: bool) -> list[str]:
+def _warnings(result: ServeFigures, ignore_eos: bool) -> list[str]:
     lines = []
     share, late_ms = result.client.cpu_share, result.client.late_p99_ms
     if late_ms > LATE_MS or share > BUSY_SHARE:

@@ -53,7 +53,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
 
 
-class Ask(msgspec.Struct, frozen=True):
+class BenchRequest(msgspec.Struct, frozen=True):
     """One request. `input_len` is what the prompt was made to have; what it has is the server's to say."""
 
     prompt: str | list[int]
@@ -61,21 +61,21 @@ class Ask(msgspec.Struct, frozen=True):
     output_len: int
 
 
-class Line(msgspec.Struct, frozen=True):
+class DatasetLine(msgspec.Struct, frozen=True):
     """One line of a dataset."""
 
     prompt: str
     output_len: int | None = None
 
 
-def asks(workload: Workload, dataset: Sequence[Ask] = ()) -> tuple[list[Ask], list[Ask]]:
+def build_requests(workload: Workload, dataset: Sequence[BenchRequest] = ()) -> tuple[list[BenchRequest], list[BenchRequest]]:
     """The requests to warm up with, and those to measure. A dataset is warmed up for with other words of the same number."""
     if workload.prompts == "dataset":
-        prompts = Prompts("words", 0, workload.seed)
-        warmups = [prompts.next(ask.input_len, ask.output_len) for ask in dataset[: workload.num_warmups]]
+        prompts = RandomPrompts("words", 0, workload.seed)
+        warmups = [prompts.next(request.input_len, request.output_len) for request in dataset[: workload.num_warmups]]
         return warmups, list(dataset[: workload.num_prompts])
     assert workload.input_len is not None and workload.output_len is not None
-    prompts = Prompts(workload.prompts, workload.prefix_len, workload.seed)
+    prompts = RandomPrompts(workload.prompts, workload.prefix_len, workload.seed)
     made = [
         prompts.next(workload.input_len, workload.output_len, workload.range_ratio)
         for _ in range(workload.num_prompts + workload.num_warmups)
@@ -83,7 +83,7 @@ def asks(workload: Workload, dataset: Sequence[Ask] = ()) -> tuple[list[Ask], li
     return made[workload.num_prompts :], made[: workload.num_prompts]
 
 
-class Prompts:
+class RandomPrompts:
     """Random prompts, one after another, that share `prefix_len` tokens and no more."""
 
     def __init__(self, kind: PromptKind, prefix_len: int, seed: int) -> None:
@@ -91,11 +91,11 @@ class Prompts:
         self._dice = random.Random(f"prompts {seed}")
         self._prefix = self._dice.choices(IDS, k=prefix_len)
 
-    def next(self, input_len: int, output_len: int, range_ratio: float = 0.0) -> Ask:
+    def next(self, input_len: int, output_len: int, range_ratio: float = 0.0) -> BenchRequest:
         input_len, output_len = self._near(input_len, range_ratio), self._near(output_len, range_ratio)
         ids = self._prefix + self._dice.choices(IDS, k=input_len)
         prompt = ids if self._kind == "ids" else " ".join(WORDS[id % len(WORDS)] for id in ids)
-        return Ask(prompt, len(ids), output_len)
+        return BenchRequest(prompt, len(ids), output_len)
 
     def _near(self, length: int, ratio: float) -> int:
         return max(1, self._dice.randint(int(length * (1 - ratio)), int(length * (1 + ratio)))) if ratio else length
@@ -111,7 +111,7 @@ def arrivals_s(workload: Workload) -> list[float]:
     return list(accumulate(gaps_s, initial=0.0))
 
 
-def read_dataset(path: Path, output_len: int | None) -> list[Ask]:
+def read_dataset(path: Path, output_len: int | None) -> list[BenchRequest]:
     """One JSON object a line; other fields are not looked at. `output_len` is for lines without one.
 
     The lengths of its prompts are counted in words. UserError names the line that is wrong.
@@ -125,14 +125,14 @@ def read_dataset(path: Path, output_len: int | None) -> list[Ask]:
         if not text.strip():
             continue
         try:
-            line = msgspec.json.decode(text, type=Line)
+            line = msgspec.json.decode(text, type=DatasetLine)
         except msgspec.DecodeError as error:
             wanted = '{"prompt": "...", "output_len": 128}'
             raise UserError(f"--dataset {path}, line {number}: {error}; a line is {wanted}") from error
         length = output_len if line.output_len is None else line.output_len
         if length is None or length < 1:
             raise UserError(f"--dataset {path}, line {number}: output_len is {length}; --output-len is for lines without one")
-        found.append(Ask(line.prompt, len(line.prompt.split()), length))
+        found.append(BenchRequest(line.prompt, len(line.prompt.split()), length))
     return found
 
 

@@ -1,6 +1,7 @@
 """How every command line is read and explained, whatever its flags are. Pure: nothing is looked at, nothing is printed.
 
-`read` and `described` take options (`option.options_of` a struct); `Command` is a command whose flags are a struct. Whatever is
+`read` and `tokenizer_config` take options (`option.options_of` a struct); `Command` is a command whose flags are a struct.
+Whatever is
 wrong with a command line is a UserError of one sentence. Dashes and underscores are the same in a flag's name.
 """
 
@@ -74,7 +75,7 @@ def wants_help(argv: Sequence[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
-class Said(NamedTuple):
+class ParsedFlags(NamedTuple):
     """What a command line says: values by field name, the arguments that are none of its flags, and what is wrong with values."""
 
     values: dict[str, Any]
@@ -82,7 +83,7 @@ class Said(NamedTuple):
     wrong: list[UserError]
 
 
-def read(argv: Sequence[str], options: Mapping[str, Option]) -> Said:
+def read(argv: Sequence[str], options: Mapping[str, Option]) -> ParsedFlags:
     """Read what is said of `options`. UserError only for a flag that lacks its value; other mistakes are collected in `wrong`."""
     wrong: list[UserError] = []
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -92,9 +93,9 @@ def read(argv: Sequence[str], options: Mapping[str, Option]) -> Said:
             parser.add_argument(*option.off_names, dest=option.name, action="store_const", const=False)
         else:
             nargs = "+" if option.many else None
-            parser.add_argument(*option.names, dest=option.name, nargs=nargs, action=_Read, option=option, wrong=wrong)
+            parser.add_argument(*option.names, dest=option.name, nargs=nargs, action=_ReadOption, option=option, wrong=wrong)
     given, rest = parser.parse_known_args(argv)
-    return Said(vars(given), rest, wrong)
+    return ParsedFlags(vars(given), rest, wrong)
 
 
 def refuse_all(wrong: Sequence[UserError]) -> None:
@@ -142,7 +143,7 @@ class _Parser(argparse.ArgumentParser):
         return []
 
 
-class _Read(argparse.Action):
+class _ReadOption(argparse.Action):
     """Reads by the option's own reader."""
 
     def __init__(self, *args: Any, option: Option, wrong: list[UserError], **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ def read(said: Mapping[str, Any]) -> Flags:
 def read_all(said: Mapping[str, Any]) -> CommandLine:
     """The same, and what of vLLM's the caller asks for that is so anyway."""
     values: dict[str, Any] = {}
-    holding: list[vllm.Given] = []
+    holding: list[vllm.GivenVllmFlag] = []
     wrong: list[UserError] = []
     for name, value in map(_renamed, said, said.values()):
         given = vllm.of_keyword(name, value)

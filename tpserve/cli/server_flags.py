@@ -63,7 +63,7 @@ def read_line(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *
     wrong, holding = line.wrong, line.holding
     environ = _overridden(overrides or {}, wrong)
     path = line.values.get("config") or environ.get("config")
-    file = _Line({}, [], [])
+    file = _SplitLine({}, [], [])
     if path is not None:
         try:
             file = _read(dashes(config_file.argv_of(path)))
@@ -80,15 +80,15 @@ def read_line(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *
     return CommandLine(Flags(**said), vllm.holding_line(holding))
 
 
-class _Line(NamedTuple):
+class _SplitLine(NamedTuple):
     """One command line, or a file of one: values by field name, mistakes, and what of vLLM's holds anyway."""
 
     values: dict[str, Any]
     wrong: list[UserError]
-    holding: list[vllm.Given]
+    holding: list[vllm.GivenVllmFlag]
 
 
-def _read(argv: Sequence[str]) -> _Line:
+def _read(argv: Sequence[str]) -> _SplitLine:
     try:
         ours = vllm.translate(argv)
     except WrongValue as what:
@@ -110,7 +110,7 @@ def _read(argv: Sequence[str]) -> _Line:
         if values.setdefault("model", positional) != positional:
             two = f"two models given, {positional!r} and --model {values['model']!r}: give one"
             wrong.append(UserError(two, param="model"))
-    return _Line(values, wrong, ours.holding)
+    return _SplitLine(values, wrong, ours.holding)
 
 
 def to_argv(flags: Flags) -> list[str]:
@@ -171,7 +171,7 @@ def _replicas(number: int) -> UserError:
     )
 
 
-def _is_ray(given: vllm.Given) -> bool:
+def _is_ray(given: vllm.GivenVllmFlag) -> bool:
     return given.flag == "--distributed-executor-backend" and given.value == "ray"
 
 

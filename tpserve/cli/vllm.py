@@ -250,7 +250,7 @@ ENVIRONMENT = {
 """Variable of the environment to what does the same; of others a start says that they mean nothing here."""
 
 
-class Given(NamedTuple):
+class GivenVllmFlag(NamedTuple):
     """One of vLLM's flags on a command line. `said`: as it was spelt; `value`: `ON` or `OFF` of a switch; None: it has none."""
 
     said: str
@@ -271,8 +271,8 @@ class Translation(NamedTuple):
     """A command line of vLLM's: the rest of it in tpserve's flags, what asks for what holds, and what is refused."""
 
     argv: list[str]
-    holding: list[Given]
-    refused: list[Given]
+    holding: list[GivenVllmFlag]
+    refused: list[GivenVllmFlag]
 
 
 def translate(argv: Sequence[str], known: Mapping[str, Known] = KNOWN) -> Translation:
@@ -288,7 +288,7 @@ def translate(argv: Sequence[str], known: Mapping[str, Known] = KNOWN) -> Transl
         elif flag not in known:
             result.argv.append(arg)
         else:
-            given_flag = Given(said, flag, _take(known[flag].reads, said, value, rest), known[flag])
+            given_flag = GivenVllmFlag(said, flag, _take(known[flag].reads, said, value, rest), known[flag])
             (result.holding if given_flag.holds else result.refused).append(given_flag)
     return result
 
@@ -310,15 +310,15 @@ def _is_flag(arg: str) -> bool:
     return arg.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", arg)
 
 
-def of_keyword(name: str, value: Any) -> Given | None:
+def of_keyword(name: str, value: Any) -> GivenVllmFlag | None:
     """A keyword argument of a Python caller as the flag it would be; None for one that is not vLLM's. None as a value asks for
     nothing, and holds."""
     flag = "--" + name.replace("_", "-")
     if flag not in KNOWN:
         return None
     if KNOWN[flag].reads == "switch" and isinstance(value, bool | None):
-        return Given(name, flag, ON if value else OFF, KNOWN[flag])
-    return Given(name, flag, json.dumps(value) if isinstance(value, dict) else str(value), KNOWN[flag])
+        return GivenVllmFlag(name, flag, ON if value else OFF, KNOWN[flag])
+    return GivenVllmFlag(name, flag, json.dumps(value) if isinstance(value, dict) else str(value), KNOWN[flag])
 
 
 def full_name(flag: str) -> str:
@@ -329,7 +329,7 @@ def full_name(flag: str) -> str:
     return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else flag
 
 
-def holding_line(given: Iterable[Given]) -> str:
+def holding_line(given: Iterable[GivenVllmFlag]) -> str:
     """What a start says of flags that ask for what holds; empty without any."""
     by_reason: dict[str, list[str]] = {}
     for each in given:
@@ -338,12 +338,12 @@ def holding_line(given: Iterable[Given]) -> str:
     return f"these flags ask for what holds anyway: {', '.join(shown)}" if shown else ""
 
 
-def _shown(given: Given) -> str:
+def _shown(given: GivenVllmFlag) -> str:
     written = given.value in (ON, OFF, "", None) or (given.said.startswith("-O") and given.said != "-O")
     return "" if written else f" {given.value}"
 
 
-def means_nothing(variables: Iterable[str]) -> list[str]:
+def ignored_variables(variables: Iterable[str]) -> list[str]:
     """A line for each of vLLM's variables that are set."""
     lines = []
     for name in variables:

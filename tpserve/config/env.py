@@ -160,7 +160,7 @@ def cuda_visible_devices(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def calm_threads(environ: MutableMapping[str, str] = os.environ) -> None:
+def set_omp_spin(environ: MutableMapping[str, str] = os.environ) -> None:
     """Let OpenMP's idle threads spin for some microseconds, then sleep. For before torch is loaded.
 
     Where a core is shared, with the frontend or a neighbour, a thread that spins for long keeps the core from the one it
@@ -194,7 +194,7 @@ def vllm_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(name for name in environ if name.startswith("VLLM_"))
 
 
-def told_where(settings: Mapping[str, str], all_reduce: str) -> bool:
+def user_set_interface(settings: Mapping[str, str], all_reduce: str) -> bool:
     """Whether, by `network_variables`, the user has told what carries the sums which interface to use."""
     return ("NCCL" if all_reduce == "nccl" else "GLOO") + "_SOCKET_IFNAME" in settings
 

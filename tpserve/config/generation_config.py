@@ -51,14 +51,14 @@ _PLACE = re.compile(r"(?s)(.*) - at `\$\.(.*)`$")
 _FLAG = "--override-generation-config"
 
 
-class Generation(NamedTuple):
+class GenerationConfig(NamedTuple):
     """`eos_ids` come on top of those of config.json."""
 
     eos_ids: tuple[int, ...]
     sampling: SamplingDefaults
 
 
-def load(flags: Flags, model: str) -> Generation:
+def load(flags: Flags, model: str) -> GenerationConfig:
     """What the flags and the `model` directory say. UserError names the file or flag and the field that is wrong."""
     said, elsewhere = flags.generation_config, flags.generation_config not in ("auto", *OFF)
     path = Path(said if elsewhere else model, FILE)
@@ -81,9 +81,9 @@ def load(flags: Flags, model: str) -> Generation:
     )
     sources = [str(path) if elsewhere else FILE] * bool(file) + [_FLAG] * bool(override)
     if not sampling and not left_out:
-        return Generation(eos_ids, SamplingDefaults())
+        return GenerationConfig(eos_ids, SamplingDefaults())
     defaults = msgspec.convert(sampling, SamplingDefaults)
-    return Generation(eos_ids, replace(defaults, left_out=left_out, source=" and ".join(sources)))
+    return GenerationConfig(eos_ids, replace(defaults, left_out=left_out, source=" and ".join(sources)))
 
 
 def line(defaults: SamplingDefaults) -> str | None:

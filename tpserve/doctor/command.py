@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from tpserve.agent import AGENT_COMMAND, Job
+from tpserve.agent import AGENT_COMMAND, AgentJob
 from tpserve.cli import server_flags
 from tpserve.cli.command import Command
 from tpserve.config import env
@@ -24,7 +24,7 @@ from tpserve.errors import UserError
 from tpserve.host.resources import visible_gpus
 
 
-class Doctor(Struct, frozen=True, kw_only=True):
+class DoctorFlags(Struct, frozen=True, kw_only=True):
     """It has no flags of its own."""
 
 
@@ -34,7 +34,7 @@ COMMAND = Command(
     "all-reduce and how fast it is, clocks, /dev/shm, free memory, the disk. Takes the flags of `tpserve serve`. On several\n"
     "nodes start it as the server is started: `torchrun --nnodes 2 --node_rank N --nproc_per_node 8 --master_addr HEAD -m\n"
     "tpserve doctor MODEL ...` on each. Exit code 0 when nothing is broken, 1 when something is, 2 for what you can mend.",
-    Doctor,
+    DoctorFlags,
     passes_on=True,
 )
 
@@ -46,13 +46,13 @@ def run(argv: Sequence[str]) -> int:
         flags, holding = server_flags.read_line(rest, env.overrides())
         if holding:
             sys.stderr.write(f"tpserve doctor: {holding}\n")
-        return _alone(flags)
+        return _run_locally(flags)
     from tpserve.doctor.rank import examine
 
     return examine(env.rank_env(), rest)
 
 
-def _alone(flags: Flags) -> int:
+def _run_locally(flags: Flags) -> int:
     """Start the ranks of one node."""
     if flags.nnodes > 1:
         rest = shlex.join(server_flags.to_argv(flags))
@@ -63,7 +63,7 @@ def _alone(flags: Flags) -> int:
         )
     nproc = num_local_ranks(flags, visible_gpus())
     with tempfile.TemporaryDirectory(prefix="tpserve-doctor-") as directory:
-        job = Job(
+        job = AgentJob(
             supervisor_pid=os.getpid(),
             nproc=nproc,
             world_size=nproc,

@@ -14,7 +14,7 @@ from msgspec import Struct
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.doctor import links
-from tpserve.doctor.links import Heard
+from tpserve.doctor.links import ProbeResult
 from tpserve.doctor.verdict import Verdict
 
 POLL_S = 0.1
@@ -23,7 +23,7 @@ DIALLED_S = 10.0
 _REMEDY = "look there at the last lines of the log and with `ps`: it hangs, was stopped or killed, or its node is cut off"
 
 
-class Limit:
+class HangWatchdog:
     """Watches the main thread: `late` is called once, on a thread, when a step takes longer than it may."""
 
     def __init__(self, late: Callable[[str], None]) -> None:
@@ -49,13 +49,13 @@ class Limit:
                 return
 
 
-class _Stuck(Struct, frozen=True):
+class _HangReport(Struct, frozen=True):
     """A rank that answers, and where it can be dialled."""
 
     where: tuple[str, int]
 
 
-def who_does_not_answer(
+def unresponsive_ranks(
     store: Store, rank: int, hosts: Sequence[str], place: tuple[str, tuple[int, int]], what: str, patience_s: float
 ) -> list[Verdict]:
     """All ranks that still can call this when `what` did not come back; the verdicts are the same on all of them.
@@ -64,19 +64,22 @@ def who_does_not_answer(
     another rank may notice. Raises RuntimeError when the store does not answer, which is rank 0's.
     """
     ranks = range(len(hosts))
-    echo = links.Echo(*place)
+    ping_server = links.PingServer(*place)
     try:
-        answers = _told(store, "stuck", rank, msgspec.json.encode(_Stuck((place[0], echo.port))), ranks, patience_s)
+        answers = _told(store, "stuck", rank, msgspec.json.encode(_HangReport((place[0], ping_server.port))), ranks, patience_s)
         there = sorted(answers)
-        places = [msgspec.json.decode(answers[other], type=_Stuck).where for other in there]
-        heard = [msgspec.structs.replace(each, rank=there[each.rank]) for each in links.dial(there.index(rank), places)]
+        places = [msgspec.json.decode(answers[other], type=_HangReport).where for other in there]
+        heard = [msgspec.structs.replace(each, rank=there[each.rank]) for each in links.probe_all(there.index(rank), places)]
         dialled = _told(store, "dialled", rank, msgspec.json.encode(heard), there, DIALLED_S)
     finally:
-        echo.close()
+        ping_server.close()
     silent = [other for other in ranks if other not in answers]
     found = [Verdict("broken", what, f"rank {other} on {hosts[other]} does not answer", _REMEDY) for other in silent]
     lost = [
-        (other, each) for other, said in dialled.items() for each in msgspec.json.decode(said, type=list[Heard]) if each.error
+        (other, each)
+        for other, said in dialled.items()
+        for each in msgspec.json.decode(said, type=list[ProbeResult])
+        if each.error
     ]
     found += [
         Verdict(
@@ -91,7 +94,7 @@ def who_does_not_answer(
 
 
 def _told(store: Store, name: str, rank: int, mine: bytes, ranks: Sequence[int], patience_s: float) -> dict[int, bytes]:
-    """Tell `mine`; what those of `ranks` have told by the time all have, or patience has ended."""
+    """Tell `mine`; what those of `rank_monitor` have told by the time all have, or patience has ended."""
     store.set(f"{name}{rank}", mine.decode())
     deadline_s = time.monotonic() + patience_s
     while True:

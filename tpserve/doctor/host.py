@@ -19,7 +19,7 @@ CHUNK = 16 << 20
 SLOW_LOAD_S = 120.0
 
 
-class Disk(Struct, frozen=True):
+class DiskRead(Struct, frozen=True):
     """What was read of the model, and whether the disk was asked: `warm` came from the page cache."""
 
     num_bytes: int
@@ -29,7 +29,7 @@ class Disk(Struct, frozen=True):
     cache: Literal["cold", "warm", "unknown"]
 
 
-class Found(Struct, frozen=True):
+class NodeReport(Struct, frozen=True):
     """What one node has, in bytes. `shm` and `disk` are None where there is none. `needed`: of a rank, for its weights."""
 
     host: str
@@ -37,7 +37,7 @@ class Found(Struct, frozen=True):
     memory: int
     memory_of: str
     needed: int
-    disk: Disk | None
+    disk: DiskRead | None
 
 
 def free_shm() -> int | None:
@@ -57,7 +57,7 @@ def weight_files(directory: Path) -> list[Path]:
     return []
 
 
-def read_rate(paths: Sequence[Path], limit_s: float = READ_S) -> Disk | None:
+def read_rate(paths: Sequence[Path], limit_s: float = READ_S) -> DiskRead | None:
     """Read the files one after the other for so long, after asking the kernel to forget the part that is read."""
     if not paths:
         return None
@@ -79,7 +79,7 @@ def read_rate(paths: Sequence[Path], limit_s: float = READ_S) -> Disk | None:
                 offset, read = offset + count, read + count
         if took_s >= limit_s:
             break
-    return Disk(total, read, took_s, ("warm" if cached else "cold") if known else "unknown")
+    return DiskRead(total, read, took_s, ("warm" if cached else "cold") if known else "unknown")
 
 
 def _is_cached(fd: int, offset: int) -> bool | None:
@@ -93,12 +93,12 @@ def _is_cached(fd: int, offset: int) -> bool | None:
     return True
 
 
-def judge(found: Found, device: str) -> list[Verdict]:
+def judge(found: NodeReport, device: str) -> list[Verdict]:
     """A line for each thing."""
     return [_shm(found, device), _memory(found), _disk(found)]
 
 
-def _shm(found: Found, device: str) -> Verdict:
+def _shm(found: NodeReport, device: str) -> Verdict:
     what, enlarge = f"{SHM} on {found.host}", "docker run --shm-size=16G or --ipc=host; in Kubernetes an emptyDir in memory there"
     if found.shm is None:
         return Verdict("slow" if device == "cpu" else "broken", what, "not there", f"mount a tmpfs there: {enlarge}")
@@ -111,7 +111,7 @@ def _shm(found: Found, device: str) -> Verdict:
     return Verdict("good", what, f"{size(found.shm)} free")
 
 
-def _memory(found: Found) -> Verdict:
+def _memory(found: NodeReport) -> Verdict:
     what = f"memory on {found.host}"
     text = f"{size(found.memory)} free for each rank, of {found.memory_of}; weights take about {size(found.needed)}"
     if found.needed > found.memory:
@@ -122,7 +122,7 @@ def _memory(found: Found) -> Verdict:
     return Verdict("good", what, text)
 
 
-def _disk(found: Found) -> Verdict:
+def _disk(found: NodeReport) -> Verdict:
     what, disk = f"disk on {found.host}", found.disk
     if disk is None or not disk.took_s:
         return Verdict("good", what, "not tried: no weights are here (they are downloaded, or made up by --load-format dummy)")

@@ -1,6 +1,7 @@
 """Who reaches whom, how long a word takes there and back, and how far apart the clocks are. Knows addresses, not ranks' work.
 
-Every rank listens (`Echo`) and dials all others (`dial`) with plain sockets, so that it is the kernel who says what is wrong.
+Every rank listens (`PingServer`) and dials all others (`probe_all`) with plain sockets, so that it is the kernel who says what
+is wrong.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ SHOWN = 8
 _CLOCK = struct.Struct("!d")
 
 
-class Heard(Struct, frozen=True):
+class ProbeResult(Struct, frozen=True):
     """What came of dialling a rank: the shortest round trip and its clock ahead of ours, or why there is none."""
 
     rank: int
@@ -34,7 +35,7 @@ class Heard(Struct, frozen=True):
     ahead_s: float = 0.0
 
 
-class Echo:
+class PingServer:
     """Answers every byte with this host's clock, until closed."""
 
     def __init__(self, address: str, ports: tuple[int, int]) -> None:
@@ -66,22 +67,22 @@ def _answer(line: socket.socket) -> None:
             line.sendall(_CLOCK.pack(time.time()))
 
 
-def dial(rank: int, places: Sequence[tuple[str, int]]) -> list[Heard]:
+def probe_all(rank: int, places: Sequence[tuple[str, int]]) -> list[ProbeResult]:
     """What this rank hears of all others at `places` (address and port of every rank)."""
     others = [other for other in range(len(places)) if other != rank]
     with ThreadPoolExecutor(max_workers=max(1, min(16, len(others)))) as pool:
-        dialled = list(pool.map(lambda other: _dial(other, *places[other]), others))
-    return [_ping(heard, line) if line is not None else heard for heard, line in dialled]
+        dialled = list(pool.map(lambda other: _probe(other, *places[other]), others))
+    return [_ping(result, line) if line is not None else result for result, line in dialled]
 
 
-def _dial(rank: int, address: str, port: int) -> tuple[Heard, socket.socket | None]:
+def _probe(rank: int, address: str, port: int) -> tuple[ProbeResult, socket.socket | None]:
     try:
-        return Heard(rank), socket.create_connection((address, port), CONNECT_S)
+        return ProbeResult(rank), socket.create_connection((address, port), CONNECT_S)
     except OSError as error:
-        return Heard(rank, f"{at(address, port)}: {describe(error)}"), None
+        return ProbeResult(rank, f"{at(address, port)}: {describe(error)}"), None
 
 
-def _ping(heard: Heard, line: socket.socket) -> Heard:
+def _ping(result: ProbeResult, line: socket.socket) -> ProbeResult:
     """One after the other: together they would measure each other."""
     best = (float("inf"), 0.0)
     with line:
@@ -92,16 +93,16 @@ def _ping(heard: Heard, line: socket.socket) -> Heard:
                 line.sendall(b"?")
                 told = line.recv(_CLOCK.size, socket.MSG_WAITALL)
             except OSError as error:
-                return Heard(heard.rank, f"was reached and then lost: {describe(error)}")
+                return ProbeResult(result.rank, f"was reached and then lost: {describe(error)}")
             if len(told) < _CLOCK.size:
-                return Heard(heard.rank, "was reached and then hung up")
+                return ProbeResult(result.rank, "was reached and then hung up")
             took_s = time.perf_counter() - begin_s
             best = min(best, (took_s, _CLOCK.unpack(told)[0] - before_s - took_s / 2))
-    return Heard(heard.rank, "", *best)
+    return ProbeResult(result.rank, "", *best)
 
 
-def judge(heard: Sequence[Sequence[Heard]], hosts: Sequence[str]) -> list[Verdict]:
-    """`heard`: by every rank, in rank order; `hosts`: where the ranks are."""
+def judge(heard: Sequence[Sequence[ProbeResult]], hosts: Sequence[str]) -> list[Verdict]:
+    """`result`: by every rank, in rank order; `hosts`: where the ranks are."""
     pairs = [(i, each) for i, all_ in enumerate(heard) for each in all_]
     if not pairs:
         return [Verdict("good", "reachability", "one rank, which reaches itself")]
@@ -126,7 +127,7 @@ def judge(heard: Sequence[Sequence[Heard]], hosts: Sequence[str]) -> list[Verdic
     return [Verdict("good", "reachability", text), _skew(heard, hosts)]
 
 
-def _skew(heard: Sequence[Sequence[Heard]], hosts: Sequence[str]) -> Verdict:
+def _skew(heard: Sequence[Sequence[ProbeResult]], hosts: Sequence[str]) -> Verdict:
     """Of rank 0's clock."""
     worst = max(heard[0], key=lambda each: abs(each.ahead_s))
     found = f"at most {duration(abs(worst.ahead_s))} from rank 0's (rank {worst.rank} on {hosts[worst.rank]})"

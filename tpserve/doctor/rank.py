@@ -28,23 +28,23 @@ from tpserve.config import env as environment
 from tpserve.config.env import RankEnv
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig
+from tpserve.coordinator.config_check import all_facts, mismatch, optional_mismatches
 from tpserve.doctor import host, links, traffic
-from tpserve.doctor.hang import Limit, who_does_not_answer
+from tpserve.doctor.hang import HangWatchdog, unresponsive_ranks
 from tpserve.doctor.verdict import BROKEN, OK, Verdict, exit_code, page, summary
-from tpserve.engine import reach
+from tpserve.engine import connectivity
 from tpserve.engine.fingerprint import fingerprint, processor, traits
 from tpserve.errors import EngineFailure, UserError
-from tpserve.frontend.agreement import disagreement, everything, noted
 from tpserve.host.network import Interface, choose, host_id
 from tpserve.host.resources import Memory, available_cores, available_memory, of_rank, visible_gpus
 from tpserve.hub.locate import describe
-from tpserve.models.opened import open_model
+from tpserve.models.load_config import load_model_config
 from tpserve.observe import log
 from tpserve.observe.table import table
 from tpserve.parallel import mesh as meshes
 from tpserve.parallel.group import Group
 from tpserve.parallel.store import agent_store, gather, host_store, join_store
-from tpserve.types.messages import Hello, Place
+from tpserve.types.messages import Hello, NodeInfo
 from tpserve.types.model_spec import ModelSpec
 from tpserve.worker import device as devices
 
@@ -65,7 +65,7 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
     try:
         flags = server_flags.parse(argv, environment.overrides(), launch=False)
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=environment.color(sys.stderr))
-        flags, files, spec = open_model(flags, describe)
+        flags, files, spec = load_model_config(flags, describe)
         config = resolve(flags, files, spec, of_rank(me))
         interface = choose(config.interface, me.nnodes, me.master_addr)
     except UserError:
@@ -77,7 +77,7 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
     traced = _trace() if config.all_reduce == "nccl" else None
     device = devices.choose(config.device, me.local_rank, me.local_world_size)
     try:
-        code = _Rank(me, config, spec, interface, settings, device, traced).examine()
+        code = _DoctorRank(me, config, spec, interface, settings, device, traced).examine()
     except (EngineFailure, UserError) as error:
         logger.error("%s", error)
         code = 2 if isinstance(error, UserError) else 1
@@ -102,7 +102,7 @@ def _clean_up(traced: Path | None) -> None:
     sys.stdout.flush()
 
 
-class _Rank:
+class _DoctorRank:
     """The checks in their order."""
 
     def __init__(
@@ -123,9 +123,9 @@ class _Rank:
         self._device = device
         self._traced = traced
         self._free = devices.free_memory(device)
-        place = Place(me.node_rank, interface.address, host_id(), settings, visible_gpus())
+        node = NodeInfo(me.node_rank, interface.address, host_id(), settings, visible_gpus())
         seat, facts = (me.rank, 0, os.getpid(), socket.gethostname()), fingerprint(config, spec)
-        self._hello = Hello(*seat, {}, facts, place, traits(device), config.layout.stage_of(me.rank), processor(device))
+        self._hello = Hello(*seat, {}, facts, node, traits(device), config.layout.stage_of(me.rank), processor(device))
         self._store, self._store_address = _meet(me, config, interface)
         self._hosts: list[str] = []
 
@@ -133,12 +133,12 @@ class _Rank:
         """All checks; the exit code."""
         hellos = self._gather("hello", self._hello, Hello)
         self._hosts = hosts = [hello.host for hello in hellos]
-        self._print(everything(hellos))
-        if why := next(filter(None, (disagreement(hellos[:i], hello) for i, hello in enumerate(hellos))), ""):
+        self._print(all_facts(hellos))
+        if why := next(filter(None, (mismatch(hellos[:i], hello) for i, hello in enumerate(hellos))), ""):
             self._print(["", log.user_error(why)])
             return self._leave(2)
         found = [_agreement(hellos), *links.judge(self._dial(hellos), hosts)]
-        looked = self._gather("host", self._look() if self._me.local_rank == 0 else None, host.Found | None)
+        looked = self._gather("host", self._look() if self._me.local_rank == 0 else None, host.NodeReport | None)
         found += [verdict for each in looked if each is not None for verdict in host.judge(each, self._config.device)]
         if exit_code(found) == OK:  # all ranks have found the same so far
             found += self._carry(hellos)
@@ -147,18 +147,18 @@ class _Rank:
         self._print(["", *page(found), "", summary(found)])
         return self._leave(exit_code(found))
 
-    def _dial(self, hellos: Sequence[Hello]) -> list[list[links.Heard]]:
+    def _dial(self, hellos: Sequence[Hello]) -> list[list[links.ProbeResult]]:
         try:
-            echo = links.Echo(self._interface.address, self._config.port_range)
+            ping_server = links.PingServer(self._interface.address, self._config.port_range)
         except UserError as error:
             raise EngineFailure(str(error)) from error
-        ports = self._gather("port", echo.port, int)
-        heard = links.dial(self._me.rank, [(hello.place.address, port) for hello, port in zip(hellos, ports, strict=True)])
-        all_heard = self._gather("heard", heard, list[links.Heard])
-        echo.close()
+        ports = self._gather("port", ping_server.port, int)
+        heard = links.probe_all(self._me.rank, [(hello.node.address, port) for hello, port in zip(hellos, ports, strict=True)])
+        all_heard = self._gather("heard", heard, list[links.ProbeResult])
+        ping_server.close()
         return all_heard
 
-    def _look(self) -> host.Found:
+    def _look(self) -> host.NodeReport:
         """At this node, by its first rank."""
         config, me = self._config, self._me
         files = host.weight_files(Path(config.model))
@@ -169,20 +169,22 @@ class _Rank:
             memory = Memory(memory.free // me.local_world_size, memory.total, memory.of)
         needed = sum(known) // config.layout.world_size
         disk = host.read_rate(files) if config.load_format != "dummy" else None
-        return host.Found(self._hello.host, host.free_shm(), memory.free, memory.of, needed, disk)
+        return host.NodeReport(self._hello.host, host.free_shm(), memory.free, memory.of, needed, disk)
 
     def _carry(self, hellos: Sequence[Hello]) -> list[Verdict]:
         """Form the mesh as a server would, and time it."""
         layout, config = self._config.layout, self._config
         if layout.world_size == 1:
             return [Verdict("good", "all-reduce", "one rank, which has nothing to add up")]
-        begin_s, limit = time.monotonic(), Limit(lambda what: self._give_up(what, LATER_S))
-        between = None if environment.told_where(self._hello.place.settings, config.all_reduce) else self._interface.address
+        begin_s, limit = time.monotonic(), HangWatchdog(lambda what: self._give_up(what, LATER_S))
+        between = (
+            None if environment.user_set_interface(self._hello.node.settings, config.all_reduce) else self._interface.address
+        )
         try:
             if self._me.nnodes > 1:
-                reach.check(self._me.rank, layout.world_size, between, self._store, MESH_S)
+                connectivity.check_connectivity(self._me.rank, layout.world_size, between, self._store, MESH_S)
             with limit.of("mesh", MESH_S + traffic.SUM_S):
-                mesh = meshes.form(
+                mesh = meshes.init_distributed(
                     self._me.rank, layout, 1, self._store, self._device, MESH_S, config.all_reduce, available_cores()
                 )  # fmt: skip
         except EngineFailure as error:
@@ -208,7 +210,7 @@ class _Rank:
         place = (self._interface.address, self._config.port_range)
         try:
             store = self._store if self._me.rank == 0 else join_store(self._store_address, links.CONNECT_S)
-            found = who_does_not_answer(store, self._me.rank, self._hosts, place, what, later_s)
+            found = unresponsive_ranks(store, self._me.rank, self._hosts, place, what, later_s)
             self._print(["", *page(found), "", summary(found)])
         except (EngineFailure, UserError, RuntimeError) as error:
             logger.error("%s did not come back, and neither does rank 0 on %s: %s", what, self._hosts[0], error)
@@ -216,7 +218,7 @@ class _Rank:
         _clean_up(self._traced)
         os._exit(BROKEN)
 
-    def _time(self, where: str, group: Group, firsts: Sequence[int], sums: int, limit: Limit) -> list[Verdict]:
+    def _time(self, where: str, group: Group, firsts: Sequence[int], sums: int, limit: HangWatchdog) -> list[Verdict]:
         """All-reduces of groups, whose first ranks are `firsts`: a verdict each, and the sizes of the slowest."""
         mine = traffic.measure(group, getattr(torch, self._config.dtype), self._device, limit, f"all-reduce {where}")
         all_times = self._gather(f"times {where}", mine, list[tuple[int, float]])
@@ -237,7 +239,7 @@ class _Rank:
         if through_memory:
             return Verdict("good", "transport", "memory that the ranks of a host share, within each stage")
         kind = "loopback" if self._interface.is_loopback else "TCP"
-        return Verdict("good", "transport", f"gloo over {kind}, {', '.join(dict.fromkeys(h.place.address for h in hellos))}; "
+        return Verdict("good", "transport", f"gloo over {kind}, {', '.join(dict.fromkeys(h.node.address for h in hellos))}; "
                        "InfiniBand and GPUDirect: not tried, they are NCCL's")  # fmt: skip
 
     # Among the ranks
@@ -289,7 +291,7 @@ def _meet(me: RankEnv, config: EngineConfig, interface: Interface) -> tuple[Stor
 
 def _agreement(hellos: Sequence[Hello]) -> Verdict:
     what = f"{len(hellos)} ranks agree in all that must agree"
-    if noted(hellos):
+    if optional_mismatches(hellos):
         remedy = "install the same driver and set the same variables everywhere, or know why not; the table above has them"
         return Verdict("slow", "fingerprint", f"{what}, and differ in what may matter", remedy)
     return Verdict("good", "fingerprint", what)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tpserve.config.sizes import size
-from tpserve.doctor.hang import Limit
+from tpserve.doctor.hang import HangWatchdog
 from tpserve.doctor.verdict import Verdict, duration
 from tpserve.parallel.group import Group
 
@@ -31,7 +31,7 @@ _CARRIERS = (
 )
 
 
-def measure(group: Group, dtype: torch.dtype, device: torch.device, limit: Limit, what: str) -> list[tuple[int, float]]:
+def measure(group: Group, dtype: torch.dtype, device: torch.device, limit: HangWatchdog, what: str) -> list[tuple[int, float]]:
     """Bytes and seconds of an all-reduce, by size. All ranks of the group call it, and all get the slowest one's times."""
     found = []
     for num_bytes in SIZES:

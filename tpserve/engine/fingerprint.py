@@ -32,7 +32,7 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
         "triton": _version("triton"),
         "CUDA": str(torch.version.cuda),
         "model config": _digest(spec),
-        **{_spoken(name): _text(value) for name, value in config.shared().items()},
+        **{_version_text(name): _text(value) for name, value in config.shared().items()},
     }
     if config.device == "cuda":
         told["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
@@ -79,7 +79,7 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _spoken(name: str) -> str:
+def _version_text(name: str) -> str:
     return "--" + name.replace("_", "-") if name in Flags.__struct_fields__ else name.replace("_", " ")
 
 

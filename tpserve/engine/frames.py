@@ -7,8 +7,8 @@ tokens. So no step that the scheduler makes is ever too large for the wire.
 
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
-from tpserve.scheduling.limits import MAX_ADMISSION_BYTES
-from tpserve.types.plan import Admission, StepPlan, StepResult
+from tpserve.scheduling.scheduler_config import MAX_ADMISSION_BYTES
+from tpserve.types.plan import NewSequence, StepPlan, StepResult
 from tpserve.wire import codec
 
 PARAMS_BYTES = 1 << 20
@@ -27,7 +27,7 @@ def check_frames(config: EngineConfig, vocab_size: int, num_groups: int) -> None
             param="max_num_batched_tokens",
         )
     num_blocks = num_groups * -(-config.max_model_len // config.block_size)
-    longest = Admission.most_bytes(PARAMS_BYTES + 5 * vocab_size, config.max_model_len, num_blocks, num_groups)
+    longest = NewSequence.most_bytes(PARAMS_BYTES + 5 * vocab_size, config.max_model_len, num_blocks, num_groups)
     if longest > MAX_ADMISSION_BYTES:
         raise UserError(
             f"--max-model-len {config.max_model_len} makes a sequence of {longest} bytes, and {MAX_ADMISSION_BYTES} can be sent: "

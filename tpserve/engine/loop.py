@@ -15,14 +15,14 @@ import time
 from collections import deque
 from typing import Protocol
 
-from tpserve.engine.pace import Pace
+from tpserve.engine.watchdog import StepWatchdog
 from tpserve.observe.trace import Trace
+from tpserve.process.rank_agent import RankAgent
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types import messages
-from tpserve.types.messages import Abort, Add, Cut, Done, EngineInput, EngineOutput, Stats
+from tpserve.types.messages import Abort, Add, Done, EngineInput, EngineOutput, Stats, Truncate
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, ResultReceiver, wait
-from tpserve.wire.control import Control
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,18 @@ class Engine:
         link: EngineLink,
         plans: PlanBroadcaster,
         results: ResultReceiver | None,
-        control: Control,
+        rank_agent: RankAgent,
         trace: Trace,
-        pace: Pace,
+        watchdog: StepWatchdog,
     ) -> None:
         self._scheduler = scheduler
         self._device = device
         self._link = link
         self._plans = plans
         self._results = results
-        self._control = control
+        self._rank_agent = rank_agent
         self._trace = trace
-        self._pace = pace
+        self._watchdog = watchdog
         self._queue: deque[StepPlan] = deque()
         self._launched: deque[Launched] = deque()
         self._stats: Stats | None = None
@@ -72,34 +72,34 @@ class Engine:
 
     def run(self) -> None:
         """Serve until the coordinator says stop."""
-        while self._control.stop is None:
-            if not self.turn():
+        while self._rank_agent.stop is None:
+            if not self.step():
                 self._sleep()
 
-    def turn(self) -> bool:
+    def step(self) -> bool:
         """One pass: hear, plan ahead, launch one plan, apply one result, tell. False when there was nothing to do."""
         for message in self._link.poll(0):
-            self._hear(message)
+            self._handle(message)
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             self._plans.send(plan)
-            self._pace.sent(plan.step, plan.num_tokens(), time.monotonic())
+            self._watchdog.sent(plan.step, plan.num_tokens(), time.monotonic())
             self._trace.event("sent", plan.step)
             self._queue.append(plan)
-        self._control.expect(self._pace.due)
+        self._rank_agent.watch_step(self._watchdog.deadline)
         launched = bool(self._queue)
         if launched:
             self._launch(self._queue.popleft())
         applied = self._collect()
-        self._tell()
+        self._send_outputs()
         return launched or applied
 
     def _sleep(self) -> None:
         """Wait until there is something to do."""
         results = () if self._results is None else (self._results,)
-        wait(IDLE_S, self._link, self._control, *results)
-        self._control.clear()
+        wait(IDLE_S, self._link, self._rank_agent, *results)
+        self._rank_agent.clear()
 
-    def _hear(self, message: EngineInput) -> None:
+    def _handle(self, message: EngineInput) -> None:
         now = time.monotonic()
         match message:
             case Add(request):
@@ -110,15 +110,15 @@ class Engine:
                     self._scheduler.refuse(request.id, f"the engine cannot read the request: {type(error).__name__}: {error}")
             case Abort(id):
                 self._scheduler.abort(id, now)
-            case Cut(id, length):
-                self._scheduler.cut(id, length, now)
-            case messages.Control(action="drain"):
+            case Truncate(id, length):
+                self._scheduler.truncate(id, length, now)
+            case messages.EngineControl(action="drain"):
                 self._scheduler.drain()
 
     def _launch(self, plan: StepPlan) -> None:
         with self._trace.span("run", plan.step):
             launched = self._device.launch(plan)
-        self._control.step(plan.step)
+        self._rank_agent.report_step(plan.step)
         if self._results is None:
             self._launched.append(launched)
 
@@ -132,12 +132,12 @@ class Engine:
             results = []
         for result in results:
             self._scheduler.apply(result, time.monotonic())
-            self._pace.applied(time.monotonic())
+            self._watchdog.applied(time.monotonic())
             self._plans.retire(result.step)
             self._trace.event("applied", result.step)
         return bool(results)
 
-    def _tell(self) -> None:
+    def _send_outputs(self) -> None:
         outputs: list[EngineOutput] = self._scheduler.take()
         for output in outputs:
             if isinstance(output, Done) and output.finish == "error":

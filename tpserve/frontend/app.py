@@ -1,6 +1,6 @@
 """The HTTP application: routes, authentication, request ids, and one error body for everything that goes wrong.
 
-Owns no state but what `Service` holds. Never opens sockets (`process` does), never logs a prompt. Every response carries
+Owns no state but what `OpenAIServing` holds. Never opens sockets (`process` does), never logs a prompt. Every response carries
 x-request-id; every error that passes through here has the OpenAI body.
 """
 
@@ -16,16 +16,16 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.requests import RequestTable
 from tpserve.errors import UserError
 from tpserve.frontend import traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.http_errors import Runner
-from tpserve.frontend.journal import Journal
 from tpserve.frontend.openai import routes
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.routes import REQUEST_ID
-from tpserve.frontend.openai.service import SERVICE, Service, not_ready
-from tpserve.frontend.status import Status
+from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.sampling import SamplingDefaults
@@ -64,8 +64,8 @@ class Settings(AccessSettings, Protocol):
 
 def create_app(
     settings: Settings,
-    journal: Journal,
-    status: Callable[[], Status],
+    request_table: RequestTable,
+    status: Callable[[], EngineStatus],
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
     *,
@@ -79,20 +79,20 @@ def create_app(
         middlewares.insert(0, traffic.log_request)
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[INFO] = info
-    app[SERVICE] = Service(
+    app[SERVICE] = OpenAIServing(
         names=settings.served_model_name or (settings.model,),
         root=settings.model,
         created_s=int(time.time()),
         max_open=settings.max_num_seqs + settings.max_queued_requests,
-        journal=journal,
+        request_table=request_table,
         status=status,
         tokenizer=tokenizer,
         chat_template=chat_template,
         defaults=settings.sampling_defaults,
     )
-    app.on_response_prepare.append(stamp)
+    app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(origins.on_prepare)
-    app.cleanup_ctx.append(traffic.reporting(journal, status, settings.drain_timeout, settings.log_stats))
+    app.cleanup_ctx.append(traffic.reporting(request_table, status, settings.drain_timeout, settings.log_stats))
     routes.add_routes(app)
     app.router.add_get("/health", ready)
     app.router.add_get("/readyz", ready)
@@ -136,7 +136,7 @@ async def version(_request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """GET /metrics"""
-    return web.Response(body=request.app[SERVICE].journal.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return web.Response(body=request.app[SERVICE].request_table.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def server_info(request: web.Request) -> web.Response:
@@ -155,7 +155,7 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except UserError as error:
         return error_response(error)
     except web.HTTPException as error:
-        return error_response(spoken(error, request), headers=allow_header(error))
+        return error_response(to_http_error(error, request), headers=allow_header(error))
     except ConnectionError:
         raise  # nobody is left to answer
     except Exception:  # the edge of the process towards clients
@@ -163,13 +163,13 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return error_response(internal_error(request[REQUEST_ID]))
 
 
-async def stamp(request: web.Request, response: web.StreamResponse) -> None:
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """The headers of every response."""
     response.headers["Server"] = f"tpserve/{__version__}"
     response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(16)
 
 
-def spoken(error: web.HTTPException, request: web.Request) -> UserError:
+def to_http_error(error: web.HTTPException, request: web.Request) -> UserError:
     """aiohttp's own errors in our words."""
     match error:
         case web.HTTPNotFound():

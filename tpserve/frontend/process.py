@@ -1,7 +1,7 @@
 """The frontend as a process: its HTTP port, its event loop and its exit code.
 
     HTTP      clients          listening before anything else is looked at, so that a port in use is known at once
-    ranks     the bridge       `Bridge`, which holds the journal and runs the coordinator
+    ranks     the engine client       `EngineClient`, which holds the request table and runs the coordinator
     watched   the agent or the supervisor: a pidfd; when it ends, so does this process
 
 Owns the order of coming and going and decides nothing about requests. Clients' sockets live here, so they outlive a crash of the
@@ -26,19 +26,19 @@ import msgspec
 import uvloop
 from aiohttp import web
 
+from tpserve.cluster.discovery import FrontendRecord, hold_lock, remove_runtime_dir, write_frontend
 from tpserve.config import env
 from tpserve.config.schema import EngineConfig
+from tpserve.coordinator.coordinator import EpochFailed, EpochReady
+from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
-from tpserve.frontend.bridge import Bridge, News
-from tpserve.frontend.coordinator import Failed, Ready
 from tpserve.host.network import at
 from tpserve.observe import log
+from tpserve.process.process_utils import open_pidfd
+from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.wire.attach import Frontend, hold_lock, remove_runtime_dir, write
-from tpserve.wire.lifetime import open_pidfd
-from tpserve.wire.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +53,14 @@ def main(arguments: list[str]) -> int:
     where, watch_pid, nnodes, address = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3]
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     log.setup(config.log_level, "frontend", color=env.color(sys.stderr))
-    kept = log.keep()
+    log_buffer = log.keep_log()
     try:
         lock = hold_lock(where)
     except BlockingIOError:
         logger.error("another frontend lives in %s", where)
         return 1
     try:
-        code = uvloop.run(_run(config, where, watch_pid, nnodes, address, started_s, kept))
+        code = uvloop.run(_run(config, where, watch_pid, nnodes, address, started_s, log_buffer))
     except UserError as error:
         return _report(where, str(error), 2)
     except EngineFailure as error:
@@ -72,17 +72,17 @@ def main(arguments: list[str]) -> int:
 
 def _report(where: Path, error: str, code: int) -> int:
     """Tell whoever spawned us why nothing came of it; it prints the line and clears the directory."""
-    write(where, Frontend(os.getpid(), error=error, code=code))
+    write_frontend(where, FrontendRecord(os.getpid(), error=error, code=code))
     return code
 
 
 async def _run(
-    config: EngineConfig, where: Path, watch_pid: int, nnodes: int, address: str, started_s: float, kept: log.Kept
+    config: EngineConfig, where: Path, watch_pid: int, nnodes: int, address: str, started_s: float, log_buffer: log.LogRingBuffer
 ) -> int:
     with listen(config.host, config.port) as listener:
         url = http_url(config.host, listener.getsockname()[1])
         exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-        service = Service(config, where, nnodes, address, url, started_s, exposed, kept)
+        service = FrontendServer(config, where, nnodes, address, url, started_s, exposed, log_buffer)
         server = runner(service.app)
         await server.setup()
         await web.SockSite(server, listener).start()
@@ -103,8 +103,8 @@ LAST_WORD_S = 2.0
 """How long the agent may take to say what it has to say, so that the reason of a failure is the last line."""
 
 
-class Service:
-    """The application over the bridge to the ranks, and the signals that end it."""
+class FrontendServer:
+    """The application over the engine client to the ranks, and the signals that end it."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Service:
         url: str,
         started_s: float,
         exposed: bool,
-        kept: log.Kept,
+        log_buffer: log.LogRingBuffer,
     ) -> None:
         """Bind the sockets and load the tokenizer. UserError or EngineFailure when that cannot be."""
         self._config = config
@@ -123,50 +123,58 @@ class Service:
         self._url = url
         self._started_s = started_s
         self._signalled_s: float | None = None
-        self._last_word = ""
-        self._bridge = Bridge(config, where, address if nnodes > 1 else None, started_s, self._tell, kept)
+        self._final_reason = ""
+        self._engine_client = EngineClient(config, where, address if nnodes > 1 else None, started_s, self._tell, log_buffer)
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
-        bridge = self._bridge
-        self.app = create_app(config, bridge.journal, bridge.status, tokenizer, template, info=bridge.info, exposed=exposed)
+        engine_client = self._engine_client
+        self.app = create_app(
+            config,
+            engine_client.request_table,
+            engine_client.status,
+            tokenizer,
+            template,
+            info=engine_client.info,
+            exposed=exposed,
+        )
 
     def announce(self) -> None:
         """Tell the ranks where we are."""
-        self._bridge.announce(self._url)
+        self._engine_client.announce(self._url)
 
     async def serve(self, watch_pid: int) -> int:
         """Run until the service has ended and the ranks on this host are gone; returns the exit code."""
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         agent = open_pidfd(watch_pid)
-        code = await self._bridge.serve(watch_pid)
-        if self._last_word:
+        code = await self._engine_client.serve(watch_pid)
+        if self._final_reason:
             if agent is not None:
                 await asyncio.to_thread(select.select, [agent], [], [], LAST_WORD_S)
-            logger.error(self._last_word)
+            logger.error(self._final_reason)
         return code
 
     def close(self) -> None:
         """Close the sockets."""
-        self._bridge.close()
+        self._engine_client.close()
 
     def _on_signal(self) -> None:
         now = time.monotonic()
         if self._signalled_s is None:
             self._signalled_s = now
-            self._bridge.drain()
+            self._engine_client.drain()
         elif now - self._signalled_s > SAME_SIGNAL_S:
-            self._bridge.fail(1, "ended at once by a second signal")
+            self._engine_client.fail(1, "ended at once by a second signal")
 
-    def _tell(self, news: News) -> None:
+    def _tell(self, news: EpochNews) -> None:
         match news:
-            case Ready():
+            case EpochReady():
                 logger.info(ready_line(self._config, self._nnodes, self._url, time.monotonic() - self._started_s))
-            case Failed(code, reason, _) if code == 2:
+            case EpochFailed(code, reason, _) if code == 2:
                 sys.stderr.write(log.user_error(reason) + "\n")
-            case Failed(_, reason, advice):
+            case EpochFailed(_, reason, advice):
                 logger.error(reason)
-                self._last_word = "; ".join(filter(None, (f"ended: {reason}", advice)))
+                self._final_reason = "; ".join(filter(None, (f"ended: {reason}", advice)))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.requests import RequestState, RequestTable
 from tpserve.frontend.access import METRICS_PATH, OPEN_PATHS
-from tpserve.frontend.journal import Journal, OpenSequence
 from tpserve.frontend.openai.routes import ADMITTED, REQUEST_ID
-from tpserve.frontend.status import Status
 from tpserve.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -55,14 +55,14 @@ class Throughput:
 
 
 @dataclass
-class Drain:
+class DrainLog:
     """The lines that tell what a shutdown waits for, and how long it may take."""
 
     timeout_s: float
     began_s: float | None = None
     _said_s: float = 0.0
 
-    def line(self, now_s: float, open_sequences: list[OpenSequence]) -> str | None:
+    def line(self, now_s: float, open_sequences: list[RequestState]) -> str | None:
         """None when there is nothing new to say. Call it while the server drains."""
         left = len(open_sequences)
         if self.began_s is None:
@@ -92,14 +92,14 @@ def counted(left: int) -> str:
 
 
 def reporting(
-    journal: Journal, status: Callable[[], Status], drain_timeout_s: float, log_stats: bool
+    request_table: RequestTable, status: Callable[[], EngineStatus], drain_timeout_s: float, log_stats: bool
 ) -> Callable[[web.Application], AsyncIterator[None]]:
     """Log these lines while an application is served."""
 
-    drain = Drain(drain_timeout_s)
+    drain = DrainLog(drain_timeout_s)
 
     async def report() -> None:
-        throughput = Throughput(journal.metrics, time.monotonic())
+        throughput = Throughput(request_table.metrics, time.monotonic())
         while True:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()
@@ -107,7 +107,7 @@ def reporting(
             if log_stats and now_s - throughput.last_s >= LINE_S:
                 lines.append(throughput.line(now_s))
             if status().state == "draining":
-                lines.append(drain.line(now_s, journal.open_sequences))
+                lines.append(drain.line(now_s, request_table.open_sequences))
             for line in filter(None, lines):
                 log.info(line)
 
@@ -144,7 +144,7 @@ def request_line(request: web.Request, status: int, took_s: float) -> str:
     route = f"{request.method} {resource.canonical if resource is not None else '(no such route)'}"
     if (admitted := request.get(ADMITTED)) is None:
         return f"request {request[REQUEST_ID]}: {route}, status {status}, {took_s:.3f} s"
-    sequences = admitted.ticket.sequences
+    sequences = admitted.handle.sequences
     reasons = {sequence.assembler.finish or "none": None for sequence in sequences}
     firsts = [sequence.token_s[0] - sequence.arrived_s for sequence in sequences if sequence.token_s]
     ttft = f"{min(firsts):.3f} s" if firsts else "none"

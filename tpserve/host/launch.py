@@ -64,7 +64,7 @@ def own_interface(flags: Flags) -> Interface:
     return interface
 
 
-def meeting_address(flags: Flags, interface: Interface) -> str:
+def rendezvous_address(flags: Flags, interface: Interface) -> str:
     """Where node 0 awaits the others: at the master address if that is its own, else on its interface."""
     own = {known.address for known in interfaces()}
     return next((address for address in sorted(_addresses(flags.master_addr or LOOPBACK)) if address in own), interface.address)

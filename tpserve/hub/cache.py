@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FileSet:
     """Some files of a repository at one commit. `sizes`: their names and bytes."""
 
     repository: str
@@ -67,11 +67,11 @@ def absent(directory: Path, names: Iterable[str]) -> list[str]:
     return [name for name in names if not (directory / name).is_file()]
 
 
-def present(cache: Path, repository: str, commit: str) -> Wanted:
+def present(cache: Path, repository: str, commit: str) -> FileSet:
     """All files of the commit that the cache holds."""
-    directory = Wanted(repository, commit, cache, {}).directory
+    directory = FileSet(repository, commit, cache, {}).directory
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return Wanted(repository, commit, cache, {str(path.relative_to(directory)): path.stat().st_size for path in files})
+    return FileSet(repository, commit, cache, {str(path.relative_to(directory)): path.stat().st_size for path in files})
 
 
 def known_commit(cache: Path, repository: str, revision: str) -> str | None:

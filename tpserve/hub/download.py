@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 
 from tpserve.errors import EngineFailure, UserError
-from tpserve.hub.cache import Wanted
+from tpserve.hub.cache import FileSet
 from tpserve.hub.refusal import refusal
 
 log = logging.getLogger(__name__)
@@ -31,55 +31,55 @@ NUM_CONNECTIONS = 4
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without flock says."""
 
-Report = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 """Told how many bytes of how many are there."""
 
 
-def ensure(wanted: Wanted, timeout_s: float, report: Report) -> None:
+def ensure(file_set: FileSet, timeout_s: float, report: ReportProgress) -> None:
     """Have all files. UserError when they cannot be had, EngineFailure when whoever downloads them makes no progress."""
-    if not wanted.missing():
+    if not file_set.missing():
         return
-    with _alone(wanted, timeout_s, report):
-        if missing := wanted.missing():
-            check_room(wanted)
-            _transfer(wanted, missing, report)
+    with _alone(file_set, timeout_s, report):
+        if missing := file_set.missing():
+            check_room(file_set)
+            _transfer(file_set, missing, report)
 
 
-def wait(wanted: Wanted, timeout_s: float, report: Report) -> None:
+def wait(file_set: FileSet, timeout_s: float, report: ReportProgress) -> None:
     """Wait until another process has all files. EngineFailure when it makes no progress."""
-    _watch(lambda: not wanted.missing(), wanted, timeout_s, report)
+    _watch(lambda: not file_set.missing(), file_set, timeout_s, report)
 
 
-def _watch(done: Callable[[], bool], wanted: Wanted, timeout_s: float, report: Report) -> None:
+def _watch(done: Callable[[], bool], file_set: FileSet, timeout_s: float, report: ReportProgress) -> None:
     had, moved_s = -1, time.monotonic()
     while not done():
-        have = wanted.have()
+        have = file_set.have()
         if have != had:
             had, moved_s = have, time.monotonic()
         if time.monotonic() - moved_s > timeout_s:
             raise EngineFailure(
-                f"another process has the download of {wanted.repository} into {wanted.cache} ({wanted.lock}), and nothing has "
-                f"arrived for {timeout_s:g} s: end it, or raise --start-timeout"
+                f"another process has the download of {file_set.repository} into {file_set.cache} ({file_set.lock}), and nothing "
+                f"has arrived for {timeout_s:g} s: end it, or raise --start-timeout"
             )
-        report(have, wanted.total)
+        report(have, file_set.total)
         time.sleep(POLL_S)
 
 
 @contextmanager
-def _alone(wanted: Wanted, timeout_s: float, report: Report) -> Iterator[None]:
+def _alone(file_set: FileSet, timeout_s: float, report: ReportProgress) -> Iterator[None]:
     """Be the only process, on all nodes that share the cache, that downloads this repository."""
     try:
-        wanted.lock.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(wanted.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file_set.lock.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(file_set.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UserError(
-            f"{wanted.repository} is not wholly in the cache {wanted.cache}, which cannot be written: {error.strerror}: "
+            f"{file_set.repository} is not wholly in the cache {file_set.cache}, which cannot be written: {error.strerror}: "
             "choose another with --download-dir or HF_HOME"
         ) from error
     try:
         if not _taken(lock):
-            log.info("waiting for another process that downloads %s into %s", wanted.repository, wanted.cache)
-            _watch(lambda: _taken(lock), wanted, timeout_s, report)
+            log.info("waiting for another process that downloads %s into %s", file_set.repository, file_set.cache)
+            _watch(lambda: _taken(lock), file_set, timeout_s, report)
         os.utime(lock)
         yield
     finally:
@@ -98,17 +98,17 @@ def _taken(lock: int) -> bool:
     return True
 
 
-def check_room(wanted: Wanted) -> None:
+def check_room(file_set: FileSet) -> None:
     """UserError when what is missing cannot fit into the cache, which exists."""
-    needed, free = wanted.total - wanted.have(), shutil.disk_usage(wanted.cache).free
+    needed, free = file_set.total - file_set.have(), shutil.disk_usage(file_set.cache).free
     if needed > free:
         raise UserError(
-            f"{wanted.repository} needs {needed:,} more bytes in {wanted.cache}, where {free:,} are free: make room, "
+            f"{file_set.repository} needs {needed:,} more bytes in {file_set.cache}, where {free:,} are free: make room, "
             "or choose another directory with --download-dir or HF_HOME"
         )
 
 
-def _transfer(wanted: Wanted, missing: list[str], report: Report) -> None:
+def _transfer(file_set: FileSet, missing: list[str], report: ReportProgress) -> None:
     """Over a few connections at a time. The threads are daemons: a file that is still on its way keeps no process from ending."""
     todo: SimpleQueue[str] = SimpleQueue()
     ended: SimpleQueue[UserError | None] = SimpleQueue()
@@ -118,7 +118,7 @@ def _transfer(wanted: Wanted, missing: list[str], report: Report) -> None:
     def carry() -> None:
         with suppress(Empty):
             while True:
-                ended.put(_file(wanted, todo.get_nowait()))
+                ended.put(_file(file_set, todo.get_nowait()))
 
     for _ in missing[:NUM_CONNECTIONS]:
         threading.Thread(target=carry, name="download", daemon=True).start()
@@ -130,18 +130,18 @@ def _transfer(wanted: Wanted, missing: list[str], report: Report) -> None:
                 todo = SimpleQueue()  # no further file is begun
                 raise failed
             left -= 1
-        report(wanted.have(), wanted.total)
+        report(file_set.have(), file_set.total)
 
 
-def _file(wanted: Wanted, name: str) -> UserError | None:
+def _file(file_set: FileSet, name: str) -> UserError | None:
     """Download one file; returns what kept it from coming."""
     from huggingface_hub import hf_hub_download
 
     use_our_log()
     try:
-        hf_hub_download(wanted.repository, name, revision=wanted.commit, cache_dir=wanted.cache)
+        hf_hub_download(file_set.repository, name, revision=file_set.commit, cache_dir=file_set.cache)
     except Exception as error:  # of whatever carries HTTP in this version of huggingface_hub
-        return refusal(error, wanted.repository, wanted.commit, wanted.cache, name)
+        return refusal(error, file_set.repository, file_set.commit, file_set.cache, name)
     return None
 
 

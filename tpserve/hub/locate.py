@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from tpserve.config.schema import Flags
 from tpserve.errors import UserError
 from tpserve.hub import cache as caches
-from tpserve.hub.cache import Wanted
+from tpserve.hub.cache import FileSet
 from tpserve.hub.download import check_room, ensure, use_our_log
 from tpserve.hub.names import check_revision, is_repository
 from tpserve.hub.refusal import refusal
@@ -123,15 +123,15 @@ def _no_tokenizer(found: "_Found") -> UserError:
     return found.without(TOKENIZER_FORMATS[0][0], what, _FOREIGN_TOKENIZERS, instead)
 
 
-def weights_of(snapshot: Snapshot) -> Wanted:
+def weights_of(snapshot: Snapshot) -> FileSet:
     """The weights of a snapshot, to be downloaded or waited for."""
-    return Wanted(snapshot.repository, snapshot.commit, Path(snapshot.cache), dict(snapshot.weights))
+    return FileSet(snapshot.repository, snapshot.commit, Path(snapshot.cache), dict(snapshot.weights))
 
 
 class _Found(NamedTuple):
     """All files of a repository; with an `error`, which kept the hub from telling, those that the cache holds."""
 
-    files: Wanted
+    files: FileSet
     revision: str
     error: Exception | None
 
@@ -179,7 +179,7 @@ def _look_up(repository: str, revision: str, param: str, flags: Flags) -> _Found
         return _Found(caches.present(cache, repository, commit), revision, error)
     assert info.sha is not None, "the hub names the commit of every revision"
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    return _Found(Wanted(repository, info.sha, cache, sizes), revision, None)
+    return _Found(FileSet(repository, info.sha, cache, sizes), revision, None)
 
 
 def _weights(found: _Found, formats: Sequence[WeightFormat]) -> dict[str, int]:

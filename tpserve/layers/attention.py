@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tpserve.attention.batch import AttentionBatch
-from tpserve.attention.paged import KVCache, Scoring, attend, write_kv
+from tpserve.attention.metadata import AttentionMetadata
+from tpserve.attention.paged import AttentionParams, KVCache, attend, write_kv
 from tpserve.layers.norm import AllHeadsNorm, HeadNorm
-from tpserve.layers.rope import Turn
+from tpserve.layers.rope import RotaryPositions
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
@@ -25,12 +25,14 @@ class Attention:
     qkv: Weight
     qkv_bias: torch.Tensor | None
     qk_norm: HeadNorm | AllHeadsNorm | None
-    scoring: Scoring
+    attention_params: AttentionParams
     out: Weight
     out_bias: torch.Tensor | None
     tp: Group
 
-    def __call__(self, x_TH: torch.Tensor, turn: Turn | None, batch: AttentionBatch, cache: KVCache) -> torch.Tensor:
+    def __call__(
+        self, x_TH: torch.Tensor, rotary: RotaryPositions | None, batch: AttentionMetadata, cache: KVCache
+    ) -> torch.Tensor:
         qkv = matmul(x_TH, self.qkv)
         if self.qkv_bias is not None:
             qkv += self.qkv_bias
@@ -38,10 +40,10 @@ class Attention:
         q_TND, k_TKD, v_TKD = heads_TAD.tensor_split((self.num_heads, self.num_heads + self.num_kv_heads), dim=1)
         if self.qk_norm is not None:
             q_TND, k_TKD = self.qk_norm(q_TND, k_TKD)
-        if turn is not None:
-            q_TND, k_TKD = turn(q_TND, k_TKD)
+        if rotary is not None:
+            q_TND, k_TKD = rotary(q_TND, k_TKD)
         write_kv(k_TKD, v_TKD, cache, batch)
-        mixed_TND = attend(q_TND, cache, batch, self.scoring)
+        mixed_TND = attend(q_TND, cache, batch, self.attention_params)
         out_TH = self.tp.all_reduce(matmul(mixed_TND.flatten(1), self.out))
         return out_TH if self.out_bias is None else out_TH + self.out_bias
 

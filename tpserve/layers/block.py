@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 
-from tpserve.attention.batch import AttentionBatch
+from tpserve.attention.metadata import AttentionMetadata
 from tpserve.attention.paged import KVCache
 from tpserve.layers.attention import Attention
-from tpserve.layers.latent import LatentAttention
+from tpserve.layers.mla import LatentAttention
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import MoE
 from tpserve.layers.norm import Norm
-from tpserve.layers.rope import Turn
+from tpserve.layers.rope import RotaryPositions
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
 """Two tensors whose sum is the residual stream, so that adding them fuses with the next norm; or the stream itself."""
@@ -38,12 +38,12 @@ class Block:
         self,
         x_TH: torch.Tensor,
         residual_TH: torch.Tensor | None,
-        turn: Turn | None,
-        batch: AttentionBatch,
+        rotary: RotaryPositions | None,
+        batch: AttentionMetadata,
         cache: KVCache,
     ) -> Stream:
         norms = self.attention_norm, self.attention_out_norm
-        x_TH, residual_TH = self._add(lambda x: self.attention(x, turn, batch, cache), norms, x_TH, residual_TH)
+        x_TH, residual_TH = self._add(lambda x: self.attention(x, rotary, batch, cache), norms, x_TH, residual_TH)
         # Rows of padding would wake experts that no token needs.
         mlp = self.mlp if isinstance(self.mlp, MLP) else partial(self.mlp, rows=len(batch.write_slots))
         return self._add(mlp, (self.mlp_norm, self.mlp_out_norm), x_TH, residual_TH)

@@ -24,41 +24,41 @@ from tpserve.quant.product import Product, of_experts, of_weight
 
 
 @dataclass(frozen=True)
-class Deal:
+class TokenPermutation:
     """Pairs of token and expert in the order of this rank's experts: rows [ends_E[e - 1], ends_E[e]) are of expert e."""
 
     tokens_R: torch.Tensor
     ends_E: torch.Tensor
     rows_TA: torch.Tensor
     """Where each pair's row is; 0 where the expert is another rank's."""
-    foreign_TA: torch.Tensor
+    remote_TA: torch.Tensor
     counts: torch.Tensor
     """Tokens of each expert of the layer."""
 
     @staticmethod
-    def of(experts_TA: torch.Tensor, mine: range, num_experts: int) -> "Deal":
+    def of(experts_TA: torch.Tensor, local_experts: range, num_experts: int) -> "TokenPermutation":
         """On CUDA without waiting for the device: the rows of other ranks' experts are there, behind those of ours."""
         device, num_pairs = experts_TA.device, experts_TA.numel()
-        ours_P = (experts_TA.flatten() - mine.start) % num_experts  # this rank's experts are the first ones
+        ours_P = (experts_TA.flatten() - local_experts.start) % num_experts  # this rank's experts are the first ones
         counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, ours_P, torch.ones_like(ours_P))
-        ends_E = counts.cumsum(0)[: len(mine)].int()
+        ends_E = counts.cumsum(0)[: len(local_experts)].int()
         order_P = torch.argsort(ours_P, stable=True)
         rows_P = torch.empty_like(order_P)
         rows_P[order_P] = torch.arange(num_pairs, device=device)
         tokens_R = order_P // experts_TA.shape[1]
         if not experts_TA.is_cuda:
             tokens_R = tokens_R[: int(ends_E[-1])]
-        foreign_TA = (ours_P >= len(mine)).view_as(experts_TA)
-        rows_TA = rows_P.view_as(experts_TA).masked_fill(foreign_TA, 0)
-        return Deal(tokens_R, ends_E, rows_TA, foreign_TA, counts.roll(mine.start))
+        remote_TA = (ours_P >= len(local_experts)).view_as(experts_TA)
+        rows_TA = rows_P.view_as(experts_TA).masked_fill(remote_TA, 0)
+        return TokenPermutation(tokens_R, ends_E, rows_TA, remote_TA, counts.roll(local_experts.start))
 
 
 @dataclass(frozen=True)
 class Experts:
-    """This rank's part of the experts: `mine` of `count`, split over ranks by expert or by channel."""
+    """This rank's part of the experts: `local_experts` of `count`, split over ranks by expert or by channel."""
 
     count: int
-    mine: range
+    local_experts: range
     gate_up_EI2H: Stack
     activate: Callable[[torch.Tensor], torch.Tensor]
     """Of `activation.py`: from what gate and up give to [R, I]; it says how the two lie."""
@@ -67,15 +67,15 @@ class Experts:
     down_bias_EH: torch.Tensor | None = None
     """Where the experts are split by channel, one rank's only."""
 
-    def part(self, x_TH: torch.Tensor, weights_TA: torch.Tensor, deal: Deal) -> torch.Tensor:
+    def part(self, x_TH: torch.Tensor, weights_TA: torch.Tensor, permutation: TokenPermutation) -> torch.Tensor:
         """This rank's term of the weighted sum over each token's experts, float32 [T, H]."""
-        if not len(deal.tokens_R):
+        if not len(permutation.tokens_R):
             return torch.zeros_like(x_TH, dtype=torch.float32)
-        gate_up_RI2 = grouped_matmul(x_TH[deal.tokens_R], self.gate_up_EI2H, deal.ends_E, self.gate_up_bias_EI2)
-        out_RH = grouped_matmul(self.activate(gate_up_RI2), self.down_EHI, deal.ends_E, self.down_bias_EH)
-        out_TAH = out_RH[deal.rows_TA].float().mul_(weights_TA.unsqueeze(2))
-        if len(self.mine) < self.count:
-            out_TAH.masked_fill_(deal.foreign_TA.unsqueeze(2), 0)
+        gate_up_RI2 = grouped_matmul(x_TH[permutation.tokens_R], self.gate_up_EI2H, permutation.ends_E, self.gate_up_bias_EI2)
+        out_RH = grouped_matmul(self.activate(gate_up_RI2), self.down_EHI, permutation.ends_E, self.down_bias_EH)
+        out_TAH = out_RH[permutation.rows_TA].float().mul_(weights_TA.unsqueeze(2))
+        if len(self.local_experts) < self.count:
+            out_TAH.masked_fill_(permutation.remote_TA.unsqueeze(2), 0)
         return out_TAH.sum(1)
 
 
@@ -83,14 +83,14 @@ class Experts:
 class MoE:
     """`router`: float32 [E, H]; where the shared expert has a gate, that is the last row of [E + 1, H].
 
-    `tally`: int64 [E], the tokens that each expert has had so far; every rank of a stage counts all of them.
+    `expert_load`: int64 [E], the tokens that each expert has had so far; every rank of a stage counts all of them.
     """
 
     router: Weight
     routing: Routing
     experts: Experts
     shared: MLP | None
-    tally: torch.Tensor
+    expert_load: torch.Tensor
     tp: Group
 
     def __call__(self, x_TH: torch.Tensor, rows: int) -> torch.Tensor:
@@ -98,9 +98,9 @@ class MoE:
         padding, x_TH = len(x_TH) - rows, x_TH[:rows]
         logits_TE = matmul(x_TH.float(), self.router)
         weights_TA, experts_TA = self.routing(logits_TE[:, : self.experts.count])
-        deal = Deal.of(experts_TA, self.experts.mine, self.experts.count)
-        self.tally.add_(deal.counts)
-        out_TH = self.experts.part(x_TH, weights_TA, deal)
+        permutation = TokenPermutation.of(experts_TA, self.experts.local_experts, self.experts.count)
+        self.expert_load.add_(permutation.counts)
+        out_TH = self.experts.part(x_TH, weights_TA, permutation)
         if self.shared is not None:
             shared_TH = self.shared.part(x_TH).float()
             gate_Tg = logits_TE[:, self.experts.count :]

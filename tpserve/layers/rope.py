@@ -14,7 +14,7 @@ from tpserve.types.model_spec import RopeSpec
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotaryPositions:
     """The rotation to the positions of a step's rows, made once for all layers."""
 
     rope: "Rope"
@@ -41,12 +41,12 @@ class Rope:
     sin_PE: torch.Tensor
     interleaved: bool
 
-    def to(self, positions_T: torch.Tensor) -> Turn:
+    def at(self, positions_T: torch.Tensor) -> RotaryPositions:
         """The rotation to these positions."""
         if positions_T.is_cuda:
-            return Turn(self, positions_T, None)
+            return RotaryPositions(self, positions_T, None)
         cos_TE, sin_TE = self.cos_PE[positions_T], self.sin_PE[positions_T]
-        return Turn(
+        return RotaryPositions(
             self, positions_T, (torch.cat((cos_TE, cos_TE), 1).unsqueeze(1), torch.cat((-sin_TE, sin_TE), 1).unsqueeze(1))
         )
 

@@ -6,7 +6,7 @@
 
 Owns a call's way from arguments to outputs. The caller is never a rank. Alone it plays the frontend's part (`Session`) and starts
 the same agent as `tpserve serve`; under `torchrun script.py` every script starts one rank, rank 0's plays the frontend, and the
-others (`Follower`) return what it returns. Needs no `if __name__ == "__main__"` and no free event loop, takes no signals.
+others (`RpcClient`) return what it returns. Needs no `if __name__ == "__main__"` and no free event loop, takes no signals.
 """
 
 import itertools
@@ -21,17 +21,17 @@ from typing import Any, Self
 from tpserve.cli import keywords
 from tpserve.config import env
 from tpserve.config.env import RankEnv
-from tpserve.frontend.bridge import Bridge
+from tpserve.engine_client.engine_client import EngineClient
 from tpserve.hub.locate import read_template
 from tpserve.llm import launch
-from tpserve.llm.callers import Answer, trouble
-from tpserve.llm.follower import Follower
-from tpserve.llm.generate import Count, Generation
+from tpserve.llm.generate import CallProgress, GenerateCall
 from tpserve.llm.outputs import RequestOutput
 from tpserve.llm.params import SamplingParams
 from tpserve.llm.prompts import Priority, PromptInput, PromptJob, chats, jobs
+from tpserve.llm.rpc_client import RpcClient
+from tpserve.llm.rpc_server import RpcReply, rpc_error
 from tpserve.llm.session import Session
-from tpserve.observe.progress import Answered
+from tpserve.observe.progress import PromptProgress
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 
@@ -54,14 +54,14 @@ class LLM:
         self._calls = itertools.count(1)
         self._num_requests = 0
         self._session: Session | None = None
-        self._follower: Follower | None = None
+        self._rpc_client: RpcClient | None = None
         job = f"llm{next(_numbers)}-{me.restart_count}" if me else ""
         if me is not None and me.rank > 0:
-            self._follow(me, launch.Script(me, job, said))
+            self._follow(me, launch.TorchrunLauncher(me, job, said))
         else:
-            self._lead(launch.Alone(said) if me is None else launch.Script(me, job, said))
+            self._lead(launch.LocalLauncher(said) if me is None else launch.TorchrunLauncher(me, job, said))
 
-    def _lead(self, way: "launch.Alone | launch.Script") -> None:
+    def _lead(self, way: "launch.LocalLauncher | launch.TorchrunLauncher") -> None:
         config = way.config()
         self._defaults = config.sampling_defaults
         self._window = 2 * config.max_num_seqs
@@ -76,17 +76,17 @@ class LLM:
             way.publish(session.wait_bound())
             session.wait_ready()
         except BaseException as error:
-            session.tell_followers(trouble(0, error))
+            session.tell_followers(rpc_error(0, error))
             self.close()
             raise
-        session.tell_followers(Answer(0, []))
+        session.tell_followers(RpcReply(0, []))
 
-    def _follow(self, me: RankEnv, way: "launch.Script") -> None:
-        self._follower = Follower(me.rank, *way.find(), way.start)
+    def _follow(self, me: RankEnv, way: "launch.TorchrunLauncher") -> None:
+        self._rpc_client = RpcClient(me.rank, *way.find(), way.start)
         self._defaults = way.config().sampling_defaults
-        self._finalizer = weakref.finalize(self, self._follower.close)
+        self._finalizer = weakref.finalize(self, self._rpc_client.close)
         try:
-            self._follower.wait(0)
+            self._rpc_client.wait(0)
         except BaseException:
             self.close()
             raise
@@ -133,28 +133,28 @@ class LLM:
     def _call(self, ask: Callable[[], list[PromptJob]], visible: bool, template: str | None = None) -> list[RequestOutput]:
         """One numbered call: whatever happens here, the other scripts of a torchrun job hear of it under its number."""
         call = next(self._calls)
-        if self._follower is not None:
-            return self._follower.wait(call)
+        if self._rpc_client is not None:
+            return self._rpc_client.wait(call)
         assert self._session is not None
         try:
             outputs = self._answer(self._session, ask(), visible, template)
         except BaseException as error:
-            self._session.tell_followers(trouble(call, error))
+            self._session.tell_followers(rpc_error(call, error))
             raise
-        self._session.tell_followers(Answer(call, outputs))
+        self._session.tell_followers(RpcReply(call, outputs))
         return outputs
 
     def _answer(self, session: Session, asked: Sequence[PromptJob], visible: bool, given: str | None) -> list[RequestOutput]:
         if not asked:
             return []
         template = self._template if given is None else self._load_template(read_template(given))
-        first_id, count = self._num_requests, Count()
+        first_id, count = self._num_requests, CallProgress()
         self._num_requests += len(asked)
 
-        def work(bridge: Bridge) -> Coroutine[Any, Any, list[RequestOutput]]:
-            return Generation(bridge, self._tokenizer, template, asked, first_id, self._window, count).run()
+        def work(engine_client: EngineClient) -> Coroutine[Any, Any, list[RequestOutput]]:
+            return GenerateCall(engine_client, self._tokenizer, template, asked, first_id, self._window, count).run()
 
-        with Answered(len(asked), visible) as progress:
+        with PromptProgress(len(asked), visible) as progress:
             outputs = session.run(work, lambda: progress.update(count.done, count.tokens))
             progress.update(count.done, count.tokens)
         return outputs

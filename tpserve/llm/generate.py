@@ -1,7 +1,7 @@
-"""A call's work on the session's loop: prompts checked and tokenized as over HTTP, opened in the journal, put together.
+"""A call's work on the session's loop: prompts checked and tokenized as over HTTP, opened in the request table, put together.
 
 Owns the order of a call and how much of it is open at once. Everything is checked before anything is opened. Whatever ends a
-call, its tickets are closed on the way out.
+call, its handles are closed on the way out.
 """
 
 import asyncio
@@ -12,29 +12,29 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from tpserve.engine_client.engine_client import EngineClient
+from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import EngineFailure, UserError
-from tpserve.frontend.bridge import Bridge
-from tpserve.frontend.journal import Ticket
 from tpserve.frontend.openai.body import parse
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.sequences import params_of, requests_of
-from tpserve.frontend.openai.service import Limits, Service
-from tpserve.llm.outputs import RequestOutput, RequestStateStats, Speller
+from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
+from tpserve.llm.outputs import OutputBuilder, RequestOutput, RequestStateStats
 from tpserve.llm.prompts import PromptJob
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.logprobs import likeliest
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.sampling import SamplingDefaults, SamplingParams
+from tpserve.types.sampling import EngineSamplingParams, SamplingDefaults
 
 COUNT_S = 0.1
 """How often tokens are counted for the progress bar."""
-BREATH_S = 0.05
+YIELD_EVERY_S = 0.05
 """After this long without news the loop looks after the ranks, while many prompts are tokenized."""
 
 
 @dataclass
-class Count:
+class CallProgress:
     """How far a call has come; written by the session's thread, read by the caller's."""
 
     done: int = 0
@@ -42,36 +42,36 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedPrompt:
     """A prompt that can be served. `text` is None for one given as ids."""
 
     prompt: Prompt
     text: str | None
     call: CompletionRequest
-    params: SamplingParams
+    params: EngineSamplingParams
     detokenize: bool
 
 
-class Generation:
+class GenerateCall:
     """One call. `window`: prompts that are open at once; more of them would only wait in the scheduler."""
 
     def __init__(
         self,
-        bridge: Bridge,
+        engine_client: EngineClient,
         tokenizer: Tokenizer,
         template: ChatTemplate,
         jobs: Sequence[PromptJob],
         first_id: int,
         window: int,
-        count: Count,
+        count: CallProgress,
     ) -> None:
-        self._service = Service(
+        self._service = OpenAIServing(
             names=("",),
             root="",
             created_s=0,
             max_open=sys.maxsize,
-            journal=bridge.journal,
-            status=bridge.status,
+            request_table=engine_client.request_table,
+            status=engine_client.status,
             tokenizer=tokenizer,
             chat_template=template,
             defaults=SamplingDefaults(),  # every job says all of it
@@ -81,7 +81,7 @@ class Generation:
         self._first_id = first_id
         self._window = window
         self._progress = count
-        self._open: set[Ticket] = set()
+        self._open: set[RequestHandle] = set()
         self._ended_tokens = 0
 
     async def run(self) -> list[RequestOutput]:
@@ -98,14 +98,14 @@ class Generation:
                 for task in (*tasks, *workers):
                     task.cancel()
         except UserError as error:
-            if error.status >= 500:  # the journal's way of saying that it is not the request's fault
+            if error.status >= 500:  # the request table's way of saying that it is not the request's fault
                 raise EngineFailure(str(error)) from None
             raise
         self._progress.tokens = self._ended_tokens
         return [output for output in outputs if output is not None]
 
-    async def _check(self, limits: Limits) -> list[Checked]:
-        checked, breath_s = list[Checked](), time.monotonic()
+    async def _check(self, limits: ModelLimits) -> list[CheckedPrompt]:
+        checked, breath_s = list[CheckedPrompt](), time.monotonic()
         for index, job in enumerate(self._jobs):
             try:
                 one = await self._checked(job, limits)
@@ -114,12 +114,12 @@ class Generation:
                     raise
                 raise UserError(f"prompts[{index}]: {error}", param=error.param, code=error.code, status=error.status) from None
             checked.append(one)
-            if time.monotonic() - breath_s > BREATH_S:
+            if time.monotonic() - breath_s > YIELD_EVERY_S:
                 await asyncio.sleep(0)
                 breath_s = time.monotonic()
         return checked
 
-    async def _checked(self, job: PromptJob, limits: Limits) -> Checked:
+    async def _checked(self, job: PromptJob, limits: ModelLimits) -> CheckedPrompt:
         call = job.params.call(**job.fields)
         if job.chat is not None:
             chat, _ = parse(dict(job.chat), ChatCompletionRequest, set())
@@ -129,38 +129,38 @@ class Generation:
             (prompt,) = await completion_prompts(self._service, replace(call, prompt=given), limits)
         size = max_new_tokens(prompt, None, job.params.max_tokens, limits, "prompt")
         (params,) = params_of(self._service, call, [prompt], [size], limits)
-        return Checked(prompt, prompt.text if job.ids is None else job.text, call, params, job.params.detokenize)
+        return CheckedPrompt(prompt, prompt.text if job.ids is None else job.text, call, params, job.params.detokenize)
 
-    async def _work(self, waiting: Iterator[tuple[int, Checked]], outputs: list[RequestOutput | None]) -> None:
+    async def _work(self, waiting: Iterator[tuple[int, CheckedPrompt]], outputs: list[RequestOutput | None]) -> None:
         """Answer one prompt after another, until none waits."""
         for index, one in waiting:
             requests = requests_of(self._service, one.call, [one.prompt], [one.params])
-            ticket = self._service.open(requests, streaming=False)
-            self._open.add(ticket)
+            handle = self._service.open(requests, streaming=False)
+            self._open.add(handle)
             try:
-                while not ticket.ended:
-                    await ticket.wait()
-                outputs[index] = self._output(index, one, ticket)
+                while not handle.ended:
+                    await handle.wait()
+                outputs[index] = self._output(index, one, handle)
             finally:
-                self._open.discard(ticket)
-                self._service.journal.abort(ticket)
-            self._ended_tokens += _num_tokens(ticket)
+                self._open.discard(handle)
+                self._service.request_table.abort(handle)
+            self._ended_tokens += _num_tokens(handle)
             self._progress.done += 1
 
-    def _output(self, index: int, one: Checked, ticket: Ticket) -> RequestOutput:
-        call, speller = one.call, Speller(self._service.tokenizer, one.detokenize)
-        pieces = [piece for _, piece in ticket.take()]
-        scores = ticket.sequences[0].assembler.scores
+    def _output(self, index: int, one: CheckedPrompt, handle: RequestHandle) -> RequestOutput:
+        call, builder = one.call, OutputBuilder(self._service.tokenizer, one.detokenize)
+        pieces = [delta for _, delta in handle.take()]
+        scores = handle.sequences[0].assembler.scores
         if call.n < call.num_drawn:
             pieces = likeliest(pieces, call.n)
         return RequestOutput(
             request_id=str(self._first_id + index),
             prompt=one.text,
             prompt_token_ids=list(one.prompt.ids),
-            prompt_logprobs=None if scores is None else speller.prompt(scores, call.prompt_logprobs or 0),
-            outputs=[speller.completion(number, piece, call.logprobs) for number, piece in enumerate(pieces)],
-            metrics=RequestStateStats.of(ticket.sequences, self._arrival_time, self._arrived_s),
-            num_cached_tokens=ticket.sequences[0].cached_tokens,
+            prompt_logprobs=None if scores is None else builder.prompt(scores, call.prompt_logprobs or 0),
+            outputs=[builder.completion(number, delta, call.logprobs) for number, delta in enumerate(pieces)],
+            metrics=RequestStateStats.of(handle.sequences, self._arrival_time, self._arrived_s),
+            num_cached_tokens=handle.sequences[0].cached_tokens,
         )
 
     async def _count(self) -> None:
@@ -169,5 +169,5 @@ class Generation:
             await asyncio.sleep(COUNT_S)
 
 
-def _num_tokens(ticket: Ticket) -> int:
-    return sum(sequence.assembler.num_tokens for sequence in ticket.sequences)
+def _num_tokens(handle: RequestHandle) -> int:
+    return sum(sequence.assembler.num_tokens for sequence in handle.sequences)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from tpserve.agent import AGENT_COMMAND, Job
+from tpserve.agent import AGENT_COMMAND, AgentJob
 from tpserve.cli import server_flags
+from tpserve.cluster.discovery import runtime_dir
 from tpserve.config import env
 from tpserve.config.env import RankEnv
 from tpserve.config.resolve import num_local_ranks, resolve
@@ -25,11 +26,10 @@ from tpserve.errors import EngineFailure
 from tpserve.host.network import choose
 from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.hub.locate import locate
-from tpserve.llm.child import Child
-from tpserve.models.opened import open_model
+from tpserve.llm.engine_process import EngineProcess
+from tpserve.models.load_config import load_model_config
 from tpserve.types.machine import Machine
-from tpserve.wire.attach import runtime_dir
-from tpserve.wire.auth import FRONTEND, Invitation, Key
+from tpserve.wire.curve import FRONTEND, ConnectInfo, CurveClient
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FIND_S = 0.1
 
 
-class Alone:
+class LocalLauncher:
     """A plain script or a notebook: an agent below it starts the ranks, as under `tpserve serve`."""
 
     remote: str | None = None
@@ -49,7 +49,7 @@ class Alone:
 
     @cached_property
     def _resolved(self) -> tuple[Flags, EngineConfig]:
-        flags, files, spec = open_model(self._said, lambda flags: locate(flags, head=True))
+        flags, files, spec = load_model_config(self._said, lambda flags: locate(flags, head=True))
         num_gpus = visible_gpus()
         nproc = num_local_ranks(flags, num_gpus)
         return flags, resolve(flags, files, spec, Machine(nproc, nproc, 1, num_gpus, available_cores(), "LLM"))
@@ -58,10 +58,10 @@ class Alone:
         """UserError for what can be refused before a process is started."""
         return self._resolved[1]
 
-    def start(self) -> Child:
+    def start(self) -> EngineProcess:
         """Start the agent."""
         flags, config = self._resolved
-        job = Job(
+        job = AgentJob(
             supervisor_pid=os.getpid(),
             nproc=config.layout.world_size,
             world_size=config.layout.world_size,
@@ -71,13 +71,13 @@ class Alone:
             argv=server_flags.to_argv(flags),
         )
         environ = env.for_ranks(str(self.where), quiet=config.log_level != "debug")
-        return Child(list(AGENT_COMMAND), environ, msgspec.json.encode(job))
+        return EngineProcess(list(AGENT_COMMAND), environ, msgspec.json.encode(job))
 
-    def publish(self, invitation: Invitation | None) -> None:
+    def publish(self, connect_info: ConnectInfo | None) -> None:
         """Nobody else looks for us."""
 
 
-class Script:
+class TorchrunLauncher:
     """One of the scripts of `torchrun script.py`. `job` names this LLM among those that the scripts make."""
 
     def __init__(self, me: RankEnv, job: str, said: Flags) -> None:
@@ -91,7 +91,7 @@ class Script:
     @cached_property
     def _resolved(self) -> tuple[Flags, EngineConfig]:
         me = self._me
-        flags, files, spec = open_model(self._said, lambda flags: locate(flags, head=me.rank == 0))
+        flags, files, spec = load_model_config(self._said, lambda flags: locate(flags, head=me.rank == 0))
         machine = Machine(me.world_size, me.local_world_size, me.nnodes, visible_gpus(), available_cores(), "script")
         return flags, resolve(flags, files, spec, machine)
 
@@ -99,18 +99,18 @@ class Script:
         """UserError for what can be refused before a process is started."""
         return self._resolved[1]
 
-    def start(self) -> Child:
+    def start(self) -> EngineProcess:
         """Start the rank in the script's own place."""
         flags, config = self._resolved
         environ = env.for_rank(str(self.where), self._job, quiet=config.log_level != "debug")
-        return Child([sys.executable, "-m", "tpserve", *server_flags.to_argv(flags)], environ)
+        return EngineProcess([sys.executable, "-m", "tpserve", *server_flags.to_argv(flags)], environ)
 
-    def publish(self, invitation: Invitation | None) -> None:
+    def publish(self, connect_info: ConnectInfo | None) -> None:
         """Rank 0's script: tell those of other nodes where it is."""
-        if invitation is not None:
-            self._store.set(self._key, msgspec.json.encode(invitation).decode())
+        if connect_info is not None:
+            self._store.set(self._key, msgspec.json.encode(connect_info).decode())
 
-    def find(self) -> tuple[str, Key | None]:
+    def find(self) -> tuple[str, CurveClient | None]:
         """Another script: where rank 0's is. EngineFailure when it does not tell in time, UserError when the secrets differ."""
         if self._me.node_rank == 0:
             return f"ipc://{self.where}/callers", None
@@ -118,9 +118,9 @@ class Script:
         while time.monotonic() < deadline_s:
             try:
                 if self._store.check([self._key]):
-                    invitation = msgspec.json.decode(self._store.get(self._key), type=Invitation)
-                    keyring = invitation.accept(self._said.cluster_secret_file)
-                    return invitation.endpoint, keyring.key(self._me.rank, FRONTEND)
+                    connect_info = msgspec.json.decode(self._store.get(self._key), type=ConnectInfo)
+                    keyring = connect_info.accept(self._said.cluster_secret_file)
+                    return connect_info.endpoint, keyring.curve_client(self._me.rank, FRONTEND)
             except RuntimeError as error:
                 raise EngineFailure(f"torchrun's store on node 0 is gone: {error}") from error
             time.sleep(FIND_S)

@@ -5,9 +5,9 @@ from typing import Literal
 
 from msgspec import Struct
 
-from tpserve.frontend.journal import OpenSequence
-from tpserve.text.assembler import Piece
-from tpserve.text.entries import PromptScores
+from tpserve.engine_client.requests import RequestState
+from tpserve.text.assembler import OutputDelta
+from tpserve.text.logprob_entries import PromptScores
 from tpserve.text.logprobs import pairs
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.plan import TokenLogprobs
@@ -54,7 +54,7 @@ class RequestStateStats(Struct, frozen=True):
     token_ts: list[float]
 
     @staticmethod
-    def of(sequences: Sequence[OpenSequence], arrival_time: float, arrived_s: float) -> "RequestStateStats":
+    def of(sequences: Sequence[RequestState], arrival_time: float, arrived_s: float) -> "RequestStateStats":
         """Of sequences that have ended, each of which has a token. `arrived_s`: the call's begin on the monotonic clock."""
         token_ts = sorted(token_s for sequence in sequences for token_s in sequence.token_s)
         return RequestStateStats(
@@ -82,24 +82,24 @@ class RequestOutput(Struct, frozen=True):
     num_cached_tokens: int = 0
 
 
-class Speller:
+class OutputBuilder:
     """Builds outputs of one request. `detokenize` false: ids only."""
 
     def __init__(self, tokenizer: Tokenizer, detokenize: bool) -> None:
         self._tokenizer = tokenizer
         self._detokenize = detokenize
 
-    def completion(self, index: int, piece: Piece, num_top: int | None) -> CompletionOutput:
+    def completion(self, index: int, delta: OutputDelta, num_top: int | None) -> CompletionOutput:
         """A choice from the one piece of its sequence."""
-        entries = [(entry.token, entry.logprobs) for entry in piece.entries if entry.logprobs is not None]
+        entries = [(entry.token, entry.logprobs) for entry in delta.entries if entry.logprobs is not None]
         return CompletionOutput(
             index=index,
-            text=piece.text if self._detokenize else "",
-            token_ids=piece.tokens,
+            text=delta.text if self._detokenize else "",
+            token_ids=delta.tokens,
             cumulative_logprob=None if num_top is None else sum(logprobs.chosen for _, logprobs in entries),
             logprobs=None if num_top is None else [self._position(token, logprobs) for token, logprobs in entries],
-            finish_reason=piece.finish,
-            stop_reason=piece.stop_reason,
+            finish_reason=delta.finish,
+            stop_reason=delta.stop_reason,
         )
 
     def prompt(self, scores: PromptScores, num_top: int) -> list[dict[int, Logprob] | None]:

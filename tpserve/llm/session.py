@@ -1,9 +1,9 @@
-"""The frontend's part, played inside the caller's process: a thread with an event loop that owns the bridge to the ranks.
+"""The frontend's part, played inside the caller's process: a thread with an event loop that owns the engine client to the ranks.
 
 Owns the runtime directory, the thread, the child that starts the ranks, and the reason for their end. The caller is never a rank:
 a caller that sits in a collective with a dead peer could neither raise nor be interrupted. Invariants: whatever the thread or the
 ranks do, a waiting caller gets an answer or an exception; `close` leaves no process, no socket and no directory of this session,
-nor does a SIGKILL (`Sweeper`).
+nor does a SIGKILL (`TempdirReaper`).
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from tpserve.cluster.discovery import hold_lock, make_runtime_dir, remove_runtime_dir
 from tpserve.config.schema import EngineConfig
+from tpserve.coordinator.coordinator import EpochFailed, EpochFinished, EpochReady
+from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError
-from tpserve.frontend.bridge import Bridge, News
-from tpserve.frontend.coordinator import Failed, Finished, Ready
-from tpserve.llm.callers import Answer, Callers, Trouble
-from tpserve.llm.child import Child
-from tpserve.llm.sweeper import Sweeper
-from tpserve.wire.attach import hold_lock, make_runtime_dir, remove_runtime_dir
-from tpserve.wire.auth import Invitation
+from tpserve.llm.engine_process import EngineProcess
+from tpserve.llm.rpc_server import RpcError, RpcReply, RpcServer
+from tpserve.llm.tempdir_reaper import TempdirReaper
+from tpserve.wire.curve import ConnectInfo
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ CHILD_S = 3.0
 """How long the agent has to end once its ranks have."""
 TOLD_S = 5.0
 """How long other scripts of a torchrun job have to fetch the last answer."""
-_CLOSED = Failed(1, "the LLM is closed")
-_TOLD = Failed(1, "the ranks have ended: somebody sent them SIGTERM")
+_CLOSED = EpochFailed(1, "the LLM is closed")
+_TOLD = EpochFailed(1, "the ranks have ended: somebody sent them SIGTERM")
 
 
 class Session:
@@ -50,7 +50,7 @@ class Session:
         self,
         config: EngineConfig,
         where: Path,
-        start_ranks: Callable[[], Child],
+        start_ranks: Callable[[], EngineProcess],
         *,
         remote: str | None = None,
         followers: int = 0,
@@ -64,45 +64,45 @@ class Session:
         self._num_followers = followers
         self._owner_pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._bridge: Bridge | None = None
-        self._callers: Callers | None = None
+        self._engine_client: EngineClient | None = None
+        self._rpc_server: RpcServer | None = None
         self._bound = threading.Event()
         self._ready = threading.Event()
         self._ended = threading.Event()
-        self._failure: Failed | None = None
+        self._failure: EpochFailed | None = None
         self._thread: threading.Thread | None = None
-        self._sweeper: Sweeper | None = None
+        self._tempdir_reaper: TempdirReaper | None = None
         self._lock = -1
         self._closed = False
 
     def begin(self) -> None:
         """Start the thread; `wait_ready` follows. Whatever interrupts this, `close` takes back."""
-        self._sweeper = Sweeper(self._where)
+        self._tempdir_reaper = TempdirReaper(self._where)
         make_runtime_dir(self._where)
         (self._where / "frontend.json").unlink(missing_ok=True)  # of a session that was killed with all its processes
         self._lock = hold_lock(self._where)
         self._thread = threading.Thread(target=self._live, name="tpserve session", daemon=True)
         self._thread.start()
 
-    def wait_bound(self) -> Invitation | None:
+    def wait_bound(self) -> ConnectInfo | None:
         """Wait until the sockets are there; returns what followers of other nodes need to find us."""
         while not self._bound.wait(LOOK_S):
             self._raise_if_ended()
-        if self._callers is None or self._bridge is None:
+        if self._rpc_server is None or self._engine_client is None:
             return None
-        return self._bridge.invitation(self._callers.remote_endpoint)
+        return self._engine_client.connect_info(self._rpc_server.remote_endpoint)
 
     def wait_ready(self) -> None:
         """Wait until the ranks are. UserError or EngineFailure with the reason when they will not be."""
         while not self._ready.wait(LOOK_S):
             self._raise_if_ended()
 
-    def run(self, work: Callable[[Bridge], Coroutine[Any, Any, T]], look: Callable[[], None]) -> T:
+    def run(self, work: Callable[[EngineClient], Coroutine[Any, Any, T]], look: Callable[[], None]) -> T:
         """Run `work` on the session's loop and wait for it, calling `look` now and then. An exception here, such as Ctrl-C,
         cancels it. EngineFailure when the ranks have ended."""
         self._raise_if_ended()
-        assert self._loop is not None and self._bridge is not None
-        coroutine = work(self._bridge)
+        assert self._loop is not None and self._engine_client is not None
+        coroutine = work(self._engine_client)
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except RuntimeError:  # the loop has closed
@@ -120,11 +120,11 @@ class Session:
             future.cancel()
             raise
 
-    def tell_followers(self, message: Answer | Trouble) -> None:
+    def tell_followers(self, message: RpcReply | RpcError) -> None:
         """Let the other scripts return or raise the same. Without any, or when all is over, nothing happens."""
-        if self._callers is not None and self._loop is not None:
+        if self._rpc_server is not None and self._loop is not None:
             try:
-                self._loop.call_soon_threadsafe(self._callers.answer, message)
+                self._loop.call_soon_threadsafe(self._rpc_server.reply, message)
             except RuntimeError:  # the loop has closed meanwhile
                 logger.debug("call %d was not told", message.call)
 
@@ -141,8 +141,8 @@ class Session:
         if self._lock >= 0:
             remove_runtime_dir(self._where)
             os.close(self._lock)
-        if self._sweeper is not None:
-            self._sweeper.end()
+        if self._tempdir_reaper is not None:
+            self._tempdir_reaper.end()
 
     def _end_thread(self, thread: threading.Thread) -> None:
         while not (self._bound.wait(LOOK_S) or self._ended.is_set()):  # it has just begun
@@ -156,9 +156,9 @@ class Session:
         thread.join()
 
     def _close_bridge(self) -> None:
-        if self._bridge is not None:
-            self._bridge.journal.fail_all("the LLM was closed", 503)
-            self._bridge.drain()
+        if self._engine_client is not None:
+            self._engine_client.request_table.fail_all("the LLM was closed", 503)
+            self._engine_client.drain()
 
     def _raise_if_ended(self) -> None:
         if os.getpid() != self._owner_pid:
@@ -180,51 +180,53 @@ class Session:
         except BaseException as error:
             logger.debug("the session failed", exc_info=True)
             kind = 2 if isinstance(error, UserError) else 1
-            self._failure = self._failure or Failed(kind, str(error) or type(error).__name__)
+            self._failure = self._failure or EpochFailed(kind, str(error) or type(error).__name__)
         finally:
             self._ended.set()
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        with contextlib.closing(Bridge(self._config, self._where, self._remote, time.monotonic(), self._tell)) as self._bridge:
+        with contextlib.closing(
+            EngineClient(self._config, self._where, self._remote, time.monotonic(), self._tell)
+        ) as self._engine_client:
             if not self._num_followers:
-                await self._serve_ranks(self._bridge)
+                await self._serve_ranks(self._engine_client)
                 return
-            callers = Callers(self._num_followers, f"ipc://{self._where}/callers", self._bridge.door())
-            with contextlib.closing(callers) as self._callers:
-                hearing = self._loop.create_task(self._hear(self._callers, self._bridge))
-                await self._serve_ranks(self._bridge)
+            rpc_server = RpcServer(self._num_followers, f"ipc://{self._where}/callers", self._engine_client.tcp_endpoint())
+            with contextlib.closing(rpc_server) as self._rpc_server:
+                hearing = self._loop.create_task(self._serve_followers(self._rpc_server, self._engine_client))
+                await self._serve_ranks(self._engine_client)
                 hearing.cancel()
                 why = self._failure or _CLOSED
                 reason = "rank 0's script has closed its LLM" if why is _CLOSED else why.reason
-                self._callers.end("user" if why.code == 2 else "engine", reason)
-                await self._callers.all_told(TOLD_S)
+                self._rpc_server.end("user" if why.code == 2 else "engine", reason)
+                await self._rpc_server.wait_delivered(TOLD_S)
 
-    async def _serve_ranks(self, bridge: Bridge) -> None:
-        bridge.announce()
+    async def _serve_ranks(self, engine_client: EngineClient) -> None:
+        engine_client.announce()
         self._bound.set()
-        child = self._start_ranks()
+        engine_process = self._start_ranks()
         try:
-            await bridge.serve(child.pid)
+            await engine_client.serve(engine_process.pid)
         finally:
-            child.end(CHILD_S)
+            engine_process.end(CHILD_S)
 
-    async def _hear(self, callers: Callers, bridge: Bridge) -> None:
+    async def _serve_followers(self, rpc_server: RpcServer, engine_client: EngineClient) -> None:
         """What the other scripts want, until cancelled."""
         while True:
-            callers.read()
-            if callers.left is not None:
-                self._failure = self._failure or Failed(1, callers.left.text)
-                bridge.drain()
+            rpc_server.read()
+            if rpc_server.left is not None:
+                self._failure = self._failure or EpochFailed(1, rpc_server.left.text)
+                engine_client.drain()
             await asyncio.sleep(LOOK_S / 10)
 
-    def _tell(self, news: News) -> None:
+    def _tell(self, news: EpochNews) -> None:
         match news:
-            case Ready():
+            case EpochReady():
                 self._ready.set()
-            case Failed():
+            case EpochFailed():
                 self._failure = self._failure or news
-            case Finished():
+            case EpochFinished():
                 self._failure = self._failure or (_CLOSED if self._closed else _TOLD)
 
 

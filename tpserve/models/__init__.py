@@ -22,8 +22,8 @@ from tpserve.models import (
     qwen3,
     qwen3_moe,
 )  # fmt: skip
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.names import WeightNames
 
@@ -60,7 +60,7 @@ def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
 
     Raises UserError for an unsupported architecture, a missing or malformed field, and a field the decoder cannot honour.
     """
-    fields = Fields(config, where)
+    fields = ConfigFields(config, where)
     wanted = fields.get("architectures")
     if not isinstance(wanted, list) or not wanted:
         raise fields.refuse("field 'architectures' is missing: it names the model's class")

@@ -13,14 +13,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from tpserve.attention import tiled
-from tpserve.attention.batch import StepBatch
-from tpserve.attention.paged import KVCache, ready
-from tpserve.attention.tiles import TILE
+from tpserve.attention import cpu_attention
+from tpserve.attention.cpu_plan import TILE
+from tpserve.attention.metadata import ModelInput
+from tpserve.attention.paged import KVCache, build_metadata
 from tpserve.layers.embedding import embed
+from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.layers.moe import MoE
-from tpserve.layers.rope import Turn, tables
-from tpserve.layers.tally import Tally
+from tpserve.layers.rope import RotaryPositions, tables
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul, pad_rows
@@ -34,7 +34,7 @@ from tpserve.weights.parameter import Parameter
 class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
-    `kv_layout`: the cache of each layer here. `tally`: what this stage's experts have had to do, where it has experts.
+    `kv_layout`: the cache of each layer here. `expert_load`: what this stage's experts have had to do, where it has experts.
     `vocab_shards`: every tensor-parallel rank's vocabulary range, this rank's at `tp.rank`.
     """
 
@@ -70,8 +70,8 @@ class Decoder:
         self._head: Weight | None = self._embedding if shares_embedding else shard.head() if last else None
         self._parameters = shard.parameters
         mixed = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
-        counts = {layer: mlp.tally for layer, mlp in mixed if isinstance(mlp, MoE)}
-        self.tally = Tally(list(counts), list(counts.values())) if counts else None
+        counts = {layer: mlp.expert_load for layer, mlp in mixed if isinstance(mlp, MoE)}
+        self.expert_load = ExpertLoadCounter(list(counts), list(counts.values())) if counts else None
 
     def parameters(self) -> list[Parameter]:
         """What a loader must fill; `prepack` empties the list."""
@@ -105,9 +105,9 @@ class Decoder:
                 yield of_weight(weight, self.dtype)
         k_dim, v_dim = self.kv_layout.k_dim, self.kv_layout.v_dim
         name = f"attention float32 {k_dim}x{v_dim}"
-        yield Product(name, k_dim, TILE * (k_dim + v_dim), torch.float32, partial(tiled.products, v_dim=v_dim))
+        yield Product(name, k_dim, TILE * (k_dim + v_dim), torch.float32, partial(cpu_attention.products, v_dim=v_dim))
 
-    def forward(self, batch: StepBatch, hidden_TH: torch.Tensor | None, caches: list[KVCache]) -> torch.Tensor:
+    def forward(self, batch: ModelInput, hidden_TH: torch.Tensor | None, caches: list[KVCache]) -> torch.Tensor:
         """This stage's layers. `hidden_TH`: what the previous stage gave, None on the first; `caches`: one per layer here."""
         if self._embedding is not None:
             x_TH = self._embed(batch, self._embedding)
@@ -115,20 +115,20 @@ class Decoder:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
         rows, x_TH = len(x_TH), pad_rows(x_TH)
-        turns = self._turns(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
-        groups = [ready(group, self._num_heads, caches[0]) for group in batch.groups]
+        turns = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
+        groups = [build_metadata(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
             x_TH, residual_TH = block(x_TH, residual_TH, turns[group], groups[group], cache)
         return (x_TH if residual_TH is None else x_TH + residual_TH)[:rows]
 
-    def _turns(self, positions_T: torch.Tensor) -> list[Turn | None]:
+    def _rotary(self, positions_T: torch.Tensor) -> list[RotaryPositions | None]:
         """The rotation in the layers of each cache group."""
-        turn = self._rope.to(positions_T) if self._rope else None
-        windowed = turn if self._window_rope is self._rope or self._window_rope is None else self._window_rope.to(positions_T)
-        return [turn if group.window is None else windowed for group in self.spec.cache]
+        rotary = self._rope.at(positions_T) if self._rope else None
+        windowed = rotary if self._window_rope is self._rope or self._window_rope is None else self._window_rope.at(positions_T)
+        return [rotary if group.window is None else windowed for group in self.spec.cache]
 
-    def _embed(self, batch: StepBatch, weight_VE: torch.Tensor) -> torch.Tensor:
+    def _embed(self, batch: ModelInput, weight_VE: torch.Tensor) -> torch.Tensor:
         x_TH = embed(batch.tokens_T, weight_VE, self._vocab, self._tp)
         scale = self.spec.embedding_scale
         if self.spec.embedding_scale_rounded:

@@ -7,9 +7,9 @@ V2's `norm_topk_prob` is refused: published code renormalises by it in place of 
 from msgspec.structs import replace
 
 from tpserve.models import experts, transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
-from tpserve.models.rope_fields import score_factor
+from tpserve.models.rope_config import score_factor
 from tpserve.types.model_spec import ExpertsSpec, LatentSpec, ModelSpec, RoutingSpec
 from tpserve.weights.names import ExpertNames, WeightNames
 
@@ -18,7 +18,7 @@ NAMES = WeightNames(experts=ExpertNames(router_bias="mlp.gate.e_score_correction
 HONOURED = (*experts.COUNTS, "kv_lora_rank", "n_routed_experts")
 
 
-def _v2(fields: Fields) -> ModelSpec:
+def _v2(fields: ConfigFields) -> ModelSpec:
     fields = fields.over({"n_shared_experts": 2})
     fields.refuse_unless("scoring_func", "softmax")
     fields.refuse_unless("norm_topk_prob", False)
@@ -35,7 +35,7 @@ def _v2(fields: Fields) -> ModelSpec:
     return _spec(fields, "deepseek_v2", routing, interleaved=True)
 
 
-def _v3(fields: Fields) -> ModelSpec:
+def _v3(fields: ConfigFields) -> ModelSpec:
     fields = fields.over({"n_shared_experts": 1, "norm_topk_prob": True, "rope_interleave": True})
     fields.refuse_unless("scoring_func", "sigmoid")
     fields.refuse_unless("topk_method", "noaux_tc")
@@ -52,7 +52,7 @@ def _v3(fields: Fields) -> ModelSpec:
     return _spec(fields, "deepseek_v3", routing, interleaved=fields.flag("rope_interleave"))
 
 
-def _spec(fields: Fields, family: str, routing: RoutingSpec, interleaved: bool) -> ModelSpec:
+def _spec(fields: ConfigFields, family: str, routing: RoutingSpec, interleaved: bool) -> ModelSpec:
     num_heads = fields.size("num_attention_heads")
     fields.refuse_unless("num_key_value_heads", num_heads)
     fields.refuse_unless("attention_bias", False)
@@ -79,7 +79,7 @@ def _spec(fields: Fields, family: str, routing: RoutingSpec, interleaved: bool) 
     return replace(spec, rope=replace(spec.rope, interleaved=interleaved), attention_scale=scale)
 
 
-def _experts(fields: Fields, routing: RoutingSpec) -> ExpertsSpec:
+def _experts(fields: ConfigFields, routing: RoutingSpec) -> ExpertsSpec:
     first, step = fields.count("first_k_dense_replace"), fields.size("moe_layer_freq", 1)
     size = fields.size("moe_intermediate_size")
     spec = ExpertsSpec(

@@ -1,6 +1,6 @@
 """The fields that describe a mixture of experts, in the spelling that Qwen's models share."""
 
-from tpserve.models.fields import Fields
+from tpserve.models.config_fields import ConfigFields
 from tpserve.types.model_spec import ExpertsSpec, RoutingSpec
 
 COUNTS = ("num_experts", "num_local_experts")
@@ -8,7 +8,7 @@ COUNTS = ("num_experts", "num_local_experts")
 PARALLEL = ("TP", "PP", "EP")
 
 
-def checked(fields: Fields, spec: ExpertsSpec) -> ExpertsSpec:
+def checked(fields: ConfigFields, spec: ExpertsSpec) -> ExpertsSpec:
     """The same; refuses groups of unequal size, and a token that wants more experts than there are to choose from."""
     routing = spec.routing
     size, rest = divmod(spec.count, routing.num_groups)
@@ -21,7 +21,7 @@ def checked(fields: Fields, spec: ExpertsSpec) -> ExpertsSpec:
     return spec
 
 
-def qwen(fields: Fields, shared_size: int = 0) -> ExpertsSpec:
+def qwen(fields: ConfigFields, shared_size: int = 0) -> ExpertsSpec:
     """Experts in every `decoder_sparse_step`-th layer that `mlp_only_layers` does not name."""
     step, dense = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tpserve.models.fields import Fields
+from tpserve.models.config_fields import ConfigFields
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.names import LLAMA, WeightNames
 
@@ -17,7 +17,7 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    spec: Callable[[Fields], ModelSpec]
+    spec: Callable[[ConfigFields], ModelSpec]
     names: WeightNames = LLAMA
     without: str = ""
     parallel: tuple[str, ...] = ("TP", "PP")

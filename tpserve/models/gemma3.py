@@ -3,15 +3,15 @@
 Of the models that see, the part that reads and writes text, whose fields are in `text_config`.
 """
 
-from tpserve.models import gemma_fields, transformer
+from tpserve.models import gemma_config, transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
-from tpserve.models.rope_fields import rope_of
+from tpserve.models.rope_config import rope_of
 from tpserve.models.transformer import FULL, SLIDING
 from tpserve.types.model_spec import ModelSpec, RopeSpec
 
 DEFAULTS = {
-    **gemma_fields.DEFAULTS,
+    **gemma_config.DEFAULTS,
     "vocab_size": 262_208,
     "max_position_embeddings": 131_072,
     "rope_theta": 1e6,
@@ -24,13 +24,13 @@ OUTSIDE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_emb
 """Fields of the whole model that stand beside `text_config` and hold for it."""
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     if fields.get("text_config") is not None:
         fields = fields.part("text_config").replaced(**{name: fields.get(name) for name in OUTSIDE if name in fields.names()})
     fields = fields.over(DEFAULTS)
     pattern = fields.size("sliding_window_pattern")
     rope, window_rope = _ropes(fields)
-    return gemma_fields.spec(
+    return gemma_config.spec(
         fields,
         "gemma3",
         windows=transformer.layer_windows(fields, lambda layer: (layer + 1) % pattern != 0),
@@ -41,7 +41,7 @@ def _spec(fields: Fields) -> ModelSpec:
     )
 
 
-def _ropes(fields: Fields) -> tuple[RopeSpec, RopeSpec]:
+def _ropes(fields: ConfigFields) -> tuple[RopeSpec, RopeSpec]:
     """Of layers that see all, and of those with a window. The older spelling scales only the former."""
     kinds = fields.part("rope_parameters")
     scaling = fields.table("rope_scaling")
@@ -49,7 +49,7 @@ def _ropes(fields: Fields) -> tuple[RopeSpec, RopeSpec]:
         raise scaling.refuse("it must name its 'rope_type', and there must be no 'rope_parameters' beside it")
     if unknown := sorted(kinds.names() - {FULL, SLIDING}):
         raise kinds.refuse(f"field {unknown[0]!r} is not supported: supported are {FULL!r} and {SLIDING!r}")
-    tables = kinds if kinds.names() else Fields({FULL: fields.get("rope_scaling")}, "")
+    tables = kinds if kinds.names() else ConfigFields({FULL: fields.get("rope_scaling")}, "")
     thetas = {FULL: fields.number("rope_theta"), SLIDING: fields.number("rope_local_base_freq")}
     head_dim = fields.size("head_dim")
     full, windowed = (
@@ -63,6 +63,6 @@ FAMILY = Family(
     "gemma3",
     ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     _spec,
-    gemma_fields.NAMES,
+    gemma_config.NAMES,
     without="`attn_logit_softcapping`, `final_logit_softcapping`, `use_bidirectional_attention`, another `hidden_activation`",
 )

@@ -1,13 +1,13 @@
 """GPT-2: learned positions, layer norms, biases everywhere, a plain MLP; projections fused and stored transposed (Conv1D)."""
 
 from tpserve.models import transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.names import WeightNames
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     fields.refuse_unless("scale_attn_by_inverse_layer_idx", False)
     fields.refuse_unless("add_cross_attention", False)
     hidden_size = fields.size("n_embd")

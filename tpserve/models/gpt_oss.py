@@ -1,15 +1,15 @@
 """gpt-oss: experts in every layer with biases and a clamped SwiGLU, attention sinks, windows in every other layer."""
 
 from tpserve.models import experts, transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ClampedSwiglu, ExpertsSpec, ModelSpec, RoutingSpec
 from tpserve.weights.names import ExpertNames, WeightNames
 
 ROUTER = "mlp.router"
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     # The dtype is that of what is not in MXFP4, which published configs do not say.
     fields = fields.over({"torch_dtype": "bfloat16", "rope_theta": 150_000.0, "sliding_window": 128})
     if not fields.get("rope_parameters") and not fields.get("rope_scaling"):

@@ -1,14 +1,14 @@
 """Granite 3: Llama's shape with multipliers on embedding, attention scores, residual branches and logits."""
 
 from tpserve.models import transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 
 MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     bias = fields.flag("attention_bias")
     return transformer.spec(
         fields,

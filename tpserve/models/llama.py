@@ -1,12 +1,12 @@
 """Llama 2 and 3.x: grouped-query attention, rotary embedding with the scaling of 3.1, optional biases."""
 
 from tpserve.models import transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     bias = fields.flag("attention_bias")
     return transformer.spec(
         fields,

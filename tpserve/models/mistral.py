@@ -1,12 +1,12 @@
 """Mistral: Llama's shape, and in its first release a sliding window; Ministral has it in some layers."""
 
 from tpserve.models import transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     fields = fields.over({"sliding_window": 4096})
     return transformer.spec(
         fields,

@@ -1,8 +1,8 @@
 """Mixtral: Llama's shape with experts in every layer, their probabilities renormalised."""
 
 from tpserve.models import experts, transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ExpertsSpec, ModelSpec, RoutingSpec
 from tpserve.weights.names import ExpertNames, WeightNames
 
@@ -14,7 +14,7 @@ EXPERTS = ExpertNames(
 )
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     fields = fields.over({"rope_theta": 1e6})
     mixture = ExpertsSpec(
         count=fields.size("num_local_experts"),

@@ -1,13 +1,13 @@
 """OLMo 2: RMS norms on what attention and MLP give, and over all heads of query and of key together."""
 
 from tpserve.models import transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.names import WeightNames
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     bias = fields.flag("attention_bias")
     return transformer.spec(
         fields,

@@ -1,13 +1,13 @@
 """OPT and Galactica: learned positions from row 2 on, norms before or after, an embedding of its own width."""
 
 from tpserve.models import transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.names import WeightNames
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     hidden_size = fields.size("hidden_size")
     embedding_size = fields.size("word_embed_proj_dim", hidden_size)
     before = fields.flag("do_layer_norm_before", True)

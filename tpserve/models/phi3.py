@@ -1,16 +1,16 @@
 """Phi-3, Phi-3.5 and Phi-4 (text): fused projections, rope over a part of each head, longrope."""
 
 from tpserve.models import transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
-from tpserve.models.rope_fields import rope_of
+from tpserve.models.rope_config import rope_of
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.names import WeightNames
 
 FUSED_QKV, FUSED_GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     fields.refuse_unless("attention_bias", False)
     fields.refuse_unless("mlp_bias", False)
     head_dim = transformer.head_dim_of(fields)

@@ -1,12 +1,12 @@
 """Qwen2 and Qwen2.5: Llama's shape with biases on query, key and value."""
 
 from tpserve.models import transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     fields = fields.over({"sliding_window": 4096})
     return transformer.spec(
         fields,

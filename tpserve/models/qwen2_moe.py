@@ -1,12 +1,12 @@
 """Qwen1.5-MoE and Qwen2-MoE: Qwen2 with experts in some layers, and a shared expert behind a sigmoid gate beside them."""
 
 from tpserve.models import experts, transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     fields = fields.over({"sliding_window": 4096})
     return transformer.spec(
         fields,

@@ -1,12 +1,12 @@
 """Qwen3-MoE: Qwen3 with experts in some layers or all."""
 
 from tpserve.models import experts, transformer
+from tpserve.models.config_fields import ConfigFields
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
 from tpserve.types.model_spec import ModelSpec
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     fields = fields.over({"sliding_window": 4096})
     bias = fields.flag("attention_bias")
     return transformer.spec(

@@ -52,7 +52,7 @@ One file in `tpserve/models/`, and its `FAMILY` in the registry, `tpserve/models
 
 from tpserve.models import transformer
 from tpserve.models.family import Family
-from tpserve.models.fields import Fields
+from tpserve.models.config_fields import Fields
 from tpserve.types.model_spec import ModelSpec
 
 

@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 import torch
 
-from tpserve.attention.paged import KVLayout, Scoring
+from tpserve.attention.paged import AttentionParams, KVLayout
 from tpserve.layers import activation
 from tpserve.layers.attention import Attention
 from tpserve.layers.block import Block
-from tpserve.layers.latent import LatentAttention
+from tpserve.layers.mla import LatentAttention
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import Experts, MoE
 from tpserve.layers.norm import AllHeadsNorm, HeadNorm, LayerNorm, Norm, RMSNorm
 from tpserve.layers.routing import Routing
 from tpserve.models import names_of
-from tpserve.models.expert_sources import ExpertSources
-from tpserve.models.latent import latent_attention
+from tpserve.models.expert_weights import ExpertWeights
+from tpserve.models.mla import latent_attention
 from tpserve.models.units import MLP_UNIT, VOCAB_UNIT
 from tpserve.parallel.group import Group
 from tpserve.parallel.split import split, split_heads
@@ -30,7 +30,7 @@ from tpserve.types.model_spec import ExpertsSpec, ModelSpec
 from tpserve.weights.parameter import Parameter, Source
 
 
-class Rows(NamedTuple):
+class RowRange(NamedTuple):
     """Outputs `taken` of the `whole` ones of a checkpoint's projection."""
 
     name: str
@@ -123,7 +123,9 @@ class Shard:
         q, kv = _scaled(heads.q, dim), _scaled(heads.kv, dim)
         q_rows, kv_rows = spec.num_heads * dim, spec.num_kv_heads * dim
         fused = _fused(
-            Rows(prefix + names.q, q_rows, q), Rows(prefix + names.k, kv_rows, kv), Rows(prefix + names.v, kv_rows, kv)
+            RowRange(prefix + names.q, q_rows, q),
+            RowRange(prefix + names.k, kv_rows, kv),
+            RowRange(prefix + names.v, kv_rows, kv),
         )
         return Attention(
             num_heads=len(heads.q),
@@ -132,17 +134,19 @@ class Shard:
             qkv=self._rows(fused),
             qkv_bias=self._row_biases(fused) if spec.qkv_bias else None,
             qk_norm=self._qk_norm(prefix, q, kv),
-            scoring=self._scoring(prefix),
+            attention_params=self._scoring(prefix),
             out=self._columns(prefix + names.o, q_rows, q),
             out_bias=self._vector(f"{prefix}{names.o}.bias", spec.hidden_size) if spec.out_bias else None,
             tp=self._tp,
         )
 
-    def _scoring(self, prefix: str) -> Scoring:
+    def _scoring(self, prefix: str) -> AttentionParams:
         spec, heads, sinks = self.spec, self.heads.q, None
         if spec.sinks:
             sinks = self._tensor(Source(prefix + self.names.sinks, (spec.num_heads,), 0, heads), dtype=torch.float32)
-        return Scoring(spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale, spec.scores_cap, sinks)
+        return AttentionParams(
+            spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale, spec.scores_cap, sinks
+        )
 
     def _qk_norm(self, prefix: str, q: range, kv: range) -> HeadNorm | AllHeadsNorm | None:
         """`q`, `kv`: this rank's channels of all heads."""
@@ -174,7 +178,7 @@ class Shard:
     def _mlp(self, prefix: str, size: int, names: tuple[str, str, str]) -> MLP:
         """An MLP of `size` channels; `names`: of gate, up and down."""
         spec, channels, down = self.spec, self._channels(size), names[2]
-        fused = _fused(*(Rows(prefix + name, size, channels) for name in names[0 if spec.gated else 1 : 2]))
+        fused = _fused(*(RowRange(prefix + name, size, channels) for name in names[0 if spec.gated else 1 : 2]))
         return MLP(
             up=self._rows(fused),
             up_bias=self._row_biases(fused) if spec.mlp_bias else None,
@@ -203,7 +207,7 @@ class Shard:
             routing=Routing(experts.routing, bias),
             experts=self._experts(prefix, experts),
             shared=shared,
-            tally=torch.zeros(experts.count, dtype=torch.int64, device=self._device),
+            expert_load=torch.zeros(experts.count, dtype=torch.int64, device=self._device),
             tp=self._tp,
         )
 
@@ -214,7 +218,7 @@ class Shard:
             mine = split(experts.count, self._tp.size, what="experts")[self._tp.rank]
         else:
             channels = self._channels(experts.size)
-        sources = ExpertSources(self.names.experts, prefix, experts, hidden, channels)
+        sources = ExpertWeights(self.names.experts, prefix, experts, hidden, channels)
         clamped = experts.clamped
         activate = activation.GATED[self.spec.activation]
         if clamped is not None:
@@ -226,7 +230,7 @@ class Shard:
             down_bias = self._tensor(*map(sources.down_bias, mine)).view(len(mine), hidden)
         return Experts(
             count=experts.count,
-            mine=mine,
+            local_experts=mine,
             gate_up_EI2H=self._tensor(*chain.from_iterable(map(sources.gate_up, mine))).view(len(mine), -1, hidden),
             gate_up_bias_EI2=gate_up_bias,
             activate=activate,
@@ -238,11 +242,11 @@ class Shard:
         """This rank's channels of an MLP."""
         return split(size, self._tp.size, MLP_UNIT, what="MLP channels")[self._tp.rank]
 
-    def _rows(self, fused: tuple[Rows, ...]) -> torch.Tensor:
+    def _rows(self, fused: tuple[RowRange, ...]) -> torch.Tensor:
         """Projections of a layer stacked; each rank computes some of the outputs."""
         return self._tensor(*(self._weight(rows.name, (rows.whole, self.spec.hidden_size), 0, rows.taken) for rows in fused))
 
-    def _row_biases(self, fused: tuple[Rows, ...]) -> torch.Tensor:
+    def _row_biases(self, fused: tuple[RowRange, ...]) -> torch.Tensor:
         return self._tensor(*(Source(f"{rows.name}.bias", (rows.whole,), 0, rows.taken) for rows in fused))
 
     def _columns(self, name: str, columns: int, taken: range) -> torch.Tensor:
@@ -275,7 +279,7 @@ class Shard:
         return self.parameters[-1].tensor
 
 
-def _fused(*projections: Rows) -> tuple[Rows, ...]:
+def _fused(*projections: RowRange) -> tuple[RowRange, ...]:
     """Where the rows are in the checkpoint: projections of one name lie below one another in one tensor."""
     totals: dict[str, int] = {}
     firsts = []
@@ -283,7 +287,7 @@ def _fused(*projections: Rows) -> tuple[Rows, ...]:
         firsts.append(totals.get(name, 0))
         totals[name] = firsts[-1] + whole
     return tuple(
-        Rows(name, totals[name], range(first + taken.start, first + taken.stop))
+        RowRange(name, totals[name], range(first + taken.start, first + taken.stop))
         for first, (name, _, taken) in zip(firsts, projections, strict=True)
     )
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from tpserve.models.fields import Fields
-from tpserve.models.rope_fields import longest, rope_of
+from tpserve.models.config_fields import ConfigFields
+from tpserve.models.rope_config import longest, rope_of
 from tpserve.types.model_spec import CacheGroup, LatentSpec, ModelSpec, RopeSpec
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -13,7 +13,7 @@ SWITCH = ("use_sliding_window",)
 
 
 def spec(
-    fields: Fields,
+    fields: ConfigFields,
     family: str,
     *,
     num_kv_heads: int,
@@ -69,7 +69,7 @@ def spec(
 
 
 def plain(
-    fields: Fields, family: str, *, hidden_size: int, num_layers: int, num_heads: int, bias: bool, **more: Any
+    fields: ConfigFields, family: str, *, hidden_size: int, num_layers: int, num_heads: int, bias: bool, **more: Any
 ) -> ModelSpec:
     """Layer norms, learned positions, an MLP without a gate, as many key/value heads as heads, mostly a tied LM head."""
     fields.refuse_other_mathematics()
@@ -95,7 +95,7 @@ def plain(
     )
 
 
-def _vocabulary(fields: Fields, *, tied: bool) -> dict[str, Any]:
+def _vocabulary(fields: ConfigFields, *, tied: bool) -> dict[str, Any]:
     bos = fields.ids("bos_token_id")
     return {
         "vocab_size": fields.size("vocab_size"),
@@ -121,7 +121,7 @@ def cache_groups(windows: Sequence[int | None]) -> tuple[CacheGroup, ...]:
     return tuple(groups)
 
 
-def head_dim_of(fields: Fields) -> int:
+def head_dim_of(fields: ConfigFields) -> int:
     """`head_dim` where the config names it, else the hidden size over the heads."""
     if fields.get("head_dim") is not None:
         return fields.size("head_dim")
@@ -131,17 +131,17 @@ def head_dim_of(fields: Fields) -> int:
     return hidden_size // num_heads
 
 
-def window_of(fields: Fields) -> int | None:
+def window_of(fields: ConfigFields) -> int | None:
     """`sliding_window`, in positions; None where it is absent or null."""
     return None if fields.get("sliding_window") is None else fields.size("sliding_window")
 
 
-def sliding_windows(fields: Fields) -> tuple[int | None, ...]:
+def sliding_windows(fields: ConfigFields) -> tuple[int | None, ...]:
     """The window of families in which it holds for every layer."""
     return (window_of(fields),) * fields.size("num_hidden_layers")
 
 
-def layer_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
+def layer_windows(fields: ConfigFields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
     """The window in the layers that `layer_types` says have one, and where it is missing in those of the family's rule.
 
     UserError when a layer has a window, and there is none.
@@ -152,7 +152,7 @@ def layer_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[in
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-def switched_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
+def switched_windows(fields: ConfigFields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
     """The same in families in which `use_sliding_window` switches windows on."""
     if fields.flag("use_sliding_window"):
         return layer_windows(fields, has_window)
@@ -161,13 +161,13 @@ def switched_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple
     return ()
 
 
-def from_layer(fields: Fields) -> Callable[[int], bool]:
+def from_layer(fields: ConfigFields) -> Callable[[int], bool]:
     """Which layers have a window where the first `max_window_layers` have none."""
     first, window = fields.count("max_window_layers", 28), window_of(fields)
     return lambda layer: window is not None and layer >= first
 
 
-def layer_kinds(fields: Fields, num_layers: int) -> list[str] | None:
+def layer_kinds(fields: ConfigFields, num_layers: int) -> list[str] | None:
     """`layer_types`, None where it is absent or null. UserError unless it names a kind that is supported for each layer."""
     kinds = fields.get("layer_types")
     if kinds is None:
@@ -179,7 +179,7 @@ def layer_kinds(fields: Fields, num_layers: int) -> list[str] | None:
     return list(kinds)
 
 
-def refuse_other_layers(fields: Fields, windows: Sequence[int | None], max_position: int | None = None) -> None:
+def refuse_other_layers(fields: ConfigFields, windows: Sequence[int | None], max_position: int | None = None) -> None:
     """Refuse `layer_types` that a family does not read and that speak of other layers than `windows`: of windows that no sequence
     leaves (`max_position` positions) they may say anything."""
     for layer, kind in enumerate(layer_kinds(fields, len(windows)) or []):

@@ -25,7 +25,7 @@ def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None =
     `color`: levels are colored and the prefix is dim, for a terminal."""
     number = logging.getLevelNamesMapping()[level.upper()]
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(_Line(prefix, tracebacks=number <= logging.DEBUG, color=color))
+    handler.setFormatter(_LineFormatter(prefix, tracebacks=number <= logging.DEBUG, color=color))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)  # of libraries
@@ -34,7 +34,7 @@ def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None =
     warnings.showwarning = _warn
 
 
-class Kept(logging.Handler):
+class LogRingBuffer(logging.Handler):
     """The first and the last lines of a process's log, as they were written, for a ticket. Lines are numbered from 0.
 
     `last_error`: what the last error said, without who and when. `alarm` is called after each error.
@@ -98,14 +98,14 @@ def clipped(line: str) -> str:
     return line[:LONGEST].encode(errors="replace").decode()
 
 
-def keep() -> Kept:
+def keep_log() -> LogRingBuffer:
     """From now on, keep lines of the log that `setup` has set up, without colors."""
     root = logging.getLogger()
-    kept, line = Kept(), root.handlers[0].formatter
-    assert isinstance(line, _Line)
-    kept.setFormatter(_Line(line.prefix, line.tracebacks))
-    root.addHandler(kept)
-    return kept
+    log_buffer, line = LogRingBuffer(), root.handlers[0].formatter
+    assert isinstance(line, _LineFormatter)
+    log_buffer.setFormatter(_LineFormatter(line.prefix, line.tracebacks))
+    root.addHandler(log_buffer)
+    return log_buffer
 
 
 def rank_prefix(node: int, rank: int, stage: int) -> str:
@@ -127,7 +127,7 @@ def one_line(record: logging.LogRecord) -> str:
     return " ".join(text.splitlines())
 
 
-class _Line(logging.Formatter):
+class _LineFormatter(logging.Formatter):
     def __init__(self, prefix: str, tracebacks: bool, color: bool = False) -> None:
         super().__init__("[%(prefix)s] %(asctime)s %(level)s %(message)s", datefmt="%H:%M:%S")
         self.prefix, self.tracebacks, self._color = prefix, tracebacks, color

@@ -25,7 +25,7 @@ NOTEBOOK = "ipykernel.iostream"
 GB = 1e9
 
 
-class Progress:
+class ByteProgress:
     """See the module. `update` may be called as often as one likes."""
 
     def __init__(self, title: str, visible: bool, stream: TextIO | None = None) -> None:
@@ -74,7 +74,7 @@ def _bar(title: str, stream: TextIO) -> "tuple[Bar, TaskID]":
     return bar, bar.add_task(title, total=None)
 
 
-class Answered:
+class PromptProgress:
     """How many prompts of a call are answered, and how fast: a bar on a terminal, a line that changes under a notebook's cell, a
     line every few seconds elsewhere.
 

@@ -9,33 +9,33 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from tpserve.parallel.shm import SharedPage
+from tpserve.parallel.shm import ShmAllReduce
 
 
 class Group:
     """A set of ranks that compute together. `rank` is this process's place in it, in [0, size)."""
 
-    def __init__(self, handle: dist.ProcessGroup | None = None, page: SharedPage | None = None) -> None:
+    def __init__(self, handle: dist.ProcessGroup | None = None, shm: ShmAllReduce | None = None) -> None:
         """Wrap a torch process group; None is a group of one, which communicates with nobody.
 
-        `page`: activations go through it instead of the process group; all tensors are on the CPU then.
+        `shm`: activations go through it instead of the process group; all tensors are on the CPU then.
         """
         self._handle = handle
-        self._page = page
+        self._shm = shm
         self.rank = 0 if handle is None else handle.rank()
         self.size = 1 if handle is None else handle.size()
 
     @property
     def through_memory(self) -> bool:
         """Whether activations go through a page of shared memory."""
-        return self._page is not None
+        return self._shm is not None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of `x` over the ranks, in rank order. May overwrite `x`; use the result."""
         if self.size == 1:
             return x
-        if self._page is not None:
-            return self._page.all_reduce(x)
+        if self._shm is not None:
+            return self._shm.all_reduce(x)
         if x.is_cuda or self.size == 2:  # NCCL keeps one order per size; with two terms every order is the same
             dist.all_reduce(x, group=self._handle)
             return x
@@ -49,8 +49,8 @@ class Group:
         """Stack the ranks' tensors of equal shape: [size, *x.shape]."""
         if self.size == 1:
             return x.unsqueeze(0)
-        if self._page is not None:
-            return self._page.all_gather(x)
+        if self._shm is not None:
+            return self._shm.all_gather(x)
         out = x.new_empty((self.size, *x.shape))
         dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self._handle)
         return out
@@ -76,5 +76,5 @@ class Group:
 
     def close(self) -> None:
         """Let go of the page; the process group is the mesh's."""
-        if self._page is not None:
-            self._page.close()
+        if self._shm is not None:
+            self._shm.close()

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed h
 from tpserve.errors import EngineFailure, UserError
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
-from tpserve.parallel.shm import SharedPage, exchange_places, share
+from tpserve.parallel.shm import ShmAllReduce, create_shm_group, exchange_locations
 from tpserve.parallel.store import gather
 from tpserve.types.layout import ParallelLayout
 
@@ -44,7 +44,7 @@ class Mesh:
     device: torch.device
 
 
-def form(
+def init_distributed(
     rank: int,
     layout: ParallelLayout,
     epoch: int,
@@ -66,7 +66,7 @@ def form(
         return Mesh(0, layout, Group(), Group(), Pipeline(), device)
     backend = "nccl" if all_reduce == "nccl" or (all_reduce == "auto" and device.type == "cuda") else "gloo"
     store = PrefixStore(f"epoch{epoch}", store)
-    page = None
+    shm = None
     try:
         gather(store, "rank", rank, range(layout.world_size), b"", timeout_s)  # torch's own waits are long, and name no rank
         dist.init_process_group(
@@ -78,8 +78,8 @@ def form(
             device_id=device if backend == "nccl" else None,
         )
         if all_reduce in ("auto", "shm") and device.type == "cpu" and layout.tp > 1:
-            page = _shared_page(rank, layout, store, cores or len(os.sched_getaffinity(0)), timeout_s, all_reduce == "shm")
-        tp = _tensor_parallel_group(rank, layout, page)
+            shm = _shm_all_reduce(rank, layout, store, cores or len(os.sched_getaffinity(0)), timeout_s, all_reduce == "shm")
+        tp = _tensor_parallel_group(rank, layout, shm)
         mesh = Mesh(
             rank,
             layout,
@@ -90,8 +90,8 @@ def form(
         )
         mesh.world.min(epoch)  # every connection of the world group stands from here on
     except (EngineFailure, RuntimeError, ValueError) as error:  # torch's DistError family and gloo's bare RuntimeErrors
-        if page is not None:
-            page.close()
+        if shm is not None:
+            shm.close()
         _destroy()
         raise EngineFailure(
             f"rank {rank} could not form the mesh of epoch {epoch}: {str(error).partition(chr(10))[0]}"
@@ -102,28 +102,28 @@ def form(
     return mesh
 
 
-def _shared_page(
+def _shm_all_reduce(
     rank: int, layout: ParallelLayout, store: Store, cores: int, timeout_s: float, required: bool
-) -> SharedPage | None:
+) -> ShmAllReduce | None:
     """The page of this rank's stage; None where its ranks cannot have one."""
     first = layout.stage_of(rank) * layout.tp
-    places = exchange_places(store, rank, layout.world_size, timeout_s)
-    page = share(store, places, range(first, first + layout.tp), rank, cores, timeout_s)
-    if isinstance(page, SharedPage):
+    places = exchange_locations(store, rank, layout.world_size, timeout_s)
+    shm = create_shm_group(store, places, range(first, first + layout.tp), rank, cores, timeout_s)
+    if isinstance(shm, ShmAllReduce):
         log.debug("rank %d: all-reduce through shared memory", rank)
-        return page
+        return shm
     if required:
-        raise UserError(f"--all-reduce shm is not possible ({page}): pass --all-reduce auto or gloo", param="all_reduce")
-    log.info("rank %d: all-reduce through gloo, not through shared memory: %s", rank, page)
+        raise UserError(f"--all-reduce shm is not possible ({shm}): pass --all-reduce auto or gloo", param="all_reduce")
+    log.info("rank %d: all-reduce through gloo, not through shared memory: %s", rank, shm)
     return None
 
 
-def _tensor_parallel_group(rank: int, layout: ParallelLayout, page: SharedPage | None) -> Group:
+def _tensor_parallel_group(rank: int, layout: ParallelLayout, shm: ShmAllReduce | None) -> Group:
     """This rank's stage as a group. Every rank takes part in making every group, in the same order."""
     if layout.tp == 1:
         return Group()
     if layout.pp == 1:
-        return Group(dist.group.WORLD, page)
+        return Group(dist.group.WORLD, shm)
     mine: dist.ProcessGroup | None = None
     for stage in range(layout.pp):
         ranks = [stage * layout.tp + i for i in range(layout.tp)]
@@ -131,7 +131,7 @@ def _tensor_parallel_group(rank: int, layout: ParallelLayout, page: SharedPage |
         if rank in ranks:
             mine = group
     assert mine is not None
-    return Group(mine, page)
+    return Group(mine, shm)
 
 
 def _pipeline(rank: int, layout: ParallelLayout, via_host: bool) -> Pipeline:

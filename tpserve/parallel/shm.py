@@ -45,7 +45,7 @@ _GIVE_UP_NS = 600 * 10**9
 """As long as the backend's collectives wait: the others may compile or read slowly."""
 
 
-class Place(NamedTuple):
+class RankLocation(NamedTuple):
     """Where a rank runs. Equal `host` means that the processes see each other's numbers: one kernel, one pid namespace."""
 
     host: str
@@ -60,16 +60,17 @@ class _Half(NamedTuple):
     all_PN: torch.Tensor
 
 
-def exchange_places(store: Store, rank: int, world_size: int, timeout_s: float) -> list[Place]:
+def exchange_locations(store: Store, rank: int, world_size: int, timeout_s: float) -> list[RankLocation]:
     """Where every rank of the world runs. All call this."""
     told = gather(store, "place", rank, range(world_size), f"{_host()} {os.getpid()}".encode(), timeout_s)
-    return [Place(host, int(pid)) for host, pid in (each.decode().split() for each in told)]
+    return [RankLocation(host, int(pid)) for host, pid in (each.decode().split() for each in told)]
 
 
-def share(
-    store: Store, places: Sequence[Place], ranks: Sequence[int], rank: int, cores: int, timeout_s: float
-) -> "SharedPage | str":
-    """Meet the other `ranks` of the group in one page; `rank` is this one. All of them get a page, or all get a reason why not.
+def create_shm_group(
+    store: Store, places: Sequence[RankLocation], ranks: Sequence[int], rank: int, cores: int, timeout_s: float
+) -> "ShmAllReduce | str":
+    """Meet the other `rank_monitor` of the group in one page; `rank` is this one. All of them get a page, or all get a reason
+    why not.
 
     `store` has not been used for these ranks before. `cores`: that the ranks of this host share; with fewer cores than ranks
     nobody spins.
@@ -102,8 +103,8 @@ def share(
             return next(filter(None, reasons)).decode()
         watched.pop_all()
     assert memory is not None
-    local_ranks = sum(place.host == places[rank].host for place in places)
-    return SharedPage(memory, ranks, ranks.index(rank), pidfds, spins=cores >= local_ranks)
+    local_ranks = sum(location.host == places[rank].host for location in places)
+    return ShmAllReduce(memory, ranks, ranks.index(rank), pidfds, spins=cores >= local_ranks)
 
 
 def _host() -> str:
@@ -153,8 +154,9 @@ def _close(pidfds: Sequence[int]) -> None:
             os.close(pidfd)
 
 
-class SharedPage:
-    """One rank's view of the page. `ranks` are the group's global ranks (for names in errors), `place` this one's index in them.
+class ShmAllReduce:
+    """One rank's view of the page. `rank_monitor` are the group's global ranks (for names in errors), `location` this one's
+    index in them.
 
     All ranks make the same calls with equal shapes and types, in the same order.
     """
@@ -174,7 +176,7 @@ class SharedPage:
                 self._deaths.register(pidfd, select.POLLIN)
         self._spin_ns = _SPIN_NS if spins else 0
         self._round = 0
-        self._cut_for: tuple[int, torch.dtype] | None = None
+        self._views_of: tuple[int, torch.dtype] | None = None
         self._halves: tuple[_Half, ...] = ()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -215,8 +217,8 @@ class SharedPage:
     def _meet(self, part_N: torch.Tensor) -> _Half:
         """One round: publish this rank's part and wait for the others'. What comes back is good until the next round but one."""
         wanted = (part_N.numel(), part_N.dtype)
-        if wanted != self._cut_for:
-            self._cut(*wanted)
+        if wanted != self._views_of:
+            self._views(*wanted)
         self._round = number = self._round + 1
         half = self._halves[number & 1]
         half.mine_N.copy_(part_N)
@@ -228,10 +230,10 @@ class SharedPage:
         return half
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written outside of it
-    def _cut(self, count: int, dtype: torch.dtype) -> None:
+    def _views(self, count: int, dtype: torch.dtype) -> None:
         slots_HPN = self._slots_HPB.view(dtype)[:, :, :count]
         self._halves = tuple(_Half(all_PN[self._place], all_PN.unbind(0), all_PN) for all_PN in slots_HPN.unbind(0))
-        self._cut_for = (count, dtype)
+        self._views_of = (count, dtype)
 
     def _wait(self, at: int, number: int) -> None:
         """Spin, then yield, then sleep, then sleep on the peers' deaths, until the counter at `at` has come to `number`."""

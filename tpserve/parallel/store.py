@@ -75,7 +75,8 @@ def _dial(host: str, port: int, timeout_s: float, *, patient: bool) -> TCPStore:
 
 
 def gather(store: Store, name: str, rank: int, ranks: Sequence[int], value: bytes, timeout_s: float) -> list[bytes]:
-    """What each of `ranks` has for `name`, in their order. All of them call this, once a name, with a `value` of their own.
+    """What each of `rank_monitor` has for `name`, in their order. All of them call this, once a name, with a `value` of their
+    own.
 
     EngineFailure that names the ranks that have not come within `timeout_s`.
     """

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tpserve.config.sizes import size
-from tpserve.planner.estimate import Cards, Estimate
+from tpserve.planner.estimate import Estimate, GpuCluster
 
 FEW = 8
 """So few sequences at once are worth a warning when nobody said how many are wanted."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayoutChoice:
     """`best`: None where nothing fits."""
 
     best: Estimate | None
@@ -27,10 +27,10 @@ class Choice:
 def choose(
     tried: Sequence[Estimate],
     fewest: Callable[[Callable[[Estimate], bool]], Estimate | None],
-    cards: Cards,
+    gpus: GpuCluster,
     wanted: int | None,
     max_start_s: int | None,
-) -> Choice:
+) -> LayoutChoice:
     """`tried`: layouts of one GPU and of all; `fewest`: of the fewest GPUs, there or not, whose layout passes a test."""
 
     fitting = [found for found in tried if found.fits]
@@ -40,30 +40,30 @@ def choose(
         return found.fits and found.concurrency >= (wanted or 0) and found.length >= longest
 
     if not fitting:
-        return Choice(None, (_nothing(tried, fewest(lambda found: found.fits and not found.crosses)),), ())
+        return LayoutChoice(None, (_nothing(tried, fewest(lambda found: found.fits and not found.crosses)),), ())
     single = next((found for found in fitting if found.layout.world_size == 1), None)
     if single is not None and enough(single):
-        best, why = single, [_no_parallelism(single, cards)]
+        best, why = single, [_no_parallelism(single, gpus)]
     else:
-        best = min(fitting, key=lambda found: (found.crosses, not enough(found), -found.length, *taste(found, cards)))
-        why = [*_because(best, cards)]
+        best = min(fitting, key=lambda found: (found.crosses, not enough(found), -found.length, *cost_key(found, gpus)))
+        why = [*_because(best, gpus)]
         if single is not None and single is not best:
             why.insert(0, f"One GPU holds the model, but {_room(single)}{f', and {wanted} are wanted' if wanted else ''}.")
         why.extend(_smaller(best, fewest(lambda found: enough(found) and not found.crosses), wanted))
     why.extend(f"The parts are uneven: {text}; the others wait for it." for text in best.uneven)
-    return Choice(best, tuple(why), tuple(_warnings(best, cards, wanted, max_start_s)))
+    return LayoutChoice(best, tuple(why), tuple(_warnings(best, gpus, wanted, max_start_s)))
 
 
-def taste(found: Estimate, cards: Cards) -> tuple[float, ...]:
+def cost_key(found: Estimate, gpus: GpuCluster) -> tuple[float, ...]:
     """Less is better, of layouts that are alike in what they hold."""
     layout = found.layout
-    if cards.nvlink:
+    if gpus.nvlink:
         return found.token_s, layout.expert_parallel, layout.world_size
     return -layout.world_size, layout.tp, layout.expert_parallel
 
 
-def _no_parallelism(single: Estimate, cards: Cards) -> str:
-    more = f" With all {cards.num_gpus}, start a server on each and balance between them." if cards.num_gpus > 1 else ""
+def _no_parallelism(single: Estimate, gpus: GpuCluster) -> str:
+    more = f" With all {gpus.num_gpus}, start a server on each and balance between them." if gpus.num_gpus > 1 else ""
     ledger = single.ledgers[0]
     return (
         f"No parallelism needed: one GPU holds the model ({size(ledger.weights)} of weights in {size(ledger.total)}) and "
@@ -71,13 +71,13 @@ def _no_parallelism(single: Estimate, cards: Cards) -> str:
     )
 
 
-def _because(best: Estimate, cards: Cards) -> list[str]:
+def _because(best: Estimate, gpus: GpuCluster) -> list[str]:
     layout, why = best.layout, list[str]()
     if layout.world_size == 1:
         return ["One GPU holds the model, and no layout of more holds as many sequences as are wanted."]
     if layout.tp > 1 and best.crosses:
         why.append(f"TP {layout.tp} over several nodes: nothing that keeps a stage inside a node fits.")
-    elif layout.tp > 1 and cards.nvlink:
+    elif layout.tp > 1 and gpus.nvlink:
         where = "inside a node" if best.nodes > 1 else "over NVLink"
         why.append(
             f"TP {layout.tp} {where}: its GPUs share every layer, so that a token waits for a part of each; the two sums "
@@ -85,14 +85,14 @@ def _because(best: Estimate, cards: Cards) -> list[str]:
         )
     elif layout.tp > 1:
         why.append(f"TP {layout.tp}, though PCIe makes its sums slow: with less of it the model or what is wanted does not fit.")
-    if layout.pp > 1 and not cards.nvlink:
+    if layout.pp > 1 and not gpus.nvlink:
         why.append(
             f"PP {layout.pp} over PCIe: stages hand on activations once, where TP would add up over the bus twice a layer. One "
             "sequence is no faster for it; many keep all stages busy."
         )
     if layout.pp > 1 and best.nodes > 1:
         why.append(f"PP {layout.pp} across nodes: only the activations at the end of a stage cross the network.")
-    elif layout.pp > 1 and cards.nvlink:
+    elif layout.pp > 1 and gpus.nvlink:
         why.append(f"PP {layout.pp}: wider TP does not fit or leaves a rank with more to read.")
     return why
 
@@ -123,7 +123,7 @@ def several(number: float) -> str:
     return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
-def _warnings(best: Estimate, cards: Cards, wanted: int | None, max_start_s: int | None) -> list[str]:
+def _warnings(best: Estimate, gpus: GpuCluster, wanted: int | None, max_start_s: int | None) -> list[str]:
     said = []
     if best.concurrency < (wanted or FEW):
         short = f"of the {wanted} wanted; the others wait" if wanted else "at once; further ones wait"
@@ -133,10 +133,10 @@ def _warnings(best: Estimate, cards: Cards, wanted: int | None, max_start_s: int
         )
     if best.crosses:
         said.append("TP across nodes: every layer waits twice for the network")
-    if max_start_s is not None and best.load_s is not None and cards.disk_rate is not None and best.load_s > max_start_s:
-        needed = cards.disk_rate * best.load_s / max_start_s / 1e9
+    if max_start_s is not None and best.load_s is not None and gpus.disk_rate is not None and best.load_s > max_start_s:
+        needed = gpus.disk_rate * best.load_s / max_start_s / 1e9
         said.append(
             f"--max-start-time {max_start_s}s cannot be met: reading the weights alone takes {best.load_s:,.0f} s at "
-            f"{cards.disk_rate / 1e9:,.3g} GB/s a node; that takes {needed:,.3g} GB/s, or weights in the page cache"
+            f"{gpus.disk_rate / 1e9:,.3g} GB/s a node; that takes {needed:,.3g} GB/s, or weights in the page cache"
         )
     return said

@@ -17,10 +17,10 @@ from tpserve.config import env
 from tpserve.config.schema import Flag, Flags
 from tpserve.errors import UserError
 from tpserve.hub.locate import describe
-from tpserve.models.opened import open_model
+from tpserve.models.load_config import load_model_config
 from tpserve.planner import page, quantities
-from tpserve.planner.choice import choose, taste
-from tpserve.planner.estimate import Asked, Cards, Estimate, estimate, layouts
+from tpserve.planner.choice import choose, cost_key
+from tpserve.planner.estimate import Estimate, GpuCluster, PlanRequest, estimate, layouts
 from tpserve.planner.model import stored
 from tpserve.types.model_spec import ModelSpec
 
@@ -37,7 +37,7 @@ _DECIDED = (
 """Flags of the server that the plan is about."""
 
 
-class Plan(Struct, frozen=True, kw_only=True):
+class PlanFlags(Struct, frozen=True, kw_only=True):
     """The flags of `tpserve plan`. None: not said."""
 
     gpus: Annotated[int | None, Flag(CARDS, "GPUs there are in all.", at_least=1, at_most=_MOST_GPUS)] = None
@@ -91,7 +91,7 @@ COMMAND = Command(
     "Which layouts of tensor and pipeline parallel ranks hold a model, from config.json and the headers of its files alone: no\n"
     "weights are read and no GPU is needed. Says which to take, why, and the lines to paste. Takes MODEL and the server's flags\n"
     "as `tpserve serve` does, such as --dtype, --enable-expert-parallel, --gpu-memory-utilization or --master-addr.",
-    Plan,
+    PlanFlags,
     passes_on=True,
 )
 
@@ -102,34 +102,34 @@ def run(argv: Sequence[str]) -> int:
     said, holding = server_flags.read_line(rest, env.overrides())
     if holding:
         sys.stderr.write(f"tpserve plan: {holding}\n")
-    cards = _cards(plan)
+    gpus = _cards(plan)
     for name in _DECIDED:
         if getattr(said, name) != OPTIONS[name].default:
             instead = "give --context" if name == "max_model_len" else "leave it out"
             raise UserError(f"{OPTIONS[name].flag} is what `tpserve plan` is to find: {instead}", param=name)
-    flags, files, spec = open_model(said, describe)
+    flags, files, spec = load_model_config(said, describe)
     flags, said = (_flags(given, plan, spec) for given in (flags, said))
     on_disk = stored(files)
-    asked = Asked(flags, files, spec, None if on_disk is None else on_disk.num_bytes, plan.concurrency or 1)
+    request = PlanRequest(flags, files, spec, None if on_disk is None else on_disk.num_bytes, plan.concurrency or 1)
     only_experts = flags.enable_expert_parallel
 
     def tried(world_size: int) -> list[Estimate]:
-        return [estimate(asked, cards, layout) for layout in layouts(spec, world_size, only_experts=only_experts)]
+        return [estimate(request, gpus, layout) for layout in layouts(spec, world_size, only_experts=only_experts)]
 
     def fewest(passes: Callable[[Estimate], bool]) -> Estimate | None:
-        for world_size in _worlds(cards):
+        for world_size in _worlds(gpus):
             if found := [each for each in tried(world_size) if passes(each)]:
-                return min(found, key=lambda each: taste(each, cards))
+                return min(found, key=lambda each: cost_key(each, gpus))
         return None
 
-    results = [each for size in sorted({1, cards.num_gpus}) for each in tried(size)]
-    choice = choose(results, fewest, cards, plan.concurrency, plan.max_start_time)
-    found = page.Page(said, spec, on_disk, cards, plan.concurrency, results, choice)
+    results = [each for size in sorted({1, gpus.num_gpus}) for each in tried(size)]
+    choice = choose(results, fewest, gpus, plan.concurrency, plan.max_start_time)
+    found = page.PlanPage(said, spec, on_disk, gpus, plan.concurrency, results, choice)
     sys.stdout.write(page.as_json(found) if plan.json else page.as_text(found))
     return 0 if choice.best is not None else 1
 
 
-def _cards(plan: Plan) -> Cards:
+def _cards(plan: PlanFlags) -> GpuCluster:
     """The flags of the GPUs, checked against each other."""
     if plan.gpus is None or plan.gpu_memory is None:
         missing = "--gpus" if plan.gpus is None else "--gpu-memory"
@@ -143,10 +143,10 @@ def _cards(plan: Plan) -> Cards:
         )
     if plan.max_start_time is not None and plan.disk_rate is None:
         raise UserError("--max-start-time is a question of the disk: give --disk-rate, too, such as 2GB/s", param="disk_rate")
-    return Cards(plan.gpus, per_node, plan.gpu_memory, plan.memory_bandwidth, plan.interconnect == "nvlink", plan.disk_rate)
+    return GpuCluster(plan.gpus, per_node, plan.gpu_memory, plan.memory_bandwidth, plan.interconnect == "nvlink", plan.disk_rate)
 
 
-def _flags(given: Flags, plan: Plan, spec: ModelSpec) -> Flags:
+def _flags(given: Flags, plan: PlanFlags, spec: ModelSpec) -> Flags:
     """The server's flags as the plan means them."""
     if given.enable_expert_parallel and spec.experts is None:
         raise UserError("--enable-expert-parallel, but the model has no experts: leave it out", param="enable_expert_parallel")
@@ -157,12 +157,12 @@ def _flags(given: Flags, plan: Plan, spec: ModelSpec) -> Flags:
     return replace(given, max_model_len=context, max_num_seqs=max(given.max_num_seqs, plan.concurrency or 1))
 
 
-def _worlds(cards: Cards) -> Iterator[int]:
+def _worlds(gpus: GpuCluster) -> Iterator[int]:
     """Numbers of GPUs, growing: parts of a node, nodes, and more of them than there are."""
-    node = cards.per_node
+    node = gpus.per_node
     yield from (size for size in range(1, node) if node % size == 0)
-    yield from range(node, cards.num_gpus, node)
-    size = max(node, cards.num_gpus)
-    while size <= max(_MOST_TRIED, cards.num_gpus):
+    yield from range(node, gpus.num_gpus, node)
+    size = max(node, gpus.num_gpus)
+    while size <= max(_MOST_TRIED, gpus.num_gpus):
         yield size
         size *= 2

@@ -13,7 +13,7 @@ from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
-from tpserve.models.need import need, num_arrays
+from tpserve.models.param_count import count_params, num_arrays
 from tpserve.models.units import VOCAB_UNIT
 from tpserve.parallel.split import imbalance, split, split_heads
 from tpserve.planner.activations import activation_bytes, table_bytes
@@ -24,15 +24,15 @@ from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
 from tpserve.types.window import blocks_of, longest
 from tpserve.worker import sizing
-from tpserve.worker.at_once import AtOnce
-from tpserve.worker.sizing import ITEM_BYTES, Measured
+from tpserve.worker.logits_chunking import LogitsChunking
+from tpserve.worker.sizing import ITEM_BYTES, MemoryProfile
 
 OTHERS_BYTES = GIB
 """Of a card's memory: CUDA's context, NCCL's buffers, and what the driver keeps."""
 
 
 @dataclass(frozen=True)
-class Cards:
+class GpuCluster:
     """What there is. Memory in bytes a card, rates in bytes a second; `disk_rate`: of each node."""
 
     num_gpus: int
@@ -48,7 +48,7 @@ class Cards:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanRequest:
     """What is to be served: the server's flags but for the layout, the model, and how it is stored."""
 
     flags: Flags
@@ -104,22 +104,22 @@ def layouts(spec: ModelSpec, world_size: int, *, only_experts: bool) -> Iterator
                     yield ParallelLayout(tp, pp, even_layers(spec.num_layers, pp), whole)
 
 
-def estimate(asked: Asked, cards: Cards, layout: ParallelLayout) -> Estimate:
+def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> Estimate:
     """What this layout comes to. UserError for flags that no layout can meet."""
-    nodes = cards.nodes_of(layout.world_size)
+    nodes = gpus.nodes_of(layout.world_size)
     try:
-        config = _config(asked, cards, layout)
-        ranks = [measured(asked.spec, config, cards.memory, rank) for rank in range(layout.world_size)]
+        config = _config(request, gpus, layout)
+        ranks = [memory_profile(request.spec, config, gpus.memory, rank) for rank in range(layout.world_size)]
     except UserError as error:
         if error.param not in (None, "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"):
             raise
         return Estimate(layout, nodes, str(error))
     if config.fit_max_model_len:
-        config = replace(config, max_model_len=_longest(asked, ranks, config), fit_max_model_len=False)
-    found = sizing.fit(ranks, asked.spec, config)
-    sequence = blocks_of(config.max_model_len, asked.spec.windows, config.block_size)
+        config = replace(config, max_model_len=_longest(request, ranks, config), fit_max_model_len=False)
+    found = sizing.fit_kv_cache(ranks, request.spec, config)
+    sequence = blocks_of(config.max_model_len, request.spec.windows, config.block_size)
     why_not = _shortage(ranks, sequence, config)
-    if not why_not and (refused := sizing.refusal(found, ranks, asked.spec, config, cards.per_node)) is not None:
+    if not why_not and (refused := sizing.refusal(found, ranks, request.spec, config, gpus.per_node)) is not None:
         why_not = str(refused)
     tokens = found.num_blocks * config.block_size * -(-config.max_model_len // config.block_size) // sequence
     return Estimate(
@@ -130,26 +130,26 @@ def estimate(asked: Asked, cards: Cards, layout: ParallelLayout) -> Estimate:
         decides=found.rank,
         kv_tokens=tokens,
         concurrency=found.num_blocks / sequence,
-        token_s=_token_s(asked.spec, config, cards.memory_rate),
-        load_s=None if cards.disk_rate is None else _load_bytes(asked, config, cards) / cards.disk_rate,
-        crosses=any(_nodes_of_stage(layout, cards, stage) > 1 for stage in range(layout.pp)),
-        uneven=_uneven(asked.spec, layout),
+        token_s=_token_s(request.spec, config, gpus.memory_rate),
+        load_s=None if gpus.disk_rate is None else _load_bytes(request, config, gpus) / gpus.disk_rate,
+        crosses=any(_nodes_of_stage(layout, gpus, stage) > 1 for stage in range(layout.pp)),
+        uneven=_uneven(request.spec, layout),
     )
 
 
-def _config(asked: Asked, cards: Cards, layout: ParallelLayout) -> EngineConfig:
+def _config(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> EngineConfig:
     flags = replace(
-        asked.flags,
-        model=asked.flags.model or asked.files.directory,
+        request.flags,
+        model=request.flags.model or request.files.directory,
         tensor_parallel_size=layout.tp,
         pipeline_parallel_size=layout.pp,
         enable_expert_parallel=layout.expert_parallel,
     )
-    nodes, per_node = cards.nodes_of(layout.world_size), min(cards.per_node, layout.world_size)
-    return resolve(flags, asked.files, asked.spec, Machine(layout.world_size, per_node, nodes, per_node, 1, "torchrun"))
+    nodes, per_node = gpus.nodes_of(layout.world_size), min(gpus.per_node, layout.world_size)
+    return resolve(flags, request.files, request.spec, Machine(layout.world_size, per_node, nodes, per_node, 1, "torchrun"))
 
 
-def measured(spec: ModelSpec, config: EngineConfig, memory: int, rank: int) -> Measured:
+def memory_profile(spec: ModelSpec, config: EngineConfig, memory: int, rank: int) -> MemoryProfile:
     """What a rank alone on a card of so many bytes would measure."""
     layout, item = config.layout, ITEM_BYTES[config.dtype]
     weights = sizing.weight_bytes(spec, config, rank)
@@ -158,26 +158,28 @@ def measured(spec: ModelSpec, config: EngineConfig, memory: int, rank: int) -> M
     head = 0
     if layout.stage_of(rank) == layout.pp - 1:
         shards = split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")
-        at_once = AtOnce.of(shards, config.max_model_len + 1)
-        head = at_once.most_bytes(config.max_num_seqs, config.max_num_batched_tokens)
+        logits_chunking = LogitsChunking.of(shards, config.max_model_len + 1)
+        head = logits_chunking.most_bytes(config.max_num_seqs, config.max_num_batched_tokens)
     share = int(memory * config.gpu_memory_utilization) - OTHERS_BYTES
     taken = weights + activations + head
-    block = item * need(spec, layout, rank).cached * config.block_size
-    return Measured(memory, OTHERS_BYTES, share, weights, activations, head, share - taken, memory - OTHERS_BYTES - taken, block)
+    block = item * count_params(spec, layout, rank).cached * config.block_size
+    return MemoryProfile(
+        memory, OTHERS_BYTES, share, weights, activations, head, share - taken, memory - OTHERS_BYTES - taken, block
+    )
 
 
-def _longest(asked: Asked, ranks: list[Measured], config: EngineConfig) -> int:
+def _longest(request: PlanRequest, ranks: list[MemoryProfile], config: EngineConfig) -> int:
     """The longest sequence of which as many as are wanted fit; the shortest that a server would take where none does."""
     different = {(rank.block, rank.room) for rank in ranks}
 
     def fits(length: int) -> bool:
-        blocks = asked.wanted * blocks_of(length, asked.spec.windows, config.block_size)
+        blocks = request.wanted * blocks_of(length, request.spec.windows, config.block_size)
         return all(blocks * block + sizing.slot_bytes(config, length) <= room for block, room in different)
 
     return max(longest(fits, config.block_size, config.max_model_len), sizing.least_length(config))
 
 
-def _shortage(ranks: list[Measured], blocks: int, config: EngineConfig) -> str:
+def _shortage(ranks: list[MemoryProfile], blocks: int, config: EngineConfig) -> str:
     """Which rank has too little memory for one sequence, of so many blocks, and by how much; empty when that is not why."""
     rest = sizing.slot_bytes(config, config.max_model_len)
     short = [rest + blocks * rank.block - rank.room for rank in ranks]
@@ -201,7 +203,7 @@ def _token_s(spec: ModelSpec, config: EngineConfig, memory_rate: int) -> float:
 
     def read_bytes(rank: int) -> int:
         layers = layout.layers_of(layout.stage_of(rank))
-        of_a_layer = need(spec, layout, rank).cached // num_arrays(spec, layers)
+        of_a_layer = count_params(spec, layout, rank).cached // num_arrays(spec, layers)
         return item * (_weights_of_a_token(spec, layout, rank) + of_a_layer * sum(seen[layer] for layer in layers))
 
     stages = (range(stage * layout.tp, (stage + 1) * layout.tp) for stage in range(layout.pp))
@@ -216,7 +218,7 @@ def _weights_of_a_token(spec: ModelSpec, layout: ParallelLayout, rank: int) -> i
         active = experts.routing.num_active
         count = -(-active // layout.tp) * layout.tp if whole else active
         spec = replace(spec, experts=replace(experts, count=min(count, experts.count)))
-    elements = need(spec, layout, rank).weights
+    elements = count_params(spec, layout, rank).weights
     if layout.stage_of(rank) == 0:
         vocab = split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")[layout.tp_rank_of(rank)]
         is_head = spec.tie_embeddings and layout.pp == 1
@@ -225,27 +227,27 @@ def _weights_of_a_token(spec: ModelSpec, layout: ParallelLayout, rank: int) -> i
     return elements
 
 
-def _load_bytes(asked: Asked, config: EngineConfig, cards: Cards) -> float:
+def _load_bytes(request: PlanRequest, config: EngineConfig, gpus: GpuCluster) -> float:
     """What the node that reads most must read from its disk: of each stage it has ranks of, no byte twice."""
-    spec, layout = asked.spec, config.layout
+    spec, layout = request.spec, config.layout
     alone = ParallelLayout(1, layout.pp, layout.layers)
-    whole = [need(spec, alone, stage).weights for stage in range(layout.pp)]
-    share = [need(spec, layout, rank).weights for rank in range(layout.world_size)]
+    whole = [count_params(spec, alone, stage).weights for stage in range(layout.pp)]
+    share = [count_params(spec, layout, rank).weights for rank in range(layout.world_size)]
     most = 0
-    for first in range(0, layout.world_size, cards.per_node):
+    for first in range(0, layout.world_size, gpus.per_node):
         mine: dict[int, int] = {}
-        for rank in range(first, min(first + cards.per_node, layout.world_size)):
+        for rank in range(first, min(first + gpus.per_node, layout.world_size)):
             stage = layout.stage_of(rank)
             mine[stage] = min(whole[stage], mine.get(stage, 0) + share[rank])
         most = max(most, sum(mine.values()))
     item = ITEM_BYTES[spec.dtype]
-    total = asked.stored_bytes or item * sum(whole)
+    total = request.stored_bytes or item * sum(whole)
     return most / sum(whole) * total
 
 
-def _nodes_of_stage(layout: ParallelLayout, cards: Cards, stage: int) -> int:
+def _nodes_of_stage(layout: ParallelLayout, gpus: GpuCluster, stage: int) -> int:
     first, last = stage * layout.tp, (stage + 1) * layout.tp - 1
-    return last // cards.per_node - first // cards.per_node + 1
+    return last // gpus.per_node - first // gpus.per_node + 1
 
 
 def _uneven(spec: ModelSpec, layout: ParallelLayout) -> tuple[str, ...]:

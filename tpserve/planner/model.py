@@ -16,7 +16,7 @@ _MOST_HEADER = 100_000_000
 """As the format allows."""
 
 
-class _Tensor(msgspec.Struct, frozen=True):
+class _TensorHeader(msgspec.Struct, frozen=True):
     """What a header says of a tensor."""
 
     dtype: str
@@ -24,7 +24,7 @@ class _Tensor(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeights:
     """The weight files. `elements`: of all tensors, None where no headers are here; `kinds`: their types, the commonest first."""
 
     num_files: int
@@ -33,23 +33,23 @@ class Stored:
     kinds: tuple[str, ...] = ()
 
 
-def stored(files: ModelFiles) -> Stored | None:
+def stored(files: ModelFiles) -> StoredWeights | None:
     """None where there are no weight files. UserError for a file whose header is damaged."""
     if files.snapshot is not None:
         sizes = [size for _, size in files.snapshot.weights]
-        return Stored(len(sizes), sum(sizes)) if sizes else None
+        return StoredWeights(len(sizes), sum(sizes)) if sizes else None
     paths = _paths(Path(files.directory))
     if not paths:
         return None
     num_bytes = sum(path.stat().st_size for path in paths)
     if any(path.suffix != ".safetensors" for path in paths):
-        return Stored(len(paths), num_bytes)
+        return StoredWeights(len(paths), num_bytes)
     by_kind: dict[str, int] = {}
     for path in paths:
         for tensor in _header(path):
             by_kind[tensor.dtype] = by_kind.get(tensor.dtype, 0) + prod(tensor.shape)
     kinds = sorted(by_kind, key=lambda kind: -by_kind[kind])
-    return Stored(len(paths), num_bytes, sum(by_kind.values()), tuple(kinds))
+    return StoredWeights(len(paths), num_bytes, sum(by_kind.values()), tuple(kinds))
 
 
 def _paths(directory: Path) -> list[Path]:
@@ -67,12 +67,12 @@ def _paths(directory: Path) -> list[Path]:
     return []
 
 
-def _header(path: Path) -> list[_Tensor]:
+def _header(path: Path) -> list[_TensorHeader]:
     """Of all tensors (https://github.com/huggingface/safetensors#format)."""
     try:
         with path.open("rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
             fields = msgspec.json.decode(file.read(min(length, _MOST_HEADER)), type=dict[str, msgspec.Raw])
-        return [msgspec.json.decode(raw, type=_Tensor) for name, raw in fields.items() if name != "__metadata__"]
+        return [msgspec.json.decode(raw, type=_TensorHeader) for name, raw in fields.items() if name != "__metadata__"]
     except (OSError, struct.error, msgspec.DecodeError):
         raise UserError(f"{path} has no safetensors header: download the file again") from None

@@ -11,10 +11,10 @@ from msgspec.structs import asdict, replace
 from tpserve.cli import server_flags
 from tpserve.config.schema import Flags
 from tpserve.config.sizes import size
-from tpserve.models.need import need
-from tpserve.planner.choice import Choice, several
-from tpserve.planner.estimate import OTHERS_BYTES, Cards, Estimate
-from tpserve.planner.model import Stored
+from tpserve.models.param_count import count_params
+from tpserve.planner.choice import LayoutChoice, several
+from tpserve.planner.estimate import OTHERS_BYTES, Estimate, GpuCluster
+from tpserve.planner.model import StoredWeights
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 
@@ -27,19 +27,19 @@ FLOATS = {"F64", "F32", "BF16", "F16"}
 
 
 @dataclass(frozen=True)
-class Page:
+class PlanPage:
     """All there is to show. `flags`: the server's, as they were said, without a layout."""
 
     flags: Flags
     spec: ModelSpec
-    stored: Stored | None
-    cards: Cards
+    stored: StoredWeights | None
+    gpus: GpuCluster
     wanted: int | None
     tried: Sequence[Estimate]
-    choice: Choice
+    choice: LayoutChoice
 
 
-def as_text(page: Page) -> str:
+def as_text(page: PlanPage) -> str:
     """For people."""
     lines = [*_about(page), "", *_table(page), *_refused(page.tried), "", *page.choice.why]
     lines += [f"Warning: {text}." for text in [*_mismatch(page), *page.choice.warnings]]
@@ -54,14 +54,14 @@ def as_text(page: Page) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(page: Page) -> str:
+def as_json(page: PlanPage) -> str:
     """For programs: every figure in bytes, tokens and seconds."""
     best = page.choice.best
     found = {
         "model": page.flags.model,
         "parameters": _parameters(page.spec),
         "checkpoint": page.stored,
-        "gpus": page.cards,
+        "gpus": page.gpus,
         "max_model_len": page.flags.max_model_len,
         "wanted_concurrency": page.wanted,
         "layouts": [_layout(page, each) for each in page.tried],
@@ -72,16 +72,16 @@ def as_json(page: Page) -> str:
     return msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n"
 
 
-def commands(page: Page, found: Estimate) -> list[tuple[str, str]]:
+def commands(page: PlanPage, found: Estimate) -> list[tuple[str, str]]:
     """The two lines of each node, after `tpserve serve` and after torchrun."""
-    flags, cards = page.flags, page.cards
+    flags, gpus = page.flags, page.gpus
     if flags.max_model_len == "auto" and page.wanted is not None:  # a server's "auto" is one sequence's
         flags = replace(flags, max_model_len=found.length)
     layout, head = found.layout, flags.master_addr or HEAD
     more = server_flags.to_argv(replace(flags, model=None, enable_expert_parallel=layout.expert_parallel))
     model = [flags.model] if flags.model is not None else []
     server = [*model, "-tp", str(layout.tp), "-pp", str(layout.pp), *more]
-    local = str(min(cards.per_node, layout.world_size))
+    local = str(min(gpus.per_node, layout.world_size))
     if found.nodes == 1:
         return [(_line("tpserve serve", server), _line(f"torchrun --nproc-per-node {local} -m tpserve", server))]
     lines = []
@@ -97,8 +97,8 @@ def _line(start: str, arguments: Sequence[str]) -> str:
     return f"{start} {shlex.join(arguments)}"
 
 
-def _about(page: Page) -> Iterator[str]:
-    spec, cards = page.spec, page.cards
+def _about(page: PlanPage) -> Iterator[str]:
+    spec, gpus = page.spec, page.gpus
     model = page.flags.model or "the built-in model"
     cached = f"{spec.num_kv_heads} of keys and values" if spec.latent is None else "latents"
     experts = f", {spec.experts.routing.num_active} of {spec.experts.count} experts" if spec.experts is not None else ""
@@ -109,20 +109,20 @@ def _about(page: Page) -> Iterator[str]:
     if page.stored is not None:
         kinds = f", {' and '.join(page.stored.kinds)}" if page.stored.kinds else ""
         yield f"weight files: {page.stored.num_files}, {page.stored.num_bytes / GB:,.2f} GB{kinds}"
-    link = "NVLink" if cards.nvlink else "PCIe"
-    where = f" on {cards.nodes_of(cards.num_gpus)} nodes" if cards.num_gpus > cards.per_node else ""
+    link = "NVLink" if gpus.nvlink else "PCIe"
+    where = f" on {gpus.nodes_of(gpus.num_gpus)} nodes" if gpus.num_gpus > gpus.per_node else ""
     wanted = f", {page.wanted} at once" if page.wanted else ""
     said = page.flags.max_model_len
     length = (
         f"sequences of {said:,} tokens" if isinstance(said, int) else f"sequences as long as fit, up to {spec.max_position:,}"
     )
     yield (
-        f"{cards.num_gpus} GPU{'s' * (cards.num_gpus > 1)}{where}, {size(cards.memory)} and {cards.memory_rate / GB:,.0f} GB/s "
+        f"{gpus.num_gpus} GPU{'s' * (gpus.num_gpus > 1)}{where}, {size(gpus.memory)} and {gpus.memory_rate / GB:,.0f} GB/s "
         f"each, {link}; {length}{wanted}"
     )
 
 
-def _table(page: Page) -> list[str]:
+def _table(page: PlanPage) -> list[str]:
     is_auto = page.flags.max_model_len == "auto"
     rows = [COLUMNS, *(_row(found, is_auto) for found in page.tried if found.fits)]
     if len(rows) == 1:
@@ -152,7 +152,7 @@ def _refused(tried: Sequence[Estimate]) -> list[str]:
     return [f"{found.name} does not fit: {found.why_not}" for found in tried if not found.fits]
 
 
-def _mismatch(page: Page) -> list[str]:
+def _mismatch(page: PlanPage) -> list[str]:
     """Whether the files hold another model than config.json describes. A tied head may be stored twice.
 
     Not asked of quantized files, which hold scales too and several numbers in one. Some hold layers that nobody reads.
@@ -167,10 +167,10 @@ def _mismatch(page: Page) -> list[str]:
 
 
 def _parameters(spec: ModelSpec) -> int:
-    return need(spec, ParallelLayout(1, 1, (spec.num_layers,)), 0).weights
+    return count_params(spec, ParallelLayout(1, 1, (spec.num_layers,)), 0).weights
 
 
-def _layout(page: Page, found: Estimate) -> dict[str, Any]:
+def _layout(page: PlanPage, found: Estimate) -> dict[str, Any]:
     layout = found.layout
     plain = {"tp": layout.tp, "pp": layout.pp, "expert_parallel": layout.expert_parallel, "nodes": found.nodes}
     if not found.ledgers:

@@ -25,7 +25,7 @@ WEIGHT_ONE = 2.0**40
 
 
 @dataclass(frozen=True)
-class Allowed:
+class AllowedIds:
     """Rows that may draw only the ids of the pairs."""
 
     rows_A: torch.Tensor
@@ -34,7 +34,7 @@ class Allowed:
 
 
 @dataclass(frozen=True)
-class Bans:
+class BadWords:
     """Words: `last_W` must not follow the `length_W` last ids of `prefix_WE` (right-aligned); length 0 is never."""
 
     row_W: torch.Tensor
@@ -44,7 +44,7 @@ class Bans:
 
 
 @dataclass(frozen=True)
-class Bias:
+class LogitBias:
     """float32 values to add; no pair stands twice."""
 
     row_N: torch.Tensor
@@ -63,14 +63,14 @@ class Penalties:
 
 
 @dataclass(frozen=True)
-class MinP:
+class MinPFilter:
     rows_K: torch.Tensor
     log_K: torch.Tensor
     """float64: the logarithm of the smallest share of the best id's probability"""
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopKFilter:
     """`most`: the largest of `k_K`, on the host; all are below the size of the vocabulary."""
 
     rows_K: torch.Tensor
@@ -79,7 +79,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class TopP:
+class TopPFilter:
     """`p_K` float64. `most`: how many ids can be left in any of the rows, on the host; None when top-k does not bound it."""
 
     rows_K: torch.Tensor
@@ -93,13 +93,13 @@ class Filters:
 
     prompt_R: torch.Tensor
     history: int = 0
-    allowed: Allowed | None = None
-    bans: Bans | None = None
-    bias: Bias | None = None
+    allowed: AllowedIds | None = None
+    bans: BadWords | None = None
+    bias: LogitBias | None = None
     penalties: Penalties | None = None
-    min_p: MinP | None = None
-    top_k: TopK | None = None
-    top_p: TopP | None = None
+    min_p: MinPFilter | None = None
+    top_k: TopKFilter | None = None
+    top_p: TopPFilter | None = None
 
 
 def apply(
@@ -126,7 +126,7 @@ def apply(
     return logits_RV
 
 
-def allow(logits_RV: torch.Tensor, asked: Allowed) -> None:
+def allow(logits_RV: torch.Tensor, asked: AllowedIds) -> None:
     """Nothing but the ids of the pairs."""
     kept_N = logits_RV[asked.row_N, asked.id_N]
     logits_RV[asked.rows_A] = float("-inf")
@@ -134,7 +134,7 @@ def allow(logits_RV: torch.Tensor, asked: Allowed) -> None:
 
 
 def ban(
-    logits_RV: torch.Tensor, asked: Bans, tokens_RL: torch.Tensor, position_R: torch.Tensor, prompt_R: torch.Tensor
+    logits_RV: torch.Tensor, asked: BadWords, tokens_RL: torch.Tensor, position_R: torch.Tensor, prompt_R: torch.Tensor
 ) -> torch.Tensor:
     """No id that completes a word whose beginning is the end of the output."""
     match_W = position_R[asked.row_W] - asked.length_W >= prompt_R[asked.row_W]
@@ -149,7 +149,7 @@ def ban(
     return torch.where(nothing_R1, logits_RV, banned_RV)
 
 
-def add_bias(logits_RV: torch.Tensor, asked: Bias) -> None:
+def add_bias(logits_RV: torch.Tensor, asked: LogitBias) -> None:
     logits_RV[asked.row_N, asked.id_N] += asked.value_N
 
 
@@ -171,21 +171,21 @@ def penalise(
     logits_RV[rows] = x_PV - asked.frequency_P[:, None] * count_PV - asked.presence_P[:, None] * (count_PV > 0)
 
 
-def keep_min_p(logits_RV: torch.Tensor, asked: MinP, temperature_R: torch.Tensor) -> None:
+def keep_min_p(logits_RV: torch.Tensor, asked: MinPFilter, temperature_R: torch.Tensor) -> None:
     """Only ids at least so likely as a share of the most likely one."""
     x_KV = logits_RV[asked.rows_K]
     least_K = x_KV.amax(dim=1).double() + temperature_R[asked.rows_K].double() * asked.log_K
     logits_RV[asked.rows_K] = x_KV.masked_fill(x_KV < least_K[:, None], float("-inf"))
 
 
-def keep_top_k(logits_RV: torch.Tensor, asked: TopK) -> None:
+def keep_top_k(logits_RV: torch.Tensor, asked: TopKFilter) -> None:
     """The k largest."""
     x_KV = logits_RV[asked.rows_K]
     best_KC = x_KV.topk(asked.most, dim=1).values
     logits_RV[asked.rows_K] = _first(x_KV, best_KC, asked.k_K)
 
 
-def keep_top_p(logits_RV: torch.Tensor, asked: TopP, temperature_R: torch.Tensor) -> None:
+def keep_top_p(logits_RV: torch.Tensor, asked: TopPFilter, temperature_R: torch.Tensor) -> None:
     """The fewest, most likely first, that have the probability p together."""
     x_KV = logits_RV[asked.rows_K]
     top_K1 = x_KV.amax(dim=1, keepdim=True)

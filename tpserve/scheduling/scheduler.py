@@ -4,8 +4,8 @@ Owns every sequence from its Add to its Done. Never touches torch, a socket, a c
 
 Plans in flight. At most `depth` plans are sent and not applied; results come in step order.
 
-    without feedback  the worker keeps drawn tokens, so position p + 1 is planned before the token at p is known here
-    with feedback     a sequence with a draw in flight is left alone until the token is back; prefill chunks may queue up
+    without sync_sampling  the worker keeps drawn tokens, so position p + 1 is planned before the token at p is known here
+    with sync_sampling     a sequence with a draw in flight is left alone until the token is back; prefill chunks may queue up
     ends              known ones (max_tokens, max_model_len) are never planned past; tokens past a surprise (EOS, stop id,
                       cut, abort) are dropped when they arrive
     return            slot and blocks are free once no plan in flight names them; the release goes out with the next plan
@@ -21,19 +21,19 @@ Plans in flight. At most `depth` plans are sent and not applied; results come in
 from collections import deque
 from dataclasses import dataclass
 
-from tpserve.scheduling.blocks import Blocks
-from tpserve.scheduling.limits import Limits
-from tpserve.scheduling.planner import Grant, Planner
+from tpserve.scheduling.block_manager import BlockManager
+from tpserve.scheduling.policy import ScheduledBatch, SchedulingPolicy
 from tpserve.scheduling.queue import WaitingQueue
+from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.scheduling.sequence import Sequence
-from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, Scored, Stats
+from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, PromptLogprobsChunk, Stats
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Admission, Chunk, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.plan import Chunk, NewSequence, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from tpserve.types.request import Request, content_error
 
 
 @dataclass(frozen=True)
-class _Flight:
+class _InFlightStep:
     """A plan sent and not applied: its chunks and their sequences."""
 
     step: int
@@ -43,15 +43,15 @@ class _Flight:
 class Scheduler:
     """Continuous batching: decodes first, then prefill chunks in order of arrival until the token budget is used."""
 
-    def __init__(self, limits: Limits, epoch: int = 0) -> None:
+    def __init__(self, limits: SchedulerConfig, epoch: int = 0) -> None:
         self.limits = limits
         self.epoch = epoch
-        self._blocks = Blocks(limits)
+        self._blocks = BlockManager(limits)
         self._free_slots = list(reversed(range(limits.max_num_seqs)))
         self._waiting = WaitingQueue()
         self._running: dict[int, Sequence] = {}
-        self._planner = Planner(limits, self._blocks, self._waiting, self._running)
-        self._flights: deque[_Flight] = deque()
+        self._policy = SchedulingPolicy(limits, self._blocks, self._waiting, self._running)
+        self._in_flight: deque[_InFlightStep] = deque()
         self._releases: list[int] = []
         self._outputs: list[EngineOutput] = []
         self._step = 0
@@ -84,7 +84,7 @@ class Scheduler:
         if sequence := self._find(id):
             self._end(sequence, "abort", now)
 
-    def cut(self, id: int, length: int, now: float) -> None:
+    def truncate(self, id: int, length: int, now: float) -> None:
         """The client's answer ended at `length` output tokens. Unknown or finished ids are ignored."""
         if sequence := self._find(id):
             self._end(sequence, "stop", now, num_tokens=min(length, sequence.num_output))
@@ -97,30 +97,30 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next plan, or None: nothing to do, `depth` plans in flight, or a shortage that waits for their results."""
-        if len(self._flights) >= self.limits.depth:
+        if len(self._in_flight) >= self.limits.depth:
             return None
-        while (grant := self._planner.grant(len(self._free_slots), len(self._flights))) is None:
-            if self._flights:
+        while (batch := self._policy.next_batch(len(self._free_slots), len(self._in_flight))) is None:
+            if self._in_flight:
                 return None
             self._preempt()
-        return self._commit(grant, now) if grant else None
+        return self._commit(batch, now) if batch else None
 
     def apply(self, result: StepResult, now: float) -> None:
         """Take in the result of the oldest plan in flight."""
-        flight = self._flights.popleft()
-        assert (result.epoch, result.step) == (self.epoch, flight.step), "results are applied in step order"
+        step = self._in_flight.popleft()
+        assert (result.epoch, result.step) == (self.epoch, step.step), "results are applied in step order"
         tokens, logprobs, scores = unpack(result.tokens), dict(result.logprobs), dict(result.prompt_logprobs)
-        assert len(tokens) == len(flight.rows), "a result has one token per chunk of its plan"
-        for index, (sequence, chunk) in enumerate(flight.rows):
+        assert len(tokens) == len(step.rows), "a result has one token per chunk of its plan"
+        for index, (sequence, chunk) in enumerate(step.rows):
             sequence.in_flight -= 1
             if sequence.ended:
-                self._settle(sequence)
+                self._release_if_done(sequence)
                 continue
-            self._blocks.settle(sequence, chunk.start + chunk.count)
+            self._blocks.commit(sequence, chunk.start + chunk.count)
             if chunk.score:
-                self._tell_scores(sequence, chunk, scores[index])
+                self._emit_prompt_logprobs(sequence, chunk, scores[index])
             if chunk.sample:
-                self._accept(sequence, tokens[index], logprobs.get(index), now)
+                self._append_token(sequence, tokens[index], logprobs.get(index), now)
             elif len(sequence.tokens) == sequence.end and not sequence.unscored:
                 self._end(sequence, "length", now)
 
@@ -147,50 +147,50 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing waits, runs or is in flight: all slots and blocks are free."""
-        return not (self._waiting or self._running or self._flights)
+        return not (self._waiting or self._running or self._in_flight)
 
     # planning
 
-    def _commit(self, grant: Grant, now: float) -> StepPlan:
-        """Take what the grant needs and turn it into a plan in flight."""
+    def _commit(self, batch: ScheduledBatch, now: float) -> StepPlan:
+        """Take what the batch needs and turn it into a plan in flight."""
         releases, self._releases = self._releases, []
-        admissions: list[Admission] = []
+        new_sequences: list[NewSequence] = []
         chunks: list[Chunk] = []
-        for sequence, _, shared in grant:
+        for sequence, _, shared in batch:
             if sequence.slot < 0:
                 self._blocks.share(sequence, shared)  # before anybody takes what was matched
-        for sequence, count, _ in grant:
+        for sequence, count, _ in batch:
             blocks: tuple[tuple[int, ...], ...] = ()
             if sequence.slot < 0:
-                admissions.append(self._place(sequence, count, now))
+                new_sequences.append(self._admit(sequence, count, now))
             else:
                 blocks = self._blocks.grow(sequence, sequence.planned + count)
             start, sample = sequence.planned, count == sequence.todo and sequence.length < sequence.end
-            given = sequence.given(start, count) if self.limits.feedback else ()
-            chunks.append(Chunk(sequence.slot, start, count, sample, given, blocks, sequence.scores(start, count)))
+            input_ids = sequence.input_ids(start, count) if self.limits.sync_sampling else ()
+            chunks.append(Chunk(sequence.slot, start, count, sample, input_ids, blocks, sequence.scores(start, count)))
             sequence.planned += count
             sequence.draws += sample
             sequence.in_flight += 1
-        plan = StepPlan.of(self.epoch, self._step, chunks, admissions, releases)
-        self._flights.append(_Flight(self._step, tuple(zip((row[0] for row in grant), chunks, strict=True))))
+        plan = StepPlan.of(self.epoch, self._step, chunks, new_sequences, releases)
+        self._in_flight.append(_InFlightStep(self._step, tuple(zip((row[0] for row in batch), chunks, strict=True))))
         self._step += 1
         return plan
 
-    def _place(self, sequence: Sequence, count: int, now: float) -> Admission:
+    def _admit(self, sequence: Sequence, count: int, now: float) -> NewSequence:
         """Move a sequence from waiting to running; its first chunk has `count` positions."""
         request = sequence.request
         self._waiting.pop(request.id)
         self._running[request.id] = sequence
         sequence.slot = self._free_slots.pop()
         sequence.admitted = len(sequence.tokens)
-        self._blocks.enter(sequence, count)
+        self._blocks.allocate(sequence, count)
         sequence.planned = sequence.computed
         if sequence.started_s is None:
             sequence.started_s = now
             self._count_cached(sequence)
         tables = tuple(pack(table) for table in sequence.tables)
         packed = pack(sequence.tokens)
-        return Admission(sequence.slot, packed, sequence.prompt_len, request.params, request.seed, request.choice, tables)
+        return NewSequence(sequence.slot, packed, sequence.prompt_len, request.params, request.seed, request.choice, tables)
 
     def _count_cached(self, sequence: Sequence) -> None:
         if self.limits.prefix_caching and not sequence.unscored:
@@ -202,7 +202,7 @@ class Scheduler:
         """Send the last of the running sequences back to the queue."""
         sequence = max(self._running.values(), key=lambda s: s.order)
         del self._running[sequence.request.id]
-        self._give_back(sequence)
+        self._free(sequence)
         sequence.suspend()
         self._waiting.add(sequence)
         self._preemptions += 1
@@ -235,13 +235,13 @@ class Scheduler:
         self._end(sequence, "length", now)
         return True
 
-    def _tell_scores(self, sequence: Sequence, chunk: Chunk, logprobs: PromptLogprobs) -> None:
+    def _emit_prompt_logprobs(self, sequence: Sequence, chunk: Chunk, logprobs: PromptLogprobs) -> None:
         """Tell the scores of a chunk, but those that were told before a preemption."""
         new = logprobs.after(sequence.scored - chunk.start - 1)
-        self._outputs.append(Scored(sequence.request.id, sequence.scored, new))
+        self._outputs.append(PromptLogprobsChunk(sequence.request.id, sequence.scored, new))
         sequence.scored += new.num_tokens
 
-    def _accept(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
+    def _append_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
         """Append a drawn token, tell it, and see whether it was the last."""
         assert token >= 0, "a chunk that samples has a token in its result"
         sequence.draws -= 1
@@ -284,16 +284,16 @@ class Scheduler:
         sequence.ended = True
         count = sequence.num_output if num_tokens is None else num_tokens
         self._outputs.append(Done(id, finish, count, stop_id=stop_id, times=sequence.times(now), error=error))
-        self._settle(sequence)
+        self._release_if_done(sequence)
 
-    def _settle(self, sequence: Sequence) -> None:
+    def _release_if_done(self, sequence: Sequence) -> None:
         if sequence.slot >= 0 and not sequence.in_flight:
-            self._give_back(sequence)
+            self._free(sequence)
             sequence.slot = -1
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def _free(self, sequence: Sequence) -> None:
         """Slot and blocks are free now; the workers hear of it before anyone can use them again."""
-        self._blocks.release(sequence)
+        self._blocks.free(sequence)
         self._free_slots.append(sequence.slot)
         self._releases.append(sequence.slot)
 

@@ -38,7 +38,7 @@ class Sequence:
     """Tokens the last admission carried: later ones are unknown to a worker that does not sample."""
     hashes: list[bytes] = field(default_factory=list)
     """Of full blocks, as far as they were needed; tokens never change, so neither do these."""
-    awaits: bytes = b""
+    pending_prefix: bytes = b""
     """Hash of the first block that was not in the prefix cache when last looked for."""
     cached_tokens: int = 0
     computed: int = 0
@@ -95,7 +95,7 @@ class Sequence:
         """Whether a chunk computes what scores of the prompt are still wanted from."""
         return self.unscored and start + 1 < self.prompt_len and self.scored <= start + count
 
-    def given(self, start: int, count: int) -> tuple[int, ...]:
+    def input_ids(self, start: int, count: int) -> tuple[int, ...]:
         """Input ids of a chunk that the admission did not carry, empty when it did."""
         return () if start + count <= self.admitted else tuple(self.tokens[start : start + count])
 

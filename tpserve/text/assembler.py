@@ -18,13 +18,13 @@ from collections.abc import Collection, Sequence
 
 from msgspec import Struct
 
-from tpserve.text.entries import PromptScores, TokenEntry
+from tpserve.text.logprob_entries import PromptScores, TokenEntry
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import FinishReason
 from tpserve.types.plan import TokenLogprobs
 
 
-class Piece(Struct, frozen=True):
+class OutputDelta(Struct, frozen=True):
     """What became visible since the last one. `finish` is set on the last piece, and only there.
 
     `stop_reason`: the stop string or the stop token that ended the sequence, None for its EOS token or its length.
@@ -123,7 +123,7 @@ class Assembler:
         placed = self._begun or len(self._stream.offsets) >= self._num_open
         return placed and (bool(self._ready) or (self.finish is not None and not self._end_taken))
 
-    def take(self) -> Piece | None:
+    def take(self) -> OutputDelta | None:
         """All that became visible since the last call; None when that is neither text nor the end."""
         if not self.has_news:
             return None
@@ -132,7 +132,7 @@ class Assembler:
         count = len(offsets) - own
         tokens, logprobs = self._tokens[:count], self._logprobs[:count]
         entries = [TokenEntry(*entry) for entry in zip(tokens, offsets[own:], logprobs, strict=True)] if logprobs else []
-        piece = Piece(
+        delta = OutputDelta(
             text="".join(self._ready),
             tokens=tokens,
             entries=entries,
@@ -146,7 +146,7 @@ class Assembler:
         del self._tokens[:count], self._logprobs[:count], offsets[:]
         self._ready, self._begun = [], True
         self._end_taken = self.finish is not None
-        return piece
+        return delta
 
     def _add(self, new: str) -> None:
         """Search the text that became certain for stop strings and hold back what may become one."""

@@ -11,13 +11,13 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from tpserve.errors import UserError
-from tpserve.text.described import CONFIG, Description, Vocabulary, read_json
+from tpserve.text.tokenizer_config import CONFIG, TokenizerConfig, Vocabulary, read_json
 
 FILES = ("vocab.json", "merges.txt")
 QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-class _Class(NamedTuple):
+class _TokenizerClass(NamedTuple):
     """`words`: how a text is cut; None: GPT-2's way."""
 
     words: str | None
@@ -26,23 +26,23 @@ class _Class(NamedTuple):
 
 
 _END = "<|endoftext|>"
-_GPT2 = _Class(None, {"bos_token": _END, "eos_token": _END, "unk_token": _END})
-_QWEN2 = _Class(QWEN_WORDS, {"eos_token": _END, "unk_token": _END, "pad_token": _END})
-_OPT = _Class(None, {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}, add_bos=True)
+_GPT2 = _TokenizerClass(None, {"bos_token": _END, "eos_token": _END, "unk_token": _END})
+_QWEN2 = _TokenizerClass(QWEN_WORDS, {"eos_token": _END, "unk_token": _END, "pad_token": _END})
+_OPT = _TokenizerClass(None, {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}, add_bos=True)
 _CLASSES = {"GPT2Tokenizer": _GPT2, "Qwen2Tokenizer": _QWEN2}
 _TYPES = {"gpt2": _GPT2, "opt": _OPT} | dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), _QWEN2)
 
 
-def load(described: Description) -> Vocabulary:
+def load(tokenizer_config: TokenizerConfig) -> Vocabulary:
     """Read the files of a directory that has both. UserError names what is broken or of an unknown class."""
-    vocab, merges = (described.directory / name for name in FILES)
-    kind = _class(described)
+    vocab, merges = (tokenizer_config.directory / name for name in FILES)
+    kind = _class(tokenizer_config)
     try:
         model = models.BPE.from_file(str(vocab), str(merges))
     except Exception as error:  # the Rust library raises bare Exception for every broken file
         raise UserError(f"{vocab} and {merges.name} are no byte-level BPE: {error}; download the model again") from error
     rust = RustTokenizer(model)
-    prefix = bool(described.config.get("add_prefix_space"))
+    prefix = bool(tokenizer_config.config.get("add_prefix_space"))
     if kind.words is None:
         rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     else:
@@ -53,16 +53,16 @@ def load(described: Description) -> Vocabulary:
     return Vocabulary(rust, kind.roles, kind.add_bos)
 
 
-def _class(described: Description) -> _Class:
-    name = str(described.config.get("tokenizer_class") or "")
+def _class(tokenizer_config: TokenizerConfig) -> _TokenizerClass:
+    name = str(tokenizer_config.config.get("tokenizer_class") or "")
     if (known := _CLASSES.get(name.removesuffix("Fast"))) is not None:
         return known
-    config = read_json(described.directory / "config.json")
+    config = read_json(tokenizer_config.directory / "config.json")
     if not name and (known := _TYPES.get(str(config.get("model_type")))) is not None:
         return known
     what = f"{CONFIG} names {name}" if name else f"neither {CONFIG} nor config.json names its class"
     raise UserError(
-        f"{described.directory} has its tokenizer in {' and '.join(FILES)}, and {what}: known are {', '.join(_CLASSES)}; "
+        f"{tokenizer_config.directory} has its tokenizer in {' and '.join(FILES)}, and {what}: known are {', '.join(_CLASSES)}; "
         "make a tokenizer.json with transformers' AutoTokenizer.save_pretrained, or name another with --tokenizer"
     )
 

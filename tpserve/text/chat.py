@@ -24,7 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tpserve.errors import UserError
-from tpserve.text.described import read_json
+from tpserve.text.tokenizer_config import read_json
 
 MAX_PROMPT_CHARS = 64 << 20
 MAX_ERROR_CHARS = 200
@@ -201,7 +201,7 @@ def _named(templates: Any, path: Path) -> dict[str, str]:
     return named
 
 
-class Generation(Extension):
+class GenerationTag(Extension):
     """`{% generation %}` marks the assistant's words for training; to a server it is its body and nothing else."""
 
     tags = {"generation"}
@@ -213,7 +213,7 @@ class Generation(Extension):
 
 def environment() -> ImmutableSandboxedEnvironment:
     """The sandbox with the names that templates on the hub expect."""
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     sandbox.filters["tojson"] = to_json  # Jinja's own escapes for HTML
     names: dict[str, Callable[..., Any]] = {"raise_exception": raise_exception, "strftime_now": strftime_now}
     sandbox.globals.update(names)

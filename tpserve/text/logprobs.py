@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tpserve.text.assembler import Piece
-from tpserve.text.entries import PromptScores, TokenEntry
+from tpserve.text.assembler import OutputDelta
+from tpserve.text.logprob_entries import PromptScores, TokenEntry
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.plan import TokenLogprobs
 
@@ -88,11 +88,11 @@ def pairs(logprobs: TokenLogprobs) -> list[tuple[int, float]]:
     return [(token, max(value, FLOOR)) for token, value in zip(logprobs.top_ids, logprobs.top, strict=True)]
 
 
-def likeliest(pieces: Sequence[Piece], count: int) -> list[Piece]:
+def likeliest(pieces: Sequence[OutputDelta], count: int) -> list[OutputDelta]:
     """The `count` whole outputs with the highest mean log probability of a token, best first; of equal ones the first."""
 
-    def mean(piece: Piece) -> float:
-        values = [entry.logprobs.chosen for entry in piece.entries if entry.logprobs is not None]
+    def mean(delta: OutputDelta) -> float:
+        values = [entry.logprobs.chosen for entry in delta.entries if entry.logprobs is not None]
         return sum(values) / len(values) if values else 0.0
 
     return sorted(pieces, key=mean, reverse=True)[:count]

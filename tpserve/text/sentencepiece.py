@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as RustTokenizer
 
 from tpserve.errors import UserError
-from tpserve.text.described import Description, Vocabulary
+from tpserve.text.tokenizer_config import TokenizerConfig, Vocabulary
 
 FILE = "tokenizer.model"
 SPACE = "\u2581"
@@ -29,10 +29,10 @@ UNIGRAM, BPE = 1, 2
 NEVER = -1e6
 """A score with which a piece is no part of a text: what stands for a byte or a control is not found by its spelling."""
 
-Fields = dict[int, list["int | bytes"]]
+ProtoFields = dict[int, list["int | bytes"]]
 
 
-class Piece(NamedTuple):
+class VocabPiece(NamedTuple):
     text: str
     score: float
     kind: int
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 class Model(NamedTuple):
     """A tokenizer.model as far as it is used. `roles`: the pieces of unk, bos and eos, where there are any."""
 
-    pieces: list[Piece]
+    pieces: list[VocabPiece]
     unigram: bool
     byte_fallback: bool
     unk_id: int
@@ -51,15 +51,15 @@ class Model(NamedTuple):
     remove_extra_spaces: bool
 
 
-def load(described: Description) -> Vocabulary:
+def load(tokenizer_config: TokenizerConfig) -> Vocabulary:
     """Read the file of a directory that has it. UserError when it is broken, or of a kind that is not served."""
-    path = described.directory / FILE
+    path = tokenizer_config.directory / FILE
     model = read(path)
     # An id of the file may be a placeholder that tokenizer_config.json gives its text.
-    for id, token in described.added.items():
+    for id, token in tokenizer_config.added.items():
         if id < len(model.pieces) and token.content != model.pieces[id].text:
-            model.pieces[id] = Piece(token.content, 0.0, CONTROL if token.special else USER_DEFINED)
-    config = described.config
+            model.pieces[id] = VocabPiece(token.content, 0.0, CONTROL if token.special else USER_DEFINED)
+    config = tokenizer_config.config
     prefix = model.dummy_prefix if config.get("add_prefix_space") is None else bool(config["add_prefix_space"])
     try:
         return Vocabulary(_tokenizer(model, prefix, legacy=bool(config.get("legacy"))), model.roles, add_bos=True)
@@ -80,7 +80,7 @@ def read(path: Path) -> Model:
         ) from None
 
 
-def _model(proto: Fields, path: Path) -> Model:
+def _model(proto: ProtoFields, path: Path) -> Model:
     pieces = [_piece(_fields(_bytes(data))) for data in proto.get(1, [])]
     if not pieces:
         raise ValueError("it has no pieces")
@@ -141,7 +141,7 @@ def _bpe(model: Model) -> models.BPE:
     return models.BPE(vocab, merges(model.pieces), unk_token=unk, fuse_unk=True, byte_fallback=model.byte_fallback)
 
 
-def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
+def merges(pieces: list[VocabPiece]) -> list[tuple[str, str]]:
     """The pairs of pieces that make a piece, in the order in which they are merged: the best score first."""
     whole = {piece.text for piece in pieces if piece.kind in (NORMAL, USER_DEFINED, UNUSED)}
     found = []
@@ -156,9 +156,9 @@ def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 # Protocol buffers: a message is a row of (field number and wire type, value)
 
 
-def _fields(data: bytes) -> Fields:
+def _fields(data: bytes) -> ProtoFields:
     """A message's values by field number, in order: varints and float bits as numbers, the rest as bytes."""
-    found: Fields = {}
+    found: ProtoFields = {}
     for number, value in _values(data):
         found.setdefault(number, []).append(value)
     return found
@@ -195,12 +195,12 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _piece(fields: Fields) -> Piece:
+def _piece(fields: ProtoFields) -> VocabPiece:
     (score,) = struct.unpack("<f", _bytes(fields.get(2, [bytes(4)])[-1]))
-    return Piece(_bytes(fields[1][-1]).decode(), score, _int(fields, 3, NORMAL))
+    return VocabPiece(_bytes(fields[1][-1]).decode(), score, _int(fields, 3, NORMAL))
 
 
-def _int(fields: Fields, number: int, default: int) -> int:
+def _int(fields: ProtoFields, number: int, default: int) -> int:
     """An int32 or a bool; negative ones are written as 64 bits."""
     value = fields.get(number, [default])[-1]
     if not isinstance(value, int):

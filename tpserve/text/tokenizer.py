@@ -19,8 +19,8 @@ from tokenizers import processors
 from tpserve.errors import UserError
 from tpserve.text import byte_level, sentencepiece
 from tpserve.text.byte_level import BYTE_OF
-from tpserve.text.described import CONFIG, SPECIAL, Description, Vocabulary
 from tpserve.text.stream import ByteLevelStream, PieceStream, TextStream, num_open_bytes, num_open_run
+from tpserve.text.tokenizer_config import CONFIG, SPECIAL, TokenizerConfig, Vocabulary
 
 BYTE_TOKENS = ("<0x%02X>", "<0x%02x>")
 FILE = "tokenizer.json"
@@ -57,12 +57,12 @@ class Tokenizer:
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Tokenizer":
         """Load from a model directory. UserError names the missing or broken file."""
-        described = Description.of(Path(directory))
-        vocabulary = _vocabulary(described)
-        roles = described.roles(vocabulary.roles)
-        _add_tokens(vocabulary.rust, described, roles)
+        tokenizer_config = TokenizerConfig.of(Path(directory))
+        vocabulary = _vocabulary(tokenizer_config)
+        roles = tokenizer_config.roles(vocabulary.roles)
+        _add_tokens(vocabulary.rust, tokenizer_config, roles)
         if vocabulary.add_bos is not None:
-            _frame(vocabulary.rust, described, roles, vocabulary.add_bos)
+            _frame(vocabulary.rust, tokenizer_config, roles, vocabulary.add_bos)
         return Tokenizer(vocabulary.rust, roles)
 
     @property
@@ -153,15 +153,15 @@ def decoder_types(rust: RustTokenizer) -> set[str]:
     return set(walk(json.loads(rust.to_str()).get("decoder")))
 
 
-def _vocabulary(described: Description) -> Vocabulary:
+def _vocabulary(tokenizer_config: TokenizerConfig) -> Vocabulary:
     """From the first kind of file that the directory has. UserError when it has none, or a broken one."""
-    root = described.directory
+    root = tokenizer_config.directory
     if (root / FILE).is_file():
         return _stored(root / FILE)
     if (root / sentencepiece.FILE).is_file():
-        return sentencepiece.load(described)
+        return sentencepiece.load(tokenizer_config)
     if all((root / name).is_file() for name in byte_level.FILES):
-        return byte_level.load(described)
+        return byte_level.load(tokenizer_config)
     names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     others = [name for name in names if _OTHER.search(name) and name not in (CONFIG, SPECIAL)]
     instead = f" (what {', '.join(others)} holds cannot be read)" if others else ""
@@ -181,23 +181,23 @@ def _stored(path: Path) -> Vocabulary:
     return Vocabulary(rust, {}, None)
 
 
-def _add_tokens(rust: RustTokenizer, described: Description, roles: dict[str, str]) -> None:
+def _add_tokens(rust: RustTokenizer, tokenizer_config: TokenizerConfig, roles: dict[str, str]) -> None:
     """Add what stands in the JSON files only, and mark what is special. UserError when an id there cannot be had."""
     known = {token.content: token for token in rust.get_added_tokens_decoder().values()}
-    added = {id: token for id, token in sorted(described.added.items()) if known.get(token.content) != token}
+    added = {id: token for id, token in sorted(tokenizer_config.added.items()) if known.get(token.content) != token}
     new = {id: token.content for id, token in added.items() if rust.token_to_id(token.content) is None}
-    rust.add_tokens([*added.values(), *(token for token in described.special(roles) if token.content not in known)])
+    rust.add_tokens([*added.values(), *(token for token in tokenizer_config.special(roles) if token.content not in known)])
     for id, content in new.items():
         if rust.token_to_id(content) != id:
             raise UserError(
-                f"{described.directory / CONFIG}: added token {content!r} wants id {id}, the vocabulary leaves "
+                f"{tokenizer_config.directory / CONFIG}: added token {content!r} wants id {id}, the vocabulary leaves "
                 f"{rust.token_to_id(content)} for it"
             )
 
 
-def _frame(rust: RustTokenizer, described: Description, roles: dict[str, str], add_bos: bool) -> None:
+def _frame(rust: RustTokenizer, tokenizer_config: TokenizerConfig, roles: dict[str, str], add_bos: bool) -> None:
     """Let a text begin with BOS and end with EOS where that is asked for."""
-    said, bos, eos = described.config, roles.get("bos_token"), roles.get("eos_token")
+    said, bos, eos = tokenizer_config.config, roles.get("bos_token"), roles.get("eos_token")
     first = [bos] if bos is not None and said.get("add_bos_token", add_bos) else []
     last = [eos] if eos is not None and said.get("add_eos_token", False) else []
     if first or last:

@@ -1,13 +1,13 @@
 """The whole vocabulary between processes.
 
     frontend -> engine    Add, Abort, Cut, Control
-    engine -> frontend    Scored, Delta, Done, Stats
-    rank -> coordinator   Hello, Up, Beat, Experts, Said, Fault, Drain
+    engine -> frontend    PromptLogprobsChunk, Delta, Done, Stats
+    rank -> coordinator   Hello, Ready, Heartbeat, Experts, Said, Fault, Drain
     coordinator -> rank   Start, Run, Drain, Stop
 
 Each direction is one tagged union; a frame on the wire is a msgpack list of messages of its direction.
 The engine answers every Add with exactly one Done. Deltas of a request carry consecutive positions, and so do the
-Scored that come before its first Delta.
+PromptLogprobsChunk that come before its first Delta.
 """
 
 from typing import Literal
@@ -40,20 +40,20 @@ class Abort(Message, frozen=True):
     id: int
 
 
-class Cut(Message, frozen=True):
+class Truncate(Message, frozen=True):
     """A stop string ended the request at `length` output tokens and its client has its answer: answer Done(finish="stop")."""
 
     id: int
     length: int
 
 
-class Control(Message, frozen=True):
+class EngineControl(Message, frozen=True):
     """An order to the engine as a whole. `drain`: admit nothing more, finish what runs."""
 
     action: Literal["drain"]
 
 
-EngineInput = Add | Abort | Cut | Control
+EngineInput = Add | Abort | Truncate | EngineControl
 
 # engine -> frontend
 
@@ -72,7 +72,7 @@ class Delta(Message, frozen=True):
     queue_s: float = 0.0
 
 
-class Scored(Message, frozen=True):
+class PromptLogprobsChunk(Message, frozen=True):
     """Log probabilities of prompt tokens, chunk by chunk. `start`: position of the first token; the prompt's first has none."""
 
     id: int
@@ -119,12 +119,12 @@ class Stats(Message, frozen=True):
     """Those that were found there."""
 
 
-EngineOutput = Scored | Delta | Done | Stats
+EngineOutput = PromptLogprobsChunk | Delta | Done | Stats
 
 # rank -> coordinator
 
 
-class Place(Struct, frozen=True, array_like=True):
+class NodeInfo(Struct, frozen=True, array_like=True):
     """A rank's node. `address`: as other nodes shall use it. `machine`: equal for processes that share a network.
     `settings`: what its user has told NCCL and gloo. `gpus`: how many are visible there."""
 
@@ -135,7 +135,7 @@ class Place(Struct, frozen=True, array_like=True):
     gpus: int = 0
 
 
-NOWHERE = Place(0, "", "", {})
+UNKNOWN_NODE = NodeInfo(0, "", "", {})
 
 
 class Hello(Message, frozen=True):
@@ -144,7 +144,7 @@ class Hello(Message, frozen=True):
 
     `endpoints`: on rank 0 the addresses of what it hosts for this incarnation: "store" (host:port of a fresh TCPStore),
     "plan" and "result" (ZeroMQ endpoints); empty elsewhere. `fingerprint`: facts that must agree on all ranks.
-    `place`: where it runs. `traits`: facts that may differ, and are shown when they do. `processor`: facts that must agree on
+    `node`: where it runs. `traits`: facts that may differ, and are shown when they do. `processor`: facts that must agree on
     the ranks of a `stage`, which compute the same rows.
     """
 
@@ -154,7 +154,7 @@ class Hello(Message, frozen=True):
     host: str
     endpoints: dict[str, str]
     fingerprint: dict[str, str]
-    place: Place = NOWHERE
+    node: NodeInfo = UNKNOWN_NODE
     traits: dict[str, str] = {}
     stage: int = 0
     processor: dict[str, str] = {}
@@ -190,7 +190,7 @@ class Numerics(Struct, frozen=True, array_like=True):
     """Products for which there was no time."""
 
 
-class Up(Message, frozen=True):
+class Ready(Message, frozen=True):
     """The rank has joined the mesh, loaded its shard and can run plans of `epoch`."""
 
     rank: int
@@ -203,7 +203,7 @@ class Up(Message, frozen=True):
     """None where nothing is promised, on CUDA."""
 
 
-class Beat(Message, frozen=True):
+class Heartbeat(Message, frozen=True):
     """Every 0.5 s: the rank lives. `phase` and `percent` feed /readyz while starting; `step` is the last plan finished.
 
     `busy`: what long work that is no hang its main thread does inside a step, such as compiling a kernel; empty for none.
@@ -217,7 +217,7 @@ class Beat(Message, frozen=True):
     busy: str = ""
 
 
-class Experts(Message, frozen=True):
+class ExpertLoad(Message, frozen=True):
     """How many tokens each expert of these layers has had in this epoch, sent by the first rank of a stage when it has changed.
 
     `tokens`: 64-bit integers, one an expert, layer by layer.
@@ -229,7 +229,7 @@ class Experts(Message, frozen=True):
     tokens: bytes
 
 
-class Said(Message, frozen=True):
+class LogLines(Message, frozen=True):
     """Lines of the rank's log, from number `start` on, for operators. `last_error`: the last error among them, if any."""
 
     rank: int
@@ -241,7 +241,7 @@ class Said(Message, frozen=True):
 class Fault(Message, frozen=True):
     """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1); sibling: the same,
     since another rank of its node has ended, whose death explains more; overdue: a step does not come back, which is said again
-    with each beat and is no failure while a rank compiles."""
+    with each heartbeat and is no failure while a rank compiles."""
 
     rank: int
     epoch: int
@@ -255,7 +255,7 @@ class Drain(Message, frozen=True):
     rank: int = -1
 
 
-RankMessage = Hello | Up | Beat | Experts | Said | Fault | Drain
+RankMessage = Hello | Ready | Heartbeat | ExpertLoad | LogLines | Fault | Drain
 
 # coordinator -> rank
 

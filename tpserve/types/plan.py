@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from msgspec import Struct
 
 from tpserve.types.packed import pack, unpack
-from tpserve.types.sampling import MAX_LOGPROBS, SamplingParams
+from tpserve.types.sampling import MAX_LOGPROBS, EngineSamplingParams
 
 ADMISSION_HEAD_BYTES = 48
 """The fields of fixed size: three numbers of at most 9 bytes, a seed, and what msgpack puts before fields."""
 
 
-class Admission(Struct, frozen=True, array_like=True):
+class NewSequence(Struct, frozen=True, array_like=True):
     """A sequence takes a slot. Carries all that the ranks will ever need to know about it.
 
     `tokens`: packed ids, the prompt and everything produced so far (a preempted or resubmitted sequence comes back with
@@ -34,7 +34,7 @@ class Admission(Struct, frozen=True, array_like=True):
     slot: int
     tokens: bytes
     prompt_len: int
-    params: SamplingParams
+    params: EngineSamplingParams
     seed: int
     choice: int
     tables: tuple[bytes, ...]
@@ -67,16 +67,16 @@ class StepPlan(Struct, frozen=True, array_like=True):
     epoch: int
     step: int
     releases: tuple[int, ...]
-    admissions: tuple[Admission, ...]
+    new_sequences: tuple[NewSequence, ...]
     slots: bytes
     starts: bytes
     counts: bytes
     sample: bytes
     """One byte a chunk: 1 where the chunk draws a token."""
-    given: bytes
+    input_ids: bytes
     """One byte a chunk: 1 where `tokens` holds the chunk's input ids."""
     tokens: bytes
-    """Packed input ids of the chunks with `given`, one after another."""
+    """Packed input ids of the chunks with `input_ids`, one after another."""
     block_runs: bytes
     """Packed triples (chunk index, cache group, number of block ids)."""
     blocks: bytes
@@ -86,7 +86,7 @@ class StepPlan(Struct, frozen=True, array_like=True):
 
     @staticmethod
     def of(
-        epoch: int, step: int, chunks: Sequence[Chunk], admissions: Sequence[Admission] = (), releases: Sequence[int] = ()
+        epoch: int, step: int, chunks: Sequence[Chunk], new_sequences: Sequence[NewSequence] = (), releases: Sequence[int] = ()
     ) -> "StepPlan":
         """Pack a plan. `chunks` keeps its order; results are keyed by the index in it."""
         tokens: list[int] = []
@@ -103,12 +103,12 @@ class StepPlan(Struct, frozen=True, array_like=True):
             epoch=epoch,
             step=step,
             releases=tuple(releases),
-            admissions=tuple(admissions),
+            new_sequences=tuple(new_sequences),
             slots=pack([c.slot for c in chunks]),
             starts=pack([c.start for c in chunks]),
             counts=pack([c.count for c in chunks]),
             sample=bytes(c.sample for c in chunks),
-            given=bytes(bool(c.tokens) for c in chunks),
+            input_ids=bytes(bool(c.tokens) for c in chunks),
             tokens=pack(tokens),
             block_runs=pack(runs),
             blocks=pack(blocks),
@@ -136,12 +136,12 @@ class StepPlan(Struct, frozen=True, array_like=True):
             at += count
 
     def chunks(self, num_groups: int = 1) -> list[Chunk]:
-        """Unpack the chunks (tests and the ledger worker; the hot path reads the arrays)."""
+        """Unpack the chunks (tests and the simulated worker; the hot path reads the arrays)."""
         blocks: dict[int, list[tuple[int, ...]]] = {}
         for index, group, ids in self.runs():
             blocks.setdefault(index, [() for _ in range(num_groups)])[group] = tuple(ids)
         given, at, result = unpack(self.tokens), 0, []
-        rows = zip(unpack(self.slots), unpack(self.starts), unpack(self.counts), self.sample, self.given, strict=True)
+        rows = zip(unpack(self.slots), unpack(self.starts), unpack(self.counts), self.sample, self.input_ids, strict=True)
         for index, (slot, start, count, sample, has_tokens) in enumerate(rows):
             tokens: tuple[int, ...] = ()
             if has_tokens:

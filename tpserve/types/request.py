@@ -6,7 +6,7 @@ from math import isfinite
 from msgspec import Struct
 
 from tpserve.types.packed import unpack
-from tpserve.types.sampling import MAX_LOGPROBS, SamplingParams
+from tpserve.types.sampling import MAX_LOGPROBS, EngineSamplingParams
 
 
 class Request(Struct, frozen=True, array_like=True):
@@ -20,7 +20,7 @@ class Request(Struct, frozen=True, array_like=True):
 
     id: int
     prompt: bytes
-    params: SamplingParams
+    params: EngineSamplingParams
     seed: int
     choice: int = 0
     output: bytes = b""

@@ -36,7 +36,7 @@ class SamplingDefaults(Struct, frozen=True, omit_defaults=True, kw_only=True):
         return {name: value for name, value in to_builtins(self).items() if name not in ("left_out", "source")}
 
 
-class SamplingParams(Struct, frozen=True, array_like=True):
+class EngineSamplingParams(Struct, frozen=True, array_like=True):
     """One request's sampling parameters, validated by the frontend, as the sampling rank reads them. Defaults ask for nothing.
 
     `temperature` 0 is greedy. `max_tokens` counts generated tokens. `stop_token_ids` always end the sequence;

@@ -14,17 +14,17 @@ import torch
 from tpserve.errors import UserError
 from tpserve.types.model_files import WEIGHT_FORMATS
 from tpserve.weights import files
-from tpserve.weights.forms import FORMS, Form
 from tpserve.weights.names import WeightNames
 from tpserve.weights.parameter import Source
+from tpserve.weights.quant_schemes import SCHEMES, QuantScheme
 
 
 @dataclass(frozen=True)
-class Stored:
+class LocatedTensor:
     """A source, the form it is stored in, and the form's tensors: how the files call them, and which files."""
 
     source: Source
-    form: Form
+    scheme: QuantScheme
     tensors: tuple[str, ...]
     paths: tuple[Path, ...]
 
@@ -59,29 +59,29 @@ class Checkpoint:
         """Whether two tensors hold the same numbers."""
         paths = [self._paths[self._stored[name]] for name in (one, other)]
         with ExitStack() as stack:
-            opened = {path: stack.enter_context(files.opened(path)) for path in set(paths)}
-            held = [opened[path].held(self._stored[name]) for name, path in zip((one, other), paths, strict=True)]
+            opened = {path: stack.enter_context(files.open_file(path)) for path in set(paths)}
+            held = [opened[path].tensor_of(self._stored[name]) for name, path in zip((one, other), paths, strict=True)]
             return torch.equal(held[0].tensor, held[1].tensor)
 
-    def stored(self, source: Source) -> Stored:
+    def stored(self, source: Source) -> LocatedTensor:
         """Where the source's numbers are, or those it says to take instead. UserError when a tensor is missing."""
         for wanted in (source, source.instead):
-            if wanted is not None and (form := self._form(wanted.name)) is not None:
-                known = [wanted.name + suffix for suffix in form.suffixes]
+            if wanted is not None and (scheme := self._form(wanted.name)) is not None:
+                known = [wanted.name + suffix for suffix in scheme.suffixes]
                 missing = [name for name in known if name not in self._stored]
                 if missing:
                     raise UserError(
                         f"tensor {missing[0]} is missing from {self._files()}, which goes with the others of its name"
                     )
                 tensors = tuple(self._stored[name] for name in known)
-                return Stored(wanted, form, tensors, tuple(self._paths[tensor] for tensor in tensors))
+                return LocatedTensor(wanted, scheme, tensors, tuple(self._paths[tensor] for tensor in tensors))
         raise UserError(
             f"tensor {source.name} with shape {list(source.shape)} is missing from {self._files()}: "
             "config.json and the weight files do not belong together, or a file is incomplete"
         )
 
-    def _form(self, name: str) -> Form | None:
-        return next((form for form in FORMS if name + form.suffixes[-1] in self._stored), None)
+    def _form(self, name: str) -> QuantScheme | None:
+        return next((scheme for scheme in SCHEMES if name + scheme.suffixes[-1] in self._stored), None)
 
     def _files(self) -> str:
         paths = sorted(set(self._paths.values()))
@@ -115,7 +115,7 @@ def _find(directory: Path, only_safetensors: bool) -> tuple[Path | None, list[Pa
 def _listed(paths: Iterable[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
-        with files.opened(path) as file:
+        with files.open_file(path) as file:
             for name in file.names():
                 if name in found:
                     raise UserError(f"tensor {name} is in {found[name]} and in {path}: leave the files of one checkpoint only")

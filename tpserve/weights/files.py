@@ -30,7 +30,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Held:
+class FileTensor:
     """A tensor of a file, whose elements are the file's pages."""
 
     name: str
@@ -46,7 +46,7 @@ class Held:
         return f"tensor {self.name} in {self.path}"
 
 
-class File:
+class WeightFile:
     """The tensors of one file."""
 
     def __init__(self, path: Path, names: Iterable[str], tensor: Callable[[str], torch.Tensor]) -> None:
@@ -58,23 +58,23 @@ class File:
         """Of all tensors."""
         return list(self._names)
 
-    def held(self, name: str) -> Held:
+    def tensor_of(self, name: str) -> FileTensor:
         """One of them. UserError when the index was wrong about it."""
         if name not in self._names:
             raise UserError(f"{self._path} has no tensor {name}, though the index says so: download the files again")
-        return Held(name, self._path, self._tensor(name))
+        return FileTensor(name, self._path, self._tensor(name))
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[File]:
+def open_file(path: Path) -> Iterator[WeightFile]:
     """Open a file by its format; what goes wrong in it is a UserError that names it."""
     try:
         if path.suffix == ".bin":
             tensors = _mapped(path)
-            yield File(path, tensors, lambda name: tensors[name].detach())
+            yield WeightFile(path, tensors, lambda name: tensors[name].detach())
         else:
             with safe_open(path, framework="pt", device="cpu") as handle:
-                yield File(path, handle.keys(), handle.get_tensor)
+                yield WeightFile(path, handle.keys(), handle.get_tensor)
     except SafetensorError as error:
         raise _damaged(path, str(error)) from None
     except OSError as error:

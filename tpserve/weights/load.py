@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from tpserve.weights import files
-from tpserve.weights.checkpoint import Checkpoint, Stored
-from tpserve.weights.files import File
+from tpserve.weights.checkpoint import Checkpoint, LocatedTensor
+from tpserve.weights.files import WeightFile
 from tpserve.weights.parameter import Parameter
 
 READAHEAD_BYTES = 64 * 1024
@@ -34,38 +34,38 @@ def load(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Loaded:
     """Fill the parameters; `progress(bytes_done, bytes_total)` follows each slice. UserError names what does not fit."""
-    by_files: dict[tuple[Path, ...], list[tuple[Stored, torch.Tensor]]] = defaultdict(list)
+    by_files: dict[tuple[Path, ...], list[tuple[LocatedTensor, torch.Tensor]]] = defaultdict(list)
     for parameter in parameters:
         for source, place in parameter.parts():
-            stored = checkpoint.stored(source)
-            by_files[stored.paths].append((stored, place))
+            located = checkpoint.stored(source)
+            by_files[located.paths].append((located, place))
     total = physical = done = 0
     for paths, parts in by_files.items():
         with _opened(paths) as opened:
-            for stored, _ in parts:
-                cuts = _cut(stored, opened)
+            for located, _ in parts:
+                cuts = _slices(located, opened)
                 total += sum(cut.nbytes for cut in cuts)
                 physical += sum(map(_physical_bytes, cuts))
     for paths, parts in sorted(by_files.items()):
         with _opened(paths) as opened:
-            for stored, place in parts:
-                cuts = _cut(stored, opened)
-                stored.form.fill(stored.source, cuts, place)
+            for located, place in parts:
+                cuts = _slices(located, opened)
+                located.scheme.load(located.source, cuts, place)
                 done += sum(cut.nbytes for cut in cuts)
                 progress(done, total)
     return Loaded(total, physical)
 
 
 @contextmanager
-def _opened(paths: Sequence[Path]) -> Iterator[dict[Path, File]]:
+def _opened(paths: Sequence[Path]) -> Iterator[dict[Path, WeightFile]]:
     """The files in which one tensor lies: two when its scales are in the next one."""
     with ExitStack() as stack:
-        yield {path: stack.enter_context(files.opened(path)) for path in set(paths)}
+        yield {path: stack.enter_context(files.open_file(path)) for path in set(paths)}
 
 
-def _cut(stored: Stored, opened: dict[Path, File]) -> list[torch.Tensor]:
-    held = [opened[path].held(tensor) for tensor, path in zip(stored.tensors, stored.paths, strict=True)]
-    return stored.form.cut(stored.source, held)
+def _slices(located: LocatedTensor, opened: dict[Path, WeightFile]) -> list[torch.Tensor]:
+    held = [opened[path].tensor_of(tensor) for tensor, path in zip(located.tensors, located.paths, strict=True)]
+    return located.scheme.slice(located.source, held)
 
 
 def _physical_bytes(cut: torch.Tensor) -> int:

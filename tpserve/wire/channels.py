@@ -26,7 +26,7 @@ from tpserve.host.network import listen
 from tpserve.types.messages import EngineInput, EngineOutput
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.wire import codec
-from tpserve.wire.auth import Key, Lock
+from tpserve.wire.curve import CurveClient, CurveServer
 
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000
@@ -46,11 +46,11 @@ class Waitable(Protocol):
     def fileno(self) -> int: ...
 
 
-class Door(NamedTuple):
+class TcpEndpoint(NamedTuple):
     """Where processes of other nodes come in: the TCP endpoint to bind, and who may."""
 
     endpoint: str
-    lock: Lock
+    curve: CurveServer
 
 
 class Channel:
@@ -106,20 +106,20 @@ def tcp(address: str, ports: tuple[int, int] = (0, 0)) -> str:
     return f"tcp://{host}:{first}-{last}" if last else f"tcp://{host}:0"
 
 
-def connect(socket: zmq.Socket[bytes], endpoint: str, key: Key | None = None) -> None:
-    """Connect, now or as soon as somebody listens there. `key`: for TCP."""
-    assert (key is None) == endpoint.startswith("ipc:"), "TCP needs a key, and only TCP"
-    if key is not None:
-        key.put(socket)
+def connect(socket: zmq.Socket[bytes], endpoint: str, curve_client: CurveClient | None = None) -> None:
+    """Connect, now or as soon as somebody listens there. `curve_client`: for TCP."""
+    assert (curve_client is None) == endpoint.startswith("ipc:"), "TCP needs a key, and only TCP"
+    if curve_client is not None:
+        curve_client.apply(socket)
     socket.set(zmq.IPV6, int("[" in endpoint))
     socket.connect(endpoint)
 
 
-def bind(socket: zmq.Socket[bytes], endpoint: str, lock: Lock | None = None) -> str:
+def bind(socket: zmq.Socket[bytes], endpoint: str, curve_server: CurveServer | None = None) -> str:
     """Bind, and return the address that came of it (`tcp://10.0.0.1:0` becomes a real port). `lock`: for TCP."""
-    assert (lock is None) == endpoint.startswith("ipc:"), "TCP needs a lock, and only TCP"
-    if lock is not None:
-        lock.put(socket)
+    assert (curve_server is None) == endpoint.startswith("ipc:"), "TCP needs a lock, and only TCP"
+    if curve_server is not None:
+        curve_server.apply(socket)
     socket.set(zmq.IPV6, int("[" in endpoint))
     try:
         if endpoint.startswith("tcp:"):
@@ -165,7 +165,7 @@ class PlanBroadcaster(Channel):
     `serve` is for a thread that is never blocked in a collective: the rank that missed a plan may be what a collective waits for.
     """
 
-    def __init__(self, endpoint: str, remote: Door | None = None) -> None:
+    def __init__(self, endpoint: str, remote: TcpEndpoint | None = None) -> None:
         socket = open_socket(zmq.XPUB, codec.PLAN.max_bytes)
         socket.set(zmq.XPUB_VERBOSE, 1)  # every rank's subscription is passed up, though they are all the same
         super().__init__(socket, bind(socket, endpoint))
@@ -217,9 +217,9 @@ class PlanBroadcaster(Channel):
 class PlanReceiver(Channel):
     """Another rank's end. Hands out plans in order, each once."""
 
-    def __init__(self, endpoint: str, epoch: int, key: Key | None = None) -> None:
+    def __init__(self, endpoint: str, epoch: int, curve_client: CurveClient | None = None) -> None:
         super().__init__(open_socket(zmq.XSUB, codec.PLAN.max_bytes), endpoint)
-        connect(self.socket, endpoint, key)
+        connect(self.socket, endpoint, curve_client)
         self._send(_SUBSCRIBE)
         self._epoch = epoch
         self._next = 0
@@ -269,9 +269,9 @@ class PlanReceiver(Channel):
 class ResultSender(Channel):
     """The sampling rank's end."""
 
-    def __init__(self, endpoint: str, key: Key | None = None) -> None:
+    def __init__(self, endpoint: str, curve_client: CurveClient | None = None) -> None:
         super().__init__(open_socket(zmq.PUSH, codec.RESULT.max_bytes), endpoint)
-        connect(self.socket, endpoint, key)
+        connect(self.socket, endpoint, curve_client)
 
     def send(self, result: StepResult) -> None:
         """Send one result; results are sent in step order."""
@@ -281,7 +281,7 @@ class ResultSender(Channel):
 class ResultReceiver(Channel):
     """Rank 0's end. Bind before Hello."""
 
-    def __init__(self, endpoint: str, remote: Door | None = None) -> None:
+    def __init__(self, endpoint: str, remote: TcpEndpoint | None = None) -> None:
         socket = open_socket(zmq.PULL, codec.RESULT.max_bytes)
         super().__init__(socket, bind(socket, endpoint))
         self.remote_endpoint = "" if remote is None else bind(socket, *remote)

@@ -3,27 +3,29 @@
 from collections import deque
 
 from tpserve.observe.trace import Trace
+from tpserve.process.rank_agent import RankAgent
 from tpserve.wire.channels import PlanReceiver, ResultSender
-from tpserve.wire.control import Control
-from tpserve.worker.executor import Executor, Pending
+from tpserve.worker.model_runner import ModelRunner, PendingStep
 
 IDLE_S = 1.0
 """How long to sleep for a plan before looking round; a Stop wakes the sleeper at once."""
 
 
-def serve_plans(plans: PlanReceiver, executor: Executor, results: ResultSender | None, control: Control, trace: Trace) -> None:
+def serve_plans(
+    plans: PlanReceiver, model_runner: ModelRunner, results: ResultSender | None, rank_agent: RankAgent, trace: Trace
+) -> None:
     """Run plans in the order they come until the coordinator says stop. `results` is given on the sampling rank."""
-    pending: deque[Pending] = deque()
-    while control.stop is None:
-        plan = plans.receive(0 if pending else IDLE_S, wake=(control.fileno(),))
+    pending: deque[PendingStep] = deque()
+    while rank_agent.stop is None:
+        plan = plans.receive(0 if pending else IDLE_S, wake=(rank_agent.fileno(),))
         if plan is not None:
             with trace.span("run", plan.step):
-                launched = executor.launch(plan)
-            control.step(plan.step)
+                launched = model_runner.launch(plan)
+            rank_agent.report_step(plan.step)
             if results is not None:
                 pending.append(launched)
         while pending and (pending[0].ready() or plan is None):
             finished = pending.popleft()
             assert results is not None
             results.send(finished.wait())
-        control.clear()
+        rank_agent.clear()

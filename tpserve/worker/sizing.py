@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tpserve.config.schema import EngineConfig
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
-from tpserve.models.need import largest, need
+from tpserve.models.param_count import count_params, largest_count
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
@@ -27,7 +27,7 @@ _MOST_FACTOR = 64
 
 
 @dataclass(frozen=True)
-class Measured:
+class MemoryProfile:
     """One rank's memory in bytes. `share`: what the rank may take in all; `block`: a KV block in all cache arrays."""
 
     total: int
@@ -42,7 +42,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Fit:
+class KVCacheConfig:
     """The longest sequence, the number of KV blocks of every rank, and the rank that decided it."""
 
     max_model_len: int
@@ -50,14 +50,14 @@ class Fit:
     rank: int
 
 
-def fit(ranks: Sequence[Measured], spec: ModelSpec, config: EngineConfig) -> Fit:
+def fit_kv_cache(ranks: Sequence[MemoryProfile], spec: ModelSpec, config: EngineConfig) -> KVCacheConfig:
     """What all ranks can hold. Whether it is enough is for `refusal` to say."""
     length = config.max_model_len
     if config.fit_max_model_len:
         length = min(_longest(rank, spec, config) for rank in ranks)
     blocks = [_blocks(rank, config, length) for rank in ranks]
     decides = min(range(len(ranks)), key=lambda rank: (blocks[rank], ranks[rank].free))
-    return Fit(length, blocks[decides], decides)
+    return KVCacheConfig(length, blocks[decides], decides)
 
 
 def least_length(config: EngineConfig) -> int:
@@ -67,7 +67,7 @@ def least_length(config: EngineConfig) -> int:
 
 def weight_bytes(spec: ModelSpec, config: EngineConfig, rank: int) -> int:
     """Of a rank's share of the model."""
-    return ITEM_BYTES[config.dtype] * need(spec, config.layout, rank).weights
+    return ITEM_BYTES[config.dtype] * count_params(spec, config.layout, rank).weights
 
 
 def slot_bytes(config: EngineConfig, length: int) -> int:
@@ -75,19 +75,19 @@ def slot_bytes(config: EngineConfig, length: int) -> int:
     return config.max_num_seqs * (length + 1) * 4
 
 
-def _given(rank: Measured, config: EngineConfig) -> int | None:
+def _given(rank: MemoryProfile, config: EngineConfig) -> int | None:
     """The number of blocks that was said instead of measured."""
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory // rank.block
     return config.num_gpu_blocks_override
 
 
-def _blocks(rank: Measured, config: EngineConfig, length: int) -> int:
+def _blocks(rank: MemoryProfile, config: EngineConfig, length: int) -> int:
     given = _given(rank, config)
     return max(0, (rank.room - slot_bytes(config, length)) // rank.block) if given is None else given
 
 
-def _longest(rank: Measured, spec: ModelSpec, config: EngineConfig) -> int:
+def _longest(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig) -> int:
     """The longest sequence whose blocks and slots the rank has room for: whole blocks, or the longest there may be."""
     given = _given(rank, config)
 
@@ -106,7 +106,9 @@ def _sequence(spec: ModelSpec, config: EngineConfig, length: int) -> int:
 # What does not fit, and what would
 
 
-def refusal(found: Fit, ranks: Sequence[Measured], spec: ModelSpec, config: EngineConfig, per_node: int) -> UserError | None:
+def refusal(
+    found: KVCacheConfig, ranks: Sequence[MemoryProfile], spec: ModelSpec, config: EngineConfig, per_node: int
+) -> UserError | None:
     """Why this server cannot start, with what would help; None when it can. `per_node`: ranks that a node has place for."""
     rank = ranks[found.rank]
     if (given := _given(rank, config)) is not None and given * rank.block + slot_bytes(config, found.max_model_len) > rank.free:
@@ -138,7 +140,7 @@ def refusal(found: Fit, ranks: Sequence[Measured], spec: ModelSpec, config: Engi
     )
 
 
-def _too_large(found: Fit, rank: Measured, config: EngineConfig) -> UserError:
+def _too_large(found: KVCacheConfig, rank: MemoryProfile, config: EngineConfig) -> UserError:
     most = max(0, rank.free - slot_bytes(config, found.max_model_len))
     if config.kv_cache_memory is not None:
         name, said, at_most = "kv_cache_memory", f"{round(config.kv_cache_memory / GIB, 5):g}", f"{most * 100 // GIB / 100:g}"
@@ -152,7 +154,7 @@ def _too_large(found: Fit, rank: Measured, config: EngineConfig) -> UserError:
 
 
 def weights_refusal(
-    ranks: Sequence[Measured], spec: ModelSpec, config: EngineConfig, per_node: int
+    ranks: Sequence[MemoryProfile], spec: ModelSpec, config: EngineConfig, per_node: int
 ) -> tuple[int, UserError] | None:
     """The rank whose weights do not fit, and what to say; None when all do. For before loading: only `free` is measured."""
     short = [i for i, rank in enumerate(ranks) if rank.weights > rank.free]
@@ -166,7 +168,7 @@ def weights_refusal(
     )
 
 
-def wider(rank: Measured, spec: ModelSpec, config: EngineConfig, per_node: int) -> str:
+def wider(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig, per_node: int) -> str:
     """The first layout of more ranks, each with as much memory as `rank`, that holds the model and one sequence.
 
     Activations and LM head are taken as they are now, which they do not exceed with more ranks.
@@ -175,7 +177,7 @@ def wider(rank: Measured, spec: ModelSpec, config: EngineConfig, per_node: int) 
     item = ITEM_BYTES[config.dtype]
     entries = _sequence(spec, config, length) * config.block_size
     for layout in _layouts(spec, config.layout, per_node):
-        most = largest(spec, layout)
+        most = largest_count(spec, layout)
         each = item * (most.weights + most.cached * entries) + rank.activations + rank.head + slot_bytes(config, length)
         if each <= rank.share:
             nodes = -(-layout.world_size // per_node)
@@ -199,7 +201,7 @@ def _layouts(spec: ModelSpec, now: ParallelLayout, per_node: int) -> Iterator[Pa
 # In words
 
 
-def ledger_of(rank: Measured, found: Fit, config: EngineConfig) -> MemoryLedger:
+def ledger_of(rank: MemoryProfile, found: KVCacheConfig, config: EngineConfig) -> MemoryLedger:
     """The memory of a rank as it will be."""
     return MemoryLedger(
         total=rank.total,
@@ -225,7 +227,7 @@ def ledger_line(rank: int, ledger: MemoryLedger, config: EngineConfig) -> str:
     )
 
 
-def report(ledgers: Sequence[MemoryLedger], found: Fit, spec: ModelSpec, config: EngineConfig) -> list[str]:
+def report(ledgers: Sequence[MemoryLedger], found: KVCacheConfig, spec: ModelSpec, config: EngineConfig) -> list[str]:
     """What was decided, in the words that operators look for; of each stage the rank whose memory is fullest.
 
     The size in tokens is that of as many sequences of the greatest length as fit: with windows a short one takes more a token.

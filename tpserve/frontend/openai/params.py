@@ -4,10 +4,10 @@ from msgspec.structs import replace
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
-from tpserve.frontend.openai.service import Limits
+from tpserve.frontend.openai.service import ModelLimits
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 
 GREEDY_BELOW = 1e-5
 """A temperature that small is 0, as in vLLM: logits divided by it are beyond what float32 tells apart."""
@@ -32,7 +32,9 @@ def refuse_contradictions(call: CompletionRequest | ChatCompletionRequest) -> No
             raise UserError(f"{param} {text}", param=param, code="invalid_value")
 
 
-def sampling_params(call: CompletionRequest | ChatCompletionRequest, tokenizer: Tokenizer, limits: Limits) -> SamplingParams:
+def sampling_params(
+    call: CompletionRequest | ChatCompletionRequest, tokenizer: Tokenizer, limits: ModelLimits
+) -> EngineSamplingParams:
     """What all sequences of a call share: everything but `max_tokens`. UserError names the field that is wrong."""
     vocab_size = limits.vocab_size
     if len(call.allowed_token_ids or ()) > vocab_size:
@@ -48,7 +50,7 @@ def sampling_params(call: CompletionRequest | ChatCompletionRequest, tokenizer: 
     bad_words = _bad_words(call.bad_words, tokenizer, limits)
     if allowed and all((id,) in bad_words for id in allowed):
         raise UserError("bad_words leave none of allowed_token_ids to draw", param="bad_words", code="invalid_value")
-    return SamplingParams(
+    return EngineSamplingParams(
         temperature=0.0 if call.temperature < GREEDY_BELOW else call.temperature,
         ignore_eos=call.ignore_eos,
         stop_token_ids=tuple(call.stop_token_ids),
@@ -67,7 +69,7 @@ def sampling_params(call: CompletionRequest | ChatCompletionRequest, tokenizer: 
     )
 
 
-def with_length(params: SamplingParams, max_tokens: int) -> SamplingParams:
+def with_length(params: EngineSamplingParams, max_tokens: int) -> EngineSamplingParams:
     """The parameters of a sequence that may generate `max_tokens`."""
     if params.min_tokens > max_tokens:
         raise UserError(
@@ -78,7 +80,7 @@ def with_length(params: SamplingParams, max_tokens: int) -> SamplingParams:
     return replace(params, max_tokens=max_tokens)
 
 
-def _bad_words(words: list[str], tokenizer: Tokenizer, limits: Limits) -> tuple[tuple[int, ...], ...]:
+def _bad_words(words: list[str], tokenizer: Tokenizer, limits: ModelLimits) -> tuple[tuple[int, ...], ...]:
     """The words as tokens, each at the beginning of a text and after a space."""
     found: dict[tuple[int, ...], None] = {}
     for index, word in enumerate(words):

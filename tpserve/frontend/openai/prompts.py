@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import shown
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeChatRequest
-from tpserve.frontend.openai.service import Limits, Service
+from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
 from tpserve.text.tokenizer import Tokenizer, TooManyTokens
 
@@ -34,7 +34,7 @@ class Prompt:
 
 
 async def completion_prompts(
-    service: Service, call: CompletionRequest, limits: Limits, at_most: int | None = None
+    service: OpenAIServing, call: CompletionRequest, limits: ModelLimits, at_most: int | None = None
 ) -> list[Prompt]:
     """The prompts of a completions call, in order: a text, texts, ids, or lists of ids. UserError for one of more than `at_most`
     tokens, by default as many as a sequence may have."""
@@ -72,7 +72,7 @@ def echoed(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool) -> P
 
 
 async def chat_prompt(
-    service: Service, call: ChatCompletionRequest | TokenizeChatRequest, limits: Limits, at_most: int | None = None
+    service: OpenAIServing, call: ChatCompletionRequest | TokenizeChatRequest, limits: ModelLimits, at_most: int | None = None
 ) -> Prompt:
     """The prompt of a conversation through the model's template. UserError when it has more than `at_most` tokens, by default as
     many as a sequence may have."""
@@ -104,7 +104,7 @@ def size_of(message: dict[str, Any]) -> int:
 
 
 def encoded(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool, limits: Limits, at_most: int | None, param: str
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, limits: ModelLimits, at_most: int | None, param: str
 ) -> list[int]:
     """The ids of a text. UserError beyond `at_most`, by default as many as a sequence may have."""
     try:
@@ -113,7 +113,7 @@ def encoded(
         raise too_long(limits.max_model_len, f"your prompt has {error.count} tokens", param) from None
 
 
-def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limits: Limits, param: str) -> int:
+def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limits: ModelLimits, param: str) -> int:
     """How many tokens a sequence may generate. `asked` must fit whole, be it 0; `default` (None: all that is left) is cut."""
     length = len(prompt.ids)
     left = limits.max_model_len - length
@@ -142,7 +142,7 @@ def split_prompt(prompt: str | list[Any]) -> list[str | list[int]]:
     return [prompt]
 
 
-def refuse_too_long(text: str, tokenizer: Tokenizer, limits: Limits, param: str) -> None:
+def refuse_too_long(text: str, tokenizer: Tokenizer, limits: ModelLimits, param: str) -> None:
     """A token stands for so many characters at most, so some texts need no tokenizing to be too long."""
     if len(text) > limits.max_model_len * tokenizer.longest_token_chars:
         raise too_long(limits.max_model_len, f"your prompt has {len(text)} characters", param)

@@ -6,13 +6,20 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import UserError
-from tpserve.frontend.journal import Ticket
-from tpserve.frontend.openai.answer import send_stream, send_whole
 from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.errors import json_response
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, in_thread, max_new_tokens, refuse_too_long
+from tpserve.frontend.openai.response_builder import (
+    ChatResponseBuilder,
+    CompletionResponseBuilder,
+    Json,
+    ResponseBuilder,
+    ResponseMeta,
+)
+from tpserve.frontend.openai.responses import send_stream, send_whole
 from tpserve.frontend.openai.schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -22,10 +29,9 @@ from tpserve.frontend.openai.schema import (
     TokenizeRequest,
 )
 from tpserve.frontend.openai.sequences import params_of, requests_of
-from tpserve.frontend.openai.service import SERVICE, Service
-from tpserve.frontend.openai.shapes import ChatShape, CompletionShape, Head, Json, Shape
+from tpserve.frontend.openai.service import SERVICE, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """Where a request carries its id: the client's, or one of ours."""
@@ -37,7 +43,7 @@ class Admitted:
 
     id: str
     model: str
-    ticket: Ticket
+    handle: RequestHandle
 
 
 ADMITTED = web.RequestKey("admitted", Admitted)
@@ -52,13 +58,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
     call, warnings = parse(
         await read_object(request, service.large_bodies), CompletionRequest, service.logged_fields, service.sampling()
     )
-    head = head_of(request, service, call, warnings, "cmpl", "text_completion", "text_completion")
+    meta = response_meta(request, service, call, warnings, "cmpl", "text_completion", "text_completion")
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
     sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
     params = params_of(service, call, prompts, sizes, limits)
-    shape = CompletionShape(head, call, prompts, service.tokenizer)
-    return await answer(request, service, call, params, shape, head, prompts)
+    builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
+    return await answer(request, service, call, params, builder, meta, prompts)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -67,49 +73,49 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     call, warnings = parse(
         await read_object(request, service.large_bodies), ChatCompletionRequest, service.logged_fields, service.sampling()
     )
-    head = head_of(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
+    meta = response_meta(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
     prompt = await chat_prompt(service, call, limits)
     asked = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     size = max_new_tokens(prompt, asked, service.defaults.max_tokens, limits, "messages")
     params = params_of(service, call, [prompt], [size], limits)
-    shape = ChatShape(head, call, prompt, service.tokenizer)
-    return await answer(request, service, call, params, shape, head, [prompt])
+    builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer)
+    return await answer(request, service, call, params, builder, meta, [prompt])
 
 
 async def answer(
     request: web.Request,
-    service: Service,
+    service: OpenAIServing,
     call: CompletionRequest | ChatCompletionRequest,
-    params: Sequence[SamplingParams],
-    shape: Shape,
-    head: Head,
+    params: Sequence[EngineSamplingParams],
+    builder: ResponseBuilder,
+    meta: ResponseMeta,
     prompts: Sequence[Prompt],
 ) -> web.StreamResponse:
     """Admit, and send what comes."""
-    ticket = service.open(requests_of(service, call, prompts, params), streaming=call.stream)
-    request[ADMITTED] = Admitted(head.id, head.model, ticket)
+    handle = service.open(requests_of(service, call, prompts, params), streaming=call.stream)
+    request[ADMITTED] = Admitted(meta.id, meta.model, handle)
     if call.stream:
         options = call.stream_options or StreamOptions()
-        return await send_stream(request, service.journal, ticket, shape, head, prompts, options)
-    return await send_whole(service.journal, ticket, shape, head, prompts)
+        return await send_stream(request, service.request_table, handle, builder, meta, prompts, options)
+    return await send_whole(service.request_table, handle, builder, meta, prompts)
 
 
-def head_of(
+def response_meta(
     request: web.Request,
-    service: Service,
+    service: OpenAIServing,
     call: CompletionRequest | ChatCompletionRequest,
     warnings: list[str],
     prefix: str,
     kind: str,
     chunk_kind: str,
-) -> Head:
+) -> ResponseMeta:
     """Check what both calls share, and name the answer."""
     if call.request_id is not None:
         request[REQUEST_ID] = call.request_id
     model = service.served(call.model)
     refuse_contradictions(call)
-    return Head(f"{prefix}-{request[REQUEST_ID]}", kind, chunk_kind, model, int(time.time()), warnings)
+    return ResponseMeta(f"{prefix}-{request[REQUEST_ID]}", kind, chunk_kind, model, int(time.time()), warnings)
 
 
 async def models(request: web.Request) -> web.Response:
@@ -124,7 +130,7 @@ async def model(request: web.Request) -> web.Response:
     return json_response(model_card(service, service.served(request.match_info["id"])))
 
 
-def model_card(service: Service, name: str) -> Json:
+def model_card(service: OpenAIServing, name: str) -> Json:
     return {
         "id": name,
         "object": "model",

@@ -33,7 +33,7 @@ class StreamOptions(Struct, frozen=True):
     continuous_usage_stats: bool = False
 
 
-class Sampled(Struct, frozen=True, kw_only=True):
+class SamplingFields(Struct, frozen=True, kw_only=True):
     """What completions and chat share."""
 
     model: str | None = None
@@ -69,7 +69,7 @@ class Sampled(Struct, frozen=True, kw_only=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-class CompletionRequest(Sampled, frozen=True, kw_only=True):
+class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     """POST /v1/completions. The shapes of `prompt` are told apart in `prompts`."""
 
     prompt: str | list[Any]
@@ -103,7 +103,7 @@ class CompletionRequest(Sampled, frozen=True, kw_only=True):
         return self.n * sum(count + 1 for count in (self.prompt_logprobs, self.num_echoed) if count is not None)
 
 
-class ChatCompletionRequest(Sampled, frozen=True, kw_only=True):
+class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     """POST /v1/chat/completions. Special tokens come from the template, so encoding adds none by default."""
 
     messages: Messages

@@ -1,4 +1,4 @@
-"""From a checked call and its prompts to the requests that the journal opens.
+"""From a checked call and its prompts to the requests that the request table opens.
 
 Owns how many there are and what tells them apart. The choices of a prompt differ in `choice` alone, except that the first
 one's prompt is scored for all of them; a list of prompts with a seed answers each as if it had come alone. Everything is checked
@@ -14,12 +14,12 @@ from tpserve.errors import UserError
 from tpserve.frontend.openai.params import sampling_params, with_length
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
-from tpserve.frontend.openai.service import Limits, Service
+from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.text.assembler import Assembler
-from tpserve.text.entries import PromptScores
+from tpserve.text.logprob_entries import PromptScores
 from tpserve.types.packed import pack
 from tpserve.types.request import Request
-from tpserve.types.sampling import SamplingParams
+from tpserve.types.sampling import EngineSamplingParams
 
 MAX_SENT_TOKENS = 1 << 23
 """Prompt tokens of all sequences of a request, which go to the engine in one frame: 32 MiB, half of the frame's bound."""
@@ -30,12 +30,12 @@ MAX_SHOWN_SCORES = 1 << 21
 
 
 def params_of(
-    service: Service,
+    service: OpenAIServing,
     call: CompletionRequest | ChatCompletionRequest,
     prompts: Sequence[Prompt],
     sizes: Sequence[int],
-    limits: Limits,
-) -> list[SamplingParams]:
+    limits: ModelLimits,
+) -> list[EngineSamplingParams]:
     """What is asked for each prompt. `sizes`: how many tokens each prompt's choices may have. UserError names a field."""
     field = "best_of" if call.num_drawn > call.n else "n"
     service.refuse_too_many(len(prompts) * call.num_drawn, field)
@@ -59,15 +59,18 @@ def params_of(
 
 
 def requests_of(
-    service: Service, call: CompletionRequest | ChatCompletionRequest, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    service: OpenAIServing,
+    call: CompletionRequest | ChatCompletionRequest,
+    prompts: Sequence[Prompt],
+    params: Sequence[EngineSamplingParams],
 ) -> list[tuple[Request, Assembler]]:
     """All choices of all prompts, in order, each with what assembles its output. Without a seed each has one of its own."""
 
-    def choices(prompt: Prompt, params: SamplingParams) -> Iterator[tuple[Request, Assembler]]:
+    def choices(prompt: Prompt, params: EngineSamplingParams) -> Iterator[tuple[Request, Assembler]]:
         packed, scores = pack(prompt.ids), None if call.num_scored is None else PromptScores(prompt.ids)
         for choice in range(call.num_drawn):
             request = Request(
-                id=service.journal.next_id(),
+                id=service.request_table.next_id(),
                 prompt=packed,
                 params=params if choice == 0 else replace(params, prompt_logprobs=None),
                 seed=secrets.randbits(64) if call.seed is None else call.seed % 2**64,

@@ -11,9 +11,9 @@ from typing import Any
 
 from aiohttp import web
 
+from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.errors import UserError
-from tpserve.frontend.journal import Journal, Ticket
-from tpserve.frontend.status import Status
 from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from tpserve.types.sampling import SamplingDefaults
 
 
 @dataclass(frozen=True)
-class Limits:
+class ModelLimits:
     """Facts of a running engine that bound a request."""
 
     max_model_len: int
@@ -30,15 +30,15 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Service:
+class OpenAIServing:
     """`max_open`: sequences that may run or wait at once. `defaults`: sampling parameters of requests that do not say them."""
 
     names: tuple[str, ...]
     root: str
     created_s: int
     max_open: int
-    journal: Journal
-    status: Callable[[], Status]
+    request_table: RequestTable
+    status: Callable[[], EngineStatus]
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     defaults: SamplingDefaults
@@ -61,11 +61,11 @@ class Service:
         """Fields of a call that does not say them. How much to generate is not among them: it is cut to what fits."""
         return {name: value for name, value in self.defaults.said().items() if name != "max_tokens"}
 
-    def limits(self) -> Limits:
+    def limits(self) -> ModelLimits:
         """UserError 503 unless requests are taken."""
         status = self.status()
         if status.state == "running" and status.max_model_len is not None and status.vocab_size is not None:
-            return Limits(status.max_model_len, status.vocab_size)
+            return ModelLimits(status.max_model_len, status.vocab_size)
         raise not_ready(status)
 
     def refuse_too_many(self, count: int, field: str) -> None:
@@ -76,17 +76,17 @@ class Service:
                 param=field,
             )
 
-    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool) -> Ticket:
+    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool) -> RequestHandle:
         """Admit what a client asked for. UserError 429 when the queue is full."""
-        if self.journal.num_open + len(requests) > self.max_open:
+        if self.request_table.num_open + len(requests) > self.max_open:
             raise UserError(
-                f"the queue is full: {self.journal.num_open} of {self.max_open} sequences are open; try again", status=429
+                f"the queue is full: {self.request_table.num_open} of {self.max_open} sequences are open; try again", status=429
             )
         self.limits()  # the engine may have left while the prompt was tokenized
-        return self.journal.open(requests, streaming=streaming)
+        return self.request_table.open(requests, streaming=streaming)
 
 
-def not_ready(status: Status) -> UserError:
+def not_ready(status: EngineStatus) -> UserError:
     """503, in the words of the state."""
     if status.state in ("starting", "running"):
         where = f": {status.phase}" if status.phase else ""
@@ -96,4 +96,4 @@ def not_ready(status: Status) -> UserError:
     return UserError(f"the server has stopped: {status.reason or 'no reason given'}", code="stopped", status=503)
 
 
-SERVICE = web.AppKey("service", Service)
+SERVICE = web.AppKey("service", OpenAIServing)

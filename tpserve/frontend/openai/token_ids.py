@@ -5,7 +5,7 @@ from typing import Any
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import shown
-from tpserve.frontend.openai.service import Limits
+from tpserve.frontend.openai.service import ModelLimits
 from tpserve.text.tokenizer import Tokenizer
 
 
@@ -23,7 +23,7 @@ def check_ids(ids: Sequence[Any], vocab_size: int, param: str) -> None:
             )
 
 
-def refuse_unknown(ids: Sequence[int], tokenizer: Tokenizer, limits: Limits, param: str) -> None:
+def refuse_unknown(ids: Sequence[int], tokenizer: Tokenizer, limits: ModelLimits, param: str) -> None:
     """A tokenizer may know tokens that the model has no embedding for, such as a padding token that was added later."""
     if (token := max(ids)) >= limits.vocab_size:
         raise UserError(

@@ -1,0 +1,1 @@
+"""Which ranks take part, in which epoch, and why it ended. No torch."""

@@ -1,0 +1,97 @@
+"""What /server_info shows: the resolved configuration, and every rank as far as it is known. Owns nothing, shows no secret."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec.structs import asdict
+
+from tpserve.config.schema import EngineConfig
+from tpserve.coordinator.roster import RankInfo
+from tpserve.coordinator.status import EngineStatus
+from tpserve.observe.log import LogRingBuffer
+from tpserve.types.layout import ParallelLayout
+from tpserve.version import __version__
+
+Json = dict[str, Any]
+INVARIANT, BROKEN, UNTESTED, NOT_PROMISED = "batch-invariant", "not on this processor", "untested", "not promised on CUDA"
+
+
+def server_info(
+    config: EngineConfig,
+    status: EngineStatus,
+    epoch: int,
+    ranks: Sequence[RankInfo],
+    now: float,
+    log_buffer: LogRingBuffer | None,
+    said: Sequence[LogRingBuffer],
+) -> Json:
+    """`now`: of the coordinator's clock. `log_buffer`: lines of this process's log, if any were; `said`: of every rank's."""
+    return {
+        "version": __version__,
+        "state": status.state,
+        "phase": status.phase,
+        "percent": status.percent,
+        "reason": status.reason,
+        "epoch": epoch,
+        "max_model_len": status.max_model_len,
+        "numerics": numerics(ranks),
+        "layout": asdict(config.layout),
+        "config": config.shown() | {"layout": asdict(config.layout)},
+        "ranks": [
+            _rank(rank, config.layout, status, seen, now) | {"last_error": lines.last_error, "log": lines.shown()}
+            for rank, (seen, lines) in enumerate(zip(ranks, said, strict=True))
+        ],
+        "log": (log_buffer or LogRingBuffer()).shown(),
+    }
+
+
+def numerics(ranks: Sequence[RankInfo]) -> str | None:
+    """Whether a request gets the same bits whatever is computed beside it, by the self-tests of all ranks; None before."""
+    found = [rank.ready.numerics for rank in ranks if rank.ready is not None]
+    if len(found) < len(ranks) or not found:
+        return None
+    tested = [each for each in found if each is not None]
+    if len(tested) < len(found):
+        return NOT_PROMISED
+    broken = list(dict.fromkeys(name for each in tested for name in each.broken))
+    untested = list(dict.fromkeys(name for each in tested for name in each.untested if name not in broken))
+    parts = [(BROKEN, broken), (UNTESTED, untested)]
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or INVARIANT
+
+
+def _rank(rank: int, layout: ParallelLayout, status: EngineStatus, seen: RankInfo, now: float) -> Json:
+    hello, ready, heartbeat = seen.hello, seen.ready, seen.heartbeat
+    stage = layout.stage_of(rank)
+    layers = layout.layers_of(stage)
+    state: str
+    if hello is None:
+        state = "missing"
+    elif status.state == "starting":
+        state = "starting" if ready is None else "up"
+    else:
+        state = status.state
+    return {
+        "rank": rank,
+        "node": hello and hello.node.node,
+        "host": hello and hello.host,
+        "address": hello and hello.node.address,
+        "visible_gpus": hello and hello.node.gpus,
+        "pid": hello and hello.pid,
+        "stage": stage,
+        "shard": {
+            "tp_rank": layout.tp_rank_of(rank),
+            "layers": [layers.start, layers.stop],
+            "heads": ready and [ready.facts["first_head"], ready.facts["end_head"]],
+            "kv_heads": ready and [ready.facts["first_kv_head"], ready.facts["end_kv_head"]],
+        },
+        "state": state,
+        "phase": heartbeat.phase,
+        "percent": heartbeat.percent,
+        "busy": heartbeat.busy,
+        "last_step": heartbeat.step if heartbeat.step >= 0 else None,
+        "silent_s": None if seen.heard_s is None else round(now - seen.heard_s, 3),
+        "memory": ready and asdict(ready.ledger),
+        "fingerprint": hello and hello.fingerprint,
+        "processor": hello and hello.processor,
+        "traits": hello and hello.traits | hello.node.settings,
+    }

@@ -1,0 +1,224 @@
+"""The JSON shapes of answers and stream chunks, for completions and for chat.
+
+Pure: pieces in, plain JSON values out; never touches sockets or the request table. The streaming order lives here and in
+`stream`: an opening chunk per choice where the shape has one, then deltas of which none is empty, then one finish chunk a
+choice; every chunk has exactly one choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from tpserve.engine_client.requests import RequestState
+from tpserve.frontend.openai.prompts import Prompt
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
+from tpserve.text.assembler import OutputDelta
+from tpserve.text.logprob_entries import PromptScores, TokenEntry
+from tpserve.text.logprobs import chat_logprobs, completion_logprobs, likeliest, prompt_logprobs
+from tpserve.text.tokenizer import Tokenizer
+from tpserve.version import __version__
+
+Json = dict[str, Any]
+FINGERPRINT = f"tpserve-{__version__}"
+TOKENS_AT_ONCE = 128
+"""Tokens of a scored prompt in one event of a stream (with 20 rivals each some 90 KB: aiohttp reads lines of 128), or turned into
+JSON at a time."""
+
+
+@dataclass(frozen=True)
+class ResponseMeta:
+    """What all chunks of an answer repeat. `warnings` stand in the answer, or in a stream's first chunk."""
+
+    id: str
+    kind: str
+    chunk_kind: str
+    model: str
+    created: int
+    warnings: list[str]
+
+    def answer(self, choices: list[Json]) -> Json:
+        return self._wrap(self.kind, choices)
+
+    def chunk(self, *choices: Json) -> Json:
+        return self._wrap(self.chunk_kind, list(choices))
+
+    def _wrap(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+        }
+
+
+class ResponseBuilder(Protocol):
+    """One of the two forms of answers."""
+
+    def opening(self) -> list[Json]:
+        """Chunks before any token."""
+
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
+        """Chunks of one piece of one choice."""
+
+    def answer(self, pieces: Sequence[tuple[int, OutputDelta]]) -> Json:
+        """The whole answer of one last piece a choice."""
+
+
+def usage(prompts: Sequence[Prompt], sequences: Sequence[RequestState]) -> Json:
+    """Token counts so far. A prompt counts once however many choices it has."""
+    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+    completion_tokens = sum(sequence.assembler.num_tokens for sequence in sequences)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in sequences if s.request.choice == 0)},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def end_of(delta: OutputDelta) -> Json:
+    return {"finish_reason": delta.finish, "stop_reason": delta.stop_reason}
+
+
+def encoded_prompt_logprobs(scores: PromptScores, num_top: int, tokenizer: Tokenizer) -> msgspec.Raw:
+    """vLLM's shape, encoded a part at a time, for Python objects take ten times the room; every choice repeats the same bytes."""
+    begins = range(0, len(scores.ids), TOKENS_AT_ONCE)
+    runs = (range(begin, min(begin + TOKENS_AT_ONCE, len(scores.ids))) for begin in begins)
+    parts = (msgspec.json.encode(prompt_logprobs(scores, run, num_top, tokenizer))[1:-1] for run in runs)
+    return msgspec.Raw(b"[" + b",".join(parts) + b"]")
+
+
+NOT_ENDED: Json = {"finish_reason": None, "stop_reason": None}
+
+
+@dataclass(frozen=True)
+class CompletionResponseBuilder:
+    """`text_completion`, streamed or not. Choice `index` continues prompt `index // n`; of more that were drawn the best stay."""
+
+    meta: ResponseMeta
+    call: CompletionRequest
+    prompts: Sequence[Prompt]
+    tokenizer: Tokenizer
+    _prompt_ids_sent: set[int] = field(default_factory=set)
+
+    def opening(self) -> list[Json]:
+        if not self.call.echo or self.call.logprobs is not None:  # an echo with logprobs waits for them
+            return []
+        return [
+            self.meta.chunk(self._choice(index, prompt.text, [], None) | NOT_ENDED)
+            for index in range(len(self.prompts) * self.call.n)
+            if (prompt := self._prompt(index)).text
+        ]
+
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
+        chunks = [] if delta.scores is None else self._echo(index, delta.scores)
+        tokens, logprobs = delta.tokens, self._logprobs(index, delta)
+        if delta.text:
+            chunks.append(self.meta.chunk(self._choice(index, delta.text, tokens, logprobs) | NOT_ENDED))
+            tokens, logprobs = [], None
+        if delta.finish is not None:
+            chunks.append(self.meta.chunk(self._choice(index, "", tokens, logprobs) | end_of(delta)))
+        return chunks
+
+    def answer(self, pieces: Sequence[tuple[int, OutputDelta]]) -> Json:
+        call, choices = self.call, list[Json]()
+        for number, prompt in enumerate(self.prompts):
+            drawn = [delta for _, delta in pieces[number * call.num_drawn : (number + 1) * call.num_drawn]]
+            echoed, extra, scores = None, Json(), drawn[0].scores
+            if scores is not None and call.num_echoed is not None:
+                entries = scores.entries(self.tokenizer, prompt.text, call.num_echoed, prompt.num_open)
+                echoed = completion_logprobs(entries, self.tokenizer)
+            if scores is not None and call.prompt_logprobs is not None:
+                extra = {"prompt_logprobs": encoded_prompt_logprobs(scores, call.prompt_logprobs, self.tokenizer)}
+            for delta in drawn if call.n == call.num_drawn else likeliest(drawn, call.n):
+                index, text = len(choices), prompt.text + delta.text if call.echo else delta.text
+                logprobs = self._logprobs(index, delta)
+                if echoed is not None:
+                    logprobs = {name: values + logprobs[name] for name, values in echoed.items()} if logprobs else echoed
+                choices.append(self._choice(index, text, delta.tokens, logprobs) | end_of(delta) | extra)
+        return self.meta.answer(choices)
+
+    def _prompt(self, index: int) -> Prompt:
+        return self.prompts[index // self.call.n]
+
+    def _logprobs(self, index: int, delta: OutputDelta) -> Json | None:
+        entries, prompt = delta.entries, self._prompt(index)
+        if delta.scores is not None and self.call.num_echoed is not None:
+            entries = delta.scores.open_entries(delta.open_offsets, self.call.num_echoed) + entries
+        if not entries or self.call.logprobs is None:  # the engine gives them for `best_of` too
+            return None
+        return completion_logprobs(entries, self.tokenizer, len(prompt.text) if self.call.echo else 0)
+
+    def _echo(self, index: int, scores: PromptScores) -> list[Json]:
+        """The prompt with its log probabilities, in chunks of a size that clients read as a line."""
+        text, chunks = self._prompt(index).text, list[Json]()
+        entries = scores.entries(self.tokenizer, text, self.call.num_echoed or 0, self._prompt(index).num_open)
+        for begin in range(0, len(entries), TOKENS_AT_ONCE):
+            end = begin + TOKENS_AT_ONCE
+            part = entries[begin:end]
+            shown = text[part[0].offset : entries[end].offset if end < len(entries) else len(text)]
+            chunks.append(self.meta.chunk(self._choice(index, shown, [], completion_logprobs(part, self.tokenizer)) | NOT_ENDED))
+        return chunks
+
+    def _choice(self, index: int, text: str, tokens: list[int], logprobs: Json | None) -> Json:
+        choice: Json = {"index": index, "text": text, "logprobs": logprobs}
+        if self.call.return_token_ids:
+            choice["token_ids"] = tokens
+            if index not in self._prompt_ids_sent:
+                self._prompt_ids_sent.add(index)
+                choice["prompt_token_ids"] = self._prompt(index).ids
+        return choice
+
+
+@dataclass(frozen=True)
+class ChatResponseBuilder:
+    """`chat.completion` and its chunks."""
+
+    meta: ResponseMeta
+    call: ChatCompletionRequest
+    prompt: Prompt
+    tokenizer: Tokenizer
+
+    def opening(self) -> list[Json]:
+        chunks = [
+            self.meta.chunk(
+                {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            )
+            for index in range(self.call.n)
+        ]
+        if self.call.return_token_ids:
+            chunks[0]["prompt_token_ids"] = self.prompt.ids
+        return chunks
+
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
+        chunks, tokens, entries = [], delta.tokens, delta.entries
+        if delta.text:
+            chunks.append(self.meta.chunk(self._choice(index, "delta", {"content": delta.text}, tokens, entries) | NOT_ENDED))
+            tokens, entries = [], []
+        if delta.finish is not None:
+            chunks.append(self.meta.chunk(self._choice(index, "delta", {}, tokens, entries) | end_of(delta)))
+        return chunks
+
+    def answer(self, pieces: Sequence[tuple[int, OutputDelta]]) -> Json:
+        choices = []
+        for index, delta in pieces:
+            message = {"role": "assistant", "content": delta.text, "refusal": None}
+            choices.append(self._choice(index, "message", message, delta.tokens, delta.entries) | end_of(delta))
+        answer, scores = self.meta.answer(choices), pieces[0][1].scores
+        if self.call.return_token_ids:
+            answer["prompt_token_ids"] = self.prompt.ids
+        if scores is not None and self.call.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = encoded_prompt_logprobs(scores, self.call.prompt_logprobs, self.tokenizer)
+        return answer
+
+    def _choice(self, index: int, name: str, message: Json, tokens: list[int], entries: Sequence[TokenEntry]) -> Json:
+        shape = chat_logprobs(entries, self.tokenizer) if entries else None
+        choice: Json = {"index": index, name: message, "logprobs": shape}
+        if self.call.return_token_ids:
+            choice["token_ids"] = tokens
+        return choice
