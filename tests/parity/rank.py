@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from harness import Runner, Scorer, load_decoder, mixed, whole
+from runner import Runner, Scorer, load_decoder, mixed, whole
 from safetensors.torch import save_file
 
 from tpserve.models.decoder import Decoder

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from harness import Scorer, Scores, mixed, scores, whole
+from runner import Scorer, Scores, mixed, scores, whole
 from test_worker import SPEC, layout
 
 from tpserve.models.decoder import Decoder
