@@ -148,7 +148,7 @@ def test_the_agents_end_is_told_before_that_of_its_ranks(tmp_path: Path) -> None
 @pytest.mark.parametrize("known", [True, False])
 def test_who_only_follows_another_rank_is_heard_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     """Rank 0 has died before its Hello: rank 1 knows only that a sibling has, the agent soon which one."""
-    monkeypatch.setattr("tpserve.frontend.ranks.SIBLING_S", 0.8)
+    monkeypatch.setattr("tpserve.coordinator.rank_monitor.SIBLING_S", 0.8)
 
     async def main(where: Path) -> None:
         async with stage(where, 2) as it:

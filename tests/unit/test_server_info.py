@@ -11,8 +11,8 @@ from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Peer, RankInfo
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.server_info import numerics, server_info
+from tpserve.engine_client.status import EngineStatus
 from tpserve.observe.log import LogRingBuffer
 from tpserve.types.machine import Machine
 from tpserve.types.messages import Heartbeat, Hello, MemoryLedger, Numerics, Ready

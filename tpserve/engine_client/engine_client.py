@@ -21,9 +21,9 @@ from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
 from tpserve.coordinator.coordinator import Action, Coordinator, Draining, EpochFailed, EpochFinished, EpochReady, EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
+from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import EngineFailure
 from tpserve.observe.log import LogRingBuffer
 from tpserve.process.process_utils import has_ended, open_pidfd

@@ -7,7 +7,7 @@ from msgspec.structs import asdict
 
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.roster import RankInfo
-from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.status import EngineStatus
 from tpserve.observe.log import LogRingBuffer
 from tpserve.types.layout import ParallelLayout
 from tpserve.version import __version__

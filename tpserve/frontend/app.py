@@ -16,8 +16,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.requests import RequestTable
+from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
 from tpserve.frontend import traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key

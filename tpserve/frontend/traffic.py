@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.requests import RequestState, RequestTable
+from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.access import METRICS_PATH, OPEN_PATHS
 from tpserve.frontend.openai.routes import ADMITTED, REQUEST_ID
 from tpserve.observe.metrics import Metrics

@@ -11,8 +11,8 @@ from typing import Any
 
 from aiohttp import web
 
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.requests import RequestHandle, RequestTable
+from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
 from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
