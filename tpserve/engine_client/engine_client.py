@@ -130,7 +130,7 @@ class EngineClient:
     def info(self) -> dict[str, Any]:
         """What operators may see: of the configuration, and of every rank as far as it is known."""
         c = self._coordinator
-        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic(), self._log_buffer, self._rank_logs)
+        return server_info(self._config, self.status(), c.epoch, c.ranks, time.monotonic(), self._log_buffer, self._rank_logs)
 
     async def serve(self, watch_pid: int) -> int:
         """Run until the service has ended and the ranks on this host are gone; returns the exit code. The ranks die with
@@ -149,7 +149,7 @@ class EngineClient:
         try:
             code = await self._ended(tasks)
             (self._where / "frontend.json").unlink(missing_ok=True)  # who comes now waits for a successor
-            if not await self._rank_monitor.all_gone(LEAVE_S) and (killed := self._rank_monitor.kill()):
+            if not await self._rank_monitor.wait_exited(LEAVE_S) and (killed := self._rank_monitor.kill()):
                 logger.warning("killed the ranks that did not end: %s", ", ".join(map(str, killed)))
             return code
         finally:
@@ -248,7 +248,7 @@ class EngineClient:
         match action:
             case EpochReady():
                 self._engine.attach(self._coordinator.hellos[0].identity)
-                if (found := numerics(self._coordinator.seen)) not in (INVARIANT, NOT_PROMISED):
+                if (found := numerics(self._coordinator.ranks)) not in (INVARIANT, NOT_PROMISED):
                     broken = found is not None and found.startswith(BROKEN)
                     level = logging.WARNING if broken else logging.INFO
                     logger.log(level, "a request's bits may depend on the batch: %s (docs/numerics.md)", found)

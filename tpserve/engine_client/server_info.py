@@ -89,7 +89,7 @@ def _rank(rank: int, layout: ParallelLayout, status: EngineStatus, seen: RankInf
         "percent": heartbeat.percent,
         "busy": heartbeat.busy,
         "last_step": heartbeat.step if heartbeat.step >= 0 else None,
-        "silent_s": None if seen.heard_s is None else round(now - seen.heard_s, 3),
+        "silent_s": None if seen.last_message_s is None else round(now - seen.last_message_s, 3),
         "memory": ready and asdict(ready.ledger),
         "fingerprint": hello and hello.fingerprint,
         "processor": hello and hello.processor,
