@@ -1,8 +1,9 @@
 """The link to the ranks: the request table, the coordinator and the sockets of both, on one event loop.
 
-The HTTP frontend and the offline `LLM` own one each. Owns the order of shutdown. Knows nothing about HTTP, signals or the start of
-the ranks, and decides nothing about requests. Invariants: only `announce` writes frontend.json, once every socket is bound; at the
-end open requests get their answer first, then the ranks get Stop and time to exit, and those on this host that still run are killed.
+The HTTP frontend and the offline `LLM` have one each. Owns the order of shutdown. Knows nothing about HTTP, signals or the start
+of the ranks, and decides nothing about requests. Invariants: only `announce` writes frontend.json, once every socket is bound. At
+the end open requests get their answer first, then the ranks get Stop and time to exit; those on this host that still run are
+killed.
 """
 
 import asyncio

@@ -160,13 +160,13 @@ class RequestTable:
         return handle
 
     def abort(self, handle: RequestHandle) -> None:
-        """End the open sequences of a handle, because its client has left or a sequence has failed. Ended sequences stay as they are."""
-        open_sequences = [sequence for sequence in handle.sequences if not sequence.closed]
-        for sequence in open_sequences:
+        """End the open sequences of a handle whose client has left, or of which one sequence has failed."""
+        still_open = [sequence for sequence in handle.sequences if not sequence.closed]
+        for sequence in still_open:
             sequence.assembler.abandon("abort")
             self._close(sequence, "abort")
-        if open_sequences:
-            self._send([Abort(sequence.request.id) for sequence in open_sequences])
+        if still_open:
+            self._send([Abort(sequence.request.id) for sequence in still_open])
 
     def fail_all(self, text: str, status: int) -> None:
         """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
