@@ -85,12 +85,11 @@ class Roster:
         """Whether this is the first message of an incarnation."""
         return peer.identity not in self._members[peer.rank].numbers
 
-    def register(self, peer: Peer) -> Member:
+    def register(self, peer: Peer) -> None:
         """Number a new incarnation, which replaces the one before."""
         numbers = self._members[peer.rank].numbers
         numbers[peer.identity] = number = len(numbers) + 1
         self._members[peer.rank] = Member(number, peer.identity, numbers=numbers)
-        return self._members[peer.rank]
 
     def peer(self, rank: int) -> Peer:
         """The newest incarnation of a rank."""
