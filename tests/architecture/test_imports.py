@@ -41,8 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     # floor 2
     "parallel": {*FLOOR_0, "config", "host", "observe"},
     "quant": {*FLOOR_0, "kernels"},
-    "coordinator": {*FLOOR_0, "frontend", "observe", "process", "wire"},
-    "engine_client": {*FLOOR_0, "cluster", "config", "coordinator", "frontend", "observe", "process", "text", "wire"},
+    "coordinator": {*FLOOR_0, "observe", "process", "wire"},
+    "engine_client": {*FLOOR_0, "cluster", "config", "coordinator", "observe", "process", "text", "wire"},
     "frontend": {*FLOOR_0, "config", "host", "text", "cluster", "process", "coordinator", "engine_client", "observe"},
     # floor 3
     "attention": {*FLOOR_0, "kernels"},

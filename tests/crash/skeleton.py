@@ -120,7 +120,7 @@ async def frontend_main(where: Path, watch_pid: int, world_size: int, address: s
     tasks = [loop.create_task(rank_monitor.run()), loop.create_task(note(coordinator, Path(f"{where}.events")))]
     await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
     code = ended.result()
-    if not await rank_monitor.all_gone(5.0):
+    if not await rank_monitor.wait_exited(5.0):
         rank_monitor.kill()
         code = code or 3
     for task in tasks:

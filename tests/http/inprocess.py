@@ -23,8 +23,8 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from tests.http.tiny_tokenizer import EOS, byte_level, save
 from tests.scheduling.simulator import SimulatedDevice
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.requests import RequestTable
+from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.app import create_app, runner
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig

@@ -19,7 +19,7 @@ import pytest
 
 from tests.http import checks
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving
-from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.app import MAX_BODY_BYTES
 from tpserve.frontend.openai.json_scan import MAX_WEIGHT
 

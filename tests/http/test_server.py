@@ -16,7 +16,7 @@ from tests.http import checks
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving, until
 from tests.http.tiny_tokenizer import EOS
 from tests.scheduling.simulator import continuation
-from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.openai import responses
 from tpserve.types.packed import unpack
 from tpserve.types.sampling import EngineSamplingParams, SamplingDefaults

@@ -9,7 +9,7 @@ import pytest
 
 from tests.http import checks
 from tests.http.inprocess import serving, until
-from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend import traffic
 from tpserve.frontend.traffic import Throughput
 from tpserve.observe.metrics import Metrics

@@ -65,7 +65,7 @@ def test_hello_start_up_run() -> None:
     actions = c.receive(Peer(0, 1), up(0), 0.0)
     assert actions == [SendMessage(Peer(0, 1), Run(1)), SendMessage(Peer(1, 1), Run(1)), EpochReady(1)]
     assert c.facts == {"vocab_size": 320}
-    assert [seen.ready and seen.ready.ledger.num_blocks for seen in c.seen] == [8, 7]
+    assert [seen.ready and seen.ready.ledger.num_blocks for seen in c.ranks] == [8, 7]
     assert (c.phase, c.percent) == ("ready", 100)
 
 
@@ -231,7 +231,7 @@ def test_missing_ranks_are_named_when_forming_takes_too_long() -> None:
 
 def test_a_rank_outside_the_world_is_sent_away() -> None:
     (action,) = Coordinator(2, 0.0).receive(Peer(2, 1), hello(2), 0.0)
-    assert action == SendMessage(Peer(2, 1), Stop(2, "rank 2 is not of this world of 2 ranks"))
+    assert action == SendMessage(Peer(2, 1), Stop(2, "rank 2 is outside the world size of 2"))
 
 
 def test_surviving_a_death() -> None:

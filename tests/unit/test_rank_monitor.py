@@ -126,7 +126,7 @@ def test_a_death_is_reported_before_the_complaint_about_it(tmp_path: Path) -> No
             await it.until(lambda: bool(it.actions[1:]))
             assert [type(action) for action in it.actions[1:]] == [EpochFailed]
             assert it.coordinator.reason.startswith(f"rank 1 on h (pid {child.pid}) ended without a word")
-            assert await it.rank_monitor.all_gone(0.05) is False  # this process stands for rank 0
+            assert await it.rank_monitor.wait_exited(0.05) is False  # this process stands for rank 0
 
     play(main, tmp_path)
 
@@ -148,7 +148,7 @@ def test_the_agents_end_is_told_before_that_of_its_ranks(tmp_path: Path) -> None
 @pytest.mark.parametrize("known", [True, False])
 def test_who_only_follows_another_rank_is_heard_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     """Rank 0 has died before its Hello: rank 1 knows only that a sibling has, the agent soon which one."""
-    monkeypatch.setattr("tpserve.frontend.ranks.SIBLING_S", 0.8)
+    monkeypatch.setattr("tpserve.coordinator.rank_monitor.SIBLING_S", 0.8)
 
     async def main(where: Path) -> None:
         async with stage(where, 2) as it:

@@ -11,8 +11,8 @@ from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Peer, RankInfo
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.server_info import numerics, server_info
+from tpserve.engine_client.status import EngineStatus
 from tpserve.observe.log import LogRingBuffer
 from tpserve.types.machine import Machine
 from tpserve.types.messages import Heartbeat, Hello, MemoryLedger, Numerics, Ready
@@ -31,7 +31,7 @@ def test_while_starting_what_is_known_so_far() -> None:
     c.receive(Peer(3, 1), Hello(3, 1, 77, "node1", {}, {}), 1.0)
     c.receive(Peer(3, 1), Heartbeat(3, 0, "waiting for all ranks", 0, -1), 1.25)
     info = server_info(
-        CONFIG, EngineStatus("starting", c.phase, c.percent), c.epoch, c.seen, 2.0, None, [LogRingBuffer() for _ in c.seen]
+        CONFIG, EngineStatus("starting", c.phase, c.percent), c.epoch, c.ranks, 2.0, None, [LogRingBuffer() for _ in c.ranks]
     )
     assert [rank["state"] for rank in info["ranks"]] == ["missing"] * 3 + ["starting"]
     assert info["ranks"][3] == {

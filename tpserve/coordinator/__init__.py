@@ -1,1 +1,1 @@
-"""Which ranks take part, in which epoch, and why it ended. No torch."""
+"""Which ranks take part in which epoch, and why an epoch ends. No HTTP, no requests, no torch."""

@@ -1,7 +1,8 @@
-"""Whether the ranks that say Hello can work together, and how they differ. Pure; decides nothing.
+"""Whether the ranks can work together, and how they differ, by the facts in their Hellos. Pure; owns no state.
 
-A Hello's `fingerprint` must be equal on all ranks, and its `processor` on the ranks of a stage: a difference would give wrong
-tokens or a hang. What its `traits` and its place's `settings` say may differ, and is shown when it does.
+fingerprint                 must be equal on all ranks: a difference would give wrong tokens or a hang
+processor                   must be equal on the ranks of a pipeline stage, for the same reason
+traits and node.settings    may differ; a difference is a warning
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,28 +10,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from tpserve.observe.table import of_ranks, table
 from tpserve.types.messages import WEIGHTS, Hello
 
-WAY_OUT = "start every node with the same version and arguments"
-WAY_OUT_PROCESSOR = (
+REMEDY = "start every node with the same version and arguments"
+REMEDY_PROCESSOR = (
     "tensor parallel ranks must compute alike to the last bit: put unlike processors in different pipeline stages "
     "(--pipeline-parallel-size)"
 )
 _NONE = "none"
-_FILES = 4
+_MAX_FILES = 4
 
 
 def mismatch(known: Iterable[Hello], hello: Hello) -> str:
-    """Why this rank cannot take part beside those already known, in a sentence; nothing when it can."""
+    """A sentence that says why `hello`'s rank cannot work with the known ones; empty when it can."""
     others = list(known)
-    beside = [other for other in others if other.stage == hello.stage]
+    stage_ranks = [other for other in others if other.stage == hello.stage]
     return (
-        (_difference(others[0], hello, _fingerprint, WAY_OUT) if others else "")
-        or (_difference(beside[0], hello, _processor, WAY_OUT_PROCESSOR) if beside else "")
-        or _clash(others, hello)
+        (_difference(others[0], hello, _fingerprint, REMEDY) if others else "")
+        or (_difference(stage_ranks[0], hello, _processor, REMEDY_PROCESSOR) if stage_ranks else "")
+        or _address_conflict(others, hello)
     )
 
 
 def required_mismatches(hellos: Sequence[Hello]) -> list[str]:
-    """Who has what of the facts that must agree and do not, as a table; empty when all agree."""
+    """A table of the facts that must be equal and differ, one column per group of equal ranks; empty when none differ."""
     stages = {hello.stage: [other.processor for other in hellos if other.stage == hello.stage] for hello in hellos}
     names = _differing([hello.fingerprint for hello in hellos])
     names += dict.fromkeys(name for facts in stages.values() for name in _differing(facts))
@@ -38,14 +39,14 @@ def required_mismatches(hellos: Sequence[Hello]) -> list[str]:
 
 
 def optional_mismatches(hellos: Sequence[Hello]) -> list[str]:
-    """The same of what may differ: drivers, cards, what users have told NCCL and gloo."""
+    """The same table of facts that may differ: drivers, GPU models, the user's NCCL and gloo settings."""
     facts = [hello.processor | hello.traits | hello.node.settings for hello in hellos]
     names = _differing(facts)
     return _table(hellos, facts, names) if names else []
 
 
 def all_facts(hellos: Sequence[Hello]) -> list[str]:
-    """The same of all that was told, differing or not."""
+    """The same table of all facts."""
     facts = [hello.fingerprint | hello.processor | hello.traits | hello.node.settings for hello in hellos]
     return _table(hellos, facts, _names(facts))
 
@@ -63,39 +64,39 @@ def _processor(hello: Hello) -> Mapping[str, str]:
 
 
 def _names(facts: Sequence[Mapping[str, str]]) -> list[str]:
-    """In the order in which they are told."""
+    """The names of all facts, in the order of the Hellos."""
     return list(dict.fromkeys(name for each in facts for name in each))
 
 
-def _few_files(names: Sequence[str]) -> list[str]:
-    """The same, with only the first of many weight files."""
-    others = [name for name in names if name.startswith(WEIGHTS)][_FILES:]
+def _limit_files(names: Sequence[str]) -> list[str]:
+    """`names` with at most `_MAX_FILES` weight files."""
+    others = [name for name in names if name.startswith(WEIGHTS)][_MAX_FILES:]
     return [name for name in names if name not in others]
 
 
 def _table(hellos: Sequence[Hello], facts: Sequence[Mapping[str, str]], names: Sequence[str]) -> list[str]:
-    """A row a name, a column for the ranks that are alike in all of them."""
-    names = _few_files(names)
-    alike: dict[tuple[str, ...], list[Hello]] = {}
+    """One row per name, one column per group of ranks that are equal in all of them."""
+    names = _limit_files(names)
+    groups: dict[tuple[str, ...], list[Hello]] = {}
     for hello, each in zip(hellos, facts, strict=True):
-        alike.setdefault(tuple(each.get(name, _NONE) for name in names), []).append(hello)
-    heads = [f"{of_ranks(sorted(h.rank for h in group))} on {', '.join(dict.fromkeys(h.host for h in group))}"
-             for group in alike.values()]  # fmt: skip
-    return table([["", *heads], *([name, *values] for name, *values in zip(names, *alike, strict=True))])
+        groups.setdefault(tuple(each.get(name, _NONE) for name in names), []).append(hello)
+    headings = [f"{of_ranks(sorted(h.rank for h in group))} on {', '.join(dict.fromkeys(h.host for h in group))}"
+             for group in groups.values()]  # fmt: skip
+    return table([["", *headings], *([name, *values] for name, *values in zip(names, *groups, strict=True))])
 
 
-def _difference(first: Hello, hello: Hello, facts: Callable[[Hello], Mapping[str, str]], way_out: str) -> str:
-    """`first` stands for those that came after it and are like it."""
+def _difference(first: Hello, hello: Hello, facts: Callable[[Hello], Mapping[str, str]], remedy: str) -> str:
+    """A sentence about the first fact that differs; empty when none does. All known ranks are equal to `first`."""
     for key in sorted({*facts(hello), *facts(first)}):
-        mine, theirs = facts(hello).get(key, _NONE), facts(first).get(key, _NONE)
-        if mine != theirs:
-            have = f"rank {first.rank} on {first.host} has {key} {theirs}, rank {hello.rank} on {hello.host} has {key} {mine}"
-            return f"{have}: {'put the same files on every node' if key.startswith(WEIGHTS) else way_out}"
+        value, expected = facts(hello).get(key, _NONE), facts(first).get(key, _NONE)
+        if value != expected:
+            both = f"rank {first.rank} on {first.host} has {key} {expected}, rank {hello.rank} on {hello.host} has {key} {value}"
+            return f"{both}: {'put the same files on every node' if key.startswith(WEIGHTS) else remedy}"
     return ""
 
 
-def _clash(others: Iterable[Hello], hello: Hello) -> str:
-    """Two machines that other nodes could not tell apart."""
+def _address_conflict(others: Iterable[Hello], hello: Hello) -> str:
+    """A sentence about two machines with the same address; empty when there are none."""
     for other in others:
         if other.node.address == hello.node.address and other.node.machine != hello.node.machine:
             return (

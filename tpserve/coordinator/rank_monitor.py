@@ -1,8 +1,8 @@
-"""The coordinator's hands and eyes: the sockets to the ranks, the processes of the ranks on this host, and the clock.
+"""The I/O of the coordinator: the sockets to the ranks, the processes of the ranks on this host, and the clock.
 
-Owns two ROUTER sockets (ipc for this node, TCP for others) and one pidfd for each rank on this host. Decides nothing: whatever is
-seen goes into the coordinator, whatever it answers is carried out. Invariants: all of it runs in one event loop, so that the
-coordinator has a single writer; a death that has been seen is told before what it caused, the agent's before its ranks'.
+Owns two ROUTER sockets (ipc for this node, TCP for others) and one pidfd for each rank on this host. Decides nothing: every event
+goes into the coordinator, and the actions that it returns are carried out. Invariants: everything runs in one event loop, so the
+coordinator has a single writer; the coordinator sees a death before its consequences, and the agent's death before its ranks'.
 """
 
 import asyncio
@@ -27,19 +27,20 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 PROBE_S = 0.5
+"""The interval at which dead processes and closed connections are looked for."""
 SETTLE_S = 0.25
-"""A dying process closes its connections before it is dead: its peers' complaints arrive first and are kept for this long."""
+"""A fault of a rank waits for this long. A dying process closes its connections before it is dead, so the faults of its peers
+arrive before its death does."""
 CAUSE_S = 0.05
-"""The kernel ends an agent's ranks a moment before it tells of the agent's own end."""
+"""The kernel kills an agent's ranks a moment before it reports the agent's own end."""
 SIBLING_S = 2.0
-"""How long the agent of this host may take to tell which rank has ended, when another one knows only that one has; it is the
-last thing to be told where a fault ends the service."""
-_WORDLESS = "without a word: it was killed or it crashed"
+"""How long a fault of kind sibling waits for the agent of this host, which knows the rank that has ended and why."""
+_UNEXPLAINED = "without a word: it was killed or it crashed"
 KILLED_ADVICE = "look at the last lines of its node's log, and at `dmesg` there for a kernel that was out of memory"
 
 
 class RankMonitor:
-    """Runs a coordinator over real ranks. `on_action` gets every action that is not a Send."""
+    """Runs a coordinator over real ranks. See the module."""
 
     def __init__(
         self,
@@ -47,16 +48,19 @@ class RankMonitor:
         local: str,
         remote: TcpEndpoint | None,
         on_action: Callable[[Action], None],
-        look_at_agent: Callable[[], None] = lambda: None,
+        check_agent: Callable[[], None] = lambda: None,
     ) -> None:
-        """Bind `local` (ipc) and, when ranks run on other nodes, `remote`. `look_at_agent` tells the coordinator if the process
-        that ranks of this host die with has ended."""
+        """Bind `local` (an ipc:// endpoint) and, when ranks run on other nodes, `remote`.
+
+        `on_action` gets every action but SendMessage and RankLost. `check_agent` fails the coordinator if the agent of this host,
+        with which its ranks die, has ended. EngineFailure when a socket cannot be bound.
+        """
         self.coordinator = coordinator
         self._on_action = on_action
-        self._look_at_agent = look_at_agent
-        self._delayed_deaths: set[Peer] = set()
-        self._complaints: dict[Peer, Fault] = {}
-        """What ranks have complained of and the coordinator has not heard yet."""
+        self._check_agent = check_agent
+        self._waiting_for_agent: set[Peer] = set()
+        self._pending_faults: dict[Peer, Fault] = {}
+        """Faults that wait for `SETTLE_S` before the coordinator sees them."""
         self._local = _router()
         self.local_endpoint = bind(self._local, local)
         self._sockets = [self._local]
@@ -70,17 +74,17 @@ class RankMonitor:
 
     @property
     def remote_socket(self) -> "zmq.Socket[bytes] | None":
-        """What ranks of other nodes connect to."""
+        """The socket for ranks of other nodes; None without any."""
         return self._sockets[1] if self.remote_endpoint else None
 
     async def run(self) -> None:
-        """Until cancelled: pass on what comes, and the time."""
+        """Receive messages and pass the time to the coordinator, until cancelled."""
         loop = asyncio.get_running_loop()
         for socket in self._sockets:
             loop.add_reader(_option(socket, zmq.FD), self._read)
         try:
             while True:
-                self._read()  # a socket's descriptor tells of changes, and sending may have swallowed one
+                self._read()  # the descriptor is edge-triggered, and a send may consume an edge
                 now = time.monotonic()
                 if now - self._probed_s > PROBE_S:
                     self._probed_s = now
@@ -94,7 +98,7 @@ class RankMonitor:
                 loop.remove_reader(pidfd)
 
     def perform(self, actions: list[Action]) -> None:
-        """Do what the coordinator wants."""
+        """Carry out the coordinator's actions."""
         for action in actions:
             if isinstance(action, SendMessage):
                 self._send(action.peer, [action.message])
@@ -103,9 +107,8 @@ class RankMonitor:
             else:
                 self._on_action(action)
 
-    async def all_gone(self, timeout_s: float) -> bool:
-        """Wait for the ranks on this host to end; False when some have not. Heartbeats of those who remain are answered with
-        Stop."""
+    async def wait_exited(self, timeout_s: float) -> bool:
+        """Wait for the ranks on this host to end; False when some have not. Their messages are still answered with Stop."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             self._read()
@@ -115,7 +118,7 @@ class RankMonitor:
         return False
 
     def kill(self) -> list[int]:
-        """End the ranks on this host that do not end themselves; returns which."""
+        """Kill the ranks on this host that still run; returns their numbers."""
         return self._kill(list(self._pidfds))
 
     def _kill(self, peers: list[Peer]) -> list[int]:
@@ -125,7 +128,7 @@ class RankMonitor:
         return [peer.rank for peer in living]
 
     def close(self) -> None:
-        """Close the sockets; what was just sent still has half a second to arrive."""
+        """Close the sockets; messages already sent have half a second to arrive."""
         for socket in self._sockets:
             socket.close(linger=500)
         self._sockets.clear()
@@ -141,41 +144,42 @@ class RankMonitor:
                     peer = Peer(*(int(part) for part in address.decode().split(".")))
                     messages = [message for frame in frames for message in codec.RANK.decode(frame)]
                 except (ValueError, TypeError, EngineFailure) as error:
-                    log.warning("dropped a frame that no rank of ours sends: %s", error)
+                    log.warning("dropped a malformed frame: %s", error)
                     continue
                 self._peers[peer] = socket
                 for message in messages:
                     if isinstance(message, Fault) and message.kind != "user":
                         self._receive_later(peer, message, socket)
                         continue
-                    if isinstance(message, Hello):  # of one who comes back, perhaps, because another one has died
+                    if isinstance(message, Hello):  # it may come back because another rank has died
                         self._probe(peer, time.monotonic())
                     self.perform(self.coordinator.receive(peer, message, time.monotonic()))
                     if isinstance(message, Hello):
-                        self._watch(peer, message, socket)
+                        self._track(peer, message, socket)
 
     def _receive_later(self, peer: Peer, fault: Fault, socket: "zmq.Socket[bytes]") -> None:
+        """Give the death that explains a fault time to be seen first."""
         if fault.kind == "sibling" and socket is self._local and not self.coordinator.survives_faults:
-            if peer not in self._delayed_deaths:
-                self._delayed_deaths.add(peer)
-                asyncio.get_running_loop().call_later(SIBLING_S, self._complaint, peer, fault)
+            if peer not in self._waiting_for_agent:
+                self._waiting_for_agent.add(peer)
+                asyncio.get_running_loop().call_later(SIBLING_S, self._deliver_fault, peer, fault)
             return
-        if peer not in self._complaints:
-            self._complaints[peer] = fault
-            asyncio.get_running_loop().call_later(SETTLE_S, self._complaint, peer, fault)
+        if peer not in self._pending_faults:
+            self._pending_faults[peer] = fault
+            asyncio.get_running_loop().call_later(SETTLE_S, self._deliver_fault, peer, fault)
 
-    def _complaint(self, peer: Peer, fault: Fault) -> None:
-        """Hear what a rank complains of, unless somebody's death has explained it meanwhile, or all is over."""
+    def _deliver_fault(self, peer: Peer, fault: Fault) -> None:
+        """Pass a fault on, after any death that explains it."""
         if not self._sockets:
             return
-        self._complaints.pop(peer, None)
+        self._pending_faults.pop(peer, None)
         now = time.monotonic()
-        self._look_at_agent()
+        self._check_agent()
         self._probe(peer, now)
         self.perform(self.coordinator.receive(peer, fault, now))
 
-    def _watch(self, peer: Peer, hello: Hello, socket: "zmq.Socket[bytes]") -> None:
-        """Forget who came before, and learn of the death of a rank on this host at once."""
+    def _track(self, peer: Peer, hello: Hello, socket: "zmq.Socket[bytes]") -> None:
+        """Forget older incarnations, and watch the process of a rank on this host."""
         if not self.coordinator.is_current(peer):
             return
         for old in [other for other in self._peers if other.rank == peer.rank and other != peer]:
@@ -187,29 +191,29 @@ class RankMonitor:
             self._lost(peer, "ended")
             return
         self._pidfds[peer] = pidfd
-        asyncio.get_running_loop().add_reader(pidfd, self._died, peer)
+        asyncio.get_running_loop().add_reader(pidfd, self._on_exit, peer)
 
-    def _died(self, peer: Peer) -> None:
+    def _on_exit(self, peer: Peer) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._pidfds[peer])
-        loop.call_later(CAUSE_S, self._after_death, peer)
+        loop.call_later(CAUSE_S, self._after_exit, peer)
 
-    def _after_death(self, peer: Peer) -> None:
+    def _after_exit(self, peer: Peer) -> None:
         if self._sockets:
-            self._read()  # its last words
-            self._tell_death(peer)
+            self._read()  # its last messages
+            self._report_exit(peer)
 
-    def _tell_death(self, peer: Peer) -> None:
-        if peer in self._delayed_deaths:
+    def _report_exit(self, peer: Peer) -> None:
+        if peer in self._waiting_for_agent:
             return
-        self._look_at_agent()
+        self._check_agent()
         self._lost(peer, "ended")
 
     def _lost(self, peer: Peer, how: str) -> None:
-        """Tell of an end; what the rank itself has said just before says more."""
-        if (fault := self._complaints.pop(peer, None)) is not None:
+        """Report the end of a rank, after its own pending fault, which says more."""
+        if (fault := self._pending_faults.pop(peer, None)) is not None:
             self.perform(self.coordinator.receive(peer, fault, time.monotonic()))
-        self.perform(self.coordinator.lost(peer, how, time.monotonic(), KILLED_ADVICE, _WORDLESS))
+        self.perform(self.coordinator.lost(peer, how, time.monotonic(), KILLED_ADVICE, _UNEXPLAINED))
 
     def _forget(self, peer: Peer) -> None:
         del self._peers[peer]
@@ -218,20 +222,20 @@ class RankMonitor:
             asyncio.get_running_loop().remove_reader(pidfd)
             os.close(pidfd)
 
-    def _probe(self, teller: Peer | None, now: float) -> None:
-        """Look who is dead, before the complaint of `teller` about it is heard."""
+    def _probe(self, sender: Peer | None, now: float) -> None:
+        """Report ranks that have died, before a message of `sender` that may be a consequence."""
         for peer, socket in list(self._peers.items()):
-            if peer == teller:
+            if peer == sender:
                 continue
             pidfd = self._pidfds.get(peer)
             if pidfd is not None and has_ended(pidfd):
                 asyncio.get_running_loop().remove_reader(pidfd)
-                self._tell_death(peer)
+                self._report_exit(peer)
             elif socket is not self._local and not self._send(peer, []):
                 self._lost(peer, "closed its connection")
 
     def _send(self, peer: Peer, messages: list[CoordinatorMessage]) -> bool:
-        """False when the peer cannot be reached; an empty frame asks just that."""
+        """False when the peer cannot be reached. An empty list of messages only tests that."""
         socket = self._peers.get(peer)
         if socket is None:
             return False
@@ -247,7 +251,7 @@ class RankMonitor:
 def _router() -> "zmq.Socket[bytes]":
     socket = open_socket(zmq.ROUTER, codec.RANK.max_bytes)
     socket.set(zmq.ROUTER_MANDATORY, 1)
-    socket.set(zmq.ROUTER_HANDOVER, 1)  # a rank that lost its connection comes back under its name
+    socket.set(zmq.ROUTER_HANDOVER, 1)  # a rank that reconnects keeps its address
     return socket
 
 

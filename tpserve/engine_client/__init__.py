@@ -1,1 +1,1 @@
-"""The engine as HTTP and `LLM` use it: open requests, and the link to the ranks. No torch."""
+"""Open requests and the link to the ranks, shared by the HTTP frontend and the offline `LLM`. No HTTP, no torch."""

@@ -1,9 +1,9 @@
-"""Between whoever has requests and the ranks: the request table, the coordinator, and the sockets of both, on one event loop.
+"""The link to the ranks: the request table, the coordinator and the sockets of both, on one event loop.
 
-The HTTP frontend and the offline `LLM` each own one; what differs between them is who opens handles and what is told to whom.
-Owns the order of ending and decides nothing about requests. Never knows HTTP, signals or how the ranks were started. Invariants:
-frontend.json is written only by `announce`, once every socket is bound; whatever ends the service, open requests get their answer
-first, then the ranks are told and given time to leave, and those on this host that do not are killed.
+The HTTP frontend and the offline `LLM` have one each. Owns the order of shutdown. Knows nothing about HTTP, signals or the start
+of the ranks, and decides nothing about requests. Invariants: only `announce` writes frontend.json, once every socket is bound. At
+the end open requests get their answer first, then the ranks get Stop and time to exit; those on this host that still run are
+killed.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
 from tpserve.coordinator.coordinator import Action, Coordinator, Draining, EpochFailed, EpochFinished, EpochReady, EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
+from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import EngineFailure
 from tpserve.observe.log import LogRingBuffer
 from tpserve.process.process_utils import has_ended, open_pidfd
@@ -35,9 +35,10 @@ from tpserve.wire.curve import FRONTEND, ConnectInfo, Keyring, ZapAuthenticator
 logger = logging.getLogger(__name__)
 
 LEAVE_S = 4.0
-"""How long ranks on this host have to end after Stop before they are killed; they end themselves after two seconds."""
+"""The time that ranks on this host have to end after Stop before they are killed. They end by themselves after two seconds."""
 SLOW_S = 1.0
-"""A start that waits longer for ranks logs for which: within two seconds of `tpserve serve`, with the time that Python takes."""
+"""A start that waits longer than this logs the missing ranks. With the time that Python takes, that is within two seconds of
+`tpserve serve`."""
 NO_SECRET = (
     "the nodes share no --cluster-secret-file: the keys of this run travel over torchrun's store, and whoever can reach its port "
     "can take part (`tpserve secret FILE` makes a secret)"
@@ -54,29 +55,29 @@ EpochNews = EpochReady | EpochFailed | EpochFinished
 
 
 class EngineClient:
-    """See the module. Made and used inside a running event loop."""
+    """See the module. Create and use it inside a running event loop."""
 
     def __init__(
         self,
         config: EngineConfig,
-        where: Path,
+        runtime_dir: Path,
         remote_address: str | None,
         started_s: float,
-        tell: Callable[[EpochNews], None],
+        on_epoch_news: Callable[[EpochNews], None],
         log_buffer: LogRingBuffer | None = None,
     ) -> None:
-        """Bind the sockets in the runtime directory `where` and, for ranks of other nodes, on `remote_address`.
+        """Bind the sockets in `runtime_dir` and, for ranks of other nodes, on `remote_address`.
 
-        `tell` hears that the ranks are ready and why the service ended, before any open request does. `log_buffer`: lines of
-        the log,
-        for operators. EngineFailure when a socket cannot be bound.
+        `on_epoch_news` gets EpochReady, and at the end EpochFailed or EpochFinished before any open request fails. `log_buffer`
+        holds this process's log lines for operators. `started_s` is a time of `time.monotonic`. EngineFailure when a socket
+        cannot be bound.
         """
         self._config = config
-        self._where = where
+        self._runtime_dir = runtime_dir
         self._started_s = started_s
-        self._tell = tell
+        self._on_epoch_news = on_epoch_news
         self._log_buffer = log_buffer
-        self._watched: tuple[int, int] | None = None
+        self._parent: tuple[int, int] | None = None
         self._rank_logs = [LogRingBuffer() for _ in range(config.layout.world_size)]
         self._coordinator = Coordinator(
             config.layout.world_size,
@@ -92,16 +93,16 @@ class EngineClient:
             if config.cluster_secret_file is None:
                 logger.warning(NO_SECRET)
         self._rank_monitor = RankMonitor(
-            self._coordinator, f"ipc://{where}/control", self.tcp_endpoint(), self._on_action, self._look_at_parent
+            self._coordinator, f"ipc://{runtime_dir}/control", self.tcp_endpoint(), self._on_action, self._check_parent
         )
         if (locked := self._rank_monitor.remote_socket) is not None:
             self._zap_authenticator.log_refusals_of(locked)
-        self._engine = EngineServer(f"ipc://{where}/engine")
-        self.request_table = RequestTable(self._to_engine, (config.served_model_name or (config.model,))[0])
-        self._code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._engine = EngineServer(f"ipc://{runtime_dir}/engine")
+        self.request_table = RequestTable(self._send_to_engine, (config.served_model_name or (config.model,))[0])
+        self._exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def tcp_endpoint(self) -> TcpEndpoint | None:
-        """A place for processes of other nodes to come in; None where there are none."""
+        """A new TCP endpoint for processes of other nodes; None on a single node."""
         return (
             None
             if self._remote_address is None
@@ -109,47 +110,49 @@ class EngineClient:
         )
 
     def connect_info(self, endpoint: str) -> ConnectInfo | None:
-        """What such processes must know to come in at `endpoint`, which was bound at a door."""
+        """What a process of another node needs to connect to `endpoint`, a bound `tcp_endpoint`; None on a single node."""
         if self._remote_address is None:
             return None
         return self._keyring.connect_info(endpoint, with_secret=self._config.cluster_secret_file is None)
 
     def announce(self, url: str = "") -> None:
-        """Tell the ranks where we are; `url`: where clients reach us, if they do."""
+        """Write frontend.json, by which the ranks find this process. `url` is the address for HTTP clients, if any."""
         rank_monitor = self._rank_monitor
         connect_info = self.connect_info(rank_monitor.remote_endpoint)
         write_frontend(
-            self._where, FrontendRecord(os.getpid(), rank_monitor.local_endpoint, connect_info, self._engine.endpoint, url)
+            self._runtime_dir, FrontendRecord(os.getpid(), rank_monitor.local_endpoint, connect_info, self._engine.endpoint, url)
         )
 
     def status(self) -> EngineStatus:
-        """What may be said of the engine."""
+        """The engine's state now."""
         c, facts = self._coordinator, self._coordinator.facts
         return EngineStatus(_STATES[c.state], c.phase, c.percent, c.reason, facts.get("max_model_len"), facts.get("vocab_size"))
 
     def info(self) -> dict[str, Any]:
-        """What operators may see: of the configuration, and of every rank as far as it is known."""
+        """The JSON value of /server_info."""
         c = self._coordinator
-        return server_info(self._config, self.status(), c.epoch, c.seen, time.monotonic(), self._log_buffer, self._rank_logs)
+        return server_info(self._config, self.status(), c.epoch, c.ranks, time.monotonic(), self._log_buffer, self._rank_logs)
 
     async def serve(self, watch_pid: int) -> int:
-        """Run until the service has ended and the ranks on this host are gone; returns the exit code. The ranks die with
-        the process `watch_pid`."""
+        """Run until the service and the ranks on this host have ended; returns the exit code.
+
+        The ranks on this host die with the process `watch_pid`, so its end ends the service.
+        """
         loop = asyncio.get_running_loop()
-        watched = open_pidfd(watch_pid)
-        if watched is None:
+        pidfd = open_pidfd(watch_pid)
+        if pidfd is None:
             self._parent_gone(watch_pid)
         else:
-            self._watched = watch_pid, watched
-            loop.add_reader(watched, self._parent_gone, watch_pid)
+            self._parent = watch_pid, pidfd
+            loop.add_reader(pidfd, self._parent_gone, watch_pid)
         descriptor = self._engine.socket.get(zmq.FD)
         assert isinstance(descriptor, int)
-        loop.add_reader(descriptor, self._from_engine)
-        tasks = [loop.create_task(self._rank_monitor.run()), loop.create_task(self._watch())]
+        loop.add_reader(descriptor, self._receive_from_engine)
+        tasks = [loop.create_task(self._rank_monitor.run()), loop.create_task(self._poll())]
         try:
-            code = await self._ended(tasks)
-            (self._where / "frontend.json").unlink(missing_ok=True)  # who comes now waits for a successor
-            if not await self._rank_monitor.all_gone(LEAVE_S) and (killed := self._rank_monitor.kill()):
+            code = await self._wait_for_end(tasks)
+            (self._runtime_dir / "frontend.json").unlink(missing_ok=True)  # ranks that start now wait for the next frontend
+            if not await self._rank_monitor.wait_exited(LEAVE_S) and (killed := self._rank_monitor.kill()):
                 logger.warning("killed the ranks that did not end: %s", ", ".join(map(str, killed)))
             return code
         finally:
@@ -157,17 +160,17 @@ class EngineClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # while their sockets are open
             loop.remove_reader(descriptor)
-            self._watched = None
-            if watched is not None:
-                loop.remove_reader(watched)
-                os.close(watched)
+            self._parent = None
+            if pidfd is not None:
+                loop.remove_reader(pidfd)
+                os.close(pidfd)
 
     def drain(self) -> None:
-        """Let open requests finish, then end with exit code 0."""
+        """Take no new requests, let open ones finish, then end with exit code 0."""
         self._rank_monitor.perform(self._coordinator.drain(time.monotonic()))
 
     def fail(self, code: int, reason: str, advice: str = "") -> None:
-        """End at once."""
+        """End at once with exit code `code` (1 engine, 2 user). `advice` is what an operator can do."""
         self._rank_monitor.perform(self._coordinator.fail(code, reason, time.monotonic(), advice))
 
     def close(self) -> None:
@@ -177,21 +180,20 @@ class EngineClient:
         self._rank_monitor.close()
         self._engine.close()
 
-    async def _ended(self, tasks: list[asyncio.Task[None]]) -> int:
-        """The exit code; raises what a task of ours raised."""
-        waited: list[asyncio.Future[Any]] = [self._code, *tasks]
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    async def _wait_for_end(self, tasks: list[asyncio.Task[None]]) -> int:
+        """The exit code. Raises what one of `tasks` raised."""
+        futures: list[asyncio.Future[Any]] = [self._exit_code, *tasks]
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             if task.done():
                 await task
-        return self._code.result()
+        return self._exit_code.result()
 
-    async def _watch(self) -> None:
-        """See what no event tells: that a drain has nothing open any more, what waits in a socket, which nodes or ranks are
-        missing."""
-        said, compared = "", False
+    async def _poll(self) -> None:
+        """Poll for what no event reports: the end of a drain, messages left in a socket, missing ranks, differing ranks."""
+        logged_phase, compared = "", False
         while True:
-            self._from_engine()
+            self._receive_from_engine()
             if self.request_table.num_open == 0:
                 self._rank_monitor.perform(self._coordinator.drained(time.monotonic()))
             slow = self._coordinator.state is EpochState.FORMING and time.monotonic() > self._started_s + SLOW_S
@@ -201,23 +203,23 @@ class EngineClient:
                     logger.warning("the ranks differ in what may matter")
                     for line in lines:
                         logger.warning(line)
-            if slow and self._coordinator.phase != said:
-                said = self._coordinator.phase
-                logger.info(said)
+            if slow and self._coordinator.phase != logged_phase:
+                logged_phase = self._coordinator.phase
+                logger.info(logged_phase)
             await asyncio.sleep(TICK_S)
 
     # The engine
 
-    def _to_engine(self, inputs: list[EngineInput]) -> None:
+    def _send_to_engine(self, inputs: list[EngineInput]) -> None:
         try:
             self._engine.send(inputs)
-        except FrameTooLarge:  # of one request, which the request table refuses
+        except FrameTooLarge:  # one request is too large; the request table fails it
             raise
         except EngineFailure as error:
             self.fail(1, str(error))
-        asyncio.get_running_loop().call_soon(self._from_engine)  # sending may have swallowed the descriptor's news
+        asyncio.get_running_loop().call_soon(self._receive_from_engine)  # a send may consume an edge of the descriptor
 
-    def _from_engine(self) -> None:
+    def _receive_from_engine(self) -> None:
         try:
             outputs = self._engine.receive()
         except EngineFailure as error:
@@ -225,40 +227,37 @@ class EngineClient:
             return
         try:
             self.request_table.receive(outputs)
-        except Exception as error:  # of no request: the loop would log it and let clients wait for ever
+        except Exception as error:  # not of one request; the loop would only log it, and clients would wait for ever
             logger.exception("the request table failed")
             self.fail(1, f"the frontend failed with {type(error).__name__}: {error}")
 
-    # What ends it
+    # The coordinator
 
-    def _look_at_parent(self) -> None:
-        """Before the death of a rank is told, of which the parent's may be the reason."""
-        if self._watched is not None and has_ended(self._watched[1]):
-            self._parent_gone(self._watched[0])
+    def _check_parent(self) -> None:
+        """Fail with the parent's end, if it has ended: it explains the end of its ranks."""
+        if self._parent is not None and has_ended(self._parent[1]):
+            self._parent_gone(self._parent[0])
 
     def _parent_gone(self, pid: int) -> None:
-        why = (
-            f"the agent (pid {pid}) that started the ranks has ended: it, or a rank that had not come yet, was killed or crashed"
-        )
-        gone = AgentFailure(1, why, KILLED_ADVICE)
-        failure = read_failure(self._where) or gone
+        why = f"the agent (pid {pid}) that started the ranks has ended: it, or a rank without a connection, was killed or crashed"
+        failure = read_failure(self._runtime_dir) or AgentFailure(1, why, KILLED_ADVICE)
         self.fail(failure.code, failure.why, failure.advice)
 
     def _on_action(self, action: Action) -> None:
         match action:
             case EpochReady():
                 self._engine.attach(self._coordinator.hellos[0].identity)
-                if (found := numerics(self._coordinator.seen)) not in (INVARIANT, NOT_PROMISED):
-                    broken = found is not None and found.startswith(BROKEN)
+                if (numerics_text := numerics(self._coordinator.ranks)) not in (INVARIANT, NOT_PROMISED):
+                    broken = numerics_text is not None and numerics_text.startswith(BROKEN)
                     level = logging.WARNING if broken else logging.INFO
-                    logger.log(level, "a request's bits may depend on the batch: %s (docs/numerics.md)", found)
-                self._tell(action)
+                    logger.log(level, "a request's bits may depend on the batch: %s (docs/numerics.md)", numerics_text)
+                self._on_epoch_news(action)
             case ExpertLoad(_, _, layers, tokens):
                 self.request_table.metrics.experts(layers, tokens)
             case LogLines(rank, start, lines, last_error) if 0 <= rank < len(self._rank_logs):
                 self._rank_logs[rank].take(start, lines, last_error)
             case Draining():
-                self._to_engine([EngineControl("drain")])
+                self._send_to_engine([EngineControl("drain")])
             case EpochFailed(code, reason, _):
                 for line in required_mismatches(self._coordinator.hellos):
                     logger.error(line)
@@ -267,7 +266,7 @@ class EngineClient:
                 self._end(action, 0, self._coordinator.reason or "the server is shutting down", 503)
 
     def _end(self, news: EpochFailed | EpochFinished, code: int, text: str, status: int) -> None:
-        self._tell(news)
+        self._on_epoch_news(news)
         self.request_table.fail_all(text, status)
-        if not self._code.done():
-            self._code.set_result(code)
+        if not self._exit_code.done():
+            self._exit_code.set_result(code)

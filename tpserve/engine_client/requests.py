@@ -1,15 +1,15 @@
-"""Every open request: what was asked, what has come, and who waits for it.
+"""Every open request: its sequences, their output so far, and the client that waits for it.
 
-Owns the sequences between admission and their one terminal, and their numbers. Never touches sockets, text rules or
-validation. Called from one event loop only. Invariants:
+Owns the sequences from admission to their end, and their ids. Never touches sockets, text rules or validation. Called from one
+event loop only. Invariants:
 
-    entry     in the request table from `open` until its terminal: Done, a stop string, abort or failure; then it is gone
-    terminal  exactly one a sequence and one a handle; whatever the engine says later about a closed id is dropped
-    delta     taken only at the expected position; any other belongs to a past the client never saw, and is dropped
-    scores    as deltas, and before the first of them; what is known already may come again
-    buffer    what waits for a slow client merges into one piece a sequence, so it is bounded by what the request may produce
+    entry     a sequence is in the table from `open` until its end: Done, a stop string, an abort or a failure
+    end       each sequence ends exactly once, and so does each handle; later messages of the engine about it are dropped
+    delta     accepted only at the expected position; any other is dropped
+    scores    the same, and before the first delta; the engine may repeat scores that are known
+    buffer    output that waits for a slow client merges into one `OutputDelta` a sequence, so the request's length bounds it
 
-A `RequestHandle` is one client's request: n choices of one or several prompts are as many sequences, `index` tells them apart.
+A `RequestHandle` is one client's request: n choices of m prompts are n * m sequences, numbered by `index`.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class RequestState:
-    """A sequence of a handle, from `open` to its terminal and, for its handle, beyond."""
+    """One sequence of a handle. `arrived_s` and `token_s` are times of the table's clock, `queue_s` is a duration."""
 
     request: Request
     index: int
@@ -54,64 +54,69 @@ class RequestState:
     arrived_s: float
     tokens: "array[int]" = field(default_factory=lambda: array("i"))
     token_s: "array[float]" = field(default_factory=lambda: array("d"))
-    """When each token came that the client is given."""
+    """The arrival time of each token of the output."""
     cached_tokens: int = 0
     queue_s: float = 0.0
     closed: bool = False
 
     @property
     def prompt_tokens(self) -> int:
+        """The number of tokens of the prompt."""
         return len(self.request.prompt) // INT32_BYTES
 
     @property
-    def unscored(self) -> PromptScores | None:
-        """The scores that the engine still owes this sequence."""
+    def missing_scores(self) -> PromptScores | None:
+        """The prompt's log probabilities, while the engine has not sent all of them; else None."""
         scores = self.assembler.scores if self.request.params.prompt_logprobs is not None else None
         return None if scores is None or scores.complete else scores
 
 
 class RequestHandle:
-    """A client's request. One reader waits for news; the request table writes."""
+    """A client's request. One reader waits and takes; the request table writes.
+
+    `streaming`: the reader wakes for output, not only for the end.
+    """
 
     def __init__(self, streaming: bool) -> None:
         self.sequences: list[RequestState] = []
         self.failure: UserError | None = None
-        """Set when the request cannot go on; `status` says with which answer it ends."""
+        """Set when the request fails; its `status` is the HTTP status."""
         self._streaming = streaming
         self._num_open = 0
         self._wake = asyncio.Event()
 
     @property
     def ended(self) -> bool:
+        """Whether all sequences have ended."""
         return self._num_open == 0
 
     async def wait(self) -> None:
-        """Sleep until there are pieces to take or the handle ended; without streaming only the end wakes."""
+        """Sleep until there is output to take or the handle has ended; without streaming only the end wakes."""
         await self._wake.wait()
         self._wake.clear()
 
     def take(self) -> list[tuple[RequestState, OutputDelta]]:
-        """Everything that became visible, at most one piece a sequence. Raises the failure, if that is the end."""
+        """The output since the last call, at most one delta per sequence. Raises the failure of a failed request."""
         if self.failure is not None:
             raise self.failure
         return [(sequence, delta) for sequence in self.sequences if (delta := sequence.assembler.take()) is not None]
 
-    def _opened(self, sequence: RequestState) -> None:
+    def _add(self, sequence: RequestState) -> None:
         self.sequences.append(sequence)
         self._num_open += 1
 
-    def _closed(self) -> None:
+    def _close(self) -> None:
         self._num_open -= 1
         if self.ended or self._streaming:
             self._wake.set()
 
-    def _news(self) -> None:
+    def _notify(self) -> None:
         if self._streaming:
             self._wake.set()
 
 
 class RequestTable:
-    """All open sequences. `send` takes what the engine must hear, and never blocks."""
+    """All open sequences. `send` passes messages to the engine and never blocks; `clock` returns seconds."""
 
     def __init__(
         self, send: Callable[[list[EngineInput]], None], model_name: str = "model", clock: Callable[[], float] = time.monotonic
@@ -124,88 +129,91 @@ class RequestTable:
 
     @property
     def num_open(self) -> int:
-        """Sequences whose client still waits."""
+        """The number of open sequences."""
         return len(self._open)
 
     @property
     def open_sequences(self) -> list[RequestState]:
+        """All open sequences, oldest first."""
         return list(self._open.values())
 
     def next_id(self) -> int:
-        """A number for a request, never given again."""
+        """A new request id; none is used twice."""
         return next(self._ids)
 
     def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool) -> RequestHandle:
-        """Admit what a client asked for: all its sequences, in the order of their indices, each with what assembles its output.
+        """Admit a client's request: all its sequences in the order of their indices, each with the assembler of its output.
 
-        With `params.prompt_logprobs` the assembler has the scores to fill.
+        With `params.prompt_logprobs` the assembler has `scores` to fill. When the request cannot be sent, the handle fails.
         """
         handle, now = RequestHandle(streaming), self._clock()
         for index, (request, assembler) in enumerate(requests):
             sequence = RequestState(request, index, assembler, handle, now)
             self._open[request.id] = sequence
-            handle._opened(sequence)
+            handle._add(sequence)
         try:
             self._send([Add(request) for request, _ in requests])
-        except Exception as error:  # what cannot be encoded: nothing was sent, and nothing else is affected
+        except Exception as error:  # it cannot be encoded; nothing was sent, and no other request is affected
             log.exception("requests %s cannot be sent to the engine", [request.id for request, _ in requests])
             for sequence in handle.sequences:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
         return handle
 
     def abort(self, handle: RequestHandle) -> None:
-        """The client is gone, or has no use for the rest. Nothing happens to sequences that ended."""
-        left = [sequence for sequence in handle.sequences if not sequence.closed]
-        for sequence in left:
+        """End the open sequences of a handle whose client has left, or of which one sequence has failed."""
+        still_open = [sequence for sequence in handle.sequences if not sequence.closed]
+        for sequence in still_open:
             sequence.assembler.abandon("abort")
             self._close(sequence, "abort")
-        if left:
-            self._send([Abort(sequence.request.id) for sequence in left])
+        if still_open:
+            self._send([Abort(sequence.request.id) for sequence in still_open])
 
     def fail_all(self, text: str, status: int) -> None:
-        """The engine is gone: every open request ends with `text`. Nothing is sent to the engine."""
+        """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
         for sequence in list(self._open.values()):
             self._fail(sequence, text, status)
 
     def receive(self, outputs: Sequence[EngineOutput]) -> None:
-        """One frame of the engine. A Done travels in the frame of its sequence's last tokens."""
+        """Process one frame of the engine. A Done is in the same frame as its sequence's last tokens."""
         stops = {message.id: message.num_tokens for message in outputs if isinstance(message, Done) and message.finish == "stop"}
         for message in outputs:
             if isinstance(message, Stats):
                 self.metrics.engine(message)
             elif (sequence := self._open.get(message.id)) is not None:
                 try:
-                    self._take(sequence, message, stops.get(message.id))
-                except Exception as error:  # the text, the scores or the log probabilities of one request
+                    self._on_message(sequence, message, stops.get(message.id))
+                except Exception as error:  # a defect in the text or the log probabilities of one request
                     log.exception("request %d fails in the frontend", message.id)
-                    self._give_up(sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500)
+                    self._fail_handle(
+                        sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500
+                    )
                     self._send([Abort(message.id)])
 
-    def _take(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:
-        """`stops_at`: the length at which a Done of the same frame says that the sequence has stopped."""
+    def _on_message(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:
+        """Process one message. `stops_at`: the final length, if a Done of the same frame says that the sequence has stopped."""
         match message:
             case PromptLogprobsChunk():
-                self._scored(sequence, message)
+                self._on_prompt_logprobs(sequence, message)
             case Delta():
-                self._delta(sequence, message, stops_at == message.start + len(message.tokens))
+                self._on_delta(sequence, message, stops_at == message.start + len(message.tokens))
             case Done():
-                self._done(sequence, message)
+                self._on_done(sequence, message)
 
-    def _give_up(self, sequence: RequestState, text: str, status: int) -> None:
-        """End the client's whole request: half an answer is none."""
+    def _fail_handle(self, sequence: RequestState, text: str, status: int) -> None:
+        """Fail the whole handle of a sequence: a client gets all choices or an error."""
         if not sequence.closed:
             self._fail(sequence, text, status)
         self.abort(sequence.handle)
 
-    def _scored(self, sequence: RequestState, chunk: PromptLogprobsChunk) -> None:
-        scores = sequence.unscored
+    def _on_prompt_logprobs(self, sequence: RequestState, chunk: PromptLogprobsChunk) -> None:
+        scores = sequence.missing_scores
         if scores is None or not scores.push(chunk.start, chunk.logprobs):
             log.warning("scores of sequence %d at %d dropped", chunk.id, chunk.start)
         elif scores.complete:
-            sequence.handle._news()  # other choices may have waited for them
+            sequence.handle._notify()  # the other choices of the prompt show them too
 
-    def _delta(self, sequence: RequestState, delta: Delta, stops: bool) -> None:
-        if delta.start != len(sequence.tokens) or sequence.unscored is not None:
+    def _on_delta(self, sequence: RequestState, delta: Delta, stops: bool) -> None:
+        if delta.start != len(sequence.tokens) or sequence.missing_scores is not None:
             log.warning("tokens of sequence %d at %d dropped, expected %d", delta.id, delta.start, len(sequence.tokens))
             return
         now = self._clock()
@@ -217,23 +225,23 @@ class RequestTable:
         sequence.tokens.extend(delta.tokens)
         sequence.assembler.push(delta.tokens, delta.logprobs, stops=stops)
         sequence.token_s.extend([now] * (sequence.assembler.num_tokens - len(sequence.token_s)))
-        if sequence.assembler.finish is not None:  # a stop string: the client has its answer before the engine knows
+        if sequence.assembler.finish is not None:  # a stop string; the client gets its answer before the engine stops
             self._close(sequence, sequence.assembler.finish)
             self._send([Truncate(delta.id, sequence.assembler.num_tokens)])
         elif sequence.assembler.has_news:
-            sequence.handle._news()
+            sequence.handle._notify()
 
-    def _done(self, sequence: RequestState, done: Done) -> None:
+    def _on_done(self, sequence: RequestState, done: Done) -> None:
         error = done.error
         if done.finish in ("stop", "length") and done.num_tokens != len(sequence.tokens):
             error = f"tokens were lost: {len(sequence.tokens)} of {done.num_tokens} arrived"
-        elif done.finish in ("stop", "length") and sequence.unscored is not None:
+        elif done.finish in ("stop", "length") and sequence.missing_scores is not None:
             error = "scores of the prompt were lost"
         elif done.finish in ("stop", "length"):
             sequence.assembler.end(done.finish, done.stop_id)
             self._close(sequence, done.finish, done.times)
             return
-        self._give_up(sequence, error or "the engine gave the request up", 503 if done.finish == "abort" else 500)
+        self._fail_handle(sequence, error or "the engine aborted the request", 503 if done.finish == "abort" else 500)
 
     def _fail(self, sequence: RequestState, text: str, status: int) -> None:
         code = "engine_error" if status == 500 else "engine_unavailable"
@@ -246,4 +254,4 @@ class RequestTable:
         del self._open[sequence.request.id]
         since_s = self._clock() - sequence.arrived_s
         self.metrics.ended(reason, since_s, sequence.prompt_tokens, sequence.assembler.num_tokens, times)
-        sequence.handle._closed()
+        sequence.handle._close()

@@ -1,4 +1,4 @@
-"""What /server_info shows: the resolved configuration, and every rank as far as it is known. Owns nothing, shows no secret."""
+"""The JSON value of /server_info: the resolved configuration and every rank as it is known. Pure; shows no secret."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from msgspec.structs import asdict
 
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.roster import RankInfo
-from tpserve.coordinator.status import EngineStatus
+from tpserve.engine_client.status import EngineStatus
 from tpserve.observe.log import LogRingBuffer
 from tpserve.types.layout import ParallelLayout
 from tpserve.version import __version__
@@ -23,9 +23,9 @@ def server_info(
     ranks: Sequence[RankInfo],
     now: float,
     log_buffer: LogRingBuffer | None,
-    said: Sequence[LogRingBuffer],
+    rank_logs: Sequence[LogRingBuffer],
 ) -> Json:
-    """`now`: of the coordinator's clock. `log_buffer`: lines of this process's log, if any were; `said`: of every rank's."""
+    """`now` is a time of the coordinator's clock. `log_buffer` has this process's log lines, `rank_logs` those of each rank."""
     return {
         "version": __version__,
         "state": status.state,
@@ -38,15 +38,15 @@ def server_info(
         "layout": asdict(config.layout),
         "config": config.shown() | {"layout": asdict(config.layout)},
         "ranks": [
-            _rank(rank, config.layout, status, seen, now) | {"last_error": lines.last_error, "log": lines.shown()}
-            for rank, (seen, lines) in enumerate(zip(ranks, said, strict=True))
+            _rank(rank, config.layout, status, info, now) | {"last_error": lines.last_error, "log": lines.shown()}
+            for rank, (info, lines) in enumerate(zip(ranks, rank_logs, strict=True))
         ],
         "log": (log_buffer or LogRingBuffer()).shown(),
     }
 
 
 def numerics(ranks: Sequence[RankInfo]) -> str | None:
-    """Whether a request gets the same bits whatever is computed beside it, by the self-tests of all ranks; None before."""
+    """Whether the rest of a batch can change a request's bits, by the self-tests of all ranks; None until all ranks are ready."""
     found = [rank.ready.numerics for rank in ranks if rank.ready is not None]
     if len(found) < len(ranks) or not found:
         return None
@@ -59,8 +59,8 @@ def numerics(ranks: Sequence[RankInfo]) -> str | None:
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or INVARIANT
 
 
-def _rank(rank: int, layout: ParallelLayout, status: EngineStatus, seen: RankInfo, now: float) -> Json:
-    hello, ready, heartbeat = seen.hello, seen.ready, seen.heartbeat
+def _rank(rank: int, layout: ParallelLayout, status: EngineStatus, info: RankInfo, now: float) -> Json:
+    hello, ready, heartbeat = info.hello, info.ready, info.heartbeat
     stage = layout.stage_of(rank)
     layers = layout.layers_of(stage)
     state: str
@@ -89,7 +89,7 @@ def _rank(rank: int, layout: ParallelLayout, status: EngineStatus, seen: RankInf
         "percent": heartbeat.percent,
         "busy": heartbeat.busy,
         "last_step": heartbeat.step if heartbeat.step >= 0 else None,
-        "silent_s": None if seen.heard_s is None else round(now - seen.heard_s, 3),
+        "silent_s": None if info.last_message_s is None else round(now - info.last_message_s, 3),
         "memory": ready and asdict(ready.ledger),
         "fingerprint": hello and hello.fingerprint,
         "processor": hello and hello.processor,

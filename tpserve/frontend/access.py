@@ -1,15 +1,15 @@
-"""Who may use the server: keys of clients and operators, and web pages.
+"""Access rules: the keys of clients and operators, and which web pages may send requests. Owns no state.
 
-A web page is code of anybody that runs in the browser of somebody who can reach the server. Two things keep pages of other
-origins away from a server without a key:
+A web page is untrusted code that runs in the browser of a user who can reach the server. Two checks protect a server without a
+key from pages of other origins:
 
-    Origin    a browser names the page's origin in every request of another origin and in every POST. One that is not allowed is
-              refused before anything is done, for a page need not read an answer to do harm
-    Host      where only this machine can connect, requests are made to a name of this machine. Another name is that of a page
-              whose DNS entry became 127.0.0.1 after it was loaded (DNS rebinding), which makes it the server's own origin
+    Origin    a browser sends the page's origin with every cross-origin request and every POST. An origin that is not allowed is
+              refused before the handler runs, since a page can do harm without reading the answer
+    Host      a server on loopback serves only requests to a name of this machine. Any other name belongs to a page whose DNS
+              entry has changed to 127.0.0.1 after it was loaded (DNS rebinding), which makes it same-origin
 
-With a key neither is needed: no page knows it, and browsers do not add it by themselves. The page of an allowed origin may read
-answers, too (CORS). Owns no state.
+With a key neither check is needed: no page knows the key, and browsers do not add it by themselves. Pages of an allowed origin
+may also read answers (CORS).
 """
 
 import hmac
@@ -25,16 +25,16 @@ from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import shown
 
 OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/ping"})
-"""Answered without a key and to any name: probes have none."""
+"""Served without a key and under any host name, since probes have neither."""
 ADMIN_PATHS = frozenset({"/server_info"})
-"""Answered to operators only: they tell how the server is built."""
+"""For operators only: they show the configuration of the server."""
 METRICS_PATH = "/metrics"
 METHODS = ("GET", "HEAD", "OPTIONS", "POST")
 MAX_PREFLIGHT_AGE_S = 600
 
 
 class AccessSettings(Protocol):
-    """What decides it, of the resolved configuration."""
+    """The fields of the resolved configuration that decide access."""
 
     @property
     def host(self) -> str: ...
@@ -55,8 +55,10 @@ class AccessSettings(Protocol):
 
 
 def require_key(settings: AccessSettings, exposed: bool) -> Middleware:
-    """401 for requests without the key, where one is set. What is for operators has a key of its own, and is closed without
-    one to anybody but this host."""
+    """A middleware: 401 for a request without the key, where one is set.
+
+    Paths for operators have a key of their own; a server that is `exposed` beyond loopback closes them (403) without one.
+    """
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -80,28 +82,28 @@ def require_key(settings: AccessSettings, exposed: bool) -> Middleware:
 
 
 def has_key(request: web.Request, key: str) -> bool:
-    """Whether a request carries the key. The scheme's case does not matter (RFC 9110)."""
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    same = hmac.compare_digest(given.strip(" ").encode(errors="surrogateescape"), key.encode())
+    """Whether a request has the key as its Bearer token. The scheme is case-insensitive (RFC 9110)."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    same = hmac.compare_digest(token.strip(" ").encode(errors="surrogateescape"), key.encode())
     return same and scheme.lower() == "bearer"
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Which web pages may use the server. `exposed`: not on loopback alone."""
+    """Which web pages may use the server. `exposed`: the server listens beyond loopback."""
 
     settings: AccessSettings
     exposed: bool
 
     def middleware(self) -> Middleware:
-        """403 for pages that may not, and the answers to browsers that ask before they send (preflight)."""
+        """A middleware: 403 for pages that may not use the server, and the answers to preflight requests."""
 
         @web.middleware
         async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
             origin = request.headers.get("Origin")
             if self.settings.api_key is None and request.path not in OPEN_PATHS:
-                self.refuse_foreign_host(request)
-                if origin is not None and not self.allows(origin) and not self.is_own(origin, request):
+                self.check_host(request)
+                if origin is not None and not self.allows(origin) and not self.is_same_origin(origin, request):
                     raise UserError(
                         f"pages of {shown(origin)} may not use this server; allow them with --allowed-origins, or set a key with "
                         "--api-key",
@@ -115,52 +117,52 @@ class Origins:
         return check
 
     def allows(self, origin: str) -> bool:
-        """Whether pages of `origin` may use the server and read what it answers."""
+        """Whether pages of `origin` may use the server and read its answers."""
         allowed = self.settings.allowed_origins
         if allowed:
             return "*" in allowed or origin.lower() in allowed
         parts = split_origin(origin)
         return parts is not None and is_loopback(parts)
 
-    def is_own(self, origin: str, request: web.Request) -> bool:
-        """Whether a page comes from where it sends to, as behind a proxy that serves both. On loopback the host tells nothing."""
+    def is_same_origin(self, origin: str, request: web.Request) -> bool:
+        """Whether a page is same-origin, as behind a proxy that serves both. On loopback the Host header proves nothing."""
         return self.exposed and origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()
 
-    def refuse_foreign_host(self, request: web.Request) -> None:
-        """UserError unless a server that only this machine reaches is called by a name of this machine, or of an allowed page."""
-        given, allowed = request.headers.get("Host"), self.settings.allowed_origins
-        if self.exposed or given is None or "*" in allowed:
+    def check_host(self, request: web.Request) -> None:
+        """UserError 403 unless a request to a server on loopback names this machine or the host of an allowed origin."""
+        header, allowed = request.headers.get("Host"), self.settings.allowed_origins
+        if self.exposed or header is None or "*" in allowed:
             return
-        host = split_origin(f"http://{given}")
+        host = split_origin(f"http://{header}")
         if host is not None and (is_loopback(host) or host == self.settings.host.lower().strip("[]")):
             return
         if host is not None and host in {split_origin(origin) for origin in allowed}:
             return
         raise UserError(
-            f"this server answers to names of its own machine only, not to {shown(given)}; behind a proxy name the proxy's "
+            f"this server answers to names of its own machine only, not to {shown(header)}; behind a proxy name the proxy's "
             "address with --allowed-origins, or set a key with --api-key",
             code="host_not_allowed",
             status=403,
         )
 
     def preflight(self, request: web.Request, origin: str) -> web.Response:
-        """What a browser wants to know before it sends a page's request: whether this method and these headers may come."""
+        """The answer to a preflight request: the methods and headers that pages may send. UserError 403 for others."""
         method = request.headers["Access-Control-Request-Method"]
-        asked = request.headers.get("Access-Control-Request-Headers", "")
+        requested = request.headers.get("Access-Control-Request-Headers", "")
         methods, headers = self.settings.allowed_methods, self.settings.allowed_headers
-        names = [name.strip().lower() for name in asked.split(",") if name.strip()]
+        names = [name.strip().lower() for name in requested.split(",") if name.strip()]
         wrong = next((name for name in names if "*" not in headers and name not in map(str.lower, headers)), None)
         if not self.allows(origin):
-            raise refused(f"pages of {shown(origin)} may not use this server; allow them with --allowed-origins")
+            raise origin_error(f"pages of {shown(origin)} may not use this server; allow them with --allowed-origins")
         if "*" not in methods and method not in methods:
-            raise refused(f"pages may not use the method {shown(method)}; allow it with --allowed-methods")
+            raise origin_error(f"pages may not use the method {shown(method)}; allow it with --allowed-methods")
         if wrong is not None:
-            raise refused(f"pages may not send the header {shown(wrong)}; allow it with --allowed-headers")
+            raise origin_error(f"pages may not send the header {shown(wrong)}; allow it with --allowed-headers")
         return web.Response(
             status=204,
             headers={
                 "Access-Control-Allow-Methods": ", ".join(METHODS if "*" in methods else methods),
-                "Access-Control-Allow-Headers": asked if "*" in headers else ", ".join(headers),
+                "Access-Control-Allow-Headers": requested if "*" in headers else ", ".join(headers),
                 "Access-Control-Max-Age": str(MAX_PREFLIGHT_AGE_S),
             },
         )
@@ -177,12 +179,13 @@ class Origins:
             response.headers["Access-Control-Allow-Credentials"] = "true"
 
 
-def refused(text: str) -> UserError:
+def origin_error(text: str) -> UserError:
+    """A UserError 403 about a web page."""
     return UserError(text, code="origin_not_allowed", status=403)
 
 
 def split_origin(origin: str) -> str | None:
-    """The host of an origin, without brackets and port; None for what is no origin with a host, such as "null"."""
+    """The host of an origin, without brackets and port; None for a text without a host, such as "null"."""
     try:
         parts = urlsplit(origin)
         host, _ = parts.hostname, parts.port
@@ -193,7 +196,7 @@ def split_origin(origin: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine whatever DNS says: browsers and resolvers answer for "localhost" themselves (RFC 6761)."""
+    """Whether a host is this machine without asking DNS: browsers and resolvers know "localhost" themselves (RFC 6761)."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

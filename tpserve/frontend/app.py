@@ -1,7 +1,7 @@
-"""The HTTP application: routes, authentication, request ids, and one error body for everything that goes wrong.
+"""The HTTP application: routes, middlewares, request ids and the error body.
 
-Owns no state but what `OpenAIServing` holds. Never opens sockets (`process` does), never logs a prompt. Every response carries
-x-request-id; every error that passes through here has the OpenAI body.
+Owns no state but that of `OpenAIServing`. Never opens sockets (`process` does), never logs a prompt. Every response has an
+x-request-id header; every error has the OpenAI body.
 """
 
 import logging
@@ -16,8 +16,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.requests import RequestTable
+from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
 from tpserve.frontend import traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
@@ -35,14 +35,14 @@ log = logging.getLogger(__name__)
 http_log = logging.getLogger(f"{__name__}.http")
 
 MAX_BODY_BYTES = 8 << 20
-"""A text of that size is some 2 million tokens, and takes some 50 ms to decode."""
+"""A text of this size has about 2 million tokens and takes about 50 ms to decode."""
 INFO: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("info")
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 MAX_ID_CHARS = 128
 
 
 class Settings(AccessSettings, Protocol):
-    """What the application needs of the resolved configuration."""
+    """The fields of the resolved configuration that the application reads."""
 
     @property
     def model(self) -> str: ...
@@ -72,7 +72,7 @@ def create_app(
     info: Callable[[], dict[str, Any]],
     exposed: bool,
 ) -> web.Application:
-    """The application; serve it through `runner`. `info`: what /server_info answers; `exposed`: not on loopback alone."""
+    """The application; serve it through `runner`. `info` returns the body of /server_info. `exposed`: listens beyond loopback."""
     origins = Origins(settings, exposed)
     middlewares = [report_errors, origins.middleware(), require_key(settings, exposed)]
     if settings.log_requests:
@@ -92,7 +92,7 @@ def create_app(
     )
     app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(origins.on_prepare)
-    app.cleanup_ctx.append(traffic.reporting(request_table, status, settings.drain_timeout, settings.log_stats))
+    app.cleanup_ctx.append(traffic.log_traffic(request_table, status, settings.drain_timeout, settings.log_stats))
     routes.add_routes(app)
     app.router.add_get("/health", ready)
     app.router.add_get("/readyz", ready)
@@ -105,51 +105,53 @@ def create_app(
 
 
 def runner(app: web.Application) -> web.AppRunner:
-    """Without `handler_cancellation` the handler of a client that left would run on. Bodies are never inflated: a small one could
-    become gigabytes of work for the event loop."""
-    http_log.addFilter(not_the_clients_fault)
+    """The runner of an application. A handler is cancelled when its client leaves.
+
+    Bodies are never decompressed: a small one could become gigabytes of work for the event loop.
+    """
+    http_log.addFilter(is_server_error)
     return Runner(app, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
 
 
-def not_the_clients_fault(record: logging.LogRecord) -> bool:
-    """Whether a record of aiohttp's is worth a traceback in our log; junk on a socket is answered with 400 and forgotten."""
+def is_server_error(record: logging.LogRecord) -> bool:
+    """A log filter that drops aiohttp's tracebacks about malformed requests and lost clients, which get status 400 or nothing."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, HttpProcessingError | web.RequestPayloadError | ConnectionError)
 
 
 async def ready(request: web.Request) -> web.Response:
-    """GET /health, /readyz: 200 when a step can run, else 503 with the phase."""
+    """GET /health, /readyz: 200 when the engine serves requests, else 503 with the phase."""
     status = request.app[SERVICE].status()
     body: dict[str, Any] = {"state": status.state, "phase": status.phase, "percent": status.percent, "reason": status.reason}
     return json_response(body) if status.state == "running" else error_response(not_ready(status), **body)
 
 
 async def alive(request: web.Request) -> web.Response:
-    """GET /livez, /ping: this process answers."""
+    """GET /livez, /ping: always 200."""
     return json_response({"state": request.app[SERVICE].status().state})
 
 
 async def version(_request: web.Request) -> web.Response:
-    """GET /version"""
+    """GET /version: the version of tpserve."""
     return json_response({"version": __version__})
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """GET /metrics"""
+    """GET /metrics: metrics in the Prometheus text format."""
     return web.Response(body=request.app[SERVICE].request_table.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 async def server_info(request: web.Request) -> web.Response:
-    """GET /server_info: also while starting, what is known so far."""
+    """GET /server_info: the configuration and the ranks, also during a start."""
     return json_response(request.app[INFO]())
 
 
 @web.middleware
 async def report_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost layer: gives the request its id and turns what is raised into the error body."""
-    given = request.headers.get("x-request-id", "")
-    usable = 0 < len(given) <= MAX_ID_CHARS and ID_CHARS.issuperset(given)
-    request[REQUEST_ID] = given if usable else secrets.token_hex(16)
+    """The middleware that sets the request id and turns every exception into an error body."""
+    header = request.headers.get("x-request-id", "")
+    valid = 0 < len(header) <= MAX_ID_CHARS and ID_CHARS.issuperset(header)
+    request[REQUEST_ID] = header if valid else secrets.token_hex(16)
     try:
         return await handler(request)
     except UserError as error:
@@ -157,20 +159,20 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except web.HTTPException as error:
         return error_response(to_http_error(error, request), headers=allow_header(error))
     except ConnectionError:
-        raise  # nobody is left to answer
-    except Exception:  # the edge of the process towards clients
+        raise  # the client has left
+    except Exception:  # a defect of the server: the client gets 500, the log the traceback
         log.exception("request %s to %s failed", request[REQUEST_ID], request.path)
         return error_response(internal_error(request[REQUEST_ID]))
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """The headers of every response."""
+    """Set the headers that every response has."""
     response.headers["Server"] = f"tpserve/{__version__}"
     response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(16)
 
 
 def to_http_error(error: web.HTTPException, request: web.Request) -> UserError:
-    """aiohttp's own errors in our words."""
+    """An error of aiohttp's as a UserError, with the same status."""
     match error:
         case web.HTTPNotFound():
             return UserError(f"no such route: {request.method} {shown(request.path)}", code="not_found", status=404)
@@ -183,4 +185,5 @@ def to_http_error(error: web.HTTPException, request: web.Request) -> UserError:
 
 
 def allow_header(error: web.HTTPException) -> dict[str, str]:
+    """The Allow header of a 405 (RFC 9110); nothing for other errors."""
     return {"Allow": ", ".join(sorted(error.allowed_methods))} if isinstance(error, web.HTTPMethodNotAllowed) else {}

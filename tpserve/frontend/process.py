@@ -1,12 +1,12 @@
 """The frontend as a process: its HTTP port, its event loop and its exit code.
 
-    HTTP      clients          listening before anything else is looked at, so that a port in use is known at once
-    ranks     the engine client       `EngineClient`, which holds the request table and runs the coordinator
-    watched   the agent or the supervisor: a pidfd; when it ends, so does this process
+    clients   the HTTP port, which listens before anything else is read, so that a port in use is an error at once
+    ranks     an `EngineClient`, which owns the request table and the coordinator
+    parent    the agent or the supervisor, by its pidfd; this process ends with it
 
-Owns the order of coming and going and decides nothing about requests. Clients' sockets live here, so they outlive a crash of the
-ranks. Invariants: frontend.json is written only once every socket is bound, or with the line that says why not; when the service
-has ended the runtime directory goes away.
+Owns the order of start and shutdown; decides nothing about requests. Clients' sockets are here, so they outlive a crash of the
+ranks. Invariants: frontend.json is written only once every socket is bound, or with the error that prevents it; the runtime
+directory is removed when the service has ended.
 """
 
 import asyncio
@@ -43,54 +43,66 @@ from tpserve.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 2.0
-"""How long the last answers have to reach their clients."""
+"""The time that the last answers have to reach their clients."""
+AGENT_EXIT_S = 2.0
+"""The time that the agent has for its own last lines, so that the reason of a failure is the last line of the log."""
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until told to end; returns the exit code: 0 after a drain, 1 engine failure, 2 user error."""
+    """Serve until a signal or a failure; returns the exit code: 0 after a drain, 1 engine failure, 2 user error.
+
+    `arguments`: the runtime directory, the process id of the parent, the number of nodes, this node's address. Stdin has the
+    `EngineConfig` as JSON.
+    """
     started_s = time.monotonic()
     unblock_signals()  # inherited from the rank that started us
-    where, watch_pid, nnodes, address = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3]
+    runtime_dir, watch_pid, nnodes, address = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3]
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     log.setup(config.log_level, "frontend", color=env.color(sys.stderr))
     log_buffer = log.keep_log()
     try:
-        lock = hold_lock(where)
+        lock = hold_lock(runtime_dir)
     except BlockingIOError:
-        logger.error("another frontend lives in %s", where)
+        logger.error("another frontend runs in %s", runtime_dir)
         return 1
     try:
-        code = uvloop.run(_run(config, where, watch_pid, nnodes, address, started_s, log_buffer))
+        code = uvloop.run(_run(config, runtime_dir, watch_pid, nnodes, address, started_s, log_buffer))
     except UserError as error:
-        return _report(where, str(error), 2)
+        return _report(runtime_dir, str(error), 2)
     except EngineFailure as error:
-        return _report(where, str(error), 1)
-    remove_runtime_dir(where)
+        return _report(runtime_dir, str(error), 1)
+    remove_runtime_dir(runtime_dir)
     os.close(lock)
     return code
 
 
-def _report(where: Path, error: str, code: int) -> int:
-    """Tell whoever spawned us why nothing came of it; it prints the line and clears the directory."""
-    write_frontend(where, FrontendRecord(os.getpid(), error=error, code=code))
+def _report(runtime_dir: Path, error: str, code: int) -> int:
+    """Write the error for the process that spawned this one, which prints it and removes the directory."""
+    write_frontend(runtime_dir, FrontendRecord(os.getpid(), error=error, code=code))
     return code
 
 
 async def _run(
-    config: EngineConfig, where: Path, watch_pid: int, nnodes: int, address: str, started_s: float, log_buffer: log.LogRingBuffer
+    config: EngineConfig,
+    runtime_dir: Path,
+    watch_pid: int,
+    nnodes: int,
+    address: str,
+    started_s: float,
+    log_buffer: log.LogRingBuffer,
 ) -> int:
     with listen(config.host, config.port) as listener:
         url = http_url(config.host, listener.getsockname()[1])
         exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-        service = FrontendServer(config, where, nnodes, address, url, started_s, exposed, log_buffer)
+        service = FrontendServer(config, runtime_dir, nnodes, address, url, started_s, exposed, log_buffer)
         server = runner(service.app)
         await server.setup()
         await web.SockSite(server, listener).start()
         if config.api_key is None and exposed:
-            where_open = at(*listener.getsockname()[:2])
-            logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", where_open)
+            address_and_port = at(*listener.getsockname()[:2])
+            logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", address_and_port)
         gc.collect()
-        gc.freeze()  # what stays for ever need not be gone through again and again
+        gc.freeze()  # the collector need not visit long-lived objects again
         service.announce()
         code = await service.serve(watch_pid)
         with contextlib.suppress(TimeoutError):
@@ -99,17 +111,13 @@ async def _run(
         return code
 
 
-LAST_WORD_S = 2.0
-"""How long the agent may take to say what it has to say, so that the reason of a failure is the last line."""
-
-
 class FrontendServer:
-    """The application over the engine client to the ranks, and the signals that end it."""
+    """The HTTP application, its engine client, and the signals that end both."""
 
     def __init__(
         self,
         config: EngineConfig,
-        where: Path,
+        runtime_dir: Path,
         nnodes: int,
         address: str,
         url: str,
@@ -117,14 +125,19 @@ class FrontendServer:
         exposed: bool,
         log_buffer: log.LogRingBuffer,
     ) -> None:
-        """Bind the sockets and load the tokenizer. UserError or EngineFailure when that cannot be."""
+        """Bind the sockets for the ranks and load the tokenizer. UserError or EngineFailure when one of them fails.
+
+        `exposed`: the HTTP port listens beyond loopback.
+        """
         self._config = config
         self._nnodes = nnodes
         self._url = url
         self._started_s = started_s
-        self._signalled_s: float | None = None
+        self._first_signal_s: float | None = None
         self._final_reason = ""
-        self._engine_client = EngineClient(config, where, address if nnodes > 1 else None, started_s, self._tell, log_buffer)
+        self._engine_client = EngineClient(
+            config, runtime_dir, address if nnodes > 1 else None, started_s, self._on_epoch_news, log_buffer
+        )
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
         engine_client = self._engine_client
@@ -139,18 +152,18 @@ class FrontendServer:
         )
 
     def announce(self) -> None:
-        """Tell the ranks where we are."""
+        """Write frontend.json, by which the ranks find this process."""
         self._engine_client.announce(self._url)
 
     async def serve(self, watch_pid: int) -> int:
-        """Run until the service has ended and the ranks on this host are gone; returns the exit code."""
+        """Run until the service and the ranks on this host have ended; returns the exit code."""
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         agent = open_pidfd(watch_pid)
         code = await self._engine_client.serve(watch_pid)
         if self._final_reason:
             if agent is not None:
-                await asyncio.to_thread(select.select, [agent], [], [], LAST_WORD_S)
+                await asyncio.to_thread(select.select, [agent], [], [], AGENT_EXIT_S)
             logger.error(self._final_reason)
         return code
 
@@ -160,13 +173,13 @@ class FrontendServer:
 
     def _on_signal(self) -> None:
         now = time.monotonic()
-        if self._signalled_s is None:
-            self._signalled_s = now
+        if self._first_signal_s is None:
+            self._first_signal_s = now
             self._engine_client.drain()
-        elif now - self._signalled_s > SAME_SIGNAL_S:
+        elif now - self._first_signal_s > SAME_SIGNAL_S:
             self._engine_client.fail(1, "ended at once by a second signal")
 
-    def _tell(self, news: EpochNews) -> None:
+    def _on_epoch_news(self, news: EpochNews) -> None:
         match news:
             case EpochReady():
                 logger.info(ready_line(self._config, self._nnodes, self._url, time.monotonic() - self._started_s))
@@ -178,7 +191,7 @@ class FrontendServer:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the HTTP port, so that clients can connect from the first moment. UserError when it is taken or not ours."""
+    """Open the HTTP port, so that clients can connect from the start. UserError when it is in use or `host` is not local."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, proto)
@@ -198,13 +211,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def http_url(host: str, port: int) -> str:
-    """The address to paste."""
+    """The URL for clients on this host."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}"
 
 
 def ready_line(config: EngineConfig, nnodes: int, url: str, took_s: float) -> str:
-    """The line that says it is done: what is served, where, and on what."""
+    """The log line of a finished start: the model, the URL and the layout."""
     layout = config.layout
     noun = "GPU" if config.device == "cuda" else "CPU rank"
     ranks = f"{layout.world_size} {noun}{'s' * (layout.world_size > 1)} on {nnodes} node{'s' * (nnodes > 1)}"

@@ -1,6 +1,6 @@
-"""What an operator sees of traffic in the log: how much there is, what a shutdown waits for, with --log-requests each request.
+"""Log lines about traffic: throughput, the progress of a drain, and with --log-requests every request.
 
-Never logs a prompt or an answer. Owns the numbers of the last line; everything else it reads.
+Never logs a prompt or an output. Owns the totals of the last line; everything else is read only.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tpserve.coordinator.status import EngineStatus
 from tpserve.engine_client.requests import RequestState, RequestTable
+from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.access import METRICS_PATH, OPEN_PATHS
 from tpserve.frontend.openai.routes import ADMITTED, REQUEST_ID
 from tpserve.observe.metrics import Metrics
@@ -22,22 +22,23 @@ from tpserve.observe.metrics import Metrics
 log = logging.getLogger(__name__)
 
 LINE_S = 10.0
+"""The interval of throughput lines, as in vLLM."""
 DRAIN_LINE_S = 5.0
 TICK_S = 0.5
 CLIENT_LEFT = 499
-"""The status of a request whose client was gone before an answer, as proxies log it."""
+"""The logged status of a request whose client left before the answer, as nginx logs it."""
 
 
 @dataclass
 class Throughput:
-    """The line that tells how much there was since the last one."""
+    """The throughput line; its rates are over the time since the last one."""
 
     metrics: Metrics
     last_s: float
     _last: dict[str, int] = field(default_factory=dict)
 
     def line(self, now_s: float) -> str | None:
-        """None while there is no traffic."""
+        """The line; None without traffic. `now_s` is a time of `time.monotonic`."""
         stats, totals, before = self.metrics.stats, dict(self.metrics.totals), self._last
         took_s, self.last_s, self._last = now_s - self.last_s, now_s, totals
         new = {name: total - before.get(name, 0) for name, total in totals.items()}
@@ -56,46 +57,46 @@ class Throughput:
 
 @dataclass
 class DrainLog:
-    """The lines that tell what a shutdown waits for, and how long it may take."""
+    """The lines of a drain: the open sequences and the time left. Times are those of `time.monotonic`."""
 
     timeout_s: float
     began_s: float | None = None
-    _said_s: float = 0.0
+    _last_line_s: float = 0.0
 
     def line(self, now_s: float, open_sequences: list[RequestState]) -> str | None:
-        """None when there is nothing new to say. Call it while the server drains."""
+        """The next line, None when none is due. Call it while the server drains."""
         left = len(open_sequences)
         if self.began_s is None:
-            self.began_s = self._said_s = now_s
+            self.began_s = self._last_line_s = now_s
             if not left:
                 return "draining: no request is open"
-            return f"draining: {counted(left)} may take up to {self.timeout_s:g} s more (--drain-timeout)"
-        if not left or now_s - self._said_s < DRAIN_LINE_S:
+            return f"draining: {count_sequences(left)} may take up to {self.timeout_s:g} s more (--drain-timeout)"
+        if not left or now_s - self._last_line_s < DRAIN_LINE_S:
             return None
-        self._said_s = now_s
+        self._last_line_s = now_s
         oldest_s = now_s - min(sequence.arrived_s for sequence in open_sequences)
         tokens = sum(sequence.assembler.num_tokens for sequence in open_sequences)
         rest_s = max(0.0, self.began_s + self.timeout_s - now_s)
         so_far = f"{tokens} tokens so far, the oldest came {oldest_s:.0f} s ago"
-        return f"draining: waiting for {counted(left)} ({so_far}); {rest_s:.0f} s left"
+        return f"draining: waiting for {count_sequences(left)} ({so_far}); {rest_s:.0f} s left"
 
     def last_line(self, now_s: float, why_cut: str) -> str | None:
-        """What came of it. `why_cut`: why requests were ended, empty when none was."""
+        """The result of the drain; None without one. `why_cut`: why open requests were ended, empty when they finished."""
         if self.began_s is None:
             return None
         took_s = now_s - self.began_s
         return f"the drain was cut after {took_s:.1f} s: {why_cut}" if why_cut else f"drained in {took_s:.1f} s"
 
 
-def counted(left: int) -> str:
-    return f"{left} open sequence{'s' * (left != 1)}"
+def count_sequences(count: int) -> str:
+    """The count with its noun."""
+    return f"{count} open sequence{'s' * (count != 1)}"
 
 
-def reporting(
+def log_traffic(
     request_table: RequestTable, status: Callable[[], EngineStatus], drain_timeout_s: float, log_stats: bool
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Log these lines while an application is served."""
-
+    """A cleanup context of aiohttp that logs throughput and drain lines while an application is served."""
     drain = DrainLog(drain_timeout_s)
 
     async def report() -> None:
@@ -125,7 +126,7 @@ def reporting(
 
 @web.middleware
 async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """A line for each request that has ended, but probes and scrapes."""
+    """A middleware that logs each finished request except probes and scrapes."""
     if request.path in OPEN_PATHS or request.path == METRICS_PATH:
         return await handler(request)
     began_s = time.monotonic()
@@ -139,7 +140,7 @@ async def log_request(request: web.Request, handler: Handler) -> web.StreamRespo
 
 
 def request_line(request: web.Request, status: int, took_s: float) -> str:
-    """What happened to a request, and nothing of what it said."""
+    """The log line of a finished request, without any of its content."""
     resource = request.match_info.route.resource
     route = f"{request.method} {resource.canonical if resource is not None else '(no such route)'}"
     if (admitted := request.get(ADMITTED)) is None:

@@ -1,6 +1,6 @@
-"""From bytes to a checked call. Every way a body can be wrong ends here in a UserError that names the field.
+"""Decoding and validation of a request body. Every error is a UserError that names the field.
 
-Nothing here keeps the event loop for long: a body is scanned in slices before it is decoded, and large ones one at a time.
+Nothing here blocks the event loop for long: a body is scanned in slices before it is decoded, and large bodies take turns.
 """
 
 import asyncio
@@ -20,16 +20,16 @@ from tpserve.frontend.openai.schema import ALIASES, LABELS, NEUTRAL
 
 log = logging.getLogger(__name__)
 
-Call = TypeVar("Call", bound=msgspec.Struct)
+ApiRequest = TypeVar("ApiRequest", bound=msgspec.Struct)
 MAX_WARNINGS = 16
 MAX_LOGGED_NAMES = 256
-PLACE = re.compile(r"(?s)(.*) - at `(?:key` in `)?\$\.?(.*)`$")
+ERROR_PATH = re.compile(r"(?s)(.*) - at `(?:key` in `)?\$\.?(.*)`$")
 
 
 async def read_object(request: web.Request, large: asyncio.Lock) -> dict[str, Any]:
-    """The body as a JSON object. UserError when it is none, or holds more values than can be decoded at once.
+    """The body as a JSON object. UserError when it is not one, or has more values than the server decodes at once.
 
-    `large`: held while a body of more than a slice is decoded, so that many of them do not keep the event loop together.
+    `large` is held while a body of more than one slice is decoded, so that several large bodies take turns.
     """
     if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
         raise UserError(f"the body is encoded as {shown(encoding)!r}; send it plain", code="unsupported_encoding", status=415)
@@ -46,7 +46,7 @@ async def read_object(request: web.Request, large: asyncio.Lock) -> dict[str, An
     else:
         async with large:
             for _ in scan(data):
-                await asyncio.sleep(0)  # others have their turn
+                await asyncio.sleep(0)  # let other tasks run
             value = decode(data)
             await asyncio.sleep(0)
     if not isinstance(value, dict):
@@ -55,7 +55,7 @@ async def read_object(request: web.Request, large: asyncio.Lock) -> dict[str, An
 
 
 def decode(data: bytes) -> Any:
-    """The value of a JSON text. UserError when it is none."""
+    """The value of a JSON text. UserError when it is not JSON."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -63,27 +63,27 @@ def decode(data: bytes) -> Any:
 
 
 def parse(
-    body: dict[str, Any], schema: type[Call], logged: set[str], defaults: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[Call, list[str]]:
-    """The call and its warnings. UserError names the field that is refused or out of range.
+    body: dict[str, Any], schema: type[ApiRequest], logged: set[str], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[ApiRequest, list[str]]:
+    """The request and its warnings. UserError for a field that is not supported or out of range.
 
-    `defaults`: fields that the body need not say, in place of the schema's own.
-    `logged`: unknown names the log has had; each is logged once, and not without end, for clients choose them.
+    `defaults`: values of fields that the body leaves out, in place of the schema's.
+    `logged`: unknown field names that have been logged. Each is logged once, up to `MAX_LOGGED_NAMES`, since clients choose them.
     """
     fields = {ALIASES.get(name, name): value for name, value in body.items() if value is not None}
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = {name: value for name, value in options.items() if value is not None}
     known = {field.encode_name for field in msgspec.structs.fields(schema)}
-    unknown = [name for name in fields if name not in known and not neutral(name, fields)]
+    unknown = [name for name in fields if name not in known and not is_neutral(name, fields)]
     for name in unknown:
         if name in NEUTRAL:
             raise UserError(
                 f"{name} is not supported by this server; leave it out{hint(name)}", param=name, code="unsupported_parameter"
             )
     try:
-        call = msgspec.convert({**defaults, **fields}, schema, str_keys=True)  # JSON's names of members are strings: logit_bias
+        call = msgspec.convert({**defaults, **fields}, schema, str_keys=True)  # the keys of logit_bias are strings in JSON
     except msgspec.ValidationError as error:
-        raise invalid(str(error), fields) from None
+        raise to_validation_error(str(error), fields) from None
     for name in unknown[:MAX_WARNINGS]:
         if name not in logged and len(logged) < MAX_LOGGED_NAMES:
             logged.add(name)
@@ -91,19 +91,20 @@ def parse(
     return call, [f"unknown field {name[:64]!r} ignored" for name in unknown[:MAX_WARNINGS]]
 
 
-def neutral(name: str, fields: dict[str, Any]) -> bool:
-    """Whether a field that is not honoured asks for nothing."""
+def is_neutral(name: str, fields: dict[str, Any]) -> bool:
+    """Whether a field that is not supported has a value without effect."""
     return name in LABELS or fields[name] in NEUTRAL.get(name, ())
 
 
 def hint(name: str) -> str:
+    """The end of an error about an unsupported field: a value that is accepted, if there is one."""
     allowed = NEUTRAL[name]
     return f" or set it to {msgspec.json.encode(allowed[0]).decode()}" if allowed else ""
 
 
-def invalid(text: str, fields: dict[str, Any]) -> UserError:
-    """msgspec's sentence with its path as `param`, and the value where a range was missed."""
-    match = PLACE.match(text)
+def to_validation_error(text: str, fields: dict[str, Any]) -> UserError:
+    """The error of msgspec with its path as `param`, and the value where it is out of range."""
+    match = ERROR_PATH.match(text)
     sentence, param = (match[1], match[2]) if match else (text, "")
     if missing := re.search(r"missing required field `(\w+)`", sentence):
         return UserError(f"{missing[1]} is required", param=missing[1], code="missing_required_parameter")

@@ -17,21 +17,22 @@ TYPES = {
 }
 CODES = {401: "invalid_api_key", 429: "queue_full", 500: "internal_error"}
 MAX_ECHOED_CHARS = 200
-"""Of what a client sent, in an error about it."""
+"""The length to which a client's value is cut in an error about it."""
 MAX_MESSAGE_CHARS = 1000
 RETRY_AFTER_S = {429: 1, 503: 5}
-"""Statuses that pass by themselves, and when to try again."""
+"""Retry-After in seconds, for statuses after which a retry may succeed."""
 
 
 def shown(value: Any) -> str:
-    """A client's value as an error may repeat it."""
+    """A client's value as text, cut to `MAX_ECHOED_CHARS`."""
     text = value if isinstance(value, str) else str(value)
     return text if len(text) <= MAX_ECHOED_CHARS else text[: MAX_ECHOED_CHARS - 1] + "…"
 
 
 def error_object(error: UserError) -> dict[str, Any]:
+    """The error body as a JSON value."""
     text = str(error)
-    if len(text) > MAX_MESSAGE_CHARS:  # the words of a chat template, which may repeat all it was given
+    if len(text) > MAX_MESSAGE_CHARS:  # a chat template may raise its whole input
         text = text[: MAX_MESSAGE_CHARS - 1] + "…"
     kind = TYPES.get(error.status, "invalid_request_error")
     code = error.code or CODES.get(error.status)
@@ -39,7 +40,7 @@ def error_object(error: UserError) -> dict[str, Any]:
 
 
 def error_response(error: UserError, headers: dict[str, str] | None = None, **extra: Any) -> web.Response:
-    """The HTTP answer to `error`; `extra` stands beside the error object."""
+    """The HTTP response for `error`. `extra`: more members of the body."""
     headers = dict(headers or {})
     if error.status in RETRY_AFTER_S:
         headers["Retry-After"] = str(RETRY_AFTER_S[error.status])
@@ -47,9 +48,10 @@ def error_response(error: UserError, headers: dict[str, str] | None = None, **ex
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A response with `body` encoded as JSON."""
     return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
 
 
 def internal_error(request_id: str) -> UserError:
-    """What a client hears of our own bug; the log has the rest."""
+    """The error for a defect of the server. The log has the traceback."""
     return UserError(f"internal error in request {request_id}; the server's log says more", status=500)

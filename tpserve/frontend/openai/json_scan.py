@@ -1,13 +1,13 @@
-"""What decoding a JSON text will cost, found before it is decoded.
+"""The cost of decoding a JSON text, computed before it is decoded.
 
-msgspec holds the interpreter lock while it decodes, so a thread does not help: neither the event loop nor any stream goes on
-meanwhile. The scan looks at the bytes a slice at a time, builds no objects, and refuses a text whose decoding would take too
-long. It agrees with a JSON parser on which bytes belong to strings, up to the first byte that is no JSON, where the parser stops.
+msgspec holds the interpreter lock while it decodes, so a thread does not help: the event loop and all streams would stop. The
+scan reads the bytes one slice at a time, builds no objects, and refuses a text whose decoding would take too long. It agrees with
+a JSON parser on which bytes belong to strings, up to the first byte that is not JSON, where the parser stops.
 
-    weight   1 a number or a constant; a string 2; an array, an object or a member's name 16; a number of over 19 digits 4 more
-    depth    of arrays and objects inside one another
+    weight   a number or a constant 1; a string 2; an array, an object or a member's name 16; a number of over 19 digits 4 more
+    depth    of nested arrays and objects
 
-Each step is one call of a `bytes` method, which takes about a nanosecond a byte.
+Each step is one call of a `bytes` method, which takes about one nanosecond per byte.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from itertools import accumulate
 from tpserve.errors import UserError
 
 MAX_WEIGHT = 3 << 18
-"""Some 50 ms of decoding on a slow core, whatever the values are."""
+"""About 50 ms of decoding on a slow core, for any kind of value."""
 MAX_DEPTH = 128
 MAX_DIGITS = 40
-"""Of a number in a row: parsing an integer takes time by the square of them."""
+"""Consecutive digits of a number: the time to parse an integer grows with their square."""
 SLICE = 64 << 10
 
 _BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
@@ -30,7 +30,7 @@ _TOO_LONG = b"0" * (MAX_DIGITS + 1)
 
 
 def scan(data: bytes) -> Iterator[None]:
-    """Go through `data`, a slice at each step, and raise UserError once it is clear that it is too much to decode."""
+    """Scan `data`, one slice per step. UserError as soon as the text is too large to decode."""
     weight, depth, begin, in_string = 1, 0, 0, False
     while begin < len(data):
         end = _slice_end(data, begin)
@@ -59,7 +59,7 @@ def scan(data: bytes) -> Iterator[None]:
 
 
 def _slice_end(data: bytes, begin: int) -> int:
-    """Never between a backslash and what it escapes."""
+    """The end of the slice at `begin`. It never separates a backslash from the character that it escapes."""
     end = min(begin + SLICE, len(data))
     backslashes = end - begin - len(data[begin:end].rstrip(b"\\"))
     return end + backslashes % 2

@@ -1,4 +1,4 @@
-"""From a call's fields to what the engine samples by. Checks ids against the vocabulary and fields against each other."""
+"""Sampling parameters of a request. Checks token ids against the vocabulary and fields against each other."""
 
 from msgspec.structs import replace
 
@@ -10,11 +10,11 @@ from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.sampling import EngineSamplingParams
 
 GREEDY_BELOW = 1e-5
-"""A temperature that small is 0, as in vLLM: logits divided by it are beyond what float32 tells apart."""
+"""A smaller temperature counts as 0, as in vLLM: float32 cannot represent logits divided by it."""
 
 
 def refuse_contradictions(call: CompletionRequest | ChatCompletionRequest) -> None:
-    """UserError when fields, each right by itself, do not go together."""
+    """UserError when fields that are valid by themselves contradict each other."""
     streams = "does not go with stream true; leave one of them out"
     rules = [
         ("seed", call.seed is not None and not -(2**63) <= call.seed < 2**64, "must fit 64 bits"),
@@ -35,7 +35,7 @@ def refuse_contradictions(call: CompletionRequest | ChatCompletionRequest) -> No
 def sampling_params(
     call: CompletionRequest | ChatCompletionRequest, tokenizer: Tokenizer, limits: ModelLimits
 ) -> EngineSamplingParams:
-    """What all sequences of a call share: everything but `max_tokens`. UserError names the field that is wrong."""
+    """The parameters that all sequences of a request share: all but `max_tokens`. UserError names the wrong field."""
     vocab_size = limits.vocab_size
     if len(call.allowed_token_ids or ()) > vocab_size:
         raise UserError(
@@ -81,13 +81,13 @@ def with_length(params: EngineSamplingParams, max_tokens: int) -> EngineSampling
 
 
 def _bad_words(words: list[str], tokenizer: Tokenizer, limits: ModelLimits) -> tuple[tuple[int, ...], ...]:
-    """The words as tokens, each at the beginning of a text and after a space."""
-    found: dict[tuple[int, ...], None] = {}
+    """The token ids of each word, once at the beginning of a text and once after a space."""
+    sequences: dict[tuple[int, ...], None] = {}
     for index, word in enumerate(words):
         spellings = [tokenizer.encode(space + word.lstrip(" "), add_special_tokens=False) for space in ("", " ")]
         if not word.strip(" ") or not all(spellings):
             raise UserError(f"bad_words[{index}] has no tokens of its own", param=f"bad_words[{index}]", code="invalid_value")
         for ids in spellings:
             refuse_unknown(ids, tokenizer, limits, f"bad_words[{index}]")
-            found[tuple(ids)] = None
-    return tuple(found)
+            sequences[tuple(ids)] = None
+    return tuple(sequences)

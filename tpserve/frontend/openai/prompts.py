@@ -1,7 +1,7 @@
-"""From a call's prompt or messages to token ids that fit the model.
+"""Token ids of a request's prompt or messages.
 
-Owns the shapes of `prompt`, the messages a chat template gets, and the context arithmetic. Never admits anything. Long texts
-are tokenized in a thread, so that streams go on, and texts that cannot fit whatever their tokens are not tokenized at all.
+Owns the forms of `prompt`, the messages for the chat template, and the arithmetic of the context length. Admits nothing. Long
+texts are tokenized in a thread, so that streams continue; a text that is too long for any tokens is not tokenized at all.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ from tpserve.text.tokenizer import Tokenizer, TooManyTokens
 T = TypeVar("T")
 
 THREAD_SIZE = 4096
-"""From this size on work goes to a thread; less than that takes about as long as the switch."""
+"""Work of at least this size runs in a thread; smaller work takes about as long as the switch to one."""
 MESSAGE_SIZE = 64
-"""What a message costs to check and to render beside its text, in characters to tokenize."""
+"""The cost of checking and rendering a message apart from its text, in characters to tokenize."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`text` is what the client sent, or the text of the ids it sent without the last `num_open`, which the output may change."""
+    """`text` is the client's text, or the text of the client's ids without the last `num_open`, which the output may change."""
 
     ids: list[int]
     text: str
@@ -34,10 +34,12 @@ class Prompt:
 
 
 async def completion_prompts(
-    service: OpenAIServing, call: CompletionRequest, limits: ModelLimits, at_most: int | None = None
+    service: OpenAIServing, call: CompletionRequest, limits: ModelLimits, max_prompt_tokens: int | None = None
 ) -> list[Prompt]:
-    """The prompts of a completions call, in order: a text, texts, ids, or lists of ids. UserError for one of more than `at_most`
-    tokens, by default as many as a sequence may have."""
+    """The prompts of a completions request, in order.
+
+    UserError for a prompt of more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
+    """
     items = split_prompt(call.prompt)
     if len(items) > service.max_open:
         raise UserError(
@@ -50,35 +52,40 @@ async def completion_prompts(
             raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
     tokenizer = service.tokenizer
 
-    def made(item: str | list[int]) -> Prompt:
+    def build(item: str | list[int]) -> Prompt:
         if isinstance(item, str):
-            ids = encoded(tokenizer, item, call.add_special_tokens, limits, at_most, "prompt")
+            ids = encode(tokenizer, item, call.add_special_tokens, limits, max_prompt_tokens, "prompt")
             prompt = Prompt(ids, item)
         else:
             check_ids(item, limits.vocab_size, "prompt")
-            prompt = echoed(tokenizer, item, call.skip_special_tokens) if call.echo else Prompt(item, "")
+            prompt = echo_prompt(tokenizer, item, call.skip_special_tokens) if call.echo else Prompt(item, "")
         if not prompt.ids:
             raise UserError("prompt is empty: the model needs at least one token to continue", param="prompt")
         refuse_unknown(prompt.ids, tokenizer, limits, "prompt")
         return prompt
 
-    return await in_thread(lambda: [made(item) for item in items], sum(len(item) for item in items))
+    return await in_thread(lambda: [build(item) for item in items], sum(len(item) for item in items))
 
 
-def echoed(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool) -> Prompt:
-    """A prompt of ids with its text, as far as no output changes it."""
+def echo_prompt(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool) -> Prompt:
+    """A prompt of token ids with the part of its text that no output can change."""
     num_open = tokenizer.num_open(ids, skip_special_tokens)
     return Prompt(ids, tokenizer.decode_many(ids[: len(ids) - num_open], skip_special_tokens), num_open)
 
 
 async def chat_prompt(
-    service: OpenAIServing, call: ChatCompletionRequest | TokenizeChatRequest, limits: ModelLimits, at_most: int | None = None
+    service: OpenAIServing,
+    call: ChatCompletionRequest | TokenizeChatRequest,
+    limits: ModelLimits,
+    max_prompt_tokens: int | None = None,
 ) -> Prompt:
-    """The prompt of a conversation through the model's template. UserError when it has more than `at_most` tokens, by default as
-    many as a sequence may have."""
+    """The prompt that the chat template makes of the messages.
+
+    UserError when it has more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
+    """
     tokenizer = service.tokenizer
 
-    def made() -> Prompt:
+    def build() -> Prompt:
         messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
         content_chars = sum(map(num_chars, messages))
         if content_chars > limits.max_model_len * tokenizer.longest_token_chars:
@@ -89,50 +96,56 @@ async def chat_prompt(
             continue_final_message=call.continue_final_message,
             variables=call.chat_template_kwargs,
         )
-        ids = encoded(tokenizer, text, call.add_special_tokens, limits, at_most, "messages")
+        ids = encode(tokenizer, text, call.add_special_tokens, limits, max_prompt_tokens, "messages")
         if not ids:
             raise UserError("the chat template made an empty prompt of the messages", param="messages")
         refuse_unknown(ids, tokenizer, limits, "messages")
         return Prompt(ids, text)
 
-    return await in_thread(made, sum(map(size_of, call.messages)) + MESSAGE_SIZE * len(call.chat_template_kwargs))
+    return await in_thread(build, sum(map(message_cost, call.messages)) + MESSAGE_SIZE * len(call.chat_template_kwargs))
 
 
-def size_of(message: dict[str, Any]) -> int:
-    """About how long a message takes to check, render and tokenize, in characters to tokenize."""
+def message_cost(message: dict[str, Any]) -> int:
+    """The cost of checking, rendering and tokenizing a message, in characters to tokenize."""
     return MESSAGE_SIZE + sum(len(value) for value in message.values() if isinstance(value, str | list | dict))
 
 
-def encoded(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool, limits: ModelLimits, at_most: int | None, param: str
+def encode(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, limits: ModelLimits, max_prompt_tokens: int | None, param: str
 ) -> list[int]:
-    """The ids of a text. UserError beyond `at_most`, by default as many as a sequence may have."""
+    """The ids of a text. UserError for more than `max_prompt_tokens` (default: the maximum length of a sequence)."""
     try:
-        return tokenizer.encode(text, add_special_tokens, limits.max_model_len if at_most is None else at_most)
+        return tokenizer.encode(
+            text, add_special_tokens, limits.max_model_len if max_prompt_tokens is None else max_prompt_tokens
+        )
     except TooManyTokens as error:
         raise too_long(limits.max_model_len, f"your prompt has {error.count} tokens", param) from None
 
 
-def max_new_tokens(prompt: Prompt, asked: int | None, default: int | None, limits: ModelLimits, param: str) -> int:
-    """How many tokens a sequence may generate. `asked` must fit whole, be it 0; `default` (None: all that is left) is cut."""
+def max_new_tokens(prompt: Prompt, requested: int | None, default: int | None, limits: ModelLimits, param: str) -> int:
+    """The number of tokens that a sequence may generate.
+
+    `requested` must fit into the context (UserError); without it `default` is cut to fit, and None means all that is left.
+    """
     length = len(prompt.ids)
     left = limits.max_model_len - length
-    if left < min(1, asked if asked is not None else 1):
+    if left < min(1, requested if requested is not None else 1):
         raise too_long(limits.max_model_len, f"your prompt has {length} tokens", param)
-    if asked is not None and asked > left:
-        detail = f"you requested {length + asked} tokens ({length} in the prompt, {asked} in the completion)"
+    if requested is not None and requested > left:
+        detail = f"you requested {length + requested} tokens ({length} in the prompt, {requested} in the completion)"
         raise too_long(limits.max_model_len, detail, param)
-    return min(default or left, left) if asked is None else asked
+    return min(default or left, left) if requested is None else requested
 
 
 def too_long(max_model_len: int, detail: str, param: str) -> UserError:
+    """The error for a request beyond the context length, in OpenAI's words."""
     limit = f"This model's maximum context length is {max_model_len} tokens."
     text = f"{limit} However, {detail}; shorten the prompt or lower max_tokens."
     return UserError(text, param=param, code="context_length_exceeded")
 
 
 def split_prompt(prompt: str | list[Any]) -> list[str | list[int]]:
-    """One entry a prompt. UserError for an empty or a mixed list."""
+    """A list with one item per prompt, each a text or token ids. UserError for an empty list."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
@@ -143,13 +156,13 @@ def split_prompt(prompt: str | list[Any]) -> list[str | list[int]]:
 
 
 def refuse_too_long(text: str, tokenizer: Tokenizer, limits: ModelLimits, param: str) -> None:
-    """A token stands for so many characters at most, so some texts need no tokenizing to be too long."""
+    """UserError for a text that is too long even if each of its tokens is the longest of the vocabulary."""
     if len(text) > limits.max_model_len * tokenizer.longest_token_chars:
         raise too_long(limits.max_model_len, f"your prompt has {len(text)} characters", param)
 
 
 def plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """A message as templates expect it: nulls left out; what this server cannot show the model is refused."""
+    """A message as chat templates expect it, without nulls. UserError for tools and for content other than text."""
     where = f"messages[{index}]"
     message = {name: value for name, value in message.items() if value is not None}
     role = message.get("role")
@@ -168,12 +181,13 @@ def plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def num_chars(message: dict[str, Any]) -> int:
+    """The number of characters of a checked message's content."""
     content = message["content"]
     return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
 
 
 def check_part(part: Any, where: str) -> None:
-    """UserError unless it is a text part."""
+    """UserError unless `part` is a text part of a message."""
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -181,5 +195,5 @@ def check_part(part: Any, where: str) -> None:
 
 
 async def in_thread(work: Callable[[], T], size: int) -> T:
-    """`size`: characters to tokenize, or numbers to turn into JSON; either takes about a microsecond."""
+    """The result of `work`, run in a thread if it is large. `size`: characters to tokenize or numbers to encode, 1 us each."""
     return work() if size < THREAD_SIZE else await asyncio.to_thread(work)

@@ -1,8 +1,7 @@
-"""The JSON shapes of answers and stream chunks, for completions and for chat.
+"""The JSON forms of responses and stream chunks, for completions and for chat completions.
 
-Pure: pieces in, plain JSON values out; never touches sockets or the request table. The streaming order lives here and in
-`stream`: an opening chunk per choice where the shape has one, then deltas of which none is empty, then one finish chunk a
-choice; every chunk has exactly one choice.
+Pure: output deltas in, JSON values out; never touches sockets or the request table. Together with `responses.events` this defines
+the order of a stream: the opening chunks, then non-empty deltas, then one finish chunk per choice. Every chunk has one choice.
 """
 
 from collections.abc import Sequence
@@ -23,13 +22,13 @@ from tpserve.version import __version__
 Json = dict[str, Any]
 FINGERPRINT = f"tpserve-{__version__}"
 TOKENS_AT_ONCE = 128
-"""Tokens of a scored prompt in one event of a stream (with 20 rivals each some 90 KB: aiohttp reads lines of 128), or turned into
-JSON at a time."""
+"""Tokens of a scored prompt in one event of a stream, or encoded at a time. With 20 top log probabilities each, an event has
+about 90 KB; aiohttp's client reads lines up to 128 KB."""
 
 
 @dataclass(frozen=True)
 class ResponseMeta:
-    """What all chunks of an answer repeat. `warnings` stand in the answer, or in a stream's first chunk."""
+    """The fields that all chunks of a response repeat. `warnings` are in the response, or in a stream's first chunk."""
 
     id: str
     kind: str
@@ -39,9 +38,11 @@ class ResponseMeta:
     warnings: list[str]
 
     def answer(self, choices: list[Json]) -> Json:
+        """A whole response."""
         return self._wrap(self.kind, choices)
 
     def chunk(self, *choices: Json) -> Json:
+        """A chunk of a stream."""
         return self._wrap(self.chunk_kind, list(choices))
 
     def _wrap(self, kind: str, choices: list[Json]) -> Json:
@@ -56,20 +57,20 @@ class ResponseMeta:
 
 
 class ResponseBuilder(Protocol):
-    """One of the two forms of answers."""
+    """The form of a response: completion or chat completion."""
 
     def opening(self) -> list[Json]:
-        """Chunks before any token."""
+        """The chunks before any token."""
 
     def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
-        """Chunks of one piece of one choice."""
+        """The chunks of one delta of one choice."""
 
-    def answer(self, pieces: Sequence[tuple[int, OutputDelta]]) -> Json:
-        """The whole answer of one last piece a choice."""
+    def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
+        """The whole response, from one final delta per choice."""
 
 
 def usage(prompts: Sequence[Prompt], sequences: Sequence[RequestState]) -> Json:
-    """Token counts so far. A prompt counts once however many choices it has."""
+    """Token counts so far. A prompt counts once for all its choices."""
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     completion_tokens = sum(sequence.assembler.num_tokens for sequence in sequences)
     return {
@@ -81,12 +82,13 @@ def usage(prompts: Sequence[Prompt], sequences: Sequence[RequestState]) -> Json:
     }
 
 
-def end_of(delta: OutputDelta) -> Json:
+def finish_fields(delta: OutputDelta) -> Json:
+    """The fields of a choice that has ended."""
     return {"finish_reason": delta.finish, "stop_reason": delta.stop_reason}
 
 
 def encoded_prompt_logprobs(scores: PromptScores, num_top: int, tokenizer: Tokenizer) -> msgspec.Raw:
-    """vLLM's shape, encoded a part at a time, for Python objects take ten times the room; every choice repeats the same bytes."""
+    """`prompt_logprobs` in vLLM's form. Encoded in parts, since Python objects need ten times the memory."""
     begins = range(0, len(scores.ids), TOKENS_AT_ONCE)
     runs = (range(begin, min(begin + TOKENS_AT_ONCE, len(scores.ids))) for begin in begins)
     parts = (msgspec.json.encode(prompt_logprobs(scores, run, num_top, tokenizer))[1:-1] for run in runs)
@@ -98,7 +100,7 @@ NOT_ENDED: Json = {"finish_reason": None, "stop_reason": None}
 
 @dataclass(frozen=True)
 class CompletionResponseBuilder:
-    """`text_completion`, streamed or not. Choice `index` continues prompt `index // n`; of more that were drawn the best stay."""
+    """`text_completion`, streamed or not. Choice `index` belongs to prompt `index // n`; of `best_of` the likeliest n stay."""
 
     meta: ResponseMeta
     call: CompletionRequest
@@ -122,13 +124,13 @@ class CompletionResponseBuilder:
             chunks.append(self.meta.chunk(self._choice(index, delta.text, tokens, logprobs) | NOT_ENDED))
             tokens, logprobs = [], None
         if delta.finish is not None:
-            chunks.append(self.meta.chunk(self._choice(index, "", tokens, logprobs) | end_of(delta)))
+            chunks.append(self.meta.chunk(self._choice(index, "", tokens, logprobs) | finish_fields(delta)))
         return chunks
 
-    def answer(self, pieces: Sequence[tuple[int, OutputDelta]]) -> Json:
+    def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         call, choices = self.call, list[Json]()
         for number, prompt in enumerate(self.prompts):
-            drawn = [delta for _, delta in pieces[number * call.num_drawn : (number + 1) * call.num_drawn]]
+            drawn = [delta for _, delta in outputs[number * call.num_drawn : (number + 1) * call.num_drawn]]
             echoed, extra, scores = None, Json(), drawn[0].scores
             if scores is not None and call.num_echoed is not None:
                 entries = scores.entries(self.tokenizer, prompt.text, call.num_echoed, prompt.num_open)
@@ -140,7 +142,7 @@ class CompletionResponseBuilder:
                 logprobs = self._logprobs(index, delta)
                 if echoed is not None:
                     logprobs = {name: values + logprobs[name] for name, values in echoed.items()} if logprobs else echoed
-                choices.append(self._choice(index, text, delta.tokens, logprobs) | end_of(delta) | extra)
+                choices.append(self._choice(index, text, delta.tokens, logprobs) | finish_fields(delta) | extra)
         return self.meta.answer(choices)
 
     def _prompt(self, index: int) -> Prompt:
@@ -150,12 +152,12 @@ class CompletionResponseBuilder:
         entries, prompt = delta.entries, self._prompt(index)
         if delta.scores is not None and self.call.num_echoed is not None:
             entries = delta.scores.open_entries(delta.open_offsets, self.call.num_echoed) + entries
-        if not entries or self.call.logprobs is None:  # the engine gives them for `best_of` too
+        if not entries or self.call.logprobs is None:  # the engine sends them for `best_of` too
             return None
         return completion_logprobs(entries, self.tokenizer, len(prompt.text) if self.call.echo else 0)
 
     def _echo(self, index: int, scores: PromptScores) -> list[Json]:
-        """The prompt with its log probabilities, in chunks of a size that clients read as a line."""
+        """The chunks of an echoed prompt with its log probabilities, each short enough for a line."""
         text, chunks = self._prompt(index).text, list[Json]()
         entries = scores.entries(self.tokenizer, text, self.call.num_echoed or 0, self._prompt(index).num_open)
         for begin in range(0, len(entries), TOKENS_AT_ONCE):
@@ -201,15 +203,15 @@ class ChatResponseBuilder:
             chunks.append(self.meta.chunk(self._choice(index, "delta", {"content": delta.text}, tokens, entries) | NOT_ENDED))
             tokens, entries = [], []
         if delta.finish is not None:
-            chunks.append(self.meta.chunk(self._choice(index, "delta", {}, tokens, entries) | end_of(delta)))
+            chunks.append(self.meta.chunk(self._choice(index, "delta", {}, tokens, entries) | finish_fields(delta)))
         return chunks
 
-    def answer(self, pieces: Sequence[tuple[int, OutputDelta]]) -> Json:
+    def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         choices = []
-        for index, delta in pieces:
+        for index, delta in outputs:
             message = {"role": "assistant", "content": delta.text, "refusal": None}
-            choices.append(self._choice(index, "message", message, delta.tokens, delta.entries) | end_of(delta))
-        answer, scores = self.meta.answer(choices), pieces[0][1].scores
+            choices.append(self._choice(index, "message", message, delta.tokens, delta.entries) | finish_fields(delta))
+        answer, scores = self.meta.answer(choices), outputs[0][1].scores
         if self.call.return_token_ids:
             answer["prompt_token_ids"] = self.prompt.ids
         if scores is not None and self.call.prompt_logprobs is not None:

@@ -1,7 +1,7 @@
-"""Sending an admitted request's answer: whole, or as server-sent events.
+"""Sends the response of an admitted request: whole, or as server-sent events.
 
-Owns the reading of a handle and the order on the wire. Whatever happens to the client, the handle is closed on the way out:
-a connection that breaks, a handler that is cancelled and an answer that ends all pass through `finally`.
+Owns the reading of a handle and the order of a stream. Invariant: every exit aborts what is left of the handle, by `finally`: the
+end of the response, a broken connection and a cancelled handler.
 """
 
 import asyncio
@@ -23,29 +23,29 @@ from tpserve.text.assembler import OutputDelta
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 10.0
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 END = b"data: [DONE]\n\n"
 SSE_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # proxies hold streams back otherwise
+    "X-Accel-Buffering": "no",  # otherwise proxies buffer streams
 }
 
 
 async def send_whole(
     request_table: RequestTable, handle: RequestHandle, builder: ResponseBuilder, meta: ResponseMeta, prompts: Sequence[Prompt]
 ) -> web.Response:
-    """Wait for the end of all choices; one JSON answer."""
+    """Wait for the end of all choices and send one JSON response. UserError when the request fails."""
     try:
         while not handle.ended:
             await handle.wait()
-        pieces = [(sequence.index, delta) for sequence, delta in handle.take()]
+        deltas = [(sequence.index, delta) for sequence, delta in handle.take()]
     finally:
         request_table.abort(handle)
     facts: Json = {"usage": usage(prompts, handle.sequences)}
     if meta.warnings:
         facts["warnings"] = meta.warnings
-    body = await in_thread(lambda: msgspec.json.encode(builder.answer(pieces) | facts), num_values(pieces))
+    body = await in_thread(lambda: msgspec.json.encode(builder.answer(deltas) | facts), num_values(deltas))
     return web.Response(body=body, content_type="application/json")
 
 
@@ -58,7 +58,7 @@ async def send_stream(
     prompts: Sequence[Prompt],
     options: StreamOptions,
 ) -> web.StreamResponse:
-    """Write the events as they come. After the first byte a failure can only be an event, followed by the end."""
+    """Send events as output arrives. A failure after the first byte becomes an event, followed by the end of the stream."""
     response = web.StreamResponse(headers=SSE_HEADERS)
     try:
         await response.prepare(request)
@@ -69,7 +69,7 @@ async def send_stream(
             await response.write(event(error_object(error)) + END)
         except ConnectionError:
             raise
-        except Exception:  # the edge: the status line is sent, the stream must still end in words
+        except Exception:  # a defect of the server: the status line is sent, so the error is an event
             log.exception("the stream of request %s failed", meta.id)
             await response.write(event(error_object(internal_error(meta.id))) + END)
         await response.write_eof()
@@ -83,9 +83,9 @@ async def send_stream(
 async def events(
     handle: RequestHandle, builder: ResponseBuilder, meta: ResponseMeta, prompts: Sequence[Prompt], options: StreamOptions
 ) -> AsyncIterator[bytes]:
-    """Everything a stream says, in order; a keep-alive comment for each time without news. Raises the handle's failure."""
+    """The bytes of a stream, with a keep-alive comment after every `KEEP_ALIVE_S` without output. Raises the handle's failure."""
 
-    def stamped(chunks: Sequence[Json]) -> bytes:
+    def to_events(chunks: Sequence[Json]) -> bytes:
         if chunks and warnings:
             chunks[0]["warnings"] = warnings.copy()
             warnings.clear()
@@ -96,33 +96,34 @@ async def events(
             return b"".join(event(chunk | {"usage": None}) for chunk in chunks)
         return b"".join(event(chunk) for chunk in chunks)
 
-    def told(pieces: Sequence[tuple[int, OutputDelta]]) -> bytes:
-        return stamped([chunk for index, delta in pieces for chunk in builder.deltas(index, delta)])
+    def encode(deltas: Sequence[tuple[int, OutputDelta]]) -> bytes:
+        return to_events([chunk for index, delta in deltas for chunk in builder.deltas(index, delta)])
 
     warnings, ended = list(meta.warnings), False
     if opening := builder.opening():
-        yield stamped(opening)
+        yield to_events(opening)
     while not ended:
         try:
             async with asyncio.timeout(KEEP_ALIVE_S):
                 await handle.wait()
         except TimeoutError:
-            yield KEEP_ALIVE
+            yield KEEP_ALIVE_COMMENT
             continue
         ended = handle.ended
-        pieces = [(sequence.index, delta) for sequence, delta in handle.take()]
-        if data := await in_thread(partial(told, pieces), num_values(pieces)):
+        deltas = [(sequence.index, delta) for sequence, delta in handle.take()]
+        if data := await in_thread(partial(encode, deltas), num_values(deltas)):
             yield data
     if options.include_usage:
         yield event(meta.chunk() | {"usage": usage(prompts, handle.sequences)})
     yield END
 
 
-def num_values(pieces: Sequence[tuple[int, OutputDelta]]) -> int:
-    """Log probabilities to show, by which one knows how long the JSON takes."""
-    outputs = sum(len(entry.logprobs.top) + 1 for _, delta in pieces for entry in delta.entries if entry.logprobs)
-    return outputs + sum(delta.scores.num_values for _, delta in pieces if delta.scores is not None)
+def num_values(deltas: Sequence[tuple[int, OutputDelta]]) -> int:
+    """The number of log probabilities in the JSON, a measure of the time to encode it."""
+    outputs = sum(len(entry.logprobs.top) + 1 for _, delta in deltas for entry in delta.entries if entry.logprobs)
+    return outputs + sum(delta.scores.num_values for _, delta in deltas if delta.scores is not None)
 
 
 def event(value: Json) -> bytes:
+    """A server-sent event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"

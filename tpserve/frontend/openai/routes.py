@@ -1,4 +1,4 @@
-"""The handlers of the OpenAI API, each a straight line from body to answer."""
+"""The HTTP handlers of the OpenAI API, of /tokenize and of /detokenize. Owns no state."""
 
 import time
 from collections.abc import Sequence
@@ -34,12 +34,12 @@ from tpserve.frontend.openai.token_ids import check_ids
 from tpserve.types.sampling import EngineSamplingParams
 
 REQUEST_ID = web.RequestKey("request_id", str)
-"""Where a request carries its id: the client's, or one of ours."""
+"""The id of a request: the client's, or a random one."""
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """What a request that was let in is called, and where its tokens come."""
+    """An admitted request, for its log line."""
 
     id: str
     model: str
@@ -48,12 +48,13 @@ class Admitted:
 
 ADMITTED = web.RequestKey("admitted", Admitted)
 DEFAULT_COMPLETION_TOKENS = 16
+"""`max_tokens` of a completion without one, as in OpenAI's API."""
 MAX_COUNTED_TOKENS = 1 << 18
-"""Tokens that /tokenize counts and /detokenize takes, or as many as a sequence may have where that is more."""
+"""The most tokens that /tokenize counts and /detokenize takes, unless a sequence may have more."""
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    """POST /v1/completions"""
+    """POST /v1/completions: one or several prompts, whole or as a stream."""
     service = request.app[SERVICE]
     call, warnings = parse(
         await read_object(request, service.large_bodies), CompletionRequest, service.logged_fields, service.sampling()
@@ -68,7 +69,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    """POST /v1/chat/completions"""
+    """POST /v1/chat/completions: a conversation through the chat template, whole or as a stream."""
     service = request.app[SERVICE]
     call, warnings = parse(
         await read_object(request, service.large_bodies), ChatCompletionRequest, service.logged_fields, service.sampling()
@@ -76,8 +77,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     meta = response_meta(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
     prompt = await chat_prompt(service, call, limits)
-    asked = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
-    size = max_new_tokens(prompt, asked, service.defaults.max_tokens, limits, "messages")
+    requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
+    size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")
     params = params_of(service, call, [prompt], [size], limits)
     builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer)
     return await answer(request, service, call, params, builder, meta, [prompt])
@@ -92,7 +93,7 @@ async def answer(
     meta: ResponseMeta,
     prompts: Sequence[Prompt],
 ) -> web.StreamResponse:
-    """Admit, and send what comes."""
+    """Admit the request and send its response."""
     handle = service.open(requests_of(service, call, prompts, params), streaming=call.stream)
     request[ADMITTED] = Admitted(meta.id, meta.model, handle)
     if call.stream:
@@ -110,27 +111,28 @@ def response_meta(
     kind: str,
     chunk_kind: str,
 ) -> ResponseMeta:
-    """Check what both calls share, and name the answer."""
+    """Check the fields that both request types share, and return the fields that all chunks of the response share."""
     if call.request_id is not None:
         request[REQUEST_ID] = call.request_id
-    model = service.served(call.model)
+    model = service.served_name(call.model)
     refuse_contradictions(call)
     return ResponseMeta(f"{prefix}-{request[REQUEST_ID]}", kind, chunk_kind, model, int(time.time()), warnings)
 
 
 async def models(request: web.Request) -> web.Response:
-    """GET /v1/models"""
+    """GET /v1/models: all served names of the model."""
     service = request.app[SERVICE]
     return json_response({"object": "list", "data": [model_card(service, name) for name in service.names]})
 
 
 async def model(request: web.Request) -> web.Response:
-    """GET /v1/models/{id}"""
+    """GET /v1/models/{id}: one served name; 404 for any other."""
     service = request.app[SERVICE]
-    return json_response(model_card(service, service.served(request.match_info["id"])))
+    return json_response(model_card(service, service.served_name(request.match_info["id"])))
 
 
 def model_card(service: OpenAIServing, name: str) -> Json:
+    """A served name as a model object of OpenAI's API."""
     return {
         "id": name,
         "object": "model",
@@ -143,26 +145,26 @@ def model_card(service: OpenAIServing, name: str) -> Json:
 
 
 async def tokenize(request: web.Request) -> web.Response:
-    """POST /tokenize: of a text, or of messages through the chat template."""
+    """POST /tokenize: the token ids of a text, or of messages through the chat template."""
     service = request.app[SERVICE]
     body = await read_object(request, service.large_bodies)
     if body.get("messages") is not None:
         chat, warnings = parse(body, TokenizeChatRequest, service.logged_fields)
-        service.served(chat.model)
+        service.served_name(chat.model)
         limits = service.limits()
         ids = (await chat_prompt(service, chat, limits, max(MAX_COUNTED_TOKENS, limits.max_model_len))).ids
         strings = chat.return_token_strs
     else:
         call, warnings = parse(body, TokenizeRequest, service.logged_fields)
-        service.served(call.model)
+        service.served_name(call.model)
         limits = service.limits()
         refuse_too_long(call.prompt, service.tokenizer, limits, "prompt")
         plain = CompletionRequest(prompt=call.prompt, add_special_tokens=call.add_special_tokens)
-        at_most = max(MAX_COUNTED_TOKENS, limits.max_model_len)
-        ids = (await completion_prompts(service, plain, limits, at_most))[0].ids if call.prompt else []
+        max_prompt_tokens = max(MAX_COUNTED_TOKENS, limits.max_model_len)
+        ids = (await completion_prompts(service, plain, limits, max_prompt_tokens))[0].ids if call.prompt else []
         strings = call.return_token_strs
 
-    def encoded() -> web.Response:
+    def encode() -> web.Response:
         answer: Json = {"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids}
         if strings:
             answer["token_strs"] = [service.tokenizer.piece(token) for token in ids]
@@ -170,30 +172,31 @@ async def tokenize(request: web.Request) -> web.Response:
             answer["warnings"] = warnings
         return json_response(answer)
 
-    return await in_thread(encoded, len(ids))
+    return await in_thread(encode, len(ids))
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    """POST /detokenize"""
+    """POST /detokenize: the text of token ids."""
     service = request.app[SERVICE]
     call, warnings = parse(await read_object(request, service.large_bodies), DetokenizeRequest, service.logged_fields)
-    service.served(call.model)
+    service.served_name(call.model)
     limits = service.limits()
-    if len(call.tokens) > (most := max(MAX_COUNTED_TOKENS, limits.max_model_len)):
-        raise UserError(f"tokens: {len(call.tokens)} ids, this server takes {most} at once; split them", param="tokens")
+    if len(call.tokens) > (max_tokens := max(MAX_COUNTED_TOKENS, limits.max_model_len)):
+        raise UserError(f"tokens: {len(call.tokens)} ids, this server takes {max_tokens} at once; split them", param="tokens")
 
-    def decoded() -> str:
+    def decode() -> str:
         check_ids(call.tokens, limits.vocab_size, "tokens")
         return service.tokenizer.decode_many(call.tokens, skip_special_tokens=False)
 
-    text = await in_thread(decoded, len(call.tokens))
+    text = await in_thread(decode, len(call.tokens))
     return json_response({"prompt": text} | ({"warnings": warnings} if warnings else {}))
 
 
 def add_routes(app: web.Application) -> None:
+    """Add the routes of this module."""
     app.router.add_post("/v1/completions", completions)
     app.router.add_post("/v1/chat/completions", chat_completions)
     app.router.add_get("/v1/models", models)
-    app.router.add_get("/v1/models/{id:.+}", model)  # names may hold slashes
+    app.router.add_get("/v1/models/{id:.+}", model)  # names may contain slashes
     app.router.add_post("/tokenize", tokenize)
     app.router.add_post("/detokenize", detokenize)

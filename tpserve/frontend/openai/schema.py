@@ -1,7 +1,7 @@
-"""The request bodies of the API: what is served, what is known and refused, and what every field may hold.
+"""The request bodies of the API: the supported fields with their ranges, and the known fields that are refused.
 
-A field here is honoured. A known field that is not honoured stands in `NEUTRAL` with the values that ask for nothing; any
-other value is refused by name. What stands nowhere is served with a warning, since clients send extras.
+Every field of a struct here is supported. `NEUTRAL` has the known fields that are not, with their values that have no effect; any
+other value is an error that names the field. An unknown field is a warning, since clients send extras.
 """
 
 from typing import Annotated, Any
@@ -25,16 +25,18 @@ Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MES
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=MAX_CACHE_SALT_CHARS)]
 RequestId = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")]
-"""Printable, so that it may stand in a header and in a log line."""
+"""Printable ASCII, since it appears in a header and in log lines."""
 
 
 class StreamOptions(Struct, frozen=True):
+    """`include_usage`: a last chunk with token counts; `continuous_usage_stats`: counts in every chunk."""
+
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class SamplingFields(Struct, frozen=True, kw_only=True):
-    """What completions and chat share."""
+    """The fields that completions and chat completions share."""
 
     model: str | None = None
     temperature: Temperature = 1.0
@@ -66,11 +68,12 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
-    """POST /v1/completions. The shapes of `prompt` are told apart in `prompts`."""
+    """POST /v1/completions. `prompts.split_prompt` tells the forms of `prompt` apart."""
 
     prompt: str | list[Any]
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
@@ -81,25 +84,27 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
 
     @property
     def num_drawn(self) -> int:
-        """Sequences to generate for a prompt."""
+        """The number of sequences to generate for each prompt."""
         return self.best_of or self.n
 
     @property
     def num_logprobs(self) -> int | None:
+        """The number of top log probabilities per output token; None for none at all. `best_of` needs the drawn token's."""
         return 0 if self.logprobs is None and self.num_drawn > self.n else self.logprobs
 
     @property
     def num_echoed(self) -> int | None:
-        """The most likely tokens to show for each token of an echoed prompt."""
+        """The number of top log probabilities per token of an echoed prompt; None without any."""
         return self.logprobs if self.echo else None
 
     @property
     def num_scored(self) -> int | None:
+        """The number of top log probabilities that the engine computes per prompt token; None without any."""
         return max((count for count in (self.prompt_logprobs, self.num_echoed) if count is not None), default=None)
 
     @property
     def num_shown_scores(self) -> int:
-        """Log probabilities in the answer for each token of a prompt."""
+        """The number of log probabilities in the response for each token of a prompt."""
         return self.n * sum(count + 1 for count in (self.prompt_logprobs, self.num_echoed) if count is not None)
 
 
@@ -117,18 +122,22 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
 
     @property
     def num_drawn(self) -> int:
+        """The number of sequences to generate."""
         return self.n
 
     @property
     def num_logprobs(self) -> int | None:
+        """The number of top log probabilities per output token; None for none at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def num_scored(self) -> int | None:
+        """The number of top log probabilities that the engine computes per prompt token; None without any."""
         return self.prompt_logprobs
 
     @property
     def num_shown_scores(self) -> int:
+        """The number of log probabilities in the response for each token of the prompt."""
         return 0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
 
 
@@ -162,7 +171,7 @@ class DetokenizeRequest(Struct, frozen=True, kw_only=True):
 
 ALIASES = {"rid": "request_id"}
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
-"""Names a client gives its own traffic. They ask for nothing, so they are taken without a warning."""
+"""Labels of a client's own traffic. They have no effect, so they are accepted without a warning."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # sampling
@@ -213,4 +222,4 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
 }
-"""Known fields that are not honoured, and the values that change nothing. null is neutral for every field."""
+"""Known fields that are not supported, and their values without effect. null has no effect for any field."""

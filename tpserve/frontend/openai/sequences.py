@@ -1,8 +1,8 @@
-"""From a checked call and its prompts to the requests that the request table opens.
+"""The engine requests of an API request: one for each choice of each prompt.
 
-Owns how many there are and what tells them apart. The choices of a prompt differ in `choice` alone, except that the first
-one's prompt is scored for all of them; a list of prompts with a seed answers each as if it had come alone. Everything is checked
-in `params_of`, once: what it returns can be admitted.
+Owns their number and their differences. The choices of a prompt differ only in `choice`, except that the prompt is scored once,
+for the first choice. With a seed, each prompt of a list gets the same answer as if it were sent alone. `params_of` does all
+checks, so its result can be admitted.
 """
 
 import secrets
@@ -22,11 +22,11 @@ from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
 
 MAX_SENT_TOKENS = 1 << 23
-"""Prompt tokens of all sequences of a request, which go to the engine in one frame: 32 MiB, half of the frame's bound."""
+"""The prompt tokens of all sequences of a request. One frame carries them to the engine: 32 MiB, half of the frame's bound."""
 MAX_SENT_ALLOWED = 1 << 20
-"""Allowed token ids of all sequences of a request, in the same frame."""
+"""The allowed token ids of all sequences of a request, in the same frame."""
 MAX_SHOWN_SCORES = 1 << 21
-"""Log probabilities of prompts in one answer; with vLLM's shape some 150 MB of JSON."""
+"""The log probabilities of prompts in one answer; in vLLM's format about 150 MB of JSON."""
 
 
 def params_of(
@@ -36,7 +36,7 @@ def params_of(
     sizes: Sequence[int],
     limits: ModelLimits,
 ) -> list[EngineSamplingParams]:
-    """What is asked for each prompt. `sizes`: how many tokens each prompt's choices may have. UserError names a field."""
+    """The sampling parameters of each prompt. `sizes`: `max_tokens` of each prompt. UserError names a field."""
     field = "best_of" if call.num_drawn > call.n else "n"
     service.refuse_too_many(len(prompts) * call.num_drawn, field)
     num_tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -64,7 +64,7 @@ def requests_of(
     prompts: Sequence[Prompt],
     params: Sequence[EngineSamplingParams],
 ) -> list[tuple[Request, Assembler]]:
-    """All choices of all prompts, in order, each with what assembles its output. Without a seed each has one of its own."""
+    """All choices of all prompts, in order, each with the assembler of its output. Without a seed each gets a random one."""
 
     def choices(prompt: Prompt, params: EngineSamplingParams) -> Iterator[tuple[Request, Assembler]]:
         packed, scores = pack(prompt.ids), None if call.num_scored is None else PromptScores(prompt.ids)
@@ -95,7 +95,7 @@ def requests_of(
 
 
 def refuse_too_many_scores(call: CompletionRequest | ChatCompletionRequest, num_tokens: int) -> None:
-    """An answer repeats a prompt's log probabilities in each choice, and must stay of a size that can be built and read."""
+    """UserError when the answer would have too many log probabilities of prompts; every choice repeats those of its prompt."""
     shown = num_tokens * call.num_shown_scores
     if shown > MAX_SHOWN_SCORES:
         field = "prompt_logprobs" if call.prompt_logprobs is not None else "logprobs"

@@ -1,4 +1,4 @@
-"""Checks of token ids that a client sent. Each is one pass in C, for there may be hundreds of thousands."""
+"""Checks of a client's token ids. Each is one pass in C, since there may be hundreds of thousands."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from tpserve.text.tokenizer import Tokenizer
 
 
 def check_ids(ids: Sequence[Any], vocab_size: int, param: str) -> None:
-    """UserError unless all are token ids of the model."""
+    """UserError unless all `ids` are integers in [0, vocab_size)."""
     if not ids:
         return
     if others := set(map(type, ids)) - {int}:
@@ -24,7 +24,7 @@ def check_ids(ids: Sequence[Any], vocab_size: int, param: str) -> None:
 
 
 def refuse_unknown(ids: Sequence[int], tokenizer: Tokenizer, limits: ModelLimits, param: str) -> None:
-    """A tokenizer may know tokens that the model has no embedding for, such as a padding token that was added later."""
+    """UserError for a token of the tokenizer without an embedding in the model, such as a padding token that was added later."""
     if (token := max(ids)) >= limits.vocab_size:
         raise UserError(
             f"{param}: the model has no token {tokenizer.piece(token)!r} (id {token} of its tokenizer, vocabulary of "

@@ -1,4 +1,4 @@
-"""What the HTTP side knows about the engine: one immutable value, replaced whole by whoever follows the coordinator."""
+"""The state of the engine as HTTP and operators see it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """`max_model_len` and `vocab_size` are known once the state is running; `reason` says why the state is stopped."""
+    """A snapshot. `phase` and `percent` (0 to 100) show the progress of a start; `reason` says why the engine stopped.
+
+    `max_model_len` (tokens) and `vocab_size` are None until every rank has loaded its shard.
+    """
 
     state: Literal["starting", "running", "draining", "stopped"]
     phase: str = ""
