@@ -40,7 +40,7 @@ def test_any_schedule_gives_the_same_bits(decoder: Decoder) -> None:
     alone = {r.id: serve(decoder, [r], LIMITS)[0][r.id] for r in make_requests()}
     again = [with_fields(r, id=r.id + 100) for r in make_requests()]
     twice = alone | {id + 100: answer for id, answer in alone.items()}
-    for change in ({"max_num_batched_tokens": 37}, {"depth": 3, "feedback": True, "block_size": 32, "num_blocks": 150}):
+    for change in ({"max_num_batched_tokens": 37}, {"depth": 3, "sync_sampling": True, "block_size": 32, "num_blocks": 150}):
         answers, scheduler = serve(decoder, make_requests() + again, replace(LIMITS, **change))
         assert answers == twice and scheduler.stats().prefix_cache_hits > 0
 

@@ -64,7 +64,7 @@ def test_a_window_changes_what_is_longer_and_nothing_else(decoder: Decoder, alon
     {"max_num_batched_tokens": 16},
     {"max_num_batched_tokens": 37, "max_num_seqs": 3},
     {"block_size": 8},
-    {"depth": 3, "feedback": True, "block_size": 7},
+    {"depth": 3, "sync_sampling": True, "block_size": 7},
 ], ids=str)  # fmt: skip
 def test_any_schedule_gives_the_same_bits(decoder: Decoder, alone: dict[int, Answer], change: dict[str, Any]) -> None:
     """Twice: the second time what a window still sees comes from the prefix cache."""

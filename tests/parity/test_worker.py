@@ -112,7 +112,7 @@ def alone(decoder: Decoder) -> dict[int, Answer]:
     {"max_num_batched_tokens": 16},
     {"max_num_batched_tokens": 37, "max_num_seqs": 3},
     {"block_size": 32, "num_blocks": 100},
-    {"depth": 3, "feedback": True},
+    {"depth": 3, "sync_sampling": True},
     {"depth": 1},
 ], ids=str)  # fmt: skip
 def test_any_schedule_gives_the_same_bits(decoder: Decoder, alone: dict[int, Answer], change: dict[str, int]) -> None:
@@ -120,7 +120,7 @@ def test_any_schedule_gives_the_same_bits(decoder: Decoder, alone: dict[int, Ans
     assert batched == alone
 
 
-@pytest.mark.parametrize("change", [{}, {"max_num_batched_tokens": 37}, {"depth": 3, "feedback": True}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"max_num_batched_tokens": 37}, {"depth": 3, "sync_sampling": True}], ids=str)
 def test_what_comes_from_the_prefix_cache_is_what_would_have_been_computed(
     decoder: Decoder, alone: dict[int, Answer], change: dict[str, int]
 ) -> None:
@@ -165,7 +165,7 @@ def filtering(requests: list[Request], most: int) -> list[Request]:
 def test_filters_see_the_same_in_any_schedule(decoder: Decoder, alone: dict[int, Answer]) -> None:
     requests = filtering(make_requests(), 12)
     single = {r.id: serve(decoder, [r], LIMITS)[0][r.id] for r in requests}
-    for change in ({"max_num_batched_tokens": 37, "max_num_seqs": 3}, {"depth": 3, "feedback": True}):
+    for change in ({"max_num_batched_tokens": 37, "max_num_seqs": 3}, {"depth": 3, "sync_sampling": True}):
         batched, _ = serve(decoder, requests, replace(LIMITS, **change))
         assert batched == single
     changed = [i for i in single if single[i].tokens != alone[i].tokens[:12]]

@@ -19,7 +19,7 @@ def limits(**changes: Any) -> SchedulerConfig:
         "num_blocks": 64,
         "block_size": 4,
     }
-    return SchedulerConfig(**{**sizes, "depth": 2, "feedback": False, "eos_ids": (), **changes})
+    return SchedulerConfig(**{**sizes, "depth": 2, "sync_sampling": False, "eos_ids": (), **changes})
 
 
 def request(id: int, prompt_len: int = 4, max_tokens: int = 4, **params: Any) -> Request:

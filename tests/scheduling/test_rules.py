@@ -29,7 +29,7 @@ def test_without_pipelining_a_plan_is_sent_before_the_result_it_continues_is_app
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_under_pipelining_stage_0_runs_the_next_plan_while_the_last_stage_runs_this_one(stages: int) -> None:
-    sizes = limits(depth=stages + 1, feedback=True)
+    sizes = limits(depth=stages + 1, sync_sampling=True)
     scheduler, device = Scheduler(sizes), SimulatedDevice(sizes, stages=stages)
     for id in range(8):
         scheduler.add(request(id, max_tokens=20), 0.0)
@@ -44,7 +44,7 @@ def test_under_pipelining_stage_0_runs_the_next_plan_while_the_last_stage_runs_t
 
 
 def test_decodes_are_spread_over_the_plans_in_flight() -> None:
-    sizes = limits(depth=3, feedback=True)
+    sizes = limits(depth=3, sync_sampling=True)
     scheduler = Scheduler(sizes)
     for id in range(7):
         scheduler.add(request(id, max_tokens=9), 0.0)
@@ -54,7 +54,7 @@ def test_decodes_are_spread_over_the_plans_in_flight() -> None:
 
 
 def test_a_drawn_token_comes_back_in_the_next_chunk_under_pipelining() -> None:
-    scheduler = Scheduler(limits(depth=3, feedback=True))
+    scheduler = Scheduler(limits(depth=3, sync_sampling=True))
     scheduler.add(request(1), 0.0)
     plan = plan_of(scheduler)
     assert plan.chunks() == [Chunk(0, 0, 4, True)]

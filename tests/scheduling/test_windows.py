@@ -58,7 +58,7 @@ def test_a_sequence_alone_gets_through_with_the_least_it_needs(windows: tuple[in
     for prompt_len, max_tokens in ((1, 25), (25, 1), (13, 13)):
         num_blocks = blocks_of(25, windows, block_size)
         for depth in (1, 3):
-            sizes = limits(windows=windows, num_blocks=num_blocks, block_size=block_size, depth=depth, feedback=depth == 3)
+            sizes = limits(windows=windows, num_blocks=num_blocks, block_size=block_size, depth=depth, sync_sampling=depth == 3)
             scheduler = Scheduler(sizes)
             for id in (1, 2):
                 scheduler.add(request(id, prompt_len, max_tokens), 0.0)
