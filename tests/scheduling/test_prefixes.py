@@ -9,7 +9,7 @@ import pytest
 from msgspec import structs
 
 from tests.scheduling.simulator import SimulatedDevice, SimulatedWorker, continuation, score
-from tests.scheduling.small import answer, limits, plan_of, request, run
+from tests.scheduling.small import config, plan_of, request, run, step_result
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.types.messages import Delta, Done, EngineOutput, PromptLogprobsChunk
 from tpserve.types.packed import pack, unpack
@@ -23,8 +23,8 @@ class Engine:
     how many of their prompts' tokens were in the cache."""
 
     def __init__(self, **changes: Any) -> None:
-        self.scheduler = Scheduler(limits(**changes))
-        self.device = SimulatedDevice(self.scheduler.limits)
+        self.scheduler = Scheduler(config(**changes))
+        self.device = SimulatedDevice(self.scheduler.config)
         self.outputs: list[EngineOutput] = []
         self.plans: list[StepPlan] = []
 
@@ -32,7 +32,7 @@ class Engine:
         for item in requests:
             self.scheduler.add(item, 0.0)
         self.plans = run(self.scheduler, self.device)
-        self.outputs = self.scheduler.take()
+        self.outputs = self.scheduler.take_outputs()
         dones = {o.id: o for o in self.outputs if isinstance(o, Done)}
         assert self.scheduler.stats().blocks_used == 0
         return [dones[item.id] for item in requests]
@@ -93,20 +93,20 @@ def test_without_the_cache_nothing_is_found_or_counted() -> None:
 
 
 def test_choices_wait_for_the_prompt_and_share_it() -> None:
-    scheduler = Scheduler(limits(max_num_batched_tokens=8))
+    scheduler = Scheduler(config(max_num_batched_tokens=8))
     for choice in range(4):
         scheduler.add(prompt(choice, range(13), choice=choice), 0.0)
     first, second = plan_of(scheduler), plan_of(scheduler)
     assert [len(unpack(plan.slots)) for plan in (first, second)] == [1, 1], "the others wait"
     assert scheduler.stats().waiting == 3
-    scheduler.apply(answer(first), 0.0)
-    scheduler.apply(answer(second), 0.0)
+    scheduler.apply(step_result(first), 0.0)
+    scheduler.apply(step_result(second), 0.0)
     assert list(unpack(plan_of(scheduler).counts)) == [1, 1, 1, 1], "one decodes, the others compute what is no full block"
     assert scheduler.stats().blocks_used == 3 + 4, "three shared, and one each"
 
 
 def test_who_shares_nothing_is_not_held_up_by_those_who_wait() -> None:
-    scheduler = Scheduler(limits(max_num_batched_tokens=12))
+    scheduler = Scheduler(config(max_num_batched_tokens=12))
     for item in (prompt(1, range(9)), prompt(2, range(9)), request(3, prompt_len=2)):
         scheduler.add(item, 0.0)
     assert list(unpack(plan_of(scheduler).counts)) == [9, 2]
@@ -114,7 +114,7 @@ def test_who_shares_nothing_is_not_held_up_by_those_who_wait() -> None:
 
 @pytest.mark.parametrize("end", ["abort", "stop"])
 def test_a_promise_ends_with_who_gave_it(end: str) -> None:
-    scheduler = Scheduler(limits(eos_ids=(3,), max_num_batched_tokens=4))
+    scheduler = Scheduler(config(eos_ids=(3,), max_num_batched_tokens=4))
     scheduler.add(prompt(1, range(9)), 0.0)
     scheduler.add(prompt(2, range(9)), 0.0)
     plan = plan_of(scheduler)
@@ -124,17 +124,17 @@ def test_a_promise_ends_with_who_gave_it(end: str) -> None:
     else:
         scheduler.truncate(1, 0, 0.0)
     assert plan_of(scheduler).chunks()[0].start == 0, "nothing is known of the block: computed again"
-    scheduler.apply(answer(plan), 0.0)
+    scheduler.apply(step_result(plan), 0.0)
     assert scheduler.stats().running == 1
 
 
 def test_a_block_is_not_shared_before_its_result_is_applied() -> None:
-    scheduler = Scheduler(limits(depth=3))
+    scheduler = Scheduler(config(depth=3))
     scheduler.add(prompt(1, range(9), params=EngineSamplingParams(max_tokens=9)), 0.0)
     first = plan_of(scheduler)
     scheduler.add(prompt(2, range(9)), 0.0)
     assert len(unpack(plan_of(scheduler).slots)) == 1
-    scheduler.apply(answer(first), 0.0)
+    scheduler.apply(step_result(first), 0.0)
     chunks = plan_of(scheduler).chunks()
     assert [(c.start, c.count) for c in chunks] == [(10, 1), (8, 1)]
 
@@ -232,14 +232,14 @@ def sent(step: int, slot: int, table: Sequence[int], start: int, count: int) -> 
     ],
 )
 def test_the_ledger_worker_notices_wrong_sharing(message: str, plan: StepPlan) -> None:
-    worker = SimulatedWorker(limits())
+    worker = SimulatedWorker(config())
     worker.execute(sent(0, 0, (0, 1), 0, 6))
     with pytest.raises(AssertionError, match=message):
         worker.execute(plan)
 
 
 def test_the_ledger_device_notices_sharing_too_early() -> None:
-    device = SimulatedDevice(replace(limits(), depth=2))
+    device = SimulatedDevice(replace(config(), depth=2))
     device.submit(sent(0, 0, (0, 1), 0, 6), 0.0)
     with pytest.raises(AssertionError, match="before it is known to be full"):
         device.submit(sent(1, 1, (0, 2), 4, 2), 0.0)
