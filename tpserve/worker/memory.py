@@ -64,13 +64,13 @@ def check_weights(mesh: Mesh, spec: ModelSpec, config: EngineConfig, local_ranks
     """
     if mesh.device.type == "cuda":
         total = torch.cuda.get_device_properties(mesh.device).total_memory
-        kept, sharers = int(total * (1 - config.gpu_memory_utilization)), devices.sharers(mesh.device, local_ranks)
+        kept, sharers = int(total * (1 - config.gpu_memory_utilization)), devices.ranks_on_gpu(mesh.device, local_ranks)
     else:
         total, kept, sharers = free, 0, local_ranks
     weights = sizing.weight_bytes(spec, config, mesh.rank)
     mine = MemoryProfile(total, total - free, (free - kept) // sharers, weights, 0, 0, 0, free // sharers, 0)
     ranks = _gather(mesh, mine)
-    refused = sizing.weights_refusal(ranks, spec, config, devices.places(mesh.device, local_ranks))
+    refused = sizing.weights_refusal(ranks, spec, config, devices.ranks_per_node(mesh.device, local_ranks))
     if refused is not None:
         _explain(mesh, refused[0])
         raise refused[1]
@@ -90,17 +90,17 @@ def room_for(what: str, mesh: Mesh, spec: ModelSpec, config: EngineConfig, local
         others = total - free - ours
         share = int(total * config.gpu_memory_utilization) - others
         rank = MemoryProfile(total, others, share, weights, max(0, ours - weights), 0, 0, free, 0)
-        log.error(devices.occupants(mesh.device))
+        log.error(devices.describe_memory(mesh.device))
         raise UserError(
             f"GPU {mesh.device.index} ran out of memory while {what}: {size(total)} in all, {size(ours)} taken by rank "
             f"{mesh.rank} (weights {size(weights)}), {size(others)} by others and the driver: pass "
-            f"{sizing.wider(rank, spec, config, devices.places(mesh.device, local_ranks))}, or a smaller "
+            f"{sizing.wider(rank, spec, config, devices.ranks_per_node(mesh.device, local_ranks))}, or a smaller "
             f"--max-num-batched-tokens than {config.max_num_batched_tokens}"
         ) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise UserError(f"rank {mesh.rank} ran out of memory while {what}: {devices.occupants(mesh.device)}") from error
+        raise UserError(f"rank {mesh.rank} ran out of memory while {what}: {devices.describe_memory(mesh.device)}") from error
 
 
 def measure(
@@ -120,7 +120,7 @@ def measure(
     ranks = _gather(mesh, measured(trial, mesh, config, local_ranks, weights, block))
     found = sizing.fit_kv_cache(ranks, decoder.spec, config)
     ledgers = [sizing.ledger_of(rank, found, config) for rank in ranks]
-    refused = sizing.refusal(found, ranks, decoder.spec, config, devices.places(mesh.device, local_ranks))
+    refused = sizing.refusal(found, ranks, decoder.spec, config, devices.ranks_per_node(mesh.device, local_ranks))
     if refused is not None:
         _explain(mesh, found.rank, sizing.ledger_line(found.rank, ledgers[found.rank], config))
         raise refused
@@ -134,7 +134,7 @@ def _gather(mesh: Mesh, mine: MemoryProfile) -> list[MemoryProfile]:
 def _explain(mesh: Mesh, rank: int, *lines: str) -> None:
     """The rank that decides says what is on its device; the others wait for it, so that the error comes last."""
     if mesh.rank == rank:
-        for line in (*lines, devices.occupants(mesh.device)):
+        for line in (*lines, devices.describe_memory(mesh.device)):
             log.error(line)
     mesh.world.min(0)
 
@@ -160,7 +160,7 @@ def _measured_cuda(
     torch.cuda.empty_cache()
     mesh.world.min(0)  # ranks that share the card have loaded and given back what they tried
     free, total = torch.cuda.mem_get_info()
-    sharers = devices.sharers(mesh.device, local_ranks)
+    sharers = devices.ranks_on_gpu(mesh.device, local_ranks)
     held = torch.cuda.memory_allocated()
     others = max(0, total - free - sharers * torch.cuda.memory_reserved())  # processes not ours, CUDA's contexts, NCCL's buffers
     share = (int(total * config.gpu_memory_utilization) - others) // sharers
