@@ -100,7 +100,7 @@ def run_rank(
         at_failure=partial(_clean_up, env, frontend_address),
     )
     rank_agent.report_log(log_buffer)
-    log_buffer.alarm = rank_agent.nudge
+    log_buffer.on_error = rank_agent.nudge
     rank_agent.start()
     if env.runtime_dir is None:
         _end_stopped_neighbours(env, frontend_address, rank_agent)

@@ -56,6 +56,7 @@ def examine(kinds: Sequence[Product], known: Known, budget_s: float, clock: Call
     noise = torch.randn(max(ROWS), max(kind.width for kind, _ in todo), generator=torch.Generator().manual_seed(0))
     alone: dict[str, tuple[torch.Tensor, float]] = {}
     largest, per_size = 0, 0.0  # of the largest product tested: its size, and seconds for a row alone divided by the size
+    # time relative to a row alone: measured with the largest product, else proportional to the rows
     longer = {rows: rows / PADDED_ROWS for rows in (*ROWS, *MORE_ROWS)}
 
     def timed(kind: Product, x_TK: torch.Tensor) -> tuple[torch.Tensor, float]:
