@@ -9,11 +9,11 @@ from tpserve.observe.start_timer import StartTimer, start_time_s
 
 LAPS = """
 import os, time
-from tpserve.observe.start_timer import Stopwatch
-watch = Stopwatch(os.getppid())
+from tpserve.observe.start_timer import StartTimer
+watch = StartTimer(os.getppid())
 time.sleep(0.25)
-watch.lap("torch")
-watch.lap("mesh")
+watch.mark("torch")
+watch.mark("mesh")
 print(watch.line())
 """
 

@@ -293,10 +293,8 @@ class _ServingRank:
         remote = None
         if keyring is not None:
             curve_server = keyring.curve_server(rank_role(0), self._config.layout.world_size)
-            remote, zap_authenticator = (
-                TcpEndpoint(tcp(frontend_address.address, ports), curve_server),
-                ZapAuthenticator(curve_server.allowed),
-            )
+            remote = TcpEndpoint(tcp(frontend_address.address, ports), curve_server)
+            zap_authenticator = ZapAuthenticator(curve_server.allowed)
         plans = PlanBroadcaster(frontend_address.endpoint("plan"), remote)
         results = ResultReceiver(frontend_address.endpoint("result"), remote)
         endpoints = {"store": store_address, "plan": plans.endpoint, "result": results.endpoint}
