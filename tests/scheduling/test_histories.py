@@ -1,4 +1,4 @@
-"""Random histories of arrivals, aborts, cuts and late results under tight limits, over the simulated device.
+"""Random histories of arrivals, aborts, truncations and late results under tight limits, over the simulated device.
 
 Prompts are cut from a few stems, so that prefixes are shared, now and then by all choices of a request.
 Of any history must hold: every Add has one Done, its tokens and scores are those of an undisturbed run alone, nothing is held
@@ -92,7 +92,7 @@ class History:
         return True
 
     def run(self, max_steps: int = 100_000) -> None:
-        """Fill the flights, apply one, and so on to the end."""
+        """Schedule as far ahead as allowed, apply one result, repeat until idle."""
         for _ in range(max_steps):
             while self.schedule():
                 pass
@@ -103,7 +103,7 @@ class History:
         assert self.scheduler.idle, "work is left and nothing is planned"
 
     def check(self) -> None:
-        """At idle: one Done each, the tokens of an undisturbed run, nothing held."""
+        """When idle: one Done per request, the tokens of a run alone, no slot and no block in use."""
         assert self.dones.keys() == self.requests.keys()
         for id, request in self.requests.items():
             self._check_request(request, self.outputs[id], self.dones[id])
@@ -167,7 +167,7 @@ class History:
 
 
 def scenario(seed: int) -> tuple[SchedulerConfig, list[Operation]]:
-    """Limits that bite, and 10 to 80 operations on requests of which most, not all, can be served."""
+    """Tight limits, and 10 to 80 operations on requests; most of them, not all, can be served."""
     random = Random(seed)
     windows = tuple(random.choice([None, None, random.randint(1, 12)]) for _ in range(random.choice([1, 1, 2, 3])))
     config = SchedulerConfig(
@@ -201,7 +201,7 @@ def scenario(seed: int) -> tuple[SchedulerConfig, list[Operation]]:
 
 
 def a_request(random: Random, id: int, capacity: int) -> Request:
-    """Now and then one that a fault interrupted, with the output the engine itself drew before, or one that cannot fit."""
+    """A request; sometimes one resubmitted after a crash with its output so far, sometimes one that cannot fit."""
     prompt_len = random.randint(0 if random.random() < 0.05 else 1, max(1, capacity - random.randint(0, 6)))
     room = max(capacity - prompt_len, 0)
     params = EngineSamplingParams(
@@ -219,7 +219,7 @@ def a_request(random: Random, id: int, capacity: int) -> Request:
 
 
 def choices_of(random: Random, request: Request) -> list[Request]:
-    """Now and then further choices of a request, which come with it."""
+    """Sometimes further choices of a request, which arrive with it."""
     count = random.choice([0, 0, 0, 0, 1, 3])
     return [msgspec.structs.replace(request, id=1000 * i + request.id, choice=request.choice + i) for i in range(1, count + 1)]
 
@@ -264,7 +264,7 @@ def skipped(plan: StepPlan, new_sequence: NewSequence, config: SchedulerConfig) 
 
 
 def test_the_histories_reach_every_corner() -> None:
-    """The generator is part of the test: what it never produces is not tested."""
+    """The generator is part of the test: a case that it never produces is not tested."""
     seen: Counter[str] = Counter()
     for seed in range(200):
         history = play(seed)

@@ -1,4 +1,4 @@
-"""Who comes first: lower priority numbers, then the order of arrival; and who gives way."""
+"""Priorities: lower numbers first, then the order of arrival; and which sequences are preempted."""
 
 import pytest
 from msgspec import structs
@@ -21,7 +21,7 @@ def prompts(plan: StepPlan) -> list[int]:
     return [unpack(a.tokens)[0] // 1000 for a in plan.new_sequences]
 
 
-def test_lower_numbers_are_admitted_first_and_equal_ones_as_they_came() -> None:
+def test_lower_numbers_are_admitted_first_and_equal_ones_in_order_of_arrival() -> None:
     scheduler = Scheduler(config(max_num_seqs=1, depth=1))
     for id, priority in enumerate([0, 7, -3, 7, 0, -3]):
         scheduler.add(ranked(id, priority, max_tokens=1), 0.0)
@@ -33,7 +33,7 @@ def test_lower_numbers_are_admitted_first_and_equal_ones_as_they_came() -> None:
     assert order == [2, 5, 0, 4, 1, 3]
 
 
-def test_who_waits_for_a_slot_takes_it_from_the_last_of_a_higher_number() -> None:
+def test_a_missing_slot_preempts_the_last_sequence_of_a_higher_number() -> None:
     scheduler = Scheduler(config(max_num_seqs=2))
     scheduler.add(ranked(1, 5, max_tokens=9), 0.0)
     scheduler.add(ranked(2, 5, max_tokens=9), 0.0)
@@ -49,7 +49,7 @@ def test_who_waits_for_a_slot_takes_it_from_the_last_of_a_higher_number() -> Non
     assert scheduler.stats().preemptions == 1
 
 
-def test_as_many_give_way_as_must_and_come_back_in_their_order() -> None:
+def test_only_as_many_as_needed_are_preempted_and_resume_in_order() -> None:
     sizes = config(num_blocks=8, max_num_seqs=8)
     scheduler, device = Scheduler(sizes), SimulatedDevice(sizes)
     for id in (1, 2, 3):
@@ -65,8 +65,8 @@ def test_as_many_give_way_as_must_and_come_back_in_their_order() -> None:
     assert [o.finish for o in scheduler.take_outputs() if isinstance(o, Done)] == ["length"] * 4
 
 
-def test_nobody_gives_way_for_nothing() -> None:
-    """What could be freed is not enough, so the lower one waits for those of its own number."""
+def test_no_preemption_that_frees_too_few_blocks() -> None:
+    """Preemption would free too few blocks, so the request waits for sequences of its own number."""
     scheduler = Scheduler(config(num_blocks=8))
     scheduler.add(ranked(1, 0, prompt_len=19, max_tokens=2), 0.0)
     scheduler.add(ranked(2, 9, prompt_len=3, max_tokens=2), 0.0)
@@ -75,7 +75,7 @@ def test_nobody_gives_way_for_nothing() -> None:
     assert prompts(plan_of(scheduler)) == [] and scheduler.stats().preemptions == 0
 
 
-def test_on_shortage_the_highest_number_gives_way_whenever_it_came() -> None:
+def test_a_shortage_preempts_the_highest_number_whenever_it_arrived() -> None:
     scheduler = Scheduler(config(num_blocks=6, block_size=2, depth=1))
     for id, priority in ((1, 2), (2, 0), (3, 1)):
         scheduler.add(ranked(id, priority, prompt_len=1, max_tokens=7), 0.0)
@@ -99,7 +99,7 @@ def test_prompts_in_progress_are_computed_in_order() -> None:
 
 
 @pytest.mark.parametrize(("owner", "waits"), [(0, True), (1, True), (2, False)])
-def test_a_prefix_is_awaited_from_those_who_come_first_only(owner: int, waits: bool) -> None:
+def test_a_sequence_waits_for_a_prefix_of_equal_or_higher_priority_only(owner: int, waits: bool) -> None:
     scheduler = Scheduler(config())
     first = ranked(1, owner, prompt_len=9)
     scheduler.add(first, 0.0)

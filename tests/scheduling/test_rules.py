@@ -1,4 +1,4 @@
-"""The rules of plans in flight one by one, on histories small enough to read."""
+"""The rules of plans in flight, one at a time, on histories small enough to read."""
 
 from itertools import pairwise
 from typing import Any
@@ -53,7 +53,7 @@ def test_decodes_are_spread_over_the_plans_in_flight() -> None:
     assert scheduler.schedule(0.0) is None, "three plans are in flight"
 
 
-def test_a_drawn_token_comes_back_in_the_next_chunk_under_pipelining() -> None:
+def test_a_sampled_token_comes_back_in_the_next_chunk_under_pipelining() -> None:
     scheduler = Scheduler(config(depth=3, sync_sampling=True))
     scheduler.add(request(1), 0.0)
     plan = plan_of(scheduler)
@@ -84,7 +84,7 @@ def test_known_ends_are_never_planned_past() -> None:
     assert [type(o) for o in scheduler.take_outputs()] == [Delta, Delta, Done]
 
 
-def test_a_stop_drops_what_was_drawn_past_it_and_keeps_the_slot_until_then() -> None:
+def test_a_stop_drops_later_tokens_and_keeps_the_slot_until_they_arrive() -> None:
     scheduler = Scheduler(config(eos_ids=(3,), max_num_seqs=1))
     scheduler.add(request(1), 0.0)
     scheduler.add(request(2), 0.0)
@@ -134,7 +134,7 @@ def test_an_abort_frees_blocks_within_a_step() -> None:
     assert [o.finish for o in scheduler.take_outputs() if isinstance(o, Done)] == ["abort", "abort"]
 
 
-def test_a_cut_counts_the_tokens_its_client_kept() -> None:
+def test_a_truncated_request_counts_the_tokens_of_its_client() -> None:
     scheduler = Scheduler(config(depth=1))
     scheduler.add(request(1, max_tokens=9), 0.0)
     for _ in range(4):
@@ -145,7 +145,7 @@ def test_a_cut_counts_the_tokens_its_client_kept() -> None:
     assert len(done) == 1 and isinstance(done[0], Done) and (done[0].finish, done[0].num_tokens) == ("stop", 2)
 
 
-def test_on_shortage_results_come_in_first_and_then_the_youngest_waits() -> None:
+def test_a_shortage_waits_for_results_and_then_preempts_the_youngest() -> None:
     scheduler = Scheduler(config(num_blocks=6, block_size=2))
     for id in (1, 2, 3):
         scheduler.add(request(id, prompt_len=1, max_tokens=7), 0.0)
@@ -163,7 +163,7 @@ def test_on_shortage_results_come_in_first_and_then_the_youngest_waits() -> None
     assert (scheduler.stats().preemptions, scheduler.stats().waiting) == (1, 1)
 
 
-def test_the_preempted_one_comes_back_first_with_its_output() -> None:
+def test_a_preempted_sequence_resumes_first_and_keeps_its_output() -> None:
     sizes = config(num_blocks=6, block_size=2, max_num_seqs=3)
     scheduler, device = Scheduler(sizes), SimulatedDevice(sizes)
     for id in range(4):
@@ -174,7 +174,7 @@ def test_the_preempted_one_comes_back_first_with_its_output() -> None:
     assert [o.id for o in scheduler.take_outputs() if isinstance(o, Done)] == [0, 1, 2, 3]
 
 
-def test_an_admission_leaves_a_block_for_each_that_will_grow() -> None:
+def test_an_admission_reserves_a_block_for_each_growing_sequence() -> None:
     scheduler = Scheduler(config(num_blocks=4, block_size=2))
     scheduler.add(request(1, prompt_len=4, max_tokens=4), 0.0)
     scheduler.add(request(2, prompt_len=4, max_tokens=4), 0.0)
@@ -228,7 +228,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_no_rank_could_compute_is_refused_before_it_is_planned(name: str) -> None:
+def test_invalid_content_is_refused_before_it_is_planned(name: str) -> None:
     fields = dict(HOSTILE[name])
     prompt, seed = fields.pop("prompt", pack([1, 2])), fields.pop("seed", 0)
     scheduler = Scheduler(config(vocab_size=1000))
@@ -283,7 +283,7 @@ def test_phase_times_and_totals() -> None:
     assert (stats.steps, stats.prompt_tokens, stats.generation_tokens, stats.preemptions) == (3, 4, 3, 0)
 
 
-def test_results_out_of_order_are_our_bug() -> None:
+def test_results_out_of_order_are_an_assertion_error() -> None:
     scheduler = Scheduler(config())
     scheduler.add(request(1), 0.0)
     plan_of(scheduler)

@@ -1,4 +1,4 @@
-"""Cache groups with a window, one rule at a time: what they hold, when they give it back, what is found of it again."""
+"""Rules of cache groups with a window, one at a time: allocation, freeing, prefix cache."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def peak(windows: tuple[int | None, ...], prompt_len: int, max_tokens: int, dept
 
 
 @pytest.mark.parametrize("window", [2, 3, 4, 5, 10])
-def test_a_group_holds_its_window_and_the_chunks_in_flight(window: int) -> None:
+def test_a_group_allocates_its_window_and_the_chunks_in_flight(window: int) -> None:
     for depth in (1, 2, 3):
         held = peak((window,), prompt_len=60, max_tokens=1, depth=depth)
         assert held <= -(-(window - 1) // 4) + depth * 2, "what the first position of the oldest chunk sees, and the chunks"
@@ -41,7 +41,7 @@ def test_a_group_holds_its_window_and_the_chunks_in_flight(window: int) -> None:
         assert peak((None, window), prompt_len=60, max_tokens=1, depth=depth) == 15 + held
 
 
-def test_what_no_position_sees_goes_back_when_the_result_is_applied() -> None:
+def test_blocks_outside_the_window_are_freed_when_the_result_is_applied() -> None:
     scheduler = Scheduler(config(windows=(5,), max_num_batched_tokens=8))
     scheduler.add(request(1, prompt_len=30), 0.0)
     first, second = plan_of(scheduler), plan_of(scheduler)
@@ -54,7 +54,7 @@ def test_what_no_position_sees_goes_back_when_the_result_is_applied() -> None:
 
 @pytest.mark.parametrize("block_size", [1, 3, 4])
 @pytest.mark.parametrize("windows", [(1,), (7,), (None, 5), (4, None, 9), (2, 3), (30, None)])
-def test_a_sequence_alone_gets_through_with_the_least_it_needs(windows: tuple[int | None, ...], block_size: int) -> None:
+def test_a_sequence_alone_completes_with_min_blocks(windows: tuple[int | None, ...], block_size: int) -> None:
     for prompt_len, max_tokens in ((1, 25), (25, 1), (13, 13)):
         num_blocks = blocks_of(25, windows, block_size)
         for depth in (1, 3):
@@ -73,7 +73,7 @@ def test_a_sequence_alone_gets_through_with_the_least_it_needs(windows: tuple[in
 
 
 def test_a_window_leaves_room_for_others() -> None:
-    """Of the same blocks, two groups that keep every position hold two of these sequences, one and a window four."""
+    """With equal blocks, two groups without windows run two of these sequences; one with and one without a window run four."""
     together = []
     for windows in ((None, None), (None, 4)):
         scheduler = Scheduler(config(windows=windows, num_blocks=56, depth=1, max_num_batched_tokens=40))
@@ -88,7 +88,7 @@ def test_a_window_leaves_room_for_others() -> None:
     assert together == [2, 4]
 
 
-def test_a_prompt_that_runs_short_gets_a_smaller_chunk_and_waits_when_there_is_none() -> None:
+def test_a_prefill_short_of_blocks_gets_a_smaller_chunk_or_waits() -> None:
     scheduler = Scheduler(config(windows=(8,), num_blocks=7, max_num_batched_tokens=16, depth=3))
     scheduler.add(request(1, prompt_len=60), 0.0)
     first, second = plan_of(scheduler), plan_of(scheduler)
@@ -99,7 +99,7 @@ def test_a_prompt_that_runs_short_gets_a_smaller_chunk_and_waits_when_there_is_n
     assert scheduler.stats().preemptions == 0
 
 
-def test_who_gets_no_block_does_not_keep_others_from_computing() -> None:
+def test_a_prefill_without_blocks_does_not_stop_others() -> None:
     scheduler = Scheduler(config(windows=(8,), num_blocks=8, max_num_batched_tokens=40, depth=2))
     scheduler.add(request(1, prompt_len=4, max_tokens=8), 0.0)
     scheduler.add(request(2, prompt_len=60), 0.0)
@@ -111,7 +111,7 @@ def test_who_gets_no_block_does_not_keep_others_from_computing() -> None:
 
 
 def test_a_prompt_is_admitted_when_its_window_fits() -> None:
-    """Three blocks with a window of eight, however long it is; then as much of it as there are blocks."""
+    """A window of eight requires three blocks for any prompt; the first chunk then uses the blocks that are free."""
     for num_blocks, counts in ((4, [1]), (5, [1, 12]), (6, [1, 16]), (9, [1, 23])):
         scheduler = Scheduler(config(windows=(8,), num_blocks=num_blocks, max_num_batched_tokens=24))
         scheduler.add(request(1, prompt_len=1, max_tokens=30), 0.0)
@@ -132,8 +132,8 @@ def test_a_prefix_is_found_by_its_window() -> None:
     assert engine.cached(prompt(3, [*range(10), 99], params=ONE)) == [8], "given back, and not needed since"
 
 
-def test_without_its_window_a_prefix_is_of_no_use() -> None:
-    """The longest prefix of which all is there that can be seen: not the longest that the full group knows."""
+def test_a_prefix_without_its_window_is_not_shared() -> None:
+    """The match is the longest prefix whose visible blocks are all cached, which may be shorter than the full group's."""
     engine = Engine(windows=(None, 6), num_blocks=16, max_num_batched_tokens=4)
     engine.ask(prompt(1, range(33), params=ONE))  # eight blocks and two
     engine.ask(prompt(2, range(100, 103), params=EngineSamplingParams(max_tokens=6)))
@@ -171,15 +171,15 @@ def more(step: int, slot: int, start: int, count: int, blocks: Sequence[Sequence
         ("there are no blocks", sent(1, 1, [(0, 1, 5), (0, 3, 6)], 8, 4)),
     ],
 )
-def test_the_ledger_worker_notices_wrong_windows(message: str, plan: StepPlan) -> None:
+def test_the_simulated_worker_notices_wrong_windows(message: str, plan: StepPlan) -> None:
     worker = SimulatedWorker(config(windows=(None, 1 if "there are" in message else 2)))
     worker.execute(sent(0, 0, [(0, 1, 2), (8, 9)], 0, 8))
     with pytest.raises(AssertionError, match=message):
         worker.execute(plan)
 
 
-def test_the_ledger_worker_notices_what_a_window_lost() -> None:
-    """Of positions 4 and 5 the first is no longer seen from 8 on by a window of four, and a window of five reads on."""
+def test_the_simulated_worker_notices_a_lost_block_of_a_window() -> None:
+    """From position 8 on, a window of four no longer sees position 4, but a window of five does."""
     for window in (4, 5):
         worker = SimulatedWorker(config(windows=(window,)))
         worker.execute(sent(0, 0, [(0, 1)], 0, 8))
@@ -192,8 +192,8 @@ def test_the_ledger_worker_notices_what_a_window_lost() -> None:
                 worker.execute(more(2, 0, 8, 3, [(2,)]))
 
 
-def test_the_ledger_device_notices_what_is_given_back_too_early() -> None:
-    """Until the result is there, all that the first position in flight sees: of 0 to 7 everything, from 8 on position 4."""
+def test_the_simulated_device_notices_an_early_free() -> None:
+    """Until the result arrives, blocks that the first position in flight sees stay allocated."""
     for window, applied, early in ((5, False, True), (4, True, False), (4, False, True)):
         device = SimulatedDevice(config(windows=(window,), depth=3))
         device.submit(sent(0, 0, [(0, 1)], 0, 8), 0.0)
