@@ -125,7 +125,7 @@ def table_of(plan: StepPlan, group: int) -> list[int]:
 
 def test_a_prefix_is_found_by_its_window() -> None:
     engine = Engine(windows=(None, 6), max_num_batched_tokens=8)
-    engine.ask(prompt(1, range(30), params=ONE))
+    engine.serve(prompt(1, range(30), params=ONE))
     assert engine.cached(prompt(2, [*range(24), 99], params=ONE)) == [24]
     plan = engine.plans[0]
     assert 0 not in table_of(plan, 0)[1:] and table_of(plan, 1)[:4] == [0] * 4, "position 24 sees 19 to 24"
@@ -135,12 +135,12 @@ def test_a_prefix_is_found_by_its_window() -> None:
 def test_a_prefix_without_its_window_is_not_shared() -> None:
     """The match is the longest prefix whose visible blocks are all cached, which may be shorter than the full group's."""
     engine = Engine(windows=(None, 6), num_blocks=16, max_num_batched_tokens=4)
-    engine.ask(prompt(1, range(33), params=ONE))  # eight blocks and two
-    engine.ask(prompt(2, range(100, 103), params=EngineSamplingParams(max_tokens=6)))
+    engine.serve(prompt(1, range(33), params=ONE))  # eight blocks and two
+    engine.serve(prompt(2, range(100, 103), params=EngineSamplingParams(max_tokens=6)))
     shorter = prompt(3, [*range(20), 99], params=ONE)
     assert engine.cached(structs.replace(shorter, id=4)) == [0], "given back first, and taken first"
     engine = Engine(windows=(None, 6), num_blocks=16, max_num_batched_tokens=4)
-    engine.ask(prompt(1, range(33), params=ONE))
+    engine.serve(prompt(1, range(33), params=ONE))
     assert engine.cached(prompt(5, [*range(32), 99], params=ONE)) == [32]
 
 

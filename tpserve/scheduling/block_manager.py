@@ -37,13 +37,13 @@ class PrefixMatch:
     """What the prefix cache holds for a waiting sequence.
 
     `shared`: number of leading blocks that are cached, counting only blocks that a position after them sees. `free`: how many of
-    them are in no table. `next`: hash of the first full block that is not cached, b"" without one. `pending`: a running
+    them are in no table. `next_hash`: hash of the first full block that is not cached, b"" without one. `pending`: a running
     sequence computes that block.
     """
 
     shared: int = 0
     free: int = 0
-    next: bytes = b""
+    next_hash: bytes = b""
     pending: bool = False
 
 
@@ -83,7 +83,9 @@ class BlockManager:
 
     def num_allocated(self, sequence: Sequence) -> int:
         """Number of blocks in a running sequence's tables."""
-        return sum(map(len, sequence.tables)) - sum(self._first(sequence.computed, window) for _, window in self._windowed)
+        return sum(map(len, sequence.tables)) - sum(
+            self._first_visible(sequence.computed, window) for _, window in self._windowed
+        )
 
     def num_new_blocks(self, sequence: Sequence, positions: int) -> int:
         """Number of blocks to allocate before a running sequence can hold its first `positions` positions."""
@@ -107,7 +109,7 @@ class BlockManager:
         known = self._config.blocks_for(sequence.known)
         need = match.free + len(self._full) * (known - match.shared)
         for _, window in self._windowed:
-            first = self._first(match.shared * self._size, window)
+            first = self._first_visible(match.shared * self._size, window)
             need += min(first + most_blocks(sequence.known, window, self._size), known) - match.shared
         return need
 
@@ -124,7 +126,7 @@ class BlockManager:
         taken += num_windowed * (first_chunk - match.shared)
         return AdmissionPlan(count, taken, num_full * (final > known) + num_windowed * (final > first_chunk))
 
-    def _first(self, position: int, window: int | None) -> int:
+    def _first_visible(self, position: int, window: int | None) -> int:
         return first_block(position, window, self._size)
 
     # prefix cache
@@ -134,39 +136,39 @@ class BlockManager:
         if not self._config.prefix_caching or sequence.needs_scores:
             return PrefixMatch()
         if self._is_pending(sequence, sequence.pending_prefix):
-            return PrefixMatch(next=sequence.pending_prefix, pending=True)
+            return PrefixMatch(next_hash=sequence.pending_prefix, pending=True)
         length = len(sequence.tokens)
-        chain = self._block_hashes(sequence, length // self._size)
-        shared = self._num_cached_in_windows(chain, self._num_cached(chain, (length - 1) // self._size))
-        free = sum(self._pool.is_free(block) for _, block in self._shared_blocks(chain, shared))
-        if shared == len(chain) or self._is_cached(chain[shared]):
+        hashes = self._block_hashes(sequence, length // self._size)
+        shared = self._num_cached_in_windows(hashes, self._num_cached(hashes, (length - 1) // self._size))
+        free = sum(self._pool.is_free(block) for _, block in self._shared_blocks(hashes, shared))
+        if shared == len(hashes) or self._is_cached(hashes[shared]):
             return PrefixMatch(shared, free)
-        sequence.pending_prefix = chain[shared]
-        return PrefixMatch(shared, free, chain[shared], self._is_pending(sequence, chain[shared]))
+        sequence.pending_prefix = hashes[shared]
+        return PrefixMatch(shared, free, hashes[shared], self._is_pending(sequence, hashes[shared]))
 
-    def _num_cached(self, chain: list[bytes], most: int) -> int:
+    def _num_cached(self, hashes: list[bytes], most: int) -> int:
         """Number of leading blocks, up to `most`, that are cached in all groups without a window."""
         for group in self._full:
-            most = next((index for index in range(most) if self._pool.find(group, chain[index]) is None), most)
+            most = next((index for index in range(most) if self._pool.find(group, hashes[index]) is None), most)
         return most
 
-    def _num_cached_in_windows(self, chain: list[bytes], most: int) -> int:
+    def _num_cached_in_windows(self, hashes: list[bytes], most: int) -> int:
         """The largest number of leading blocks, up to `most`, such that each group has cached all that its window sees next."""
-        known = [(self._pool.cached_mask(group, chain[:most]), window) for group, window in self._windowed]
+        known = [(self._pool.cached_mask(group, hashes[:most]), window) for group, window in self._windowed]
         shared = most
         while True:
             before = shared
             for blocks, window in known:
-                gap = blocks.rfind(0, self._first(shared * self._size, window), shared)
+                gap = blocks.rfind(0, self._first_visible(shared * self._size, window), shared)
                 if gap >= 0:
                     shared = blocks.rfind(1, 0, gap) + 1
             if shared == before:
                 return shared
 
-    def _shared_blocks(self, chain: list[bytes], shared: int) -> Iterator[tuple[int, int]]:
+    def _shared_blocks(self, hashes: list[bytes], shared: int) -> Iterator[tuple[int, int]]:
         """(group, block) for each block that a sequence shares when it begins with `shared` cached blocks, table by table."""
         for group, window in self._groups:
-            for hash in chain[self._first(shared * self._size, window) : shared]:
+            for hash in hashes[self._first_visible(shared * self._size, window) : shared]:
                 block = self._pool.find(group, hash)
                 assert block is not None, "a matched block is still cached"
                 yield group, block
@@ -185,14 +187,14 @@ class BlockManager:
     def share(self, sequence: Sequence, count: int) -> None:
         """Start the tables with `count` cached blocks and register the full blocks after them as pending prefixes."""
         sequence.computed = count * self._size
-        sequence.tables = tuple([0] * self._first(sequence.computed, window) for _, window in self._groups)
+        sequence.tables = tuple([0] * self._first_visible(sequence.computed, window) for _, window in self._groups)
         if not self._config.prefix_caching:
             return
-        chain = self._block_hashes(sequence, len(sequence.tokens) // self._size)
-        for group, block in self._shared_blocks(chain, count):
+        hashes = self._block_hashes(sequence, len(sequence.tokens) // self._size)
+        for group, block in self._shared_blocks(hashes, count):
             self._pool.share(block)
             sequence.tables[group].append(block)
-        for hash in chain[count:]:
+        for hash in hashes[count:]:
             if (owner := self._pending_prefixes.get(hash)) is None or owner.ended:
                 self._pending_prefixes[hash] = sequence
 
@@ -226,7 +228,7 @@ class BlockManager:
                     self._pool.publish(sequence.tables[group][index], group, hash)
                 self._drop_pending(sequence, hash)
         for group, window in self._windowed:
-            old, first, table = self._first(before, window), self._first(computed, window), sequence.tables[group]
+            old, first, table = self._first_visible(before, window), self._first_visible(computed, window), sequence.tables[group]
             if old < first:
                 self._pool.release(reversed(table[old:first]))
                 table[old:first] = [0] * (first - old)
@@ -234,7 +236,7 @@ class BlockManager:
 
     def free(self, sequence: Sequence) -> None:
         """Free all blocks. Full ones stay cached until they are allocated again, the end of a prefix before its beginning."""
-        tables = [sequence.tables[group][self._first(sequence.computed, window) :] for group, window in self._groups]
+        tables = [sequence.tables[group][self._first_visible(sequence.computed, window) :] for group, window in self._groups]
         rows = zip_longest(*map(reversed, tables), fillvalue=None)
         self._pool.release(block for row in rows for block in row if block is not None)
         for hash in sequence.hashes[sequence.computed // self._size :]:

@@ -78,7 +78,7 @@ class SchedulingPolicy:
         room_bytes = self._config.max_admission_bytes
         for sequence in self._waiting:
             match = self._blocks.match(sequence)
-            if match.pending or match.next in prefixes_in_batch:
+            if match.pending or match.next_hash in prefixes_in_batch:
                 continue
             admission = self._blocks.plan_admission(sequence, match, budget, free - reserve) if slots else None
             if admission is None:
@@ -93,8 +93,8 @@ class SchedulingPolicy:
             slots -= 1
             free -= admission.taken
             reserve += admission.reserve
-            if match.next:
-                prefixes_in_batch.add(match.next)
+            if match.next_hash:
+                prefixes_in_batch.add(match.next_hash)
         return None
 
     def _can_preempt_for(self, blocked: Sequence) -> bool:
