@@ -289,7 +289,7 @@ def test_an_error_is_told_at_once(coordinator: Coordinator, monkeypatch: pytest.
     def main(rank: rank_agent.RankAgent) -> int:
         log_buffer = LogRingBuffer()
         logging.getLogger().addHandler(log_buffer)
-        log_buffer.alarm = rank.nudge
+        log_buffer.on_error = rank.nudge
         rank.report_log(log_buffer)
         rank.hello({}, {}, {})
         time.sleep(0.3)

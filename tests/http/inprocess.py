@@ -62,7 +62,7 @@ class Engine:
             await asyncio.sleep(self.step_s)
             if not self.paused:
                 self.step(time.monotonic())
-                request_table.receive([*self.scheduler.take(), self.scheduler.stats()])
+                request_table.receive([*self.scheduler.take_outputs(), self.scheduler.stats()])
 
     def step(self, now: float) -> None:
         for message in self._inputs:

@@ -87,7 +87,7 @@ def test_leaving_while_the_prompt_is_scored(tmp_path: Path) -> None:
 
         async def step() -> list[bool]:
             server.engine.step(time.monotonic())
-            server.request_table.receive(outputs := server.engine.scheduler.take())
+            server.request_table.receive(outputs := server.engine.scheduler.take_outputs())
             return [isinstance(message, PromptLogprobsChunk) for message in outputs]
 
         fields: checks.Json = {"prompt": [5] * 200, "echo": True, "logprobs": 2, "max_tokens": 2, "n": 2}

@@ -148,7 +148,7 @@ class Engine:
         plan = self._scheduler.schedule(0.0)
         assert plan is not None
         self._scheduler.apply(self._model_runner.launch(plan).wait(), 0.0)
-        self._scheduler.take()
+        self._scheduler.take_outputs()
         return plan.num_tokens()
 
     def prefill(self, num_seqs: int) -> None:

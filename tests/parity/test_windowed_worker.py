@@ -95,4 +95,4 @@ def test_a_prompt_longer_than_all_blocks() -> None:
     requests = [r for r in make_requests() if len(unpack(r.prompt)) > 100]
     answers, scheduler = serve(decoder, requests, replace(sized(decoder), num_blocks=5))
     assert answers == {r.id: serve(decoder, [r], sized(decoder))[0][r.id] for r in requests}
-    assert scheduler.limits.num_blocks * 16 < 100
+    assert scheduler.config.num_blocks * 16 < 100

@@ -83,7 +83,7 @@ def serve(
         while (plan := scheduler.schedule(0.0)) is not None:
             launched.append(model_runner.launch(plan))
         scheduler.apply(launched.popleft().wait(), 0.0)
-        for output in scheduler.take():
+        for output in scheduler.take_outputs():
             if isinstance(output, Delta):
                 answers[output.id].tokens.extend(output.tokens)
                 answers[output.id].logprobs.extend(entry.chosen for entry in output.logprobs)

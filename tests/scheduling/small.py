@@ -11,7 +11,7 @@ from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
 
 
-def limits(**changes: Any) -> SchedulerConfig:
+def config(**changes: Any) -> SchedulerConfig:
     sizes: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
@@ -29,7 +29,7 @@ def request(id: int, prompt_len: int = 4, max_tokens: int = 4, **params: Any) ->
     )
 
 
-def answer(plan: StepPlan, token: int = 9) -> StepResult:
+def step_result(plan: StepPlan, token: int = 9) -> StepResult:
     """A result that draws the same token everywhere."""
     return StepResult(plan.epoch, plan.step, pack(token if sample else -1 for sample in plan.sample))
 

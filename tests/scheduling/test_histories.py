@@ -1,4 +1,4 @@
-"""Random histories of arrivals, aborts, cuts and late results under tight limits, over the simulated device.
+"""Random histories of arrivals, aborts, truncations and late results under tight limits, over the simulated device.
 
 Prompts are cut from a few stems, so that prefixes are shared, now and then by all choices of a request.
 Of any history must hold: every Add has one Done, its tokens and scores are those of an undisturbed run alone, nothing is held
@@ -38,7 +38,7 @@ STEMS = [[Random(stem).randrange(VOCAB) for _ in range(40)] for stem in range(3)
 class History:
     """One engine's life. Time moves by a thousandth per operation; `events` is what a replay must repeat."""
 
-    limits: SchedulerConfig
+    config: SchedulerConfig
     now: float = 0.0
     requests: dict[int, Request] = field(default_factory=dict)
     outputs: dict[int, list[int]] = field(default_factory=dict)
@@ -50,8 +50,8 @@ class History:
     events: list[StepPlan | EngineOutput] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.limits)
-        self.device = SimulatedDevice(self.limits, hop_s=0.0, cost_s=lambda plan: 0.0, vocab_size=VOCAB)
+        self.scheduler = Scheduler(self.config)
+        self.device = SimulatedDevice(self.config, hop_s=0.0, cost_s=lambda plan: 0.0, vocab_size=VOCAB)
 
     def add(self, request: Request) -> None:
         self.requests[request.id] = request
@@ -92,7 +92,7 @@ class History:
         return True
 
     def run(self, max_steps: int = 100_000) -> None:
-        """Fill the flights, apply one, and so on to the end."""
+        """Schedule as far ahead as allowed, apply one result, repeat until idle."""
         for _ in range(max_steps):
             while self.schedule():
                 pass
@@ -103,14 +103,14 @@ class History:
         assert self.scheduler.idle, "work is left and nothing is planned"
 
     def check(self) -> None:
-        """At idle: one Done each, the tokens of an undisturbed run, nothing held."""
+        """When idle: one Done per request, the tokens of a run alone, no slot and no block in use."""
         assert self.dones.keys() == self.requests.keys()
         for id, request in self.requests.items():
             self._check_request(request, self.outputs[id], self.dones[id])
         stats = self.scheduler.stats()
         assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
         free_slots = self.scheduler._free_slots
-        assert sorted(free_slots) == list(range(self.limits.max_num_seqs))
+        assert sorted(free_slots) == list(range(self.config.max_num_seqs))
         assert not self.scheduler._blocks._pending_prefixes, "a promise outlives who gave it"
 
     def _check_request(self, request: Request, output: list[int], done: Done) -> None:
@@ -119,9 +119,9 @@ class History:
             return
         self._check_scores(request, done)
         params = request.params
-        ends = (() if params.ignore_eos else self.limits.eos_ids) + params.stop_token_ids
+        ends = (() if params.ignore_eos else self.config.eos_ids) + params.stop_token_ids
         prompt_len, resumed = len(unpack(request.prompt)), len(unpack(request.output))
-        most = min(params.max_tokens, self.limits.max_model_len - prompt_len)
+        most = min(params.max_tokens, self.config.max_model_len - prompt_len)
         assert not any(token in ends for token in output[max(resumed - 1, 0) : -1]), "generated past an end"
         if request.id in self.cuts:
             assert done.finish == "stop" and done.num_tokens == self.cuts[request.id]
@@ -142,10 +142,10 @@ class History:
             assert len(scores) == wanted * (len(prompt) - 1), "scores come before tokens"
         cached = self.cached.get(request.id, 0)
         assert cached <= len(prompt)
-        assert not cached or (self.limits.prefix_caching and not (wanted and len(prompt) > 1))
+        assert not cached or (self.config.prefix_caching and not (wanted and len(prompt) > 1))
 
     def _take(self) -> None:
-        for output in self.scheduler.take():
+        for output in self.scheduler.take_outputs():
             self.events.append(output)
             if isinstance(output, PromptLogprobsChunk):
                 assert output.id not in self.dones and not self.outputs[output.id], "scores come before tokens"
@@ -167,10 +167,10 @@ class History:
 
 
 def scenario(seed: int) -> tuple[SchedulerConfig, list[Operation]]:
-    """Limits that bite, and 10 to 80 operations on requests of which most, not all, can be served."""
+    """Tight limits, and 10 to 80 operations on requests; most of them, not all, can be served."""
     random = Random(seed)
     windows = tuple(random.choice([None, None, random.randint(1, 12)]) for _ in range(random.choice([1, 1, 2, 3])))
-    limits = SchedulerConfig(
+    config = SchedulerConfig(
         max_num_seqs=random.randint(1, 6),
         max_num_batched_tokens=random.randint(1, 12),
         max_model_len=random.randint(2, 28),
@@ -183,9 +183,9 @@ def scenario(seed: int) -> tuple[SchedulerConfig, list[Operation]]:
         prefix_caching=random.random() < 0.9,
     )
     if random.random() < 0.3:  # room for one or two admissions, now and then for none of the longest
-        size = limits.admission_bytes(50, limits.max_model_len)
-        limits = dataclasses.replace(limits, max_admission_bytes=round(size * random.uniform(0.9, 2.5)))
-    capacity = longest(lambda length: limits.least_blocks(length - 1) <= limits.num_blocks, 1, limits.max_model_len)
+        size = config.admission_bytes(50, config.max_model_len)
+        config = dataclasses.replace(config, max_admission_bytes=round(size * random.uniform(0.9, 2.5)))
+    capacity = longest(lambda length: config.min_blocks(length - 1) <= config.num_blocks, 1, config.max_model_len)
     operations: list[Operation] = []
     patience = random.choice([0.3, 0.5, 0.7])
     for _ in range(random.randint(10, 80)):
@@ -197,11 +197,11 @@ def scenario(seed: int) -> tuple[SchedulerConfig, list[Operation]]:
             operations.append((random.choice(["abort", "cut"]), random.randint(0, 15)))
         else:
             operations.append(("schedule" if random.random() < patience else "apply", 0))
-    return limits, operations
+    return config, operations
 
 
 def a_request(random: Random, id: int, capacity: int) -> Request:
-    """Now and then one that a fault interrupted, with the output the engine itself drew before, or one that cannot fit."""
+    """A request; sometimes one resubmitted after a crash with its output so far, sometimes one that cannot fit."""
     prompt_len = random.randint(0 if random.random() < 0.05 else 1, max(1, capacity - random.randint(0, 6)))
     room = max(capacity - prompt_len, 0)
     params = EngineSamplingParams(
@@ -219,15 +219,15 @@ def a_request(random: Random, id: int, capacity: int) -> Request:
 
 
 def choices_of(random: Random, request: Request) -> list[Request]:
-    """Now and then further choices of a request, which come with it."""
+    """Sometimes further choices of a request, which arrive with it."""
     count = random.choice([0, 0, 0, 0, 1, 3])
     return [msgspec.structs.replace(request, id=1000 * i + request.id, choice=request.choice + i) for i in range(1, count + 1)]
 
 
 def play(seed: int, **changes: Any) -> History:
-    """Perform the operations, then let the engine run until it is idle. `changes`: of the limits."""
-    limits, operations = scenario(seed)
-    history = History(dataclasses.replace(limits, **changes))
+    """Perform the operations, then let the engine run until it is idle. `changes`: to the configuration."""
+    config, operations = scenario(seed)
+    history = History(dataclasses.replace(config, **changes))
     for operation in operations:
         ids = list(history.requests) or [0]
         match operation:
@@ -257,14 +257,14 @@ def test_a_history_replays_exactly(seed: int) -> None:
     assert play(seed).events == play(seed).events
 
 
-def skipped(plan: StepPlan, new_sequence: NewSequence, limits: SchedulerConfig) -> int:
+def skipped(plan: StepPlan, new_sequence: NewSequence, config: SchedulerConfig) -> int:
     """Blocks of the prefix that a window of the admitted sequence does not see."""
-    (start,) = (c.start for c in plan.chunks(len(limits.windows)) if c.slot == new_sequence.slot)
-    return max(first_block(start, window, limits.block_size) for window in limits.windows)
+    (start,) = (c.start for c in plan.chunks(len(config.windows)) if c.slot == new_sequence.slot)
+    return max(first_block(start, window, config.block_size) for window in config.windows)
 
 
 def test_the_histories_reach_every_corner() -> None:
-    """The generator is part of the test: what it never produces is not tested."""
+    """The generator is part of the test: a case that it never produces is not tested."""
     seen: Counter[str] = Counter()
     for seed in range(200):
         history = play(seed)
@@ -275,15 +275,15 @@ def test_the_histories_reach_every_corner() -> None:
             bool({a.slot for a in e.new_sequences} & {*e.releases}) for e in history.events if isinstance(e, StepPlan)
         )
         plans = [e for e in history.events if isinstance(e, StepPlan)]
-        windowed = [group for group, window in enumerate(history.limits.windows) if window is not None]
+        windowed = [group for group, window in enumerate(history.config.windows) if window is not None]
         seen["window preemption"] += bool(windowed) * history.scheduler.stats().preemptions
-        seen["window hit"] += sum(skipped(plan, a, history.limits) > 0 for plan in plans for a in plan.new_sequences)
+        seen["window hit"] += sum(skipped(plan, a, history.config) > 0 for plan in plans for a in plan.new_sequences)
         seen["smaller chunk"] += sum(
-            bool(windowed) and not all(p.sample) and p.num_tokens() < history.limits.max_num_batched_tokens for p in plans
+            bool(windowed) and not all(p.sample) and p.num_tokens() < history.config.max_num_batched_tokens for p in plans
         )
         seen["cached"] += sum(count > 0 for count in history.cached.values())
         seen["scored"] += sum(len(scores) > 0 for scores in history.scores.values())
-        if history.limits.max_admission_bytes != MAX_ADMISSION_BYTES:
+        if history.config.max_admission_bytes != MAX_ADMISSION_BYTES:
             seen["few bytes"] += play(seed, max_admission_bytes=MAX_ADMISSION_BYTES).events != history.events
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
     corners = (

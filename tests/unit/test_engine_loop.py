@@ -86,7 +86,7 @@ class SyncDevice(AsyncDevice):
 
 
 class NoCoordinator:
-    """What the loop asks of its control thread."""
+    """The part of RankAgent that the loop uses."""
 
     def __init__(self) -> None:
         self.stop: Stop | None = None
@@ -98,10 +98,10 @@ class NoCoordinator:
     def clear(self) -> None:
         pass
 
-    def step(self, step: int) -> None:
+    def report_step(self, step: int) -> None:
         pass
 
-    def expect(self, due: tuple[int, float] | None) -> None:
+    def watch_step(self, due: tuple[int, float] | None) -> None:
         pass
 
     def end(self) -> None:

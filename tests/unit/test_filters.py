@@ -188,7 +188,7 @@ def test_neutral_values_ask_for_nothing() -> None:
     greedy = EngineSamplingParams(temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)
     assert sampling_metadata(neutral, 4, EOS, VOCAB) is None and sampling_metadata(greedy, 4, EOS, VOCAB) is None
     until = sampling_metadata(EngineSamplingParams(min_tokens=3), 4, EOS, VOCAB)
-    assert until is not None and [until.anything(position) for position in range(4, 9)] == [True] * 3 + [False] * 2
+    assert until is not None and [until.needs_filters(position) for position in range(4, 9)] == [True] * 3 + [False] * 2
     assert sampling_metadata(EngineSamplingParams(min_tokens=3, ignore_eos=True), 4, EOS, VOCAB) is None
 
 

@@ -45,7 +45,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryLedger]:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (TOTAL - OTHERS - sharers * (HELD + CACHED), TOTAL))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: HELD + CACHED)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: HELD)
-        monkeypatch.setattr(devices, "occupants", lambda _: "")
+        monkeypatch.setattr(devices, "describe_memory", lambda _: "")
         mesh = SimpleNamespace(device=torch.device("cuda", 0), rank=0, layout=ParallelLayout(1, 1, (4,)), world=Group())
         decoder = SimpleNamespace(spec=SPEC, dtype=torch.bfloat16, kv_layout=KVLayout(2, 8, 8))
         monkeypatch.setattr(memory, "_ProfileRun", lambda *_: None)
@@ -96,13 +96,13 @@ def test_other_processes_on_the_card_are_named(nvidia_smi: Callable[[str], None]
         f"GPU-1, 77, 6144, /usr/bin/python, of a kind\nGPU-2, 78, 1, other\nGPU-1, {os.getpid()}, 9, python\nGPU-1, 79, [N/A], x"
     )
     nvidia_smi(rows)
-    assert devices.neighbours("GPU-1") == "also on it: pid 77 (/usr/bin/python, of a kind) 6144 MiB, pid 79 (x) [N/A] MiB"
-    assert devices.neighbours("GPU-3").startswith("nvidia-smi shows no other process")
+    assert devices.other_processes("GPU-1") == "also on it: pid 77 (/usr/bin/python, of a kind) 6144 MiB, pid 79 (x) [N/A] MiB"
+    assert devices.other_processes("GPU-3").startswith("nvidia-smi shows no other process")
 
 
 def test_without_nvidia_smi_it_says_where_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "run it on the host" in devices.neighbours("GPU-1")
+    assert "run it on the host" in devices.other_processes("GPU-1")
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_allocated(

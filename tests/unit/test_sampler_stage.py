@@ -65,7 +65,7 @@ def test_the_bound_is_what_the_largest_steps_take(rows_at_once: int, monkeypatch
     monkeypatch.setattr(logits_chunking, "HEAD_BYTES", rows_at_once * VOCAB * logits_chunking.FILTERED_BYTES)
     profile_run = _ProfileRun(*make(), CONFIG, rows=70)
     most = peak(profile_run.head)
-    assert 0.7 * profile_run.head_bound() < most <= profile_run.head_bound()
+    assert 0.7 * profile_run.max_head_bytes() < most <= profile_run.max_head_bytes()
 
 
 def test_shares_of_the_vocabulary_are_counted_by_the_widest() -> None:

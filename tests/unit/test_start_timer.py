@@ -5,15 +5,15 @@ import subprocess
 import sys
 import time
 
-from tpserve.observe.start_timer import StartTimer, began_s
+from tpserve.observe.start_timer import StartTimer, start_time_s
 
 LAPS = """
 import os, time
-from tpserve.observe.start_timer import Stopwatch
-watch = Stopwatch(os.getppid())
+from tpserve.observe.start_timer import StartTimer
+watch = StartTimer(os.getppid())
 time.sleep(0.25)
-watch.lap("torch")
-watch.lap("mesh")
+watch.mark("torch")
+watch.mark("mesh")
 print(watch.line())
 """
 
@@ -28,7 +28,7 @@ def test_laps_are_told_in_order_and_add_up() -> None:
 
 def test_a_process_that_began_now() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    began = began_s(child.pid)
+    began = start_time_s(child.pid)
     assert began is not None and 0 <= time.clock_gettime(time.CLOCK_BOOTTIME) - began < 2
     child.communicate(b"\n")
-    assert began_s(child.pid) is None and StartTimer(child.pid).line().startswith("start: interpreter ")
+    assert start_time_s(child.pid) is None and StartTimer(child.pid).line().startswith("start: interpreter ")

@@ -173,7 +173,7 @@ class StepBench:
         timer.mark("device")
         self._scheduler.apply(result, time.monotonic())
         self._plans.retire(plan.step)
-        self._scheduler.take()
+        self._scheduler.take_outputs()
         timer.mark("apply")
         self.plan_bytes = len(codec.PLAN.encode([plan]))
         timer.mark("encode")

@@ -1,8 +1,8 @@
-"""Before the mesh: whether the nodes reach each other on ports that the kernel chooses, as gloo's and NCCL's are.
+"""Check, before the mesh forms, that the nodes can connect on ports that the kernel chooses, as gloo and NCCL do.
 
-Neither knows a range of ports, and both wait for minutes without a word when a firewall swallows what they send. So every rank
-listens as they would, and dials the ranks of other addresses first: it is the kernel who says what is wrong, within seconds.
-Owns the listening for as long as that takes; speaks no protocol: the kernel accepts.
+gloo and NCCL accept no port range, and both wait for minutes in silence when a firewall drops their packets. So every rank first
+listens on such a port and connects to the ranks at other addresses; the kernel's error then names the cause within seconds.
+Owns the listening socket during the check. Uses no protocol: the kernel accepts the connections.
 """
 
 import json
@@ -23,43 +23,43 @@ _SHOWN = 4
 def check_connectivity(
     rank: int, world_size: int, address: str | None, store: Store, timeout_s: float, endpoints: Iterable[str] = ()
 ) -> None:
-    """All ranks of an epoch call this. EngineFailure on all of them when a pair cannot connect.
+    """All ranks of an epoch call this. Raises EngineFailure on all of them when a pair cannot connect.
 
-    `address`: of this rank between nodes, or None where gloo or NCCL were told another interface than ours: then nothing is
-    known of this rank. `endpoints`: what it listens at besides, for ranks of other nodes.
+    `address`: this rank's address between nodes; None when the user chose the interface of gloo or NCCL, and then nobody connects
+    to this rank. `endpoints`: tcp:// endpoints where this rank listens already, for ranks of other nodes.
     """
-    store = PrefixStore("reach", store)
+    store = PrefixStore("connectivity", store)
 
-    def exchange(name: str, mine: list[str]) -> list[list[str]]:
-        return [json.loads(each) for each in gather(store, name, rank, range(world_size), json.dumps(mine).encode(), timeout_s)]
+    def all_gather(name: str, values: list[str]) -> list[list[str]]:
+        data = gather(store, name, rank, range(world_size), json.dumps(values).encode(), timeout_s)
+        return [json.loads(each) for each in data]
 
     with listen(address or LOOPBACK) as listener:
-        mine = [] if address is None else [at(address, listener.getsockname()[1])]
-        mine += [endpoint.removeprefix("tcp://") for endpoint in endpoints]
-        doors = exchange("door", mine)
+        own = [] if address is None else [at(address, listener.getsockname()[1])]
+        own += [endpoint.removeprefix("tcp://") for endpoint in endpoints]
         others = [
             (i, tcp_endpoint)
-            for i, each in enumerate(doors)
-            for tcp_endpoint in each
-            if address is not None and not _is_of(address, tcp_endpoint)
+            for i, tcp_endpoints in enumerate(all_gather("endpoints", own))
+            for tcp_endpoint in tcp_endpoints
+            if address is not None and not _has_address(tcp_endpoint, address)
         ]
         with ThreadPoolExecutor(max_workers=max(1, len(others))) as pool:
-            failed = [f"rank {rank} cannot reach {why}" for why in pool.map(lambda other: _dial(*other), others) if why]
-        found = [why for each in exchange("failed", failed) for why in each]
-    if found:
-        more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            failed = [f"rank {rank} cannot reach {error}" for error in pool.map(lambda other: _connect(*other), others) if error]
+        errors = [error for of_rank in all_gather("failed", failed) for error in of_rank]
+    if errors:
+        more = f", and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
         raise EngineFailure(
-            f"{'; '.join(found[:_SHOWN])}{more}: gloo and NCCL listen on ports of the kernel's choice ({kernel_ports()} here, "
-            "net.ipv4.ip_local_port_range): open those between the nodes, beside --port-range"
+            f"{'; '.join(errors[:_SHOWN])}{more}: gloo and NCCL listen on ports of the kernel's choice ({kernel_ports()} here, "
+            "net.ipv4.ip_local_port_range): open those between the nodes, in addition to --port-range"
         )
 
 
-def _is_of(address: str, tcp_endpoint: str) -> bool:
+def _has_address(tcp_endpoint: str, address: str) -> bool:
     return tcp_endpoint.rpartition(":")[0].strip("[]") == address
 
 
-def _dial(rank: int, tcp_endpoint: str) -> str:
-    """Which rank that is, and what the kernel says; empty when it can be reached."""
+def _connect(rank: int, tcp_endpoint: str) -> str:
+    """The rank, its endpoint and the kernel's error; "" when the connection succeeds."""
     host, _, port = tcp_endpoint.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()

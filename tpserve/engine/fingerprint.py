@@ -1,4 +1,7 @@
-"""What a rank tells of itself in Hello: what must be equal on all ranks, or on those of a stage, and what may differ."""
+"""The facts that a rank sends in Hello: those that must agree on all ranks or within a stage, and those that may differ.
+
+Reads versions, the configuration and samples of the weight files. Compares nothing: `coordinator/config_check.py` does.
+"""
 
 import hashlib
 import importlib.metadata
@@ -24,43 +27,43 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
-    """Facts that must agree: a difference would give wrong tokens or a hang."""
-    told = {
+    """Facts that must agree on all ranks: a difference would give wrong tokens or a hang."""
+    agree = {
         "tpserve": __version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "CUDA": str(torch.version.cuda),
         "model config": _digest(spec),
-        **{_version_text(name): _text(value) for name, value in config.shared().items()},
+        **{_display_name(name): _text(value) for name, value in config.shared().items()},
     }
     if config.device == "cuda":
-        told["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        agree["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     if config.snapshot is not None:
-        told["--revision"] = config.snapshot.commit
+        agree["--revision"] = config.snapshot.commit
     elif config.load_format != "dummy":
         directory = Path(config.model)
         found = weight_files(directory, only_safetensors=config.load_format == "safetensors")
-        told |= {f"{WEIGHTS}{name}": sample for name, sample in samples(directory, found).items()}
-    return told
+        agree |= {f"{WEIGHTS}{name}": sample for name, sample in samples(directory, found).items()}
+    return agree
 
 
 def traits(device: torch.device) -> dict[str, str]:
-    """Facts that may differ."""
+    """Facts that may differ between ranks."""
     if device.type == "cpu":
         return {}
     return {"GPU": torch.cuda.get_device_name(device), "driver": driver()}
 
 
 def processor(device: torch.device) -> dict[str, str]:
-    """Facts that must agree on the ranks of a stage: they compute the same rows, and each draws and chooses experts by itself."""
+    """Facts that must agree within a stage: its ranks compute the same rows, and each samples and routes experts by itself."""
     if device.type == "cpu":
         return facts(instruction_limits())
     return {"GPU capability": "{}.{}".format(*torch.cuda.get_device_capability(device))}
 
 
 def driver() -> str:
-    """The NVIDIA driver's version; "none" without one."""
+    """The NVIDIA driver's version; "none" without a driver, "unknown" when /proc names no version."""
     try:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())
     except OSError:
@@ -79,8 +82,9 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _version_text(name: str) -> str:
-    return "--" + name.replace("_", "-") if name in Flags.__struct_fields__ else name.replace("_", " ")
+def _display_name(field: str) -> str:
+    """A flag as the user writes it; other fields as words."""
+    return "--" + field.replace("_", "-") if field in Flags.__struct_fields__ else field.replace("_", " ")
 
 
 def _text(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""Whether the largest step of a configuration fits its frames. Pure; called before anything is loaded.
+"""Check that the largest step of a configuration fits its frames. Pure; runs before anything is loaded.
 
-A plan's frame has one share for its admissions, which the scheduler fills as far as they fit (`Limits.max_admission_bytes`), and
-one for its chunks. A result and what the frontend is sent of it are as large as the log probabilities of a whole step of prompt
-tokens. So no step that the scheduler makes is ever too large for the wire.
+A plan's frame has one share for new sequences, which the scheduler respects (`SchedulerConfig.max_admission_bytes`), and one for
+chunks. A result, and the outputs that rank 0 sends to the frontend, are at most as large as the prompt logprobs of a whole step.
+So no step that the scheduler makes is too large to send.
 """
 
 from tpserve.config.schema import EngineConfig
@@ -12,11 +12,11 @@ from tpserve.types.plan import NewSequence, StepPlan, StepResult
 from tpserve.wire import codec
 
 PARAMS_BYTES = 1 << 20
-"""For a request's parameters beside `allowed_token_ids`, with room to spare."""
+"""A generous bound for a request's parameters without `allowed_token_ids`."""
 
 
 def check_frames(config: EngineConfig, vocab_size: int, num_groups: int) -> None:
-    """UserError naming the flag whose value makes a step too large."""
+    """Raises UserError with the flag whose value makes a step too large."""
     num_seqs, num_tokens = config.max_num_seqs, config.max_num_batched_tokens
     plan = StepPlan.most_bytes(num_seqs, num_tokens, num_groups) + MAX_ADMISSION_BYTES
     result = StepResult.most_bytes(num_seqs, num_tokens)

@@ -1,13 +1,13 @@
-"""Rank 0's loop: requests in, plans out, results back, deltas out. Single-threaded; owns the order in which things happen.
+"""Rank 0's loop: requests in, plans out, results back, outputs out. Single-threaded; owns the order of events.
 
-    frontend --Add/Abort/Cut--> scheduler --plan--> broadcast --> every other rank
-                                              |--> queue --> launched --> (own result, when this rank samples)
-    frontend <--Delta/Done----- scheduler <--result-- in step order, from here or from the sampling rank
+    frontend --Add/Abort/Truncate--> scheduler --plan--> broadcast --> every other rank
+                                                   |--> queue --> launched --> (own result, if rank 0 samples)
+    frontend <--Delta/Done---------- scheduler <--result-- in step order, from rank 0 or the sampling rank
 
-A plan is broadcast as soon as it is made, before the results of the plans ahead of it are applied: with one stage plan
-n+1 is on its way while plan n runs; with several, as many plans are in flight as keep every stage busy. The scheduler
-says how many; this loop only keeps the order. Ready results are applied before the next plan is launched, so that a
-device which computes in `launch` (the CPU) delays no token.
+The loop broadcasts a plan as soon as the scheduler makes it, before the results of earlier plans are applied. With one stage,
+plan n + 1 is sent while plan n runs; with several, enough plans are in flight to keep every stage busy. The scheduler decides how
+many; this loop only keeps the order. It applies ready results before it launches the next plan, so a device that computes
+inside `launch` (the CPU) delays no token.
 """
 
 import logging
@@ -30,26 +30,30 @@ IDLE_S = 1.0
 STATS_EVERY_S = 0.1
 
 
-class Launched(Protocol):
-    """A plan on the device."""
+class LaunchedStep(Protocol):
+    """A plan that runs on the device (`worker/model_runner.PendingStep`)."""
 
-    def ready(self) -> bool: ...
-    def wait(self) -> StepResult: ...
+    def ready(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> StepResult:
+        """Wait for the device and return the step's result."""
 
 
-class Device(Protocol):
-    """Rank 0's own part of every plan."""
+class Runner(Protocol):
+    """Rank 0's own part of every plan (`worker/model_runner.ModelRunner`)."""
 
-    def launch(self, plan: StepPlan) -> Launched: ...
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start a plan."""
 
 
 class Engine:
-    """Drives one scheduler and its ranks. `results` is given when another rank samples, else results are `device`'s own."""
+    """Drives one scheduler and its ranks. `results` comes from the sampling rank; None: rank 0's own `runner` has the results."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        device: Device,
+        runner: Runner,
         link: EngineLink,
         plans: PlanBroadcaster,
         results: ResultReceiver | None,
@@ -58,7 +62,7 @@ class Engine:
         watchdog: StepWatchdog,
     ) -> None:
         self._scheduler = scheduler
-        self._device = device
+        self._runner = runner
         self._link = link
         self._plans = plans
         self._results = results
@@ -66,18 +70,18 @@ class Engine:
         self._trace = trace
         self._watchdog = watchdog
         self._queue: deque[StepPlan] = deque()
-        self._launched: deque[Launched] = deque()
+        self._launched: deque[LaunchedStep] = deque()
         self._stats: Stats | None = None
         self._stats_at = 0.0
 
     def run(self) -> None:
-        """Serve until the coordinator says stop."""
+        """Serve until the coordinator sends Stop."""
         while self._rank_agent.stop is None:
             if not self.step():
                 self._sleep()
 
     def step(self) -> bool:
-        """One pass: hear, plan ahead, launch one plan, apply one result, tell. False when there was nothing to do."""
+        """One pass: receive, plan ahead, launch one plan, apply results, send outputs. False when there was nothing to do."""
         for message in self._link.poll(0):
             self._handle(message)
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
@@ -105,7 +109,7 @@ class Engine:
             case Add(request):
                 try:
                     self._scheduler.add(request, now)
-                except Exception as error:  # of the request's content: nothing of it has been planned or sent
+                except Exception as error:  # the request's content is bad; nothing of it is planned or sent yet
                     log.warning("request %d cannot be added", request.id, exc_info=True)
                     self._scheduler.refuse(request.id, f"the engine cannot read the request: {type(error).__name__}: {error}")
             case Abort(id):
@@ -117,13 +121,13 @@ class Engine:
 
     def _launch(self, plan: StepPlan) -> None:
         with self._trace.span("run", plan.step):
-            launched = self._device.launch(plan)
+            launched = self._runner.launch(plan)
         self._rank_agent.report_step(plan.step)
         if self._results is None:
             self._launched.append(launched)
 
     def _collect(self) -> bool:
-        """Apply results that are there. Of our own at most one, so that the next plan goes out before the next wait."""
+        """Apply results that have arrived; at most one of our own, so that the next plan goes out before the next wait."""
         if self._results is not None:
             results = self._results.receive(0)
         elif self._launched and (self._launched[0].ready() or not self._queue):
@@ -138,7 +142,7 @@ class Engine:
         return bool(results)
 
     def _send_outputs(self) -> None:
-        outputs: list[EngineOutput] = self._scheduler.take()
+        outputs: list[EngineOutput] = self._scheduler.take_outputs()
         for output in outputs:
             if isinstance(output, Done) and output.finish == "error":
                 log.warning("request %d fails: %s", output.id, output.error)

@@ -1,7 +1,7 @@
-"""A rank's life, from its hello to its exit code: have the weights, form the mesh, load, measure, run, leave.
+"""A rank's life up to its exit code: get the weights, form the mesh, load, measure memory, serve, leave.
 
-Every rank runs this; what differs is that rank 0 hosts the epoch's store, the scheduler and the plan broadcast, and that the
-first rank of a node downloads the weights that its node lacks.
+Every rank runs this code. In addition rank 0 hosts the epoch's store, the scheduler and the plan broadcast, and the first rank of
+a node downloads missing weights.
 """
 
 import logging
@@ -74,12 +74,11 @@ def run_rank(
     start_timer: StartTimer,
     log_buffer: LogRingBuffer,
 ) -> int:
-    """Take part in serving until told to stop; returns the process's exit code.
+    """Serve until the coordinator sends Stop. Returns the process's exit code.
 
-    `interface` is this node's between nodes, and `settings` what the user has told NCCL and gloo. `frontend_address` is how to
-    reach
-    the frontend; ranks of other nodes have none yet and learn it over torchrun's store.
-    `watch` has timed what came before; `log_buffer` holds this process's log, for operators.
+    `interface`: this node's interface to other nodes. `settings`: the environment variables of NCCL and gloo that the user set.
+    `frontend_address`: None on ranks of other nodes, which learn it over torchrun's store. `start_timer` has timed the process so
+    far; `log_buffer` holds this process's log, for operators.
     """
     store = None
     if env.nnodes > 1 and (frontend_address is None or env.rank == 0):
@@ -97,43 +96,43 @@ def run_rank(
         curve_client=frontend_address.curve_client(env.rank, FRONTEND),
         frontend_pid=frontend_address.frontend_pid,
         agent_pid=env.agent_pid,
-        local_ranks=1 if env.job else env.local_world_size,  # a script's only child
+        local_ranks=1 if env.job else env.local_world_size,  # the rank is the only child of a torchrun script
         at_failure=partial(_clean_up, env, frontend_address),
     )
     rank_agent.report_log(log_buffer)
-    log_buffer.alarm = rank_agent.nudge
+    log_buffer.on_error = rank_agent.nudge
     rank_agent.start()
     if env.runtime_dir is None:
         _end_stopped_neighbours(env, frontend_address, rank_agent)
     try:
-        between = None if user_set_interface(settings, config.all_reduce) else interface.address
-        _ServingRank(config, spec, env, frontend_address, rank_agent, start_timer, between).serve()
+        node_address = None if user_set_interface(settings, config.all_reduce) else interface.address
+        _ServingRank(config, spec, env, frontend_address, rank_agent, start_timer, node_address).serve()
     except Stopped:
         pass
-    except BaseException as error:  # the edge of the process: whatever it is, the coordinator hears of it first
+    except BaseException as error:  # the end of the process: report any error to the coordinator first
         log.debug("rank %d fails", env.rank, exc_info=True)
         return rank_agent.fail(error)
     return rank_agent.leave()
 
 
 def _end_stopped_neighbours(env: RankEnv, frontend_address: FrontendAddress, rank_agent: RankAgent) -> None:
-    """Under bare torchrun, where nobody else looks after the agent and the frontend. `tpserve serve` does."""
+    """Kill the agent or the frontend when it is stopped (SIGSTOP). Under bare torchrun only: `tpserve serve` does it itself."""
     neighbours = {env.agent_pid: "torchrun"}
     if frontend_address.frontend_pid is not None:
         neighbours[frontend_address.frontend_pid] = "the frontend"
 
-    def tell(pid: int, what: str) -> None:
+    def report(pid: int, what: str) -> None:
         log.error("%s: it is ended", what)
-        if pid == env.agent_pid:  # this rank dies with it: the frontend is to hear of it before, and to answer
+        if pid == env.agent_pid:  # this rank dies with the agent, so it reports first and gives the frontend time to answer
             rank_agent.report_fault(what)
             time.sleep(VERDICT_S)
 
-    kill_stopped_in_background(lambda: neighbours, tell)
+    kill_stopped_in_background(lambda: neighbours, report)
 
 
 def _clean_up(env: RankEnv, frontend_address: FrontendAddress) -> None:
-    """Under bare torchrun, where nobody else does: end those of this node who were stopped and cannot end themselves, or torchrun
-    would wait for them; take the directory of a frontend that was killed away."""
+    """Under bare torchrun, after a failure: kill stopped processes of this node, since torchrun would wait for them, and remove
+    the runtime directory of a dead frontend."""
     if env.runtime_dir is None:
         kill_stopped([env.agent_pid, *(live_children(env.agent_pid) or ())])
         if frontend_address.runtime_dir is not None and not is_alive(frontend_address.runtime_dir):
@@ -142,7 +141,7 @@ def _clean_up(env: RankEnv, frontend_address: FrontendAddress) -> None:
 
 @dataclass
 class _RankZeroSockets:
-    """What rank 0 hosts for an epoch; its addresses travel in Hello and Start."""
+    """What rank 0 hosts for an epoch. Hello and Start carry the addresses."""
 
     store: Store
     plans: PlanBroadcaster
@@ -151,7 +150,7 @@ class _RankZeroSockets:
 
 
 class _ServingRank:
-    """The steps of a rank's life in order; each one's product is the next one's input."""
+    """The phases of a rank's life in order; each phase needs the result of the one before."""
 
     def __init__(
         self,
@@ -161,27 +160,27 @@ class _ServingRank:
         frontend_address: FrontendAddress,
         rank_agent: RankAgent,
         start_timer: StartTimer,
-        between: str | None,
+        node_address: str | None,
     ) -> None:
-        """`between`: this node's address for gloo and NCCL, None where the user has told them."""
+        """`node_address`: this node's address for gloo and NCCL; None when the user chose their interface."""
         self._config = config
         self._spec = spec
         self._env = env
         self._frontend_address = frontend_address
         self._rank_agent = rank_agent
         self._start_timer = start_timer
-        self._between = between
+        self._node_address = node_address
         self._trace = Trace(config.step_trace, env.rank)
 
     def serve(self) -> None:
-        """Join an epoch and run it to its end. Raises Stopped when told to leave earlier."""
+        """Join an epoch and run it to its end. Raises Stopped when a Stop arrives before Run."""
         config, rank_agent, env, start_timer = self._config, self._rank_agent, self._env, self._start_timer
         check_frames(config, self._spec.vocab_size, len(self._spec.windows))
         device = devices.choose(config.device, env.local_rank, env.local_world_size)
         if config.binding and (bound := devices.bind(device)):
             log.info("rank %d %s", env.rank, bound)
         start_timer.mark("device")
-        self._have_weights()  # before hello: whoever waits for this rank is told how far it is
+        self._ensure_weights()  # before Hello, while the coordinator sees this rank's progress
         start_timer.mark("download")
         hosted = self._host() if env.rank == 0 else None
         stage, self._processor = config.layout.stage_of(env.rank), processor(device)
@@ -192,11 +191,11 @@ class _ServingRank:
         start = rank_agent.wait_start()
         start_timer.mark("all ranks")
         rank_agent.report_progress("forming the mesh", 5)
-        free = devices.free_memory(device)  # before the ranks meet, so before any has loaded
+        free = devices.free_memory(device)  # before the mesh forms, so no rank has loaded anything
         store = hosted.store if hosted else join_store(start.endpoints["store"])
         if env.nnodes > 1:
             remote = [address for name, address in hosted.endpoints.items() if name.endswith("-tcp")] if hosted else []
-            connectivity.check_connectivity(env.rank, env.world_size, self._between, store, config.start_timeout, remote)
+            connectivity.check_connectivity(env.rank, env.world_size, self._node_address, store, config.start_timeout, remote)
         if config.verify_weights:
             self._verify_weights(store)
             start_timer.mark("verify")
@@ -222,7 +221,7 @@ class _ServingRank:
             serve_plans(plans, model_runner, results, rank_agent, self._trace)
 
     def _build(self, mesh: Mesh, free: int) -> tuple[ModelRunner, MemoryLedger, Numerics | None]:
-        """Load this rank's share, see what fits beside it, and make that. `free`: memory before any rank had loaded."""
+        """Load this rank's shard, measure memory, allocate the KV cache. `free`: free bytes before any rank loads."""
         config, env, start_timer = self._config, self._env, self._start_timer
         check_weights(mesh, self._spec, config, env.local_world_size, free)
         with self._room_for("loading the model", mesh):
@@ -231,31 +230,31 @@ class _ServingRank:
         numerics = self._self_test(decoder)
         start_timer.mark("self-test")
         self._rank_agent.report_progress("measuring memory", 90)
-        make_slots = partial(self._slots, mesh.device)
+        make_pool = partial(self._request_pool, mesh.device)
         with self._room_for("measuring the largest steps", mesh):
-            found, ledgers = measure(decoder, mesh, make_slots, config, env.local_world_size, weights)
+            kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, weights)
         with self._room_for("making room for the KV cache", mesh):
-            request_pool = make_slots(found.max_model_len)
-            caches = allocate(decoder, mesh, found.num_blocks, config.block_size)
+            request_pool = make_pool(kv_config.max_model_len)
+            caches = allocate(decoder, mesh, kv_config.num_blocks, config.block_size)
         start_timer.mark("measure")
         if env.rank == 0:
-            for line in report(ledgers, found, self._spec, config):
+            for line in report(ledgers, kv_config, self._spec, config):
                 log.info(line)
-            if (told := generation_config.line(config.sampling_defaults)) is not None:
-                log.info(told)
-        if (expert_load := decoder.expert_load) is not None and mesh.tp.rank == 0:  # the other ranks of the stage count the same
+            if (defaults := generation_config.line(config.sampling_defaults)) is not None:
+                log.info(defaults)
+        if (expert_load := decoder.expert_load) is not None and mesh.tp.rank == 0:  # the other ranks of a stage have equal counts
             expert_load.clear()
             self._rank_agent.report_expert_load(expert_load.layers, expert_load.read)
         return ModelRunner(mesh, decoder, request_pool, caches), ledgers[env.rank], numerics
 
     def _self_test(self, decoder: Decoder) -> Numerics | None:
-        """Whether rows keep their bits in company here; on CUDA that is not promised."""
+        """Test batch invariance of this processor's matrix products; None on CUDA, which does not promise it."""
         if decoder.device.type != "cpu":
             return None
         return self_test(decoder.products(), [cpu_model(), *self._processor.values()], cache_dir())
 
-    def _have_weights(self) -> None:
-        """Of a repository: download the weights that the cache lacks, or wait for local rank 0 to have done it."""
+    def _ensure_weights(self) -> None:
+        """For a repository: local rank 0 downloads the weights that the cache lacks, the other ranks wait for it."""
         snapshot, env = self._config.snapshot, self._env
         if snapshot is None:
             return
@@ -263,15 +262,15 @@ class _ServingRank:
         first = env.local_rank == 0
         with ByteProgress(title, visible=first) as progress:
 
-            def arrived(done: int, total: int) -> None:
+            def on_progress(done: int, total: int) -> None:
                 progress.update(done, total)
                 self._rank_agent.report_progress(title, 100 * done // max(total, 1))
 
-            have = download.ensure if first else download.wait
-            have(weights_of(snapshot), self._config.start_timeout, arrived)
+            ensure = download.ensure if first else download.wait
+            ensure(weights_of(snapshot), self._config.start_timeout, on_progress)
 
     def _verify_weights(self, store: Store) -> None:
-        """Compare the files of all nodes, byte by byte."""
+        """Compare the weight files of all nodes, byte by byte."""
         config, env = self._config, self._env
         if env.nnodes == 1 or config.load_format == "dummy":
             log.info("--verify-weights: one node or --load-format dummy, so nothing to compare")
@@ -281,22 +280,21 @@ class _ServingRank:
         names = weight_files(directory, only_safetensors=config.load_format == "safetensors")
         with ByteProgress(title, visible=env.local_rank == 0) as progress:
 
-            def read(done: int, total: int) -> None:
+            def on_progress(done: int, total: int) -> None:
                 progress.update(done, total)
                 self._rank_agent.report_progress(title, 5)
 
-            verify.check(env, directory, names, store, max(1, available_cores() // env.local_world_size), read)
+            verify.check(env, directory, names, store, max(1, available_cores() // env.local_world_size), on_progress)
 
     def _host(self) -> _RankZeroSockets:
+        """Open rank 0's store and sockets for this epoch; on TCP too when there are several nodes."""
         frontend_address, keyring, ports = self._frontend_address, self._frontend_address.keyring, self._config.port_range
         store, store_address = host_store(frontend_address.address, ports)
         remote = None
         if keyring is not None:
             curve_server = keyring.curve_server(rank_role(0), self._config.layout.world_size)
-            remote, zap_authenticator = (
-                TcpEndpoint(tcp(frontend_address.address, ports), curve_server),
-                ZapAuthenticator(curve_server.allowed),
-            )
+            remote = TcpEndpoint(tcp(frontend_address.address, ports), curve_server)
+            zap_authenticator = ZapAuthenticator(curve_server.allowed)
         plans = PlanBroadcaster(frontend_address.endpoint("plan"), remote)
         results = ResultReceiver(frontend_address.endpoint("result"), remote)
         endpoints = {"store": store_address, "plan": plans.endpoint, "result": results.endpoint}
@@ -307,12 +305,12 @@ class _ServingRank:
         return _RankZeroSockets(store, plans, results, endpoints)
 
     def _endpoint(self, start: Start, name: str) -> str:
-        """Where this rank finds what rank 0 hosts."""
+        """Rank 0's endpoint `name` as this rank reaches it."""
         return start.endpoints[name if self._leader_key is None else f"{name}-tcp"]
 
     @property
     def _leader_key(self) -> CurveClient | None:
-        """To rank 0's sockets; None on its own node."""
+        """The CURVE key for rank 0's TCP sockets; None on rank 0's node."""
         return self._frontend_address.curve_client(self._env.rank, rank_role(0))
 
     def _load(self, mesh: Mesh) -> tuple[Decoder, int]:
@@ -329,7 +327,7 @@ class _ServingRank:
                 log.info(uneven)
         with ByteProgress("loading weights", visible=env.rank == 0) as progress:
 
-            def loaded(done: int, total: int) -> None:
+            def on_progress(done: int, total: int) -> None:
                 progress.update(done, total)
                 self._rank_agent.report_progress("loading weights", 10 + 80 * done // max(total, 1))
 
@@ -342,7 +340,7 @@ class _ServingRank:
                 if env.rank == 0:
                     for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
                         log.info(line)
-                load(parameters, checkpoint, loaded)
+                load(parameters, checkpoint, on_progress)
         return decoder, decoder.prepack()
 
     def _heads(self) -> dict[str, int]:
@@ -355,7 +353,7 @@ class _ServingRank:
     def _room_for(self, what: str, mesh: Mesh) -> AbstractContextManager[None]:
         return room_for(what, mesh, self._spec, self._config, self._env.local_world_size)
 
-    def _slots(self, device: torch.device, max_len: int) -> RequestPool:
+    def _request_pool(self, device: torch.device, max_len: int) -> RequestPool:
         config = self._config
         return RequestPool(
             config.max_num_seqs,
@@ -368,9 +366,9 @@ class _ServingRank:
         )
 
     def _lead(self, hosted: _RankZeroSockets, model_runner: ModelRunner, ledger: MemoryLedger, epoch: int) -> None:
-        """Rank 0: schedule, broadcast, run, answer."""
+        """Rank 0: serve requests with the engine loop until Stop."""
         config, layout = self._config, self._config.layout
-        limits = SchedulerConfig(
+        scheduler_config = SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=ledger.max_model_len,
@@ -389,4 +387,5 @@ class _ServingRank:
         self._rank_agent.beside(hosted.plans.serve)
         results = None if layout.sampling_rank == 0 else hosted.results
         watchdog = StepWatchdog(first_s=config.start_timeout)
-        Engine(Scheduler(limits, epoch), model_runner, link, hosted.plans, results, self._rank_agent, self._trace, watchdog).run()
+        scheduler = Scheduler(scheduler_config, epoch)
+        Engine(scheduler, model_runner, link, hosted.plans, results, self._rank_agent, self._trace, watchdog).run()

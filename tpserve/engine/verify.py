@@ -1,6 +1,6 @@
-"""`--verify-weights`: before loading, whether all nodes have the same bytes in their weight files.
+"""`--verify-weights`: check, before loading, that all nodes have the same bytes in their weight files.
 
-The ranks of a node deal its files among themselves, so a node reads every byte once; the digests meet at the epoch's store.
+The ranks of a node share the slices of its files, so a node reads every byte once. The epoch's store gathers the digests.
 """
 
 from collections import defaultdict
@@ -16,11 +16,11 @@ from tpserve.parallel.store import gather
 from tpserve.weights.content import digests, slices
 
 WAIT_S = 86400.0
-"""For the slowest disk. The coordinator ends ranks that wait for a rank that has died or hangs."""
+"""Long enough for the slowest disk. If a rank dies or hangs meanwhile, the coordinator ends the others."""
 
 
-class Told(Struct, frozen=True, array_like=True):
-    """By a rank: its node, and file name, first byte and digest of each slice it has read."""
+class SliceDigests(Struct, frozen=True, array_like=True):
+    """What one rank has read: its node, and (file name, first byte, digest) of each slice."""
 
     node: int
     slices: list[tuple[str, int, str]]
@@ -34,27 +34,26 @@ def check(
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """All ranks of an epoch call this with their node's weight files; `threads` read at a time.
+    """All ranks of an epoch call this with their node's weight files; `threads` threads read.
 
-    `progress(bytes_done, bytes_total)` follows what this rank reads. UserError on all ranks when two nodes differ.
+    Calls `progress(bytes_done, bytes_total)` for this rank's slices. Raises UserError on all ranks when two nodes differ.
     """
-    mine = slices(directory, names)[env.local_rank :: env.local_world_size]
-    found = zip(mine, digests(mine, threads, progress), strict=True)
-    told = Told(env.node_rank, [(each.name, each.start, digest) for each, digest in found])
-    ranks = range(env.world_size)
-    all_told = gather(PrefixStore("weights", store), "rank", env.rank, ranks, json.encode(told), WAIT_S)
-    if why := difference([json.decode(each, type=Told) for each in all_told]):
+    own_slices = slices(directory, names)[env.local_rank :: env.local_world_size]
+    read = zip(own_slices, digests(own_slices, threads, progress), strict=True)
+    own = SliceDigests(env.node_rank, [(each.name, each.start, digest) for each, digest in read])
+    gathered = gather(PrefixStore("weights", store), "rank", env.rank, range(env.world_size), json.encode(own), WAIT_S)
+    if why := difference([json.decode(data, type=SliceDigests) for data in gathered]):
         raise UserError(f"--verify-weights: {why}: put the same files on every node")
 
 
-def difference(told: Sequence[Told]) -> str:
-    """The first bytes in which a node differs from the first one; empty when none does."""
+def difference(ranks: Sequence[SliceDigests]) -> str:
+    """The first slice in which a node differs from the first node, in words; "" when no node differs."""
     nodes: dict[int, dict[tuple[str, int], str]] = defaultdict(dict)
-    for each in told:
-        nodes[each.node].update({(name, start): digest for name, start, digest in each.slices})
-    (first, theirs), *others = sorted(nodes.items())
-    for node, own in others:
-        for name, start in sorted({*theirs, *own}):
-            if own.get((name, start)) != theirs.get((name, start)):
+    for rank in ranks:
+        nodes[rank.node].update({(name, start): digest for name, start, digest in rank.slices})
+    (first, reference), *others = sorted(nodes.items())
+    for node, found in others:
+        for name, start in sorted({*reference, *found}):
+            if found.get((name, start)) != reference.get((name, start)):
                 return f"{name} of node {node} is not that of node {first}, from byte {start:,} on"
     return ""

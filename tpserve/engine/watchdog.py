@@ -1,15 +1,15 @@
-"""How long a step may take before something hangs. Pure: times come as `now`, in seconds of any monotonic clock.
+"""The deadline of a step. Pure: times come as `now`, in seconds of any monotonic clock.
 
-A rank whose main thread hangs still sends heartbeats, and a collective waits for ever; what tells is that a plan does not come
-back.
+A rank whose main thread hangs still sends heartbeats, and a collective waits forever. The only sign of the hang is a plan whose
+result does not arrive.
 
-    allowed   ten times what the step would have cost at the slowest of the last steps, in seconds a token;
-              never less than a minute;
-              never more than the start's own limit, or ten times the slowest of the last steps as it was, whichever is longer
+    allowed   ten times the step's number of tokens, times the seconds a token of the slowest recent step;
+              at least a minute;
+              at most the start timeout, or ten times the duration of the slowest recent step if that is longer
 
-So one slow step (a kernel was compiled, a disk was slow) is forgotten after `RECENT` others, and while it is remembered a step of
-many tokens is not given days. Until the first result nothing is known but the start's own limit. A rank that compiles says so in
-its heartbeats, and the coordinator then waits longer (`coordinator/coordinator.py`).
+So one slow step (a kernel was compiled, a disk was slow) counts for `RECENT` further steps only, and its seconds a token do not
+allow days for a step of many tokens. Before the first result the start timeout is the limit. A rank that compiles reports it
+in its heartbeats, and the coordinator then waits longer (`coordinator/coordinator.py`).
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from typing import NamedTuple
 LEAST_S = 60.0
 MARGIN = 10.0
 RECENT = 32
-"""So many steps are remembered."""
+"""Number of steps that count as recent."""
 
 
 class _Step(NamedTuple):
@@ -30,25 +30,25 @@ class StepWatchdog:
     """The plans in flight, oldest first, and when the oldest is overdue."""
 
     def __init__(self, first_s: float) -> None:
-        """`first_s`: what the first plan may take."""
+        """`first_s`: the limit until the first result, in seconds (the start timeout)."""
         self._first_s = first_s
         self._in_flight: deque[tuple[int, int, float]] = deque()
         self._recent: deque[_Step] = deque(maxlen=RECENT)
         self._applied_s = 0.0
 
     def sent(self, step: int, num_tokens: int, now: float) -> None:
-        """A plan is on its way."""
+        """A plan is sent."""
         self._in_flight.append((step, num_tokens, now))
 
     def applied(self, now: float) -> None:
-        """The oldest plan's result is here. It is charged from when it was sent or the one before done, whichever is later."""
+        """The oldest plan's result has arrived. Its time runs from its sending or from the result before, whichever is later."""
         _, num_tokens, sent_s = self._in_flight.popleft()
         self._recent.append(_Step(num_tokens, now - max(sent_s, self._applied_s)))
         self._applied_s = now
 
     @property
     def deadline(self) -> tuple[int, float] | None:
-        """The oldest plan in flight and when it is overdue; None with nothing in flight."""
+        """(step, time) of the oldest plan in flight and its deadline; None with nothing in flight."""
         if not self._in_flight:
             return None
         step, num_tokens, sent_s = self._in_flight[0]

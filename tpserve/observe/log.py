@@ -1,7 +1,7 @@
-"""One readable log on stderr: `[n0 r1 s0] 12:00:01 INFO  message`. Never logs a prompt, never prints a traceback below debug.
+"""The log on stderr, one line per record: `[n0 r1 s0] 12:00:01 INFO  message`. Prints tracebacks at debug level only.
 
-The first rank of each node and the frontend speak from --log-level; other ranks only warnings and errors, unless the level is
-debug.
+The first rank of each node and the frontend log from --log-level on. Other ranks log warnings and errors only, unless the level
+is debug. Invariant: no log line contains a prompt.
 """
 
 import logging
@@ -13,16 +13,19 @@ from typing import TextIO
 
 DEFAULT = "info"
 FIRST, LAST = 100, 200
-"""So many lines are kept of a log's begin and of its end."""
+"""Number of lines that a ring buffer keeps from the beginning and from the end of a log."""
 DIM, RESET = "\033[2m", "\033[0m"
 COLORS = {"DEBUG": DIM, "INFO": "\033[32m", "WARN": "\033[33m", "ERROR": "\033[1;31m"}
-MOST, LONGEST = 100, 1000
-"""So many lines are told at a time, and so much of each."""
+MAX_LINES, MAX_CHARS = 100, 1000
+"""Limits of one `LogRingBuffer.since`: lines, and characters of each line."""
 
 
 def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None = None, color: bool = False) -> None:
-    """Send this process's log to stderr (or `stream`). `prefix`: who speaks; `lead`: a node's first rank, and the frontend;
-    `color`: levels are colored and the prefix is dim, for a terminal."""
+    """Send this process's log to stderr (or `stream`).
+
+    `prefix`: the text in brackets, like "n0 r1 s0". `lead`: whether this is a node's first rank or the frontend.
+    `color`: color the levels and dim the prefix, for a terminal.
+    """
     number = logging.getLevelNamesMapping()[level.upper()]
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(_LineFormatter(prefix, tracebacks=number <= logging.DEBUG, color=color))
@@ -35,52 +38,52 @@ def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None =
 
 
 class LogRingBuffer(logging.Handler):
-    """The first and the last lines of a process's log, as they were written, for a ticket. Lines are numbered from 0.
+    """The first and the last lines of a process's log, for bug reports. Lines are numbered from 0.
 
-    `last_error`: what the last error said, without who and when. `alarm` is called after each error.
+    `last_error`: the message of the last error, without prefix and time. `on_error` is called after each error.
     """
 
     def __init__(self, first: int = FIRST, last: int = LAST) -> None:
         super().__init__()
-        self._most_first = first
+        self._max_first = first
         self.first: list[str] = []
         self.last: deque[str] = deque(maxlen=last)
         self.total = 0
         self.last_error, self.num_errors = "", 0
-        self.alarm: Callable[[], None] = lambda: None
+        self.on_error: Callable[[], None] = lambda: None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line of this process's own."""
+        """Add a record of this process."""
         self.add(self.format(record))
         if record.levelno >= logging.ERROR:
             self.last_error = clipped(one_line(record))
             self.num_errors += 1
-            self.alarm()
+            self.on_error()
 
     def add(self, line: str) -> None:
-        """Keep a line."""
-        if len(self.first) < self._most_first:
+        """Add a line."""
+        if len(self.first) < self._max_first:
             self.first.append(line)
         else:
             self.last.append(line)
         self.total += 1
 
     def since(self, number: int) -> tuple[int, list[str]]:
-        """Lines that follow each other, from `number` on or the first kept one after it, and the number of the first."""
-        self.acquire()  # lines are added on other threads
+        """(number of the first line, consecutive lines), from `number` on, or from the first kept line after it."""
+        self.acquire()  # other threads add lines
         try:
             first, last, total = list(self.first), list(self.last), self.total
         finally:
             self.release()
         if number == total:
             return number, []
-        kept = [*enumerate(first), *enumerate(last, total - len(last))]
-        found = [(i, line) for i, line in kept if i >= number][:MOST]
+        numbered = [*enumerate(first), *enumerate(last, total - len(last))]
+        found = [(i, line) for i, line in numbered if i >= number][:MAX_LINES]
         start = found[0][0]
-        return start, [clipped(line) for place, (i, line) in enumerate(found, start) if i == place]
+        return start, [clipped(line) for expected, (i, line) in enumerate(found, start) if i == expected]
 
     def take(self, start: int, lines: Sequence[str], last_error: str = "") -> None:
-        """Keep what `since` gave in another process; says so when lines before have not come."""
+        """Add lines that `since` returned in another process, and a note in place of lines that are missing before them."""
         self.last_error = last_error or self.last_error
         if start > self.total:
             self.add(f"({start - self.total} lines are missing)")
@@ -89,17 +92,17 @@ class LogRingBuffer(logging.Handler):
             self.add(line)
 
     def shown(self) -> dict[str, list[str]]:
-        """For JSON."""
+        """The kept lines, for JSON."""
         return {"first": list(self.first), "last": list(self.last)}
 
 
 def clipped(line: str) -> str:
-    """What can be sent: names of files may hold bytes that are no text."""
-    return line[:LONGEST].encode(errors="replace").decode()
+    """At most `MAX_CHARS` characters of a line, as valid UTF-8: file names may contain other bytes."""
+    return line[:MAX_CHARS].encode(errors="replace").decode()
 
 
 def keep_log() -> LogRingBuffer:
-    """From now on, keep lines of the log that `setup` has set up, without colors."""
+    """Attach a ring buffer to the log that `setup` configured; it keeps lines without colors."""
     root = logging.getLogger()
     log_buffer, line = LogRingBuffer(), root.handlers[0].formatter
     assert isinstance(line, _LineFormatter)
@@ -109,17 +112,17 @@ def keep_log() -> LogRingBuffer:
 
 
 def rank_prefix(node: int, rank: int, stage: int) -> str:
-    """Who a rank is in the log."""
+    """A rank's prefix in the log."""
     return f"n{node} r{rank} s{stage}"
 
 
 def user_error(message: str) -> str:
-    """The one line in which a command ends that its user can mend."""
+    """The one line with which a command exits on a UserError."""
     return f"tpserve: error: {' '.join(message.split())}"
 
 
 def one_line(record: logging.LogRecord) -> str:
-    """A record's message and the error it is about, in one line."""
+    """A record's message and its exception, in one line."""
     text = record.getMessage()
     if record.exc_info and record.exc_info[1] is not None:
         error = record.exc_info[1]
@@ -152,7 +155,7 @@ def _warn(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A library's warning as one line; where in that library it arose is for debugging only."""
+    """Log a library's warning as one line; its source line at debug level only."""
     logger = logging.getLogger("tpserve.warnings")
     logger.warning("%s", " ".join(str(message).split()))
     logger.debug("%s at %s:%d", category.__name__, filename, lineno)

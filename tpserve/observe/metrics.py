@@ -1,7 +1,7 @@
-"""What the server counts, in the names, labels and buckets that vLLM's dashboards read, with the prefix `tpserve:`.
+"""Prometheus metrics with the names, labels and buckets of vLLM's dashboards, and the prefix `tpserve:`.
 
-Owns a registry of its own; two servers in one process do not meet. Never reads a clock: durations come in as seconds.
-Counters of the engine start at 0 with every epoch and arrive as totals; here they only grow.
+Each `Metrics` owns its registry, so two servers in one process do not collide. Never reads a clock: durations come in seconds.
+The engine sends totals that start at 0 in every epoch; the counters here only grow.
 """
 
 from array import array
@@ -20,7 +20,7 @@ NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Metrics:
-    """All metrics of one server. Every series exists from the start, so that a scrape before the first request has zeros."""
+    """All metrics of one server. Series exist from the start, so a scrape before the first request shows zeros."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -47,18 +47,21 @@ class Metrics:
         }
         self._last = dict.fromkeys(self._totals, 0)
         self.totals = dict.fromkeys(self._totals, 0)
-        """What the counters say."""
+        """The values of the counters."""
         self.stats = NO_STATS
-        """What the engine said last."""
+        """The engine's last Stats."""
         self._experts = Counter(
-            "tpserve:expert_tokens", "Tokens each expert had, of a mixture.", (*labels, "layer", "expert"), registry=self.registry
+            "tpserve:expert_tokens",
+            "Tokens routed to each expert of a mixture of experts.",
+            (*labels, "layer", "expert"),
+            registry=self.registry,
         )
         self._labels = labels
-        self._had: dict[int, array[int]] = {}
+        self._expert_totals: dict[int, array[int]] = {}
         success = Counter("tpserve:request_success", "Requests ended.", (*labels, "finished_reason"), registry=self.registry)
         self._ended = {reason: success.labels(**labels, finished_reason=reason) for reason in FINISH_REASONS}
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
-        self._itl = histogram("inter_token_latency_seconds", "Between two arrivals of tokens of a request.", ITL_S)
+        self._itl = histogram("inter_token_latency_seconds", "Between two consecutive outputs of a request.", ITL_S)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY_S)
         self._queue = histogram("request_queue_time_seconds", "Waiting for a slot.", LATENCY_S)
         self._prefill = histogram("request_prefill_time_seconds", "From the slot to the first token.", LATENCY_S)
@@ -67,7 +70,7 @@ class Metrics:
         self._generation = histogram("request_generation_tokens", "Generated tokens of a request.", TOKENS)
 
     def engine(self, stats: Stats) -> None:
-        """The engine's gauges and running totals."""
+        """Record the engine's gauges and running totals."""
         self.stats = stats
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
@@ -80,26 +83,29 @@ class Metrics:
             self._last[name] = total
 
     def experts(self, layers: Sequence[int], tokens: bytes) -> None:
-        """Running totals of these layers' experts: 64-bit integers, layer by layer."""
+        """Record running totals of experts. `tokens`: 64-bit integers, [len(layers), experts] row by row."""
         totals = array("q", tokens)
         count = len(totals) // len(layers)
         for i, layer in enumerate(layers):
-            now, had = totals[i * count : (i + 1) * count], self._had.get(layer, array("q", bytes(8 * count)))
-            for expert, (total, before) in enumerate(zip(now, had, strict=True)):
+            now = totals[i * count : (i + 1) * count]
+            last = self._expert_totals.get(layer, array("q", bytes(8 * count)))
+            for expert, (total, before) in enumerate(zip(now, last, strict=True)):
                 series = self._experts.labels(**self._labels, layer=layer, expert=expert)
                 series.inc(total - before if total >= before else total)  # a new epoch counts from 0
-            self._had[layer] = now
+            self._expert_totals[layer] = now
 
     def first_token(self, since_arrival_s: float) -> None:
+        """Record a sequence's time to first token."""
         self._ttft.observe(since_arrival_s)
 
     def next_token(self, since_last_s: float) -> None:
+        """Record the time between two outputs of a sequence."""
         self._itl.observe(since_last_s)
 
     def ended(
         self, reason: FinishReason, since_arrival_s: float, prompt_tokens: int, generation_tokens: int, times: PhaseTimes | None
     ) -> None:
-        """A sequence ended. `times` is None when its client had its answer before the engine's last word."""
+        """Record the end of a sequence. `times`: None when the client's answer was complete before the engine's Done."""
         self._ended[reason].inc()
         self._e2e.observe(since_arrival_s)
         self._prompt.observe(prompt_tokens)
@@ -110,5 +116,5 @@ class Metrics:
             self._decode.observe(times.decode_s)
 
     def render(self) -> bytes:
-        """The text format of Prometheus."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,7 +1,4 @@
-"""How long each part of a start took: laps from the moment the agent was started, told in one line.
-
-Owns the laps of one process. Reads the clock and /proc and nothing else.
-"""
+"""How long each phase of a start took, from the start of the agent on, in one line. Reads the clock and /proc."""
 
 import os
 import time
@@ -12,31 +9,31 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class StartTimer:
-    """The first laps are over already: the agent's, until it started this process, and the interpreter's, until now."""
+    """The phases of one process. The first two are over: the agent, until it started this process, and the interpreter."""
 
     def __init__(self, agent_pid: int) -> None:
-        self._now_s = began_s(os.getpid())
+        self._now_s = start_time_s(os.getpid())
         self._phases: list[tuple[str, float]] = []
-        agent_s = began_s(agent_pid)
+        agent_s = start_time_s(agent_pid)
         if agent_s is not None and self._now_s is not None:
             self._phases.append(("agent", self._now_s - agent_s))
         self.mark("interpreter")
 
     def mark(self, name: str) -> None:
-        """What was done since the last lap is called `name`."""
+        """End a phase: the time since the last mark is called `name`."""
         now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         if self._now_s is not None:
             self._phases.append((name, now_s - self._now_s))
         self._now_s = now_s
 
     def line(self) -> str:
-        """The laps that took `LEAST_S`, in order."""
+        """The phases of at least `LEAST_S` in order, and the total of all."""
         parts = ", ".join(f"{name} {took_s:.1f}" for name, took_s in self._phases if took_s >= LEAST_S)
         return f"start: {parts}, together {sum(took_s for _, took_s in self._phases):.1f} s"
 
 
-def began_s(pid: int) -> float | None:
-    """When a process was started, on CLOCK_BOOTTIME; None when it is not there."""
+def start_time_s(pid: int) -> float | None:
+    """The start time of a process on CLOCK_BOOTTIME, in seconds; None without such a process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,16 +1,16 @@
-"""Rows of text as lines with aligned columns, for people. Pure."""
+"""Text for people: tables with aligned columns, ranges of numbers. Pure."""
 
 from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line a row; all rows have as many cells. Two spaces part the columns, none trail."""
+    """One line per row; all rows have the same number of cells. Two spaces separate columns; no line has trailing spaces."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, shortened: "1, 4-7"."""
+    """Ascending numbers with runs shortened: "1, 4-7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -21,5 +21,5 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def of_ranks(ranks: Sequence[int]) -> str:
-    """ "rank 3", "ranks 1, 4-7"."""
+    """Ascending ranks in words: "rank 3" or "ranks 1, 4-7"."""
     return f"rank {ranges(ranks)}" if len(ranks) == 1 else f"ranks {ranges(ranks)}"

@@ -1,7 +1,7 @@
-"""When a step happened: one JSON line per event, readable by Chrome's and Perfetto's trace viewers.
+"""Step traces: one JSON line per event, for the trace viewers of Chrome and Perfetto.
 
-Times are microseconds of CLOCK_MONOTONIC, which all processes of a host share, so that the files of its ranks can be
-laid side by side. Off unless a directory is given; then a rank writes `rank<N>.jsonl` into it.
+Times are microseconds of CLOCK_MONOTONIC, which all processes of a host share, so a viewer can merge the files of its ranks. With
+a directory (`--step-trace`) a rank writes `rank<N>.jsonl` into it; without one, tracing is off.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import TextIO
 
 
 class Trace:
-    """One rank's events. With no directory every call returns at once."""
+    """One rank's events. Without a directory every call returns at once."""
 
     def __init__(self, directory: str | None, rank: int) -> None:
         self._rank = rank
@@ -23,13 +23,13 @@ class Trace:
             self._file = Path(directory, f"rank{rank}.jsonl").open("w", buffering=1)
 
     def event(self, name: str, step: int) -> None:
-        """Something happened now."""
+        """Write an event that happens now."""
         if self._file is not None:
             self._write({"name": name, "ph": "i", "ts": time.monotonic_ns() / 1000, "args": {"step": step}})
 
     @contextmanager
     def span(self, name: str, step: int) -> Iterator[None]:
-        """Something takes as long as the block."""
+        """Write an event that lasts as long as the `with` block."""
         begin = time.monotonic_ns() / 1000
         yield
         if self._file is not None:

@@ -1,21 +1,21 @@
-"""Who has which KV blocks: tables that grow, windows that move, prefixes that are shared, promises. Knows no slot and no plan.
+"""KV blocks of sequences: block tables, sliding windows, the prefix cache. Never touches a slot or a plan.
 
-A sequence has a table in each cache group; position p lives in entry p // block_size of each. In a group without a window,
-where the table holds all known tokens from the admission on:
+A sequence has one block table per cache group; position p is in entry p // block_size of each. In a group without a window
+the table covers all known tokens from admission on:
 
-    [0, computed) full, and in the prefix cache where nobody else was first | [computed, len) its own, being written
+    [0, computed) full, and in the prefix cache unless an equal block is there already | [computed, len) private, being written
 
-In a group with a window, where the table grows chunk by chunk:
+In a group with a window the table grows chunk by chunk:
 
-    [0, first) given back, or never held: 0, read by nobody | [first, computed) as above | [computed, len) as above
+    [0, first) freed, or never allocated: the entry is 0 and never read | [first, computed) as above | [computed, len) as above
 
-`first` is the first block that position `computed` sees. What lies before is given back when the result is applied that moves
-`computed`: no plan in flight or to come computes an earlier position. Like the blocks of an ended sequence it can be found
-until it is taken for something else.
+`first` is the first block that position `computed` sees. The blocks before it are freed when the result that moves `computed`
+is applied: no plan in flight and no later plan computes an earlier position. Freed blocks stay in the prefix cache until they
+are allocated again, like those of an ended sequence.
 
-A block is known by its group and a hash of its tokens chained to the block before it; the chain begins with the request's
-cache_salt. `pending` blocks are being computed by a running sequence, in all groups: who needs the same prefix waits for
-them instead of computing it again, which is also how the choices of a request come to share their prompt.
+The prefix cache finds a block by its group and by a hash of its tokens and of the block before it. The first hash of a chain
+covers the request's cache_salt. A pending prefix is a block that a running sequence is computing, in all groups. A sequence that
+needs the same prefix waits for it instead of computing it again; this is also how the choices of a request share their prompt.
 """
 
 from collections.abc import Iterator
@@ -29,26 +29,27 @@ from tpserve.scheduling.sequence import Sequence
 from tpserve.types.window import first_block, most_blocks
 
 HASH_BYTES = 16
-"""Collisions cannot be found on purpose, which Python's own hash would allow."""
+"""A cryptographic hash: nobody can construct a collision, as they could with Python's own hash."""
 
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """What a waiting sequence finds: `shared` leading blocks are cached, as far as a position after them sees them.
+    """What the prefix cache holds for a waiting sequence.
 
-    `free`: how many of the blocks to share are in no table. `next`: the hash of the first full block that is not cached, if
-    there is one; `pending`: somebody is computing it.
+    `shared`: number of leading blocks that are cached, counting only blocks that a position after them sees. `free`: how many of
+    them are in no table. `next_hash`: hash of the first full block that is not cached, b"" without one. `pending`: a running
+    sequence computes that block.
     """
 
     shared: int = 0
     free: int = 0
-    next: bytes = b""
+    next_hash: bytes = b""
     pending: bool = False
 
 
 @dataclass(frozen=True)
 class AdmissionPlan:
-    """What admitting a sequence comes to: `count` positions at once, `taken` free blocks, and `reserve` left for it."""
+    """How to admit a sequence: `count` positions in its first chunk, `taken` free blocks, `reserve` more to keep free."""
 
     count: int
     taken: int
@@ -56,194 +57,197 @@ class AdmissionPlan:
 
 
 class BlockManager:
-    """The tables of all sequences, over one pool, and what is promised."""
+    """The block tables of all sequences over one block pool, and the pending prefixes."""
 
-    def __init__(self, limits: SchedulerConfig) -> None:
-        self._limits, self._size = limits, limits.block_size
-        self._pool = BlockPool(limits.num_blocks, len(limits.windows))
-        self._groups = tuple(enumerate(limits.windows))
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config, self._size = config, config.block_size
+        self._pool = BlockPool(config.num_blocks, len(config.windows))
+        self._groups = tuple(enumerate(config.windows))
         self._windowed = tuple((group, window) for group, window in self._groups if window is not None)
         self._full = tuple(group for group, window in self._groups if window is None)
         self._shortest = self._windowed[0][0] if self._windowed else 0
-        """A group of which no table is longer than others: those of windows are alike, and grow last."""
+        """A group whose tables are the shortest: tables of groups with windows have equal lengths and grow last."""
         self._pending_prefixes: dict[bytes, Sequence] = {}
 
     @property
     def available(self) -> int:
-        """Blocks in no table."""
+        """Number of blocks in no table."""
         return self._pool.num_free
 
     @property
     def used(self) -> int:
-        return self._limits.num_blocks - self._pool.num_free
+        """Number of blocks in at least one table."""
+        return self._config.num_blocks - self._pool.num_free
 
     # counting
 
-    def num_held(self, sequence: Sequence) -> int:
-        """Blocks in a running sequence's tables."""
-        return sum(map(len, sequence.tables)) - sum(self._first(sequence.computed, window) for _, window in self._windowed)
+    def num_allocated(self, sequence: Sequence) -> int:
+        """Number of blocks in a running sequence's tables."""
+        return sum(map(len, sequence.tables)) - sum(
+            self._first_visible(sequence.computed, window) for _, window in self._windowed
+        )
 
-    def num_missing(self, sequence: Sequence, positions: int) -> int:
-        """Blocks that a running sequence needs on top of its own to hold its first `positions` positions."""
+    def num_new_blocks(self, sequence: Sequence, positions: int) -> int:
+        """Number of blocks to allocate before a running sequence can hold its first `positions` positions."""
         if positions <= len(sequence.tables[self._shortest]) * self._size:
             return 0
-        goal = self._limits.blocks_for(positions)
+        goal = self._config.blocks_for(positions)
         return sum(max(0, goal - len(table)) for table in sequence.tables)
 
     def max_positions(self, sequence: Sequence, free: int) -> int:
-        """How many positions a running sequence can hold if it takes `free` blocks at most, of its known ones."""
+        """Number of positions, among the known ones, that a running sequence can hold after allocating at most `free` blocks."""
         more = free // len(self._windowed) if self._windowed else 0
         return (len(sequence.tables[self._shortest]) + more) * self._size
 
     def reserve(self, sequence: Sequence) -> int:
-        """Blocks to leave for a running sequence: one for each table that will grow."""
-        whole = self._limits.blocks_for(sequence.end - 1)
-        return sum(whole > len(table) for table in sequence.tables)
+        """Number of blocks to keep free for a running sequence: one for each table that will grow."""
+        final = self._config.blocks_for(sequence.end - 1)
+        return sum(final > len(table) for table in sequence.tables)
 
-    def need(self, sequence: Sequence, match: PrefixMatch) -> int:
-        """Free blocks without which a waiting sequence is not admitted: for all known tokens, in windows for what they see."""
-        known = self._limits.blocks_for(sequence.known)
+    def num_required(self, sequence: Sequence, match: PrefixMatch) -> int:
+        """Number of free blocks that admission requires: for all known tokens, and in windowed groups for what they see."""
+        known = self._config.blocks_for(sequence.known)
         need = match.free + len(self._full) * (known - match.shared)
         for _, window in self._windowed:
-            first = self._first(match.shared * self._size, window)
+            first = self._first_visible(match.shared * self._size, window)
             need += min(first + most_blocks(sequence.known, window, self._size), known) - match.shared
         return need
 
     def plan_admission(self, sequence: Sequence, match: PrefixMatch, budget: int, spare: int) -> AdmissionPlan | None:
-        """How to admit a waiting sequence with `spare` blocks and at most `budget` positions; None when blocks are too few."""
-        if spare < self.need(sequence, match):
+        """How to admit a waiting sequence with `spare` free blocks and at most `budget` positions; None with too few blocks."""
+        if spare < self.num_required(sequence, match):
             return None
-        start, known, whole = match.shared * self._size, *map(self._limits.blocks_for, (sequence.known, sequence.end - 1))
+        start, known, final = match.shared * self._size, *map(self._config.blocks_for, (sequence.known, sequence.end - 1))
         num_full, num_windowed = len(self._full), len(self._windowed)
-        taken, count = match.free + num_full * (known - match.shared), min(sequence.todo - start, budget)
+        taken, count = match.free + num_full * (known - match.shared), min(sequence.num_to_compute - start, budget)
         if num_windowed:
             count = min(count, (spare - taken) // num_windowed * self._size)
-        held = self._limits.blocks_for(start + count)
-        taken += num_windowed * (held - match.shared)
-        return AdmissionPlan(count, taken, num_full * (whole > known) + num_windowed * (whole > held))
+        first_chunk = self._config.blocks_for(start + count)
+        taken += num_windowed * (first_chunk - match.shared)
+        return AdmissionPlan(count, taken, num_full * (final > known) + num_windowed * (final > first_chunk))
 
-    def _first(self, position: int, window: int | None) -> int:
+    def _first_visible(self, position: int, window: int | None) -> int:
         return first_block(position, window, self._size)
 
-    # finding
+    # prefix cache
 
     def match(self, sequence: Sequence) -> PrefixMatch:
-        """How a waiting sequence would begin. The last token is always computed, because the next one is drawn from it."""
-        if not self._limits.prefix_caching or sequence.unscored:
+        """The cached prefix of a waiting sequence. It never includes the last token: its logits give the next token."""
+        if not self._config.prefix_caching or sequence.needs_scores:
             return PrefixMatch()
         if self._is_pending(sequence, sequence.pending_prefix):
-            return PrefixMatch(next=sequence.pending_prefix, pending=True)
+            return PrefixMatch(next_hash=sequence.pending_prefix, pending=True)
         length = len(sequence.tokens)
-        chain = self._chain(sequence, length // self._size)
-        shared = self._within_windows(chain, self._leading(chain, (length - 1) // self._size))
-        free = sum(self._pool.is_free(block) for _, block in self._to_share(chain, shared))
-        if shared == len(chain) or self._is_known(chain[shared]):
+        hashes = self._block_hashes(sequence, length // self._size)
+        shared = self._num_cached_in_windows(hashes, self._num_cached(hashes, (length - 1) // self._size))
+        free = sum(self._pool.is_free(block) for _, block in self._shared_blocks(hashes, shared))
+        if shared == len(hashes) or self._is_cached(hashes[shared]):
             return PrefixMatch(shared, free)
-        sequence.pending_prefix = chain[shared]
-        return PrefixMatch(shared, free, chain[shared], self._is_pending(sequence, chain[shared]))
+        sequence.pending_prefix = hashes[shared]
+        return PrefixMatch(shared, free, hashes[shared], self._is_pending(sequence, hashes[shared]))
 
-    def _leading(self, chain: list[bytes], most: int) -> int:
-        """How many leading blocks, up to `most`, are known in all groups that keep every position."""
+    def _num_cached(self, hashes: list[bytes], most: int) -> int:
+        """Number of leading blocks, up to `most`, that are cached in all groups without a window."""
         for group in self._full:
-            most = next((index for index in range(most) if self._pool.find(group, chain[index]) is None), most)
+            most = next((index for index in range(most) if self._pool.find(group, hashes[index]) is None), most)
         return most
 
-    def _within_windows(self, chain: list[bytes], most: int) -> int:
-        """The largest number of leading blocks, up to `most`, of which all is known that each window sees after them."""
-        known = [(self._pool.known(group, chain[:most]), window) for group, window in self._windowed]
+    def _num_cached_in_windows(self, hashes: list[bytes], most: int) -> int:
+        """The largest number of leading blocks, up to `most`, such that each group has cached all that its window sees next."""
+        known = [(self._pool.cached_mask(group, hashes[:most]), window) for group, window in self._windowed]
         shared = most
         while True:
             before = shared
             for blocks, window in known:
-                gap = blocks.rfind(0, self._first(shared * self._size, window), shared)
+                gap = blocks.rfind(0, self._first_visible(shared * self._size, window), shared)
                 if gap >= 0:
                     shared = blocks.rfind(1, 0, gap) + 1
             if shared == before:
                 return shared
 
-    def _to_share(self, chain: list[bytes], shared: int) -> Iterator[tuple[int, int]]:
-        """(group, block) of all that a sequence holds which begins with so many shared blocks, table by table, in order."""
+    def _shared_blocks(self, hashes: list[bytes], shared: int) -> Iterator[tuple[int, int]]:
+        """(group, block) for each block that a sequence shares when it begins with `shared` cached blocks, table by table."""
         for group, window in self._groups:
-            for hash in chain[self._first(shared * self._size, window) : shared]:
+            for hash in hashes[self._first_visible(shared * self._size, window) : shared]:
                 block = self._pool.find(group, hash)
-                assert block is not None, "what was matched is still there"
+                assert block is not None, "a matched block is still cached"
                 yield group, block
 
-    def _is_known(self, hash: bytes) -> bool:
-        """Whether all groups know a block."""
+    def _is_cached(self, hash: bytes) -> bool:
+        """Whether a block is cached in all groups."""
         return all(self._pool.find(group, hash) is not None for group, _ in self._groups)
 
     def _is_pending(self, sequence: Sequence, hash: bytes) -> bool:
-        """Whether to wait for a block. Never for a sequence that others may overtake more easily."""
+        """Whether `sequence` waits for a block. It never waits for an owner of lower priority, which may be preempted first."""
         owner = self._pending_prefixes.get(hash)
         return owner is not None and not owner.ended and owner.request.priority <= sequence.request.priority
 
-    # taking and giving back
+    # allocation
 
     def share(self, sequence: Sequence, count: int) -> None:
-        """Begin the tables with `count` cached blocks, and promise the full ones that follow."""
+        """Start the tables with `count` cached blocks and register the full blocks after them as pending prefixes."""
         sequence.computed = count * self._size
-        sequence.tables = tuple([0] * self._first(sequence.computed, window) for _, window in self._groups)
-        if not self._limits.prefix_caching:
+        sequence.tables = tuple([0] * self._first_visible(sequence.computed, window) for _, window in self._groups)
+        if not self._config.prefix_caching:
             return
-        chain = self._chain(sequence, len(sequence.tokens) // self._size)
-        for group, block in self._to_share(chain, count):
+        hashes = self._block_hashes(sequence, len(sequence.tokens) // self._size)
+        for group, block in self._shared_blocks(hashes, count):
             self._pool.share(block)
             sequence.tables[group].append(block)
-        for hash in chain[count:]:
+        for hash in hashes[count:]:
             if (owner := self._pending_prefixes.get(hash)) is None or owner.ended:
                 self._pending_prefixes[hash] = sequence
 
     def allocate(self, sequence: Sequence, count: int) -> None:
-        """Let the tables that were begun hold all known positions, those of windows `count` more than are shared."""
+        """Extend new tables to all known positions, in windowed groups to `count` positions after the shared ones."""
         for group, window in self._groups:
             positions = sequence.known if window is None else sequence.computed + count
             table = sequence.tables[group]
-            table.extend(self._pool.take() for _ in range(self._limits.blocks_for(positions) - len(table)))
+            table.extend(self._pool.allocate() for _ in range(self._config.blocks_for(positions) - len(table)))
 
     def grow(self, sequence: Sequence, positions: int) -> tuple[tuple[int, ...], ...]:
-        """Let the tables hold `positions` positions and return the new blocks of each group, () if there are none."""
+        """Extend all tables to `positions` positions. Returns the new blocks of each group, () without any."""
         if positions <= len(sequence.tables[self._shortest]) * self._size:
             return ()
-        goal = self._limits.blocks_for(positions)
-        new = tuple(tuple(self._pool.take() for _ in range(goal - len(table))) for table in sequence.tables)
+        goal = self._config.blocks_for(positions)
+        new = tuple(tuple(self._pool.allocate() for _ in range(goal - len(table))) for table in sequence.tables)
         for table, ids in zip(sequence.tables, new, strict=True):
             table.extend(ids)
         return new
 
     def commit(self, sequence: Sequence, computed: int) -> None:
-        """Positions [0, computed) are in the cache for good: full blocks can be shared, and what no window sees is given back."""
+        """Record that positions [0, computed) are in the KV cache: publish full blocks, free those that no window sees."""
         before, sequence.computed = sequence.computed, computed
-        if computed < sequence.due:
+        if computed < sequence.next_boundary:
             return
         done, full = before // self._size, computed // self._size
-        sequence.due = (full + 1) * self._size
-        if self._limits.prefix_caching:
-            for index, hash in enumerate(self._chain(sequence, full)[done:], done):
+        sequence.next_boundary = (full + 1) * self._size
+        if self._config.prefix_caching:
+            for index, hash in enumerate(self._block_hashes(sequence, full)[done:], done):
                 for group, _ in self._groups:
                     self._pool.publish(sequence.tables[group][index], group, hash)
                 self._drop_pending(sequence, hash)
         for group, window in self._windowed:
-            old, first, table = self._first(before, window), self._first(computed, window), sequence.tables[group]
+            old, first, table = self._first_visible(before, window), self._first_visible(computed, window), sequence.tables[group]
             if old < first:
                 self._pool.release(reversed(table[old:first]))
                 table[old:first] = [0] * (first - old)
-            sequence.due = min(sequence.due, (first + 1) * self._size + window - 1)
+            sequence.next_boundary = min(sequence.next_boundary, (first + 1) * self._size + window - 1)
 
     def free(self, sequence: Sequence) -> None:
-        """Take all blocks back. Full ones can still be found, until they are needed for something else: of a prefix, its end."""
-        held = [sequence.tables[group][self._first(sequence.computed, window) :] for group, window in self._groups]
-        rows = zip_longest(*map(reversed, held), fillvalue=None)
+        """Free all blocks. Full ones stay cached until they are allocated again, the end of a prefix before its beginning."""
+        tables = [sequence.tables[group][self._first_visible(sequence.computed, window) :] for group, window in self._groups]
+        rows = zip_longest(*map(reversed, tables), fillvalue=None)
         self._pool.release(block for row in rows for block in row if block is not None)
         for hash in sequence.hashes[sequence.computed // self._size :]:
             self._drop_pending(sequence, hash)
-        sequence.tables, sequence.computed, sequence.due = (), 0, 0
+        sequence.tables, sequence.computed, sequence.next_boundary = (), 0, 0
 
     def _drop_pending(self, sequence: Sequence, hash: bytes) -> None:
         if self._pending_prefixes.get(hash) is sequence:
             del self._pending_prefixes[hash]
 
-    def _chain(self, sequence: Sequence, count: int) -> list[bytes]:
+    def _block_hashes(self, sequence: Sequence, count: int) -> list[bytes]:
         """Hashes of the first `count` full blocks."""
         hashes = sequence.hashes
         if len(hashes) < count:

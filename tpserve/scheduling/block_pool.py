@@ -1,11 +1,11 @@
-"""The KV blocks that all cache groups share, with those that can be found again. Owns their state; knows no sequence.
+"""The KV blocks that all cache groups share, with reference counts and the prefix cache's index. Knows no sequence.
 
-    in use    refs > 0: in the tables of so many sequences; full and known by its key, or still being written by its one owner
-    cached    refs = 0, free, and known by its key until it is taken; least recently used first
-    blank     refs = 0, free, taken before any cached one
+    in use    refs > 0, the number of tables that hold it: full and indexed by its key, or being written by its one owner
+    cached    refs = 0, free, indexed by its key until it is allocated; the least recently used is allocated first
+    blank     refs = 0, free, without a key; allocated before any cached block
 
-A key is a group and a hash, which stands for a block's tokens and all tokens before them: of equal keys, contents are equal.
-A block serves one group at a time, any of them, and never changes while it is known by its key.
+A key is (group, hash), where the hash covers the block's tokens and all tokens before them. Blocks of equal keys have equal
+contents. A block serves one group at a time, and its contents never change while it has a key.
 """
 
 from collections import OrderedDict
@@ -13,58 +13,59 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """`num_blocks` blocks, all blank at first."""
+    """`num_blocks` blocks, all blank at the start."""
 
     def __init__(self, num_blocks: int, num_groups: int) -> None:
         self.num_blocks = num_blocks
         self._refs = [0] * num_blocks
         self._keys: list[tuple[int, bytes] | None] = [None] * num_blocks
-        self._known: tuple[dict[bytes, int], ...] = tuple({} for _ in range(num_groups))
+        self._cached: tuple[dict[bytes, int], ...] = tuple({} for _ in range(num_groups))
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        """In the order in which they are taken."""
+        """In allocation order."""
 
     @property
     def num_free(self) -> int:
-        """Blocks in no table."""
+        """Number of blocks in no table."""
         return len(self._free)
 
     def find(self, group: int, hash: bytes) -> int | None:
-        """The group's block of these contents, if there is one."""
-        return self._known[group].get(hash)
+        """The block of `group` with this key, or None."""
+        return self._cached[group].get(hash)
 
-    def known(self, group: int, hashes: Iterable[bytes]) -> bytes:
-        """For each hash 1 where the group has such a block, else 0."""
-        known = self._known[group]
-        return bytes([hash in known for hash in hashes])
+    def cached_mask(self, group: int, hashes: Iterable[bytes]) -> bytes:
+        """One byte per hash: 1 when `group` has a block with this key, else 0."""
+        cached = self._cached[group]
+        return bytes([hash in cached for hash in hashes])
 
     def is_free(self, block: int) -> bool:
+        """Whether a block is in no table."""
         return not self._refs[block]
 
     def share(self, block: int) -> None:
-        """One table more holds a known block."""
+        """Add a reference to a cached block."""
         if not self._refs[block]:
             del self._free[block]
         self._refs[block] += 1
 
-    def take(self) -> int:
-        """A block to be written. What it held is forgotten."""
+    def allocate(self) -> int:
+        """Take a free block for writing; it loses its key. KeyError without a free block."""
         block, _ = self._free.popitem(last=False)
         if (key := self._keys[block]) is not None:
             group, hash = key
-            del self._known[group][hash]
+            del self._cached[group][hash]
             self._keys[block] = None
         self._refs[block] = 1
         return block
 
     def publish(self, block: int, group: int, hash: bytes) -> None:
-        """The block is full from now on, and found by its key; a second block of the same contents stays unknown."""
-        known = self._known[group]
-        if hash not in known:
-            known[hash] = block
+        """Index a full block by its key. A second block with the same key stays without one."""
+        cached = self._cached[group]
+        if hash not in cached:
+            cached[hash] = block
             self._keys[block] = (group, hash)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One table less holds each of these blocks. They are taken in the order in which they come here."""
+        """Drop one reference of each block. Blocks that become free are allocated again in the order given here."""
         for block in blocks:
             self._refs[block] -= 1
             if not self._refs[block]:

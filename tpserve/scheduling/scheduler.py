@@ -2,20 +2,22 @@
 
 Owns every sequence from its Add to its Done. Never touches torch, a socket, a clock or a thread: time comes as `now`.
 
-Plans in flight. At most `depth` plans are sent and not applied; results come in step order.
+A plan is in flight from `schedule` until its result is applied. At most `depth` plans are in flight; results come in step order.
 
-    without sync_sampling  the worker keeps drawn tokens, so position p + 1 is planned before the token at p is known here
-    with sync_sampling     a sequence with a draw in flight is left alone until the token is back; prefill chunks may queue up
-    ends              known ones (max_tokens, max_model_len) are never planned past; tokens past a surprise (EOS, stop id,
-                      cut, abort) are dropped when they arrive
-    return            slot and blocks are free once no plan in flight names them; the release goes out with the next plan
-    shortage          nothing more is planned until all results are in; then the last sequence in order gives its blocks back
-                      and waits in its old place to be recomputed, keeping its output
-    order             lower `priority` first, then first come, first served; who waits for a slot or for blocks takes them
-                      from running sequences of a higher number, in the way of a shortage
-    windows           a block that no position to come sees goes back when the result is applied that says so
-    prefixes          a block can be shared once the result of the plan that filled it is applied; who needs a block that is
-                      being computed waits for it and is overtaken by those that need not wait
+    async sampling    (`sync_sampling` false) the worker keeps sampled tokens, so position p + 1 is planned before rank 0 knows
+                      the token at p
+    sync sampling     a sequence with a sampled token in flight is not planned until the token is back; the chunks of a prefill
+                      may queue up
+    ends              nothing is planned past a known end (max_tokens, max_model_len); tokens after an unexpected end (EOS, stop
+                      id, Truncate, abort) are dropped when they arrive
+    release           a slot and its blocks are free once no plan in flight names them; the next plan tells the workers
+    preemption        when blocks are short, planning stops until all results are applied; then the last sequence in order loses
+                      its blocks, keeps its tokens and waits at its old place to be recomputed
+    order             lower `priority` first, then arrival; a waiting sequence that needs a slot or blocks takes them from
+                      running sequences of a higher number, by preemption
+    windows           a block that no later position sees is freed when the result that proves it is applied
+    prefix cache      a block can be shared once the result of the plan that filled it is applied; a sequence that needs a block
+                      which is being computed waits for it, and others overtake it
 """
 
 from collections import deque
@@ -34,23 +36,23 @@ from tpserve.types.request import Request, content_error
 
 @dataclass(frozen=True)
 class _InFlightStep:
-    """A plan sent and not applied: its chunks and their sequences."""
+    """A plan in flight: its chunks and their sequences."""
 
     step: int
     rows: tuple[tuple[Sequence, Chunk], ...]
 
 
 class Scheduler:
-    """Continuous batching: decodes first, then prefill chunks in order of arrival until the token budget is used."""
+    """Continuous batching: decodes first, then prefill chunks in order until the token budget is used."""
 
-    def __init__(self, limits: SchedulerConfig, epoch: int = 0) -> None:
-        self.limits = limits
+    def __init__(self, config: SchedulerConfig, epoch: int = 0) -> None:
+        self.config = config
         self.epoch = epoch
-        self._blocks = BlockManager(limits)
-        self._free_slots = list(reversed(range(limits.max_num_seqs)))
+        self._blocks = BlockManager(config)
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._waiting = WaitingQueue()
         self._running: dict[int, Sequence] = {}
-        self._policy = SchedulingPolicy(limits, self._blocks, self._waiting, self._running)
+        self._policy = SchedulingPolicy(config, self._blocks, self._waiting, self._running)
         self._in_flight: deque[_InFlightStep] = deque()
         self._releases: list[int] = []
         self._outputs: list[EngineOutput] = []
@@ -66,38 +68,38 @@ class Scheduler:
     # requests
 
     def add(self, request: Request, now: float) -> None:
-        """Queue a request. One that cannot be served is answered at once."""
+        """Queue a request. One that cannot be served gets an error Done at once."""
         assert not self._find(request.id), f"request {request.id} was added twice"
-        sequence = Sequence.of(request, self.limits.max_model_len, now, self._arrivals)
+        sequence = Sequence.of(request, self.config.max_model_len, now, self._arrivals)
         self._arrivals += 1
         if refusal := self._refusal(sequence):
             self._end(sequence, "error", now, error=refusal)
-        elif not self._ended_before(sequence, now):
+        elif not self._already_complete(sequence, now):
             self._waiting.add(sequence)
 
     def refuse(self, id: int, error: str) -> None:
-        """Answer a request that could not be added. Nothing is known of it here."""
+        """Answer a request for which `add` raised, with an error Done."""
         self._outputs.append(Done(id, "error", 0, error=error))
 
     def abort(self, id: int, now: float) -> None:
-        """The client is gone. Unknown or finished ids are ignored."""
+        """End a request whose client is gone. Unknown and finished ids are ignored."""
         if sequence := self._find(id):
             self._end(sequence, "abort", now)
 
     def truncate(self, id: int, length: int, now: float) -> None:
-        """The client's answer ended at `length` output tokens. Unknown or finished ids are ignored."""
+        """End a request at `length` output tokens (the frontend found a stop string). Unknown and finished ids are ignored."""
         if sequence := self._find(id):
             self._end(sequence, "stop", now, num_tokens=min(length, sequence.num_output))
 
     def drain(self) -> None:
-        """Refuse what is added from now on; finish the rest."""
+        """Refuse new requests from now on and finish the others."""
         self._draining = True
 
     # steps
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next plan, or None: nothing to do, `depth` plans in flight, or a shortage that waits for their results."""
-        if len(self._in_flight) >= self.limits.depth:
+        """The next plan. None with nothing to do, with `depth` plans in flight, or when blocks are short until results arrive."""
+        if len(self._in_flight) >= self.config.depth:
             return None
         while (batch := self._policy.next_batch(len(self._free_slots), len(self._in_flight))) is None:
             if self._in_flight:
@@ -106,7 +108,7 @@ class Scheduler:
         return self._commit(batch, now) if batch else None
 
     def apply(self, result: StepResult, now: float) -> None:
-        """Take in the result of the oldest plan in flight."""
+        """Apply the result of the oldest plan in flight."""
         step = self._in_flight.popleft()
         assert (result.epoch, result.step) == (self.epoch, step.step), "results are applied in step order"
         tokens, logprobs, scores = unpack(result.tokens), dict(result.logprobs), dict(result.prompt_logprobs)
@@ -121,21 +123,21 @@ class Scheduler:
                 self._emit_prompt_logprobs(sequence, chunk, scores[index])
             if chunk.sample:
                 self._append_token(sequence, tokens[index], logprobs.get(index), now)
-            elif len(sequence.tokens) == sequence.end and not sequence.unscored:
+            elif len(sequence.tokens) == sequence.end and not sequence.needs_scores:
                 self._end(sequence, "length", now)
 
-    def take(self) -> list[EngineOutput]:
-        """Deltas and Dones since the last call."""
+    def take_outputs(self) -> list[EngineOutput]:
+        """The outputs since the last call: deltas, prompt logprobs, Dones."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def stats(self) -> Stats:
-        """Gauges and totals; `steps` counts plans made."""
+        """Gauges and running totals; `steps` counts plans."""
         return Stats(
             running=len(self._running),
             waiting=len(self._waiting),
             blocks_used=self._blocks.used,
-            blocks_total=self.limits.num_blocks,
+            blocks_total=self.config.num_blocks,
             preemptions=self._preemptions,
             steps=self._step,
             prompt_tokens=self._prompt_tokens,
@@ -146,30 +148,30 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Nothing waits, runs or is in flight: all slots and blocks are free."""
+        """Whether nothing waits, runs or is in flight: all slots and blocks are free."""
         return not (self._waiting or self._running or self._in_flight)
 
     # planning
 
     def _commit(self, batch: ScheduledBatch, now: float) -> StepPlan:
-        """Take what the batch needs and turn it into a plan in flight."""
+        """Allocate what the batch needs and turn it into a plan in flight."""
         releases, self._releases = self._releases, []
         new_sequences: list[NewSequence] = []
         chunks: list[Chunk] = []
         for sequence, _, shared in batch:
             if sequence.slot < 0:
-                self._blocks.share(sequence, shared)  # before anybody takes what was matched
+                self._blocks.share(sequence, shared)  # before an allocation evicts what was matched
         for sequence, count, _ in batch:
             blocks: tuple[tuple[int, ...], ...] = ()
             if sequence.slot < 0:
                 new_sequences.append(self._admit(sequence, count, now))
             else:
                 blocks = self._blocks.grow(sequence, sequence.planned + count)
-            start, sample = sequence.planned, count == sequence.todo and sequence.length < sequence.end
-            input_ids = sequence.input_ids(start, count) if self.limits.sync_sampling else ()
+            start, sample = sequence.planned, count == sequence.num_to_compute and sequence.length < sequence.end
+            input_ids = sequence.input_ids(start, count) if self.config.sync_sampling else ()
             chunks.append(Chunk(sequence.slot, start, count, sample, input_ids, blocks, sequence.scores(start, count)))
             sequence.planned += count
-            sequence.draws += sample
+            sequence.pending_draws += sample
             sequence.in_flight += 1
         plan = StepPlan.of(self.epoch, self._step, chunks, new_sequences, releases)
         self._in_flight.append(_InFlightStep(self._step, tuple(zip((row[0] for row in batch), chunks, strict=True))))
@@ -193,13 +195,13 @@ class Scheduler:
         return NewSequence(sequence.slot, packed, sequence.prompt_len, request.params, request.seed, request.choice, tables)
 
     def _count_cached(self, sequence: Sequence) -> None:
-        if self.limits.prefix_caching and not sequence.unscored:
+        if self.config.prefix_caching and not sequence.needs_scores:
             sequence.cached_tokens = min(sequence.planned, sequence.prompt_len)
             self._prefix_cache_queries += sequence.prompt_len
             self._prefix_cache_hits += sequence.cached_tokens
 
     def _preempt(self) -> None:
-        """Send the last of the running sequences back to the queue."""
+        """Send the last running sequence in order back to the queue."""
         sequence = max(self._running.values(), key=lambda s: s.order)
         del self._running[sequence.request.id]
         self._free(sequence)
@@ -210,41 +212,41 @@ class Scheduler:
     # ends
 
     def _refusal(self, sequence: Sequence) -> str:
-        """Why a request can never be served, or nothing. The frontend checks first, with the user's own names for things."""
-        limits, prompt_len = self.limits, sequence.prompt_len
+        """Why a request can never be served; "" when it can. The frontend checks first, in terms of the API."""
+        config, prompt_len = self.config, sequence.prompt_len
         if self._draining:
             return "the server is shutting down and takes no new requests"
-        if wrong := content_error(sequence.request, limits.vocab_size):
+        if wrong := content_error(sequence.request, config.vocab_size):
             return wrong
         if not prompt_len:
             return "the prompt has no tokens; give at least one"
-        if prompt_len + min(1, sequence.request.params.max_tokens) > limits.max_model_len:
-            return f"the prompt has {prompt_len} tokens, and max_model_len {limits.max_model_len} leaves no room to generate one"
-        if (size := limits.admission_bytes(sequence.params_bytes, sequence.end)) > limits.max_admission_bytes:
-            return f"the request takes {size} bytes of a plan, which has {limits.max_admission_bytes}; send a shorter one"
-        if (blocks := limits.least_blocks(sequence.end - 1)) > limits.num_blocks:
-            return f"the request needs {blocks} KV blocks and there are {limits.num_blocks}; ask for fewer tokens"
+        if prompt_len + min(1, sequence.request.params.max_tokens) > config.max_model_len:
+            return f"the prompt has {prompt_len} tokens, and max_model_len {config.max_model_len} leaves no room to generate one"
+        if (size := config.admission_bytes(sequence.params_bytes, sequence.end)) > config.max_admission_bytes:
+            return f"the request takes {size} bytes of a plan, which has {config.max_admission_bytes}; send a shorter one"
+        if (blocks := config.min_blocks(sequence.end - 1)) > config.num_blocks:
+            return f"the request needs {blocks} KV blocks and there are {config.num_blocks}; ask for fewer tokens"
         return ""
 
-    def _ended_before(self, sequence: Sequence, now: float) -> bool:
-        """Answer a resubmitted request whose output was complete already."""
+    def _already_complete(self, sequence: Sequence, now: float) -> bool:
+        """End a resubmitted request whose output is complete; whether it was."""
         if sequence.num_output and self._stopped(sequence, sequence.tokens[-1], now):
             return True
-        if len(sequence.tokens) < sequence.end or sequence.unscored:
+        if len(sequence.tokens) < sequence.end or sequence.needs_scores:
             return False
         self._end(sequence, "length", now)
         return True
 
     def _emit_prompt_logprobs(self, sequence: Sequence, chunk: Chunk, logprobs: PromptLogprobs) -> None:
-        """Tell the scores of a chunk, but those that were told before a preemption."""
-        new = logprobs.after(sequence.scored - chunk.start - 1)
-        self._outputs.append(PromptLogprobsChunk(sequence.request.id, sequence.scored, new))
-        sequence.scored += new.num_tokens
+        """Output the prompt logprobs of a chunk, without those that were sent before a preemption."""
+        new = logprobs.after(sequence.num_scored - chunk.start - 1)
+        self._outputs.append(PromptLogprobsChunk(sequence.request.id, sequence.num_scored, new))
+        sequence.num_scored += new.num_tokens
 
     def _append_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
-        """Append a drawn token, tell it, and see whether it was the last."""
+        """Append a sampled token, output it, and end the sequence if it is the last."""
         assert token >= 0, "a chunk that samples has a token in its result"
-        sequence.draws -= 1
+        sequence.pending_draws -= 1
         first: tuple[int, float] | tuple[()] = ()
         if sequence.first_token_s is None:
             sequence.first_token_s = now
@@ -259,9 +261,9 @@ class Scheduler:
             self._end(sequence, "length", now)
 
     def _stopped(self, sequence: Sequence, token: int, now: float) -> bool:
-        """End the sequence if `token` is an end. The token itself belongs to the output."""
+        """End the sequence if `token` is EOS or a stop id; whether it is. The token itself belongs to the output."""
         params = sequence.request.params
-        at_eos = not params.ignore_eos and token in self.limits.eos_ids
+        at_eos = not params.ignore_eos and token in self.config.eos_ids
         if not at_eos and token not in params.stop_token_ids:
             return False
         self._end(sequence, "stop", now, stop_id=None if at_eos else token)
@@ -277,7 +279,7 @@ class Scheduler:
         stop_id: int | None = None,
         error: str = "",
     ) -> None:
-        """Say Done and let go of the sequence, at once or when the last plan that names it is applied."""
+        """Output Done and free the sequence, now or when the last plan that names it is applied."""
         id = sequence.request.id
         self._running.pop(id, None)
         self._waiting.pop(id)
@@ -292,7 +294,7 @@ class Scheduler:
             sequence.slot = -1
 
     def _free(self, sequence: Sequence) -> None:
-        """Slot and blocks are free now; the workers hear of it before anyone can use them again."""
+        """Free a slot and its blocks. The next plan releases the slot on the workers before it can be used again."""
         self._blocks.free(sequence)
         self._free_slots.append(sequence.slot)
         self._releases.append(sequence.slot)

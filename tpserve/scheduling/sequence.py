@@ -1,12 +1,12 @@
-"""A sequence being generated: the only mutable request state there is. Private to scheduling/; it never crosses a wire.
+"""A sequence being generated: the scheduler's mutable state of a request. Private to scheduling/; it is never sent.
 
-    tokens     [0, len(tokens)) known | [len(tokens), length) drawn by plans in flight
-    positions  [0, computed) in the KV cache | [computed, planned) put there by plans in flight | [planned, length) to compute
-    scores     of the prompt's tokens [1, scored) told | [scored, prompt_len) wanted, when the request asks for them
+    tokens     [0, len(tokens)) known | [len(tokens), length) sampled by plans in flight
+    positions  [0, computed) in the KV cache | [computed, planned) computed by plans in flight | [planned, length) to compute
+    scores     prompt logprobs: tokens [1, num_scored) are sent | [num_scored, prompt_len) are missing, if the request wants them
 
-A sequence waits (no slot, no blocks, nothing planned), runs (a slot and blocks), or has ended; an ended sequence keeps its slot
+A sequence waits (no slot, no blocks, nothing planned), runs (a slot and blocks), or has ended. An ended sequence keeps its slot
 and blocks until no plan in flight names it. `length` never passes `end`: the token at end - 1 is the last, and its own
-position is never computed. A request for scores alone (`max_tokens` 0) computes what they need and draws nothing.
+position is never computed. A request with `max_tokens` 0 computes the prompt logprobs and samples nothing.
 """
 
 from array import array
@@ -20,7 +20,7 @@ from tpserve.types.request import Request
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way. `in_flight` counts the plans sent and not applied that name it, `draws` those that sample it."""
+    """One request in the scheduler. `in_flight`: plans in flight that name it; `pending_draws`: those of them that sample it."""
 
     request: Request
     tokens: "array[int]"
@@ -28,24 +28,24 @@ class Sequence:
     end: int
     arrived_s: float
     order: tuple[int, int]
-    """Lower comes first: (priority, number of arrival)."""
-    scored: int
+    """Lower comes first: (priority, arrival number)."""
+    num_scored: int
     params_bytes: int
-    """Size of the encoded params, a part of each admission."""
+    """Size of the encoded params, which each admission sends."""
     slot: int = -1
     tables: tuple[list[int], ...] = ()
     admitted: int = 0
-    """Tokens the last admission carried: later ones are unknown to a worker that does not sample."""
+    """Number of tokens that the last admission sent. With `sync_sampling` the workers need later ones as `Chunk.tokens`."""
     hashes: list[bytes] = field(default_factory=list)
-    """Of full blocks, as far as they were needed; tokens never change, so neither do these."""
+    """Hashes of full blocks, computed when first needed. Tokens never change, so neither do these."""
     pending_prefix: bytes = b""
-    """Hash of the first block that was not in the prefix cache when last looked for."""
+    """Hash of the first block that the last lookup did not find in the prefix cache."""
     cached_tokens: int = 0
     computed: int = 0
-    due: int = 0
-    """Before so many positions are computed no block becomes full, and none leaves a window."""
+    next_boundary: int = 0
+    """Number of computed positions at which the next block becomes full or leaves a window."""
     planned: int = 0
-    draws: int = 0
+    pending_draws: int = 0
     in_flight: int = 0
     ended: bool = False
     started_s: float | None = None
@@ -54,58 +54,60 @@ class Sequence:
 
     @staticmethod
     def of(request: Request, max_model_len: int, now: float, number: int) -> "Sequence":
-        """A waiting sequence. Tokens produced before a fault count towards max_tokens, and scores were told before the first."""
+        """A waiting sequence. `request.output`, the tokens from before a crash, counts towards max_tokens."""
         tokens = array("i")
         tokens.frombytes(request.prompt)
         prompt_len = len(tokens)
         tokens.frombytes(request.output)
         end = min(prompt_len + request.params.max_tokens, max_model_len)
+        # prompt logprobs are sent before the first token, so a resubmitted request with output has them
         scored = prompt_len if request.params.prompt_logprobs is None or request.output else min(1, prompt_len)
         params_bytes = len(msgpack.encode(request.params))
         return Sequence(request, tokens, prompt_len, end, now, (request.priority, number), scored, params_bytes)
 
     @property
     def length(self) -> int:
-        """Positions whose token is known or being drawn."""
-        return len(self.tokens) + self.draws
+        """Number of tokens that are known or being sampled."""
+        return len(self.tokens) + self.pending_draws
 
     @property
-    def todo(self) -> int:
-        """Positions to compute before the next token can be drawn: 1 while decoding, 0 when nothing more may be planned."""
-        length = len(self.tokens) + self.draws
+    def num_to_compute(self) -> int:
+        """Number of positions to compute before the next token is sampled: 1 in decode, 0 when all is planned."""
+        length = len(self.tokens) + self.pending_draws
         if length < self.end:
             return length - self.planned
-        return max(0, self.prompt_len - 1 - self.planned) if self.unscored else 0
+        return max(0, self.prompt_len - 1 - self.planned) if self.needs_scores else 0
 
     @property
     def known(self) -> int:
-        """Positions that can be computed without another draw."""
+        """Number of positions that can be computed without sampling another token."""
         return min(len(self.tokens), self.end - 1)
 
     @property
-    def unscored(self) -> bool:
-        """Whether prompt tokens are still to be scored."""
-        return self.scored < self.prompt_len
+    def needs_scores(self) -> bool:
+        """Whether prompt logprobs are still missing."""
+        return self.num_scored < self.prompt_len
 
     @property
     def num_output(self) -> int:
+        """Number of generated tokens that are known."""
         return len(self.tokens) - self.prompt_len
 
     def scores(self, start: int, count: int) -> bool:
-        """Whether a chunk computes what scores of the prompt are still wanted from."""
-        return self.unscored and start + 1 < self.prompt_len and self.scored <= start + count
+        """Whether positions [start, start + count) give prompt logprobs that are still missing."""
+        return self.needs_scores and start + 1 < self.prompt_len and self.num_scored <= start + count
 
     def input_ids(self, start: int, count: int) -> tuple[int, ...]:
-        """Input ids of a chunk that the admission did not carry, empty when it did."""
+        """Input ids of positions [start, start + count); () when the admission sent them."""
         return () if start + count <= self.admitted else tuple(self.tokens[start : start + count])
 
     def suspend(self) -> None:
-        """Back to waiting: nothing computed is kept, every token is. The caller has taken slot and blocks away."""
+        """Back to waiting: keep the tokens, forget what is computed. The caller has freed the slot and the blocks."""
         assert not self.in_flight, "a plan in flight still names the sequence"
         self.slot, self.planned = -1, 0
 
     def times(self, now: float) -> PhaseTimes:
-        """Phases of the first passage; what preemption repeats counts to the phase it interrupted."""
+        """Seconds in queue, prefill and decode. Recomputation after a preemption counts to the phase that it interrupted."""
         if self.started_s is None:
             return PhaseTimes(now - self.arrived_s, 0.0, 0.0)
         if self.first_token_s is None:

@@ -1,4 +1,4 @@
-"""This rank's device: which card, or which share of the cores, and who else is on it when it is full."""
+"""This rank's device: which GPU or which share of the cores, how much memory is free, and which processes use it."""
 
 import os
 import subprocess
@@ -12,13 +12,13 @@ from tpserve.host.resources import available_cores, available_memory
 
 DRIVER, PCI = Path("/proc/driver/nvidia/gpus"), Path("/sys/bus/pci/devices")
 NVIDIA_SMI_S = 10.0
-"""It may have to wake the driver first."""
+"""Timeout of nvidia-smi, which may have to load the driver first."""
 
 
 def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
-    """The card of this rank (ranks share cards when there are fewer), or the CPU with its share of the cores.
+    """This rank's GPU (ranks share GPUs when there are fewer), or the CPU with this rank's share of the cores as threads.
 
-    torchrun would leave a rank on the CPU a single thread. UserError when the card is missing or taken.
+    torchrun's default for the CPU is one thread a rank. Raises UserError when the GPU is missing or in exclusive use.
     """
     if kind == "cpu":
         torch.set_num_threads(max(1, available_cores() // local_ranks))
@@ -26,7 +26,7 @@ def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
     try:
         device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
         torch.cuda.set_device(device)
-        torch.empty(1, device=device)  # the first allocation makes the context, which a card in use may refuse
+        torch.empty(1, device=device)  # the first allocation creates the context; a GPU in exclusive use refuses it
     except RuntimeError as error:
         raise UserError(
             f"GPU {local_rank} cannot be used ({str(error).partition(chr(10))[0]}): nvidia-smi shows whether another process "
@@ -37,10 +37,10 @@ def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
 
 
 def bind(device: torch.device, driver: Path = DRIVER, buses: Path = PCI) -> str:
-    """Keep this thread, and those that it will start, to the cores near the card; says so, empty when nothing is done.
+    """Bind this thread, and threads that it starts later, to the cores near the GPU. Returns a log text, "" when nothing changes.
 
-    Of the cores that this process may use; none of the near ones among them, or a card whose place the system does not tell:
-    nothing. `driver`, `buses`: what the kernel tells of NVIDIA's cards and of PCI devices.
+    Uses only cores that this process may use. Changes nothing when none of them is near the GPU or when the kernel does not know
+    the GPU's place. `driver`, `buses`: the kernel's directories for NVIDIA's driver and for PCI devices.
     """
     if device.type != "cuda":
         return ""
@@ -58,42 +58,42 @@ def bind(device: torch.device, driver: Path = DRIVER, buses: Path = PCI) -> str:
 
 
 def cores_of(listed: str) -> set[int]:
-    """The kernel's way of writing sets of cores: "0-3,8"."""
+    """Parse the kernel's notation for a set of cores, like "0-3,8"."""
     runs = [run.partition("-") for run in listed.split(",") if run]
     return {core for first, _, last in runs for core in range(int(first), int(last or first) + 1)}
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the card, or on this machine."""
+    """Free bytes of the GPU, or of this machine or container."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory().free
 
 
-def places(device: torch.device, local_ranks: int) -> int:
-    """How many ranks a node like this one has place for, each with as much memory as a rank has now."""
+def ranks_per_node(device: torch.device, local_ranks: int) -> int:
+    """How many ranks a node like this one can run, each with as much memory as a rank has now."""
     return max(local_ranks, torch.cuda.device_count()) if device.type == "cuda" else local_ranks
 
 
-def sharers(device: torch.device, local_ranks: int) -> int:
-    """How many of this node's ranks are on the card."""
+def ranks_on_gpu(device: torch.device, local_ranks: int) -> int:
+    """How many of this node's ranks use the GPU `device`."""
     return len(range(device.index, local_ranks, torch.cuda.device_count()))
 
 
-def occupants(device: torch.device) -> str:
-    """Who else holds memory of a card, as far as nvidia-smi knows; of a machine, how much is free and what limits it."""
+def describe_memory(device: torch.device) -> str:
+    """For a GPU, the other processes that nvidia-smi shows on it; for the CPU, free memory and what limits it."""
     if device.type == "cpu":
         memory = available_memory()
         return f"{size(memory.free)} are free of the {size(memory.total)} of {memory.of}"
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return f"GPU {device.index}: {neighbours(uuid)}"
+    return f"GPU {device.index}: {other_processes(uuid)}"
 
 
-def neighbours(uuid: str) -> str:
-    """Other processes on the card `uuid`, and what they hold."""
+def other_processes(uuid: str) -> str:
+    """The other processes on the GPU `uuid` and the memory of each, in words."""
     query = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_gpu_memory,process_name", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return "who else holds it nvidia-smi would tell, which does not run here: run it on the host"
+        return "nvidia-smi, which lists other processes, does not run here: run it on the host"
     rows = [[cell.strip() for cell in line.split(",", 3)] for line in listed.splitlines()]
     others = [row for row in rows if row[0] == uuid and row[1] != str(os.getpid())]
     found = [f"pid {pid} ({name}) {mebibytes} MiB" for _, pid, mebibytes, name in others]

@@ -1,7 +1,7 @@
-"""A plan becomes the model's input. Pure: reads the plan and the slots, changes neither.
+"""Builds the model's input from a plan. Reads the plan and the request pool and changes neither.
 
-R chunks, T rows (positions) of the step. Index arithmetic runs on the host, where the plan is; what the model reads goes to
-the device in one copy per tensor and without waiting.
+R: chunks of the step, T: rows (positions) of the step. Index arithmetic runs on the host, where the plan is. Each tensor that the
+model reads goes to the device in one asynchronous copy.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tpserve.worker.request_pool import RequestPool, as_int32, to_device
 
 @dataclass(frozen=True)
 class ChunkTensors:
-    """The plan's chunks as int64 tensors on the host: chunk r has rows [query_starts[r], query_starts[r + 1]) of the step."""
+    """The plan's chunks as int64 host tensors; chunk r is rows [query_starts[r], query_starts[r + 1]) of the step."""
 
     slots_R: torch.Tensor
     starts_R: torch.Tensor
@@ -24,6 +24,7 @@ class ChunkTensors:
 
     @staticmethod
     def of(plan: StepPlan) -> "ChunkTensors":
+        """The chunks of `plan` in plan order."""
         slots_R, starts_R, counts_R = (as_int32(data).long() for data in (plan.slots, plan.starts, plan.counts))
         query_starts = torch.zeros(len(slots_R) + 1, dtype=torch.int64)
         torch.cumsum(counts_R, 0, out=query_starts[1:])
@@ -31,7 +32,7 @@ class ChunkTensors:
 
 
 def build_model_input(chunks: ChunkTensors, request_pool: RequestPool) -> ModelInput:
-    """The model's input for a plan whose effects on `request_pool` have been applied."""
+    """The model's input for a plan that `request_pool.update` has applied already."""
     device = request_pool.tokens.device
     slots_R, starts_R, query_starts = chunks.slots_R, chunks.starts_R, chunks.query_starts
     num_chunks = len(slots_R)

@@ -1,10 +1,8 @@
-"""Which rows of a step the LM head sees, what for, and how many of them at once. Pure, like `batch`; the last stage's only.
+"""Selects the rows of a step that need logits, and groups them. On the last stage only; reads the plan and the request pool.
 
-Rows go through the LM head, the draw, its filters and the log probabilities in groups of as many as `LogitsChunking` allows:
-rows that
-ask for filters apart from those that do not, prompt tokens to score apart from both.
+`LogitsChunking` limits the rows of one group. Rows with filters, rows without, and prompt tokens to score are in separate groups.
 
-S sampled rows of a group, N scored rows of the step, C chunks that score.
+S: sampled rows of a group, N: scored rows of the step, C: chunks that score.
 """
 
 from collections.abc import Sequence
@@ -23,16 +21,16 @@ from tpserve.worker.sampling_metadata import SamplingMetadata, filters
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Chunks whose tokens are drawn together; tensors on the device, S entries each."""
+    """Chunks that sample together. Tensors are on the device with S entries each."""
 
     chunks: tuple[int, ...]
     """Indices of the chunks in the plan"""
     rows: torch.Tensor
-    """[S] int64: the rows of the step whose logits are wanted"""
+    """[S] int64: rows of the step, the last one of each chunk"""
     slots: torch.Tensor
     """[S] int64"""
     positions: torch.Tensor
-    """[S] int64: the position of the token to draw"""
+    """[S] int64: the position of the token to sample"""
     temperature: torch.Tensor
     """[S] float32"""
     seed: torch.Tensor
@@ -41,21 +39,21 @@ class SampleBatch:
     """[S] int64"""
     all_greedy: bool
     filters: Filters | None
-    """None: the rows ask for nothing but a temperature."""
+    """None: the rows have no sampling parameters but a temperature."""
     num_logprobs: tuple[int | None, ...]
-    """How many logprobs each asks for; empty when none does."""
+    """Number of top logprobs of each request, None without logprobs; () when no request has any."""
 
 
 @dataclass(frozen=True)
 class PromptLogprobsBatch:
-    """Rows whose next token is of the prompt already; tensors on the device, N entries each, chunk after chunk."""
+    """Rows whose next token is a prompt token. Tensors are on the device with N entries each, chunk after chunk."""
 
     chunks: tuple[int, ...]
-    """Indices of the chunks in the plan, those that score at least one token"""
+    """Indices of the chunks in the plan, those with at least one token to score"""
     counts: tuple[int, ...]
-    """How many rows each has"""
+    """Number of rows of each chunk"""
     num_top: tuple[int, ...]
-    """How many of the most likely tokens each asks for"""
+    """Number of top logprobs that each request wants"""
     rows: torch.Tensor
     """[N] int64: rows of the step"""
     slots: torch.Tensor
@@ -67,29 +65,31 @@ class PromptLogprobsBatch:
 def sample_batches(
     plan: StepPlan, chunks: ChunkTensors, request_pool: RequestPool, logits_chunking: LogitsChunking
 ) -> list[SampleBatch]:
-    """The chunks that draw, each in one batch."""
+    """The chunks that sample, each in exactly one batch."""
     ends_R = (chunks.starts_R + chunks.counts_R).tolist()
     plain: list[int] = []
     filtered: list[tuple[int, SamplingMetadata]] = []
     for chunk, slot in enumerate(chunks.slots_R.tolist()):
         if plan.sample[chunk]:
-            asked = request_pool.sampling_metadata[slot]
-            if asked is not None and asked.anything(ends_R[chunk]):
-                filtered.append((chunk, asked))
+            metadata = request_pool.sampling_metadata[slot]
+            if metadata is not None and metadata.needs_filters(ends_R[chunk]):
+                filtered.append((chunk, metadata))
             else:
                 plain.append(chunk)
     batches = [
         _sample_batch(plain[at : at + logits_chunking.plain], chunks, request_pool, None)
         for at in range(0, len(plain), logits_chunking.plain)
     ]
-    place = partial(to_device, device=request_pool.tokens.device)
+    move = partial(to_device, device=request_pool.tokens.device)
     for at in range(0, len(filtered), logits_chunking.filtered):
-        indices, asked_S = zip(*filtered[at : at + logits_chunking.filtered], strict=True)
-        batches.append(_sample_batch(indices, chunks, request_pool, filters(asked_S, [ends_R[i] for i in indices], place)))
+        indices, metadata_S = zip(*filtered[at : at + logits_chunking.filtered], strict=True)
+        batches.append(_sample_batch(indices, chunks, request_pool, filters(metadata_S, [ends_R[i] for i in indices], move)))
     return batches
 
 
-def _sample_batch(indices: Sequence[int], chunks: ChunkTensors, request_pool: RequestPool, asked: Filters | None) -> SampleBatch:
+def _sample_batch(
+    indices: Sequence[int], chunks: ChunkTensors, request_pool: RequestPool, row_filters: Filters | None
+) -> SampleBatch:
     device = request_pool.tokens.device
     index_S = torch.tensor(indices)
     slots_S = chunks.slots_R[index_S]
@@ -104,19 +104,19 @@ def _sample_batch(indices: Sequence[int], chunks: ChunkTensors, request_pool: Re
         seed=to_device(request_pool.seed[slots_S], device),
         choice=to_device(request_pool.choice[slots_S], device),
         all_greedy=not bool(temperature.any()),
-        filters=asked,
+        filters=row_filters,
         num_logprobs=num_logprobs if any(n is not None for n in num_logprobs) else (),
     )
 
 
 def prompt_logprobs_batch(plan: StepPlan, chunks: ChunkTensors, request_pool: RequestPool) -> PromptLogprobsBatch | None:
-    """The rows of chunks with `score`, as far as the prompt goes: its last token has no successor in it."""
+    """The rows of chunks with `score` whose next token is in the prompt; None without any. The last prompt token has none."""
     found: list[tuple[int, int, int]] = []
-    for chunk, wanted in enumerate(plan.score):
-        if wanted:
+    for chunk, score in enumerate(plan.score):
+        if score:
             slot, start, count = (int(x[chunk]) for x in (chunks.slots_R, chunks.starts_R, chunks.counts_R))
             num_top = request_pool.num_prompt_logprobs[slot]
-            assert num_top is not None, "only a sequence that asked is scored"
+            assert num_top is not None, "only a request with prompt_logprobs is scored"
             if (rows := min(count, request_pool.prompt_len[slot] - 1 - start)) > 0:
                 found.append((chunk, rows, num_top))
     if not found:

@@ -1,4 +1,4 @@
-"""A headless rank's main loop: take the next plan, run it, send what it drew. Decides nothing, not even when to stop."""
+"""The main loop of ranks other than 0: receive a plan, run it, send its result. Decides nothing, not even when to stop."""
 
 from collections import deque
 
@@ -8,13 +8,13 @@ from tpserve.wire.channels import PlanReceiver, ResultSender
 from tpserve.worker.model_runner import ModelRunner, PendingStep
 
 IDLE_S = 1.0
-"""How long to sleep for a plan before looking round; a Stop wakes the sleeper at once."""
+"""How long to wait for a plan before checking for Stop; a Stop also ends the wait at once."""
 
 
 def serve_plans(
     plans: PlanReceiver, model_runner: ModelRunner, results: ResultSender | None, rank_agent: RankAgent, trace: Trace
 ) -> None:
-    """Run plans in the order they come until the coordinator says stop. `results` is given on the sampling rank."""
+    """Run plans in the order of arrival until the coordinator sends Stop. `results`: on the sampling rank only, else None."""
     pending: deque[PendingStep] = deque()
     while rank_agent.stop is None:
         plan = plans.receive(0 if pending else IDLE_S, wake=(rank_agent.fileno(),))

@@ -1,7 +1,7 @@
-"""Measures a rank's memory, agrees with the other ranks on what fits (`sizing`), and allocates the KV cache.
+"""Measures a rank's memory, agrees with the other ranks on the size of the KV cache (`sizing`), and allocates it.
 
-On CUDA the largest steps are tried, the model and then the LM head, and the peaks are read from the allocator; on the CPU a
-share of what the control group has free is taken. The smallest rank decides for all.
+On CUDA a profile run executes the largest steps, first the layers and then the LM head, and reads the peaks from the allocator.
+On the CPU the cache gets a share of the memory that the control group has free. The rank with the least memory decides for all.
 """
 
 import logging
@@ -40,16 +40,16 @@ PLAIN = EngineSamplingParams(logprobs=20)
 FILTERED = EngineSamplingParams(
     logprobs=20, top_p=0.99, min_p=1e-6, repetition_penalty=1.1, logit_bias=((0, 1.0),), bad_words=((0, 0),)
 )
-"""The largest draws: every filter's temporaries are there, and top-p, without top-k, sorts the vocabulary."""
+"""The largest sampling step: it needs the temporaries of every filter, and top-p without top-k sorts the vocabulary."""
 
 
 def allocate(decoder: Decoder, mesh: Mesh, num_blocks: int, block_size: int) -> list[KVCache]:
-    """The KV caches of this rank's layers, one a layer, unwritten. Layers of different groups share arrays: never a block."""
+    """The KV caches of this rank's layers, one per layer, uninitialized. Layers of different groups share arrays, not blocks."""
     spec, layers = decoder.spec, _layers(mesh)
     arrays = [
         decoder.kv_layout.empty(num_blocks, block_size, decoder.dtype, mesh.device) for _ in range(num_arrays(spec, layers))
     ]
-    return [arrays[place] for place in cache_arrays_of(spec, layers)]
+    return [arrays[index] for index in cache_arrays_of(spec, layers)]
 
 
 def _layers(mesh: Mesh) -> range:
@@ -57,30 +57,30 @@ def _layers(mesh: Mesh) -> range:
 
 
 def check_weights(mesh: Mesh, spec: ModelSpec, config: EngineConfig, local_ranks: int, free: int) -> None:
-    """Before anything of the model is allocated: UserError when a rank's share of the weights is larger than its memory.
+    """Check that every rank's weights fit its memory, before anything is allocated. Every rank calls this; raises UserError.
 
-    `free`: what this rank had when no rank had loaded anything yet. On the CPU it is the only check there is: the kernel
-    hands out more memory than it has, and kills who uses it. Every rank calls this.
+    `free`: this rank's free bytes before any rank loaded anything. On the CPU this is the only check: the kernel grants more
+    memory than it has and later kills the process that uses it.
     """
     if mesh.device.type == "cuda":
         total = torch.cuda.get_device_properties(mesh.device).total_memory
-        kept, sharers = int(total * (1 - config.gpu_memory_utilization)), devices.sharers(mesh.device, local_ranks)
+        reserved, sharers = int(total * (1 - config.gpu_memory_utilization)), devices.ranks_on_gpu(mesh.device, local_ranks)
     else:
-        total, kept, sharers = free, 0, local_ranks
+        total, reserved, sharers = free, 0, local_ranks
     weights = sizing.weight_bytes(spec, config, mesh.rank)
-    mine = MemoryProfile(total, total - free, (free - kept) // sharers, weights, 0, 0, 0, free // sharers, 0)
-    ranks = _gather(mesh, mine)
-    refused = sizing.weights_refusal(ranks, spec, config, devices.places(mesh.device, local_ranks))
-    if refused is not None:
-        _explain(mesh, refused[0])
-        raise refused[1]
+    profile = MemoryProfile(total, total - free, (free - reserved) // sharers, weights, 0, 0, 0, free // sharers, 0)
+    ranks = _gather(mesh, profile)
+    refusal = sizing.weights_refusal(ranks, spec, config, devices.ranks_per_node(mesh.device, local_ranks))
+    if refusal is not None:
+        _log_memory(mesh, refusal[0])
+        raise refusal[1]
 
 
 @contextmanager
 def room_for(what: str, mesh: Mesh, spec: ModelSpec, config: EngineConfig, local_ranks: int) -> Iterator[None]:
-    """Turn memory that ran out into a UserError that says who took it and what would help.
+    """Turn an out-of-memory error into a UserError that names the users of the memory and a way out.
 
-    `what` completes "ran out of memory while ...".
+    `what` completes the sentence "ran out of memory while ...".
     """
     try:
         yield
@@ -90,89 +90,101 @@ def room_for(what: str, mesh: Mesh, spec: ModelSpec, config: EngineConfig, local
         others = total - free - ours
         share = int(total * config.gpu_memory_utilization) - others
         rank = MemoryProfile(total, others, share, weights, max(0, ours - weights), 0, 0, free, 0)
-        log.error(devices.occupants(mesh.device))
+        log.error(devices.describe_memory(mesh.device))
         raise UserError(
             f"GPU {mesh.device.index} ran out of memory while {what}: {size(total)} in all, {size(ours)} taken by rank "
             f"{mesh.rank} (weights {size(weights)}), {size(others)} by others and the driver: pass "
-            f"{sizing.wider(rank, spec, config, devices.places(mesh.device, local_ranks))}, or a smaller "
+            f"{sizing.wider(rank, spec, config, devices.ranks_per_node(mesh.device, local_ranks))}, or a smaller "
             f"--max-num-batched-tokens than {config.max_num_batched_tokens}"
         ) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise UserError(f"rank {mesh.rank} ran out of memory while {what}: {devices.occupants(mesh.device)}") from error
+        raise UserError(f"rank {mesh.rank} ran out of memory while {what}: {devices.describe_memory(mesh.device)}") from error
 
 
 def measure(
-    decoder: Decoder, mesh: Mesh, slots: Callable[[int], RequestPool], config: EngineConfig, local_ranks: int, weights: int
+    decoder: Decoder, mesh: Mesh, make_pool: Callable[[int], RequestPool], config: EngineConfig, local_ranks: int, weights: int
 ) -> tuple[KVCacheConfig, list[MemoryLedger]]:
-    """Try a step, measure, and decide how long a sequence may be and how many KV blocks there are: the same for all ranks.
+    """Run the largest steps, measure, and decide the longest sequence and the number of KV blocks, equal on all ranks.
 
-    `request_pool` makes some for sequences of a length; what is tried is dropped again. Every rank calls this and learns every
-    rank's memory. UserError when the cache cannot hold a single sequence of `max_model_len`.
+    `make_pool(max_len)` makes a request pool for the profile run, which drops it afterwards. Every rank calls this and gets every
+    rank's memory ledger. Raises UserError when the cache cannot hold one sequence of `max_model_len`.
     """
-    block = num_arrays(decoder.spec, _layers(mesh)) * decoder.kv_layout.num_bytes(1, config.block_size, decoder.dtype)
+    block_bytes = num_arrays(decoder.spec, _layers(mesh)) * decoder.kv_layout.num_bytes(1, config.block_size, decoder.dtype)
 
-    def trial(rows: int) -> _ProfileRun:
-        return _ProfileRun(decoder, mesh, slots(config.max_model_len), config, rows)
+    def make_run(rows: int) -> _ProfileRun:
+        return _ProfileRun(decoder, mesh, make_pool(config.max_model_len), config, rows)
 
-    measured = _measured_cuda if mesh.device.type == "cuda" else _measured_cpu
-    ranks = _gather(mesh, measured(trial, mesh, config, local_ranks, weights, block))
-    found = sizing.fit_kv_cache(ranks, decoder.spec, config)
-    ledgers = [sizing.ledger_of(rank, found, config) for rank in ranks]
-    refused = sizing.refusal(found, ranks, decoder.spec, config, devices.places(mesh.device, local_ranks))
-    if refused is not None:
-        _explain(mesh, found.rank, sizing.ledger_line(found.rank, ledgers[found.rank], config))
-        raise refused
-    return found, ledgers
-
-
-def _gather(mesh: Mesh, mine: MemoryProfile) -> list[MemoryProfile]:
-    return [MemoryProfile(*values) for values in mesh.world.gather(astuple(mine))]
+    profile = _profile_cuda if mesh.device.type == "cuda" else _profile_cpu
+    ranks = _gather(mesh, profile(make_run, mesh, config, local_ranks, weights, block_bytes))
+    kv_config = sizing.fit_kv_cache(ranks, decoder.spec, config)
+    ledgers = [sizing.ledger_of(rank, kv_config, config) for rank in ranks]
+    refusal = sizing.refusal(kv_config, ranks, decoder.spec, config, devices.ranks_per_node(mesh.device, local_ranks))
+    if refusal is not None:
+        _log_memory(mesh, kv_config.rank, sizing.ledger_line(kv_config.rank, ledgers[kv_config.rank], config))
+        raise refusal
+    return kv_config, ledgers
 
 
-def _explain(mesh: Mesh, rank: int, *lines: str) -> None:
-    """The rank that decides says what is on its device; the others wait for it, so that the error comes last."""
+def _gather(mesh: Mesh, profile: MemoryProfile) -> list[MemoryProfile]:
+    return [MemoryProfile(*values) for values in mesh.world.gather(astuple(profile))]
+
+
+def _log_memory(mesh: Mesh, rank: int, *lines: str) -> None:
+    """The rank that decides logs its device's memory. The others wait for it, so that the error comes after."""
     if mesh.rank == rank:
-        for line in (*lines, devices.occupants(mesh.device)):
+        for line in (*lines, devices.describe_memory(mesh.device)):
             log.error(line)
     mesh.world.min(0)
 
 
-def _measured_cpu(
-    trial: Callable[[int], "_ProfileRun"], mesh: Mesh, config: EngineConfig, local_ranks: int, weights: int, block: int
+def _profile_cpu(
+    make_run: Callable[[int], "_ProfileRun"],
+    mesh: Mesh,
+    config: EngineConfig,
+    local_ranks: int,
+    weights: int,
+    block_bytes: int,
 ) -> MemoryProfile:
-    tried = trial(CPU_WARM_UP_ROWS)
-    tried.layers()
-    tried.head()
-    mesh.world.min(0)  # all ranks of this machine have loaded, so what is free is free for all
-    head = tried.head_bound()
+    """A warm-up, then this rank's share of the free memory; the LM head's bytes are computed."""
+    warm_up = make_run(CPU_WARM_UP_ROWS)
+    warm_up.layers()
+    warm_up.head()
+    mesh.world.min(0)  # barrier: all ranks of this machine have loaded
+    head = warm_up.max_head_bytes()
     free = available_memory().free // local_ranks - head
     room = min(CPU_CACHE_MOST // local_ranks, int(free * CPU_CACHE_SHARE))
     share = free + head + weights
-    return MemoryProfile(share, 0, share, weights, 0, head, room, free, block)
+    return MemoryProfile(share, 0, share, weights, 0, head, room, free, block_bytes)
 
 
-def _measured_cuda(
-    trial: Callable[[int], "_ProfileRun"], mesh: Mesh, config: EngineConfig, local_ranks: int, weights: int, block: int
+def _profile_cuda(
+    make_run: Callable[[int], "_ProfileRun"],
+    mesh: Mesh,
+    config: EngineConfig,
+    local_ranks: int,
+    weights: int,
+    block_bytes: int,
 ) -> MemoryProfile:
-    activations, head = _peaks(trial(config.max_num_batched_tokens))
+    """Peaks of the largest steps, and this rank's share of its GPU."""
+    activations, head = _peaks(make_run(config.max_num_batched_tokens))
     torch.cuda.empty_cache()
-    mesh.world.min(0)  # ranks that share the card have loaded and given back what they tried
+    mesh.world.min(0)  # barrier: ranks that share the GPU have loaded and freed their profile runs
     free, total = torch.cuda.mem_get_info()
-    sharers = devices.sharers(mesh.device, local_ranks)
-    held = torch.cuda.memory_allocated()
-    others = max(0, total - free - sharers * torch.cuda.memory_reserved())  # processes not ours, CUDA's contexts, NCCL's buffers
+    sharers = devices.ranks_on_gpu(mesh.device, local_ranks)
+    allocated = torch.cuda.memory_allocated()
+    others = max(0, total - free - sharers * torch.cuda.memory_reserved())  # other processes, CUDA contexts, NCCL buffers
     share = (int(total * config.gpu_memory_utilization) - others) // sharers
-    activations += held - weights  # tables of positions
+    activations += allocated - weights  # rotary tables
     taken = weights + activations + head
     return MemoryProfile(
-        total, others, share, weights, activations, head, share - taken, (total - others) // sharers - taken, block
+        total, others, share, weights, activations, head, share - taken, (total - others) // sharers - taken, block_bytes
     )
 
 
 def _peaks(profile_run: "_ProfileRun") -> tuple[int, int]:
-    """What activations and the LM head's rows add to the device's memory at most, in bytes."""
+    """Peak bytes of activations and of the LM head's rows on the device."""
 
     def peak(work: Callable[[], None]) -> int:
         torch.cuda.synchronize()
@@ -186,9 +198,9 @@ def _peaks(profile_run: "_ProfileRun") -> tuple[int, int]:
 
 
 class _ProfileRun:
-    """The largest steps of this stage on nothing, without its neighbours: they are measured, and they warm up the libraries.
+    """The largest steps of this stage on dummy data, without other stages. They are measured, and they warm up the libraries.
 
-    Every position lives in block 0. `rows`: how many at most, positions to compute and tokens to draw.
+    Every position is in block 0. `rows`: an upper bound for positions to compute and tokens to sample.
     """
 
     def __init__(self, decoder: Decoder, mesh: Mesh, request_pool: RequestPool, config: EngineConfig, rows: int) -> None:
@@ -199,43 +211,41 @@ class _ProfileRun:
 
     @torch.inference_mode()
     def layers(self) -> None:
-        chunks = self._take(self._scoring())
+        """Run the layers on the largest batch."""
+        chunks = self._update(self._scoring_plan())
         caches = allocate(self._decoder, self._mesh, 1, self._config.block_size)
         self._decoder.forward(build_model_input(chunks, self._request_pool), self._hidden(self._num_rows), caches)
 
     @torch.inference_mode()
     def head(self) -> None:
-        """Prompt tokens scored, tokens drawn without filters, and with them."""
+        """Score prompt tokens, then sample without filters, then with all of them."""
         if self._sampler_stage is not None:
-            for plan in (self._scoring(), self._drawing(PLAIN), self._drawing(FILTERED)):
-                chunks = self._take(plan)
+            for plan in (self._scoring_plan(), self._sampling_plan(PLAIN), self._sampling_plan(FILTERED)):
+                chunks = self._update(plan)
                 self._sampler_stage.run(self._hidden(int(chunks.query_starts[-1])), plan, chunks)
 
-    def head_bound(self) -> int:
-        """What the head's rows take at most in steps of the configured size, in bytes, by computation."""
-        config = self._config
-        return (
-            self._sampler_stage.logits_chunking.most_bytes(config.max_num_seqs, config.max_num_batched_tokens)
-            if self._sampler_stage
-            else 0
-        )
+    def max_head_bytes(self) -> int:
+        """A computed bound for the LM head's rows in steps of the configured size, in bytes; 0 before the last stage."""
+        if self._sampler_stage is None:
+            return 0
+        return self._sampler_stage.logits_chunking.most_bytes(self._config.max_num_seqs, self._config.max_num_batched_tokens)
 
-    def _take(self, plan: StepPlan) -> ChunkTensors:
+    def _update(self, plan: StepPlan) -> ChunkTensors:
         self._request_pool.update(plan)
         return ChunkTensors.of(plan)
 
     def _hidden(self, rows: int) -> torch.Tensor:
         return torch.zeros((rows, self._decoder.spec.hidden_size), dtype=self._decoder.dtype, device=self._mesh.device)
 
-    def _scoring(self) -> StepPlan:
-        """As many positions as a step may have, all of prompts."""
+    def _scoring_plan(self) -> StepPlan:
+        """The largest number of positions in a step, all of prompts."""
         longest = min(self._num_rows, self._config.max_model_len)
         counts = [min(longest, self._num_rows - at) for at in range(0, self._num_rows, longest)]
         params = EngineSamplingParams(prompt_logprobs=20)
         return self._plan([Chunk(slot, 0, count, sample=False, score=True) for slot, count in enumerate(counts)], params)
 
-    def _drawing(self, params: EngineSamplingParams) -> StepPlan:
-        """The last token of as many sequences as there may be."""
+    def _sampling_plan(self, params: EngineSamplingParams) -> StepPlan:
+        """The last token of the largest number of sequences."""
         last = self._config.max_model_len - 1
         return self._plan([Chunk(slot, last, 1, sample=True) for slot in range(self._num_seqs)], params)
 

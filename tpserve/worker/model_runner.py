@@ -1,7 +1,7 @@
-"""Runs plans on this rank's stage: slots, batch, model, and on the last stage the head. No policy, no sockets.
+"""Runs plans on this rank's stage: request pool, input batch, decoder layers, and on the last stage the sampler.
 
-`launch` starts a plan and returns at once where the device is asynchronous; a `PendingStep` is what it will have drawn.
-Plans are launched in the order in which rank 0 sent them, on every rank.
+`launch` starts a plan and returns at once on an asynchronous device; the `PendingStep` it returns gives the result later. Every
+rank launches plans in the order in which rank 0 sent them. No policy, no sockets.
 """
 
 import torch
@@ -17,10 +17,10 @@ from tpserve.worker.sampler_stage import ModelOutput, SamplerStage
 
 
 class PendingStep:
-    """A launched plan. On the sampling stage it becomes a StepResult; on other stages nothing waits for it."""
+    """A launched plan. The last stage turns it into a StepResult; on other stages nothing waits for it."""
 
     def __init__(self, plan: StepPlan, device: torch.device, output: ModelOutput) -> None:
-        """Everything of the plan has been queued on `device`."""
+        """The caller has queued all work of the plan on `device`."""
         self.plan = plan
         self._output = output
         self._event: torch.Event | None = None
@@ -33,14 +33,14 @@ class PendingStep:
         return self._event is None or self._event.query()
 
     def wait(self) -> StepResult:
-        """Wait for the device and give the step's result."""
+        """Wait for the device and return the step's result."""
         if self._event is not None:
             self._event.synchronize()
         return self._output.result(self.plan)
 
 
 class ModelRunner:
-    """One rank's part of every plan: its layers, and on the last stage what becomes of them."""
+    """One rank's part of every plan: its stage's layers, and on the last stage the LM head and the sampler."""
 
     def __init__(self, mesh: Mesh, decoder: Decoder, request_pool: RequestPool, caches: list[KVCache]) -> None:
         self._mesh = mesh
@@ -51,7 +51,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Start `plan`: receive the previous stage's activations, compute, hand on or draw."""
+        """Start `plan`: receive the previous stage's activations, run the layers, then send to the next stage or sample."""
         self._request_pool.update(plan)
         chunks = ChunkTensors.of(plan)
         hidden_TH = self._stage(build_model_input(chunks, self._request_pool))
@@ -61,6 +61,7 @@ class ModelRunner:
         return PendingStep(plan, self._mesh.device, self._sampler_stage.run(hidden_TH, plan, chunks))
 
     def _stage(self, step: ModelInput) -> torch.Tensor:
+        """This stage's output, [T, hidden_size] in the model's dtype."""
         pipeline, hidden_TH = self._mesh.pipeline, None
         if not pipeline.first:
             rows, width = len(step.positions_T), self._decoder.spec.hidden_size

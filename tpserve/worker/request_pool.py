@@ -1,9 +1,9 @@
-"""What a rank remembers between plans: each slot's tokens, block tables and sampling parameters.
+"""A rank's state between plans: each slot's tokens, block tables and sampling parameters.
 
-Owns no policy: a slot holds whatever the last admission put there. Its content is changed by plans only, in the order
-releases, admissions, chunks; tokens are written by admissions, by `Chunk.tokens`, and by the sampler.
+No policy: a slot holds what its last admission wrote. Only plans change it, in the order admissions, new blocks, input ids; a
+released slot keeps its contents until the next admission. Admissions, `Chunk.tokens` and the sampler write tokens.
 
-    tokens[slot]    [0, known) written | position `known` written by the sampler of the plan that draws it
+    tokens[slot]    [0, known) written | the sampler of the plan that samples position `known` writes it
 """
 
 import torch
@@ -14,22 +14,22 @@ from tpserve.worker.sampling_metadata import SamplingMetadata, sampling_metadata
 
 
 def as_int32(data: bytes) -> torch.Tensor:
-    """Packed ids as an int32 host tensor (a copy: messages are immutable)."""
+    """Packed ids as an int32 host tensor [N]; a copy, since messages are immutable."""
     return torch.frombuffer(bytearray(data), dtype=torch.int32) if data else torch.empty(0, dtype=torch.int32)
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device without waiting for it."""
+    """Copy a host tensor to the device without waiting."""
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 class RequestPool:
-    """`num_slots` places for sequences of at most `max_len` tokens.
+    """`num_slots` slots for sequences of at most `max_len` tokens.
 
-    Tokens live on the device, because the sampler writes them there and the next plan reads them without the host.
-    Block tables, one for each of `windows` (`CacheGroup.window`), live on the host: they are small, known only from plans, and
-    sent with each batch. What lies before a window stays in them, though the blocks may be others' by then.
-    `eos_ids` and `vocab_size` are the model's: `min_tokens` puts off its ends.
+    `tokens` [num_slots, max_len + 1] int32 is on the device: the sampler writes it and the next plan reads it without the host.
+    `tables`, one [num_slots, max blocks] int32 for each of `windows` (`CacheGroup.window`), are on the host: they are small, come
+    from plans, and go to the device with each batch. Entries before a window stay, though the blocks may belong to other
+    sequences by then. `min_tokens` needs the model's `eos_ids` and `vocab_size`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RequestPool:
         self.sampling_metadata: list[SamplingMetadata | None] = [None] * num_slots
 
     def update(self, plan: StepPlan) -> None:
-        """Take over what the plan says about its slots, before its chunks are computed."""
+        """Apply a plan's new sequences, new blocks and input ids, before its chunks are computed."""
         for new_sequence in plan.new_sequences:
             self._admit(new_sequence)
         for group in range(len(self.tables)):
@@ -68,6 +68,7 @@ class RequestPool:
             self._write_input_ids(plan)
 
     def _admit(self, new_sequence: NewSequence) -> None:
+        """Fill a slot."""
         slot, params = new_sequence.slot, new_sequence.params
         tokens = as_int32(new_sequence.tokens)
         self.tokens[slot, : len(tokens)] = to_device(tokens, self.tokens.device)
@@ -84,7 +85,7 @@ class RequestPool:
         self.sampling_metadata[slot] = sampling_metadata(params, new_sequence.prompt_len, self._eos_ids, self._vocab_size)
 
     def _grow(self, plan: StepPlan, group: int) -> None:
-        """Append the chunks' new blocks, all in one write: sequences of one length need theirs in the same step."""
+        """Append the chunks' new blocks in one write: sequences of equal length need new blocks in the same step."""
         slots, lens = unpack(plan.slots), self._table_lens[group]
         rows: list[int] = []
         columns: list[int] = []
@@ -103,11 +104,11 @@ class RequestPool:
         """Write `Chunk.tokens`, so that every chunk reads its input from `tokens` alone."""
         slots: list[int] = []
         positions: list[int] = []
-        for slot, start, count, given in zip(
+        for slot, start, count, has_ids in zip(
             unpack(plan.slots), unpack(plan.starts), unpack(plan.counts), plan.input_ids, strict=True
         ):
-            if given:
+            if has_ids:
                 slots.extend([slot] * count)
                 positions.extend(range(start, start + count))
-        where = to_device(torch.tensor([slots, positions]), self.tokens.device)
-        self.tokens[where[0], where[1]] = to_device(as_int32(plan.tokens), self.tokens.device)
+        index = to_device(torch.tensor([slots, positions]), self.tokens.device)
+        self.tokens[index[0], index[1]] = to_device(as_int32(plan.tokens), self.tokens.device)

@@ -1,7 +1,7 @@
-"""Whether a row keeps its bits in company on this processor: a rank tries its own products when it starts, within a time.
+"""Tests batch invariance on this processor: whether a row's result has the same bits alone and in a batch.
 
-Owns a file in the user's cache directory, so that a restart repeats nothing and goes on where the last start had no time
-left. What is wrong with the file, or with its directory, costs the memory of it and nothing else.
+A rank tests its own matrix products at start, within a time budget. Owns a file of results in the user's cache directory, so a
+restart repeats nothing and continues with the untested products. An unreadable file or directory only loses the saved results.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from tpserve.version import __version__
 
 BUDGET_S = 0.3
 ROWS, MORE_ROWS = (33, 65), (600,)
-"""Tried with each product, and what is tried besides while there is time."""
-ALONE = 4
-"""A row alone is computed as so many."""
+"""Batch sizes to test with each product, and further ones while time is left."""
+PADDED_ROWS = 4
+"""A single row is padded to so many."""
 Known = dict[str, dict[str, bool]]
-"""For each product, by number of rows: whether a row kept its bits."""
+"""For each product, by number of rows: whether a row had the same bits as alone."""
 
 
 def self_test(products: Iterable[Product], machine: Sequence[str], directory: Path | None) -> Numerics:
-    """Try what is not known yet. `machine`: all that decides what products give here; `directory`: of the file, or None."""
+    """Test what the file does not know yet. `machine`: the facts that results depend on; `directory`: of the file, or None."""
     kinds = sorted({product.name: product for product in products}.values(), key=lambda product: (-product.width, product.size))
     file = None
     if directory is not None:
@@ -44,9 +44,9 @@ def self_test(products: Iterable[Product], machine: Sequence[str], directory: Pa
 
 @torch.inference_mode()
 def examine(kinds: Sequence[Product], known: Known, budget_s: float, clock: Callable[[], float] = time.perf_counter) -> bool:
-    """Add to `known` what there is time for, in the order of `kinds`; whether there was anything to try.
+    """Test products in the order of `kinds` and add the results to `known`. Returns whether there was anything to test.
 
-    What would take longer than what is left, going by what the others took, is passed over.
+    Skips a test whose estimated time, from the times of earlier tests, exceeds what is left of `budget_s`.
     """
     turns = [(kind, rows) for some in (ROWS, MORE_ROWS) for kind in kinds for rows in some]
     todo = [(kind, rows) for kind, rows in turns if str(rows) not in known.get(kind.name, {})]
@@ -55,8 +55,9 @@ def examine(kinds: Sequence[Product], known: Known, budget_s: float, clock: Call
     end = clock() + budget_s
     noise = torch.randn(max(ROWS), max(kind.width for kind, _ in todo), generator=torch.Generator().manual_seed(0))
     alone: dict[str, tuple[torch.Tensor, float]] = {}
-    largest, per_size = 0, 0.0  # of the largest product tried: seconds of a row alone, for each number in its matrices
-    longer = {rows: rows / ALONE for rows in (*ROWS, *MORE_ROWS)}  # than a row alone: as the largest one took, or in proportion
+    largest, per_size = 0, 0.0  # of the largest product tested: its size, and seconds for a row alone divided by the size
+    # time relative to a row alone: measured with the largest product, else proportional to the rows
+    longer = {rows: rows / PADDED_ROWS for rows in (*ROWS, *MORE_ROWS)}
 
     def timed(kind: Product, x_TK: torch.Tensor) -> tuple[torch.Tensor, float]:
         began = clock()
@@ -69,7 +70,7 @@ def examine(kinds: Sequence[Product], known: Known, budget_s: float, clock: Call
         x_TK[-1] = x_TK[1]
         if kind.name not in alone:
             alone[kind.name] = timed(kind, x_TK[1:2])
-            if alone[kind.name][1] < budget_s / 20:  # the first time, a library may have had to make its kernel
+            if alone[kind.name][1] < budget_s / 20:  # the first call may include a kernel's compilation
                 alone[kind.name] = timed(kind, x_TK[1:2])
         row, alone_s = alone[kind.name]
         if clock() + alone_s * longer[rows] > end:
@@ -89,7 +90,7 @@ def _read(file: Path | None) -> Known:
 
 
 def _write(file: Path | None, known: Known) -> None:
-    """Beside what another rank may have written meanwhile; readers see a whole file or none."""
+    """Merge with what another rank wrote meanwhile. The file is replaced as a whole."""
     if file is not None:
         part = file.with_suffix(f".{os.getpid()}")
         with suppress(OSError):

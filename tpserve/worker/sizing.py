@@ -1,6 +1,6 @@
-"""What fits: from what every rank measured to one length and one number of KV blocks, or to what would help. Pure.
+"""From every rank's memory profile to one sequence length and one number of KV blocks, or to an error with a way out. Pure.
 
-All ranks compute this from the same numbers and come to the same end. A rank's memory, in bytes:
+All ranks compute this from the same numbers and get the same result. A rank's memory, in bytes:
 
     [0, others) not ours | weights, tables | activations | head | slots | KV cache | kept free by --gpu-memory-utilization
                                                                  |<----- room ---->|
@@ -20,15 +20,15 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.types.window import blocks_of, longest
 
 AUTO_LEAST = 1024
-"""A context shorter than this is of little use: `--max-model-len auto` refuses to go below it (a number given may)."""
+"""The shortest length that `--max-model-len auto` accepts; a shorter context is of little use. A given number may be lower."""
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MOST_FACTOR = 64
-"""How many times as many ranks are looked at for a layout that fits."""
+"""The search for a larger layout stops at so many times the number of ranks."""
 
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """One rank's memory in bytes. `share`: what the rank may take in all; `block`: a KV block in all cache arrays."""
+    """One rank's memory in bytes. `share`: the limit for this rank; `block`: one KV block over all cache arrays."""
 
     total: int
     others: int
@@ -43,7 +43,7 @@ class MemoryProfile:
 
 @dataclass(frozen=True)
 class KVCacheConfig:
-    """The longest sequence, the number of KV blocks of every rank, and the rank that decided it."""
+    """The longest sequence, the number of KV blocks on every rank, and the rank whose memory decided them."""
 
     max_model_len: int
     num_blocks: int
@@ -51,81 +51,82 @@ class KVCacheConfig:
 
 
 def fit_kv_cache(ranks: Sequence[MemoryProfile], spec: ModelSpec, config: EngineConfig) -> KVCacheConfig:
-    """What all ranks can hold. Whether it is enough is for `refusal` to say."""
+    """What all ranks can hold. `refusal` checks whether it is enough."""
     length = config.max_model_len
     if config.fit_max_model_len:
         length = min(_longest(rank, spec, config) for rank in ranks)
     blocks = [_blocks(rank, config, length) for rank in ranks]
-    decides = min(range(len(ranks)), key=lambda rank: (blocks[rank], ranks[rank].free))
-    return KVCacheConfig(length, blocks[decides], decides)
+    smallest = min(range(len(ranks)), key=lambda rank: (blocks[rank], ranks[rank].free))
+    return KVCacheConfig(length, blocks[smallest], smallest)
 
 
 def least_length(config: EngineConfig) -> int:
-    """The longest sequence must be this long at least, or the server does not start."""
+    """The smallest length of the longest sequence with which the server starts."""
     return min(AUTO_LEAST, config.max_model_len) if config.fit_max_model_len else config.max_model_len
 
 
 def weight_bytes(spec: ModelSpec, config: EngineConfig, rank: int) -> int:
-    """Of a rank's share of the model."""
+    """Bytes of a rank's weights."""
     return ITEM_BYTES[config.dtype] * count_params(spec, config.layout, rank).weights
 
 
 def slot_bytes(config: EngineConfig, length: int) -> int:
-    """Tokens of all slots, on the device."""
+    """Bytes of the token ids of all slots, on the device."""
     return config.max_num_seqs * (length + 1) * 4
 
 
-def _given(rank: MemoryProfile, config: EngineConfig) -> int | None:
-    """The number of blocks that was said instead of measured."""
+def _configured_blocks(rank: MemoryProfile, config: EngineConfig) -> int | None:
+    """The number of blocks that the user configured; None when it is measured."""
     if config.kv_cache_memory is not None:
         return config.kv_cache_memory // rank.block
     return config.num_gpu_blocks_override
 
 
 def _blocks(rank: MemoryProfile, config: EngineConfig, length: int) -> int:
-    given = _given(rank, config)
-    return max(0, (rank.room - slot_bytes(config, length)) // rank.block) if given is None else given
+    configured = _configured_blocks(rank, config)
+    return max(0, (rank.room - slot_bytes(config, length)) // rank.block) if configured is None else configured
 
 
 def _longest(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig) -> int:
-    """The longest sequence whose blocks and slots the rank has room for: whole blocks, or the longest there may be."""
-    given = _given(rank, config)
+    """The longest sequence whose blocks and slots fit the rank, in whole blocks up to max_model_len."""
+    configured = _configured_blocks(rank, config)
 
     def fits(length: int) -> bool:
-        blocks = _sequence(spec, config, length)
-        return blocks * rank.block + slot_bytes(config, length) <= rank.room if given is None else blocks <= given
+        blocks = _blocks_per_sequence(spec, config, length)
+        return blocks * rank.block + slot_bytes(config, length) <= rank.room if configured is None else blocks <= configured
 
     return longest(fits, config.block_size, config.max_model_len)
 
 
-def _sequence(spec: ModelSpec, config: EngineConfig, length: int) -> int:
-    """Blocks with which one sequence of a length can be served."""
+def _blocks_per_sequence(spec: ModelSpec, config: EngineConfig, length: int) -> int:
+    """Number of blocks that one sequence of `length` tokens needs."""
     return blocks_of(length, spec.windows, config.block_size)
 
 
-# What does not fit, and what would
+# Errors, with a way out
 
 
 def refusal(
     found: KVCacheConfig, ranks: Sequence[MemoryProfile], spec: ModelSpec, config: EngineConfig, per_node: int
 ) -> UserError | None:
-    """Why this server cannot start, with what would help; None when it can. `per_node`: ranks that a node has place for."""
+    """Why this server cannot start, with a way out; None when it can. `per_node`: number of ranks that a node can run."""
     rank = ranks[found.rank]
-    if (given := _given(rank, config)) is not None and given * rank.block + slot_bytes(config, found.max_model_len) > rank.free:
+    configured = _configured_blocks(rank, config)
+    if configured is not None and configured * rank.block + slot_bytes(config, found.max_model_len) > rank.free:
         return _too_large(found, rank, config)
     least = least_length(config)
-    needed = _sequence(spec, config, least) * rank.block
+    needed = _blocks_per_sequence(spec, config, least) * rank.block
     if found.num_blocks * rank.block >= needed and found.max_model_len >= least:
         return None
     fits = min(_longest(each, spec, config) for each in ranks)
     if config.kv_cache_memory is not None:
         room = f"--kv-cache-memory {round(config.kv_cache_memory / GIB, 5):g} is"
-    elif given is not None:
-        room = f"--num-gpu-blocks-override {given} is"
+    elif configured is not None:
+        room = f"--num-gpu-blocks-override {configured} is"
     else:
         room = f"rank {found.rank} has {size(max(rank.room, 0))} left for it,"
     helps = [f"--max-model-len {fits}"] if fits > 1 else []
-    gib = -(-needed * 100 // GIB) / 100  # in steps of a hundredth, none too few
+    gib = -(-needed * 100 // GIB) / 100  # rounded up to hundredths
     if gib * GIB + slot_bytes(config, least) > rank.free:
         helps.append(wider(rank, spec, config, per_node))
     elif config.num_gpu_blocks_override is not None:
@@ -141,13 +142,14 @@ def refusal(
 
 
 def _too_large(found: KVCacheConfig, rank: MemoryProfile, config: EngineConfig) -> UserError:
+    """The error for a configured cache that exceeds free memory."""
     most = max(0, rank.free - slot_bytes(config, found.max_model_len))
     if config.kv_cache_memory is not None:
-        name, said, at_most = "kv_cache_memory", f"{round(config.kv_cache_memory / GIB, 5):g}", f"{most * 100 // GIB / 100:g}"
+        name, value, at_most = "kv_cache_memory", f"{round(config.kv_cache_memory / GIB, 5):g}", f"{most * 100 // GIB / 100:g}"
     else:
-        name, said, at_most = "num_gpu_blocks_override", str(found.num_blocks), str(most // rank.block)
+        name, value, at_most = "num_gpu_blocks_override", str(found.num_blocks), str(most // rank.block)
     return UserError(
-        f"--{name.replace('_', '-')} {said} does not fit: beside weights, activations and LM head rank {found.rank} has "
+        f"--{name.replace('_', '-')} {value} does not fit: beside weights, activations and LM head rank {found.rank} has "
         f"{size(most)} free: pass at most {at_most}, or leave it out",
         param=name,
     )
@@ -156,7 +158,7 @@ def _too_large(found: KVCacheConfig, rank: MemoryProfile, config: EngineConfig) 
 def weights_refusal(
     ranks: Sequence[MemoryProfile], spec: ModelSpec, config: EngineConfig, per_node: int
 ) -> tuple[int, UserError] | None:
-    """The rank whose weights do not fit, and what to say; None when all do. For before loading: only `free` is measured."""
+    """The first rank whose weights do not fit, and the error; None when all fit. Before loading, only `free` is measured."""
     short = [i for i, rank in enumerate(ranks) if rank.weights > rank.free]
     if not short:
         return None
@@ -169,16 +171,16 @@ def weights_refusal(
 
 
 def wider(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig, per_node: int) -> str:
-    """The first layout of more ranks, each with as much memory as `rank`, that holds the model and one sequence.
+    """The first larger layout, of ranks with as much memory as `rank`, that holds the model and one sequence, as flags.
 
-    Activations and LM head are taken as they are now, which they do not exceed with more ranks.
+    Uses today's bytes of activations and LM head; more ranks never need more.
     """
     length = least_length(config)
     item = ITEM_BYTES[config.dtype]
-    entries = _sequence(spec, config, length) * config.block_size
+    positions = _blocks_per_sequence(spec, config, length) * config.block_size
     for layout in _layouts(spec, config.layout, per_node):
         most = largest_count(spec, layout)
-        each = item * (most.weights + most.cached * entries) + rank.activations + rank.head + slot_bytes(config, length)
+        each = item * (most.weights + most.cached * positions) + rank.activations + rank.head + slot_bytes(config, length)
         if each <= rank.share:
             nodes = -(-layout.world_size // per_node)
             where = f" on {nodes} nodes" if nodes > 1 else ""
@@ -187,7 +189,7 @@ def wider(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig, per_node: 
 
 
 def _layouts(spec: ModelSpec, now: ParallelLayout, per_node: int) -> Iterator[ParallelLayout]:
-    """Twice, four times, ... as many ranks; of the same number first those that keep a stage inside a node, widest first."""
+    """Layouts of twice, four times, ... as many ranks. Those that keep a stage inside a node come first, largest TP first."""
     factor = 2
     while factor <= _MOST_FACTOR:
         world = now.world_size * factor
@@ -198,11 +200,11 @@ def _layouts(spec: ModelSpec, now: ParallelLayout, per_node: int) -> Iterator[Pa
         factor *= 2
 
 
-# In words
+# Reports
 
 
 def ledger_of(rank: MemoryProfile, found: KVCacheConfig, config: EngineConfig) -> MemoryLedger:
-    """The memory of a rank as it will be."""
+    """The memory ledger of a rank with this KV cache."""
     return MemoryLedger(
         total=rank.total,
         others=rank.others,
@@ -219,18 +221,18 @@ def ledger_of(rank: MemoryProfile, found: KVCacheConfig, config: EngineConfig) -
 
 def ledger_line(rank: int, ledger: MemoryLedger, config: EngineConfig) -> str:
     """One rank's memory in one line."""
-    whole = f"on the device, {size(ledger.others)} not ours" if config.device == "cuda" else "for it"
+    scope = f"on the device, {size(ledger.others)} not ours" if config.device == "cuda" else "for it"
     return (
-        f"memory of rank {rank} (stage {config.layout.stage_of(rank)}): {size(ledger.total)} {whole}, weights "
+        f"memory of rank {rank} (stage {config.layout.stage_of(rank)}): {size(ledger.total)} {scope}, weights "
         f"{size(ledger.weights)}, activations {size(ledger.activations)}, LM head rows {size(ledger.head)}, "
         f"slots {size(ledger.slots)}, KV cache {size(ledger.kv_cache)}"
     )
 
 
 def report(ledgers: Sequence[MemoryLedger], found: KVCacheConfig, spec: ModelSpec, config: EngineConfig) -> list[str]:
-    """What was decided, in the words that operators look for; of each stage the rank whose memory is fullest.
+    """Log lines in vLLM's words: the fullest rank of each stage, the KV cache's size, the concurrency.
 
-    The size in tokens is that of as many sequences of the greatest length as fit: with windows a short one takes more a token.
+    The size in tokens counts sequences of the greatest length: with windows, a shorter sequence needs more blocks per token.
     """
     layout = config.layout
 
@@ -241,7 +243,7 @@ def report(ledgers: Sequence[MemoryLedger], found: KVCacheConfig, spec: ModelSpe
     stages = [range(stage * layout.tp, (stage + 1) * layout.tp) for stage in range(layout.pp)]
     fullest = [found.rank if found.rank in stage else min(stage, key=left) for stage in stages]
     ledger = ledgers[found.rank]
-    each = _sequence(spec, config, ledger.max_model_len)
+    each = _blocks_per_sequence(spec, config, ledger.max_model_len)
     tokens = ledger.num_blocks * ledger.block_size * -(-ledger.max_model_len // ledger.block_size) // each
     windows = f", {each:,} for a sequence of {ledger.max_model_len:,} tokens" if any(spec.windows) else ""
     device = "GPU" if config.device == "cuda" else "CPU"
