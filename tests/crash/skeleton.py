@@ -49,7 +49,7 @@ def rank_main() -> int:
     if env.node_rank == 0:
         where = runtime_dir(env)
         record = wait_ready(where, None, WAIT_S)
-        keyring = None if record.remote is None else record.remote.accept(None)
+        keyring = None if record.remote is None else record.remote.keyring(None)
         frontend_address = FrontendAddress(record.control, LOOPBACK, keyring, record.remote, "", record.pid, where)
     from tests.crash.mesh_rank import agent_store, take_part  # torch comes only now
 

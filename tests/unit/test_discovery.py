@@ -129,7 +129,7 @@ def test_ranks_of_other_nodes_wait_for_an_address_that_answers() -> None:
         listener.listen()
         frontend_address = discovery.find_remote_frontend(ENV, store, "127.0.0.1", 5.0)
     assert (frontend_address.control, frontend_address.address, frontend_address.frontend_pid) == (told, "127.0.0.1", None)
-    assert frontend_address.curve_client(2, FRONTEND) == connect_info.accept(None).curve_client(2, FRONTEND)
+    assert frontend_address.curve_client(2, FRONTEND) == connect_info.keyring(None).curve_client(2, FRONTEND)
 
 
 def test_endpoints_stay_inside_a_node(tmp_path: Path) -> None:

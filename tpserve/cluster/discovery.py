@@ -108,7 +108,7 @@ def find_frontend(env: RankEnv, config: EngineConfig, address: str, timeout_s: f
             make_runtime_dir(where)  # again: one that ended has taken it away
             child = spawn(where, config, env.agent_pid, env.nnodes, address)
     found = wait_ready(where, child, deadline_s - time.monotonic())
-    keyring = None if found.remote is None else found.remote.accept(config.cluster_secret_file)
+    keyring = None if found.remote is None else found.remote.keyring(config.cluster_secret_file)
     return FrontendAddress(found.control, address, keyring, found.remote, found.engine, found.pid, where)
 
 
@@ -141,7 +141,7 @@ def find_remote_frontend(
             retry_log.log_if_due(f"the frontend at {connect_info.endpoint}", describe(error))
             time.sleep(_RETRY_S)
             continue
-        return FrontendAddress(connect_info.endpoint, address, connect_info.accept(secret_file))
+        return FrontendAddress(connect_info.endpoint, address, connect_info.keyring(secret_file))
     raise EngineFailure(f"rank {env.rank} waited {timeout_s:g} s for the frontend at {env.master_addr}: {known}")
 
 

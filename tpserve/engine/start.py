@@ -41,7 +41,7 @@ from tpserve.parallel.split import imbalance, split_heads
 from tpserve.parallel.store import agent_store, host_store, join_store
 from tpserve.process.orders import Stopped
 from tpserve.process.process_utils import kill_stopped, kill_stopped_in_background, live_children
-from tpserve.process.rank_agent import VERDICT_S, RankAgent
+from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.messages import MemoryLedger, NodeInfo, Numerics, Start
@@ -98,10 +98,10 @@ def run_rank(
         frontend_pid=frontend_address.frontend_pid,
         agent_pid=env.agent_pid,
         local_ranks=1 if env.job else env.local_world_size,  # a script's only child
-        at_failure=partial(_clean_up, env, frontend_address),
+        on_failure=partial(_clean_up, env, frontend_address),
     )
     rank_agent.report_log(log_buffer)
-    log_buffer.alarm = rank_agent.nudge
+    log_buffer.alarm = rank_agent.wake
     rank_agent.start()
     if env.runtime_dir is None:
         _end_stopped_neighbours(env, frontend_address, rank_agent)
@@ -126,7 +126,7 @@ def _end_stopped_neighbours(env: RankEnv, frontend_address: FrontendAddress, ran
         log.error("%s: it is ended", what)
         if pid == env.agent_pid:  # this rank dies with it: the frontend is to hear of it before, and to answer
             rank_agent.report_fault(what)
-            time.sleep(VERDICT_S)
+            time.sleep(STOP_WAIT_S)
 
     kill_stopped_in_background(lambda: neighbours, tell)
 
@@ -206,7 +206,7 @@ class _ServingRank:
         plans = None if hosted else PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
         start_timer.mark("mesh")
         if device.type == "cuda":
-            on_compile(rank_agent.busy)
+            on_compile(rank_agent.report_busy)
         model_runner, ledger, numerics = self._build(mesh, free)
         facts = {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()}
         rank_agent.ready(ledger, facts, numerics)
@@ -386,7 +386,7 @@ class _ServingRank:
         link = EngineLink(self._frontend_address.engine, self._rank_agent.identity)
         hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)
         hosted.results.begin(epoch)
-        self._rank_agent.beside(hosted.plans.serve)
+        self._rank_agent.run_periodically(hosted.plans.resend_missed)
         results = None if layout.sampling_rank == 0 else hosted.results
         watchdog = StepWatchdog(first_s=config.start_timeout)
         Engine(Scheduler(limits, epoch), model_runner, link, hosted.plans, results, self._rank_agent, self._trace, watchdog).run()
