@@ -23,8 +23,8 @@ ENV = RankEnv(
 )  # fmt: skip
 HOLD = """
 import sys, time, pathlib
-from tpserve.cluster.discovery import hold_lock
-hold_lock(pathlib.Path(sys.argv[1]))
+from tpserve.cluster.discovery import acquire_lock
+acquire_lock(pathlib.Path(sys.argv[1]))
 print(flush=True)
 time.sleep(60)
 """
@@ -81,13 +81,13 @@ def test_the_directory_is_ours_alone(tmp_path: Path) -> None:
 
 
 def test_a_frontend_lives_as_long_as_its_process(tmp_path: Path, resident: "subprocess.Popen[bytes]") -> None:
-    assert discovery.is_alive(tmp_path)
+    assert discovery.is_frontend_alive(tmp_path)
     with pytest.raises(BlockingIOError):
-        discovery.hold_lock(tmp_path)
+        discovery.acquire_lock(tmp_path)
     resident.kill()
     resident.wait()
-    assert not discovery.is_alive(tmp_path)
-    assert not discovery.is_alive(tmp_path / "nowhere")
+    assert not discovery.is_frontend_alive(tmp_path)
+    assert not discovery.is_frontend_alive(tmp_path / "nowhere")
 
 
 def test_a_record_counts_only_while_its_frontend_lives(tmp_path: Path, resident: "subprocess.Popen[bytes]") -> None:

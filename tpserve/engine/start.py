@@ -15,7 +15,13 @@ from pathlib import Path
 import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
-from tpserve.cluster.discovery import FrontendAddress, find_remote_frontend, is_alive, publish_frontend, remove_runtime_dir
+from tpserve.cluster.discovery import (
+    FrontendAddress,
+    find_remote_frontend,
+    is_frontend_alive,
+    publish_frontend,
+    remove_runtime_dir,
+)
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, cache_dir, user_set_interface
 from tpserve.config.schema import EngineConfig
@@ -136,7 +142,7 @@ def _clean_up(env: RankEnv, frontend_address: FrontendAddress) -> None:
     would wait for them; take the directory of a frontend that was killed away."""
     if env.runtime_dir is None:
         kill_stopped([env.agent_pid, *(live_children(env.agent_pid) or ())])
-        if frontend_address.runtime_dir is not None and not is_alive(frontend_address.runtime_dir):
+        if frontend_address.runtime_dir is not None and not is_frontend_alive(frontend_address.runtime_dir):
             remove_runtime_dir(frontend_address.runtime_dir)
 
 

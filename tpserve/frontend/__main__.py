@@ -1,4 +1,4 @@
-"""`python -m tpserve.frontend`: the companion process of rank 0. Started by `cluster.discovery.spawn`, not by people."""
+"""`python -m tpserve.frontend`: the companion process of rank 0. Started by `cluster.discovery.spawn_frontend`, not by people."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The signals that end a process of tpserve, and their handling in a rank before its control thread starts.
 
-A Python handler runs only when the main thread returns from C, so ranks install none. The signals are blocked in every thread, and one
-thread waits for them: a thread of this module at first, the control thread after `take_over`.
+A Python handler runs only when the main thread returns from C, so ranks install none. The signals are blocked in every thread,
+and one thread waits for them: a thread of this module at first, the control thread after `take_over`.
 """
 
 import os

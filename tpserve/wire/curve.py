@@ -63,7 +63,7 @@ class Keyring:
 
     @staticmethod
     def read(path: str) -> "Keyring":
-        """Read a file that `tpserve secret` made. Raises UserError for a file that is unreadable, not private, or has no good secret."""
+        """Read a file that `tpserve secret` made. Raises UserError when it is unreadable, not private, or has no good secret."""
         file = Path(path)
 
         def refuse(text: str) -> UserError:
