@@ -158,8 +158,8 @@ def _check_address(reported: str, machine: str) -> None:
     local = next((interface for interface in interfaces() if interface.address == reported), None)
     if local is not None and machine != host_id():
         raise UserError(
-            f"node 0 calls itself {reported}, which on this node is {local.name}: pass --interface with a network that they share, "
-            "such as --interface 10.0.0.0/24",
+            f"node 0 calls itself {reported}, which on this node is {local.name}: pass --interface with a network that they "
+            "share, such as --interface 10.0.0.0/24",
             param="interface",
         )
 

@@ -11,8 +11,8 @@ Owns the sockets of the rendezvous and its log lines. Knows the number of ranks,
 
 Invariants:
 - Node 0 admits each node rank once, and with a secret only nodes that know it. JoinRequest and RendezvousInfo carry an
-  HMAC-SHA256 of the message and the other side's nonce. HKDF derives its key from a secret of 32 random bytes. So recorded traffic cannot be
-  replayed, and does not reveal the secret.
+  HMAC-SHA256 of the message and the other side's nonce. HKDF derives its key from a secret of 32 random bytes. So recorded
+  traffic cannot be replayed, and does not reveal the secret.
 - A node that leaves, or is silent for five seconds, before all have joined is missing again.
 - No side waits longer than `--start-timeout`. A connection that sends anything else is closed.
 """

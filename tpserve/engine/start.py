@@ -273,8 +273,8 @@ class _ServingRank:
                 progress.update(done, total)
                 self._rank_agent.report_progress(title, 100 * done // max(total, 1))
 
-            have = download.ensure if first else download.wait
-            have(weights_of(snapshot), self._config.start_timeout, arrived)
+            fetch = download.download if first else download.wait_for_download
+            fetch(weights_of(snapshot), self._config.start_timeout, arrived)
 
     def _verify_weights(self, store: Store) -> None:
         """Compare the files of all nodes, byte by byte."""
