@@ -27,7 +27,7 @@ def keyring() -> Keyring:
 
 
 @pytest.fixture
-def door(keyring: Keyring) -> Iterator[ResultReceiver]:
+def tcp_endpoint(keyring: Keyring) -> Iterator[ResultReceiver]:
     """Rank 0's socket for results, as other nodes see it."""
     curve_server = keyring.curve_server(rank_role(0), WORLD)
     zap_authenticator = ZapAuthenticator(curve_server.allowed)
@@ -39,7 +39,7 @@ def door(keyring: Keyring) -> Iterator[ResultReceiver]:
 
 
 def knock(tcp_endpoint: ResultReceiver, curve_client: CurveClient | None) -> "zmq.Socket[bytes]":
-    """Send a word to the door."""
+    """Send a word to the endpoint."""
     push = open_socket(zmq.PUSH, codec.RESULT.max_bytes)
     if curve_client is not None:
         curve_client.apply(push)
