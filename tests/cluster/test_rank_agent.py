@@ -92,7 +92,7 @@ class Coordinator:
 
 @pytest.fixture
 def coordinator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
-    for name, seconds in {"GRACE_S": 0.6, "VERDICT_S": 0.6, "SAME_SIGNAL_S": 0.6, "BEAT_S": 0.1, "GONE_S": 0.5}.items():
+    for name, seconds in {"GRACE_S": 0.6, "STOP_WAIT_S": 0.6, "SAME_SIGNAL_S": 0.6, "HEARTBEAT_S": 0.1, "GONE_S": 0.5}.items():
         monkeypatch.setattr(rank_agent, name, seconds)  # the rank is a fork and inherits them
     it = Coordinator(tmp_path)
     yield it

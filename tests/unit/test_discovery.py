@@ -117,7 +117,7 @@ def test_a_child_that_dies_without_a_word(tmp_path: Path) -> None:
 
 def test_ranks_of_other_nodes_wait_for_an_address_that_answers() -> None:
     store = Dictionary()
-    with pytest.raises(EngineFailure, match="rank 2 waited 0.1 s .* rank 0 has not told where it is"):
+    with pytest.raises(EngineFailure, match="rank 2 waited 0.1 s .* rank 0 has not published its address"):
         discovery.find_remote_frontend(ENV, store, "127.0.0.1", 0.1)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

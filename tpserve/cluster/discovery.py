@@ -134,7 +134,7 @@ def find_remote_frontend(
     `timeout_s`.
     """
     retry_log = RetryLog(timeout_s, logger)
-    status = "rank 0 has not told where it is"
+    status = "rank 0 has not published its address"
     while not retry_log.timed_out:
         try:
             connect_info = msgspec.json.decode(store.get(_KEY + env.job), type=ConnectInfo)

@@ -153,7 +153,7 @@ class Rendezvous:
                     ranks = missing_ranks(missing, self._sizes(), self._world_size, self._me.nnodes)
                     raise EngineFailure(
                         f"{name_nodes(missing, self._me.nnodes)} did not come to {self._address} within {self._timeout_s:g} s, "
-                        f"so {ranks} missing: see what it says there, and whether its --master-addr and --master-port lead here"
+                        f"so {ranks} missing: see its log, and whether its --master-addr and --master-port lead here"
                     )
                 self._retry_log.log_if_due(f"{name_nodes(missing, self._me.nnodes)} at {self._address}")
                 if (now := time.monotonic()) >= next_s:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 STOPPED_S, CHECK_S = 4.5, 0.5
 """A process that is stopped (SIGSTOP, Ctrl-Z) for `STOPPED_S` is killed, because every other process notices its end.
-Longer than the coordinator's heartbeat timeout, whose error says more."""
+Longer than the coordinator's heartbeat timeout, whose error has more detail."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -188,7 +188,7 @@ class RankAgent:
         self._orders.clear()
 
     def wait_start(self, timeout_s: float | None = None) -> Start:
-        """Wait for Start, which comes once all ranks have said Hello. Raises Stopped, or EngineFailure after `timeout_s`."""
+        """Wait for Start, which comes once all ranks have sent Hello. Raises Stopped, or EngineFailure after `timeout_s`."""
         self._orders.wait(lambda: self._orders.start is not None, timeout_s, "the other ranks")
         assert self._orders.start is not None
         return self._orders.start

@@ -324,7 +324,7 @@ class EngineLink(Channel):
         super().__init__(open_socket(zmq.DEALER, codec.ENGINE_INPUT.max_bytes), endpoint)
         self.socket.set(zmq.ROUTING_ID, _routing_id(identity))
         connect(self.socket, endpoint)
-        self._send(codec.ENGINE_OUTPUT.encode([]))  # tells the frontend the routing id
+        self._send(codec.ENGINE_OUTPUT.encode([]))  # the frontend learns the routing id from it
 
     def poll(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> list[EngineInput]:
         """The frontend's messages; empty after `timeout_s`, or when a source in `wake` is readable first."""

@@ -240,4 +240,4 @@ class ZapAuthenticator:
     def _log_refusal(self, why: str) -> None:
         if why not in self._logged and len(self._logged) < 100:
             self._logged.add(why)
-            log.warning("refused a connection%s; this is said once", why)
+            log.warning("refused a connection%s; logged once", why)
