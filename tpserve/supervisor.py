@@ -39,7 +39,7 @@ from msgspec.structs import replace
 
 from tpserve.agent import AGENT_COMMAND, AgentJob
 from tpserve.cli import server_flags
-from tpserve.cluster.discovery import AgentFailure, spawn, wait_ready, write_failure
+from tpserve.cluster.discovery import AgentFailure, spawn_frontend, wait_ready, write_failure
 from tpserve.cluster.retry_log import RetryLog
 from tpserve.config import env
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
@@ -162,7 +162,7 @@ class _Supervisor:
             logger.info("node %d of %d: %d headless ranks", flags.node_rank, flags.nnodes, self._nproc)
             self._starting = False
             return
-        self._frontend = spawn(self._runtime_dir, config, self._agent.pid, flags.nnodes, self._interface.address)
+        self._frontend = spawn_frontend(self._runtime_dir, config, self._agent.pid, flags.nnodes, self._interface.address)
         try:
             self._url = wait_ready(self._runtime_dir, self._frontend, config.start_timeout).http
         except EngineFailure:

@@ -307,7 +307,7 @@ def test_a_download_that_never_ends_well_is_one_line_and_keeps_what_is_whole(hub
     code = (
         "import sys, msgspec; from tpserve.cli.server_flags import parse; from tpserve.hub import download, locate; "
         "found = locate.locate(parse(sys.argv[1:]), head=True); "
-        "download.ensure(locate.weights_of(found.snapshot), 1.0, lambda done, total: None)"
+        "download.download(locate.weights_of(found.snapshot), 1.0, lambda done, total: None)"
     )
     subprocess.run([sys.executable, "-c", code, REPOSITORY], env={**os.environ, **hub.environ(tmp_path / "home")}, check=True)
     assert hub.gets.pop((REPOSITORY, WEIGHTS[1])) > 1

@@ -92,7 +92,7 @@ class Coordinator:
 
 @pytest.fixture
 def coordinator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
-    for name, seconds in {"GRACE_S": 0.6, "VERDICT_S": 0.6, "SAME_SIGNAL_S": 0.6, "BEAT_S": 0.1, "GONE_S": 0.5}.items():
+    for name, seconds in {"GRACE_S": 0.6, "STOP_WAIT_S": 0.6, "SAME_SIGNAL_S": 0.6, "HEARTBEAT_S": 0.1, "GONE_S": 0.5}.items():
         monkeypatch.setattr(rank_agent, name, seconds)  # the rank is a fork and inherits them
     it = Coordinator(tmp_path)
     yield it
@@ -194,7 +194,7 @@ def test_a_signal_after_a_siblings_death_ends_at_once(coordinator: Coordinator) 
 def test_a_signal_is_not_lost_between_two_incarnations(coordinator: Coordinator) -> None:
     def returning(rank: rank_agent.RankAgent) -> int:
         rank.hello({}, {}, {})
-        while not rank._heartbeat.asked_to_end:
+        while not rank._heartbeat.drain_requested:
             time.sleep(0.01)
         rank.close()  # its collective has failed, too
         again = rank_agent.RankAgent(3, coordinator.address, identity=8, host="h", agent_pid=os.getppid(), local_ranks=50)
@@ -231,7 +231,7 @@ def test_a_blocked_main_thread_is_ended_with_the_code_of_stop(coordinator: Coord
 
 def test_a_step_that_does_not_come_back_is_a_fault(coordinator: Coordinator) -> None:
     def hanging(rank: rank_agent.RankAgent) -> int:
-        rank.watch_step((12, time.monotonic() + 0.3))
+        rank.set_step_deadline((12, time.monotonic() + 0.3))
         return blocked(rank)
 
     coordinator.fork(hanging)
@@ -247,11 +247,11 @@ def test_a_step_that_does_not_come_back_is_a_fault(coordinator: Coordinator) -> 
 def test_an_overdue_step_that_comes_back_is_no_fault_any_more(coordinator: Coordinator) -> None:
     def slow(rank: rank_agent.RankAgent) -> int:
         rank.hello({}, {}, {})
-        rank.busy("compiling attention")
-        rank.watch_step((12, time.monotonic()))
+        rank.report_busy("compiling attention")
+        rank.set_step_deadline((12, time.monotonic()))
         time.sleep(1.0)
         rank.report_step(12)
-        rank.watch_step((13, time.monotonic() + 60))
+        rank.set_step_deadline((13, time.monotonic() + 60))
         time.sleep(60)
         return 98
 
@@ -289,7 +289,7 @@ def test_an_error_is_told_at_once(coordinator: Coordinator, monkeypatch: pytest.
     def main(rank: rank_agent.RankAgent) -> int:
         log_buffer = LogRingBuffer()
         logging.getLogger().addHandler(log_buffer)
-        log_buffer.on_error = rank.nudge
+        log_buffer.on_error = rank.wake
         rank.report_log(log_buffer)
         rank.hello({}, {}, {})
         time.sleep(0.3)
@@ -311,7 +311,7 @@ def test_a_failure_whose_text_no_frame_can_hold_is_told_all_the_same(coordinator
 
 def test_what_goes_on_beside_a_blocked_main_thread(coordinator: Coordinator) -> None:
     def main(rank: rank_agent.RankAgent) -> int:
-        rank.beside(lambda: rank.report_progress("beside", 1 + rank._heartbeat.percent))
+        rank.run_periodically(lambda: rank.report_progress("beside", 1 + rank._heartbeat.percent))
         return blocked(rank)
 
     coordinator.fork(main)

@@ -18,8 +18,8 @@ from pathlib import Path
 from tpserve.cluster.discovery import (
     FrontendAddress,
     FrontendRecord,
+    acquire_lock,
     find_remote_frontend,
-    hold_lock,
     publish_frontend,
     remove_runtime_dir,
     runtime_dir,
@@ -49,7 +49,7 @@ def rank_main() -> int:
     if env.node_rank == 0:
         where = runtime_dir(env)
         record = wait_ready(where, None, WAIT_S)
-        keyring = None if record.remote is None else record.remote.accept(None)
+        keyring = None if record.remote is None else record.remote.keyring(None)
         frontend_address = FrontendAddress(record.control, LOOPBACK, keyring, record.remote, "", record.pid, where)
     from tests.crash.mesh_rank import agent_store, take_part  # torch comes only now
 
@@ -90,7 +90,7 @@ def begin(env: RankEnv, frontend_address: FrontendAddress) -> RankAgent:
 
 async def frontend_main(where: Path, watch_pid: int, world_size: int, address: str) -> int:
     """Own the epoch until a signal ends it, or the process `watch_pid` has ended."""
-    held = hold_lock(where)
+    held = acquire_lock(where)
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def on_action(action: Action) -> None:

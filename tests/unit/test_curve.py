@@ -27,7 +27,7 @@ def keyring() -> Keyring:
 
 
 @pytest.fixture
-def door(keyring: Keyring) -> Iterator[ResultReceiver]:
+def tcp_endpoint(keyring: Keyring) -> Iterator[ResultReceiver]:
     """Rank 0's socket for results, as other nodes see it."""
     curve_server = keyring.curve_server(rank_role(0), WORLD)
     zap_authenticator = ZapAuthenticator(curve_server.allowed)
@@ -39,7 +39,7 @@ def door(keyring: Keyring) -> Iterator[ResultReceiver]:
 
 
 def knock(tcp_endpoint: ResultReceiver, curve_client: CurveClient | None) -> "zmq.Socket[bytes]":
-    """Send a word to the door."""
+    """Send a word to the endpoint."""
     push = open_socket(zmq.PUSH, codec.RESULT.max_bytes)
     if curve_client is not None:
         curve_client.apply(push)
@@ -62,13 +62,13 @@ def test_who_knows_the_secret_is_heard(tcp_endpoint: ResultReceiver, keyring: Ke
 def test_strangers_are_refused_and_told_of_once(
     tcp_endpoint: ResultReceiver, keyring: Keyring, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = keyring.pair(rank_role(0)).public
+    server = keyring.key_pair(rank_role(0)).public
     strangers = {
         "no key": None,
         "a key of its own": CurveClient(KeyPair(*zmq.curve_keypair()), server),
         "a rank that is not of this world": keyring.curve_client(WORLD, rank_role(0)),
         "another secret": Keyring.open(None).curve_client(1, rank_role(0)),
-        "another role of ours": CurveClient(keyring.pair(FRONTEND), server),
+        "another role of ours": CurveClient(keyring.key_pair(FRONTEND), server),
     }
     with caplog.at_level(logging.WARNING, "tpserve.wire.curve"):
         pushes = [knock(tcp_endpoint, curve_client) for curve_client in strangers.values() for _ in range(3)]
@@ -137,11 +137,11 @@ def pass_on(near: socket.socket, far: socket.socket) -> bytes:
 
 def test_no_socket_of_ours_opens_tcp_without_keys() -> None:
     listening, dialling = (open_socket(kind, 1) for kind in (zmq.PULL, zmq.PUSH))
-    with pytest.raises(AssertionError, match="needs a lock"):
+    with pytest.raises(AssertionError, match="needs CURVE keys"):
         bind(listening, tcp("127.0.0.1"))
-    with pytest.raises(AssertionError, match="needs a key"):
+    with pytest.raises(AssertionError, match="needs CURVE keys"):
         connect(dialling, "tcp://127.0.0.1:1")
-    with pytest.raises(AssertionError, match="needs a key"):
+    with pytest.raises(AssertionError, match="needs CURVE keys"):
         ResultSender("tcp://127.0.0.1:1")
     listening.close()
     dialling.close()
@@ -151,10 +151,10 @@ def test_keys_are_of_secret_and_role(tmp_path: Path) -> None:
     path = str(tmp_path / "secret")
     write_secret(path)
     one, again = Keyring.read(path), Keyring.open(path)
-    assert one.pair("rank 1") == again.pair("rank 1") != one.pair("rank 2"), "a restarted rank has the same key"
+    assert one.key_pair("rank 1") == again.key_pair("rank 1") != one.key_pair("rank 2"), "a restarted rank has the same key"
     assert one.proof == again.proof
-    assert Keyring.open(None).pair("rank 1") != one.pair("rank 1")
-    assert zmq.curve_public(one.pair("rank 1").private) == one.pair("rank 1").public
+    assert Keyring.open(None).key_pair("rank 1") != one.key_pair("rank 1")
+    assert zmq.curve_public(one.key_pair("rank 1").private) == one.key_pair("rank 1").public
 
 
 def test_a_secret_is_written_once_for_its_owner_alone(tmp_path: Path) -> None:
@@ -194,16 +194,16 @@ def test_nodes_find_out_whose_secret_is_another(tmp_path: Path) -> None:
     write_secret(mine)
     write_secret(theirs)
     connect_info = Keyring.read(mine).connect_info("tcp://10.0.0.1:1", with_secret=False)
-    assert connect_info.accept(mine).proof == connect_info.proof and not connect_info.secret
+    assert connect_info.keyring(mine).proof == connect_info.proof and not connect_info.secret
     with pytest.raises(UserError, match="holds another secret than node 0's"):
-        connect_info.accept(theirs)
+        connect_info.keyring(theirs)
     with pytest.raises(UserError, match="was given on node 0 and not here"):
-        connect_info.accept(None)
+        connect_info.keyring(None)
     drawn = Keyring.open(None)
     told: ConnectInfo = drawn.connect_info("tcp://10.0.0.1:1", with_secret=True)
-    assert told.accept(None).proof == drawn.proof
+    assert told.keyring(None).proof == drawn.proof
     with pytest.raises(UserError, match="was given here and not on node 0"):
-        told.accept(mine)
+        told.keyring(mine)
 
 
 def test_who_is_refused_is_told_and_never_waits(tcp_endpoint: ResultReceiver, keyring: Keyring) -> None:

@@ -23,8 +23,8 @@ ENV = RankEnv(
 )  # fmt: skip
 HOLD = """
 import sys, time, pathlib
-from tpserve.cluster.discovery import hold_lock
-hold_lock(pathlib.Path(sys.argv[1]))
+from tpserve.cluster.discovery import acquire_lock
+acquire_lock(pathlib.Path(sys.argv[1]))
 print(flush=True)
 time.sleep(60)
 """
@@ -81,13 +81,13 @@ def test_the_directory_is_ours_alone(tmp_path: Path) -> None:
 
 
 def test_a_frontend_lives_as_long_as_its_process(tmp_path: Path, resident: "subprocess.Popen[bytes]") -> None:
-    assert discovery.is_alive(tmp_path)
+    assert discovery.is_frontend_alive(tmp_path)
     with pytest.raises(BlockingIOError):
-        discovery.hold_lock(tmp_path)
+        discovery.acquire_lock(tmp_path)
     resident.kill()
     resident.wait()
-    assert not discovery.is_alive(tmp_path)
-    assert not discovery.is_alive(tmp_path / "nowhere")
+    assert not discovery.is_frontend_alive(tmp_path)
+    assert not discovery.is_frontend_alive(tmp_path / "nowhere")
 
 
 def test_a_record_counts_only_while_its_frontend_lives(tmp_path: Path, resident: "subprocess.Popen[bytes]") -> None:
@@ -117,7 +117,7 @@ def test_a_child_that_dies_without_a_word(tmp_path: Path) -> None:
 
 def test_ranks_of_other_nodes_wait_for_an_address_that_answers() -> None:
     store = Dictionary()
-    with pytest.raises(EngineFailure, match="rank 2 waited 0.1 s .* rank 0 has not told where it is"):
+    with pytest.raises(EngineFailure, match="rank 2 waited 0.1 s .* rank 0 has not published its address"):
         discovery.find_remote_frontend(ENV, store, "127.0.0.1", 0.1)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -129,7 +129,7 @@ def test_ranks_of_other_nodes_wait_for_an_address_that_answers() -> None:
         listener.listen()
         frontend_address = discovery.find_remote_frontend(ENV, store, "127.0.0.1", 5.0)
     assert (frontend_address.control, frontend_address.address, frontend_address.frontend_pid) == (told, "127.0.0.1", None)
-    assert frontend_address.curve_client(2, FRONTEND) == connect_info.accept(None).curve_client(2, FRONTEND)
+    assert frontend_address.curve_client(2, FRONTEND) == connect_info.keyring(None).curve_client(2, FRONTEND)
 
 
 def test_endpoints_stay_inside_a_node(tmp_path: Path) -> None:

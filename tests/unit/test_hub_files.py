@@ -12,8 +12,8 @@ from tpserve.cli.server_flags import parse
 from tpserve.cluster.local_leader import LocalLeader, ask_local_leader
 from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
-from tpserve.hub.cache import FileSet, known_commit, note_commit, present
-from tpserve.hub.download import check_room
+from tpserve.hub.cache import FileSet, cached_commit, cached_files, write_ref
+from tpserve.hub.download import check_disk_space
 from tpserve.hub.locate import INDICES, locate
 from tpserve.hub.names import check_revision, is_repository
 from tpserve.text.chat import ChatTemplate
@@ -91,7 +91,7 @@ def wanted(cache: Path, **sizes: int) -> FileSet:
 def test_how_far_a_download_is(tmp_path: Path) -> None:
     """Whole files and what is being written count; what an earlier process left behind does not."""
     files = wanted(tmp_path, a=100_000, b=500_000)
-    assert (files.missing(), files.have(), files.total) == (["a", "b"], 0, 600_000)
+    assert (files.missing(), files.cached_bytes(), files.total_bytes) == (["a", "b"], 0, 600_000)
     blobs = tmp_path / "models--org--tiny" / "blobs"
     for folder in (blobs, files.directory, files.lock.parent):
         folder.mkdir(parents=True)
@@ -99,37 +99,37 @@ def test_how_far_a_download_is(tmp_path: Path) -> None:
     os.utime(blobs / "old.incomplete", (0, 0))
     files.lock.touch()
     (files.directory / "a").write_bytes(b"x" * 100_000)
-    assert (files.missing(), files.have()) == (["b"], 100_000)
+    assert (files.missing(), files.cached_bytes()) == (["b"], 100_000)
     with (blobs / "new.incomplete").open("wb") as part:
         part.write(b"x" * 200_000)
         part.flush()
         os.fsync(part.fileno())
-    assert 300_000 <= files.have() < 310_000
+    assert 300_000 <= files.cached_bytes() < 310_000
     with (blobs / "new.incomplete").open("r+b") as part:
         part.truncate(400_000)  # reserved, and not written
-    assert files.have() < 310_000
+    assert files.cached_bytes() < 310_000
     (files.directory / "b").write_bytes(b"")
-    assert (files.missing(), files.have()) == ([], 600_000)
+    assert (files.missing(), files.cached_bytes()) == ([], 600_000)
 
 
 def test_no_room_is_told_in_bytes(tmp_path: Path) -> None:
-    check_room(wanted(tmp_path, a=1))
+    check_disk_space(wanted(tmp_path, a=1))
     with pytest.raises(
         UserError, match=r"org/tiny needs 1,000,000,000,000,001 more bytes in .*, where [\d,]+ are free: make room"
     ):
-        check_room(wanted(tmp_path, a=10**15, b=1))
+        check_disk_space(wanted(tmp_path, a=10**15, b=1))
 
 
 def test_what_a_revision_was(tmp_path: Path) -> None:
-    assert known_commit(tmp_path, "org/tiny", "refs/pr/1") is None and known_commit(tmp_path, "org/tiny", COMMIT) is None
+    assert cached_commit(tmp_path, "org/tiny", "refs/pr/1") is None and cached_commit(tmp_path, "org/tiny", COMMIT) is None
     for commit in ("d" * 40, COMMIT):
-        note_commit(tmp_path, "org/tiny", "refs/pr/1", commit)
-        assert known_commit(tmp_path, "org/tiny", "refs/pr/1") == commit
+        write_ref(tmp_path, "org/tiny", "refs/pr/1", commit)
+        assert cached_commit(tmp_path, "org/tiny", "refs/pr/1") == commit
     files = wanted(tmp_path)
     files.directory.mkdir(parents=True)
     (files.directory / "config.json").write_text("{}")
-    assert known_commit(tmp_path, "org/tiny", COMMIT) == COMMIT
-    assert present(tmp_path, "org/tiny", COMMIT).sizes == {"config.json": 2}
+    assert cached_commit(tmp_path, "org/tiny", COMMIT) == COMMIT
+    assert cached_files(tmp_path, "org/tiny", COMMIT).sizes == {"config.json": 2}
 
 
 @pytest.mark.parametrize("index", ["", "[]", '{"weight_map": 3}', '{"weight_map": {"w": "../../key.safetensors"}}'])

@@ -10,7 +10,7 @@ from tpserve.process import process_utils
 
 
 def test_who_is_stopped_for_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_utils, "LOOK_S", 0.02)
+    monkeypatch.setattr(process_utils, "CHECK_S", 0.02)
     monkeypatch.setattr(process_utils, "STOPPED_S", 0.3)
     stopped, resumed, running = (subprocess.Popen(["sleep", "60"]) for _ in range(3))
     told: list[tuple[int, str]] = []

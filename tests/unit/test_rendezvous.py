@@ -252,8 +252,8 @@ def test_what_is_no_node_of_ours() -> None:
 def test_lines_come_at_growing_intervals(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    retry_log = RetryLog(600.0, logging.getLogger("tpserve.muster"))
-    with caplog.at_level("INFO", "tpserve.muster"):
+    retry_log = RetryLog(600.0, logging.getLogger("tpserve.rendezvous"))
+    with caplog.at_level("INFO", "tpserve.rendezvous"):
         for second in range(400):
             now[0] = float(second)
             retry_log.log_if_due("node 1 of 2 at 10.0.0.1:29501", "No route to host (errno 113)" if second > 350 else "")
@@ -287,8 +287,8 @@ def test_a_host_that_does_not_answer_is_told_of_within_two_seconds(
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
         answers = iter(("", "enough"))
         begin_s = time.time()
-        with caplog.at_level("INFO", "tpserve.muster"), pytest.raises(EngineFailure, match="enough"):
-            logger = logging.getLogger("tpserve.muster")
+        with caplog.at_level("INFO", "tpserve.rendezvous"), pytest.raises(EngineFailure, match="enough"):
+            logger = logging.getLogger("tpserve.rendezvous")
             retry_log.connect_with_retry(*full.getsockname(), "node 0's store", 60.0, logger, lambda: next(answers))
     (record,) = caplog.records
     assert record.message.startswith("waiting for node 0's store at 127.0.0.1:") and record.created - begin_s < 2.0

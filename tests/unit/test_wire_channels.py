@@ -77,7 +77,7 @@ def test_a_lost_plan_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def serve() -> None:
         while not stop.is_set():
             wait(0.05, sender)
-            sender.serve()
+            sender.resend_missed()
 
     thread = threading.Thread(target=serve)
     thread.start()

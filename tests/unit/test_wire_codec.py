@@ -53,13 +53,13 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("direction", SAMPLES, ids=lambda c: c._what)
+@pytest.mark.parametrize("direction", SAMPLES, ids=lambda c: c._name)
 def test_round_trip(direction: codec.Codec) -> None:
     messages = SAMPLES[direction]
     assert direction.decode(direction.encode(messages)) == messages
 
 
-@pytest.mark.parametrize("direction", SAMPLES, ids=lambda c: c._what)
+@pytest.mark.parametrize("direction", SAMPLES, ids=lambda c: c._name)
 def test_another_directions_frame_is_refused(direction: codec.Codec) -> None:
     for other, messages in SAMPLES.items():
         if other is not direction:

@@ -15,7 +15,7 @@ from tpserve.wire.curve import ConnectInfo, rank_role
 
 def subscribe(connect_info: ConnectInfo, count: int) -> None:
     """Read for ever, and decode nothing: that is other cores' work."""
-    curve_client = None if connect_info.endpoint.startswith("ipc:") else connect_info.accept(None).curve_client(1, rank_role(0))
+    curve_client = None if connect_info.endpoint.startswith("ipc:") else connect_info.keyring(None).curve_client(1, rank_role(0))
     receivers = [PlanReceiver(connect_info.endpoint, 0, curve_client) for _ in range(count)]
     poller = zmq.Poller()
     for receiver in receivers:

@@ -1,1 +1,1 @@
-"""How nodes and ranks find each other and notice that one is gone. No torch, no policy."""
+"""How nodes and ranks find each other, and how a node notices that another one is gone. No torch, no policy."""

@@ -1,13 +1,13 @@
-"""How a rank finds the frontend, and how one comes to be: the runtime directory and what stands in it.
+"""How a rank finds the frontend or starts one, and the runtime directory that both use.
 
-    RUNTIME_DIR/            mode 0700, ours; named after the run id and the agent of node 0, or given by `tpserve serve`
-        lock                held (flock) by the frontend for as long as it lives: the kernel lets go of it when it dies
+    RUNTIME_DIR/            mode 0700, of this user; named after the run id and node 0's agent, or set by `tpserve serve`
+        lock                locked (flock) by the frontend while it lives; the kernel releases it when the frontend dies
         agent.json          why the agent of `tpserve serve` has ended
-        frontend.json       written once its sockets are bound, or with the error that kept it from that
-        control, engine     its ZeroMQ sockets; plan-*, result-* those of rank 0
+        frontend.json       the frontend's endpoints, once its sockets are bound, or why it could not start
+        control, engine     the frontend's ZeroMQ sockets; plan-*, result-* are rank 0's
 
-Runs before torch is imported and needs none of it. Ranks of node 0 find the directory by its name; those of other nodes are told
-the coordinator's TCP address over torchrun's store, of which only `get` and `set` are used here.
+Owns the runtime directory and its files. Never imports torch. Ranks of node 0 find the directory by its name. Ranks of other
+nodes read the coordinator's TCP address from torchrun's store, of which this module uses only `get` and `set`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import Protocol
 import msgspec
 from msgspec import Struct
 
-from tpserve.cluster.retry_log import RetryLog
+from tpserve.cluster.retry_log import RETRY_S, RetryLog
 from tpserve.config.env import RankEnv
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
@@ -38,13 +38,13 @@ from tpserve.wire.curve import ConnectInfo, CurveClient, Keyring
 logger = logging.getLogger(__name__)
 
 _KEY, _MACHINE = "tpserve/control", "tpserve/machine"
-_POLL_S, _RETRY_S = 0.02, 0.2
+_POLL_S = 0.02
 _MAX_PATH = 70
-"""A socket's path has 107 bytes at most; this leaves room for its name."""
+"""A UNIX socket's path has at most 107 bytes; this leaves room for the file name."""
 
 
 class FrontendRecord(Struct, frozen=True):
-    """frontend.json: where a frontend can be reached, or why it could not start (`error`, with the exit code it deserves)."""
+    """frontend.json: the frontend's endpoints, or the `error` that prevented its start and the exit `code` for it."""
 
     pid: int
     control: str = ""
@@ -56,7 +56,7 @@ class FrontendRecord(Struct, frozen=True):
 
 
 class AgentFailure(Struct, frozen=True):
-    """agent.json: why the agent of node 0 has ended, for the frontend to tell."""
+    """agent.json: why the agent of node 0 has ended. The frontend reports it."""
 
     code: int
     why: str
@@ -64,17 +64,21 @@ class AgentFailure(Struct, frozen=True):
 
 
 class Store(Protocol):
-    """The two words of torch's stores that are needed here."""
+    """The part of torch's `Store` that this module uses."""
 
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
+    def set(self, key: str, value: str, /) -> None:
+        """As in torch."""
+
+    def get(self, key: str, /) -> bytes:
+        """As in torch: waits, and raises RuntimeError after the store's own timeout."""
 
 
 @dataclass(frozen=True)
 class FrontendAddress:
-    """How a rank reaches the frontend. `address`: this host's on the cluster interface, loopback on a single node.
+    """How a rank reaches the frontend.
 
-    `keyring`: the cluster's keys, where there are several nodes. `runtime_dir`: on the frontend's own node.
+    `control`: the coordinator's endpoint. `address`: this host's address on the cluster interface; loopback on a single node.
+    `keyring`, `connect_info`: with several nodes only. `engine`, `frontend_pid`, `runtime_dir`: on the frontend's node only.
     """
 
     control: str
@@ -86,34 +90,37 @@ class FrontendAddress:
     runtime_dir: Path | None = None
 
     def endpoint(self, name: str) -> str:
-        """What rank 0 binds for ranks of its node to connect to; a new address each time."""
+        """A new ipc endpoint that rank 0 binds for the ranks of its node."""
         return f"ipc://{self.runtime_dir}/{name}-{time.time_ns():x}"
 
     def curve_client(self, rank: int, server: str) -> CurveClient | None:
-        """What `rank` needs to connect to `server`; None where it is on the same node."""
+        """The keys with which `rank` connects to the role `server`. None on the frontend's own node."""
         return None if self.keyring is None or self.runtime_dir is not None else self.keyring.curve_client(rank, server)
 
 
 def find_frontend(env: RankEnv, config: EngineConfig, address: str, timeout_s: float, *, start: bool = True) -> FrontendAddress:
-    """For ranks of node 0: find the frontend. With `start` (bare torchrun) rank 0 starts one when none lives, in a session of its
-    own, so that it survives the restart of the rank group. Raises what kept the frontend from starting."""
+    """On node 0: wait until the frontend is ready. With `start` (bare torchrun) rank 0 starts one when none is alive.
+
+    The frontend gets its own session, so that it survives a restart of the rank group. Raises UserError or EngineFailure with the
+    frontend's reason when it cannot start.
+    """
     where = runtime_dir(env)
     deadline_s = time.monotonic() + timeout_s
     child: subprocess.Popen[bytes] | None = None
     if env.rank == 0 and start:
         make_runtime_dir(where)
-        while is_alive(where) and read_frontend(where) is None and time.monotonic() < deadline_s:
-            time.sleep(_POLL_S)  # it is starting, or ending after a fault
-        if not is_alive(where):
-            make_runtime_dir(where)  # again: one that ended has taken it away
-            child = spawn(where, config, env.agent_pid, env.nnodes, address)
+        while is_frontend_alive(where) and read_frontend(where) is None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)  # it is starting, or ending after an error
+        if not is_frontend_alive(where):
+            make_runtime_dir(where)  # a frontend that ended removed it
+            child = spawn_frontend(where, config, env.agent_pid, env.nnodes, address)
     found = wait_ready(where, child, deadline_s - time.monotonic())
-    keyring = None if found.remote is None else found.remote.accept(config.cluster_secret_file)
+    keyring = None if found.remote is None else found.remote.keyring(config.cluster_secret_file)
     return FrontendAddress(found.control, address, keyring, found.remote, found.engine, found.pid, where)
 
 
 def publish_frontend(env: RankEnv, frontend_address: FrontendAddress, store: Store) -> None:
-    """For rank 0: tell the ranks of other nodes where the coordinator is."""
+    """On rank 0: publish the coordinator's address to the ranks of other nodes."""
     store.set(_MACHINE + env.job, host_id())
     store.set(_KEY + env.job, msgspec.json.encode(frontend_address.connect_info).decode())
 
@@ -121,37 +128,38 @@ def publish_frontend(env: RankEnv, frontend_address: FrontendAddress, store: Sto
 def find_remote_frontend(
     env: RankEnv, store: Store, address: str, timeout_s: float, secret_file: str | None = None
 ) -> FrontendAddress:
-    """For ranks of other nodes: wait until rank 0 has told where the coordinator is, and until somebody listens there.
+    """On other nodes: wait until rank 0 has published the coordinator's address and the coordinator accepts a connection.
 
-    UserError when this node's secret is not node 0's, or when node 0's address is of no use here.
+    Raises UserError when this node's secret differs from node 0's, or node 0's address is unusable here. EngineFailure after
+    `timeout_s`.
     """
     retry_log = RetryLog(timeout_s, logger)
-    known = "rank 0 has not told where it is"
+    status = "rank 0 has not published its address"
     while not retry_log.timed_out:
         try:
             connect_info = msgspec.json.decode(store.get(_KEY + env.job), type=ConnectInfo)
-        except RuntimeError:  # nothing was told within the store's own timeout
+        except RuntimeError:  # the key was not set within the store's own timeout
             continue
         host, _, port = connect_info.endpoint.removeprefix("tcp://").rpartition(":")
         _check_address(host.strip("[]"), store.get(_MACHINE + env.job).decode())
         try:
             socket.create_connection((host.strip("[]"), int(port)), retry_log.connect_s).close()
         except OSError as error:  # a closed port; or the frontend has gone, and the next one's address follows
-            known = f"nobody answers at {connect_info.endpoint}: {describe(error)}"
+            status = f"nobody answers at {connect_info.endpoint}: {describe(error)}"
             retry_log.log_if_due(f"the frontend at {connect_info.endpoint}", describe(error))
-            time.sleep(_RETRY_S)
+            time.sleep(RETRY_S)
             continue
-        return FrontendAddress(connect_info.endpoint, address, connect_info.accept(secret_file))
-    raise EngineFailure(f"rank {env.rank} waited {timeout_s:g} s for the frontend at {env.master_addr}: {known}")
+        return FrontendAddress(connect_info.endpoint, address, connect_info.keyring(secret_file))
+    raise EngineFailure(f"rank {env.rank} waited {timeout_s:g} s for the frontend at {env.master_addr}: {status}")
 
 
-def _check_address(told: str, machine: str) -> None:
-    """UserError when the address by which node 0 calls itself leads back here, though it is another machine."""
-    mine = next((own for own in interfaces() if own.address == told), None)
-    if mine is not None and machine != host_id():
+def _check_address(reported: str, machine: str) -> None:
+    """Raise UserError when node 0's address is also an address of this host, though node 0 is another machine."""
+    local = next((interface for interface in interfaces() if interface.address == reported), None)
+    if local is not None and machine != host_id():
         raise UserError(
-            f"node 0 calls itself {told}, which on this node is {mine.name}: pass --interface with a network that they share, "
-            "such as --interface 10.0.0.0/24",
+            f"node 0 calls itself {reported}, which on this node is {local.name}: pass --interface with a network that they "
+            "share, such as --interface 10.0.0.0/24",
             param="interface",
         )
 
@@ -160,7 +168,7 @@ def _check_address(told: str, machine: str) -> None:
 
 
 def runtime_dir(env: RankEnv) -> Path:
-    """The one given, or one that only the ranks of this agent can mean."""
+    """The runtime directory of `env`, or by default a name that is unique to the ranks of this agent."""
     if env.runtime_dir is not None:
         return Path(env.runtime_dir)
     run = "".join(c if c.isalnum() else "_" for c in env.run_id)[:16]
@@ -169,7 +177,7 @@ def runtime_dir(env: RankEnv) -> Path:
 
 
 def make_runtime_dir(where: Path) -> None:
-    """Make it ours alone, or see that it is. UserError when somebody else's stands in its place."""
+    """Create the directory with mode 0700, or check an existing one. Raises UserError when it is not private to this user."""
     if len(os.fsencode(where)) > _MAX_PATH:
         raise UserError(f"the runtime directory {where} has too long a name for sockets: set TMPDIR to a shorter path")
     try:
@@ -183,7 +191,7 @@ def make_runtime_dir(where: Path) -> None:
 
 
 def remove_runtime_dir(where: Path) -> None:
-    """Take it away whole, in one step for those who look, so that a successor's is never touched."""
+    """Remove the directory. It is renamed first, so that no other process sees a part of it, or loses a successor's."""
     aside = where.with_name(f"{where.name}.{os.getpid()}")
     try:
         where.rename(aside)
@@ -192,15 +200,15 @@ def remove_runtime_dir(where: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def hold_lock(where: Path) -> int:
-    """For the frontend: be the one that lives here, until the process ends. BlockingIOError when another does."""
+def acquire_lock(where: Path) -> int:
+    """In the frontend: take the directory's lock until the process ends. Raises BlockingIOError when another process has it."""
     descriptor = os.open(where / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
 
 
-def is_alive(where: Path) -> bool:
-    """Does a frontend live here?"""
+def is_frontend_alive(where: Path) -> bool:
+    """Whether a live frontend has the directory's lock."""
     try:
         descriptor = os.open(where / "lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -215,14 +223,14 @@ def is_alive(where: Path) -> bool:
 
 
 def write_frontend(where: Path, record: FrontendRecord) -> None:
-    """Write frontend.json in one step."""
+    """Write frontend.json atomically."""
     draft = where / f"frontend.{os.getpid()}"
     draft.write_bytes(msgspec.json.encode(record))
     draft.rename(where / "frontend.json")
 
 
 def read_frontend(where: Path) -> FrontendRecord | None:
-    """What frontend.json says; None when there is none."""
+    """Read frontend.json; None when there is none."""
     try:
         return msgspec.json.decode((where / "frontend.json").read_bytes(), type=FrontendRecord)
     except FileNotFoundError:
@@ -230,13 +238,13 @@ def read_frontend(where: Path) -> FrontendRecord | None:
 
 
 def write_failure(where: Path, failure: AgentFailure) -> None:
-    """Write agent.json, before the agent ends; the first reason counts, and there may be no directory any more."""
+    """Write agent.json before the agent ends. The first failure is kept. A missing directory is ignored."""
     with contextlib.suppress(OSError), (where / "agent.json").open("xb") as file:
         file.write(msgspec.json.encode(failure))
 
 
 def read_failure(where: Path) -> AgentFailure | None:
-    """What agent.json says; None when there is none."""
+    """Read agent.json; None when there is none."""
     try:
         return msgspec.json.decode((where / "agent.json").read_bytes(), type=AgentFailure)
     except FileNotFoundError:
@@ -246,8 +254,8 @@ def read_failure(where: Path) -> AgentFailure | None:
 # The frontend as a child
 
 
-def spawn(where: Path, config: EngineConfig, watch_pid: int, nnodes: int, address: str) -> "subprocess.Popen[bytes]":
-    """Start a frontend in a session of its own. It ends when the process `watch_pid` does."""
+def spawn_frontend(where: Path, config: EngineConfig, watch_pid: int, nnodes: int, address: str) -> "subprocess.Popen[bytes]":
+    """Start a frontend in its own session. It ends when the process `watch_pid` ends."""
     (where / "frontend.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "tpserve.frontend", str(where), str(watch_pid), str(nnodes), address]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -256,15 +264,15 @@ def spawn(where: Path, config: EngineConfig, watch_pid: int, nnodes: int, addres
         with child.stdin:
             child.stdin.write(msgspec.json.encode(config))
     except BrokenPipeError:
-        pass  # it ended at once; wait_ready tells why
+        pass  # it ended at once; wait_ready raises the reason
     return child
 
 
 def wait_ready(where: Path, child: "subprocess.Popen[bytes] | None", timeout_s: float) -> FrontendRecord:
-    """Wait until the frontend's sockets are bound. UserError or EngineFailure with what it says when it cannot start."""
+    """Wait until the frontend's sockets are bound. Raises UserError or EngineFailure with its reason when it cannot start."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
-        ended = child is not None and child.poll() is not None  # before reading: what it wrote last counts
+        ended = child is not None and child.poll() is not None  # checked before reading, so that its last record is seen
         record = read_frontend(where)
         if child is not None and record is not None and record.error:
             child.wait()
@@ -272,10 +280,10 @@ def wait_ready(where: Path, child: "subprocess.Popen[bytes] | None", timeout_s: 
             raise UserError(record.error) if record.code == 2 else EngineFailure(record.error)
         if ended:
             assert child is not None
-            if not is_alive(where):  # else another one lives there, in whose way ours was
+            if not is_frontend_alive(where):  # otherwise the directory belongs to another, live frontend
                 remove_runtime_dir(where)
             raise EngineFailure(f"the frontend ended with exit code {child.returncode} before it was ready")
-        if record is not None and not record.error and is_alive(where):
+        if record is not None and not record.error and is_frontend_alive(where):
             return record
         time.sleep(_POLL_S)
     raise EngineFailure(f"the frontend was not ready within {timeout_s:g} s (see {where})")

@@ -1,6 +1,7 @@
-"""The nodes of `tpserve serve` after they have met: each agent sees by the connection of the meeting that another one has ended.
+"""Notice that another node of `tpserve serve` has ended, by the connection that both keep open after the rendezvous.
 
-The kernel watches: it does not matter how busy either process is, and a cut of two seconds is not noticed. Owns no socket.
+TCP keepalive does the work in the kernel, so it does not matter how busy a process is, and a network cut of two seconds has no
+effect. Owns no socket.
 """
 
 import select
@@ -12,13 +13,17 @@ from msgspec import Struct
 
 from tpserve.host.network import describe
 
-ALIVE_S = 5
+KEEPALIVE_S = 5
+"""A peer that is silent for this long is out of reach."""
 _CHUNK = 4096
 
 
 class JoinRequest(Struct, frozen=True, tag=True):
-    """A node wants in. `host`: its name; `machine`: equal for nodes on one; `address`: its own, as other nodes shall use it;
-    `derived`: that is what the route to the master gave; `nonce`: for node 0 to prove itself; `proof`: empty without a secret."""
+    """A node asks to join.
+
+    `host`: its host name. `machine`: equal for nodes on one machine. `address`: the address that other nodes should use.
+    `derived`: the address comes from the route to the master. `nonce`: node 0 signs it. `proof`: empty without a secret.
+    """
 
     node: int
     nnodes: int
@@ -33,7 +38,7 @@ class JoinRequest(Struct, frozen=True, tag=True):
 
 
 class NodeExit(NamedTuple):
-    """What became of a node after the meeting. `who`: "node 1 (host, address)"; `lost`: not ended, but out of reach."""
+    """A node that is gone. `who`: "node 1 (host, address)". `lost`: it is out of reach, and may still run."""
 
     who: str
     why: str
@@ -41,7 +46,7 @@ class NodeExit(NamedTuple):
 
 
 def wait_node_exit(nodes: Mapping[socket.socket, JoinRequest]) -> NodeExit:
-    """On node 0: wait, however long, until another node's agent has ended or cannot be reached."""
+    """On node 0: wait without a timeout until another node's agent ends or is out of reach."""
     while True:
         for connection in select.select(list(nodes), [], [])[0]:
             node = nodes[connection]
@@ -58,7 +63,7 @@ def wait_node_exit(nodes: Mapping[socket.socket, JoinRequest]) -> NodeExit:
 
 
 def wait_head_exit(connection: socket.socket) -> str:
-    """Wait, however long, until node 0's agent has ended or cannot be reached; why."""
+    """Wait without a timeout until node 0's agent ends or is out of reach. Returns the reason."""
     enable_keepalive(connection)
     connection.settimeout(None)
     try:
@@ -70,14 +75,14 @@ def wait_head_exit(connection: socket.socket) -> str:
 
 
 def head_exit(connection: socket.socket) -> str:
-    """Whether that has come already, without waiting: why, or nothing. `connection` must be kept alive."""
+    """The reason why node 0 is gone, or "". Never blocks. `connection` needs `enable_keepalive`."""
     return wait_head_exit(connection) if select.select([connection], [], [], 0)[0] else ""
 
 
 def enable_keepalive(connection: socket.socket) -> None:
-    """Have the kernel ask a silent peer every second, and give it up when it has not answered for five."""
+    """Make the kernel probe a silent peer every second, and close the connection after `KEEPALIVE_S` without an answer."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    timeout_ms = ALIVE_S * 1000
+    timeout_ms = KEEPALIVE_S * 1000
     options = (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 4), (socket.TCP_USER_TIMEOUT, timeout_ms)
     for option, value in options:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)

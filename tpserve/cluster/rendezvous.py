@@ -1,18 +1,20 @@
-"""How the nodes of `tpserve serve` find each other, before torch is loaded: who is there, which nodes or ranks are missing, who
-cannot be had.
+"""The rendezvous of the nodes of `tpserve serve`, before torch is loaded.
 
-    node 0   listens at the master address        -> Challenge a number used once, to whoever connects
-                                                  <- Join      each other node, again and again until it is let in
-                                                  -> Waiting   every two seconds, until all are there
-                                                  -> Refused   what cannot heal: another version, a place that is taken
-                                                  -> Meet      all are there: where the agents' store listens
+    node 0 listens at the master address     -> Challenge       a nonce, to every new connection
+                                             <- JoinRequest     each other node, repeated until node 0 admits it
+                                             -> StillWaiting    the missing nodes, every two seconds
+                                             -> Refused         an error, such as another version or a node rank in use
+                                             -> RendezvousInfo  all nodes have joined; the address of the agents' store
 
-One line of JSON a message. Afterwards each connection stays open, for both to see the other's end (`nodes`).
-Owns the sockets of the meeting and the lines that tell of it; knows no ranks but their number.
-Invariants: node 0 lets each node in once, and with a secret nobody who does not know it: Join and Meet carry an HMAC-SHA256 over
-themselves and the other side's number, of a key that HKDF gives of a secret of 32 random bytes, so that nothing that was heard on
-the network is of use later, nor to find the secret. A node that leaves, or is silent for five seconds, before all are there is
-waited for again; nobody waits longer than `--start-timeout`. Whoever connects and says nothing sensible is dropped.
+Each message is one line of JSON. The connections stay open afterwards, so that each side sees the other's end (`node_monitor`).
+Owns the sockets of the rendezvous and its log lines. Knows the number of ranks, but no ranks.
+
+Invariants:
+- Node 0 admits each node rank once, and with a secret only nodes that know it. JoinRequest and RendezvousInfo carry an
+  HMAC-SHA256 of the message and the other side's nonce. HKDF derives its key from a secret of 32 random bytes. So recorded
+  traffic cannot be replayed, and does not reveal the secret.
+- A node that leaves, or is silent for five seconds, before all have joined is missing again.
+- No side waits longer than `--start-timeout`. A connection that sends anything else is closed.
 """
 
 import hmac
@@ -36,37 +38,38 @@ from tpserve.cluster.retry_log import CONNECT_S, RETRY_S, RetryLog, connect_with
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host.network import at, describe
 
-logger = logging.getLogger("tpserve.muster")
+logger = logging.getLogger("tpserve.rendezvous")
 
-EVERY_S = 2.0
+REPORT_S = 2.0
+"""How often node 0 sends StillWaiting."""
 SILENT_S = 10.0
-"""A node 0 that was not heard for this long is sought anew."""
-MOST_BYTES = 1 << 16
+"""A node reconnects after this long without a message from node 0."""
+MAX_LINE_BYTES = 1 << 16
 MAX_UNJOINED = 64
-"""Connections that have not said who they are; of more than these the oldest are closed."""
+"""The most connections without a JoinRequest. The oldest are closed first."""
 
 
 class Challenge(Struct, frozen=True, tag=True):
-    """Node 0's first word."""
+    """Node 0's first message. `nonce`: the node signs its JoinRequest with it."""
 
     nonce: str
 
 
 class StillWaiting(Struct, frozen=True, tag=True):
-    """Not all are there."""
+    """Some nodes have not joined. `nodes`: their node ranks."""
 
     nodes: list[int]
 
 
 class Refused(Struct, frozen=True, tag=True):
-    """It will not be. `code`: 2 for what the user can mend."""
+    """The rendezvous failed for this node. `code`: the exit code, 2 for an error that the user can fix."""
 
     code: int
     why: str
 
 
 class RendezvousInfo(Struct, frozen=True, tag=True):
-    """All are there; the agents' store listens here."""
+    """All nodes have joined. `host`, `port`: the address of the agents' store."""
 
     host: str
     port: int
@@ -79,55 +82,58 @@ _REPLY: msgspec.json.Decoder[RendezvousReply] = msgspec.json.Decoder(RendezvousR
 
 
 def new_nonce() -> str:
-    """A number used once."""
+    """A random number for one connection, in hex."""
     return secrets.token_hex(16)
 
 
 def sign(key: bytes, nonce: str, message: JoinRequest | RendezvousInfo) -> str:
-    """Shows who gave `nonce` that the sender of `message` knows the secret; empty without one."""
-    said = nonce.encode() + msgspec.json.encode(replace(message, proof=""))
-    return hmac.digest(key, said, "sha256").hex() if key else ""
+    """The HMAC-SHA256 of `nonce` and `message`, in hex: it proves that the sender knows the secret. Empty without a key."""
+    signed = nonce.encode() + msgspec.json.encode(replace(message, proof=""))
+    return hmac.digest(key, signed, "sha256").hex() if key else ""
 
 
 def is_signed(key: bytes, nonce: str, message: JoinRequest | RendezvousInfo) -> bool:
-    """Whether `message` came with that."""
+    """Whether the proof in `message` is the one that `sign` gives."""
     return hmac.compare_digest(message.proof.encode(), sign(key, nonce, message).encode())
 
 
 @dataclass
 class _PeerConnection:
-    """A connection that speaks lines."""
+    """A non-blocking connection that carries lines. `join`: set once the node is admitted."""
 
     socket: socket.socket
-    peer: str
+    address: str
     unread: bytearray = field(default_factory=bytearray)
     join: JoinRequest | None = None
     nonce: str = field(default_factory=new_nonce)
 
     def send(self, message: RendezvousReply | JoinRequest) -> None:
-        """Best effort: who does not hear it asks again."""
+        """Send a message. Errors are ignored, because the peer reconnects."""
         with suppress(OSError):
             self.socket.sendall(msgspec.json.encode(message) + b"\n")
 
     def read(self) -> list[bytes] | None:
-        """The lines that are here; None when the other side has gone, or says too much."""
+        """The lines that have arrived. None when the connection is closed, or a line is too long."""
         try:
-            part = self.socket.recv(MOST_BYTES)
+            data = self.socket.recv(MAX_LINE_BYTES)
         except BlockingIOError:
             return []
         except OSError:
             return None
-        self.unread += part
+        self.unread += data
         *lines, rest = bytes(self.unread).split(b"\n")
         self.unread = bytearray(rest)
-        return None if not part or len(rest) > MOST_BYTES else lines
+        return None if not data or len(rest) > MAX_LINE_BYTES else lines
 
 
 class Rendezvous:
-    """Node 0's side. `me` is itself; `world_size` the ranks of all nodes together."""
+    """Node 0's side of the rendezvous."""
 
     def __init__(self, me: JoinRequest, listener: socket.socket, world_size: int, timeout_s: float, key: bytes) -> None:
-        """`listener`: from `listen`, at the master address; ours from now on. `key`: of the secret; empty without one."""
+        """`me`: node 0 itself. `listener`: listens at the master address; closed here. `world_size`: the ranks of all nodes.
+
+        `key`: `Keyring.rendezvous_key`; empty without a secret.
+        """
         self._me = me
         self._key = key
         self._world_size = world_size
@@ -135,11 +141,11 @@ class Rendezvous:
         self._timeout_s = timeout_s
         self._listener = listener
         self._address = at(*listener.getsockname()[:2])
-        self._lines: list[_PeerConnection] = []
+        self._peers: list[_PeerConnection] = []
         self._warned: set[str] = set()
 
     def wait_for_all(self) -> None:
-        """Until all nodes are there. UserError and EngineFailure are told to those that are."""
+        """Wait until all nodes have joined. Sends a UserError or EngineFailure to all connections before it raises it."""
         try:
             next_s = 0.0
             while missing := self._missing():
@@ -147,90 +153,90 @@ class Rendezvous:
                     ranks = missing_ranks(missing, self._sizes(), self._world_size, self._me.nnodes)
                     raise EngineFailure(
                         f"{name_nodes(missing, self._me.nnodes)} did not come to {self._address} within {self._timeout_s:g} s, "
-                        f"so {ranks} missing: see what it says there, and whether its --master-addr and --master-port lead here"
+                        f"so {ranks} missing: see its log, and whether its --master-addr and --master-port lead here"
                     )
                 self._retry_log.log_if_due(f"{name_nodes(missing, self._me.nnodes)} at {self._address}")
                 if (now := time.monotonic()) >= next_s:
-                    next_s = now + EVERY_S
-                    self._to_all(StillWaiting(missing))
-                self._read(min(1.0, EVERY_S / 4))
+                    next_s = now + REPORT_S
+                    self._broadcast(StillWaiting(missing))
+                self._read(min(1.0, REPORT_S / 4))
         except (UserError, EngineFailure) as error:
-            for line in self._lines:  # who is not let in yet may be the very reason
-                line.send(Refused(2 if isinstance(error, UserError) else 1, str(error)))
+            for peer in self._peers:  # also those without a join: one of them may be the cause
+                peer.send(Refused(2 if isinstance(error, UserError) else 1, str(error)))
             self.close()
             raise
 
     def send_store(self, host: str, port: int) -> None:
-        """Send all of them to the store. Their connections stay open as long as this process lives, and hear no more."""
-        meet = RendezvousInfo(host, port)
+        """Send the store's address to all nodes. Their connections stay open, without further messages."""
+        info = RendezvousInfo(host, port)
         self._listener.close()
-        for line in self._lines:
-            if line.join is None:
-                line.socket.close()
+        for peer in self._peers:
+            if peer.join is None:
+                peer.socket.close()
             else:
-                line.send(replace(meet, proof=sign(self._key, line.join.nonce, meet)))
+                peer.send(replace(info, proof=sign(self._key, peer.join.nonce, info)))
 
     @property
     def joined(self) -> dict[socket.socket, JoinRequest]:
-        """The other nodes that are in, by their connections."""
-        return {line.socket: line.join for line in self._lines if line.join is not None}
+        """The other nodes that have joined, by connection."""
+        return {peer.socket: peer.join for peer in self._peers if peer.join is not None}
 
     def close(self) -> None:
-        """Hear nobody any more."""
-        for line in self._lines:
-            line.socket.close()
+        """Close all connections and the listener."""
+        for peer in self._peers:
+            peer.socket.close()
         self._listener.close()
 
     def _sizes(self) -> dict[int, int]:
-        return {self._me.node: self._me.nproc} | {line.join.node: line.join.nproc for line in self._lines if line.join}
+        return {self._me.node: self._me.nproc} | {peer.join.node: peer.join.nproc for peer in self._peers if peer.join}
 
     def _missing(self) -> list[int]:
-        there = self._sizes()
-        return [node for node in range(self._me.nnodes) if node not in there]
+        joined = self._sizes()
+        return [node for node in range(self._me.nnodes) if node not in joined]
 
-    def _to_all(self, message: RendezvousReply) -> None:
-        for line in self._lines:
-            if line.join is not None:
-                line.send(message)
+    def _broadcast(self, message: RendezvousReply) -> None:
+        for peer in self._peers:
+            if peer.join is not None:
+                peer.send(message)
 
     def _read(self, timeout_s: float) -> None:
-        ready, _, _ = select.select([self._listener, *(line.socket for line in self._lines)], [], [], timeout_s)
-        for line in list(self._lines):
-            if line.socket in ready:
-                self._receive(line)
+        ready, _, _ = select.select([self._listener, *(peer.socket for peer in self._peers)], [], [], timeout_s)
+        for peer in list(self._peers):
+            if peer.socket in ready:
+                self._receive(peer)
         if self._listener in ready:
             with suppress(OSError):
                 connection, address = self._listener.accept()
                 connection.setblocking(False)
-                line = _PeerConnection(connection, str(address[0]))
-                line.send(Challenge(line.nonce))
-                self._lines.append(line)
-                strangers = [line for line in self._lines if line.join is None]
-                for line in strangers[:-MAX_UNJOINED]:
-                    line.socket.close()
-                    self._lines.remove(line)
+                peer = _PeerConnection(connection, str(address[0]))
+                peer.send(Challenge(peer.nonce))
+                self._peers.append(peer)
+                unjoined = [peer for peer in self._peers if peer.join is None]
+                for peer in unjoined[:-MAX_UNJOINED]:
+                    peer.socket.close()
+                    self._peers.remove(peer)
 
-    def _receive(self, line: _PeerConnection) -> None:
-        said = line.read()
+    def _receive(self, peer: _PeerConnection) -> None:
+        lines = peer.read()
         try:
-            for text in said or ():
-                self._admit(line, _JOIN.decode(text))
+            for text in lines or ():
+                self._admit(peer, _JOIN.decode(text))
         except msgspec.DecodeError:
-            if line.peer not in self._warned:
-                self._warned.add(line.peer)
-                logger.warning("%s speaks to %s and is no node of tpserve", line.peer, self._address)
-            said = None
-        if said is None:
-            if line.join is not None:
-                logger.info("node %d (%s) has gone", line.join.node, line.join.host)
-            line.socket.close()
-            self._lines.remove(line)
+            if peer.address not in self._warned:
+                self._warned.add(peer.address)
+                logger.warning("%s speaks to %s and is no node of tpserve", peer.address, self._address)
+            lines = None
+        if lines is None:
+            if peer.join is not None:
+                logger.info("node %d (%s) has gone", peer.join.node, peer.join.host)
+            peer.socket.close()
+            self._peers.remove(peer)
 
-    def _admit(self, line: _PeerConnection, join: JoinRequest) -> None:
-        """Raises UserError for what cannot heal and ends all; who only takes another's place is turned away alone."""
-        if not is_signed(self._key, line.nonce, join):
+    def _admit(self, peer: _PeerConnection, join: JoinRequest) -> None:
+        """Admit a node, or refuse it alone. Raises UserError, which ends the rendezvous, for an error that waiting cannot fix."""
+        if not is_signed(self._key, peer.nonce, join):
             who = f"node {join.node} ({join.host}) has another --cluster-secret-file than node 0 ({self._me.host})"
-            self._reject(line, join, f"{who}, or one of them has none: give every node the same")
+            self._reject(peer, join, f"{who}, or one of them has none: give every node the same")
             return
         me, who, head = self._me, f"node {join.node} ({join.host}, {join.address})", f"node 0 ({self._me.host})"
         if join.version != me.version:
@@ -241,7 +247,7 @@ class Rendezvous:
             raise UserError(f"{who} calls itself by a loopback address, and {head} is another machine: see its --interface")
         if (taken := next((one for one in self._joined() if one.node == join.node), None)) is not None:
             why = f"--node-rank {join.node} is taken by {taken.host} ({taken.address}): "
-            self._reject(line, join, f"{why}give each node its own, from 0 to {me.nnodes - 1}")
+            self._reject(peer, join, f"{why}give each node its own, from 0 to {me.nnodes - 1}")
             return
         for one in self._joined():
             if one.address == join.address and one.machine != join.machine:
@@ -249,30 +255,31 @@ class Rendezvous:
                     f"{who} and node {one.node} ({one.host}) both call themselves {join.address}: "
                     "pass --interface with a network that they share, such as --interface 10.0.0.0/24"
                 )
-        if join.derived and join.address != line.peer and join.machine != me.machine:
+        if join.derived and join.address != peer.address and join.machine != me.machine:
             raise UserError(
-                f"{who} reaches node 0 as {line.peer}: there is address translation between them, which gloo and NCCL cannot "
+                f"{who} reaches node 0 as {peer.address}: there is address translation between them, which gloo and NCCL cannot "
                 "cross: use the hosts' own network (Docker: --network host)"
             )
-        line.join = join
-        enable_keepalive(line.socket)  # a node that vanishes without a word must not hold the place of its successor
-        line.send(StillWaiting(self._missing()))
+        peer.join = join
+        enable_keepalive(peer.socket)  # a node that vanishes silently must free its node rank for its successor
+        peer.send(StillWaiting(self._missing()))
 
-    def _reject(self, line: _PeerConnection, join: JoinRequest, why: str) -> None:
+    def _reject(self, peer: _PeerConnection, join: JoinRequest, why: str) -> None:
         logger.warning("%s (%s) wants in, but %s", join.host, join.address, why)
-        line.send(Refused(2, why))
+        peer.send(Refused(2, why))
 
     def _joined(self) -> Iterable[JoinRequest]:
-        return [self._me, *(line.join for line in self._lines if line.join is not None)]
+        return [self._me, *(peer.join for peer in self._peers if peer.join is not None)]
 
 
 def join_rendezvous(
     me: JoinRequest, master_addr: str, port: int, world_size: int, timeout_s: float, key: bytes
 ) -> tuple[RendezvousInfo, socket.socket]:
-    """Another node's side: until all are there, and the store that they meet at can be reached. The socket tells of node 0's end
-    (`wait_head_exit`).
+    """Another node's side: wait until all nodes have joined and the agents' store accepts a connection.
 
-    UserError or EngineFailure with node 0's reason, or when the time is over."""
+    Returns the store's address and the open connection to node 0 (for `wait_head_exit`). Raises UserError or EngineFailure with
+    node 0's reason, and EngineFailure after `timeout_s`.
+    """
     retry_log, where = RetryLog(timeout_s, logger), at(master_addr, port)
     why = ""
     while not retry_log.timed_out:
@@ -283,11 +290,11 @@ def join_rendezvous(
             retry_log.log_if_due(f"node 0 of {me.nnodes} at {where}", why)
             time.sleep(RETRY_S)
             continue
-        answer = _wait_in(_PeerConnection(connection, where), me, retry_log, where, key)
+        answer = _wait_for_reply(_PeerConnection(connection, where), me, retry_log, where, key)
         if isinstance(answer, RendezvousInfo):
             enable_keepalive(connection)
-            vain = partial(head_exit, connection)
-            connect_with_retry(answer.host, answer.port, "node 0's store", timeout_s - retry_log.waited_s, logger, vain)
+            give_up = partial(head_exit, connection)
+            connect_with_retry(answer.host, answer.port, "node 0's store", timeout_s - retry_log.waited_s, logger, give_up)
             return answer, connection
         connection.close()
         if answer is not None:
@@ -301,20 +308,20 @@ def join_rendezvous(
     )
 
 
-def _wait_in(
-    line: _PeerConnection, me: JoinRequest, retry_log: RetryLog, where: str, key: bytes
+def _wait_for_reply(
+    peer: _PeerConnection, me: JoinRequest, retry_log: RetryLog, where: str, key: bytes
 ) -> Refused | RendezvousInfo | None:
-    """Node 0's last word; None when it has none, so that it must be sought again."""
-    line.socket.settimeout(CONNECT_S)
-    me = replace(me, nonce=line.nonce)
-    heard_s = time.monotonic()
-    while time.monotonic() - heard_s < SILENT_S and not retry_log.timed_out:
-        if not select.select([line.socket], [], [], 1.0)[0]:
+    """Node 0's final reply. None when the connection ends or stays silent, so that the caller reconnects."""
+    peer.socket.settimeout(CONNECT_S)
+    me = replace(me, nonce=peer.nonce)
+    last_s = time.monotonic()
+    while time.monotonic() - last_s < SILENT_S and not retry_log.timed_out:
+        if not select.select([peer.socket], [], [], 1.0)[0]:
             continue
-        lines = line.read()
+        lines = peer.read()
         if lines is None:
             return None
-        heard_s = time.monotonic()
+        last_s = time.monotonic()
         for text in lines:
             try:
                 answer = _REPLY.decode(text)
@@ -322,7 +329,7 @@ def _wait_in(
                 raise UserError(f"what answers at {where} is no node of tpserve: check --master-port") from None
             match answer:
                 case Challenge(nonce):
-                    line.send(replace(me, proof=sign(key, nonce, me)))
+                    peer.send(replace(me, proof=sign(key, nonce, me)))
                 case StillWaiting(nodes) if nodes:
                     retry_log.log_if_due(f"{name_nodes(nodes, me.nnodes)} at {where}")
                 case RendezvousInfo() if not is_signed(key, me.nonce, answer):

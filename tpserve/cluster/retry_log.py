@@ -1,5 +1,7 @@
-"""What is said while nodes or ranks are waited for: when, for whom, and what the kernel says. Waits itself only in
-`connect_with_retry`."""
+"""Log lines for a wait on another node or rank: at growing intervals, with the missing nodes or ranks and the kernel's error.
+
+Owns the intervals and the wording. Only `connect_with_retry` waits itself.
+"""
 
 import logging
 import socket
@@ -10,52 +12,57 @@ from tpserve.errors import EngineFailure
 from tpserve.host.network import at, describe
 
 SLOW_S = 1.5
-"""A wait that is longer is logged, so that a start never seems to hang for two seconds, and again at growing intervals."""
+"""A longer wait is logged, so that a start never seems to hang for two seconds."""
 CONNECT_S = 4.0
-"""Longer than the kernel looks for a neighbour, so that it is the kernel who says why there is none."""
+"""Longer than the kernel's neighbour discovery, so that the kernel's own error arrives first."""
 RETRY_S = 0.2
+"""The pause between two attempts."""
 
 
 class RetryLog:
-    """When to say again that we wait, and for how long already."""
+    """Decides when to log a wait again, and measures it. The wait begins with the constructor."""
 
     def __init__(self, timeout_s: float, logger: logging.Logger) -> None:
-        """`logger`: whose lines they are."""
+        """`logger`: gets the lines."""
         self._logger = logger
         self._began_s = time.monotonic()
         self._timeout_s = timeout_s
         self._due_s = SLOW_S
-        self._said = ""
+        self._last_why = ""
 
     @property
     def waited_s(self) -> float:
+        """Seconds since the wait began."""
         return time.monotonic() - self._began_s
 
     @property
     def connect_s(self) -> float:
-        """How long to try a connection: the first one only until it is time to log that we wait."""
+        """The timeout of the next connection attempt. The first one ends when the first line is due."""
         return max(RETRY_S, SLOW_S - self.waited_s) if self.waited_s < SLOW_S else CONNECT_S
 
     @property
     def timed_out(self) -> bool:
+        """Whether the wait is longer than the timeout."""
         return self.waited_s > self._timeout_s
 
     def log_if_due(self, what: str, why: str = "") -> None:
-        """Log it if it is time, or if `why` is another one."""
+        """Log "waiting for `what`" when a line is due or `why` has changed."""
         waited_s = self.waited_s
-        if waited_s < SLOW_S or (waited_s < self._due_s and why == self._said):
+        if waited_s < SLOW_S or (waited_s < self._due_s and why == self._last_why):
             return
-        self._said = why
+        self._last_why = why
         while self._due_s <= waited_s:
             self._due_s += min(self._due_s, 60.0)
         self._logger.info("waiting for %s, %.0f s%s", what, waited_s, f": {why}" if why else "")
 
 
 def connect_with_retry(
-    host: str, port: int, what: str, timeout_s: float, logger: logging.Logger, vain: Callable[[], str] = lambda: ""
+    host: str, port: int, what: str, timeout_s: float, logger: logging.Logger, give_up: Callable[[], str] = lambda: ""
 ) -> None:
-    """Wait until somebody can be reached there. EngineFailure with the kernel's words when the time is over, or with those of
-    `vain` when it says why it is no use to wait."""
+    """Wait until `host:port` accepts a connection.
+
+    Raises EngineFailure after `timeout_s`, with the kernel's error, or as soon as `give_up` returns a reason.
+    """
     retry_log = RetryLog(timeout_s, logger)
     while True:
         try:
@@ -63,8 +70,8 @@ def connect_with_retry(
             return
         except OSError as error:
             why = describe(error)
-        if gone := vain():
-            raise EngineFailure(gone)
+        if reason := give_up():
+            raise EngineFailure(reason)
         if retry_log.timed_out:
             raise EngineFailure(
                 f"{what} at {at(host, port)} could not be reached within {timeout_s:.0f} s ({why}): between the nodes open the "
@@ -75,12 +82,15 @@ def connect_with_retry(
 
 
 def name_nodes(nodes: list[int], nnodes: int) -> str:
-    """ "node 1 of 2", "nodes 1, 3 of 4"."""
+    """Node numbers as text: "node 1 of 2", "nodes 1, 3 of 4"."""
     return f"node{'s' * (len(nodes) > 1)} {', '.join(map(str, nodes))} of {nnodes}"
 
 
 def missing_ranks(missing: list[int], sizes: dict[int, int], world_size: int, nnodes: int) -> str:
-    """Which ranks the missing nodes would have brought: "ranks 2-3 are". Only how many, when their sizes are not known."""
+    """The ranks of the missing nodes as text: "ranks 2-3 are". Only their number when the nodes' sizes are unknown.
+
+    `sizes`: ranks per node of the nodes that are present.
+    """
     left = world_size - sum(sizes.values())
     if left <= 0 or left % (nnodes - len(sizes)):
         return f"{max(left, 1)} of {world_size} ranks are"

@@ -89,7 +89,7 @@ class Engine:
             self._watchdog.sent(plan.step, plan.num_tokens(), time.monotonic())
             self._trace.event("sent", plan.step)
             self._queue.append(plan)
-        self._rank_agent.watch_step(self._watchdog.deadline)
+        self._rank_agent.set_step_deadline(self._watchdog.deadline)
         launched = bool(self._queue)
         if launched:
             self._launch(self._queue.popleft())

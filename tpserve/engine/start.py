@@ -15,7 +15,13 @@ from pathlib import Path
 import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
-from tpserve.cluster.discovery import FrontendAddress, find_remote_frontend, is_alive, publish_frontend, remove_runtime_dir
+from tpserve.cluster.discovery import (
+    FrontendAddress,
+    find_remote_frontend,
+    is_frontend_alive,
+    publish_frontend,
+    remove_runtime_dir,
+)
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, cache_dir, user_set_interface
 from tpserve.config.schema import EngineConfig
@@ -41,7 +47,7 @@ from tpserve.parallel.split import imbalance, split_heads
 from tpserve.parallel.store import agent_store, host_store, join_store
 from tpserve.process.orders import Stopped
 from tpserve.process.process_utils import kill_stopped, kill_stopped_in_background, live_children
-from tpserve.process.rank_agent import VERDICT_S, RankAgent
+from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.messages import MemoryLedger, NodeInfo, Numerics, Start
@@ -97,10 +103,10 @@ def run_rank(
         frontend_pid=frontend_address.frontend_pid,
         agent_pid=env.agent_pid,
         local_ranks=1 if env.job else env.local_world_size,  # the rank is the only child of a torchrun script
-        at_failure=partial(_clean_up, env, frontend_address),
+        on_failure=partial(_clean_up, env, frontend_address),
     )
     rank_agent.report_log(log_buffer)
-    log_buffer.on_error = rank_agent.nudge
+    log_buffer.on_error = rank_agent.wake
     rank_agent.start()
     if env.runtime_dir is None:
         _end_stopped_neighbours(env, frontend_address, rank_agent)
@@ -125,7 +131,7 @@ def _end_stopped_neighbours(env: RankEnv, frontend_address: FrontendAddress, ran
         log.error("%s: it is ended", what)
         if pid == env.agent_pid:  # this rank dies with the agent, so it reports first and gives the frontend time to answer
             rank_agent.report_fault(what)
-            time.sleep(VERDICT_S)
+            time.sleep(STOP_WAIT_S)
 
     kill_stopped_in_background(lambda: neighbours, report)
 
@@ -135,7 +141,7 @@ def _clean_up(env: RankEnv, frontend_address: FrontendAddress) -> None:
     the runtime directory of a dead frontend."""
     if env.runtime_dir is None:
         kill_stopped([env.agent_pid, *(live_children(env.agent_pid) or ())])
-        if frontend_address.runtime_dir is not None and not is_alive(frontend_address.runtime_dir):
+        if frontend_address.runtime_dir is not None and not is_frontend_alive(frontend_address.runtime_dir):
             remove_runtime_dir(frontend_address.runtime_dir)
 
 
@@ -205,7 +211,7 @@ class _ServingRank:
         plans = None if hosted else PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
         start_timer.mark("mesh")
         if device.type == "cuda":
-            on_compile(rank_agent.busy)
+            on_compile(rank_agent.report_busy)
         model_runner, ledger, numerics = self._build(mesh, free)
         facts = {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()}
         rank_agent.ready(ledger, facts, numerics)
@@ -266,8 +272,8 @@ class _ServingRank:
                 progress.update(done, total)
                 self._rank_agent.report_progress(title, 100 * done // max(total, 1))
 
-            ensure = download.ensure if first else download.wait
-            ensure(weights_of(snapshot), self._config.start_timeout, on_progress)
+            fetch = download.download if first else download.wait_for_download
+            fetch(weights_of(snapshot), self._config.start_timeout, on_progress)
 
     def _verify_weights(self, store: Store) -> None:
         """Compare the weight files of all nodes, byte by byte."""
@@ -384,7 +390,7 @@ class _ServingRank:
         link = EngineLink(self._frontend_address.engine, self._rank_agent.identity)
         hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)
         hosted.results.begin(epoch)
-        self._rank_agent.beside(hosted.plans.serve)
+        self._rank_agent.run_periodically(hosted.plans.resend_missed)
         results = None if layout.sampling_rank == 0 else hosted.results
         watchdog = StepWatchdog(first_s=config.start_timeout)
         scheduler = Scheduler(scheduler_config, epoch)

@@ -1,4 +1,4 @@
-"""`python -m tpserve.frontend`: the companion process of rank 0. `cluster.discovery.spawn` starts it; users do not."""
+"""`python -m tpserve.frontend`: the companion process of rank 0. `cluster.discovery.spawn_frontend` starts it; users do not."""
 
 import sys
 

@@ -26,7 +26,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from tpserve.cluster.discovery import FrontendRecord, hold_lock, remove_runtime_dir, write_frontend
+from tpserve.cluster.discovery import FrontendRecord, acquire_lock, remove_runtime_dir, write_frontend
 from tpserve.config import env
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.coordinator import EpochFailed, EpochReady
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     log.setup(config.log_level, "frontend", color=env.color(sys.stderr))
     log_buffer = log.keep_log()
     try:
-        lock = hold_lock(runtime_dir)
+        lock = acquire_lock(runtime_dir)
     except BlockingIOError:
         logger.error("another frontend runs in %s", runtime_dir)
         return 1

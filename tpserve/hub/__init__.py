@@ -1,1 +1,1 @@
-"""Repository ids to directories: what is needed of a repository, fetched once."""
+"""From a repository id to a directory on this node: which files, which commit, one download per cache. No torch."""

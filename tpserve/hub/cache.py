@@ -1,12 +1,12 @@
-"""The hub's cache on this node: which files of a repository at one commit are there, and how far the others have come.
+"""The hub's cache on this node: which files of a repository at one commit are cached, and the progress of the others.
 
     CACHE/models--ORG--NAME/
-        refs/REVISION           the commit a branch or tag stood for when it was last looked up
-        snapshots/COMMIT/FILE   there once the file is whole, and never changed again
-        blobs/*.incomplete      what is being downloaded
-    CACHE/.locks/models--ORG--NAME/tpserve.lock     held (flock) by the one process that downloads; touched when it began
+        refs/REVISION           the commit of a branch or tag at its last look-up
+        snapshots/COMMIT/FILE   exists once the file is complete, and never changes
+        blobs/*.incomplete      downloads in progress
+    CACHE/.locks/models--ORG--NAME/tpserve.lock     locked (flock) by the one downloading process; touched at its start
 
-The layout is huggingface_hub's, shared with every other program that uses it. Reads and never downloads.
+The layout is huggingface_hub's and shared with other programs. This module never downloads, and writes only refs.
 """
 
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class FileSet:
-    """Some files of a repository at one commit. `sizes`: their names and bytes."""
+    """Some files of a repository at one commit. `sizes`: name to bytes."""
 
     repository: str
     commit: str
@@ -27,64 +27,66 @@ class FileSet:
 
     @property
     def directory(self) -> Path:
-        """Where they stand side by side, as in a model directory."""
+        """The snapshot directory, which looks like a model directory."""
         return _folder(self.cache, self.repository) / "snapshots" / self.commit
 
     @property
     def lock(self) -> Path:
+        """The lock file of the repository."""
         return self.cache / ".locks" / _name(self.repository) / "tpserve.lock"
 
     @property
-    def total(self) -> int:
+    def total_bytes(self) -> int:
+        """The size of all files."""
         return sum(self.sizes.values())
 
     def missing(self) -> list[str]:
-        """Those that are not there, or not whole yet."""
-        return absent(self.directory, self.sizes)
+        """Names of the files that are not cached, or not complete."""
+        return missing_files(self.directory, self.sizes)
 
-    def have(self) -> int:
-        """Bytes that are there, of files still on their way included."""
+    def cached_bytes(self) -> int:
+        """Bytes that are cached, with those of files that are being downloaded."""
         missing = set(self.missing())
-        whole = sum(size for name, size in self.sizes.items() if name not in missing)
-        return min(self.total, whole + self._growing()) if missing else self.total
+        complete = sum(size for name, size in self.sizes.items() if name not in missing)
+        return min(self.total_bytes, complete + self._partial_bytes()) if missing else self.total_bytes
 
-    def _growing(self) -> int:
-        """Bytes of partial files written since the lock was taken; older ones are what a killed process left."""
+    def _partial_bytes(self) -> int:
+        """Bytes of partial files written since the lock was taken. Older files are remains of a killed process."""
         try:
             began_s = self.lock.stat().st_mtime
         except OSError:
             return 0
-        grown = 0
+        written = 0
         for part in (_folder(self.cache, self.repository) / "blobs").glob("*.incomplete"):
             with suppress(FileNotFoundError):
                 facts = part.stat()
-                grown += facts.st_blocks * 512 if facts.st_mtime >= began_s else 0  # a size may be reserved ahead
-        return grown
+                written += facts.st_blocks * 512 if facts.st_mtime >= began_s else 0  # the file size may be reserved in advance
+        return written
 
 
-def absent(directory: Path, names: Iterable[str]) -> list[str]:
-    """Names of files that the directory lacks."""
+def missing_files(directory: Path, names: Iterable[str]) -> list[str]:
+    """The ones of `names` that are not files in the directory."""
     return [name for name in names if not (directory / name).is_file()]
 
 
-def present(cache: Path, repository: str, commit: str) -> FileSet:
-    """All files of the commit that the cache holds."""
+def cached_files(cache: Path, repository: str, commit: str) -> FileSet:
+    """All cached files of the commit."""
     directory = FileSet(repository, commit, cache, {}).directory
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return FileSet(repository, commit, cache, {str(path.relative_to(directory)): path.stat().st_size for path in files})
 
 
-def known_commit(cache: Path, repository: str, revision: str) -> str | None:
-    """The commit `revision` was when it was last looked up; the revision itself when that commit is in the cache."""
+def cached_commit(cache: Path, repository: str, revision: str) -> str | None:
+    """The commit of `revision` at its last look-up. `revision` itself when it is a cached commit, else None."""
     folder = _folder(cache, repository)
     with suppress(OSError):
         return (folder / "refs" / revision).read_text().strip()
     return revision if (folder / "snapshots" / revision).is_dir() else None
 
 
-def note_commit(cache: Path, repository: str, revision: str, commit: str) -> None:
-    """Remember what `revision` was, for starts without a network. A cache that cannot be written is left as it is."""
-    if revision == commit or known_commit(cache, repository, revision) == commit:
+def write_ref(cache: Path, repository: str, revision: str, commit: str) -> None:
+    """Write the ref of `revision`, for starts without a network. Errors are ignored: the cache may be read-only."""
+    if revision == commit or cached_commit(cache, repository, revision) == commit:
         return
     ref = _folder(cache, repository) / "refs" / revision
     draft = ref.with_name(f"{ref.name}.{os.getpid()}")
@@ -95,6 +97,7 @@ def note_commit(cache: Path, repository: str, revision: str, commit: str) -> Non
 
 
 def _folder(cache: Path, repository: str) -> Path:
+    """The repository's folder."""
     return cache / _name(repository)
 
 

@@ -1,4 +1,4 @@
-"""Is it a directory or a repository? Decided by the name and by what is on the disk; the network is never asked."""
+"""Tell a directory from a repository id, by the name and the local disk. Never uses the network."""
 
 import re
 from pathlib import Path
@@ -12,13 +12,13 @@ _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 
 
 def is_repository(name: str, param: str) -> bool:
-    """True for a repository id, False for a directory that exists. UserError for anything else; `param` is the flag's name."""
+    """True for a repository id, False for an existing directory. Raises UserError for anything else. `param`: the flag's name."""
     path = Path(name)
     flag = "--" + param
     if path.is_dir():
         return False
-    if param == "model" and (foreign := foreign_format(path)) is not None:
-        raise foreign
+    if param == "model" and (other_format := foreign_format(path)) is not None:
+        raise other_format
     if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise UserError(f"{name} is a file of weights: {flag} takes the directory that it is in, {path.parent}", param=param)
     if path.exists():
@@ -37,10 +37,11 @@ def is_repository(name: str, param: str) -> bool:
 
 
 def check_revision(revision: str, param: str) -> None:
-    """UserError for what can be no branch, tag or commit; `param` is the flag's name."""
+    """Raise UserError when `revision` cannot be a branch, tag or commit. `param`: the flag's name."""
     if not _REVISION.fullmatch(revision) or ".." in revision:
         raise UserError(f"--{param.replace('_', '-')} {revision!r} is no branch, tag or commit", param=param)
 
 
 def _content(param: str) -> str:
+    """What the flag's directory contains, for an error."""
     return "config.json and safetensors files" if param == "model" else "a tokenizer's files"

@@ -119,7 +119,7 @@ class TorchrunLauncher:
             try:
                 if self._store.check([self._key]):
                     connect_info = msgspec.json.decode(self._store.get(self._key), type=ConnectInfo)
-                    keyring = connect_info.accept(self._said.cluster_secret_file)
+                    keyring = connect_info.keyring(self._said.cluster_secret_file)
                     return connect_info.endpoint, keyring.curve_client(self._me.rank, FRONTEND)
             except RuntimeError as error:
                 raise EngineFailure(f"torchrun's store on node 0 is gone: {error}") from error

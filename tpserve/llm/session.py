@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from tpserve.cluster.discovery import hold_lock, make_runtime_dir, remove_runtime_dir
+from tpserve.cluster.discovery import acquire_lock, make_runtime_dir, remove_runtime_dir
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.coordinator import EpochFailed, EpochFinished, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
@@ -80,7 +80,7 @@ class Session:
         self._tempdir_reaper = TempdirReaper(self._where)
         make_runtime_dir(self._where)
         (self._where / "frontend.json").unlink(missing_ok=True)  # of a session that was killed with all its processes
-        self._lock = hold_lock(self._where)
+        self._lock = acquire_lock(self._where)
         self._thread = threading.Thread(target=self._live, name="tpserve session", daemon=True)
         self._thread.start()
 
@@ -137,7 +137,7 @@ class Session:
             self._end_thread(self._thread)
         if self._lock < 0:
             with contextlib.suppress(OSError):  # not made, or another's
-                self._lock = hold_lock(self._where)
+                self._lock = acquire_lock(self._where)
         if self._lock >= 0:
             remove_runtime_dir(self._where)
             os.close(self._lock)

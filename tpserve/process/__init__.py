@@ -1,1 +1,1 @@
-"""Processes of this host: facts, signals, and the thread that speaks for a rank. No torch, no policy."""
+"""Processes of this host: facts from the kernel, signals, and a rank's control thread. No torch, no policy."""

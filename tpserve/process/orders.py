@@ -1,9 +1,10 @@
-"""What the coordinator has ordered. The control thread takes orders in, the main thread reads them and waits for them.
+"""The coordinator's orders to one rank. The control thread applies them, and the main thread reads them or waits for them.
 
     Start   form the mesh        Drain   finish the open requests
     Run     run plans            Stop    leave, with this exit code
 
-An order counts once; what repeats it, or belongs to another epoch, changes nothing.
+Owns the state of the orders and the eventfd that signals a new one. Invariant: an order counts once. A repeated order, or one of
+another epoch, changes nothing.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from tpserve.types.messages import CoordinatorMessage, Drain, Run, Start, Stop
 
 
 class Stopped(Exception):
-    """The coordinator said Stop while the main thread waited for something else."""
+    """Stop arrived while the main thread was waiting for something else."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason or "stopped")
@@ -25,27 +26,27 @@ class Stopped(Exception):
 
 
 class Orders:
-    """See the module docstring. `start` counts only once `expected`: this rank has said Hello."""
+    """The orders of one incarnation. Start is ignored until `hello_sent`: it answers this rank's Hello."""
 
     def __init__(self) -> None:
-        self.expected = False
+        self.hello_sent = False
         self.start: Start | None = None
         self.run: Run | None = None
         self.draining = False
         self.stop: Stop | None = None
         self._changed = threading.Condition()
-        self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     @property
     def epoch(self) -> int:
-        """The epoch of Start; 0 before."""
+        """The epoch of Start; 0 before Start."""
         return self.start.epoch if self.start is not None else 0
 
-    def take(self, message: CoordinatorMessage) -> bool:
-        """Note an order; False when it changes nothing."""
+    def apply(self, message: CoordinatorMessage) -> bool:
+        """Apply an order. Returns False when it changes nothing."""
         with self._changed:
             match message:
-                case Start() if self.start is None and self.expected:
+                case Start() if self.start is None and self.hello_sent:
                     self.start = message
                 case Run(epoch) if self.run is None and epoch == self.epoch:
                     self.run = message
@@ -56,11 +57,11 @@ class Orders:
                 case _:
                     return False
             self._changed.notify_all()
-        os.eventfd_write(self._news, 1)
+        os.eventfd_write(self._eventfd, 1)
         return True
 
     def wait(self, condition: Callable[[], bool], timeout_s: float | None, what: str) -> None:
-        """Wait until `condition` holds. Raises Stopped, or EngineFailure when the time is over. `what` completes "waited for"."""
+        """Wait until `condition` holds. Raises Stopped, or EngineFailure after `timeout_s`, with `what` in its text."""
         with self._changed:
             in_time = self._changed.wait_for(lambda: self.stop is not None or condition(), timeout_s)
         if self.stop is not None:
@@ -69,25 +70,25 @@ class Orders:
             raise EngineFailure(f"waited {timeout_s:g} s for {what}")
 
     def wait_stop(self, timeout_s: float) -> Stop | None:
-        """Stop, if it comes in time."""
+        """Wait for Stop. None after `timeout_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self.stop is not None, timeout_s)
         return self.stop
 
     def fileno(self) -> int:
-        """A descriptor that is readable while there is an order that `clear` has not taken note of."""
-        return self._news
+        """A descriptor that is readable from a new order until `clear`."""
+        return self._eventfd
 
     def clear(self) -> None:
-        """The main thread has looked at the orders."""
-        empty(self._news)
+        """Make the descriptor unreadable until the next order."""
+        drain_eventfd(self._eventfd)
 
     def close(self) -> None:
         """Close the descriptor."""
-        os.close(self._news)
+        os.close(self._eventfd)
 
 
-def empty(eventfd: int) -> None:
-    """Take note of what an eventfd tells; nothing if it tells nothing."""
+def drain_eventfd(eventfd: int) -> None:
+    """Reset an eventfd to zero."""
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(eventfd)

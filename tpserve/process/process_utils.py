@@ -1,6 +1,6 @@
-"""Facts about processes on this host, straight from the kernel. Owns no socket, and signals only who was stopped.
+"""Facts about processes on this host, read from the kernel. Owns no socket. Kills only stopped processes, and its own.
 
-A pidfd names a process, not a number that may be given away again; it becomes readable when the process ends.
+A pidfd names a process, not a number that the kernel may reuse. It becomes readable when the process ends.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
-STOPPED_S, LOOK_S = 4.5, 0.5
-"""Who was stopped for so long (SIGSTOP, Ctrl-Z) is ended: nobody can wait for it, and only its end is noticed by everybody.
-Longer than the coordinator waits for a heartbeat, whose reason says more."""
+STOPPED_S, CHECK_S = 4.5, 0.5
+"""A process that is stopped (SIGSTOP, Ctrl-Z) for `STOPPED_S` is killed, because every other process notices its end.
+Longer than the coordinator's heartbeat timeout, whose error has more detail."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,16 +32,16 @@ def die_with(parent_pid: int) -> None:
 
 
 def allow_many_files() -> None:
-    """Raise this process's limit of open files, and its children's, to the most that is allowed.
+    """Raise the limit of open files of this process and its children to the hard limit.
 
-    The usual 1,024 are used up by as many connections, and gloo ends its process when it cannot accept one more.
+    The usual 1,024 allow as many connections, and gloo aborts the process when it cannot accept one.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def open_pidfd(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends; None when it has."""
+    """Open a descriptor that becomes readable when the process ends. None when it has ended."""
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError:
@@ -49,14 +49,14 @@ def open_pidfd(pid: int) -> int | None:
 
 
 def has_ended(pidfd: int) -> bool:
-    """Whether the process of a pidfd has."""
-    poll = select.poll()  # select() knows no descriptor above 1023
+    """Whether the process of a pidfd has ended."""
+    poll = select.poll()  # select() fails for descriptors above 1023
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def live_children(pid: int) -> list[int] | None:
-    """The children of a process that live (dead ones that nobody has waited for do not); None when the kernel does not tell."""
+    """The live children of a process, without zombies. None when the kernel does not list them."""
     try:
         lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:
@@ -66,31 +66,31 @@ def live_children(pid: int) -> list[int] | None:
     return [int(child) for text in lists for child in text.split() if _is_alive(int(child))]
 
 
-def kill_stopped_in_background(find: Callable[[], Mapping[int, str]], tell: Callable[[int, str], None]) -> None:
-    """Start a thread that kills whoever of the processes in `find` (with what they are called) was stopped for `STOPPED_S`;
-    `log_error_from_thread` hears of each before, with a sentence about it.
+def kill_stopped_in_background(find: Callable[[], Mapping[int, str]], report: Callable[[int, str], None]) -> None:
+    """Start a thread that kills processes that are stopped for `STOPPED_S`.
 
-    It counts its own looks and not the time: what was stopped and went on together with this process is not to be blamed.
+    `find` returns the processes to check, pid to name. `report` gets each pid and a sentence about it before the kill. The thread
+    counts its own checks instead of time, so that a process that was stopped together with this one is not killed.
     """
-    threading.Thread(target=_kill_stopped_loop, args=(find, tell), name="stopped neighbours", daemon=True).start()
+    threading.Thread(target=_kill_stopped_loop, args=(find, report), name="stopped processes", daemon=True).start()
 
 
 def kill_stopped(pids: Iterable[int]) -> None:
-    """Kill those of them that are stopped now."""
+    """Kill the processes that are stopped now."""
     for pid in pids:
         if _state(pid) == "T":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def _kill_stopped_loop(find: Callable[[], Mapping[int, str]], tell: Callable[[int, str], None]) -> None:
-    looks: dict[int, int] = {}
+def _kill_stopped_loop(find: Callable[[], Mapping[int, str]], report: Callable[[int, str], None]) -> None:
+    checks: dict[int, int] = {}
     while True:
-        time.sleep(LOOK_S)
+        time.sleep(CHECK_S)
         found = find()
-        looks = {pid: looks.get(pid, 0) + 1 for pid in found if _state(pid) == "T"}
-        for pid in [pid for pid, count in looks.items() if count * LOOK_S >= STOPPED_S]:
-            tell(pid, f"{found[pid]} (pid {pid}) has been stopped for {STOPPED_S:g} s")
+        checks = {pid: checks.get(pid, 0) + 1 for pid in found if _state(pid) == "T"}
+        for pid in [pid for pid, count in checks.items() if count * CHECK_S >= STOPPED_S]:
+            report(pid, f"{found[pid]} (pid {pid}) has been stopped for {STOPPED_S:g} s")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -100,7 +100,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _state(pid: int) -> str:
-    """The kernel's letter for it; empty when it is gone."""
+    """The state letter in /proc/PID/stat; empty when the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -108,14 +108,14 @@ def _state(pid: int) -> str:
 
 
 def log_error_from_thread(text: str) -> None:
-    """Log an error from a thread that must not block, even if the main thread is stuck with the lock of the log in hand."""
-    teller = threading.Thread(target=log.error, args=("%s", text), daemon=True)
-    teller.start()
-    teller.join(0.5)
+    """Log an error without blocking, even when a stuck main thread holds the lock of the log."""
+    logger = threading.Thread(target=log.error, args=("%s", text), daemon=True)
+    logger.start()
+    logger.join(0.5)
 
 
 def exit_now(code: int, why: str = "") -> NoReturn:
-    """End this process whatever its other threads do."""
+    """End this process at once, whatever its other threads do. `why` is logged as an error."""
     if why:
         log_error_from_thread(why)
     os._exit(code)

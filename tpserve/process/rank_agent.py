@@ -1,19 +1,19 @@
-"""A rank's control thread: it heartbeats, takes orders and signals, and ends the process.
+"""A rank's control thread. It sends heartbeats, receives orders, takes signals and ends the process.
 
-    main thread   hello -> wait_start -> up -> wait_run -> look at `stop` and `draining` between plans -> leave
-    this thread   heartbeat   what the coordinator must hear, every 0.5 s and at once when there is news
-                  orders      what the coordinator says
-                  telemetry   log lines and counts, for operators
-                  beside      what must go on while the main thread is blocked, such as sending lost plans again
+    main thread      hello -> wait_start -> ready -> wait_run -> check `stop` and `draining` between plans -> leave
+    control thread   heartbeat   the rank's state, every 0.5 s and at once after a change
+                     orders      messages from the coordinator
+                     telemetry   log lines and expert counts, for operators
+                     periodic    work that continues while the main thread is blocked, such as resending lost plans
 
-Owns a DEALER socket, the signals and the decision to `os._exit`. Never touches the model or torch, so that it goes on while the
-main thread is blocked in a collective. An error on it ends the process, and the coordinator hears of the error first.
+Owns a DEALER socket, the signals and the decision to call `os._exit`. Never touches the model or torch, so it keeps running while
+the main thread is blocked in a collective. An error on this thread is reported to the coordinator and ends the process.
 
-Signals are blocked in all threads (`block_signals`, first thing in main) and taken here: a Python handler would wait for the main
-thread to come back from C. The first one asks the coordinator to drain, unless a sibling is dead already (then the agent is
-tearing the group down, and there is nothing to drain to). A second one ends the service at once.
+Signals are blocked in all threads (`block_signals`, the first call in main) and taken here, because a Python handler would wait
+until the main thread returns from C. The first signal requests a drain from the coordinator. If another rank of the node is dead,
+the agent is already stopping the group, so the rank reports that and exits instead. A second signal ends the service at once.
 
-A rank never outlives what it serves: it exits when the coordinator says Stop, when the frontend is gone, and when its agent is.
+Invariant: a rank exits when the coordinator sends Stop, when the frontend is gone, and when its agent is gone.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from tpserve.errors import EngineFailure, UserError
-from tpserve.process.heartbeat import HeartbeatState, sendable
-from tpserve.process.orders import Orders, empty
+from tpserve.process.heartbeat import HeartbeatState, truncate_error
+from tpserve.process.orders import Orders, drain_eventfd
 from tpserve.process.process_utils import die_with, exit_now, live_children, log_error_from_thread, open_pidfd
 from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, take_over
-from tpserve.process.telemetry import Lines, Telemetry
+from tpserve.process.telemetry import LogSource, Telemetry
 from tpserve.types.messages import UNKNOWN_NODE, Fault, Hello, MemoryLedger, NodeInfo, Numerics, RankMessage, Ready, Start, Stop
 from tpserve.wire import codec
 from tpserve.wire.channels import connect, open_socket
@@ -42,21 +42,23 @@ from tpserve.wire.curve import CurveClient
 
 HEARTBEAT_S = 0.5
 POLL_MS = 100
-"""How often signals are looked for."""
+"""How often the thread checks for signals."""
 GRACE_S, FAILED_GRACE_S = 2.0, 0.5
-"""How long after Stop the main thread may take to leave; after a failure it has nothing to finish."""
+"""How long the main thread may take to leave after Stop. After a failure it has nothing to finish."""
 SIBLING_REPORT_S = 0.5
-"""How long a rank that ends may take to tell the coordinator why."""
+"""How long a rank that ends may take to report why."""
 LEAVE_S = 10.0
-"""How long the process may take to end after it left: destructors of a broken mesh can hang."""
+"""How long the process may take to end after `leave`. Destructors of a broken mesh can hang."""
 GONE_S = 5.0
-"""A coordinator that cannot be reached again for this long is gone (a heartbeat of 5 s has found the link dead before)."""
+"""The coordinator is gone when it is out of reach for this long. ZeroMQ reports a dead connection after 5 s of silence."""
 CONNECT_S = 30.0
-VERDICT_S = 3.0
+"""How long the first connection may take."""
+STOP_WAIT_S = 3.0
+"""How long a failed rank waits for Stop."""
 
 
 class RankAgent:
-    """See the module docstring. One per incarnation; every public method is for the main thread."""
+    """The control thread of one incarnation of a rank. Public methods are for the main thread."""
 
     def __init__(
         self,
@@ -70,78 +72,79 @@ class RankAgent:
         frontend_pid: int | None = None,
         agent_pid: int | None = None,
         local_ranks: int = 1,
-        at_failure: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        """`address`: the coordinator's; `curve_client`: to get in there over TCP. `identity`: by default a random number, by
-        which the
-        coordinator tells this incarnation from others. `frontend_pid`: when it runs on this host. `agent_pid`: the parent that
-        started `local_ranks` ranks on this host. `at_failure` is called on the control thread before this process ends for a
-        failure."""
+        """`address`: the coordinator's endpoint. `curve_client`: the keys for it, for TCP.
+
+        `identity`: distinguishes this incarnation from others; random by default. `frontend_pid`: set when the frontend runs on
+        this host. `agent_pid`: the parent process, which started `local_ranks` ranks on this host. `on_failure`: called on the
+        control thread before a failure ends this process.
+        """
         self.rank = rank
         self.identity = secrets.randbits(63) if identity is None else identity
         self._address, self._curve_client = address, curve_client
-        self._host, self._node, self._at_failure = host, node, at_failure
+        self._host, self._node, self._on_failure = host, node, on_failure
         self._frontend_pid, self._agent_pid, self._local_ranks = frontend_pid, agent_pid, local_ranks
         self._orders = Orders()
         self._heartbeat = HeartbeatState(rank, self._orders)
         self._telemetry = Telemetry(rank, self._orders)
-        self._beside: Callable[[], None] = lambda: None
-        self._nudge = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._live, name="control", daemon=True)
+        self._periodic: Callable[[], None] = lambda: None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._left = False
-        # the thread's own
+        # used by the control thread only
         self._stopped_s, self._ends_s = 0.0, math.inf
         self._signalled_s: float | None = None
         self._away_s: float | None = time.monotonic()
         self._connected = False
 
-    # The main thread's side: what to tell
+    # The main thread's side: reports
 
     def start(self) -> None:
-        """Begin to speak and listen."""
+        """Start the control thread."""
         if self._agent_pid is not None:
             die_with(self._agent_pid)
         take_over()
         self._thread.start()
 
-    def nudge(self) -> None:
-        """Have the thread speak at once."""
-        with contextlib.suppress(OSError):  # it is closed: this incarnation has left
-            os.eventfd_write(self._nudge, 1)
+    def wake(self) -> None:
+        """Make the thread send a heartbeat at once."""
+        with contextlib.suppress(OSError):  # closed: this incarnation has left
+            os.eventfd_write(self._wake, 1)
 
     def report_progress(self, phase: str, percent: int) -> None:
-        """What the next heartbeats say of the start."""
+        """Set the start's phase and percentage for the next heartbeats."""
         self._heartbeat.phase, self._heartbeat.percent = phase, percent
 
-    def busy(self, what: str) -> None:
-        """Long work that is no hang has begun inside a step; it ends with the step."""
+    def report_busy(self, what: str) -> None:
+        """Report long work inside a step, such as compiling a kernel. It is not a hang, and ends with the step."""
         self._heartbeat.busy = what
-        self.nudge()
+        self.wake()
 
     def report_step(self, step: int) -> None:
-        """The last plan finished."""
+        """Report that the plan of `step` is finished."""
         self._heartbeat.step, self._heartbeat.busy = step, ""
 
-    def watch_step(self, due: tuple[int, float] | None) -> None:
-        """Rank 0: the oldest plan in flight and when (monotonic) it is overdue; None when nothing is."""
+    def set_step_deadline(self, due: tuple[int, float] | None) -> None:
+        """Rank 0: set the oldest plan in flight and its deadline (monotonic seconds), or None when no plan is in flight."""
         self._heartbeat.due = due
 
     def report_expert_load(self, layers: tuple[int, ...], read: Callable[[], bytes]) -> None:
-        """From now on tell with the heartbeats what these layers' experts have had; `read` is called on the control thread."""
-        self._telemetry.count(layers, read)
+        """Send the token counts of these layers' experts from now on. The control thread calls `read`."""
+        self._telemetry.attach_expert_load(layers, read)
 
-    def report_log(self, lines: Lines) -> None:
-        """From now on tell with the heartbeats what this rank logs."""
-        self._telemetry.repeat(lines)
+    def report_log(self, lines: LogSource) -> None:
+        """Send this rank's log lines from now on."""
+        self._telemetry.attach_log(lines)
 
-    def beside(self, serve: Callable[[], None]) -> None:
-        """From now on call `serve` several times a second on the control thread, whatever the main thread waits for."""
-        self._beside = serve
+    def run_periodically(self, task: Callable[[], None]) -> None:
+        """Call `task` every `POLL_MS` on the control thread, also while the main thread is blocked."""
+        self._periodic = task
 
     def report_fault(self, text: str) -> None:
-        """Report what makes going on pointless, whatever the main thread does."""
+        """Report an error that this rank cannot recover from. Thread-safe."""
         self._heartbeat.fail("engine", text)
-        self.nudge()
+        self.wake()
 
     def hello(
         self,
@@ -151,63 +154,63 @@ class RankAgent:
         stage: int = 0,
         processor: dict[str, str] | None = None,
     ) -> None:
-        """Ask to take part."""
-        self._orders.expected = True
+        """Ask the coordinator to include this rank in the next epoch. The arguments are the fields of `Hello`."""
+        self._orders.hello_sent = True
         me = (self.rank, self.identity, os.getpid(), self._host)
         hello = Hello(*me, endpoints, fingerprint, self._node, traits, stage, processor or {})
         self._heartbeat.hello = hello
-        self.nudge()
+        self.wake()
 
     def ready(self, ledger: MemoryLedger, facts: dict[str, int], numerics: Numerics | None = None) -> None:
-        """The mesh stands and the shard is loaded."""
+        """Report that the mesh is formed and the shard is loaded. The arguments are the fields of `Ready`."""
         self._heartbeat.busy = ""
         self._heartbeat.ready = Ready(self.rank, self._orders.epoch, ledger, facts, numerics)
-        self.nudge()
+        self.wake()
 
-    # The main thread's side: what was said
+    # The main thread's side: orders
 
     @property
     def stop(self) -> Stop | None:
-        """Stop, once it was said."""
+        """The Stop message, once it has arrived."""
         return self._orders.stop
 
     @property
     def draining(self) -> bool:
-        """Whether Drain was said."""
+        """Whether Drain has arrived."""
         return self._orders.draining
 
     def fileno(self) -> int:
-        """A descriptor that is readable while there is an order that `clear` has not taken note of."""
+        """A descriptor that is readable from a new order until `clear`."""
         return self._orders.fileno()
 
     def clear(self) -> None:
-        """The main thread has looked at the orders."""
+        """Make the descriptor unreadable until the next order."""
         self._orders.clear()
 
     def wait_start(self, timeout_s: float | None = None) -> Start:
-        """Wait until all ranks are there. Raises Stopped, or EngineFailure when the time is over."""
+        """Wait for Start, which comes once all ranks have sent Hello. Raises Stopped, or EngineFailure after `timeout_s`."""
         self._orders.wait(lambda: self._orders.start is not None, timeout_s, "the other ranks")
         assert self._orders.start is not None
         return self._orders.start
 
     def wait_run(self, timeout_s: float | None = None) -> int:
-        """Wait until all ranks are up; returns the epoch. Raises Stopped, or EngineFailure when the time is over."""
+        """Wait for Run, which comes once all ranks are ready; returns the epoch. Raises as `wait_start` does."""
         self._orders.wait(lambda: self._orders.run is not None, timeout_s, "the other ranks to load")
         return self._orders.epoch
 
     # The main thread's side: the end
 
     def fail(self, error: BaseException) -> int:
-        """Report why this rank cannot go on and wait for the verdict; returns the exit code."""
+        """Report `error`, wait for Stop, and leave. Returns the exit code."""
         by_user = isinstance(error, UserError)
         self._heartbeat.fail("user" if by_user else "engine", str(error) if by_user else f"{type(error).__name__}: {error}")
-        self.nudge()
-        stop = self._orders.wait_stop(VERDICT_S)
+        self.wake()
+        stop = self._orders.wait_stop(STOP_WAIT_S)
         self.leave()
         return stop.code if stop is not None else (2 if by_user else 1)
 
     def leave(self) -> int:
-        """The main thread is leaving: the process has `LEAVE_S` to end. Returns the exit code that Stop gave."""
+        """Close, and give the process `LEAVE_S` to end. Returns the exit code of Stop, or 0."""
         self.close()
         code = self.stop.code if self.stop is not None else 0
         timer = threading.Timer(LEAVE_S, os._exit, (code,))
@@ -216,37 +219,37 @@ class RankAgent:
         return code
 
     def close(self) -> None:
-        """End the thread; the process goes on (to take part again, as a new incarnation)."""
+        """End the thread. The process continues and may rejoin as a new incarnation."""
         if self._left:
             return
         self._left = True
-        self.nudge()
+        self.wake()
         if self._thread.is_alive():
             self._thread.join()
         if self._signalled_s is not None and self.stop is None:
-            os.kill(os.getpid(), signal.SIGTERM)  # it is for the next incarnation, then
-        os.close(self._nudge)
+            os.kill(os.getpid(), signal.SIGTERM)  # the next incarnation handles it
+        os.close(self._wake)
         self._orders.close()
 
-    # The thread's side
+    # The control thread's side
 
-    def _live(self) -> None:
-        """Until the main thread has left, or this thread ends the process."""
+    def _run(self) -> None:
+        """Run until the main thread leaves, or until this thread ends the process."""
         socket = open_socket(zmq.DEALER, codec.COORDINATOR.max_bytes)
         socket.set(zmq.ROUTING_ID, f"{self.rank}.{self.identity}".encode())
         try:
             self._serve(socket)
-        except Exception as error:  # the edge of the thread: a rank without it would neither send heartbeats nor obey
-            self._end_for(socket, f"its control thread failed with {type(error).__name__}: {error}")
+        except Exception as error:  # the rank must not live on without its control thread
+            self._exit_on_error(socket, f"its control thread failed with {type(error).__name__}: {error}")
         finally:
-            socket.close(linger=200)  # a last Fault is worth waiting for
+            socket.close(linger=200)  # time to deliver a last Fault
 
     def _serve(self, socket: zmq.Socket[bytes]) -> None:
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         connect(socket, self._address, self._curve_client)
-        watched = {open_pidfd(pid): name for pid, name in self._watched() if pid is not None}
+        watched = {open_pidfd(pid): name for pid, name in self._watched_processes() if pid is not None}
         poller = zmq.Poller()
-        for source in (socket, monitor, self._nudge, *(fd for fd in watched if fd is not None)):
+        for source in (socket, monitor, self._wake, *(fd for fd in watched if fd is not None)):
             poller.register(source, zmq.POLLIN)
         next_beat_s = time.monotonic()
         try:
@@ -260,9 +263,9 @@ class RankAgent:
                 if monitor in ready:
                     self._note_connection(monitor, now)
                 self._take_signal(now)
-                self._beside()
-                if self._nudge in ready or now >= next_beat_s:
-                    empty(self._nudge)
+                self._periodic()
+                if self._wake in ready or now >= next_beat_s:
+                    drain_eventfd(self._wake)
                     self._send_reports(socket, [*self._telemetry.messages(), *self._heartbeat.messages(now)])
                     next_beat_s = now + HEARTBEAT_S
                 gone = [name for fd, name in watched.items() if fd is None or fd in ready]
@@ -274,7 +277,7 @@ class RankAgent:
                 if fd is not None:
                     os.close(fd)
 
-    def _watched(self) -> list[tuple[int | None, str]]:
+    def _watched_processes(self) -> list[tuple[int | None, str]]:
         return [(self._frontend_pid, "the frontend"), (self._agent_pid, "the agent that started this rank")]
 
     def _send_reports(self, socket: zmq.Socket[bytes], messages: list[RankMessage]) -> None:
@@ -291,20 +294,20 @@ class RankAgent:
             except zmq.Again:
                 return
             except EngineFailure as error:
-                self._end_for(socket, f"it does not understand the coordinator: {error}")
+                self._exit_on_error(socket, f"it does not understand the coordinator: {error}")
             for message in messages:
-                if self._orders.take(message) and isinstance(message, Stop):
+                if self._orders.apply(message) and isinstance(message, Stop):
                     self._note_stop(message, now)
 
     def _note_stop(self, stop: Stop, now: float) -> None:
         self._stopped_s = now
         if stop.code:
-            self._at_failure()
+            self._on_failure()
             if self._frontend_pid is None:
-                log_error_from_thread(stop.reason)  # where the frontend runs, it says so itself
+                log_error_from_thread(stop.reason)  # on its own host the frontend logs it
 
     def _note_connection(self, monitor: zmq.Socket[bytes], now: float) -> None:
-        """Note whether the coordinator can be reached."""
+        """Track whether the coordinator is connected."""
         while monitor.poll(0):
             event = recv_monitor_message(monitor)["event"]
             self._away_s = None if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else (self._away_s or now)
@@ -315,11 +318,11 @@ class RankAgent:
             return
         if self._signalled_s is None:
             self._signalled_s = now
-            self._heartbeat.asked_to_end = True
-            if self._sibling_is_dead():  # who died, and why, is the news; the frontend tells it
+            self._heartbeat.drain_requested = True
+            if self._sibling_is_dead():  # the other rank's error is the cause; the frontend reports it
                 self._heartbeat.fail("sibling", "another rank of this node has ended")
                 self._ends_s = now + SIBLING_REPORT_S
-            self.nudge()
+            self.wake()
         elif now - self._signalled_s > SAME_SIGNAL_S and self._heartbeat.fault is None:
             self.report_fault("ended at once by a second signal")
 
@@ -330,13 +333,13 @@ class RankAgent:
         return alive is not None and len(alive) < self._local_ranks
 
     def _discount_own_delay(self, now: float) -> None:
-        """This thread was held up itself: what it has not seen since then says nothing of others."""
+        """This thread itself was suspended or starved: reset the deadlines of others, for silence in that time proves nothing."""
         if self._away_s is not None:
             self._away_s = now
-        self._heartbeat.forgive(now + GONE_S)
+        self._heartbeat.extend_deadline(now + GONE_S)
 
     def _exit_if_due(self, gone: str, now: float) -> None:
-        """End the process if the main thread will not, or must not go on."""
+        """End the process when a grace period is over or a watched process is gone."""
         stop = self.stop
         if stop is not None and now - self._stopped_s > (FAILED_GRACE_S if stop.code else GRACE_S):
             exit_now(stop.code)
@@ -345,16 +348,16 @@ class RankAgent:
         if stop is not None:
             return
         if gone:
-            self._at_failure()
+            self._on_failure()
             exit_now(1, f"rank {self.rank} ends: {gone} is gone")
         if self._away_s is not None and now - self._away_s > (GONE_S if self._connected else CONNECT_S):
             exit_now(1, f"rank {self.rank} ends: the coordinator at {self._address} cannot be reached")
 
-    def _end_for(self, socket: zmq.Socket[bytes], why: str) -> NoReturn:
-        """End the process for an error of this thread's; the coordinator hears of it, and answers with Stop, if it still can."""
+    def _exit_on_error(self, socket: zmq.Socket[bytes], why: str) -> NoReturn:
+        """Report an error of this thread, give the coordinator time to answer with Stop, and end the process."""
         log_error_from_thread(f"rank {self.rank} ends: {why}")
         with contextlib.suppress(Exception):
-            socket.send(codec.RANK.encode([Fault(self.rank, self._orders.epoch, "engine", sendable(why))]), zmq.NOBLOCK)
+            socket.send(codec.RANK.encode([Fault(self.rank, self._orders.epoch, "engine", truncate_error(why))]), zmq.NOBLOCK)
         with contextlib.suppress(Exception):  # the log may be what the error is about
             socket.send(codec.RANK.encode(self._telemetry.log()), zmq.NOBLOCK)
         with contextlib.suppress(Exception):

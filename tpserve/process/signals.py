@@ -1,7 +1,7 @@
-"""The signals that end a process of ours, and a rank's first moments, in which they are kept for its control thread.
+"""The signals that end a process of tpserve, and their handling in a rank before its control thread starts.
 
-A Python handler would wait for the main thread to come back from C, so ranks have none: the signals are blocked in every thread
-and taken by one that waits for them.
+A Python handler runs only when the main thread returns from C, so ranks install none. The signals are blocked in every thread,
+and one thread waits for them: a thread of this module at first, the control thread after `take_over`.
 """
 
 import os
@@ -10,25 +10,27 @@ import threading
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_SIGNAL_S = 1.0
-"""A terminal and an agent both pass the same Ctrl-C on: within this time it is one."""
+"""A terminal and an agent both forward the same Ctrl-C. Signals within this time count as one."""
 _POLL_S = 0.1
 _taken_over = threading.Event()
 
 
 def block_signals() -> None:
-    """Keep the ending signals for the control thread; call before any other thread starts. Until a `Control` takes them over,
-    the first one ends the process, for there is nothing to drain yet. Threads and children inherit the mask."""
+    """Block `SIGNALS`; call it before any other thread starts. Threads and child processes inherit the mask.
+
+    Until `take_over` the first signal ends the process with code 0, because there is nothing to drain yet.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_end_on_signal, name="early signals", daemon=True).start()
 
 
 def take_over() -> None:
-    """The control thread takes them from now on."""
+    """Leave the signals to the caller's thread from now on."""
     _taken_over.set()
 
 
 def unblock_signals() -> None:
-    """For a process started by a rank, which handles signals in its own way."""
+    """Unblock `SIGNALS`, in a process that a rank started and that handles them itself."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -38,4 +40,4 @@ def _end_on_signal() -> None:
         if taken is not None and not _taken_over.is_set():
             os._exit(0)
         if taken is not None:
-            os.kill(os.getpid(), taken.si_signo)  # it was meant for the control thread
+            os.kill(os.getpid(), taken.si_signo)  # send it again, for the control thread

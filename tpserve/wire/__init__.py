@@ -1,1 +1,1 @@
-"""Floor 1: what crosses between processes, and how it can go wrong. No torch, no policy."""
+"""Messages between processes: frames (`codec`), ZeroMQ channels (`channels`), keys for TCP (`curve`). No torch, no policy."""

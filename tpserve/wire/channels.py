@@ -1,13 +1,15 @@
-"""The ZeroMQ channels between processes, one small class for each end.
+"""ZeroMQ channels between processes, one class for each end.
 
-    PlanBroadcaster  XPUB -> XSUB  PlanReceiver      rank 0 to all other ranks, one plan a step
+    PlanBroadcaster  XPUB -> XSUB  PlanReceiver      rank 0 to all other ranks, one plan per step
     ResultSender     PUSH -> PULL  ResultReceiver    the sampling rank to rank 0
     EngineServer   ROUTER <> DEALER  EngineLink      the frontend and rank 0
 
-Owns sockets, numbering and order; decides nothing about what is sent. Invariants: a sender never blocks (no high-water mark:
-what is in flight is bounded by the engine) and nothing is dropped silently: plans are numbered (epoch, step), and a receiver asks
-again for a gap, which rank 0's control thread fills while the plan is kept. A gap that cannot be filled, or a message of another
-epoch, is an `EngineFailure`.
+Owns sockets, numbering and order. Never decides what is sent.
+
+Invariants:
+- A sender never blocks. There is no high-water mark, because the engine bounds what is in flight.
+- Nothing is dropped silently. Plans are numbered (epoch, step). A receiver requests missing plans again, and rank 0's control
+  thread resends them. A plan that stays missing, or a message of another epoch, raises `EngineFailure`.
 """
 
 import math
@@ -30,53 +32,54 @@ from tpserve.wire.curve import CurveClient, CurveServer
 
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 5000
-"""At 1.5 s a link cut of 2 s loses plans; at 5 s none."""
+"""With 1.5 s, a network cut of 2 s loses plans; with 5 s it does not."""
 RESEND_AFTER_S = 1.0
-"""A receiver that heard nothing for this long asks for what it may have missed."""
+"""A receiver that gets nothing for this long requests the plans that it may have missed."""
 GAP_S = 5.0
-"""A plan that is still missing this long after a later one arrived is lost for good."""
+"""A plan that is still missing this long after a later one arrived is lost."""
 
 _SUBSCRIBE = b"\x01"
 _RESEND = struct.Struct("<cqq")
 
 
 class Waitable(Protocol):
-    """Something to wait for: a file descriptor that becomes readable."""
+    """An object with a file descriptor that becomes readable."""
 
-    def fileno(self) -> int: ...
+    def fileno(self) -> int:
+        """The file descriptor to poll."""
 
 
 class TcpEndpoint(NamedTuple):
-    """Where processes of other nodes come in: the TCP endpoint to bind, and who may."""
+    """A TCP endpoint to bind for processes of other nodes, and the keys that may connect."""
 
     endpoint: str
     curve: CurveServer
 
 
 class Channel:
-    """An open socket and the address to reach it at. Subclasses give it a direction."""
+    """An open socket and its endpoint. Subclasses give it a direction."""
 
     def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         self.socket = socket
         self.endpoint = endpoint
 
     def close(self) -> None:
-        """Close at once; what is not delivered yet is dropped."""
+        """Close at once and drop undelivered messages."""
         self.socket.close(linger=0)
 
     def wait(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> bool:
-        """Sleep until a message is here (True), or the time is over or a `wake` is readable (False)."""
+        """Wait for a message. Returns False after `timeout_s`, or when a source in `wake` becomes readable first."""
         return self.socket in _poll(timeout_s, [self.socket, *wake])
 
     def _send(self, frame: bytes) -> None:
-        """Send, which never waits. EngineFailure when the other end has refused this process."""
+        """Send without blocking. Raises EngineFailure when the other end refused this process."""
         try:
             self.socket.send(frame)
         except zmq.Again as error:
             raise EngineFailure(f"{self.endpoint} refuses this process: its key is of another run or cluster") from error
 
-    def _frames(self) -> Iterable[bytes]:
-        """The frames that are here now."""
+    def _receive_available(self) -> Iterable[bytes]:
+        """Yield the frames that have arrived, without blocking."""
         while True:
             try:
                 yield self.socket.recv(zmq.NOBLOCK)
@@ -85,11 +88,11 @@ class Channel:
 
 
 def open_socket(kind: int, max_bytes: int) -> zmq.Socket[bytes]:
-    """A socket with the settings that all of ours share."""
+    """Open a socket with the options of all channels. `kind`: a zmq socket type. `max_bytes`: the largest frame accepted."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     socket.set(zmq.LINGER, 0)
     socket.set(zmq.SNDHWM, 0)
-    socket.set(zmq.SNDTIMEO, 0)  # without a mark nothing waits but who was refused for its key, and would for ever
+    socket.set(zmq.SNDTIMEO, 0)  # without a high-water mark only a peer refused for its key would block, forever
     socket.set(zmq.RCVHWM, 0)
     socket.set(zmq.MAXMSGSIZE, max_bytes)
     socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -101,14 +104,14 @@ def open_socket(kind: int, max_bytes: int) -> zmq.Socket[bytes]:
 
 
 def tcp(address: str, ports: tuple[int, int] = (0, 0)) -> str:
-    """The endpoint to bind: on the first free one of `ports`, or on a port of the kernel's choice."""
+    """The endpoint string for `bind`: the first free port of the range `ports` (inclusive), or any free port for (0, 0)."""
     host, (first, last) = f"[{address}]" if ":" in address else address, ports
     return f"tcp://{host}:{first}-{last}" if last else f"tcp://{host}:0"
 
 
 def connect(socket: zmq.Socket[bytes], endpoint: str, curve_client: CurveClient | None = None) -> None:
-    """Connect, now or as soon as somebody listens there. `curve_client`: for TCP."""
-    assert (curve_client is None) == endpoint.startswith("ipc:"), "TCP needs a key, and only TCP"
+    """Connect now, or as soon as a peer listens there. TCP needs `curve_client`; ipc must not have one."""
+    assert (curve_client is None) == endpoint.startswith("ipc:"), "TCP needs CURVE keys, and only TCP"
     if curve_client is not None:
         curve_client.apply(socket)
     socket.set(zmq.IPV6, int("[" in endpoint))
@@ -116,8 +119,11 @@ def connect(socket: zmq.Socket[bytes], endpoint: str, curve_client: CurveClient 
 
 
 def bind(socket: zmq.Socket[bytes], endpoint: str, curve_server: CurveServer | None = None) -> str:
-    """Bind, and return the address that came of it (`tcp://10.0.0.1:0` becomes a real port). `lock`: for TCP."""
-    assert (curve_server is None) == endpoint.startswith("ipc:"), "TCP needs a lock, and only TCP"
+    """Bind and return the real endpoint (`tcp://10.0.0.1:0` gets a port). TCP needs `curve_server`; ipc must not have one.
+
+    Raises EngineFailure, and closes the socket, when the endpoint cannot be bound.
+    """
+    assert (curve_server is None) == endpoint.startswith("ipc:"), "TCP needs CURVE keys, and only TCP"
     if curve_server is not None:
         curve_server.apply(socket)
     socket.set(zmq.IPV6, int("[" in endpoint))
@@ -126,7 +132,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, curve_server: CurveServer | N
             listener = _listen(endpoint)
             address, port = listener.getsockname()[:2]
             endpoint = tcp(address, (port, port))
-            socket.set(zmq.USE_FD, listener.detach())  # ZeroMQ's from here on
+            socket.set(zmq.USE_FD, listener.detach())  # ZeroMQ owns it from here on
         socket.bind(endpoint)
         socket.set(zmq.USE_FD, -1)
     except UserError as error:
@@ -139,7 +145,7 @@ def bind(socket: zmq.Socket[bytes], endpoint: str, curve_server: CurveServer | N
 
 
 def _listen(endpoint: str) -> Listener:
-    """A socket on the first free port of an endpoint of `tcp`."""
+    """Listen on the first free port of an endpoint made by `tcp`."""
     host, _, ports = endpoint.removeprefix("tcp://").rpartition(":")
     first, _, last = ports.partition("-")
     listener = listen(host.strip("[]"), (int(first), int(last or first)))
@@ -148,11 +154,12 @@ def _listen(endpoint: str) -> Listener:
 
 
 def wait(timeout_s: float, *sources: Channel | Waitable | int) -> None:
-    """Sleep until any source is readable. Channels, and anything with a file descriptor (a `Control`)."""
+    """Wait until any source is readable: a channel, or an object with a file descriptor such as `RankAgent`."""
     _poll(timeout_s, [source.socket if isinstance(source, Channel) else source for source in sources])
 
 
 def _poll(timeout_s: float, sources: list[object]) -> set[object]:
+    """The readable ones of `sources`; empty after `timeout_s`."""
     poller = zmq.Poller()
     for source in sources:
         poller.register(source, zmq.POLLIN)
@@ -160,62 +167,62 @@ def _poll(timeout_s: float, sources: list[object]) -> set[object]:
 
 
 class PlanBroadcaster(Channel):
-    """Rank 0's end: every plan to every other rank. Bind before Hello; `begin` once all ranks are up.
+    """Rank 0's end: sends every plan to every other rank. Bind before Hello; call `begin` once all ranks are ready.
 
-    `serve` is for a thread that is never blocked in a collective: the rank that missed a plan may be what a collective waits for.
+    Call `resend_missed` on a thread that never blocks in a collective, which may wait for the rank that missed a plan.
     """
 
     def __init__(self, endpoint: str, remote: TcpEndpoint | None = None) -> None:
         socket = open_socket(zmq.XPUB, codec.PLAN.max_bytes)
-        socket.set(zmq.XPUB_VERBOSE, 1)  # every rank's subscription is passed up, though they are all the same
+        socket.set(zmq.XPUB_VERBOSE, 1)  # report every rank's subscription, though all are equal
         super().__init__(socket, bind(socket, endpoint))
         self.remote_endpoint = "" if remote is None else bind(socket, *remote)
         self._epoch = -1
         self._next = 0
-        self._kept: deque[tuple[int, bytes]] = deque()
+        self._in_flight: deque[tuple[int, bytes]] = deque()
         self._lock = threading.Lock()
-        """Of the socket and what is kept, from `begin` on; nobody waits for long, since nothing under it blocks."""
+        """Guards the socket and `_in_flight` from `begin` on. Nothing blocks while it is locked."""
 
     def begin(self, epoch: int, num_subscribers: int, timeout_s: float) -> None:
-        """Wait until all receivers have subscribed: a plan sent earlier would reach only some."""
+        """Wait until all receivers have subscribed; an earlier plan would reach only some. EngineFailure after `timeout_s`."""
         self._epoch = epoch
         deadline_s = time.monotonic() + timeout_s
-        seen = 0
-        while seen < num_subscribers:
+        subscribed = 0
+        while subscribed < num_subscribers:
             if not self.wait(deadline_s - time.monotonic()):
-                raise EngineFailure(f"{seen} of {num_subscribers} ranks listened for plans within {timeout_s:g} s")
-            seen += self.socket.recv() == _SUBSCRIBE
+                raise EngineFailure(f"{subscribed} of {num_subscribers} ranks listened for plans within {timeout_s:g} s")
+            subscribed += self.socket.recv() == _SUBSCRIBE
 
     def send(self, plan: StepPlan) -> None:
-        """Send the next plan to all, and keep it until it is retired."""
+        """Send the next plan to all receivers. It can be resent until `retire`."""
         assert (plan.epoch, plan.step) == (self._epoch, self._next), "plans are numbered from 0 in every epoch"
         frame = codec.PLAN.encode([plan])
         with self._lock:
             self._next += 1
-            self._kept.append((plan.step, frame))
+            self._in_flight.append((plan.step, frame))
             self.socket.send(frame)
 
     def retire(self, step: int) -> None:
-        """The result of `step` is applied, so every rank has had the plan: forget it and those before."""
+        """Forget the plans up to `step`. Its result is applied, so every rank has received them."""
         with self._lock:
-            while self._kept and self._kept[0][0] <= step:
-                self._kept.popleft()
+            while self._in_flight and self._in_flight[0][0] <= step:
+                self._in_flight.popleft()
 
-    def serve(self) -> None:
-        """Send again what a receiver missed. All receivers get it; those that had it drop it. On any thread, never waits."""
+    def resend_missed(self) -> None:
+        """Resend the plans that a receiver requests. All receivers get them and drop duplicates. Thread-safe, never blocks."""
         with self._lock:
-            wanted = self._next
-            for request in self._frames():
+            first_step = self._next
+            for request in self._receive_available():
                 if len(request) == _RESEND.size:
                     _, epoch, step = _RESEND.unpack(request)
-                    wanted = min(wanted, step if epoch == self._epoch else self._next)
-            for step, frame in self._kept:
-                if step >= wanted:
+                    first_step = min(first_step, step if epoch == self._epoch else self._next)
+            for step, frame in self._in_flight:
+                if step >= first_step:
                     self.socket.send(frame)
 
 
 class PlanReceiver(Channel):
-    """Another rank's end. Hands out plans in order, each once."""
+    """Another rank's end. Returns plans in order, each once."""
 
     def __init__(self, endpoint: str, epoch: int, curve_client: CurveClient | None = None) -> None:
         super().__init__(open_socket(zmq.XSUB, codec.PLAN.max_bytes), endpoint)
@@ -224,19 +231,22 @@ class PlanReceiver(Channel):
         self._epoch = epoch
         self._next = 0
         self._ahead: dict[int, StepPlan] = {}
-        self._heard_s = time.monotonic()
-        self._gap_s: float | None = None
+        self._last_s = time.monotonic()
+        self._gap_since_s: float | None = None
 
     def receive(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> StepPlan | None:
-        """The next plan; None when none came in time or a `wake` is readable. EngineFailure: a foreign epoch, a lost plan."""
+        """The next plan. None after `timeout_s`, or when a source in `wake` is readable first.
+
+        Raises EngineFailure for a plan of another epoch and for a lost plan.
+        """
         deadline_s = time.monotonic() + timeout_s
         while self._next not in self._ahead:
             now = time.monotonic()
-            left_s = min(deadline_s, self._heard_s + RESEND_AFTER_S) - now
+            left_s = min(deadline_s, self._last_s + RESEND_AFTER_S) - now
             if self.wait(left_s, wake):
                 self._read()
-            elif time.monotonic() >= self._heard_s + RESEND_AFTER_S:
-                self._ask()
+            elif time.monotonic() >= self._last_s + RESEND_AFTER_S:
+                self._request_resend()
             else:
                 return None
         plan = self._ahead.pop(self._next)
@@ -244,42 +254,42 @@ class PlanReceiver(Channel):
         return plan
 
     def _read(self) -> None:
-        self._heard_s = time.monotonic()
-        for frame in self._frames():
+        self._last_s = time.monotonic()
+        for frame in self._receive_available():
             for plan in codec.PLAN.decode(frame):
                 if plan.epoch != self._epoch:
                     raise EngineFailure(f"a plan of epoch {plan.epoch} arrived in epoch {self._epoch}")
                 if plan.step >= self._next:
                     self._ahead[plan.step] = plan
         if not self._ahead or self._next in self._ahead:
-            self._gap_s = None
+            self._gap_since_s = None
         else:
-            self._ask()
+            self._request_resend()
 
-    def _ask(self) -> None:
-        """Ask for everything from the next plan on. Rank 0 keeps what is in flight, so only a plan of long ago stays missing."""
-        self._heard_s = time.monotonic()
+    def _request_resend(self) -> None:
+        """Request all plans from the next one on. Rank 0 has every plan in flight, so only an old one stays missing."""
+        self._last_s = time.monotonic()
         if self._ahead:
-            self._gap_s = self._gap_s or self._heard_s
-            if self._heard_s - self._gap_s > GAP_S:
+            self._gap_since_s = self._gap_since_s or self._last_s
+            if self._last_s - self._gap_since_s > GAP_S:
                 raise EngineFailure(f"plan {self._next} of epoch {self._epoch} is lost: plan {min(self._ahead)} came without it")
         self._send(_RESEND.pack(b"\x02", self._epoch, self._next))
 
 
 class ResultSender(Channel):
-    """The sampling rank's end."""
+    """The sampling rank's end: sends results to rank 0."""
 
     def __init__(self, endpoint: str, curve_client: CurveClient | None = None) -> None:
         super().__init__(open_socket(zmq.PUSH, codec.RESULT.max_bytes), endpoint)
         connect(self.socket, endpoint, curve_client)
 
     def send(self, result: StepResult) -> None:
-        """Send one result; results are sent in step order."""
+        """Send one result. The caller sends results in step order."""
         self._send(codec.RESULT.encode([result]))
 
 
 class ResultReceiver(Channel):
-    """Rank 0's end. Bind before Hello."""
+    """Rank 0's end: receives results. Bind before Hello."""
 
     def __init__(self, endpoint: str, remote: TcpEndpoint | None = None) -> None:
         socket = open_socket(zmq.PULL, codec.RESULT.max_bytes)
@@ -289,14 +299,14 @@ class ResultReceiver(Channel):
         self._next = 0
 
     def begin(self, epoch: int) -> None:
-        """Results of `epoch` follow, from step 0."""
+        """Expect the results of `epoch`, from step 0."""
         self._epoch = epoch
 
     def receive(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> list[StepResult]:
-        """What has come, in step order; empty when nothing did in time. EngineFailure: a foreign epoch or a gap."""
+        """The results so far, in step order; empty after `timeout_s`. Raises EngineFailure for another epoch or a gap."""
         if not self.wait(timeout_s, wake):
             return []
-        results = [result for frame in self._frames() for result in codec.RESULT.decode(frame)]
+        results = [result for frame in self._receive_available() for result in codec.RESULT.decode(frame)]
         for result in results:
             if (result.epoch, result.step) != (self._epoch, self._next):
                 raise EngineFailure(
@@ -308,75 +318,76 @@ class ResultReceiver(Channel):
 
 
 class EngineLink(Channel):
-    """Rank 0's end of the link with the frontend. Its address there is rank 0's identity (`Hello`)."""
+    """Rank 0's end of the connection to the frontend. Its routing id is made of the identity in rank 0's `Hello`."""
 
     def __init__(self, endpoint: str, identity: int) -> None:
         super().__init__(open_socket(zmq.DEALER, codec.ENGINE_INPUT.max_bytes), endpoint)
-        self.socket.set(zmq.ROUTING_ID, _address(identity))
+        self.socket.set(zmq.ROUTING_ID, _routing_id(identity))
         connect(self.socket, endpoint)
-        self._send(codec.ENGINE_OUTPUT.encode([]))  # the frontend may answer from now on
+        self._send(codec.ENGINE_OUTPUT.encode([]))  # the frontend learns the routing id from it
 
     def poll(self, timeout_s: float, wake: Iterable[Waitable | int] = ()) -> list[EngineInput]:
-        """What the frontend asks for; empty when nothing came in time."""
+        """The frontend's messages; empty after `timeout_s`, or when a source in `wake` is readable first."""
         if not self.wait(timeout_s, wake):
             return []
-        return [message for frame in self._frames() for message in codec.ENGINE_INPUT.decode(frame)]
+        return [message for frame in self._receive_available() for message in codec.ENGINE_INPUT.decode(frame)]
 
     def send(self, outputs: list[EngineOutput]) -> None:
-        """Hand outputs to the frontend, in one frame."""
+        """Send outputs to the frontend, in one frame."""
         if outputs:
             self._send(codec.ENGINE_OUTPUT.encode(outputs))
 
 
 class EngineServer(Channel):
-    """The frontend's end. Speaks with the engine of the running epoch only; what others say is dropped."""
+    """The frontend's end. Talks to the engine of the running epoch only and drops messages of others."""
 
     def __init__(self, endpoint: str) -> None:
         socket = open_socket(zmq.ROUTER, codec.ENGINE_OUTPUT.max_bytes)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         super().__init__(socket, bind(socket, endpoint))
         self._engine = b""
-        self._heard: set[bytes] = set()
-        self._held: list[bytes] = []
+        self._connected: set[bytes] = set()
+        self._unsent: list[bytes] = []
 
     def attach(self, identity: int) -> None:
-        """From now on the engine is rank 0's incarnation of this identity. What was held for an earlier one is dropped."""
-        self._engine = _address(identity)
-        self._heard &= {self._engine}
-        self._held.clear()
+        """Make rank 0's incarnation with this identity the engine. Unsent messages to an earlier one are dropped."""
+        self._engine = _routing_id(identity)
+        self._connected &= {self._engine}
+        self._unsent.clear()
 
     def send(self, inputs: list[EngineInput]) -> None:
-        """Hand inputs to the engine, in one frame if they fit; held back until it has connected.
+        """Send inputs to the engine, in one frame if they fit. They wait here until the engine has connected.
 
-        EngineFailure when it is gone. What cannot be encoded raises, and nothing is sent.
+        Raises EngineFailure when the engine is gone. FrameTooLarge for an input that fits no frame; nothing is sent then.
         """
         if inputs:
-            self._held += codec.ENGINE_INPUT.frames(inputs)
-            self._deliver()
+            self._unsent += codec.ENGINE_INPUT.frames(inputs)
+            self._flush()
 
     def receive(self) -> list[EngineOutput]:
-        """What the engine has said so far; never waits."""
+        """The engine's messages that have arrived. Never blocks."""
         outputs: list[EngineOutput] = []
         while True:
             try:
                 address, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return outputs
-            self._heard.add(address)
+            self._connected.add(address)
             if address == self._engine:
-                self._deliver()
+                self._flush()
                 outputs += [message for frame in frames for message in codec.ENGINE_OUTPUT.decode(frame)]
 
-    def _deliver(self) -> None:
-        if self._engine not in self._heard:
+    def _flush(self) -> None:
+        if self._engine not in self._connected:
             return
-        for frame in self._held:
+        for frame in self._unsent:
             try:
                 self.socket.send_multipart([self._engine, frame])
             except zmq.ZMQError as error:
                 raise EngineFailure(f"rank 0's engine cannot be reached: {error.strerror}") from error
-        self._held.clear()
+        self._unsent.clear()
 
 
-def _address(identity: int) -> bytes:
+def _routing_id(identity: int) -> bytes:
+    """The ZeroMQ routing id of rank 0's incarnation."""
     return b"engine-%d" % identity

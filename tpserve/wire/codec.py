@@ -1,7 +1,7 @@
-"""Frames: a msgpack list of messages of one direction, bounded in size, decoded strictly into the types of that direction.
+"""Encode and decode frames. A frame is a msgpack list of messages of one direction.
 
-Owns the bounds and nothing else. Never guesses: a frame that is too large, malformed or of another direction's types is an
-`EngineFailure` naming the channel. Nothing on any wire is pickled.
+Owns the size bound and the message types of each direction. Never guesses: a frame that is too large, malformed or of another
+direction raises an `EngineFailure` that names the channel. Nothing is ever pickled.
 """
 
 from collections.abc import Sequence
@@ -19,26 +19,27 @@ MIB = 1 << 20
 
 
 class FrameTooLarge(EngineFailure):
-    """A frame is over the bound of its channel. Nothing of it was sent."""
+    """A frame is larger than its channel allows. Nothing was sent."""
 
 
 class Codec(Generic[T]):
-    """Encodes and decodes the frames of one direction. `kind` is the message type or union, `what` names it in errors."""
+    """Encodes and decodes the frames of one direction."""
 
-    def __init__(self, kind: Any, max_bytes: int, what: str) -> None:
+    def __init__(self, message_type: Any, max_bytes: int, name: str) -> None:
+        """`message_type`: a message struct or a union of them. `name`: names the direction in errors."""
         self.max_bytes = max_bytes
-        self._what = what
+        self._name = name
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[list[T]] = msgspec.msgpack.Decoder(list[kind])
+        self._decoder: msgspec.msgpack.Decoder[list[T]] = msgspec.msgpack.Decoder(list[message_type])
 
     def encode(self, messages: Sequence[T]) -> bytes:
-        """One frame. FrameTooLarge if it is larger than the channel admits."""
+        """Encode all messages as one frame. Raises FrameTooLarge."""
         frame = self._encoder.encode(messages)
         self._check(len(frame))
         return frame
 
     def frames(self, messages: Sequence[T]) -> list[bytes]:
-        """As few frames as hold the messages, in order. FrameTooLarge if one message alone is too large."""
+        """Encode messages as one frame, or as several when one is too large. Raises FrameTooLarge for a single message."""
         frame = self._encoder.encode(messages)
         if len(frame) <= self.max_bytes or len(messages) == 1:
             self._check(len(frame))
@@ -47,16 +48,16 @@ class Codec(Generic[T]):
         return self.frames(messages[:half]) + self.frames(messages[half:])
 
     def decode(self, frame: bytes) -> list[T]:
-        """The messages of a frame from a peer that may be wrong about anything."""
+        """Decode a frame from an untrusted peer. Raises EngineFailure when it is too large or malformed."""
         self._check(len(frame))
         try:
             return self._decoder.decode(frame)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise EngineFailure(f"malformed {self._what} frame of {len(frame)} bytes: {error}") from error
+            raise EngineFailure(f"malformed {self._name} frame of {len(frame)} bytes: {error}") from error
 
     def _check(self, size: int) -> None:
         if size > self.max_bytes:
-            raise FrameTooLarge(f"a {self._what} frame of {size} bytes is over the bound of {self.max_bytes}")
+            raise FrameTooLarge(f"a {self._name} frame of {size} bytes is over the bound of {self.max_bytes}")
 
 
 ENGINE_INPUT: Codec[EngineInput] = Codec(EngineInput, 64 * MIB, "frontend-to-engine")

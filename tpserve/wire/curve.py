@@ -1,13 +1,13 @@
-"""Who may speak on TCP: CurveZMQ (RFC 26) between processes that know one secret, and a ZAP authenticator (RFC 27) that knows
-them.
+"""Keys for TCP sockets: CurveZMQ (ZeroMQ RFC 26) and a ZAP authenticator (ZeroMQ RFC 27).
 
-    secret    of --cluster-secret-file, or drawn by the frontend and told over torch's store
-    key pair  of a role, "frontend" or "rank 3": private = HKDF-SHA256(secret, role), so a restarted rank has the same one
+    secret    from --cluster-secret-file, or drawn by the frontend for one run and shared through torch's store
+    key pair  one per role, "frontend" or "rank 3": private = HKDF-SHA256(secret, role), so a restarted rank has the same keys
 
-Owns the keys and the refusal of strangers; decides nothing about messages. Sockets inside a host (ipc, in a directory of
-this user alone) need no keys. Invariants: `channels.bind` and `connect` open no TCP socket without a `CurveServer` or
-`CurveClient`; a
-refusal is logged once, and whoever is refused is never read from.
+Owns the keys and the decision which keys may connect. Never reads messages. Sockets inside a host (ipc, in a directory of mode
+0700) need no keys.
+
+Invariants: `channels.bind` and `connect` open no TCP socket without a `CurveServer` or `CurveClient`. Nothing is read from a
+refused connection, and each kind of refusal is logged once.
 """
 
 import base64
@@ -35,35 +35,35 @@ FRONTEND = "frontend"
 _DOMAIN = b"tpserve"
 _ZAP = "inproc://zeromq.zap.01"
 _POLL_MS = 500
-_STRANGERS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # who goes before he has said anything is not worth a word
+_REFUSED_EVENTS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL  # not the event of a peer that leaves before it has sent anything
 
 
 def rank_role(rank: int) -> str:
-    """What a rank's keys are called."""
+    """The role of a rank, for `key_pair` and `curve_client`."""
     return f"rank {rank}"
 
 
 class KeyPair(NamedTuple):
-    """In Z85, as libzmq takes them."""
+    """A CURVE key pair in Z85, the text form that libzmq expects."""
 
     public: bytes
     private: bytes
 
 
 class Keyring:
-    """Every key of a cluster, derived from its secret."""
+    """All keys of a cluster. Every key is derived from one secret."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
 
     @staticmethod
     def open(path: str | None) -> "Keyring":
-        """Of the secret in a file, or else of one that is drawn for this run alone. UserError as for `read`."""
+        """The keyring of a secret file, or of a new random secret when `path` is None. Raises UserError as `read` does."""
         return Keyring(secrets.token_bytes(SECRET_BYTES)) if path is None else Keyring.read(path)
 
     @staticmethod
     def read(path: str) -> "Keyring":
-        """The secret of a file that `tpserve secret` made. UserError when it cannot be read, or others can."""
+        """Read a file that `tpserve secret` made. Raises UserError when it is unreadable, not private, or has no good secret."""
         file = Path(path)
 
         def refuse(text: str) -> UserError:
@@ -71,7 +71,7 @@ class Keyring:
 
         try:
             kind = file.stat().st_mode
-            if not stat.S_ISREG(kind):  # of a pipe only the first process that asks would have it
+            if not stat.S_ISREG(kind):  # only the first process could read a pipe
                 raise refuse("is no file: every rank of the node reads it")
             mode, text = stat.S_IMODE(kind), file.read_bytes()
             secret = base64.b64decode(text.strip(), validate=True)
@@ -79,38 +79,38 @@ class Keyring:
             raise refuse(f"cannot be read: {error.strerror}") from error
         except binascii.Error as error:
             raise refuse(f"holds no secret: make one with `tpserve secret {path}`") from error
-        if mode & 0o027:  # a group may read it: Kubernetes gives files of a Secret to the pod's
+        if mode & 0o027:  # the group may read: Kubernetes gives the files of a Secret to the pod's group
             raise refuse(f"can be read or changed by others (mode {mode:04o}): run `chmod 600 {path}`")
         if len(secret) < SECRET_BYTES:
             raise refuse(f"holds {len(secret)} bytes and needs {SECRET_BYTES}: make one with `tpserve secret {path}`")
-        if len(set(secret)) < SECRET_BYTES // 2:  # of 32 random bytes fewer differ once in 10**17 times
+        if len(set(secret)) < SECRET_BYTES // 2:  # random bytes fail this once in 10**17 times
             raise refuse(f"holds a secret that can be guessed: make one with `tpserve secret {path}`")
         return Keyring(secret)
 
     def connect_info(self, endpoint: str, *, with_secret: bool) -> "ConnectInfo":
-        """For processes of other nodes, to `endpoint`."""
+        """What a process of another node needs to connect to `endpoint`. `with_secret`: the nodes share no secret file."""
         return ConnectInfo(endpoint, self.proof, self._secret.hex() if with_secret else "")
 
     @property
     def proof(self) -> str:
-        """Equal for equal secrets, and tells nothing of them, which are 32 random bytes and cannot be guessed."""
+        """A digest, equal for equal secrets. It does not reveal the secret, which is 32 random bytes."""
         return self._derive("proof").hex()
 
     @property
     def rendezvous_key(self) -> bytes:
-        """With what nodes that meet prove that they know the secret (`rendezvous`)."""
+        """The HMAC key with which nodes prove to each other that they know the secret (`cluster.rendezvous`)."""
         return self._derive("meeting")
 
     def curve_server(self, role: str, world_size: int) -> "CurveServer":
-        """For a process that listens as `role`: it lets the ranks of the world in."""
-        return CurveServer(self.pair(role), frozenset(self.pair(rank_role(rank)).public for rank in range(world_size)))
+        """The server side of a process that listens as `role`. All ranks below `world_size` may connect."""
+        return CurveServer(self.key_pair(role), frozenset(self.key_pair(rank_role(rank)).public for rank in range(world_size)))
 
     def curve_client(self, rank: int, server: str) -> "CurveClient":
-        """For a rank that connects to the sockets of `server`."""
-        return CurveClient(self.pair(rank_role(rank)), self.pair(server).public)
+        """The client side of `rank` for sockets of the role `server`."""
+        return CurveClient(self.key_pair(rank_role(rank)), self.key_pair(server).public)
 
-    def pair(self, role: str) -> KeyPair:
-        """The keys of a role."""
+    def key_pair(self, role: str) -> KeyPair:
+        """The key pair of a role."""
         private = z85.encode(self._derive(f"curve {role}"))
         return KeyPair(zmq.curve_public(private), private)
 
@@ -121,17 +121,17 @@ class Keyring:
 
 
 class ConnectInfo(Struct, frozen=True):
-    """What a process of another node must know to connect; it travels over torch's store.
+    """What a process of another node needs to connect. It travels through torch's store.
 
-    `secret`: of this run, where the nodes share no file. `proof` shows that a file of theirs holds the same secret.
+    `proof`: `Keyring.proof` of node 0, to compare secret files. `secret`: in hex, only when the nodes share no secret file.
     """
 
     endpoint: str
     proof: str
     secret: str = ""
 
-    def accept(self, path: str | None) -> Keyring:
-        """The cluster's keys. `path`: of this node's --cluster-secret-file. UserError when it is not node 0's secret."""
+    def keyring(self, path: str | None) -> Keyring:
+        """The cluster's keys. `path`: this node's --cluster-secret-file. Raises UserError when its secret is not node 0's."""
         name = "--cluster-secret-file"
         if self.secret:
             if path is not None:
@@ -146,7 +146,7 @@ class ConnectInfo(Struct, frozen=True):
 
 
 def write_secret(path: str) -> None:
-    """A new secret in a new file of this user alone. UserError when the file is there already or cannot be made."""
+    """Write a new secret to a new file of mode 0600. Raises UserError when the file exists or cannot be written."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
@@ -158,26 +158,26 @@ def write_secret(path: str) -> None:
 
 
 class CurveClient(NamedTuple):
-    """What a socket needs to connect: its own keys and the public one of whom it will speak to."""
+    """The CURVE options of a connecting socket: its own keys and the server's public key."""
 
     own: KeyPair
     server: bytes
 
     def apply(self, socket: "zmq.Socket[bytes]") -> None:
-        """On a socket that will connect."""
+        """Set the options on a socket, before it connects."""
         socket.set(zmq.CURVE_PUBLICKEY, self.own.public)
         socket.set(zmq.CURVE_SECRETKEY, self.own.private)
         socket.set(zmq.CURVE_SERVERKEY, self.server)
 
 
 class CurveServer(NamedTuple):
-    """What a socket needs to listen. Nobody gets in while the process has no `ZapAuthenticator`."""
+    """The CURVE options of a listening socket. No client can connect while the process has no `ZapAuthenticator`."""
 
     own: KeyPair
     allowed: frozenset[bytes]
 
     def apply(self, socket: "zmq.Socket[bytes]") -> None:
-        """On a socket, before it is bound to TCP; addresses that it has been bound to already stay open."""
+        """Set the options on a socket, before it is bound to TCP. Addresses bound earlier stay without keys."""
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_PUBLICKEY, self.own.public)
         socket.set(zmq.CURVE_SECRETKEY, self.own.private)
@@ -185,13 +185,13 @@ class CurveServer(NamedTuple):
 
 
 class ZapAuthenticator:
-    """Answers libzmq's question whether a key may enter, for all locked sockets of this process; one a process.
+    """Decides for libzmq which keys may connect to the CURVE sockets of this process. One per process.
 
-    A thread of its own, because the threads that own the sockets may be busy for long.
+    It runs on a thread of its own, because the threads that own the sockets may be busy for long.
     """
 
     def __init__(self, allowed: frozenset[bytes]) -> None:
-        """`allowed`: public keys, as in the locks. UserError when the process has a ZAP authenticator."""
+        """`allowed`: public keys, as in `CurveServer`. Raises UserError when the process already has a ZAP authenticator."""
         self._allowed = {z85.decode(public) for public in allowed}
         self._zap: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
         self._zap.set(zmq.LINGER, 0)
@@ -201,43 +201,43 @@ class ZapAuthenticator:
             self._zap.close()
             raise UserError("this script has an LLM over several nodes already: close that one first") from error
         self._monitors: list[zmq.Socket[bytes]] = []
-        self._refused: set[str] = set()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="doorkeeper", daemon=True)
+        self._logged: set[str] = set()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="zap authenticator", daemon=True)
         self._thread.start()
 
-    def log_refusals_of(self, locked: "zmq.Socket[bytes]") -> None:
-        """Tell who is turned away from a socket before he has shown any key."""
-        self._monitors.append(locked.get_monitor_socket(_STRANGERS))
+    def log_refusals_of(self, socket: "zmq.Socket[bytes]") -> None:
+        """Also log connections to `socket` that fail before they present a key."""
+        self._monitors.append(socket.get_monitor_socket(_REFUSED_EVENTS))
 
     def close(self) -> None:
-        """Let nobody in any more. Before the sockets are closed."""
-        self._ended.set()
+        """Stop admitting connections. Call it before the sockets are closed."""
+        self._closed.set()
         self._thread.join()
-        self._zap.unbind(_ZAP)  # now; closing does it some time later, and a successor may come at once
+        self._zap.unbind(_ZAP)  # at once: close() unbinds later, and a successor may bind before that
         for socket in (self._zap, *self._monitors):
             socket.close(linger=0)
 
     def _serve(self) -> None:
-        while not self._ended.is_set():
+        while not self._closed.is_set():
             poller = zmq.Poller()
             for socket in (self._zap, *self._monitors):
                 poller.register(socket, zmq.POLLIN)
             for source, _ in poller.poll(_POLL_MS):
                 if source is self._zap:
-                    self._answer()
+                    self._authenticate()
                 elif source in self._monitors:
                     recv_monitor_message(source)
-                    self._refuse(": it speaks another protocol, or knows no key of ours")
+                    self._log_refusal(": it speaks another protocol, or knows no key of ours")
 
-    def _answer(self) -> None:
+    def _authenticate(self) -> None:
         version, request, _domain, address, _identity, mechanism, *credentials = self._zap.recv_multipart()
-        known = mechanism == b"CURVE" and any(hmac.compare_digest(key, credentials[0]) for key in self._allowed)
-        if not known:
-            self._refuse(f" from {address.decode(errors='replace')}: its key is not of this cluster")
-        self._zap.send_multipart([version, request, *((b"200", b"OK") if known else (b"400", b"unknown key")), b"", b""])
+        allowed = mechanism == b"CURVE" and any(hmac.compare_digest(key, credentials[0]) for key in self._allowed)
+        if not allowed:
+            self._log_refusal(f" from {address.decode(errors='replace')}: its key is not of this cluster")
+        self._zap.send_multipart([version, request, *((b"200", b"OK") if allowed else (b"400", b"unknown key")), b"", b""])
 
-    def _refuse(self, why: str) -> None:
-        if why not in self._refused and len(self._refused) < 100:
-            self._refused.add(why)
-            log.warning("refused a connection%s; this is said once", why)
+    def _log_refusal(self, why: str) -> None:
+        if why not in self._logged and len(self._logged) < 100:
+            self._logged.add(why)
+            log.warning("refused a connection%s; logged once", why)

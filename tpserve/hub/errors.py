@@ -1,4 +1,4 @@
-"""What the hub answers, as one line with the way out."""
+"""An error of huggingface_hub as one line that names the way out."""
 
 import errno
 from pathlib import Path
@@ -6,8 +6,13 @@ from pathlib import Path
 from tpserve.errors import UserError
 
 
-def refusal(error: Exception, repository: str, revision: str, cache: Path, file: str = "", flag: str = "--revision") -> UserError:
-    """The error to raise for what huggingface_hub raised about a repository, or about one file of it. `flag`: the revision's."""
+def to_user_error(
+    error: Exception, repository: str, revision: str, cache: Path, file: str = "", flag: str = "--revision"
+) -> UserError:
+    """The UserError for an exception of huggingface_hub.
+
+    `file`: the file of the repository that it concerns, if any. `flag`: the flag that gives the revision.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -36,16 +41,16 @@ def refusal(error: Exception, repository: str, revision: str, cache: Path, file:
     elif status in (401, 403):
         text = f"{constants.ENDPOINT} refuses HF_TOKEN for {repository} (status {status}): set a valid one, or none"
     else:
-        said = f"status {status}" if status is not None else f"{type(chain[-1]).__name__}: {chain[-1]}"
+        answer = f"status {status}" if status is not None else f"{type(chain[-1]).__name__}: {chain[-1]}"
         text = (
-            f"{constants.ENDPOINT} did not give {what} ({said}): check the network and HF_ENDPOINT, and start again; whole files "
-            "are kept"
+            f"{constants.ENDPOINT} did not give {what} ({answer}): check the network and HF_ENDPOINT, and start again; whole "
+            "files are kept"
         )
     return UserError(text)
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """The error and what it was raised from: huggingface_hub wraps what a connection said."""
+    """The error and its causes. huggingface_hub wraps the errors of a connection."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -54,5 +59,6 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
+    """The HTTP status of the error's response, if it has one."""
     code = getattr(getattr(error, "response", None), "status_code", None)
     return code if isinstance(code, int) else None
