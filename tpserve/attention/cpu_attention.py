@@ -87,8 +87,8 @@ def _tiles(
     weight_PKM1 = torch.empty_like(peak_PKM1)
     out_PKME = torch.empty((len(group.owners), num_kv, width, v_dim))
     v_in_k = v_cache_BSKE.data_ptr() == k_cache_BSKD.data_ptr()
-    stage = torch.empty(max(len(chunk.entries) for chunk in group.pieces) * num_kv * max(k_dim, v_dim))
-    for chunk in group.pieces:
+    stage = torch.empty(max(len(chunk.entries) for chunk in group.chunks) * num_kv * max(k_dim, v_dim))
+    for chunk in group.chunks:
         k_aXD = _gather(k_cache_BSKD, chunk, stage)  # a = p K
         q_pKMD = q_nKMD.expand(len(chunk.owners), -1, -1, -1) if len(q_nKMD) == 1 else q_nKMD[chunk.owners]
         scores_aMX = torch.bmm(q_pKMD.flatten(0, 1), k_aXD.transpose(1, 2))
@@ -111,14 +111,14 @@ def _join(
     peak_PKM1: torch.Tensor, weight_PKM1: torch.Tensor, out_PKME: torch.Tensor, group: TileGroup, sinks_KM1: torch.Tensor | None
 ) -> torch.Tensor:
     """Each sequence's tiles, and the sinks, as one softmax: [n, K, M, E]. Overwrites the parts."""
-    peak_nKM1 = _fold(peak_PKM1.clone(), group.reach, torch.maximum)
+    peak_nKM1 = _fold(peak_PKM1.clone(), group.seqs_per_tile, torch.maximum)
     if sinks_KM1 is not None:
         torch.maximum(peak_nKM1, sinks_KM1, out=peak_nKM1)
     factor_PKM1 = peak_PKM1.sub_(peak_nKM1[group.owners]).exp_()
-    total_nKM1 = _fold(weight_PKM1.mul_(factor_PKM1), group.reach, torch.add)
+    total_nKM1 = _fold(weight_PKM1.mul_(factor_PKM1), group.seqs_per_tile, torch.add)
     if sinks_KM1 is not None:
         total_nKM1 += (sinks_KM1 - peak_nKM1).exp_()
-    return _fold(out_PKME.mul_(factor_PKM1.div_(total_nKM1[group.owners])), group.reach, torch.add)
+    return _fold(out_PKME.mul_(factor_PKM1.div_(total_nKM1[group.owners])), group.seqs_per_tile, torch.add)
 
 
 def _cap(scores: torch.Tensor, cap: float) -> None:
@@ -134,10 +134,10 @@ def _gather(cache_BSKD: torch.Tensor, chunk: KVChunk, stage: torch.Tensor) -> to
     return staged_PKXD.copy_(picked_PXKD.transpose(1, 2)).flatten(0, 1)
 
 
-def _fold(parts_P: torch.Tensor, reach: Sequence[int], operation: Callable[..., torch.Tensor]) -> torch.Tensor:
+def _fold(parts_P: torch.Tensor, seqs_per_tile: Sequence[int], operation: Callable[..., torch.Tensor]) -> torch.Tensor:
     """Join each sequence's parts in order of tiles: [n, ...]. In place."""
-    total_n, at = parts_P[: reach[0]], reach[0]
-    for active in reach[1:]:
+    total_n, at = parts_P[: seqs_per_tile[0]], seqs_per_tile[0]
+    for active in seqs_per_tile[1:]:
         operation(total_n[:active], parts_P[at : at + active], out=total_n[:active])
         at += active
     return total_n

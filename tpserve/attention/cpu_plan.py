@@ -5,7 +5,7 @@ A context is read in tiles of `TILE` positions, which start at multiples of `TIL
 touches. A *pair* is a tile and a sequence that reads it. Each sequence counts its tiles from the first that it reads, pairs
 are in order of that count, and sequences of most tiles come first, so that those with a t-th tile are a prefix of the group:
 
-    tile 0: sequences 0 1 2 3 | tile 1: sequences 0 1 2 | tile 2: sequence 0        reach = (4, 3, 1)
+    tile 0: sequences 0 1 2 3 | tile 1: sequences 0 1 2 | tile 2: sequence 0        seqs_per_tile = (4, 3, 1)
 """
 
 from collections.abc import Sequence
@@ -61,11 +61,11 @@ class TileGroup:
     """[n C] int64: rows of the step"""
     count: int
     """C"""
-    reach: tuple[int, ...]
+    seqs_per_tile: tuple[int, ...]
     """for each count of tiles, how many sequences have so many and one more"""
     owners: torch.Tensor
     """[P] int64: the sequences of the pairs"""
-    pieces: tuple[KVChunk, ...]
+    chunks: tuple[KVChunk, ...]
 
 
 class QuerySpan(NamedTuple):
@@ -118,9 +118,9 @@ def _padded(rows: int) -> int:
 def _group(spans: list[QuerySpan], tables_RB: torch.Tensor, block_size: int, heads: HeadShape, window: int | None) -> TileGroup:
     """Spans of equal row counts, those of most tiles first."""
     count, tiles_n = spans[0].num_rows, [span.tiles(window) for span in spans]
-    reach = tuple(sum(t < len(tiles) for tiles in tiles_n) for t in range(len(tiles_n[0])))
-    owner_P = torch.cat([torch.arange(n) for n in reach])
-    turn_P = torch.repeat_interleave(torch.arange(len(reach)), torch.tensor(reach))
+    seqs_per_tile = tuple(sum(t < len(tiles) for tiles in tiles_n) for t in range(len(tiles_n[0])))
+    owner_P = torch.cat([torch.arange(n) for n in seqs_per_tile])
+    turn_P = torch.repeat_interleave(torch.arange(len(seqs_per_tile)), torch.tensor(seqs_per_tile))
     first_P = (turn_P + torch.tensor([tiles.start for tiles in tiles_n])[owner_P]) * TILE
     context_P1 = torch.tensor([span.context for span in spans])[owner_P, None]
     position_PX = first_P[:, None] + torch.arange(TILE)
@@ -132,13 +132,13 @@ def _group(spans: list[QuerySpan], tables_RB: torch.Tensor, block_size: int, hea
     entry_PX = tables_RB[table_n[owner_P, None], from_PX // block_size].long() * block_size + from_PX % block_size
     partial = ((end_PC[:, 0] < first_P + TILE) | (begin_PC[:, -1] > first_P)).tolist()
     step = max(1, GATHER_BYTES // (4 * TILE * heads.num_kv * heads.k_dim * max(1, count * heads.ratio // 64)))
-    pieces = []
+    chunks = []
     for start in range(0, len(partial), step):
         pairs = slice(start, min(start + step, len(partial)))
         mask = _mask(position_PX[pairs], begin_PC[pairs], end_PC[pairs], heads.ratio) if any(partial[pairs]) else None
-        pieces.append(KVChunk(pairs, owner_P[pairs], entry_PX[pairs].flatten(), mask))
+        chunks.append(KVChunk(pairs, owner_P[pairs], entry_PX[pairs].flatten(), mask))
     rows = torch.cat([torch.arange(span.row, span.row + count) for span in spans])
-    return TileGroup(rows, count, reach, owner_P, tuple(pieces))
+    return TileGroup(rows, count, seqs_per_tile, owner_P, tuple(chunks))
 
 
 def _mask(position_PX: torch.Tensor, begin_PC: torch.Tensor, end_PC: torch.Tensor, ratio: int) -> torch.Tensor:

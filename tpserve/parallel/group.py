@@ -26,7 +26,7 @@ class Group:
         self.size = 1 if handle is None else handle.size()
 
     @property
-    def through_memory(self) -> bool:
+    def uses_shm(self) -> bool:
         """Whether activations go through a page of shared memory."""
         return self._shm is not None
 
@@ -55,7 +55,7 @@ class Group:
         dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self._handle)
         return out
 
-    def min(self, value: int) -> int:
+    def all_reduce_min(self, value: int) -> int:
         """Smallest of the ranks' integers."""
         if self.size == 1:
             return value
@@ -64,7 +64,7 @@ class Group:
         dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self._handle)
         return int(x.item())
 
-    def gather(self, values: Sequence[int]) -> list[list[int]]:
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         """The integers of every rank, in rank order; each rank gives as many."""
         if self.size == 1:
             return [list(values)]

@@ -88,7 +88,7 @@ def init_distributed(
             _pipeline(rank, layout, backend == "gloo" and device.type == "cuda"),
             device,
         )
-        mesh.world.min(epoch)  # every connection of the world group stands from here on
+        mesh.world.all_reduce_min(epoch)  # every connection of the world group stands from here on
     except (EngineFailure, RuntimeError, ValueError) as error:  # torch's DistError family and gloo's bare RuntimeErrors
         if shm is not None:
             shm.close()
@@ -142,7 +142,7 @@ def _pipeline(rank: int, layout: ParallelLayout, via_host: bool) -> Pipeline:
     )
 
 
-def leave(mesh: Mesh) -> None:
+def destroy_distributed(mesh: Mesh) -> None:
     """Give the process groups up without waiting for anybody: the peers may be dead."""
     mesh.tp.close()
     if mesh.layout.world_size > 1:

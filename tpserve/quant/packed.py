@@ -19,19 +19,19 @@ AMX_ROWS = 32
 class PackedWeight:
     """`blob` is opaque: nothing but a product can be done with it. It takes as many bytes as the plain tensor.
 
-    `shape`: (N, K) of the plain tensor. `most_rows`: of one call of the library; None for any number.
+    `shape`: (N, K) of the plain tensor. `max_rows`: of one call of the library; None for any number.
     """
 
     blob: torch.Tensor
     shape: torch.Size
-    most_rows: int | None
+    max_rows: int | None
 
     def product(self, x_TK: torch.Tensor) -> torch.Tensor:
         """x @ weight.T: [T, N]."""
         x_TK = x_TK.contiguous()
-        if self.most_rows is None or len(x_TK) <= self.most_rows:
+        if self.max_rows is None or len(x_TK) <= self.max_rows:
             return _product(x_TK, self.blob)
-        return torch.cat([_product(rows, self.blob) for rows in torch.split(x_TK, self.most_rows)])
+        return torch.cat([_product(rows, self.blob) for rows in torch.split(x_TK, self.max_rows)])
 
 
 Weight = torch.Tensor | PackedWeight
@@ -41,10 +41,10 @@ Stack = torch.Tensor | tuple[Weight, ...]
 
 def pack(weight: Weight) -> Weight:
     """Packed where this processor has a packed product of the dtype, else the weight as it is; [N, K]."""
-    if isinstance(weight, PackedWeight) or weight.device.type != "cpu" or not packs(weight.dtype):
+    if isinstance(weight, PackedWeight) or weight.device.type != "cpu" or not can_pack(weight.dtype):
         return weight
     blob = torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous())
-    return PackedWeight(blob, weight.shape, most_rows(weight.dtype))
+    return PackedWeight(blob, weight.shape, max_rows(weight.dtype))
 
 
 def pack_stack(stack: Stack) -> Stack:
@@ -53,7 +53,7 @@ def pack_stack(stack: Stack) -> Stack:
     A packed stack's memory is given back at once, if nothing but the stack is in it: a layer's experts are too large to be held
     twice until all of the layer is packed. Nobody may read the plain stack afterwards.
     """
-    if isinstance(stack, tuple) or stack.device.type != "cpu" or not packs(stack.dtype):
+    if isinstance(stack, tuple) or stack.device.type != "cpu" or not can_pack(stack.dtype):
         return stack
     packed = tuple(pack(weight) for weight in stack)
     storage = stack.untyped_storage()
@@ -63,7 +63,7 @@ def pack_stack(stack: Stack) -> Stack:
 
 
 @functools.cache
-def packs(dtype: torch.dtype) -> bool:
+def can_pack(dtype: torch.dtype) -> bool:
     """Whether this processor and this torch have the packed product of a dtype, found by trying it once.
 
     On x86-64 only: what other processors' libraries make of it was never measured.
@@ -78,7 +78,7 @@ def packs(dtype: torch.dtype) -> bool:
     return True
 
 
-def most_rows(dtype: torch.dtype) -> int | None:
+def max_rows(dtype: torch.dtype) -> int | None:
     """How many rows of a dtype one call of the library may have at most, so that a row's bits do not depend on the others."""
     return AMX_ROWS if dtype == torch.bfloat16 and has_amx() else None
 

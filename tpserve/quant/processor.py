@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import PACKABLE, has_amx, pack, packs
+from tpserve.quant.packed import PACKABLE, can_pack, has_amx, pack
 
 INNER, OUTPUTS, ROWS = 2048, 16, 4
 
@@ -21,7 +21,7 @@ def facts(limits: Mapping[str, str]) -> dict[str, str]:
     The libraries also choose by vendor and caches, which no flag tells: "CPU products" is a hash of what some products give.
     """
     level = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *(["AMX"] if has_amx() else [])]
-    level += [f"packs {str(dtype).removeprefix('torch.')}" for dtype in PACKABLE if packs(dtype)]
+    level += [f"packs {str(dtype).removeprefix('torch.')}" for dtype in PACKABLE if can_pack(dtype)]
     return {"CPU": " ".join([*level, *(f"{name}={text}" for name, text in sorted(limits.items()))]), "CPU products": _products()}
 
 

@@ -47,7 +47,7 @@ def draw(
         return _winner(*_greedy(logits_SV, first), tp)
     aligned = all(shard.start % BLOCK == 0 for shard in shards)
     if not aligned:
-        logits_SV, first = gather(logits_SV, shards, tp), 0
+        logits_SV, first = gather_logits(logits_SV, shards, tp), 0
     value_S, token_S = _draw_rows(logits_SV, temperature_S, seed_S, position_S, choice_S, first=first)
     return _winner(value_S, token_S, tp) if aligned else token_S
 
@@ -118,7 +118,7 @@ def _winner(value_S: torch.Tensor, token_S: torch.Tensor, tp: Group) -> torch.Te
     return token_PS.gather(0, value_PS.argmax(dim=0)[None]).squeeze(0).long()
 
 
-def gather(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group) -> torch.Tensor:
+def gather_logits(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group) -> torch.Tensor:
     """All ranks' logits side by side, a copy; shares are padded to the largest on the way."""
     if tp.size == 1:
         return logits_SV.clone()

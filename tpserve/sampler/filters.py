@@ -94,7 +94,7 @@ class Filters:
     prompt_R: torch.Tensor
     history: int = 0
     allowed: AllowedIds | None = None
-    bans: BadWords | None = None
+    bad_words: BadWords | None = None
     bias: LogitBias | None = None
     penalties: Penalties | None = None
     min_p: MinPFilter | None = None
@@ -103,26 +103,26 @@ class Filters:
 
 
 def apply(
-    logits_RV: torch.Tensor, asked: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_RL: torch.Tensor
+    logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_RL: torch.Tensor
 ) -> torch.Tensor:
     """The logits to draw from, float32; changes `logits_RV`.
 
     `position_R`: how many tokens each row's sequence has; `tokens_RL`: its tokens, anything after them.
     """
-    if asked.allowed is not None:
-        allow(logits_RV, asked.allowed)
-    if asked.bans is not None:
-        logits_RV = ban(logits_RV, asked.bans, tokens_RL, position_R, asked.prompt_R)
-    if asked.bias is not None:
-        add_bias(logits_RV, asked.bias)
-    if asked.penalties is not None:
-        penalise(logits_RV, asked.penalties, tokens_RL, position_R, asked.prompt_R)
-    if asked.min_p is not None:
-        keep_min_p(logits_RV, asked.min_p, temperature_R)
-    if asked.top_k is not None:
-        keep_top_k(logits_RV, asked.top_k)
-    if asked.top_p is not None:
-        keep_top_p(logits_RV, asked.top_p, temperature_R)
+    if filters.allowed is not None:
+        allow(logits_RV, filters.allowed)
+    if filters.bad_words is not None:
+        logits_RV = ban(logits_RV, filters.bad_words, tokens_RL, position_R, filters.prompt_R)
+    if filters.bias is not None:
+        add_bias(logits_RV, filters.bias)
+    if filters.penalties is not None:
+        penalise(logits_RV, filters.penalties, tokens_RL, position_R, filters.prompt_R)
+    if filters.min_p is not None:
+        keep_min_p(logits_RV, filters.min_p, temperature_R)
+    if filters.top_k is not None:
+        keep_top_k(logits_RV, filters.top_k)
+    if filters.top_p is not None:
+        keep_top_p(logits_RV, filters.top_p, temperature_R)
     return logits_RV
 
 

@@ -128,7 +128,7 @@ def measure(
 
 
 def _gather(mesh: Mesh, mine: MemoryProfile) -> list[MemoryProfile]:
-    return [MemoryProfile(*values) for values in mesh.world.gather(astuple(mine))]
+    return [MemoryProfile(*values) for values in mesh.world.all_gather_ints(astuple(mine))]
 
 
 def _explain(mesh: Mesh, rank: int, *lines: str) -> None:
@@ -136,7 +136,7 @@ def _explain(mesh: Mesh, rank: int, *lines: str) -> None:
     if mesh.rank == rank:
         for line in (*lines, devices.occupants(mesh.device)):
             log.error(line)
-    mesh.world.min(0)
+    mesh.world.all_reduce_min(0)
 
 
 def _measured_cpu(
@@ -145,7 +145,7 @@ def _measured_cpu(
     tried = trial(CPU_WARM_UP_ROWS)
     tried.layers()
     tried.head()
-    mesh.world.min(0)  # all ranks of this machine have loaded, so what is free is free for all
+    mesh.world.all_reduce_min(0)  # all ranks of this machine have loaded, so what is free is free for all
     head = tried.head_bound()
     free = available_memory().free // local_ranks - head
     room = min(CPU_CACHE_MOST // local_ranks, int(free * CPU_CACHE_SHARE))
@@ -158,7 +158,7 @@ def _measured_cuda(
 ) -> MemoryProfile:
     activations, head = _peaks(trial(config.max_num_batched_tokens))
     torch.cuda.empty_cache()
-    mesh.world.min(0)  # ranks that share the card have loaded and given back what they tried
+    mesh.world.all_reduce_min(0)  # ranks that share the card have loaded and given back what they tried
     free, total = torch.cuda.mem_get_info()
     sharers = devices.sharers(mesh.device, local_ranks)
     held = torch.cuda.memory_allocated()

@@ -101,7 +101,7 @@ def filters(rows: Sequence[SamplingMetadata], positions: Sequence[int], place: T
         prompt_R=place(torch.tensor([row.prompt_len for row in rows])),
         history=max(positions) if penalties is not None or longest > 1 else 0,
         allowed=_allowed(rows, place),
-        bans=bans,
+        bad_words=bans,
         bias=_bias(rows, place),
         penalties=penalties,
         min_p=min_p,
