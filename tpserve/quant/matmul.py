@@ -23,6 +23,6 @@ def matmul(x_TK: torch.Tensor, weight_NK: Weight) -> torch.Tensor:
 
 
 def pad_rows(x_TK: torch.Tensor) -> torch.Tensor:
-    """`x` with zero rows appended up to a multiple of ROW_UNIT; `x` itself on CUDA. If a step pads once, `matmul` adds nothing."""
+    """`x` with zero rows appended up to a multiple of ROW_UNIT; `x` itself on CUDA. Steps pad once, before their products."""
     missing = 0 if x_TK.is_cuda else -len(x_TK) % ROW_UNIT
     return F.pad(x_TK, (0, 0, 0, missing)) if missing else x_TK

@@ -16,7 +16,7 @@ INNER, OUTPUTS, ROWS = 2048, 16, 4
 
 
 def facts(limits: Mapping[str, str]) -> dict[str, str]:
-    """ "CPU": architecture and instruction sets. "CPU products": a hash of sample products.
+    """Two facts by name: "CPU", architecture and instruction sets, and "CPU products", a hash of sample products.
 
     The hash is needed since libraries also choose a path by vendor and cache sizes, which no CPU flag shows.
     `limits`: the set environment variables that limit the instruction sets of libraries, by name.
