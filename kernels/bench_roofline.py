@@ -3,10 +3,10 @@
     python kernels/bench_roofline.py --output roofline.json
     TRITON_INTERPRET=1 python kernels/bench_roofline.py --smoke --output roofline.json   # tiny, no GPU
 
---smoke only tries the program: its times mean nothing. Both limits are measured in the same run. Inputs are random (zeros run too fast), and calls cycle through several sets of them,
-so that they come from memory and not from the cache. Each set is one call in a captured CUDA graph, so the time contains no
-Python. Imports torch and triton only. Shapes are those of an 8B Llama, whole or as one of eight ranks; windows are
-gpt-oss's, with its sinks, and latents those of one of DeepSeek V3's eight ranks.
+--smoke only tries the program: its times mean nothing. Both limits are measured in the same run. Inputs are random (zeros run
+too fast), and calls cycle through several sets of them, so that they come from memory and not from the cache. Each set is one
+call in a captured CUDA graph, so the time contains no Python. Imports torch and triton only. Shapes are those of an 8B Llama,
+whole or as one of eight ranks; windows are gpt-oss's, with its sinks, and latents those of one of DeepSeek V3's eight ranks.
 """
 
 import argparse
