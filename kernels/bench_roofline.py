@@ -146,9 +146,9 @@ def attention_case(
         q = random(device, num_rows, num_heads, head_dim)
         k_cache = random(device, sum(num_blocks), PAGE, num_kv_heads, head_dim)
         v_cache = torch.randn_like(k_cache) if latent is None else k_cache[..., :latent]
-        place = (q, k_cache, v_cache, tables, starts, contexts, max(query_lens), head_dim**-0.5)
+        args = (q, k_cache, v_cache, tables, starts, contexts, max(query_lens), head_dim**-0.5)
         sinks = None if window is None else torch.randn(num_heads, device=device)
-        return lambda: attention.paged_attention(*place, window=window, sinks_N=sinks)
+        return lambda: attention.paged_attention(*args, window=window, sinks_N=sinks)
 
     if window is None:
         pairs = sum(query * context - query * (query - 1) // 2 for query, context in requests)  # of row and position

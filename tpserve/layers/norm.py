@@ -15,7 +15,7 @@ from tpserve.parallel.group import Group
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-    """Each row of `x` divided by its root mean square (of the row, plus `eps`), times `offset + weight`: the shape of `x`.
+    """Each row of `x` divided by sqrt(mean(x^2) + eps), times `offset + weight`: the shape of `x`.
 
     All dims before the last are rows.
     """

@@ -15,7 +15,7 @@ from tpserve.types.model_spec import RoutingSpec
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's choice for one layer. `bias_E`: float32; None when `spec.bias` is."""
+    """The router's choice for one layer. `bias_E`: float32; None when `spec.bias` is None."""
 
     spec: RoutingSpec
     bias_E: torch.Tensor | None = None
