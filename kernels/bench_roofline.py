@@ -1,12 +1,12 @@
-"""How far each kernel is from the floor that the card itself sets: bytes over copy bandwidth, or operations over matmul rate.
+"""The time of each kernel against the roofline of the GPU: bytes over copy bandwidth, or operations over matmul rate.
 
     python kernels/bench_roofline.py --output roofline.json
-    TRITON_INTERPRET=1 python kernels/bench_roofline.py --smoke --output roofline.json     # tiny sizes, no card, no meaning
+    TRITON_INTERPRET=1 python kernels/bench_roofline.py --smoke --output roofline.json   # tiny, no GPU
 
-Both floors are measured in the same run. Inputs are random (zeros run too fast) and several sets of them are visited in turn,
-so that they come from memory rather than from the cache. Every set is one call in a captured graph: what is timed is the
-kernel, not Python. Knows torch and triton only. Shapes are those of an 8B Llama, whole or as one of eight ranks; windows are
-gpt-oss's, with its sinks, and latents those of one of DeepSeek V3's eight ranks.
+--smoke only tries the program: its times mean nothing. Both limits are measured in the same run. Inputs are random (zeros run
+too fast), and calls cycle through several sets of them, so that they come from memory and not from the cache. Each set is one
+call in a captured CUDA graph, so the time contains no Python. Imports torch and triton only. Shapes are those of an 8B Llama,
+whole or as one of eight ranks; windows are gpt-oss's, with its sinks, and latents those of one of DeepSeek V3's eight ranks.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel at one shape: what it must move and multiply at least, and how to make a call with inputs of its own."""
+    """A kernel at one shape: the minimum bytes and operations, and a function that makes a call with its own inputs."""
 
     kernel: str
     shape: str
@@ -51,18 +51,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Floor:
-    """What the card reaches in plain torch."""
+    """The rates that the GPU reaches in plain torch."""
 
     copy_gb_s: float
     matmul_tflop_s: float
 
     def us(self, case: Case) -> float:
+        """The least time of a case, in microseconds."""
         return max(case.num_bytes / self.copy_gb_s / 1e3, case.num_flops / self.matmul_tflop_s / 1e6)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     kernel: str
     shape: str
@@ -74,11 +75,12 @@ class Row:
 
 
 def random(device: str, *shape: int) -> torch.Tensor:
+    """Standard normal numbers in DTYPE."""
     return torch.randn(*shape, dtype=DTYPE, device=device)
 
 
 def row_cases(device: str, num_rows: int) -> list[Case]:
-    """The kernels that work row by row, in bytes of bfloat16."""
+    """The kernels that work row by row, on bfloat16."""
     num_heads, num_kv_heads, head_dim = HEADS
     num_qkv = (num_heads + num_kv_heads) * head_dim
     weight = random(device, HIDDEN)
@@ -125,9 +127,9 @@ def attention_case(
     latent: int | None = None,
     window: int | None = None,
 ) -> Case:
-    """Paged attention of (query length, context length) requests, their blocks scattered over the cache.
+    """Paged attention of (query length, context length) requests whose blocks are in random order.
 
-    `latent`: values are so many channels of the keys. With a window there are sinks too.
+    `latent`: the values are this many channels of the keys. With a window there are sinks too.
     """
     num_heads, num_kv_heads, head_dim = heads
     query_lens, context_lens = zip(*requests, strict=True)
@@ -144,9 +146,9 @@ def attention_case(
         q = random(device, num_rows, num_heads, head_dim)
         k_cache = random(device, sum(num_blocks), PAGE, num_kv_heads, head_dim)
         v_cache = torch.randn_like(k_cache) if latent is None else k_cache[..., :latent]
-        place = (q, k_cache, v_cache, tables, starts, contexts, max(query_lens), head_dim**-0.5)
+        args = (q, k_cache, v_cache, tables, starts, contexts, max(query_lens), head_dim**-0.5)
         sinks = None if window is None else torch.randn(num_heads, device=device)
-        return lambda: attention.paged_attention(*place, window=window, sinks_N=sinks)
+        return lambda: attention.paged_attention(*args, window=window, sinks_N=sinks)
 
     if window is None:
         pairs = sum(query * context - query * (query - 1) // 2 for query, context in requests)  # of row and position
@@ -160,6 +162,7 @@ def attention_case(
 
 
 def cases(device: str, smoke: bool) -> list[Case]:
+    """All cases of a run."""
     if smoke:
         requests = [(1, 20), (3, 5)]
         return [
@@ -187,9 +190,9 @@ def cases(device: str, smoke: bool) -> list[Case]:
 
 
 def median_us(calls: list[Call], device: str, repeats: int = 20) -> float:
-    """Microseconds of one call, all of them in turn: replays of a captured graph on a card, the plain clock elsewhere."""
+    """Median microseconds of one call, over `calls` in turn: replays of a CUDA graph, or one pass on the CPU."""
     for call in calls[:3]:
-        call()  # compiles, and fills the allocator
+        call()  # compiles the kernel and warms the allocator
     if device == "cpu":
         began = time.perf_counter()
         for call in calls:
@@ -198,7 +201,7 @@ def median_us(calls: list[Call], device: str, repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        outputs = [call() for call in calls]  # kept, so that no output lands where another was
+        outputs = [call() for call in calls]  # referenced, so that no two outputs share memory
     event = functools.partial(torch.cuda.Event, enable_timing=True)
     times_ms: list[float] = []
     for _ in range(3 + repeats):
@@ -213,6 +216,7 @@ def median_us(calls: list[Call], device: str, repeats: int = 20) -> float:
 
 
 def measure_floor(device: str, smoke: bool) -> Floor:
+    """Measure copy bandwidth and matmul rate."""
     num_values, size = (1 << 10, 32) if smoke else (1 << 29, 8192)
     source, target = random(device, num_values), torch.empty(num_values, dtype=DTYPE, device=device)
     copy_us = median_us([lambda: target.copy_(source)], device)
@@ -222,6 +226,7 @@ def measure_floor(device: str, smoke: bool) -> Floor:
 
 
 def measure(case: Case, floor: Floor, device: str, smoke: bool) -> Row:
+    """Time a case."""
     num_sets = 1 if smoke else min(MAX_SETS, 1 + COLD_BYTES // case.num_bytes)
     us = median_us([case.make() for _ in range(num_sets)], device)
     rates = (case.num_bytes / us / 1e3, case.num_flops / us / 1e6)
@@ -229,9 +234,10 @@ def measure(case: Case, floor: Floor, device: str, smoke: bool) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time every kernel against the card's own floor.")
+    """Measure, print the table and write it as JSON."""
+    parser = argparse.ArgumentParser(description="Time every kernel against the roofline of the GPU.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, also in Triton's interpreter")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes; works in Triton's interpreter")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not (arguments.smoke and triton.knobs.runtime.interpret):

@@ -1,4 +1,4 @@
-"""Gated activations between the two halves of an MLP.
+"""Gated activations of an MLP.
 
 Shazeer, "GLU Variants Improve Transformer" (2020), https://arxiv.org/abs/2002.05202 (there: SwiGLU, GEGLU). The clamped form is
 that of the gpt-oss model card (2025), https://arxiv.org/abs/2508.10925.
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 1024
+"""Channels per program."""
 
 
 def silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
@@ -56,6 +57,7 @@ def clamped_swiglu_reference(gate_up_TI2: torch.Tensor, alpha: float, limit: flo
 
 
 def _gated(gate_up_TI2: torch.Tensor, kind: str, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
+    """Launch the kernel. `alpha` and `limit` are for "clamped" only."""
     num_rows, width = gate_up_TI2.shape
     assert width % 2 == 0 and gate_up_TI2.stride(1) == 1
     intermediate = width // 2
@@ -73,6 +75,7 @@ def _gated_kernel(
     gate_up_ptr, y_ptr, gate_up_stride, alpha, limit,
     INTERMEDIATE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program per BLOCK channels of one row."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < INTERMEDIATE

@@ -5,21 +5,20 @@ Kwon et al., "PagedAttention" (2023), https://arxiv.org/abs/2309.06180, for the 
 part of their keys; Gemma Team, "Gemma 2" (2024), https://arxiv.org/abs/2408.00118, for the cap; Xiao et al., "Efficient
 Streaming Language Models with Attention Sinks" (2023), https://arxiv.org/abs/2309.17453, for sinks, here learned scores.
 
-Legend: T rows of the step, R requests, N query heads, K key/value heads, D channels a key, E a value, B blocks (in `tables`:
-the widest row), S entries a block, C context segments.
+Legend: T rows of the step, R requests, N query heads, K key/value heads, D channels of a key, E of a value, B blocks (in
+`tables`: of the widest row), S entries per block, C context segments.
 
-Invariant: a row's bits depend on its own query and what it sees of its own context only: not on the other rows, on the
-chunking, on the page size or on whether the context was split over programs. Hence
+Invariant: the bits of a row depend only on its own query and on the part of its context that it sees: not on the other rows,
+the chunking, the page size, or the split of the context over programs. Therefore
 
-  - a request's context is cut, from position 0, into segments of SEGMENT positions and those into tiles of `Tile.n`;
-  - within a segment tiles run in order from a fresh state; segments are merged in order, by `_merge` and nothing else; a
-    tile or segment of which a row sees nothing leaves its state as it is;
-  - `Tile` is a function of head size and dtype, never of T, R or a length; a decode row rides in the same tile shape as
-    a prefill row;
-  - no atomics, and multiply-adds are left unfused, so that the same source in two kernels is the same arithmetic.
+  - a context is divided, from position 0, into segments of SEGMENT positions, and a segment into tiles of `Tile.n`;
+  - within a segment tiles are processed in order from an empty state; segments are merged in order, only by `_merge`; a tile
+    or segment in which a row sees nothing does not change its state;
+  - `Tile` is a function of head size and dtype, never of T, R or a length: decode and prefill rows use one tile shape;
+  - there are no atomics and no fused multiply-adds, so the same source in two kernels is the same arithmetic.
 
-So the split is a matter of speed alone. Whole: a program walks all segments of its rows, merging as it goes. Split (few
-rows, long context): a program takes one segment, and `merge_kernel` merges what they left.
+So the split affects speed only. Without it a program processes all segments of its rows and merges them. With it (few rows, long
+context) a program computes one segment, and `merge_kernel` merges them.
 """
 
 import math
@@ -31,18 +30,18 @@ import triton
 from tpserve_kernels.attention_walk import attention_kernel, merge_kernel
 
 SEGMENT = 512
-"""Positions a segment: long enough that merging is cheap, short enough that one long request fills a card."""
+"""Positions per segment: long enough that merging is cheap, short enough that one long request fills a GPU."""
 
 MAX_PARTIAL_BYTES = 64 << 20
-"""The split form leaves one float32 row per (row, head, segment); above this the whole form has programs enough."""
+"""The split stores one float32 vector per (row, head, segment). Above this size there are enough programs without a split."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of one step of the online softmax, the same for every row of a model."""
+    """The tile of one step of the online softmax, the same for every row of a model."""
 
     m: int
-    """query rows: as many tokens as fit, times the query heads that share a key head, or a part of those heads"""
+    """query rows: as many tokens as fit, times the query heads of a key head (or a part of those heads)"""
     n: int
     """context positions; divides SEGMENT"""
     num_warps: int
@@ -50,10 +49,10 @@ class Tile:
 
 
 def tile_of(v_dim: int, dtype: torch.dtype) -> Tile:
-    """64 rows feed Hopper's warp-group matrix units, and keep a decode row bound by memory: 64 operations a byte."""
+    """The tile for values of `v_dim` channels. 64 rows feed Hopper's warp-group matrix units and keep decode memory-bound."""
     if dtype == torch.float32:  # exact products, no matrix units: small tiles that stay in registers
         return Tile(m=16, n=32 if v_dim <= 256 else 16, num_warps=8, num_stages=2)
-    if v_dim > 256:  # latents: the accumulator alone is half the registers, the queries a third of the shared memory
+    if v_dim > 256:  # latents: the accumulator takes half the registers, the queries a third of the shared memory
         return Tile(m=64, n=32, num_warps=8, num_stages=2)
     large = v_dim > 128
     return Tile(m=64, n=64, num_warps=8 if large else 4, num_stages=2 if large else 3)
@@ -112,7 +111,7 @@ def paged_attention(
         "HEADS": num_heads, "HEAD_DIM": v_dim, "BLOCK_D": triton.next_power_of_2(v_dim), "WINDOW": window or 0,
         "SINKS": sinks_N is not None, "SEGMENT": SEGMENT,
     }  # fmt: skip
-    # Of many tiles, request r is given [starts[r] // tokens + r, starts[r + 1] // tokens + r + 1): enough for any lengths.
+    # Request r has the tiles [starts[r] // tokens + r, starts[r + 1] // tokens + r + 1): enough for any lengths.
     num_tiles = num_requests if one_tile else num_rows // tokens_a_tile + num_requests
     attention_kernel[(num_tiles, num_kv_heads * parts, num_segments if split else 1)](
         q_TND, k_cache_BSKD, v_cache_BSKE, tables_RB, query_starts_R1, context_lens_R, sinks, out_TNE, partial_TNCE, state_TNC2,
@@ -142,7 +141,7 @@ def _assert_contract(
     context_lens_R: torch.Tensor,
     sinks_N: torch.Tensor | None,
 ) -> None:
-    """What `paged_attention` promises to refuse."""
+    """AssertionError for inputs that violate the contract of `paged_attention`."""
     _, num_heads, k_dim = q_TND.shape
     _, page, num_kv_heads, v_dim = v_cache_BSKE.shape
     num_requests, _ = tables_RB.shape

@@ -1,19 +1,19 @@
-"""How programs walk a paged context: the kernels behind `attention`, which says what they compute and why it is invariant.
+"""The kernels of `attention`, which defines what they compute and why it is invariant.
 
-Dao et al., "FlashAttention" (2022), https://arxiv.org/abs/2205.14135, for the online softmax. Scores are kept in powers of
-two. Windows, the cap, sinks and tails of keys are paths chosen when a kernel is compiled: unused they cost nothing.
+Source: the online softmax of FlashAttention (Dao et al. 2022), https://arxiv.org/abs/2205.14135. Scores are base-2 logarithms.
+Windows, the cap, sinks and tails of keys are compile-time options: they cost nothing when unused.
 """
 
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-1e30)  # where a running maximum starts: below every score, yet finite, so that inf - inf never arises
+LOWEST = tl.constexpr(-1e30)  # initial running maximum: below every score, yet finite, so that inf - inf never occurs
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _merge(peak_a, total_a, acc_a, peak_b, total_b, acc_b):
-    """Two softmax states (largest score, sum of exponentials, weighted values) of adjacent contexts, as one."""
+    """Merge the softmax states (largest score, sum of exponentials, weighted values) of two adjacent contexts."""
     peak = tl.maximum(peak_a, peak_b)
     weight_a = tl.exp2(peak_a - peak)
     weight_b = tl.exp2(peak_b - peak)
@@ -23,7 +23,7 @@ def _merge(peak_a, total_a, acc_a, peak_b, total_b, acc_b):
 
 @triton.jit
 def _output(peak, total, acc, sinks_ptr, head, HEADS: tl.constexpr, SINKS: tl.constexpr):
-    """What a softmax state comes to, the head's sink beside it."""
+    """The attention output of a softmax state, after the head's sink is added to the sum."""
     if SINKS:
         sink = tl.load(sinks_ptr + head, mask=head < HEADS, other=0.0) * LOG2_E
         higher = tl.maximum(peak, sink)
@@ -46,7 +46,7 @@ def _segment(
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     SEGMENT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The softmax state of a tile's rows over positions [start, start + SEGMENT) in [begin, stop), from a fresh state."""
+    """The softmax state of a tile's rows over the positions [start, start + SEGMENT) in [begin, stop), from an empty state."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     tail = tl.arange(0, BLOCK_TAIL)[None, :]
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -94,11 +94,11 @@ def _segment(
 
 @triton.jit
 def _tile_of_request(query_starts_ptr, num_requests, ONE_TILE: tl.constexpr, TOKENS: tl.constexpr):
-    """This program's request, and the first of that request's tokens in this program's tile."""
+    """The request of this program, and the first token of that request in this program's tile."""
     tile = tl.program_id(0)
     if ONE_TILE:
         return tile, 0
-    low = 0  # search the last request whose first tile, starts[r] // TOKENS + r, is not after this one
+    low = 0  # binary search for the last request whose first tile, starts[r] // TOKENS + r, is not after this one
     high = num_requests
     while high - low > 1:
         middle = (low + high) // 2
@@ -118,9 +118,9 @@ def attention_kernel(
     SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one request's rows under one key head: over all that they see, or (SPLIT) over one segment of it.
+    """One tile of one request's rows with one key head: over the whole context that they see, or (SPLIT) over one segment.
 
-    The GROUP query heads of a key head are dealt to as many tiles as it takes, SHARE to each.
+    The GROUP query heads of a key head are split over several tiles if necessary, SHARE heads in each.
     """
     TOKENS: tl.constexpr = BLOCK_M // SHARE
     PARTS: tl.constexpr = (GROUP + SHARE - 1) // SHARE
@@ -129,13 +129,13 @@ def attention_kernel(
     query_start = tl.load(query_starts_ptr + request)
     query_len = tl.load(query_starts_ptr + request + 1) - query_start
     context_before = tl.load(context_lens_ptr + request) - query_len
-    begin = _first_seen(context_before + first_token, WINDOW)  # no row of this tile sees what is before
-    stop = context_before + tl.minimum(first_token + TOKENS, query_len)  # nor what is from here on
+    begin = _first_seen(context_before + first_token, WINDOW)  # no row of this tile sees a position before this
+    stop = context_before + tl.minimum(first_token + TOKENS, query_len)  # nor from this one on
     walk = (begin // SEGMENT + tl.program_id(2)) * SEGMENT
     if (first_token >= query_len) | (walk >= stop):
         return
 
-    # Tile rows are (token, query head) pairs, heads fastest; rows past the last token or head compute and are not stored.
+    # Tile rows are (token, query head) pairs, heads fastest; rows past the last token or head are computed but not stored.
     m = tl.arange(0, BLOCK_M)
     token = first_token + m // SHARE
     of_group = tl.program_id(1) % PARTS * SHARE + m % SHARE
@@ -188,7 +188,7 @@ def merge_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SEGMENT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One (row, head): its segments in order, as `attention_kernel` merges them when it walks them all."""
+    """Merge the segments of one (row, head) in order, with the same operations as `attention_kernel` without SPLIT."""
     request = tl.program_id(0)
     head = tl.program_id(1)
     token = tl.program_id(2)

@@ -1,18 +1,21 @@
-"""Tells when Triton compiles a kernel: it takes seconds, in the middle of the first step whose shapes need it."""
+"""A hook for Triton's compilations: each takes seconds, in the middle of the first step whose shapes need it."""
 
 from collections.abc import Callable
 from typing import Any
 
 
-def on_compile(tell: Callable[[str], None]) -> None:
-    """From now on call `tell` with a phrase before each compilation in this process. Nothing happens where Triton is missing."""
+def on_compile(callback: Callable[[str], None]) -> None:
+    """Call `callback("compiling NAME")` before each later compilation in this process, on the compiling thread.
+
+    It replaces Triton's `jit_cache_hook`. Without Triton it does nothing.
+    """
     try:
         from triton import knobs
-    except ImportError:  # nothing is compiled, then
+    except ImportError:  # then nothing is compiled
         return
 
-    def begins(*, fn: Any = None, **about: Any) -> bool:
-        tell(f"compiling {getattr(fn, 'name', 'a kernel')}")
-        return False  # True would skip it
+    def hook(*, fn: Any = None, **_: Any) -> bool:
+        callback(f"compiling {getattr(fn, 'name', 'a kernel')}")
+        return False  # True would skip the compilation
 
-    knobs.runtime.jit_cache_hook = begins
+    knobs.runtime.jit_cache_hook = hook

@@ -1,9 +1,9 @@
-"""The matrix product of a mixture of experts: rows in order of their experts, each times its own expert's matrix.
+"""The grouped matrix product of a mixture of experts: rows sorted by expert, each times the matrix of its expert.
 
 Gale et al., "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts" (2022), https://arxiv.org/abs/2211.15841.
 
 Legend: R rows, E experts, K inner, N outputs. A tile is BLOCK_M rows of one expert by BLOCK_N outputs. Its shape depends on
-the dtype alone and K is walked in one order, so that no row's bits depend on how many rows an expert got.
+the dtype alone and the sum over K has one order, so the bits of a row do not depend on the number of rows of an expert.
 """
 
 import torch
@@ -31,7 +31,7 @@ def grouped_matmul(
     y_RN = torch.empty(num_rows, outputs, dtype=x_RK.dtype, device=x_RK.device)
     single = x_RK.dtype == torch.float32
     block_m, block_n, block_k = (16, 64, 32) if single else (64, 128, 64)
-    # The host does not know who has how many rows: every expert that has any wastes less than a tile.
+    # The host does not know the rows per expert: each expert with rows wastes less than one tile.
     most_tiles = num_rows // block_m + min(num_experts, num_rows)
     _grouped_kernel[(triton.cdiv(outputs, block_n), most_tiles)](
         x_RK, weight_ENK, ends_E, weight_ENK if bias_EN is None else bias_EN, y_RN, x_RK.stride(0), outputs, inner,
@@ -46,7 +46,7 @@ def grouped_matmul(
 def grouped_matmul_reference(
     x_RK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Tensor, bias_EN: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`grouped_matmul` in plain torch, on any device; rows of no expert are zero."""
+    """`grouped_matmul` in plain torch, on any device; rows from ends_E[-1] on are zero."""
     y_RN = x_RK.new_zeros(len(x_RK), weight_ENK.shape[1])
     start = 0
     for e, (weight_NK, end) in enumerate(zip(weight_ENK, ends_E.tolist(), strict=True)):
@@ -62,7 +62,8 @@ def _grouped_kernel(
     BIASED: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    # Whose tile is this? Experts' tiles are numbered in order; `tile_ends` counts them up to and with each expert's.
+    """One program per tile. Tiles are numbered expert by expert; those past the last tile do nothing."""
+    # Find the expert of this tile: `tile_ends` is the running count of tiles, each expert's included.
     tile = tl.program_id(1)
     experts = tl.arange(0, EXPERTS_BLOCK)
     known = experts < NUM_EXPERTS
@@ -72,10 +73,10 @@ def _grouped_kernel(
     tile_ends = tl.cumsum(tiles, 0)
     expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
     if expert < NUM_EXPERTS:
-        mine = experts == expert
-        first_tile = tl.sum(tl.where(mine, tile_ends - tiles, 0), 0)
-        start = tl.sum(tl.where(mine, starts, 0), 0)
-        end = tl.sum(tl.where(mine, ends, 0), 0)
+        selected = experts == expert
+        first_tile = tl.sum(tl.where(selected, tile_ends - tiles, 0), 0)
+        start = tl.sum(tl.where(selected, starts, 0), 0)
+        end = tl.sum(tl.where(selected, ends, 0), 0)
         row = start + (tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         row_inside, output_inside = row < end, output < outputs

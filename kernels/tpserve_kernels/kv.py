@@ -1,9 +1,9 @@
-"""Where a step's new keys and values go: the paged KV cache.
+"""Writes of a step's new keys and values to the paged KV cache.
 
 Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023),
 https://arxiv.org/abs/2309.06180.
 
-Legend: T rows, B blocks, S entries a block, K key/value heads, D channels a key, E a value. A slot is block * S + entry.
+Legend: T rows, B blocks, S entries per block, K key/value heads, D channels of a key, E of a value. A slot is block * S + entry.
 """
 
 import torch
@@ -18,11 +18,12 @@ def write_kv(
     v_cache_BSKE: torch.Tensor,
     write_slots_T: torch.Tensor,
 ) -> None:
-    """Copy row t into slot write_slots_T[t] of both caches, in place; a negative slot is skipped.
+    """Copy row t to slot write_slots_T[t] of both caches, in place. Negative slots are skipped.
 
-    k_TKD: [T, K, D] and v_TKE: [T, K, E], the caches' dtype; the values of a row are adjacent, rows may be apart. v_TKE None
-    where the value cache is a part of the key cache: only keys are written. k_cache_BSKD: [B, S, K, D] and (unless v_TKE is
-    None) v_cache_BSKE: [B, S, K, E], contiguous. write_slots_T: [T] int64, each below B S (not checked), no slot twice.
+    k_TKD: [T, K, D] and v_TKE: [T, K, E], the dtype of the caches; the values of a row are adjacent, rows may be strided.
+    v_TKE is None when the value cache is a view of the key cache: only keys are written.
+    k_cache_BSKD: [B, S, K, D] and (unless v_TKE is None) v_cache_BSKE: [B, S, K, E], contiguous.
+    write_slots_T: [T] int64, each below B S (not checked), no slot twice.
     Errors: AssertionError when shapes, dtypes or layouts differ from this.
     """
     num_rows = len(k_TKD)
@@ -59,6 +60,7 @@ def _write_kv_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, k_stride, v_stride,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, V_IN_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot >= 0:

@@ -13,7 +13,7 @@ import triton.language as tl
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * (offset + weight), computed in float32 and rounded once.
 
-    x_TH: [T, H] float32, float16 or bfloat16; the H values of a row are adjacent, rows may be apart (a slice is fine).
+    x_TH: [T, H] float32, float16 or bfloat16; the H values of a row are adjacent, rows may be strided (a slice is fine).
     weight_H: [H], any of these dtypes. Returns [T, H], x's dtype, contiguous.
     Errors: AssertionError when a shape or layout is not as above.
     """
@@ -30,7 +30,7 @@ def rms_norm_reference(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, o
 def add_rms_norm(
     x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(sum), sum) where sum = x + residual, rounded to x's dtype before it is normed.
+    """(rms_norm(sum), sum) where sum = x + residual, rounded to x's dtype before the norm.
 
     x_TH, residual_TH: [T, H] of one dtype, layouts as for `rms_norm`. Returns two contiguous [T, H] of that dtype; the
     first has the same bits as `rms_norm(x + residual)`.
@@ -52,7 +52,7 @@ def add_rms_norm_reference(
 def _norm(
     x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; without a residual the second tensor returned is x itself."""
+    """Launch the kernel. Without a residual the second result is x itself."""
     num_rows, hidden = x_TH.shape
     assert weight_H.shape == (hidden,) and weight_H.stride(0) == 1 and x_TH.stride(1) == 1
     y_TH = torch.empty(num_rows, hidden, dtype=x_TH.dtype, device=x_TH.device)
@@ -72,6 +72,7 @@ def _norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, residual_stride, eps, offset,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < HIDDEN
@@ -80,7 +81,7 @@ def _norm_kernel(
         residual = tl.load(residual_ptr + row * residual_stride + channel, mask=inside, other=0.0).to(tl.float32)
         total = (x + residual).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * HIDDEN + channel, total, mask=inside)
-        x = total.to(tl.float32)  # what the next layer reads back, not the sharper sum
+        x = total.to(tl.float32)  # the rounded sum, as the next layer reads it
     weight = offset + tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps) * weight
     tl.store(y_ptr + row * HIDDEN + channel, y.to(y_ptr.dtype.element_ty), mask=inside)

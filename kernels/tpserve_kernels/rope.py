@@ -1,9 +1,9 @@
-"""Rotary position embedding of queries and keys, in the half-rotation layout (channel e turns with channel E + e).
+"""Rotary position embedding of queries and keys, in the half-rotation layout (channel e rotates with channel E + e).
 
 Su et al., "RoFormer" (2021), https://arxiv.org/abs/2104.09864; the layout is that of GPT-NeoX and of Llama checkpoints.
 
-Legend: T rows, N query heads, K key heads, D channels a head, E angles (2 E <= D), P positions in the table.
-One program owns one row; no value depends on another row.
+Legend: T rows, N query heads, K key heads, D channels of a head, E angles (2 E <= D), P positions in the table.
+One program computes one row; no value depends on another row.
 """
 
 import torch
@@ -14,7 +14,7 @@ import triton.language as tl
 def apply_rope(
     q_TND: torch.Tensor, k_TKD: torch.Tensor, cos_PE: torch.Tensor, sin_PE: torch.Tensor, positions_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn the first 2 E channels of every head by the angles of the row's position; the other channels pass through.
+    """Rotate the first 2 E channels of every head by the angles of the row's position; copy the other channels.
 
     q_TND: [T, N, D], k_TKD: [T, K, D], one dtype of float32, float16 or bfloat16; D adjacent, the rest may be strided
     (slices of a packed projection are fine). cos_PE, sin_PE: [P, E] float32, contiguous. positions_T: [T] int64 or int32
@@ -46,29 +46,29 @@ def apply_rope_reference(
     num_angles = cos_PE.shape[1]
     cos_T1E, sin_T1E = cos_PE[positions_T].unsqueeze(1), sin_PE[positions_T].unsqueeze(1)
 
-    def turn(x: torch.Tensor) -> torch.Tensor:
+    def rotate(x: torch.Tensor) -> torch.Tensor:
         first, second, rest = x.float().split([num_angles, num_angles, x.shape[-1] - 2 * num_angles], dim=-1)
-        turned = [first * cos_T1E - second * sin_T1E, second * cos_T1E + first * sin_T1E, rest]
-        return torch.cat(turned, dim=-1).to(x.dtype)
+        rotated = [first * cos_T1E - second * sin_T1E, second * cos_T1E + first * sin_T1E, rest]
+        return torch.cat(rotated, dim=-1).to(x.dtype)
 
-    return turn(q_TND), turn(k_TKD)
+    return rotate(q_TND), rotate(k_TKD)
 
 
 @triton.jit
-def _turn(
+def _rotate(
     x_ptr, out_ptr, head_stride, cos, sin, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ANGLES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one row, `x_ptr` and `out_ptr` at its first value."""
+    """Rotate all heads of one row. `x_ptr` and `out_ptr` point to its first value."""
     head = tl.arange(0, BLOCK_HEADS)[:, None]
     angle = tl.arange(0, BLOCK_E)[None, :]
     inside = (head < HEADS) & (angle < ANGLES)
     first_ptr = x_ptr + head * head_stride + angle
     first = tl.load(first_ptr, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(first_ptr + ANGLES, mask=inside, other=0.0).to(tl.float32)
-    turned_ptr = out_ptr + head * HEAD_DIM + angle
-    tl.store(turned_ptr, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(turned_ptr + ANGLES, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    rotated_ptr = out_ptr + head * HEAD_DIM + angle
+    tl.store(rotated_ptr, (first * cos - second * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(rotated_ptr + ANGLES, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
     if 2 * ANGLES < HEAD_DIM:
         channel = 2 * ANGLES + tl.arange(0, BLOCK_REST)[None, :]
         inside = (head < HEADS) & (channel < HEAD_DIM)
@@ -82,6 +82,7 @@ def _rope_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ANGLES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     angle = tl.arange(0, BLOCK_E)[None, :]
     table = tl.load(positions_ptr + row).to(tl.int64) * ANGLES + angle
@@ -89,5 +90,5 @@ def _rope_kernel(
     sin = tl.load(sin_ptr + table, mask=angle < ANGLES, other=0.0)
     q_row_ptr, q_out_row_ptr = q_ptr + row * q_stride, q_out_ptr + row * (Q_HEADS * HEAD_DIM)
     k_row_ptr, k_out_row_ptr = k_ptr + row * k_stride, k_out_ptr + row * (K_HEADS * HEAD_DIM)
-    _turn(q_row_ptr, q_out_row_ptr, q_head_stride, cos, sin, Q_HEADS, HEAD_DIM, ANGLES, BLOCK_Q, BLOCK_E, BLOCK_REST)
-    _turn(k_row_ptr, k_out_row_ptr, k_head_stride, cos, sin, K_HEADS, HEAD_DIM, ANGLES, BLOCK_K, BLOCK_E, BLOCK_REST)
+    _rotate(q_row_ptr, q_out_row_ptr, q_head_stride, cos, sin, Q_HEADS, HEAD_DIM, ANGLES, BLOCK_Q, BLOCK_E, BLOCK_REST)
+    _rotate(k_row_ptr, k_out_row_ptr, k_head_stride, cos, sin, K_HEADS, HEAD_DIM, ANGLES, BLOCK_K, BLOCK_E, BLOCK_REST)

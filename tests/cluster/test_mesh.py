@@ -47,7 +47,7 @@ def check(mesh: meshes.Mesh, epoch: int) -> None:
     peers = range(stage * layout.tp, (stage + 1) * layout.tp)
     assert mesh.tp.all_gather(torch.tensor([rank])).flatten().tolist() == list(peers)
     assert mesh.tp.all_reduce(torch.tensor([float(rank)])).item() == sum(peers)
-    assert mesh.world.min(10 + rank) == 10
+    assert mesh.world.all_reduce_min(10 + rank) == 10
     pipeline = mesh.pipeline
     assert (pipeline.first, pipeline.last) == (stage == 0, stage == layout.pp - 1)
     hidden = torch.full((2, 3), float(tp_rank + 10 * epoch))
@@ -56,7 +56,7 @@ def check(mesh: meshes.Mesh, epoch: int) -> None:
     if not pipeline.last:
         pipeline.send(hidden)
     assert hidden.unique().tolist() == [tp_rank + 10 * epoch + 100 * stage]
-    mesh.world.min(0)  # what was sent has arrived everywhere before anybody leaves
+    mesh.world.all_reduce_min(0)  # what was sent has arrived everywhere before anybody leaves
 
 
 @pytest.mark.parametrize("all_reduce", ["auto", "gloo", "shm"])
@@ -72,8 +72,8 @@ def test_two_epochs_in_the_same_processes(tp: int, pp: int, all_reduce: AllReduc
             check(mesh, epoch)
             maps_a_page = "memfd:tpserve" in Path("/proc/self/maps").read_text()
             assert maps_a_page == (tp > 1 and all_reduce != "gloo")
-            mesh.world.min(0)  # nobody leaves before all have looked
-            meshes.leave(mesh)
+            mesh.world.all_reduce_min(0)  # nobody leaves before all have looked
+            meshes.destroy_distributed(mesh)
             del mesh
             assert "memfd:tpserve" not in Path("/proc/self/maps").read_text()
 
@@ -129,7 +129,7 @@ def test_a_death_raises_in_who_waits_for_it_and_the_survivor_can_form_again(all_
         with pytest.raises(RuntimeError if all_reduce == "gloo" else EngineFailure):
             while True:
                 mesh.tp.all_reduce(torch.ones(1))
-        meshes.leave(mesh)
+        meshes.destroy_distributed(mesh)
         check(meshes.init_distributed(0, layout, 2, meet(tmp_path, 0, 2), CPU, 20.0), 2)
 
     assert run(3, rank_main) == [0, -signal.SIGKILL, 0]

@@ -6,7 +6,7 @@ import torch
 
 from tpserve.cluster.discovery import FrontendAddress
 from tpserve.config.env import RankEnv
-from tpserve.parallel.mesh import init_distributed, leave
+from tpserve.parallel.mesh import destroy_distributed, init_distributed
 from tpserve.parallel.store import agent_store, host_store, join_store
 from tpserve.process.rank_agent import RankAgent
 from tpserve.types.layout import ParallelLayout
@@ -39,4 +39,4 @@ def take_part(env: RankEnv, rank_agent: RankAgent, frontend_address: FrontendAdd
                 time.sleep(0.01)
             time.sleep(0.003)
     finally:
-        leave(mesh)
+        destroy_distributed(mesh)

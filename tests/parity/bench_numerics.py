@@ -89,7 +89,7 @@ def coarse_tiles(
     q_nKMD = q_nKMD.to(k_cache_BSKD.dtype)
     peak_PKM1, weight_PKM1 = (torch.empty((len(group.owners), *heads, 1)) for _ in range(2))
     out_PKME = torch.empty((len(group.owners), *heads, v_cache_BSKE.shape[3]))
-    for chunk in group.pieces:
+    for chunk in group.chunks:
         q_pKMD = q_nKMD.expand(len(chunk.owners), -1, -1, -1) if n == 1 else q_nKMD[chunk.owners]
         product = torch.bmm(q_pKMD.flatten(0, 1), coarse_gather(k_cache_BSKD, chunk).transpose(1, 2))
         scores_pKMX = product.float().view(-1, *heads, TILE)
@@ -158,7 +158,7 @@ class Engine:
 
 
 LAYOUT = ParallelLayout(1, 1, (LAYERS,))
-with patch.dict(activation.GATED, silu=lambda gate_up_TI2: SILU.mul(gate_up_TI2)):
+with patch.dict(activation.GATED_ACTIVATIONS, silu=lambda gate_up_TI2: SILU.mul(gate_up_TI2)):
     DECODER = Decoder(SPEC, LAYOUT, 0, Ranks(), torch.bfloat16, torch.device("cpu"), 2048)
 
 

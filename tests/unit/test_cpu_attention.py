@@ -156,7 +156,7 @@ def test_a_bound_of_one_byte_takes_a_pair_at_a_time(monkeypatch: pytest.MonkeyPa
     for bound in ("GATHER_BYTES", "PART_BYTES"):
         monkeypatch.setattr(cpu_plan, bound, 1)
     batch = build_metadata(paged.batch([(i, context - 1, 1) for i, context in enumerate(paged.contexts)]), 8, paged.cache)
-    assert [len(group.pieces) for group in batch.tiles] == [2, 2, 1, 1]
+    assert [len(group.chunks) for group in batch.tiles] == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["window of one", "window in a tile", "window of tiles", "all of it", "all of it, latents"])
@@ -177,5 +177,5 @@ def test_a_window_reads_its_tiles_only() -> None:
     case = replace(CASES["groups"], window=100)
     paged = Paged([4990, 129, 20], case, torch.float32)
     decode, prefill = build_metadata(paged.batch([(0, 4989, 1), (1, 128, 1), (2, 19, 1), (0, 3000, 64)]), 8, paged.cache).tiles
-    assert decode.reach == (3, 1), "positions 4890 to 4989 are in one tile, 29 to 128 in two, 0 to 19 in one"
-    assert decode.rows.tolist() == [1, 0, 2] and prefill.reach == (1, 1), "positions 2901 to 3063"
+    assert decode.seqs_per_tile == (3, 1), "positions 4890 to 4989 are in one tile, 29 to 128 in two, 0 to 19 in one"
+    assert decode.rows.tolist() == [1, 0, 2] and prefill.seqs_per_tile == (1, 1), "positions 2901 to 3063"

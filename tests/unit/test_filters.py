@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from tests.unit.test_draw import deviation, drawn, on_ranks
 from tpserve.parallel.group import Group
 from tpserve.sampler import filters as module
-from tpserve.sampler.draw import gather
+from tpserve.sampler.draw import gather_logits
 from tpserve.sampler.filters import apply
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker.request_pool import to_device
@@ -259,7 +259,7 @@ def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
 
     def run(tp: Group) -> torch.Tensor:
         shard = shards[tp.rank]
-        gathered = gather(logits[:, shard.start : shard.stop].clone(), shards, tp)
+        gathered = gather_logits(logits[:, shard.start : shard.stop].clone(), shards, tp)
         return filtered([replace_logits(row, line) for row, line in zip(rows, gathered, strict=True)])
 
     for result in on_ranks(len(shards), run):

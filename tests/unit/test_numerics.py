@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tpserve.layers.activation import PLAIN, clamped_swiglu, gelu_tanh_mul, silu_mul
+from tpserve.layers.activation import ACTIVATIONS, clamped_swiglu, gelu_tanh_mul, silu_mul
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import Experts, MoE
 from tpserve.layers.norm import AllHeadsNorm, LayerNorm, add_rms_norm, rms_norm
@@ -77,12 +77,12 @@ def test_what_cannot_be_packed_stays_plain(monkeypatch: pytest.MonkeyPatch) -> N
     for dtype in (torch.float16, torch.int8):
         weight_NK = torch.zeros(8, 8, dtype=dtype)
         assert pack(weight_NK) is weight_NK
-    packed.packs.cache_clear()
+    packed.can_pack.cache_clear()
     monkeypatch.delattr(torch.ops.mkldnn, "_reorder_linear_weight", raising=False)
     monkeypatch.setattr(packed, "PACKABLE", ())
     plain = torch.randn(8, 8)
     assert pack(plain) is plain
-    packed.packs.cache_clear()
+    packed.can_pack.cache_clear()
 
 
 def test_few_rows_at_once_where_the_processor_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,15 +94,15 @@ def test_few_rows_at_once_where_the_processor_asks_for_it(monkeypatch: pytest.Mo
         return F.linear(x_TK, weight_NK)
 
     monkeypatch.setattr(packed, "has_amx", lambda: True)
-    assert packed.most_rows(torch.bfloat16) == 32 and packed.most_rows(torch.float32) is None
+    assert packed.max_rows(torch.bfloat16) == 32 and packed.max_rows(torch.float32) is None
     monkeypatch.setattr(packed, "_product", product)
     weight_NK, x_TK = torch.randn(24, 64), torch.randn(601, 64)
-    sliced = PackedWeight(weight_NK, weight_NK.shape, packed.most_rows(torch.bfloat16))
+    sliced = PackedWeight(weight_NK, weight_NK.shape, packed.max_rows(torch.bfloat16))
     torch.testing.assert_close(matmul(x_TK, sliced), x_TK @ weight_NK.T, atol=1e-4, rtol=0)
     assert called == [32] * 18 + [28], "in multiples of four"
     assert matmul(x_TK[:0], sliced).shape == (0, 24)
     monkeypatch.setattr(packed, "has_amx", lambda: False)
-    assert packed.most_rows(torch.bfloat16) is None
+    assert packed.max_rows(torch.bfloat16) is None
 
 
 def test_a_packed_stack_gives_its_memory_back() -> None:
@@ -114,7 +114,7 @@ def test_a_packed_stack_gives_its_memory_back() -> None:
         x_TK = torch.randn(5, 16)
         for weight, weight_NK in zip(stack, plain, strict=True):
             torch.testing.assert_close(matmul(x_TK, weight), x_TK @ weight_NK.T)
-    assert stack_ENK.untyped_storage().nbytes() == (0 if packed.packs(torch.float32) else 3 * 8 * 16 * 4)
+    assert stack_ENK.untyped_storage().nbytes() == (0 if packed.can_pack(torch.float32) else 3 * 8 * 16 * 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -188,7 +188,7 @@ def one_by_one(layer: MoE, x_TH: torch.Tensor) -> torch.Tensor:
                 out_TH[t] += probability / total * down
     if layer.shared is None:
         return out_TH
-    return out_TH + layer.shared.part(x_TH.to(experts.down_EHI.dtype)).float() * logits_TE[:, -1:].sigmoid()
+    return out_TH + layer.shared.partial_sum(x_TH.to(experts.down_EHI.dtype)).float() * logits_TE[:, -1:].sigmoid()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -213,15 +213,15 @@ def test_norm_over_all_heads(heads: int, kv_heads: int, dim: int, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 3, 58, 171, 1000, 4096])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name: str, width: int, dtype: torch.dtype) -> None:
-    assert_rows_stand_alone(PLAIN[name], width, dtype)
+    assert_rows_stand_alone(ACTIVATIONS[name], width, dtype)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_of_torch(name: str) -> None:
     x = torch.cat([torch.linspace(-30, 30, 10001), torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4])])
-    torch.testing.assert_close(PLAIN[name](x), ORACLES[name](x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ACTIVATIONS[name](x), ORACLES[name](x), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

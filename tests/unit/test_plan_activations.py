@@ -66,8 +66,8 @@ def kernels_allocate_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "rms_norm", lambda x, *_: torch.empty_like(x))
     monkeypatch.setattr(norm, "add_rms_norm", lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
     halve = lambda x: result(x, x.shape[1] // 2)  # noqa: E731
-    for name in activation.GATED:
-        monkeypatch.setitem(activation.GATED, name, halve)
+    for name in activation.GATED_ACTIVATIONS:
+        monkeypatch.setitem(activation.GATED_ACTIVATIONS, name, halve)
     monkeypatch.setattr(rope.Rope, "at", lambda self, positions: lambda q, k: (q.new_empty(q.shape), k.new_empty(k.shape)))
     monkeypatch.setattr(decoders, "build_metadata", lambda group, *_: group)
 

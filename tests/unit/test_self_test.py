@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.specs import LATENTS, small
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
-from tpserve.quant.packed import packs
+from tpserve.quant.packed import can_pack
 from tpserve.quant.processor import facts
 from tpserve.quant.product import Product
 from tpserve.types.layout import ParallelLayout
@@ -118,7 +118,7 @@ def test_every_product_of_a_model(dtype: torch.dtype, monkeypatch: pytest.Monkey
     assert wanted <= kinds.keys(), sorted(kinds)
     known, threads = Known(), torch.get_num_threads()
     torch.set_num_threads(1)
-    if packs(dtype):  # then nothing is multiplied plainly, where the number of rows may choose the path
+    if can_pack(dtype):  # then nothing is multiplied plainly, where the number of rows may choose the path
         monkeypatch.setattr(F, "linear", None)
     examine(list(kinds.values()), known, 1e9)
     torch.set_num_threads(threads)

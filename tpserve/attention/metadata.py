@@ -1,6 +1,6 @@
-"""What a step's model run is told: the tensors that `worker/input_batch.py` builds from a plan.
+"""The inputs of one model run: the tensors that `worker/input_batch.py` builds from a plan.
 
-T tokens of the step, R chunks (requests) in it, B the widest block table.
+Legend: T tokens of the step, R chunks (requests) in it, B blocks of the widest block table.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from tpserve.attention.cpu_plan import TileGroup
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Where a cache group's keys and values are. One per cache group; integer tensors live on the model's device.
+    """Where the keys and values of one cache group are. The tensors are on the model's device.
 
     Chunk r owns rows [query_starts[r], query_starts[r + 1]) of the step; its last row is at position context_lens[r] - 1,
-    a row at position p sees positions (p - window, p] from 0 on. Position p of chunk r lives in block
-    tables[r, p // block_size], entry p % block_size. What no row sees is never read: entries of `tables` past the context,
-    and those before the window, whose blocks may have passed to other sequences.
+    a row at position p sees positions (p - window, p] from 0 on. Position p of chunk r is in block
+    tables[r, p // block_size], entry p % block_size. Attention never reads what no row sees: entries of `tables` past the
+    context, and entries before the window, whose blocks may belong to other sequences by now.
     """
 
     query_starts: torch.Tensor
@@ -27,20 +27,20 @@ class AttentionMetadata:
     tables: torch.Tensor
     """[R, B] int32"""
     write_slots: torch.Tensor
-    """[T] int64: block * block_size + entry where each row's own key and value go"""
+    """[T] int64: block * block_size + entry where each row's own key and value are written"""
     query_lens_host: tuple[int, ...]
-    """R integers on the host"""
+    """R integers on the host: the query length of each chunk"""
     context_lens_host: tuple[int, ...]
-    """R integers on the host"""
+    """R integers on the host: the values of `context_lens`"""
     window: int | None = None
-    """Positions that a row sees, the last of them its own; None: all up to its own"""
+    """The number of positions that a row sees, its own included; None: all up to its own"""
     tiles: tuple[TileGroup, ...] = ()
-    """On the CPU, what `paged.ready` works out; nobody else writes it."""
+    """The attention plan on the CPU; only `paged.build_metadata` sets it."""
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """One step's input to a stage. `groups` has one entry per `ModelSpec.cache` group."""
+    """The input of one step to a stage. `groups` has one entry per `ModelSpec.cache` group."""
 
     tokens_T: torch.Tensor
     """[T] int64 (read by the first stage)"""

@@ -1,6 +1,8 @@
-"""A layer's paged key/value cache: writing to it and attending over it. Triton on CUDA, plain torch elsewhere.
+"""The paged KV cache of a layer (Kwon et al. 2023, arXiv:2309.06180): writes and attention. Triton on CUDA, torch on the CPU.
 
-Owns no memory policy: which block belongs to whom is the batch's word. Every write of a step precedes its reads.
+Owns no memory policy: the metadata says which block belongs to which sequence. Invariant: all writes of a step precede its reads.
+
+Legend: T rows, N query heads and K key/value heads of this rank, D channels of a key, E of a value.
 """
 
 from dataclasses import dataclass, replace
@@ -13,9 +15,9 @@ from tpserve.attention.metadata import AttentionMetadata
 
 @dataclass(frozen=True)
 class KVCache:
-    """One layer's cache: [num_blocks, block_size, key/value heads of this rank, channels] for keys and for values.
+    """The cache of one layer: [num_blocks, block_size, K, D] for keys and [num_blocks, block_size, K, E] for values.
 
-    `v` may be a view of the first channels of `k`; then there is nothing else to write.
+    `v` may be a view of the first channels of `k` (latents); then only keys are written.
     """
 
     k: torch.Tensor
@@ -23,12 +25,13 @@ class KVCache:
 
     @property
     def v_in_k(self) -> bool:
+        """Whether `v` is a view of `k`."""
         return self.v.data_ptr() == self.k.data_ptr()
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What a position leaves in one layer on this rank: a key of `k_dim` and a value of `v_dim` channels for each head.
+    """The cache entry of one position in one layer on this rank: a key of `k_dim` and a value of `v_dim` channels per head.
 
     `v_in_k`: the value is the first channels of the key (latents).
     """
@@ -39,11 +42,12 @@ class KVLayout:
     v_in_k: bool = False
 
     def num_bytes(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one layer's cache."""
         channels = self.k_dim if self.v_in_k else self.k_dim + self.v_dim
         return num_blocks * block_size * self.num_heads * channels * dtype.itemsize
 
     def empty(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """A layer's cache, unwritten: attention never reads what no plan has written."""
+        """An uninitialised cache for one layer: attention never reads entries that no plan has written."""
 
         def side(dim: int) -> torch.Tensor:
             return torch.empty((num_blocks, block_size, self.num_heads, dim), dtype=dtype, device=device)
@@ -54,10 +58,10 @@ class KVLayout:
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """How a layer weighs what a row sees: the softmax of `scale` times query times key.
+    """The parameters of a layer's softmax over `scale` * query * key.
 
-    `cap`: a score s becomes cap tanh(s / cap) first (Gemma 2). `sinks`: [query heads of this rank] float32, for each head one
-    more score in the softmax, which takes weight and gives no value (gpt-oss).
+    `cap`: a score s first becomes cap tanh(s / cap) (Gemma 2, arXiv:2408.00118). `sinks`: [N] float32, one more score per head
+    in the softmax, whose value is zero (gpt-oss, arXiv:2508.10925).
     """
 
     scale: float
@@ -66,9 +70,9 @@ class AttentionParams:
 
 
 def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> AttentionMetadata:
-    """The batch with what its attention needs worked out, once a step for all layers of its cache group.
+    """The metadata with the CPU's attention plan, computed once per step for all layers of a cache group; unchanged on CUDA.
 
-    `cache`: any of theirs; only its shape counts.
+    `num_heads`: N. `cache`: the cache of any layer of the group; only its shape matters.
     """
     if cache.k.is_cuda:
         return batch
@@ -79,9 +83,9 @@ def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> 
 
 
 def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, batch: AttentionMetadata) -> None:
-    """Put each row's key and value where the batch says, in place; rows past the batch's are padding.
+    """Write each row's key and value to its slot, in place. Rows past `batch.write_slots` are padding.
 
-    `v_TKE`: None where the cache has the value in the key.
+    Keys and values have the dtype of the cache. `v_TKE` is None if and only if `cache.v_in_k`, else AssertionError.
     """
     assert (v_TKE is None) == cache.v_in_k
     if k_TKD.is_cuda:
@@ -96,8 +100,11 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
 
 
 def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attention_params: AttentionParams) -> torch.Tensor:
-    """Attention of every row of the batch, made `build_metadata`, over what it sees of its own sequence: [T, N, channels of a
-    value]."""
+    """softmax(scale q K^T) V for each row, over what it sees of its own sequence: [T, N, E] in the dtype of `q`.
+
+    `batch` comes from `build_metadata`. The keys and values of the rows are in the cache already. On the CPU padding rows are
+    zero, on CUDA undefined.
+    """
     if not q_TND.is_cuda:
         return cpu_attention.attend(
             q_TND, cache.k, cache.v, batch.tiles, attention_params.scale, attention_params.cap, attention_params.sinks

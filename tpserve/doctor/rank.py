@@ -200,8 +200,8 @@ class _DoctorRank:
         except RuntimeError as error:  # of gloo and NCCL: a peer has gone
             logger.warning("%s", str(error).partition("\n")[0])
             self._give_up("all-reduce", traffic.SUM_S + LATER_S)
-        verdicts.append(self._transport(hellos, mesh.tp.through_memory))
-        meshes.leave(mesh)
+        verdicts.append(self._transport(hellos, mesh.tp.uses_shm))
+        meshes.destroy_distributed(mesh)
         return verdicts
 
     def _give_up(self, what: str, later_s: float) -> None:
@@ -230,13 +230,13 @@ class _DoctorRank:
         self._print(["", f"{names[slowest]}, {self._config.dtype}", *table([("size", "time", "bus bandwidth"), *sizes])])
         return [traffic.judge(name, each, group.size, sums, token_bytes) for name, each in zip(names, times, strict=True)]
 
-    def _transport(self, hellos: Sequence[Hello], through_memory: bool) -> Verdict:
+    def _transport(self, hellos: Sequence[Hello], uses_shm: bool) -> Verdict:
         """What carries the sums."""
         if self._config.all_reduce == "nccl":
             mine = traffic.read_nccl(self._traced) if self._traced else {}
             told = sum(map(Counter[str], self._gather("nccl", mine, dict[str, int])), Counter[str]())
             return traffic.judge_nccl(dict(told), self._me.nnodes)
-        if through_memory:
+        if uses_shm:
             return Verdict("good", "transport", "memory that the ranks of a host share, within each stage")
         kind = "loopback" if self._interface.is_loopback else "TCP"
         return Verdict("good", "transport", f"gloo over {kind}, {', '.join(dict.fromkeys(h.node.address for h in hellos))}; "

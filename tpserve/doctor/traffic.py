@@ -63,7 +63,7 @@ def _wait(x: torch.Tensor) -> None:
 
 def _slowest(group: Group, took_s: float) -> float:
     """The same for all ranks, who must try equally often."""
-    return max(theirs[0] for theirs in group.gather([int(took_s * 1e9) + 1])) / 1e9
+    return max(theirs[0] for theirs in group.all_gather_ints([int(took_s * 1e9) + 1])) / 1e9
 
 
 def carriers(log: str) -> dict[str, int]:

@@ -1,7 +1,11 @@
-"""Activations of the feed-forward block, computed in float32 and rounded once. T rows, I channels.
+"""Activations of the feed-forward block, computed in float32 and rounded once to the dtype of the input.
 
-On the CPU an element's bits are the same wherever it stands (docs/numerics.md), which F.silu's and F.gelu's are not: their
-vector and scalar paths differ, and which one an element takes depends on the other rows.
+The gated ones are SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202). Inputs are float32, float16 or bfloat16.
+
+Invariant on the CPU: the bits of an element do not depend on its position (docs/numerics.md). F.silu and F.gelu break this:
+their vector and scalar paths give different bits, and the other rows decide which path an element takes.
+
+Legend: T rows, I channels.
 """
 
 import math
@@ -9,12 +13,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-PIECE = 1 << 17
-"""Elements computed at once on the CPU: what is between two operations stays in its caches."""
+CHUNK_ELEMENTS = 1 << 17
+"""Elements per pass on the CPU: intermediate results stay in its caches."""
 
 
 def silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
-    """silu(first half) * second half: [T, I]."""
+    """SwiGLU without its matrices: silu(first half) * second half, [T, 2 I] -> [T, I], contiguous."""
     if gate_up_TI2.is_cuda:
         from tpserve_kernels import activation
 
@@ -23,7 +27,7 @@ def silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_tanh_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
-    """gelu_tanh(first half) * second half: [T, I]."""
+    """GEGLU without its matrices: gelu_tanh(first half) * second half, [T, 2 I] -> [T, I], contiguous."""
     if gate_up_TI2.is_cuda:
         from tpserve_kernels import activation
 
@@ -32,57 +36,63 @@ def gelu_tanh_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
 
 
 def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """gate / (1 + exp(-alpha gate)) * (up + 1), gate at most `limit` and up within it: [T, I]."""
+    """SwiGLU of gpt-oss (model card 2025, arXiv:2508.10925): gate / (1 + exp(-alpha gate)) * (up + 1), [T, 2 I] -> [T, I].
+
+    The first half of a row is the gate, at most `limit`; the second is up, clamped to [-limit, limit].
+    """
     if gate_up_TI2.is_cuda:
         from tpserve_kernels import activation
 
         return activation.clamped_swiglu(gate_up_TI2, alpha, limit)
     gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
     out_TI = torch.empty_like(gate_TI, memory_format=torch.contiguous_format)
-    for rows in _pieces(out_TI):
+    for rows in _row_chunks(out_TI):
         gate, up = gate_TI[rows].float().clamp(max=limit), up_TI[rows].float().clamp(-limit, limit)
         out_TI[rows] = gate.div_((gate * -alpha).exp_().add_(1)).mul_(up.add_(1))
     return out_TI
 
 
 def _gated(gate_up_TI2: torch.Tensor, exponent: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """gate / (1 + exp(exponent(gate))) * up."""
+    """gate / (1 + exp(exponent(gate))) * up, [T, 2 I] -> [T, I]."""
     gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
     out_TI = torch.empty_like(gate_TI, memory_format=torch.contiguous_format)
-    for rows in _pieces(out_TI):
+    for rows in _row_chunks(out_TI):
         gate = gate_TI[rows].to(torch.float32, copy=True)
         torch.div(gate, exponent(gate).exp_().add_(1), out=gate)
         out_TI[rows] = gate.mul_(up_TI[rows])
     return out_TI
 
 
-def _pieces(x_TI: torch.Tensor) -> Iterator[slice]:
-    step = max(1, PIECE // x_TI.shape[1])
+def _row_chunks(x_TI: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows with about CHUNK_ELEMENTS elements each."""
+    step = max(1, CHUNK_ELEMENTS // x_TI.shape[1])
     return (slice(row, row + step) for row in range(0, len(x_TI), step))
 
 
 def _gelu_exponent(x: torch.Tensor) -> torch.Tensor:
+    """-2 u of GELU's tanh form, since (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))."""
     return (x * x).mul_(0.044715).add_(1).mul_(x).mul_(-2 * math.sqrt(2 / math.pi))
 
 
 def gelu(x_TI: torch.Tensor) -> torch.Tensor:
-    """x times the normal distribution function of x (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    """GELU, x times the normal distribution function of x (Hendrycks and Gimpel 2016, arXiv:1606.08415): [T, I]."""
     x = x_TI.float()
     return (x * 0.5).mul_((x * 0.5**0.5).erf_().add_(1)).to(x_TI.dtype)
 
 
 def gelu_tanh(x_TI: torch.Tensor) -> torch.Tensor:
-    """GELU's approximation by a hyperbolic tangent: with the logistic function, x / (1 + exp(-2 u))."""
+    """GELU's tanh approximation (same paper), written with the logistic function: x / (1 + exp(-2 u)), [T, I]."""
     x = x_TI.float()
     return (x / _gelu_exponent(x).exp_().add_(1)).to(x_TI.dtype)
 
 
 def silu(x_TI: torch.Tensor) -> torch.Tensor:
-    """x times the logistic function of x."""
+    """SiLU, x times the logistic function of x (Elfwing et al. 2017, arXiv:1702.03118): [T, I]."""
     x = x_TI.float()
     return (x / x.neg().exp_().add_(1)).to(x_TI.dtype)
 
 
-PLAIN = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": torch.relu}
-"""Those of a block without a gate, by their names in ModelSpec."""
-GATED = {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul}
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": torch.relu}
+"""Activations without a gate, by their names in ModelSpec."""
+GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul}
+"""Activations with a gate, by their names in ModelSpec."""

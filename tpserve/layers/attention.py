@@ -1,4 +1,8 @@
-"""The attention block, its heads split over ranks. T rows, H channels, N query and K key/value heads of this rank, D head_dim."""
+"""The attention block (Vaswani et al. 2017, arXiv:1706.03762) with grouped-query attention (GQA, Ainslie et al. 2023,
+arXiv:2305.13245). Its heads are split over ranks.
+
+Legend: T rows, H hidden channels, N query heads and K key/value heads of this rank, D channels of a head, A = N + 2 K.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +21,11 @@ from tpserve.quant.product import Product, of_weight
 
 @dataclass(frozen=True)
 class Attention:
-    """Query, key and value packed in one matrix [(N + 2 K) D, H]; the output's bias is added once, after the sum over ranks."""
+    """Projections, rotation, cache and attention of one layer on one rank.
+
+    `qkv`: the query, key and value projections as one matrix [(N + 2 K) D, H]; `out`: [H, N D]. `out_bias` [H] is added once,
+    after the sum over ranks.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -33,6 +41,10 @@ class Attention:
     def __call__(
         self, x_TH: torch.Tensor, rotary: RotaryPositions | None, batch: AttentionMetadata, cache: KVCache
     ) -> torch.Tensor:
+        """[T, H] -> [T, H] in the dtype of `x`, summed over ranks. Writes the keys and values of the rows to `cache` first.
+
+        `rotary` None: the layer has no positions. Rows past the batch are padding.
+        """
         qkv = matmul(x_TH, self.qkv)
         if self.qkv_bias is not None:
             qkv += self.qkv_bias
@@ -48,10 +60,10 @@ class Attention:
         return out_TH if self.out_bias is None else out_TH + self.out_bias
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
-        """Its products of weights of `dtype`."""
+        """The matrix products of this layer with weights of `dtype`, for the self-test."""
         yield of_weight(self.qkv, dtype)
         yield of_weight(self.out, dtype)
 
     def packed(self) -> "Attention":
-        """The same with packed weights."""
+        """A copy with packed weights."""
         return replace(self, qkv=pack(self.qkv), out=pack(self.out))

@@ -1,4 +1,7 @@
-"""One transformer layer: attention and MLP, each with a norm and added to the residual stream. T rows, H channels."""
+"""One transformer layer: attention and MLP, each with a norm, each added to the residual stream.
+
+Legend: T rows, H hidden channels.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,14 +20,17 @@ from tpserve.layers.norm import Norm
 from tpserve.layers.rope import RotaryPositions
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
-"""Two tensors whose sum is the residual stream, so that adding them fuses with the next norm; or the stream itself."""
+"""Two tensors [T, H] whose sum is the residual stream, so that the sum fuses with the next norm; or (stream, None)."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """`place`: where the norms are, as in ModelSpec.norm_place."""
+    """One layer on one rank. `norm_place`: where the norms are, as in ModelSpec.norm_place.
 
-    place: Literal["before", "after", "output", "around"]
+    `residual_scale`: a factor on what attention and MLP add to the residual stream.
+    """
+
+    norm_place: Literal["before", "after", "output", "around"]
     attention_norm: Norm
     attention: Attention | LatentAttention
     mlp_norm: Norm
@@ -32,7 +38,7 @@ class Block:
     residual_scale: float
     attention_out_norm: Norm | None = None
     mlp_out_norm: Norm | None = None
-    """The second norms of "around"."""
+    """The second norms; only "around" has them."""
 
     def __call__(
         self,
@@ -42,9 +48,10 @@ class Block:
         batch: AttentionMetadata,
         cache: KVCache,
     ) -> Stream:
+        """The residual stream after this layer. `x` and `residual` are the stream before it, both [T, H]."""
         norms = self.attention_norm, self.attention_out_norm
         x_TH, residual_TH = self._add(lambda x: self.attention(x, rotary, batch, cache), norms, x_TH, residual_TH)
-        # Rows of padding would wake experts that no token needs.
+        # Padding rows would run experts that no token needs.
         mlp = self.mlp if isinstance(self.mlp, MLP) else partial(self.mlp, rows=len(batch.write_slots))
         return self._add(mlp, (self.mlp_norm, self.mlp_out_norm), x_TH, residual_TH)
 
@@ -55,14 +62,14 @@ class Block:
         x_TH: torch.Tensor,
         residual_TH: torch.Tensor | None,
     ) -> Stream:
-        """The stream and what `layer` adds to it."""
+        """The residual stream after `layer` and its norms."""
         norm, out_norm = norms
-        if self.place in ("before", "around"):
+        if self.norm_place in ("before", "around"):
             normed_TH, stream_TH = (norm(x_TH), x_TH) if residual_TH is None else norm.add(x_TH, residual_TH)
             out_TH = layer(normed_TH)
             return self._scaled(out_TH if out_norm is None else out_norm(out_TH)), stream_TH
         stream_TH = x_TH if residual_TH is None else x_TH + residual_TH
-        if self.place == "output":
+        if self.norm_place == "output":
             return self._scaled(norm(layer(stream_TH))), stream_TH
         return norm(stream_TH + self._scaled(layer(stream_TH))), None
 
@@ -70,5 +77,5 @@ class Block:
         return x_TH if self.residual_scale == 1 else x_TH * self.residual_scale
 
     def packed(self) -> "Block":
-        """The same with packed weights."""
+        """A copy with packed weights."""
         return replace(self, attention=self.attention.packed(), mlp=self.mlp.packed())

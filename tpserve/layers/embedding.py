@@ -1,4 +1,4 @@
-"""Token embedding, its vocabulary split over ranks. T rows, V vocabulary entries of this rank, H channels."""
+"""Token embedding, its vocabulary split over ranks (Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053)."""
 
 import torch
 
@@ -6,9 +6,13 @@ from tpserve.parallel.group import Group
 
 
 def embed(tokens_T: torch.Tensor, weight_VH: torch.Tensor, vocab: range, tp: Group) -> torch.Tensor:
-    """Rows of the tokens: [T, H]. Each rank looks up its own entries and gives zeros for the others'."""
+    """The embeddings of T tokens, [T, H] in the dtype of `weight`, equal on all ranks of `tp`.
+
+    `tokens_T`: int64 ids of the whole vocabulary. `weight_VH`: the rows `vocab` of the table. A rank gives zeros for the tokens
+    of other ranks, and an all-reduce adds up.
+    """
     if tp.size == 1:
         return weight_VH[tokens_T]
-    foreign_T = (tokens_T < vocab.start) | (tokens_T >= vocab.stop)
-    hidden_TH = weight_VH[(tokens_T - vocab.start).masked_fill_(foreign_T, 0)]
-    return tp.all_reduce(hidden_TH.masked_fill_(foreign_T.unsqueeze(1), 0))
+    remote_T = (tokens_T < vocab.start) | (tokens_T >= vocab.stop)
+    hidden_TH = weight_VH[(tokens_T - vocab.start).masked_fill_(remote_T, 0)]
+    return tp.all_reduce(hidden_TH.masked_fill_(remote_T.unsqueeze(1), 0))

@@ -1,7 +1,7 @@
-"""How many tokens each expert has had, for whoever watches the imbalance. The main thread counts, another thread reads.
+"""How many tokens each expert has processed, for the expert metrics. The main thread counts, another thread reads.
 
-Owns no counter: the layers do. Never waits for the device: the counts are copied to the host behind each step's work, and a
-reader gets those of the last step that is through.
+The layers own the counters. This module never waits for the device: each step queues a copy of the counts to the host, and a
+reader gets those of the last finished step.
 """
 
 from array import array
@@ -11,7 +11,7 @@ import torch
 
 
 class ExpertLoadCounter:
-    """`layers`: numbers of a stage's layers that have experts; `counts`: theirs, int64 [experts] each, in the same order."""
+    """The token counts of a stage. `layers`: the numbers of the layers with experts; `counts`: int64 [experts] of each layer."""
 
     def __init__(self, layers: Sequence[int], counts: Sequence[torch.Tensor]) -> None:
         assert layers and len(layers) == len(counts)
@@ -22,14 +22,14 @@ class ExpertLoadCounter:
             self._host_LE = self._host_LE.pin_memory()
 
     def clear(self) -> None:
-        """Forget what was counted while the model was tried."""
+        """Reset the counts, after the profile run. In place, on the device of the counts."""
         for count in self._counts:
             count.zero_()
 
     def publish(self) -> None:
-        """Readers are to see the step just queued, once it is through."""
+        """Queue a copy of the counts to the host. Readers see it when the current step has finished."""
         self._host_LE.copy_(torch.stack(self._counts), non_blocking=True)
 
     def read(self) -> bytes:
-        """The counts as 64-bit integers, layer by layer. Any thread may ask."""
-        return array("q", self._host_LE.flatten().tolist()).tobytes()  # a tensor gives its bytes only by way of NumPy
+        """The counts as native 64-bit integers, layer by layer. Any thread may call this."""
+        return array("q", self._host_LE.flatten().tolist()).tobytes()  # torch itself needs NumPy for the bytes

@@ -1,12 +1,12 @@
-"""Multi-head latent attention (DeepSeek-V2, 2024, arXiv:2405.04434), its heads split over ranks.
+"""Multi-head latent attention (MLA; DeepSeek-V2, 2024, arXiv:2405.04434), its heads split over ranks.
 
-Keys and values of all heads are products of one latent vector a position. That latent, normed, and one rotated key that all
-heads share are what is cached; every rank computes and holds them whole. The products are absorbed: a head's query goes
-through its key projection into the space of latents, is scored against these themselves, and what it takes of them goes
-through its value projection. Nothing is ever expanded to the keys and values of heads.
+The keys and values of all heads are products of one latent vector per position. The cache holds the normed latent and one
+rotated key that all heads share; every rank computes and stores both in full. The projections are absorbed: a head's query goes
+through its key projection into the latent space and is scored against the latents; the weighted latents then go through its
+value projection. The keys and values of heads are never materialised.
 
-T rows, H channels, N heads of this rank, P channels of a head's query that are not rotated and R that are, L of the latent,
-V of a head's value.
+Legend: T rows, H hidden channels, N heads of this rank, P channels of a head's query without rotation, R with rotation,
+L channels of the latent, V of a head's value, D = L + R.
 """
 
 from collections.abc import Iterator
@@ -27,23 +27,28 @@ from tpserve.quant.product import Product, of_heads, of_weight
 
 @dataclass(frozen=True)
 class QueryUpProj:
-    """From a compressed query to this rank's heads, [N (P + R), channels of the compressed one]."""
+    """The projection from the compressed query (Q channels) to the heads of this rank. `weight`: [N (P + R), Q]."""
 
     norm: RMSNorm
     weight: Weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, Q] -> [T, N (P + R)]."""
         return matmul(self.norm(x), self.weight)
 
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """`down` is three projections in one matrix: of the query (this rank's heads, or compressed), the latent, the shared key."""
+    """One MLA layer on one rank.
+
+    `down`: three projections in one matrix: the query (compressed, or the heads of this rank), the latent and the shared key.
+    `key_up_NLP`, `value_up_NVL`: the absorbed projections of each head. `out`: [H, N V].
+    """
 
     down: Weight
     query_up: QueryUpProj | None
     latent_norm: RMSNorm
-    rotated: int
+    rope_dim: int
     """R"""
     key_up_NLP: Stack
     value_up_NVL: Stack
@@ -54,28 +59,30 @@ class LatentAttention:
     def __call__(
         self, x_TH: torch.Tensor, rotary: RotaryPositions | None, batch: AttentionMetadata, cache: KVCache
     ) -> torch.Tensor:
+        """[T, H] -> [T, H] in the dtype of `x`, summed over ranks. Writes the rows' latents and shared keys to `cache` first."""
         assert rotary is not None, "the shared key is rotated"
-        num_heads, (rank, plain), rotated = len(self.key_up_NLP), self.key_up_NLP[0].shape, self.rotated
+        num_heads, (latent_dim, plain_dim), rope_dim = len(self.key_up_NLP), self.key_up_NLP[0].shape, self.rope_dim
         down = matmul(x_TH, self.down)
-        query, latent_TL, key_TR = down.tensor_split((down.shape[1] - rank - rotated, down.shape[1] - rotated), dim=1)
+        query_dim = down.shape[1] - latent_dim - rope_dim
+        query, latent_TL, key_TR = down.tensor_split((query_dim, query_dim + latent_dim), dim=1)
         q = query if self.query_up is None else self.query_up(query)
-        q_TNP, q_TNR = q.view(len(x_TH), num_heads, plain + rotated).tensor_split((plain,), dim=2)
+        q_TNP, q_TNR = q.view(len(x_TH), num_heads, plain_dim + rope_dim).tensor_split((plain_dim,), dim=2)
         q_TNR, key_T1R = rotary(q_TNR, key_TR.unsqueeze(1))
         write_kv(torch.cat((self.latent_norm(latent_TL).unsqueeze(1), key_T1R), dim=2), None, cache, batch)
         q_TND = torch.cat((per_head(q_TNP, self.key_up_NLP), q_TNR), dim=2)
-        taken_TNL = attend(q_TND, cache, batch, self.attention_params)
-        mixed_TNV = per_head(taken_TNL, self.value_up_NVL)
+        mixed_TNL = attend(q_TND, cache, batch, self.attention_params)
+        mixed_TNV = per_head(mixed_TNL, self.value_up_NVL)
         return self.tp.all_reduce(matmul(mixed_TNV.flatten(1), self.out))
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
-        """Its products of weights of `dtype`."""
+        """The matrix products of this layer with weights of `dtype`, for the self-test."""
         for weight in (self.down, self.out, *(() if self.query_up is None else (self.query_up.weight,))):
             yield of_weight(weight, dtype)
         yield of_heads(self.key_up_NLP, dtype)
         yield of_heads(self.value_up_NVL, dtype)
 
     def packed(self) -> "LatentAttention":
-        """The same with packed weights."""
+        """A copy with packed weights."""
         query_up = self.query_up and replace(self.query_up, weight=pack(self.query_up.weight))
         return replace(
             self,

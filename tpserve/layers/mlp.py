@@ -1,4 +1,7 @@
-"""The feed-forward block, its intermediate channels split over ranks. T rows, H channels, I channels of this rank."""
+"""The feed-forward block, its intermediate channels split over ranks.
+
+Legend: T rows, H hidden channels, I intermediate channels of this rank.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,32 +16,36 @@ from tpserve.quant.product import Product, of_weight
 
 @dataclass(frozen=True)
 class MLP:
-    """`up` is [I, H], or with a gate [2 I, H], the gate first; the bias of `down` is added once, after the sum over ranks."""
+    """down(activate(up(x))) on one rank.
+
+    `up`: [I, H], or with a gate [2 I, H], the gate first. `down`: [H, I]. `down_bias` is added once, after the sum over ranks.
+    """
 
     up: Weight
     up_bias: torch.Tensor | None
     activate: Callable[[torch.Tensor], torch.Tensor]
-    """Of `activation.py`: from what `up` gives to [T, I]."""
+    """A function of `activation.py`: from the output of `up` to [T, I]."""
     down: Weight
     down_bias: torch.Tensor | None
     tp: Group
 
-    def part(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """This rank's term of the sum over ranks."""
+    def partial_sum(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """This rank's term of the sum over ranks, without `down_bias`: [T, H] -> [T, H] in the dtype of `x`."""
         up_TI = matmul(x_TH, self.up)
         if self.up_bias is not None:
             up_TI += self.up_bias
         return matmul(self.activate(up_TI), self.down)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
-        out_TH = self.tp.all_reduce(self.part(x_TH))
+        """[T, H] -> [T, H] in the dtype of `x`, summed over ranks."""
+        out_TH = self.tp.all_reduce(self.partial_sum(x_TH))
         return out_TH if self.down_bias is None else out_TH + self.down_bias
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
-        """Its products of weights of `dtype`."""
+        """The matrix products of this layer with weights of `dtype`, for the self-test."""
         yield of_weight(self.up, dtype)
         yield of_weight(self.down, dtype)
 
     def packed(self) -> "MLP":
-        """The same with packed weights."""
+        """A copy with packed weights."""
         return replace(self, up=pack(self.up), down=pack(self.down))

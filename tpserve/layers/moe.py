@@ -1,11 +1,12 @@
-"""A mixture of experts in place of the MLP: a router, this rank's part of the experts, and a shared expert where there is one.
+"""A mixture of experts (MoE; Shazeer et al. 2017, arXiv:1701.06538) in place of the MLP: a router, this rank's share of the
+experts, and a shared expert in some models.
 
-Every rank of a stage holds every token, so each routes all of them (with equal bits), computes what its part of the experts
-gives them, and the closing sum over ranks adds up: either whole experts of a range, or some channels of every expert.
-Invariant on the CPU: a row's bits do not depend on the other rows, whichever experts they went to.
+Every rank of a stage has every token. Each rank routes all tokens (with equal bits) and computes its share of the experts: a
+range of whole experts (expert parallelism) or some channels of every expert. The all-reduce at the end adds up the shares.
+Invariant on the CPU: a row's bits do not depend on the other rows or on their experts.
 
-T rows, H channels, E experts, A experts a token, P = T A pairs of token and expert, I channels of an expert on this rank,
-R rows in order of their experts.
+Legend: T rows, H hidden channels, E experts, A experts per token, P = T A (token, expert) pairs, I intermediate channels of an
+expert on this rank, R rows sorted by expert.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,19 +26,25 @@ from tpserve.quant.product import Product, of_experts, of_weight
 
 @dataclass(frozen=True)
 class TokenPermutation:
-    """Pairs of token and expert in the order of this rank's experts: rows [ends_E[e - 1], ends_E[e]) are of expert e."""
+    """(token, expert) pairs sorted by expert: rows [ends_E[e - 1], ends_E[e]) belong to local expert e."""
 
     tokens_R: torch.Tensor
+    """int64: the token of each row"""
     ends_E: torch.Tensor
+    """int32 [local experts]: the end of each local expert's rows"""
     rows_TA: torch.Tensor
-    """Where each pair's row is; 0 where the expert is another rank's."""
+    """int64: the row of each pair; 0 for an expert of another rank"""
     remote_TA: torch.Tensor
+    """bool: the expert is on another rank"""
     counts: torch.Tensor
-    """Tokens of each expert of the layer."""
+    """int64 [num_experts]: tokens of each expert of the layer"""
 
     @staticmethod
     def of(experts_TA: torch.Tensor, local_experts: range, num_experts: int) -> "TokenPermutation":
-        """On CUDA without waiting for the device: the rows of other ranks' experts are there, behind those of ours."""
+        """Sort the pairs of `experts_TA` (int64 ids).
+
+        CUDA does not wait for the device, so `tokens_R` has the rows of remote experts too, after the local rows.
+        """
         device, num_pairs = experts_TA.device, experts_TA.numel()
         ours_P = (experts_TA.flatten() - local_experts.start) % num_experts  # this rank's experts are the first ones
         counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, ours_P, torch.ones_like(ours_P))
@@ -55,20 +62,20 @@ class TokenPermutation:
 
 @dataclass(frozen=True)
 class Experts:
-    """This rank's part of the experts: `local_experts` of `count`, split over ranks by expert or by channel."""
+    """This rank's share of the `count` experts of a layer, split over ranks by expert or by channel."""
 
     count: int
     local_experts: range
     gate_up_EI2H: Stack
     activate: Callable[[torch.Tensor], torch.Tensor]
-    """Of `activation.py`: from what gate and up give to [R, I]; it says how the two lie."""
+    """A function of `activation.py`: [R, 2 I] -> [R, I]. It defines the order of gate and up."""
     down_EHI: Stack
     gate_up_bias_EI2: torch.Tensor | None = None
     down_bias_EH: torch.Tensor | None = None
-    """Where the experts are split by channel, one rank's only."""
+    """When experts are split by channel, only one rank has it."""
 
-    def part(self, x_TH: torch.Tensor, weights_TA: torch.Tensor, permutation: TokenPermutation) -> torch.Tensor:
-        """This rank's term of the weighted sum over each token's experts, float32 [T, H]."""
+    def partial_sum(self, x_TH: torch.Tensor, weights_TA: torch.Tensor, permutation: TokenPermutation) -> torch.Tensor:
+        """This rank's term of the weighted sum over each token's experts: float32 [T, H]. `weights_TA`: float32."""
         if not len(permutation.tokens_R):
             return torch.zeros_like(x_TH, dtype=torch.float32)
         gate_up_RI2 = grouped_matmul(x_TH[permutation.tokens_R], self.gate_up_EI2H, permutation.ends_E, self.gate_up_bias_EI2)
@@ -81,9 +88,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class MoE:
-    """`router`: float32 [E, H]; where the shared expert has a gate, that is the last row of [E + 1, H].
+    """One MoE layer on one rank.
 
-    `expert_load`: int64 [E], the tokens that each expert has had so far; every rank of a stage counts all of them.
+    `router`: float32 [E, H], or [E + 1, H] when the shared expert has a gate, which is the last row.
+    `expert_load`: int64 [E], the tokens of each expert so far. Every rank of a stage counts all tokens.
     """
 
     router: Weight
@@ -94,21 +102,21 @@ class MoE:
     tp: Group
 
     def __call__(self, x_TH: torch.Tensor, rows: int) -> torch.Tensor:
-        """`rows`: how many of `x` are tokens; the others are padding, and zero in the result."""
+        """[T, H] -> [T, H] in the dtype of `x`, summed over ranks. Rows from `rows` on are padding, and zero in the result."""
         padding, x_TH = len(x_TH) - rows, x_TH[:rows]
         logits_TE = matmul(x_TH.float(), self.router)
         weights_TA, experts_TA = self.routing(logits_TE[:, : self.experts.count])
         permutation = TokenPermutation.of(experts_TA, self.experts.local_experts, self.experts.count)
         self.expert_load.add_(permutation.counts)
-        out_TH = self.experts.part(x_TH, weights_TA, permutation)
+        out_TH = self.experts.partial_sum(x_TH, weights_TA, permutation)
         if self.shared is not None:
-            shared_TH = self.shared.part(x_TH).float()
+            shared_TH = self.shared.partial_sum(x_TH).float()
             gate_Tg = logits_TE[:, self.experts.count :]
             out_TH += shared_TH / (1 + torch.exp(-gate_Tg)) if gate_Tg.shape[1] else shared_TH
         return self.tp.all_reduce(F.pad(out_TH.to(x_TH.dtype), (0, 0, 0, padding)))
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
-        """Its products: the router's in float32, the others of weights of `dtype`."""
+        """The matrix products of this layer, for the self-test: the router's in float32, the others with weights of `dtype`."""
         yield of_weight(self.router, torch.float32)
         yield of_experts(self.experts.gate_up_EI2H, dtype)
         yield of_experts(self.experts.down_EHI, dtype)
@@ -116,7 +124,7 @@ class MoE:
             yield from self.shared.products(dtype)
 
     def packed(self) -> "MoE":
-        """The same with packed weights; the experts' plain ones are gone."""
+        """A copy with packed weights. It frees the plain weights of the experts: do not use this object afterwards."""
         experts, shared = self.experts, self.shared
         experts = replace(experts, gate_up_EI2H=pack_stack(experts.gate_up_EI2H), down_EHI=pack_stack(experts.down_EHI))
         return replace(self, router=pack(self.router), experts=experts, shared=None if shared is None else shared.packed())

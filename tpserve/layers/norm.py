@@ -1,5 +1,9 @@
 """RMS norm (Zhang and Sennrich 2019, arXiv:1910.07467) and layer norm (Ba et al. 2016, arXiv:1607.06450), alone and fused
-with the residual sum. T rows, H channels, Q channels of all query heads of this rank, K of its key heads.
+with the residual sum.
+
+Inputs are float32, float16 or bfloat16; sums are float32; results have the dtype of the input.
+
+Legend: T rows, H hidden channels, N query heads and K key heads of this rank, D channels of a head, Q = N D.
 """
 
 from dataclasses import dataclass
@@ -11,7 +15,10 @@ from tpserve.parallel.group import Group
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-    """Each row of `x` over its root mean square, times `offset + weight`. More dims than two are more rows."""
+    """Each row of `x` divided by sqrt(mean(x^2) + eps), times `offset + weight`: the shape of `x`.
+
+    All dims before the last are rows.
+    """
     if x_TH.is_cuda:
         from tpserve_kernels import norm
 
@@ -24,7 +31,7 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: flo
 def add_rms_norm(
     x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rms_norm(x + residual), x + residual)."""
+    """(rms_norm(x + residual), x + residual), both [T, H]; the sum is rounded before the norm."""
     if not x_TH.is_cuda:
         sum_TH = x_TH + residual_TH
         return rms_norm(sum_TH, weight_H, eps, offset), sum_TH
@@ -35,33 +42,35 @@ def add_rms_norm(
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """Over all channels of the residual stream. `offset` is what the stored weights lack: they lie around 1 - offset."""
+    """RMS norm over the hidden channels. `offset` is added to the stored weights; Gemma stores weights - 1 and has offset 1."""
 
     weight_H: torch.Tensor
     eps: float
     offset: float = 0.0
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H]."""
         return rms_norm(x_TH, self.weight_H, self.eps, self.offset)
 
     def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of the sum, the sum)."""
+        """(norm of the sum, the sum), both [T, H]."""
         return add_rms_norm(x_TH, residual_TH, self.weight_H, self.eps, self.offset)
 
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """Over all channels of the residual stream; without weight and bias it only centres and scales."""
+    """Layer norm over the hidden channels. Weight and bias are optional."""
 
     weight_H: torch.Tensor | None
     bias_H: torch.Tensor | None
     eps: float
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H]."""
         return F.layer_norm(x_TH, x_TH.shape[-1:], self.weight_H, self.bias_H, self.eps)
 
     def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of the sum, the sum)."""
+        """(norm of the sum, the sum), both [T, H]."""
         sum_TH = x_TH + residual_TH
         return self(sum_TH), sum_TH
 
@@ -71,7 +80,7 @@ Norm = RMSNorm | LayerNorm
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """RMS norm over each head of query and key."""
+    """RMS norm over each head of query and key (QK norm; Henry et al. 2020, arXiv:2010.04245, with RMS norm as in Qwen3)."""
 
     q_D: torch.Tensor
     k_D: torch.Tensor
@@ -79,13 +88,15 @@ class HeadNorm:
     offset: float = 0.0
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normed queries [T, N, D] and keys [T, K, D]."""
         return rms_norm(q_TND, self.q_D, self.eps, self.offset), rms_norm(k_TKD, self.k_D, self.eps, self.offset)
 
 
 @dataclass(frozen=True)
 class AllHeadsNorm:
-    """RMS norm over all heads of query and over all of key together, those of other ranks included: sums of squares are
-    summed over the ranks, in their order.
+    """RMS norm over all query heads together and over all key heads together, heads of other ranks included (OLMo 2).
+
+    An all-reduce adds up the sums of squares, in rank order.
     """
 
     q_Q: torch.Tensor
@@ -93,20 +104,21 @@ class AllHeadsNorm:
     eps: float
     num_q: int
     num_k: int
-    """Channels of all ranks."""
+    """Channels of all ranks: `num_q` of queries, `num_k` of keys."""
     counts_k: bool
-    """False where another rank counts the same key head: with fewer of them than ranks some are held several times."""
+    """False when another rank counts this key head: with fewer key heads than ranks, several ranks have the same head."""
     tp: Group
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normed queries [T, N, D] and keys [T, K, D]."""
         q_TQ, k_TK = q_TND.flatten(1).float(), k_TKD.flatten(1).float()
         squares_T2 = torch.stack((q_TQ.square().sum(1), k_TK.square().sum(1) * self.counts_k), dim=1)
         q_T, k_T = self.tp.all_reduce(squares_T2).unbind(1)
         return (
-            _over_root_mean(q_TQ, q_T / self.num_q, self.q_Q, self.eps).to(q_TND.dtype).view(q_TND.shape),
-            _over_root_mean(k_TK, k_T / self.num_k, self.k_K, self.eps).to(k_TKD.dtype).view(k_TKD.shape),
+            _scale_by_rms(q_TQ, q_T / self.num_q, self.q_Q, self.eps).to(q_TND.dtype).view(q_TND.shape),
+            _scale_by_rms(k_TK, k_T / self.num_k, self.k_K, self.eps).to(k_TKD.dtype).view(k_TKD.shape),
         )
 
 
-def _over_root_mean(x_TH: torch.Tensor, mean_T: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+def _scale_by_rms(x_TH: torch.Tensor, mean_T: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
     return x_TH * (mean_T + eps).rsqrt().unsqueeze(1) * weight_H

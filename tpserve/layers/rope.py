@@ -1,8 +1,12 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-rotation layout: channel c turns with c + R / 2.
+"""Rotary position embedding (RoPE; Su et al. 2021, arXiv:2104.09864) in the half-rotation layout: channel c rotates with
+channel c + R / 2. Interleaved models rotate neighbours; their queries and keys are permuted to this layout first, which changes
+no score.
 
-Where neighbours turn together, queries and keys are brought into that layout first: scores know no order of channels.
+Scaling: linear (Chen et al. 2023, arXiv:2306.15595), Llama 3 (arXiv:2407.21783), YaRN (Peng et al. 2023, arXiv:2309.00071) and
+LongRoPE (Ding et al. 2024, arXiv:2402.13753).
 
-T rows, N heads, D channels of a head, of which the first R turn (mostly all), E = R / 2 frequencies, P positions.
+Legend: T rows, N query heads, K key heads, D channels of a head, of which the first R rotate (mostly all), E = R / 2
+frequencies, P positions.
 """
 
 import math
@@ -15,15 +19,15 @@ from tpserve.types.model_spec import RopeSpec
 
 @dataclass(frozen=True)
 class RotaryPositions:
-    """The rotation to the positions of a step's rows, made once for all layers."""
+    """The rotation for the positions of the rows of one step, computed once for all layers. `positions_T`: int64."""
 
     rope: "Rope"
     positions_T: torch.Tensor
     rows: tuple[torch.Tensor, torch.Tensor] | None
-    """On the CPU the positions' cosines and sines, [T, 1, R] each, the sines of the lower half negated."""
+    """On the CPU the cosines and sines of the rows, float32 [T, 1, R], the sines of the lower half negated; None on CUDA."""
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate queries and keys."""
+        """Rotated queries [T, N, D] and keys [T, K, D], computed in float32, in the dtype of the input."""
         if self.rope.interleaved:
             q_TND, k_TKD = _halves(q_TND), _halves(k_TKD)
         if self.rows is not None:
@@ -35,14 +39,14 @@ class RotaryPositions:
 
 @dataclass(frozen=True)
 class Rope:
-    """Cosines and sines of every position, float32 [P, E]."""
+    """Cosines and sines of every position, float32 [P, E]. `interleaved`: the checkpoint rotates neighbouring channels."""
 
     cos_PE: torch.Tensor
     sin_PE: torch.Tensor
     interleaved: bool
 
     def at(self, positions_T: torch.Tensor) -> RotaryPositions:
-        """The rotation to these positions."""
+        """The rotation for these positions, int64 in [0, P)."""
         if positions_T.is_cuda:
             return RotaryPositions(self, positions_T, None)
         cos_TE, sin_TE = self.cos_PE[positions_T], self.sin_PE[positions_T]
@@ -65,15 +69,15 @@ def _rotate(x_TND: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -
 
 
 def tables(spec: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Rope:
-    """The tables of positions [0, num_positions), as a server of sequences of that length turns them."""
+    """The tables of positions [0, num_positions), float32 on `device`. `num_positions` is the maximum length that is served."""
     angles_PE = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies(spec, head_dim, num_positions))
-    assert not (spec.interleaved and spec.num_channels), "channels that do not turn would be moved"
+    assert not (spec.interleaved and spec.num_channels), "the permutation would move channels that do not rotate"
     cos_PE, sin_PE = ((wave_PE * spec.magnitude).to(device) for wave_PE in (angles_PE.cos(), angles_PE.sin()))
     return Rope(cos_PE, sin_PE, spec.interleaved)
 
 
 def frequencies(spec: RopeSpec, head_dim: int, num_positions: int) -> torch.Tensor:
-    """Radians per position, float32 [E]."""
+    """Radians per position of each frequency, float32 [E]. LongRoPE takes its factors by `num_positions`."""
     num_channels = spec.num_channels or head_dim
     powers_E = spec.theta ** (torch.arange(0, num_channels, 2, dtype=torch.float32) / num_channels)
     if spec.scaling == "longrope":
@@ -83,17 +87,17 @@ def frequencies(spec: RopeSpec, head_dim: int, num_positions: int) -> torch.Tens
     if spec.scaling == "linear":
         return base_E / spec.factor
     if spec.scaling == "llama3":
-        # Slow waves are stretched by `factor`, fast ones kept, those between interpolated.
+        # Low frequencies are divided by `factor`, high ones stay, those between are interpolated.
         turns_E = spec.original_max_position * base_E / (2 * math.pi)
-        kept_E = ((turns_E - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)).clamp(0, 1)
-        return kept_E * base_E + (1 - kept_E) * base_E / spec.factor
+        share_E = ((turns_E - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)).clamp(0, 1)
+        return share_E * base_E + (1 - share_E) * base_E / spec.factor
     if spec.scaling == "yarn":
         return _yarn(spec, base_E)
     return base_E
 
 
 def _yarn(spec: RopeSpec, base_E: torch.Tensor) -> torch.Tensor:
-    """The same between two channels: those that turn `beta_fast` and `beta_slow` times over the original length."""
+    """YaRN: interpolate between the channels that rotate `beta_fast` and `beta_slow` times over the original length."""
     num_channels = 2 * len(base_E)
 
     def channel(turns: float) -> float:

@@ -1,8 +1,9 @@
-"""Which experts a token goes to, and with what weights: scores, a bias, groups, and the best of what is left.
+"""MoE routing: the experts of each token and their weights. Softmax with top-k as in Mixtral (arXiv:2401.04088); sigmoid scores,
+a bias for the choice alone and groups as in DeepSeek-V3 (arXiv:2412.19437).
 
-All in float32. Invariants: a row's choice and weights depend on that row alone; of equal scores the lower id is chosen.
+All in float32. Invariants: a row's choice and weights depend on that row alone; ties go to the lower id.
 
-T rows, E experts in G groups, A experts a token.
+Legend: T rows, E experts in G groups of e, A experts per token.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from tpserve.types.model_spec import RoutingSpec
 
 @dataclass(frozen=True)
 class Routing:
-    """`bias_E`: float32, where `spec` says that there is one."""
+    """The router's choice for one layer. `bias_E`: float32; None when `spec.bias` is None."""
 
     spec: RoutingSpec
     bias_E: torch.Tensor | None = None
 
     def __call__(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and ids of each token's experts, the best first: float32 [T, A], int64 [T, A]."""
+        """Weights and ids of each token's experts, best first: float32 [T, A], int64 [T, A]. `logits_TE`: float32."""
         spec = self.spec
         if self.bias_E is not None and spec.bias == "logits":
             logits_TE = logits_TE + self.bias_E
@@ -36,7 +37,7 @@ class Routing:
         return weights_TA if spec.scale == 1 else weights_TA * spec.scale, experts_TA
 
     def _within_groups(self, merits_TE: torch.Tensor) -> torch.Tensor:
-        """Minus infinity for the experts of groups that are not chosen."""
+        """The merits, with -inf for the experts of groups that are not chosen: float32 [T, E]."""
         spec = self.spec
         grouped_TGe = merits_TE.view(len(merits_TE), spec.num_groups, -1)
         groups_TG = torch.topk(grouped_TGe, spec.group_best, dim=2).values.sum(2)

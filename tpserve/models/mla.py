@@ -42,7 +42,7 @@ def latent_attention(
         down=tensor(query, rows(own.kv_down, rank + latent.rope_dim, hidden)),
         query_up=query_up,
         latent_norm=norm(own.kv_norm, rank),
-        rotated=latent.rope_dim,
+        rope_dim=latent.rope_dim,
         key_up_NLP=key_up_NPL.transpose(1, 2),
         value_up_NVL=value_up_NVL,
         attention_params=AttentionParams(spec.attention_scale),

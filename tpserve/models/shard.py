@@ -97,7 +97,7 @@ class Shard:
         spec, names = self.spec, self.names
         prefix = names.layer.format(layer=layer)
         return Block(
-            place=spec.norm_place,
+            norm_place=spec.norm_place,
             attention_norm=self._norm(prefix + names.attention_norm),
             attention=self._attention(prefix),
             mlp_norm=self._norm(prefix + names.mlp_norm),
@@ -182,7 +182,7 @@ class Shard:
         return MLP(
             up=self._rows(fused),
             up_bias=self._row_biases(fused) if spec.mlp_bias else None,
-            activate=(activation.GATED if spec.gated else activation.PLAIN)[spec.activation],
+            activate=(activation.GATED_ACTIVATIONS if spec.gated else activation.ACTIVATIONS)[spec.activation],
             down=self._columns(prefix + down, size, channels),
             down_bias=self._vector(f"{prefix}{down}.bias", spec.hidden_size) if spec.mlp_bias else None,
             tp=self._tp,
@@ -220,7 +220,7 @@ class Shard:
             channels = self._channels(experts.size)
         sources = ExpertWeights(self.names.experts, prefix, experts, hidden, channels)
         clamped = experts.clamped
-        activate = activation.GATED[self.spec.activation]
+        activate = activation.GATED_ACTIVATIONS[self.spec.activation]
         if clamped is not None:
             activate = partial(activation.clamped_swiglu, alpha=clamped.alpha, limit=clamped.limit)
         gate_up_bias = down_bias = None

@@ -1,7 +1,10 @@
-"""Collectives among a fixed set of ranks. Owns nothing but the process group and the page handed to it; knows no model.
+"""Collectives among a fixed set of ranks. Owns a process group and, inside a host, a shared-memory page; knows no model.
 
-Every rank of a group calls the same methods in the same order. Sums are taken in rank order whatever the backend's
-algorithm, so that an element's bits do not depend on where it stands in the tensor (docs/design.md, "Numerics").
+Invariants: every rank of a group calls the same methods in the same order. Sums are in rank order whatever the backend's
+algorithm, so that the bits of an element do not depend on its position in the tensor (docs/design.md, "Numerics").
+
+Errors: with a dead peer a collective raises EngineFailure (shared memory) or torch's RuntimeError (gloo), or blocks until the
+backend's timeout (NCCL).
 """
 
 from collections.abc import Sequence
@@ -13,12 +16,12 @@ from tpserve.parallel.shm import ShmAllReduce
 
 
 class Group:
-    """A set of ranks that compute together. `rank` is this process's place in it, in [0, size)."""
+    """A set of ranks that compute together. `rank`: the index of this process in the group, in [0, size)."""
 
     def __init__(self, handle: dist.ProcessGroup | None = None, shm: ShmAllReduce | None = None) -> None:
-        """Wrap a torch process group; None is a group of one, which communicates with nobody.
+        """Wrap a torch process group; None is a group of one rank, without communication.
 
-        `shm`: activations go through it instead of the process group; all tensors are on the CPU then.
+        `shm`: carries tensors in place of the process group; all tensors are on the CPU then.
         """
         self._handle = handle
         self._shm = shm
@@ -26,17 +29,17 @@ class Group:
         self.size = 1 if handle is None else handle.size()
 
     @property
-    def through_memory(self) -> bool:
-        """Whether activations go through a page of shared memory."""
+    def uses_shm(self) -> bool:
+        """Whether tensors go through shared memory."""
         return self._shm is not None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of `x` over the ranks, in rank order. May overwrite `x`; use the result."""
+        """The sum of `x` over the ranks, in rank order: shape and dtype of `x`. May overwrite `x`; use the result."""
         if self.size == 1:
             return x
         if self._shm is not None:
             return self._shm.all_reduce(x)
-        if x.is_cuda or self.size == 2:  # NCCL keeps one order per size; with two terms every order is the same
+        if x.is_cuda or self.size == 2:  # NCCL has one order per tensor size; two terms have only one order
             dist.all_reduce(x, group=self._handle)
             return x
         parts = self.all_gather(x)
@@ -46,7 +49,7 @@ class Group:
         return total
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Stack the ranks' tensors of equal shape: [size, *x.shape]."""
+        """Stack the ranks' tensors, of equal shape and dtype, in rank order: [size, *x.shape]."""
         if self.size == 1:
             return x.unsqueeze(0)
         if self._shm is not None:
@@ -55,26 +58,28 @@ class Group:
         dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self._handle)
         return out
 
-    def min(self, value: int) -> int:
-        """Smallest of the ranks' integers."""
+    def all_reduce_min(self, value: int) -> int:
+        """The minimum of the ranks' 64-bit integers. With a constant it is a barrier."""
         if self.size == 1:
             return value
-        device = "cuda" if dist.get_backend(self._handle) == "nccl" else "cpu"
-        x = torch.tensor([value], dtype=torch.int64, device=device)
+        x = torch.tensor([value], dtype=torch.int64, device=self._device())
         dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self._handle)
         return int(x.item())
 
-    def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """The integers of every rank, in rank order; each rank gives as many."""
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        """The 64-bit integers of every rank, in rank order. All ranks pass the same number of values."""
         if self.size == 1:
             return [list(values)]
-        device = "cuda" if dist.get_backend(self._handle) == "nccl" else "cpu"
-        mine = torch.tensor(values, dtype=torch.int64, device=device)
-        theirs = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(theirs, mine, group=self._handle)
-        return [x.tolist() for x in theirs]
+        x = torch.tensor(values, dtype=torch.int64, device=self._device())
+        gathered = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(gathered, x, group=self._handle)
+        return [each.tolist() for each in gathered]
 
     def close(self) -> None:
-        """Let go of the page; the process group is the mesh's."""
+        """Close the shared-memory page. The mesh owns the process group."""
         if self._shm is not None:
             self._shm.close()
+
+    def _device(self) -> str:
+        """The device of the backend's tensors."""
+        return "cuda" if dist.get_backend(self._handle) == "nccl" else "cpu"

@@ -1,11 +1,11 @@
-"""The ranks of one epoch as process groups. The only caller of `init_process_group`.
+"""The process groups of one epoch. The only caller of `init_process_group`.
 
-Owns forming and leaving; knows no model and no policy. Invariants: a mesh lives in one epoch, on a fresh store that rank 0 of the
-epoch hosts on a port of its own. torchrun's store is never used for it: that one belongs to the agent, outlives the epoch and
-still holds the addresses of the dead. Every wait is bounded, and a mesh that does not form is an `EngineFailure`.
+Owns creation and destruction of the groups; knows no model and no policy. Invariants: a mesh lives in one epoch, on a new store
+that rank 0 hosts on its own port. It never uses torchrun's store, which belongs to the agent, outlives the epoch and still has
+the addresses of dead ranks. Every wait is bounded, and a mesh that does not form raises EngineFailure.
 
-Detecting that a rank is lost is not this module's work, nor the backend's: gloo's and NCCL's timeouts are long, and the control
-thread ends a rank that is blocked in a collective.
+This module does not detect dead ranks, nor does the backend, whose timeouts are long: the control thread ends a rank that is
+blocked in a collective.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from tpserve.types.layout import ParallelLayout
 log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_S = 600.0
-"""Of any one collective after forming. The slowest legitimate wait is for a rank that compiles or reads slowly."""
+"""Timeout of one collective. The longest legitimate wait is for a rank that compiles kernels or reads weights."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's view of the epoch. `world` is for agreeing on small values; `tp` and `pipeline` carry activations."""
+    """One rank's view of the epoch. `world` is for small values; `tp` and `pipeline` carry activations."""
 
     rank: int
     layout: ParallelLayout
@@ -54,13 +54,14 @@ def init_distributed(
     all_reduce: Literal["auto", "nccl", "gloo", "shm"] = "auto",
     cores: int | None = None,
 ) -> Mesh:
-    """Meet the other ranks of the epoch; all call this with the same layout and epoch.
+    """Form the mesh with the other ranks of the epoch. All ranks call this with the same layout and epoch.
 
-    `all_reduce`: what carries the sums of a stage. "auto" is NCCL on CUDA; on the CPU it is a page of shared memory where the
-    ranks of a stage share a host, else gloo. `cores`: what this host's ranks share (default: what this process may use).
+    `all_reduce`: the transport of the all-reduces of a stage. "auto" is NCCL on CUDA; on the CPU it is shared memory if the
+    ranks of the stage are on one host, else gloo. `cores`: the number of cores that the ranks of this host share (default: the
+    cores that this process may use).
 
-    Raises EngineFailure when not all ranks have come within `timeout_s`, and UserError when shared memory was asked for and
-    cannot be had; nothing is left behind then.
+    Raises EngineFailure when not all ranks have come within `timeout_s` seconds, and UserError when "shm" is not possible. Both
+    leave no process group behind.
     """
     if layout.world_size == 1:
         return Mesh(0, layout, Group(), Group(), Pipeline(), device)
@@ -68,7 +69,7 @@ def init_distributed(
     store = PrefixStore(f"epoch{epoch}", store)
     shm = None
     try:
-        gather(store, "rank", rank, range(layout.world_size), b"", timeout_s)  # torch's own waits are long, and name no rank
+        gather(store, "rank", rank, range(layout.world_size), b"", timeout_s)  # torch's own waits are long and name no rank
         dist.init_process_group(
             backend,
             store=store,
@@ -88,7 +89,7 @@ def init_distributed(
             _pipeline(rank, layout, backend == "gloo" and device.type == "cuda"),
             device,
         )
-        mesh.world.min(epoch)  # every connection of the world group stands from here on
+        mesh.world.all_reduce_min(epoch)  # a barrier: from here on all connections of the world group are up
     except (EngineFailure, RuntimeError, ValueError) as error:  # torch's DistError family and gloo's bare RuntimeErrors
         if shm is not None:
             shm.close()
@@ -105,10 +106,10 @@ def init_distributed(
 def _shm_all_reduce(
     rank: int, layout: ParallelLayout, store: Store, cores: int, timeout_s: float, required: bool
 ) -> ShmAllReduce | None:
-    """The page of this rank's stage; None where its ranks cannot have one."""
+    """Shared memory for this rank's stage; None when it is not possible. UserError then if it is `required`."""
     first = layout.stage_of(rank) * layout.tp
-    places = exchange_locations(store, rank, layout.world_size, timeout_s)
-    shm = create_shm_group(store, places, range(first, first + layout.tp), rank, cores, timeout_s)
+    locations = exchange_locations(store, rank, layout.world_size, timeout_s)
+    shm = create_shm_group(store, locations, range(first, first + layout.tp), rank, cores, timeout_s)
     if isinstance(shm, ShmAllReduce):
         log.debug("rank %d: all-reduce through shared memory", rank)
         return shm
@@ -119,31 +120,34 @@ def _shm_all_reduce(
 
 
 def _tensor_parallel_group(rank: int, layout: ParallelLayout, shm: ShmAllReduce | None) -> Group:
-    """This rank's stage as a group. Every rank takes part in making every group, in the same order."""
+    """The group of this rank's stage. torch requires that every rank creates every group, in the same order."""
     if layout.tp == 1:
         return Group()
     if layout.pp == 1:
         return Group(dist.group.WORLD, shm)
-    mine: dist.ProcessGroup | None = None
+    own_group: dist.ProcessGroup | None = None
     for stage in range(layout.pp):
         ranks = [stage * layout.tp + i for i in range(layout.tp)]
         group = dist.new_group(ranks)
         if rank in ranks:
-            mine = group
-    assert mine is not None
-    return Group(mine, shm)
+            own_group = group
+    assert own_group is not None
+    return Group(own_group, shm)
 
 
 def _pipeline(rank: int, layout: ParallelLayout, via_host: bool) -> Pipeline:
-    """Neighbours hold the same tensor-parallel place one stage before and after."""
-    before, after = rank - layout.tp, rank + layout.tp
+    """The neighbours have the same tensor-parallel rank, one stage before and one after."""
+    previous, following = rank - layout.tp, rank + layout.tp
     return Pipeline(
-        before if before >= 0 else None, after if after < layout.world_size else None, in_flight=layout.pp + 1, via_host=via_host
+        previous if previous >= 0 else None,
+        following if following < layout.world_size else None,
+        in_flight=layout.pp + 1,
+        via_host=via_host,
     )
 
 
-def leave(mesh: Mesh) -> None:
-    """Give the process groups up without waiting for anybody: the peers may be dead."""
+def destroy_distributed(mesh: Mesh) -> None:
+    """Destroy the process groups without waiting for the peers, which may be dead."""
     mesh.tp.close()
     if mesh.layout.world_size > 1:
         _destroy()
@@ -151,5 +155,5 @@ def leave(mesh: Mesh) -> None:
 
 def _destroy() -> None:
     if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # a broken group says so once more on the way out
+        with contextlib.suppress(RuntimeError):  # a broken group may raise again here
             dist.destroy_process_group()

@@ -1,8 +1,9 @@
-"""Hidden states from stage to stage. Each rank talks to the rank of its own tensor-parallel place in the next stage.
+"""Pipeline parallelism: hidden states from stage to stage. Each rank sends to the rank with its own tensor-parallel rank in the
+next stage.
 
-Shapes are known to both sides from the plan, so nothing but the tensor crosses. Sends do not wait: a stage goes on to
-its next plan while the last one's activations travel. What was sent is kept until `in_flight` later sends: by then the
-plan's result is back, so it was received, and waiting for it is a formality (gloo frees a send only when waited for).
+Both sides know the shapes from the plan, so only the tensor crosses. Sends do not wait: a stage starts its next plan while the
+activations travel. A sent tensor stays referenced until `in_flight` later sends: the result of its plan is back by then, so it
+was received, and the wait returns at once (gloo frees a send only after a wait).
 """
 
 from collections import deque
@@ -12,10 +13,10 @@ import torch.distributed as dist
 
 
 class Pipeline:
-    """One rank's place in the pipeline. `previous` and `next` are global ranks, None at the ends.
+    """One rank's neighbours in the pipeline. `previous` and `next` are global ranks, None at the ends.
 
-    `in_flight`: most plans that can be under way. `via_host`: the backend cannot send device memory (gloo with CUDA
-    tensors, when ranks share a card).
+    `in_flight`: the maximum number of plans in flight. `via_host`: copy through host memory, since the backend cannot send
+    device memory (gloo with CUDA tensors, when ranks share a GPU).
     """
 
     def __init__(
@@ -29,21 +30,23 @@ class Pipeline:
 
     @property
     def first(self) -> bool:
+        """Whether this is the first stage."""
         return self._previous is None
 
     @property
     def last(self) -> bool:
+        """Whether this is the last stage."""
         return self._next is None
 
     def receive(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Wait for the previous stage's hidden states [rows, width]."""
+        """Wait for the hidden states of the previous stage: [rows, width] on `device`. RuntimeError when gloo's peer is dead."""
         assert self._previous is not None
         hidden_TH = torch.empty((rows, width), dtype=dtype, device="cpu" if self._via_host else device)
         dist.recv(hidden_TH, src=self._previous)
         return hidden_TH.to(device)
 
     def send(self, hidden_TH: torch.Tensor) -> None:
-        """Hand hidden states to the next stage without waiting for it."""
+        """Send hidden states [T, H] to the next stage without waiting for it. The caller must not overwrite them afterwards."""
         assert self._next is not None
         while len(self._sent) > self._in_flight:
             work, _ = self._sent.popleft()

@@ -1,17 +1,17 @@
-"""All-reduce and all-gather of CPU tensors between ranks of one host, through a page of memory that all of them map.
+"""All-reduce and all-gather of CPU tensors between the ranks of one host, through shared memory (the page).
 
-Owns the page, the meeting that makes it, and waiting in it; knows no model and no process group. The page is anonymous (memfd):
-it has no name in any file system, and is gone with the last process that maps it, however that ends.
+Owns the page, its setup and the waits in it; knows no model and no process group. The page is anonymous (memfd): it has no name
+in any file system, and the kernel frees it with the last process that maps it, however that process ends.
 
-Layout: a token, then a counter for each rank on a cache line of its own, then two halves of one slot a rank. In round n a
-rank writes its part into its slot of half n % 2, sets its counter to n, waits until every counter is at least n, and reads all
-slots. No second wait is needed: whoever writes half n % 2 again, in round n + 2, has seen all counters at n + 1, and a rank
-counts n + 1 only after it has read round n. Tensors larger than a slot go in pieces, each a round of its own.
+Layout: a token, then one counter per rank on its own cache line, then two halves with one slot per rank. In round n a rank
+writes its part to its slot of half n % 2, sets its counter to n, waits until every counter is at least n, and reads all slots.
+No second wait is needed: a rank that writes half n % 2 again, in round n + 2, has seen all counters at n + 1, and a rank sets
+n + 1 only after it has read round n. A tensor larger than a slot takes several rounds, one per part.
 
-This leans on the order of memory on x86: stores are seen in the order in which they were made, loads are made in order, and an
-aligned counter is written and read whole. Other processors promise less, so there is no page on them.
+This relies on the memory order of x86: stores become visible in program order, loads are in program order, and an aligned
+counter is written and read whole. Other processors guarantee less, so they get no page.
 
-A peer's death is seen through its pidfd and raises EngineFailure in whoever waits for it.
+A waiting rank sees a peer's death through its pidfd and raises EngineFailure.
 """
 
 import mmap
@@ -33,86 +33,86 @@ from tpserve.errors import EngineFailure
 from tpserve.parallel.store import gather
 
 SLOT_BYTES = 1 << 20
-"""Largest part of a tensor in one round; both of a pair's parts stay in a core's cache."""
+"""The largest part of a tensor in one round; the parts of two ranks fit a core's cache."""
 _LINE = 64
 _SPIN_NS = 10_000
-"""Short: a peer that needs this core cannot come while this rank spins, and yielding costs an idle core next to nothing."""
+"""Short: while this rank spins, a peer that needs this core cannot run, and a yield on an idle core costs almost nothing."""
 _SLEEP_AFTER_NS = 1_000_000
 _WATCH_AFTER_NS = 5_000_000
 _SLEEP_S = 50e-6
 _WATCH_MS = 1
 _GIVE_UP_NS = 600 * 10**9
-"""As long as the backend's collectives wait: the others may compile or read slowly."""
+"""The same timeout as the backend's collectives: peers may compile kernels or read weights."""
 
 
 class RankLocation(NamedTuple):
-    """Where a rank runs. Equal `host` means that the processes see each other's numbers: one kernel, one pid namespace."""
+    """Where a rank runs. Ranks with equal `host` have one kernel and one pid namespace, so each can use the other's pid."""
 
     host: str
     pid: int
 
 
 class _Half(NamedTuple):
-    """One half of the page, cut to the tensors at hand: this rank's slot, every rank's in order, and all as one tensor."""
+    """Views of one half of the page for tensors of N elements: this rank's slot, every rank's slot, and all in one tensor."""
 
-    mine_N: torch.Tensor
+    local_N: torch.Tensor
     parts: tuple[torch.Tensor, ...]
     all_PN: torch.Tensor
 
 
 def exchange_locations(store: Store, rank: int, world_size: int, timeout_s: float) -> list[RankLocation]:
-    """Where every rank of the world runs. All call this."""
-    told = gather(store, "place", rank, range(world_size), f"{_host()} {os.getpid()}".encode(), timeout_s)
-    return [RankLocation(host, int(pid)) for host, pid in (each.decode().split() for each in told)]
+    """The location of every rank of the world. All ranks call this. EngineFailure as of `store.gather`."""
+    values = gather(store, "place", rank, range(world_size), f"{_host()} {os.getpid()}".encode(), timeout_s)
+    return [RankLocation(host, int(pid)) for host, pid in (each.decode().split() for each in values)]
 
 
 def create_shm_group(
-    store: Store, places: Sequence[RankLocation], ranks: Sequence[int], rank: int, cores: int, timeout_s: float
+    store: Store, locations: Sequence[RankLocation], ranks: Sequence[int], rank: int, cores: int, timeout_s: float
 ) -> "ShmAllReduce | str":
-    """Meet the other `rank_monitor` of the group in one page; `rank` is this one. All of them get a page, or all get a reason
-    why not.
+    """Map one page for the group `ranks`, of which this rank is `rank`. Either all of them get it, or all get the reason why not.
 
-    `store` has not been used for these ranks before. `cores`: that the ranks of this host share; with fewer cores than ranks
-    nobody spins.
+    `store` must be new for these ranks. `locations`: of all ranks of the world. `cores`: the number of cores that the ranks of
+    this host share; with fewer cores than ranks no rank spins. EngineFailure when a rank does not come within `timeout_s`.
     """
-    if len({places[i].host for i in ranks}) > 1:
+    if len({locations[i].host for i in ranks}) > 1:
         return "the ranks do not share a host"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"not on {platform.machine()}, which may reorder memory accesses"
     name = f"page{ranks[0]}"
     size = _header_bytes(len(ranks)) + 2 * len(ranks) * SLOT_BYTES
-    memory, pidfds, reason, told = None, [], "", False
-    with ExitStack() as created, ExitStack() as watched:
+    memory, pidfds, reason, published = None, [], "", False
+    with ExitStack() as created, ExitStack() as watches:
         try:
             if rank == ranks[0]:
                 fd, memory = _create(size)
-                created.callback(os.close, fd)  # once everybody has mapped it, or has given up
+                created.callback(os.close, fd)  # after every rank has mapped it or has failed
                 store.set(name, f"{fd} {memory[:_LINE].decode()}")
-                told = True
+                published = True
             else:
-                memory = _open(places[ranks[0]].pid, *_read(store, name, timeout_s).split())
+                memory = _open(locations[ranks[0]].pid, *_read(store, name, timeout_s).split())
             for i in ranks:
-                pidfds.append(os.pidfd_open(places[i].pid) if i != rank else -1)
-                watched.callback(_close, pidfds[-1:])
+                pidfds.append(os.pidfd_open(locations[i].pid) if i != rank else -1)
+                watches.callback(_close, pidfds[-1:])
         except OSError as error:
             reason = f"rank {rank}: {error}"
-            if rank == ranks[0] and not told:
-                store.set(name, "-1 -")  # nobody can open that
+            if rank == ranks[0] and not published:
+                store.set(name, "-1 -")  # no rank can open this, so the others fail at once
         reasons = gather(store, f"{name}.", rank, ranks, reason.encode(), timeout_s)
         if any(reasons):
             return next(filter(None, reasons)).decode()
-        watched.pop_all()
+        watches.pop_all()
     assert memory is not None
-    local_ranks = sum(location.host == places[rank].host for location in places)
+    local_ranks = sum(location.host == locations[rank].host for location in locations)
     return ShmAllReduce(memory, ranks, ranks.index(rank), pidfds, spins=cores >= local_ranks)
 
 
 def _host() -> str:
+    """An id of this kernel boot and pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
-        return secrets.token_hex(8)  # a kernel that does not say: nobody else's host
+        return secrets.token_hex(8)  # unknown, so it equals no other rank's host
 
 
 def _read(store: Store, key: str, timeout_s: float) -> str:
@@ -121,7 +121,10 @@ def _read(store: Store, key: str, timeout_s: float) -> str:
 
 
 def _create(size: int) -> tuple[int, mmap.mmap]:
-    """A page of zeros with a token at its head. The memory is taken now: later there is no way to refuse."""
+    """A zeroed page with a token at its start, and its file descriptor. OSError when there is not enough memory.
+
+    The memory is allocated now: later, a shortage would kill the process.
+    """
     fd = os.memfd_create("tpserve")
     try:
         os.posix_fallocate(fd, 0, size)
@@ -134,17 +137,18 @@ def _create(size: int) -> tuple[int, mmap.mmap]:
 
 
 def _open(pid: int, fd: str, token: str) -> mmap.mmap:
-    """Map what another process holds open. OSError when it cannot be reached, or is something else (a cloned machine's)."""
-    mine = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    """Map the page of another process. OSError when it is not accessible or has another token (a process of a cloned host)."""
+    own_fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     try:
-        if os.pread(mine, _LINE, 0) != token.encode():
+        if os.pread(own_fd, _LINE, 0) != token.encode():
             raise OSError(f"process {pid} is not the rank it should be")
-        return mmap.mmap(mine, 0)
+        return mmap.mmap(own_fd, 0)
     finally:
-        os.close(mine)
+        os.close(own_fd)
 
 
 def _header_bytes(size: int) -> int:
+    """Bytes of the token and `size` counters, in whole memory pages."""
     return -(-(1 + size) * _LINE // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
@@ -155,19 +159,19 @@ def _close(pidfds: Sequence[int]) -> None:
 
 
 class ShmAllReduce:
-    """One rank's view of the page. `rank_monitor` are the group's global ranks (for names in errors), `location` this one's
-    index in them.
+    """One rank's view of the page. `ranks`: the global ranks of the group. `index`: this rank's index in `ranks`.
 
-    All ranks make the same calls with equal shapes and types, in the same order.
+    `pidfds`: of the peers, -1 for this rank; this object owns them. All ranks make the same calls in the same order, with equal
+    shapes and dtypes.
     """
 
-    def __init__(self, memory: mmap.mmap, ranks: Sequence[int], place: int, pidfds: Sequence[int], *, spins: bool) -> None:
+    def __init__(self, memory: mmap.mmap, ranks: Sequence[int], index: int, pidfds: Sequence[int], *, spins: bool) -> None:
         size = len(ranks)
         self._ranks = tuple(ranks)
-        self._place = place
+        self._index = index
         self._counters = memoryview(memory).cast("q")
-        self._mine_at = (1 + place) * _LINE // 8
-        self._peers_at = tuple((1 + i) * _LINE // 8 for i in range(size) if i != place)
+        self._own_counter = (1 + index) * _LINE // 8
+        self._peer_counters = tuple((1 + i) * _LINE // 8 for i in range(size) if i != index)
         self._slots_HPB = torch.frombuffer(memory, dtype=torch.uint8, offset=_header_bytes(size)).view(2, size, SLOT_BYTES)
         self._pidfds = dict(zip(self._ranks, pidfds, strict=True))
         self._deaths = select.poll()
@@ -176,69 +180,72 @@ class ShmAllReduce:
                 self._deaths.register(pidfd, select.POLLIN)
         self._spin_ns = _SPIN_NS if spins else 0
         self._round = 0
-        self._views_of: tuple[int, torch.dtype] | None = None
+        self._views_key: tuple[int, torch.dtype] | None = None
         self._halves: tuple[_Half, ...] = ()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum of `x` over the ranks, in rank order, each sum rounded to the type of `x`. May overwrite `x`; use the result."""
+        """The sum of `x` over the ranks, in rank order, each step rounded to the dtype of `x`. May overwrite `x`; use the result.
+
+        EngineFailure when a peer has ended or does not come within ten minutes.
+        """
         x = x.contiguous()
-        for part_N in self._pieces(x):
-            first_N, second_N, *others = self._meet(part_N).parts
+        for part_N in self._parts(x):
+            first_N, second_N, *others = self._exchange(part_N).parts
             torch.add(first_N, second_N, out=part_N)
             for other_N in others:
                 part_N.add_(other_N)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Stack the ranks' tensors: [size, *x.shape]."""
+        """Stack the ranks' tensors, in rank order: [size, *x.shape]. Errors as of `all_reduce`."""
         out = x.new_empty((len(self._ranks), *x.shape))
         out_PN = out.view(len(self._ranks), x.numel())
         done = 0
-        for part_N in self._pieces(x.contiguous()):
+        for part_N in self._parts(x.contiguous()):
             end = done + part_N.numel()
-            out_PN[:, done:end].copy_(self._meet(part_N).all_PN)
+            out_PN[:, done:end].copy_(self._exchange(part_N).all_PN)
             done = end
         return out
 
     def close(self) -> None:
-        """Stop watching the peers. The memory goes with the last tensor over it."""
+        """Close the pidfds. The memory is freed with the last tensor that uses it."""
         _close(tuple(self._pidfds.values()))
         self._pidfds = {}
 
     @staticmethod
-    def _pieces(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A contiguous tensor, flat, in parts that fit a slot; none for an empty one."""
+    def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A contiguous tensor, flattened, in parts that fit a slot; no part for an empty tensor."""
         flat_N = x.view(-1)
         if x.nbytes <= SLOT_BYTES:
             return (flat_N,) if x.nbytes else ()
         step = SLOT_BYTES // x.element_size()
         return tuple(flat_N[start : start + step] for start in range(0, flat_N.numel(), step))
 
-    def _meet(self, part_N: torch.Tensor) -> _Half:
-        """One round: publish this rank's part and wait for the others'. What comes back is good until the next round but one."""
-        wanted = (part_N.numel(), part_N.dtype)
-        if wanted != self._views_of:
-            self._views(*wanted)
+    def _exchange(self, part_N: torch.Tensor) -> _Half:
+        """One round: publish this rank's part and wait for the others. The result is valid until the round after the next."""
+        key = (part_N.numel(), part_N.dtype)
+        if key != self._views_key:
+            self._make_views(*key)
         self._round = number = self._round + 1
         half = self._halves[number & 1]
-        half.mine_N.copy_(part_N)
+        half.local_N.copy_(part_N)
         counters = self._counters
-        counters[self._mine_at] = number
-        for at in self._peers_at:
+        counters[self._own_counter] = number
+        for at in self._peer_counters:
             if counters[at] < number:
                 self._wait(at, number)
         return half
 
-    @torch.inference_mode(False)  # tensors made in inference mode could not be written outside of it
-    def _views(self, count: int, dtype: torch.dtype) -> None:
+    @torch.inference_mode(False)  # inference-mode tensors are read-only outside of it
+    def _make_views(self, count: int, dtype: torch.dtype) -> None:
         slots_HPN = self._slots_HPB.view(dtype)[:, :, :count]
-        self._halves = tuple(_Half(all_PN[self._place], all_PN.unbind(0), all_PN) for all_PN in slots_HPN.unbind(0))
-        self._views_of = (count, dtype)
+        self._halves = tuple(_Half(all_PN[self._index], all_PN.unbind(0), all_PN) for all_PN in slots_HPN.unbind(0))
+        self._views_key = (count, dtype)
 
     def _wait(self, at: int, number: int) -> None:
-        """Spin, then yield, then sleep, then sleep on the peers' deaths, until the counter at `at` has come to `number`."""
+        """Spin, then yield, then sleep, then poll the peers' pidfds, until the counter at index `at` reaches `number`."""
         counters = self._counters
-        began_ns = time.monotonic_ns()
+        start_ns = time.monotonic_ns()
         waited_ns = 0
         while counters[at] < number:
             if waited_ns < self._spin_ns:
@@ -250,12 +257,12 @@ class ShmAllReduce:
             elif waited_ns < _WATCH_AFTER_NS:
                 time.sleep(_SLEEP_S)
             elif dead := self._deaths.poll(_WATCH_MS):
-                if counters[at] >= number:  # it came before somebody ended
+                if counters[at] >= number:  # the peer published its part before a process ended
                     return
                 ended = {fd for fd, _ in dead}
                 names = ", ".join(str(rank) for rank, pidfd in self._pidfds.items() if pidfd in ended)
-                raise EngineFailure(f"rank {names} has ended during a collective of rank {self._ranks[self._place]}")
+                raise EngineFailure(f"rank {names} has ended during a collective of rank {self._ranks[self._index]}")
             elif waited_ns > _GIVE_UP_NS:
                 late = self._ranks[at * 8 // _LINE - 1]
-                raise EngineFailure(f"rank {self._ranks[self._place]} has waited {waited_ns / 1e9:.0f} s for rank {late}")
-            waited_ns = time.monotonic_ns() - began_ns
+                raise EngineFailure(f"rank {self._ranks[self._index]} has waited {waited_ns / 1e9:.0f} s for rank {late}")
+            waited_ns = time.monotonic_ns() - start_ns

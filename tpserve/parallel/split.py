@@ -1,8 +1,7 @@
-"""Who holds what: a whole of `total` things dealt to `parts` ranks as contiguous ranges. Plain integers, no torch.
+"""Shards: `total` things split into contiguous ranges for `parts` ranks. Plain integers, no torch.
 
-Invariants: the ranges are in rank order, touch each other and cover the whole; none is empty; sizes differ by at most
-one unit (the last unit of the whole may be a partial one). Key and value heads are the exception: with fewer of them
-than ranks they are held several times.
+Invariants: the ranges are in rank order, adjacent, and cover everything; none is empty; sizes differ by at most one unit (the
+last unit may be partial). Key/value heads are the exception: with fewer heads than ranks, several ranks have the same head.
 """
 
 import itertools
@@ -13,7 +12,10 @@ from tpserve.errors import UserError
 
 
 def split(total: int, parts: int, unit: int = 1, *, what: str) -> tuple[range, ...]:
-    """Deal `total` things in whole units; `unit` falls to 1 when there is no unit for each. `what` names them in errors."""
+    """The range of each part, in whole units. `unit` becomes 1 when there are fewer units than parts.
+
+    `what` names the things in errors. UserError when a part would be empty.
+    """
     if total < parts:
         raise UserError(f"{total} {what} cannot be split {parts} ways: a share would be empty; at most {total} ways are possible")
     if total < parts * unit:
@@ -26,24 +28,24 @@ def split(total: int, parts: int, unit: int = 1, *, what: str) -> tuple[range, .
 
 @dataclass(frozen=True)
 class HeadShare:
-    """The attention heads of one rank. Query head `q[i]` reads key/value head `kv[i // ratio]`, ratio = len(q) / len(kv)."""
+    """The attention heads of one rank. Query head `q[i]` uses key/value head `kv[i // ratio]`, ratio = len(q) / len(kv)."""
 
     q: range
     kv: range
 
 
 def split_heads(num_heads: int, num_kv_heads: int, parts: int) -> tuple[HeadShare, ...]:
-    """Deal attention heads so that each rank has one query/key-value ratio.
+    """Split attention heads so that all heads of a rank have one query/key-value ratio (GQA).
 
-    With enough key/value heads the unit is such a head with its queries. With fewer than ranks, the ranks are dealt to
-    key/value heads, each held by several ranks, and its queries are split among those.
+    With at least `parts` key/value heads, the unit is such a head with its query heads. With fewer, each key/value head is on
+    several ranks, which split its query heads. UserError when a rank would have no query head.
     """
     assert num_heads % num_kv_heads == 0, "query heads are a multiple of key/value heads"
     ratio = num_heads // num_kv_heads
     if num_kv_heads >= parts:
         shares = split(num_kv_heads, parts, what="key/value heads")
         return tuple(HeadShare(range(kv.start * ratio, kv.stop * ratio), kv) for kv in shares)
-    split(num_heads, parts, what="attention heads")  # refuses ranks without a query
+    split(num_heads, parts, what="attention heads")  # refuses a rank without query heads
     result = []
     for head, ranks in enumerate(split(parts, num_kv_heads, what="ranks")):
         for q in split(ratio, len(ranks), what="queries of a key/value head"):
@@ -52,7 +54,7 @@ def split_heads(num_heads: int, num_kv_heads: int, parts: int) -> tuple[HeadShar
 
 
 def imbalance(shares: Sequence[range], what: str) -> str | None:
-    """Say how much more than its part the slowest rank holds; None when the shares are even."""
+    """A phrase for the log about the largest share; None when all shares are equal. `what` names the things."""
     sizes = [len(share) for share in shares]
     if min(sizes) == max(sizes):
         return None

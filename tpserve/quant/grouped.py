@@ -1,8 +1,9 @@
-"""Rows times the matrices of their groups (the experts of a layer) or of their heads: `matmul`'s siblings.
+"""Grouped matrix products: each row times the matrix of its group (an expert), or of its head. The siblings of `matmul`.
 
-On the CPU a product for each matrix, since no library has a grouped one that keeps the contract; on CUDA one kernel.
-Invariant on the CPU: a row of the product has the same bits whatever the other rows are, of its group and of others
-(docs/numerics.md). Shapes: R or T rows, E groups or heads, K inner, N outputs.
+On the CPU one product per matrix, since no library has a grouped product with this invariant; on CUDA one kernel.
+Invariant on the CPU: the bits of a row do not depend on the other rows, of its own group or others (docs/numerics.md).
+
+Legend: R or T rows, E groups or heads, K inner channels, N outputs.
 """
 
 import torch
@@ -14,9 +15,10 @@ from tpserve.quant.packed import Stack
 def grouped_matmul(
     x_RK: torch.Tensor, stack_ENK: Stack, ends_E: torch.Tensor, bias_EN: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x[r] @ stack[e].T + bias[e] for the group e of row r: [R, N], contents undefined in rows from ends_E[-1] on.
+    """x[r] @ stack[e].T + bias[e], where e is the group of row r: [R, N] in the dtype of `x`.
 
-    `ends_E`: int32; rows are in order of their groups, group e has [ends_E[e - 1], ends_E[e]).
+    Source: MegaBlocks (Gale et al. 2022, arXiv:2211.15841). `x` and `stack` have one dtype. `ends_E`: int32, ascending; group e
+    has the rows [ends_E[e - 1], ends_E[e]). Rows from ends_E[-1] on are undefined. AssertionError for a packed stack on CUDA.
     """
     if x_RK.is_cuda:
         from tpserve_kernels import grouped
@@ -34,7 +36,10 @@ def grouped_matmul(
 
 
 def per_head(x_TEK: torch.Tensor, stack_ENK: Stack) -> torch.Tensor:
-    """Each head's rows times its own matrix, x[t, e] @ stack[e].T: [T, E, N], the rows of a head adjacent."""
+    """x[t, e] @ stack[e].T: [T, E, N] in the dtype of `x`, a view in which the rows of a head are adjacent.
+
+    AssertionError for a packed stack on CUDA.
+    """
     x_ETK = x_TEK.transpose(0, 1)
     if x_TEK.is_cuda:
         assert isinstance(stack_ENK, torch.Tensor), "nothing is packed on CUDA"

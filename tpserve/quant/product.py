@@ -1,4 +1,7 @@
-"""The kinds of matrix product that a model's steps use, so that a self-test can run each by itself. Owns no weight."""
+"""The kinds of matrix product that a model uses, so that the self-test can run each alone. Owns no weight.
+
+Legend: T or R rows, E matrices, N outputs, K inner channels, F = E K.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +16,10 @@ from tpserve.quant.packed import Stack, Weight
 
 @dataclass(frozen=True)
 class Product:
-    """`run` maps rows [T, width] of `dtype` to rows. `name`: equal for products of one kind, shape and dtype, and short.
+    """One kind of product. `run` maps rows [T, width] of `dtype` to rows [T, any].
 
-    `size`: numbers in its matrices, to which its time is roughly proportional.
+    `name`: short, and equal for products of one kind, shape and dtype. `size`: elements of its matrices; the time of a product
+    is roughly proportional to it.
     """
 
     name: str
@@ -26,13 +30,13 @@ class Product:
 
 
 def of_weight(weight_NK: Weight, dtype: torch.dtype) -> Product:
-    """`matmul` with this weight."""
+    """`matmul` with this weight, on rows of `dtype`."""
     outputs, inner = weight_NK.shape
     return Product(_name("matmul", dtype, inner, outputs), inner, inner * outputs, dtype, partial(matmul, weight_NK=weight_NK))
 
 
 def of_experts(stack_ENK: Stack, dtype: torch.dtype) -> Product:
-    """`grouped_matmul`, all rows with the first matrix."""
+    """`grouped_matmul` of all rows with the first matrix."""
     outputs, inner = stack_ENK[0].shape
     first = stack_ENK[:1]
 
@@ -43,7 +47,7 @@ def of_experts(stack_ENK: Stack, dtype: torch.dtype) -> Product:
 
 
 def of_heads(stack_ENK: Stack, dtype: torch.dtype) -> Product:
-    """`per_head`, each row for all heads."""
+    """`per_head` of rows [T, F] with all heads."""
     count, (outputs, inner) = len(stack_ENK), stack_ENK[0].shape
 
     def run(x_TF: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,18 @@
-"""The draw: logits become tokens. Owns the mapping (logits, temperature, seed, position, choice) -> token; keeps no state.
+"""Sampling: logits become tokens. Owns the mapping (logits, temperature, seed, position, choice) -> token; keeps no state.
 
-A two-level Gumbel-max draw over blocks of 128 vocabulary ids. With independent standard Gumbel noise G, argmax of z + G is
-a sample of softmax(z), and so is
+A two-level Gumbel-max draw (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030) over blocks of 128 vocabulary ids. With
+independent standard Gumbel noise G, argmax of z + G is a sample of softmax(z), and so is
 
     block = argmax over blocks of LSE(z in the block) + G(block, level 0)
     token = argmax inside that block of z + G(token, level 1)                 z = logits / temperature
 
-which needs one random number a block and 128 more instead of one a token. G comes from Philox with key = seed and
+which needs one random number per block and 128 more, instead of one per token. G comes from Philox with key = seed and
 counter = (block or token id, position, choice, level). Ties go to the lowest id. Temperature 0 is the argmax of the logits.
 
-Exactness. A row's token depends on nothing but the row: maxima are exact, sums are exact in any order (`_exact_sum`), all
-else is elementwise. A vocabulary shard of whole blocks therefore finds its own best block and token as the whole would,
-and the best of the gathered (value, id) pairs is the unsharded draw, bit for bit. Shards that start inside a block (tiny
-vocabularies) gather the logits and draw from all of them.
+Exactness. A row's token depends on that row alone: maxima are exact, sums are exact in any order (`_exact_sum`), everything
+else is elementwise. So a vocabulary shard of whole blocks finds the same best block and token as the whole vocabulary would,
+and the best of the gathered (value, id) pairs is the unsharded draw, bit for bit. With shards that start inside a block (tiny
+vocabularies) each rank gathers the logits and draws from all of them.
 
 Legend: S sampled rows, V vocabulary ids of this rank, B blocks, E the 128 ids of a block.
 """
@@ -36,18 +36,19 @@ def draw(
     *,
     all_greedy: bool,
 ) -> torch.Tensor:
-    """Draw one token a row: [S] int64, equal on all ranks of `tp`.
+    """Draw one token per row: [S] int64, equal on all ranks of `tp`.
 
-    `logits_SV`: float32, this rank's share of the vocabulary; `shards`: every rank's, ascending, without gaps.
-    `seed_S`, `position_S`, `choice_S`: int64, the seed as the bits of an unsigned number; `position_S` is the drawn token's.
-    `all_greedy`: the caller knows that every temperature is 0; then nothing random is computed.
+    `logits_SV`: float32, this rank's shard of the vocabulary; `shards`: the ids of every rank, ascending, without gaps.
+    `temperature_S`: float32, 0 is greedy. `seed_S`: int64, the bits of an unsigned 64-bit seed. `position_S`: int64, the
+    position of the drawn token. `choice_S`: int64, the index among the request's n choices.
+    `all_greedy`: the caller knows that every temperature is 0; then no random number is computed.
     """
     first = shards[tp.rank].start
     if all_greedy:
         return _winner(*_greedy(logits_SV, first), tp)
     aligned = all(shard.start % BLOCK == 0 for shard in shards)
     if not aligned:
-        logits_SV, first = gather(logits_SV, shards, tp), 0
+        logits_SV, first = gather_logits(logits_SV, shards, tp), 0
     value_S, token_S = _draw_rows(logits_SV, temperature_S, seed_S, position_S, choice_S, first=first)
     return _winner(value_S, token_S, tp) if aligned else token_S
 
@@ -55,7 +56,7 @@ def draw(
 def gumbel(
     id_SN: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, choice_S: torch.Tensor, level: int
 ) -> torch.Tensor:
-    """Standard Gumbel noise [S, N] float64 for each id of each row: -log(-log u), u the middle of one of 2**23 equal steps."""
+    """Standard Gumbel noise, float64 [S, N], one per id (int64): -log(-log u), u the middle of one of 2**23 equal steps."""
     counter = (id_SN, position_S[:, None], choice_S[:, None], torch.full_like(choice_S, level)[:, None])
     bits_SN = philox4x32(counter, (seed_S[:, None] & WORD, (seed_S[:, None] >> 32) & WORD))[0]
     u_SN = ((bits_SN >> 9).double() + 0.5) * 2.0**-23
@@ -63,7 +64,7 @@ def gumbel(
 
 
 def _greedy(logits_SV: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logit and its lowest id, of this shard."""
+    """The largest logit (float64 [S]) of this shard and its lowest id (int64 [S])."""
     value_S, token_S = logits_SV.max(dim=1)
     return value_S.double(), token_S + first
 
@@ -77,7 +78,7 @@ def _draw_rows(
     *,
     first: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This shard's best (value, token) of each row; only values of one row, over shards, can be compared."""
+    """The best (value, token) of each row in this shard. Values are comparable between shards of one row only."""
     greedy_S = temperature_S == 0
     scale_S = torch.where(greedy_S, 1.0, temperature_S)
     scale64_S1 = scale_S.double()[:, None]
@@ -103,23 +104,26 @@ def _draw_rows(
 
 
 def _exact_sum(weight_SBE: torch.Tensor) -> torch.Tensor:
-    """Sums of 128 numbers in [0, 1] whose order does not matter, float64.
+    """Sums of 128 numbers in [0, 1], exact in any order: float64 [S, B].
 
-    Adding and taking away 2**8 rounds each to a multiple of 2**-44; 128 of those fit a float64 without further rounding.
+    Adding and subtracting 2**8 rounds each to a multiple of 2**-44; 128 of those fit a float64 without further rounding.
     """
     return weight_SBE.double().add_(2.0**8).sub_(2.0**8).sum(dim=2)
 
 
 def _winner(value_S: torch.Tensor, token_S: torch.Tensor, tp: Group) -> torch.Tensor:
-    """Each row's token of the highest value; the first shard, with the lowest ids, wins ties. Ids are exact in a float64."""
+    """The token of the highest value over the shards of each row. The first shard, with the lowest ids, wins ties.
+
+    Ids travel as float64, which holds them exactly.
+    """
     if tp.size == 1:
         return token_S
     value_PS, token_PS = tp.all_gather(torch.stack((value_S, token_S.double()))).unbind(1)
     return token_PS.gather(0, value_PS.argmax(dim=0)[None]).squeeze(0).long()
 
 
-def gather(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group) -> torch.Tensor:
-    """All ranks' logits side by side, a copy; shares are padded to the largest on the way."""
+def gather_logits(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group) -> torch.Tensor:
+    """The logits of the whole vocabulary, [S, all ids], a copy. Shards are padded to the largest for the all-gather."""
     if tp.size == 1:
         return logits_SV.clone()
     widest = max(len(shard) for shard in shards)

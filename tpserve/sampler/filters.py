@@ -1,17 +1,21 @@
-"""What a request may ask of its logits before the draw. Pure functions; owns no request and no state.
+"""Logit filters: masks, bias, penalties and truncation before the draw. Pure functions; owns no request and no state.
 
-One small function a filter, applied in this order to rows that hold the whole vocabulary:
+One function per filter, applied in this order to rows that hold the whole vocabulary:
 
-    masks     `allow`, then `ban`; where bans would leave nothing, they are lifted
-    bias      `add_bias`
-    penalties `penalise`: repetition (prompt and output), then frequency and presence (output)
-    draw      temperature is the draw's; `keep_min_p`, `keep_top_k`, `keep_top_p` see it
+    masks       `apply_allowed_ids`, then `apply_bad_words` (skipped for a row that would have no id left)
+    bias        `apply_bias`
+    penalties   `apply_penalties`: repetition (prompt and output), then frequency and presence (output)
+    truncation  `apply_min_p`, `apply_top_k`, `apply_top_p`, of the distribution with temperature; `draw` applies the temperature
 
-Ids that are filtered out become -inf. Invariants: a row's bits depend on nothing but the row, its tokens and its request;
-thresholds are exact (values are compared, weights are summed as integers), ties go to the lowest id.
+Filtered ids become -inf. Invariants: a row's bits depend only on the row, its tokens and its request; thresholds are exact
+(values are compared, weights are summed as integers); ties go to the lowest id.
 
-Legend: R rows, V vocabulary ids (all of them), L tokens of the longest sequence; A, P, K rows of those that ask for one
-filter, N (row, id) pairs, W banned words, E ids of the longest word's beginning.
+Sources: repetition penalty, Keskar et al. 2019 (arXiv:1909.05858); frequency and presence penalties, OpenAI's API reference;
+top-k, Fan et al. 2018 (arXiv:1805.04833); top-p, Holtzman et al. 2019 (arXiv:1904.09751); min-p, Nguyen et al. 2024
+(arXiv:2407.01082).
+
+Legend: R rows, V vocabulary ids (all of them), L tokens of the longest sequence; A, P, K the rows with a certain filter,
+N (row, id) pairs, W banned words, E ids of the longest prefix of a banned word. Unless stated otherwise indices are int64.
 """
 
 from dataclasses import dataclass
@@ -19,14 +23,14 @@ from dataclasses import dataclass
 import torch
 
 CANDIDATES = 1024
-"""Ids that top-p looks at on the CPU before it sorts the vocabulary."""
+"""Top-p on the CPU tries this many ids before it sorts the whole vocabulary."""
 WEIGHT_ONE = 2.0**40
 """A weight of 1 as an integer: sums over 2**22 ids are exact in 64 bits."""
 
 
 @dataclass(frozen=True)
 class AllowedIds:
-    """Rows that may draw only the ids of the pairs."""
+    """The rows `rows_A` may draw only the ids of the (row, id) pairs."""
 
     rows_A: torch.Tensor
     row_N: torch.Tensor
@@ -35,7 +39,7 @@ class AllowedIds:
 
 @dataclass(frozen=True)
 class BadWords:
-    """Words: `last_W` must not follow the `length_W` last ids of `prefix_WE` (right-aligned); length 0 is never."""
+    """Id `last_W` must not follow the last `length_W` ids of `prefix_WE` (right-aligned). Length 0: the id is always banned."""
 
     row_W: torch.Tensor
     last_W: torch.Tensor
@@ -45,7 +49,7 @@ class BadWords:
 
 @dataclass(frozen=True)
 class LogitBias:
-    """float32 values to add; no pair stands twice."""
+    """float32 values to add to (row, id) pairs. No pair occurs twice."""
 
     row_N: torch.Tensor
     id_N: torch.Tensor
@@ -54,7 +58,7 @@ class LogitBias:
 
 @dataclass(frozen=True)
 class Penalties:
-    """float32; a row that asks for one of them has neutral values for the others."""
+    """float32 penalties of the rows `rows_P`. The neutral values are presence 0, frequency 0, repetition 1."""
 
     rows_P: torch.Tensor
     presence_P: torch.Tensor
@@ -64,37 +68,45 @@ class Penalties:
 
 @dataclass(frozen=True)
 class MinPFilter:
+    """Min-p of the rows `rows_K`."""
+
     rows_K: torch.Tensor
     log_K: torch.Tensor
-    """float64: the logarithm of the smallest share of the best id's probability"""
+    """float64: log(min_p), where min_p is relative to the probability of the best id"""
 
 
 @dataclass(frozen=True)
 class TopKFilter:
-    """`most`: the largest of `k_K`, on the host; all are below the size of the vocabulary."""
+    """Top-k of the rows `rows_K`. `max_k`: the largest of `k_K`, on the host. Every k is below the vocabulary size."""
 
     rows_K: torch.Tensor
     k_K: torch.Tensor
-    most: int
+    max_k: int
 
 
 @dataclass(frozen=True)
 class TopPFilter:
-    """`p_K` float64. `most`: how many ids can be left in any of the rows, on the host; None when top-k does not bound it."""
+    """Top-p of the rows `rows_K`, `p_K` float64.
+
+    `max_ids`: the most ids that top-k leaves in any of the rows, on the host; None when top-k does not bound all rows.
+    """
 
     rows_K: torch.Tensor
     p_K: torch.Tensor
-    most: int | None
+    max_ids: int | None
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What R rows ask; tensors on the device. `prompt_R`: lengths of prompts; `history`: L, 0 when no filter reads tokens."""
+    """The filters of R rows; tensors on the device.
+
+    `prompt_R`: int64 prompt lengths. `history`: L, or 0 when no filter reads tokens.
+    """
 
     prompt_R: torch.Tensor
     history: int = 0
     allowed: AllowedIds | None = None
-    bans: BadWords | None = None
+    bad_words: BadWords | None = None
     bias: LogitBias | None = None
     penalties: Penalties | None = None
     min_p: MinPFilter | None = None
@@ -103,61 +115,69 @@ class Filters:
 
 
 def apply(
-    logits_RV: torch.Tensor, asked: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_RL: torch.Tensor
+    logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_RL: torch.Tensor
 ) -> torch.Tensor:
-    """The logits to draw from, float32; changes `logits_RV`.
+    """Apply all filters: the logits to draw from, float32 [R, V]. Overwrites `logits_RV`.
 
-    `position_R`: how many tokens each row's sequence has; `tokens_RL`: its tokens, anything after them.
+    `temperature_R`: float32, positive for rows with top-p. `position_R`: int64, the number of tokens of each row's sequence.
+    `tokens_RL`: its token ids, int32 or int64; the entries from `position_R` on are ignored, but must be valid ids.
     """
-    if asked.allowed is not None:
-        allow(logits_RV, asked.allowed)
-    if asked.bans is not None:
-        logits_RV = ban(logits_RV, asked.bans, tokens_RL, position_R, asked.prompt_R)
-    if asked.bias is not None:
-        add_bias(logits_RV, asked.bias)
-    if asked.penalties is not None:
-        penalise(logits_RV, asked.penalties, tokens_RL, position_R, asked.prompt_R)
-    if asked.min_p is not None:
-        keep_min_p(logits_RV, asked.min_p, temperature_R)
-    if asked.top_k is not None:
-        keep_top_k(logits_RV, asked.top_k)
-    if asked.top_p is not None:
-        keep_top_p(logits_RV, asked.top_p, temperature_R)
+    if filters.allowed is not None:
+        apply_allowed_ids(logits_RV, filters.allowed)
+    if filters.bad_words is not None:
+        logits_RV = apply_bad_words(logits_RV, filters.bad_words, tokens_RL, position_R, filters.prompt_R)
+    if filters.bias is not None:
+        apply_bias(logits_RV, filters.bias)
+    if filters.penalties is not None:
+        apply_penalties(logits_RV, filters.penalties, tokens_RL, position_R, filters.prompt_R)
+    if filters.min_p is not None:
+        apply_min_p(logits_RV, filters.min_p, temperature_R)
+    if filters.top_k is not None:
+        apply_top_k(logits_RV, filters.top_k)
+    if filters.top_p is not None:
+        apply_top_p(logits_RV, filters.top_p, temperature_R)
     return logits_RV
 
 
-def allow(logits_RV: torch.Tensor, asked: AllowedIds) -> None:
-    """Nothing but the ids of the pairs."""
-    kept_N = logits_RV[asked.row_N, asked.id_N]
-    logits_RV[asked.rows_A] = float("-inf")
-    logits_RV[asked.row_N, asked.id_N] = kept_N
+def apply_allowed_ids(logits_RV: torch.Tensor, params: AllowedIds) -> None:
+    """Set all other ids of the rows to -inf, in place."""
+    allowed_N = logits_RV[params.row_N, params.id_N]
+    logits_RV[params.rows_A] = float("-inf")
+    logits_RV[params.row_N, params.id_N] = allowed_N
 
 
-def ban(
-    logits_RV: torch.Tensor, asked: BadWords, tokens_RL: torch.Tensor, position_R: torch.Tensor, prompt_R: torch.Tensor
+def apply_bad_words(
+    logits_RV: torch.Tensor, params: BadWords, tokens_RL: torch.Tensor, position_R: torch.Tensor, prompt_R: torch.Tensor
 ) -> torch.Tensor:
-    """No id that completes a word whose beginning is the end of the output."""
-    match_W = position_R[asked.row_W] - asked.length_W >= prompt_R[asked.row_W]
-    for back in range(1, asked.prefix_WE.shape[1] + 1):
-        at_W = (position_R[asked.row_W] - back).clamp(min=0)
-        same_W = tokens_RL[asked.row_W, at_W] == asked.prefix_WE[:, -back]
-        match_W = match_W & (same_W | (asked.length_W < back))
+    """The logits [R, V], with -inf for each id that would complete a banned word. Only output tokens count as its beginning.
+
+    A row whose ids would all be banned stays as it is.
+    """
+    match_W = position_R[params.row_W] - params.length_W >= prompt_R[params.row_W]
+    for back in range(1, params.prefix_WE.shape[1] + 1):
+        at_W = (position_R[params.row_W] - back).clamp(min=0)
+        same_W = tokens_RL[params.row_W, at_W] == params.prefix_WE[:, -back]
+        match_W = match_W & (same_W | (params.length_W < back))
     ceiling_W = torch.where(match_W, float("-inf"), float("inf")).to(logits_RV)
-    flat_W = asked.row_W * logits_RV.shape[1] + asked.last_W  # a minimum, for words may end alike
+    flat_W = params.row_W * logits_RV.shape[1] + params.last_W  # a minimum, since words may share the last id
     banned_RV = logits_RV.flatten().scatter_reduce(0, flat_W, ceiling_W, "amin").view_as(logits_RV)
     nothing_R1 = banned_RV.amax(dim=1, keepdim=True) == float("-inf")
     return torch.where(nothing_R1, logits_RV, banned_RV)
 
 
-def add_bias(logits_RV: torch.Tensor, asked: LogitBias) -> None:
-    logits_RV[asked.row_N, asked.id_N] += asked.value_N
+def apply_bias(logits_RV: torch.Tensor, params: LogitBias) -> None:
+    """Add the biases, in place."""
+    logits_RV[params.row_N, params.id_N] += params.value_N
 
 
-def penalise(
-    logits_RV: torch.Tensor, asked: Penalties, tokens_RL: torch.Tensor, position_R: torch.Tensor, prompt_R: torch.Tensor
+def apply_penalties(
+    logits_RV: torch.Tensor, params: Penalties, tokens_RL: torch.Tensor, position_R: torch.Tensor, prompt_R: torch.Tensor
 ) -> None:
-    """Less for what the text has already. Counts come from the tokens on the device: the host may not know the newest yet."""
-    rows = asked.rows_P
+    """Lower the logits of ids that the sequence has already, in place.
+
+    Counts come from the tokens on the device: with plans in flight the host does not know the newest token yet.
+    """
+    rows = params.rows_P
     tokens_PL = tokens_RL[rows].long()
     at_L = torch.arange(tokens_PL.shape[1], device=tokens_PL.device)
     known_PL = at_L < position_R[rows, None]
@@ -165,53 +185,53 @@ def penalise(
     x_PV = logits_RV[rows]
     seen_PV = torch.zeros_like(x_PV, dtype=torch.int32).scatter_add_(1, tokens_PL, known_PL.int()) > 0
     count_PV = torch.zeros_like(x_PV, dtype=torch.int32).scatter_add_(1, tokens_PL, output_PL.int())
-    repetition_P1 = asked.repetition_P[:, None]
+    repetition_P1 = params.repetition_P[:, None]
     less_PV = torch.where(x_PV > 0, x_PV / repetition_P1, x_PV * repetition_P1)
     x_PV = torch.where(seen_PV, less_PV, x_PV)
-    logits_RV[rows] = x_PV - asked.frequency_P[:, None] * count_PV - asked.presence_P[:, None] * (count_PV > 0)
+    logits_RV[rows] = x_PV - params.frequency_P[:, None] * count_PV - params.presence_P[:, None] * (count_PV > 0)
 
 
-def keep_min_p(logits_RV: torch.Tensor, asked: MinPFilter, temperature_R: torch.Tensor) -> None:
-    """Only ids at least so likely as a share of the most likely one."""
-    x_KV = logits_RV[asked.rows_K]
-    least_K = x_KV.amax(dim=1).double() + temperature_R[asked.rows_K].double() * asked.log_K
-    logits_RV[asked.rows_K] = x_KV.masked_fill(x_KV < least_K[:, None], float("-inf"))
+def apply_min_p(logits_RV: torch.Tensor, params: MinPFilter, temperature_R: torch.Tensor) -> None:
+    """Keep the ids whose probability is at least min_p times that of the most likely id, in place."""
+    x_KV = logits_RV[params.rows_K]
+    least_K = x_KV.amax(dim=1).double() + temperature_R[params.rows_K].double() * params.log_K
+    logits_RV[params.rows_K] = x_KV.masked_fill(x_KV < least_K[:, None], float("-inf"))
 
 
-def keep_top_k(logits_RV: torch.Tensor, asked: TopKFilter) -> None:
-    """The k largest."""
-    x_KV = logits_RV[asked.rows_K]
-    best_KC = x_KV.topk(asked.most, dim=1).values
-    logits_RV[asked.rows_K] = _first(x_KV, best_KC, asked.k_K)
+def apply_top_k(logits_RV: torch.Tensor, params: TopKFilter) -> None:
+    """Keep the k largest logits, in place."""
+    x_KV = logits_RV[params.rows_K]
+    best_KC = x_KV.topk(params.max_k, dim=1).values
+    logits_RV[params.rows_K] = _keep_largest(x_KV, best_KC, params.k_K)
 
 
-def keep_top_p(logits_RV: torch.Tensor, asked: TopPFilter, temperature_R: torch.Tensor) -> None:
-    """The fewest, most likely first, that have the probability p together."""
-    x_KV = logits_RV[asked.rows_K]
+def apply_top_p(logits_RV: torch.Tensor, params: TopPFilter, temperature_R: torch.Tensor) -> None:
+    """Keep the smallest set of most likely ids whose total probability is at least p, in place."""
+    x_KV = logits_RV[params.rows_K]
     top_K1 = x_KV.amax(dim=1, keepdim=True)
-    temperature_K1 = temperature_R[asked.rows_K, None]
+    temperature_K1 = temperature_R[params.rows_K, None]
     num_ids = x_KV.shape[1]
-    # On a card nobody may wait for the check whether so few were enough; there a sort is cheap.
-    guess = num_ids if x_KV.is_cuda else CANDIDATES
-    size = min(guess if asked.most is None else asked.most, num_ids)
+    # On CUDA a check that CANDIDATES ids suffice would wait for the device, and a sort is cheap there.
+    candidates = num_ids if x_KV.is_cuda else CANDIDATES
+    size = min(candidates if params.max_ids is None else params.max_ids, num_ids)
     best_KC = x_KV.topk(size, dim=1).values
     sum_KC = _weights(best_KC, top_K1, temperature_K1).cumsum(dim=1)
-    # What top-k has taken out weighs nothing, so the sum of the best is the sum of all.
-    total_K = sum_KC[:, -1] if asked.most is not None else _weights(x_KV, top_K1, temperature_K1).sum(dim=1)
-    target_K1 = (total_K.double() * asked.p_K).ceil().long().clamp(min=1).minimum(total_K)[:, None]
-    if asked.most is None and size < num_ids and bool((sum_KC[:, -1:] < target_K1).any()):
+    # Ids that top-k has removed weigh nothing, so the sum of the best is the sum of all.
+    total_K = sum_KC[:, -1] if params.max_ids is not None else _weights(x_KV, top_K1, temperature_K1).sum(dim=1)
+    target_K1 = (total_K.double() * params.p_K).ceil().long().clamp(min=1).minimum(total_K)[:, None]
+    if params.max_ids is None and size < num_ids and bool((sum_KC[:, -1:] < target_K1).any()):
         best_KC = x_KV.sort(dim=1, descending=True).values
         sum_KC = _weights(best_KC, top_K1, temperature_K1).cumsum(dim=1)
-    logits_RV[asked.rows_K] = _first(x_KV, best_KC, 1 + (sum_KC < target_K1).sum(dim=1))
+    logits_RV[params.rows_K] = _keep_largest(x_KV, best_KC, 1 + (sum_KC < target_K1).sum(dim=1))
 
 
 def _weights(x_KN: torch.Tensor, top_K1: torch.Tensor, temperature_K1: torch.Tensor) -> torch.Tensor:
-    """Unnormalised probabilities as integers, 2**40 for the best one: their sums do not know their order."""
+    """Unnormalised probabilities as integers, 2**40 for the best id, so that sums are exact in any order: int64."""
     return ((x_KN - top_K1).div_(temperature_K1).exp_().double() * WEIGHT_ONE).round_().long()
 
 
-def _first(x_KV: torch.Tensor, best_KC: torch.Tensor, count_K: torch.Tensor) -> torch.Tensor:
-    """The `count_K` largest, of equal ones those with the lowest ids; the others are -inf. `best_KC`: the largest, in order."""
+def _keep_largest(x_KV: torch.Tensor, best_KC: torch.Tensor, count_K: torch.Tensor) -> torch.Tensor:
+    """The `count_K` largest logits of each row, ties by lowest id; the others become -inf. `best_KC`: the largest, sorted."""
     last_K1 = best_KC.gather(1, count_K[:, None] - 1)
     more_KV, same_KV = x_KV > last_K1, x_KV == last_K1
     left_K1 = count_K[:, None] - more_KV.sum(dim=1, keepdim=True)

@@ -1,8 +1,8 @@
-"""Natural log probabilities of the raw logits: before temperature and everything else that shapes the draw. Keeps no state.
+"""Natural log probabilities (nats) of the raw logits, before temperature, filters and penalties. Keeps no state.
 
-Each rank reduces its share of the vocabulary to (sum of exponentials, the chosen token's logit, its best n), after all have
-agreed on the row's maximum; one gather of those gives every rank the result. Exponentials are relative to that maximum and
-summed as integers, whose sums do not know their order, so that neither the split, the batch nor the threads show in the result.
+The ranks first agree on the maximum of each row. Then each rank reduces its vocabulary shard to (sum of exponentials, logit of
+the chosen token, best n tokens), and one all-gather of those gives every rank the result. Exponentials are relative to the
+maximum and summed as integers, which is exact in any order, so the result does not depend on shards, batch or threads.
 
 Legend: S rows, V vocabulary ids of this rank in B blocks of E, P ranks, n most likely tokens.
 """
@@ -12,7 +12,9 @@ import torch
 from tpserve.parallel.group import Group
 
 BLOCK = 128
+"""Vocabulary ids per block of the search for the n best."""
 NO_KEY = -(1 << 63)
+"""A key below every real one, for padding."""
 MASS_ONE = 2.0**40
 """An exponential of 1 as an integer: sums over 2**22 ids fit in 64 bits."""
 
@@ -20,9 +22,9 @@ MASS_ONE = 2.0**40
 def logprobs(
     logits_SV: torch.Tensor, shards: tuple[range, ...], tokens_S: torch.Tensor, num_top: int, tp: Group
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (chosen_S, top_ids_Sn, top_Sn): float32, int64, float32; best first, equal ones by id; n <= vocabulary size.
+    """Return (chosen_S, top_ids_Sn, top_Sn): float32, int64, float32; best first, ties by id; n = min(num_top, vocabulary).
 
-    `logits_SV`: float32, this rank's share; `shards`: every rank's. `tokens_S`: the drawn tokens, ids of the whole vocabulary.
+    `logits_SV`: float32, this rank's shard; `shards`: the ids of every rank. `tokens_S`: int64, the drawn tokens.
     """
     shard = shards[tp.rank]
     top_S = tp.all_gather(logits_SV.amax(dim=1)).amax(dim=0)
@@ -45,7 +47,7 @@ def logprobs(
 def _best_keys(logits_SV: torch.Tensor, first: int, num_top: int) -> torch.Tensor:
     """The n largest logits as integers that sort by (logit, lowest id first): [S, num_top] int64, padded with NO_KEY.
 
-    They are in the n blocks with the largest maxima, of equal ones the first: only these are looked at closely.
+    They are in the n blocks with the largest maxima (of equal maxima, the first blocks), so only these are searched.
     """
     num_rows, width = logits_SV.shape
     if not num_top:
@@ -61,11 +63,16 @@ def _best_keys(logits_SV: torch.Tensor, first: int, num_top: int) -> torch.Tenso
 
 
 def _key(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """A float32's bits, the magnitude flipped where negative, sort as an integer; the id's complement fills the lower half."""
+    """int64 keys that sort by (logit, lowest id first).
+
+    The upper half is the float32's bits, the magnitude flipped for negatives, so that they sort as an integer. The lower half is
+    the complement of the id.
+    """
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | (0xFFFFFFFF - ids)
 
 
 def _unkey(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The (id, logit) of each key: the inverse of `_key`."""
     bits = (keys >> 32).int()
     return 0xFFFFFFFF - (keys & 0xFFFFFFFF), (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)

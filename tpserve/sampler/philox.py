@@ -1,7 +1,7 @@
 """Philox4x32-10: random bits as a pure function of a counter and a key (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011). No state: whoever knows counter and key knows the bits, on every device.
+1, 2, 3", SC 2011, doi:10.1145/2063384.2063405). No state; the bits are equal on every device.
 
-32-bit words live in int64 tensors with the upper half zero; their 64-bit products wrap, as the algorithm wants them to.
+32-bit words are int64 tensors with a zero upper half; their 64-bit products wrap, as the algorithm requires.
 """
 
 import torch
@@ -16,7 +16,7 @@ Words4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def philox4x32(counter: Words4, key: Words2) -> Words4:
-    """Four random words for each counter; int64 tensors with values in [0, 2**32) that broadcast against each other."""
+    """Four random words per counter. All words are int64 tensors with values in [0, 2**32); counter and key broadcast."""
     c0, c1, c2, c3 = counter
     for index in range(ROUNDS):
         k0, k1 = ((k + index * weyl) & WORD for k, weyl in zip(key, WEYL, strict=True))
@@ -27,6 +27,6 @@ def philox4x32(counter: Words4, key: Words2) -> Words4:
 
 
 def _multiply(x: torch.Tensor, multiplier: int) -> Words2:
-    """Upper and lower word of the 64-bit product. The arithmetic shift's sign bits are masked off."""
+    """The upper and lower word of the 64-bit product. The mask removes the sign bits of the arithmetic shift."""
     product = x * multiplier
     return (product >> 32) & WORD, product & WORD

@@ -128,7 +128,7 @@ def measure(
 
 
 def _gather(mesh: Mesh, profile: MemoryProfile) -> list[MemoryProfile]:
-    return [MemoryProfile(*values) for values in mesh.world.gather(astuple(profile))]
+    return [MemoryProfile(*values) for values in mesh.world.all_gather_ints(astuple(profile))]
 
 
 def _log_memory(mesh: Mesh, rank: int, *lines: str) -> None:
@@ -136,7 +136,7 @@ def _log_memory(mesh: Mesh, rank: int, *lines: str) -> None:
     if mesh.rank == rank:
         for line in (*lines, devices.describe_memory(mesh.device)):
             log.error(line)
-    mesh.world.min(0)
+    mesh.world.all_reduce_min(0)
 
 
 def _profile_cpu(
@@ -151,7 +151,7 @@ def _profile_cpu(
     warm_up = make_run(CPU_WARM_UP_ROWS)
     warm_up.layers()
     warm_up.head()
-    mesh.world.min(0)  # barrier: all ranks of this machine have loaded
+    mesh.world.all_reduce_min(0)  # barrier: all ranks of this machine have loaded
     head = warm_up.max_head_bytes()
     free = available_memory().free // local_ranks - head
     room = min(CPU_CACHE_MOST // local_ranks, int(free * CPU_CACHE_SHARE))
@@ -170,7 +170,7 @@ def _profile_cuda(
     """Peaks of the largest steps, and this rank's share of its GPU."""
     activations, head = _peaks(make_run(config.max_num_batched_tokens))
     torch.cuda.empty_cache()
-    mesh.world.min(0)  # barrier: ranks that share the GPU have loaded and freed their profile runs
+    mesh.world.all_reduce_min(0)  # barrier: ranks that share the GPU have loaded and freed their profile runs
     free, total = torch.cuda.mem_get_info()
     sharers = devices.ranks_on_gpu(mesh.device, local_ranks)
     allocated = torch.cuda.memory_allocated()

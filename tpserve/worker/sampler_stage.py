@@ -11,7 +11,7 @@ import torch
 
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
-from tpserve.sampler.draw import draw, gather
+from tpserve.sampler.draw import draw, gather_logits
 from tpserve.sampler.filters import apply
 from tpserve.sampler.logprobs import logprobs
 from tpserve.types.packed import pack
@@ -113,7 +113,7 @@ class SamplerStage:
         """Token ids [S]. With filters the full rows are gathered, and every rank draws the same tokens from them."""
         shards, tp = self._decoder.vocab_shards, self._tp
         if batch.filters is not None:
-            logits_SV = gather(logits_SV, shards, tp)
+            logits_SV = gather_logits(logits_SV, shards, tp)
             tokens_SL = self._request_pool.tokens[batch.slots, : batch.filters.history]
             logits_SV = apply(logits_SV, batch.filters, batch.temperature, batch.positions, tokens_SL)
             shards, tp = (range(logits_SV.shape[1]),), Group()

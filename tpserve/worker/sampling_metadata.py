@@ -105,7 +105,7 @@ def filters(rows: Sequence[SamplingMetadata], positions: Sequence[int], move: To
         prompt_R=move(torch.tensor([row.prompt_len for row in rows])),
         history=max(positions) if penalties is not None or longest > 1 else 0,
         allowed=_allowed(rows, move),
-        bans=bans,
+        bad_words=bans,
         bias=_bias(rows, move),
         penalties=penalties,
         min_p=min_p,
