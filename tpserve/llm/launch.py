@@ -138,7 +138,7 @@ class TorchrunLauncher:
 
     @cached_property
     def _store(self) -> "Store":
-        """torchrun's store, used only to exchange an address. The object stays alive, since rank 0's script may host the store."""
+        """torchrun's store, used only to exchange an address. The object stays open, for rank 0's script may host the store."""
         from tpserve.parallel.store import agent_store  # imports torch, which is needed with several nodes only
 
         me = self._rank_env
