@@ -179,5 +179,5 @@ BENCHMARKS = {
     "serve": Benchmark(
         "a load against the URL of a running server, this or another one with the OpenAI API", bench_flags.SERVE, _run_serve
     ),
-    "step": Benchmark("what a decode step costs rank 0 on the CPU beside the model", bench_flags.STEP, _run_step),
+    "step": Benchmark("the CPU time of a decode step on rank 0, without the model", bench_flags.STEP, _run_step),
 }

@@ -190,13 +190,13 @@ _VLLM_SERVE = {
 
 STEP = Command(
     "bench step",
-    "What a decode step costs rank 0 on the CPU beside the model: scheduling, encoding and broadcasting the plan, building its\n"
+    "The CPU time of a decode step on rank 0 without the model: scheduling, encoding and broadcasting the plan, building its\n"
     "tensors, applying its result. The device is a fake; scheduler, sockets and tensors are real.",
     StepFlags,
 )
 LATENCY = Command(
     "bench latency",
-    "One batch at a time, without a server: what prefill takes, and each token after it. Greedy, without an end. Takes MODEL\n"
+    "One batch at a time, without a server: the time of prefill and of each later token. Greedy, past any end. Takes MODEL\n"
     "and the engine's flags as `tpserve serve` does, such as -tp 2.",
     LatencyFlags,
     passes_on=True,
@@ -204,7 +204,7 @@ LATENCY = Command(
 )
 THROUGHPUT = Command(
     "bench throughput",
-    "Many prompts at once, without a server: requests and tokens a second. Greedy, without an end. Takes MODEL and the engine's\n"
+    "Many prompts at once, without a server: requests and tokens a second. Greedy, past any end. Takes MODEL and the engine's\n"
     "flags as `tpserve serve` does, such as -tp 2.",
     ThroughputFlags,
     passes_on=True,
@@ -212,7 +212,7 @@ THROUGHPUT = Command(
 )
 SERVE = Command(
     "bench serve",
-    "A load against a running server with the OpenAI API, whoever's: latency, throughput, failures. Every answer is streamed;\n"
+    "A load against any running server with the OpenAI API: latency, throughput, failures. Every response is streamed;\n"
     "tokens are counted by the server's usage, or else by chunks. Flags are also taken as vLLM spells them.",
     ServeFlags,
     known=_VLLM_SERVE,

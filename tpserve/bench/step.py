@@ -9,7 +9,7 @@ flight.
     apply      Scheduler.apply and take, PlanBroadcaster.retire
     encode     the encoding inside `broadcast`, measured by a second encoding
 
-`total` is the sum of the first four in each step. `cpu` is the part of it that this thread spent on a core; it is less where other
+`total` is the sum of the first four in each step. `cpu` is the part of it that this thread spent on a core, less when other
 threads, such as ZeroMQ's, used the core. The model, sampling and the messages between rank 0 and the frontend are not included:
 a fake device takes `DEVICE_S` a step, without which no receiver could keep up.
 """
