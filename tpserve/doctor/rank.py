@@ -1,4 +1,4 @@
-"""One rank of `tpserve doctor`. All ranks take part in every check; rank 0 gathers and prints the results, and sets the exit code.
+"""One rank of `tpserve doctor`. All ranks take part in every check; rank 0 gathers and prints the results and sets the exit code.
 
 The ranks use a store that rank 0 hosts, as the ranks of an epoch do, and read its address from torchrun's store. The checks, in
 order: fingerprints of all ranks; connections between ranks; resources of each node; and, when nothing is broken so far, the mesh
