@@ -1,11 +1,11 @@
-"""Hosts on one machine: up to eight namespaces (network, processes, mounts, name) on a bridge, each like a machine of its own.
+"""Virtual hosts on one machine: up to eight, each with its own network, process, mount and name namespaces, joined by a bridge.
 
-    bridge tp-NAME        in the machine's own network, which reaches every host through it
+    bridge tp-NAME        in the machine's own network namespace, from which every host is reachable
     host i                node<i>, 10.77.N.<i+1> and fd77:<N+1>::<i+1>, N the first free number; own loopback, process
-                          ids, /dev/shm and /etc/hosts; the files of the machine
+                          ids, /dev/shm and /etc/hosts; the machine's files
 
-The kernel is the only state: a lab is found again by its bridge and by the command lines of its hosts' first processes, so that
-`down` leaves nothing, whoever crashed before. Needs root. Owns no traffic: what happens to links is in `links`.
+All state is in the kernel: a lab is found by its bridge and by the command lines of its hosts' first processes, so that `down`
+leaves nothing behind, even after a crash. Needs root. Faults of links are in `links`.
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from pathlib import Path
 from typing import Any
 
 MOST_HOSTS = 8
-GONE_S = 5.0
+EXIT_S = 5.0
 NO_ROOT = "a lab needs root: it makes network namespaces"
 _INIT = Path(__file__).with_name("init.py")
 _UNSHARE = ("unshare", "--net", "--pid", "--mount", "--uts", "--ipc", "--fork", "--mount-proc", "--kill-child")
 _ENTERED = ("net", "uts", "ipc", "mnt")
-"""Entered by the child itself; "pid" is of the children of who enters it."""
+"""The namespaces that the child enters itself. A process namespace applies only to the children of the process that enters it."""
 _entering = threading.Lock()
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class LabError(Exception):
-    """Something the user can mend; the message is one line."""
+    """A mistake of the user; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """One host. `network`: the lab's number in addresses. `pid`: of its first process, as the machine sees it."""
+    """One host. `network`: the lab's number in addresses. `pid`: its first process, in the machine's process ids."""
 
     lab: str
     network: int
@@ -48,41 +48,42 @@ class Host:
 
     @property
     def name(self) -> str:
+        """The host name."""
         return f"node{self.index}"
 
     @property
     def address(self) -> str:
-        """IPv4."""
+        """The IPv4 address."""
         return f"10.77.{self.network}.{self.index + 1}"
 
     @property
     def address6(self) -> str:
-        """IPv6."""
+        """The IPv6 address."""
         return f"fd77:{self.network + 1:x}::{self.index + 1:x}"
 
     @property
     def port(self) -> str:
-        """The machine's end of the host's link. The host's end is eth0."""
+        """The interface at the machine's end of the host's link; eth0 is the host's end."""
         return f"{bridge(self.lab)}.{self.index}"
 
     def processes(self) -> list[int]:
-        """All that runs here but the first process; ids as the machine sees them."""
-        mine, found = Path(f"/proc/{self.pid}/ns/pid").stat().st_ino, []
+        """All processes of the host but the first, in the machine's process ids."""
+        namespace, found = Path(f"/proc/{self.pid}/ns/pid").stat().st_ino, []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if (entry / "ns/pid").stat().st_ino == mine and int(entry.name) != self.pid:
+                if (entry / "ns/pid").stat().st_ino == namespace and int(entry.name) != self.pid:
                     found.append(int(entry.name))
         return sorted(found)
 
     def start(self, command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
-        """subprocess.Popen inside the host. The process is our child: it can be waited for and signalled like any other."""
+        """subprocess.Popen inside the host. The process is a normal child, which can be waited for and signalled."""
         here = Path.cwd()
         descriptors = [os.open(f"/proc/{self.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in _ENTERED]
 
         def enter() -> None:
             for descriptor in descriptors:
                 _setns(descriptor)
-            os.chdir(here)  # entering a mount namespace leads to its root
+            os.chdir(here)  # entering a mount namespace changes to its root
 
         with _entering, _children_in(self.pid):
             try:
@@ -92,7 +93,7 @@ class Host:
                     os.close(descriptor)
 
     def run(self, *command: str) -> str:
-        """Run a command inside the host; its output. LabError when it fails."""
+        """Run a command inside the host and return its output. Raises LabError when it fails."""
         child = self.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         out, error = child.communicate(timeout=60)
         if child.returncode:
@@ -101,7 +102,7 @@ class Host:
 
 
 def up(lab: str, count: int) -> list[Host]:
-    """Make a lab of `count` hosts, after taking down what is left of one with this name. LabError: why it cannot be."""
+    """Create a lab of `count` hosts, after removing the remains of a lab with this name. Raises LabError."""
     if not 2 <= count <= MOST_HOSTS:
         raise LabError(f"a lab has 2 to {MOST_HOSTS} hosts, not {count}")
     if (why := refusal()) is not None:
@@ -114,33 +115,33 @@ def up(lab: str, count: int) -> list[Host]:
         ip("link", "set", bridge(lab), "up")
         if has_ipv6():
             ip("addr", "add", f"fd77:{network + 1:x}::fe/64", "dev", bridge(lab), "nodad")
-        return [_make(Host(lab, network, index, 0), count) for index in range(count)]
+        return [_create(Host(lab, network, index, 0), count) for index in range(count)]
     except BaseException:
         down(lab)
         raise
 
 
 def down(lab: str) -> None:
-    """Take away every host, what runs in it, and every link. Nothing to take away is well too."""
+    """Remove every host with its processes, and every link. Does nothing without a lab of this name."""
     first = [host.pid for host in _first_processes(lab)]
     for pid in first:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + GONE_S
+    deadline_s = time.monotonic() + EXIT_S
     while not all(_has_ended(pid) for pid in first):
         if time.monotonic() > deadline_s:
             raise LabError(f"processes {first} of lab {lab} do not end")
         time.sleep(0.02)
     for pid in first:
-        with contextlib.suppress(ChildProcessError):  # ours, when it was this process that made them
+        with contextlib.suppress(ChildProcessError):  # they are children of this process if it has created them
             os.waitpid(pid, 0)
     links = [link for link in Path("/sys/class/net").glob("tp-*") if link.name.partition(".")[0] == bridge(lab)]
     for link in sorted(links, reverse=True):
-        subprocess.run(["ip", "link", "del", link.name], check=False, capture_output=True)  # its host may just have taken it away
+        subprocess.run(["ip", "link", "del", link.name], check=False, capture_output=True)  # it may have gone with its host
 
 
 def hosts(lab: str) -> list[Host]:
-    """The hosts that live, in order."""
+    """The running hosts, in order."""
     found = {host.index: host for host in _first_processes(lab) if not _is_unshare(host.pid)}
     return [found[index] for index in sorted(found)]
 
@@ -151,7 +152,7 @@ def labs() -> list[str]:
 
 
 def refusal() -> str | None:
-    """Why this machine cannot have a lab; None when it can."""
+    """The reason why this machine cannot run a lab; None when it can."""
     if os.geteuid():
         return NO_ROOT
     missing = [tool for tool in ("ip", "bridge", "tc", "unshare", "mount") if shutil.which(tool) is None]
@@ -163,32 +164,33 @@ def refusal() -> str | None:
 
 
 def check_root() -> None:
-    """LabError for who is not root: he cannot even look into the hosts."""
+    """Raise LabError unless the user is root. Even reading the state of a host needs root."""
     if os.geteuid():
         raise LabError(NO_ROOT)
 
 
 def has_ipv6() -> bool:
-    """Whether the kernel has it, and it is not switched off."""
+    """Whether the kernel has IPv6 and it is enabled."""
     setting = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
     return setting.exists() and setting.read_text().strip() == "0"
 
 
 def bridge(lab: str) -> str:
-    """The lab's bridge."""
+    """The name of the lab's bridge. Raises LabError for a name that is no valid one."""
     if not (lab.isascii() and lab.isalnum()) or len(lab) > 10:
         raise LabError(f"a lab's name is at most ten letters and digits, not {lab!r}")
     return f"tp-{lab}"
 
 
 def ip(*words: str) -> None:
-    """iproute2's `ip`. LabError with what it says."""
+    """Run iproute2's `ip`. Raises LabError with its message."""
     done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise LabError(f"ip {' '.join(words)}: {done.stderr.strip()}")
 
 
-def _make(wanted: Host, count: int) -> Host:
+def _create(wanted: Host, count: int) -> Host:
+    """Start the host and connect it to the bridge. `wanted` has all fields but the pid; `count`: hosts of the lab."""
     names = "127.0.0.1 localhost\n::1 localhost\n"
     for index in range(count):
         peer = replace(wanted, index=index)
@@ -201,7 +203,7 @@ def _make(wanted: Host, count: int) -> Host:
         child.stdin.write(names)
         child.stdin.close()
         if child.stdout.readline() != "ready\n":
-            raise LabError(f"{wanted.name} could not be made: {child.stderr.read().strip()}")
+            raise LabError(f"{wanted.name} could not be created: {child.stderr.read().strip()}")
     host = next(host for host in hosts(wanted.lab) if host.index == wanted.index)
     ip("link", "add", host.port, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
     ip("link", "set", host.port, "master", bridge(host.lab), "up")
@@ -213,7 +215,7 @@ def _make(wanted: Host, count: int) -> Host:
 
 
 def _free_network() -> int:
-    """A number that no address of this machine has, of a lab or not."""
+    """The first network number whose addresses this machine does not use."""
     known = subprocess.run(["ip", "-4", "addr"], capture_output=True, text=True, check=True).stdout
     return next(number for number in range(256) if f" 10.77.{number}." not in known)
 
@@ -231,7 +233,7 @@ def _first_processes(lab: str) -> list[Host]:
 
 
 def _has_ended(pid: int) -> bool:
-    """A host's first process ends only when all others there have."""
+    """Whether a process has ended. A host's first process ends after all others of the host."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
     except OSError:
@@ -244,7 +246,7 @@ def _is_unshare(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _children_in(pid: int) -> Iterator[None]:
-    """What this thread starts meanwhile is born in the process namespace of `pid`."""
+    """Inside the block, new children of this thread are in the process namespace of `pid`."""
     own, theirs = (os.open(f"/proc/{p}/ns/pid", os.O_RDONLY | os.O_CLOEXEC) for p in ("self", pid))
     try:
         _setns(theirs)

@@ -1,7 +1,7 @@
-"""The first process of a lab host, and what its namespaces live by: when it dies, the kernel ends all that runs in the host.
+"""The first process of a lab host. When it ends, the kernel kills all processes of the host and removes its namespaces.
 
-Started as `unshare ... python init.py tpserve-lab:NAME:NETWORK:INDEX HOSTNAME` with the host's /etc/hosts on stdin. Gives the
-host its name, loopback, /dev/shm and /etc/hosts, then does nothing but bury the dead. Never touches a network but loopback.
+Started as `unshare ... python init.py tpserve-lab:NAME:NETWORK:INDEX HOSTNAME` with the host's /etc/hosts on stdin. Sets the host
+name, loopback, /dev/shm and /etc/hosts, then reaps orphaned processes. Never touches a network other than loopback.
 """
 
 import os
@@ -15,7 +15,7 @@ SHM_BYTES = 256 << 20
 
 
 def main() -> None:
-    """Set up, then reap for ever."""
+    """Set up the host, then reap orphans until killed."""
     hostname, hosts = sys.argv[2], sys.stdin.read()
     socket.sethostname(hostname)
     for command in (
@@ -26,7 +26,7 @@ def main() -> None:
     own = Path("/dev/shm/hosts")
     own.write_text(hosts)
     subprocess.run(["mount", "--bind", str(own), "/etc/hosts"], check=True)
-    own.unlink()  # the mount keeps it
+    own.unlink()  # the bind mount keeps the file
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     sys.stdout.write("ready\n")
     sys.stdout.flush()

@@ -1,6 +1,6 @@
-"""What runs in a lab: one `tpserve serve`, or one torchrun, a host; and what can be done to it.
+"""The processes of a lab: starts one `tpserve serve` or one torchrun a host, names processes and sends them signals.
 
-Owns command lines, the processes it started and their printed lines. Knows nothing of links.
+Owns the command lines, the processes that it starts and their output. Knows nothing of links.
 """
 
 import os
@@ -24,7 +24,7 @@ _BIN = Path(sys.executable).parent
 def commands(
     hosts: Sequence[Host], flags: Sequence[str], ranks: Sequence[int], *, torchrun: bool = False, ipv6: bool = False
 ) -> list[list[str]]:
-    """One command a host: `flags` with what says who is who. `rank_monitor`: of each host, or one number for all of them."""
+    """One command a host: `flags` and the launch flags of the node. `ranks`: the number of each host, or one number for all."""
     counts = list(ranks) * (len(hosts) if len(ranks) == 1 else 1)
     if len(counts) != len(hosts):
         raise LabError(f"--ranks {','.join(map(str, ranks))} for {len(hosts)} hosts: give one number, or one for each host")
@@ -33,31 +33,24 @@ def commands(
     lines = []
     for node, count in enumerate(counts):
         if torchrun:
-            agent = [
-                str(_BIN / "torchrun"),
-                "--nnodes",
-                str(len(hosts)),
-                "--node-rank",
-                str(node),
-                "--nproc-per-node",
-                str(count),
-            ]
-            lines.append([*agent, "--master-addr", head, "--master-port", str(MASTER_PORT), "-m", "tpserve", *flags, *listen])
+            launch = ["--nnodes", str(len(hosts)), "--node-rank", str(node), "--nproc-per-node", str(count)]
+            launch += ["--master-addr", head, "--master-port", str(MASTER_PORT)]
+            lines.append([str(_BIN / "torchrun"), *launch, "-m", "tpserve", *flags, *listen])
         else:
-            place = ["--nnodes", str(len(hosts)), "--node-rank", str(node), "--master-addr", head]
-            lines.append([sys.executable, "-m", "tpserve", "serve", *flags, *place, "--nproc-per-node", str(count)])
+            launch = ["--nnodes", str(len(hosts)), "--node-rank", str(node), "--master-addr", head]
+            lines.append([sys.executable, "-m", "tpserve", "serve", *flags, *launch, "--nproc-per-node", str(count)])
             lines[-1] += listen if node == 0 else ["--headless"]
     return lines
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Ours, and this checkout first where modules are looked for."""
+    """This process's environment, with this checkout first in PYTHONPATH."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(extra or {})}
 
 
 class Jobs:
-    """The commands of a run, one a host, and their output: every line with the name of its host before it."""
+    """The commands of a run, one a host, and their output, with the host's name before every line."""
 
     def __init__(self, out: IO[str], env: Mapping[str, str] | None = None) -> None:
         self._out = out
@@ -67,7 +60,7 @@ class Jobs:
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, host: Host, command: Sequence[str]) -> None:
-        """Start one in the background, in a session of its own, so that Ctrl-C is ours to pass on."""
+        """Start a command in the background, in a session of its own, so that Ctrl-C does not reach it directly."""
         child: subprocess.Popen[str] = host.start(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             env=self._env, start_new_session=True,
@@ -77,13 +70,13 @@ class Jobs:
         self._readers[-1].start()
 
     def signal(self, number: signal.Signals) -> None:
-        """To every one that lives."""
+        """Send a signal to every process that has not ended."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self, timeout_s: float | None = None) -> list[int]:
-        """Their exit codes, when all have ended and all they said is printed."""
+        """Wait until all have ended and their output is printed. Returns the exit codes."""
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         codes = [p.wait(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())) for p in self.processes]
         for reader in self._readers:
@@ -99,7 +92,7 @@ class Jobs:
 
 
 def rank_of(pid: int) -> int | None:
-    """Which rank a process is; None when it is none, or has ended."""
+    """The rank of a process; None when it is no rank or has ended."""
     with suppress(OSError):
         for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             if pair.startswith(b"RANK="):
@@ -116,7 +109,7 @@ def command_of(pid: int) -> bytes:
 
 
 def what(pid: int) -> str:
-    """What part of a server a process is, for people."""
+    """The part of a server that a process is: rank N, frontend, agent, torchrun, serve, or else its program."""
     rank, command = rank_of(pid), command_of(pid)
     if rank is not None:
         return f"rank {rank}"
@@ -125,7 +118,7 @@ def what(pid: int) -> str:
 
 
 def stopped_or_dead(pid: int) -> str:
-    """What is the matter with a process; nothing when it runs."""
+    """The state of a process that does not run: stopped, zombie or gone; empty when it runs."""
     with suppress(OSError):
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return {"T": "stopped", "Z": "zombie"}.get(letter, "")
@@ -133,13 +126,16 @@ def stopped_or_dead(pid: int) -> str:
 
 
 def kill(hosts: Iterable[Host], number: signal.Signals, *, rank: int | None = None, part: str | None = None) -> list[str]:
-    """Signal processes: those of one rank, those of one part (frontend, agent, serve, torchrun), or all. Says what was hit."""
+    """Signal processes: those of one rank, those of one part (frontend, agent, serve, torchrun), or all.
+
+    Returns a line for each signalled process.
+    """
     wanted = part if rank is None else f"rank {rank}"
-    hit = []
+    lines = []
     for host in hosts:
         for pid, name in [(pid, what(pid)) for pid in host.processes()]:
             if wanted in (None, name):
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
-                    hit.append(f"{host.name}: {name} (pid {pid})")
-    return hit
+                    lines.append(f"{host.name}: {name} (pid {pid})")
+    return lines

@@ -1,4 +1,4 @@
-"""The lab as a table: each host's link, traffic, processes, and what node 0's server says of itself."""
+"""The lab as a table: link, traffic and processes of each host, and /readyz of node 0's server."""
 
 import http.client
 import json
@@ -14,18 +14,18 @@ HTTP_TIMEOUT_S = 0.5
 
 
 class Table:
-    """Remembers the traffic counters of the last look, for rates."""
+    """A table of the hosts. Keeps the traffic counters of its last call, to compute rates."""
 
     def __init__(self, hosts: list[Host], port: int) -> None:
-        """`port`: of the server, for its /readyz."""
+        """`port`: the server's, for its /readyz."""
         self._hosts = hosts
         self._port = port
         self._bytes: dict[int, tuple[int, int]] = {}
-        self._looked_s = 0.0
+        self._last_s = 0.0
 
     def lines(self) -> list[str]:
-        """One look."""
-        now, elapsed_s = time.monotonic(), max(time.monotonic() - self._looked_s, 1e-3)
+        """The lines of the table, now."""
+        now, elapsed_s = time.monotonic(), max(time.monotonic() - self._last_s, 1e-3)
         rows: list[tuple[str, ...]] = [("host", "address", "link", "sent", "received", "processes")]
         for host in self._hosts:
             sent, received = _traffic(host)
@@ -34,15 +34,15 @@ class Table:
             rates = [_rate((new - old) / elapsed_s) for new, old in zip((sent, received), before, strict=True)]
             others = [other for other in self._hosts if other is not host]
             rows.append((host.name, host.address, links.state(host, others), *rates, _processes(host)))
-        self._looked_s = now
+        self._last_s = now
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return [*table, f"server  {ready(self._hosts[0], self._port)}"]
 
 
 def ready(head: Host, port: int) -> str:
-    """What /readyz of the server on `head` answers, or why it does not."""
-    said = []
+    """The response of /readyz of the server on `head`, or the reason why there is none."""
+    errors = []
     for address in (head.address, head.address6):
         connection = http.client.HTTPConnection(address, port, timeout=HTTP_TIMEOUT_S)
         try:
@@ -50,10 +50,10 @@ def ready(head: Host, port: int) -> str:
             answer = connection.getresponse()
             return f"/readyz {answer.status} {_phase(answer.read())}"
         except OSError as error:
-            said.append(error.strerror or str(error))
+            errors.append(error.strerror or str(error))
         finally:
             connection.close()
-    return f"no answer at port {port}: {said[0]}"
+    return f"no answer at port {port}: {errors[0]}"
 
 
 def _phase(body: bytes) -> str:
@@ -70,7 +70,7 @@ def _processes(host: Host) -> str:
 
 
 def _traffic(host: Host) -> tuple[int, int]:
-    """Bytes that the host has sent and received. The machine's end of the link counts the other way round."""
+    """Bytes that the host has sent and received, from the counters of the link's other end, which are the reverse."""
     counters = Path("/sys/class/net", host.port, "statistics")
     try:
         return int((counters / "rx_bytes").read_text()), int((counters / "tx_bytes").read_text())

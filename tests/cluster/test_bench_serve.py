@@ -152,11 +152,11 @@ def test_failures_are_counted_by_kind(output: Path, capsys: pytest.CaptureFixtur
     assert {failure["kind"]: failure["count"] for failure in result["failures"]} == {
         "HTTP 429": 2, "HTTP 500": 2, "cut off": 4, "error in the stream": 2, "no tokens": 2, "unreadable chunk": 2
     }  # fmt: skip
-    assert {failure["example"] for failure in result["failures"]} >= {"it is 429", "it is 500", "the answer is empty"}
+    assert {failure["example"] for failure in result["failures"]} >= {"it is 429", "it is 500", "the response is empty"}
     assert [r["failure"] for r in result["requests"]][:3] == ["", "HTTP 429", "HTTP 500"]
     assert (result["output_tokens"], result["ended_early"]) == (8, 4)
     said = capsys.readouterr()
-    assert "failed      2 x HTTP 429: it is 429" in said.out and "4 answers are shorter" in said.err
+    assert "failed      2 x HTTP 429: it is 429" in said.out and "4 responses are shorter" in said.err
 
 
 def test_nothing_completed(output: Path) -> None:
@@ -316,7 +316,7 @@ def test_arrivals() -> None:
         ("--url ftp://127.0.0.1:8000", "--url must be an address such as http://127.0.0.1:8000, not 'ftp://127.0.0.1:8000'"),
         ("--url http://h:1 --port 8000", "--url has a host and a port: leave --host and --port out"),
         ("--backend tgi --dataset-name sharegpt", "not 'tgi'; --dataset-name must be one of random, custom, not 'sharegpt'"),
-        ("--backend openai-chat --endpoint /v1/completions", "--backend openai-chat is asked by chat, and --endpoint"),
+        ("--backend openai-chat --endpoint /v1/completions", "--backend openai-chat takes chat requests, and --endpoint"),
         ("--dataset-name custom", "--dataset-name custom: give --dataset, too"),
         (
             "--metric-percentiles 25,99 --top-p 0.9",
@@ -329,7 +329,7 @@ def test_arrivals() -> None:
         ("--request-rate 0", "--request-rate must be above 0 or inf, not '0'"),
         ("--range-ratio 1", "--range-ratio must be below 1, not '1'"),
         ("--temperature x", "--temperature must be a number, not 'x'"),
-        ("--burstiness 2", "--burstiness is of the gaps between requests: give a --request-rate, too"),
+        ("--burstiness 2", "--burstiness shapes the gaps between requests: give a --request-rate, too"),
         ("--endpoint embeddings", "--endpoint must be one of completions, chat, "),
         ("--goodput itl:5", "--goodput itl:5 is no bound such as ttft:500"),
         ("--goodput ttft:fast", "--goodput ttft:fast is no bound such as ttft:500"),

@@ -53,7 +53,7 @@ def test_who_does_not_answer_is_named() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         store = HashStore()
-        store.set("stuck1", json.dumps({"where": nobody.getsockname()}))
+        store.set("stuck1", json.dumps({"address": nobody.getsockname()}))
         store.set("dialled1", "[]")
         found = ask(store, (0, 2))[0]
     assert [verdict.found.partition(": ")[0] for verdict in found] == ["rank 0 on a -> rank 1 on b", "rank 2 on c -> rank 1 on b"]
@@ -63,11 +63,11 @@ def test_who_does_not_answer_is_named() -> None:
 
 def test_a_step_that_takes_too_long() -> None:
     late: list[str] = []
-    limit = HangWatchdog(late.append)
-    with limit.of("quick", 5.0):
+    watchdog = HangWatchdog(late.append)
+    with watchdog.limit("quick", 5.0):
         pass
     time.sleep(0.2)
-    with limit.of("slow", 0.1):
+    with watchdog.limit("slow", 0.1):
         while not late:
             time.sleep(0.02)
     assert late == ["slow"]

@@ -37,9 +37,9 @@ def test_calls_are_numbered_and_kept_until_all_have_them(tmp_path: Path) -> None
             assert connection.receive(2) == RpcError(2, "engine", "rank 1 is dead"), "who waits is told"
             assert await heard(rpc_server, connection, 3) == RpcError(3, "engine", "rank 1 is dead")
         one.leave("closed")
-        while rpc_server.left is None:
+        while rpc_server.first_close is None:
             rpc_server.read()
-        assert (rpc_server.left.rank, rpc_server.left.text) == (1, "closed")
+        assert (rpc_server.first_close.rank, rpc_server.first_close.text) == (1, "closed")
         for end in (rpc_server, one, two):
             end.close()
 

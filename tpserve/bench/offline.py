@@ -1,11 +1,11 @@
-"""`tpserve bench latency` and `tpserve bench throughput`: what the engine does for a caller of `LLM.generate`, without HTTP.
+"""`tpserve bench latency` and `tpserve bench throughput`: the engine through `LLM.generate`, without HTTP.
 
-    latency      one batch after another. A batch is sent twice, for one token and for all of them, with prompts of its own each
-                 time, so that no prefix is cached; the difference is what the tokens after the first took
+    latency      one batch at a time. Each batch runs twice, for one token and for all tokens, with new prompts each time, so that
+                 no prefix is cached. The difference is the time of the tokens after the first.
     throughput   all prompts in one call
 
-Latencies of single requests are those of `timing`, counted from the call; of `latency`, of the batches of all tokens.
-Under torchrun every script takes part, and rank 0's reports.
+`request_timing` defines the latencies of single requests; they count from the call. For `latency` they come from the batches of
+all tokens. Under torchrun every script takes part, and rank 0's script reports.
 """
 
 import sys
@@ -18,7 +18,7 @@ import msgspec
 
 from tpserve.bench.figures import LatencyStats, latencies, table
 from tpserve.bench.plot import svg
-from tpserve.bench.report import BenchReport, MachineInfo, check, write
+from tpserve.bench.report import BenchReport, MachineInfo, check_writable, write
 from tpserve.bench.request_timing import Metric, RequestTiming
 from tpserve.bench.workload import BenchRequest, RandomPrompts
 from tpserve.cli import server_flags
@@ -31,7 +31,7 @@ from tpserve.llm.params import SamplingParams
 
 
 class LatencyWorkload(msgspec.Struct, frozen=True, kw_only=True):
-    """The workload of `latency`."""
+    """The workload of `latency`. Lengths are tokens of one sequence."""
 
     batch_size: int
     input_len: int
@@ -45,7 +45,7 @@ class LatencyWorkload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ThroughputWorkload(msgspec.Struct, frozen=True, kw_only=True):
-    """The workload of `throughput`; lengths as in `bench serve`."""
+    """The workload of `throughput`. The lengths mean the same as in `bench serve`."""
 
     num_prompts: int
     num_warmups: int
@@ -56,15 +56,16 @@ class ThroughputWorkload(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
 
     def __str__(self) -> str:
-        near = f" (up to {self.range_ratio:.0%} more or less)" if self.range_ratio else ""
+        spread = f" (up to {self.range_ratio:.0%} more or less)" if self.range_ratio else ""
         shared = f" after a shared prefix of {self.prefix_len}" if self.prefix_len else ""
-        return f"{self.num_prompts} prompts, {self.input_len} tokens in{shared}, {self.output_len} out{near}, seed {self.seed}"
+        return f"{self.num_prompts} prompts, {self.input_len} tokens in{shared}, {self.output_len} out{spread}, seed {self.seed}"
 
 
 class LatencyFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """`ms_per_token`: of a step, which gives each sequence of the batch a token; None where the first is the only one.
+    """The figures of `latency`.
 
-    `prefill`: until the first token is there. Both rates are of the whole batch.
+    `ready_s`: time to load the engine. `prefill`: time to the first token. `whole`: time to the last token. `ms_per_token`: time
+    of a step, which gives one token to each sequence of the batch; None for a single output token. Both rates count the batch.
     """
 
     ready_s: float
@@ -77,6 +78,8 @@ class LatencyFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ThroughputFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of `throughput`. `ready_s`: time to load the engine."""
+
     ready_s: float
     duration_s: float
     input_tokens: int
@@ -89,7 +92,7 @@ class ThroughputFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchRun(NamedTuple):
-    """`timings`: what was measured, for the picture, all of them counted from the begin of their run."""
+    """The result of a benchmark. `timings` are for the plot and count from the start of their run; `runs` counts the runs."""
 
     figures: LatencyFigures | ThroughputFigures
     timings: list[RequestTiming]
@@ -97,15 +100,15 @@ class BenchRun(NamedTuple):
 
 
 class CallTimings(NamedTuple):
-    """Of one call. `timings` are counted from its begin."""
+    """The times of one call of `LLM.generate`. `timings` count from its start."""
 
     duration_s: float
     cached_tokens: int
     timings: list[RequestTiming]
 
 
-def latency(workload: LatencyWorkload, engine: Sequence[str], output: Path | None, plot: Path | None) -> int:
-    """Measure; returns the exit code. `engine`: the model and its flags, as `tpserve serve` takes them."""
+def latency(workload: LatencyWorkload, engine_argv: Sequence[str], output: Path | None, plot: Path | None) -> int:
+    """Run the benchmark; returns the exit code. `engine_argv`: the model and its flags, as `tpserve serve` takes them."""
 
     def measure(llm: LLM, ready_s: float) -> BenchRun:
         prompts = RandomPrompts("ids", 0, workload.seed)
@@ -133,11 +136,11 @@ def latency(workload: LatencyWorkload, engine: Sequence[str], output: Path | Non
         )
         return BenchRun(figures, timings, workload.num_iters)
 
-    return _run("latency", workload, engine, output, plot, measure)
+    return _run("latency", workload, engine_argv, output, plot, measure)
 
 
-def throughput(workload: ThroughputWorkload, engine: Sequence[str], output: Path | None, plot: Path | None) -> int:
-    """Measure; returns the exit code. `engine`: the model and its flags, as `tpserve serve` takes them."""
+def throughput(workload: ThroughputWorkload, engine_argv: Sequence[str], output: Path | None, plot: Path | None) -> int:
+    """Run the benchmark; returns the exit code. `engine_argv`: the model and its flags, as `tpserve serve` takes them."""
 
     def measure(llm: LLM, ready_s: float) -> BenchRun:
         prompts = RandomPrompts("ids", workload.prefix_len, workload.seed)
@@ -163,11 +166,11 @@ def throughput(workload: ThroughputWorkload, engine: Sequence[str], output: Path
         )
         return BenchRun(figures, timings, 1)
 
-    return _run("throughput", workload, engine, output, plot, measure)
+    return _run("throughput", workload, engine_argv, output, plot, measure)
 
 
 def generate(llm: LLM, requests: Sequence[BenchRequest]) -> CallTimings:
-    """One call, for all tokens that are asked for. UserError when an answer is short."""
+    """One greedy call of `LLM.generate`. Raises UserError when an output has fewer tokens than requested."""
     params = [
         SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=request.output_len, detokenize=False) for request in requests
     ]
@@ -175,9 +178,9 @@ def generate(llm: LLM, requests: Sequence[BenchRequest]) -> CallTimings:
     outputs = llm.generate([request.prompt for request in requests], params, use_tqdm=False)
     duration_s = time.perf_counter() - begin_s
     for request, output in zip(requests, outputs, strict=True):
-        if (got := len(output.outputs[0].token_ids)) != request.output_len:
+        if (count := len(output.outputs[0].token_ids)) != request.output_len:
             raise UserError(
-                f"{request.input_len} tokens in and {request.output_len} out do not fit the context, {got} came out: "
+                f"{request.input_len} tokens in and {request.output_len} out do not fit the context, {count} came out: "
                 "lower --input-len or --output-len, or raise --max-model-len"
             )
     return CallTimings(duration_s, sum(output.num_cached_tokens for output in outputs), [_timing(output) for output in outputs])
@@ -193,40 +196,40 @@ def _timing(output: RequestOutput) -> RequestTiming:
 def _run(
     benchmark: str,
     workload: LatencyWorkload | ThroughputWorkload,
-    engine: Sequence[str],
+    engine_argv: Sequence[str],
     output: Path | None,
     plot: Path | None,
     measure: Callable[[LLM, float], BenchRun],
 ) -> int:
-    flags, holding = server_flags.read_line(engine)
-    leads = not env.under_torchrun() or env.rank_env().rank == 0
-    if holding and leads:
-        sys.stderr.write(f"tpserve bench {benchmark}: {holding}\n")
-    for flag, path in (("--output", output), ("--plot", plot)):
-        if path is not None and leads:
-            check(flag, path)
-    said = {name: value for name, option in OPTIONS.items() if (value := getattr(flags, name)) != option.default}
+    """Load the engine, measure, and write the report on rank 0; returns the exit code."""
+    flags, note = server_flags.read_line(engine_argv)
+    reports = not env.under_torchrun() or env.rank_env().rank == 0
+    if note and reports:
+        sys.stderr.write(f"tpserve bench {benchmark}: {note}\n")
+    if reports:
+        check_writable(output, plot)
+    engine_flags = {name: value for name, option in OPTIONS.items() if (value := getattr(flags, name)) != option.default}
     machine, begin_s = MachineInfo.here(), time.perf_counter()
     try:
-        with LLM(**said, seed=workload.seed) as llm:
+        with LLM(**engine_flags, seed=workload.seed) as llm:
             result, timings, runs = measure(llm, round(time.perf_counter() - begin_s, 3))
     except EngineFailure as error:
         sys.stderr.write(f"tpserve bench {benchmark}: {error}\n")
         return 1
-    if not leads:
+    if not reports:
         return 0
-    shown = msgspec.structs.asdict(result)
-    lines = [*(f"{name:<22}{_shown(value)}" for name, value in shown.items() if name != "latency"), *table(result.latency)]
+    values = msgspec.structs.asdict(result)
+    lines = [*(f"{name:<22}{_text(value)}" for name, value in values.items() if name != "latency"), *table(result.latency)]
     sys.stdout.write("\n".join([f"{benchmark} on {machine}", *lines]) + "\n")
     if output is not None:
-        asked = {**msgspec.to_builtins(workload), "engine": said}
-        BenchReport.of(benchmark, machine, ("torch",), asked, result).write(output)
+        inputs = {**msgspec.to_builtins(workload), "engine": engine_flags}
+        BenchReport.of(benchmark, machine, ("torch",), inputs, result).write(output)
     if plot is not None:
-        write("--plot", plot, svg(f"{said.get('model', 'built-in model')}: {workload}", timings, runs).encode())
+        write("--plot", plot, svg(f"{engine_flags.get('model', 'built-in model')}: {workload}", timings, runs).encode())
     return 0
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, LatencyStats):
         return f"{value.p50_ms:,.2f} ms p50, {value.p90_ms:,.2f} p90, {value.p99_ms:,.2f} p99, {value.mean_ms:,.2f} mean"
     return "-" if value is None else f"{value:,}"

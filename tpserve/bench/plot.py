@@ -1,7 +1,7 @@
-"""A load in one picture, as SVG written by hand: how its latencies are spread, and what came out when.
+"""A plot of a load as SVG, written by hand: the distribution of its latencies, and its throughput over time. Pure.
 
-Above, for each metric, the share of its values that are at most so long, on a logarithmic axis. Below, tokens generated per
-second over the time of the load. Pure; a plotting library would be the largest of our dependencies, for two panels of lines.
+Upper panel: the cumulative distribution of each metric, on a logarithmic axis. Lower panel: generated tokens per second over the
+time of the load. A plotting library would be the largest dependency, for two panels of lines.
 """
 
 import math
@@ -15,20 +15,21 @@ WIDTH, HEIGHT = 760, 620
 LEFT, RIGHT, TOP, PANEL, GAP = 70, 30, 50, 220, 80
 COLOURS: dict[Metric, str] = {"ttft": "#1f77b4", "tpot": "#2ca02c", "itl": "#9467bd", "e2el": "#d62728"}
 BINS = 60
-LEAST_MS = 0.01
-MOST_STEPS = 400
-"""Of a curve: more are not to be told apart."""
+MIN_MS = 0.01
+MAX_STEPS = 400
+"""Steps of a curve; more are not visible."""
 Point = tuple[float, float]
 
 
 def svg(title: str, timings: Sequence[RequestTiming], runs: int = 1) -> str:
-    """The picture of completed requests; with none, two empty panels. `runs`: of so many equal loads laid over one another."""
+    """The plot of completed requests; two empty panels without any. `runs`: the number of equal loads in `timings`, whose
+    throughput is averaged."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         _text(LEFT, 24, title, size=14),
         *_latency_panel(timings),
-        *_throughput(timings, runs),
+        *_throughput_panel(timings, runs),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -36,16 +37,16 @@ def svg(title: str, timings: Sequence[RequestTiming], runs: int = 1) -> str:
 
 def _latency_panel(timings: Sequence[RequestTiming]) -> list[str]:
     logs = {
-        metric: sorted(math.log10(max(value * 1e3, LEAST_MS)) for value in values) for metric, values in seconds(timings).items()
+        metric: sorted(math.log10(max(value * 1e3, MIN_MS)) for value in values) for metric, values in seconds(timings).items()
     }
-    every = [value for values in logs.values() for value in values] or [0.0]
-    first, last = math.floor(min(every)), math.floor(max(every)) + 1
-    parts = _panel(TOP, "share", "at most so many milliseconds")
+    all_values = [value for values in logs.values() for value in values] or [0.0]
+    first, last = math.floor(min(all_values)), math.floor(max(all_values)) + 1
+    parts = _panel(TOP, "share", "milliseconds or less")
     for power in range(first, last + 1):
         parts.append(_tick_x(TOP, (power - first) / (last - first), f"{10**power:g}"))
     parts += [_tick_y(TOP, share, f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     for index, (metric, values) in enumerate(logs.items()):
-        count = min(len(values), MOST_STEPS)
+        count = min(len(values), MAX_STEPS)
         steps = [
             ((percentile(values, (at + 1) / count) - first) / (last - first), (at + up) / count)
             for at in range(count)
@@ -56,7 +57,7 @@ def _latency_panel(timings: Sequence[RequestTiming]) -> list[str]:
     return parts
 
 
-def _throughput(timings: Sequence[RequestTiming], runs: int) -> list[str]:
+def _throughput_panel(timings: Sequence[RequestTiming], runs: int) -> list[str]:
     top = TOP + PANEL + GAP
     parts = _panel(top, "generated tokens per second", "seconds")
     begin_s = min((timing.begin_s for timing in timings), default=0.0)
@@ -64,8 +65,8 @@ def _throughput(timings: Sequence[RequestTiming], runs: int) -> list[str]:
     bins = [0.0] * BINS
     for timing in timings:
         at = [(token_s - begin_s) / span_s * BINS for token_s in timing.token_s]
-        for before, now in zip([*at[:1], *at], at, strict=False):  # a chunk stands for its share of the answer's tokens
-            _pour(bins, before, now, timing.output_tokens / len(at))
+        for before, now in zip([*at[:1], *at], at, strict=False):  # a chunk holds its share of the output tokens
+            _spread(bins, before, now, timing.output_tokens / len(at))
     rates = [tokens * BINS / span_s / runs for tokens in bins]
     most = max(rates) or 1.0
     parts += [_tick_x(top, share, f"{span_s * share:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -74,8 +75,8 @@ def _throughput(timings: Sequence[RequestTiming], runs: int) -> list[str]:
     return parts
 
 
-def _pour(bins: list[float], first: float, last: float, tokens: float) -> None:
-    """Tokens that took from `first` to `last`; those that took no time go where they came."""
+def _spread(bins: list[float], first: float, last: float, tokens: float) -> None:
+    """Add tokens evenly to the bins from `first` to `last`, which are positions in units of bins."""
     if first == last:
         bins[min(BINS - 1, int(last))] += tokens
     else:
@@ -89,7 +90,7 @@ def _panel(top: int, above: str, below: str) -> list[str]:
 
 
 def _line(top: int, points: Sequence[Point], colour: str) -> str:
-    """Through points whose coordinates are shares of the panel."""
+    """A line through `points`, whose coordinates are shares of the panel."""
     at = " ".join(f"{_x(x):.1f},{top + PANEL * (1 - y):.1f}" for x, y in points)
     return f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
 

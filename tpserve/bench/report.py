@@ -1,8 +1,8 @@
-"""The one shape of every benchmark's JSON, and what its head says: versions, the machine, when. Never measures anything.
+"""The JSON report of every benchmark, with versions, machine and date. Never measures anything.
 
-benchmark   which one
-workload    all that was asked for, resolved: with the same numbers the benchmark can be repeated
-figures     what came out, each with its unit in its name
+benchmark   its name
+workload    all inputs, resolved: the same values repeat the benchmark
+figures     the results, each with its unit in its name
 """
 
 import datetime
@@ -22,7 +22,7 @@ from tpserve.version import __version__
 
 
 class MachineInfo(msgspec.Struct, frozen=True):
-    """Where the benchmark ran. `load_average`: of a minute, when it began; well above 0, others wanted the cores too."""
+    """The machine of the benchmark. `load_average`: over the minute before the start; above 0, other processes used cores."""
 
     cpu: str
     cores: int
@@ -30,6 +30,7 @@ class MachineInfo(msgspec.Struct, frozen=True):
 
     @staticmethod
     def here() -> "MachineInfo":
+        """This machine, now."""
         return MachineInfo(_cpu(), available_cores(), round(os.getloadavg()[0], 2))
 
     def __str__(self) -> str:
@@ -37,7 +38,7 @@ class MachineInfo(msgspec.Struct, frozen=True):
 
 
 class BenchReport(msgspec.Struct, frozen=True):
-    """What `--output` holds."""
+    """The content of the file of `--output`."""
 
     benchmark: str
     date: str
@@ -48,18 +49,26 @@ class BenchReport(msgspec.Struct, frozen=True):
 
     @staticmethod
     def of(benchmark: str, machine: MachineInfo, packages: Sequence[str], workload: Any, figures: Any) -> "BenchReport":
-        """`packages`: those, beside Python and tpserve, whose versions matter to the figures."""
+        """A report of today. `packages`: those whose versions matter to the figures, besides Python and tpserve."""
         versions = {"tpserve": __version__, "python": platform.python_version()}
         versions |= {package: importlib.metadata.version(package) for package in packages}
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return BenchReport(benchmark, date, versions, machine, workload, figures)
 
     def write(self, path: Path) -> None:
+        """Write the report as JSON. Raises UserError."""
         write("--output", path, msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
 
-def check(flag: str, path: Path) -> None:
-    """See that a file can be written, so that a path that cannot does not cost a measurement. What stands there stays."""
+def check_writable(output: Path | None, plot: Path | None = None) -> None:
+    """Raise UserError before the measurement when a file of --output or --plot cannot be written. Existing files stay as they
+    are."""
+    for flag, path in (("--output", output), ("--plot", plot)):
+        if path is not None:
+            _check_writable(flag, path)
+
+
+def _check_writable(flag: str, path: Path) -> None:
     existed = path.exists()
     try:
         path.open("ab").close()
@@ -70,7 +79,7 @@ def check(flag: str, path: Path) -> None:
 
 
 def write(flag: str, path: Path, content: bytes) -> None:
-    """Write a file that `flag` names."""
+    """Write the file of the flag `flag`. Raises UserError."""
     try:
         path.write_bytes(content)
     except OSError as error:
@@ -78,12 +87,12 @@ def write(flag: str, path: Path, content: bytes) -> None:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of an ordered, non-empty sequence do not exceed: always one that was measured."""
+    """The nearest-rank percentile of an ordered, non-empty sequence, which is always one of its values. `share`: 0 to 1."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def _cpu() -> str:
-    """The processor's name, as far as the kernel tells."""
+    """The processor's name in /proc/cpuinfo, or the architecture."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name":

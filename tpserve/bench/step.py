@@ -1,16 +1,17 @@
-"""`tpserve bench step`: what a decode step costs rank 0 on the CPU, beside the model.
+"""`tpserve bench step`: the CPU time of a decode step on rank 0, without the model.
 
-Makes the calls of engine/loop in their order, on the scheduler, broadcaster and slots that serve, with plans in flight as there.
+Makes the calls of engine/loop in their order, on the scheduler, broadcaster and request pool of the server, with as many plans in
+flight.
 
-    schedule   Scheduler.schedule until it has no plan to give
+    schedule   Scheduler.schedule until it returns no plan
     broadcast  PlanBroadcaster.send, which encodes the plan and hands it to ZeroMQ's thread
-    build      Slots.update, worker.input_batch.build and worker.logits_rows.sampled, tensors on the CPU
+    build      RequestPool.update, input_batch.build_model_input and logits_rows.sample_batches: tensors on the CPU
     apply      Scheduler.apply and take, PlanBroadcaster.retire
-    encode     the part of the encoding in `broadcast`, measured by doing it once more
+    encode     the encoding inside `broadcast`, measured by a second encoding
 
-`total` is the sum of the first four in each step; `cpu` is what this thread spent of it on a core, which is less where others
-wanted the core too, ZeroMQ's thread among them. Not in it: the model and the draw, which a fake device leaves out, and what
-passes between rank 0 and the frontend. The fake takes `DEVICE_S` a step, without which no receiver could keep up.
+`total` is the sum of the first four in each step. `cpu` is the part of it that this thread spent on a core, less when other
+threads, such as ZeroMQ's, used the core. The model, sampling and the messages between rank 0 and the frontend are not included:
+a fake device takes `DEVICE_S` a step, without which no receiver could keep up.
 """
 
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from tpserve.bench.report import BenchReport, MachineInfo, check, percentile
+from tpserve.bench.report import BenchReport, MachineInfo, check_writable, percentile
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.packed import pack
@@ -43,9 +44,9 @@ from tpserve.worker.logits_rows import sample_batches
 from tpserve.worker.request_pool import RequestPool
 
 PHASES = ("schedule", "encode", "broadcast", "build", "apply")
-COUNTED = ("schedule", "broadcast", "build", "apply")
+TOTAL_PHASES = ("schedule", "broadcast", "build", "apply")
 BOUND_MS, BOUND_MS_AT_256 = 0.3, 2.5
-"""What a step at batch 1 and at batch 256 should stay below; between and beyond, the line through both."""
+"""Bounds of a step at batch 1 and at batch 256; other batches have the bound on the line through both."""
 WARM_UP = 50
 DEVICE_S = 0.002
 VOCAB_SIZE, BLOCK_SIZE = 32_000, 16
@@ -53,20 +54,21 @@ CONNECT_S = 30.0
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    """Half of the steps took at most `p50_ms`, all but a hundredth at most `p99_ms`."""
+    """Percentiles of the steps' times in milliseconds."""
 
     p50_ms: float
     p99_ms: float
 
     @staticmethod
     def of(seconds: Sequence[float]) -> "Percentiles":
+        """The percentiles of non-empty times in seconds."""
         ordered = sorted(seconds)
         p50, p99 = (round(percentile(ordered, share) * 1e3, 4) for share in (0.5, 0.99))
         return Percentiles(p50, p99)
 
 
 class StepCase(msgspec.Struct, frozen=True):
-    """One row of the table. `holds`: the median of the total is below the bound."""
+    """One row of the table. `holds`: the median of the total is below `bound_ms`."""
 
     batch: int
     subscribers: int
@@ -81,9 +83,8 @@ class StepCase(msgspec.Struct, frozen=True):
 def run(
     *, batch: tuple[int, ...], context: int, subscribers: tuple[int, ...], steps: int, transport: str, output: Path | None
 ) -> int:
-    """Measure every batch with every number of subscribers; returns the exit code: 0, bounds or not."""
-    if output is not None:
-        check("--output", output)
+    """Measure every batch with every number of subscribers. Returns the exit code, which is 0 even when a bound is missed."""
+    check_writable(output)
     devices.choose("cpu", 0, 1)
     machine = MachineInfo.here()
     sys.stdout.write(_heading(context, steps, transport, machine))
@@ -100,7 +101,7 @@ def run(
 
 
 def measure(batch: int, context: int, num_subscribers: int, steps: int, transport: str) -> StepCase:
-    """`steps` decode steps of `batch` sequences, with a broadcast to `num_subscribers`."""
+    """Measure `steps` decode steps of `batch` sequences, with a broadcast to `num_subscribers`."""
     with tempfile.TemporaryDirectory(prefix="tpserve-bench-") as directory:
         keyring, over_tcp = Keyring.open(None), transport == "tcp"
         curve_server = keyring.curve_server(rank_role(0), 2)
@@ -112,20 +113,20 @@ def measure(batch: int, context: int, num_subscribers: int, steps: int, transpor
             rank = StepBench(plans, batch, context, steps)
             for _ in range(WARM_UP):
                 rank.step()
-            turns = [rank.step() for _ in range(steps)]
+            timers = [rank.step() for _ in range(steps)]
             plan_bytes = rank.plan_bytes
         zap_authenticator.close()
         plans.close()
-    total = Percentiles.of([sum(turn.wall_s[phase] for phase in COUNTED) for turn in turns])
-    cpu = Percentiles.of([sum(turn.cpu_s[phase] for phase in COUNTED) for turn in turns])
+    total = Percentiles.of([sum(timer.wall_s[phase] for phase in TOTAL_PHASES) for timer in timers])
+    cpu = Percentiles.of([sum(timer.cpu_s[phase] for phase in TOTAL_PHASES) for timer in timers])
     bound_ms = round(BOUND_MS + (BOUND_MS_AT_256 - BOUND_MS) * (batch - 1) / 255, 3)
-    phases = {phase: Percentiles.of([turn.wall_s[phase] for turn in turns]) for phase in PHASES}
+    phases = {phase: Percentiles.of([timer.wall_s[phase] for timer in timers]) for phase in PHASES}
     return StepCase(batch, num_subscribers, plan_bytes, phases, total, cpu, bound_ms, total.p50_ms < bound_ms)
 
 
 class StepBench:
-    """Rank 0 with `batch` sequences that decode for ever. Their lengths differ, as those of real ones: not all need a new
-    block in the same step."""
+    """Rank 0 with `batch` sequences that decode without end. Their lengths differ, so that not all need a new block in the same
+    step."""
 
     def __init__(self, plans: PlanBroadcaster, batch: int, context: int, steps: int) -> None:
         max_len = context + WARM_UP + steps + 3
@@ -150,10 +151,10 @@ class StepBench:
         for id in range(batch):
             prompt = pack((id + position) % VOCAB_SIZE for position in range(max(1, context - id % BLOCK_SIZE)))
             self._scheduler.add(Request(id, prompt, EngineSamplingParams(max_tokens=max_len), seed=id), time.monotonic())
-        self.step()  # all prompts
+        self.step()  # runs all prompts
 
     def step(self) -> "PhaseTimer":
-        """Plan ahead, run the oldest plan, apply its result."""
+        """Schedule plans ahead, run the oldest one and apply its result. Returns the times of the phases."""
         timer = PhaseTimer()
         while (plan := self._scheduler.schedule(time.monotonic())) is not None:
             timer.mark("schedule")
@@ -181,7 +182,7 @@ class StepBench:
 
 
 class PhaseTimer:
-    """One step's time by phase: seconds on the clock, and seconds in which this thread had a core."""
+    """The time of one step by phase, in seconds: `wall_s` on the clock, `cpu_s` of this thread on a core."""
 
     def __init__(self) -> None:
         self.wall_s = dict.fromkeys((*PHASES, "device"), 0.0)
@@ -189,15 +190,15 @@ class PhaseTimer:
         self._cpu_s, self._wall_s = time.thread_time(), time.perf_counter()
 
     def mark(self, phase: str) -> None:
-        """The time since the last lap was this phase's."""
+        """Add the time since the last mark to `phase`."""
         wall_s, cpu_s = time.perf_counter(), time.thread_time()
         self.wall_s[phase] += wall_s - self._wall_s
         self.cpu_s[phase] += cpu_s - self._cpu_s
-        self._cpu_s, self._wall_s = time.thread_time(), time.perf_counter()  # a system call, and none
+        self._cpu_s, self._wall_s = time.thread_time(), time.perf_counter()  # thread_time first: it is a system call
 
 
 def _compute() -> None:
-    """What the fake device does. Busy, as a core is that computes or waits for a card's event."""
+    """The fake device. It keeps the core busy, like a computation or a wait for a GPU event."""
     end_s = time.perf_counter() + DEVICE_S
     while time.perf_counter() < end_s:
         pass
@@ -205,9 +206,9 @@ def _compute() -> None:
 
 @contextmanager
 def _subscribers(connect_info: ConnectInfo, count: int) -> Iterator[None]:
-    """`count` receivers of what is sent at the connect info's endpoint."""
-    where = msgspec.json.encode(connect_info).decode()
-    process = subprocess.Popen([sys.executable, "-m", "tpserve.bench.subscribers", where, str(count), str(os.getpid())])
+    """Runs `count` subscribers of the endpoint in `connect_info`."""
+    encoded = msgspec.json.encode(connect_info).decode()
+    process = subprocess.Popen([sys.executable, "-m", "tpserve.bench.subscribers", encoded, str(count), str(os.getpid())])
     try:
         yield
     finally:
@@ -220,12 +221,12 @@ def _heading(context: int, steps: int, transport: str, machine: MachineInfo) -> 
     return (
         f"One decode step on rank 0 in milliseconds, p50 / p99 of {steps:,}: context {context:,}, plans over {transport}, "
         f"{machine}\n"
-        "encode is part of broadcast; cpu: what of the total was spent on a core; the bound is for the total's p50\n"
+        "encode is part of broadcast; cpu is the part of total on a core; the bound is for the p50 of total\n"
         f"{'batch':>5}{'subscribers':>13}{columns}   bound\n"
     )
 
 
 def _row(case: StepCase) -> str:
-    spreads = [*(case.phases[phase] for phase in PHASES), case.total, case.total_cpu]
-    columns = "".join(f"{f'{percentiles.p50_ms:.3f} / {percentiles.p99_ms:.3f}':>16}" for percentiles in spreads)
+    cells = [*(case.phases[phase] for phase in PHASES), case.total, case.total_cpu]
+    columns = "".join(f"{f'{percentiles.p50_ms:.3f} / {percentiles.p99_ms:.3f}':>16}" for percentiles in cells)
     return f"{case.batch:>5}{case.subscribers:>13}{columns}   {case.bound_ms:.3f} {'holds' if case.holds else 'MISSED'}\n"

@@ -1,6 +1,6 @@
-"""Stand-ins for the other ranks: `python -m tpserve.bench.subscribers CONNECT_INFO COUNT PARENT_PID` reads plans and drops them.
+"""Stands in for the other ranks: `python -m tpserve.bench.subscribers CONNECT_INFO COUNT PARENT_PID` receives and drops plans.
 
-One process with a connection for each, so that rank 0 sends as often as it would to real ranks. Ends with its parent.
+One process with a connection for each rank, so that rank 0 sends as often as to real ranks. Ends with its parent.
 """
 
 import sys
@@ -14,7 +14,7 @@ from tpserve.wire.curve import ConnectInfo, rank_role
 
 
 def subscribe(connect_info: ConnectInfo, count: int) -> None:
-    """Read for ever, and decode nothing: that is other cores' work."""
+    """Receive without end. Decodes nothing, since real ranks decode on other cores."""
     curve_client = None if connect_info.endpoint.startswith("ipc:") else connect_info.keyring(None).curve_client(1, rank_role(0))
     receivers = [PlanReceiver(connect_info.endpoint, 0, curve_client) for _ in range(count)]
     poller = zmq.Poller()

@@ -1,7 +1,7 @@
-"""What `tpserve bench serve` sends, and when. Pure: the same workload gives the same requests at the same moments, each time.
+"""The requests of `tpserve bench serve` and their send times. Pure: the same workload gives the same requests and times.
 
-Prompts are random, and no two begin alike (but for the shared prefix that is asked for), so that a prefix cache helps only where
-it is meant to. The second run against the same server is another matter: take another seed.
+Prompts are random and share nothing but the requested prefix, so that a prefix cache helps only there. A second run against the
+same server needs another seed, or its prompts are cached.
 """
 
 import random
@@ -18,22 +18,22 @@ Api = Literal["completions", "chat"]
 PromptKind = Literal["ids", "words", "dataset"]
 
 IDS = range(256, 1000)
-"""Ids that every vocabulary has, behind the bytes and the special ones that many begin with."""
+"""Token ids that every vocabulary has, after the bytes and special tokens with which many begin."""
 WORDS = (
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state", "family",
     "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system", "work", "number", "night",
     "point", "home", "water", "room", "mother", "area", "money", "story", "fact", "month", "lot", "right", "study", "book",
     "eye", "job", "word", "issue", "side", "kind", "head", "house", "friend", "father", "power", "hour", "game", "line", "end",
 )  # fmt: skip
-"""Short and common, so that most tokenizers have one token for each."""
+"""Short and common words, so that most tokenizers have one token for each."""
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """A load, resolved; part of the report. None: no limit, or (lengths with a `dataset`) what the file says.
+    """A load, resolved; part of the report. None: no limit, or, for lengths with a `dataset`, those of the file.
 
-    `prompts`: token ids where the server takes them, words elsewhere. `request_rate` is per second, `burstiness` the shape of the
-    gamma distribution of the gaps: 1 is a Poisson process, less comes in bursts, more is even. Lengths are tokens, uniform
-    within `range_ratio` of the length asked for; the shared prefix comes before them.
+    `prompts`: token ids where the server takes them, words elsewhere. `request_rate` is per second. `burstiness` is the shape of
+    the gamma distribution of the gaps: 1 is a Poisson process, less is burstier, more is more even. Lengths are tokens, uniform
+    within `range_ratio` of `input_len` and `output_len`; the shared prefix of `prefix_len` tokens comes before them.
     """
 
     endpoint: Api
@@ -54,7 +54,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchRequest(msgspec.Struct, frozen=True):
-    """One request. `input_len` is what the prompt was made to have; what it has is the server's to say."""
+    """One request. `input_len` is the intended number of tokens; the server's tokenizer decides the actual one."""
 
     prompt: str | list[int]
     input_len: int
@@ -69,7 +69,7 @@ class DatasetLine(msgspec.Struct, frozen=True):
 
 
 def build_requests(workload: Workload, dataset: Sequence[BenchRequest] = ()) -> tuple[list[BenchRequest], list[BenchRequest]]:
-    """The requests to warm up with, and those to measure. A dataset is warmed up for with other words of the same number."""
+    """The warmup requests and the measured ones. The warmups of a dataset are random words of the same number."""
     if workload.prompts == "dataset":
         prompts = RandomPrompts("words", 0, workload.seed)
         warmups = [prompts.next(request.input_len, request.output_len) for request in dataset[: workload.num_warmups]]
@@ -84,37 +84,38 @@ def build_requests(workload: Workload, dataset: Sequence[BenchRequest] = ()) -> 
 
 
 class RandomPrompts:
-    """Random prompts, one after another, that share `prefix_len` tokens and no more."""
+    """Generates random prompts that share a prefix of `prefix_len` tokens."""
 
     def __init__(self, kind: PromptKind, prefix_len: int, seed: int) -> None:
         self._kind = kind
-        self._dice = random.Random(f"prompts {seed}")
-        self._prefix = self._dice.choices(IDS, k=prefix_len)
+        self._rng = random.Random(f"prompts {seed}")
+        self._prefix = self._rng.choices(IDS, k=prefix_len)
 
     def next(self, input_len: int, output_len: int, range_ratio: float = 0.0) -> BenchRequest:
-        input_len, output_len = self._near(input_len, range_ratio), self._near(output_len, range_ratio)
-        ids = self._prefix + self._dice.choices(IDS, k=input_len)
+        """The next request, with lengths in tokens within `range_ratio` of the given ones."""
+        input_len, output_len = self._vary(input_len, range_ratio), self._vary(output_len, range_ratio)
+        ids = self._prefix + self._rng.choices(IDS, k=input_len)
         prompt = ids if self._kind == "ids" else " ".join(WORDS[id % len(WORDS)] for id in ids)
         return BenchRequest(prompt, len(ids), output_len)
 
-    def _near(self, length: int, ratio: float) -> int:
-        return max(1, self._dice.randint(int(length * (1 - ratio)), int(length * (1 + ratio)))) if ratio else length
+    def _vary(self, length: int, ratio: float) -> int:
+        return max(1, self._rng.randint(int(length * (1 - ratio)), int(length * (1 + ratio)))) if ratio else length
 
 
 def arrivals_s(workload: Workload) -> list[float]:
-    """When each request is sent, from the first one on; all at once without a rate."""
+    """The send time of each request in seconds after the first one; all 0 without a request rate."""
     if workload.request_rate is None:
         return [0.0] * workload.num_prompts
-    dice = random.Random(f"arrivals {workload.seed}")
+    rng = random.Random(f"arrivals {workload.seed}")
     scale_s = 1 / (workload.request_rate * workload.burstiness)
-    gaps_s = [dice.gammavariate(workload.burstiness, scale_s) for _ in range(workload.num_prompts - 1)]
+    gaps_s = [rng.gammavariate(workload.burstiness, scale_s) for _ in range(workload.num_prompts - 1)]
     return list(accumulate(gaps_s, initial=0.0))
 
 
 def read_dataset(path: Path, output_len: int | None) -> list[BenchRequest]:
-    """One JSON object a line; other fields are not looked at. `output_len` is for lines without one.
+    """Read a file with one JSON object a line, ignoring other fields. `output_len` is for lines without one.
 
-    The lengths of its prompts are counted in words. UserError names the line that is wrong.
+    The lengths of the prompts are counted in words. Raises UserError that names the wrong line.
     """
     try:
         texts = path.read_bytes().splitlines()
@@ -137,6 +138,6 @@ def read_dataset(path: Path, output_len: int | None) -> list[BenchRequest]:
 
 
 def endpoint(text: str) -> Api:
-    """`completions` or `chat`, also as the paths that vLLM's flag takes."""
+    """The API of an --endpoint: `completions`, `chat`, or their paths, which vLLM's flag takes."""
     known: dict[str, Api] = {name: name for name in get_args(Api)}
     return (known | {"/v1/completions": "completions", "/v1/chat/completions": "chat"})[text]

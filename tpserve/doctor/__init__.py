@@ -1,1 +1,1 @@
-"""`tpserve doctor`: whether these machines can serve together, and how well."""
+"""`tpserve doctor`: checks whether a set of machines can serve a model together, and how well."""

@@ -1,7 +1,7 @@
-"""`tpserve doctor MODEL`: whether these machines can serve MODEL together. Takes the server's flags, and is loaded without torch.
+"""`tpserve doctor MODEL`: checks whether these machines can serve MODEL together. Takes the server's flags. Never imports torch.
 
-Under torchrun this process is one of the ranks; alone, it starts the ranks of one node as `tpserve serve` would.
-Exit codes: 0 nothing is broken, 1 something is, 2 what the user can mend, such as ranks that differ. (torchrun makes 1 of both.)
+Under torchrun this process is one of the ranks. Without it, this process starts the ranks of one node as `tpserve serve` does.
+Exit codes: 0 nothing is broken, 1 something is broken, 2 a mistake, such as ranks that differ. (torchrun turns 2 into 1.)
 """
 
 import os
@@ -25,40 +25,40 @@ from tpserve.host.resources import visible_gpus
 
 
 class DoctorFlags(Struct, frozen=True, kw_only=True):
-    """It has no flags of its own."""
+    """The command has no flags of its own."""
 
 
 COMMAND = Command(
     "doctor",
-    "Whether these machines can serve MODEL together, and how well: versions and flags, who reaches whom, what carries the\n"
-    "all-reduce and how fast it is, clocks, /dev/shm, free memory, the disk. Takes the flags of `tpserve serve`. On several\n"
+    "Checks whether these machines can serve MODEL together, and how well: versions and flags, connections between all ranks,\n"
+    "transport and speed of the all-reduce, clocks, /dev/shm, memory, the disk. Takes the flags of `tpserve serve`. On several\n"
     "nodes start it as the server is started: `torchrun --nnodes 2 --node_rank N --nproc_per_node 8 --master_addr HEAD -m\n"
-    "tpserve doctor MODEL ...` on each. Exit code 0 when nothing is broken, 1 when something is, 2 for what you can mend.",
+    "tpserve doctor MODEL ...` on each. Exit code 0 when nothing is broken, 1 when something is, 2 for a mistake.",
     DoctorFlags,
     passes_on=True,
 )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Examine; returns the exit code. Raises UserError, or HelpWanted."""
-    rest = COMMAND.parse(argv).rest
+    """Run all checks; returns the exit code. Raises UserError, or HelpWanted."""
+    server_argv = COMMAND.parse(argv).rest
     if not env.under_torchrun():
-        flags, holding = server_flags.read_line(rest, env.overrides())
-        if holding:
-            sys.stderr.write(f"tpserve doctor: {holding}\n")
+        flags, note = server_flags.read_line(server_argv, env.overrides())
+        if note:
+            sys.stderr.write(f"tpserve doctor: {note}\n")
         return _run_locally(flags)
-    from tpserve.doctor.rank import examine
+    from tpserve.doctor.rank import run_rank
 
-    return examine(env.rank_env(), rest)
+    return run_rank(env.rank_env(), server_argv)
 
 
 def _run_locally(flags: Flags) -> int:
-    """Start the ranks of one node."""
+    """Start the ranks of one node and wait for them; returns the exit code."""
     if flags.nnodes > 1:
-        rest = shlex.join(server_flags.to_argv(flags))
+        arguments = shlex.join(server_flags.to_argv(flags))
         raise UserError(
             f"`tpserve doctor` starts one node only: on each node run `torchrun --nnodes {flags.nnodes} --node_rank N "
-            f"--nproc_per_node RANKS --master_addr {flags.master_addr or 'HEAD'} -m tpserve doctor {rest}`",
+            f"--nproc_per_node RANKS --master_addr {flags.master_addr or 'HEAD'} -m tpserve doctor {arguments}`",
             param="nnodes",
         )
     nproc = num_local_ranks(flags, visible_gpus())

@@ -1,7 +1,7 @@
-"""What does not come back: a limit for each step that may hang, and who does not answer then.
+"""Detects steps that hang: a time limit for each step, and a report of the ranks that do not respond.
 
-The main thread may be inside gloo, NCCL or shared memory, which nobody can call back; so a thread of each rank watches it, over a
-connection of its own to the store. Owns the limit and the questions; never ends a process itself.
+The main thread may be inside gloo, NCCL or shared memory, where it cannot be interrupted. So a thread of each rank watches it and
+uses its own connection to the store. Owns the limit and the report; never ends a process.
 """
 
 import contextlib
@@ -18,23 +18,23 @@ from tpserve.doctor.links import ProbeResult
 from tpserve.doctor.verdict import Verdict
 
 POLL_S = 0.1
-DIALLED_S = 10.0
-"""How long the ranks that answer may take to dial each other."""
-_REMEDY = "look there at the last lines of the log and with `ps`: it hangs, was stopped or killed, or its node is cut off"
+DIAL_S = 10.0
+"""Time for the responding ranks to dial each other."""
+_REMEDY = "see the last lines of the log there, and `ps`: it hangs, was stopped or killed, or its node is cut off"
 
 
 class HangWatchdog:
-    """Watches the main thread: `late` is called once, on a thread, when a step takes longer than it may."""
+    """Watches the main thread. Calls `on_timeout` once, on the watching thread, when a step exceeds its limit."""
 
-    def __init__(self, late: Callable[[str], None]) -> None:
-        self._late = late
+    def __init__(self, on_timeout: Callable[[str], None]) -> None:
+        self._on_timeout = on_timeout
         self._due: tuple[str, float] | None = None
-        threading.Thread(target=self._watch, name="limit", daemon=True).start()
+        threading.Thread(target=self._watch, name="hang watchdog", daemon=True).start()
 
     @contextlib.contextmanager
-    def of(self, what: str, limit_s: float) -> Iterator[None]:
-        """The block may take so long."""
-        self._due = what, time.monotonic() + limit_s
+    def limit(self, step: str, limit_s: float) -> Iterator[None]:
+        """Limit the block, which is called `step` in reports, to `limit_s` seconds."""
+        self._due = step, time.monotonic() + limit_s
         try:
             yield
         finally:
@@ -45,60 +45,54 @@ class HangWatchdog:
             time.sleep(POLL_S)
             due = self._due
             if due is not None and time.monotonic() > due[1]:
-                self._late(due[0])
+                self._on_timeout(due[0])
                 return
 
 
 class _HangReport(Struct, frozen=True):
-    """A rank that answers, and where it can be dialled."""
+    """The address and port at which a responding rank can be dialled."""
 
-    where: tuple[str, int]
+    address: tuple[str, int]
 
 
 def unresponsive_ranks(
-    store: Store, rank: int, hosts: Sequence[str], place: tuple[str, tuple[int, int]], what: str, patience_s: float
+    store: Store, rank: int, hosts: Sequence[str], listen: tuple[str, tuple[int, int]], step: str, timeout_s: float
 ) -> list[Verdict]:
-    """All ranks that still can call this when `what` did not come back; the verdicts are the same on all of them.
+    """Find out why `step` hangs. Every rank calls this that still can; the verdicts are the same on all of them.
 
-    `hosts`: of all ranks; `place`: this rank's address, and the ports it may listen on. `patience_s`: how much later than here
-    another rank may notice. Raises RuntimeError when the store does not answer, which is rank 0's.
+    `hosts`: those of all ranks. `listen`: this rank's address and the range of ports to listen on. `timeout_s`: the longest delay
+    after which another rank may notice the hang. Raises RuntimeError when the store on rank 0 does not respond.
     """
     ranks = range(len(hosts))
-    ping_server = links.PingServer(*place)
+    ping_server = links.PingServer(*listen)
     try:
-        answers = _told(store, "stuck", rank, msgspec.json.encode(_HangReport((place[0], ping_server.port))), ranks, patience_s)
-        there = sorted(answers)
-        places = [msgspec.json.decode(answers[other], type=_HangReport).where for other in there]
-        heard = [msgspec.structs.replace(each, rank=there[each.rank]) for each in links.probe_all(there.index(rank), places)]
-        dialled = _told(store, "dialled", rank, msgspec.json.encode(heard), there, DIALLED_S)
+        report = msgspec.json.encode(_HangReport((listen[0], ping_server.port)))
+        reports = _exchange(store, "stuck", rank, report, ranks, timeout_s)
+        responding = sorted(reports)
+        addresses = [msgspec.json.decode(reports[other], type=_HangReport).address for other in responding]
+        probes = links.probe_all(responding.index(rank), addresses)
+        probes = [msgspec.structs.replace(probe, rank=responding[probe.rank]) for probe in probes]
+        all_probes = _exchange(store, "dialled", rank, msgspec.json.encode(probes), responding, DIAL_S)
     finally:
         ping_server.close()
-    silent = [other for other in ranks if other not in answers]
-    found = [Verdict("broken", what, f"rank {other} on {hosts[other]} does not answer", _REMEDY) for other in silent]
-    lost = [
-        (other, each)
-        for other, said in dialled.items()
-        for each in msgspec.json.decode(said, type=list[ProbeResult])
-        if each.error
-    ]
-    found += [
-        Verdict(
-            "broken", what, f"rank {i} on {hosts[i]} -> rank {each.rank} on {hosts[each.rank]}: {each.error}", "see the network"
-        )
-        for i, each in lost
-    ]
-    if not found:
+    silent = [other for other in ranks if other not in reports]
+    verdicts = [Verdict("broken", step, f"rank {other} on {hosts[other]} does not answer", _REMEDY) for other in silent]
+    for source, encoded in all_probes.items():
+        for probe in msgspec.json.decode(encoded, type=list[ProbeResult]):
+            if probe.error:
+                verdicts.append(Verdict("broken", step, links.failed_probe(source, probe, hosts), "see the network"))
+    if not verdicts:
         remedy = "gloo's or NCCL's own connections are cut: allow the kernel's ports (net.ipv4.ip_local_port_range) between nodes"
-        found = [Verdict("broken", what, "all ranks answer and reach each other, and it does not come back", remedy)]
-    return found
+        verdicts = [Verdict("broken", step, "all ranks answer and reach each other, but it does not return", remedy)]
+    return verdicts
 
 
-def _told(store: Store, name: str, rank: int, mine: bytes, ranks: Sequence[int], patience_s: float) -> dict[int, bytes]:
-    """Tell `mine`; what those of `rank_monitor` have told by the time all have, or patience has ended."""
-    store.set(f"{name}{rank}", mine.decode())
-    deadline_s = time.monotonic() + patience_s
+def _exchange(store: Store, name: str, rank: int, value: bytes, ranks: Sequence[int], timeout_s: float) -> dict[int, bytes]:
+    """Publish `value` under `name`, and return the values by rank of those `ranks` that publish theirs within `timeout_s`."""
+    store.set(f"{name}{rank}", value.decode())
+    deadline_s = time.monotonic() + timeout_s
     while True:
-        there = [other for other in ranks if store.check([f"{name}{other}"])]
-        if len(there) == len(ranks) or time.monotonic() > deadline_s:
-            return {other: store.get(f"{name}{other}") for other in there}
+        published = [other for other in ranks if store.check([f"{name}{other}"])]
+        if len(published) == len(ranks) or time.monotonic() > deadline_s:
+            return {other: store.get(f"{name}{other}") for other in published}
         time.sleep(POLL_S)

@@ -1,9 +1,9 @@
-"""One rank of the doctor's: it takes part in every check; rank 0 gathers what was found, prints it, and decides the exit code.
+"""One rank of `tpserve doctor`. All ranks take part in every check; rank 0 gathers and prints the results and sets the exit code.
 
-The ranks meet at a store that rank 0 hosts, as an epoch's ranks do, and learn its address from torchrun's. In order: who is there
-and whether they can work together; who reaches whom; what each node has; and, when nothing is broken so far, the mesh of the
-layout and what it carries. Invariants: every wait is bounded and names who is missing, and so is every collective (`hang`); all
-ranks leave with the same exit code.
+The ranks use a store that rank 0 hosts, as the ranks of an epoch do, and read its address from torchrun's store. The checks, in
+order: fingerprints of all ranks; connections between ranks; resources of each node; and, when nothing is broken so far, the mesh
+of the layout and its all-reduces. Invariants: every wait and every collective (`hang`) has a limit and names the missing ranks;
+all ranks exit with the same code.
 """
 
 import logging
@@ -50,18 +50,20 @@ from tpserve.worker import device as devices
 
 logger = logging.getLogger(__name__)
 
-Of = TypeVar("Of")
+T = TypeVar("T")
 MESH_S = 60.0
-LEAVE_S = 5.0
-LATER_S = 5.0
-"""How much later than this rank another one may find that a sum does not come back."""
-ANSWER_S = 60.0
-"""How much later than the first another rank may be with what all do at the same time."""
+"""Limit for the mesh to form."""
+EXIT_S = 5.0
+"""Time for the other ranks to read the exit code from rank 0's store."""
+HANG_NOTICE_S = 5.0
+"""The longest delay after which another rank notices that an all-reduce hangs."""
+GATHER_S = 60.0
+"""The longest delay of a rank in a step that all ranks do at the same time."""
 _KEY = "tpserve/doctor"
 
 
-def examine(me: RankEnv, argv: Sequence[str]) -> int:
-    """Take part; returns the exit code. Raises UserError for what no rank can be examined with."""
+def run_rank(me: RankEnv, argv: Sequence[str]) -> int:
+    """Run all checks and end this process with the exit code. Returns 2 or raises UserError for flags that are wrong."""
     try:
         flags = server_flags.parse(argv, environment.overrides(), launch=False)
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=environment.color(sys.stderr))
@@ -69,24 +71,24 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
         config = resolve(flags, files, spec, of_rank(me))
         interface = choose(config.interface, me.nnodes, me.master_addr)
     except UserError:
-        if me.local_rank:  # the first rank of the node says the same
+        if me.local_rank:  # the first rank of the node raises the same
             return 2
         raise
     settings = environment.network_variables()
     environment.use_interface(interface.name)
-    traced = _trace() if config.all_reduce == "nccl" else None
+    trace_dir = _trace_nccl() if config.all_reduce == "nccl" else None
     device = devices.choose(config.device, me.local_rank, me.local_world_size)
     try:
-        code = _DoctorRank(me, config, spec, interface, settings, device, traced).examine()
+        code = _DoctorRank(me, config, spec, interface, settings, device, trace_dir).run_checks()
     except (EngineFailure, UserError) as error:
         logger.error("%s", error)
         code = 2 if isinstance(error, UserError) else 1
-    _clean_up(traced)
+    _clean_up(trace_dir)
     os._exit(code)  # destructors of a broken mesh can hang
 
 
-def _trace() -> Path | None:
-    """A directory into which NCCL writes what it does; None when the user has told it otherwise."""
+def _trace_nccl() -> Path | None:
+    """Make NCCL write its log into a new directory. None when the user has set NCCL's log variables."""
     directory = Path(tempfile.mkdtemp(prefix="tpserve-doctor-"))
     if environment.trace_nccl(f"{directory}/nccl"):
         return directory
@@ -94,16 +96,16 @@ def _trace() -> Path | None:
     return None
 
 
-def _clean_up(traced: Path | None) -> None:
-    """Before this process ends, which it does at once."""
-    if traced is not None:
-        shutil.rmtree(traced, ignore_errors=True)
+def _clean_up(trace_dir: Path | None) -> None:
+    """Remove NCCL's log and flush all output, before `os._exit`."""
+    if trace_dir is not None:
+        shutil.rmtree(trace_dir, ignore_errors=True)
     logging.shutdown()
     sys.stdout.flush()
 
 
 class _DoctorRank:
-    """The checks in their order."""
+    """The checks of one rank."""
 
     def __init__(
         self,
@@ -113,77 +115,77 @@ class _DoctorRank:
         interface: Interface,
         settings: dict[str, str],
         device: torch.device,
-        traced: Path | None,
+        trace_dir: Path | None,
     ) -> None:
-        """`traced`: where NCCL writes what it does."""
+        """`settings`: the network variables that the user has set. `trace_dir`: the directory of NCCL's log."""
         self._me = me
         self._config = config
         self._spec = spec
         self._interface = interface
         self._device = device
-        self._traced = traced
+        self._trace_dir = trace_dir
         self._free = devices.free_memory(device)
         node = NodeInfo(me.node_rank, interface.address, host_id(), settings, visible_gpus())
-        seat, facts = (me.rank, 0, os.getpid(), socket.gethostname()), fingerprint(config, spec)
-        self._hello = Hello(*seat, {}, facts, node, traits(device), config.layout.stage_of(me.rank), processor(device))
-        self._store, self._store_address = _meet(me, config, interface)
+        process, facts = (me.rank, 0, os.getpid(), socket.gethostname()), fingerprint(config, spec)
+        self._hello = Hello(*process, {}, facts, node, traits(device), config.layout.stage_of(me.rank), processor(device))
+        self._store, self._store_address = _open_store(me, config, interface)
         self._hosts: list[str] = []
 
-    def examine(self) -> int:
-        """All checks; the exit code."""
+    def run_checks(self) -> int:
+        """Run all checks; returns the exit code."""
         hellos = self._gather("hello", self._hello, Hello)
         self._hosts = hosts = [hello.host for hello in hellos]
         self._print(all_facts(hellos))
         if why := next(filter(None, (mismatch(hellos[:i], hello) for i, hello in enumerate(hellos))), ""):
             self._print(["", log.user_error(why)])
-            return self._leave(2)
-        found = [_agreement(hellos), *links.judge(self._dial(hellos), hosts)]
-        looked = self._gather("host", self._look() if self._me.local_rank == 0 else None, host.NodeReport | None)
-        found += [verdict for each in looked if each is not None for verdict in host.judge(each, self._config.device)]
-        if exit_code(found) == OK:  # all ranks have found the same so far
-            found += self._carry(hellos)
+            return self._agree_on_exit_code(2)
+        verdicts = [_fingerprint_verdict(hellos), *links.judge(self._probe_links(hellos), hosts)]
+        reports = self._gather("host", self._node_report() if self._me.local_rank == 0 else None, host.NodeReport | None)
+        verdicts += [verdict for each in reports if each is not None for verdict in host.judge(each, self._config.device)]
+        if exit_code(verdicts) == OK:  # all ranks have the same verdicts so far
+            verdicts += self._check_all_reduce(hellos)
         else:
-            found.append(Verdict("broken", "all-reduce", "not tried: mend what is broken first"))
-        self._print(["", *page(found), "", summary(found)])
-        return self._leave(exit_code(found))
+            verdicts.append(Verdict("broken", "all-reduce", "not tried: mend what is broken first"))
+        self._print(["", *page(verdicts), "", summary(verdicts)])
+        return self._agree_on_exit_code(exit_code(verdicts))
 
-    def _dial(self, hellos: Sequence[Hello]) -> list[list[links.ProbeResult]]:
+    def _probe_links(self, hellos: Sequence[Hello]) -> list[list[links.ProbeResult]]:
+        """The results of all ranks that dial each other, in rank order."""
         try:
             ping_server = links.PingServer(self._interface.address, self._config.port_range)
         except UserError as error:
             raise EngineFailure(str(error)) from error
         ports = self._gather("port", ping_server.port, int)
-        heard = links.probe_all(self._me.rank, [(hello.node.address, port) for hello, port in zip(hellos, ports, strict=True)])
-        all_heard = self._gather("heard", heard, list[links.ProbeResult])
+        addresses = [(hello.node.address, port) for hello, port in zip(hellos, ports, strict=True)]
+        probes = self._gather("probes", links.probe_all(self._me.rank, addresses), list[links.ProbeResult])
         ping_server.close()
-        return all_heard
+        return probes
 
-    def _look(self) -> host.NodeReport:
-        """At this node, by its first rank."""
+    def _node_report(self) -> host.NodeReport:
+        """The resources of this node, for its first rank."""
         config, me = self._config, self._me
         files = host.weight_files(Path(config.model))
-        known = [size for _, size in config.snapshot.weights] if config.snapshot else [path.stat().st_size for path in files]
+        sizes = [size for _, size in config.snapshot.weights] if config.snapshot else [path.stat().st_size for path in files]
         memory = Memory(self._free, 0, "the GPU")
         if config.device == "cpu":
             memory = available_memory()
             memory = Memory(memory.free // me.local_world_size, memory.total, memory.of)
-        needed = sum(known) // config.layout.world_size
+        needed = sum(sizes) // config.layout.world_size
         disk = host.read_rate(files) if config.load_format != "dummy" else None
         return host.NodeReport(self._hello.host, host.free_shm(), memory.free, memory.of, needed, disk)
 
-    def _carry(self, hellos: Sequence[Hello]) -> list[Verdict]:
-        """Form the mesh as a server would, and time it."""
+    def _check_all_reduce(self, hellos: Sequence[Hello]) -> list[Verdict]:
+        """Form the mesh with the server's code, and time its all-reduces."""
         layout, config = self._config.layout, self._config
         if layout.world_size == 1:
-            return [Verdict("good", "all-reduce", "one rank, which has nothing to add up")]
-        begin_s, limit = time.monotonic(), HangWatchdog(lambda what: self._give_up(what, LATER_S))
-        between = (
-            None if environment.user_set_interface(self._hello.node.settings, config.all_reduce) else self._interface.address
-        )
+            return [Verdict("good", "all-reduce", "one rank, which needs no all-reduce")]
+        begin_s, watchdog = time.monotonic(), HangWatchdog(lambda step: self._report_hang(step, HANG_NOTICE_S))
+        user_set = environment.user_set_interface(self._hello.node.settings, config.all_reduce)
+        address = None if user_set else self._interface.address
         try:
             if self._me.nnodes > 1:
-                connectivity.check_connectivity(self._me.rank, layout.world_size, between, self._store, MESH_S)
-            with limit.of("mesh", MESH_S + traffic.SUM_S):
+                connectivity.check_connectivity(self._me.rank, layout.world_size, address, self._store, MESH_S)
+            with watchdog.limit("mesh", MESH_S + traffic.ALL_REDUCE_LIMIT_S):
                 mesh = meshes.init_distributed(
                     self._me.rank, layout, 1, self._store, self._device, MESH_S, config.all_reduce, available_cores()
                 )  # fmt: skip
@@ -194,75 +196,82 @@ class _DoctorRank:
         try:
             if layout.tp > 1:
                 firsts = range(0, layout.world_size, layout.tp)
-                verdicts += self._time("in stage", mesh.tp, firsts, 2 * self._spec.num_layers, limit)
-            if layout.pp > 1:  # what passes between stages goes the same way
-                verdicts += self._time("across stages", mesh.world, range(1), layout.pp - 1, limit)
-        except RuntimeError as error:  # of gloo and NCCL: a peer has gone
+                verdicts += self._time("in stage", mesh.tp, firsts, 2 * self._spec.num_layers, watchdog)
+            if layout.pp > 1:  # activations between stages take the same way
+                verdicts += self._time("across stages", mesh.world, range(1), layout.pp - 1, watchdog)
+        except RuntimeError as error:  # gloo and NCCL raise it when a peer has ended
             logger.warning("%s", str(error).partition("\n")[0])
-            self._give_up("all-reduce", traffic.SUM_S + LATER_S)
+            self._report_hang("all-reduce", traffic.ALL_REDUCE_LIMIT_S + HANG_NOTICE_S)
         verdicts.append(self._transport(hellos, mesh.tp.uses_shm))
         meshes.destroy_distributed(mesh)
         return verdicts
 
-    def _give_up(self, what: str, later_s: float) -> None:
-        """`what` hangs, or has failed: say who does not answer, and leave. On the thread that watches, or on the main one.
-        `later_s`: how much later than this rank others may notice."""
-        place = (self._interface.address, self._config.port_range)
+    def _report_hang(self, step: str, timeout_s: float) -> None:
+        """Print which ranks do not respond after `step` hangs or fails, and end this process. Runs on the watchdog's thread or on
+        the main one. `timeout_s`: the longest delay after which another rank notices."""
+        listen = (self._interface.address, self._config.port_range)
         try:
             store = self._store if self._me.rank == 0 else join_store(self._store_address, links.CONNECT_S)
-            found = unresponsive_ranks(store, self._me.rank, self._hosts, place, what, later_s)
-            self._print(["", *page(found), "", summary(found)])
+            verdicts = unresponsive_ranks(store, self._me.rank, self._hosts, listen, step, timeout_s)
+            self._print(["", *page(verdicts), "", summary(verdicts)])
         except (EngineFailure, UserError, RuntimeError) as error:
-            logger.error("%s did not come back, and neither does rank 0 on %s: %s", what, self._hosts[0], error)
-        time.sleep(1.0 if self._me.rank == 0 else 0.0)  # its store is the others'
-        _clean_up(self._traced)
+            logger.error("%s hangs, and rank 0 on %s does not respond: %s", step, self._hosts[0], error)
+        time.sleep(1.0 if self._me.rank == 0 else 0.0)  # the other ranks still use rank 0's store
+        _clean_up(self._trace_dir)
         os._exit(BROKEN)
 
-    def _time(self, where: str, group: Group, firsts: Sequence[int], sums: int, limit: HangWatchdog) -> list[Verdict]:
-        """All-reduces of groups, whose first ranks are `firsts`: a verdict each, and the sizes of the slowest."""
-        mine = traffic.measure(group, getattr(torch, self._config.dtype), self._device, limit, f"all-reduce {where}")
-        all_times = self._gather(f"times {where}", mine, list[tuple[int, float]])
+    def _time(
+        self, where: str, group: Group, firsts: Sequence[int], num_all_reduces: int, watchdog: HangWatchdog
+    ) -> list[Verdict]:
+        """Time the all-reduces of all groups, whose first ranks are `firsts`, and print the sizes of the slowest group.
+
+        `num_all_reduces`: those of one token. Returns a verdict for each group.
+        """
+        own = traffic.measure(group, getattr(torch, self._config.dtype), self._device, watchdog, f"all-reduce {where}")
+        all_times = self._gather(f"times {where}", own, list[tuple[int, float]])
         names = [f"all-reduce {where}{f' {i}' if where == 'in stage' else ''}" for i in range(len(firsts))]
         times = [all_times[rank] for rank in firsts]
         slowest = max(range(len(times)), key=lambda i: times[i][0][1])
         sizes = traffic.lines(times[slowest], group.size)
         token_bytes = self._spec.hidden_size * getattr(torch, self._config.dtype).itemsize
         self._print(["", f"{names[slowest]}, {self._config.dtype}", *table([("size", "time", "bus bandwidth"), *sizes])])
-        return [traffic.judge(name, each, group.size, sums, token_bytes) for name, each in zip(names, times, strict=True)]
+        return [
+            traffic.judge(name, each, group.size, num_all_reduces, token_bytes) for name, each in zip(names, times, strict=True)
+        ]
 
     def _transport(self, hellos: Sequence[Hello], uses_shm: bool) -> Verdict:
-        """What carries the sums."""
+        """The transport of the all-reduces."""
         if self._config.all_reduce == "nccl":
-            mine = traffic.read_nccl(self._traced) if self._traced else {}
-            told = sum(map(Counter[str], self._gather("nccl", mine, dict[str, int])), Counter[str]())
-            return traffic.judge_nccl(dict(told), self._me.nnodes)
+            own = traffic.read_nccl(self._trace_dir) if self._trace_dir else {}
+            carriers = sum(map(Counter[str], self._gather("nccl", own, dict[str, int])), Counter[str]())
+            return traffic.judge_nccl(dict(carriers), self._me.nnodes)
         if uses_shm:
-            return Verdict("good", "transport", "memory that the ranks of a host share, within each stage")
+            return Verdict("good", "transport", "shared memory between the ranks of a host, within each stage")
         kind = "loopback" if self._interface.is_loopback else "TCP"
         return Verdict("good", "transport", f"gloo over {kind}, {', '.join(dict.fromkeys(h.node.address for h in hellos))}; "
-                       "InfiniBand and GPUDirect: not tried, they are NCCL's")  # fmt: skip
+                       "InfiniBand and GPUDirect: not tried, only NCCL uses them")  # fmt: skip
 
-    # Among the ranks
+    # Communication between the ranks
 
-    def _gather(self, name: str, mine: Of, kind: object) -> list[Of]:
-        """What every rank has for `name`, in rank order. EngineFailure when one is missing for too long."""
-        limit_s = ANSWER_S if self._hosts else self._config.start_timeout
-        told = gather(self._store, name, self._me.rank, range(self._me.world_size), msgspec.json.encode(mine), limit_s)
-        return [msgspec.json.decode(each, type=kind) for each in told]
+    def _gather(self, name: str, value: T, kind: object) -> list[T]:
+        """Exchange `value` under `name`. Returns the values in rank order. Raises EngineFailure when a rank is too late."""
+        timeout_s = GATHER_S if self._hosts else self._config.start_timeout
+        encoded = gather(self._store, name, self._me.rank, range(self._me.world_size), msgspec.json.encode(value), timeout_s)
+        return [msgspec.json.decode(each, type=kind) for each in encoded]
 
-    def _leave(self, code: int) -> int:
-        """All leave with rank 0's code, once it has said what there is to say: torchrun ends all ranks when one has failed."""
+    def _agree_on_exit_code(self, code: int) -> int:
+        """Return rank 0's code on all ranks, after rank 0 has printed everything: torchrun ends all ranks when one fails."""
         store, timeout = self._store, timedelta(seconds=self._config.start_timeout)
         try:
             if self._me.rank == 0:
                 store.set("code", str(code))
-                store.wait([f"left{rank}" for rank in range(1, self._me.world_size)], timedelta(seconds=LEAVE_S))
+                store.wait([f"left{rank}" for rank in range(1, self._me.world_size)], timedelta(seconds=EXIT_S))
             else:
                 store.wait(["code"], timeout)
                 code = int(store.get("code"))
                 store.set(f"left{self._me.rank}", "")
         except RuntimeError as error:
-            logger.warning("not all ranks left together: %s", str(error).partition("\n")[0])
+            logger.warning("not all ranks ended together: %s", str(error).partition("\n")[0])
         return code
 
     def _print(self, lines: Sequence[str]) -> None:
@@ -271,8 +280,8 @@ class _DoctorRank:
             sys.stdout.flush()
 
 
-def _meet(me: RankEnv, config: EngineConfig, interface: Interface) -> tuple[Store, str]:
-    """The store of this run, and where it is."""
+def _open_store(me: RankEnv, config: EngineConfig, interface: Interface) -> tuple[Store, str]:
+    """Host or join the store of this run. Returns it and its address. Raises EngineFailure when rank 0 is too late."""
     if me.world_size == 1:
         return host_store(interface.address, config.port_range)
     agents = agent_store(me.master_addr, me.master_port, me.rank, me.use_agent_store, config.start_timeout)
@@ -289,9 +298,11 @@ def _meet(me: RankEnv, config: EngineConfig, interface: Interface) -> tuple[Stor
         raise EngineFailure(f"rank 0 did not come within {config.start_timeout:g} s") from error
 
 
-def _agreement(hellos: Sequence[Hello]) -> Verdict:
-    what = f"{len(hellos)} ranks agree in all that must agree"
+def _fingerprint_verdict(hellos: Sequence[Hello]) -> Verdict:
+    text = f"{len(hellos)} ranks agree in everything that must agree"
     if optional_mismatches(hellos):
-        remedy = "install the same driver and set the same variables everywhere, or know why not; the table above has them"
-        return Verdict("slow", "fingerprint", f"{what}, and differ in what may matter", remedy)
-    return Verdict("good", "fingerprint", what)
+        remedy = (
+            "install the same driver and set the same variables on all nodes, unless the difference is intended; see the table"
+        )
+        return Verdict("slow", "fingerprint", f"{text}, and differ in other facts that may matter", remedy)
+    return Verdict("good", "fingerprint", text)

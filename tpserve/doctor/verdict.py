@@ -1,4 +1,4 @@
-"""What a check has found, and what to do about it: a line each, and the exit code of all. Pure."""
+"""The result of a check with its remedy, their printed page and the exit code. Pure."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,7 +12,7 @@ OK, BROKEN = 0, 1
 
 
 class Verdict(Struct, frozen=True):
-    """`remedy`: what to do; empty when nothing is wrong."""
+    """The result of one check. `what`: its subject. `remedy`: advice; empty when nothing is wrong."""
 
     level: Level
     what: str
@@ -21,7 +21,7 @@ class Verdict(Struct, frozen=True):
 
 
 def page(verdicts: Sequence[Verdict]) -> list[str]:
-    """A line each, and what to do below those that are not good."""
+    """One line a verdict, followed by the remedy if there is one."""
     lines = []
     for verdict, line in zip(verdicts, table([(each.level, each.what, each.found) for each in verdicts]), strict=True):
         lines.append(line)
@@ -31,18 +31,18 @@ def page(verdicts: Sequence[Verdict]) -> list[str]:
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:
-    """1 when something is broken."""
+    """1 when something is broken, else 0."""
     return BROKEN if any(verdict.level == "broken" for verdict in verdicts) else OK
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """The last line."""
+    """The number of verdicts by level, as a line."""
     counts = {level: sum(verdict.level == level for verdict in verdicts) for level in ("good", "slow", "broken")}
     return ", ".join(f"{count} {level}" for level, count in counts.items() if count)
 
 
 def duration(seconds: float) -> str:
-    """A short time as people read it."""
+    """A time with a unit that suits its size."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} us"
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -4,9 +4,10 @@
     llm = LLM("facebook/opt-13b", tensor_parallel_size=4)
     print(llm.generate("San Francisco is a")[0].outputs[0].text)
 
-Owns a call's way from arguments to outputs. The caller is never a rank. Alone it plays the frontend's part (`Session`) and starts
-the same agent as `tpserve serve`; under `torchrun script.py` every script starts one rank, rank 0's plays the frontend, and the
-others (`RpcClient`) return what it returns. Needs no `if __name__ == "__main__"` and no free event loop, takes no signals.
+Owns the path of a call from arguments to outputs. The calling process is never a rank. A plain script plays the frontend's part
+(`Session`) and starts the same agent as `tpserve serve`. Under `torchrun script.py` every script starts one rank: the script of
+rank 0 plays the frontend, and the others (`RpcClient`) return what it returns. A script needs no `if __name__ == "__main__"` and
+no free event loop. No signal handler is installed.
 """
 
 import itertools
@@ -36,54 +37,67 @@ from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("tpserve")
-_numbers = itertools.count()
-"""Of the LLMs of this process: scripts of one torchrun job make them in the same order."""
+_llm_ids = itertools.count()
+"""Numbers the LLMs of this process. The scripts of one torchrun job make them in the same order, so the numbers agree."""
 
 
 class LLM:
-    """A loaded model. Methods raise UserError for what the caller can mend and EngineFailure when a rank or a link failed; after
-    that every call raises. `close`, the end of a `with` block and the end of the script leave no process and no file."""
+    """A loaded model.
+
+    Methods raise UserError for mistakes of the caller, and EngineFailure when a rank or a connection failed; every later call
+    raises it too. `close`, the end of a `with` block and the end of the script leave no process and no file behind.
+    """
 
     def __init__(self, model: "str | os.PathLike[str] | None" = None, **flags: Any) -> None:
-        """Load `model` (a directory or a repository id; None: the small built-in one) and wait until it is ready. `flags`: those
-        of the command line in snake_case, docs/flags.md. UserError, in one line, for what cannot be."""
-        said, holding = keywords.read_all({"model": model, **flags})
-        if holding:
-            logger.info("%s", holding)
-        me = env.rank_env() if env.under_torchrun() else None
-        self._calls = itertools.count(1)
+        """Load `model` (a directory or a repository id; None: the small built-in model) and wait until it is ready.
+
+        `flags` are the flags of the command line in snake_case (docs/flags.md). Raises UserError, in one line, for flags that
+        are wrong or do not fit the machine, and EngineFailure when the ranks do not start.
+        """
+        server_flags, note = keywords.read_all({"model": model, **flags})
+        if note:
+            logger.info("%s", note)
+        rank_env = env.rank_env() if env.under_torchrun() else None
+        self._call_ids = itertools.count(1)
         self._num_requests = 0
         self._session: Session | None = None
         self._rpc_client: RpcClient | None = None
-        job = f"llm{next(_numbers)}-{me.restart_count}" if me else ""
-        if me is not None and me.rank > 0:
-            self._follow(me, launch.TorchrunLauncher(me, job, said))
+        if rank_env is None:
+            self._start_session(launch.LocalLauncher(server_flags))
+            return
+        launcher = launch.TorchrunLauncher(rank_env, f"llm{next(_llm_ids)}-{rank_env.restart_count}", server_flags)
+        if rank_env.rank == 0:
+            self._start_session(launcher)
         else:
-            self._lead(launch.LocalLauncher(said) if me is None else launch.TorchrunLauncher(me, job, said))
+            self._start_rpc_client(rank_env, launcher)
 
-    def _lead(self, way: "launch.LocalLauncher | launch.TorchrunLauncher") -> None:
-        config = way.config()
+    def _start_session(self, launcher: "launch.LocalLauncher | launch.TorchrunLauncher") -> None:
+        """A plain script, or the script of rank 0."""
+        config = launcher.config()
         self._defaults = config.sampling_defaults
         self._window = 2 * config.max_num_seqs
         self._tokenizer = Tokenizer.load(config.tokenizer)
         self._load_template = partial(ChatTemplate.load, config.tokenizer, self._tokenizer.special_tokens)
         self._template = self._load_template(config.chat_template)
-        session = Session(config, way.where, way.start, remote=way.remote, followers=way.num_followers)
+        session = Session(
+            config, launcher.runtime_dir, launcher.start, remote=launcher.remote, num_followers=launcher.num_followers
+        )
         self._session = session
         self._finalizer = weakref.finalize(self, session.close)
         try:
-            session.begin()
-            way.publish(session.wait_bound())
+            session.start()
+            launcher.publish(session.wait_bound())
             session.wait_ready()
         except BaseException as error:
-            session.tell_followers(rpc_error(0, error))
+            session.send_to_followers(rpc_error(0, error))
             self.close()
             raise
-        session.tell_followers(RpcReply(0, []))
+        session.send_to_followers(RpcReply(0, []))
 
-    def _follow(self, me: RankEnv, way: "launch.TorchrunLauncher") -> None:
-        self._rpc_client = RpcClient(me.rank, *way.find(), way.start)
-        self._defaults = way.config().sampling_defaults
+    def _start_rpc_client(self, rank_env: RankEnv, launcher: "launch.TorchrunLauncher") -> None:
+        """The script of a rank other than 0."""
+        self._rpc_client = RpcClient(rank_env.rank, *launcher.find(), launcher.start)
+        self._defaults = launcher.config().sampling_defaults
         self._finalizer = weakref.finalize(self, self._rpc_client.close)
         try:
             self._rpc_client.wait(0)
@@ -99,7 +113,7 @@ class LLM:
         *,
         priority: Priority = None,
     ) -> list[RequestOutput]:
-        """Continue each prompt; outputs come in the order of the prompts. No `sampling_params`: the model's defaults."""
+        """Continue each prompt; the outputs are in the order of the prompts. None for `sampling_params`: the model's defaults."""
         return self._call(lambda: jobs(prompts, self._params(sampling_params), priority), use_tqdm)
 
     def chat(
@@ -114,8 +128,10 @@ class LLM:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation (a list of messages), or each of several, through the model's chat template or another one: a
-        file, the Jinja text itself, or the name of one of the model's."""
+        """Answer a conversation (a list of messages), or each of a list of conversations.
+
+        `chat_template` replaces the model's default template: a file, the Jinja text itself, or the name of one of the model's.
+        """
         arguments = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
@@ -124,43 +140,47 @@ class LLM:
         return self._call(lambda: chats(messages, self._params(sampling_params), priority, arguments), use_tqdm, chat_template)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What generation_config.json and --override-generation-config make of `SamplingParams()`, to be changed at will."""
+        """A new `SamplingParams` with the defaults of generation_config.json and --override-generation-config."""
         return SamplingParams(**self._defaults.said())
 
-    def _params(self, given: "SamplingParams | Sequence[SamplingParams] | None") -> "SamplingParams | Sequence[SamplingParams]":
-        return self.get_default_sampling_params() if given is None else given
+    def _params(self, params: "SamplingParams | Sequence[SamplingParams] | None") -> "SamplingParams | Sequence[SamplingParams]":
+        return self.get_default_sampling_params() if params is None else params
 
-    def _call(self, ask: Callable[[], list[PromptJob]], visible: bool, template: str | None = None) -> list[RequestOutput]:
-        """One numbered call: whatever happens here, the other scripts of a torchrun job hear of it under its number."""
-        call = next(self._calls)
+    def _call(
+        self, make_jobs: Callable[[], list[PromptJob]], show_progress: bool, chat_template: str | None = None
+    ) -> list[RequestOutput]:
+        """One numbered call. The other scripts of a torchrun job get its outputs, or its exception, under the same number."""
+        call = next(self._call_ids)
         if self._rpc_client is not None:
             return self._rpc_client.wait(call)
         assert self._session is not None
         try:
-            outputs = self._answer(self._session, ask(), visible, template)
+            outputs = self._generate(self._session, make_jobs(), show_progress, chat_template)
         except BaseException as error:
-            self._session.tell_followers(rpc_error(call, error))
+            self._session.send_to_followers(rpc_error(call, error))
             raise
-        self._session.tell_followers(RpcReply(call, outputs))
+        self._session.send_to_followers(RpcReply(call, outputs))
         return outputs
 
-    def _answer(self, session: Session, asked: Sequence[PromptJob], visible: bool, given: str | None) -> list[RequestOutput]:
-        if not asked:
+    def _generate(
+        self, session: Session, prompt_jobs: Sequence[PromptJob], show_progress: bool, chat_template: str | None
+    ) -> list[RequestOutput]:
+        if not prompt_jobs:
             return []
-        template = self._template if given is None else self._load_template(read_template(given))
-        first_id, count = self._num_requests, CallProgress()
-        self._num_requests += len(asked)
+        template = self._template if chat_template is None else self._load_template(read_template(chat_template))
+        first_id, progress = self._num_requests, CallProgress()
+        self._num_requests += len(prompt_jobs)
 
         def work(engine_client: EngineClient) -> Coroutine[Any, Any, list[RequestOutput]]:
-            return GenerateCall(engine_client, self._tokenizer, template, asked, first_id, self._window, count).run()
+            return GenerateCall(engine_client, self._tokenizer, template, prompt_jobs, first_id, self._window, progress).run()
 
-        with PromptProgress(len(asked), visible) as progress:
-            outputs = session.run(work, lambda: progress.update(count.done, count.tokens))
-            progress.update(count.done, count.tokens)
+        with PromptProgress(len(prompt_jobs), show_progress) as bar:
+            outputs = session.run(work, lambda: bar.update(progress.done, progress.tokens))
+            bar.update(progress.done, progress.tokens)
         return outputs
 
     def close(self) -> None:
-        """End the ranks and wait for it. Under torchrun all scripts' ranks end, when their open calls have."""
+        """End the ranks and wait until they have ended. Under torchrun the ranks of all scripts end, after their open calls."""
         self._finalizer()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,8 @@
-"""A call's work on the session's loop: prompts checked and tokenized as over HTTP, opened in the request table, put together.
+"""One call of `LLM.generate` or `LLM.chat` on the session's event loop.
 
-Owns the order of a call and how much of it is open at once. Everything is checked before anything is opened. Whatever ends a
-call, its handles are closed on the way out.
+Checks and tokenizes the prompts as over HTTP, opens requests in the request table and builds the outputs. Owns the order of a
+call and the number of requests that are open at once. Invariants: all prompts are checked before the first request is opened;
+however a call ends, its requests are closed.
 """
 
 import asyncio
@@ -27,15 +28,15 @@ from tpserve.text.logprobs import likeliest
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.sampling import EngineSamplingParams, SamplingDefaults
 
-COUNT_S = 0.1
-"""How often tokens are counted for the progress bar."""
-YIELD_EVERY_S = 0.05
-"""After this long without news the loop looks after the ranks, while many prompts are tokenized."""
+PROGRESS_S = 0.1
+"""Interval at which tokens are counted for the progress bar."""
+YIELD_S = 0.05
+"""While many prompts are tokenized, the event loop gets a turn for the ranks' messages at this interval."""
 
 
 @dataclass
 class CallProgress:
-    """How far a call has come; written by the session's thread, read by the caller's."""
+    """Progress of a call: `done` prompts and generated `tokens`. The session's thread writes it, the caller's thread reads it."""
 
     done: int = 0
     tokens: int = 0
@@ -43,7 +44,7 @@ class CallProgress:
 
 @dataclass(frozen=True)
 class CheckedPrompt:
-    """A prompt that can be served. `text` is None for one given as ids."""
+    """A prompt that passed all checks. `text` is None for a prompt of token ids."""
 
     prompt: Prompt
     text: str | None
@@ -53,7 +54,7 @@ class CheckedPrompt:
 
 
 class GenerateCall:
-    """One call. `window`: prompts that are open at once; more of them would only wait in the scheduler."""
+    """One call. `window`: the number of prompts that are open at once; more would only wait in the scheduler."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class GenerateCall:
         jobs: Sequence[PromptJob],
         first_id: int,
         window: int,
-        count: CallProgress,
+        progress: CallProgress,
     ) -> None:
         self._service = OpenAIServing(
             names=("",),
@@ -74,99 +75,100 @@ class GenerateCall:
             status=engine_client.status,
             tokenizer=tokenizer,
             chat_template=template,
-            defaults=SamplingDefaults(),  # every job says all of it
+            defaults=SamplingDefaults(),  # every job's params hold every field
         )
         self._arrival_time, self._arrived_s = time.time(), time.monotonic()
         self._jobs = jobs
         self._first_id = first_id
         self._window = window
-        self._progress = count
+        self._progress = progress
         self._open: set[RequestHandle] = set()
         self._ended_tokens = 0
 
     async def run(self) -> list[RequestOutput]:
-        """The outputs in the order of the prompts. UserError names what cannot be served; EngineFailure: the ranks have ended."""
+        """Returns the outputs in the order of the prompts. Raises UserError for a prompt that cannot be served, and EngineFailure
+        when the ranks have ended."""
         try:
             limits = self._service.limits()
             waiting = enumerate(await self._check(limits))
             outputs: list[RequestOutput | None] = [None] * len(self._jobs)
-            tasks = [asyncio.create_task(self._count())]
+            progress_task = asyncio.create_task(self._update_progress())
             workers = [asyncio.create_task(self._work(waiting, outputs)) for _ in range(min(self._window, len(self._jobs)))]
             try:
                 await asyncio.gather(*workers)
             finally:
-                for task in (*tasks, *workers):
+                for task in (progress_task, *workers):
                     task.cancel()
         except UserError as error:
-            if error.status >= 500:  # the request table's way of saying that it is not the request's fault
+            if error.status >= 500:  # the request table reports a failure of the engine in this way
                 raise EngineFailure(str(error)) from None
             raise
         self._progress.tokens = self._ended_tokens
         return [output for output in outputs if output is not None]
 
     async def _check(self, limits: ModelLimits) -> list[CheckedPrompt]:
-        checked, breath_s = list[CheckedPrompt](), time.monotonic()
+        checked, yielded_s = list[CheckedPrompt](), time.monotonic()
         for index, job in enumerate(self._jobs):
             try:
-                one = await self._checked(job, limits)
+                prompt = await self._check_prompt(job, limits)
             except UserError as error:
                 if len(self._jobs) == 1:
                     raise
                 raise UserError(f"prompts[{index}]: {error}", param=error.param, code=error.code, status=error.status) from None
-            checked.append(one)
-            if time.monotonic() - breath_s > YIELD_EVERY_S:
+            checked.append(prompt)
+            if time.monotonic() - yielded_s > YIELD_S:
                 await asyncio.sleep(0)
-                breath_s = time.monotonic()
+                yielded_s = time.monotonic()
         return checked
 
-    async def _checked(self, job: PromptJob, limits: ModelLimits) -> CheckedPrompt:
+    async def _check_prompt(self, job: PromptJob, limits: ModelLimits) -> CheckedPrompt:
         call = job.params.call(**job.fields)
         if job.chat is not None:
             chat, _ = parse(dict(job.chat), ChatCompletionRequest, set())
             prompt = await chat_prompt(self._service, chat, limits)
         else:
-            given = job.text if job.ids is None else [job.ids]
-            (prompt,) = await completion_prompts(self._service, replace(call, prompt=given), limits)
+            text_or_ids = job.text if job.ids is None else [job.ids]
+            (prompt,) = await completion_prompts(self._service, replace(call, prompt=text_or_ids), limits)
         size = max_new_tokens(prompt, None, job.params.max_tokens, limits, "prompt")
         (params,) = params_of(self._service, call, [prompt], [size], limits)
         return CheckedPrompt(prompt, prompt.text if job.ids is None else job.text, call, params, job.params.detokenize)
 
     async def _work(self, waiting: Iterator[tuple[int, CheckedPrompt]], outputs: list[RequestOutput | None]) -> None:
-        """Answer one prompt after another, until none waits."""
-        for index, one in waiting:
-            requests = requests_of(self._service, one.call, [one.prompt], [one.params])
+        """Answer one prompt after another, until none is waiting."""
+        for index, checked in waiting:
+            requests = requests_of(self._service, checked.call, [checked.prompt], [checked.params])
             handle = self._service.open(requests, streaming=False)
             self._open.add(handle)
             try:
                 while not handle.ended:
                     await handle.wait()
-                outputs[index] = self._output(index, one, handle)
+                outputs[index] = self._output(index, checked, handle)
             finally:
                 self._open.discard(handle)
                 self._service.request_table.abort(handle)
             self._ended_tokens += _num_tokens(handle)
             self._progress.done += 1
 
-    def _output(self, index: int, one: CheckedPrompt, handle: RequestHandle) -> RequestOutput:
-        call, builder = one.call, OutputBuilder(self._service.tokenizer, one.detokenize)
-        pieces = [delta for _, delta in handle.take()]
+    def _output(self, index: int, checked: CheckedPrompt, handle: RequestHandle) -> RequestOutput:
+        call, builder = checked.call, OutputBuilder(self._service.tokenizer, checked.detokenize)
+        deltas = [delta for _, delta in handle.take()]
         scores = handle.sequences[0].assembler.scores
         if call.n < call.num_drawn:
-            pieces = likeliest(pieces, call.n)
+            deltas = likeliest(deltas, call.n)
         return RequestOutput(
             request_id=str(self._first_id + index),
-            prompt=one.text,
-            prompt_token_ids=list(one.prompt.ids),
+            prompt=checked.text,
+            prompt_token_ids=list(checked.prompt.ids),
             prompt_logprobs=None if scores is None else builder.prompt(scores, call.prompt_logprobs or 0),
-            outputs=[builder.completion(number, delta, call.logprobs) for number, delta in enumerate(pieces)],
+            outputs=[builder.completion(choice, delta, call.logprobs) for choice, delta in enumerate(deltas)],
             metrics=RequestStateStats.of(handle.sequences, self._arrival_time, self._arrived_s),
             num_cached_tokens=handle.sequences[0].cached_tokens,
         )
 
-    async def _count(self) -> None:
+    async def _update_progress(self) -> None:
         while True:
             self._progress.tokens = self._ended_tokens + sum(map(_num_tokens, self._open))
-            await asyncio.sleep(COUNT_S)
+            await asyncio.sleep(PROGRESS_S)
 
 
 def _num_tokens(handle: RequestHandle) -> int:

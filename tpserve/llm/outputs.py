@@ -1,4 +1,5 @@
-"""What `generate` returns, in vLLM's names. Plain data: it also crosses between the scripts of a torchrun job, as msgpack."""
+"""The outputs of `LLM.generate` and `LLM.chat`, with vLLM's names. Plain data, since it also travels as msgpack between the
+scripts of a torchrun job."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +15,7 @@ from tpserve.types.plan import TokenLogprobs
 
 
 class Logprob(Struct, frozen=True):
-    """A token's natural log probability. `rank`: 1 for the likeliest; None for a token that is not among those asked for."""
+    """A token's natural log probability. `rank`: 1 for the most likely token; None for a token outside the requested top ones."""
 
     logprob: float
     rank: int | None = None
@@ -22,9 +23,11 @@ class Logprob(Struct, frozen=True):
 
 
 class CompletionOutput(Struct, frozen=True):
-    """One choice. `stop_reason`: the stop string or token that ended it, None for the model's own end or `max_tokens`.
+    """One choice.
 
-    `logprobs`: for each token the likeliest ones by id, and its own; with them `cumulative_logprob` is the sum of the chosen.
+    `stop_reason`: the stop string or token id that ended it; None for the model's own end of sequence or `max_tokens`.
+    `logprobs`: for each generated token a dict by token id, of the most likely tokens and the generated one.
+    `cumulative_logprob`: the sum over the generated tokens; None unless `logprobs` are requested.
     """
 
     index: int
@@ -37,11 +40,11 @@ class CompletionOutput(Struct, frozen=True):
 
 
 class RequestStateStats(Struct, frozen=True):
-    """When things happened to one prompt, all its choices together.
+    """The times of one prompt, over all its choices.
 
-    `arrival_time` is when the call began, in seconds since 1970, and `first_token_latency` counts from there. All `_ts` are
-    seconds of the monotonic clock of rank 0's host: given to the scheduler, first planned, first and last token. `token_ts`,
-    which vLLM does not have: every token.
+    `arrival_time` is the start of the call in seconds since 1970, and `first_token_latency` is the time from there to the first
+    token. The fields in `_ts` are seconds of the monotonic clock on rank 0's host: queued in the scheduler, first scheduled,
+    first and last token. `token_ts` holds the time of every token; vLLM has no such field.
     """
 
     arrival_time: float
@@ -55,7 +58,7 @@ class RequestStateStats(Struct, frozen=True):
 
     @staticmethod
     def of(sequences: Sequence[RequestState], arrival_time: float, arrived_s: float) -> "RequestStateStats":
-        """Of sequences that have ended, each of which has a token. `arrived_s`: the call's begin on the monotonic clock."""
+        """Built from ended sequences with at least one token each. `arrived_s`: start of the call on the monotonic clock."""
         token_ts = sorted(token_s for sequence in sequences for token_s in sequence.token_s)
         return RequestStateStats(
             arrival_time=arrival_time,
@@ -70,7 +73,7 @@ class RequestStateStats(Struct, frozen=True):
 
 
 class RequestOutput(Struct, frozen=True):
-    """The answer to one prompt. `prompt` is None for a prompt given as ids; the first of `prompt_logprobs` is None."""
+    """The output for one prompt. `prompt` is None for a prompt of token ids; the first entry of `prompt_logprobs` is None."""
 
     request_id: str
     prompt: str | None
@@ -83,14 +86,14 @@ class RequestOutput(Struct, frozen=True):
 
 
 class OutputBuilder:
-    """Builds outputs of one request. `detokenize` false: ids only."""
+    """Builds the outputs of one request. Without `detokenize` they hold token ids and no text."""
 
     def __init__(self, tokenizer: Tokenizer, detokenize: bool) -> None:
         self._tokenizer = tokenizer
         self._detokenize = detokenize
 
     def completion(self, index: int, delta: OutputDelta, num_top: int | None) -> CompletionOutput:
-        """A choice from the one piece of its sequence."""
+        """A choice, from the one delta that holds its whole output. `num_top`: log probabilities a token; None for none."""
         entries = [(entry.token, entry.logprobs) for entry in delta.entries if entry.logprobs is not None]
         return CompletionOutput(
             index=index,
@@ -103,17 +106,17 @@ class OutputBuilder:
         )
 
     def prompt(self, scores: PromptScores, num_top: int) -> list[dict[int, Logprob] | None]:
-        """A prompt's log probabilities, position by position."""
-        known = [scores.at(position, num_top) for position in range(len(scores.ids))]
+        """The log probabilities of a prompt, one entry a position."""
+        positions = [scores.at(position, num_top) for position in range(len(scores.ids))]
         return [
             None if logprobs is None else self._position(token, logprobs)
-            for token, logprobs in zip(scores.ids, known, strict=True)
+            for token, logprobs in zip(scores.ids, positions, strict=True)
         ]
 
     def _position(self, token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-        found = {other: self._one(other, value, rank) for rank, (other, value) in enumerate(pairs(logprobs), 1)}
-        found.setdefault(token, self._one(token, logprobs.chosen, None))
-        return found
+        entries = {other: self._logprob(other, value, rank) for rank, (other, value) in enumerate(pairs(logprobs), 1)}
+        entries.setdefault(token, self._logprob(token, logprobs.chosen, None))
+        return entries
 
-    def _one(self, token: int, value: float, rank: int | None) -> Logprob:
+    def _logprob(self, token: int, value: float, rank: int | None) -> Logprob:
         return Logprob(value, rank, self._tokenizer.token_text(token) if self._detokenize else None)

@@ -1,4 +1,4 @@
-"""What a caller asks for a prompt, in vLLM's names and with vLLM's defaults. The same checks as for a request over HTTP."""
+"""`SamplingParams`, with vLLM's names and defaults. Its values pass the same checks as a request over HTTP."""
 
 import dataclasses
 import difflib
@@ -13,11 +13,12 @@ from tpserve.frontend.openai.schema import NEUTRAL, CompletionRequest
 
 @dataclass
 class SamplingParams:
-    """Raises UserError that names the field. `max_tokens`: None is all that is left of the context, which also bounds a number.
+    """How to sample the output of a prompt. Raises UserError that names the wrong field.
 
-    `n` choices are returned of `best_of` drawn (those with the highest mean log probability). `temperature` 0 is greedy. `stop`
-    strings are not part of the text unless `include_stop_str_in_output`. `logprobs` and `prompt_logprobs`: that many of the
-    likeliest tokens and the chosen one. `detokenize` false leaves texts empty.
+    `max_tokens`: None takes the rest of the context; a larger number is cut to it. `n` choices are returned out of `best_of`
+    generated ones, those with the highest mean log probability. `temperature` 0 is greedy. `stop` strings are left out of the
+    text unless `include_stop_str_in_output`. `logprobs` and `prompt_logprobs`: the number of most likely tokens to return for
+    each position, besides the actual token. Without `detokenize` texts are empty.
     """
 
     n: int = 1
@@ -45,9 +46,9 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
 
-    def __new__(cls, *args: Any, **said: Any) -> Self:
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in said.keys() - names:
+        for name in fields.keys() - names:
             if name in NEUTRAL:
                 raise UserError(f"{name} is not supported by tpserve: leave it out", param=name, code="unsupported_parameter")
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -59,8 +60,10 @@ class SamplingParams:
         self.call()
 
     def call(self, **more: Any) -> CompletionRequest:
-        """As a request that came over HTTP with these fields `more`, without its prompt. Checked anew: they may have been set
-        since."""
+        """Returns the equivalent HTTP request without a prompt. `more`: further fields of the request.
+
+        Raises UserError. The fields are checked again, since they may have changed after construction.
+        """
         fields: dict[str, Any] = dataclasses.asdict(self) | more
         if not fields.pop("detokenize") and self.stop:
             raise UserError("stop strings need detokenize=True: leave one of them out", param="stop", code="invalid_value")

@@ -1,4 +1,4 @@
-"""The prompts of a call in all their shapes, each beside what is asked for it. Pure; what a prompt holds is checked later."""
+"""Turns the arguments of a call into one `PromptJob` a prompt. Pure. Checks shapes only; the content is checked later."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from tpserve.llm.params import SamplingParams
 Ids = Sequence[int]
 PromptInput = str | Ids | Mapping[str, Any]
 Priority = int | Sequence[int] | None
-"""Lower goes first; one for all prompts, or one for each."""
+"""One for all prompts, or one for each. Lower values run first."""
 
 
 @dataclass(frozen=True)
 class PromptJob:
-    """One prompt: a text, or ids (and what text they are, if that was said), or the messages of a conversation, for which `chat`
-    holds the template's arguments. `fields`: of a request, beside what `params` asks."""
+    """One prompt: a `text`, or token `ids` (with their text where the caller passed both), or a conversation, for which `chat`
+    holds the messages and the arguments of the template. `fields`: fields of the request besides those of `params`."""
 
     params: SamplingParams
     text: str | None = None
@@ -28,13 +28,13 @@ class PromptJob:
 def jobs(
     prompts: PromptInput | Sequence[PromptInput], params: SamplingParams | Sequence[SamplingParams], priority: Priority
 ) -> list[PromptJob]:
-    """One a prompt, in order. UserError for a shape that means nothing."""
+    """One job a prompt, in order. Raises UserError for arguments of a wrong shape."""
     single = isinstance(prompts, str | Mapping) or _are_ids(prompts)
     if not single and not isinstance(prompts, Iterable):
         raise UserError(f"prompts must be a prompt or a list of them, not {type(prompts).__name__}", param="prompts")
     items: list[Any] = [prompts] if single else list(prompts)
-    spread = zip(items, _spread(params, len(items)), _priorities(priority, len(items)), strict=True)
-    return [_job(item, index, own, fields) for index, (item, own, fields) in enumerate(spread)]
+    rows = zip(items, _params(params, len(items)), _priorities(priority, len(items)), strict=True)
+    return [_job(item, index, own, fields) for index, (item, own, fields) in enumerate(rows)]
 
 
 def chats(
@@ -43,15 +43,15 @@ def chats(
     priority: Priority,
     arguments: Mapping[str, Any],
 ) -> list[PromptJob]:
-    """One a conversation: a list of messages, or a list of such lists."""
+    """One job a conversation. `messages`: one conversation, or a list of them. `arguments`: those of the chat template."""
     if not isinstance(messages, list | tuple):
         raise UserError("messages must be a list of messages, or a list of such lists", param="messages")
     conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-    spread = zip(conversations, _spread(params, len(conversations)), _priorities(priority, len(conversations)), strict=True)
-    return [PromptJob(own, chat={**arguments, "messages": one}, fields=fields) for one, own, fields in spread]
+    rows = zip(conversations, _params(params, len(conversations)), _priorities(priority, len(conversations)), strict=True)
+    return [PromptJob(own, chat={**arguments, "messages": one}, fields=fields) for one, own, fields in rows]
 
 
-def _spread(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+def _params(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     if isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, list | tuple) or len(params) != count or not all(isinstance(own, SamplingParams) for own in params):
@@ -72,12 +72,12 @@ def _priorities(priority: Priority, count: int) -> list[dict[str, Any]]:
 def _job(item: Any, index: int, params: SamplingParams, fields: dict[str, Any]) -> PromptJob:
     where, text = f"prompts[{index}]", None
     if isinstance(item, Mapping):
-        said = {key: value for key, value in item.items() if value is not None}
-        if strange := [key for key in said if key not in ("prompt", "prompt_token_ids", "cache_salt")]:
-            raise UserError(f"{where}: {strange[0]} is not supported: leave it out", param=where)
-        text = said.pop("prompt", None)
-        item = said.pop("prompt_token_ids", text)
-        fields = {**fields, **said}
+        members = {key: value for key, value in item.items() if value is not None}
+        if unknown := [key for key in members if key not in ("prompt", "prompt_token_ids", "cache_salt")]:
+            raise UserError(f"{where}: {unknown[0]} is not supported: leave it out", param=where)
+        text = members.pop("prompt", None)
+        item = members.pop("prompt_token_ids", text)
+        fields = {**fields, **members}
         if item is None:
             raise UserError(f"{where} must hold 'prompt' or 'prompt_token_ids'", param=where)
     if isinstance(item, str):

@@ -1,7 +1,7 @@
-"""Another script of a torchrun job than rank 0's: starts its rank, and returns what rank 0's script returns.
+"""The `LLM` of a script other than rank 0's in a torchrun job: starts its rank, and returns what rank 0's script returns.
 
-Owns the rank's process and the link to rank 0's script. It plans nothing and computes nothing. Invariant: a waiting caller gets
-the answer or an exception; when its own rank ends, rank 0 has a moment to tell why.
+Owns the rank's process and the connection to rank 0's script. Never schedules and never computes. Invariant: a waiting caller
+gets the outputs or an exception. When this script's rank ends, rank 0's script has `EXPLAIN_S` to send the reason.
 """
 
 import os
@@ -11,28 +11,29 @@ from collections.abc import Callable
 from tpserve.errors import EngineFailure, UserError
 from tpserve.llm.engine_process import EngineProcess
 from tpserve.llm.outputs import RequestOutput
-from tpserve.llm.rpc_server import ASK_S, RpcConnection, RpcReply
+from tpserve.llm.rpc_server import REPOLL_S, RpcConnection, RpcReply
 from tpserve.wire.curve import CurveClient
 
 EXPLAIN_S = 2.0
-"""How long rank 0's script has to tell why the ranks ended, which it knows at once or within some seconds."""
+"""Time for rank 0's script to send the reason why the ranks ended. It knows the reason at once or within some seconds."""
 DRAIN_S = 30.0
-"""How long after we leave the other scripts' requests may take: `drain_timeout` and some."""
+"""Time for the open requests of other scripts after this one leaves: `drain_timeout` and a margin."""
 
 
 class RpcClient:
-    """See the module."""
+    """The follower's part of an `LLM`."""
 
     def __init__(
         self, rank: int, endpoint: str, curve_client: CurveClient | None, start_rank: Callable[[], EngineProcess]
     ) -> None:
-        """Start the rank; `endpoint`: where rank 0's script is, `curve_client` to get in over TCP. `wait` for call 0 follows."""
+        """Start the rank and connect to rank 0's script at `endpoint`, over TCP with the keys `curve_client`. The caller then
+        calls `wait(0)`."""
         self._rank = rank
         self._owner_pid = os.getpid()
         self._connection: RpcConnection | None = RpcConnection(rank, endpoint, curve_client)
         self._failure: Exception | None = None
-        self._told: Exception | None = None
-        """What rank 0's script told last; its words for an end, once it is gone."""
+        self._last_error: Exception | None = None
+        """The last error from rank 0's script. It becomes the reason when that script has ended."""
         self._engine_process: EngineProcess | None = None
         try:
             self._engine_process = start_rank()
@@ -41,16 +42,16 @@ class RpcClient:
             raise
 
     def wait(self, call: int) -> list[RequestOutput]:
-        """The answer to a call of rank 0's script, or its exception."""
+        """Returns the outputs of call `call` of rank 0's script, or raises its exception."""
         if self._failure is not None:
             raise self._failure
         if self._connection is None or self._engine_process is None:
             raise EngineFailure("the LLM is closed")
-        asked_s, ended_s = -ASK_S, None
+        polled_s, ended_s = -REPOLL_S, None
         while True:
             now = time.monotonic()
-            if now - asked_s > ASK_S:
-                asked_s = now
+            if now - polled_s > REPOLL_S:
+                polled_s = now
                 self._connection.poll(call)
             message = self._connection.receive(call)
             if isinstance(message, RpcReply):
@@ -58,18 +59,19 @@ class RpcClient:
                 return message.outputs
             if message is not None:
                 self._connection.poll(call + 1)
-                self._told = UserError(message.text) if message.kind == "user" else EngineFailure(message.text)
-                raise self._told
-            if self._engine_process.code is not None:
+                self._last_error = UserError(message.text) if message.kind == "user" else EngineFailure(message.text)
+                raise self._last_error
+            if self._engine_process.exit_code is not None:
                 ended_s = ended_s or now
             if ended_s is not None and now - ended_s > EXPLAIN_S:
-                code = self._engine_process.code
-                said = f"rank {self._rank} ended (exit code {code}), and rank 0's script does not tell why"
-                self._failure = self._told or EngineFailure(said)
+                code = self._engine_process.exit_code
+                text = f"rank {self._rank} ended (exit code {code}), and rank 0's script sent no reason"
+                self._failure = self._last_error or EngineFailure(text)
                 raise self._failure
 
     def close(self) -> None:
-        """Leave, and wait for the end that all scripts' ranks come to then. Again, or in a fork of the caller: nothing."""
+        """Leave the job, and wait until this rank has ended, as the ranks of all scripts do then. A second call, or a call in a
+        fork of the caller, does nothing."""
         if os.getpid() == self._owner_pid:
             self._leave(f"the script of rank {self._rank} has closed its LLM")
 
@@ -81,4 +83,4 @@ class RpcClient:
         self._connection = None
         if self._engine_process is not None:
             self._engine_process.wait(DRAIN_S)
-            self._engine_process.end(0.0)
+            self._engine_process.terminate(0.0)

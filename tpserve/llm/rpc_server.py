@@ -1,11 +1,11 @@
-"""The scripts of one torchrun job among themselves: rank 0's script has the answers, the others fetch them.
+"""The connection between the scripts of one torchrun job: rank 0's script holds the replies, the other scripts (followers) poll.
 
-    Callers   ROUTER, rank 0's side, in the event loop of its session
-    Link      DEALER, a follower's side, in whatever thread calls
+    RpcServer       ROUTER, in rank 0's script, on the event loop of its session
+    RpcConnection   DEALER, in a follower's script, on the calling thread
 
-Owns the numbering: every call of a script's LLM has a number, 0 is its making, and the scripts make the same calls in the same
-order. A follower asks for number k until it has it, so nothing depends on a message arriving; an answer is kept until every
-follower has asked for a later one. Typed and bounded msgpack as on all wires, never pickled.
+Owns the numbering of calls. Call 0 is the construction of the LLM, and all scripts make the same calls in the same order. A
+follower polls for call k until it has the reply, so a lost message costs only time. A reply is stored until every follower has
+polled for a later call. Messages are typed, bounded msgpack as on all wires, never pickled.
 """
 
 import asyncio
@@ -24,34 +24,35 @@ from tpserve.wire.curve import CurveClient
 
 log = logging.getLogger(__name__)
 
-ASK_S = 1.0
-"""How often a follower repeats what it waits for."""
-POLL_S = 0.1
+REPOLL_S = 1.0
+"""Interval at which a follower sends its poll again."""
+RECEIVE_S = 0.1
+"""Longest wait of one `RpcConnection.receive`."""
 
 
 class RpcPoll(Message, frozen=True):
-    """A follower has everything before `call`."""
+    """A follower waits for the reply to `call`, and has all earlier ones."""
 
     rank: int
     call: int
 
 
 class RpcClose(Message, frozen=True):
-    """A follower takes no further part: it was closed, or `text` says why it cannot."""
+    """A follower leaves; `text` is the reason."""
 
     rank: int
     text: str
 
 
 class RpcReply(Message, frozen=True):
-    """What rank 0's script returned."""
+    """The outputs that a call returned in rank 0's script."""
 
     call: int
     outputs: list[RequestOutput]
 
 
 class RpcError(Message, frozen=True):
-    """What rank 0's script raised."""
+    """The error that a call raised in rank 0's script: `kind` "user" for UserError, "engine" for EngineFailure."""
 
     call: int
     kind: Literal["user", "engine"]
@@ -63,7 +64,7 @@ _REPLIES: Codec[RpcReply | RpcError] = Codec(RpcReply | RpcError, 2048 * MIB, "c
 
 
 def rpc_error(call: int, error: BaseException) -> RpcError:
-    """What the others raise when rank 0 raises `error`."""
+    """The error that the followers raise when rank 0's script raises `error`."""
     if isinstance(error, UserError):
         return RpcError(call, "user", str(error))
     text = str(error) if isinstance(error, EngineFailure) else f"rank 0's script raised {type(error).__name__}: {error}"
@@ -71,10 +72,10 @@ def rpc_error(call: int, error: BaseException) -> RpcError:
 
 
 class RpcServer:
-    """Rank 0's side. Used inside its event loop only."""
+    """Rank 0's side. Methods are for the session's event loop only."""
 
     def __init__(self, num_followers: int, local: str, remote: TcpEndpoint | None) -> None:
-        """Bind for followers on this host and, at `remote`, for those of other nodes."""
+        """Bind `local` for followers on this host and `remote` for followers on other nodes."""
         self._sockets = [_router()]
         bind(self._sockets[0], local)
         self.remote_endpoint = ""
@@ -83,15 +84,15 @@ class RpcServer:
             self.remote_endpoint = bind(self._sockets[1], *remote)
         self._num_followers = num_followers
         self._polled: dict[int, int] = {}
-        self._ways: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
+        self._routes: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
         self._replies: dict[int, bytes] = {}
         self._last = -1
         self._end: tuple[Literal["user", "engine"], str] | None = None
-        self.left: RpcClose | None = None
-        """Of the follower that left first."""
+        self.first_close: RpcClose | None = None
+        """The message of the follower that left first."""
 
     def reply(self, message: RpcReply | RpcError) -> None:
-        """Keep an answer, and send it to those who wait for it."""
+        """Store a reply, and send it to the followers that wait for it."""
         self._replies[message.call] = _REPLIES.encode([message])
         self._last = max(self._last, message.call)
         for rank, call in self._polled.items():
@@ -99,43 +100,43 @@ class RpcServer:
                 self._send(rank)
 
     def end(self, kind: Literal["user", "engine"], text: str) -> None:
-        """No more answers: every call from now on is told this."""
+        """Answer every further call with this error."""
         self._end = (kind, text)
         for rank in self._polled:
             self._send(rank)
 
     def read(self) -> None:
-        """Hear what the followers want."""
+        """Handle the messages that followers have sent."""
         for socket in self._sockets:
             while socket.poll(0):
                 address, frame = socket.recv_multipart()
                 try:
                     messages = _REQUESTS.decode(frame)
                 except EngineFailure as error:
-                    log.warning("dropped a frame that no follower of ours sends: %s", error)
+                    log.warning("dropped an invalid frame of a follower: %s", error)
                     continue
-                self._ways |= {message.rank: (socket, address) for message in messages}
+                self._routes |= {message.rank: (socket, address) for message in messages}
                 for message in messages:
-                    self._take(message)
+                    self._handle(message)
         if len(self._polled) == self._num_followers:
             for call in [call for call in self._replies if call < min(self._polled.values())]:
                 del self._replies[call]
 
     async def wait_delivered(self, timeout_s: float) -> None:
-        """Give the followers time to fetch the last answer."""
+        """Wait until all followers have the last reply, at most `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         while (self._replies or len(self._polled) < self._num_followers) and time.monotonic() < deadline_s:
             self.read()
-            await asyncio.sleep(POLL_S / 10)
+            await asyncio.sleep(RECEIVE_S / 10)
 
     def close(self) -> None:
-        """Close the sockets; what was just sent still has half a second to arrive."""
+        """Close the sockets. Messages in the send queue have half a second to leave."""
         for socket in self._sockets:
             socket.close(linger=500)
 
-    def _take(self, message: RpcPoll | RpcClose) -> None:
+    def _handle(self, message: RpcPoll | RpcClose) -> None:
         if isinstance(message, RpcClose):
-            self.left = self.left or message
+            self.first_close = self.first_close or message
             self._polled[message.rank] = self._last + 1
         else:
             self._polled[message.rank] = message.call
@@ -147,12 +148,14 @@ class RpcServer:
         if frame is None and self._end is not None and call > self._last:
             frame = _REPLIES.encode([RpcError(call, *self._end)])
         if frame is not None:
-            socket, address = self._ways[rank]
-            socket.send_multipart([address, frame])  # to one who is away for a moment it gets lost: it asks again
+            socket, address = self._routes[rank]
+            socket.send_multipart(
+                [address, frame]
+            )  # ZeroMQ drops it while the follower is disconnected; the follower polls again
 
 
 class RpcConnection:
-    """A follower's side."""
+    """A follower's side. Methods are for one thread."""
 
     def __init__(self, rank: int, endpoint: str, curve_client: CurveClient | None = None) -> None:
         self._rank = rank
@@ -161,27 +164,27 @@ class RpcConnection:
         connect(self._socket, endpoint, curve_client)
 
     def poll(self, call: int) -> None:
-        """Say that everything before `call` has come."""
+        """Ask for the reply to `call`. Confirms that all earlier replies have arrived."""
         self._socket.send(_REQUESTS.encode([RpcPoll(self._rank, call)]))
 
     def receive(self, call: int) -> RpcReply | RpcError | None:
-        """Wait a moment for the answer to `call`."""
-        while self._socket.poll(int(POLL_S * 1000)):
+        """Wait up to `RECEIVE_S` for the reply to `call`; None when there is none yet."""
+        while self._socket.poll(int(RECEIVE_S * 1000)):
             for message in _REPLIES.decode(self._socket.recv()):
                 if message.call == call:
                     return message
         return None
 
     def leave(self, text: str) -> None:
-        """Take no further part."""
+        """Tell rank 0's script that this follower leaves; `text` is the reason."""
         self._socket.send(_REQUESTS.encode([RpcClose(self._rank, text)]))
 
     def close(self) -> None:
-        """Close; a last word has half a second to arrive."""
+        """Close the socket. Messages in the send queue have half a second to leave."""
         self._socket.close(linger=500)
 
 
 def _router() -> "zmq.Socket[bytes]":
     socket = open_socket(zmq.ROUTER, _REQUESTS.max_bytes)
-    socket.set(zmq.ROUTER_HANDOVER, 1)  # a follower that lost its connection comes back under its name
+    socket.set(zmq.ROUTER_HANDOVER, 1)  # a follower that reconnects takes over its routing id
     return socket

@@ -1,7 +1,7 @@
-"""Takes the runtime directory of a caller away that was killed and could not do it itself. A process of its own, run as a script.
+"""Removes the runtime directory of a caller that was killed. This is a process of its own, run as a script.
 
-The caller alone holds the other end of our stdin, so that its end, however it comes, is the end of the file here; a caller that
-ends as it should says a word first, and sweeps for itself. Nothing but the standard library is imported.
+Only the caller holds the other end of this process's stdin, so stdin reaches its end when the caller ends in any way. A caller
+that closes normally removes the directory itself and writes a word to stdin first. Imports nothing but the standard library.
 """
 
 import shutil
@@ -10,32 +10,32 @@ import sys
 import time
 from pathlib import Path
 
-PATIENCE_S = 10.0
-"""The ranks, which the kernel kills with the caller, may still be making their sockets."""
-PAUSE_S = 0.05
+TIMEOUT_S = 10.0
+"""The kernel kills the ranks with the caller, but until then they may create more sockets in the directory."""
+RETRY_S = 0.05
 
 
 class TempdirReaper:
-    """For the caller. Started before the directory is made, it leaves no moment in which one could be left."""
+    """The caller's handle. Start it before the directory exists, so that no kill can leave the directory behind."""
 
-    def __init__(self, where: Path) -> None:
-        command = [sys.executable, "-I", "-S", __file__, str(where)]
-        quiet = subprocess.DEVNULL  # whoever reads what the caller prints must not wait for us
+    def __init__(self, directory: Path) -> None:
+        command = [sys.executable, "-I", "-S", __file__, str(directory)]
+        quiet = subprocess.DEVNULL  # a reader of the caller's output must not wait for this process
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
 
-    def end(self) -> None:
-        """There is nothing to sweep. Waits for its end."""
-        self._process.communicate(b"swept")
+    def close(self) -> None:
+        """Tell the process that the directory is gone, and wait until the process has ended."""
+        self._process.communicate(b"removed")
 
 
-def main(where: Path) -> None:
-    """Wait for the caller's end, and sweep."""
+def main(directory: Path) -> None:
+    """Wait until the caller has ended, and remove `directory` unless the caller has done so."""
     if sys.stdin.buffer.read():
         return
-    deadline_s = time.monotonic() + PATIENCE_S
-    while where.exists() and time.monotonic() < deadline_s:
-        shutil.rmtree(where, ignore_errors=True)
-        time.sleep(PAUSE_S)
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while directory.exists() and time.monotonic() < deadline_s:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(RETRY_S)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a step of many rows takes beside weights and cache on a GPU, derived from what `models/decoder` and its layers keep alive.
+"""The memory of activations of a step on a GPU, derived from the tensors that `models/decoder` and its layers keep alive. Pure.
 
-A bound, close for the models with RMS norms and gated MLPs: tests hold it to what a layer allocates. Never below what is there:
-the server measures, and serves with what that leaves.
+An upper bound, close for models with RMS norms and gated MLPs; tests compare it with the allocations of a layer. The server
+itself measures instead.
 
 T rows, H hidden channels, N query and K key/value channels, I MLP channels and E experts of this rank, A experts a token.
 """
@@ -18,27 +18,27 @@ INDEX_BYTES = 8
 
 
 def activation_bytes(spec: ModelSpec, layout: ParallelLayout, rank: int, rows: int, item: int) -> int:
-    """At most, in a step of `rows` rows of `item` bytes an element."""
-    place = layout.tp_rank_of(rank)
-    heads = split_heads(spec.num_heads, spec.num_kv_heads, layout.tp)[place]
+    """An upper bound in bytes for a step of `rows` tokens on `rank`. `item`: bytes of an element of the model's dtype."""
+    tp_rank = layout.tp_rank_of(rank)
+    heads = split_heads(spec.num_heads, spec.num_kv_heads, layout.tp)[tp_rank]
     stream = spec.hidden_size * item
-    widest = max(5 * stream + _attention(spec, heads, item), 7 * stream + _feed_forward(spec, layout, place, item))
+    widest = max(5 * stream + _attention(spec, heads, item), 7 * stream + _feed_forward(spec, layout, tp_rank, item))
     return rows * (widest + 4 * INDEX_BYTES) + WORKSPACE_BYTES
 
 
 def table_bytes(spec: ModelSpec, max_model_len: int) -> int:
-    """Cosines and sines of all positions."""
-    turning = spec.head_dim if spec.latent is None else spec.latent.rope_dim
-    channels = (rope.num_channels or turning for rope in (spec.rope, spec.window_rope) if rope is not None)
+    """Bytes of the tables of cosines and sines for all positions."""
+    rope_dim = spec.head_dim if spec.latent is None else spec.latent.rope_dim
+    channels = (rope.num_channels or rope_dim for rope in (spec.rope, spec.window_rope) if rope is not None)
     return max_model_len * sum(channels) * FLOAT_BYTES
 
 
 def _attention(spec: ModelSpec, heads: HeadShare, item: int) -> int:
-    """Of one row."""
+    """Bytes of one row in attention."""
     num_heads, latent = len(heads.q), spec.latent
     if latent is None:
         q, kv = num_heads * spec.head_dim, len(heads.kv) * spec.head_dim
-        mixed = (2 * q + kv + spec.hidden_size) * item  # turned queries and keys, what they take, and what comes out
+        mixed = (2 * q + kv + spec.hidden_size) * item  # rotated queries and keys, attention output, output projection
         normed = {None: 0, "head": 2 * (q + kv) * item, "all": (3 * q + kv) * FLOAT_BYTES}[spec.qk_norm]
         return (q + 2 * kv) * item + max(mixed, normed)
     q, cached, taken = num_heads * spec.head_dim, latent.kv_rank + latent.rope_dim, num_heads * latent.kv_rank
@@ -48,18 +48,18 @@ def _attention(spec: ModelSpec, heads: HeadShare, item: int) -> int:
     return (projected + latent.rope_dim + queries + max(taken, mixed)) * item
 
 
-def _feed_forward(spec: ModelSpec, layout: ParallelLayout, place: int, item: int) -> int:
-    """Of one row, in the widest layer."""
+def _feed_forward(spec: ModelSpec, layout: ParallelLayout, tp_rank: int, item: int) -> int:
+    """Bytes of one row in the feed-forward part of the widest layer."""
 
     def mlp(size: int) -> int:
-        channels = len(split(size, layout.tp, MLP_UNIT, what="MLP channels")[place])
-        between = 3 * item if spec.gated else 2 * item + 3 * FLOAT_BYTES  # plain activations go through float32
-        return channels * between + spec.hidden_size * item
+        channels = len(split(size, layout.tp, MLP_UNIT, what="MLP channels")[tp_rank])
+        per_channel = 3 * item if spec.gated else 2 * item + 3 * FLOAT_BYTES  # plain activations go through float32
+        return channels * per_channel + spec.hidden_size * item
 
     experts = spec.experts
     if experts is None:
         return mlp(spec.intermediate_size)
-    size = experts.size if layout.expert_parallel else len(split(experts.size, layout.tp, MLP_UNIT, what="MLP channels")[place])
+    size = experts.size if layout.expert_parallel else len(split(experts.size, layout.tp, MLP_UNIT, what="MLP channels")[tp_rank])
     pair = max(3 * size * item, 2 * size * item + spec.hidden_size * (item + FLOAT_BYTES)) + spec.hidden_size * item
     mixture = (
         experts.routing.num_active * (pair + 6 * INDEX_BYTES) + experts.count * 6 * FLOAT_BYTES + spec.hidden_size * FLOAT_BYTES

@@ -1,8 +1,8 @@
-"""Which layout to take, and why, in sentences. Pure.
+"""The recommended layout, with reasons and warnings in sentences. Pure.
 
-one GPU holds the model and what is wanted     no parallelism
-NVLink                                         TP inside a node, PP across nodes; of those the fastest floor
-PCIe                                           as little TP as there can be
+one GPU holds the model and the sequences   no parallelism
+NVLink                                      TP inside a node, PP across nodes; the lowest floor of a token's time
+PCIe                                        as little TP as possible
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from tpserve.config.sizes import size
 from tpserve.planner.estimate import Estimate, GpuCluster
 
-FEW = 8
-"""So few sequences at once are worth a warning when nobody said how many are wanted."""
+FEW_SEQUENCES = 8
+"""Without --concurrency, room for fewer sequences than this gives a warning."""
 
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """`best`: None where nothing fits."""
+    """The recommendation. `best`: None when no layout fits. `why`: the reasons."""
 
     best: Estimate | None
     why: tuple[str, ...]
@@ -31,10 +31,13 @@ def choose(
     wanted: int | None,
     max_start_s: int | None,
 ) -> LayoutChoice:
-    """`tried`: layouts of one GPU and of all; `fewest`: of the fewest GPUs, there or not, whose layout passes a test."""
+    """Choose one of the layouts `tried`, those of one GPU and of all GPUs.
 
+    `fewest`: finds the layout of the fewest GPUs, available or not, that passes a test; None without one. `wanted`: sequences at
+    once. `max_start_s`: the limit for loading, in seconds; missing it gives a warning.
+    """
     fitting = [found for found in tried if found.fits]
-    longest = max((found.length for found in fitting), default=0)  # they differ where a length is to be found
+    longest = max((found.length for found in fitting), default=0)  # they differ with --context auto
 
     def enough(found: Estimate) -> bool:
         return found.fits and found.concurrency >= (wanted or 0) and found.length >= longest
@@ -55,7 +58,7 @@ def choose(
 
 
 def cost_key(found: Estimate, gpus: GpuCluster) -> tuple[float, ...]:
-    """Less is better, of layouts that are alike in what they hold."""
+    """The sort key of layouts that hold the same; the lowest is best."""
     layout = found.layout
     if gpus.nvlink:
         return found.token_s, layout.expert_parallel, layout.world_size
@@ -67,28 +70,28 @@ def _no_parallelism(single: Estimate, gpus: GpuCluster) -> str:
     ledger = single.ledgers[0]
     return (
         f"No parallelism needed: one GPU holds the model ({size(ledger.weights)} of weights in {size(ledger.total)}) and "
-        f"{_room(single)}; more GPUs a token would only add waiting for each other.{more}"
+        f"{_room(single)}; with more GPUs every token would wait for communication.{more}"
     )
 
 
 def _because(best: Estimate, gpus: GpuCluster) -> list[str]:
     layout, why = best.layout, list[str]()
     if layout.world_size == 1:
-        return ["One GPU holds the model, and no layout of more holds as many sequences as are wanted."]
+        return ["One GPU holds the model, and no larger layout holds as many sequences as requested."]
     if layout.tp > 1 and best.crosses:
-        why.append(f"TP {layout.tp} over several nodes: nothing that keeps a stage inside a node fits.")
+        why.append(f"TP {layout.tp} over several nodes: no layout with each stage inside a node fits.")
     elif layout.tp > 1 and gpus.nvlink:
         where = "inside a node" if best.nodes > 1 else "over NVLink"
         why.append(
-            f"TP {layout.tp} {where}: its GPUs share every layer, so that a token waits for a part of each; the two sums "
-            "a layer need the fast links."
+            f"TP {layout.tp} {where}: its GPUs share every layer, so that a token waits for a part of each; the two "
+            "all-reduces a layer need the fast links."
         )
     elif layout.tp > 1:
-        why.append(f"TP {layout.tp}, though PCIe makes its sums slow: with less of it the model or what is wanted does not fit.")
+        why.append(f"TP {layout.tp}, though PCIe makes all-reduces slow: with less TP the model or the sequences do not fit.")
     if layout.pp > 1 and not gpus.nvlink:
         why.append(
-            f"PP {layout.pp} over PCIe: stages hand on activations once, where TP would add up over the bus twice a layer. One "
-            "sequence is no faster for it; many keep all stages busy."
+            f"PP {layout.pp} over PCIe: stages pass activations on once, where TP would need two all-reduces a layer over the "
+            "bus. One sequence is no faster with it; many keep all stages busy."
         )
     if layout.pp > 1 and best.nodes > 1:
         why.append(f"PP {layout.pp} across nodes: only the activations at the end of a stage cross the network.")
@@ -100,9 +103,9 @@ def _because(best: Estimate, gpus: GpuCluster) -> list[str]:
 def _smaller(best: Estimate, fewest: Estimate | None, wanted: int | None) -> list[str]:
     if fewest is None or fewest.layout.world_size >= best.layout.world_size:
         return []
-    what = f"{wanted} sequences at once" if wanted else "the model and a sequence"
+    content = f"{wanted} sequences at once" if wanted else "the model and a sequence"
     gpus = fewest.layout.world_size
-    return [f"{gpus} GPU{'s' * (gpus > 1)} would hold {what}: {fewest.name}, {_room(fewest)}."]
+    return [f"{gpus} GPU{'s' * (gpus > 1)} would hold {content}: {fewest.name}, {_room(fewest)}."]
 
 
 def _nothing(tried: Sequence[Estimate], fewest: Estimate | None) -> str:
@@ -119,24 +122,24 @@ def _room(found: Estimate) -> str:
 
 
 def several(number: float) -> str:
-    """How many sequences, as closely as it matters."""
+    """A number of sequences as text, with one decimal below 100."""
     return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
 def _warnings(best: Estimate, gpus: GpuCluster, wanted: int | None, max_start_s: int | None) -> list[str]:
-    said = []
-    if best.concurrency < (wanted or FEW):
+    warnings = []
+    if best.concurrency < (wanted or FEW_SEQUENCES):
         short = f"of the {wanted} wanted; the others wait" if wanted else "at once; further ones wait"
-        said.append(
+        warnings.append(
             f"KV cache for {several(best.concurrency)} sequences of {best.length:,} tokens {short}: a shorter "
             "--context, more GPUs, or more memory on each"
         )
     if best.crosses:
-        said.append("TP across nodes: every layer waits twice for the network")
+        warnings.append("TP across nodes: every layer waits twice for the network")
     if max_start_s is not None and best.load_s is not None and gpus.disk_rate is not None and best.load_s > max_start_s:
         needed = gpus.disk_rate * best.load_s / max_start_s / 1e9
-        said.append(
+        warnings.append(
             f"--max-start-time {max_start_s}s cannot be met: reading the weights alone takes {best.load_s:,.0f} s at "
             f"{gpus.disk_rate / 1e9:,.3g} GB/s a node; that takes {needed:,.3g} GB/s, or weights in the page cache"
         )
-    return said
+    return warnings

@@ -1,7 +1,7 @@
-"""One layout on the cards that are there: every rank's memory, what fits beside the weights, and the floors of two times. Pure.
+"""Estimates one layout on given GPUs: the memory of every rank, the size of its KV cache, and lower bounds of two times. Pure.
 
-What fits is the server's own arithmetic (`worker/sizing`), fed with what the ranks would measure: weights, slots and KV blocks
-are exact, LM head rows and activations bounds, and what is not ours is `OTHERS_BYTES`.
+The KV cache is computed by the server's own arithmetic (`worker/sizing`), from the values that the ranks would measure: weights,
+slots and KV blocks are exact, LM head rows and activations are bounds, and other memory is `OTHERS_BYTES`.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ from tpserve.worker.logits_chunking import LogitsChunking
 from tpserve.worker.sizing import ITEM_BYTES, MemoryProfile
 
 OTHERS_BYTES = GIB
-"""Of a card's memory: CUDA's context, NCCL's buffers, and what the driver keeps."""
+"""GPU memory of CUDA's context, NCCL's buffers and the driver."""
 
 
 @dataclass(frozen=True)
 class GpuCluster:
-    """What there is. Memory in bytes a card, rates in bytes a second; `disk_rate`: of each node."""
+    """The GPUs. `memory`: bytes of a GPU. `memory_rate`, and `disk_rate` of a node: bytes a second."""
 
     num_gpus: int
     per_node: int
@@ -43,40 +43,46 @@ class GpuCluster:
     disk_rate: int | None
 
     def nodes_of(self, world_size: int) -> int:
-        """How many nodes so many ranks take, node after node."""
+        """The number of nodes for `world_size` ranks."""
         return -(-world_size // self.per_node)
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be served: the server's flags but for the layout, the model, and how it is stored."""
+    """The model to serve: the server's flags without a layout, the model and its files."""
 
     flags: Flags
     files: ModelFiles
     spec: ModelSpec
     stored_bytes: int | None
     wanted: int
-    """Sequences at once; with a length of "auto" it is the longest of which so many fit."""
+    """Sequences at once. With a length of "auto" the longest length is chosen of which this number fits."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout. `why_not`: empty where it fits. With an impossible layout there is no more than that."""
+    """The estimate of one layout. `why_not`: the reason why it does not fit; empty when it fits.
+
+    For a layout that the model cannot have, all fields after `why_not` have their defaults.
+    """
 
     layout: ParallelLayout
     nodes: int
     why_not: str
     ledgers: tuple[MemoryLedger, ...] = ()
     decides: int = 0
-    """The rank whose memory decides."""
+    """The rank with the least room, which decides the size of the cache."""
     kv_tokens: int = 0
     concurrency: float = 0.0
-    """Sequences of the length asked for that fit at once."""
+    """Sequences of full length that fit at once."""
     token_s: float = 0.0
+    """A lower bound of the seconds of a token."""
     load_s: float | None = None
+    """A lower bound of the seconds to read the weights; None without a disk rate."""
     crosses: bool = False
-    """The ranks of a stage are on more than one node."""
+    """Whether the ranks of a stage are on more than one node."""
     uneven: tuple[str, ...] = ()
+    """Sentences about parts that the ranks do not share evenly."""
 
     @property
     def fits(self) -> bool:
@@ -85,27 +91,30 @@ class Estimate:
 
     @property
     def length(self) -> int:
-        """Of a sequence, in tokens."""
+        """The length of a sequence in tokens."""
         return self.ledgers[0].max_model_len
 
     @property
     def name(self) -> str:
-        """As people say it."""
+        """The layout as text, such as "TP 8 x PP 2"."""
         return f"TP {self.layout.tp} x PP {self.layout.pp}" + " x EP" * self.layout.expert_parallel
 
 
 def layouts(spec: ModelSpec, world_size: int, *, only_experts: bool) -> Iterator[ParallelLayout]:
-    """Every TP x PP of so many ranks, widest TP first, and where there are experts to deal out whole, with and without that."""
+    """Every TP x PP of `world_size` ranks, widest TP first, and for a model with experts with and without expert parallelism.
+
+    `only_experts`: only those with expert parallelism.
+    """
     for tp in range(world_size, 0, -1):
         if world_size % tp == 0:
             pp = world_size // tp
-            for whole in (False, True) if spec.experts is not None and tp > 1 else (only_experts,):
-                if whole or not only_experts:
-                    yield ParallelLayout(tp, pp, even_layers(spec.num_layers, pp), whole)
+            for expert_parallel in (False, True) if spec.experts is not None and tp > 1 else (only_experts,):
+                if expert_parallel or not only_experts:
+                    yield ParallelLayout(tp, pp, even_layers(spec.num_layers, pp), expert_parallel)
 
 
 def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> Estimate:
-    """What this layout comes to. UserError for flags that no layout can meet."""
+    """Estimate one layout. Raises UserError for flags that no layout can satisfy."""
     nodes = gpus.nodes_of(layout.world_size)
     try:
         config = _config(request, gpus, layout)
@@ -150,7 +159,7 @@ def _config(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> E
 
 
 def memory_profile(spec: ModelSpec, config: EngineConfig, memory: int, rank: int) -> MemoryProfile:
-    """What a rank alone on a card of so many bytes would measure."""
+    """The profile that a rank would measure when it is alone on a GPU of `memory` bytes."""
     layout, item = config.layout, ITEM_BYTES[config.dtype]
     weights = sizing.weight_bytes(spec, config, rank)
     rows = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
@@ -169,18 +178,18 @@ def memory_profile(spec: ModelSpec, config: EngineConfig, memory: int, rank: int
 
 
 def _longest(request: PlanRequest, ranks: list[MemoryProfile], config: EngineConfig) -> int:
-    """The longest sequence of which as many as are wanted fit; the shortest that a server would take where none does."""
-    different = {(rank.block, rank.room) for rank in ranks}
+    """The longest length of which `request.wanted` sequences fit; the server's minimum when no length fits."""
+    distinct = {(rank.block, rank.room) for rank in ranks}
 
     def fits(length: int) -> bool:
         blocks = request.wanted * blocks_of(length, request.spec.windows, config.block_size)
-        return all(blocks * block + sizing.slot_bytes(config, length) <= room for block, room in different)
+        return all(blocks * block + sizing.slot_bytes(config, length) <= room for block, room in distinct)
 
     return max(longest(fits, config.block_size, config.max_model_len), sizing.least_length(config))
 
 
 def _shortage(ranks: list[MemoryProfile], blocks: int, config: EngineConfig) -> str:
-    """Which rank has too little memory for one sequence, of so many blocks, and by how much; empty when that is not why."""
+    """The rank that lacks most memory for one sequence of `blocks` KV blocks, as a sentence; empty when all have room."""
     rest = sizing.slot_bytes(config, config.max_model_len)
     short = [rest + blocks * rank.block - rank.room for rank in ranks]
     worst = max(range(len(ranks)), key=short.__getitem__)
@@ -194,29 +203,30 @@ def _shortage(ranks: list[MemoryProfile], blocks: int, config: EngineConfig) -> 
 
 
 def _token_s(spec: ModelSpec, config: EngineConfig, memory_rate: int) -> float:
-    """Seconds a token of one sequence at its full length takes at least: the slowest rank's reading, stage after stage."""
-    layout, item = config.layout, ITEM_BYTES[config.dtype]
+    """A lower bound of the seconds of a token, for one sequence of full length.
 
-    seen = {
+    It is the time to read weights and KV cache from memory, on the slowest rank of each stage, summed over the stages.
+    """
+    layout, item = config.layout, ITEM_BYTES[config.dtype]
+    num_read = {
         layer: min(config.max_model_len, group.window or config.max_model_len) for group in spec.cache for layer in group.layers
     }
 
     def read_bytes(rank: int) -> int:
         layers = layout.layers_of(layout.stage_of(rank))
-        of_a_layer = count_params(spec, layout, rank).cached // num_arrays(spec, layers)
-        return item * (_weights_of_a_token(spec, layout, rank) + of_a_layer * sum(seen[layer] for layer in layers))
+        per_layer = count_params(spec, layout, rank).cached // num_arrays(spec, layers)
+        return item * (_weights_read(spec, layout, rank) + per_layer * sum(num_read[layer] for layer in layers))
 
     stages = (range(stage * layout.tp, (stage + 1) * layout.tp) for stage in range(layout.pp))
     return sum(max(map(read_bytes, ranks)) for ranks in stages) / memory_rate
 
 
-def _weights_of_a_token(spec: ModelSpec, layout: ParallelLayout, rank: int) -> int:
-    """Elements of a rank that a token needs: of the experts its own, of tables that are looked up (nearly) none."""
+def _weights_read(spec: ModelSpec, layout: ParallelLayout, rank: int) -> int:
+    """Weight elements of a rank that one token reads: its active experts only, and almost nothing of embedding tables."""
     experts = spec.experts
     if experts is not None:
-        whole = layout.expert_parallel  # the busiest rank has at least its part of the token's experts
-        active = experts.routing.num_active
-        count = -(-active // layout.tp) * layout.tp if whole else active
+        active = experts.routing.num_active  # with expert parallelism the busiest rank has at least its share of them
+        count = -(-active // layout.tp) * layout.tp if layout.expert_parallel else active
         spec = replace(spec, experts=replace(experts, count=min(count, experts.count)))
     elements = count_params(spec, layout, rank).weights
     if layout.stage_of(rank) == 0:
@@ -228,21 +238,21 @@ def _weights_of_a_token(spec: ModelSpec, layout: ParallelLayout, rank: int) -> i
 
 
 def _load_bytes(request: PlanRequest, config: EngineConfig, gpus: GpuCluster) -> float:
-    """What the node that reads most must read from its disk: of each stage it has ranks of, no byte twice."""
+    """Bytes that the busiest node reads from its disk. Ranks of one stage on one node read shared bytes once."""
     spec, layout = request.spec, config.layout
     alone = ParallelLayout(1, layout.pp, layout.layers)
     whole = [count_params(spec, alone, stage).weights for stage in range(layout.pp)]
     share = [count_params(spec, layout, rank).weights for rank in range(layout.world_size)]
-    most = 0
+    busiest = 0
     for first in range(0, layout.world_size, gpus.per_node):
-        mine: dict[int, int] = {}
+        by_stage: dict[int, int] = {}
         for rank in range(first, min(first + gpus.per_node, layout.world_size)):
             stage = layout.stage_of(rank)
-            mine[stage] = min(whole[stage], mine.get(stage, 0) + share[rank])
-        most = max(most, sum(mine.values()))
+            by_stage[stage] = min(whole[stage], by_stage.get(stage, 0) + share[rank])
+        busiest = max(busiest, sum(by_stage.values()))
     item = ITEM_BYTES[spec.dtype]
     total = request.stored_bytes or item * sum(whole)
-    return most / sum(whole) * total
+    return busiest / sum(whole) * total
 
 
 def _nodes_of_stage(layout: ParallelLayout, gpus: GpuCluster, stage: int) -> int:
@@ -251,7 +261,7 @@ def _nodes_of_stage(layout: ParallelLayout, gpus: GpuCluster, stage: int) -> int
 
 
 def _uneven(spec: ModelSpec, layout: ParallelLayout) -> tuple[str, ...]:
-    """What the ranks do not share evenly, as a start says it."""
+    """The parts that the ranks do not share evenly, in the words of the server's log."""
     shares = split_heads(spec.num_heads, spec.num_kv_heads, layout.tp)
     heads = imbalance([share.q for share in shares], "attention heads")
     stages = imbalance([layout.layers_of(stage) for stage in range(layout.pp)], "layers")

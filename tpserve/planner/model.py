@@ -1,4 +1,4 @@
-"""What is known of a model without its weights: its configuration, and of its files the sizes and the safetensors headers."""
+"""The weight files of a model, without reading weights: their sizes and their safetensors headers."""
 
 import json
 import struct
@@ -12,12 +12,12 @@ from tpserve.errors import UserError
 from tpserve.types.model_files import WEIGHT_FORMATS, ModelFiles
 
 _LENGTH = struct.Struct("<Q")
-_MOST_HEADER = 100_000_000
-"""As the format allows."""
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format."""
 
 
 class _TensorHeader(msgspec.Struct, frozen=True):
-    """What a header says of a tensor."""
+    """The entry of one tensor in a header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class _TensorHeader(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weight files. `elements`: of all tensors, None where no headers are here; `kinds`: their types, the commonest first."""
+    """The weight files. `elements`: of all tensors, None without headers. `kinds`: their dtypes, the most common first."""
 
     num_files: int
     num_bytes: int
@@ -34,7 +34,7 @@ class StoredWeights:
 
 
 def stored(files: ModelFiles) -> StoredWeights | None:
-    """None where there are no weight files. UserError for a file whose header is damaged."""
+    """The weight files of a model; None without any. Raises UserError for a file with a damaged header."""
     if files.snapshot is not None:
         sizes = [size for _, size in files.snapshot.weights]
         return StoredWeights(len(sizes), sum(sizes)) if sizes else None
@@ -53,7 +53,7 @@ def stored(files: ModelFiles) -> StoredWeights | None:
 
 
 def _paths(directory: Path) -> list[Path]:
-    """The files that are there of those that a server would read."""
+    """The existing files among those that a server would read."""
     for index_file, single, pattern in WEIGHT_FORMATS:
         index = directory / index_file
         if index.exists():
@@ -62,17 +62,17 @@ def _paths(directory: Path) -> list[Path]:
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(f"{index} is not an index of weight files: download the file again") from None
             return [directory / name for name in names if (directory / name).is_file()]
-        if found := [directory / single] if (directory / single).is_file() else sorted(directory.glob(pattern)):
-            return found
+        if paths := [directory / single] if (directory / single).is_file() else sorted(directory.glob(pattern)):
+            return paths
     return []
 
 
 def _header(path: Path) -> list[_TensorHeader]:
-    """Of all tensors (https://github.com/huggingface/safetensors#format)."""
+    """The entries of all tensors of a file (https://github.com/huggingface/safetensors#format)."""
     try:
         with path.open("rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-            fields = msgspec.json.decode(file.read(min(length, _MOST_HEADER)), type=dict[str, msgspec.Raw])
+            fields = msgspec.json.decode(file.read(min(length, _MAX_HEADER_BYTES)), type=dict[str, msgspec.Raw])
         return [msgspec.json.decode(raw, type=_TensorHeader) for name, raw in fields.items() if name != "__metadata__"]
     except (OSError, struct.error, msgspec.DecodeError):
         raise UserError(f"{path} has no safetensors header: download the file again") from None

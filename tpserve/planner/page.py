@@ -1,4 +1,4 @@
-"""What `tpserve plan` prints: a table, sentences and lines to paste, or the same as JSON. Decides nothing."""
+"""The output of `tpserve plan`: a table, sentences and command lines, or the same as JSON. Decides nothing."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ HEAD = "HEAD"
 COLUMNS = ("layout", "nodes", "weights", "activations", "LM head", "KV cache", "KV tokens", "sequences", "ms/token", "")
 GB = 10**9
 FLOATS = {"F64", "F32", "BF16", "F16"}
-"""Types of tensors that are weights as they stand."""
+"""Dtypes of unquantized weights."""
 
 
 @dataclass(frozen=True)
 class PlanPage:
-    """All there is to show. `flags`: the server's, as they were said, without a layout."""
+    """Everything to print. `flags`: the server's flags as given, without a layout."""
 
     flags: Flags
     spec: ModelSpec
@@ -40,24 +40,24 @@ class PlanPage:
 
 
 def as_text(page: PlanPage) -> str:
-    """For people."""
+    """The plan as text."""
     lines = [*_about(page), "", *_table(page), *_refused(page.tried), "", *page.choice.why]
     lines += [f"Warning: {text}." for text in [*_mismatch(page), *page.choice.warnings]]
     best = page.choice.best
     if best is not None:
         if best.load_s is not None:
-            lines.append(f"Loading takes {best.load_s:,.0f} s at least: what the busiest node reads of its disk.")
+            lines.append(f"Loading takes at least {best.load_s:,.0f} s: the busiest node reads that long from its disk.")
         lines.append(f"\n{best.name}, to paste:")
         for serve, torchrun in commands(page, best):
             lines += [f"    {serve}", f"    {torchrun}"]
-        lines.append("(of each pair one, on its own node)" if best.nodes > 1 else "(one of the two)")
+        lines.append("(one line of each pair, on its own node)" if best.nodes > 1 else "(one of the two)")
     return "\n".join(lines) + "\n"
 
 
 def as_json(page: PlanPage) -> str:
-    """For programs: every figure in bytes, tokens and seconds."""
+    """The plan as JSON, with every figure in bytes, tokens or seconds."""
     best = page.choice.best
-    found = {
+    fields = {
         "model": page.flags.model,
         "parameters": _parameters(page.spec),
         "checkpoint": page.stored,
@@ -69,13 +69,13 @@ def as_json(page: PlanPage) -> str:
         "why": page.choice.why,
         "warnings": [*_mismatch(page), *page.choice.warnings],
     }
-    return msgspec.json.format(msgspec.json.encode(found), indent=1).decode() + "\n"
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1).decode() + "\n"
 
 
 def commands(page: PlanPage, found: Estimate) -> list[tuple[str, str]]:
-    """The two lines of each node, after `tpserve serve` and after torchrun."""
+    """The two command lines of each node, with `tpserve serve` and with torchrun."""
     flags, gpus = page.flags, page.gpus
-    if flags.max_model_len == "auto" and page.wanted is not None:  # a server's "auto" is one sequence's
+    if flags.max_model_len == "auto" and page.wanted is not None:  # a server's "auto" makes room for one sequence only
         flags = replace(flags, max_model_len=found.length)
     layout, head = found.layout, flags.master_addr or HEAD
     more = server_flags.to_argv(replace(flags, model=None, enable_expert_parallel=layout.expert_parallel))
@@ -112,9 +112,11 @@ def _about(page: PlanPage) -> Iterator[str]:
     link = "NVLink" if gpus.nvlink else "PCIe"
     where = f" on {gpus.nodes_of(gpus.num_gpus)} nodes" if gpus.num_gpus > gpus.per_node else ""
     wanted = f", {page.wanted} at once" if page.wanted else ""
-    said = page.flags.max_model_len
+    max_len = page.flags.max_model_len
     length = (
-        f"sequences of {said:,} tokens" if isinstance(said, int) else f"sequences as long as fit, up to {spec.max_position:,}"
+        f"sequences of {max_len:,} tokens"
+        if isinstance(max_len, int)
+        else f"sequences as long as fit, up to {spec.max_position:,}"
     )
     yield (
         f"{gpus.num_gpus} GPU{'s' * (gpus.num_gpus > 1)}{where}, {size(gpus.memory)} and {gpus.memory_rate / GB:,.0f} GB/s "
@@ -134,7 +136,7 @@ def _table(page: PlanPage) -> list[str]:
 
 
 def _row(found: Estimate, is_auto: bool) -> tuple[str, ...]:
-    """Of the fullest rank."""
+    """The table's row of a layout, with the memory of its fullest rank."""
     length = f"sequences of {found.length:,} tokens"
     ledger = found.ledgers[found.decides]
     return (
@@ -153,17 +155,18 @@ def _refused(tried: Sequence[Estimate]) -> list[str]:
 
 
 def _mismatch(page: PlanPage) -> list[str]:
-    """Whether the files hold another model than config.json describes. A tied head may be stored twice.
+    """A warning when the files hold another number of parameters than config.json describes.
 
-    Not asked of quantized files, which hold scales too and several numbers in one. Some hold layers that nobody reads.
+    Quantized files are not checked, since they also hold scales and pack several numbers in one element. A tied LM head may be
+    stored twice, and some files hold layers that are not used.
     """
     if page.stored is None or page.stored.elements is None or not set(page.stored.kinds) <= FLOATS:
         return []
-    expected, here = _parameters(page.spec), page.stored.elements
+    expected, stored = _parameters(page.spec), page.stored.elements
     spare = page.spec.vocab_size * page.spec.hidden_size if page.spec.tie_embeddings else 0
-    if 0.99 * expected <= here <= 1.05 * expected + spare:
+    if 0.99 * expected <= stored <= 1.05 * expected + spare:
         return []
-    return [f"the weight files hold {here / 1e9:,.2f} billion numbers, and config.json describes {expected / 1e9:,.2f}"]
+    return [f"the weight files hold {stored / 1e9:,.2f} billion numbers, and config.json describes {expected / 1e9:,.2f}"]
 
 
 def _parameters(spec: ModelSpec) -> int:

@@ -1,7 +1,7 @@
-"""Sizes, rates and durations as people write them, to numbers. Raises WrongValue.
+"""Parses sizes, rates and durations such as 80GB, 2GB/s and 120s. Raises WrongValue.
 
-Memory of cards is counted as their makers do: an 80 GB card has 80 x 2^30 bytes, or a few per cent less; GB and GiB are the same
-here. Rates are decimal, as those of memory and disks are.
+GPU memory uses binary units, as GPU makers count: an 80 GB GPU has 80 x 2^30 bytes or a few per cent less, so GB and GiB are the
+same here. Rates of memory and disks use decimal units.
 """
 
 import re
@@ -14,17 +14,17 @@ _SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600}
 
 
 def memory(text: str) -> int:
-    """Bytes."""
+    """A size in bytes."""
     return _of(text, r"([MGT])(?:i?B)?", _BINARY, "a size with its unit, such as 80GB or 46068MiB")
 
 
 def rate(text: str) -> int:
-    """Bytes a second."""
+    """A rate in bytes a second."""
     return _of(text, r"([MGT])B/s", _DECIMAL, "a rate with its unit, such as 3350GB/s")
 
 
 def duration(text: str) -> int:
-    """Seconds."""
+    """A duration in seconds."""
     return _of(text, r"(s|min|h|)", _SECONDS, "a time, such as 120s or 2min")
 
 
