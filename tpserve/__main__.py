@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tpserve.cli import server_flags
 from tpserve.cli.command import HelpWanted, wants_help
-from tpserve.cli.commands import meant_command, overview
+from tpserve.cli.commands import overview, suggest_command
 from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.locate import locate
@@ -58,13 +58,13 @@ def _serve(argv: list[str]) -> int:
     from tpserve.host.launch import check_launch
     from tpserve.supervisor import serve
 
-    flags, holding = server_flags.read_line(argv, env.overrides())
+    flags, notice = server_flags.read_line(argv, env.overrides())
     check_launch(flags)
     Keyring.open(flags.cluster_secret_file)  # refused now, and not once other nodes have been waited for
     allow_many_files()
     log.setup(flags.log_level, f"n{flags.node_rank} serve", color=env.color(sys.stderr))
-    if holding:
-        logger.info("%s", holding)
+    if notice:
+        logger.info("%s", notice)
     try:
         flags, files, spec = load_model_config(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
         return serve(flags, files, spec)
@@ -124,7 +124,7 @@ def _neither(argv: list[str]) -> int:
     """No torchrun, no command: say how it is done with what was given."""
     if argv in (["--help"], ["-h"]) or (not argv and not env.under_slurm()):
         raise HelpWanted(overview())
-    if argv and not Path(argv[0]).exists() and (meant := meant_command(argv[0], COMMANDS)):
+    if argv and not Path(argv[0]).exists() and (meant := suggest_command(argv[0], COMMANDS)):
         raise UserError(f"there is no command {argv[0]}: did you mean `{shlex.join(['tpserve', meant, *argv[1:]])}`?")
     server_flags.parse(argv, env.overrides())
     torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])

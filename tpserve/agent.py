@@ -30,7 +30,7 @@ from tpserve.cluster.node_monitor import JoinRequest, wait_head_exit, wait_node_
 from tpserve.cluster.rendezvous import Rendezvous, RendezvousInfo, join_rendezvous
 from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import LOOPBACK, host_id, leave_dns, listen
+from tpserve.host.network import LOOPBACK, disable_dns, host_id, listen
 from tpserve.observe import log
 from tpserve.process.process_utils import die_with, kill_stopped_in_background, live_children
 from tpserve.version import __version__
@@ -86,7 +86,7 @@ def main() -> int:
     _end_stopped_neighbours(job)
     try:
         met = _find_nodes(job)
-        leave_dns()  # torch's store and agent look names up, only to log them
+        disable_dns()  # torch's store and agent look names up, only to log them
     except (UserError, EngineFailure) as error:
         return _refuse(job, error)
     return _run(job, met)

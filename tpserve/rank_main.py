@@ -22,7 +22,7 @@ from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host import resources
-from tpserve.host.network import Interface, choose, kernel_ports
+from tpserve.host.network import Interface, choose_interface, kernel_ports
 from tpserve.hub.locate import locate
 from tpserve.models.load_config import load_model_config
 from tpserve.observe import log
@@ -63,13 +63,13 @@ def _live_as(me: env.RankEnv, argv: list[str]) -> int:
     start_timer = StartTimer(me.agent_pid)
     die_with(me.agent_pid)
     try:
-        flags, holding = server_flags.read_line(argv, env.overrides(), launch=False)
+        flags, notice = server_flags.read_line(argv, env.overrides(), launch=False)
         if flags.cluster_secret_file is not None:
             Keyring.read(flags.cluster_secret_file)  # refused now, not once other nodes have been waited for
         color = env.color(sys.stderr)
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=color)
-        if holding and me.rank == 0:
-            logger.info("%s", holding)
+        if notice and me.rank == 0:
+            logger.info("%s", notice)
         flags, files, spec = load_model_config(flags, lambda flags: _find_once_a_node(me, flags))
         config = resolve(flags, files, spec, resources.of_rank(me))
         interface = _interface(me, config)
@@ -112,7 +112,7 @@ def _live_as(me: env.RankEnv, argv: list[str]) -> int:
 
 def _interface(me: env.RankEnv, config: EngineConfig) -> Interface:
     """This node's interface. Raises UserError when other nodes could not use it."""
-    interface = choose(config.interface, me.nnodes, me.master_addr)
+    interface = choose_interface(config.interface, me.nnodes, me.master_addr)
     if me.nnodes > 1 and me.rank == 0 and me.master_addr.strip("[]") != interface.address and interface.is_loopback:
         raise UserError(
             f"--master-addr {me.master_addr} is {interface} on this node, which other machines cannot reach: pass an address, or "

@@ -45,8 +45,8 @@ from tpserve.config import env
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.launch import own_interface, rendezvous_address
-from tpserve.host.network import LOOPBACK, Interface, describe, listen
+from tpserve.host.launch import node_interface, rendezvous_address
+from tpserve.host.network import LOOPBACK, Interface, listen, os_error_text
 from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.process.process_utils import kill_stopped_in_background
 from tpserve.process.signals import SAME_SIGNAL_S
@@ -71,7 +71,7 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     machine = Machine(num_all_ranks(flags, nproc), nproc, flags.nnodes, num_gpus, available_cores(), "serve")
     config = resolve(flags, files, spec, machine)
     _await_name(flags)
-    interface = own_interface(flags)
+    interface = node_interface(flags)
     leads = flags.nnodes > 1 and flags.node_rank == 0
     listener = listen(rendezvous_address(flags, interface), (flags.master_port, flags.master_port)) if leads else None
     nowhere = f"/nowhere/tpserve-{uuid.uuid4().hex}"  # elsewhere it is but a name, by which a node's ranks find each other
@@ -92,8 +92,8 @@ def _await_name(flags: Flags) -> None:
             return
         except socket.gaierror as error:
             if retry_log.timed_out:
-                raise UserError(f"--master-addr {name}: {describe(error)}", param="master_addr") from error
-            retry_log.log_if_due(f"the name {name}", describe(error))
+                raise UserError(f"--master-addr {name}: {os_error_text(error)}", param="master_addr") from error
+            retry_log.log_if_due(f"the name {name}", os_error_text(error))
         time.sleep(READY_POLL_S)
 
 

@@ -99,7 +99,7 @@ class SimulatedWorker:
         new_sequences = sum(len(msgpack.encode(new_sequence)) for new_sequence in plan.new_sequences)
         assert new_sequences <= limits.max_admission_bytes, "a plan's admissions keep to their bytes"
         rest = len(msgpack.encode(plan)) - new_sequences
-        most = StepPlan.most_bytes(limits.max_num_seqs, limits.max_num_batched_tokens, len(limits.windows))
+        most = StepPlan.max_bytes(limits.max_num_seqs, limits.max_num_batched_tokens, len(limits.windows))
         assert rest <= most, f"a plan takes {rest} bytes beside its admissions"
 
     def _release(self, slot: int) -> None:

@@ -141,7 +141,7 @@ def test_what_holds_anyway_is_one_line_of_the_log(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(supervisor, "serve", lambda *_: 0)
     assert main(["serve", "--enforce-eager", "--swap-space", "0"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "INFO  these flags ask for what holds anyway: --enforce-eager (" in line and "--swap-space 0 (" in line
+    assert "INFO  these flags change nothing here: --enforce-eager (" in line and "--swap-space 0 (" in line
 
 
 def test_a_terminal_has_colors_and_a_pipe_none() -> None:

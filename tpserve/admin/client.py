@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tpserve.config import env
 from tpserve.errors import UserError
-from tpserve.host.network import describe
+from tpserve.host.network import os_error_text
 from tpserve.version import __version__
 
 TIMEOUT_S = 10.0
@@ -65,7 +65,7 @@ def _get(url: str, path: str, key: str | None) -> tuple[int, bytes]:
         body = answer.read()
     except OSError as error:
         raise Unreachable(
-            f"no server answers at {url}: {describe(error)}; give its address with --url (this one asks from this host)",
+            f"no server answers at {url}: {os_error_text(error)}; give its address with --url (this one asks from this host)",
             param="url",
         ) from error
     except http.client.HTTPException as error:

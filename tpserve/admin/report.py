@@ -43,7 +43,7 @@ NVIDIA_SMI_S = 10.0
 class ReportFlags(Struct, frozen=True, kw_only=True):
     """The flags."""
 
-    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
+    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", parse=server_url, metavar="URL")] = URL
     output: Annotated[
         Path | None, Flag("Output", "Where to write. Default: tpserve-report-DATE-TIME.json in this directory.")
     ] = None

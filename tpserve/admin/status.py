@@ -20,7 +20,7 @@ Json = dict[str, Any]
 class StatusFlags(Struct, frozen=True, kw_only=True):
     """The flags."""
 
-    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
+    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", parse=server_url, metavar="URL")] = URL
 
 
 COMMAND = Command(

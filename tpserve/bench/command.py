@@ -15,7 +15,7 @@ from tpserve.cli.vllm import ANY, OFF, SOME_OF, switch, value_of
 from tpserve.config import env
 from tpserve.config.schema import Flag, WrongValue
 from tpserve.errors import UserError
-from tpserve.host.network import LOOPBACK, at
+from tpserve.host.network import LOOPBACK, host_port
 
 MOST = 1 << 20
 """No number on these command lines is sensibly larger."""
@@ -27,9 +27,9 @@ def run(argv: Sequence[str]) -> int:
     """Run a benchmark; returns the exit code. Raises UserError, or HelpWanted."""
     if argv[:1] and argv[0] in BENCHMARKS:
         _, command, measure = BENCHMARKS[argv[0]]
-        flags, engine, holding = command.parse(argv[1:])
-        if holding:
-            sys.stderr.write(f"tpserve {command.name}: {holding}\n")
+        flags, engine, notice = command.parse(argv[1:])
+        if notice:
+            sys.stderr.write(f"tpserve {command.name}: {notice}\n")
         return measure(flags, engine)
     if wants_help(argv):
         rows = [f"  tpserve bench {name:<12}{about}" for name, (about, _, _) in BENCHMARKS.items()]
@@ -49,18 +49,18 @@ def _picture(text: str) -> Path:
 
 def _number(help: str, least: int = 1, also: str = "") -> Flag:
     """A whole number. `also`: what vLLM calls it."""
-    return Flag(LOAD, help, at_least=least, at_most=MOST, also=(also,) if also else ())
+    return Flag(LOAD, help, at_least=least, at_most=MOST, aliases=(also,) if also else ())
 
 
 def _ratio(help: str) -> Flag:
-    return Flag(LOAD, help, at_least=0, below=1, shown="R", also=("--random-range-ratio",))
+    return Flag(LOAD, help, at_least=0, below=1, metavar="R", aliases=("--random-range-ratio",))
 
 
 def _file(help: str, *also: str) -> Flag:
-    return Flag(REPORT, help, also=also)
+    return Flag(REPORT, help, aliases=also)
 
 
-_PLOT = Flag(REPORT, "Draw latencies, and throughput over time.", reads=_picture, shown="FILE.svg")
+_PLOT = Flag(REPORT, "Draw latencies, and throughput over time.", parse=_picture, metavar="FILE.svg")
 _FIGURES = "Write the figures there as JSON."
 _RANGE = "Lengths are uniform from (1 - R) to (1 + R) times those."
 _PREFIX = "Tokens before them that all prompts share."
@@ -113,16 +113,16 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
         Flag(
             TARGET,
             f"The server. Default: that of --host and --port, else {URL}.",
-            also=("--base-url",),
-            reads=server_url,
-            shown="URL",
+            aliases=("--base-url",),
+            parse=server_url,
+            metavar="URL",
         ),
     ] = None
     host: Annotated[str | None, Flag(TARGET, "The server's host, instead of --url.")] = None
     port: Annotated[int | None, Flag(TARGET, "The server's port, instead of --url.", at_least=1, at_most=65535)] = None
     backend: Annotated[
         Literal["tpserve", "vllm", "openai", "openai-chat", "sglang", "sglang-oai", "sglang-oai-chat", "vllm-chat"],
-        Flag(TARGET, "Whose server it is: all are measured alike, ...-chat by --endpoint chat.", also=("--endpoint-type",)),
+        Flag(TARGET, "Whose server it is: all are measured alike, ...-chat by --endpoint chat.", aliases=("--endpoint-type",)),
     ] = "tpserve"
     model: Annotated[str | None, Flag(TARGET, "Model to ask for. Default: the first that the server names.")] = None
     served_model_name: Annotated[str | None, Flag(TARGET, "Name by which the server knows --model.")] = None
@@ -153,7 +153,7 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
         Flag(
             LOAD,
             'Prompts from a file instead, with {"prompt": "...", "output_len": 128} on each line.',
-            also=("--dataset-path",),
+            aliases=("--dataset-path",),
         ),
     ] = None
     ignore_eos: Annotated[bool, Flag(LOAD, "Generate on past the model's end (on by default); --no-... stops there.")] = True
@@ -161,7 +161,7 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Flag(LOAD, "Of prompts, lengths and moments.")] = 0
     goodput: Annotated[
         tuple[str, ...],
-        Flag(REPORT, "Count what is within bounds: ttft:500 tpot:50 e2el:5000.", shown="METRIC:MS [METRIC:MS ...]"),
+        Flag(REPORT, "Count what is within bounds: ttft:500 tpot:50 e2el:5000.", metavar="METRIC:MS [METRIC:MS ...]"),
     ] = ()
     output: Annotated[Path | None, _file(_FIGURES)] = None
     save_result: Annotated[bool, _file("Write them to a file with a name as vLLM's.")] = False
@@ -260,7 +260,7 @@ def _url(flags: ServeFlags) -> str:
         return flags.url or URL
     if flags.url is not None:
         raise UserError("--url has a host and a port: leave --host and --port out", param="url")
-    return f"http://{at(flags.host or LOOPBACK, flags.port or 8000)}"
+    return f"http://{host_port(flags.host or LOOPBACK, flags.port or 8000)}"
 
 
 def _output(flags: ServeFlags) -> Path | None:
@@ -329,23 +329,23 @@ _LATENCY = Command(
     "One batch at a time, without a server: what prefill takes, and each token after it. Greedy, without an end. Takes MODEL\n"
     "and the engine's flags as `tpserve serve` does, such as -tp 2.",
     LatencyFlags,
-    passes_on=True,
-    known=_VLLM_OFFLINE,
+    takes_server_flags=True,
+    vllm_flags=_VLLM_OFFLINE,
 )
 _THROUGHPUT = Command(
     "bench throughput",
     "Many prompts at once, without a server: requests and tokens a second. Greedy, without an end. Takes MODEL and the engine's\n"
     "flags as `tpserve serve` does, such as -tp 2.",
     ThroughputFlags,
-    passes_on=True,
-    known=_VLLM_OFFLINE,
+    takes_server_flags=True,
+    vllm_flags=_VLLM_OFFLINE,
 )
 _SERVE = Command(
     "bench serve",
     "A load against a running server with the OpenAI API, whoever's: latency, throughput, failures. Every answer is streamed;\n"
     "tokens are counted by the server's usage, or else by chunks. Flags are also taken as vLLM spells them.",
     ServeFlags,
-    known=_VLLM_SERVE,
+    vllm_flags=_VLLM_SERVE,
 )
 BENCHMARKS: dict[str, tuple[str, Command[Any], Callable[[Any, list[str]], int]]] = {
     "latency": ("one batch at a time, without a server: prefill, and milliseconds a token", _LATENCY, _run_latency),

@@ -198,10 +198,10 @@ def _run(
     plot: Path | None,
     measure: Callable[[LLM, float], BenchRun],
 ) -> int:
-    flags, holding = server_flags.read_line(engine)
+    flags, notice = server_flags.read_line(engine)
     leads = not env.under_torchrun() or env.rank_env().rank == 0
-    if holding and leads:
-        sys.stderr.write(f"tpserve bench {benchmark}: {holding}\n")
+    if notice and leads:
+        sys.stderr.write(f"tpserve bench {benchmark}: {notice}\n")
     for flag, path in (("--output", output), ("--plot", plot)):
         if path is not None and leads:
             check(flag, path)

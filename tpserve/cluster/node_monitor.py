@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from tpserve.host.network import describe
+from tpserve.host.network import os_error_text
 
 ALIVE_S = 5
 _CHUNK = 4096
@@ -54,7 +54,7 @@ def wait_node_exit(nodes: Mapping[socket.socket, JoinRequest]) -> NodeExit:
             except ConnectionResetError:
                 return NodeExit(who, "has ended", lost=False)
             except OSError as error:
-                return NodeExit(who, f"cannot be reached: {describe(error)}", lost=True)
+                return NodeExit(who, f"cannot be reached: {os_error_text(error)}", lost=True)
 
 
 def wait_head_exit(connection: socket.socket) -> str:
@@ -65,7 +65,7 @@ def wait_head_exit(connection: socket.socket) -> str:
         while connection.recv(_CHUNK):
             pass
     except OSError as error:
-        return f"node 0 cannot be reached: {describe(error)}"
+        return f"node 0 cannot be reached: {os_error_text(error)}"
     return "node 0 has ended"
 
 

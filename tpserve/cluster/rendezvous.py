@@ -34,7 +34,7 @@ from msgspec.structs import replace
 from tpserve.cluster.node_monitor import JoinRequest, enable_keepalive, head_exit
 from tpserve.cluster.retry_log import CONNECT_S, RETRY_S, RetryLog, connect_with_retry, missing_ranks, name_nodes
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import at, describe
+from tpserve.host.network import host_port, os_error_text
 
 logger = logging.getLogger("tpserve.muster")
 
@@ -134,7 +134,7 @@ class Rendezvous:
         self._retry_log = RetryLog(timeout_s, logger)
         self._timeout_s = timeout_s
         self._listener = listener
-        self._address = at(*listener.getsockname()[:2])
+        self._address = host_port(*listener.getsockname()[:2])
         self._lines: list[_PeerConnection] = []
         self._warned: set[str] = set()
 
@@ -273,13 +273,13 @@ def join_rendezvous(
     (`wait_head_exit`).
 
     UserError or EngineFailure with node 0's reason, or when the time is over."""
-    retry_log, where = RetryLog(timeout_s, logger), at(master_addr, port)
+    retry_log, where = RetryLog(timeout_s, logger), host_port(master_addr, port)
     why = ""
     while not retry_log.timed_out:
         try:
             connection = socket.create_connection((master_addr, port), retry_log.connect_s)
         except OSError as error:
-            why = describe(error)
+            why = os_error_text(error)
             retry_log.log_if_due(f"node 0 of {me.nnodes} at {where}", why)
             time.sleep(RETRY_S)
             continue

@@ -11,7 +11,7 @@ from tpserve.errors import UserError
 def read(directory: Path | str, eos_ids: Sequence[int] = ()) -> dict[str, Any]:
     """config.json as a dict. `eos_ids` that it does not name are added to its `eos_token_id`."""
     directory = Path(directory)
-    if (foreign := foreign_format(directory)) is not None:
+    if (foreign := unsupported_format(directory)) is not None:
         raise foreign
     if not directory.is_dir():
         raise UserError(f"no model directory {directory}: give the path of a directory with config.json and safetensors files")
@@ -23,7 +23,7 @@ def read(directory: Path | str, eos_ids: Sequence[int] = ()) -> dict[str, Any]:
     return config
 
 
-def foreign_format(path: Path) -> UserError | None:
+def unsupported_format(path: Path) -> UserError | None:
     """What to say of a model that is a GGUF file, or a directory of nothing else; None for another one."""
     files = [] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if path.suffix == ".gguf" and not path.is_dir():

@@ -15,7 +15,7 @@ from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
-from tpserve.types.window import blocks_of, longest
+from tpserve.types.window import blocks_needed, max_length
 
 BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
 
@@ -202,8 +202,12 @@ def _num_blocks(flags: Flags, spec: ModelSpec, max_model_len: int) -> int | None
             "pass one of them",
             param="kv_cache_memory",
         )
-    if given is not None and flags.max_model_len != "auto" and given < (least := blocks_of(max_model_len, spec.windows, size)):
-        fits = longest(lambda length: blocks_of(length, spec.windows, size) <= given, size, max_model_len)
+    if (
+        given is not None
+        and flags.max_model_len != "auto"
+        and given < (least := blocks_needed(max_model_len, spec.windows, size))
+    ):
+        fits = max_length(lambda length: blocks_needed(length, spec.windows, size) <= given, size, max_model_len)
         shorter = f", or --max-model-len {fits}" if fits else ""
         raise UserError(
             f"--num-gpu-blocks-override {given}, of {size} tokens each, are too few for one sequence of {max_model_len:,}: "

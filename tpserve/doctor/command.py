@@ -35,7 +35,7 @@ COMMAND = Command(
     "nodes start it as the server is started: `torchrun --nnodes 2 --node_rank N --nproc_per_node 8 --master_addr HEAD -m\n"
     "tpserve doctor MODEL ...` on each. Exit code 0 when nothing is broken, 1 when something is, 2 for what you can mend.",
     DoctorFlags,
-    passes_on=True,
+    takes_server_flags=True,
 )
 
 
@@ -43,9 +43,9 @@ def run(argv: Sequence[str]) -> int:
     """Examine; returns the exit code. Raises UserError, or HelpWanted."""
     rest = COMMAND.parse(argv).rest
     if not env.under_torchrun():
-        flags, holding = server_flags.read_line(rest, env.overrides())
-        if holding:
-            sys.stderr.write(f"tpserve doctor: {holding}\n")
+        flags, notice = server_flags.read_line(rest, env.overrides())
+        if notice:
+            sys.stderr.write(f"tpserve doctor: {notice}\n")
         return _run_locally(flags)
     from tpserve.doctor.rank import examine
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from msgspec import Struct
 
 from tpserve.doctor.verdict import Verdict, duration
-from tpserve.host.network import at, describe, listen
+from tpserve.host.network import host_port, listen, os_error_text
 
 CONNECT_S = 4.0
 """Longer than the kernel looks for a neighbour, so that it is the kernel who says why there is none."""
@@ -79,7 +79,7 @@ def _probe(rank: int, address: str, port: int) -> tuple[ProbeResult, socket.sock
     try:
         return ProbeResult(rank), socket.create_connection((address, port), CONNECT_S)
     except OSError as error:
-        return ProbeResult(rank, f"{at(address, port)}: {describe(error)}"), None
+        return ProbeResult(rank, f"{host_port(address, port)}: {os_error_text(error)}"), None
 
 
 def _ping(result: ProbeResult, line: socket.socket) -> ProbeResult:
@@ -93,7 +93,7 @@ def _ping(result: ProbeResult, line: socket.socket) -> ProbeResult:
                 line.sendall(b"?")
                 told = line.recv(_CLOCK.size, socket.MSG_WAITALL)
             except OSError as error:
-                return ProbeResult(result.rank, f"was reached and then lost: {describe(error)}")
+                return ProbeResult(result.rank, f"was reached and then lost: {os_error_text(error)}")
             if len(told) < _CLOCK.size:
                 return ProbeResult(result.rank, "was reached and then hung up")
             took_s = time.perf_counter() - begin_s

@@ -35,7 +35,7 @@ from tpserve.doctor.verdict import BROKEN, OK, Verdict, exit_code, page, summary
 from tpserve.engine import connectivity
 from tpserve.engine.fingerprint import fingerprint, processor, traits
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import Interface, choose, host_id
+from tpserve.host.network import Interface, choose_interface, host_id
 from tpserve.host.resources import Memory, available_cores, available_memory, of_rank, visible_gpus
 from tpserve.hub.locate import describe
 from tpserve.models.load_config import load_model_config
@@ -67,7 +67,7 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=environment.color(sys.stderr))
         flags, files, spec = load_model_config(flags, describe)
         config = resolve(flags, files, spec, of_rank(me))
-        interface = choose(config.interface, me.nnodes, me.master_addr)
+        interface = choose_interface(config.interface, me.nnodes, me.master_addr)
     except UserError:
         if me.local_rank:  # the first rank of the node says the same
             return 2
@@ -75,7 +75,7 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
     settings = environment.network_variables()
     environment.use_interface(interface.name)
     traced = _trace() if config.all_reduce == "nccl" else None
-    device = devices.choose(config.device, me.local_rank, me.local_world_size)
+    device = devices.choose_interface(config.device, me.local_rank, me.local_world_size)
     try:
         code = _DoctorRank(me, config, spec, interface, settings, device, traced).examine()
     except (EngineFailure, UserError) as error:

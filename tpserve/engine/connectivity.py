@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed h
 
 from tpserve.cluster.retry_log import CONNECT_S
 from tpserve.errors import EngineFailure
-from tpserve.host.network import LOOPBACK, at, describe, kernel_ports, listen
+from tpserve.host.network import LOOPBACK, host_port, kernel_ports, listen, os_error_text
 from tpserve.parallel.store import gather
 
 _SHOWN = 4
@@ -34,7 +34,7 @@ def check_connectivity(
         return [json.loads(each) for each in gather(store, name, rank, range(world_size), json.dumps(mine).encode(), timeout_s)]
 
     with listen(address or LOOPBACK) as listener:
-        mine = [] if address is None else [at(address, listener.getsockname()[1])]
+        mine = [] if address is None else [host_port(address, listener.getsockname()[1])]
         mine += [endpoint.removeprefix("tcp://") for endpoint in endpoints]
         doors = exchange("door", mine)
         others = [
@@ -64,5 +64,5 @@ def _dial(rank: int, tcp_endpoint: str) -> str:
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
-        return f"rank {rank} at {tcp_endpoint}: {describe(error)}"
+        return f"rank {rank} at {tcp_endpoint}: {os_error_text(error)}"
     return ""

@@ -33,7 +33,7 @@ from tpserve.coordinator.coordinator import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
-from tpserve.host.network import at
+from tpserve.host.network import host_port
 from tpserve.observe import log
 from tpserve.process.process_utils import open_pidfd
 from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
@@ -87,7 +87,7 @@ async def _run(
         await server.setup()
         await web.SockSite(server, listener).start()
         if config.api_key is None and exposed:
-            where_open = at(*listener.getsockname()[:2])
+            where_open = host_port(*listener.getsockname()[:2])
             logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", where_open)
         gc.collect()
         gc.freeze()  # what stays for ever need not be gone through again and again

@@ -7,7 +7,7 @@ import socket
 from tpserve.config import env
 from tpserve.config.schema import Flags
 from tpserve.errors import UserError
-from tpserve.host.network import LOOPBACK, Interface, choose, describe, interfaces
+from tpserve.host.network import LOOPBACK, Interface, choose_interface, interfaces, os_error_text
 
 logger = logging.getLogger("tpserve.launch")
 
@@ -35,10 +35,10 @@ def check_launch(flags: Flags) -> None:
         )
 
 
-def own_interface(flags: Flags) -> Interface:
+def node_interface(flags: Flags) -> Interface:
     """This node's interface, if other nodes can use it; what cannot is refused here, before anybody waits. Raises UserError."""
     master = flags.master_addr or LOOPBACK
-    interface = choose(flags.interface, flags.nnodes, master)
+    interface = choose_interface(flags.interface, flags.nnodes, master)
     if flags.nnodes == 1:
         return interface
     meant = _addresses(master)
@@ -83,4 +83,4 @@ def _addresses(name: str) -> set[str]:
     try:
         return {str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
     except OSError as error:
-        raise UserError(f"--master-addr {name}: {describe(error)}", param="master_addr") from error
+        raise UserError(f"--master-addr {name}: {os_error_text(error)}", param="master_addr") from error

@@ -37,7 +37,7 @@ class Interface(NamedTuple):
         return f"{self.name} ({self.address})" if self.name else self.address
 
 
-def choose(asked: str | None, nnodes: int, master_addr: str) -> Interface:
+def choose_interface(asked: str | None, nnodes: int, master_addr: str) -> Interface:
     """The interface of this host for a job of `nnodes`. `asked`: a name, a network such as 10.0.0.0/24, or an address.
 
     UserError when there is no such interface, or no route to the master.
@@ -110,16 +110,17 @@ def listen(address: str, ports: tuple[int, int] = (0, 0)) -> socket.socket:
             continue
         return listener
     assert why is not None
-    shown = at(address, ports[0]) if ports[0] == ports[1] else f"{address} ports {ports[0]}-{ports[1]}"
-    raise UserError(f"cannot listen at {shown}: {describe(why)}", param="port_range" if ports[1] > ports[0] else "master_port")
+    shown = host_port(address, ports[0]) if ports[0] == ports[1] else f"{address} ports {ports[0]}-{ports[1]}"
+    param = "port_range" if ports[1] > ports[0] else "master_port"
+    raise UserError(f"cannot listen at {shown}: {os_error_text(why)}", param=param)
 
 
-def at(address: str, port: int) -> str:
+def host_port(address: str, port: int) -> str:
     """An address and a port as people write them."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def describe(error: OSError) -> str:
+def os_error_text(error: OSError) -> str:
     """What the kernel said, with its number (that of a resolver is negative)."""
     if error.errno is None:  # a timeout of Python's
         error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
@@ -128,15 +129,15 @@ def describe(error: OSError) -> str:
 
 _no_dns: list[None] = []
 """One entry for each caller who wants none at present."""
-_no_dns_lock = threading.Lock()
+_dns_lock = threading.Lock()
 
 
-def leave_dns() -> None:
+def disable_dns() -> None:
     """From now on all names in this process come from /etc/hosts: a DNS server that does not answer holds nothing up.
 
     For libraries that look a name up only to log it. Does nothing with a C library other than glibc.
     """
-    with _no_dns_lock:
+    with _dns_lock:
         if not _no_dns:
             _look_names_up_in("files")
         _no_dns.append(None)
@@ -145,11 +146,11 @@ def leave_dns() -> None:
 @contextmanager
 def without_dns() -> Iterator[None]:
     """The same for a while."""
-    leave_dns()
+    disable_dns()
     try:
         yield
     finally:
-        with _no_dns_lock:
+        with _dns_lock:
             _no_dns.pop()
             if not _no_dns:
                 _look_names_up_in(_name_services())

@@ -47,9 +47,9 @@ class LLM:
     def __init__(self, model: "str | os.PathLike[str] | None" = None, **flags: Any) -> None:
         """Load `model` (a directory or a repository id; None: the small built-in one) and wait until it is ready. `flags`: those
         of the command line in snake_case, docs/flags.md. UserError, in one line, for what cannot be."""
-        said, holding = keywords.read_all({"model": model, **flags})
-        if holding:
-            logger.info("%s", holding)
+        said, notice = keywords.read_kwargs({"model": model, **flags})
+        if notice:
+            logger.info("%s", notice)
         me = env.rank_env() if env.under_torchrun() else None
         self._calls = itertools.count(1)
         self._num_requests = 0

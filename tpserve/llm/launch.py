@@ -23,7 +23,7 @@ from tpserve.config.env import RankEnv
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure
-from tpserve.host.network import choose
+from tpserve.host.network import choose_interface
 from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.hub.locate import locate
 from tpserve.llm.engine_process import EngineProcess
@@ -85,7 +85,7 @@ class TorchrunLauncher:
         self._job = job
         self._said = said
         self.where = runtime_dir(me).with_name(f"{runtime_dir(me).name}-{job}")
-        self.remote = choose(said.interface, me.nnodes, me.master_addr).address if me.nnodes > 1 else None
+        self.remote = choose_interface(said.interface, me.nnodes, me.master_addr).address if me.nnodes > 1 else None
         self.num_followers = me.world_size - 1
 
     @cached_property

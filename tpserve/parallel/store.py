@@ -13,7 +13,7 @@ from datetime import timedelta
 from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed has them without their types
 
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import at, leave_dns, listen, without_dns
+from tpserve.host.network import disable_dns, host_port, listen, without_dns
 from tpserve.observe.table import of_ranks
 
 DIAL_TIMEOUT_S = 3.0
@@ -23,7 +23,7 @@ DIAL_TIMEOUT_S = 3.0
 def host_store(address: str = "127.0.0.1", ports: tuple[int, int] = (0, 0)) -> tuple[TCPStore, str]:
     """Rank 0: a fresh store that listens on `address` alone, on the first free one of `ports` or, by default, on a port that the
     kernel chooses; and its "host:port". This process asks no DNS any more. EngineFailure when it cannot be hosted."""
-    leave_dns()
+    disable_dns()
     try:
         with listen(address, ports) as listener:
             port: int = listener.getsockname()[1]
@@ -70,7 +70,7 @@ def _dial(host: str, port: int, timeout_s: float, *, patient: bool) -> TCPStore:
                 return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
         except (OSError, RuntimeError) as error:
             if not patient or time.monotonic() > deadline_s:
-                raise EngineFailure(f"the store at {at(host, port)} does not answer: {_first_line(error)}") from error
+                raise EngineFailure(f"the store at {host_port(host, port)} does not answer: {_first_line(error)}") from error
         time.sleep(0.2)
 
 

@@ -47,8 +47,8 @@ class PlanFlags(Struct, frozen=True, kw_only=True):
         Flag(
             CARDS,
             "Memory of each, as it is sold (80GB), or better as nvidia-smi shows it (81559MiB).",
-            reads=quantities.memory,
-            shown="SIZE",
+            parse=quantities.memory,
+            metavar="SIZE",
         ),
     ] = None
     interconnect: Annotated[
@@ -59,8 +59,8 @@ class PlanFlags(Struct, frozen=True, kw_only=True):
         Flag(
             CARDS,
             "What a GPU reads of its memory in a second, such as 864GB/s of an L40S. Default: 3350GB/s, an H100's.",
-            reads=quantities.rate,
-            shown="RATE",
+            parse=quantities.rate,
+            metavar="RATE",
         ),
     ] = 3_350_000_000_000
     context: Annotated[
@@ -77,11 +77,11 @@ class PlanFlags(Struct, frozen=True, kw_only=True):
     ] = None
     disk_rate: Annotated[
         int | None,
-        Flag(START, "What a node reads of its disk in a second, such as 2GB/s.", reads=quantities.rate, shown="RATE"),
+        Flag(START, "What a node reads of its disk in a second, such as 2GB/s.", parse=quantities.rate, metavar="RATE"),
     ] = None
     max_start_time: Annotated[
         int | None,
-        Flag(START, "What loading may take, such as 120s; needs --disk-rate.", reads=quantities.duration, shown="TIME"),
+        Flag(START, "What loading may take, such as 120s; needs --disk-rate.", parse=quantities.duration, metavar="TIME"),
     ] = None
     json: Annotated[bool, Flag(OUTPUT, "Everything as JSON, with every layout's ranks and command lines.")] = False
 
@@ -92,16 +92,16 @@ COMMAND = Command(
     "weights are read and no GPU is needed. Says which to take, why, and the lines to paste. Takes MODEL and the server's flags\n"
     "as `tpserve serve` does, such as --dtype, --enable-expert-parallel, --gpu-memory-utilization or --master-addr.",
     PlanFlags,
-    passes_on=True,
+    takes_server_flags=True,
 )
 
 
 def run(argv: Sequence[str]) -> int:
     """Print a plan; returns the exit code. Raises UserError, or HelpWanted."""
     plan, rest, _ = COMMAND.parse(argv)
-    said, holding = server_flags.read_line(rest, env.overrides())
-    if holding:
-        sys.stderr.write(f"tpserve plan: {holding}\n")
+    said, notice = server_flags.read_line(rest, env.overrides())
+    if notice:
+        sys.stderr.write(f"tpserve plan: {notice}\n")
     gpus = _cards(plan)
     for name in _DECIDED:
         if getattr(said, name) != OPTIONS[name].default:

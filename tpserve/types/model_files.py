@@ -25,7 +25,7 @@ WEIGHT_FORMATS = (
 TOKENIZER_FORMATS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 """The files that a tokenizer's vocabulary stands in: the Rust library's own, SentencePiece's, byte-level BPE. The first that a
 directory or repository has is read."""
-TEMPLATES = "additional_chat_templates"
+CHAT_TEMPLATES_DIR = "additional_chat_templates"
 """The folder of chat templates besides the one for plain conversations, NAME.jinja each."""
 
 

@@ -20,7 +20,7 @@ from msgspec import Struct
 from tpserve.types.packed import pack, unpack
 from tpserve.types.sampling import MAX_LOGPROBS, EngineSamplingParams
 
-ADMISSION_HEAD_BYTES = 48
+NEW_SEQUENCE_HEADER_BYTES = 48
 """The fields of fixed size: three numbers of at most 9 bytes, a seed, and what msgpack puts before fields."""
 
 
@@ -40,9 +40,9 @@ class NewSequence(Struct, frozen=True, array_like=True):
     tables: tuple[bytes, ...]
 
     @staticmethod
-    def most_bytes(params_bytes: int, num_tokens: int, num_blocks: int, num_groups: int) -> int:
+    def max_bytes(params_bytes: int, num_tokens: int, num_blocks: int, num_groups: int) -> int:
         """An upper bound of the size on the wire. `params_bytes`: of the encoded params; `num_blocks`: in all tables."""
-        return ADMISSION_HEAD_BYTES + params_bytes + 4 * (num_tokens + num_blocks) + 5 * num_groups
+        return NEW_SEQUENCE_HEADER_BYTES + params_bytes + 4 * (num_tokens + num_blocks) + 5 * num_groups
 
 
 class Chunk(Struct, frozen=True, array_like=True):
@@ -116,7 +116,7 @@ class StepPlan(Struct, frozen=True, array_like=True):
         )
 
     @staticmethod
-    def most_bytes(num_seqs: int, num_tokens: int, num_groups: int) -> int:
+    def max_bytes(num_seqs: int, num_tokens: int, num_groups: int) -> int:
         """An upper bound of a plan's size on the wire without its admissions: `num_seqs` chunks of `num_tokens` positions.
 
         A chunk has 3 numbers and 3 marks, a number for each position and, in each group, a run and a block for each position.
@@ -195,7 +195,7 @@ class StepResult(Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[tuple[int, PromptLogprobs], ...] = ()
 
     @staticmethod
-    def most_bytes(num_seqs: int, num_tokens: int) -> int:
+    def max_bytes(num_seqs: int, num_tokens: int) -> int:
         """An upper bound of the size on the wire of a result, and of what becomes of it for the frontend.
 
         All of `num_tokens` positions may be scored, and all of `num_seqs` sequences may want log probabilities.

@@ -15,18 +15,18 @@ def first_block(position: int, window: int | None, block_size: int) -> int:
     return 0 if window is None or position < window else (position - window + 1) // block_size
 
 
-def most_blocks(length: int, window: int | None, block_size: int) -> int:
+def max_blocks(length: int, window: int | None, block_size: int) -> int:
     """The most blocks that a group keeps of a sequence of `length` positions which is computed one position at a time."""
     whole = -(-length // block_size)
     return whole if window is None else min(whole, (window + block_size - 2) // block_size + 1)
 
 
-def blocks_of(length: int, windows: Iterable[int | None], block_size: int) -> int:
+def blocks_needed(length: int, windows: Iterable[int | None], block_size: int) -> int:
     """Blocks with which a sequence of `length` positions can be served, over all groups; `windows` has one entry a group."""
-    return sum(most_blocks(length, window, block_size) for window in windows)
+    return sum(max_blocks(length, window, block_size) for window in windows)
 
 
-def longest(fits: Callable[[int], bool], block_size: int, most: int) -> int:
+def max_length(fits: Callable[[int], bool], block_size: int, most: int) -> int:
     """The most positions up to `most` that fit, in whole blocks unless it is `most` itself. What fits, fits if it is shorter."""
     numbers = range(1, 1 - -most // block_size)
     return min(most, block_size * bisect_left(numbers, True, key=lambda number: not fits(number * block_size)))

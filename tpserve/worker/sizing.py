@@ -17,7 +17,7 @@ from tpserve.models.param_count import count_params, largest_count
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
-from tpserve.types.window import blocks_of, longest
+from tpserve.types.window import blocks_needed, max_length
 
 AUTO_LEAST = 1024
 """A context shorter than this is of little use: `--max-model-len auto` refuses to go below it (a number given may)."""
@@ -95,12 +95,12 @@ def _longest(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig) -> int:
         blocks = _sequence(spec, config, length)
         return blocks * rank.block + slot_bytes(config, length) <= rank.room if given is None else blocks <= given
 
-    return longest(fits, config.block_size, config.max_model_len)
+    return max_length(fits, config.block_size, config.max_model_len)
 
 
 def _sequence(spec: ModelSpec, config: EngineConfig, length: int) -> int:
     """Blocks with which one sequence of a length can be served."""
-    return blocks_of(length, spec.windows, config.block_size)
+    return blocks_needed(length, spec.windows, config.block_size)
 
 
 # What does not fit, and what would
