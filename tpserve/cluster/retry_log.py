@@ -67,8 +67,8 @@ def connect_with_retry(
             raise EngineFailure(gone)
         if retry_log.timed_out:
             raise EngineFailure(
-                f"{what} at {host_port(host, port)} could not be reached within {timeout_s:.0f} s ({why}): between the nodes open "
-                "the ports of --port-range, or without it those of net.ipv4.ip_local_port_range"
+                f"{what} at {host_port(host, port)} could not be reached within {timeout_s:.0f} s ({why}): between the nodes "
+                "open the ports of --port-range, or without it those of net.ipv4.ip_local_port_range"
             )
         retry_log.log_if_due(f"{what} at {host_port(host, port)}", why)
         time.sleep(RETRY_S)
