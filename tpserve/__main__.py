@@ -127,15 +127,19 @@ def _reject(argv: list[str]) -> int:
     if argv and not Path(argv[0]).exists() and (command := suggest_command(argv[0], COMMANDS)):
         raise UserError(f"there is no command {argv[0]}: did you mean `{shlex.join(['tpserve', command, *argv[1:]])}`?")
     server_flags.parse(argv, env.overrides())
-    torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])
+    serve, torchrun = (
+        shlex.join(["tpserve", "serve", *argv]),
+        shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv]),
+    )
     if env.under_slurm():
+        sbatch = shlex.join(["sbatch", "launch/slurm/tpserve.sbatch", *argv])
         raise UserError(
-            f"this is a SLURM task but not a rank of torchrun: run `{shlex.join(['sbatch', 'launch/slurm/tpserve.sbatch', *argv])}`, "
-            "or in a job with one task a node `srun bash -c 'torchrun --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID "
-            f"--nproc_per_node $SLURM_GPUS_ON_NODE --master_addr HEAD -m {shlex.join(['tpserve', *argv])}'`"
+            f"this is a SLURM task but not a rank of torchrun: run `{sbatch}`, or in a job with one task per node `srun bash -c "
+            "'torchrun --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID --nproc_per_node $SLURM_GPUS_ON_NODE "
+            f"--master_addr HEAD -m {shlex.join(['tpserve', *argv])}'`"
         )
     raise UserError(
-        f"no command, and this process is not a rank of torchrun: run `{shlex.join(['tpserve', 'serve', *argv])}` or `{torchrun}`; "
+        f"no command, and this process is not a rank of torchrun: run `{serve}` or `{torchrun}`; "
         "`tpserve --help` lists the commands"
     )
 

@@ -132,7 +132,7 @@ def test_a_gguf_says_what_is_served(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "model-Q4_K_M.gguf").touch()
     for given in (tmp_path, tmp_path / "model-Q4_K_M.gguf", tmp_path / "none.gguf", "ORG/NAME/x.gguf"):
         said = error_of(["serve", str(given)], capsys)
-        assert ".gguf" in said and "tpserve reads no GGUF; give the model that it was made from" in said
+        assert ".gguf" in said and "tpserve does not read GGUF; give the original model" in said
     (tmp_path / "model.safetensors").touch()
     assert "--model takes the directory that it is in" in error_of(["serve", str(tmp_path / "model.safetensors")], capsys)
 

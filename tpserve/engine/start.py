@@ -241,7 +241,7 @@ class _ServingRank:
         if env.rank == 0:
             for line in report(ledgers, found, self._spec, config):
                 log.info(line)
-            if (told := generation_config.line(config.sampling_defaults)) is not None:
+            if (told := generation_config.log_line(config.sampling_defaults)) is not None:
                 log.info(told)
         if (expert_load := decoder.expert_load) is not None and mesh.tp.rank == 0:  # the other ranks of the stage count the same
             expert_load.clear()

@@ -125,7 +125,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json and --override-generation-config make of `SamplingParams()`, to be changed at will."""
-        return SamplingParams(**self._defaults.said())
+        return SamplingParams(**self._defaults.specified())
 
     def _params(self, given: "SamplingParams | Sequence[SamplingParams] | None") -> "SamplingParams | Sequence[SamplingParams]":
         return self.get_default_sampling_params() if given is None else given

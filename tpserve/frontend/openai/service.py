@@ -59,7 +59,7 @@ class OpenAIServing:
 
     def sampling(self) -> dict[str, Any]:
         """Fields of a call that does not say them. How much to generate is not among them: it is cut to what fits."""
-        return {name: value for name, value in self.defaults.said().items() if name != "max_tokens"}
+        return {name: value for name, value in self.defaults.specified().items() if name != "max_tokens"}
 
     def limits(self) -> ModelLimits:
         """UserError 503 unless requests are taken."""
