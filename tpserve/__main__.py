@@ -127,7 +127,8 @@ def _reject(argv: list[str]) -> int:
     if argv and not Path(argv[0]).exists() and (command := suggest_command(argv[0], COMMANDS)):
         raise UserError(f"there is no command {argv[0]}: did you mean `{shlex.join(['tpserve', command, *argv[1:]])}`?")
     server_flags.parse(argv, env.overrides())
-    serve, torchrun = (
+    serve = shlex.join(["tpserve", "serve", *argv])
+    torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])
         shlex.join(["tpserve", "serve", *argv]),
         shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv]),
     )

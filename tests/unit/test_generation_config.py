@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tpserve.cli.keywords import read
+from tpserve.cli.keywords import read_kwargs
 from tpserve.cli.server_flags import parse, to_argv
 from tpserve.config.generation_config import load, log_line
 from tpserve.errors import UserError
@@ -87,7 +87,7 @@ def test_the_override_is_json_everywhere() -> None:
     members = {"temperature": 0.5, "top_k": 3}
     flags = parse(["m", "--override-generation-config", json.dumps(members)])
     assert flags.override_generation_config == members
-    assert parse(to_argv(flags)) == flags == read({"model": "m", "override_generation_config": members})
+    assert parse(to_argv(flags)) == flags == read_kwargs({"model": "m", "override_generation_config": members}).flags
     assert parse(["m"], {"override_generation_config": "{}"}).override_generation_config == {}
     for text in ("[]", "{x}", "0.5"):
         with pytest.raises(UserError, match="--override-generation-config must be a JSON object, such as"):

@@ -165,7 +165,7 @@ class Hello(Message, frozen=True):
 class MemoryLedger(Struct, frozen=True, array_like=True):
     """A rank's memory in bytes, as measured, and the KV blocks that fill the rest.
 
-    `total`: the GPU's memory; on the CPU the rank's share of the free memory. `others`: memory of the GPU that other programs use.
+    `total`: the GPU's memory; on the CPU the rank's share of the free memory. `others`: GPU memory of other programs.
     """
 
     total: int
@@ -202,8 +202,8 @@ class Ready(Message, frozen=True):
     epoch: int
     ledger: MemoryLedger
     facts: dict[str, int]
-    """Facts known once the model is loaded: max_model_len, vocab_size, and the rank's heads as first_head, end_head, first_kv_head
-    and end_kv_head (ends exclusive)."""
+    """Facts known once the model is loaded: max_model_len, vocab_size, and the rank's heads as first_head, end_head,
+    first_kv_head and end_kv_head (ends exclusive)."""
     numerics: Numerics | None = None
     """None on CUDA, where there is no such guarantee."""
 

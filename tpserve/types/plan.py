@@ -41,7 +41,7 @@ class NewSequence(Struct, frozen=True, array_like=True):
 
     @staticmethod
     def max_bytes(params_bytes: int, num_tokens: int, num_blocks: int, num_groups: int) -> int:
-        """An upper bound of the encoded size in bytes. `params_bytes`: size of the encoded params; `num_blocks`: in all tables."""
+        """An upper bound of the encoded size in bytes. `params_bytes`: of the encoded params; `num_blocks`: in all tables."""
         return NEW_SEQUENCE_HEADER_BYTES + params_bytes + 4 * (num_tokens + num_blocks) + 5 * num_groups
 
 
@@ -152,7 +152,7 @@ class StepPlan(Struct, frozen=True, array_like=True):
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
-    """Natural log probabilities of the raw logits at one position: `chosen` of the drawn token, `top` of the most likely tokens."""
+    """Natural log probabilities of the raw logits at one position: `chosen` of the drawn token, `top` of the likeliest ones."""
 
     chosen: float
     top_ids: tuple[int, ...]
