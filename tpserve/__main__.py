@@ -129,9 +129,6 @@ def _reject(argv: list[str]) -> int:
     server_flags.parse(argv, env.overrides())
     serve = shlex.join(["tpserve", "serve", *argv])
     torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])
-        shlex.join(["tpserve", "serve", *argv]),
-        shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv]),
-    )
     if env.under_slurm():
         sbatch = shlex.join(["sbatch", "launch/slurm/tpserve.sbatch", *argv])
         raise UserError(
