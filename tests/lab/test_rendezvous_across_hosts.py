@@ -137,7 +137,7 @@ def test_what_cannot_heal_is_said_at_once_where_a_person_looks(hosts: list[Host]
         (1, changed(good, 1, interface="lo"), f"--interface lo is loopback and --master-addr {hosts[0].address} is not"),
         (1, changed(good, 1, interface="ib0"), "--interface ib0 is none of this host's interfaces: lo (127.0.0.1), "),
         (1, changed(good, 1, node_rank="2"), "--node-rank 2 with --nnodes 2: nodes count from 0 to 1"),
-        (0, changed(good, 0, master_addr=hosts[1].address), f"--master-addr {hosts[1].address} is no address of this node"),
+        (0, changed(good, 0, master_addr=hosts[1].address), f"--master-addr {hosts[1].address} is not an address of this node"),
     ]
     for node, lines, line in cases:
         with cluster(hosts, [], place, start=[node], lines=lines) as server:
