@@ -30,7 +30,7 @@ def check_launch(flags: Flags) -> None:
         raise UserError(f"--nnodes {flags.nnodes} needs --master-addr, the address of node 0, on each node", param="master_addr")
     if flags.master_addr is not None and not _is_plain(flags.master_addr):
         raise UserError(
-            f"--master-addr {flags.master_addr} is neither a name nor an address: write it without brackets, and the port as --master-port",
+            f"--master-addr {flags.master_addr} is neither a name nor an address: no brackets, and the port is --master-port",
             param="master_addr",
         )
 
