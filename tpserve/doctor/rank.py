@@ -75,7 +75,7 @@ def examine(me: RankEnv, argv: Sequence[str]) -> int:
     settings = environment.network_variables()
     environment.use_interface(interface.name)
     traced = _trace() if config.all_reduce == "nccl" else None
-    device = devices.choose_interface(config.device, me.local_rank, me.local_world_size)
+    device = devices.choose(config.device, me.local_rank, me.local_world_size)
     try:
         code = _DoctorRank(me, config, spec, interface, settings, device, traced).examine()
     except (EngineFailure, UserError) as error:
