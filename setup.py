@@ -1,4 +1,4 @@
-"""Packaging truth of tpserve: packages, dependencies, the `tpserve` command."""
+"""Packaging of tpserve: packages, dependencies, the `tpserve` command."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ exec((ROOT / "tpserve" / "version.py").read_text(), version)
 class EditableWheel(editable_wheel.editable_wheel):
     """An editable installation adds two directories to `sys.path`.
 
-    setuptools would install an import hook, which Python asks last of all. In the directory above a clone named tpserve Python
-    then takes the clone itself for an empty package of that name. A package on `sys.path` comes before such a folder.
+    By default setuptools installs an import hook, which Python consults last. In the parent directory of a clone named tpserve,
+    Python would then import the clone itself as an empty namespace package. A package on `sys.path` takes precedence.
     """
 
     def _select_strategy(self, name: str, tag: str, build_lib: Any) -> Any:
@@ -37,9 +37,9 @@ setup(
         "Changelog": f"{SOURCE}/blob/main/CHANGELOG.md",
         "Issues": f"{SOURCE}/issues",
     },
-    # docs/install.md says which of these were tried, and when; `make matrix` tries them.
+    # `make matrix` tests these versions; docs/install.md lists the results.
     python_requires=">=3.11,<3.14",
-    # `kernels/` is a folder, not a package: a package installed as plain `kernels` would shadow Hugging Face's.
+    # `kernels/` is only a folder: an installed package named `kernels` would shadow Hugging Face's.
     packages=[*find_packages(include=["tpserve", "tpserve.*"]), "tpserve_kernels"],
     package_dir={"tpserve_kernels": "kernels/tpserve_kernels"},
     package_data={"tpserve.builtin": ["model/*"], "tpserve": ["py.typed"], "tpserve_kernels": ["py.typed"]},
@@ -51,7 +51,7 @@ setup(
         "aiohttp>=3.14",
         "msgspec>=0.19",
         "pyzmq>=26",
-        # Justified one by one in docs/design.md, "Dependencies".
+        # docs/design.md, "Dependencies", gives a reason for each.
         "tokenizers>=0.21",
         "jinja2>=3.1",
         "uvloop>=0.20",

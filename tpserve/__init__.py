@@ -1,7 +1,7 @@
 """tpserve: a server for large language models that starts with nothing but `torchrun`.
 
-Importing this package imports nothing else; what it offers to scripts is loaded when it is first named (PEP 562), and even then
-without torch, which only ranks need.
+Importing the package is cheap: the public names below are loaded on first use (PEP 562), and never import torch, which only
+ranks need.
 """
 
 import warnings
@@ -35,7 +35,7 @@ _HOMES = {
     "EngineFailure": "errors",
     "UserError": "errors",
 }
-# torch warns while it is imported that NumPy is absent. tpserve needs none, and every process of it imports this first.
+# torch warns on import when NumPy is missing. tpserve does not need NumPy, and every process imports this module first.
 warnings.filterwarnings("ignore", "Failed to initialize NumPy: No module named 'numpy'", UserWarning)
 
 

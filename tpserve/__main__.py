@@ -1,7 +1,7 @@
-"""Where every command starts: those of `COMMANDS` after `tpserve`, and `python -m tpserve` as a rank of torchrun (`rank_main`).
+"""The entry point: `tpserve COMMAND ...`, and `python -m tpserve` as a rank of torchrun (`rank_main`).
 
-Owns which of them this process is, and the last line of an error. Never imports torch. Exit codes: 0 after a drain, 1 failure, 2
-something the user can mend.
+Owns the choice of the command and how an error is printed. Never imports torch. Exit codes: 0 success (a server: drained), 1
+failure, 2 an error that the user can fix, 130 interrupted.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tpserve.cli import server_flags
 from tpserve.cli.command import HelpWanted, wants_help
-from tpserve.cli.commands import meant_command, overview
+from tpserve.cli.commands import overview, suggest_command
 from tpserve.config import env
 from tpserve.errors import EngineFailure, UserError
 from tpserve.hub.locate import locate
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return COMMANDS[argv[0]](argv[1:])
         if env.under_torchrun():
             return _deferred("tpserve.rank_main")(argv)
-        return _neither(argv)
+        return _reject(argv)
     except HelpWanted as wanted:
         sys.stdout.write(f"{wanted}\n")
         return 0
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _deferred(module: str) -> Callable[[list[str]], int]:
-    """`run` of a module that is loaded when it is wanted."""
+    """`run` of a module that is imported on the first call."""
 
     def run(argv: list[str]) -> int:
         return int(importlib.import_module(module).run(argv))
@@ -58,13 +58,13 @@ def _serve(argv: list[str]) -> int:
     from tpserve.host.launch import check_launch
     from tpserve.supervisor import serve
 
-    flags, holding = server_flags.read_line(argv, env.overrides())
+    flags, notice = server_flags.read_line(argv, env.overrides())
     check_launch(flags)
-    Keyring.open(flags.cluster_secret_file)  # refused now, and not once other nodes have been waited for
+    Keyring.open(flags.cluster_secret_file)  # refuse a bad file before waiting for other nodes
     allow_many_files()
     log.setup(flags.log_level, f"n{flags.node_rank} serve", color=env.color(sys.stderr))
-    if holding:
-        logger.info("%s", holding)
+    if notice:
+        logger.info("%s", notice)
     try:
         flags, files, spec = load_model_config(flags, lambda flags: locate(flags, head=flags.node_rank == 0))
         return serve(flags, files, spec)
@@ -79,10 +79,10 @@ def _version(argv: list[str]) -> int:
 
 
 def _help(argv: list[str]) -> int:
-    """`tpserve help bench serve` is `tpserve bench serve --help`."""
+    """`tpserve help COMMAND` is `tpserve COMMAND --help`."""
     if not argv or argv[0] in ("help", "version"):
         raise HelpWanted(overview())
-    return COMMANDS[argv[0]]([*argv[1:], "--help"]) if argv[0] in COMMANDS else _neither(argv)
+    return COMMANDS[argv[0]]([*argv[1:], "--help"]) if argv[0] in COMMANDS else _reject(argv)
 
 
 def _ray(argv: list[str]) -> int:
@@ -98,7 +98,7 @@ def _secret(argv: list[str]) -> int:
             "usage: tpserve secret FILE\n\nWrites a new secret of 32 random bytes, for --cluster-secret-file on every node."
         )
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("say where to write it: `tpserve secret FILE`; then copy the file to every node, readable by you alone")
+        raise UserError("the file is missing: `tpserve secret FILE` writes it; then copy it to every node, readable by you alone")
     write_secret(argv[0])
     sys.stdout.write(f"wrote {argv[0]}: copy it to every node and pass --cluster-secret-file there\n")
     return 0
@@ -120,22 +120,24 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _neither(argv: list[str]) -> int:
-    """No torchrun, no command: say how it is done with what was given."""
+def _reject(argv: list[str]) -> int:
+    """Neither a command nor a rank: raise an error with the command line that starts a server with these arguments."""
     if argv in (["--help"], ["-h"]) or (not argv and not env.under_slurm()):
         raise HelpWanted(overview())
-    if argv and not Path(argv[0]).exists() and (meant := meant_command(argv[0], COMMANDS)):
-        raise UserError(f"there is no command {argv[0]}: did you mean `{shlex.join(['tpserve', meant, *argv[1:]])}`?")
+    if argv and not Path(argv[0]).exists() and (command := suggest_command(argv[0], COMMANDS)):
+        raise UserError(f"there is no command {argv[0]}: did you mean `{shlex.join(['tpserve', command, *argv[1:]])}`?")
     server_flags.parse(argv, env.overrides())
+    serve = shlex.join(["tpserve", "serve", *argv])
     torchrun = shlex.join(["torchrun", "--nproc-per-node", "2", "-m", "tpserve", *argv])
     if env.under_slurm():
+        sbatch = shlex.join(["sbatch", "launch/slurm/tpserve.sbatch", *argv])
         raise UserError(
-            f"a task of SLURM, but not a rank of torchrun: run `{shlex.join(['sbatch', 'launch/slurm/tpserve.sbatch', *argv])}`, "
-            "or in a job with one task a node `srun bash -c 'torchrun --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID "
-            f"--nproc_per_node $SLURM_GPUS_ON_NODE --master_addr HEAD -m {shlex.join(['tpserve', *argv])}'`"
+            f"this is a SLURM task but not a rank of torchrun: run `{sbatch}`, or in a job with one task per node `srun bash -c "
+            "'torchrun --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID --nproc_per_node $SLURM_GPUS_ON_NODE "
+            f"--master_addr HEAD -m {shlex.join(['tpserve', *argv])}'`"
         )
     raise UserError(
-        f"neither `tpserve serve` nor a rank of torchrun: run `{shlex.join(['tpserve', 'serve', *argv])}` or `{torchrun}`; "
+        f"no command, and this process is not a rank of torchrun: run `{serve}` or `{torchrun}`; "
         "`tpserve --help` lists the commands"
     )
 

@@ -1,17 +1,16 @@
 """Errors by audience.
 
-`UserError`      the user can mend it: a 4xx with the OpenAI body, or one line and exit code 2. Its text names the thing and
-                 the way out.
-`EngineFailure`  a rank, a link or a device failed: the coordinator decides what happens next.
-`assert`         our own bug.
+`UserError`      the user can fix it: an HTTP 4xx with the OpenAI body, or one line on stderr and exit code 2.
+`EngineFailure`  a rank, a connection or a device failed: the coordinator decides what happens next.
+`assert`         a bug in tpserve.
 """
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done; `str(error)` is one sentence that names the thing and the way out.
+    """The input or the setup is wrong. `str(error)` is one sentence that names the problem and the way out.
 
-    `param` names the request field or flag at fault, `code` is the machine-readable code of the OpenAI error body,
-    `status` the HTTP status it becomes (a command line exits with code 2 instead).
+    `param` names the request field or flag at fault, `code` is the machine-readable code of the OpenAI error body, and
+    `status` the HTTP status of the answer (a command line exits with code 2 instead).
     """
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
@@ -22,4 +21,4 @@ class UserError(Exception):
 
 
 class EngineFailure(Exception):
-    """A rank, a link or a device failed. Never the user's fault, never raised for one bad request."""
+    """A rank, a connection or a device failed. Never the user's fault, never raised for one bad request."""

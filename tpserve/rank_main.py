@@ -1,7 +1,8 @@
-"""One of torchrun's ranks, from its command line to the engine. Never imports torch before it must.
+"""The main program of a rank, from its command line to the engine.
 
-A rank reads its flags, checks the layout and finds the frontend first, so that whatever can be refused is refused at once, and
-the HTTP port is open while torch loads.
+A rank reads its flags, resolves the layout and finds the frontend before it imports torch. So wrong input is refused at once,
+and the HTTP port is open while torch loads. A rank that fails before the coordinator knows it writes the reason to the runtime
+directory, where the frontend reads it.
 """
 
 import gc
@@ -22,7 +23,7 @@ from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host import resources
-from tpserve.host.network import Interface, choose, kernel_ports
+from tpserve.host.network import Interface, choose_interface, kernel_ports
 from tpserve.hub.locate import locate
 from tpserve.models.load_config import load_model_config
 from tpserve.observe import log
@@ -37,44 +38,44 @@ logger = logging.getLogger("tpserve")
 
 
 def run(argv: list[str]) -> int:
-    """One of torchrun's ranks. What ends it before the coordinator knows it, the frontend reads from the runtime directory."""
+    """Run this rank; returns the exit code. Raises UserError, or HelpWanted."""
     block_signals()
     allow_many_files()
     me = env.rank_env()
     try:
-        return _live_as(me, argv)
+        return _run_rank(me, argv)
     except (HelpWanted, UserError):
         raise
     except Exception as error:  # the edge of the process
-        why = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
-        logger.error("rank %d fails: %s", me.rank, why)
+        reason = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
+        logger.error("rank %d fails: %s", me.rank, reason)
         logger.debug("rank %d fails", me.rank, exc_info=True)
-        _leave_word(me, AgentFailure(1, f"rank {me.rank} (pid {os.getpid()}): {why}"))
+        _write_failure(me, AgentFailure(1, f"rank {me.rank} (pid {os.getpid()}): {reason}"))
         return 1
 
 
-def _leave_word(me: env.RankEnv, failure: AgentFailure) -> None:
-    """For the frontend, which does not know of this rank yet and will only see its agent end."""
+def _write_failure(me: env.RankEnv, failure: AgentFailure) -> None:
+    """Leave the reason for the frontend, which does not know this rank yet and only sees its agent end."""
     if me.node_rank == 0 and me.runtime_dir is not None:
         write_failure(Path(me.runtime_dir), failure)
 
 
-def _live_as(me: env.RankEnv, argv: list[str]) -> int:
+def _run_rank(me: env.RankEnv, argv: list[str]) -> int:
     start_timer = StartTimer(me.agent_pid)
     die_with(me.agent_pid)
     try:
-        flags, holding = server_flags.read_line(argv, env.overrides(), launch=False)
+        flags, notice = server_flags.read_line(argv, env.overrides(), launch=False)
         if flags.cluster_secret_file is not None:
-            Keyring.read(flags.cluster_secret_file)  # refused now, not once other nodes have been waited for
+            Keyring.read(flags.cluster_secret_file)  # refuse a bad file before waiting for other nodes
         color = env.color(sys.stderr)
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=color)
-        if holding and me.rank == 0:
-            logger.info("%s", holding)
-        flags, files, spec = load_model_config(flags, lambda flags: _find_once_a_node(me, flags))
+        if notice and me.rank == 0:
+            logger.info("%s", notice)
+        flags, files, spec = load_model_config(flags, lambda flags: _locate_once_per_node(me, flags))
         config = resolve(flags, files, spec, resources.of_rank(me))
         interface = _interface(me, config)
     except UserError as error:
-        return _refuse(me, error, tell=me.local_rank == 0)
+        return _report_user_error(me, error, print_it=me.local_rank == 0)
     except HelpWanted:
         if me.local_rank:
             return 0
@@ -83,36 +84,36 @@ def _live_as(me: env.RankEnv, argv: list[str]) -> int:
     log.setup(config.log_level, prefix, lead=me.local_rank == 0, color=color)
     log_buffer = log.keep_log()
     if me.rank == 0:
-        _introduce(config)
-    settings = _use(interface, me, config)
+        _log_config(config)
+    settings = _apply_interface(interface, me, config)
     start_timer.mark("config")
     try:
-        bare = me.runtime_dir is None
-        frontend_address = (
-            find_frontend(me, config, interface.address, config.start_timeout, start=bare) if me.node_rank == 0 else None
-        )
-    except UserError as error:  # under `tpserve serve` it is the supervisor who tells
-        return _refuse(me, error, tell=me.rank == 0 and me.runtime_dir is None)
+        under_torchrun = me.runtime_dir is None
+        frontend_address = None
+        if me.node_rank == 0:
+            frontend_address = find_frontend(me, config, interface.address, config.start_timeout, start=under_torchrun)
+    except UserError as error:  # under `tpserve serve` the supervisor prints it
+        return _report_user_error(me, error, print_it=me.rank == 0 and me.runtime_dir is None)
     start_timer.mark("frontend")
     env.set_omp_spin()
-    gc.disable()  # nothing that torch makes while it is imported is garbage, and looking for it costs a sixth of the time
+    gc.disable()  # importing torch makes no garbage, and collections take a sixth of the import time
     from tpserve.engine.start import run_rank
 
-    gc.freeze()  # nor need it be looked at ever again
+    gc.freeze()  # later collections skip the objects made so far
     gc.enable()
     start_timer.mark("torch")
     try:
         code = run_rank(config, spec, me, interface, settings, frontend_address, start_timer, log_buffer)
-    except UserError as error:  # before it could tell the coordinator
-        code = _refuse(me, error, tell=me.local_rank == 0)
+    except UserError as error:  # raised before the rank can report it to the coordinator
+        code = _report_user_error(me, error, print_it=me.local_rank == 0)
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(code)  # taking the interpreter down takes seconds, and destructors of a broken mesh can hang
+    os._exit(code)  # shutting the interpreter down takes seconds, and destructors of a broken mesh can hang
 
 
 def _interface(me: env.RankEnv, config: EngineConfig) -> Interface:
-    """This node's interface. Raises UserError when other nodes could not use it."""
-    interface = choose(config.interface, me.nnodes, me.master_addr)
+    """This node's interface. Raises UserError when other nodes cannot reach it."""
+    interface = choose_interface(config.interface, me.nnodes, me.master_addr)
     if me.nnodes > 1 and me.rank == 0 and me.master_addr.strip("[]") != interface.address and interface.is_loopback:
         raise UserError(
             f"--master-addr {me.master_addr} is {interface} on this node, which other machines cannot reach: pass an address, or "
@@ -122,25 +123,25 @@ def _interface(me: env.RankEnv, config: EngineConfig) -> Interface:
     return interface
 
 
-def _use(interface: Interface, me: env.RankEnv, config: EngineConfig) -> dict[str, str]:
-    """Have gloo and NCCL use it too, unless the user has told them otherwise. Returns what the user has told."""
+def _apply_interface(interface: Interface, me: env.RankEnv, config: EngineConfig) -> dict[str, str]:
+    """Make gloo and NCCL use `interface` unless the user set theirs. Returns the user's NCCL_* and GLOO_* variables."""
     settings = env.network_variables()
     if me.nnodes > 1:
         logger.info("node %d of %d uses %s", me.node_rank, me.nnodes, interface)
     if me.nnodes > 1 and me.rank == 0 and config.port_range[1]:
-        what = "NCCL" if config.all_reduce == "nccl" else "gloo"
-        ranges = f"tpserve's {config.port_range[0]}-{config.port_range[1]}, and the kernel's {kernel_ports()} for {what}"
-        logger.info("ports between nodes: %s, which knows none (net.ipv4.ip_local_port_range)", ranges)
+        backend = "NCCL" if config.all_reduce == "nccl" else "gloo"
+        ranges = f"{config.port_range[0]}-{config.port_range[1]} for tpserve, {kernel_ports()} for {backend}"
+        logger.info("ports between nodes: %s, which uses the kernel's range (net.ipv4.ip_local_port_range)", ranges)
     for name, value in settings.items():
-        logger.info("%s=%s is set, and wins", name, value)
+        logger.info("%s=%s is set and wins over --interface", name, value)
     for line in ignored_variables(env.vllm_variables()) if me.local_rank == 0 else ():
         logger.warning("%s", line)
     env.use_interface(interface.name)
     return settings
 
 
-def _introduce(config: EngineConfig) -> None:
-    """Say once what was resolved."""
+def _log_config(config: EngineConfig) -> None:
+    """Log one line about the resolved configuration."""
     layout = config.layout
     logger.info(
         "tpserve %s: %s (%s), TP %d x PP %d (layers %s), %s on %s; %s %s tokens a sequence, %d sequences and %s tokens a step",
@@ -152,17 +153,20 @@ def _introduce(config: EngineConfig) -> None:
         ",".join(map(str, layout.layers)),
         config.dtype,
         config.device,
-        "as many as fit of" if config.fit_max_model_len else "up to",
+        "as many as fit, at most" if config.fit_max_model_len else "up to",
         f"{config.max_model_len:,}",
         config.max_num_seqs,
         f"{config.max_num_batched_tokens:,}",
     )
 
 
-def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:
-    """Tell the user, and torchrun, which would report no more than the exit code."""
-    _leave_word(me, AgentFailure(2, str(error)))
-    if tell:
+def _report_user_error(me: env.RankEnv, error: UserError, *, print_it: bool) -> int:
+    """Report the error to the frontend, to stderr if `print_it`, and to torchrun, which otherwise shows only the exit code.
+
+    Returns the exit code 2.
+    """
+    _write_failure(me, AgentFailure(2, str(error)))
+    if print_it:
         sys.stderr.write(log.user_error(str(error)) + "\n")
         sys.stderr.flush()
     if me.error_file is not None:
@@ -173,8 +177,8 @@ def _refuse(me: env.RankEnv, error: UserError, *, tell: bool) -> int:
     return 2
 
 
-def _find_once_a_node(me: env.RankEnv, flags: Flags) -> ModelFiles:
-    """Only the first rank of a node looks for what is no directory; the others ask it, and all mean the same commit."""
+def _locate_once_per_node(me: env.RankEnv, flags: Flags) -> ModelFiles:
+    """Locate the model's files. For a repository only the node's first rank does it, and the others use the same commit."""
     head = me.rank == 0 and me.runtime_dir is None
     assert flags.model is not None
     if me.local_world_size == 1 or Path(flags.model).is_dir():

@@ -1,20 +1,25 @@
-"""`tpserve serve`: one command a node. Starts the ranks' agent and, on node 0, the HTTP frontend; passes signals on; ends last.
+"""`tpserve serve`: one command per node. Starts the ranks' agent and, on node 0, the HTTP frontend; forwards signals; ends last.
 
     supervisor          this process; imports no torch
       agent             its own session; dies with the supervisor
         rank, rank ...  their own sessions; die with the agent
       frontend          its own session; ends when the agent is gone
 
-Owns the children's lives and the exit code. Never touches a request. Invariants: whatever can be refused is refused before a
-child is started; when this process has ended, none of its descendants lives (it adopts those whose parent died) and the
-runtime directory is gone, which only node 0 has. After SIGKILL of this process the kernel ends the agent and the ranks, and the
-frontend follows, which takes the directory away. A child that was stopped is killed, and so is this process by the agent.
+Owns the lifetime of the children and the exit code. Never touches a request.
+
+Invariants:
+- Wrong input is refused before a child starts.
+- When this process has ended, none of its descendants is alive (it adopts orphans), and the runtime directory, which only node 0
+  has, is deleted.
+- After SIGKILL of this process the kernel ends the agent and the ranks; the frontend then ends by itself and deletes the
+  directory.
+- A child stopped by SIGSTOP is killed. The agent does the same to this process.
 
     SIGINT, SIGTERM, SIGHUP   drain: open requests finish, new ones are refused; exit code 0
-                              before the server is ready, there being none: everything is killed at once
+                              before the server is ready there are no requests: everything is killed at once
     a second one              everything is killed at once; exit code 128 + signal
 
-Exit codes otherwise: 2 for what the user can mend, 1 for failures.
+Other exit codes: 2 for an error that the user can fix, 1 for a failure.
 """
 
 import contextlib
@@ -45,8 +50,8 @@ from tpserve.config import env
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.launch import own_interface, rendezvous_address
-from tpserve.host.network import LOOPBACK, Interface, describe, listen
+from tpserve.host.launch import node_interface, rendezvous_address
+from tpserve.host.network import LOOPBACK, Interface, listen, os_error_text
 from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.process.process_utils import kill_stopped_in_background
 from tpserve.process.signals import SAME_SIGNAL_S
@@ -59,32 +64,34 @@ logger = logging.getLogger("tpserve.supervisor")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FOLLOW_S = 6.0
-"""How long one child may go on when the other has ended. The frontend gives its ranks four seconds to leave."""
+"""How long one child may outlive the other. The frontend gives its ranks four seconds to exit."""
 READY_POLL_S = 0.5
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
-    """Serve until told to end; returns the exit code. UserError for anything the user can mend."""
+    """Serve until a signal or a failure; returns the exit code. Raises UserError for an error that the user can fix."""
     num_gpus = visible_gpus()
     nproc = num_local_ranks(flags, num_gpus)
     machine = Machine(num_all_ranks(flags, nproc), nproc, flags.nnodes, num_gpus, available_cores(), "serve")
     config = resolve(flags, files, spec, machine)
-    _await_name(flags)
-    interface = own_interface(flags)
-    leads = flags.nnodes > 1 and flags.node_rank == 0
-    listener = listen(rendezvous_address(flags, interface), (flags.master_port, flags.master_port)) if leads else None
-    nowhere = f"/nowhere/tpserve-{uuid.uuid4().hex}"  # elsewhere it is but a name, by which a node's ranks find each other
-    runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-") if flags.node_rank == 0 else nowhere)
+    _wait_for_master_name(flags)
+    interface = node_interface(flags)
+    is_head = flags.nnodes > 1 and flags.node_rank == 0
+    listener = listen(rendezvous_address(flags, interface), (flags.master_port, flags.master_port)) if is_head else None
+    if flags.node_rank == 0:
+        runtime_dir = Path(tempfile.mkdtemp(prefix="tpserve-"))
+    else:  # only a unique name, by which the ranks of this node find each other
+        runtime_dir = Path(f"/nowhere/tpserve-{uuid.uuid4().hex}")
     try:
         return _Supervisor(flags, config, nproc, runtime_dir, interface, listener).run()
     finally:
-        for left in (runtime_dir, *runtime_dir.parent.glob(f"{runtime_dir.name}.*")):
-            shutil.rmtree(left, ignore_errors=True)
+        for directory in (runtime_dir, *runtime_dir.parent.glob(f"{runtime_dir.name}.*")):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
-def _await_name(flags: Flags) -> None:
-    """Wait until the master address means something: where nodes are containers, names come with the nodes. Raises UserError."""
+def _wait_for_master_name(flags: Flags) -> None:
+    """Wait until --master-addr resolves: with containers, a node's name appears when the node starts. Raises UserError."""
     retry_log, name = RetryLog(flags.start_timeout, logger), flags.master_addr
     while flags.nnodes > 1:
         try:
@@ -92,13 +99,13 @@ def _await_name(flags: Flags) -> None:
             return
         except socket.gaierror as error:
             if retry_log.timed_out:
-                raise UserError(f"--master-addr {name}: {describe(error)}", param="master_addr") from error
-            retry_log.log_if_due(f"the name {name}", describe(error))
+                raise UserError(f"--master-addr {name}: {os_error_text(error)}", param="master_addr") from error
+            retry_log.log_if_due(f"the name {name}", os_error_text(error))
         time.sleep(READY_POLL_S)
 
 
 class _ExitNow(BaseException):
-    """Raised by the signal handler, wherever this process is: leave, kill every child, exit with `code`."""
+    """Raised by the signal handler at any point: kill every child and exit with `code`."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -106,7 +113,7 @@ class _ExitNow(BaseException):
 
 
 class _Supervisor:
-    """One node's children, from their start to their end."""
+    """Starts and watches the children of one node."""
 
     def __init__(
         self,
@@ -117,7 +124,7 @@ class _Supervisor:
         interface: Interface,
         listener: socket.socket | None,
     ) -> None:
-        """`listener`: of node 0, where the others come to."""
+        """`listener`: on node 0 of several, the socket to which the other nodes connect; else None."""
         self._flags = flags
         self._config = config
         self._nproc = nproc
@@ -127,21 +134,21 @@ class _Supervisor:
         self._signalled_s: list[float] = []
         self._stopped: dict[int, str] = {}
         self._starting = True
-        self._passed_on = False
+        self._forwarded = False
         self._wake, self._wake_writer = socket.socketpair()
         self._agent: subprocess.Popen[bytes] | None = None
         self._frontend: subprocess.Popen[bytes] | None = None
         self._url = ""
 
     def run(self) -> int:
-        """Start, watch, end."""
+        """Start the children, watch them and end them; returns the exit code."""
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._wake_writer.setblocking(False)
         signal.set_wakeup_fd(self._wake_writer.fileno())
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
-                signal.signal(number, self._note)
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # who is stopped is ended, and a Ctrl-Z does not mean that
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # a stopped process is killed, and Ctrl-Z must not do that
         kill_stopped_in_background(self._children, self._log_stopped)
         try:
             self._start()
@@ -155,7 +162,7 @@ class _Supervisor:
             _end_all_children()
 
     def _start(self) -> None:
-        """The agent first: the frontend watches it. torch loads while the frontend opens its port."""
+        """Start the agent first, since the frontend watches it, and torch then loads while the frontend opens its port."""
         flags, config = self._flags, self._config
         self._agent = self._spawn_agent()
         if flags.node_rank > 0:
@@ -168,14 +175,15 @@ class _Supervisor:
         except EngineFailure:
             if self._agent.poll() is None or self._frontend.poll() is None:
                 raise
-            # both have ended, and have said why
+            # both have ended and logged the reason
         self._starting = False
 
     def _spawn_agent(self) -> "subprocess.Popen[bytes]":
         flags, config = self._flags, self._config
+        key = b"" if flags.cluster_secret_file is None else Keyring.read(flags.cluster_secret_file).rendezvous_key
         job = AgentJob(
             supervisor_pid=os.getpid(),
-            mutual=True,
+            monitor_supervisor=True,
             nnodes=flags.nnodes,
             node_rank=flags.node_rank,
             nproc=self._nproc,
@@ -183,10 +191,8 @@ class _Supervisor:
             master_port=flags.master_port,
             listener=-1 if self._listener is None else self._listener.fileno(),
             address=self._interface.address,
-            derived=flags.interface is None,
-            rendezvous_key=""
-            if flags.cluster_secret_file is None
-            else Keyring.read(flags.cluster_secret_file).rendezvous_key.hex(),
+            address_derived=flags.interface is None,
+            rendezvous_key=key.hex(),
             port_range=config.port_range,
             world_size=config.layout.world_size,
             run_id=f"tpserve-{flags.master_port}" if flags.nnodes > 1 else uuid.uuid4().hex,
@@ -196,52 +202,52 @@ class _Supervisor:
             argv=server_flags.to_argv(replace(flags, port=config.port)),
         )
         environ = env.for_ranks(str(self._runtime_dir), quiet=config.log_level != "debug")
-        passed = () if self._listener is None else (self._listener.fileno(),)
-        agent = subprocess.Popen(AGENT_COMMAND, stdin=subprocess.PIPE, env=environ, start_new_session=True, pass_fds=passed)
+        pass_fds = () if self._listener is None else (self._listener.fileno(),)
+        agent = subprocess.Popen(AGENT_COMMAND, stdin=subprocess.PIPE, env=environ, start_new_session=True, pass_fds=pass_fds)
         if self._listener is not None:
-            self._listener.close()  # the agent's now
+            self._listener.close()  # the agent has its own descriptor
         assert agent.stdin is not None
         with contextlib.suppress(BrokenPipeError), agent.stdin:
             agent.stdin.write(msgspec.json.encode(job))
         return agent
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        """The first signal is for `_watch`. A terminal and a parent may both send what is one Ctrl-C."""
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Record the signal for `_watch`. Ignores a repeat at once: a terminal and a parent may both send one Ctrl-C."""
         now = time.monotonic()
         if self._signalled_s and now - self._signalled_s[-1] <= SAME_SIGNAL_S:
             return
         self._signalled_s.append(now)
-        if len(self._signalled_s) == 2:  # a third one must not disturb the killing
+        if len(self._signalled_s) == 2:  # a third signal must not interrupt the killing
             raise _ExitNow(128 + number)
         if self._starting and len(self._signalled_s) == 1:
             raise _ExitNow(0)
 
     def _watch(self) -> int:
-        """Until the children have ended."""
+        """Wait until the children have ended; returns the exit code."""
         children = [child for child in (self._frontend, self._agent) if child is not None]
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         for child in children:
-            if child.poll() is None:  # ours and not waited for: it exists
+            if child.poll() is None:  # not waited for yet, so the pid is still its own
                 poll.register(os.pidfd_open(child.pid), select.POLLIN)
         ended_s: float | None = None
         while any(child.poll() is None for child in children):
-            if self._signalled_s and not self._passed_on:
-                self._pass_on()
+            if self._signalled_s and not self._forwarded:
+                self._forward_signal()
             if ended_s is None and any(child.poll() is not None for child in children):
                 ended_s = time.monotonic()
-                poll = select.poll()  # a dead child's descriptor would be readable for ever
+                poll = select.poll()  # a dead child's descriptor stays readable
                 poll.register(self._wake, select.POLLIN)
             if ended_s is not None and (time.monotonic() - ended_s > FOLLOW_S or self._is_killed(self._frontend)):
-                break  # without a frontend, who is left has nobody to follow
+                break  # the remaining child does not notice that the frontend was killed
             waiting = self._url or ended_s is not None
             poll.poll(READY_POLL_S * 1000 if waiting else None)
             with contextlib.suppress(BlockingIOError):
                 self._wake.recv(4096, socket.MSG_DONTWAIT)
             if self._url and not self._signalled_s and ended_s is None and self._is_ready():
                 self._print_curl()
-        code = self._verdict()
-        _end_all_children()  # before the last word, for it to be that
+        code = self._exit_code()
+        _end_all_children()  # first, so that the final reason is the last log line
         self._log_final_reason()
         return code
 
@@ -250,29 +256,29 @@ class _Supervisor:
         return child is not None and (child.returncode or 0) < 0
 
     def _children(self) -> dict[int, str]:
-        """Those that have not ended, and what they are."""
+        """The children that have not ended: pid -> name."""
         children = {"the frontend": self._frontend, f"the agent of node {self._flags.node_rank}": self._agent}
         return {child.pid: name for name, child in children.items() if child is not None and child.returncode is None}
 
     def _log_stopped(self, pid: int, what: str) -> None:
-        logger.error("%s: it is ended", what)
+        logger.error("%s: killing it", what)
         self._stopped[pid] = what
         if self._frontend is not None and pid != self._frontend.pid:
             write_failure(self._runtime_dir, AgentFailure(1, what))
 
     def _log_final_reason(self) -> None:
-        """It is the frontend's, and on other nodes the agent's, unless somebody has killed it."""
+        """Log that the frontend (on other nodes the agent) was killed. Otherwise it has logged the final reason itself."""
         name, last = ("the frontend", self._frontend) if self._frontend is not None else ("the agent", self._agent)
-        if last is not None and self._is_killed(last) and not (self._passed_on and last.returncode == -signal.SIGTERM):
+        if last is not None and self._is_killed(last) and not (self._forwarded and last.returncode == -signal.SIGTERM):
             killer = signal.Signals(-last.returncode).name
             killed = f"{name} (pid {last.pid}) was killed by {killer}; look at `dmesg` for a kernel that was out of memory"
             logger.error("ended: %s", self._stopped.get(last.pid, killed))
 
-    def _pass_on(self) -> None:
-        """The first signal: whoever knows about open requests decides when they are done."""
-        self._passed_on = True
+    def _forward_signal(self) -> None:
+        """Forward the first signal to the frontend (on other nodes the agent), which drains."""
+        self._forwarded = True
         if self._url and self._flags.nnodes == 1 and not self._is_ready():
-            raise _ExitNow(0)  # no request has been admitted, and no other node waits for a word
+            raise _ExitNow(0)  # not ready: no request is open, and there is no other node to inform
         first = self._agent if self._frontend is None else self._frontend
         assert first is not None
         first.terminate()
@@ -289,31 +295,31 @@ class _Supervisor:
             connection.close()
 
     def _print_curl(self) -> None:
-        """Once, when the server is ready: a line to paste."""
-        with contextlib.suppress(OSError):  # nobody reads our stdout
+        """Print a first request once, when the server is ready."""
+        with contextlib.suppress(OSError):  # stdout is closed
             sys.stdout.write(curl_line(self._url, keyed=self._config.api_key is not None) + "\n")
             sys.stdout.flush()
         self._url = ""
 
-    def _verdict(self) -> int:
-        """The exit code: the frontend's is the service's; on other nodes there is only the agent's."""
+    def _exit_code(self) -> int:
+        """The frontend's exit code decides; on other nodes the agent's."""
         assert self._agent is not None
         agent = self._agent.poll()
         frontend = agent if self._frontend is None else self._frontend.poll()
-        if frontend == 0 or (self._passed_on and frontend in (0, -signal.SIGTERM)):
+        if frontend == 0 or (self._forwarded and frontend in (0, -signal.SIGTERM)):
             return 0
         return 2 if 2 in (frontend, agent) else 1
 
 
 def curl_line(url: str, keyed: bool) -> str:
-    """A first request, to paste into a shell."""
+    """A first request as a curl command. `keyed`: the server needs an API key."""
     key = ' -H "Authorization: Bearer $TPSERVE_API_KEY"' if keyed else ""
     body = """{"prompt": "Once upon a time", "max_tokens": 60}"""
     return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
 
 
 def _end_all_children() -> None:
-    """Kill what is left below this process, children of dead children included, until there is nothing to wait for."""
+    """Kill all descendants. Orphans become children of this process, so the loop ends when it has none left."""
     while True:
         with contextlib.suppress(ProcessLookupError):
             for pid in _children():

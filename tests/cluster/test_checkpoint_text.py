@@ -67,10 +67,10 @@ def test_requests_that_say_nothing_are_sampled_as_the_makers_want(server: Server
     lines = re.findall(r"default sampling parameters from .*", server.log)
     assert lines == [
         "default sampling parameters from generation_config.json: temperature 0, repetition_penalty 1.5, max_tokens 7; "
-        "not supported and left out: no_repeat_ngram_size (--generation-config none turns them off)"
+        "not supported and ignored: no_repeat_ngram_size (--generation-config none turns them off)"
     ]
     shown = server.get("/server_info")[1]["config"]["sampling_defaults"]
-    assert (shown["temperature"], shown["max_tokens"], shown["left_out"]) == (0.0, 7, ["no_repeat_ngram_size"])
+    assert (shown["temperature"], shown["max_tokens"], shown["unsupported"]) == (0.0, 7, ["no_repeat_ngram_size"])
 
 
 def test_every_end_that_the_makers_name_ends_a_text(server: Server) -> None:

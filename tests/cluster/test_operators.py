@@ -90,10 +90,10 @@ def test_errors_of_one_line(tmp_path: Path) -> None:
 
         threading.Thread(target=answer, daemon=True).start()
         code, _, error = tpserve("status", "--url", f"127.0.0.1:{other.getsockname()[1]}")
-    assert code == 2 and error.count("\n") == 1 and "is no tpserve server" in error
+    assert code == 2 and error.count("\n") == 1 and "is not a tpserve server" in error
     code, said, _ = tpserve("report", "--url", f"127.0.0.1:{free_port()}", cwd=tmp_path)
     (written,) = tmp_path.glob("tpserve-report-*.json")
-    assert code == 0 and "of this host alone" in said and json.loads(written.read_text())["here"]["packages"]["torch"]
+    assert code == 0 and "about this host only" in said and json.loads(written.read_text())["here"]["packages"]["torch"]
     code, _, error = tpserve("status", "--url", "http://host:port")
     assert code == 2 and "--url must be an address such as http://127.0.0.1:8000, not 'http://host:port'" in error
     code, _, error = tpserve("report", "--output", str(tmp_path / "no" / "file"))

@@ -137,7 +137,7 @@ def test_what_cannot_heal_is_said_at_once_where_a_person_looks(hosts: list[Host]
         (1, changed(good, 1, interface="lo"), f"--interface lo is loopback and --master-addr {hosts[0].address} is not"),
         (1, changed(good, 1, interface="ib0"), "--interface ib0 is none of this host's interfaces: lo (127.0.0.1), "),
         (1, changed(good, 1, node_rank="2"), "--node-rank 2 with --nnodes 2: nodes count from 0 to 1"),
-        (0, changed(good, 0, master_addr=hosts[1].address), f"--master-addr {hosts[1].address} is no address of this node"),
+        (0, changed(good, 0, master_addr=hosts[1].address), f"--master-addr {hosts[1].address} is not an address of this node"),
     ]
     for node, lines, line in cases:
         with cluster(hosts, [], place, start=[node], lines=lines) as server:
@@ -210,6 +210,6 @@ def test_ports_and_interface_are_as_told(hosts: list[Host], model: str, place: P
         assert len(own) == 5, "the agents' store, the coordinator, the epoch's store, plans, results"
         assert MASTER_PORT not in ports, "closed once all have met"
         assert not [line for line in listening.splitlines() if line.split()[3].startswith(("0.0.0.0", "*", "[::]"))]
-        assert "NCCL_DEBUG=INFO is set, and wins" in server.log
+        assert "NCCL_DEBUG=INFO is set and wins over --interface" in server.log
         assert re.search(r"rank 0 on node0 +rank 1 on node1\n(.*\n)?.*NCCL_DEBUG +none +INFO\n", server.log)
         assert server.stop() == [0, 0]

@@ -97,7 +97,7 @@ class SimulatedWorker:
         new_sequences = sum(len(msgpack.encode(new_sequence)) for new_sequence in plan.new_sequences)
         assert new_sequences <= config.max_admission_bytes, "a plan's admissions keep to their bytes"
         rest = len(msgpack.encode(plan)) - new_sequences
-        most = StepPlan.most_bytes(config.max_num_seqs, config.max_num_batched_tokens, len(config.windows))
+        most = StepPlan.max_bytes(config.max_num_seqs, config.max_num_batched_tokens, len(config.windows))
         assert rest <= most, f"a plan takes {rest} bytes beside its admissions"
 
     def _release(self, slot: int) -> None:

@@ -26,7 +26,7 @@ from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import NewSequence, StepPlan
 from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
-from tpserve.types.window import first_block, longest
+from tpserve.types.window import first_block, max_length
 
 VOCAB = 50
 Operation = Request | tuple[str, int]
@@ -185,7 +185,7 @@ def scenario(seed: int) -> tuple[SchedulerConfig, list[Operation]]:
     if random.random() < 0.3:  # room for one or two admissions, now and then for none of the longest
         size = config.admission_bytes(50, config.max_model_len)
         config = dataclasses.replace(config, max_admission_bytes=round(size * random.uniform(0.9, 2.5)))
-    capacity = longest(lambda length: config.min_blocks(length - 1) <= config.num_blocks, 1, config.max_model_len)
+    capacity = max_length(lambda length: config.min_blocks(length - 1) <= config.num_blocks, 1, config.max_model_len)
     operations: list[Operation] = []
     patience = random.choice([0.3, 0.5, 0.7])
     for _ in range(random.randint(10, 80)):

@@ -13,7 +13,7 @@ from tpserve.types.messages import Done
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import Chunk, NewSequence, StepPlan
 from tpserve.types.sampling import EngineSamplingParams
-from tpserve.types.window import blocks_of
+from tpserve.types.window import blocks_needed
 
 ONE = EngineSamplingParams(max_tokens=1)
 
@@ -56,7 +56,7 @@ def test_blocks_outside_the_window_are_freed_when_the_result_is_applied() -> Non
 @pytest.mark.parametrize("windows", [(1,), (7,), (None, 5), (4, None, 9), (2, 3), (30, None)])
 def test_a_sequence_alone_completes_with_min_blocks(windows: tuple[int | None, ...], block_size: int) -> None:
     for prompt_len, max_tokens in ((1, 25), (25, 1), (13, 13)):
-        num_blocks = blocks_of(25, windows, block_size)
+        num_blocks = blocks_needed(25, windows, block_size)
         for depth in (1, 3):
             sizes = config(windows=windows, num_blocks=num_blocks, block_size=block_size, depth=depth, sync_sampling=depth == 3)
             scheduler = Scheduler(sizes)

@@ -132,7 +132,7 @@ def test_a_gguf_says_what_is_served(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "model-Q4_K_M.gguf").touch()
     for given in (tmp_path, tmp_path / "model-Q4_K_M.gguf", tmp_path / "none.gguf", "ORG/NAME/x.gguf"):
         said = error_of(["serve", str(given)], capsys)
-        assert ".gguf" in said and "tpserve reads no GGUF; give the model that it was made from" in said
+        assert ".gguf" in said and "tpserve does not read GGUF; give the original model" in said
     (tmp_path / "model.safetensors").touch()
     assert "--model takes the directory that it is in" in error_of(["serve", str(tmp_path / "model.safetensors")], capsys)
 
@@ -141,7 +141,7 @@ def test_what_holds_anyway_is_one_line_of_the_log(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(supervisor, "serve", lambda *_: 0)
     assert main(["serve", "--enforce-eager", "--swap-space", "0"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "INFO  these flags ask for what holds anyway: --enforce-eager (" in line and "--swap-space 0 (" in line
+    assert "INFO  these flags change nothing here: --enforce-eager (" in line and "--swap-space 0 (" in line
 
 
 def test_a_terminal_has_colors_and_a_pipe_none() -> None:

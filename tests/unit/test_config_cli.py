@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from tpserve.cli import flags_page, vllm, vllm_page
 from tpserve.cli.command import HelpWanted
 from tpserve.cli.option import OPTIONS
-from tpserve.cli.other_servers import MEANT
+from tpserve.cli.other_servers import EQUIVALENT_FLAGS
 from tpserve.cli.server_flags import parse, read_line, to_argv
 from tpserve.config.schema import LAUNCH
 from tpserve.errors import UserError
@@ -47,16 +47,16 @@ def spelt(flag: str, held: str) -> list[list[str]]:
     return [[flag, held], [f"{flag}={held}"]] if held else [[flag]]
 
 
-@pytest.mark.parametrize("flag", vllm.KNOWN)
+@pytest.mark.parametrize("flag", vllm.VLLM_FLAGS)
 def test_each_flag_of_vllms_alone_is_accepted_for_what_holds_and_else_refused(flag: str) -> None:
-    known = vllm.KNOWN[flag]
+    known = vllm.VLLM_FLAGS[flag]
     assert flag not in {name for option in OPTIONS.values() for name in (*option.names, *option.off_names)}
     plain = parse(["m", "-tp", "2"])
-    for given in (args for held in known.holds for args in spelt(flag, sample(held))):
+    for given in (args for held in known.accepts for args in spelt(flag, sample(held))):
         line = read_line(["m", *given, "-tp", "2"])
-        assert line.flags == plain and flag[2:] in line.holding.replace("_", "-") and known.why in line.holding
-    wrong = {vllm.ON, vllm.OFF} - {*known.holds} if known.reads == "switch" else {"surely-not-that"} - {*known.holds}
-    for given in (args for value in wrong if vllm.ANY not in known.holds for args in spelt(flag, value)):
+        assert line.flags == plain and flag[2:] in line.notice.replace("_", "-") and known.why in line.notice
+    wrong = {vllm.ON, vllm.OFF} - {*known.accepts} if known.kind == "switch" else {"surely-not-that"} - {*known.accepts}
+    for given in (args for value in wrong if vllm.ANY not in known.accepts for args in spelt(flag, value)):
         with pytest.raises(UserError, match=r"^--\S+ is refused: .*(leave it out|use )") as refused:
             parse(["m", *given, "-tp", "2"])
         assert refused.value.param == flag
@@ -64,10 +64,10 @@ def test_each_flag_of_vllms_alone_is_accepted_for_what_holds_and_else_refused(fl
 
 def test_what_is_pointed_to_is_there() -> None:
     names = {name for option in OPTIONS.values() for name in (option.flag, option.off)}
-    texts = [known.why for known in vllm.KNOWN.values() if known.title == "Otherwise here"]
-    pointed = [text.split()[0].rstrip(",:") for text in (*texts, *MEANT.values()) if text.startswith("--")]
+    texts = [known.why for known in vllm.VLLM_FLAGS.values() if known.title == "Use instead"]
+    pointed = [text.split()[0].rstrip(",:") for text in (*texts, *EQUIVALENT_FLAGS.values()) if text.startswith("--")]
     assert {*pointed, *vllm.MAPPED.values()} <= names
-    assert not {*MEANT} & {name for option in OPTIONS.values() for name in (*option.names, *option.off_names)}
+    assert not {*EQUIVALENT_FLAGS} & {name for option in OPTIONS.values() for name in (*option.names, *option.off_names)}
 
 
 def test_a_line_of_vllms_that_asks_for_what_holds_is_told_of_once() -> None:
@@ -77,9 +77,9 @@ def test_a_line_of_vllms_that_asks_for_what_holds_is_told_of_once() -> None:
     )
     read = read_line(line.split())
     assert read.flags == parse(["m", "-tp", "2"])
-    assert read.holding.startswith("these flags ask for what holds anyway: --enforce-eager (") and "\n" not in read.holding
-    assert "--swap-space 0 (" in read.holding and "--distributed-executor-backend mp (" in read.holding
-    assert read_line(["m", "-tp", "2"]).holding == ""
+    assert read.notice.startswith("these flags change nothing here: --enforce-eager (") and "\n" not in read.notice
+    assert "--swap-space 0 (" in read.notice and "--distributed-executor-backend mp (" in read.notice
+    assert read_line(["m", "-tp", "2"]).notice == ""
 
 
 def test_all_that_cannot_be_honoured_is_in_one_message() -> None:
@@ -102,15 +102,15 @@ def test_all_that_cannot_be_honoured_is_in_one_message() -> None:
     ],
 )  # fmt: skip
 def test_other_forms_of_vllms_flags_are_refused_in_the_same_words(given: str, meant: str) -> None:
-    switch = given.startswith("--no-") or vllm.KNOWN[meant].reads == "switch"
+    switch = given.startswith("--no-") or vllm.VLLM_FLAGS[meant].kind == "switch"
     with pytest.raises(UserError) as refused:
         parse(["m", given, *([] if switch else ["9"])])
-    assert str(refused.value).startswith(f"{given} is refused: {vllm.KNOWN[meant].refusal()}")
+    assert str(refused.value).startswith(f"{given} is refused: {vllm.VLLM_FLAGS[meant].refusal()}")
 
 
 @pytest.mark.parametrize(("line", "held"), [("-O0", "-O0 ("), ("-O 0", "-O 0 ("), ("-asc 1", "-asc 1 ("), ("-dpl=1", "-dpl 1 (")])
 def test_short_forms_that_ask_for_what_holds(line: str, held: str) -> None:
-    assert held in read_line(["m", *line.split()]).holding
+    assert held in read_line(["m", *line.split()]).notice
 
 
 def test_vllms_short_forms_that_are_ours() -> None:
@@ -120,7 +120,7 @@ def test_vllms_short_forms_that_are_ours() -> None:
 
 def test_vllms_variables_are_told_of() -> None:
     said = vllm.ignored_variables(["VLLM_HOST_IP", "VLLM_USE_V1", "VLLM_NO_USAGE_STATS"])
-    assert said[0] == "VLLM_HOST_IP is set and means nothing here: use --interface, with the address"
+    assert said[0] == "VLLM_HOST_IP is set and has no effect: use --interface, with the address"
     assert said[1].endswith(": there is one engine") and said[2].endswith(": `tpserve serve --help` lists all flags")
 
 
@@ -287,7 +287,7 @@ def test_the_order_of_strength(tmp_path: Path) -> None:
     assert (flags.model, flags.port, flags.max_model_len, flags.served_model_name) == ("from-file", 1, 32_000, ("a", "b"))
     assert (flags.enable_prefix_caching, flags.pipeline_layer_map) == (False, (3, 2))
     assert flags.override_generation_config == {"temperature": 0.5} and flags.download_dir is None
-    assert "--enforce-eager (" in line.holding
+    assert "--enforce-eager (" in line.notice
     environ = {"port": "2", "max_model_len": "16", "model": "from-environment"}
     flags = parse(["--config", str(path), "--port", "3"], environ)
     assert (flags.port, flags.max_model_len, flags.model, flags.block_size) == (3, 16, "from-environment", 16)

@@ -184,7 +184,7 @@ def test_how_many_ranks_serve_starts(line: str, gpus: int, ranks: int) -> None:
 
 
 def test_ranks_that_cannot_be_dealt_to_nodes() -> None:
-    with pytest.raises(UserError, match="3 ranks .* cannot be dealt evenly to 2 nodes"):
+    with pytest.raises(UserError, match="3 ranks .* cannot be divided among 2 nodes"):
         num_local_ranks(parse(["m", "-tp", "3", "--nnodes", "2"]), 0)
 
 

@@ -30,12 +30,12 @@ def test_the_bounds_hold_for_the_largest_steps() -> None:
     blocks = tuple((most,) * (num_tokens // num_seqs) for _ in range(2))
     chunks = [Chunk(most, most, 8, True, (most,) * 8, blocks, True) for _ in range(num_seqs)]
     plan = StepPlan.of(1 << 40, 1 << 40, chunks, releases=[most] * num_seqs)
-    assert len(codec.PLAN.encode([plan])) <= StepPlan.most_bytes(num_seqs, num_tokens, 2)
+    assert len(codec.PLAN.encode([plan])) <= StepPlan.max_bytes(num_seqs, num_tokens, 2)
     new_sequence = NewSequence(
         most, pack([most] * 1000), most, EngineSamplingParams(), (1 << 64) - 1, most, (pack([most] * 50),) * 2
     )
     params_bytes = len(codec.PLAN.encode([EngineSamplingParams()]))  # type: ignore[list-item]
-    assert len(codec.PLAN.encode([new_sequence])) <= 5 + NewSequence.most_bytes(params_bytes, 1000, 100, 2)  # type: ignore[list-item]
+    assert len(codec.PLAN.encode([new_sequence])) <= 5 + NewSequence.max_bytes(params_bytes, 1000, 100, 2)  # type: ignore[list-item]
     entry = TokenLogprobs(-0.1, (most,) * MAX_LOGPROBS, (-0.1,) * MAX_LOGPROBS)
     floats = struct.pack("f", -0.1) * 8
     scores = PromptLogprobs(MAX_LOGPROBS, floats, floats * MAX_LOGPROBS, floats * MAX_LOGPROBS)
@@ -43,4 +43,4 @@ def test_the_bounds_hold_for_the_largest_steps() -> None:
     result = StepResult(
         1 << 40, 1 << 40, pack([most] * num_seqs), tuple((i, entry) for i in numbered), tuple((i, scores) for i in numbered)
     )
-    assert len(codec.RESULT.encode([result])) <= StepResult.most_bytes(num_seqs, num_tokens)
+    assert len(codec.RESULT.encode([result])) <= StepResult.max_bytes(num_seqs, num_tokens)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tpserve.cli.keywords import read
+from tpserve.cli.keywords import read_kwargs
 from tpserve.cli.server_flags import parse, to_argv
-from tpserve.config.generation_config import line, load
+from tpserve.config.generation_config import load, log_line
 from tpserve.errors import UserError
 from tpserve.types.sampling import SamplingDefaults
 
@@ -27,8 +27,8 @@ def given(directory: Path, content: Any, *arguments: str, name: str = "generatio
 def test_what_the_makers_of_a_model_say(tmp_path: Path) -> None:
     eos_ids, defaults = given(tmp_path, QWEN)
     assert eos_ids == (151645, 151643)
-    assert defaults.said() == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
-    assert line(defaults) == (
+    assert defaults.specified() == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    assert log_line(defaults) == (
         "default sampling parameters from generation_config.json: temperature 0.7, top_p 0.8, top_k 20, repetition_penalty 1.05 "
         "(--generation-config none turns them off)"
     )
@@ -48,14 +48,14 @@ def test_what_the_makers_of_a_model_say(tmp_path: Path) -> None:
 )
 def test_what_counts_as_said(content: Any, said: dict[str, Any], tmp_path: Path) -> None:
     _, defaults = given(tmp_path, content)
-    assert defaults.said() == said
-    assert (line(defaults) is None) is not said
+    assert defaults.specified() == said
+    assert (log_line(defaults) is None) is not said
 
 
 def test_what_is_not_supported_is_told(tmp_path: Path) -> None:
     _, defaults = given(tmp_path, {"no_repeat_ngram_size": 3, "num_beams": 1, "typical_p": 1.0, "suppress_tokens": None})
-    assert (defaults.said(), defaults.left_out) == ({}, ("no_repeat_ngram_size",))
-    assert "generation_config.json: none; not supported and left out: no_repeat_ngram_size (" in str(line(defaults))
+    assert (defaults.specified(), defaults.unsupported) == ({}, ("no_repeat_ngram_size",))
+    assert "generation_config.json: none; not supported and ignored: no_repeat_ngram_size (" in str(log_line(defaults))
 
 
 @pytest.mark.parametrize("off", ["none", "vllm"])
@@ -67,7 +67,7 @@ def test_another_directory_stands_for_the_models(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "generation_config.json").write_text('{"top_k": 5, "eos_token_id": 9}')
     eos_ids, defaults = given(tmp_path, QWEN, "--generation-config", str(tmp_path / "other"))
-    assert (eos_ids, defaults.said()) == ((9,), {"top_k": 5})
+    assert (eos_ids, defaults.specified()) == ((9,), {"top_k": 5})
     assert defaults.source == str(tmp_path / "other" / "generation_config.json")
     for wrong in ("Auto", str(tmp_path / "nowhere")):
         with pytest.raises(UserError, match=f"--generation-config {wrong} is neither auto, nor none, nor a directory with a"):
@@ -77,17 +77,17 @@ def test_another_directory_stands_for_the_models(tmp_path: Path) -> None:
 def test_an_operator_overrides(tmp_path: Path) -> None:
     flag = ("--override-generation-config", '{"temperature": 0.5, "max_new_tokens": 7}')
     _, defaults = given(tmp_path, {"temperature": 0.7, "top_p": 0.8, "do_sample": False}, *flag)
-    assert defaults.said() == {"temperature": 0.5, "top_p": 0.8, "max_tokens": 7}
-    assert "from generation_config.json and --override-generation-config: " in str(line(defaults))
+    assert defaults.specified() == {"temperature": 0.5, "top_p": 0.8, "max_tokens": 7}
+    assert "from generation_config.json and --override-generation-config: " in str(log_line(defaults))
     _, defaults = given(tmp_path, None, *flag, "--generation-config", "none")
-    assert (defaults.said(), defaults.source) == ({"temperature": 0.5, "max_tokens": 7}, "--override-generation-config")
+    assert (defaults.specified(), defaults.source) == ({"temperature": 0.5, "max_tokens": 7}, "--override-generation-config")
 
 
 def test_the_override_is_json_everywhere() -> None:
     members = {"temperature": 0.5, "top_k": 3}
     flags = parse(["m", "--override-generation-config", json.dumps(members)])
     assert flags.override_generation_config == members
-    assert parse(to_argv(flags)) == flags == read({"model": "m", "override_generation_config": members})
+    assert parse(to_argv(flags)) == flags == read_kwargs({"model": "m", "override_generation_config": members}).flags
     assert parse(["m"], {"override_generation_config": "{}"}).override_generation_config == {}
     for text in ("[]", "{x}", "0.5"):
         with pytest.raises(UserError, match="--override-generation-config must be a JSON object, such as"):

@@ -43,7 +43,7 @@ def test_directories_and_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("org/a..b", "is neither a directory here nor a repository id"),
         ("org--x/a", "is neither a directory here nor a repository id"),
         ("org/" + "x" * 96, "is neither a directory here nor a repository id"),
-        ("m.gguf", "m.gguf is a GGUF file: tpserve reads no GGUF; give the model"),
+        ("m.gguf", "m.gguf is a GGUF file: tpserve does not read GGUF; give the original model"),
     ],
 )  # fmt: skip
 def test_names_that_are_neither(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,19 @@ from tests.unit.test_config_resolve import SPEC
 from tpserve import SamplingParams, UserError
 from tpserve.cli import keywords
 from tpserve.config.resolve import resolve
+from tpserve.config.schema import Flags
 from tpserve.frontend.openai.schema import CompletionRequest
 from tpserve.llm.prompts import jobs
 from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 
 
+def read(kwargs: dict[str, Any]) -> Flags:
+    return keywords.read_kwargs(kwargs).flags
+
+
 def test_keywords_are_the_flags_in_snake_case() -> None:
-    flags = keywords.read(
+    flags = read(
         {"model": "m", "tensor_parallel_size": 2, "pipeline_layer_map": [3, 2], "enable_prefix_caching": False,
          "gpu_memory_utilization": 0.5, "max_model_len": None}
     )  # fmt: skip
@@ -33,21 +38,21 @@ def test_what_is_said_to_be_off_is_off() -> None:
         "enforce_eager": False,
         "headless": False,
     }
-    assert keywords.read_all({"model": "m", **said}) == keywords.read_all({"model": "m"})
+    assert keywords.read_kwargs({"model": "m", **said}) == keywords.read_kwargs({"model": "m"})
 
 
 def test_what_asks_for_what_holds_is_accepted_and_told_of() -> None:
     said = {"enforce_eager": True, "swap_space": 0, "trust_remote_code": True, "async_scheduling": True,
             "distributed_executor_backend": "mp", "limit_mm_per_prompt": {"image": 0}}  # fmt: skip
-    flags, holding = keywords.read_all({"model": "m", **said})
-    assert flags == keywords.read({"model": "m"})
-    assert holding.startswith("these flags ask for what holds anyway: enforce_eager (steps are never")
-    assert all(name in holding for name in said)
-    assert keywords.read({"model": "m", "disable_log_stats": True, "disable_log_requests": True}) == flags
+    flags, notice = keywords.read_kwargs({"model": "m", **said})
+    assert flags == read({"model": "m"})
+    assert notice.startswith("these flags change nothing here: enforce_eager (steps are never")
+    assert all(name in notice for name in said)
+    assert read({"model": "m", "disable_log_stats": True, "disable_log_requests": True}) == flags
 
 
 def test_keywords_by_another_name() -> None:
-    flags = keywords.read({"model": "m", "tp_size": 2, "kv_cache_memory_bytes": 1 << 31, "max_model_len": "4k",
+    flags = read({"model": "m", "tp_size": 2, "kv_cache_memory_bytes": 1 << 31, "max_model_len": "4k",
                              "disable_radix_cache": True})  # fmt: skip
     assert not flags.enable_prefix_caching
     assert (flags.tensor_parallel_size, flags.kv_cache_memory, flags.max_model_len) == (2, 2.0, 4000)
@@ -61,15 +66,15 @@ def test_keywords_by_another_name() -> None:
         ({"quantization": "awq", "port": 1, "enforce_eager": True}, "quantization is refused: it is planned"),
         (
             {"quantization": "awq", "swap_space": 4},
-            "quantization is refused: it is planned, and not served yet (checkpoints in "
+            "quantization is refused: it is planned and not supported yet (checkpoints in "
             "block FP8 and MXFP4 are read without it, and dequantised): leave it out; swap_space is refused: ",
         ),
         ({"context_length": 4096}, "unknown keyword context_length: did you mean max_model_len?"),
-        ({"config": "x.yaml"}, "config is for `tpserve serve`"),
+        ({"config": "x.yaml"}, "config is only for `tpserve serve`"),
         ({"zzz": None}, "unknown keyword zzz: docs/flags.md lists them all"),
-        ({"port": 8000}, "port is for `tpserve serve`, an LLM has no use for it: leave it out"),
-        ({"nnodes": 2}, "nnodes is for `tpserve serve`"),
-        ({"max_queued_requests": 9}, "max_queued_requests is for `tpserve serve`"),
+        ({"port": 8000}, "port is only for `tpserve serve`, not for LLM: leave it out"),
+        ({"nnodes": 2}, "nnodes is only for `tpserve serve`"),
+        ({"max_queued_requests": 9}, "max_queued_requests is only for `tpserve serve`"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, not '0'"),
         ({"tensor_parallel_size": True}, "tensor_parallel_size must be no switch, not True"),
         ({"max_num_seqs": 2.5}, "max_num_seqs must be a whole number, not '2.5'"),
@@ -81,7 +86,7 @@ def test_keywords_by_another_name() -> None:
 )
 def test_wrong_keywords(said: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as error:
-        keywords.read(said)
+        read(said)
     assert str(error.value).startswith(line)
 
 
@@ -94,7 +99,7 @@ def test_wrong_keywords(said: dict[str, Any], line: str) -> None:
     ],
 )
 def test_a_layout_that_does_not_fit_is_told_in_python(launcher: Any, nodes: int, line: str) -> None:
-    flags = keywords.read({"model": "m", "tensor_parallel_size": 2, "pipeline_parallel_size": 1})
+    flags = read({"model": "m", "tensor_parallel_size": 2, "pipeline_parallel_size": 1})
     with pytest.raises(UserError) as error:
         resolve(flags, ModelFiles("m", "m"), SPEC, Machine(4, 4 // nodes, nodes, 0, 2, launcher))
     assert line in str(error.value)

@@ -10,8 +10,8 @@ from tpserve.config import env
 from tpserve.config.resolve import _port_range
 from tpserve.errors import UserError
 from tpserve.host import network
-from tpserve.host.launch import check_launch, own_interface
-from tpserve.host.network import Interface, choose
+from tpserve.host.launch import check_launch, node_interface
+from tpserve.host.network import Interface, choose_interface
 from tpserve.wire.channels import bind, open_socket, tcp
 from tpserve.wire.curve import FRONTEND, Keyring
 
@@ -26,8 +26,13 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_kernel_knows_loopback() -> None:
     assert LO in network.interfaces()
-    assert choose(None, 1, "10.1.2.3") == choose("lo", 2, "10.1.2.3") == choose("127.0.0.0/8", 1, "x") == LO
-    assert choose(None, 2, "127.0.0.1") == LO, "the route to the master"
+    assert (
+        choose_interface(None, 1, "10.1.2.3")
+        == choose_interface("lo", 2, "10.1.2.3")
+        == choose_interface("127.0.0.0/8", 1, "x")
+        == LO
+    )
+    assert choose_interface(None, 2, "127.0.0.1") == LO, "the route to the master"
 
 
 @pytest.mark.parametrize(
@@ -41,15 +46,15 @@ def test_the_kernel_knows_loopback() -> None:
     ],
 )
 def test_as_asked(known: None, asked: str, master: str, found: Interface) -> None:
-    assert choose(asked, 2, master) == found
+    assert choose_interface(asked, 2, master) == found
 
 
 def test_what_there_is_not(known: None) -> None:
     for asked in ("eth1", "10.0.1.0/24", "10.0.0.2"):
         with pytest.raises(UserError, match=rf"--interface {asked} is none of .*: lo \(127.0.0.1\), eth0 \(10.0.0.1\), ib0"):
-            choose(asked, 2, "10.0.0.9")
+            choose_interface(asked, 2, "10.0.0.9")
     with pytest.raises(UserError, match=r"no route to the master address no\.such\.host\.invalid"):
-        choose(None, 2, "no.such.host.invalid")
+        choose_interface(None, 2, "no.such.host.invalid")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,7 @@ def test_what_there_is_not(known: None) -> None:
 )
 def test_what_nodes_could_not_use(line: str, said: str) -> None:
     with pytest.raises(UserError) as error:
-        own_interface(parse(["m", "--nnodes", "2", *line.split()]))
+        node_interface(parse(["m", "--nnodes", "2", *line.split()]))
     assert said in str(error.value)
 
 
@@ -73,11 +78,11 @@ def test_node_0_is_where_its_address_is(known: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(launch, "interfaces", lambda: KNOWN)
     monkeypatch.setattr(network, "route_to", lambda master: "10.0.0.1")
     nodes = ["m", "--nnodes", "2", "--master-addr"]
-    assert own_interface(parse([*nodes, "10.0.0.1"])) == KNOWN[1]
-    assert own_interface(parse([*nodes, "10.0.0.9", "--node-rank", "1"])) == KNOWN[1]
-    assert own_interface(parse([*nodes, "10.0.0.9", "--interface", "eth0"])) == KNOWN[1]
-    with pytest.raises(UserError, match=r"--master-addr 10.0.0.9 is no address of this node, .* has eth0 \(10.0.0.1\), ib0 \("):
-        own_interface(parse([*nodes, "10.0.0.9"]))
+    assert node_interface(parse([*nodes, "10.0.0.1"])) == KNOWN[1]
+    assert node_interface(parse([*nodes, "10.0.0.9", "--node-rank", "1"])) == KNOWN[1]
+    assert node_interface(parse([*nodes, "10.0.0.9", "--interface", "eth0"])) == KNOWN[1]
+    with pytest.raises(UserError, match=r"10.0.0.9 is not an address of this node, .* are eth0 \(10.0.0.1\), ib0 \("):
+        node_interface(parse([*nodes, "10.0.0.9"]))
 
 
 def test_what_the_user_set_wins() -> None:
@@ -104,7 +109,7 @@ def test_a_range_of_ports() -> None:
 
 @pytest.mark.parametrize("address", ["[::1]", "10.0.0.1:29501", "http://node-0"])
 def test_a_master_address_is_no_more_than_that(address: str) -> None:
-    with pytest.raises(UserError, match="is no name and no address: no brackets, and the port is --master-port"):
+    with pytest.raises(UserError, match="is neither a name nor an address: no brackets, and the port is --master-port"):
         check_launch(parse(["m", "--nnodes", "2", "--master-addr", address]))
     for plain in ("fd00::1", "10.0.0.1", "node-0.pods.svc"):
         check_launch(parse(["m", "--nnodes", "2", "--master-addr", plain]))

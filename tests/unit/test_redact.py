@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpserve.admin.redact import HIDDEN, is_secret, redacted
+from tpserve.admin.redact import HIDDEN, is_secret, redact
 
 SECRET = "q7Zp0xW3"
 
@@ -21,12 +21,12 @@ SECRET = "q7Zp0xW3"
     ids=str,
 )  # fmt: skip
 def test_secrets_are_taken_out(value: object) -> None:
-    assert SECRET not in str(redacted(value)) and HIDDEN in str(redacted(value))
+    assert SECRET not in str(redact(value)) and HIDDEN in str(redact(value))
 
 
 @given(st.text(st.characters(codec="ascii"), max_size=20), st.text(st.characters(codec="ascii"), max_size=20))
 def test_known_secrets_are_taken_out_wherever_they_stand(before: str, after: str) -> None:
-    assert SECRET not in str(redacted({"x": [before + SECRET + after]}, [SECRET, "short"]))
+    assert SECRET not in str(redact({"x": [before + SECRET + after]}, [SECRET, "short"]))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_known_secrets_are_taken_out_wherever_they_stand(before: str, after: str
     ids=str,
 )  # fmt: skip
 def test_what_is_no_secret_stays(value: object) -> None:
-    assert redacted(value) == value
+    assert redact(value) == value
 
 
 def test_variables_by_name() -> None:

@@ -83,7 +83,7 @@ def test_secrets_are_not_shown() -> None:
     assert "s3cret" not in text and "r00t" not in text
     shown = json.loads(text)["config"]
     assert (shown["api_key"], shown["admin_api_key"], shown["num_gpu_blocks_override"]) == ("***", "***", None)
-    assert replace(CONFIG, api_key=None).shown()["api_key"] is None
+    assert replace(CONFIG, api_key=None).redacted()["api_key"] is None
     assert "s3cret" in fast.encode(CONFIG).decode(), "the frontend itself needs them"
 
 

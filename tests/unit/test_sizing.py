@@ -139,7 +139,7 @@ def test_a_size_that_is_given_wins() -> None:
     )
     assert "pass at most 789" in said([rank(18)], config("--num-gpu-blocks-override 800 --max-model-len 4096"))
     both = "m --kv-cache-memory 1 --num-gpu-blocks-override 300 --device cpu"
-    with pytest.raises(UserError, match="both give the KV cache a size"):
+    with pytest.raises(UserError, match="both size the KV cache"):
         resolve(parse(both.split()), ModelFiles("m", "m"), SPEC, Machine(1, 1, 1, 0, 2, "serve"))
 
 

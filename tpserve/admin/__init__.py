@@ -1,1 +1,1 @@
-"""What operators ask a server: `tpserve status` and `tpserve report`."""
+"""Operators' commands for a running server: `tpserve status` and `tpserve report`."""

@@ -1,4 +1,4 @@
-"""Secrets taken out of what others will read. Pure; knows what secrets look like, and is told those of this host."""
+"""Removes secrets from data that others will read. Pure: knows how secrets look, and gets this host's as an argument."""
 
 import re
 from collections.abc import Collection
@@ -6,7 +6,7 @@ from typing import Any
 
 HIDDEN = "***"
 SHORTEST = 6
-"""A shorter value is no secret that is worth the name, and would turn up in other words."""
+"""Shorter values are not replaced: they are weak as secrets and often occur inside other words."""
 _NAMES = re.compile(r"(^|[-_ .])(keys?|tokens?|secrets?|passwords?|passwd|credentials?|authorization|cookies?)$", re.IGNORECASE)
 _INSIDE = (
     re.compile(r"(?i)(\b(?:bearer|basic)\s+)[^\s\"',;]+"),
@@ -17,12 +17,12 @@ _INSIDE = (
 )
 
 
-def redacted(value: Any, secrets: Collection[str] = ()) -> Any:
-    """`value` (of JSON) without what is called a secret, looks like one, or is one of `secrets`."""
+def redact(value: Any, secrets: Collection[str] = ()) -> Any:
+    """A copy of a JSON value without secrets: fields with a secret's name, text that looks like one, and all of `secrets`."""
     if isinstance(value, dict):
-        return {name: HIDDEN if _named(name, each) else redacted(each, secrets) for name, each in value.items()}
+        return {name: HIDDEN if _is_secret_field(name, each) else redact(each, secrets) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(each, secrets) for each in value]
+        return [redact(each, secrets) for each in value]
     if not isinstance(value, str):
         return value
     for secret in sorted(secrets, key=len, reverse=True):
@@ -33,11 +33,11 @@ def redacted(value: Any, secrets: Collection[str] = ()) -> Any:
     return value
 
 
-def _named(name: str, value: Any) -> bool:
-    """Whether a field is a secret by its name. Numbers are none: `max_tokens`."""
+def _is_secret_field(name: str, value: Any) -> bool:
+    """Whether a field has a secret's name. Numbers are not secrets, as in `max_tokens`."""
     return isinstance(value, str) and _NAMES.search(name) is not None
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable of the environment is one, by its name."""
+    """Whether a name, such as that of an environment variable, is that of a secret."""
     return _NAMES.search(name) is not None

@@ -1,10 +1,10 @@
-"""`tpserve report`: one file of JSON for a ticket, in which nothing is secret.
+"""`tpserve report`: writes one JSON file for a ticket, without secrets.
 
-made, by      when, and by which version
-url, error    the server that was asked; why it did not tell
-status        the page of `tpserve status`, to be read first
+made, by      time and tpserve version of the report
+url, error    the server's URL, and why it could not be reached
+status        the output of `tpserve status`; read it first
 server        /readyz, /server_info (resolved flags, layout, every rank's fingerprint, first and last log lines), /metrics
-here          the host that asked: system, packages, GPUs, memory, what is set for NCCL and gloo
+here          the host of the report: system, packages, GPUs, memory, variables of NCCL and gloo
 """
 
 import datetime
@@ -19,9 +19,9 @@ from typing import Annotated, Any
 
 from msgspec import Struct
 
-from tpserve.admin.client import Unreachable, ask
-from tpserve.admin.redact import is_secret, redacted
-from tpserve.admin.status import page
+from tpserve.admin.client import Unreachable, fetch_facts
+from tpserve.admin.redact import is_secret, redact
+from tpserve.admin.status import status_lines
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
 from tpserve.config import env
@@ -41,9 +41,9 @@ NVIDIA_SMI_S = 10.0
 
 
 class ReportFlags(Struct, frozen=True, kw_only=True):
-    """The flags."""
+    """The flags of `tpserve report`."""
 
-    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
+    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", parse=server_url, metavar="URL")] = URL
     output: Annotated[
         Path | None, Flag("Output", "Where to write. Default: tpserve-report-DATE-TIME.json in this directory.")
     ] = None
@@ -53,35 +53,35 @@ COMMAND = Command(
     "report",
     "One file for a ticket: versions, resolved flags, every rank's fingerprint, the layout, the first and last lines of the\n"
     "server's log, and this host. Keys, tokens and secrets are taken out. Where the server has an admin key,\n"
-    "TPSERVE_ADMIN_API_KEY must be that; without a server the file tells of this host alone.",
+    "set TPSERVE_ADMIN_API_KEY. Without a server the file describes only this host.",
     ReportFlags,
 )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Write it; returns the exit code. Raises UserError, or HelpWanted."""
+    """Write the report; returns the exit code. Raises UserError, or HelpWanted."""
     flags = COMMAND.parse(argv).flags
     now = datetime.datetime.now().astimezone()
     output = flags.output or Path(f"tpserve-report-{now:%Y%m%d-%H%M%S}.json")
     found = report(flags.url) | {"made": now.isoformat(timespec="seconds"), "by": f"tpserve {__version__}"}
     try:
-        output.write_text(json.dumps(redacted(found, env.values(is_secret)), indent=2) + "\n")
+        output.write_text(json.dumps(redact(found, env.values(is_secret)), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}", param="output") from error
-    about = f" of this host alone ({found['error']})" if "error" in found else ""
-    sys.stdout.write(f"wrote {output}{about}: look through it before you pass it on\n")
+    about = f" about this host only ({found['error']})" if "error" in found else ""
+    sys.stdout.write(f"wrote {output}{about}: read it before you share it\n")
     return 0
 
 
 def report(url: str) -> dict[str, Any]:
-    """What it says, secrets and all. UserError when there is a server that will not tell."""
+    """The report's content, secrets included. Raises UserError when the server answers but refuses."""
     here = _here()
     try:
-        facts = ask(url)
+        facts = fetch_facts(url)
     except Unreachable as error:
         return {"url": url, "error": str(error), "here": here}
     server = {"readyz": facts.ready, "server_info": facts.info, "metrics": facts.metrics.splitlines()}
-    return {"url": url, "status": page(facts), "server": server, "here": here}
+    return {"url": url, "status": status_lines(facts), "server": server, "here": here}
 
 
 def _here() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import Struct
 
-from tpserve.admin.client import ServerFacts, ask, gauge
+from tpserve.admin.client import ServerFacts, fetch_facts, gauge
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
 from tpserve.config.schema import Flag
@@ -18,30 +18,30 @@ Json = dict[str, Any]
 
 
 class StatusFlags(Struct, frozen=True, kw_only=True):
-    """The flags."""
+    """The flags of `tpserve status`."""
 
-    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", reads=server_url, shown="URL")] = URL
+    url: Annotated[str, Flag("Server", "Where the server answers HTTP.", parse=server_url, metavar="URL")] = URL
 
 
 COMMAND = Command(
     "status",
     "A server's nodes, ranks, GPUs, memory, phase and queue as one table, also while it starts. Exit code 0 when it is ready, 1\n"
-    "when it is not yet or no longer, 2 when there is none or it will not tell: where it has an admin key,\n"
-    "TPSERVE_ADMIN_API_KEY must be that.",
+    "when it starts or ends, 2 when no server answers or it refuses. If the server has an admin key, set\n"
+    "TPSERVE_ADMIN_API_KEY.",
     StatusFlags,
 )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print it; returns the exit code. Raises UserError, or HelpWanted."""
+    """Print the table; returns the exit code. Raises UserError, or HelpWanted."""
     flags = COMMAND.parse(argv).flags
-    facts = ask(flags.url)
-    sys.stdout.write("\n".join(page(facts)) + "\n")
+    facts = fetch_facts(flags.url)
+    sys.stdout.write("\n".join(status_lines(facts)) + "\n")
     return READY if facts.ready["state"] == "running" else NOT_READY
 
 
-def page(facts: ServerFacts) -> list[str]:
-    """Lines: what it is, its ranks, its queue."""
+def status_lines(facts: ServerFacts) -> list[str]:
+    """The lines to print: the server, a table of its ranks, its queue."""
     info, ranks = facts.info, facts.info["ranks"]
     config, layout = info["config"], info["layout"]
     state = "ready" if info["state"] == "running" else f"{info['state']}, {info['percent']}%: {info['phase']}"
@@ -75,7 +75,7 @@ def _row(rank: Json, ranks: Sequence[Json], device: str) -> tuple[str, ...]:
 
 
 def _used(node: int, ranks: Sequence[Json], device: str) -> int:
-    """Ranks share the GPUs of their node where they are more."""
+    """Number of GPUs of a node that ranks use; ranks may share GPUs."""
     here = [rank for rank in ranks if rank["node"] == node]
     return min(len(here), here[0]["visible_gpus"]) if device == "cuda" else 0
 
@@ -98,5 +98,5 @@ def _queue(metrics: str) -> str:
     running, waiting, used = (gauge(metrics, f"tpserve:{name}") for name in
                               ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))  # fmt: skip
     if running is None or waiting is None or used is None:
-        return "queue: the server tells it with its key: set TPSERVE_METRICS_KEY"
+        return "queue: /metrics needs a key: set TPSERVE_METRICS_KEY"
     return f"queue: {running:.0f} running, {waiting:.0f} waiting; {100 * used:.1f}% of the KV cache in use"

@@ -16,7 +16,7 @@ from tpserve.cli.command import Command, HelpWanted, wants_help
 from tpserve.cli.server_url import URL
 from tpserve.config import env
 from tpserve.errors import UserError
-from tpserve.host.network import LOOPBACK, at
+from tpserve.host.network import LOOPBACK, host_port
 
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 
@@ -141,7 +141,7 @@ def _url(flags: ServeFlags) -> str:
         return flags.url or URL
     if flags.url is not None:
         raise UserError("--url has a host and a port: leave --host and --port out", param="url")
-    return f"http://{at(flags.host or LOOPBACK, flags.port or 8000)}"
+    return f"http://{host_port(flags.host or LOOPBACK, flags.port or 8000)}"
 
 
 def _output(flags: ServeFlags) -> Path | None:

@@ -23,18 +23,18 @@ def _svg_path(text: str) -> Path:
 
 def _number(help: str, least: int = 1, also: str = "") -> Flag:
     """The flag of a whole number. `also`: vLLM's name for it."""
-    return Flag(LOAD, help, at_least=least, at_most=MAX_NUMBER, also=(also,) if also else ())
+    return Flag(LOAD, help, at_least=least, at_most=MAX_NUMBER, aliases=(also,) if also else ())
 
 
 def _ratio(help: str) -> Flag:
-    return Flag(LOAD, help, at_least=0, below=1, shown="R", also=("--random-range-ratio",))
+    return Flag(LOAD, help, at_least=0, below=1, metavar="R", aliases=("--random-range-ratio",))
 
 
 def _file(help: str, *also: str) -> Flag:
-    return Flag(REPORT, help, also=also)
+    return Flag(REPORT, help, aliases=also)
 
 
-_PLOT = Flag(REPORT, "Draw latencies, and throughput over time.", reads=_svg_path, shown="FILE.svg")
+_PLOT = Flag(REPORT, "Draw latencies, and throughput over time.", parse=_svg_path, metavar="FILE.svg")
 _OUTPUT = "Write the figures there as JSON."
 _RANGE = "Lengths are uniform from (1 - R) to (1 + R) times --input-len and --output-len."
 _PREFIX = "Tokens of a prefix that all prompts share, before --input-len."
@@ -54,7 +54,7 @@ class StepFlags(Struct, frozen=True, kw_only=True):
 class OfflineFlags(Struct, frozen=True, kw_only=True):
     """The flags that `latency` and `throughput` share."""
 
-    output_len: Annotated[int, _number("Tokens to generate.", also="--random-output-len")] = 128
+    output_len: Annotated[int, _number("Tokens to generate.", aliases="--random-output-len")] = 128
     seed: Annotated[int, _number("Seed of the prompts, and of --load-format dummy.", least=0)] = 0
     output: Annotated[Path | None, _file(_OUTPUT, "--output-json")] = None
     plot: Annotated[Path | None, _PLOT] = None
@@ -63,7 +63,7 @@ class OfflineFlags(Struct, frozen=True, kw_only=True):
 class LatencyFlags(OfflineFlags, frozen=True, kw_only=True):
     """The flags of `tpserve bench latency`."""
 
-    input_len: Annotated[int, _number("Tokens of a prompt.", also="--random-input-len")] = 32
+    input_len: Annotated[int, _number("Tokens of a prompt.", aliases="--random-input-len")] = 32
     batch_size: Annotated[int, _number("Prompts in a batch.")] = 8
     num_iters: Annotated[int, _number("Batches to measure.")] = 10
     num_iters_warmup: Annotated[int, _number("Batches before those, not measured.", least=0)] = 2
@@ -72,11 +72,11 @@ class LatencyFlags(OfflineFlags, frozen=True, kw_only=True):
 class ThroughputFlags(OfflineFlags, frozen=True, kw_only=True):
     """The flags of `tpserve bench throughput`."""
 
-    input_len: Annotated[int, _number("Tokens of a prompt.", also="--random-input-len")] = 512
+    input_len: Annotated[int, _number("Tokens of a prompt.", aliases="--random-input-len")] = 512
     num_prompts: Annotated[int, _number("Prompts to measure.")] = 100
     num_warmups: Annotated[int, _number("Similar prompts before those, not measured.", least=0)] = 1
     range_ratio: Annotated[float, _ratio(_RANGE)] = 0.0
-    prefix_len: Annotated[int, _number(_PREFIX, least=0, also="--random-prefix-len")] = 0
+    prefix_len: Annotated[int, _number(_PREFIX, least=0, aliases="--random-prefix-len")] = 0
 
 
 class ServeFlags(Struct, frozen=True, kw_only=True):
@@ -87,9 +87,9 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
         Flag(
             TARGET,
             f"The server. Default: that of --host and --port, else {URL}.",
-            also=("--base-url",),
-            reads=server_url,
-            shown="URL",
+            aliases=("--base-url",),
+            parse=server_url,
+            metavar="URL",
         ),
     ] = None
     host: Annotated[str | None, Flag(TARGET, "The server's host, instead of --url.")] = None
@@ -97,7 +97,7 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
     backend: Annotated[
         Literal["tpserve", "vllm", "openai", "openai-chat", "sglang", "sglang-oai", "sglang-oai-chat", "vllm-chat"],
         Flag(
-            TARGET, "Kind of server. All are measured in the same way; ...-chat means --endpoint chat.", also=("--endpoint-type",)
+            TARGET, "Kind of server. All are measured in the same way; ...-chat means --endpoint chat.", aliases=("--endpoint-type",)
         ),
     ] = "tpserve"
     model: Annotated[str | None, Flag(TARGET, "Model to request. Default: the first that the server lists.")] = None
@@ -125,10 +125,10 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
     max_concurrency: Annotated[
         int | None, _number("Most requests open at the same time; further ones wait unsent. Default: no limit.")
     ] = None
-    input_len: Annotated[int | None, _number("Tokens of a random prompt. Default: 512.", also="--random-input-len")] = None
-    output_len: Annotated[int | None, _number("Tokens to generate. Default: 128.", also="--random-output-len")] = None
+    input_len: Annotated[int | None, _number("Tokens of a random prompt. Default: 512.", aliases="--random-input-len")] = None
+    output_len: Annotated[int | None, _number("Tokens to generate. Default: 128.", aliases="--random-output-len")] = None
     range_ratio: Annotated[float | None, _ratio(f"{_RANGE} Default: 0.")] = None
-    prefix_len: Annotated[int | None, _number(f"{_PREFIX} Default: 0.", least=0, also="--random-prefix-len")] = None
+    prefix_len: Annotated[int | None, _number(f"{_PREFIX} Default: 0.", least=0, aliases="--random-prefix-len")] = None
     dataset_name: Annotated[
         Literal["random", "custom"] | None, Flag(LOAD, "random: prompts of --input-len; custom: those of --dataset.")
     ] = None
@@ -137,7 +137,7 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
         Flag(
             LOAD,
             'Prompts from a file instead, with {"prompt": "...", "output_len": 128} on each line.',
-            also=("--dataset-path",),
+            aliases=("--dataset-path",),
         ),
     ] = None
     ignore_eos: Annotated[
@@ -147,7 +147,7 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Flag(LOAD, "Seed of prompts, lengths and send times.")] = 0
     goodput: Annotated[
         tuple[str, ...],
-        Flag(REPORT, "Count the requests within these bounds: ttft:500 tpot:50 e2el:5000.", shown="METRIC:MS [METRIC:MS ...]"),
+        Flag(REPORT, "Count the requests within these bounds: ttft:500 tpot:50 e2el:5000.", metavar="METRIC:MS [METRIC:MS ...]"),
     ] = ()
     output: Annotated[Path | None, _file(_OUTPUT)] = None
     save_result: Annotated[bool, _file("Write the figures to a file named as vLLM names it.")] = False
@@ -199,21 +199,21 @@ LATENCY = Command(
     "One batch at a time, without a server: the time of prefill and of each later token. Greedy, past any end. Takes MODEL\n"
     "and the engine's flags as `tpserve serve` does, such as -tp 2.",
     LatencyFlags,
-    passes_on=True,
-    known=_VLLM_OFFLINE,
+    takes_server_flags=True,
+    vllm_flags=_VLLM_OFFLINE,
 )
 THROUGHPUT = Command(
     "bench throughput",
     "Many prompts at once, without a server: requests and tokens a second. Greedy, past any end. Takes MODEL and the engine's\n"
     "flags as `tpserve serve` does, such as -tp 2.",
     ThroughputFlags,
-    passes_on=True,
-    known=_VLLM_OFFLINE,
+    takes_server_flags=True,
+    vllm_flags=_VLLM_OFFLINE,
 )
 SERVE = Command(
     "bench serve",
     "A load against any running server with the OpenAI API: latency, throughput, failures. Every response is streamed;\n"
     "tokens are counted by the server's usage, or else by chunks. Flags are also taken as vLLM spells them.",
     ServeFlags,
-    known=_VLLM_SERVE,
+    vllm_flags=_VLLM_SERVE,
 )

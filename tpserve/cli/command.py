@@ -1,8 +1,7 @@
-"""How every command line is read and explained, whatever its flags are. Pure: nothing is looked at, nothing is printed.
+"""Parses a command line and formats its help. Pure: reads no file and no environment, prints nothing.
 
-`read` and `tokenizer_config` take options (`option.options_of` a struct); `Command` is a command whose flags are a struct.
-Whatever is
-wrong with a command line is a UserError of one sentence. Dashes and underscores are the same in a flag's name.
+`read_flags` and `help_lines` take options (`option.options_of(struct)`); `Command` is a command whose flags are a struct. Every
+mistake on a command line is a UserError of one sentence. Dashes and underscores are the same in a flag's name.
 """
 
 import argparse
@@ -16,76 +15,80 @@ from msgspec import Struct
 
 from tpserve.cli import vllm
 from tpserve.cli.option import Option, options_of
-from tpserve.cli.other_servers import MEANT
+from tpserve.cli.other_servers import EQUIVALENT_FLAGS
 from tpserve.errors import UserError
 
 Of = TypeVar("Of", bound=Struct)
 
 
 class HelpWanted(Exception):
-    """The user asked for the help; `str()` is its text."""
+    """The command line has --help; `str()` is the help text."""
 
 
 class Parsed(NamedTuple, Generic[Of]):
-    """The flags of a command, what is passed on, and what of vLLM's is so anyway, in one line (empty without any)."""
+    """A parsed command line. `rest`: arguments for the server's parser; `notice`: a log line about accepted vLLM flags."""
 
     flags: Of
     rest: list[str]
-    holding: str
+    notice: str
 
 
 @dataclass(frozen=True)
 class Command(Generic[Of]):
-    """A command but `tpserve serve`. `flags`: the struct of its flags. `passes_on`: takes the server's flags beside its own.
-    `known`: flags of vLLM's command of that name that are none of these."""
+    """A command other than `tpserve serve`.
+
+    `flags`: the struct of its flags. `takes_server_flags`: the command also takes the server's flags, returned unparsed in
+    `Parsed.rest`. `vllm_flags`: flags of vLLM's command of the same name that this one does not have.
+    """
 
     name: str
     about: str
     flags: type[Of]
-    passes_on: bool = False
-    known: Mapping[str, vllm.Known] = field(default_factory=dict)
+    takes_server_flags: bool = False
+    vllm_flags: Mapping[str, vllm.VllmFlag] = field(default_factory=dict)
 
     def parse(self, argv: Sequence[str]) -> Parsed[Of]:
         """Read a command line. Raises UserError, or HelpWanted for `--help`."""
-        argv, holding, refused = vllm.translate(dashes(argv), self.known)
+        argv, accepted, refused = vllm.translate(normalize_dashes(argv), self.vllm_flags)
         options = options_of(self.flags)
         if wants_help(argv):
-            usage = f"usage: tpserve {self.name} " + ("[MODEL] [flags of tpserve serve] " if self.passes_on else "") + "[flags]"
-            raise HelpWanted("\n".join([usage, "", self.about, *described(options.values())]))
-        said = read(argv, options)
-        help = f"see `tpserve {self.name} --help`"
-        wrong = [*said.wrong, *(UserError(given.refusal(), param=given.flag) for given in refused)]
-        if not self.passes_on:
-            wrong += [unknown(arg, options, (), help) for arg in said.rest if arg.startswith("-")]
-        refuse_all(wrong)
-        if said.rest and not self.passes_on:
-            raise UserError(f"unexpected argument {said.rest[0]!r}: {help}")
-        return Parsed(self.flags(**said.values), said.rest, vllm.holding_line(holding))
+            server_usage = "[MODEL] [flags of tpserve serve] " if self.takes_server_flags else ""
+            usage = f"usage: tpserve {self.name} {server_usage}[flags]"
+            raise HelpWanted("\n".join([usage, "", self.about, *help_lines(options.values())]))
+        parsed = read_flags(argv, options)
+        see_help = f"see `tpserve {self.name} --help`"
+        errors = [*parsed.errors, *(UserError(given.refusal(), param=given.flag) for given in refused)]
+        if not self.takes_server_flags:
+            errors += [unknown_flag(arg, options, (), see_help) for arg in parsed.rest if arg.startswith("-")]
+        raise_all(errors)
+        if parsed.rest and not self.takes_server_flags:
+            raise UserError(f"unexpected argument {parsed.rest[0]!r}: {see_help}")
+        return Parsed(self.flags(**parsed.values), parsed.rest, vllm.accepted_line(accepted))
 
 
-def dashes(argv: Sequence[str]) -> list[str]:
-    """With dashes for underscores in the names of flags."""
+def normalize_dashes(argv: Sequence[str]) -> list[str]:
+    """The arguments with dashes for underscores in the names of flags."""
     split = (arg.partition("=") for arg in argv)
     return [name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
             for name, equals, value in split]  # fmt: skip
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether the help is asked for."""
+    """Whether the command line has --help or -h."""
     return "--help" in argv or "-h" in argv
 
 
 class ParsedFlags(NamedTuple):
-    """What a command line says: values by field name, the arguments that are none of its flags, and what is wrong with values."""
+    """A command line as values by field name, arguments that are not its flags, and errors about values."""
 
     values: dict[str, Any]
     rest: list[str]
-    wrong: list[UserError]
+    errors: list[UserError]
 
 
-def read(argv: Sequence[str], options: Mapping[str, Option]) -> ParsedFlags:
-    """Read what is said of `options`. UserError only for a flag that lacks its value; other mistakes are collected in `wrong`."""
-    wrong: list[UserError] = []
+def read_flags(argv: Sequence[str], options: Mapping[str, Option]) -> ParsedFlags:
+    """Read the values of `options`. Raises UserError only for a flag without its value; other errors are in the result."""
+    errors: list[UserError] = []
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for option in options.values():
         if option.kind is bool:
@@ -93,21 +96,21 @@ def read(argv: Sequence[str], options: Mapping[str, Option]) -> ParsedFlags:
             parser.add_argument(*option.off_names, dest=option.name, action="store_const", const=False)
         else:
             nargs = "+" if option.many else None
-            parser.add_argument(*option.names, dest=option.name, nargs=nargs, action=_ReadOption, option=option, wrong=wrong)
-    given, rest = parser.parse_known_args(argv)
-    return ParsedFlags(vars(given), rest, wrong)
+            parser.add_argument(*option.names, dest=option.name, nargs=nargs, action=_ReadOption, option=option, errors=errors)
+    namespace, rest = parser.parse_known_args(argv)
+    return ParsedFlags(vars(namespace), rest, errors)
 
 
-def refuse_all(wrong: Sequence[UserError]) -> None:
-    """Raise what is wrong, all of it as one error; nothing without any."""
-    if len(wrong) == 1:
-        raise wrong[0]
-    if wrong:
-        raise UserError("; ".join(map(str, wrong)), param=wrong[0].param)
+def raise_all(errors: Sequence[UserError]) -> None:
+    """Raise all errors as one; does nothing when there are none."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise UserError("; ".join(map(str, errors)), param=errors[0].param)
 
 
-def described(options: Iterable[Option]) -> list[str]:
-    """Lines of help, by groups."""
+def help_lines(options: Iterable[Option]) -> list[str]:
+    """The help text's lines, by group."""
     groups: dict[str, list[str]] = {}
     for option in options:
         spellings = ", ".join(option.spellings)
@@ -117,24 +120,24 @@ def described(options: Iterable[Option]) -> list[str]:
     return [line for group, lines in groups.items() for line in (f"\n{group}:", *lines)]
 
 
-def unknown(flag: str, options: Mapping[str, Option], more: Sequence[str], otherwise: str) -> UserError:
-    """What to say of a flag that there is not: what does the same, what was perhaps meant, or else `otherwise`."""
+def unknown_flag(flag: str, options: Mapping[str, Option], other_names: Sequence[str], fallback: str) -> UserError:
+    """The error for an unknown flag: names the equivalent flag or the closest name, else ends with `fallback`."""
     flag = flag.partition("=")[0]
     names = {name for option in options.values() for name in (option.flag, option.off)}
-    if (meant := MEANT.get(flag)) is not None and meant.split()[0].rstrip(",:") in names:
-        return UserError(f"unknown flag {flag}: use {meant}", param=flag)
-    return UserError(f"unknown flag {flag}{nearest(flag, options, more) or f': {otherwise}'}", param=flag)
+    if (equivalent := EQUIVALENT_FLAGS.get(flag)) is not None and equivalent.split()[0].rstrip(",:") in names:
+        return UserError(f"unknown flag {flag}: use {equivalent}", param=flag)
+    return UserError(f"unknown flag {flag}{did_you_mean(flag, options, other_names) or f': {fallback}'}", param=flag)
 
 
-def nearest(flag: str, options: Mapping[str, Option], more: Sequence[str] = ()) -> str:
-    """A guess at what was meant, to end a sentence with; empty without one."""
+def did_you_mean(flag: str, options: Mapping[str, Option], other_names: Sequence[str] = ()) -> str:
+    """ ": did you mean NAME?" for the closest name, or nothing."""
     names = [name for option in options.values() for name in (*option.names, option.off) if name]
-    near = difflib.get_close_matches(flag.partition("=")[0], [*names, *more], n=1, cutoff=0.6)
-    return f": did you mean {near[0]}?" if near else ""
+    close = difflib.get_close_matches(flag.partition("=")[0], [*names, *other_names], n=1, cutoff=0.6)
+    return f": did you mean {close[0]}?" if close else ""
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with our manners: errors are raised, and `-p 8000` is no short form of `-pp`."""
+    """argparse that raises UserError instead of exiting, and does not take `-p 8000` for a short form of `-pp`."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(re.sub(r"^argument ([^ /:]+)[^ :]*: ", r"\1: ", message))
@@ -144,15 +147,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _ReadOption(argparse.Action):
-    """Reads by the option's own reader."""
+    """Reads a value with `Option.read`, and collects its error."""
 
-    def __init__(self, *args: Any, option: Option, wrong: list[UserError], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, option: Option, errors: list[UserError], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._option, self._wrong = option, wrong
+        self._option, self._errors = option, errors
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
         option = self._option
         try:
             setattr(namespace, self.dest, tuple(values) if option.many else option.read(values, option.flag))
         except UserError as error:
-            self._wrong.append(error)
+            self._errors.append(error)

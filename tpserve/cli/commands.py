@@ -1,21 +1,21 @@
-"""The list of commands: what each is for, and which one the name of another server's means. Data, and what is said of it."""
+"""The list of commands: what each is for, and the names that other servers have for it."""
 
 import difflib
 from collections.abc import Collection
 
 ABOUT = {
     "serve": "serve a model over HTTP with the OpenAI API, on one node or several",
-    "plan": "which layouts of ranks hold a model on which GPUs, before there are any",
-    "doctor": "whether these machines can serve a model together, and how well",
+    "plan": "which layouts hold a model on which GPUs, without having them",
+    "doctor": "check whether these machines can serve a model together, and how well",
     "bench": "measure: serve (a running server), latency, throughput, step",
     "status": "a running server's nodes, ranks, memory and queue",
-    "report": "one file about a server and this host, for a ticket",
+    "report": "write one file about a server and this host, for a ticket",
     "secret": "make a secret that the nodes of a server share",
     "version": "the version of tpserve; --version is the same",
     "help": "this page, or `tpserve help COMMAND`",
 }
 
-ELSEWHERE = {
+COMMAND_ALIASES = {
     **dict.fromkeys(("run", "start", "launch", "launch-server", "launch_server", "server", "up", "api-server", "api_server",
                      "chat", "complete", "generate", "load"), "serve"),
     **dict.fromkeys(("ps", "ls", "list", "info", "show", "health"), "status"),
@@ -24,7 +24,7 @@ ELSEWHERE = {
     **dict.fromkeys(("check", "check-env", "check_env", "test", "diagnose"), "doctor"),
     **dict.fromkeys(("estimate", "size", "memory"), "plan"),
 }  # fmt: skip
-"""Commands of vLLM, SGLang, Ollama and others, and what people guess."""
+"""Commands of vLLM, SGLang, Ollama and others, and likely guesses -> tpserve's command."""
 
 _OVERVIEW = """Serves large language models over tensor and pipeline parallel ranks.
 
@@ -39,11 +39,11 @@ repository ORG/NAME of Hugging Face. Flags: `tpserve serve --help`."""
 
 
 def overview() -> str:
-    """A line for each command."""
+    """The text of `tpserve --help`: a line for each command."""
     return _OVERVIEW.format("\n".join(f"  {name:<10}{about}" for name, about in ABOUT.items()))
 
 
-def meant_command(name: str, commands: Collection[str]) -> str:
-    """The command that does what `name` does elsewhere, or the one that is spelt nearly so; empty without one."""
+def suggest_command(name: str, commands: Collection[str]) -> str:
+    """The command that `name` stands for in other servers, or the one with the closest spelling; empty without one."""
     name = name.lower()
-    return ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, commands, n=1)), "")
+    return COMMAND_ALIASES.get(name) or next(iter(difflib.get_close_matches(name, commands, n=1)), "")

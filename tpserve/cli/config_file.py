@@ -1,4 +1,4 @@
-"""The file that --config names: YAML with a flag's name, or `model`, on each line, as vLLM's. Read into a command line."""
+"""Reads the --config file into a command line: YAML as in vLLM, a flag's name (or `model`) and its value on each line."""
 
 import json
 from pathlib import Path
@@ -9,20 +9,20 @@ from tpserve.errors import UserError
 
 
 def argv_of(path: str) -> list[str]:
-    """The command line that says the same. A list is several values, null says nothing. UserError says what is wrong."""
-    import yaml  # 30 ms that only a start with a file takes
+    """The equivalent command line. A list becomes several values; null is skipped. Raises UserError for a file it cannot use."""
+    import yaml  # takes 30 ms, so only a start with a file imports it
 
     try:
-        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"it cannot be read: {error.strerror}", param="config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"it is no YAML: {' '.join(str(error).split())}", param="config") from None
-    if said is None:
+    if content is None:
         return []
-    if not isinstance(said, dict) or not all(isinstance(name, str) for name in said):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError("it must hold names and values, such as `max-model-len: 4096`", param="config")
-    return [arg for name, value in said.items() for arg in _args(name.replace("_", "-"), value)]
+    return [arg for name, value in content.items() for arg in _args(name.replace("_", "-"), value)]
 
 
 def _args(name: str, value: Any) -> list[str]:

@@ -1,6 +1,6 @@
-"""Keyword arguments of a Python caller to `Flags`: the flags in snake_case. Pure, as `cli` is, and in the words of Python.
+"""Converts the keyword arguments of `LLM` to `Flags`: the flags in snake_case, errors in Python's words. Pure.
 
-What only a server can honour is refused by name, never ignored.
+A keyword that only a server can honour is refused by name, never ignored.
 """
 
 import difflib
@@ -10,57 +10,52 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpserve.cli import vllm
-from tpserve.cli.command import refuse_all
+from tpserve.cli.command import raise_all
 from tpserve.cli.option import OPTIONS, Option
-from tpserve.cli.other_servers import MEANT
+from tpserve.cli.other_servers import EQUIVALENT_FLAGS
 from tpserve.cli.server_flags import CommandLine
 from tpserve.config.schema import HTTP, LAUNCH, Flags
 from tpserve.errors import UserError
 
-_SERVING = frozenset({"served_model_name", "max_queued_requests", "drain_timeout", "config"})
-"""What has a meaning for clients only, or on a command line."""
+_SERVER_ONLY = frozenset({"served_model_name", "max_queued_requests", "drain_timeout", "config"})
+"""Flags outside the HTTP and launch groups that `LLM` does not have."""
 
 
-def read(said: Mapping[str, Any]) -> Flags:
-    """Check keyword arguments; None means "not said". Raises UserError that names every keyword that cannot be honoured."""
-    return read_all(said).flags
-
-
-def read_all(said: Mapping[str, Any]) -> CommandLine:
-    """The same, and what of vLLM's the caller asks for that is so anyway."""
+def read_kwargs(kwargs: Mapping[str, Any]) -> CommandLine:
+    """Check keyword arguments; None is the same as leaving a keyword out. Raises one UserError that names every mistake."""
     values: dict[str, Any] = {}
-    holding: list[vllm.GivenVllmFlag] = []
-    wrong: list[UserError] = []
-    for name, value in map(_renamed, said, said.values()):
-        given = vllm.of_keyword(name, value)
+    accepted: list[vllm.GivenVllmFlag] = []
+    errors: list[UserError] = []
+    for name, value in map(_rename, kwargs, kwargs.values()):
+        given = vllm.from_keyword(name, value)
         try:
-            if given is None and not _asks_nothing(name, value):
-                values[name] = _value(_option(name), value)
+            if given is None and not _is_noop(name, value):
+                values[name] = _read_value(_option(name), value)
         except UserError as error:
-            wrong.append(error)
-        if given is not None and given.holds:
-            holding += [given] * (value is not None and value is not False)
+            errors.append(error)
+        if given is not None and given.is_accepted:
+            accepted += [given] * (value is not None and value is not False)
         elif given is not None and value is not None:
-            wrong.append(UserError(_ray(value) or given.refusal(), param=name))
+            errors.append(UserError(_ray(value) or given.refusal(), param=name))
     if (replicas := values.get("data_parallel_size", 1)) > 1:
-        wrong.append(_replicas(replicas))
-    refuse_all(wrong)
-    return CommandLine(Flags(**values), vllm.holding_line(holding))
+        errors.append(_replicas(replicas))
+    raise_all(errors)
+    return CommandLine(Flags(**values), vllm.accepted_line(accepted))
 
 
-def _asks_nothing(name: str, value: Any) -> bool:
-    """Whether it is not said, or turns off what only a server has."""
+def _is_noop(name: str, value: Any) -> bool:
+    """Whether the keyword is None, or turns off a feature that only the server has."""
     option = OPTIONS.get(name)
-    return option is not None and (value is None or (value is False and not _offered(option)))
+    return option is not None and (value is None or (value is False and not _is_for_llm(option)))
 
 
-def _renamed(name: str, value: Any) -> tuple[str, Any]:
-    """A keyword by tpserve's name."""
-    if (ours := vllm.MAPPED.get(_flag(name))) is not None and type(value) is int:
-        return _keyword(ours), value / (1 << 30)
-    if name in _ALSO_OFF and isinstance(value, bool):
-        return _ALSO_OFF[name], not value
-    return _ALSO.get(name, name), value
+def _rename(name: str, value: Any) -> tuple[str, Any]:
+    """The keyword with tpserve's name, and its value in tpserve's unit."""
+    if (renamed := vllm.MAPPED.get(_flag(name))) is not None and type(value) is int:
+        return _keyword(renamed), value / (1 << 30)
+    if name in _OFF_ALIASES and isinstance(value, bool):
+        return _OFF_ALIASES[name], not value
+    return _ALIASES.get(name, name), value
 
 
 def _flag(name: str) -> str:
@@ -71,8 +66,8 @@ def _keyword(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-_ALSO_OFF = {_keyword(other): option.name for option in OPTIONS.values() for other in option.about.also_off}
-_ALSO = {_keyword(other): option.name for option in OPTIONS.values() for other in option.about.also}
+_OFF_ALIASES = {_keyword(alias): option.name for option in OPTIONS.values() for alias in option.about.off_aliases}
+_ALIASES = {_keyword(alias): option.name for option in OPTIONS.values() for alias in option.about.aliases}
 
 
 def _replicas(number: int) -> UserError:
@@ -84,7 +79,7 @@ def _replicas(number: int) -> UserError:
 
 
 def _ray(value: Any) -> str:
-    """What to say of Ray, where that is the `value`; else nothing."""
+    """The error text for the executor backend "ray"; empty for any other `value`."""
     if value != "ray":
         return ""
     return (
@@ -96,23 +91,24 @@ def _ray(value: Any) -> str:
 def _option(name: str) -> Option:
     option = OPTIONS.get(name)
     if option is None:
-        near = difflib.get_close_matches(name, [known for known in OPTIONS if _offered(OPTIONS[known])], n=1, cutoff=0.6)
-        meant = _keyword(re.split("[ :,]", MEANT.get(_flag(name), ""))[0])
-        if meant in OPTIONS and _offered(OPTIONS[meant]):
-            near = [meant]
-        hint = f": did you mean {near[0]}?" if near else ": docs/flags.md lists them all"
+        candidates = [other for other in OPTIONS if _is_for_llm(OPTIONS[other])]
+        close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+        equivalent = _keyword(re.split("[ :,]", EQUIVALENT_FLAGS.get(_flag(name), ""))[0])
+        if equivalent in candidates:
+            close = [equivalent]
+        hint = f": did you mean {close[0]}?" if close else ": docs/flags.md lists them all"
         raise UserError(f"unknown keyword {name}{hint}", param=name)
-    if not _offered(option):
-        raise UserError(f"{name} is for `tpserve serve`, an LLM has no use for it: leave it out", param=name)
+    if not _is_for_llm(option):
+        raise UserError(f"{name} is only for `tpserve serve`, not for LLM: leave it out", param=name)
     return option
 
 
-def _offered(option: Option) -> bool:
-    return option.about.group not in (HTTP, LAUNCH) and option.name not in _SERVING
+def _is_for_llm(option: Option) -> bool:
+    return option.about.group not in (HTTP, LAUNCH) and option.name not in _SERVER_ONLY
 
 
-def _value(option: Option, value: Any) -> Any:
-    """Through the text that a command line would have, so that there is one set of bounds."""
+def _read_value(option: Option, value: Any) -> Any:
+    """The checked value. It goes through the command line's text, so that there is one set of bounds."""
     if option.kind is bool or isinstance(value, bool):
         if option.kind is not bool or not isinstance(value, bool):
             kind = "True or False" if option.kind is bool else "no switch"

@@ -1,4 +1,4 @@
-"""A struct of flags as a command line sees it: spelling, value, help of each field. Holds no list of its own."""
+"""Derives command-line options from a struct of flags: the spellings, the value's type and the help of each field."""
 
 import json
 import re
@@ -18,9 +18,9 @@ from tpserve.errors import UserError
 
 @dataclass(frozen=True)
 class Option:
-    """One flag. `kind`: the type of its value; a tuple of str takes several arguments, a tuple of int one with commas.
+    """One flag. `kind`: the type of its value; `tuple[str, ...]` takes several arguments, `tuple[int, ...]` one with commas.
 
-    `words`: what it also takes, beside values of that type.
+    `words`: literal values that it takes besides values of that type, such as "auto".
     """
 
     name: str
@@ -31,67 +31,69 @@ class Option:
 
     @property
     def flag(self) -> str:
+        """The main spelling, such as `--max-model-len`."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def off(self) -> str:
-        """What turns a switch off; empty for other flags."""
+        """The spelling that turns a switch off; empty for other flags."""
         return "--no-" + self.name.replace("_", "-") if self.kind is bool else ""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that turns a switch on, or that a value follows."""
-        return tuple(filter(None, [self.flag, self.about.short, *self.about.also]))
+        """All spellings that turn a switch on, or that take a value."""
+        return tuple(filter(None, [self.flag, self.about.short, *self.about.aliases]))
 
     @property
     def off_names(self) -> tuple[str, ...]:
-        """All that turns a switch off."""
+        """All spellings that turn a switch off."""
         if self.kind is not bool:
             return ()
-        return (*("--no-" + name[2:] for name in self.names if name.startswith("--")), *self.about.also_off)
+        return (*("--no-" + name[2:] for name in self.names if name.startswith("--")), *self.about.off_aliases)
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """What help texts show. Of a switch that is on by default, what turns it off."""
+        """The spellings that help texts show; a switch that is on by default shows how to turn it off."""
         return tuple(filter(None, [self.off if self.default is True else self.flag, self.about.short]))
 
     @property
     def many(self) -> bool:
+        """Whether the flag takes several arguments."""
         return bool(self.kind == tuple[str, ...])
 
     def value_name(self) -> str:
-        """What stands for the value in help texts; empty for a switch."""
-        if self.about.shown:
-            return self.about.shown
+        """The value's placeholder in help texts; empty for a switch."""
+        if self.about.metavar:
+            return self.about.metavar
         if get_origin(self.kind) is Literal:
             return "{" + ",".join(get_args(self.kind)) + "}"
         return "|".join((_VALUE_NAMES[self.kind], *self.words))
 
     def default_text(self) -> str:
-        """The default for help texts; empty when the help text tells it."""
-        if self.default in (None, ()) or self.kind is bool or (self.about.reads and not isinstance(self.default, str)):
+        """The default for help texts; empty when the help text already describes it."""
+        if self.default in (None, ()) or self.kind is bool or (self.about.parse and not isinstance(self.default, str)):
             return ""
         return self.text(self.default)
 
     def text(self, value: Any) -> str:
-        """What `read` makes `value` of."""
+        """The text from which `read` makes `value`."""
         if isinstance(value, dict):
             return json.dumps(value)
         return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
-    def read(self, text: str, said_as: str) -> Any:
-        """The value of `text`. Raises UserError that names `said_as` and what it takes."""
+    def read(self, text: str, source: str) -> Any:
+        """Parse `text`. Raises UserError that names `source` (the flag, keyword or variable) and what it takes."""
         if not text:
-            raise UserError(f"{said_as} is empty", param=self.name)
+            raise UserError(f"{source} is empty", param=self.name)
         if text in self.words:
             return text
         try:
-            if self.about.reads is not None:
-                return self.about.reads(text)
+            if self.about.parse is not None:
+                return self.about.parse(text)
             return self._choice(text) if get_origin(self.kind) is Literal else self._bounded(_READERS[self.kind](text))
         except WrongValue as wrong:
             what = " or ".join((str(wrong), *self.words))
-            raise UserError(f"{said_as} must be {what}, not {text!r}", param=self.name) from None
+            raise UserError(f"{source} must be {what}, not {text!r}", param=self.name) from None
 
     def _choice(self, text: str) -> str:
         if text not in get_args(self.kind):
@@ -112,7 +114,10 @@ class Option:
 
 
 def human_number(text: str) -> int:
-    """A whole number, also as vLLM takes it: 32k is 32,000 and 32K is 32,768; m, g and t, M, G and T likewise."""
+    """Parse a whole number, with vLLM's suffixes: 32k is 32,000 and 32K is 32,768; m, g and t, M, G and T likewise.
+
+    Raises WrongValue.
+    """
     match = re.fullmatch(r"(\d+)(\.\d+)?([kmgt])", text.strip(), re.IGNORECASE)
     if match is None:
         try:
@@ -185,7 +190,7 @@ def _option(name: str, default: Any, hint: Any) -> Option:
 
 
 def options_of(flags: type[Struct]) -> dict[str, Option]:
-    """The flags that are the fields of a struct, by field name, in its order; every field is `Annotated[..., Flag(...)]`."""
+    """The options of a struct by field name, in field order; every field is `Annotated[..., Flag(...)]`."""
     hints = get_type_hints(flags, include_extras=True)
     return {field.name: _option(field.name, field.default, hints[field.name]) for field in fields(flags)}
 

@@ -1,6 +1,6 @@
-"""Flags of other servers, and which of tpserve's does the same: for the sentence about an unknown flag. Data alone.
+"""Flags of other servers -> tpserve's equivalents, for the error about an unknown flag. Only data.
 
-A value begins with the flag that is meant; a test checks that there is one of that name. Flags of vLLM's stand in `vllm`.
+A value begins with tpserve's flag; a test checks that the flag exists. vLLM's flags are in `vllm`.
 """
 
 _LENGTH = "--max-model-len"
@@ -11,7 +11,7 @@ _NAMES = "--served-model-name"
 _SHARE = "--gpu-memory-utilization"
 _DEVICE = "--device: every layer is on the GPU where one is visible"
 
-MEANT = {
+EQUIVALENT_FLAGS = {
     # llama.cpp
     "--ctx-size": _LENGTH,
     "-c": _LENGTH,
@@ -69,7 +69,7 @@ MEANT = {
     "--max-concurrent-requests": "--max-queued-requests",
     "--cuda-memory-fraction": _SHARE,
     "--huggingface-hub-cache": "--download-dir",
-    # others, and what people guess
+    # other servers, and likely guesses
     "--gpus": f"{_TP} or --nproc-per-node, and CUDA_VISIBLE_DEVICES to choose among GPUs",
     "--num-gpus-per-node": "--nproc-per-node",
     "--gpu-memory": _SHARE,

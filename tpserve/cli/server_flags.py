@@ -1,8 +1,7 @@
-"""The server's command lines to `Flags` and back. No environment and no machine is looked at, nothing is printed; of files only
-the one that --config names is read.
+"""Converts the server's command lines to `Flags` and back.
 
-Owns the order of strength, command line before environment before file, and what is said of Ray; `vllm` knows vLLM's flags, and
-`command` reads ours.
+Owns the precedence (command line, then environment, then --config file) and the errors about Ray's flags. `vllm` knows vLLM's
+flags, `command` parses tpserve's. Reads no file but that of --config, never the environment, and prints nothing.
 """
 
 import shlex
@@ -10,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tpserve.cli import config_file, vllm
-from tpserve.cli.command import HelpWanted, dashes, described, nearest, read, refuse_all, unknown, wants_help
+from tpserve.cli.command import (
+    HelpWanted,
+    did_you_mean,
+    help_lines,
+    normalize_dashes,
+    raise_all,
+    read_flags,
+    unknown_flag,
+    wants_help,
+)
 from tpserve.cli.option import OPTIONS, Option
 from tpserve.config.schema import LAUNCH, SECRETS, Flags, WrongValue
 from tpserve.errors import UserError
@@ -35,14 +43,14 @@ RAY = {
     "--num-gpus-per-worker": True,
     "--placement-group": True,
 }
-"""Flags of the days of Ray, and whether a value follows."""
+"""Flags of vLLM's Ray executor -> whether a value follows."""
 
 
 class CommandLine(NamedTuple):
-    """What a command line means. `holding`: what of vLLM's it asks for that is so anyway, in one line; empty without any."""
+    """A parsed command line. `notice`: a log line about accepted vLLM flags; empty without any."""
 
     flags: Flags
-    holding: str
+    notice: str
 
 
 def parse(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *, launch: bool = True) -> Flags:
@@ -51,70 +59,70 @@ def parse(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *, la
 
 
 def read_line(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *, launch: bool = True) -> CommandLine:
-    """Read a command line. `overrides` (flag name to text, of the environment) are weaker, a --config file is weaker still.
-    `launch`: the flags of `tpserve serve` are allowed.
+    """Read a command line. Precedence: `argv`, `overrides` (flag name -> text, from the environment), the --config file.
 
-    Raises UserError with all that cannot be honoured, or HelpWanted for `--help`.
+    `launch`: allow the flags that only `tpserve serve` has. Raises one UserError with every mistake, or HelpWanted for `--help`.
     """
-    argv = dashes(argv)
+    argv = normalize_dashes(argv)
     if wants_help(argv):
         raise HelpWanted(help_text())
-    line = _read(argv)
-    wrong, holding = line.wrong, line.holding
-    environ = _overridden(overrides or {}, wrong)
+    line = _parse_line(argv)
+    errors, accepted = line.errors, line.accepted
+    environ = _read_overrides(overrides or {}, errors)
     path = line.values.get("config") or environ.get("config")
-    file = _SplitLine({}, [], [])
+    file = _ParsedLine({}, [], [])
     if path is not None:
         try:
-            file = _read(dashes(config_file.argv_of(path)))
+            file = _parse_line(normalize_dashes(config_file.argv_of(path)))
         except UserError as error:
-            file.wrong.append(error)
-        wrong += [UserError(f"--config {path}: {error}", param=error.param) for error in file.wrong]
-        holding += file.holding
-    said = {**file.values, **environ, **line.values}
+            file.errors.append(error)
+        errors += [UserError(f"--config {path}: {error}", param=error.param) for error in file.errors]
+        accepted += file.accepted
+    values = {**file.values, **environ, **line.values}
     if not launch:
-        wrong += [_only_serve(OPTIONS[name]) for name in said if OPTIONS[name].about.group == LAUNCH]
-    if (replicas := said.get("data_parallel_size", 1)) > 1:
-        wrong.append(_replicas(replicas))
-    refuse_all(wrong)
-    return CommandLine(Flags(**said), vllm.holding_line(holding))
+        errors += [_serve_only(OPTIONS[name]) for name in values if OPTIONS[name].about.group == LAUNCH]
+    if (replicas := values.get("data_parallel_size", 1)) > 1:
+        errors.append(_replicas(replicas))
+    raise_all(errors)
+    return CommandLine(Flags(**values), vllm.accepted_line(accepted))
 
 
-class _SplitLine(NamedTuple):
-    """One command line, or a file of one: values by field name, mistakes, and what of vLLM's holds anyway."""
+class _ParsedLine(NamedTuple):
+    """One command line or --config file: values by field name, errors, and accepted vLLM flags."""
 
     values: dict[str, Any]
-    wrong: list[UserError]
-    holding: list[vllm.GivenVllmFlag]
+    errors: list[UserError]
+    accepted: list[vllm.GivenVllmFlag]
 
 
-def _read(argv: Sequence[str]) -> _SplitLine:
+def _parse_line(argv: Sequence[str]) -> _ParsedLine:
     try:
-        ours = vllm.translate(argv)
+        translation = vllm.translate(argv)
     except WrongValue as what:
         raise UserError(f"--kv-cache-memory-bytes must be {what}", param="kv_cache_memory") from None
-    ray, plain = _split_ray(ours.argv)
-    said = read(plain, OPTIONS)
-    wrong = [UserError(given.refusal(), param=given.flag) for given in ours.refused if not _is_ray(given)]
-    if ray or any(map(_is_ray, ours.refused)):
-        names = [*ray, *(f"{given.said} ray" for given in ours.refused if _is_ray(given))]
-        wrong.append(
+    ray, plain = _split_ray(translation.argv)
+    parsed = read_flags(plain, OPTIONS)
+    errors = [UserError(given.refusal(), param=given.flag) for given in translation.refused if not _is_ray(given)]
+    if ray or any(map(_is_ray, translation.refused)):
+        names = [*ray, *(f"{given.spelling} ray" for given in translation.refused if _is_ray(given))]
+        errors.append(
             UserError(f"{', '.join(names)} {'belong' if names[1:] else 'belongs'} to Ray: {_instead(plain, ray)}", param=names[0])
         )
-    unknown_flags = [unknown(arg, OPTIONS, _OTHERS, _SEE) for arg in said.rest if arg.startswith("-")]
-    wrong += [*said.wrong, *unknown_flags]
-    values = said.values
-    if said.rest and not unknown_flags:  # what follows an unknown flag may be its value
-        positional, *more = said.rest
-        wrong += [_unexpected(arg, positional) for arg in more]
+    unknown_flags = [unknown_flag(arg, OPTIONS, _OTHERS, _SEE) for arg in parsed.rest if arg.startswith("-")]
+    errors += [*parsed.errors, *unknown_flags]
+    values = parsed.values
+    if parsed.rest and not unknown_flags:  # an argument after an unknown flag may be its value
+        positional, *more = parsed.rest
+        errors += [_unexpected(arg, positional) for arg in more]
         if values.setdefault("model", positional) != positional:
             two = f"two models given, {positional!r} and --model {values['model']!r}: give one"
-            wrong.append(UserError(two, param="model"))
-    return _SplitLine(values, wrong, ours.holding)
+            errors.append(UserError(two, param="model"))
+    return _ParsedLine(values, errors, translation.accepted)
 
 
 def to_argv(flags: Flags) -> list[str]:
-    """The command line of a rank that `tpserve serve` starts: all that was said, without launch flags and the keys."""
+    """The command line of a rank that `tpserve serve` starts: every flag whose value is not the default, except launch
+    flags, keys and --config."""
     argv = []
     for name, option in OPTIONS.items():
         value = getattr(flags, name)
@@ -133,13 +141,14 @@ _SEE = "`tpserve serve --help` lists all flags"
 
 
 def help_text() -> str:
-    """All flags in their groups."""
-    ends = "\n  --help, -h\n  --version\n\nEach flag can also be given as TPSERVE_ARG_<NAME>, or in the file of --config.\n"
-    ends += "The command line is stronger than the environment, and the environment than the file."
-    return "\n".join([USAGE, *described(OPTIONS.values()), ends])
+    """The text of `tpserve serve --help`."""
+    footer = "\n  --help, -h\n  --version\n\nEach flag can also be given as TPSERVE_ARG_<NAME>, or in the file of --config.\n"
+    footer += "The command line wins over the environment, and the environment over the file."
+    return "\n".join([USAGE, *help_lines(OPTIONS.values()), footer])
 
 
-def _overridden(overrides: Mapping[str, str], wrong: list[UserError]) -> dict[str, Any]:
+def _read_overrides(overrides: Mapping[str, str], errors: list[UserError]) -> dict[str, Any]:
+    """Values from environment variables; mistakes are appended to `errors`."""
     result = {}
     for name, text in overrides.items():
         variable = f"the environment variable TPSERVE_ARG_{name.upper()}"
@@ -147,10 +156,10 @@ def _overridden(overrides: Mapping[str, str], wrong: list[UserError]) -> dict[st
         try:
             if option is None:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{variable} names no flag{nearest(flag, OPTIONS, _OTHERS) or f': {_SEE}'}", param=name)
+                raise UserError(f"{variable} names no flag{did_you_mean(flag, OPTIONS, _OTHERS) or f': {_SEE}'}", param=name)
             result[name] = option.read(text, variable)
         except UserError as error:
-            wrong.append(error)
+            errors.append(error)
     return result
 
 
@@ -158,7 +167,7 @@ def _unexpected(arg: str, model: str) -> UserError:
     return UserError(f"unexpected argument {arg!r}: the model is {model!r} already, and everything else is a --flag")
 
 
-def _only_serve(option: Option) -> UserError:
+def _serve_only(option: Option) -> UserError:
     text = f"{option.flag} is for `tpserve serve`: under torchrun only torchrun's own flags launch ranks"
     return UserError(text, param=option.name)
 
@@ -176,15 +185,15 @@ def _is_ray(given: vllm.GivenVllmFlag) -> bool:
 
 
 def _split_ray(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The flags of Ray with their values, and the rest."""
-    found, plain, rest = dict[str, str](), [], list(argv)
+    """Ray's flags with their values, and the other arguments."""
+    ray, plain, rest = dict[str, str](), [], list(argv)
     while rest:
         flag, equals, value = (arg := rest.pop(0)).partition("=")
         if flag not in RAY:
             plain.append(arg)
         else:
-            found[flag] = value if equals or not RAY[flag] or not rest else rest.pop(0)
-    return found, plain
+            ray[flag] = value if equals or not RAY[flag] or not rest else rest.pop(0)
+    return ray, plain
 
 
 def _instead(plain: Sequence[str], ray: Mapping[str, str]) -> str:

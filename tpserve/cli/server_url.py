@@ -1,15 +1,15 @@
-"""The address of a running server, as people give it."""
+"""Parses the URL of a running server, for the commands that connect to one."""
 
 from urllib.parse import urlsplit
 
 from tpserve.config.schema import WrongValue
 
 URL = "http://127.0.0.1:8000"
-"""Where a server answers unless it was told otherwise."""
+"""The default address of a server."""
 
 
 def server_url(text: str) -> str:
-    """With http:// where no scheme is said, and without the /v1 that clients of the API are given. Raises WrongValue."""
+    """The base URL: adds http:// when there is no scheme, and removes the /v1 that API clients use. Raises WrongValue."""
     url = (text if "://" in text else f"http://{text}").rstrip("/").removesuffix("/v1").rstrip("/")
     try:
         parts = urlsplit(url)

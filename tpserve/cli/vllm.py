@@ -1,9 +1,10 @@
-"""vLLM's flags that are none of tpserve's: what each becomes here. Pure.
+"""vLLM's flags that tpserve does not have, and what each becomes. Pure.
 
-A row of `KNOWN` says how a flag is read (a switch, or with a value), which of its values ask for what holds anyway, and what to
-say of the others. `translate` takes a command line of vLLM's apart: what holds anyway is noted, what has another name here is
-renamed, and whatever cannot be honoured is refused, all of it and not the first alone. docs/from-vllm.md is generated from this
-table (`from_vllm`); a test checks each row against the parser. Flags that only have another name stand in `schema`, as `also`.
+A row of `VLLM_FLAGS` says how a flag is read (a switch, or with a value), which values are accepted because tpserve already
+works that way, and what the error for any other value says. `translate` splits a vLLM command line: accepted flags are listed,
+renamed flags are rewritten, and all others are refused together, not one at a time. docs/from-vllm.md is generated from this
+table (`vllm_page`); a test checks each row against the parser. Flags that only have another name are `aliases` in
+`config.schema`.
 """
 
 import json
@@ -18,62 +19,64 @@ ON, OFF = "on", "off"
 ANY = "any value"
 ZEROS = "zeros"
 SOME_OF = "some of "
-"""What may stand in `holds` beside plain values: a JSON object, or NAME=N, of zeros alone; some of these, joined by commas."""
+"""Patterns in `VllmFlag.accepts`, besides plain values. ZEROS: a JSON object or NAME=N whose numbers are all 0. SOME_OF: a
+comma-separated subset of what follows."""
 
-Reads = Literal["switch", "value", "maybe", "many"]
-Title = Literal["Always so", "Otherwise here", "Planned"]
+FlagKind = Literal["switch", "value", "maybe", "many"]
+Title = Literal["Built in", "Use instead", "Planned"]
 
 
 @dataclass(frozen=True)
-class Known:
-    """A flag of vLLM's. `holds`: the values that ask for what is so anyway. `why`: what is so, or what does the same."""
+class VllmFlag:
+    """A vLLM flag. `accepts`: the values that match how tpserve already works. `why`: how it works, or what to use instead."""
 
     title: Title
-    reads: Reads
+    kind: FlagKind
     why: str
-    holds: tuple[str, ...] = ()
+    accepts: tuple[str, ...] = ()
 
-    def asks_for_what_holds(self, value: str) -> bool:
-        return any(_alike(value, held) for held in self.holds)
+    def accepts_value(self, value: str) -> bool:
+        """Whether `value` matches one of `accepts`."""
+        return any(_matches(value, pattern) for pattern in self.accepts)
 
     def refusal(self) -> str:
-        """Why it is refused, and the way out."""
-        if self.title == "Otherwise here":
+        """The reason of the refusal and the way out, as the end of a sentence."""
+        if self.title == "Use instead":
             return f"use {self.why}"
         if self.title == "Planned":
-            return f"it is planned, and not served yet{f' ({self.why})' if self.why else ''}: leave it out"
+            return f"it is planned and not supported yet{f' ({self.why})' if self.why else ''}: leave it out"
         return f"{self.why}: leave it out"
 
 
-def _alike(value: str, held: str) -> bool:
-    if held in (ANY, value):
+def _matches(value: str, pattern: str) -> bool:
+    if pattern in (ANY, value):
         return True
-    if held.startswith(SOME_OF):
-        return set(value.split(",")) <= set(held.removeprefix(SOME_OF).split(","))
-    if held == ZEROS:
+    if pattern.startswith(SOME_OF):
+        return set(value.split(",")) <= set(pattern.removeprefix(SOME_OF).split(","))
+    if pattern == ZEROS:
         return set(re.findall(r"\d+", value)) == {"0"}
     try:
-        return float(value) == float(held) if not held.startswith("{") else json.loads(value) == json.loads(held)
+        return json.loads(value) == json.loads(pattern) if pattern.startswith("{") else float(value) == float(pattern)
     except ValueError:
         return False
 
 
-def switch(why: str, *holds: str) -> Known:
-    """A switch that asks for what holds; with `holds`, only so."""
-    return Known("Always so", "switch", why, holds or (ON, OFF))
+def switch(why: str, *accepts: str) -> VllmFlag:
+    """A switch, accepted as ON and as OFF unless `accepts` lists one of them."""
+    return VllmFlag("Built in", "switch", why, accepts or (ON, OFF))
 
 
-def value_of(why: str, *holds: str) -> Known:
-    """A flag of which some values ask for what holds."""
-    return Known("Always so", "value", why, holds)
+def value_of(why: str, *accepts: str) -> VllmFlag:
+    """A flag with a value, accepted for the values in `accepts`."""
+    return VllmFlag("Built in", "value", why, accepts)
 
 
-def _instead(what: str, *holds: str, reads: Reads = "value") -> Known:
-    return Known("Otherwise here", reads, what, holds)
+def _instead(what: str, *accepts: str, kind: FlagKind = "value") -> VllmFlag:
+    return VllmFlag("Use instead", kind, what, accepts)
 
 
-def _planned(why: str = "", *holds: str, reads: Reads = "value") -> Known:
-    return Known("Planned", reads, why, (*holds, OFF) if reads == "switch" else holds)
+def _planned(why: str = "", *accepts: str, kind: FlagKind = "value") -> VllmFlag:
+    return VllmFlag("Planned", kind, why, (*accepts, OFF) if kind == "switch" else accepts)
 
 
 _NO_GRAPHS = "steps are never captured in graphs"
@@ -87,20 +90,20 @@ _PROXY = "a proxy in front"
 _REPLICAS = "one server per replica, and a load balancer"
 _COPY = "a copy of config.json with the field changed"
 
-KNOWN: dict[str, Known] = {
+VLLM_FLAGS: dict[str, VllmFlag] = {
     "--enable-chunked-prefill": switch(_CHUNKS, ON),
     "--long-prefill-token-threshold": value_of(_CHUNKS, "0"),
     "--max-num-partial-prefills": value_of(_CHUNKS, "1"),
     "--max-long-partial-prefills": value_of(_CHUNKS, "1"),
-    "--async-scheduling": switch("a plan is always sent before the results of the one before are in", ON),
-    "--disable-async-output-proc": switch("a plan is always sent before the results of the one before are in", OFF),
+    "--async-scheduling": switch("scheduling is always asynchronous", ON),
+    "--disable-async-output-proc": switch("scheduling is always asynchronous", OFF),
     "--num-scheduler-steps": value_of("plans are sent ahead of results", ANY),
-    "--stream-interval": value_of("tokens are sent as they come, those of a step together", "1"),
+    "--stream-interval": value_of("the tokens of a step are sent as soon as it ends", "1"),
     "--use-v2-block-manager": switch("there is one"),
     "--enforce-eager": switch(_NO_GRAPHS),
     "--max-seq-len-to-capture": value_of(_NO_GRAPHS, "0"),
-    "--cuda-graph-sizes": Known("Always so", "many", _NO_GRAPHS),
-    "--cudagraph-capture-sizes": Known("Always so", "many", _NO_GRAPHS),
+    "--cuda-graph-sizes": VllmFlag("Built in", "many", _NO_GRAPHS),
+    "--cudagraph-capture-sizes": VllmFlag("Built in", "many", _NO_GRAPHS),
     "--max-cudagraph-capture-size": value_of(_NO_GRAPHS, "0"),
     "--compilation-config": value_of("nothing is compiled", "0", '{"level": 0}', '{"mode": 0}', '{"cudagraph_mode": "NONE"}'),
     "--optimization-level": value_of("nothing is compiled", "0"),
@@ -123,13 +126,13 @@ KNOWN: dict[str, Known] = {
     "--enable-server-load-tracking": switch("statistics are at /metrics", OFF),
     "--enable-prompt-tokens-details": switch("usage always has the prompt's cached tokens", ON),
     "--enable-request-id-headers": switch("a request's X-Request-Id always comes back", ON),
-    "--sse-keep-alive-interval": value_of("a comment is sent every 10 s while there is nothing to say", "10"),
+    "--sse-keep-alive-interval": value_of("a comment is sent after every 10 s without a token", "10"),
     "--prefix-caching-hash-algo": value_of(
-        "blocks are always known by BLAKE2b, which nobody can make collide", "sha256", "sha256_cbor", "sha256_cbor_64bit"
+        "block hashes are always BLAKE2b, which is collision resistant", "sha256", "sha256_cbor", "sha256_cbor_64bit"
     ),
-    "--scheduling-policy": value_of("a request's `priority` is always honoured, first come first otherwise", "fcfs", "priority"),
-    "--preemption-mode": value_of("a sequence that gave way is always computed again", "recompute"),
-    "--swap-space": value_of("a sequence that gave way is computed again, nothing is swapped", "0"),
+    "--scheduling-policy": value_of("by a request's `priority`, then first come, first served", "fcfs", "priority"),
+    "--preemption-mode": value_of("a preempted sequence is always recomputed", "recompute"),
+    "--swap-space": value_of("a preempted sequence is recomputed, nothing is swapped", "0"),
     "--logprobs-mode": value_of("log probabilities are those of the model, before temperature and filters", "raw_logprobs"),
     "--max-logprobs": value_of("20 at most", "20"),
     "--chat-template-content-format": value_of("a message's content is a text or a list of texts", "auto"),
@@ -138,7 +141,7 @@ KNOWN: dict[str, Known] = {
     "--api-server-count": value_of("one process answers HTTP", "1"),
     "--distributed-executor-backend": value_of("ranks are torchrun's", "mp", "auto", "external_launcher", "uni"),
     "--distributed-timeout-seconds": value_of("a rank that is silent for 4 s is noticed"),
-    "--use-tqdm-on-load": switch("progress is always told", ON),
+    "--use-tqdm-on-load": switch("progress is always shown", ON),
     "--max-parallel-loading-workers": value_of(_OWN_PART, ANY),
     "--safetensors-load-strategy": value_of(f"files are mapped, and {_OWN_PART}", "lazy"),
     "--pt-load-map-location": value_of(_OWN_PART, "cpu"),
@@ -161,7 +164,7 @@ KNOWN: dict[str, Known] = {
     "--worker-cls": value_of("there is one", "auto"),
     "--worker-extension-cls": value_of(_NO_CODE),
     "--scheduler-cls": value_of(_NO_CODE),
-    "--logits-processors": Known("Always so", "many", _NO_CODE),
+    "--logits-processors": VllmFlag("Built in", "many", _NO_CODE),
     "--middleware": value_of(_NO_CODE),
     "--tool-parser-plugin": value_of(_NO_CODE),
     "--reasoning-parser-plugin": value_of(_NO_CODE),
@@ -172,8 +175,8 @@ KNOWN: dict[str, Known] = {
     "--collect-detailed-traces": _instead("--step-trace"),
     "--profiler-config": _instead("--step-trace"),
     "--device-ids": _instead("CUDA_VISIBLE_DEVICES in the environment"),
-    "--hf-token": _instead("HF_TOKEN in the environment", "", reads="maybe"),
-    "--enable-force-include-usage": _instead("stream_options.include_usage in the request", OFF, reads="switch"),
+    "--hf-token": _instead("HF_TOKEN in the environment", "", kind="maybe"),
+    "--enable-force-include-usage": _instead("stream_options.include_usage in the request", OFF, kind="switch"),
     "--default-chat-template-kwargs": _instead("chat_template_kwargs in the request", "{}"),
     "--uds": _instead(f"{_PROXY}, for UNIX sockets"),
     "--ssl-keyfile": _instead(f"{_PROXY}, for TLS"),
@@ -187,15 +190,15 @@ KNOWN: dict[str, Known] = {
     "--data-parallel-start-rank": _instead(_REPLICAS, "0"),
     "--data-parallel-size-local": _instead(_REPLICAS, "1"),
     "--data-parallel-backend": _instead(_REPLICAS, "mp"),
-    "--data-parallel-hybrid-lb": _instead(_REPLICAS, OFF, reads="switch"),
-    "--data-parallel-external-lb": _instead(_REPLICAS, OFF, reads="switch"),
+    "--data-parallel-hybrid-lb": _instead(_REPLICAS, OFF, kind="switch"),
+    "--data-parallel-external-lb": _instead(_REPLICAS, OFF, kind="switch"),
     "--hf-overrides": _instead(_COPY, "{}"),
     "--rope-scaling": _instead(_COPY),
     "--rope-theta": _instead(_COPY),
     "--quantization": _planned("checkpoints in block FP8 and MXFP4 are read without it, and dequantised"),
     "--kv-cache-dtype": _planned("the cache has the model's type", "auto"),
-    "--enable-lora": _planned(reads="switch"),
-    "--lora-modules": _planned(reads="many"),
+    "--enable-lora": _planned(kind="switch"),
+    "--lora-modules": _planned(kind="many"),
     "--max-loras": _planned(),
     "--max-lora-rank": _planned(),
     "--max-cpu-loras": _planned(),
@@ -207,27 +210,27 @@ KNOWN: dict[str, Known] = {
     "--spec-method": _planned(),
     "--spec-model": _planned(),
     "--spec-tokens": _planned(),
-    "--enable-auto-tool-choice": _planned(reads="switch"),
+    "--enable-auto-tool-choice": _planned(kind="switch"),
     "--tool-call-parser": _planned(),
     "--tool-server": _planned(),
-    "--enable-reasoning": _planned(reads="switch"),
+    "--enable-reasoning": _planned(kind="switch"),
     "--reasoning-parser": _planned(),
     "--reasoning-config": _planned(),
     "--structured-outputs-config": _planned(),
     "--guided-decoding-backend": _planned("", "auto"),
     "--cpu-offload-gb": _planned("", "0"),
     "--kv-offloading-size": _planned("", "0"),
-    "--enable-sleep-mode": _planned(reads="switch"),
+    "--enable-sleep-mode": _planned(kind="switch"),
     "--kv-transfer-config": _planned(),
     "--kv-events-config": _planned(),
     "--decode-context-parallel-size": _planned("", "1"),
     "--prefill-context-parallel-size": _planned("", "1"),
-    "--enable-eplb": _planned(reads="switch"),
-    "--enable-prompt-embeds": _planned(reads="switch"),
+    "--enable-eplb": _planned(kind="switch"),
+    "--enable-prompt-embeds": _planned(kind="switch"),
 }  # fmt: skip
 
 MAPPED = {"--kv-cache-memory-bytes": "--kv-cache-memory"}
-"""Flag whose value is in bytes to the one in GiB."""
+"""A flag with a value in bytes -> the tpserve flag with the same value in GiB."""
 
 SHORT = {
     "-q": "--quantization", "-O": "--optimization-level", "-cc": "--compilation-config", "-ac": "--attention-config",
@@ -236,7 +239,7 @@ SHORT = {
     "-dpl": "--data-parallel-size-local", "-dpa": "--data-parallel-address", "-dpp": "--data-parallel-rpc-port",
     "-dpb": "--data-parallel-backend", "-dph": "--data-parallel-hybrid-lb", "-dpe": "--data-parallel-external-lb",
 }  # fmt: skip
-"""vLLM's short forms of these."""
+"""vLLM's short forms -> the full flags above."""
 
 ENVIRONMENT = {
     "VLLM_HOST_IP": "--interface, with the address",
@@ -247,107 +250,112 @@ ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "nothing: ranks are torchrun's",
     "VLLM_USE_V1": "nothing: there is one engine",
 }
-"""Variable of the environment to what does the same; of others a start says that they mean nothing here."""
+"""An environment variable -> what to use instead. Other VLLM_ variables get a general warning."""
 
 
 class GivenVllmFlag(NamedTuple):
-    """One of vLLM's flags on a command line. `said`: as it was spelt; `value`: `ON` or `OFF` of a switch; None: it has none."""
+    """A vLLM flag on a command line. `spelling`: the name as typed; `flag`: its full name; `value`: ON or OFF of a switch, None
+    when the value is missing."""
 
-    said: str
+    spelling: str
     flag: str
     value: str | None
-    known: Known
+    entry: VllmFlag
 
     @property
-    def holds(self) -> bool:
-        """Whether it asks for what is so anyway. A member of a JSON value (`--x.y`) never does: the rest of it is not known."""
-        return self.value is not None and "." not in self.said and self.known.asks_for_what_holds(self.value)
+    def is_accepted(self) -> bool:
+        """Whether tpserve already works this way. Never for one field of a JSON value (`--x.y`): the other fields are unknown."""
+        return self.value is not None and "." not in self.spelling and self.entry.accepts_value(self.value)
 
     def refusal(self) -> str:
-        return f"{self.said} is refused: {self.known.refusal()}"
+        """The sentence of the error."""
+        return f"{self.spelling} is refused: {self.entry.refusal()}"
 
 
 class Translation(NamedTuple):
-    """A command line of vLLM's: the rest of it in tpserve's flags, what asks for what holds, and what is refused."""
+    """A vLLM command line, split. `argv`: the other arguments, renamed flags rewritten."""
 
     argv: list[str]
-    holding: list[GivenVllmFlag]
+    accepted: list[GivenVllmFlag]
     refused: list[GivenVllmFlag]
 
 
-def translate(argv: Sequence[str], known: Mapping[str, Known] = KNOWN) -> Translation:
-    """Take the flags of `known` out of a command line whose names have dashes. Raises WrongValue for a size that is none."""
+def translate(argv: Sequence[str], table: Mapping[str, VllmFlag] = VLLM_FLAGS) -> Translation:
+    """Take the flags of `table` out of a command line with normalized dashes.
+
+    Raises WrongValue when a size in bytes is not a number.
+    """
     result = Translation([], [], [])
     rest = list(argv)
     while rest:
-        said, equals, text = (arg := rest.pop(0)).partition("=")
-        flag, value = full_name(said), text if equals else None
+        spelling, equals, text = (arg := rest.pop(0)).partition("=")
+        flag, value = full_name(spelling), text if equals else None
         if flag in MAPPED:
-            given = value if value is not None else rest.pop(0) if rest else ""
-            result.argv.append(f"{MAPPED[flag]}={human_number(given) / (1 << 30)!r}")
-        elif flag not in known:
+            num_bytes = value if value is not None else rest.pop(0) if rest else ""
+            result.argv.append(f"{MAPPED[flag]}={human_number(num_bytes) / (1 << 30)!r}")
+        elif flag not in table:
             result.argv.append(arg)
         else:
-            given_flag = GivenVllmFlag(said, flag, _take(known[flag].reads, said, value, rest), known[flag])
-            (result.holding if given_flag.holds else result.refused).append(given_flag)
+            given = GivenVllmFlag(spelling, flag, _pop_value(table[flag].kind, spelling, value, rest), table[flag])
+            (result.accepted if given.is_accepted else result.refused).append(given)
     return result
 
 
-def _take(reads: Reads, said: str, value: str | None, rest: list[str]) -> str | None:
-    """The value of a flag, those that follow it in `rest` taken away."""
-    if reads == "switch":
+def _pop_value(kind: FlagKind, spelling: str, value: str | None, rest: list[str]) -> str | None:
+    """The value of a flag. Removes the arguments that belong to it from the front of `rest`."""
+    if kind == "switch":
         on = value is None or value.lower() in ("1", "true")
-        return OFF if said.startswith("--no-") == on else ON
-    if value is not None or (compact := re.fullmatch(r"-O(\d)", said)):
+        return OFF if spelling.startswith("--no-") == on else ON
+    if value is not None or (compact := re.fullmatch(r"-O(\d)", spelling)):
         return value if value is not None else compact[1] if compact else None
     taken: list[str] = []
-    while rest and not _is_flag(rest[0]) and (reads == "many" or not taken):
+    while rest and not _is_flag(rest[0]) and (kind == "many" or not taken):
         taken.append(rest.pop(0))
-    return " ".join(taken) if taken else "" if reads == "maybe" else None
+    return " ".join(taken) if taken else "" if kind == "maybe" else None
 
 
 def _is_flag(arg: str) -> bool:
     return arg.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", arg)
 
 
-def of_keyword(name: str, value: Any) -> GivenVllmFlag | None:
-    """A keyword argument of a Python caller as the flag it would be; None for one that is not vLLM's. None as a value asks for
-    nothing, and holds."""
+def from_keyword(name: str, value: Any) -> GivenVllmFlag | None:
+    """A keyword argument of `LLM` as a vLLM flag; None when vLLM has no such flag."""
     flag = "--" + name.replace("_", "-")
-    if flag not in KNOWN:
+    if flag not in VLLM_FLAGS:
         return None
-    if KNOWN[flag].reads == "switch" and isinstance(value, bool | None):
-        return GivenVllmFlag(name, flag, ON if value else OFF, KNOWN[flag])
-    return GivenVllmFlag(name, flag, json.dumps(value) if isinstance(value, dict) else str(value), KNOWN[flag])
+    if VLLM_FLAGS[flag].kind == "switch" and isinstance(value, bool | None):
+        return GivenVllmFlag(name, flag, ON if value else OFF, VLLM_FLAGS[flag])
+    return GivenVllmFlag(name, flag, json.dumps(value) if isinstance(value, dict) else str(value), VLLM_FLAGS[flag])
 
 
 def full_name(flag: str) -> str:
-    """Of a short form (`-q`, `-O3`), a switch turned off (`--no-...`), or a member of a JSON value (`--...-config.name`)."""
+    """The full flag of a short form (`-q`, `-O3`), a negated switch (`--no-...`) or a field of a JSON value
+    (`--...-config.name`)."""
     if not flag.startswith("--"):
         return SHORT.get("-O" if re.fullmatch(r"-O([0-9]|[.].*)", flag) else flag, flag)
     flag = flag.partition(".")[0]
     return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else flag
 
 
-def holding_line(given: Iterable[GivenVllmFlag]) -> str:
-    """What a start says of flags that ask for what holds; empty without any."""
+def accepted_line(accepted: Iterable[GivenVllmFlag]) -> str:
+    """The log line that lists accepted flags, grouped by reason; empty without any."""
     by_reason: dict[str, list[str]] = {}
-    for each in given:
-        by_reason.setdefault(each.known.why, []).append(each.said + _shown(each))
-    shown = [f"{', '.join(flags)} ({why})" for why, flags in by_reason.items()]
-    return f"these flags ask for what holds anyway: {', '.join(shown)}" if shown else ""
+    for given in accepted:
+        by_reason.setdefault(given.entry.why, []).append(given.spelling + _value_suffix(given))
+    groups = [f"{', '.join(flags)} ({why})" for why, flags in by_reason.items()]
+    return f"these flags change nothing here: {', '.join(groups)}" if groups else ""
 
 
-def _shown(given: GivenVllmFlag) -> str:
-    written = given.value in (ON, OFF, "", None) or (given.said.startswith("-O") and given.said != "-O")
-    return "" if written else f" {given.value}"
+def _value_suffix(given: GivenVllmFlag) -> str:
+    in_spelling = given.value in (ON, OFF, "", None) or (given.spelling.startswith("-O") and given.spelling != "-O")
+    return "" if in_spelling else f" {given.value}"
 
 
 def ignored_variables(variables: Iterable[str]) -> list[str]:
-    """A line for each of vLLM's variables that are set."""
+    """A warning for each vLLM environment variable that is set."""
     lines = []
     for name in variables:
         instead = ENVIRONMENT.get(name, "nothing: `tpserve serve --help` lists all flags")
         nothing, _, why = instead.partition("nothing: ")
-        lines.append(f"{name} is set and means nothing here: {f'use {instead}' if nothing else why}")
+        lines.append(f"{name} is set and has no effect: {f'use {instead}' if nothing else why}")
     return lines

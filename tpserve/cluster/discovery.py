@@ -32,7 +32,7 @@ from tpserve.cluster.retry_log import RETRY_S, RetryLog
 from tpserve.config.env import RankEnv
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import describe, host_id, interfaces
+from tpserve.host.network import host_id, interfaces, os_error_text
 from tpserve.wire.curve import ConnectInfo, CurveClient, Keyring
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,8 @@ def find_remote_frontend(
         try:
             socket.create_connection((host.strip("[]"), int(port)), retry_log.connect_s).close()
         except OSError as error:  # a closed port; or the frontend has gone, and the next one's address follows
-            status = f"nobody answers at {connect_info.endpoint}: {describe(error)}"
-            retry_log.log_if_due(f"the frontend at {connect_info.endpoint}", describe(error))
+            status = f"nobody answers at {connect_info.endpoint}: {os_error_text(error)}"
+            retry_log.log_if_due(f"the frontend at {connect_info.endpoint}", os_error_text(error))
             time.sleep(RETRY_S)
             continue
         return FrontendAddress(connect_info.endpoint, address, connect_info.keyring(secret_file))

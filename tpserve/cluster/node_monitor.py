@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from tpserve.host.network import describe
+from tpserve.host.network import os_error_text
 
 KEEPALIVE_S = 5
 """A peer that is silent for this long is out of reach."""
@@ -59,7 +59,7 @@ def wait_node_exit(nodes: Mapping[socket.socket, JoinRequest]) -> NodeExit:
             except ConnectionResetError:
                 return NodeExit(who, "has ended", lost=False)
             except OSError as error:
-                return NodeExit(who, f"cannot be reached: {describe(error)}", lost=True)
+                return NodeExit(who, f"cannot be reached: {os_error_text(error)}", lost=True)
 
 
 def wait_head_exit(connection: socket.socket) -> str:
@@ -70,7 +70,7 @@ def wait_head_exit(connection: socket.socket) -> str:
         while connection.recv(_CHUNK):
             pass
     except OSError as error:
-        return f"node 0 cannot be reached: {describe(error)}"
+        return f"node 0 cannot be reached: {os_error_text(error)}"
     return "node 0 has ended"
 
 

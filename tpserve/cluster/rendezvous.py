@@ -36,7 +36,7 @@ from msgspec.structs import replace
 from tpserve.cluster.node_monitor import JoinRequest, enable_keepalive, head_exit
 from tpserve.cluster.retry_log import CONNECT_S, RETRY_S, RetryLog, connect_with_retry, missing_ranks, name_nodes
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import at, describe
+from tpserve.host.network import host_port, os_error_text
 
 logger = logging.getLogger("tpserve.rendezvous")
 
@@ -140,7 +140,7 @@ class Rendezvous:
         self._retry_log = RetryLog(timeout_s, logger)
         self._timeout_s = timeout_s
         self._listener = listener
-        self._address = at(*listener.getsockname()[:2])
+        self._address = host_port(*listener.getsockname()[:2])
         self._peers: list[_PeerConnection] = []
         self._warned: set[str] = set()
 
@@ -280,13 +280,13 @@ def join_rendezvous(
     Returns the store's address and the open connection to node 0 (for `wait_head_exit`). Raises UserError or EngineFailure with
     node 0's reason, and EngineFailure after `timeout_s`.
     """
-    retry_log, where = RetryLog(timeout_s, logger), at(master_addr, port)
+    retry_log, where = RetryLog(timeout_s, logger), host_port(master_addr, port)
     why = ""
     while not retry_log.timed_out:
         try:
             connection = socket.create_connection((master_addr, port), retry_log.connect_s)
         except OSError as error:
-            why = describe(error)
+            why = os_error_text(error)
             retry_log.log_if_due(f"node 0 of {me.nnodes} at {where}", why)
             time.sleep(RETRY_S)
             continue

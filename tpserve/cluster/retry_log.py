@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from tpserve.errors import EngineFailure
-from tpserve.host.network import at, describe
+from tpserve.host.network import host_port, os_error_text
 
 SLOW_S = 1.5
 """A longer wait is logged, so that a start never seems to hang for two seconds."""
@@ -69,15 +69,15 @@ def connect_with_retry(
             socket.create_connection((host, port), retry_log.connect_s).close()
             return
         except OSError as error:
-            why = describe(error)
+            why = os_error_text(error)
         if reason := give_up():
             raise EngineFailure(reason)
         if retry_log.timed_out:
             raise EngineFailure(
-                f"{what} at {at(host, port)} could not be reached within {timeout_s:.0f} s ({why}): between the nodes open the "
-                "ports of --port-range, or without it those of net.ipv4.ip_local_port_range"
+                f"{what} at {host_port(host, port)} could not be reached within {timeout_s:.0f} s ({why}): between the nodes "
+                "open the ports of --port-range, or without it those of net.ipv4.ip_local_port_range"
             )
-        retry_log.log_if_due(f"{what} at {at(host, port)}", why)
+        retry_log.log_if_due(f"{what} at {host_port(host, port)}", why)
         time.sleep(RETRY_S)
 
 

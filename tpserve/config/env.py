@@ -1,4 +1,4 @@
-"""The environment. This file is the only one that reads or writes it, so this screen lists every variable.
+"""The environment. Only this module reads or writes it, so the table below lists every variable.
 
 set by torchrun                       read into
 RANK WORLD_SIZE                       RankEnv.rank, .world_size; RANK's presence means "started by torchrun"
@@ -11,35 +11,35 @@ TORCHELASTIC_USE_AGENT_STORE          RankEnv.use_agent_store
 TORCHELASTIC_ERROR_FILE               RankEnv.error_file
 
 set by SLURM
-SLURM_PROCID                          under_slurm(): only for the sentence that says how it is done there
+SLURM_PROCID                          under_slurm(): only for an error that shows the command for SLURM
 
 set by the user
-TPSERVE_API_KEY                       --api-key, when that is not given
-TPSERVE_ADMIN_API_KEY                 --admin-api-key, when that is not given
-TPSERVE_METRICS_KEY                   --metrics-key, when that is not given
-TPSERVE_ARG_<FLAG>                    --<flag>, when that is not given; the prefix keeps clear of what Kubernetes
-                                      injects for a service named tpserve (TPSERVE_PORT)
-CUDA_VISIBLE_DEVICES                  machine.visible_gpus
+TPSERVE_API_KEY                       --api-key, when that is not set
+TPSERVE_ADMIN_API_KEY                 --admin-api-key, when that is not set
+TPSERVE_METRICS_KEY                   --metrics-key, when that is not set
+TPSERVE_ARG_<FLAG>                    --<flag>, when that is not set; a prefix other than TPSERVE_, since Kubernetes
+                                      injects TPSERVE_PORT for a service named tpserve
+CUDA_VISIBLE_DEVICES                  host.resources.visible_gpus()
 NO_COLOR FORCE_COLOR TERM             color(): whether log lines have colors; NO_COLOR wins
 
-set by the user, read by huggingface_hub and by nothing of ours
+set by the user, read only by huggingface_hub
 HF_HOME HF_HUB_CACHE HF_HUB_OFFLINE   where repositories are cached, and whether the network is used
-HF_ENDPOINT HF_TOKEN                  whom to ask for them, and as whom
+HF_ENDPOINT HF_TOKEN                  the hub's URL, and the user's token
 
 set by the user or the system
-XDG_CACHE_HOME HOME                   cache_dir(): what a start remembers of the processor
+XDG_CACHE_HOME HOME                   cache_dir(): results of the processor tests of earlier starts
 
-set by the user, read by torch's libraries, part of what must agree
+set by the user, read by torch's libraries, compared between ranks
 ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA MKL_ENABLE_INSTRUCTIONS MKL_CBWR
-                                      instruction_limits: they keep products from instructions
+                                      instruction_limits: they exclude processor instructions
 
-set by the user, looked for by `tpserve report` so that it can take them out
+set by the user, read by `tpserve report` to remove them from its file
 *_KEY *_TOKEN *_SECRET *_PASSWORD     values
 
-set by the user, read by NCCL and gloo, shown by us
-NCCL_* GLOO_*                         network_variables; what is set wins over --interface
+set by the user, read by NCCL and gloo, shown in the log
+NCCL_* GLOO_*                         network_variables; they win over --interface
 
-set by the user for vLLM, which means nothing here and is said to
+set by the user for vLLM, without effect here; a warning says so
 VLLM_*                                vllm_variables
 
 set by `tpserve serve` for its ranks
@@ -48,7 +48,7 @@ TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level d
 
 set by an `LLM` for its ranks, besides those
 TPSERVE_JOB                           RankEnv.job: which LLM of a script under torchrun this rank belongs to
-TPSERVE_AGENT_PID                     RankEnv.agent_pid: the script; `tpserve serve`'s agent sets it too
+TPSERVE_AGENT_PID                     RankEnv.agent_pid: the parent; `tpserve serve`'s agent sets it too
 
 set by every rank for itself, before torch is loaded
 GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME the cluster's interface, unless set already
@@ -73,10 +73,10 @@ _INSTRUCTION_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CP
 
 @dataclass(frozen=True)
 class RankEnv:
-    """What torchrun tells a rank. `runtime_dir` is None unless `tpserve serve` or an `LLM` chose one.
+    """What torchrun sets for a rank. `runtime_dir` is None unless `tpserve serve` or an `LLM` created one.
 
-    `agent_pid`: the parent, with which this rank dies. `job` is empty unless a script under torchrun started this rank in its own
-    place: it then names the script's LLM, whose addresses must not be taken for those of another one.
+    `agent_pid`: the parent process; this rank dies with it. `job`: with an `LLM` in a script under torchrun, a name of that LLM,
+    which separates its addresses from those of the script's other LLMs; else empty.
     """
 
     rank: int
@@ -107,7 +107,7 @@ def under_slurm(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
-    """Read what torchrun set. Raises UserError when something started us that sets RANK and not the rest."""
+    """Read torchrun's variables. Raises UserError when RANK is set but another variable is missing."""
 
     def number(name: str, default: int | None = None) -> int:
         text = environ.get(name)
@@ -138,18 +138,18 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
 
 
 def overrides(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Flags given as environment variables: name to text."""
+    """Flags that are set by environment variables: field name -> text."""
     found = {name.removeprefix(_OVERRIDE).lower(): text for name, text in sorted(environ.items()) if name.startswith(_OVERRIDE)}
     return found | {flag: environ[name] for name, flag in _KEYS.items() if environ.get(name)}
 
 
-def values(chosen: Callable[[str], bool], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What the variables with such names are set to."""
-    return [text for name, text in environ.items() if chosen(name) and text]
+def values(matches: Callable[[str], bool], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The values of all variables whose name `matches`; no empty ones."""
+    return [text for name, text in environ.items() if matches(name) and text]
 
 
 def color(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether to write colors to `stream`: on a terminal that knows some, unless NO_COLOR forbids or FORCE_COLOR demands them."""
+    """Whether to write colors to `stream`: on a terminal with colors, or with FORCE_COLOR; never with NO_COLOR."""
     if environ.get("NO_COLOR"):
         return False
     return bool(environ.get("FORCE_COLOR")) or (stream.isatty() and environ.get("TERM", "dumb") != "dumb")
@@ -161,28 +161,28 @@ def cuda_visible_devices(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def set_omp_spin(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let OpenMP's idle threads spin for some microseconds, then sleep. For before torch is loaded.
+    """Let OpenMP's idle threads spin for some microseconds, then sleep. Call it before torch is loaded.
 
-    Where a core is shared, with the frontend or a neighbour, a thread that spins for long keeps the core from the one it
-    waits for: measured 10 to 20 times slower. One that sleeps at once is woken on the core of its waker and shares that,
-    while the other stands idle: two threads were as slow as one.
+    On a shared core a thread that spins long takes the core from the thread that it waits for (measured: 10 to 20 times slower).
+    A thread that sleeps at once is woken on the core of its waker, while another core is idle (measured: two threads as slow as
+    one).
     """
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def network_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the user told NCCL and gloo."""
+    """The user's variables for NCCL and gloo."""
     return {name: text for name, text in sorted(environ.items()) if name.startswith(("NCCL_", "GLOO_"))}
 
 
 def instruction_limits(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What the user told torch's libraries of the instructions that they may use."""
+    """The user's limits on the processor instructions that torch's libraries use."""
     return {name: environ[name] for name in _INSTRUCTION_LIMITS if environ.get(name)}
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Where this user's programs keep what they can find again (XDG); None for a user without a home."""
+    """tpserve's cache directory of this user (XDG); None for a user without a home."""
     if (chosen := environ.get("XDG_CACHE_HOME", "")).startswith("/"):
         return Path(chosen) / "tpserve"
     home = environ.get("HOME", "")
@@ -190,24 +190,24 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def vllm_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Names of what is set for vLLM."""
+    """Names of the VLLM_ variables that are set."""
     return sorted(name for name in environ if name.startswith("VLLM_"))
 
 
 def user_set_interface(settings: Mapping[str, str], all_reduce: str) -> bool:
-    """Whether, by `network_variables`, the user has told what carries the sums which interface to use."""
+    """Whether the user has set the interface of the all-reduce backend in `settings` (from `network_variables`)."""
     return ("NCCL" if all_reduce == "nccl" else "GLOO") + "_SOCKET_IFNAME" in settings
 
 
 def use_interface(name: str, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Tell gloo and NCCL which interface to use, unless the user has. For before torch is loaded. An empty name tells nothing."""
+    """Set the interface of gloo and NCCL unless the user has. Does nothing for an empty name. Call it before torch is loaded."""
     if name:
         environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=", every interface whose name begins so
+        environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=", NCCL takes it as a prefix
 
 
 def trace_nccl(path: str, environ: MutableMapping[str, str] = os.environ) -> bool:
-    """Have NCCL write to the file `path` what carries its traffic; False when the user has told it otherwise. For before NCCL."""
+    """Make NCCL log its transports to the file `path`; False if the user has set NCCL_DEBUG*. Call it before NCCL starts."""
     if any(environ.get(name) for name in ("NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS")):
         return False
     environ["NCCL_DEBUG"], environ["NCCL_DEBUG_FILE"] = "INFO", path
@@ -215,20 +215,22 @@ def trace_nccl(path: str, environ: MutableMapping[str, str] = os.environ) -> boo
 
 
 def announce_agent() -> None:
-    """For the agent: tell the ranks it will start who their parent is."""
+    """Set the agent's pid for the ranks that this process starts."""
     os.environ["TPSERVE_AGENT_PID"] = str(os.getpid())
 
 
 def for_ranks(runtime_dir: str, quiet: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of the agent and its ranks. `quiet`: no chatter of torch's C++ side."""
-    chatter = {"TORCH_CPP_LOG_LEVEL": "ERROR"} if quiet and "TORCH_CPP_LOG_LEVEL" not in environ else {}
-    # All flags are on the ranks' command line, launch flags and the keys are not for them.
+    """The environment of the agent and its ranks. `quiet`: only errors from torch's C++ code."""
+    log_level = {"TORCH_CPP_LOG_LEVEL": "ERROR"} if quiet and "TORCH_CPP_LOG_LEVEL" not in environ else {}
+    # The ranks get all flags on their command line; launch flags and keys are not for them.
     inherited = {name: text for name, text in environ.items() if name not in _KEYS and not name.startswith(_OVERRIDE)}
-    return {**inherited, **chatter, "TPSERVE_RUNTIME_DIR": runtime_dir}
+    return {**inherited, **log_level, "TPSERVE_RUNTIME_DIR": runtime_dir}
 
 
 def for_rank(runtime_dir: str, job: str, quiet: bool, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of the rank that a script under torchrun starts in its own place: what torchrun told the script, but that
-    the script is the parent, that torchrun's store is hosted already, and that the error file is the script's."""
+    """The environment of the rank that a script under torchrun starts on its behalf.
+
+    Differs from the script's own: the script is the parent, torchrun's store exists already, and the rank has no error file.
+    """
     inherited = for_ranks(runtime_dir, quiet, {name: text for name, text in environ.items() if name != "TORCHELASTIC_ERROR_FILE"})
     return {**inherited, "TPSERVE_AGENT_PID": str(os.getpid()), "TPSERVE_JOB": job, "TORCHELASTIC_USE_AGENT_STORE": "True"}

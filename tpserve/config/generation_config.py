@@ -1,9 +1,9 @@
-"""generation_config.json: which tokens end a text, and what requests are sampled by where they do not say.
+"""generation_config.json: the EOS ids and the default sampling parameters.
 
-Owns --generation-config and --override-generation-config. The ends count under either. The sampling parameters are those that
-vLLM takes: temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens, as far as they are said. `do_sample` false
-means greedy, unless a temperature is said (vLLM does not look at it). What else would change a choice of tokens is not supported,
-and an operator is told so.
+Owns --generation-config and --override-generation-config. The EOS ids are read whatever these flags say. The sampling parameters
+are those that vLLM reads: temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens. `do_sample: false` means
+greedy unless the file has a temperature (vLLM ignores `do_sample`). Other fields that would change the output are not supported,
+and the log names them.
 """
 
 import re
@@ -21,10 +21,10 @@ from tpserve.types.sampling import SamplingDefaults
 
 FILE = "generation_config.json"
 OFF = ("none", "vllm")
-HONOURED = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} | {
+SUPPORTED = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")} | {
     "max_new_tokens": "max_tokens"
 }
-"""Fields of the file, and what requests call them."""
+"""Fields of the file -> parameters of a request."""
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_return_sequences": (1,),
@@ -46,66 +46,67 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (),
     "watermarking_config": (),
 }
-"""Fields that would change what is drawn, and the values that do not; null never does."""
+"""Unsupported fields -> the values that have no effect. null never has one."""
 _PLACE = re.compile(r"(?s)(.*) - at `\$\.(.*)`$")
 _FLAG = "--override-generation-config"
 
 
 class GenerationConfig(NamedTuple):
-    """`eos_ids` come on top of those of config.json."""
+    """What the file and the flags define. `eos_ids`: in addition to those of config.json."""
 
     eos_ids: tuple[int, ...]
     sampling: SamplingDefaults
 
 
 def load(flags: Flags, model: str) -> GenerationConfig:
-    """What the flags and the `model` directory say. UserError names the file or flag and the field that is wrong."""
-    said, elsewhere = flags.generation_config, flags.generation_config not in ("auto", *OFF)
-    path = Path(said if elsewhere else model, FILE)
-    if elsewhere and not path.is_file():
+    """Read the flags and the file in directory `model`. Raises UserError that names the file or flag, and the field."""
+    choice = flags.generation_config
+    other_directory = choice not in ("auto", *OFF)
+    path = Path(choice if other_directory else model, FILE)
+    if other_directory and not path.is_file():
         raise UserError(
-            f"--generation-config {said} is neither auto, nor none, nor a directory with a {FILE}", param="generation_config"
+            f"--generation-config {choice} is neither auto, nor none, nor a directory with a {FILE}", param="generation_config"
         )
     file = read_object(path) if path.exists() else {}
     eos_ids = _ids(file.get("eos_token_id"), path)
-    if said in OFF:
+    if choice in OFF:
         file = {}
     override = flags.override_generation_config or {}
-    if wrong := [name for name in override if name not in HONOURED]:
-        raise UserError(f"{_FLAG} has {wrong[0]!r}: known are {', '.join(HONOURED)}", param="override_generation_config")
+    if wrong := [name for name in override if name not in SUPPORTED]:
+        raise UserError(f"{_FLAG} has {wrong[0]!r}: known are {', '.join(SUPPORTED)}", param="override_generation_config")
     sampling = _sampling(file, str(path)) | _sampling(override, _FLAG)
     if file.get("do_sample") is False and "temperature" not in sampling:
         sampling["temperature"] = 0.0
-    left_out = tuple(
+    unsupported = tuple(
         name for name, neutral in UNSUPPORTED.items() if (value := file.get(name)) is not None and value not in neutral
     )
-    sources = [str(path) if elsewhere else FILE] * bool(file) + [_FLAG] * bool(override)
-    if not sampling and not left_out:
+    sources = [str(path) if other_directory else FILE] * bool(file) + [_FLAG] * bool(override)
+    if not sampling and not unsupported:
         return GenerationConfig(eos_ids, SamplingDefaults())
     defaults = msgspec.convert(sampling, SamplingDefaults)
-    return GenerationConfig(eos_ids, replace(defaults, left_out=left_out, source=" and ".join(sources)))
+    return GenerationConfig(eos_ids, replace(defaults, unsupported=unsupported, source=" and ".join(sources)))
 
 
-def line(defaults: SamplingDefaults) -> str | None:
-    """What an operator is told once; None when there are no defaults."""
+def log_line(defaults: SamplingDefaults) -> str | None:
+    """The log line about the defaults; None when there are none."""
     if not defaults.source:
         return None
-    said = ", ".join(f"{name} {value:g}" for name, value in defaults.said().items()) or "none"
-    left_out = f"; not supported and left out: {', '.join(defaults.left_out)}" if defaults.left_out else ""
-    return f"default sampling parameters from {defaults.source}: {said}{left_out} (--generation-config none turns them off)"
+    values = ", ".join(f"{name} {value:g}" for name, value in defaults.specified().items()) or "none"
+    ignored = f"; not supported and ignored: {', '.join(defaults.unsupported)}" if defaults.unsupported else ""
+    return f"default sampling parameters from {defaults.source}: {values}{ignored} (--generation-config none turns them off)"
 
 
-def _sampling(said: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields that are honoured, in the names of a request."""
-    found = {name: said[field] for field, name in HONOURED.items() if said.get(field) is not None}
+def _sampling(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The supported fields under a request's names. Raises UserError that names `source` and the field."""
+    found = {name: fields[field] for field, name in SUPPORTED.items() if fields.get(field) is not None}
     try:
         msgspec.convert(found, SamplingDefaults)
     except msgspec.ValidationError as error:
         match = _PLACE.match(str(error))
         assert match is not None, "msgspec names the field"
-        field = next(field for field, name in HONOURED.items() if name == match[2])
+        field = next(field for field, name in SUPPORTED.items() if name == match[2])
         text = match[1][0].lower() + match[1][1:]
-        raise UserError(f"{where}: field {field!r}: {text}, not {said[field]!r}") from None
+        raise UserError(f"{source}: field {field!r}: {text}, not {fields[field]!r}") from None
     return found
 
 

@@ -1,4 +1,4 @@
-"""Reads a model directory's JSON. Knows where fields are, not what they mean (that is `models/`)."""
+"""Reads the JSON files of a model directory. Does not interpret their fields; `models/` does."""
 
 import json
 from collections.abc import Sequence
@@ -9,22 +9,22 @@ from tpserve.errors import UserError
 
 
 def read(directory: Path | str, eos_ids: Sequence[int] = ()) -> dict[str, Any]:
-    """config.json as a dict. `eos_ids` that it does not name are added to its `eos_token_id`."""
+    """config.json as a dict, with `eos_ids` added to its `eos_token_id`. Raises UserError."""
     directory = Path(directory)
-    if (foreign := foreign_format(directory)) is not None:
-        raise foreign
+    if (error := unsupported_format(directory)) is not None:
+        raise error
     if not directory.is_dir():
         raise UserError(f"no model directory {directory}: give the path of a directory with config.json and safetensors files")
     config = read_object(directory / "config.json")
-    named = config.get("eos_token_id")
-    known = named if isinstance(named, list) else [] if named is None else [named]
-    if added := [token for token in eos_ids if token not in known]:
-        config["eos_token_id"] = [*known, *added]
+    value = config.get("eos_token_id")
+    present = value if isinstance(value, list) else [] if value is None else [value]
+    if added := [token for token in eos_ids if token not in present]:
+        config["eos_token_id"] = [*present, *added]
     return config
 
 
-def foreign_format(path: Path) -> UserError | None:
-    """What to say of a model that is a GGUF file, or a directory of nothing else; None for another one."""
+def unsupported_format(path: Path) -> UserError | None:
+    """The error for a GGUF file, or a directory that holds only GGUF files; None for any other path."""
     files = [] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if path.suffix == ".gguf" and not path.is_dir():
         what = f"{path} is a GGUF file"
@@ -33,14 +33,14 @@ def foreign_format(path: Path) -> UserError | None:
     else:
         return None
     return UserError(
-        f"{what}: tpserve reads no GGUF; give the model that it was made from, a directory or a repository ORG/NAME with "
+        f"{what}: tpserve does not read GGUF; give the original model, a directory or a repository ORG/NAME with "
         "config.json and safetensors (or pytorch_model*.bin)",
         param="model",
     )
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of the directory. UserError names the file and what is wrong with it."""
+    """Read a JSON object from a file. Raises UserError that names the file and the problem."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Flags, model and machine to an `EngineConfig`. Pure; the only place where "auto" and "not said" become values.
+"""Resolves flags, model and machine to an `EngineConfig`. Pure; the only place where "auto" and unset flags become values.
 
-Everything that can be refused before a process is started is refused here, each in one sentence with the way out.
+Every error that can be found before a process starts is raised here, in one sentence with the way out.
 """
 
 import shlex
@@ -15,20 +15,20 @@ from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
-from tpserve.types.window import blocks_of, longest
+from tpserve.types.window import blocks_needed, max_length
 
 BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 
 class Grid(NamedTuple):
-    """Tensor-parallel by pipeline-parallel ranks."""
+    """Sizes of a layout: tensor-parallel ranks by pipeline stages."""
 
     tp: int
     pp: int
 
 
 def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) -> EngineConfig:
-    """Decide everything that can be decided without loading the model. Raises UserError."""
+    """Make the configuration: everything that needs no loaded model. Raises UserError."""
     assert flags.model is not None, "the caller fills in the built-in model"
     device = _device(flags, machine)
     return EngineConfig(
@@ -77,11 +77,11 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
     )
 
 
-def _list(name: str, said: tuple[str, ...]) -> tuple[str, ...]:
-    """Names, or a JSON list of them as vLLM has it."""
-    text = " ".join(said)
+def _list(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    """The values of a flag that takes names, or a JSON list as in vLLM. Raises UserError."""
+    text = " ".join(values)
     if not text.startswith("["):
-        return said
+        return values
     try:
         return tuple(json.decode(text, type=list[str]))
     except (DecodeError, UnicodeDecodeError):
@@ -89,9 +89,9 @@ def _list(name: str, said: tuple[str, ...]) -> tuple[str, ...]:
         raise UserError(f"{flag} must be names, or a JSON list of texts, not {text!r}", param=name) from None
 
 
-def _origins(said: tuple[str, ...]) -> tuple[str, ...]:
-    """The origins as browsers send them."""
-    origins = tuple(origin.rstrip("/").lower() for origin in _list("allowed_origins", said))
+def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
+    """The origins as browsers send them. Raises UserError."""
+    origins = tuple(origin.rstrip("/").lower() for origin in _list("allowed_origins", values))
     for origin in origins:
         scheme, separator, host = origin.partition("://")
         if origin not in ("*", "null") and (not separator or not scheme or not host or "/" in host):
@@ -105,17 +105,17 @@ def _origins(said: tuple[str, ...]) -> tuple[str, ...]:
 def _secret_file(flags: Flags, machine: Machine) -> str | None:
     if flags.require_secret and flags.cluster_secret_file is None and machine.nnodes > 1:
         raise UserError(
-            "--require-secret, but the nodes share no --cluster-secret-file: make one with `tpserve secret FILE` and copy it "
-            "to every node",
+            "--require-secret needs --cluster-secret-file: make one with `tpserve secret FILE` and copy it to every node",
             param="cluster_secret_file",
         )
     return flags.cluster_secret_file
 
 
 def num_local_ranks(flags: Flags, num_gpus: int) -> int:
-    """How many ranks `tpserve serve` starts on a node: as told, else one per GPU, else as many as the layout asks for.
+    """Number of ranks that `tpserve serve` starts on this node: --nproc-per-node, else one per GPU, else what the layout needs.
 
-    On a single node a full layout wins over the number of GPUs: `-tp 2` on eight GPUs takes two of them.
+    On a single node --tensor-parallel-size wins over the number of GPUs: `-tp 2` on eight GPUs starts two ranks.
+    Raises UserError.
     """
     if flags.nproc_per_node is not None:
         return flags.nproc_per_node
@@ -126,19 +126,21 @@ def num_local_ranks(flags: Flags, num_gpus: int) -> int:
     world = (flags.tensor_parallel_size or 1) * pp
     if world % flags.nnodes:
         raise UserError(
-            f"{world} ranks (--tensor-parallel-size x --pipeline-parallel-size) cannot be dealt evenly to {flags.nnodes} nodes: "
+            f"{world} ranks (--tensor-parallel-size x --pipeline-parallel-size) cannot be divided among {flags.nnodes} nodes: "
             f"choose sizes whose product is a multiple of {flags.nnodes}, or give each node its --nproc-per-node"
         )
     return world // flags.nnodes
 
 
 def num_all_ranks(flags: Flags, nproc: int) -> int:
-    """How many ranks `tpserve serve` expects on all nodes together, of which `nproc` are on this one. Nodes may differ in size:
-    then the layout says how many there are."""
+    """Number of ranks on all nodes, of which `nproc` are on this one.
+
+    Nodes may differ in size, so --tensor-parallel-size decides if it is set.
+    """
     if flags.nnodes > 1 and flags.tensor_parallel_size is not None:
-        asked = flags.tensor_parallel_size * (flags.pipeline_parallel_size or max(1, len(flags.pipeline_layer_map)))
-        if nproc + flags.nnodes - 1 <= asked:  # the other nodes have at least a rank each
-            return asked
+        world = flags.tensor_parallel_size * (flags.pipeline_parallel_size or max(1, len(flags.pipeline_layer_map)))
+        if nproc + flags.nnodes - 1 <= world:  # every other node has at least one rank
+            return world
     return nproc * flags.nnodes
 
 
@@ -183,46 +185,49 @@ def _dtype(flags: Flags, spec: ModelSpec, device: str) -> Literal["bfloat16", "f
 
 
 def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
-    given = spec.max_position if flags.max_model_len is None else flags.max_model_len
-    if given == "auto":
+    length = spec.max_position if flags.max_model_len is None else flags.max_model_len
+    if length == "auto":
         return spec.max_position
-    if given > spec.max_position:
+    if length > spec.max_position:
         raise UserError(
-            f"--max-model-len {given} is beyond the model's {spec.max_position} positions: pass at most that",
+            f"--max-model-len {length} is beyond the model's {spec.max_position} positions: pass at most that",
             param="max_model_len",
         )
-    return given
+    return length
 
 
 def _num_blocks(flags: Flags, spec: ModelSpec, max_model_len: int) -> int | None:
-    given, size = flags.num_gpu_blocks_override, flags.block_size
-    if given is not None and flags.kv_cache_memory is not None:
+    num_blocks, size = flags.num_gpu_blocks_override, flags.block_size
+    if num_blocks is not None and flags.kv_cache_memory is not None:
         raise UserError(
-            f"--num-gpu-blocks-override {given} and --kv-cache-memory {flags.kv_cache_memory:g} both give the KV cache a size: "
+            f"--num-gpu-blocks-override {num_blocks} and --kv-cache-memory {flags.kv_cache_memory:g} both size the KV cache: "
             "pass one of them",
             param="kv_cache_memory",
         )
-    if given is not None and flags.max_model_len != "auto" and given < (least := blocks_of(max_model_len, spec.windows, size)):
-        fits = longest(lambda length: blocks_of(length, spec.windows, size) <= given, size, max_model_len)
+    least = blocks_needed(max_model_len, spec.windows, size)
+    if num_blocks is not None and flags.max_model_len != "auto" and num_blocks < least:
+        fits = max_length(lambda length: blocks_needed(length, spec.windows, size) <= num_blocks, size, max_model_len)
         shorter = f", or --max-model-len {fits}" if fits else ""
         raise UserError(
-            f"--num-gpu-blocks-override {given}, of {size} tokens each, are too few for one sequence of {max_model_len:,}: "
+            f"--num-gpu-blocks-override {num_blocks}, of {size} tokens each, are too few for one sequence of {max_model_len:,}: "
             f"pass at least {least}{shorter}",
             param="num_gpu_blocks_override",
         )
-    return given
+    return num_blocks
 
 
-def _port_range(said: str | None) -> tuple[int, int]:
-    if said is None:
+def _port_range(text: str | None) -> tuple[int, int]:
+    """(first, last), inclusive; (0, 0) without a range. Raises UserError."""
+    if text is None:
         return 0, 0
-    first, _, last = said.partition("-")
+    first, _, last = text.partition("-")
     if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last) < 65536):
-        raise UserError(f"--port-range must be two ports such as 30000-30100, not {said!r}", param="port_range")
+        raise UserError(f"--port-range must be two ports such as 30000-30100, not {text!r}", param="port_range")
     return int(first), int(last)
 
 
 def _layout(flags: Flags, spec: ModelSpec, machine: Machine) -> ParallelLayout:
+    """The layout of all ranks. Raises UserError when ranks, flags and model do not fit together."""
     unequal = machine.world_size != machine.local_world_size * machine.nnodes
     if machine.launcher == "serve" and unequal and flags.tensor_parallel_size is None:
         raise UserError(
@@ -230,8 +235,8 @@ def _layout(flags: Flags, spec: ModelSpec, machine: Machine) -> ParallelLayout:
             "pass the same --nproc-per-node on every node, or for unequal nodes --tensor-parallel-size",
             param="nproc_per_node",
         )
-    given = flags.pipeline_layer_map
-    pp = flags.pipeline_parallel_size or len(given) or _default_stages(flags, spec, machine.world_size)
+    layer_map = flags.pipeline_layer_map
+    pp = flags.pipeline_parallel_size or len(layer_map) or _default_stages(flags, spec, machine.world_size)
     tp = flags.tensor_parallel_size or max(1, machine.world_size // pp)
     if tp * pp != machine.world_size:
         raise UserError(_mismatch(Grid(tp, pp), flags, spec, machine), param="tensor_parallel_size")
@@ -247,7 +252,7 @@ def _layout(flags: Flags, spec: ModelSpec, machine: Machine) -> ParallelLayout:
             f"use at most {spec.num_heads}",
             param="tensor_parallel_size",
         )
-    return ParallelLayout(tp, pp, _stages(given, pp, spec.num_layers), _expert_parallel(flags, spec, tp))
+    return ParallelLayout(tp, pp, _stages(layer_map, pp, spec.num_layers), _expert_parallel(flags, spec, tp))
 
 
 def _expert_parallel(flags: Flags, spec: ModelSpec, tp: int) -> bool:
@@ -265,7 +270,7 @@ def _expert_parallel(flags: Flags, spec: ModelSpec, tp: int) -> bool:
 
 
 def _default_stages(flags: Flags, spec: ModelSpec, world_size: int) -> int:
-    """One; with no layout said and more ranks than attention heads, the fewest stages that leave no rank empty."""
+    """One stage; without --tensor-parallel-size and with more ranks than heads, the fewest stages that leave no rank empty."""
     if flags.tensor_parallel_size is None and world_size > spec.num_heads:
         for pp in range(2, spec.num_layers + 1):
             if world_size % pp == 0 and world_size // pp <= spec.num_heads:
@@ -273,42 +278,45 @@ def _default_stages(flags: Flags, spec: ModelSpec, world_size: int) -> int:
     return 1
 
 
-def _stages(given: tuple[int, ...], pp: int, num_layers: int) -> tuple[int, ...]:
-    """Layers per stage."""
+def _stages(layer_map: tuple[int, ...], pp: int, num_layers: int) -> tuple[int, ...]:
+    """Layers per stage. Raises UserError when --pipeline-layer-map does not fit the model."""
     even = even_layers(num_layers, pp)
-    if not given:
+    if not layer_map:
         return even
-    if len(given) != pp or sum(given) != num_layers:
-        said, example = ",".join(map(str, given)), ",".join(map(str, even))
+    if len(layer_map) != pp or sum(layer_map) != num_layers:
+        value, example = ",".join(map(str, layer_map)), ",".join(map(str, even))
         raise UserError(
-            f"--pipeline-layer-map {said} is {len(given)} stages and {sum(given)} layers together, but there are {pp} stages "
-            f"and {num_layers} layers: pass {pp} numbers that add up to {num_layers}, such as {example}",
+            f"--pipeline-layer-map {value} is {len(layer_map)} stages and {sum(layer_map)} layers together, but there are "
+            f"{pp} stages and {num_layers} layers: pass {pp} numbers that add up to {num_layers}, such as {example}",
             param="pipeline_layer_map",
         )
-    return given
+    return layer_map
 
 
-def _mismatch(asked: Grid, flags: Flags, spec: ModelSpec, machine: Machine) -> str:
+def _mismatch(requested: Grid, flags: Flags, spec: ModelSpec, machine: Machine) -> str:
+    """The error for a layout that does not match the number of ranks, with a command line that works."""
     nodes, per_node = machine.nnodes, machine.local_world_size
     ranks = f"{nodes} nodes x {per_node} ranks = {machine.world_size} ranks" if nodes > 1 else _count(machine.world_size)
-    told = f"--tensor-parallel-size {asked.tp} x --pipeline-parallel-size {asked.pp} = {asked.tp * asked.pp}"
-    fit = _fitting(asked, flags, spec, machine)
+    wanted = requested.tp * requested.pp
+    layout = f"--tensor-parallel-size {requested.tp} x --pipeline-parallel-size {requested.pp} = {wanted}"
+    fit = _nearest_grid(requested, flags, spec, machine)
     if fit is None:
-        return f"{ranks} were started but {told}: start {_count(asked.tp * asked.pp)}, `{_command(asked, flags, nodes, machine)}`"
-    return f"{ranks} were started but {told}: run `{_command(fit, flags, nodes, machine)}`"
+        command = _command(requested, flags, nodes, machine)
+        return f"{ranks} were started but {layout}: start {_count(wanted)}, `{command}`"
+    return f"{ranks} were started but {layout}: run `{_command(fit, flags, nodes, machine)}`"
 
 
 def _count(ranks: int) -> str:
     return f"{ranks} rank" + "s" * (ranks != 1)
 
 
-def _fitting(asked: Grid, flags: Flags, spec: ModelSpec, machine: Machine) -> Grid | None:
-    """The layout of all started ranks nearest to the one asked for; None when the missing ranks had better be started."""
+def _nearest_grid(requested: Grid, flags: Flags, spec: ModelSpec, machine: Machine) -> Grid | None:
+    """The layout of all started ranks that is nearest to `requested`; None if the user should rather start the missing ranks."""
     world = machine.world_size
-    wanted = asked.tp * asked.pp
+    wanted = requested.tp * requested.pp
     could_start = wanted % machine.nnodes == 0 and (not machine.num_gpus or wanted <= machine.num_gpus * machine.nnodes)
-    possible_as_asked = asked.tp <= spec.num_heads and asked.pp <= spec.num_layers
-    if wanted > world and could_start and possible_as_asked:
+    model_allows = requested.tp <= spec.num_heads and requested.pp <= spec.num_layers
+    if wanted > world and could_start and model_allows:
         return None
     grids = [Grid(tp, world // tp) for tp in range(1, world + 1) if world % tp == 0]
     grids = [g for g in grids if g.tp <= spec.num_heads and g.pp <= spec.num_layers]
@@ -317,14 +325,14 @@ def _fitting(asked: Grid, flags: Flags, spec: ModelSpec, machine: Machine) -> Gr
     keeps_tp = flags.tensor_parallel_size is not None
 
     def distance(grid: Grid) -> tuple[bool, bool, int]:
-        loses_what_was_asked = grid.tp != asked.tp if keeps_tp else grid.pp != asked.pp
-        return loses_what_was_asked, grid.pp != asked.pp, abs(grid.tp - machine.local_world_size)
+        changes_request = grid.tp != requested.tp if keeps_tp else grid.pp != requested.pp
+        return changes_request, grid.pp != requested.pp, abs(grid.tp - machine.local_world_size)
 
     return min(grids, key=distance)
 
 
 def _command(grid: Grid, flags: Flags, nodes: int, machine: Machine) -> str:
-    """A command line that starts this layout on as many nodes."""
+    """The command line that starts this layout on this number of nodes."""
     per_node = grid.tp * grid.pp // nodes
     model = f"{shlex.quote(flags.model or '')} -tp {grid.tp} -pp {grid.pp}"
     llm = f"LLM({flags.model!r}, tensor_parallel_size={grid.tp}, pipeline_parallel_size={grid.pp})"

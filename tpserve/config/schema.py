@@ -1,9 +1,9 @@
-"""The list of flags, and what they become.
+"""The server's flags, and the configuration that they resolve to.
 
-Owns `Flags`, the only list of flags there is: the parser, the help, `TPSERVE_ARG_*` and docs/flags.md are read off its
-fields. A field's annotation carries its help text, its bounds and where its name comes from. Never parses, never guesses:
-`cli` fills a `Flags`, `resolve` turns it into an `EngineConfig`, in which nothing is "auto" any more (but
-`all_reduce` on the CPU: which ranks share a host is known once they meet).
+Owns `Flags`, the only list of flags: the parser, the help, `TPSERVE_ARG_*` and docs/flags.md are derived from its fields. A
+field's annotation holds its help text, its bounds and the origin of its name. Never parses and never guesses: `cli` fills a
+`Flags`, `resolve` turns it into an `EngineConfig`. In that nothing is "auto" any more, except `all_reduce` on the CPU, which
+depends on the hosts of the ranks.
 """
 
 from collections.abc import Callable
@@ -26,38 +26,37 @@ MODEL, LAYOUT, ENGINE, HTTP, OPERATION, LAUNCH = GROUPS = (
 )
 
 SECRETS = ("api_key", "admin_api_key", "metrics_key")
-"""Fields that are never shown, and not on the command lines of ranks."""
+"""Fields that are never shown, and never on the command line of a rank."""
 
 
 class WrongValue(Exception):
-    """A flag's value cannot be read; says what it should have been."""
+    """A flag's value cannot be parsed; `str()` says what it must be."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What a field of `Flags`, or of another command's struct, is besides its name, type and default.
+    """The annotation of a field of `Flags`, or of another command's struct.
 
-    `named_by`: who named the flag first. `also`: other spellings that are taken; `also_off`: of a switch, what turns it
-    off. `reads`: makes of a text a value that no plain
-    type is, or raises WrongValue; `shown` stands for such a value in help texts.
+    `named_by`: where the name comes from. `aliases`: other spellings; `off_aliases`: other spellings that turn a switch off.
+    `parse`: parses the text of a value that has no plain type, or raises WrongValue; `metavar`: its placeholder in help texts.
     """
 
     group: str
     help: str
     named_by: Literal["vLLM", "torchrun", "tpserve"] = "vLLM"
     short: str = ""
-    also: tuple[str, ...] = ()
-    also_off: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    off_aliases: tuple[str, ...] = ()
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    reads: Callable[[str], Any] | None = None
-    shown: str = ""
+    parse: Callable[[str], Any] | None = None
+    metavar: str = ""
 
 
 class Flags(Struct, frozen=True, kw_only=True):
-    """What the user said. None means "not said"."""
+    """The flags as the user set them. None: not set."""
 
     model: Annotated[
         str | None,
@@ -86,13 +85,13 @@ class Flags(Struct, frozen=True, kw_only=True):
         str,
         Flag(
             MODEL,
-            "Where requests' default sampling parameters come from. auto: generation_config.json of MODEL. none (or vllm): there "
-            "are none. Else a directory whose generation_config.json is read in place of MODEL's.",
+            "Where requests' default sampling parameters come from. auto: generation_config.json of MODEL. none (or vllm): no "
+            "defaults. Else a directory whose generation_config.json replaces MODEL's.",
         ),
     ] = "auto"
     override_generation_config: Annotated[
         dict[str, Any] | None,
-        Flag(MODEL, "Default sampling parameters that are stronger than the file's, such as '{\"temperature\": 0.5}'."),
+        Flag(MODEL, "Default sampling parameters that override the file's, such as '{\"temperature\": 0.5}'."),
     ] = None
     download_dir: Annotated[
         str | None, Flag(MODEL, "Cache for repositories, shared with other programs. Default: HF_HUB_CACHE, else below HF_HOME.")
@@ -114,8 +113,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         bool,
         Flag(
             MODEL,
-            "Compare every byte of the weight files between nodes before loading, not only a sample of each file; each node "
-            "reads its files once more.",
+            "Compare every byte of the weight files between nodes before loading, not only a sample of each file. Each node "
+            "then reads its files twice.",
             "tpserve",
         ),
     ] = False
@@ -127,29 +126,29 @@ class Flags(Struct, frozen=True, kw_only=True):
             LAYOUT,
             "Ranks that share each layer. Default: number of ranks / --pipeline-parallel-size.",
             short="-tp",
-            also=("--tp", "--tp-size"),
+            aliases=("--tp", "--tp-size"),
             at_least=1,
         ),
     ] = None
     pipeline_parallel_size: Annotated[
         int | None,
-        Flag(LAYOUT, "Stages that share the layers. Default: 1.", short="-pp", also=("--pp", "--pp-size"), at_least=1),
+        Flag(LAYOUT, "Stages that share the layers. Default: 1.", short="-pp", aliases=("--pp", "--pp-size"), at_least=1),
     ] = None
     pipeline_layer_map: Annotated[
         tuple[int, ...],
-        Flag(LAYOUT, "Layers of each stage, such as 3,2. Default: even, earlier stages take the odd ones.", "tpserve"),
+        Flag(LAYOUT, "Layers of each stage, such as 3,2. Default: even; earlier stages take the remainder.", "tpserve"),
     ] = ()
     enable_expert_parallel: Annotated[
         bool,
         Flag(
             LAYOUT,
-            "The ranks of a stage hold whole experts, each a range of them; without it each holds some channels of every expert.",
+            "Each rank of a stage holds a range of whole experts. By default each rank holds some channels of every expert.",
             short="-ep",
-            also=("--ep",),
+            aliases=("--ep",),
         ),
     ] = False
     data_parallel_size: Annotated[
-        int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", also=("--dp", "--dp-size"), at_least=1)
+        int, Flag(LAYOUT, "Only 1: start one server per replica.", short="-dp", aliases=("--dp", "--dp-size"), at_least=1)
     ] = 1
     device: Annotated[
         Literal["auto", "cuda", "cpu"],
@@ -159,17 +158,17 @@ class Flags(Struct, frozen=True, kw_only=True):
         bool,
         Flag(
             LAYOUT,
-            "Each rank runs on the cores near its GPU (on by default); --no-... leaves that to the system.",
+            "Bind each rank to the cores near its GPU (on by default); --no-... leaves that to the system.",
             "tpserve",
-            also=("--numa-bind",),
+            aliases=("--numa-bind",),
         ),
     ] = True
     all_reduce: Annotated[
         Literal["auto", "nccl", "gloo", "shm"],
         Flag(
             LAYOUT,
-            "What adds up the ranks' parts. auto: nccl on GPUs (gloo when ranks share one); on the CPU shm, a page of memory "
-            "that the ranks of a host share, or gloo where they cannot.",
+            "All-reduce backend. auto: nccl on GPUs (gloo when ranks share one); on the CPU shm, shared memory among the ranks "
+            "of a host, or gloo where they cannot share it.",
             "tpserve",
         ),
     ] = "auto"
@@ -178,8 +177,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         int | Literal["auto"] | None,
         Flag(
             ENGINE,
-            "Longest sequence, prompt and output together, such as 4096, 32k (32,000) or 32K (32,768). auto: the model's, or as "
-            "much of it as fits the KV cache. Default: the model's, refused when it does not fit.",
+            "Longest sequence, prompt and output together, such as 4096, 32k (32,000) or 32K (32,768). auto: the model's, or "
+            "less where the KV cache is smaller. Default: the model's; the start fails when it does not fit.",
             at_least=2,
         ),
     ] = None
@@ -192,8 +191,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         bool,
         Flag(
             ENGINE,
-            "Prompts that begin alike are computed once (on by default); --no-... computes every prompt whole.",
-            also_off=("--disable-radix-cache",),
+            "Compute a prefix that prompts share once (on by default); --no-... computes every prompt in full.",
+            off_aliases=("--disable-radix-cache",),
         ),
     ] = True
     gpu_memory_utilization: Annotated[
@@ -210,9 +209,9 @@ class Flags(Struct, frozen=True, kw_only=True):
         int,
         Flag(
             ENGINE,
-            "Most requests that wait; further ones are answered with 429.",
+            "Most requests in the queue; more are answered with 429.",
             "tpserve",
-            also=("--max-num-queued-reqs", "--max-waiting-requests"),
+            aliases=("--max-num-queued-reqs", "--max-waiting-requests"),
             at_least=1,
         ),
     ] = 1024
@@ -220,26 +219,26 @@ class Flags(Struct, frozen=True, kw_only=True):
     host: Annotated[str, Flag(HTTP, "Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     port: Annotated[int, Flag(HTTP, "Port to listen on; 0 takes a free one.", at_least=0, at_most=65535)] = 8000
     api_key: Annotated[
-        str | None, Flag(HTTP, "Key that clients must send. Better given as TPSERVE_API_KEY, which `ps` does not show.")
+        str | None, Flag(HTTP, "Key that clients must send. Prefer TPSERVE_API_KEY, which `ps` does not show.")
     ] = None
     admin_api_key: Annotated[
         str | None,
         Flag(
             HTTP,
-            "Key for /server_info, which is closed without it unless --host is loopback. Also TPSERVE_ADMIN_API_KEY.",
+            "Key for /server_info. Without it that page is closed unless --host is loopback. Also TPSERVE_ADMIN_API_KEY.",
             "tpserve",
         ),
     ] = None
     metrics_key: Annotated[
         str | None,
-        Flag(HTTP, "Key for /metrics, which needs none without it. Also TPSERVE_METRICS_KEY.", "tpserve"),
+        Flag(HTTP, "Key for /metrics. Without it /metrics is open. Also TPSERVE_METRICS_KEY.", "tpserve"),
     ] = None
     allowed_origins: Annotated[
         tuple[str, ...],
         Flag(
             HTTP,
-            "Origins of the web pages that may use the server, such as https://chat.example.com, or * for all; a JSON list is "
-            "taken too. Default: pages of this machine (http://localhost and the like).",
+            "Origins of the web pages that may use the server, such as https://chat.example.com, or * for all; also a JSON list. "
+            "Default: pages of this machine (http://localhost and the like).",
         ),
     ] = ()
     allowed_methods: Annotated[tuple[str, ...], Flag(HTTP, "Methods that pages of other origins may use; * for all.")] = ("*",)
@@ -249,20 +248,20 @@ class Flags(Struct, frozen=True, kw_only=True):
         bool,
         Flag(
             HTTP,
-            "Log a line for each request when it has ended: id, model, tokens, times, status; never its text. Also vLLM's "
+            "Log a line for each request when it ends: id, model, tokens, times, status; never its text. Also vLLM's "
             "--enable-log-requests.",
             "tpserve",
-            also=("--enable-log-requests",),
-            also_off=("--disable-log-requests",),
+            aliases=("--enable-log-requests",),
+            off_aliases=("--disable-log-requests",),
         ),
     ] = False
     log_stats: Annotated[
         bool,
         Flag(
             HTTP,
-            "Log a line about throughput every 10 s while there is traffic (on by default); --no-... leaves it out.",
+            "Log a line about throughput every 10 s while there is traffic (on by default); --no-... turns it off.",
             "tpserve",
-            also_off=("--disable-log-stats",),
+            off_aliases=("--disable-log-stats",),
         ),
     ] = True
 
@@ -270,16 +269,16 @@ class Flags(Struct, frozen=True, kw_only=True):
         str | None,
         Flag(
             OPERATION,
-            "YAML file of flags by name, such as `max-model-len: 4096`; the command line and the environment are stronger.",
-            shown="FILE.yaml",
+            "YAML file of flags by name, such as `max-model-len: 4096`; the command line and the environment win over it.",
+            metavar="FILE.yaml",
         ),
     ] = None
     cluster_secret_file: Annotated[
         str | None,
         Flag(
             OPERATION,
-            "Secret that the nodes share, from which the keys of their links are derived; `tpserve secret FILE` makes one. "
-            "Without it the keys of each run travel over torchrun's store.",
+            "Secret that the nodes share; the keys of their connections are derived from it. `tpserve secret FILE` makes one. "
+            "Without it torchrun's store carries the keys of each run.",
             "tpserve",
         ),
     ] = None
@@ -290,15 +289,15 @@ class Flags(Struct, frozen=True, kw_only=True):
     ] = "info"
     start_timeout: Annotated[
         float,
-        Flag(OPERATION, "Seconds until all ranks must have met; a download may take longer while it moves.", "tpserve", above=0),
+        Flag(OPERATION, "Seconds for all ranks to connect; a download may take longer while it progresses.", "tpserve", above=0),
     ] = 600.0
     drain_timeout: Annotated[
         float,
         Flag(
             OPERATION,
-            "Seconds for open requests when told to end (torchrun kills after 30).",
+            "Seconds that open requests have to finish after SIGTERM (torchrun kills after 30).",
             "tpserve",
-            also=("--shutdown-timeout",),
+            aliases=("--shutdown-timeout",),
             at_least=0,
         ),
     ] = 25.0
@@ -306,8 +305,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         str | None,
         Flag(
             OPERATION,
-            "Interface between nodes, for all traffic alike: a name, a network (10.0.0.0/24) or an address. Default: the one "
-            "that leads to the master address.",
+            "Interface for all traffic between nodes: a name, a network (10.0.0.0/24) or an address. Default: the one with the "
+            "route to the master address.",
             "tpserve",
         ),
     ] = None
@@ -315,18 +314,18 @@ class Flags(Struct, frozen=True, kw_only=True):
         str | None,
         Flag(
             OPERATION,
-            "Ports that tpserve listens on between nodes, such as 30000-30100; gloo and NCCL know none and take the kernel's "
-            "(net.ipv4.ip_local_port_range). Default: free ones.",
+            "Ports that tpserve listens on between nodes, such as 30000-30100. gloo and NCCL have no such setting and use the "
+            "kernel's range (net.ipv4.ip_local_port_range). Default: any free port.",
             "tpserve",
         ),
     ] = None
     step_trace: Annotated[
-        str | None, Flag(OPERATION, "Directory to which each rank writes its steps, as Chrome trace events.", "tpserve")
+        str | None, Flag(OPERATION, "Directory where each rank writes its steps as Chrome trace events.", "tpserve")
     ] = None
 
     nproc_per_node: Annotated[
         int | None,
-        Flag(LAUNCH, "Ranks on this node. Default: one per visible GPU, or what the layout asks for.", "torchrun", at_least=1),
+        Flag(LAUNCH, "Ranks on this node. Default: one per visible GPU, or as many as the layout needs.", "torchrun", at_least=1),
     ] = None
     nnodes: Annotated[int, Flag(LAUNCH, "Number of nodes; run the same command on each.", short="-n", at_least=1)] = 1
     node_rank: Annotated[int, Flag(LAUNCH, "This node's number; node 0 answers HTTP.", short="-r", at_least=0)] = 0
@@ -336,12 +335,12 @@ class Flags(Struct, frozen=True, kw_only=True):
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
-    """All that a server was resolved to; made once by `resolve`. What must be measured is not here but in the memory ledger.
+    """The resolved configuration, made once by `resolve`. Values that must be measured are in `MemoryLedger` instead.
 
-    `model` and `tokenizer` are directories on this node; `chat_template` is a text, or the name of one of the tokenizer's, None
-    for its default; with a `snapshot` the weights may still have to be downloaded into `model`.
-    `max_model_len` is the most there can be: with `fit_max_model_len` the ledger says how much of it there is.
-    `kv_cache_memory` is in bytes, of each rank. `port_range` is (0, 0) where the kernel chooses.
+    `model` and `tokenizer` are directories on this node. `chat_template` is a template's text or the name of one of the
+    tokenizer's; None: the tokenizer's default. With a `snapshot` the weights may still have to be downloaded into `model`.
+    `max_model_len` is an upper bound when `fit_max_model_len` is set: the ledger then holds the length that fits.
+    `kv_cache_memory` is in bytes per rank. `port_range` is (0, 0) when the kernel chooses ports.
     """
 
     model: str
@@ -388,11 +387,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     step_trace: str | None
 
     def shared(self) -> dict[str, Any]:
-        """What must be equal on all ranks, or their tokens would differ or their collectives hang."""
+        """The fields that must be equal on all ranks: otherwise their tokens differ or their collectives hang."""
         return {name: value for name, value in to_builtins(self).items() if name not in _LOCAL}
 
-    def shown(self) -> dict[str, Any]:
-        """All of it for an operator's eyes: of secrets only whether they are set."""
+    def redacted(self) -> dict[str, Any]:
+        """All fields, for operators; a secret that is set becomes "***"."""
         return {name: "***" if name in SECRETS and value is not None else value for name, value in to_builtins(self).items()}
 
 

@@ -35,7 +35,7 @@ COMMAND = Command(
     "nodes start it as the server is started: `torchrun --nnodes 2 --node_rank N --nproc_per_node 8 --master_addr HEAD -m\n"
     "tpserve doctor MODEL ...` on each. Exit code 0 when nothing is broken, 1 when something is, 2 for a mistake.",
     DoctorFlags,
-    passes_on=True,
+    takes_server_flags=True,
 )
 
 

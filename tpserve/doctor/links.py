@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from msgspec import Struct
 
 from tpserve.doctor.verdict import Verdict, duration
-from tpserve.host.network import at, describe, listen
+from tpserve.host.network import host_port, listen, os_error_text
 
 CONNECT_S = 4.0
 """Longer than the kernel's search for a neighbour, so that a missing one gives the kernel's error and no timeout."""
@@ -78,7 +78,7 @@ def _dial(rank: int, address: str, port: int) -> tuple[ProbeResult, socket.socke
     try:
         return ProbeResult(rank), socket.create_connection((address, port), CONNECT_S)
     except OSError as error:
-        return ProbeResult(rank, f"{at(address, port)}: {describe(error)}"), None
+        return ProbeResult(rank, f"{host_port(address, port)}: {os_error_text(error)}"), None
 
 
 def _ping(result: ProbeResult, connection: socket.socket) -> ProbeResult:
@@ -92,7 +92,7 @@ def _ping(result: ProbeResult, connection: socket.socket) -> ProbeResult:
                 connection.sendall(b"?")
                 reply = connection.recv(_CLOCK.size, socket.MSG_WAITALL)
             except OSError as error:
-                return ProbeResult(result.rank, f"was reached and then lost: {describe(error)}")
+                return ProbeResult(result.rank, f"was reached and then lost: {os_error_text(error)}")
             if len(reply) < _CLOCK.size:
                 return ProbeResult(result.rank, "was reached and then closed the connection")
             took_s = time.perf_counter() - begin_s

@@ -35,7 +35,7 @@ from tpserve.doctor.verdict import BROKEN, OK, Verdict, exit_code, page, summary
 from tpserve.engine import connectivity
 from tpserve.engine.fingerprint import fingerprint, processor, traits
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import Interface, choose, host_id
+from tpserve.host.network import Interface, choose_interface, host_id
 from tpserve.host.resources import Memory, available_cores, available_memory, of_rank, visible_gpus
 from tpserve.hub.locate import describe
 from tpserve.models.load_config import load_model_config
@@ -69,7 +69,7 @@ def run_rank(me: RankEnv, argv: Sequence[str]) -> int:
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=environment.color(sys.stderr))
         flags, files, spec = load_model_config(flags, describe)
         config = resolve(flags, files, spec, of_rank(me))
-        interface = choose(config.interface, me.nnodes, me.master_addr)
+        interface = choose_interface(config.interface, me.nnodes, me.master_addr)
     except UserError:
         if me.local_rank:  # the first rank of the node raises the same
             return 2

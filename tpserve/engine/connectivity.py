@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed h
 
 from tpserve.cluster.retry_log import CONNECT_S
 from tpserve.errors import EngineFailure
-from tpserve.host.network import LOOPBACK, at, describe, kernel_ports, listen
+from tpserve.host.network import LOOPBACK, host_port, kernel_ports, listen, os_error_text
 from tpserve.parallel.store import gather
 
 _SHOWN = 4
@@ -35,7 +35,7 @@ def check_connectivity(
         return [json.loads(each) for each in data]
 
     with listen(address or LOOPBACK) as listener:
-        own = [] if address is None else [at(address, listener.getsockname()[1])]
+        own = [] if address is None else [host_port(address, listener.getsockname()[1])]
         own += [endpoint.removeprefix("tcp://") for endpoint in endpoints]
         others = [
             (i, tcp_endpoint)
@@ -64,5 +64,5 @@ def _connect(rank: int, tcp_endpoint: str) -> str:
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
-        return f"rank {rank} at {tcp_endpoint}: {describe(error)}"
+        return f"rank {rank} at {tcp_endpoint}: {os_error_text(error)}"
     return ""

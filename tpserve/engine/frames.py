@@ -18,8 +18,8 @@ PARAMS_BYTES = 1 << 20
 def check_frames(config: EngineConfig, vocab_size: int, num_groups: int) -> None:
     """Raises UserError with the flag whose value makes a step too large."""
     num_seqs, num_tokens = config.max_num_seqs, config.max_num_batched_tokens
-    plan = StepPlan.most_bytes(num_seqs, num_tokens, num_groups) + MAX_ADMISSION_BYTES
-    result = StepResult.most_bytes(num_seqs, num_tokens)
+    plan = StepPlan.max_bytes(num_seqs, num_tokens, num_groups) + MAX_ADMISSION_BYTES
+    result = StepResult.max_bytes(num_seqs, num_tokens)
     if plan > codec.PLAN.max_bytes or result > min(codec.RESULT.max_bytes, codec.ENGINE_OUTPUT.max_bytes):
         raise UserError(
             f"--max-num-batched-tokens {num_tokens} with --max-num-seqs {num_seqs} makes steps that are too large to send: "
@@ -27,7 +27,7 @@ def check_frames(config: EngineConfig, vocab_size: int, num_groups: int) -> None
             param="max_num_batched_tokens",
         )
     num_blocks = num_groups * -(-config.max_model_len // config.block_size)
-    longest = NewSequence.most_bytes(PARAMS_BYTES + 5 * vocab_size, config.max_model_len, num_blocks, num_groups)
+    longest = NewSequence.max_bytes(PARAMS_BYTES + 5 * vocab_size, config.max_model_len, num_blocks, num_groups)
     if longest > MAX_ADMISSION_BYTES:
         raise UserError(
             f"--max-model-len {config.max_model_len} makes a sequence of {longest} bytes, and {MAX_ADMISSION_BYTES} can be sent: "

@@ -246,7 +246,7 @@ class _ServingRank:
         if env.rank == 0:
             for line in report(ledgers, kv_config, self._spec, config):
                 log.info(line)
-            if (defaults := generation_config.line(config.sampling_defaults)) is not None:
+            if (defaults := generation_config.log_line(config.sampling_defaults)) is not None:
                 log.info(defaults)
         if (expert_load := decoder.expert_load) is not None and mesh.tp.rank == 0:  # the other ranks of a stage have equal counts
             expert_load.clear()

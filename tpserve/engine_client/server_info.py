@@ -36,7 +36,7 @@ def server_info(
         "max_model_len": status.max_model_len,
         "numerics": numerics(ranks),
         "layout": asdict(config.layout),
-        "config": config.shown() | {"layout": asdict(config.layout)},
+        "config": config.redacted() | {"layout": asdict(config.layout)},
         "ranks": [
             _rank(rank, config.layout, status, info, now) | {"last_error": lines.last_error, "log": lines.shown()}
             for rank, (info, lines) in enumerate(zip(ranks, rank_logs, strict=True))

@@ -33,7 +33,7 @@ from tpserve.coordinator.coordinator import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
-from tpserve.host.network import at
+from tpserve.host.network import host_port
 from tpserve.observe import log
 from tpserve.process.process_utils import open_pidfd
 from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
@@ -99,7 +99,7 @@ async def _run(
         await server.setup()
         await web.SockSite(server, listener).start()
         if config.api_key is None and exposed:
-            address_and_port = at(*listener.getsockname()[:2])
+            address_and_port = host_port(*listener.getsockname()[:2])
             logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", address_and_port)
         gc.collect()
         gc.freeze()  # the collector need not visit long-lived objects again

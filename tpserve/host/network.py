@@ -1,7 +1,6 @@
-"""Which of this host's interfaces the cluster uses: found once, for ZeroMQ, gloo and NCCL alike. Where this process listens, and
-where it looks names up.
+"""This host's network: the interface that the cluster uses (ZeroMQ, gloo and NCCL alike), listening sockets, name look-ups.
 
-Without `--interface` it is the one from which the kernel would send to the master address; on a single node it is loopback.
+Without `--interface` the cluster uses the interface with the route to the master address; on a single node it is loopback.
 """
 
 import ctypes
@@ -24,45 +23,46 @@ _UP = 0x1
 
 
 class Interface(NamedTuple):
-    """An interface and the address on it that other nodes use. `name` is empty where the kernel does not tell it."""
+    """An interface and the address on it that other nodes use. `name` is empty when it is unknown."""
 
     name: str
     address: str
 
     @property
     def is_loopback(self) -> bool:
+        """Whether only this host can reach it."""
         return ipaddress.ip_address(self.address).is_loopback
 
     def __str__(self) -> str:
         return f"{self.name} ({self.address})" if self.name else self.address
 
 
-def choose(asked: str | None, nnodes: int, master_addr: str) -> Interface:
-    """The interface of this host for a job of `nnodes`. `asked`: a name, a network such as 10.0.0.0/24, or an address.
+def choose_interface(requested: str | None, nnodes: int, master_addr: str) -> Interface:
+    """This host's interface for a job of `nnodes`. `requested`: a name, a network such as 10.0.0.0/24, an address, or None.
 
-    UserError when there is no such interface, or no route to the master.
+    Raises UserError when there is no such interface, or no route to the master.
     """
     known = interfaces()
-    if asked is not None:
-        return _asked(asked, known, _family(master_addr) if nnodes > 1 else socket.AF_INET)
+    if requested is not None:
+        return _match_interface(requested, known, _family(master_addr) if nnodes > 1 else socket.AF_INET)
     address = LOOPBACK if nnodes == 1 else route_to(master_addr)
     return next((one for one in known if one.address == address), Interface("", address))
 
 
 def route_to(master_addr: str) -> str:
-    """This host's address on the interface that leads to the master."""
+    """This host's address on the interface with the route to the master. Raises UserError without a route."""
     try:
         routes = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)
-        family, kind, proto, _, target = min(routes, key=lambda route: route[0] != socket.AF_INET)  # IPv4 where there is a choice
+        family, kind, proto, _, target = min(routes, key=lambda route: route[0] != socket.AF_INET)  # prefer IPv4
         with socket.socket(family, kind, proto) as probe:
-            probe.connect(target)  # of a datagram socket: chooses the route and sends nothing
+            probe.connect(target)  # on a datagram socket this chooses the route and sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
         raise UserError(f"no route to the master address {master_addr}: {error.strerror}", param="master_addr") from error
 
 
 def host_id() -> str:
-    """Equal for processes that see the same network: one kernel, one network namespace. Empty when the kernel does not tell."""
+    """An id of the kernel and the network namespace, equal for processes that share both. Empty if it cannot be read."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
@@ -71,7 +71,7 @@ def host_id() -> str:
 
 
 def interfaces() -> list[Interface]:
-    """Every address of every interface that is up, but the link-local ones of IPv6, in the kernel's order."""
+    """Every address of every interface that is up, in the kernel's order, without IPv6 link-local addresses."""
     libc = ctypes.CDLL(None, use_errno=True)
     first = ctypes.POINTER(_IfAddrs)()
     if libc.getifaddrs(ctypes.byref(first)):
@@ -79,7 +79,7 @@ def interfaces() -> list[Interface]:
     found, at = [], first
     while at:
         entry = at.contents
-        if entry.flags & _UP and (address := _read(entry.address)):
+        if entry.flags & _UP and (address := _sockaddr_text(entry.address)):
             found.append(Interface(entry.name.decode(), address))
         at = entry.next
     libc.freeifaddrs(first)
@@ -87,7 +87,7 @@ def interfaces() -> list[Interface]:
 
 
 def kernel_ports() -> str:
-    """The ports that it chooses from for who names none; of IPv6 too."""
+    """The range from which the kernel chooses ports, such as "32768-60999", for IPv4 and IPv6."""
     try:
         return "-".join(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     except OSError:
@@ -95,9 +95,9 @@ def kernel_ports() -> str:
 
 
 def listen(address: str, ports: tuple[int, int] = (0, 0)) -> socket.socket:
-    """A socket that listens on the first free one of `ports`; (0, 0): the kernel chooses. UserError when there is none."""
+    """Listen on the first free port of `ports` (inclusive); (0, 0): any free port. Raises UserError when none is free."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    why: OSError | None = None
+    last_error: OSError | None = None
     for port in range(ports[0], ports[1] + 1):
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -106,62 +106,63 @@ def listen(address: str, ports: tuple[int, int] = (0, 0)) -> socket.socket:
             listener.listen(1024)
         except OSError as error:
             listener.close()
-            why = error
+            last_error = error
             continue
         return listener
-    assert why is not None
-    shown = at(address, ports[0]) if ports[0] == ports[1] else f"{address} ports {ports[0]}-{ports[1]}"
-    raise UserError(f"cannot listen at {shown}: {describe(why)}", param="port_range" if ports[1] > ports[0] else "master_port")
+    assert last_error is not None
+    where = host_port(address, ports[0]) if ports[0] == ports[1] else f"{address} ports {ports[0]}-{ports[1]}"
+    param = "port_range" if ports[1] > ports[0] else "master_port"
+    raise UserError(f"cannot listen at {where}: {os_error_text(last_error)}", param=param)
 
 
-def at(address: str, port: int) -> str:
-    """An address and a port as people write them."""
+def host_port(address: str, port: int) -> str:
+    """HOST:PORT, with brackets around an IPv6 address."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def describe(error: OSError) -> str:
-    """What the kernel said, with its number (that of a resolver is negative)."""
-    if error.errno is None:  # a timeout of Python's
+def os_error_text(error: OSError) -> str:
+    """The text of an OSError with its errno (negative for errors of name look-ups)."""
+    if error.errno is None:  # a timeout from Python itself
         error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
     return f"{error.strerror} (errno {error.errno})"
 
 
 _no_dns: list[None] = []
-"""One entry for each caller who wants none at present."""
-_no_dns_lock = threading.Lock()
+"""One entry for each caller that has disabled DNS."""
+_dns_lock = threading.Lock()
 
 
-def leave_dns() -> None:
-    """From now on all names in this process come from /etc/hosts: a DNS server that does not answer holds nothing up.
+def disable_dns() -> None:
+    """Resolve names in this process only from /etc/hosts, so that a DNS server that does not answer blocks nothing.
 
-    For libraries that look a name up only to log it. Does nothing with a C library other than glibc.
+    For libraries that look a name up only to log it. Has no effect with a C library other than glibc.
     """
-    with _no_dns_lock:
+    with _dns_lock:
         if not _no_dns:
-            _look_names_up_in("files")
+            _set_name_services("files")
         _no_dns.append(None)
 
 
 @contextmanager
 def without_dns() -> Iterator[None]:
-    """The same for a while."""
-    leave_dns()
+    """`disable_dns` for the duration of a with block."""
+    disable_dns()
     try:
         yield
     finally:
-        with _no_dns_lock:
+        with _dns_lock:
             _no_dns.pop()
             if not _no_dns:
-                _look_names_up_in(_name_services())
+                _set_name_services(_name_services())
 
 
-def _look_names_up_in(services: str) -> None:
+def _set_name_services(services: str) -> None:
     if configure := getattr(ctypes.CDLL(None), "__nss_configure_lookup", None):
         configure(b"hosts", services.encode())
 
 
 def _name_services(path: Path = Path("/etc/nsswitch.conf")) -> str:
-    """What this host's administrator wants to be asked for names, and in which order."""
+    """This host's configured name services, in order; glibc's default if there are none."""
     try:
         found = re.search(r"^\s*hosts:([^#\n]*)", path.read_text(), re.MULTILINE)
     except OSError:
@@ -169,27 +170,28 @@ def _name_services(path: Path = Path("/etc/nsswitch.conf")) -> str:
     return found[1].strip() if found and found[1].strip() else "dns [!UNAVAIL=return] files"
 
 
-def _asked(asked: str, known: Sequence[Interface], family: int) -> Interface:
+def _match_interface(requested: str, known: Sequence[Interface], family: int) -> Interface:
+    """The interface of this name, network or address; of several addresses one of `family` if possible. Raises UserError."""
     try:
-        network = ipaddress.ip_network(asked, strict=False)
+        network = ipaddress.ip_network(requested, strict=False)
     except ValueError:
-        matching = [one for one in known if one.name == asked]
+        matching = [one for one in known if one.name == requested]
         matching.sort(key=lambda one: (":" in one.address) != (family == socket.AF_INET6))
     else:
         matching = [one for one in known if ipaddress.ip_address(one.address) in network]
     if not matching:
-        there = ", ".join(map(str, known)) or "none"
-        raise UserError(f"--interface {asked} is none of this host's interfaces: {there}", param="interface")
+        existing = ", ".join(map(str, known)) or "none"
+        raise UserError(f"--interface {requested} is none of this host's interfaces: {existing}", param="interface")
     return matching[0]
 
 
 def _family(address: str) -> int:
-    """That of a literal address; of a name, IPv4."""
+    """The family of a literal address; IPv4 for a name."""
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 class _IfAddrs(ctypes.Structure):
-    """struct ifaddrs, as far as it is read here."""
+    """struct ifaddrs of getifaddrs(3)."""
 
 
 _IfAddrs._fields_ = [
@@ -203,8 +205,8 @@ _IfAddrs._fields_ = [
 ]
 
 
-def _read(address: int | None) -> str:
-    """A struct sockaddr as text; empty for families that are not IP, and for link-local addresses of IPv6."""
+def _sockaddr_text(address: int | None) -> str:
+    """A struct sockaddr as text; empty for families other than IP, and for IPv6 link-local addresses."""
     if not address:
         return ""
     (family,) = struct.unpack("H", ctypes.string_at(address, 2))

@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, cores, memory. Imports no torch; reads /proc, /sys and package metadata and changes nothing."""
+"""This machine's GPUs, cores and memory, from /proc, /sys and package metadata. Never imports torch, never changes anything."""
 
 import functools
 import importlib.metadata
@@ -13,17 +13,17 @@ from tpserve.types.machine import Machine
 
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
-"""Control groups of version 1 write "no limit" as a number near 2**63."""
+"""cgroup v1 writes "no limit" as a number near 2**63."""
 
 
 def of_rank(rank: RankEnv) -> Machine:
-    """The machine of a rank that torchrun started."""
+    """The `Machine` of a rank that torchrun or `tpserve serve` started."""
     launcher: Literal["torchrun", "serve"] = "torchrun" if rank.runtime_dir is None else "serve"
     return Machine(rank.world_size, rank.local_world_size, rank.nnodes, visible_gpus(), available_cores(), launcher)
 
 
 def visible_gpus() -> int:
-    """NVIDIA GPUs that ranks of this node can use: present, not hidden by CUDA_VISIBLE_DEVICES, and torch is built for them."""
+    """Number of NVIDIA GPUs that ranks of this node can use; respects CUDA_VISIBLE_DEVICES. 0 if torch is built without CUDA."""
     if not _torch_has_cuda():
         return 0
     present = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -32,7 +32,7 @@ def visible_gpus() -> int:
         return present
     count = 0
     for name in filter(None, chosen.split(",")):
-        # As CUDA does: the first name that is no device ends the list.
+        # As in CUDA, the first invalid name ends the list.
         if not name.strip().startswith(("GPU-", "MIG-")) and not (name.strip().isdecimal() and int(name) < present):
             break
         count += 1
@@ -48,7 +48,7 @@ def _torch_has_cuda() -> bool:
 
 
 def available_cores() -> int:
-    """Cores this process may use: its affinity mask, and less when a control group grants less time."""
+    """Cores that this process may use: its affinity mask, or fewer under a cgroup CPU quota. At least 1."""
     cores = len(os.sched_getaffinity(0))
     quota = _cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
@@ -56,7 +56,7 @@ def available_cores() -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that can still be allocated, and of how many: `of` names what sets the limit."""
+    """Bytes that can still be allocated, and the total in bytes. `of` names what sets the limit."""
 
     free: int
     total: int
@@ -64,7 +64,7 @@ class Memory:
 
 
 def available_memory() -> Memory:
-    """What the system has free, or less where a control group grants less."""
+    """The system's free memory, or less under a cgroup memory limit."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free, total = (int(meminfo[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
     found = [Memory(free, total, "the machine")]
@@ -76,13 +76,14 @@ def available_memory() -> Memory:
 
 
 def cpu_model() -> str:
-    """The processor's name, or what the kernel tells in its place (family and part, on ARM)."""
-    told = [line.partition(":") for line in _text(Path("/proc/cpuinfo")).partition("\n\n")[0].splitlines()]
+    """The processor's vendor, family, model and name from /proc/cpuinfo (on ARM its implementer, part and variant)."""
+    fields = [line.partition(":") for line in _text(Path("/proc/cpuinfo")).partition("\n\n")[0].splitlines()]
     kinds = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
-    return " ".join(value.strip() for name, _, value in told if name.strip() in kinds)
+    return " ".join(value.strip() for name, _, value in fields if name.strip() in kinds)
 
 
 def _cpu_quota() -> float | None:
+    """Cores granted by the cgroup CPU quota; None without a limit."""
     for directory in _directories("", ""):
         try:
             quota, period = (directory / "cpu.max").read_text().split()
@@ -98,13 +99,14 @@ def _cpu_quota() -> float | None:
 
 
 def _memory_groups() -> list[tuple[Path, str, str]]:
+    """(directory, limit file, usage file) of each cgroup that may limit memory."""
     new = [(d, "memory.max", "memory.current") for d in _directories("", "")]
     old = [(d, "memory.limit_in_bytes", "memory.usage_in_bytes") for d in _directories("memory", "memory")]
     return new + old
 
 
 def _directories(controller: str, mount: str) -> list[Path]:
-    """This process's control group of a version 1 controller ("" for version 2) and the one seen from inside a container."""
+    """This process's cgroup of a v1 `controller` ("" for v2), and the root cgroup as seen inside a container."""
     found = []
     for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, names, path = line.split(":", 2)
@@ -114,7 +116,7 @@ def _directories(controller: str, mount: str) -> list[Path]:
 
 
 def _reclaimable(directory: Path) -> int:
-    """Page cache that the kernel gives back before it refuses memory."""
+    """Bytes of page cache that the kernel reclaims before it refuses memory."""
     for line in _text(directory / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file"):

@@ -25,14 +25,14 @@ from tpserve.hub.cache import FileSet
 from tpserve.hub.download import check_disk_space, download, redirect_hub_log
 from tpserve.hub.errors import to_user_error
 from tpserve.hub.names import check_revision, is_repository
-from tpserve.types.model_files import TEMPLATES, TOKENIZER_FORMATS, WEIGHT_FORMATS, ModelFiles, Snapshot, WeightFormat
+from tpserve.types.model_files import CHAT_TEMPLATES_DIR, TOKENIZER_FORMATS, WEIGHT_FORMATS, ModelFiles, Snapshot, WeightFormat
 
 log = logging.getLogger(__name__)
 
 CONFIG = ("config.json", "generation_config.json")
 TOKENIZER_EXTRAS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja"),
+    *("chat_template.jinja", "chat_template.json", f"{CHAT_TEMPLATES_DIR}/*.jinja"),
 )
 INDICES = tuple(format.index_file for format in WEIGHT_FORMATS)
 DEFAULT_REVISION = "main"

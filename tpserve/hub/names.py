@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tpserve.config.model_config import foreign_format
+from tpserve.config.model_config import unsupported_format
 from tpserve.errors import UserError
 
 MAX_ID = 96
@@ -17,7 +17,7 @@ def is_repository(name: str, param: str) -> bool:
     flag = "--" + param
     if path.is_dir():
         return False
-    if param == "model" and (other_format := foreign_format(path)) is not None:
+    if param == "model" and (other_format := unsupported_format(path)) is not None:
         raise other_format
     if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         raise UserError(f"{name} is a file of weights: {flag} takes the directory that it is in, {path.parent}", param=param)

@@ -54,7 +54,7 @@ class LLM:
         `flags` are the flags of the command line in snake_case (docs/flags.md). Raises UserError, in one line, for flags that
         are wrong or do not fit the machine, and EngineFailure when the ranks do not start.
         """
-        server_flags, note = keywords.read_all({"model": model, **flags})
+        server_flags, note = keywords.read_kwargs({"model": model, **flags})
         if note:
             logger.info("%s", note)
         rank_env = env.rank_env() if env.under_torchrun() else None
@@ -141,7 +141,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """A new `SamplingParams` with the defaults of generation_config.json and --override-generation-config."""
-        return SamplingParams(**self._defaults.said())
+        return SamplingParams(**self._defaults.specified())
 
     def _params(self, params: "SamplingParams | Sequence[SamplingParams] | None") -> "SamplingParams | Sequence[SamplingParams]":
         return self.get_default_sampling_params() if params is None else params

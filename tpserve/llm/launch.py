@@ -23,7 +23,7 @@ from tpserve.config.env import RankEnv
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure
-from tpserve.host.network import choose
+from tpserve.host.network import choose_interface
 from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.hub.locate import locate
 from tpserve.llm.engine_process import EngineProcess
@@ -88,7 +88,7 @@ class TorchrunLauncher:
         directory = runtime_dir(rank_env)
         self.runtime_dir = directory.with_name(f"{directory.name}-{job}")
         several_nodes = rank_env.nnodes > 1
-        self.remote = choose(flags.interface, rank_env.nnodes, rank_env.master_addr).address if several_nodes else None
+        self.remote = choose_interface(flags.interface, rank_env.nnodes, rank_env.master_addr).address if several_nodes else None
         self.num_followers = rank_env.world_size - 1
 
     @cached_property

@@ -13,7 +13,7 @@ from datetime import timedelta
 from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed has them without their types
 
 from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import at, leave_dns, listen, without_dns
+from tpserve.host.network import disable_dns, host_port, listen, without_dns
 from tpserve.observe.table import of_ranks
 
 DIAL_TIMEOUT_S = 3.0
@@ -26,7 +26,7 @@ def host_store(address: str = "127.0.0.1", ports: tuple[int, int] = (0, 0)) -> t
     It listens only on `address`, on the first free port of the range `ports`; by default the kernel chooses the port.
     EngineFailure when it cannot listen.
     """
-    leave_dns()
+    disable_dns()
     try:
         with listen(address, ports) as listener:
             port: int = listener.getsockname()[1]
@@ -74,7 +74,7 @@ def _connect(host: str, port: int, timeout_s: float, *, retry: bool) -> TCPStore
                 return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
         except (OSError, RuntimeError) as error:
             if not retry or time.monotonic() > deadline_s:
-                raise EngineFailure(f"the store at {at(host, port)} does not answer: {_first_line(error)}") from error
+                raise EngineFailure(f"the store at {host_port(host, port)} does not answer: {_first_line(error)}") from error
         time.sleep(0.2)
 
 

@@ -49,8 +49,8 @@ class PlanFlags(Struct, frozen=True, kw_only=True):
         Flag(
             CARDS,
             "Memory of each GPU, as sold (80GB), or better as nvidia-smi shows it (81559MiB).",
-            reads=quantities.memory,
-            shown="SIZE",
+            parse=quantities.memory,
+            metavar="SIZE",
         ),
     ] = None
     interconnect: Annotated[
@@ -61,8 +61,8 @@ class PlanFlags(Struct, frozen=True, kw_only=True):
         Flag(
             CARDS,
             "Memory bandwidth of a GPU, such as 864GB/s for an L40S. Default: 3350GB/s, an H100's.",
-            reads=quantities.rate,
-            shown="RATE",
+            parse=quantities.rate,
+            metavar="RATE",
         ),
     ] = 3_350_000_000_000
     context: Annotated[
@@ -79,11 +79,11 @@ class PlanFlags(Struct, frozen=True, kw_only=True):
     ] = None
     disk_rate: Annotated[
         int | None,
-        Flag(START, "Read rate of a node's disk, such as 2GB/s.", reads=quantities.rate, shown="RATE"),
+        Flag(START, "Read rate of a node's disk, such as 2GB/s.", parse=quantities.rate, metavar="RATE"),
     ] = None
     max_start_time: Annotated[
         int | None,
-        Flag(START, "Limit for loading the weights, such as 120s; needs --disk-rate.", reads=quantities.duration, shown="TIME"),
+        Flag(START, "Limit for loading the weights, such as 120s; needs --disk-rate.", parse=quantities.duration, metavar="TIME"),
     ] = None
     json: Annotated[bool, Flag(OUTPUT, "Everything as JSON, with every layout's ranks and command lines.")] = False
 
@@ -94,7 +94,7 @@ COMMAND = Command(
     "config.json and the headers of the weight files only, and needs no GPU. Takes MODEL and the server's flags\n"
     "as `tpserve serve` does, such as --dtype, --enable-expert-parallel, --gpu-memory-utilization or --master-addr.",
     PlanFlags,
-    passes_on=True,
+    takes_server_flags=True,
 )
 
 

@@ -22,7 +22,7 @@ from tpserve.types.machine import Machine
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec
-from tpserve.types.window import blocks_of, longest
+from tpserve.types.window import blocks_needed, max_length
 from tpserve.worker import sizing
 from tpserve.worker.logits_chunking import LogitsChunking
 from tpserve.worker.sizing import ITEM_BYTES, MemoryProfile
@@ -126,7 +126,7 @@ def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> 
     if config.fit_max_model_len:
         config = replace(config, max_model_len=_longest(request, ranks, config), fit_max_model_len=False)
     found = sizing.fit_kv_cache(ranks, request.spec, config)
-    sequence = blocks_of(config.max_model_len, request.spec.windows, config.block_size)
+    sequence = blocks_needed(config.max_model_len, request.spec.windows, config.block_size)
     why_not = _shortage(ranks, sequence, config)
     if not why_not and (refused := sizing.refusal(found, ranks, request.spec, config, gpus.per_node)) is not None:
         why_not = str(refused)
@@ -182,10 +182,10 @@ def _longest(request: PlanRequest, ranks: list[MemoryProfile], config: EngineCon
     distinct = {(rank.block, rank.room) for rank in ranks}
 
     def fits(length: int) -> bool:
-        blocks = request.wanted * blocks_of(length, request.spec.windows, config.block_size)
+        blocks = request.wanted * blocks_needed(length, request.spec.windows, config.block_size)
         return all(blocks * block + sizing.slot_bytes(config, length) <= room for block, room in distinct)
 
-    return max(longest(fits, config.block_size, config.max_model_len), sizing.least_length(config))
+    return max(max_length(fits, config.block_size, config.max_model_len), sizing.least_length(config))
 
 
 def _shortage(ranks: list[MemoryProfile], blocks: int, config: EngineConfig) -> str:

@@ -26,7 +26,7 @@ from itertools import zip_longest
 from tpserve.scheduling.block_pool import BlockPool
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.scheduling.sequence import Sequence
-from tpserve.types.window import first_block, most_blocks
+from tpserve.types.window import first_block, max_blocks
 
 HASH_BYTES = 16
 """A cryptographic hash: nobody can construct a collision, as they could with Python's own hash."""
@@ -110,7 +110,7 @@ class BlockManager:
         need = match.free + len(self._full) * (known - match.shared)
         for _, window in self._windowed:
             first = self._first_visible(match.shared * self._size, window)
-            need += min(first + most_blocks(sequence.known, window, self._size), known) - match.shared
+            need += min(first + max_blocks(sequence.known, window, self._size), known) - match.shared
         return need
 
     def plan_admission(self, sequence: Sequence, match: PrefixMatch, budget: int, spare: int) -> AdmissionPlan | None:

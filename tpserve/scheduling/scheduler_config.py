@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tpserve.types.plan import NewSequence
-from tpserve.types.window import blocks_of
+from tpserve.types.window import blocks_needed
 
 MAX_ADMISSION_BYTES = 32 << 20
 """Half of a plan's frame, for its new sequences; the other half is for its chunks."""
@@ -48,8 +48,8 @@ class SchedulerConfig:
     def admission_bytes(self, params_bytes: int, num_tokens: int) -> int:
         """An upper bound for the encoded `NewSequence` of a sequence of `num_tokens` known tokens, in bytes."""
         num_groups = len(self.windows)
-        return NewSequence.most_bytes(params_bytes, num_tokens, num_groups * self.blocks_for(num_tokens), num_groups)
+        return NewSequence.max_bytes(params_bytes, num_tokens, num_groups * self.blocks_for(num_tokens), num_groups)
 
     def min_blocks(self, positions: int) -> int:
         """Number of blocks, over all groups, that a sequence of `positions` positions needs at least."""
-        return blocks_of(positions, self.windows, self.block_size)
+        return blocks_needed(positions, self.windows, self.block_size)

@@ -1,1 +1,1 @@
-"""Floor 0: the structs that flow between processes. msgspec and plain Python only; nothing here has behaviour worth a mock."""
+"""Floor 0: the structs that processes exchange. Uses only msgspec and the standard library, and holds no behaviour."""

@@ -4,10 +4,10 @@ from msgspec import Struct
 
 
 class ParallelLayout(Struct, frozen=True, array_like=True):
-    """Tensor-parallel ranks are neighbours, pipeline stages are strides: rank = stage * tp + tp_rank.
+    """The grid of ranks: rank = stage * tp + tp_rank, so that the tensor-parallel ranks of a stage are consecutive.
 
-    `layers`: layers per stage, one entry a stage; its sum is the model's number of layers. `expert_parallel`: a stage's ranks
-    hold whole experts, each a range of them, instead of a part of every expert.
+    `layers`: number of layers of each stage; the sum is the model's number of layers. `expert_parallel`: each rank of a stage
+    holds a range of whole experts, instead of some channels of every expert.
     """
 
     tp: int
@@ -17,12 +17,15 @@ class ParallelLayout(Struct, frozen=True, array_like=True):
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.tp * self.pp
 
     def stage_of(self, rank: int) -> int:
+        """The pipeline stage of a rank."""
         return rank // self.tp
 
     def tp_rank_of(self, rank: int) -> int:
+        """The index of a rank among the tensor-parallel ranks of its stage."""
         return rank % self.tp
 
     def layers_of(self, stage: int) -> range:
@@ -37,6 +40,6 @@ class ParallelLayout(Struct, frozen=True, array_like=True):
 
 
 def even_layers(num_layers: int, stages: int) -> tuple[int, ...]:
-    """Layers per stage where nobody says otherwise; earlier stages take the odd ones."""
-    base, odd = divmod(num_layers, stages)
-    return tuple(base + (stage < odd) for stage in range(stages))
+    """The default number of layers of each stage: equal, and one more for earlier stages when there is a remainder."""
+    base, remainder = divmod(num_layers, stages)
+    return tuple(base + (stage < remainder) for stage in range(stages))

@@ -1,4 +1,4 @@
-"""Where the ranks run, as far as the layout depends on it."""
+"""The properties of the job and its node that the layout depends on."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,9 +6,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Machine:
-    """The node of this process in its job. `num_gpus`: visible on this node and usable by the installed torch.
+    """The job and this node. `num_gpus`: GPUs that are visible here and that the installed torch can use.
 
-    `launcher`: how ranks are started, for the command lines in errors (script: an LLM under torchrun; LLM: one alone).
+    `launcher`: how the ranks are started, for the command lines in errors. "script": an `LLM` under torchrun; "LLM": without.
     """
 
     world_size: int

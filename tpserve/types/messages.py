@@ -1,13 +1,14 @@
-"""The whole vocabulary between processes.
+"""All messages between processes.
 
-    frontend -> engine    Add, Abort, Cut, Control
+    frontend -> engine    Add, Abort, Truncate, EngineControl
     engine -> frontend    PromptLogprobsChunk, Delta, Done, Stats
-    rank -> coordinator   Hello, Ready, Heartbeat, Experts, Said, Fault, Drain
+    rank -> coordinator   Hello, Ready, Heartbeat, ExpertLoad, LogLines, Fault, Drain
     coordinator -> rank   Start, Run, Drain, Stop
 
-Each direction is one tagged union; a frame on the wire is a msgpack list of messages of its direction.
-The engine answers every Add with exactly one Done. Deltas of a request carry consecutive positions, and so do the
-PromptLogprobsChunk that come before its first Delta.
+Each direction is one tagged union; a frame on the wire is a msgpack list of messages of one direction.
+
+Invariants: the engine answers every Add with exactly one Done. The Deltas of a request cover consecutive positions, and so do the
+PromptLogprobsChunks, which all come before the first Delta.
 """
 
 from typing import Literal
@@ -18,11 +19,11 @@ from tpserve.types.plan import PromptLogprobs, TokenLogprobs
 from tpserve.types.request import Request
 
 WEIGHTS = "weights "
-"""How the names of the facts about weight files begin in `Hello.fingerprint`; the file's name follows."""
+"""Prefix of the keys about weight files in `Hello.fingerprint`; the file's name follows."""
 
 
 class Message(Struct, frozen=True, array_like=True, tag=True):
-    """Base of all messages: immutable, encoded as an array that starts with the type's name."""
+    """Base of all messages: immutable, encoded as an array whose first element is the type's name."""
 
 
 # frontend -> engine
@@ -35,20 +36,20 @@ class Add(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """The client is gone: stop and answer Done(finish="abort"). Unknown or finished ids are ignored."""
+    """The client has disconnected: stop and answer Done(finish="abort"). Unknown and finished ids are ignored."""
 
     id: int
 
 
 class Truncate(Message, frozen=True):
-    """A stop string ended the request at `length` output tokens and its client has its answer: answer Done(finish="stop")."""
+    """A stop string ended the request after `length` output tokens, and the client has its answer: answer Done(finish="stop")."""
 
     id: int
     length: int
 
 
 class EngineControl(Message, frozen=True):
-    """An order to the engine as a whole. `drain`: admit nothing more, finish what runs."""
+    """A command to the whole engine. `drain`: admit no more requests and finish the open ones."""
 
     action: Literal["drain"]
 
@@ -59,9 +60,10 @@ EngineInput = Add | Abort | Truncate | EngineControl
 
 
 class Delta(Message, frozen=True):
-    """New tokens of a request. `start`: how many output tokens came before. `logprobs`: one entry a token, or empty.
+    """New tokens of a request. `start`: number of output tokens before these. `logprobs`: one entry per token, or empty.
 
-    In the first one, of the first admission: `cached_tokens` of the prompt were in the prefix cache, after `queue_s` of waiting.
+    Set only in a request's first Delta: `cached_tokens`, the prompt's tokens found in the prefix cache when the request was first
+    scheduled, and `queue_s`, the seconds it waited before that.
     """
 
     id: int
@@ -73,7 +75,7 @@ class Delta(Message, frozen=True):
 
 
 class PromptLogprobsChunk(Message, frozen=True):
-    """Log probabilities of prompt tokens, chunk by chunk. `start`: position of the first token; the prompt's first has none."""
+    """Log probabilities of consecutive prompt tokens. `start`: position of the first one. Position 0 has none."""
 
     id: int
     start: int
@@ -81,7 +83,7 @@ class PromptLogprobsChunk(Message, frozen=True):
 
 
 class PhaseTimes(Struct, frozen=True, array_like=True):
-    """Seconds a request spent waiting, until its first token, and from the first token to the last."""
+    """Seconds that a request spent in the queue, from there to its first token, and from the first token to the last."""
 
     queue_s: float
     prefill_s: float
@@ -92,7 +94,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Done(Message, frozen=True):
-    """The one terminal message of a request. `stop_id`: the token that ended it, None at an EOS id or when no token did."""
+    """The last message of a request. `stop_id`: the stop token that ended it; None for an EOS id or another reason."""
 
     id: int
     finish: FinishReason
@@ -103,7 +105,7 @@ class Done(Message, frozen=True):
 
 
 class Stats(Message, frozen=True):
-    """Gauges and running totals, sent after a step that changed them. Counters start at 0 with the epoch."""
+    """Gauges and counters, sent after a step that changed them. Counters start at 0 in each epoch."""
 
     running: int
     waiting: int
@@ -114,9 +116,9 @@ class Stats(Message, frozen=True):
     prompt_tokens: int
     generation_tokens: int
     prefix_cache_queries: int = 0
-    """Tokens of prompts that were looked up in the prefix cache."""
+    """Prompt tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0
-    """Those that were found there."""
+    """Prompt tokens found in the prefix cache."""
 
 
 EngineOutput = PromptLogprobsChunk | Delta | Done | Stats
@@ -125,8 +127,8 @@ EngineOutput = PromptLogprobsChunk | Delta | Done | Stats
 
 
 class NodeInfo(Struct, frozen=True, array_like=True):
-    """A rank's node. `address`: as other nodes shall use it. `machine`: equal for processes that share a network.
-    `settings`: what its user has told NCCL and gloo. `gpus`: how many are visible there."""
+    """A rank's node. `address`: the address that other nodes use. `machine`: equal for processes in one network namespace.
+    `settings`: the user's NCCL_* and GLOO_* variables. `gpus`: number of visible GPUs."""
 
     node: int
     address: str
@@ -139,13 +141,13 @@ UNKNOWN_NODE = NodeInfo(0, "", "", {})
 
 
 class Hello(Message, frozen=True):
-    """A rank exists and wants to take part. `identity`: a random number that tells this process, or this attempt of it, from all
-    others; which of a rank's is the newest, the coordinator knows by the order in which they come.
+    """A rank registers with the coordinator.
 
-    `endpoints`: on rank 0 the addresses of what it hosts for this incarnation: "store" (host:port of a fresh TCPStore),
-    "plan" and "result" (ZeroMQ endpoints); empty elsewhere. `fingerprint`: facts that must agree on all ranks.
-    `node`: where it runs. `traits`: facts that may differ, and are shown when they do. `processor`: facts that must agree on
-    the ranks of a `stage`, which compute the same rows.
+    `identity`: a random number for this process, or for this attempt to join; the last Hello of a rank to arrive is its newest.
+    `endpoints`: on rank 0 the addresses that it hosts for this identity: "store" (host:port of a fresh TCPStore), "plan" and
+    "result" (ZeroMQ endpoints); empty on other ranks.
+    `fingerprint`: facts that must be equal on all ranks. `processor`: facts that must be equal on the ranks of one `stage`, which
+    compute the same rows. `traits`: facts that may differ; the log shows differences.
     """
 
     rank: int
@@ -161,9 +163,9 @@ class Hello(Message, frozen=True):
 
 
 class MemoryLedger(Struct, frozen=True, array_like=True):
-    """Where a rank's memory goes, in bytes, measured, and the KV blocks that were made of the rest.
+    """A rank's memory in bytes, as measured, and the KV blocks that fill the rest.
 
-    `total`: the card's; on the CPU the rank's part of what was free. `others`: of the card's, what is not this server's.
+    `total`: the GPU's memory; on the CPU the rank's share of the free memory. `others`: GPU memory of other programs.
     """
 
     total: int
@@ -171,42 +173,45 @@ class MemoryLedger(Struct, frozen=True, array_like=True):
     weights: int
     activations: int
     head: int
-    """Rows at the LM head: their logits, and what the draw, its filters and log probabilities make of them."""
+    """The rows that pass the LM head together: logits, and the buffers of sampling, filters and log probabilities."""
     slots: int
-    """Tokens of the sequences in flight"""
+    """Token ids of the sequences in slots."""
     kv_cache: int
     num_blocks: int
     block_size: int
     max_model_len: int
-    """The longest sequence: what was asked for, or under `--max-model-len auto` what fits"""
+    """The longest sequence: the configured length, or under `--max-model-len auto` the length that fits."""
 
 
 class Numerics(Struct, frozen=True, array_like=True):
-    """What a rank's self-test found of its matrix products. Both empty: a row's bits do not depend on the rows beside it."""
+    """The result of a rank's self-test: whether a row of a matrix product has the same bits whatever the other rows are.
+
+    Both fields empty: every product has passed.
+    """
 
     broken: tuple[str, ...] = ()
-    """Products in which they do."""
+    """Products that failed the test."""
     untested: tuple[str, ...] = ()
-    """Products for which there was no time."""
+    """Products that were not tested for lack of time."""
 
 
 class Ready(Message, frozen=True):
-    """The rank has joined the mesh, loaded its shard and can run plans of `epoch`."""
+    """The rank has joined the mesh, has loaded its shard and can run plans of `epoch`."""
 
     rank: int
     epoch: int
     ledger: MemoryLedger
     facts: dict[str, int]
-    """What only a loaded model knows: max_model_len, vocab_size, and the rank's heads [first_head, end_head) and
-    [first_kv_head, end_kv_head)."""
+    """Facts known once the model is loaded: max_model_len, vocab_size, and the rank's heads as first_head, end_head,
+    first_kv_head and end_kv_head (ends exclusive)."""
     numerics: Numerics | None = None
-    """None where nothing is promised, on CUDA."""
+    """None on CUDA, where there is no such guarantee."""
 
 
 class Heartbeat(Message, frozen=True):
-    """Every 0.5 s: the rank lives. `phase` and `percent` feed /readyz while starting; `step` is the last plan finished.
+    """Sent every 0.5 s. `phase` and `percent`: progress of the start, shown by /readyz. `step`: the last finished step.
 
-    `busy`: what long work that is no hang its main thread does inside a step, such as compiling a kernel; empty for none.
+    `busy`: long work inside a step that is not a hang, such as compiling a kernel; empty for none.
     """
 
     rank: int
@@ -218,9 +223,9 @@ class Heartbeat(Message, frozen=True):
 
 
 class ExpertLoad(Message, frozen=True):
-    """How many tokens each expert of these layers has had in this epoch, sent by the first rank of a stage when it has changed.
+    """Tokens routed to each expert of `layers` in this epoch. The first rank of a stage sends it when it has changed.
 
-    `tokens`: 64-bit integers, one an expert, layer by layer.
+    `tokens`: int64 bytes of shape [layers, experts].
     """
 
     rank: int
@@ -230,7 +235,7 @@ class ExpertLoad(Message, frozen=True):
 
 
 class LogLines(Message, frozen=True):
-    """Lines of the rank's log, from number `start` on, for operators. `last_error`: the last error among them, if any."""
+    """Lines of the rank's log, for /server_info. `start`: the first line's number. `last_error`: the last error among them."""
 
     rank: int
     start: int
@@ -239,9 +244,13 @@ class LogLines(Message, frozen=True):
 
 
 class Fault(Message, frozen=True):
-    """The rank cannot go on. `kind` user: the user can mend it (exit code 2); engine: a failure (exit code 1); sibling: the same,
-    since another rank of its node has ended, whose death explains more; overdue: a step does not come back, which is said again
-    with each heartbeat and is no failure while a rank compiles."""
+    """The rank reports a problem. `kind`:
+
+    user      the user can fix it (exit code 2)
+    engine    a failure (exit code 1)
+    sibling   another rank of the node has ended, and its reason explains more (exit code 1)
+    overdue   a step takes too long; repeated with each heartbeat, and no failure while a rank is `busy`
+    """
 
     rank: int
     epoch: int
@@ -250,7 +259,7 @@ class Fault(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Stop taking requests and finish the open ones. From a rank: it was asked to end. To ranks: note it."""
+    """Stop taking requests and finish the open ones. From a rank: it received SIGTERM. To ranks: the server drains."""
 
     rank: int = -1
 
@@ -261,20 +270,20 @@ RankMessage = Hello | Ready | Heartbeat | ExpertLoad | LogLines | Fault | Drain
 
 
 class Start(Message, frozen=True):
-    """Form the mesh of `epoch`. `endpoints` are those of rank 0's Hello."""
+    """Form the mesh of `epoch`. `endpoints`: from rank 0's Hello."""
 
     epoch: int
     endpoints: dict[str, str]
 
 
 class Run(Message, frozen=True):
-    """Every rank is up: plans of `epoch` may flow."""
+    """Every rank is ready: rank 0 may send plans of `epoch`."""
 
     epoch: int
 
 
 class Stop(Message, frozen=True):
-    """Leave. `code` is the exit code; `reason` is for the log, empty after a drain."""
+    """Exit with `code`. `reason`: for the log; empty after a drain."""
 
     code: int
     reason: str

@@ -1,4 +1,4 @@
-"""Where a model's files are on this node."""
+"""The locations of a model's files on this node."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from tpserve.types.sampling import SamplingDefaults
 
 
 class WeightFormat(NamedTuple):
-    """How files of weights are called: those that an index lists, the only one, and those without an index."""
+    """File names of weights: the index of several files, the name of a single file, and the pattern of files without an index."""
 
     index_file: str
     single: str
@@ -19,20 +19,20 @@ WEIGHT_FORMATS = (
     WeightFormat("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
     WeightFormat("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
 )
-"""Safetensors, and torch's own. The first that a directory or repository has is read."""
+"""Safetensors and torch's format, in order of preference: the first one that is present is read."""
 
 
 TOKENIZER_FORMATS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-"""The files that a tokenizer's vocabulary stands in: the Rust library's own, SentencePiece's, byte-level BPE. The first that a
-directory or repository has is read."""
-TEMPLATES = "additional_chat_templates"
-"""The folder of chat templates besides the one for plain conversations, NAME.jinja each."""
+"""The files that hold a tokenizer's vocabulary (tokenizers library, SentencePiece, byte-level BPE), in order of preference: the
+first set that is present is read."""
+CHAT_TEMPLATES_DIR = "additional_chat_templates"
+"""The folder of a model's additional chat templates, NAME.jinja each."""
 
 
 class Snapshot(Struct, frozen=True):
-    """A repository of the hub at one commit, in a cache on this node; its small files are there, its weights may not be yet.
+    """A hub repository at one commit, in this node's cache. Its small files are present; its weights may not be downloaded yet.
 
-    `weights`: file name and bytes (0 where the hub did not say) of what ranks read; empty when they read none.
+    `weights`: (file name, size in bytes or 0 if unknown) of each file that ranks read; empty when they read none.
     """
 
     repository: str
@@ -42,9 +42,10 @@ class Snapshot(Struct, frozen=True):
 
 
 class ModelFiles(Struct, frozen=True):
-    """What MODEL, --tokenizer and --chat-template come to: two directories and a text or a name (None: the tokenizer's default).
+    """The resolved MODEL, --tokenizer and --chat-template. `directory`, `tokenizer`: directories on this node.
 
-    `snapshot`: None when MODEL is a directory. `sampling_defaults`: what the files say, once they are read.
+    `chat_template`: a template's text, or the name of one of the tokenizer's; None: the tokenizer's default. `snapshot`: None
+    when MODEL is a directory. `sampling_defaults`: filled in once generation_config.json is read.
     """
 
     directory: str

@@ -1,6 +1,6 @@
-"""Integers as bytes: how arrays cross the wire (int32, little endian), so that a plan encodes in under a microsecond.
+"""Integer arrays as bytes on the wire (int32, little endian), so that a plan encodes in under a microsecond.
 
-Every platform that runs torch with NCCL is little endian; `array` keeps the native order and `pack` asserts it.
+`array` uses the native byte order; the assertion below refuses big-endian platforms.
 """
 
 import sys
@@ -19,7 +19,7 @@ def pack(values: Iterable[int]) -> bytes:
 
 
 def unpack(data: bytes) -> Sequence[int]:
-    """Decode int32 bytes; indexable and iterable. Raises ValueError when the length is no multiple of four."""
+    """Decode int32 bytes. Raises ValueError when the length is not a multiple of four."""
     values = array("i")
     values.frombytes(data)
     return values

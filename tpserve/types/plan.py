@@ -1,16 +1,16 @@
-"""What crosses the wire each step: rank 0 plans, every rank executes.
+"""The messages of a step: rank 0 sends a StepPlan, every rank executes it, the sampling rank answers with a StepResult.
 
 A step has no prefill phase and no decode phase: it is a list of chunks `(slot, start, count)`. A chunk computes the KV
 entries of positions [start, start + count) of one sequence and, if `sample` is set, draws the token of position
-start + count. If `score` is set, the log probabilities of the prompt's tokens at [start + 1, start + count] are wanted,
-as far as the prompt goes.
+start + count. If `score` is set, the step also returns the log probabilities of the prompt's tokens among the positions
+[start + 1, start + count].
 
     tokens[slot]    [0, start) in the KV cache | [start, start + count) computed by this chunk | start + count drawn
-    block table     one a cache group, appended by Admission.tables and Chunk.blocks; position p lives in table[p // block_size].
-                    Before what a group's window still sees it says nothing: no chunk reads it
+    block table     one per cache group, extended by NewSequence.tables and Chunk.blocks; position p is in table[p // block_size].
+                    Entries before a group's window are invalid: no chunk reads them
 
-Where the input ids come from: `Chunk.tokens` if it is not empty, else the worker's own `tokens[slot, start:start+count]`,
-written there by the admission or by the sampler of an earlier plan.
+The input ids are `Chunk.tokens` if it is not empty, else the worker's own `tokens[slot, start:start+count]`, which a NewSequence
+or the sampler of an earlier plan has written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,15 @@ from msgspec import Struct
 from tpserve.types.packed import pack, unpack
 from tpserve.types.sampling import MAX_LOGPROBS, EngineSamplingParams
 
-ADMISSION_HEAD_BYTES = 48
-"""The fields of fixed size: three numbers of at most 9 bytes, a seed, and what msgpack puts before fields."""
+NEW_SEQUENCE_HEADER_BYTES = 48
+"""Upper bound of the fixed-size fields: three numbers of at most 9 bytes, a seed, and msgpack's headers."""
 
 
 class NewSequence(Struct, frozen=True, array_like=True):
-    """A sequence takes a slot. Carries all that the ranks will ever need to know about it.
+    """A sequence enters a slot. Carries everything that the ranks need to know about it.
 
-    `tokens`: packed ids, the prompt and everything produced so far (a preempted or resubmitted sequence comes back with
-    its output). `tables`: the sequence's first block ids, packed, one entry per cache group.
+    `tokens`: packed ids of the prompt and of the output so far (not empty after a preemption or a resubmission).
+    `tables`: the sequence's first block ids, packed, one entry per cache group.
     """
 
     slot: int
@@ -40,13 +40,13 @@ class NewSequence(Struct, frozen=True, array_like=True):
     tables: tuple[bytes, ...]
 
     @staticmethod
-    def most_bytes(params_bytes: int, num_tokens: int, num_blocks: int, num_groups: int) -> int:
-        """An upper bound of the size on the wire. `params_bytes`: of the encoded params; `num_blocks`: in all tables."""
-        return ADMISSION_HEAD_BYTES + params_bytes + 4 * (num_tokens + num_blocks) + 5 * num_groups
+    def max_bytes(params_bytes: int, num_tokens: int, num_blocks: int, num_groups: int) -> int:
+        """An upper bound of the encoded size in bytes. `params_bytes`: of the encoded params; `num_blocks`: in all tables."""
+        return NEW_SEQUENCE_HEADER_BYTES + params_bytes + 4 * (num_tokens + num_blocks) + 5 * num_groups
 
 
 class Chunk(Struct, frozen=True, array_like=True):
-    """A run of positions of one sequence; see the module docstring. `blocks`: newly owned block ids per cache group."""
+    """A run of positions of one sequence; see the module docstring. `blocks`: ids of new blocks, per cache group."""
 
     slot: int
     start: int
@@ -58,10 +58,10 @@ class Chunk(Struct, frozen=True, array_like=True):
 
 
 class StepPlan(Struct, frozen=True, array_like=True):
-    """One step's work for every rank, chunks as a struct of packed arrays.
+    """One step's work for every rank; the chunks are a struct of packed arrays.
 
-    Order of effects on a worker: releases, admissions, then chunks in order. A slot is named by at most one chunk.
-    A 256-sequence decode plan takes about 3 KB.
+    A worker applies releases, new sequences, then chunks in order. At most one chunk names a slot. A decode plan of 256
+    sequences takes about 3 KB.
     """
 
     epoch: int
@@ -72,9 +72,9 @@ class StepPlan(Struct, frozen=True, array_like=True):
     starts: bytes
     counts: bytes
     sample: bytes
-    """One byte a chunk: 1 where the chunk draws a token."""
+    """One byte per chunk: 1 where the chunk draws a token."""
     input_ids: bytes
-    """One byte a chunk: 1 where `tokens` holds the chunk's input ids."""
+    """One byte per chunk: 1 where `tokens` holds the chunk's input ids."""
     tokens: bytes
     """Packed input ids of the chunks with `input_ids`, one after another."""
     block_runs: bytes
@@ -82,18 +82,18 @@ class StepPlan(Struct, frozen=True, array_like=True):
     blocks: bytes
     """Packed block ids of the runs, one after another."""
     score: bytes = b""
-    """One byte a chunk: 1 where prompt tokens are scored; empty when no chunk does."""
+    """One byte per chunk: 1 where prompt tokens are scored; empty when no chunk scores."""
 
     @staticmethod
     def of(
         epoch: int, step: int, chunks: Sequence[Chunk], new_sequences: Sequence[NewSequence] = (), releases: Sequence[int] = ()
     ) -> "StepPlan":
-        """Pack a plan. `chunks` keeps its order; results are keyed by the index in it."""
+        """Pack a plan. Results refer to chunks by their index in `chunks`."""
         tokens: list[int] = []
         runs: list[int] = []
         blocks: list[int] = []
         for index, chunk in enumerate(chunks):
-            assert not chunk.tokens or len(chunk.tokens) == chunk.count, "a chunk's tokens are given whole or not at all"
+            assert not chunk.tokens or len(chunk.tokens) == chunk.count, "a chunk has all of its tokens or none"
             tokens.extend(chunk.tokens)
             for group, ids in enumerate(chunk.blocks):
                 if ids:
@@ -116,10 +116,10 @@ class StepPlan(Struct, frozen=True, array_like=True):
         )
 
     @staticmethod
-    def most_bytes(num_seqs: int, num_tokens: int, num_groups: int) -> int:
-        """An upper bound of a plan's size on the wire without its admissions: `num_seqs` chunks of `num_tokens` positions.
+    def max_bytes(num_seqs: int, num_tokens: int, num_groups: int) -> int:
+        """An upper bound in bytes of a plan without new sequences: `num_seqs` chunks with `num_tokens` positions in all.
 
-        A chunk has 3 numbers and 3 marks, a number for each position and, in each group, a run and a block for each position.
+        A chunk has 3 numbers and 3 flags, a number for each position and, in each group, a run and a block for each position.
         """
         return 128 + num_seqs * (5 + 15 + 12 * num_groups) + 4 * num_tokens * (1 + num_groups)
 
@@ -136,23 +136,23 @@ class StepPlan(Struct, frozen=True, array_like=True):
             at += count
 
     def chunks(self, num_groups: int = 1) -> list[Chunk]:
-        """Unpack the chunks (tests and the simulated worker; the hot path reads the arrays)."""
+        """Unpack the chunks (for tests; workers read the arrays)."""
         blocks: dict[int, list[tuple[int, ...]]] = {}
         for index, group, ids in self.runs():
             blocks.setdefault(index, [() for _ in range(num_groups)])[group] = tuple(ids)
-        given, at, result = unpack(self.tokens), 0, []
+        input_ids, at, result = unpack(self.tokens), 0, []
         rows = zip(unpack(self.slots), unpack(self.starts), unpack(self.counts), self.sample, self.input_ids, strict=True)
         for index, (slot, start, count, sample, has_tokens) in enumerate(rows):
             tokens: tuple[int, ...] = ()
             if has_tokens:
-                tokens, at = tuple(given[at : at + count]), at + count
+                tokens, at = tuple(input_ids[at : at + count]), at + count
             score = bool(self.score) and bool(self.score[index])
             result.append(Chunk(slot, start, count, bool(sample), tokens, tuple(blocks.get(index, ())), score))
         return result
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
-    """Natural log probabilities of the raw logits at one position: the chosen token's, and the most likely ones, best first."""
+    """Natural log probabilities of the raw logits at one position: `chosen` of the drawn token, `top` of the likeliest ones."""
 
     chosen: float
     top_ids: tuple[int, ...]
@@ -160,10 +160,10 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
 
 
 class PromptLogprobs(Struct, frozen=True, array_like=True):
-    """Natural log probabilities of successive prompt tokens, each given those before it, of the raw logits.
+    """Natural log probabilities of consecutive prompt tokens, each given its prefix, of the raw logits.
 
-    `chosen`: float32 bytes, one a token. `top_ids` (int32) and `top` (float32): the `num_top` most likely tokens of each
-    position, best first, one position after another.
+    `chosen`: float32 bytes of shape [tokens]. `top_ids` (int32 bytes) and `top` (float32 bytes), of shape [tokens, num_top]: the
+    most likely tokens of each position, best first.
     """
 
     num_top: int
@@ -173,19 +173,20 @@ class PromptLogprobs(Struct, frozen=True, array_like=True):
 
     @property
     def num_tokens(self) -> int:
+        """Number of prompt tokens in it."""
         return len(self.chosen) // 4
 
     def after(self, count: int) -> "PromptLogprobs":
-        """Without the first `count` tokens."""
+        """The entries after the first `count` tokens."""
         skip = 4 * count * self.num_top
         return PromptLogprobs(self.num_top, self.chosen[4 * count :], self.top_ids[skip:], self.top[skip:])
 
 
 class StepResult(Struct, frozen=True, array_like=True):
-    """What a plan drew. `tokens`: packed, one per chunk of the plan, -1 where the chunk does not sample.
+    """The result of a plan. `tokens`: packed, one drawn token per chunk, -1 where the chunk does not sample.
 
-    `logprobs`: (chunk index, entry) for the chunks whose request asked for them. `prompt_logprobs`: (chunk index, entries)
-    of the chunks that score, in which at least one token of the prompt is scored.
+    `logprobs`: (chunk index, entry) for the chunks whose request wants them. `prompt_logprobs`: (chunk index, entries) for the
+    chunks that score at least one prompt token.
     """
 
     epoch: int
@@ -195,8 +196,8 @@ class StepResult(Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[tuple[int, PromptLogprobs], ...] = ()
 
     @staticmethod
-    def most_bytes(num_seqs: int, num_tokens: int) -> int:
-        """An upper bound of the size on the wire of a result, and of what becomes of it for the frontend.
+    def max_bytes(num_seqs: int, num_tokens: int) -> int:
+        """An upper bound in bytes of a result, and of the messages to the frontend that it becomes.
 
         All of `num_tokens` positions may be scored, and all of `num_seqs` sequences may want log probabilities.
         """

@@ -1,4 +1,4 @@
-"""A request as the engine sees it: ids and numbers, no text."""
+"""The engine's form of a request: token ids and numbers, no text."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -10,12 +10,12 @@ from tpserve.types.sampling import MAX_LOGPROBS, EngineSamplingParams
 
 
 class Request(Struct, frozen=True, array_like=True):
-    """One sequence to continue. A client's request with n choices is n of these, told apart by `choice`.
+    """One sequence to continue. A client's request with n choices becomes n of these, with different `choice`.
 
-    `id` is the frontend's number for this sequence, never reused. `prompt` and `output` are packed int32 ids
-    (`types.packed`): `output` holds the tokens already produced, empty unless the request is resubmitted after a fault.
-    `seed` keys every random draw of the sequence (unsigned 64 bit), so that a resubmitted sequence draws the same numbers.
-    `priority`: lower ones first. `cache_salt`: prefixes are shared with requests of the same salt only.
+    `id`: the frontend's number for this sequence, never reused. `prompt` and `output`: packed int32 ids (`types.packed`);
+    `output` holds the tokens produced before a failure, and is empty unless the request is resubmitted. `seed` (unsigned 64 bit):
+    the key of every random draw, so that a resubmitted sequence draws the same numbers. `priority`: lower values go first.
+    `cache_salt`: prefixes are shared only between requests with the same salt.
     """
 
     id: int
@@ -29,9 +29,10 @@ class Request(Struct, frozen=True, array_like=True):
 
 
 def content_error(request: Request, vocab_size: int) -> str:
-    """Why no rank can compute a request, or nothing. Pure; rank 0 asks before it plans, so that every rank may trust a plan.
+    """Why ranks cannot compute a request; empty if they can. Rank 0 checks before it plans, so that ranks can trust a plan.
 
-    The frontend checks first, with the names that its clients use. ValueError where packed ids are not whole.
+    The frontend has checked the same before, in its clients' terms. Raises ValueError when the length of packed ids is not a
+    multiple of four.
     """
     p = request.params
     biased = [id for id, _ in p.logit_bias]
@@ -49,7 +50,7 @@ def content_error(request: Request, vocab_size: int) -> str:
         ("logprobs", all(count is None or 0 <= count <= MAX_LOGPROBS for count in (p.logprobs, p.prompt_logprobs))),
         ("the seed", 0 <= request.seed < 1 << 64),
     )
-    return next((f"{name} of the request is out of range" for name, holds in rules if not holds), "")
+    return next((f"{name} of the request is out of range" for name, valid in rules if not valid), "")
 
 
 _INT32 = (1 << 31) - 1

@@ -1,11 +1,11 @@
-"""What the engine must know to choose a request's next token. Stop *strings* are the frontend's and do not appear here."""
+"""Sampling parameters as the engine needs them. Stop strings are not here: the frontend handles them."""
 
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct, to_builtins
 
 MAX_LOGPROBS = 20
-"""The most likely tokens that a request may ask for at each position."""
+"""The largest number of most likely tokens that a request may ask for at each position."""
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
@@ -16,10 +16,10 @@ Count = Annotated[int, Meta(ge=1)]
 
 
 class SamplingDefaults(Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What a model's requests are sampled by where they do not say, of what its makers or its operator chose; None: not said.
+    """Default sampling parameters of a model's requests, from its files or from the operator; None: no default.
 
-    In the names and bounds of a request. `left_out`: what was asked for and is not supported. `source`: where all of it comes
-    from, for people; empty when there is nothing.
+    Names and bounds are those of a request. `unsupported`: fields of the file that tpserve does not support. `source`: the origin
+    of the defaults, for the log; empty when there are none.
     """
 
     temperature: Temperature | None = None
@@ -28,24 +28,24 @@ class SamplingDefaults(Struct, frozen=True, omit_defaults=True, kw_only=True):
     min_p: MinP | None = None
     repetition_penalty: RepetitionPenalty | None = None
     max_tokens: Count | None = None
-    left_out: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
     source: str = ""
 
-    def said(self) -> dict[str, Any]:
-        """The parameters that are said, by name."""
-        return {name: value for name, value in to_builtins(self).items() if name not in ("left_out", "source")}
+    def specified(self) -> dict[str, Any]:
+        """The parameters that have a default, by name."""
+        return {name: value for name, value in to_builtins(self).items() if name not in ("unsupported", "source")}
 
 
 class EngineSamplingParams(Struct, frozen=True, array_like=True):
-    """One request's sampling parameters, validated by the frontend, as the sampling rank reads them. Defaults ask for nothing.
+    """One request's sampling parameters, validated by the frontend, as the sampling rank reads them.
 
     `temperature` 0 is greedy. `max_tokens` counts generated tokens. `stop_token_ids` always end the sequence;
     `ignore_eos` disables only the model's own end-of-sequence ids.
     `logprobs`: None for none, n >= 0 for the chosen token and the n most likely ones (of the raw logits).
     `top_k` 0 is off. Presence and frequency penalty count generated tokens, repetition penalty sees the prompt as well.
     `logit_bias`: (id, bias) pairs, each id once; `allowed_token_ids`: distinct, empty for all.
-    `bad_words`: token sequences of which no one is completed by a generated token.
-    `min_tokens`: so many tokens are generated before one may end the sequence.
+    `bad_words`: token sequences that a generated token must not complete.
+    `min_tokens`: no token ends the sequence before this many are generated.
     `prompt_logprobs`: as `logprobs`, for every token of the prompt but the first; with it `max_tokens` may be 0.
     """
 

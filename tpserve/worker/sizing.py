@@ -17,7 +17,7 @@ from tpserve.models.param_count import count_params, largest_count
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
-from tpserve.types.window import blocks_of, longest
+from tpserve.types.window import blocks_needed, max_length
 
 AUTO_LEAST = 1024
 """The shortest length that `--max-model-len auto` accepts; a shorter context is of little use. A given number may be lower."""
@@ -95,12 +95,12 @@ def _longest(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig) -> int:
         blocks = _blocks_per_sequence(spec, config, length)
         return blocks * rank.block + slot_bytes(config, length) <= rank.room if configured is None else blocks <= configured
 
-    return longest(fits, config.block_size, config.max_model_len)
+    return max_length(fits, config.block_size, config.max_model_len)
 
 
 def _blocks_per_sequence(spec: ModelSpec, config: EngineConfig, length: int) -> int:
     """Number of blocks that one sequence of `length` tokens needs."""
-    return blocks_of(length, spec.windows, config.block_size)
+    return blocks_needed(length, spec.windows, config.block_size)
 
 
 # Errors, with a way out

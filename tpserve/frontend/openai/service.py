@@ -62,7 +62,7 @@ class OpenAIServing:
 
     def sampling(self) -> dict[str, Any]:
         """The default of each sampling field, without `max_tokens`, which is cut to the context instead."""
-        return {name: value for name, value in self.defaults.said().items() if name != "max_tokens"}
+        return {name: value for name, value in self.defaults.specified().items() if name != "max_tokens"}
 
     def limits(self) -> ModelLimits:
         """The limits of the running engine. UserError 503 unless it runs."""
