@@ -51,23 +51,24 @@ class Decoder:
         """Allocate the share; UserError when the model has too few heads, channels or entries for so many ranks."""
         shard = Shard(spec, tp, dtype, device, layout.expert_parallel)
         last = stage == layout.pp - 1
+        outer = shard.weights.outer(first=stage == 0, last=last)
         self.spec, self.dtype, self.device = spec, dtype, device
-        self.vocab_shards, self._vocab = shard.vocab_shards, shard.vocab
+        self.vocab_shards, self._vocab = shard.weights.vocab_shards, shard.weights.vocab
         self._tp = tp
         turning = spec.head_dim if spec.latent is None else spec.latent.rope_dim
         self._rope = tables(spec.rope, turning, max_positions, device) if spec.rope else None
         self._window_rope = tables(spec.window_rope, turning, max_positions, device) if spec.window_rope else self._rope
-        self._num_heads = len(shard.heads.q)
+        self._num_heads = len(shard.weights.heads.q)
         self.kv_layout = shard.kv_layout()
-        self._embedding = shard.embedding() if stage == 0 else None
-        self._project_in: Weight | None = shard.project_in() if stage == 0 else None
-        self._positions = shard.positions() if stage == 0 else None
+        self._embedding = shard.optional(outer.embedding)
+        self._project_in: Weight | None = shard.optional(outer.project_in)
+        self._positions = shard.optional(outer.positions)
         self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
         self._cache_groups = [_cache_group(spec, layer) for layer in layout.layers_of(stage)]
-        self._norm = shard.final_norm() if last else None
-        self._project_out: Weight | None = shard.project_out() if last else None
-        shares_embedding = last and spec.tie_embeddings and self._embedding is not None
-        self._head: Weight | None = self._embedding if shares_embedding else shard.head() if last else None
+        self._norm = shard.norm(outer.final_norm)
+        self._project_out: Weight | None = shard.optional(outer.project_out)
+        shares_embedding = last and outer.head is None
+        self._head: Weight | None = self._embedding if shares_embedding else shard.optional(outer.head)
         self._parameters = shard.parameters
         mixed = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
         counts = {layer: mlp.expert_load for layer, mlp in mixed if isinstance(mlp, MoE)}

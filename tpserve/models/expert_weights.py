@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tpserve.types.model_spec import ExpertsSpec
 from tpserve.weights.names import ExpertNames
-from tpserve.weights.parameter import Source
+from tpserve.weights.source import Source
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from tpserve.errors import UserError
 from tpserve.types.model_files import WEIGHT_FORMATS
 from tpserve.weights import files
 from tpserve.weights.names import WeightNames
-from tpserve.weights.parameter import Source
 from tpserve.weights.quant_schemes import SCHEMES, QuantScheme
+from tpserve.weights.source import Source
 
 
 @dataclass(frozen=True)

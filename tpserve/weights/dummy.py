@@ -8,7 +8,8 @@ from zlib import crc32
 
 import torch
 
-from tpserve.weights.parameter import Parameter, Source
+from tpserve.weights.parameter import Parameter
+from tpserve.weights.source import Source
 
 BATCH = 1 << 18
 """Elements made at a time; bounds the memory of the int64 intermediates."""

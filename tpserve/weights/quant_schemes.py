@@ -14,7 +14,7 @@ import torch
 
 from tpserve.errors import UserError
 from tpserve.weights.files import FileTensor
-from tpserve.weights.parameter import Source
+from tpserve.weights.source import Source
 
 PLAIN_KINDS = ("F64", "F32", "BF16", "F16")
 FP8_BLOCK = 128

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 from tpserve.errors import UserError
 from tpserve.weights.checkpoint import Checkpoint
-from tpserve.weights.parameter import Source
 from tpserve.weights.quant_schemes import PLAIN
+from tpserve.weights.source import Source
 
 MOST_GROUPS = 8
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
