@@ -1,4 +1,4 @@
-"""docs/models.md, generated: `python -m tpserve.models.reference > docs/models.md`. A test checks that the page is current."""
+"""Generates docs/models.md: `python -m tpserve.models.reference > docs/models.md`. A test checks that the page is current."""
 
 import sys
 
@@ -52,11 +52,11 @@ One file in `tpserve/models/`, and its `FAMILY` in the registry, `tpserve/models
 
 from tpserve.models import transformer
 from tpserve.models.family import Family
-from tpserve.models.config_fields import Fields
+from tpserve.models.config_fields import ConfigFields
 from tpserve.types.model_spec import ModelSpec
 
 
-def _spec(fields: Fields) -> ModelSpec:
+def _spec(fields: ConfigFields) -> ModelSpec:
     heads, head_dim = fields.size("num_key_value_heads"), transformer.head_dim_of(fields)
     biases = {"qkv_bias": fields.flag("attention_bias", True), "out_bias": fields.flag("attention_out_bias")}
     mlp_bias = fields.flag("mlp_bias")
@@ -66,13 +66,14 @@ def _spec(fields: Fields) -> ModelSpec:
 FAMILY = Family("seed_oss", ("SeedOssForCausalLM",), _spec)
 ```
 
-Other names of weights are a `WeightNames` beside it. What no field of `ModelSpec` says yet is a field there, a function or small
-class in `layers/`, and a line in `models/shard.py`. Then a small random model of it goes into `tests/parity`.
+Other weight names are a `WeightNames` in that file. Mathematics that `ModelSpec` cannot express yet needs a field there, a function
+or small class in `layers/`, the weights in `models/rank_weights.py` and a line in `models/shard.py`. Then a small random model of
+it goes into `tests/parity`.
 '''
 
 
 def markdown() -> str:
-    """The whole page."""
+    """The page docs/models.md."""
     return HEAD + "".join(f"{_row(family)}\n" for family in families()) + TAIL
 
 
