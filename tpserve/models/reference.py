@@ -66,9 +66,9 @@ def _spec(fields: ConfigFields) -> ModelSpec:
 FAMILY = Family("seed_oss", ("SeedOssForCausalLM",), _spec)
 ```
 
-Other weight names are a `WeightNames` in that file. Mathematics that `ModelSpec` cannot express yet needs a field there, a function
-or small class in `layers/`, the weights in `models/rank_weights.py` and a line in `models/shard.py`. Then a small random model of
-it goes into `tests/parity`.
+Other weight names are a `WeightNames` in that file. Mathematics that `ModelSpec` cannot express yet needs a field there, a
+function or small class in `layers/`, the weights in `models/rank_weights.py` and a line in `models/shard.py`. Then a small random
+model of it goes into `tests/parity`.
 '''
 
 
