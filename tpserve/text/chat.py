@@ -222,7 +222,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def raise_exception(message: str) -> NoReturn:
-    """A template's way to refuse messages."""
+    """Raise TemplateError; templates call it to refuse messages."""
     raise jinja2.TemplateError(message)
 
 
