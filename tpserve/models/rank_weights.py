@@ -164,15 +164,16 @@ class RankWeights:
         """Layer number `layer` of the whole model."""
         spec, names = self.spec, self.names
         prefix, around = names.layer.format(layer=layer), spec.norm_place == "around"
-        has_experts = spec.experts is not None and layer in spec.experts.layers
-        mlp_names = (names.gate, names.up, names.down)
+        mlp: MLPWeights | MoEWeights
+        if spec.experts is not None and layer in spec.experts.layers:
+            mlp = self._moe(prefix, spec.experts)
+        else:
+            mlp = self._mlp(prefix, spec.intermediate_size, (names.gate, names.up, names.down))
         return LayerWeights(
             attention_norm=self._norm(prefix + names.attention_norm),
             attention=self._attention(prefix) if spec.latent is None else self._latent_attention(prefix, spec.latent),
             mlp_norm=self._norm(prefix + names.mlp_norm),
-            mlp=self._moe(prefix, spec.experts)
-            if has_experts and spec.experts
-            else self._mlp(prefix, spec.intermediate_size, mlp_names),
+            mlp=mlp,
             attention_out_norm=self._norm(prefix + names.attention_out_norm) if around else None,
             mlp_out_norm=self._norm(prefix + names.mlp_out_norm) if around else None,
         )
@@ -219,9 +220,9 @@ class RankWeights:
         def head_rows(name: str, size: int, inputs: int) -> Source:
             return Source(f"{prefix}{name}.weight", (num_heads * size, inputs), 0, _scaled(heads, size))
 
-        if latent.q_rank is None:
-            query, query_norm, query_up = (head_rows(self.names.q, spec.head_dim, hidden),), None, None
-        else:
+        query: Sources = (head_rows(self.names.q, spec.head_dim, hidden),)
+        query_norm = query_up = None
+        if latent.q_rank is not None:
             query = _all_rows(f"{prefix}{names.q_down}.weight", latent.q_rank, hidden)
             query_norm = _all_rows(f"{prefix}{names.q_norm}.weight", latent.q_rank)
             query_up = (head_rows(names.q_up, spec.head_dim, latent.q_rank),)
