@@ -1,4 +1,4 @@
-"""OPT and Galactica: learned positions from row 2 on, norms before or after, an embedding of its own width."""
+"""OPT and Galactica: learned positions from row 2 on, norms before or after, an embedding size that may differ from the hidden size."""
 
 from tpserve.models import transformer
 from tpserve.models.config_fields import ConfigFields

@@ -45,7 +45,7 @@ For all families:
 
 ## Add a model
 
-A model is one file in `tpserve/models/`, and its `FAMILY` in the registry, `tpserve/models/__init__.py`. With Llama's shape and names:
+A model is one file in `tpserve/models/`, and its `FAMILY` in the registry, `tpserve/models/__init__.py`. With Llama's names:
 
 ```python
 """Seed-OSS: Llama's shape, with a switch for each bias."""
