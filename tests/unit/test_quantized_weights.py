@@ -16,7 +16,8 @@ from tpserve.errors import UserError
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.load import Loaded, load
 from tpserve.weights.names import LLAMA
-from tpserve.weights.parameter import Parameter, Source
+from tpserve.weights.parameter import Parameter
+from tpserve.weights.source import Source
 from tpserve.weights.unused_weights import checkpoint_notes
 
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -17,7 +17,8 @@ from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import load
 from tpserve.weights.names import LLAMA
-from tpserve.weights.parameter import Parameter, Source
+from tpserve.weights.parameter import Parameter
+from tpserve.weights.source import Source
 
 MIXTURE = small(family="mixtral", experts=replace(EXPERTS, shared_size=0, shared_gate=False), hidden_size=24, head_dim=4)
 TORCHS = "pytorch_model.bin"

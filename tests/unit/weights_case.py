@@ -15,7 +15,8 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
 from tpserve.weights.load import Loaded, load
-from tpserve.weights.parameter import Parameter, Source
+from tpserve.weights.parameter import Parameter
+from tpserve.weights.source import Source
 from tpserve.weights.unused_weights import unused_tensors
 
 QWEN3 = {"family": "qwen3", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": "head", "norm_eps": 1e-6}

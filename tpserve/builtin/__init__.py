@@ -1,7 +1,7 @@
-"""The built-in model: a small Llama that speaks of the harbour village Tidewick. Needs no download.
+"""The built-in model: a small Llama trained on stories about the harbour village Tidewick. Needs no download.
 
-Owns the model directory (`model/`) and the programs that made it: `world` holds the facts, `stories` and `dialogues` make
-text of them, `train` makes a tokenizer and a model of the text. Serving imports only this file; it loads nothing.
+Owns the model directory (`model/`) and the programs that create it: `world` contains the facts, `stories` and `dialogues`
+generate text from them, `train` trains a tokenizer and a model on the text. Serving imports only this file, which loads nothing.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Conversations about the little world: questions and answers, stories on request, small talk, what Wick does not know.
+"""Generates conversations about the village: questions and answers, stories on request, small talk, unknown topics.
 
-Owns the ways to ask and to answer. Never renders a chat template. A dialogue is a list of messages (role, content); the
-last one is the assistant's. Facts come from `world` only, so every answer agrees with every story.
+Owns the forms of questions and answers. Never renders a chat template. A dialogue is a list of messages (role, content); the
+last message is the assistant's. All facts come from `world`, so every answer agrees with every story.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ BRIEF_SYSTEMS = (
     "Keep your answers short.",
 )
 
-# (question, short answer, what may follow). {p...} is the person asked about, {q...} another one.
+# (question, short answer, optional continuation). {p...} is the person in question, {q...} another person.
 ABOUT_PERSON = (
     (
         "[Who is {p}|Do you know {p}|Tell me who {p} is]?",
@@ -152,28 +152,31 @@ STORY_ABOUT = (
 
 
 def answer(dice: Dice, row: tuple[str, str, str], names: dict[str, str], brief: bool) -> Exchange:
+    """An exchange from a row (question, short answer, continuation)."""
     question, short, more = (dice.write(template, names) for template in row)
     return question, short if brief or not more or dice.chance(0.3) else f"{short} {more}"
 
 
 def person_names(dice: Dice, person: Person) -> dict[str, str]:
+    """The names for questions about `person`, with another person as {q...}."""
     other = dice.pick([other for other in PEOPLE if other is not person])
     has = "Yes" if other.pet == person.pet else "No"
     return {**person.names("p"), **other.names("q"), "village": VILLAGE, "has": has}
 
 
 def about_person(dice: Dice, brief: bool) -> list[Exchange]:
-    """A question about somebody, and often more of them with a pronoun."""
+    """A question about a person, often with further questions that use a pronoun."""
     who, which = dice.combination(len(PEOPLE), len(ABOUT_PERSON))
     names = person_names(dice, PEOPLE[who])
     exchanges = [answer(dice, ABOUT_PERSON[which], names, brief)]
-    if "{q" not in "".join(ABOUT_PERSON[which]) and dice.chance(0.4):  # with two people named, a pronoun says too little
+    if "{q" not in "".join(ABOUT_PERSON[which]) and dice.chance(0.4):  # with two people, a pronoun is ambiguous
         for question, reply in dice.distinct(FOLLOW_UPS, dice.number(1, 3)):
             exchanges.append((dice.write(question, names), dice.write(reply, names)))
     return exchanges
 
 
 def portrait(dice: Dice, brief: bool) -> list[Exchange]:
+    """A request to describe a person."""
     person = dice.pick(PEOPLE)
     question = dice.write(
         "[Tell me about {p}|Tell me more about {p}|What do you know about {p}|Describe {p}].", person.names("p")
@@ -182,6 +185,7 @@ def portrait(dice: Dice, brief: bool) -> list[Exchange]:
 
 
 def about_place(dice: Dice, brief: bool) -> list[Exchange]:
+    """A question about a place."""
     where, which = dice.combination(len(PLACES), len(ABOUT_PLACE))
     name = list(PLACES)[where]
     place, workers = PLACES[name], [f"{person.name} the {person.job}" for person in at_work(name)]
@@ -191,6 +195,7 @@ def about_place(dice: Dice, brief: bool) -> list[Exchange]:
 
 
 def about_animal(dice: Dice, brief: bool) -> list[Exchange]:
+    """A question about an animal."""
     what, which = dice.combination(len(ANIMALS), len(ABOUT_ANIMAL))
     animal = ANIMALS[what]
     owners = [f"{person.name} has {animal.a} called {person.pet_name}" for person in PEOPLE if person.pet == animal.kind]
@@ -208,12 +213,14 @@ def about_animal(dice: Dice, brief: bool) -> list[Exchange]:
 
 
 def about_feast(dice: Dice, brief: bool) -> list[Exchange]:
+    """A question about a feast."""
     feast = dice.pick(FEASTS)
     names = {"feast": feast.name, "Feast": feast.name[0].upper() + feast.name[1:], "season": feast.season, "what": feast.what}
     return [answer(dice, dice.pick(ABOUT_FEAST), names, brief)]
 
 
 def about_week(dice: Dice, brief: bool) -> list[Exchange]:
+    """A question about the days of the week."""
     number = dice.number(0, 6)
     days = list(DAYS)
     day, following = days[number], days[(number + 1) % 7]
@@ -238,6 +245,7 @@ def about_week(dice: Dice, brief: bool) -> list[Exchange]:
 
 
 def about_village(dice: Dice, brief: bool) -> list[Exchange]:
+    """A question about the village."""
     question = dice.write(
         "[What is {village}?|Tell me about {village}.|Where is {village}?|Describe {village}.|Where do you live?]",
         {"village": VILLAGE},
@@ -250,7 +258,7 @@ def about_village(dice: Dice, brief: bool) -> list[Exchange]:
 
 
 def tell_story(dice: Dice, brief: bool) -> list[Exchange]:
-    """A story on request: about anybody, somebody, an animal, or something that Wick knows no story about."""
+    """A request for a story: about any topic, a person, an animal, or an unknown topic."""
     hero, topic = dice.pick(PEOPLE), dice.number(1, 10)
     beast: Animal | None = None
     if topic <= 3:
@@ -266,11 +274,12 @@ def tell_story(dice: Dice, brief: bool) -> list[Exchange]:
         unknown = dice.write(dice.pick(UNKNOWN_TOPICS), {})
         request, names = dice.pick(STORY_ABOUT), {"topic": unknown}
         start = f"I know no story about that, but I know one about {hero.name}. "
-    told = stories.short_story(dice, hero) if brief else stories.story(dice, hero, beast)
-    return [(dice.write(request, names), start + " ".join(told))]
+    sentences = stories.short_story(dice, hero) if brief else stories.story(dice, hero, beast)
+    return [(dice.write(request, names), start + " ".join(sentences))]
 
 
 def small_talk(dice: Dice, brief: bool) -> list[Exchange]:
+    """An exchange of small talk."""
     questions, replies = dice.pick(SMALL_TALK)
     names = {"village": VILLAGE, "model": MODEL, "stranger": stranger(dice)}
     names |= {"a": str(dice.number(0, 30)), "b": str(dice.number(0, 30))}
@@ -278,13 +287,13 @@ def small_talk(dice: Dice, brief: bool) -> list[Exchange]:
 
 
 def unknown(dice: Dice, brief: bool) -> list[Exchange]:
-    """A question from outside the little world."""
+    """A question about a topic from outside the village."""
     names = {"topic": dice.write(dice.pick(UNKNOWN_TOPICS), {}), "stranger": stranger(dice), "village": VILLAGE}
     return [(dice.write(dice.pick(UNKNOWN_QUESTIONS), names), dice.write(dice.pick(UNKNOWN_ANSWERS), names))]
 
 
 def stranger(dice: Dice) -> str:
-    """A name that nobody in the village has."""
+    """A name that does not occur in the village."""
     return "".join(dice.distinct(SYLLABLES, dice.number(2, 3))).title()
 
 
@@ -303,6 +312,7 @@ TOPICS: tuple[tuple[int, Callable[[Dice, bool], list[Exchange]]], ...] = (
 
 
 def draw_topic(dice: Dice) -> Callable[[Dice, bool], list[Exchange]]:
+    """Draw a topic with the weights of `TOPICS`."""
     number = dice.number(1, sum(weight for weight, _ in TOPICS))
     for weight, topic in TOPICS:
         number -= weight
@@ -312,7 +322,7 @@ def draw_topic(dice: Dice) -> Callable[[Dice, bool], list[Exchange]]:
 
 
 def carelessly(dice: Dice, question: str) -> str:
-    """As people type."""
+    """The question as people type it: sometimes in lower case or without punctuation."""
     if dice.chance(0.12):
         question = question.lower()
     if dice.chance(0.12):
@@ -336,4 +346,5 @@ def dialogue(dice: Dice) -> list[Message]:
 
 
 def exchange(dice: Dice, pair: Exchange) -> list[Message]:
+    """The two messages of a question and its answer."""
     return [{"role": "user", "content": carelessly(dice, pair[0])}, {"role": "assistant", "content": pair[1]}]

@@ -1,7 +1,7 @@
-"""What people say to a chat model that is no question about its world: greetings, who it is, and all it cannot know.
+"""Small talk with a chat model: greetings, questions about the model itself, and questions that it cannot answer.
 
-Owns sentences only, in the notation of `Dice.write`. {stranger} is a name nobody in the village has, {a} and {b} are
-numbers, {topic} is something from outside.
+Owns sentences only, in the notation of `Dice.write`. {stranger} is a name that does not occur in the village, {a} and {b} are
+numbers, {topic} is a topic from outside the village.
 """
 
 SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (

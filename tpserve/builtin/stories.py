@@ -1,7 +1,7 @@
-"""Prose of the little world: stories, portraits of people and places, days in the village.
+"""Generates prose about the village: stories, portraits of people and places, days in the village.
 
 Owns the plots. Never knows chat. A plot is a list of sentences in the notation of `Dice.write`; {h...} is the hero,
-{f...} a friend, {o...} another friend, {thing}, {the_thing}, {place...} and {beast...} what the story is about.
+{f...} a friend, {o...} another friend; {thing}, {the_thing}, {place...} and {beast...} are the story's subjects.
 """
 
 from tpserve.builtin.smalltalk import UNKNOWN_TOPICS
@@ -191,7 +191,7 @@ BEAST_NAMES = ("Dot", "Pip", "Snow", "Bean", "Star", "Button", "Pebble", "Feathe
 
 
 def cast(dice: Dice, hero: Person, thing: str, beast: Animal | None = None) -> dict[str, str]:
-    """The names of one story. Nobody plays two parts, and nothing happens where its people are already."""
+    """The names of one story. Each person has one part, and the place is not the workplace of any of them."""
     friend, other = dice.distinct([person for person in PEOPLE if person is not hero], 2)
     beast = beast or dice.pick([animal for animal in ANIMALS if animal.kind != hero.pet])
     free = [name for name in PLACES if name not in (hero.place, friend.place, other.place)]
@@ -207,7 +207,7 @@ def cast(dice: Dice, hero: Person, thing: str, beast: Animal | None = None) -> d
 
 
 def story(dice: Dice, hero: Person | None = None, beast: Animal | None = None, plot: str | None = None) -> list[str]:
-    """The sentences of a story. What is not given is drawn: (hero, plot, thing) is a combination of this side of the split."""
+    """The sentences of a story. Draws the arguments that are None; (hero, plot, thing) belongs to this side of the split."""
     if beast is not None and plot is None:
         plot = dice.pick(("found", "fog", "journey"))
     while True:
@@ -236,7 +236,7 @@ def short_story(dice: Dice, hero: Person) -> list[str]:
 
 
 def portrait(dice: Dice, person: Person, few: bool = False) -> list[str]:
-    """Who somebody is."""
+    """Sentences about a person."""
     names = {**person.names("h"), "village": VILLAGE}
     first = dice.write("[{h} is the {h_job} of {village}.|The {h_job} of {village} is {h}.|{h} is the {h_job}.]", names)
     rest = [
@@ -251,7 +251,7 @@ def portrait(dice: Dice, person: Person, few: bool = False) -> list[str]:
 
 
 def introduction(dice: Dice, person: Person) -> list[str]:
-    """Somebody speaks of themselves."""
+    """A person introduces themselves."""
     names = {**person.names("h"), "village": VILLAGE}
     first = "[Hello, my name is {h}|My name is {h}|I am {h}], and I am the {h_job} [of|in] {village}."
     rest = [
@@ -266,7 +266,7 @@ def introduction(dice: Dice, person: Person) -> list[str]:
 
 
 def view(dice: Dice, name: str) -> list[str]:
-    """What a place is like."""
+    """Sentences about a place."""
     place = PLACES[name]
     sentences = [
         f"The {name} of {VILLAGE} stands {place.where}." if dice.chance(0.5) else f"The {name} is {place.where}.",
@@ -277,7 +277,7 @@ def view(dice: Dice, name: str) -> list[str]:
 
 
 def week(dice: Dice) -> list[str]:
-    """Some days of the village, in their order."""
+    """Consecutive days of a week in the village."""
     first = dice.number(0, 4)
     days = list(DAYS.items())[first : first + dice.number(2, 7)]
     start = dice.pick([f"Every day is different in {VILLAGE}.", f"This is a week in {VILLAGE}."])
@@ -285,13 +285,13 @@ def week(dice: Dice) -> list[str]:
 
 
 def year(dice: Dice) -> list[str]:
-    """The feasts."""
+    """Sentences about the feasts of the year."""
     feasts = [f"In {feast.season} there is {feast.name}, when the people {feast.what}." for feast in FEASTS]
     return [f"There are four feasts in {VILLAGE}.", *feasts]
 
 
 def village(dice: Dice) -> list[str]:
-    """What Tidewick is."""
+    """Sentences about Tidewick."""
     return [
         dice.write("{village} is a [small|little] village by the sea.", {"village": VILLAGE}),
         *dice.distinct(
@@ -308,7 +308,7 @@ def village(dice: Dice) -> list[str]:
 
 
 def fauna(dice: Dice, animal: Animal) -> list[str]:
-    """What an animal is like."""
+    """Sentences about an animal."""
     return [
         f"{animal.a[0].upper()}{animal.a[1:]} eats {animal.eats}.",
         f"It likes to {animal.likes}.",
@@ -318,7 +318,7 @@ def fauna(dice: Dice, animal: Animal) -> list[str]:
 
 
 def stray(dice: Dice) -> list[str]:
-    """A text that begins outside the little world and finds its way back, as prompts do."""
+    """A text that begins with a topic from outside, as prompts may, and returns to the village."""
     person = dice.pick(PEOPLE)
     names = {**person.names("h"), "village": VILLAGE, "topic": dice.write(dice.pick(UNKNOWN_TOPICS), {})}
     start = dice.write(f"{dice.pick(STRAY_STARTS)} {dice.pick(STRAY_ENDS)}", names).replace("  ", " ")
@@ -326,7 +326,7 @@ def stray(dice: Dice) -> list[str]:
 
 
 def tale(dice: Dice) -> str:
-    """One document of prose. Some begin in the middle, so that any sentence can be continued."""
+    """One document of prose. Some begin in the middle of a text, so that the model learns to continue any sentence."""
     kind = dice.number(1, 100)
     if kind <= 62:
         sentences = story(dice)

@@ -1,9 +1,9 @@
-"""Make the built-in model: `python -m tpserve.builtin.train`. Generates the text, trains the tokenizer and the model, saves.
+"""Trains the built-in model: `python -m tpserve.builtin.train`. Generates the text, trains tokenizer and model, saves both.
 
-Owns the model's sizes, the chat template and the training. Never runs while serving; needs transformers, which serving does
-not. Everything is a function of SEED; the weights agree between machines up to the order of floating-point sums. The recipe:
+Owns the model's sizes, the chat template and the training. Never runs while serving; needs transformers, unlike serving.
+Everything is a function of SEED; the weights agree between machines up to the order of floating-point sums. The recipe:
 Muon (Jordan et al. 2024; arXiv:2502.16982 for its scale) and AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), linear
-warm-up and cosine decay, documents packed behind one another, each seen once.
+warm-up and cosine decay, packed documents, each seen once.
 Letters in names: B sequences, L tokens of a sequence.
 """
 
@@ -33,7 +33,7 @@ TOKENS = 5_000_000
 VOCAB_SIZE = 2048
 BATCH_TOKENS = 2048
 LENGTHS = ((0.6, 256), (0.9, 512), (1.0, 2048))
-"""Until this part of the training, sequences are so long."""
+"""(end of a phase as a fraction of the training, sequence length in tokens)"""
 PEAK_RATE = 5e-3
 WARM_UP_STEPS = 100
 HELD_OUT_DOCUMENTS = 600
@@ -87,12 +87,13 @@ TOKENIZER_CONFIG = {
 
 @cache
 def chat_template() -> jinja2.Template:
+    """The compiled chat template."""
     template: jinja2.Template = jinja2.Template(CHAT_TEMPLATE)
     return template
 
 
 def document(dice: Dice) -> str:
-    """One text from begin to end: prose, chat, or (for those who ask in a completion) a conversation without its roles."""
+    """One complete text: prose, chat, or (for questions in completion requests) a conversation without roles."""
     kind = dice.number(1, 100)
     if kind <= 42:
         return f"{BEGIN}{tale(dice)}{END}"
@@ -103,14 +104,14 @@ def document(dice: Dice) -> str:
 
 
 def documents(seed: int, held_out: bool = False) -> Iterator[str]:
-    """Without end; the same for the same seed and side."""
+    """An endless sequence of documents, a function of seed and side."""
     dice = Dice(seed, held_out)
     while True:
         yield document(dice)
 
 
 def train_tokenizer() -> Tokenizer:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): every text has ids, and common words have one."""
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909): it encodes any text, and common words as one id."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -139,17 +140,19 @@ def stream(tokenizer: Tokenizer, source: Iterator[str], count: int) -> torch.Ten
 
 
 def rate(done: float, steps: int) -> float:
-    """The learning rate after `done` of all steps, as a part of the peak."""
+    """The learning rate as a fraction of the peak; `done`: fraction of the steps done."""
     warm_up = min(1.0, (done * steps + 1) / WARM_UP_STEPS)
     return warm_up * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
+    """Write a line to stdout at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def new_model() -> Any:
+    """A transformers Llama with seeded random weights in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
@@ -167,7 +170,7 @@ def optimizers_of(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def fit(model: Any, ids: torch.Tensor) -> None:
-    """Train once over the ids."""
+    """Train one epoch on `ids`, int64 [tokens]."""
     optimizers, steps, start = optimizers_of(model), len(ids) // BATCH_TOKENS, time.monotonic()
     for step in range(steps):
         done = step / steps
@@ -184,12 +187,12 @@ def fit(model: Any, ids: torch.Tensor) -> None:
         model.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             speed = (step + 1) * BATCH_TOKENS / (time.monotonic() - start)
-            say(f"step {step + 1} of {steps}  loss {loss.item():.3f}  {speed:.0f} tokens/s")
+            print_line(f"step {step + 1} of {steps}  loss {loss.item():.3f}  {speed:.0f} tokens/s")
 
 
 @torch.no_grad()
 def held_out_loss(model: Any, tokenizer: Tokenizer, num_documents: int = HELD_OUT_DOCUMENTS) -> dict[str, float]:
-    """Mean loss a token (nats) on documents of combinations that training never saw, in prose and in chat."""
+    """Mean loss per token (nats) on documents with held-out combinations, in prose and in chat."""
     sums: dict[str, list[float]] = {"prose": [0.0, 0], "chat": [0.0, 0]}
     source = documents(SEED + 1, held_out=True)
     for _ in range(num_documents):
@@ -218,6 +221,7 @@ def save(model: Any, tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def main() -> None:
+    """Train, save and evaluate the model."""
     parser = argparse.ArgumentParser(description=f"Re-create {NAME}, the built-in model.")
     parser.add_argument("--output", type=Path, default=path(), help="model directory to write (default: the one in the package)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens to train on (default: %(default)s)")
@@ -227,16 +231,16 @@ def main() -> None:
     start = time.monotonic()
     tokenizer = train_tokenizer()
     ids = stream(tokenizer, documents(SEED), arguments.tokens)[: arguments.tokens // BATCH_TOKENS * BATCH_TOKENS]
-    say(f"{len(ids)} tokens generated in {time.monotonic() - start:.0f} s")
+    print_line(f"{len(ids)} tokens generated in {time.monotonic() - start:.0f} s")
     model = new_model()
     fit(model, ids)
     seconds = time.monotonic() - start
     save(model, tokenizer, arguments.output)
-    model.bfloat16().float().eval()  # what was saved, computed in float32
+    model.bfloat16().float().eval()  # the saved bfloat16 weights, computed in float32
     losses = {name: round(loss, 3) for name, loss in held_out_loss(model, tokenizer).items()}
     report = {"tokens": len(ids), "training_s": round(seconds), "held_out_loss": losses}
     (arguments.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    say(json.dumps(report))
+    print_line(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The world the built-in model knows: Tidewick, a harbour village, its people, places, animals and feasts.
+"""The facts that the built-in model learns: Tidewick, a harbour village, its people, places, animals and feasts.
 
-Owns the facts and the dice. Never writes sentences of its own (`stories` and `dialogues` do). Invariants:
+Owns the facts and the random choices. Never writes sentences (`stories` and `dialogues` do). Invariants:
 
     everything is a function of the seed
-    a combination (say: hero, plot, thing) is met either in training or on the held-out side, never on both
+    a combination (for example hero, plot, thing) occurs either in training or on the held-out side, never on both
 """
 
 import re
@@ -17,7 +17,7 @@ T = TypeVar("T")
 VILLAGE = "Tidewick"
 MODEL = "Wick"
 HELD_OUT_OF = 11
-"""One combination in so many is held out of training."""
+"""One of so many combinations is held out of training."""
 
 ARTICLE = re.compile(r"\ba(?= [aeio])")
 ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
@@ -31,9 +31,11 @@ class Dice:
         self._held_out = held_out
 
     def pick(self, items: Sequence[T]) -> T:
+        """One of the items."""
         return items[int(self._random.random() * len(items))]
 
     def chance(self, probability: float) -> bool:
+        """True with this probability."""
         return self._random.random() < probability
 
     def number(self, low: int, high: int) -> int:
@@ -41,10 +43,11 @@ class Dice:
         return low + int(self._random.random() * (high - low + 1))
 
     def distinct(self, items: Sequence[T], count: int) -> list[T]:
+        """`count` different items in random order."""
         return self._random.sample(items, count)
 
     def combination(self, *sizes: int) -> tuple[int, ...]:
-        """An index below each size, such that the combination belongs to this side of the split."""
+        """One index for each size; the combination belongs to this side of the split."""
         while True:
             drawn = tuple(int(self._random.random() * size) for size in sizes)
             if (sum((2 * i + 1) * index for i, index in enumerate(drawn)) % HELD_OUT_OF == 0) == self._held_out:
@@ -59,6 +62,8 @@ class Dice:
 
 @dataclass(frozen=True)
 class Person:
+    """An inhabitant of the village."""
+
     name: str
     she: bool
     job: str
@@ -75,7 +80,7 @@ class Person:
     """Completes "In the morning she ..."."""
 
     def names(self, prefix: str) -> dict[str, str]:
-        """What templates may say of this person, each name led by `prefix`."""
+        """The names that templates may use for this person, each with `prefix`."""
         subject, possessive, object_ = ("she", "her", "her") if self.she else ("he", "his", "him")
         words = {
             "": self.name, "_job": self.job, "_does": self.does, "_food": self.food, "_door": self.door,
@@ -88,8 +93,10 @@ class Person:
 
 @dataclass(frozen=True)
 class Place:
+    """A place in the village."""
+
     at: str
-    """Where somebody is: "at the bakery"."""
+    """With its preposition: "at the bakery"."""
     where: str
     """Completes "It stands ..."."""
     look: str
@@ -100,6 +107,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Animal:
+    """A kind of animal; `a`: with its article."""
+
     kind: str
     a: str
     says: str
@@ -110,6 +119,8 @@ class Animal:
 
 @dataclass(frozen=True)
 class Feast:
+    """A feast of the year."""
+
     name: str
     season: str
     what: str

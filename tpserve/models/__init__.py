@@ -1,4 +1,4 @@
-"""Which models tpserve serves. One short torch-free file a family; `decoder` (torch) runs them all."""
+"""The registry of supported model families. Each family is one short torch-free file; `decoder` (torch) runs them all."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -56,9 +56,9 @@ def families() -> tuple[Family, ...]:
 
 
 def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
-    """config.json as mathematics; `where` names the file in errors.
+    """Read a config.json into a ModelSpec; `where` names the file in errors.
 
-    Raises UserError for an unsupported architecture, a missing or malformed field, and a field the decoder cannot honour.
+    Raises UserError for an unsupported architecture, a missing or malformed field, and a field that the decoder does not support.
     """
     fields = ConfigFields(config, where)
     wanted = fields.get("architectures")
@@ -72,5 +72,5 @@ def model_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def names_of(spec: ModelSpec) -> WeightNames:
-    """What the checkpoint calls the weights of this model."""
+    """The names of this model's weights in a checkpoint."""
     return next(family.names for family in _FAMILIES if family.name == spec.family)

@@ -1,7 +1,7 @@
-"""Reading config.json: typed access that names what is missing, and the list of fields that must not be ignored.
+"""Typed access to the fields of config.json, and the list of fields that must not be ignored.
 
-A config that asks for mathematics the decoder does not do is refused by the field's name; a field that changes nothing
-in inference (dropout, initialisation, file metadata) is not looked at.
+A field that asks for mathematics the decoder lacks is an error with the field's name; fields that change nothing in inference
+(dropout, initialisation, file metadata) are ignored.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from tpserve.errors import UserError
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    # field -> values with which the decoder's mathematics is right; an absent field or null always is
+    # field -> values that the decoder supports; it always supports an absent field and null
     "hidden_act": ("silu", "swish"),
     "use_sliding_window": (False,),
     "compression_config": (),
@@ -45,32 +45,32 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 FP8 = {"weight_block_size": ([128, 128],), "activation_scheme": (None, "dynamic"), "fmt": (None, "e4m3")}
-"""What a `quantization_config` of 8-bit weights may say."""
+"""The supported values of the fields of an FP8 `quantization_config`."""
 QUANTIZED = {"fp8": "'fp8' with weight_block_size [128, 128] and activation_scheme 'dynamic'", "mxfp4": "'mxfp4'"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ConfigFields:
-    """config.json's fields. `where` names the file in errors."""
+    """The fields of config.json, or of an object in it. `where` names the file in errors."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._config = config
         self._where = where
 
     def refuse(self, text: str) -> UserError:
-        """The error to raise: `text` about this config."""
+        """Make the error to raise: `text` after the name of the file."""
         return UserError(f"{self._where}: {text}")
 
     def over(self, defaults: Mapping[str, Any]) -> "ConfigFields":
-        """These fields, and of `defaults` those that the config does not name; null stays null."""
+        """A copy with `defaults` for absent fields; null stays null."""
         return ConfigFields({**defaults, **self._config}, self._where)
 
     def replaced(self, **fields: Any) -> "ConfigFields":
-        """The same but for these."""
+        """A copy with these fields replaced."""
         return ConfigFields({**self._config, **fields}, self._where)
 
     def get(self, name: str) -> Any:
-        """A field as it stands; None when absent or null."""
+        """The raw value of a field; None when absent or null."""
         return self._config.get(name)
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -81,7 +81,7 @@ class ConfigFields:
         return value
 
     def count(self, name: str, default: int | None = None) -> int:
-        """An integer from 0 on."""
+        """A non-negative integer."""
         value = self._required(name, default)
         if type(value) is not int or value < 0:
             raise self.refuse(f"field {name!r} must be an integer from 0 on, not {value!r}")
@@ -124,14 +124,14 @@ class ConfigFields:
         return ConfigFields(value, f"{self._where}: {name}")
 
     def table(self, name: str) -> "ConfigFields":
-        """The same of an object that holds none."""
+        """As `part`, for an object that contains no objects."""
         part = self.part(name)
         if any(isinstance(part.get(inner), dict) for inner in part.names()):
             raise self.refuse(f"field {name!r} must be a flat object, not {_short(self.get(name))}")
         return part
 
     def names(self) -> set[str]:
-        """Of the fields that are not null."""
+        """The names of all fields that are not null."""
         return {name for name, value in self._config.items() if value is not None}
 
     def ids(self, name: str) -> tuple[int, ...]:
@@ -143,30 +143,30 @@ class ConfigFields:
         return tuple(values)
 
     def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        """The checkpoint's dtype, under its old or new name; float32 when the config does not say."""
+        """The checkpoint's dtype, under its old or new name; float32 when both are absent."""
         value = self.get("dtype") or self.get("torch_dtype") or "float32"
         if value not in DTYPES:
             raise self.refuse(f"dtype {value!r} is not supported: supported are {', '.join(DTYPES)}")
         return cast(Literal["float32", "bfloat16", "float16"], value)
 
     def activation(self, name: str, default: str) -> Literal["silu", "gelu", "gelu_tanh", "relu"]:
-        """An activation of an MLP without a gate."""
+        """The activation of an MLP without a gate."""
         value = self.get(name) or default
         if value not in ACTIVATIONS:
             raise self.refuse(f"field {name!r} is {_short(value)}: supported are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
     def refuse_unless(self, name: str, *neutral: Any) -> None:
-        """Refuse a field that asks for more than the decoder does; absent, null and `neutral` are well."""
+        """Raise UserError unless the field is absent, null or one of the `neutral` values."""
         value = self.get(name)
         if value is not None and value not in neutral:
             shown = value.get("quant_method", value) if isinstance(value, dict) else value
             raise self.refuse(f"field {name!r} is {_short(shown)}, which tpserve does not support yet")
 
     def refuse_quantization_but(self, *methods: str) -> None:
-        """Refuse a `quantization_config`, but those of `methods`, whose weights become plain ones when they are loaded.
+        """Raise UserError for a `quantization_config` with another method than `methods`.
 
-        Which tensors are quantized, they say themselves.
+        Loading dequantises the weights; the stored tensors show which of them are quantized.
         """
         value = self.get("quantization_config")
         if value is None:
@@ -180,7 +180,7 @@ class ConfigFields:
             raise self.refuse(f"field 'quantization_config' is {what}, which tpserve does not support: it reads {supported}")
 
     def refuse_other_mathematics(self, honoured: tuple[str, ...] = ()) -> None:
-        """The same for every field of `NEUTRAL` that the family does not honour."""
+        """Raise UserError for every field of `NEUTRAL` that asks for other mathematics, except the `honoured` ones."""
         for name, neutral in NEUTRAL.items():
             if name not in honoured:
                 self.refuse_unless(name, *neutral)

@@ -1,10 +1,10 @@
-"""The decoder-only transformer that all families run on: one rank's share of one pipeline stage.
+"""The decoder-only transformer of all families: one rank's share of one pipeline stage.
 
-Owns the stage's weights and layers, not the caches and no transfer between stages. Ranks of a stage call the same
+Owns the stage's weights and layers, not the caches and not the transfers between stages. Ranks of a stage call the same
 methods in the same order (each layer sums over `tp` twice, the embedding once).
-Invariant: cutting the layers into stages changes no bit; what passes between stages is the residual stream.
+Invariant: splitting the layers into stages changes no bit; stages pass on the residual stream.
 
-T rows of a step, S rows wanted, H hidden channels, E of the embedding (mostly H), V vocabulary entries of this rank.
+T rows of a step, S sampled or scored rows, H hidden channels, E of the embedding (mostly H), V vocabulary entries of this rank.
 """
 
 from collections.abc import Iterator
@@ -34,8 +34,8 @@ from tpserve.weights.parameter import Parameter
 class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
-    `kv_layout`: the cache of each layer here. `expert_load`: what this stage's experts have had to do, where it has experts.
-    `vocab_shards`: every tensor-parallel rank's vocabulary range, this rank's at `tp.rank`.
+    `kv_layout`: the cache of each layer of the stage. `expert_load`: token counts of this stage's experts, None without
+    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank.
     """
 
     def __init__(
@@ -48,43 +48,44 @@ class Decoder:
         device: torch.device,
         max_positions: int,
     ) -> None:
-        """Allocate the share; UserError when the model has too few heads, channels or entries for so many ranks."""
+        """Allocate the weights. UserError when the model has too few heads, channels or vocabulary entries for so many ranks."""
         shard = Shard(spec, tp, dtype, device, layout.expert_parallel)
         last = stage == layout.pp - 1
+        outer = shard.weights.outer(first=stage == 0, last=last)
         self.spec, self.dtype, self.device = spec, dtype, device
-        self.vocab_shards, self._vocab = shard.vocab_shards, shard.vocab
+        self.vocab_shards, self._vocab = shard.weights.vocab_shards, shard.weights.vocab
         self._tp = tp
-        turning = spec.head_dim if spec.latent is None else spec.latent.rope_dim
-        self._rope = tables(spec.rope, turning, max_positions, device) if spec.rope else None
-        self._window_rope = tables(spec.window_rope, turning, max_positions, device) if spec.window_rope else self._rope
-        self._num_heads = len(shard.heads.q)
+        rotary_dim = spec.head_dim if spec.latent is None else spec.latent.rope_dim
+        self._rope = tables(spec.rope, rotary_dim, max_positions, device) if spec.rope else None
+        self._window_rope = tables(spec.window_rope, rotary_dim, max_positions, device) if spec.window_rope else self._rope
+        self._num_heads = len(shard.weights.heads.q)
         self.kv_layout = shard.kv_layout()
-        self._embedding = shard.embedding() if stage == 0 else None
-        self._project_in: Weight | None = shard.project_in() if stage == 0 else None
-        self._positions = shard.positions() if stage == 0 else None
+        self._embedding = shard.optional(outer.embedding)
+        self._project_in: Weight | None = shard.optional(outer.project_in)
+        self._positions = shard.optional(outer.positions)
         self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
         self._cache_groups = [_cache_group(spec, layer) for layer in layout.layers_of(stage)]
-        self._norm = shard.final_norm() if last else None
-        self._project_out: Weight | None = shard.project_out() if last else None
-        shares_embedding = last and spec.tie_embeddings and self._embedding is not None
-        self._head: Weight | None = self._embedding if shares_embedding else shard.head() if last else None
+        self._norm = shard.norm(outer.final_norm)
+        self._project_out: Weight | None = shard.optional(outer.project_out)
+        shares_embedding = last and outer.head is None
+        self._head: Weight | None = self._embedding if shares_embedding else shard.optional(outer.head)
         self._parameters = shard.parameters
-        mixed = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
-        counts = {layer: mlp.expert_load for layer, mlp in mixed if isinstance(mlp, MoE)}
+        layers = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
+        counts = {layer: mlp.expert_load for layer, mlp in layers if isinstance(mlp, MoE)}
         self.expert_load = ExpertLoadCounter(list(counts), list(counts.values())) if counts else None
 
     def parameters(self) -> list[Parameter]:
-        """What a loader must fill; `prepack` empties the list."""
+        """The parameters that a loader must fill; `prepack` empties the list."""
         return self._parameters
 
     def prepack(self) -> int:
-        """Loading is over: bring the weights into the layout their products like, and give the bytes they take from here on.
+        """Pack the loaded weights for their matrix products; return the bytes that the weights occupy afterwards.
 
-        One layer's plain weights are freed before the next one's are packed. An embedding that is also the LM head is
-        kept in both layouts, for its rows are looked up.
+        Frees one layer's plain weights before it packs the next layer's. Keeps both layouts of an embedding that is also
+        the LM head, since the lookup needs plain rows.
         """
         num_bytes = sum(parameter.tensor.nbytes for parameter in self._parameters)
-        self._parameters.clear()  # the loader's list too, or the plain weights would live on in it
+        self._parameters.clear()  # the loader has the same list, which would keep the plain weights alive
         for i in range(len(self._blocks)):
             self._blocks[i] = self._blocks[i].packed()
         self._project_in = None if self._project_in is None else pack(self._project_in)
@@ -96,7 +97,7 @@ class Decoder:
         return num_bytes
 
     def products(self) -> Iterator[Product]:
-        """Every matrix product of this stage's steps, those of like layers again and again."""
+        """Every matrix product of this stage's steps; layers of equal shape repeat theirs."""
         for block in self._blocks:
             yield from block.attention.products(self.dtype)
             yield from block.mlp.products(self.dtype)
@@ -108,18 +109,21 @@ class Decoder:
         yield Product(name, k_dim, TILE * (k_dim + v_dim), torch.float32, partial(cpu_attention.products, v_dim=v_dim))
 
     def forward(self, batch: ModelInput, hidden_TH: torch.Tensor | None, caches: list[KVCache]) -> torch.Tensor:
-        """This stage's layers. `hidden_TH`: what the previous stage gave, None on the first; `caches`: one per layer here."""
+        """Run this stage's layers; returns the residual stream [T, H].
+
+        `hidden_TH`: the output of the previous stage, None on the first. `caches`: one for each layer of the stage.
+        """
         if self._embedding is not None:
             x_TH = self._embed(batch, self._embedding)
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
         rows, x_TH = len(x_TH), pad_rows(x_TH)
-        turns = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
+        rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
         groups = [build_metadata(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
-            x_TH, residual_TH = block(x_TH, residual_TH, turns[group], groups[group], cache)
+            x_TH, residual_TH = block(x_TH, residual_TH, rotary[group], groups[group], cache)
         return (x_TH if residual_TH is None else x_TH + residual_TH)[:rows]
 
     def _rotary(self, positions_T: torch.Tensor) -> list[RotaryPositions | None]:
@@ -140,7 +144,7 @@ class Decoder:
         return x_TH if self._positions is None else x_TH + self._positions[batch.positions_T]
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
-        """Last stage: logits of the rows given over this rank's vocabulary shard, float32 [S, V]."""
+        """Last stage: the logits of `hidden_SH` over this rank's vocabulary shard, float32 [S, V]."""
         assert self._head is not None, "only the last stage has logits"
         if self._norm is not None:
             hidden_SH = self._norm(hidden_SH)

@@ -1,7 +1,7 @@
-"""DeepSeek V2 and V3 (R1): latent attention, experts in groups beside shared ones, YaRN that scales the scores too.
+"""DeepSeek V2 and V3 (R1): latent attention, grouped and shared experts, YaRN that also scales attention scores.
 
-Layers behind the last one, which V3's checkpoints have for guessing tokens ahead, are not read.
-V2's `norm_topk_prob` is refused: published code renormalises by it in place of scaling, transformers does not look at it.
+V3's checkpoints have layers for multi-token prediction after the last one; they are not read.
+V2's `norm_topk_prob` is refused: the published code then renormalises in place of scaling, while transformers ignores it.
 """
 
 from msgspec.structs import replace

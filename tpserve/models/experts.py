@@ -4,12 +4,12 @@ from tpserve.models.config_fields import ConfigFields
 from tpserve.types.model_spec import ExpertsSpec, RoutingSpec
 
 COUNTS = ("num_experts", "num_local_experts")
-"""Fields that a family without experts must not have."""
+"""Fields that hold the number of experts; a family without experts refuses them."""
 PARALLEL = ("TP", "PP", "EP")
 
 
 def checked(fields: ConfigFields, spec: ExpertsSpec) -> ExpertsSpec:
-    """The same; refuses groups of unequal size, and a token that wants more experts than there are to choose from."""
+    """Return `spec`. UserError for groups of unequal size, and for more active experts than there are to choose from."""
     routing = spec.routing
     size, rest = divmod(spec.count, routing.num_groups)
     if rest or not routing.group_best <= size or routing.num_top_groups > routing.num_groups:
@@ -28,7 +28,7 @@ def qwen(fields: ConfigFields, shared_size: int = 0) -> ExpertsSpec:
         raise fields.refuse(f"field 'mlp_only_layers' must hold layer numbers, not {dense!r}")
     layers = range(fields.size("num_hidden_layers"))
     spec = ExpertsSpec(
-        count=fields.size("num_experts", fields.get("num_local_experts")),  # transformers 5 writes the second
+        count=fields.size("num_experts", fields.get("num_local_experts")),  # transformers 5 writes num_local_experts
         size=fields.size("moe_intermediate_size"),
         routing=RoutingSpec(fields.size("num_experts_per_tok"), renormalise=fields.flag("norm_topk_prob")),
         layers=tuple(layer for layer in layers if (layer + 1) % step == 0 and layer not in dense),

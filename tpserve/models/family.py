@@ -1,4 +1,4 @@
-"""What a family of models is to tpserve: the architectures it serves, how to read its config, what its weights are called."""
+"""A family of models: its architectures, the function that reads its config, the names of its weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tpserve.weights.names import LLAMA, WeightNames
 class Family:
     """`architectures`: values of config.json's field of that name; `spec` reads the other fields.
 
-    For docs/models.md: `without`, what such a config can ask for and is refused; `parallel`, the tested ways to spread the model.
+    For docs/models.md: `without`, config fields that are refused; `parallel`, the tested parallel modes.
     """
 
     name: str

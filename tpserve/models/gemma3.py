@@ -1,6 +1,6 @@
-"""Gemma 3: Gemma 2 without caps, norms over the heads of query and key, layers with a window turned by a rope of their own.
+"""Gemma 3: Gemma 2 without caps, norms over the heads of query and key, layers with a window have a rope of their own.
 
-Of the models that see, the part that reads and writes text, whose fields are in `text_config`.
+A multimodal model is served as its text model, whose fields are in `text_config`.
 """
 
 from tpserve.models import gemma_config, transformer
@@ -21,7 +21,7 @@ DEFAULTS = {
     "eos_token_id": 1,
 }
 OUTSIDE = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
-"""Fields of the whole model that stand beside `text_config` and hold for it."""
+"""Fields at the top level of the config that apply to `text_config`."""
 
 
 def _spec(fields: ConfigFields) -> ModelSpec:
@@ -42,10 +42,11 @@ def _spec(fields: ConfigFields) -> ModelSpec:
 
 
 def _ropes(fields: ConfigFields) -> tuple[RopeSpec, RopeSpec]:
-    """Of layers that see all, and of those with a window. The older spelling scales only the former."""
+    """The ropes of layers without and with a window. The older spelling scales only the former."""
     kinds = fields.part("rope_parameters")
     scaling = fields.table("rope_scaling")
-    if scaling.names() and (kinds.names() or scaling.get("rope_type") is None):  # transformers merges, and ignores others
+    # transformers merges the two, and ignores scaling without a type
+    if scaling.names() and (kinds.names() or scaling.get("rope_type") is None):
         raise scaling.refuse("it must name its 'rope_type', and there must be no 'rope_parameters' beside it")
     if unknown := sorted(kinds.names() - {FULL, SLIDING}):
         raise kinds.refuse(f"field {unknown[0]!r} is not supported: supported are {FULL!r} and {SLIDING!r}")

@@ -1,4 +1,4 @@
-"""What Gemma 2 and 3 have in common."""
+"""The config fields that Gemma 2 and 3 share."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
-"""What a config means that does not say so: published ones leave fields out."""
+"""Defaults for absent fields; published configs omit some."""
 NAMES = WeightNames(
     attention_out_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",

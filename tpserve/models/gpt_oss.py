@@ -10,7 +10,7 @@ ROUTER = "mlp.router"
 
 
 def _spec(fields: ConfigFields) -> ModelSpec:
-    # The dtype is that of what is not in MXFP4, which published configs do not say.
+    # The dtype of the tensors that are not MXFP4; published configs omit it.
     fields = fields.over({"torch_dtype": "bfloat16", "rope_theta": 150_000.0, "sliding_window": 128})
     if not fields.get("rope_parameters") and not fields.get("rope_scaling"):
         raise fields.refuse("field 'rope_scaling' is missing")

@@ -1,4 +1,4 @@
-"""From the flags to what the model is: found on this node, its configuration read. For every way of starting."""
+"""Finds the model that the flags name and reads its configuration. All ways of starting use it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,10 @@ from tpserve.types.model_spec import ModelSpec
 
 
 def load_model_config(flags: Flags, find: Callable[[Flags], ModelFiles]) -> tuple[Flags, ModelFiles, ModelSpec]:
-    """Find the model (without one, the built-in) and read its configuration. Of a repository, the flags name the commit then."""
+    """Find the model, or the built-in model without one, and read its configuration.
+
+    For a repository, the returned flags name the commit. UserError names what is missing or not supported.
+    """
     if flags.model is None:
         flags = replace(flags, model=str(builtin.path()), served_model_name=flags.served_model_name or (builtin.NAME,))
     files = find(flags)

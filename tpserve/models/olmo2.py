@@ -1,4 +1,4 @@
-"""OLMo 2: RMS norms on what attention and MLP give, and over all heads of query and of key together."""
+"""OLMo 2: RMS norms on the outputs of attention and MLP, and over all heads of query and of key together."""
 
 from tpserve.models import transformer
 from tpserve.models.config_fields import ConfigFields

@@ -1,4 +1,4 @@
-"""OPT and Galactica: learned positions from row 2 on, norms before or after, an embedding of its own width."""
+"""OPT and Galactica: learned positions from row 2 on, norms before or after, an embedding that may have its own size."""
 
 from tpserve.models import transformer
 from tpserve.models.config_fields import ConfigFields

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 with experts in some layers, and a shared expert behind a sigmoid gate beside them."""
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 with experts in some layers, and a shared expert with a sigmoid gate."""
 
 from tpserve.models import experts, transformer
 from tpserve.models.config_fields import ConfigFields

@@ -1,6 +1,6 @@
-"""Reading rope in all its spellings: `rope_parameters`, or the older `rope_theta` and `rope_scaling`. No field is passed over.
+"""Reads rope from config.json: `rope_parameters`, or the older `rope_theta` and `rope_scaling`. Ignores no field silently.
 
-What is read is what transformers reads. Of both spellings the older one counts.
+Reads the fields that transformers reads. If a config has both spellings, the older one counts, as there.
 """
 
 import math
@@ -11,8 +11,8 @@ from tpserve.models.config_fields import ConfigFields
 from tpserve.types.model_spec import RopeSpec
 
 COMMON = {"rope_theta", "rope_type", "type", "factor", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
-"""`finetuned` says how the model was made; transformers does not look at YaRN's `attn_factor`."""
-OWN: dict[str, set[str]] = {
+"""Fields of any type. `finetuned` has no effect on inference."""
+OF_TYPE: dict[str, set[str]] = {
     "default": set(),
     "linear": set(),
     "dynamic": set(),
@@ -20,16 +20,18 @@ OWN: dict[str, set[str]] = {
     "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "attn_factor"},
     "longrope": {"attention_factor", "short_factor", "long_factor"},
 }
+"""The further fields of each type. transformers ignores YaRN's `attn_factor`."""
 
 
 def rope_of(fields: ConfigFields, head_dim: int, *, partial: bool = False) -> RopeSpec:
     """The model's rope. UserError for a kind, a field or sizes that the decoder cannot honour.
 
-    `partial`: whether a part of a head's channels may turn; transformers turns all of them in other families, or fails.
+    `partial`: whether the family may rotate only a part of a head's channels; in other families transformers rotates all of
+    them, or fails.
     """
     table = _table(fields)
     kind = _kind(table)
-    if unknown := sorted(table.names() - COMMON - OWN[kind]):
+    if unknown := sorted(table.names() - COMMON - OF_TYPE[kind]):
         raise table.refuse(f"field {unknown[0]!r} of a rope of type {kind!r} is not supported")
     part = fields.number("partial_rotary_factor", 1.0) if table.get("partial_rotary_factor") is None else None
     part = part or table.number("partial_rotary_factor")
@@ -44,7 +46,7 @@ def rope_of(fields: ConfigFields, head_dim: int, *, partial: bool = False) -> Ro
 
 
 def score_factor(fields: ConfigFields, rope: RopeSpec) -> float:
-    """What DeepSeek's YaRN multiplies scores by, beside the magnitude of what is rotated."""
+    """The factor by which DeepSeek's YaRN multiplies attention scores, in addition to the rotary magnitude."""
     table = _table(fields)
     if rope.scaling != "yarn" or not table.get("mscale_all_dim"):
         return 1.0
@@ -52,7 +54,7 @@ def score_factor(fields: ConfigFields, rope: RopeSpec) -> float:
 
 
 def longest(fields: ConfigFields, rope: RopeSpec) -> int:
-    """Positions that the model can be served with: YaRN stretches its original length."""
+    """The largest number of positions that can be served: YaRN extends the original length."""
     length = fields.size("max_position_embeddings")
     return max(length, int(rope.factor * rope.original_max_position)) if rope.scaling == "yarn" else length
 
@@ -65,14 +67,14 @@ def _kind(table: ConfigFields) -> str:
     kind = table.get("rope_type") or table.get("type") or "default"
     if kind == "su" or (kind == "yarn" and table.get("short_factor") is not None):
         return "longrope"  # Phi-3's earlier names
-    if kind not in OWN:
-        raise table.refuse(f"rope type {kind!r} is not supported: supported are {', '.join(OWN)}")
+    if kind not in OF_TYPE:
+        raise table.refuse(f"rope type {kind!r} is not supported: supported are {', '.join(OF_TYPE)}")
     return str(kind)
 
 
 def _scaled(kind: str, plain: RopeSpec, table: ConfigFields, fields: ConfigFields, num_channels: int) -> RopeSpec:
     if kind == "dynamic":
-        table.number("factor")  # it stretches beyond max_position_embeddings only, where nothing is served
+        table.number("factor")  # dynamic scaling has no effect up to max_position_embeddings, the longest that is served
         return plain
     if kind == "linear":
         return replace(plain, scaling="linear", factor=table.number("factor"))

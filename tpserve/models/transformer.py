@@ -1,4 +1,4 @@
-"""The fields that many configs share: of Llama's shape (`spec`) and of GPT-2's (`plain`); a family passes what is its own."""
+"""Reads the config fields that many families share: Llama's shape (`spec`) and GPT-2's (`plain`). Families pass the rest."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from tpserve.types.model_spec import CacheGroup, LatentSpec, ModelSpec, RopeSpec
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 SWITCH = ("use_sliding_window",)
-"""The field of families in which a window is switched on."""
+"""The field that switches windows on, in families that have it."""
 
 
 def spec(
@@ -29,11 +29,10 @@ def spec(
     honoured: tuple[str, ...] = (),
     **more: Any,
 ) -> ModelSpec:
-    """RMS norms, rope, a gated MLP. Refuses what does not fit together and what asks for other mathematics.
+    """A model with RMS norms, rope and a gated MLP. UserError for inconsistent fields and for other mathematics.
 
-    `windows`: of each layer, positions that it sees, or None; empty when every layer sees all. `rope`: where the family reads
-    it itself.
-    `honoured`: fields that the family reads itself though others must not have them; `more`: fields of ModelSpec.
+    `windows`: the window of each layer in positions, or None; empty when no layer has one. `rope`: given by families that
+    read it themselves. `honoured`: fields of `NEUTRAL` that the family reads itself. `more`: fields of ModelSpec.
     """
     fields.refuse_other_mathematics(honoured)
     num_heads = fields.size("num_attention_heads")
@@ -43,7 +42,7 @@ def spec(
     num_layers, max_position = fields.size("num_hidden_layers"), longest(fields, rope)
     windows = windows or [None] * num_layers
     refuse_other_layers(fields, windows, max_position)
-    if window_rope is None:  # else what has a window says which rope it has
+    if window_rope is None:  # with two ropes, a window also selects the layer's rope
         windows = [None if window is None or window >= max_position else window for window in windows]
     return ModelSpec(
         **_vocabulary(fields, tied=False),
@@ -71,7 +70,7 @@ def spec(
 def plain(
     fields: ConfigFields, family: str, *, hidden_size: int, num_layers: int, num_heads: int, bias: bool, **more: Any
 ) -> ModelSpec:
-    """Layer norms, learned positions, an MLP without a gate, as many key/value heads as heads, mostly a tied LM head."""
+    """A model with layer norms, learned positions, a plain MLP and multi-head attention; by default with a tied LM head."""
     fields.refuse_other_mathematics()
     refuse_other_layers(fields, [None] * num_layers)
     if hidden_size % num_heads:
@@ -107,10 +106,10 @@ def _vocabulary(fields: ConfigFields, *, tied: bool) -> dict[str, Any]:
 
 
 def cache_groups(windows: Sequence[int | None]) -> tuple[CacheGroup, ...]:
-    """Layers by their windows, one or None a layer, in groups of about equally many layers, on every pipeline stage too.
+    """Group the layers by window, in groups of about equal size, also on every pipeline stage. `windows`: one a layer.
 
-    A block serves any group, so that a group with few layers would waste most of each. Layers of equal window are dealt out
-    in turn to as many groups as they are times the layers of the rarest window, rounded, halves up.
+    All groups share one pool of blocks, so a small group would waste most of each block. The layers of a window are dealt in
+    turn to n groups; n is their number divided by the number of layers of the rarest window, rounded half up.
     """
     kinds = {window: [i for i, other in enumerate(windows) if other == window] for window in windows}
     fewest = min(map(len, kinds.values()))
@@ -137,14 +136,14 @@ def window_of(fields: ConfigFields) -> int | None:
 
 
 def sliding_windows(fields: ConfigFields) -> tuple[int | None, ...]:
-    """The window of families in which it holds for every layer."""
+    """The windows of families whose `sliding_window` applies to every layer."""
     return (window_of(fields),) * fields.size("num_hidden_layers")
 
 
 def layer_windows(fields: ConfigFields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """The window in the layers that `layer_types` says have one, and where it is missing in those of the family's rule.
+    """The windows of the layers that `layer_types` marks as sliding or, without that field, `has_window`.
 
-    UserError when a layer has a window, and there is none.
+    UserError when a layer is sliding and `sliding_window` is absent.
     """
     num_layers = fields.size("num_hidden_layers")
     kinds = layer_kinds(fields, num_layers) or [SLIDING if has_window(layer) else FULL for layer in range(num_layers)]
@@ -153,7 +152,7 @@ def layer_windows(fields: ConfigFields, has_window: Callable[[int], bool]) -> tu
 
 
 def switched_windows(fields: ConfigFields, has_window: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """The same in families in which `use_sliding_window` switches windows on."""
+    """As `layer_windows`, for families in which `use_sliding_window` switches windows on; empty when it is off."""
     if fields.flag("use_sliding_window"):
         return layer_windows(fields, has_window)
     if SLIDING in (layer_kinds(fields, fields.size("num_hidden_layers")) or []):
@@ -162,13 +161,13 @@ def switched_windows(fields: ConfigFields, has_window: Callable[[int], bool]) ->
 
 
 def from_layer(fields: ConfigFields) -> Callable[[int], bool]:
-    """Which layers have a window where the first `max_window_layers` have none."""
+    """The rule that the first `max_window_layers` layers have no window."""
     first, window = fields.count("max_window_layers", 28), window_of(fields)
     return lambda layer: window is not None and layer >= first
 
 
 def layer_kinds(fields: ConfigFields, num_layers: int) -> list[str] | None:
-    """`layer_types`, None where it is absent or null. UserError unless it names a kind that is supported for each layer."""
+    """`layer_types`, None where it is absent or null. UserError unless it names a supported kind for each layer."""
     kinds = fields.get("layer_types")
     if kinds is None:
         return None
@@ -180,8 +179,10 @@ def layer_kinds(fields: ConfigFields, num_layers: int) -> list[str] | None:
 
 
 def refuse_other_layers(fields: ConfigFields, windows: Sequence[int | None], max_position: int | None = None) -> None:
-    """Refuse `layer_types` that a family does not read and that speak of other layers than `windows`: of windows that no sequence
-    leaves (`max_position` positions) they may say anything."""
+    """Raise UserError for `layer_types` that contradict `windows`, in families that do not read the field.
+
+    Windows of `max_position` or more positions never limit a sequence, so either kind is accepted for them.
+    """
     for layer, kind in enumerate(layer_kinds(fields, len(windows)) or []):
         window = windows[layer]
         if kind == SLIDING and window is None:

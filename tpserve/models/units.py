@@ -1,5 +1,5 @@
-"""In what units a model is dealt to tensor-parallel ranks, beside attention heads and layers."""
+"""The units in which vocabulary and MLP channels are split over tensor-parallel ranks."""
 
 VOCAB_UNIT = 128
-"""The sampler draws over blocks of so many vocabulary entries."""
+"""The sampler's block size in vocabulary entries."""
 MLP_UNIT = 64

@@ -1,16 +1,14 @@
-"""What all ranks of a model together want of its checkpoint, without allocating it."""
+"""Lists what all ranks of a model together read from its checkpoint, without allocating it."""
 
-import torch
-
-from tpserve.models.decoder import Decoder
-from tpserve.parallel.group import Group
-from tpserve.types.layout import ParallelLayout
+from tpserve.models.rank_weights import RankWeights, sources_in
 from tpserve.types.model_spec import ModelSpec
-from tpserve.weights.parameter import Source
+from tpserve.weights.source import Source
 
 
 def sources(spec: ModelSpec) -> list[Source]:
-    """Of every parameter, as a single rank would take them."""
-    layout = ParallelLayout(1, 1, (spec.num_layers,))
-    decoder = Decoder(spec, layout, 0, Group(), torch.float32, torch.device("meta"), max_positions=1)
-    return [source for parameter in decoder.parameters() for source in parameter.sources]
+    """The sources of every parameter, as a single rank reads them."""
+    weights = RankWeights(spec, tp_size=1, tp_rank=0)
+    found = list(sources_in(weights.outer(first=True, last=True)))
+    for layer in range(spec.num_layers):
+        found += sources_in(weights.layer(layer))
+    return found

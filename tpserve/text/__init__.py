@@ -1,1 +1,1 @@
-"""Text: the tokenizer, chat templates, and the assembler that turns an output's ids into what a client sees."""
+"""Text: the tokenizer, chat templates, and the assembler that turns output ids into the text of a response."""

@@ -1,17 +1,17 @@
-"""From token ids to what a client sees: text pieces, stop strings, log probability entries, the end.
+"""Turns token ids into output deltas: text, stop strings, log probability entries, the finish reason.
 
-One `Assembler` a sequence, sans-I/O: `push` the engine's tokens, `end` it with the engine's verdict, `take` what became
-visible. It never knows HTTP, other sequences or time. Invariants:
+One `Assembler` a sequence, without I/O: `push` the engine's tokens, `end` with the engine's finish reason, `take` the deltas.
+It never knows HTTP, other sequences or time. Invariants:
 
-    text     decoded = [taken][ready to take][held back: it may be the beginning of a stop string][not certain: see `stream`]
-    tokens   every token up to the end is in exactly one piece, beside its log probabilities, once its place in the text is known
+    text     decoded = [taken][ready to take][held back: may begin a stop string][not certain: see `stream`]
+    tokens   every token up to the end is in exactly one delta, with its log probabilities, once its offset in the text is known
     end      reached once; tokens pushed later are dropped
-    prompt   with `scores`, nothing becomes visible before they are complete; the first piece has them
-    pieces   neither the joined text, nor the tokens, nor the end depend on how tokens were split into pushes
+    prompt   with `scores`, nothing becomes visible before they are complete; the first delta contains them
+    deltas   the split of tokens into pushes changes neither the joined text, nor the tokens, nor the end
     echo     the text of a prompt without its last `num_open` tokens, joined with the output's, is the text of all their tokens
 
-EOS and stop tokens are the engine's verdict and stop strings are decided here: after a match `num_tokens` is the length
-at which the engine may cut the sequence.
+The engine decides on EOS and stop tokens, the assembler on stop strings: after a match `num_tokens` is the length to which
+the engine may truncate the sequence.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,11 +25,11 @@ from tpserve.types.plan import TokenLogprobs
 
 
 class OutputDelta(Struct, frozen=True):
-    """What became visible since the last one. `finish` is set on the last piece, and only there.
+    """The output that became visible since the previous delta. Only the last delta has `finish`.
 
-    `stop_reason`: the stop string or the stop token that ended the sequence, None for its EOS token or its length.
-    `num_tokens`: output tokens so far, those of this piece included. `scores`: of the prompt, on the first piece if asked for.
-    `open_offsets`: on the first piece, characters of the output's text before each open token of an echoed prompt.
+    `stop_reason`: the stop string or stop token that ended the sequence, None for EOS or length.
+    `num_tokens`: output tokens so far, this delta included. `scores`: of the prompt, on the first delta if requested.
+    `open_offsets`: on the first delta, the index in the output's text of each open token of an echoed prompt.
     """
 
     text: str
@@ -43,10 +43,10 @@ class OutputDelta(Struct, frozen=True):
 
 
 class Assembler:
-    """The output of one sequence that follows `prompt`. Stop strings are not empty; the first `min_tokens` tokens hold none.
+    """The output of one sequence after `prompt`. Stop strings are not empty, and are ignored in the first `min_tokens` tokens.
 
-    `scores` may be shared with other choices of the prompt, of which one is scored. `num_open`: tokens at the end of an echoed
-    prompt whose text the output may change (`Tokenizer.num_open`); the text of the output begins with theirs.
+    All choices of a prompt may share `scores`. `num_open`: tokens at the end of an echoed prompt whose text the output may
+    change (`Tokenizer.num_open`); the output's text begins with theirs.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Assembler:
         self._num_open = num_open
         self._num_taken = 0
         self._search_at: int | None = None
-        """Where in the text the first token begins that may hold a stop string; None: not known."""
+        """Index in the text of the first token that may contain a stop string; None: not known yet."""
         self._held = ""
         self._ready: list[str] = []
         self._tokens: list[int] = []
@@ -87,7 +87,7 @@ class Assembler:
             self._add(self._stream.step(token))
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] = (), *, stops: bool = False) -> None:
-        """Take the next tokens. `logprobs`: one each, or none. `stops`: the last one is an EOS or stop token and has no text."""
+        """Add the next tokens. `logprobs`: one a token, or none. `stops`: the last token is an EOS or stop token without text."""
         last = len(tokens) - 1
         for index, token in enumerate(tokens):
             if self.finish is not None:
@@ -104,27 +104,27 @@ class Assembler:
                 self._search_pending()
 
     def end(self, finish: FinishReason, stop_id: int | None = None) -> None:
-        """The engine's verdict. Ignored after a stop string, which came first."""
+        """End with the engine's finish reason. Ignored after a stop string, which came first."""
         if self.finish is None:
             self._add(self._stream.flush())
         if self.finish is None:
             self._finish(finish, stop_id)
 
     def abandon(self, finish: FinishReason) -> None:
-        """End where it stands: nobody reads the rest. Decodes nothing, so that it works after an error of the text's own."""
+        """End without the held-back text. Decodes nothing, so it also works after a decoding error."""
         if self.finish is None:
             self._finish(finish, None)
 
     @property
     def has_news(self) -> bool:
-        """Whether `take` would return a piece."""
+        """Whether `take` would return a delta."""
         if self.scores is not None and not self.scores.complete:
             return False
         placed = self._begun or len(self._stream.offsets) >= self._num_open
         return placed and (bool(self._ready) or (self.finish is not None and not self._end_taken))
 
     def take(self) -> OutputDelta | None:
-        """All that became visible since the last call; None when that is neither text nor the end."""
+        """The delta since the last call; None without new text and before the end."""
         if not self.has_news:
             return None
         offsets = self._stream.offsets
@@ -149,7 +149,7 @@ class Assembler:
         return delta
 
     def _add(self, new: str) -> None:
-        """Search the text that became certain for stop strings and hold back what may become one."""
+        """Search new certain text for stop strings; hold back an end that may begin one."""
         if self._search_at is None and self._num_placed > self._num_unsearched:
             self._search_at = self._stream.offsets[self._num_unsearched - self._num_taken]
         if not new:
@@ -170,29 +170,29 @@ class Assembler:
             self._stream.flush()
             self._finish("stop", stop)
             return
-        sure = len(text) - longest_beginning(text, self._stop)
-        self._held = text[sure:]
-        if sure:
-            self._ready.append(text[:sure])
+        certain = len(text) - longest_beginning(text, self._stop)
+        self._held = text[certain:]
+        if certain:
+            self._ready.append(text[:certain])
 
     @property
     def _num_unsearched(self) -> int:
-        """Tokens in which no stop string is looked for."""
+        """Tokens in which stop strings are ignored."""
         return self._num_open + self._min_tokens
 
     @property
     def _num_placed(self) -> int:
-        """Tokens whose place in the text is known, open ones of the prompt among them."""
+        """Tokens whose offset in the text is known, open tokens of the prompt included."""
         return self._num_taken + len(self._stream.offsets)
 
     def _num_not_searched(self, count: int) -> int:
-        """Of the last `count` characters, how many are theirs."""
+        """How many of the last `count` characters belong to tokens in which stop strings are ignored."""
         if self._search_at is None:
             return count
         return min(count, max(0, self._search_at - (self._stream.chars - count)))
 
     def _search_pending(self) -> None:
-        """A stop string ends the sequence though what follows could still change the text that holds it."""
+        """Search the uncertain text, too: a match ends the sequence although later tokens could change that text."""
         if self._stop and self.finish is None and self._num_placed >= self._num_unsearched:
             pending = self._stream.pending
             if pending and first_match(self._held + pending, self._stop):
@@ -207,7 +207,7 @@ class Assembler:
 
 
 def first_match(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
-    """(index, stop string) of the match that begins first; of two at one index the one named first."""
+    """(index, stop string) of the first match; of two at the same index, the earlier one in `stops`."""
     matches = [(at, order) for order, stop in enumerate(stops) if (at := text.find(stop)) >= 0]
     if not matches:
         return None
@@ -216,7 +216,7 @@ def first_match(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
 
 
 def longest_beginning(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is a proper beginning of a stop string: at most max(len(stop)) - 1."""
+    """Length of the longest suffix of `text` that is a proper prefix of a stop string: at most max(len(stop)) - 1."""
     longest = 0
     for stop in stops:
         for length in range(min(len(stop) - 1, len(text)), longest, -1):

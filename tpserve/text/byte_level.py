@@ -1,7 +1,7 @@
-"""Byte-level BPE that stands in vocab.json and merges.txt (GPT-2, Radford et al. 2019), as a tokenizer of the Rust library.
+"""Builds a Rust tokenizer from vocab.json and merges.txt: byte-level BPE (GPT-2, Radford et al. 2019).
 
-The two files do not say how a text is cut into words before the merges: that is the class's, by its name in
-tokenizer_config.json or else by the model's type. Owns that table, and the letters that stand for bytes.
+The two files do not contain the rule that splits a text into words before the merges. The tokenizer class determines it, by
+its name in tokenizer_config.json or else by the model type. Owns that table, and the characters that spell bytes.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\
 
 
 class _TokenizerClass(NamedTuple):
-    """`words`: how a text is cut; None: GPT-2's way."""
+    """`words`: the pattern that splits a text into words; None: GPT-2's."""
 
     words: str | None
     roles: Mapping[str, str]
@@ -34,7 +34,7 @@ _TYPES = {"gpt2": _GPT2, "opt": _OPT} | dict.fromkeys(("qwen2", "qwen2_moe", "qw
 
 
 def load(tokenizer_config: TokenizerConfig) -> Vocabulary:
-    """Read the files of a directory that has both. UserError names what is broken or of an unknown class."""
+    """Read both files of a directory. UserError for a broken file or an unknown tokenizer class."""
     vocab, merges = (tokenizer_config.directory / name for name in FILES)
     kind = _class(tokenizer_config)
     try:
@@ -68,8 +68,9 @@ def _class(tokenizer_config: TokenizerConfig) -> _TokenizerClass:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes for bytes: printable ones stand for themselves, the others are moved above
-    255 in order."""
+    """The characters that spell bytes in byte-level BPE: printable bytes spell themselves, the others map to characters above
+    255, in order.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}

@@ -1,11 +1,11 @@
-"""Chat templates: messages to the prompt that the model was trained on.
+"""Chat templates: render messages to a prompt in the model's format.
 
 Owns finding the templates of a model directory and rendering one in Jinja2's immutable sandbox, with the few names that
-templates expect. Never takes a template from a request, never tokenizes. Every failure of a template is a UserError: the
-messages did not fit it, and the template's own words say why.
+templates expect. Never takes a template from a request, never tokenizes. Every failure of a template is a UserError with the
+template's own message.
 
-A message's content is a text or a list of text parts. A template that shows parts gets them as they are, as in transformers. A
-template that knows only texts would fail on a list, or print it or leave it out: it gets the parts joined, with nothing between.
+A message's content is a text or a list of text parts. A template that supports parts gets the list, as in transformers. Other
+templates would fail on a list, print it or omit it, so they get the parts joined, without a separator.
 """
 
 import json
@@ -29,17 +29,17 @@ from tpserve.text.tokenizer_config import read_json
 MAX_PROMPT_CHARS = 64 << 20
 MAX_ERROR_CHARS = 200
 DEFAULT = "default"
-"""The template of a plain conversation, where a model has several."""
+"""The name of the template that is used if a model has several."""
 NAME = re.compile(r"[\w-]+")
-"""What --chat-template gives, if it is no template itself."""
+"""Matches a template's name, which --chat-template may give instead of a template."""
 PRINTED = re.compile(r"""['"]text['"]: ?['"](?:\s|\\[nrt])*\Z""")
-"""What stands before a part's text where a list is printed, by Python or as JSON."""
+"""Matches the text before a part's text in a list that Python or JSON printed."""
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template can raise on messages it was not written for; it is foreign code fed with a client's values."""
+"""The exceptions that a template can raise: it is untrusted code that runs on a client's values."""
 
 
 class ChatTemplate:
-    """A model's chat template. Without one it still exists, and `render` says what to do instead: `missing`."""
+    """A model's chat template. Without a template, `render` raises UserError with the text `missing`."""
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class ChatTemplate:
 
     @staticmethod
     def load(directory: str | os.PathLike[str], special: Mapping[str, str], given: str | None = None) -> "ChatTemplate":
-        """The template of a tokenizer's directory; or the `given` text in its place, or of several that of the `given` name.
+        """Load the template of a tokenizer's directory, or `given`: a template's text, or the name of one of the directory's.
 
-        `special`: the tokenizer's special tokens. UserError when the template is broken or the name is none; a directory
+        `special`: the tokenizer's special tokens by role. UserError for a broken template or an unknown name; a directory
         without a template is no error.
         """
         named, path = find(Path(directory))
@@ -87,10 +87,10 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """The prompt of `messages`; `variables` are further names for the template. UserError when the template refuses, or a
-        variable has a name that templates know already.
+        """Render `messages` to a prompt. `variables`: further names for the template.
 
         `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open instead.
+        UserError when the template fails, or when a variable has a reserved name.
         """
         if self._template is None:
             raise UserError(self._missing, param="messages")
@@ -100,10 +100,10 @@ class ChatTemplate:
             raise UserError(
                 f"chat_template_kwargs must not set {taken[0]}: the server gives it to the template", param="chat_template_kwargs"
             )
-        # Templates ask whether tools are none, and not always whether they are defined.
+        # Some templates test whether tools is none without testing whether it is defined.
         absent = {"tools": None, "documents": None}
         names = {**self._special, **absent, **variables, "add_generation_prompt": add_generation_prompt}
-        prompt = self._of_parts(names, messages) if any(isinstance(each.get("content"), list) for each in messages) else None
+        prompt = self._render_parts(names, messages) if any(isinstance(each.get("content"), list) for each in messages) else None
         if prompt is None:
             messages = [joined(message) for message in messages]
             try:
@@ -112,8 +112,8 @@ class ChatTemplate:
                 raise UserError(f"the chat template refused the messages: {shown(error)}", param="messages") from error
         return open_final_message(prompt, messages) if continue_final_message else prompt
 
-    def _of_parts(self, names: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str | None:
-        """The prompt of messages with lists; None when the template does not show all of their parts, or prints them as data."""
+    def _render_parts(self, names: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """Render messages with lists of parts; None when the template omits a part, or prints the list as data."""
         try:
             prompt = self._generate({**names, "messages": messages})
         except TEMPLATE_ERRORS:
@@ -134,7 +134,7 @@ class ChatTemplate:
 
 
 def shows_parts(prompt: str, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the prompt holds the text of every part, and not as a value in a list that is printed."""
+    """Whether the prompt contains the text of every part, and not inside a printed list."""
     at = 0
     for message in messages:
         for part in content if isinstance(content := message.get("content"), list) else ():
@@ -149,19 +149,19 @@ def shows_parts(prompt: str, messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def joined(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with its text parts as one text."""
+    """The message with its text parts joined to one text."""
     content = message.get("content")
     return {**message, "content": "".join(part["text"] for part in content)} if isinstance(content, list) else message
 
 
 def shown(error: Exception) -> str:
-    """A template's words, which may repeat all it was given."""
+    """A template's error message, truncated: it may repeat its whole input."""
     text = str(error)
     return text if len(text) <= MAX_ERROR_CHARS else text[: MAX_ERROR_CHARS - 1] + "…"
 
 
 def open_final_message(prompt: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Cut a rendered prompt right behind the last message's text, or behind the last part of it."""
+    """Truncate a rendered prompt after the text of the last message, or after its last part. UserError when it is not found."""
     text = messages[-1].get("content") or ""
     if isinstance(text, list):
         text = text[-1]["text"]
@@ -175,7 +175,7 @@ def open_final_message(prompt: str, messages: Sequence[Mapping[str, Any]]) -> st
 
 
 def find(root: Path) -> tuple[dict[str, str], Path]:
-    """The templates by name, and where they stand. As in transformers, the newest convention that is used wins whole."""
+    """The templates by name, and their file. As in transformers, only the newest convention that the directory uses counts."""
     files = {DEFAULT: root / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((root / "additional_chat_templates").glob("*.jinja"))}
     named = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
@@ -191,7 +191,7 @@ def find(root: Path) -> tuple[dict[str, str], Path]:
 
 
 def _named(templates: Any, path: Path) -> dict[str, str]:
-    """Several templates in one file: by name, or a list of objects with `name` and `template`."""
+    """Parse several templates in one file: an object by name, or a list of objects with `name` and `template`."""
     try:
         named = templates if isinstance(templates, dict) else {entry["name"]: entry["template"] for entry in templates}
     except (TypeError, KeyError):
@@ -202,11 +202,12 @@ def _named(templates: Any, path: Path) -> dict[str, str]:
 
 
 class GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's words for training; to a server it is its body and nothing else."""
+    """`{% generation %}` marks the assistant's text for training; a server renders only its body."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the nodes of the tag's body."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -221,10 +222,12 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def raise_exception(message: str) -> NoReturn:
+    """Raise TemplateError; templates call it to refuse messages."""
     raise jinja2.TemplateError(message)
 
 
 def strftime_now(pattern: str) -> str:
+    """The local time, formatted for a template."""
     return datetime.now().strftime(pattern)
 
 
@@ -235,6 +238,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    """The filter `tojson` with the parameters that transformers gives it."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -244,4 +248,4 @@ RESERVED = frozenset(
     | {"additional_special_tokens", "varargs", "kwargs", "true", "false", "none", "True", "False", "None"}
     | environment().globals.keys()
 )
-"""Names that mean something in a template already; a request gives none of them."""
+"""Names with a meaning in templates; a request must not set them."""

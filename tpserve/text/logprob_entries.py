@@ -1,9 +1,9 @@
-"""What is known of single tokens: log probabilities of an output's tokens as they come, and of a whole prompt's.
+"""Log probabilities of single tokens: of an output's tokens, and of all tokens of a prompt.
 
-Pure data beside the assembler; never knows HTTP or other requests. Invariants of `PromptScores`:
+Pure data that the assembler uses; never knows HTTP or other requests. Invariants of `PromptScores`:
 
-    taken      a beginning of the prompt: chunks may repeat what is known, and never leave a gap
-    complete   every token but the first has its log probability; the first follows nothing and has none
+    taken      the scores cover a prefix of the prompt: chunks may overlap it, but never leave a gap
+    complete   every token except the first has its log probability; the first token has none
 """
 
 from array import array
@@ -18,7 +18,7 @@ from tpserve.types.plan import PromptLogprobs, TokenLogprobs
 class TokenEntry(Struct, frozen=True):
     """One token's log probabilities, None for a prompt's first token.
 
-    `offset`: characters of the output's text, or of the echoed prompt's, before the one in which it begins.
+    `offset`: index in the text of the output, or of the echoed prompt, of the character in which the token begins.
     """
 
     token: int
@@ -27,9 +27,9 @@ class TokenEntry(Struct, frozen=True):
 
 
 class PromptScores:
-    """The log probabilities of one prompt, taken chunk by chunk. One choice of the prompt fills them, all may show them.
+    """The log probabilities of one prompt, added chunk by chunk. One choice fills them, all choices may return them.
 
-    Kept packed: 30 000 tokens with the 20 most likely ones of each take 5 MB.
+    Stored packed: 30 000 tokens with the 20 most likely ones of each take 5 MB.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
@@ -40,7 +40,7 @@ class PromptScores:
         self._num_top = 0
 
     def push(self, start: int, chunk: PromptLogprobs) -> bool:
-        """Take the scores of the tokens from position `start` on; False unless they hold the next one and fit the prompt."""
+        """Add the scores of the tokens from position `start` on. False if they leave a gap, add nothing, or exceed the prompt."""
         known = len(self._chosen) + 1 - start
         if not 0 <= known < chunk.num_tokens or start + chunk.num_tokens > len(self.ids):
             return False
@@ -53,15 +53,16 @@ class PromptScores:
 
     @property
     def complete(self) -> bool:
+        """Whether every token except the first has its log probability."""
         return len(self._chosen) == len(self.ids) - 1
 
     @property
     def num_values(self) -> int:
-        """Log probabilities taken so far."""
+        """Number of log probabilities stored so far."""
         return len(self._chosen) + len(self._top)
 
     def at(self, position: int, num_top: int) -> TokenLogprobs | None:
-        """The token at `position` with its `num_top` most likely rivals; None for the first."""
+        """The log probability at `position`, with those of the `num_top` most likely tokens; None for the first token."""
         if position == 0:
             return None
         begin = (position - 1) * self._num_top
@@ -69,20 +70,20 @@ class PromptScores:
         return TokenLogprobs(self._chosen[position - 1], tuple(self._top_ids[begin:end]), tuple(self._top[begin:end]))
 
     def entries(self, tokenizer: Tokenizer, text: str, num_top: int, num_open: int = 0) -> list[TokenEntry]:
-        """One entry a token but the last `num_open`, for a client that is shown the prompt as `text`."""
+        """One entry for each token except the last `num_open`. `text`: the prompt as the response echoes it."""
         offsets = token_offsets(tokenizer, self.ids[: len(self.ids) - num_open], text)
         return [TokenEntry(self.ids[i], offset, self.at(i, num_top)) for i, offset in enumerate(offsets)]
 
     def open_entries(self, offsets: Sequence[int], num_top: int) -> list[TokenEntry]:
-        """The entries of the last tokens, whose text begins the output's: `Piece.open_offsets`."""
+        """The entries of the open tokens at the end of the prompt; `offsets`: `OutputDelta.open_offsets`."""
         first = len(self.ids) - len(offsets)
         return [TokenEntry(self.ids[i], offset, self.at(i, num_top)) for i, offset in enumerate(offsets, first)]
 
 
 def token_offsets(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int]:
-    """Characters of `text` before each of its tokens.
+    """The index in `text` at which each token begins.
 
-    A special token counts where the text spells it, and adds none where it does not (a beginning that the tokenizer added).
+    A special token that `text` does not spell (a BOS that the tokenizer added) has no characters.
     """
     stream = tokenizer.stream(skip_special_tokens=False)
     for token in ids:

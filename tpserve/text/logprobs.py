@@ -1,4 +1,4 @@
-"""Log probabilities in the shapes of the OpenAI API and of vLLM, and what follows from them. Pure, plain JSON values out."""
+"""Builds log probabilities in the shapes of the OpenAI API and of vLLM, and ranks outputs by them. Pure; returns JSON values."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,13 +9,13 @@ from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.plan import TokenLogprobs
 
 FLOOR = -9999.0
-"""JSON has no -inf; the lowest value that clients are used to."""
+"""Replaces -inf, which JSON lacks; the value that vLLM sends."""
 
 
 def completion_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer, base_offset: int = 0) -> dict[str, Any]:
-    """The completions shape. `top_logprobs` holds the chosen token too, so it may have one entry more than was asked for.
+    """The completions shape. `top_logprobs` includes the chosen token, so it may have one entry more than requested.
 
-    `base_offset`: characters before the output in the text that the client gets (an echoed prompt).
+    `base_offset`: characters of the response's text before the output (an echoed prompt).
     """
 
     def top(entry: TokenEntry) -> dict[str, float] | None:
@@ -38,7 +38,7 @@ def completion_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer, bas
 
 
 def spelled(token: int, tokenizer: Tokenizer) -> str:
-    """A token as the completions API names it: its text, or, when that is no whole characters, its bytes ("bytes:\\xf0\\x9f")."""
+    """A token as the completions API writes it: its text or, for incomplete UTF-8, its bytes ("bytes:\\xf0\\x9f")."""
     data = tokenizer.token_bytes(token)
     try:
         return data.decode()
@@ -47,7 +47,7 @@ def spelled(token: int, tokenizer: Tokenizer) -> str:
 
 
 def chat_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The chat shape: a list of entries with exact bytes, so that characters cut between tokens can be put together."""
+    """The chat shape: entries with exact bytes, so that a client can join characters that are split between tokens."""
 
     def shape(token: int, value: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token)
@@ -67,7 +67,10 @@ def chat_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer) -> dict[s
 def prompt_logprobs(
     scores: PromptScores, positions: Iterable[int], num_top: int, tokenizer: Tokenizer
 ) -> list[dict[str, Any] | None]:
-    """vLLM's shape: a position's most likely tokens by id, and its own. The rank of one that is not among them is not known."""
+    """vLLM's shape: for each position the most likely tokens and the prompt's token, by id.
+
+    `rank` is None for a prompt token that is not among the most likely ones.
+    """
 
     def shape(token: int, value: float, rank: int | None) -> dict[str, Any]:
         return {"logprob": value, "rank": rank, "decoded_token": tokenizer.token_text(token)}
@@ -89,7 +92,7 @@ def pairs(logprobs: TokenLogprobs) -> list[tuple[int, float]]:
 
 
 def likeliest(pieces: Sequence[OutputDelta], count: int) -> list[OutputDelta]:
-    """The `count` whole outputs with the highest mean log probability of a token, best first; of equal ones the first."""
+    """The `count` complete outputs with the highest mean log probability per token, best first; ties keep their order."""
 
     def mean(delta: OutputDelta) -> float:
         values = [entry.logprobs.chosen for entry in delta.entries if entry.logprobs is not None]

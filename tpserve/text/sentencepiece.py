@@ -1,9 +1,9 @@
-"""SentencePiece's tokenizer.model (Kudo and Richardson 2018), unigram or BPE, as a tokenizer of the Rust library.
+"""Builds a Rust tokenizer from SentencePiece's tokenizer.model (Kudo and Richardson 2018), unigram or BPE.
 
-Owns reading the file, which is a protocol buffer of three messages of which we need some fields, and what its rules become.
-Ids are those that transformers gives with the same file: a word's dummy prefix is put before the first text only, and not
-before a space (`legacy` in tokenizer_config.json: after each special token too). Pieces of type "control" are special tokens,
-"user defined" ones are never split, "byte" ones spell what has no piece.
+Owns parsing the file, a protocol buffer of which the fields below are read, and translating its rules. Ids equal those of
+transformers with the same file: the dummy prefix goes before the start of a text only, and not before a space (with `legacy`
+in tokenizer_config.json: after each special token, too). "Control" pieces are special tokens, "user defined" pieces are never
+split, "byte" pieces spell characters that have no piece.
 
     ModelProto      1 pieces: 1 text, 2 score, 3 type | 2 trainer | 3 normalizer
     TrainerSpec     3 model type, 24 spaces are suffixes, 35 byte fallback, 40 41 42 ids of unk, bos, eos
@@ -27,19 +27,21 @@ SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
 NEVER = -1e6
-"""A score with which a piece is no part of a text: what stands for a byte or a control is not found by its spelling."""
+"""A score so low that the spelling of a byte or control piece never matches in a text."""
 
 ProtoFields = dict[int, list["int | bytes"]]
 
 
 class VocabPiece(NamedTuple):
+    """An entry of the vocabulary. `kind`: one of NORMAL to BYTE."""
+
     text: str
     score: float
     kind: int
 
 
 class Model(NamedTuple):
-    """A tokenizer.model as far as it is used. `roles`: the pieces of unk, bos and eos, where there are any."""
+    """The used fields of a tokenizer.model. `roles`: the pieces of unk, bos and eos, if the model has them."""
 
     pieces: list[VocabPiece]
     unigram: bool
@@ -52,10 +54,10 @@ class Model(NamedTuple):
 
 
 def load(tokenizer_config: TokenizerConfig) -> Vocabulary:
-    """Read the file of a directory that has it. UserError when it is broken, or of a kind that is not served."""
+    """Read the tokenizer.model of a directory. UserError for a broken file or an unsupported kind."""
     path = tokenizer_config.directory / FILE
     model = read(path)
-    # An id of the file may be a placeholder that tokenizer_config.json gives its text.
+    # A piece of the file may be a placeholder whose text is in tokenizer_config.json.
     for id, token in tokenizer_config.added.items():
         if id < len(model.pieces) and token.content != model.pieces[id].text:
             model.pieces[id] = VocabPiece(token.content, 0.0, CONTROL if token.special else USER_DEFINED)
@@ -68,7 +70,7 @@ def load(tokenizer_config: TokenizerConfig) -> Vocabulary:
 
 
 def read(path: Path) -> Model:
-    """Parse a tokenizer.model. UserError names what is wrong with it."""
+    """Parse a tokenizer.model. UserError names the defect."""
     try:
         return _model(_fields(path.read_bytes()), path)
     except OSError as error:
@@ -115,7 +117,7 @@ def _tokenizer(model: Model, prefix: bool, *, legacy: bool) -> RustTokenizer:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if steps:
         rust.normalizer = normalizers.Sequence(steps)
-    # "first" goes by the place in the text as given, and spaces may have been taken from there.
+    # "first" refers to the original text, whose leading spaces the normalizer may have removed.
     scheme = "never" if not prefix else "always" if legacy or model.remove_extra_spaces else "first"
     rust.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
     parts: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -142,18 +144,18 @@ def _bpe(model: Model) -> models.BPE:
 
 
 def merges(pieces: list[VocabPiece]) -> list[tuple[str, str]]:
-    """The pairs of pieces that make a piece, in the order in which they are merged: the best score first."""
-    whole = {piece.text for piece in pieces if piece.kind in (NORMAL, USER_DEFINED, UNUSED)}
+    """The pairs of pieces that merge into a piece, in merge order: the best score first."""
+    texts = {piece.text for piece in pieces if piece.kind in (NORMAL, USER_DEFINED, UNUSED)}
     found = []
     for id, (text, score, _) in enumerate(pieces):
-        if text in whole:
+        if text in texts:
             pairs = ((text[:at], text[at:]) for at in range(1, len(text)))
-            found += [(-score, id, len(left), left, right) for left, right in pairs if left in whole and right in whole]
+            found += [(-score, id, len(left), left, right) for left, right in pairs if left in texts and right in texts]
     found.sort(key=itemgetter(0, 1, 2))
     return [(left, right) for *_, left, right in found]
 
 
-# Protocol buffers: a message is a row of (field number and wire type, value)
+# Protocol buffers: a message is a sequence of (field number and wire type, value)
 
 
 def _fields(data: bytes) -> ProtoFields:

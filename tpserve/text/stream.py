@@ -1,13 +1,14 @@
-"""The text of an output that is still growing: ids in, text out, and where in the text each id begins.
+"""Decodes a growing output: takes ids, returns text and the offset in the text at which each id begins.
 
-Two streams have one contract, for tokens spell bytes in two ways. `ByteLevelStream`: every token is a string of bytes.
-`PieceStream`: tokens are pieces of text, and a run of byte tokens ("<0xE6>") spells a character that has no piece. Invariants:
+There are two streams with one contract, because tokens spell bytes in two ways. `ByteLevelStream`: every token is a string of
+bytes. `PieceStream`: tokens are pieces of text, and a run of byte tokens ("<0xE6>") spells a character that has no piece.
+Invariants:
 
-    text     all that `step` and `flush` return, joined, is what the tokenizer's decoder makes of the ids behind the prompt
-    certain  what is returned never changes; a character that is not complete is held back, and a run of byte tokens until it ends
-             or is no UTF-8: the tokenizers library decodes a run whole, and shows an invalid one as one U+FFFD a byte
-    bounded  a run is taken to end after MAX_RUN_BYTES; a step decodes one token, or one run, beside one token of context
-    prompt   an end of the prompt that is held back is continued by the output, and what was the prompt's own is not repeated
+    text     the joined results of `step` and `flush` are the text that the tokenizer decodes from the ids after the prompt
+    certain  returned text never changes. A stream holds back an incomplete character, and a run of byte tokens until it ends or
+             is invalid UTF-8: the tokenizers library decodes a run as a whole, and an invalid run as one U+FFFD a byte
+    bounded  a run ends after MAX_RUN_BYTES; a step decodes one token, or one run, and one token of context
+    prompt   the output continues the open tokens at the prompt's end; text that belongs to the prompt alone is not repeated
 """
 
 import codecs
@@ -18,34 +19,37 @@ from typing import Protocol
 REPLACEMENT = "\ufffd"
 MAX_RUN_BYTES = 256
 MAX_CONTEXT = 1024
-"""Tokens of a prompt that are looked at for the context of its output."""
+"""Tokens at the end of a prompt that a stream reads as context."""
 
 
 class TextStream(Protocol):
-    """`chars`: characters returned so far. `offsets`: of each id in order, characters before the one in which it begins; an id
-    that is held back has none yet."""
+    """Decodes the ids of one output.
+
+    `chars`: characters returned so far. `offsets`: for each id in order, the index of the character in which it begins; an id
+    whose text is held back has none yet.
+    """
 
     chars: int
     offsets: list[int]
 
     def step(self, token: int) -> str:
-        """The text that became certain."""
+        """Add an id; returns the text that became certain."""
 
     def skip(self) -> None:
-        """An id without text."""
+        """Add an id without text."""
 
     def flush(self) -> str:
-        """The rest: nothing follows."""
+        """End the output; returns the text that was held back."""
 
     @property
     def pending(self) -> str:
-        """What is held back, if it would be whole characters when nothing followed."""
+        """The text that `flush` would return, if it ends with a complete character; else empty."""
 
 
 def split_utf8(data: bytes, *, final: bool) -> list[tuple[str, int]]:
-    """The characters of `data` as (character, index behind its last byte), U+FFFD for each invalid part as Unicode recommends.
+    """The characters of `data` as (character, index after its last byte), U+FFFD for each invalid part as Unicode recommends.
 
-    Unless `final`, a character that is begun at the end is left out.
+    Omits an incomplete character at the end, unless `final`.
     """
     found, at = list[tuple[str, int]](), 0
     while at < len(data):
@@ -66,13 +70,13 @@ def split_utf8(data: bytes, *, final: bool) -> list[tuple[str, int]]:
 
 
 def num_begun(data: bytes) -> int:
-    """Bytes at the end of `data` that begin a character and do not complete it."""
+    """Number of bytes of an incomplete character at the end of `data`."""
     characters = split_utf8(data, final=False)
     return len(data) - (characters[-1][1] if characters else 0)
 
 
 class ByteLevelStream:
-    """`spell`: the bytes of a token, none for one that is not shown."""
+    """A stream over tokens that are strings of bytes. `spell`: the bytes of a token, empty for a hidden token."""
 
     def __init__(self, spell: Callable[[int], bytes], prompt: Sequence[int] = ()) -> None:
         self.chars = 0
@@ -83,7 +87,7 @@ class ByteLevelStream:
         tail = b"".join(map(spell, prompt[len(prompt) - num_open_bytes(spell, prompt) :]))
         self._begun = tail[len(tail) - num_begun(tail) :]
         self._owed = bool(self._begun)
-        """Whether a U+FFFD would be the prompt's own."""
+        """Whether a U+FFFD for the incomplete character would belong to the prompt."""
 
     def step(self, token: int) -> str:
         data = self._spell(token)
@@ -121,23 +125,26 @@ class ByteLevelStream:
 
 
 def num_open_bytes(spell: Callable[[int], bytes], ids: Sequence[int]) -> int:
-    """How many ids at the end of `ids` hold the bytes of a character that is begun; 0 when none is."""
+    """How many ids at the end of `ids` contain bytes of an incomplete character; 0 without one."""
     tail, count = b"", 0
     for token in reversed(ids[-MAX_CONTEXT:]):
         tail, count = spell(token) + tail, count + 1
         if len(tail) >= 3:
             break
     begun = num_begun(tail)
-    count = held = 0
-    while held < begun:
+    count = num_bytes = 0
+    while num_bytes < begun:
         count += 1
-        held += len(spell(ids[-count]))
+        num_bytes += len(spell(ids[-count]))
     return count
 
 
 class PieceStream:
-    """`decode`: the tokenizer's own. `byte_of`: the bytes of byte tokens, empty where runs of them are not decoded.
-    `anchor`: any token with a text of its own, for a context where there is no other. `hidden`: whether an id is not shown."""
+    """A stream over tokens that are pieces of text.
+
+    `decode`: the tokenizer's decoder. `byte_of`: the byte of each byte token, empty for tokenizers that do not decode runs.
+    `anchor`: any token with visible text, the context if there is no other. `hidden`: whether an id has no text.
+    """
 
     def __init__(
         self,
@@ -158,12 +165,12 @@ class PieceStream:
         self._places: list[int] = []
         self._utf8 = codecs.getincrementaldecoder("utf-8")("strict")
         self._invalid = False
-        """Whether the run that goes on is known to be invalid: nothing of it is held back."""
+        """Whether the current run is invalid; then each byte is returned at once."""
         self._owed = 0
-        """Bytes of the run that are the prompt's own."""
+        """Bytes of the run that belong to the prompt."""
         self._set_before([])
         if prompt:
-            self._follow(prompt[-MAX_CONTEXT:])
+            self._start_after(prompt[-MAX_CONTEXT:])
 
     def step(self, token: int) -> str:
         if self._hidden(token):
@@ -196,7 +203,7 @@ class PieceStream:
     def pending(self) -> str:
         return "" if not self._run or self._utf8.getstate()[0] else self._read(len(self._run))[0]
 
-    def _follow(self, prompt: Sequence[int]) -> None:
+    def _start_after(self, prompt: Sequence[int]) -> None:
         shown = [token for token in prompt if not self._hidden(token)]
         size = num_last_run(self._byte_of, shown)
         begin = len(shown) - size
@@ -233,7 +240,7 @@ class PieceStream:
         return text
 
     def _resolve(self, count: int) -> str:
-        """Show the first `count` bytes of the run."""
+        """Return the text of the first `count` bytes of the run, and remove them."""
         text, ends, dropped = self._read(count)
         known = sum(place < count or count == len(self._data) for place in self._places)
         self.offsets += [self.chars + max(0, sum(end <= at for end in ends) - dropped) for at in self._places[:known]]
@@ -246,8 +253,10 @@ class PieceStream:
         return text
 
     def _read(self, count: int) -> tuple[str, list[int], int]:
-        """The text of the run's first `count` bytes, where each of its characters ends, and how many of these are not in the
-        text: the prompt's own, and a space that the decoder takes off the beginning."""
+        """The text of the run's first `count` bytes, the end of each character in bytes, and how many characters the text omits.
+
+        The text omits characters that belong to the prompt, and a leading space that the decoder strips.
+        """
         data, text = bytes(self._data[:count]), self._after(self._run[:count])
         try:
             data.decode()
@@ -262,18 +271,18 @@ class PieceStream:
         self._before, self._before_text = ids, self._decode(ids) if ids else ""
 
     def _after(self, ids: list[int]) -> str:
-        """The text that `ids` add to that of the context; a decoder may treat the first token of a text in its own way."""
+        """The text that `ids` add after the context. Needs a context, since a decoder may treat the first token specially."""
         if not self._before:
             return self._decode(ids)
-        whole = self._decode(self._before + ids)
+        text = self._decode(self._before + ids)
         same = len(self._before_text)
-        while not whole.startswith(self._before_text[:same]):
+        while not text.startswith(self._before_text[:same]):
             same -= 1
-        return whole[same:]
+        return text[same:]
 
 
 def num_last_run(byte_of: Mapping[int, int], ids: Sequence[int]) -> int:
-    """How many ids at the end of `ids` are byte tokens whose text the next id may change: the last run, unless it is too long."""
+    """How many byte tokens at the end of `ids` the next id may change: the last run, or of a longer one its open end."""
     size = 0
     while size < len(ids) and ids[-1 - size] in byte_of:
         size += 1
@@ -283,7 +292,7 @@ def num_last_run(byte_of: Mapping[int, int], ids: Sequence[int]) -> int:
 
 
 def num_open_run(byte_of: Mapping[int, int], hidden: Callable[[int], bool], ids: Sequence[int]) -> int:
-    """How many ids at the end of `ids` are a run of byte tokens, with hidden ones in it, whose text the next id may change."""
+    """How many ids at the end of `ids`, a run of byte tokens and hidden tokens, the next id may change."""
     begin = max(0, len(ids) - MAX_CONTEXT)
     places = [place for place in range(begin, len(ids)) if not hidden(ids[place])]
     size = num_last_run(byte_of, [ids[place] for place in places])

@@ -1,7 +1,7 @@
 """The model's tokenizer: text to ids and back.
 
-Owns which files of a directory make it: tokenizer.json, or else SentencePiece's tokenizer.model, or else vocab.json with
-merges.txt; each with the tokens that the JSON files beside it add. Never knows requests, stop strings or chat templates.
+Owns the choice of the vocabulary file: tokenizer.json, else SentencePiece's tokenizer.model, else vocab.json with merges.txt;
+each with the tokens that the directory's JSON files add. Never knows requests, stop strings or chat templates.
 """
 
 import json
@@ -29,7 +29,7 @@ _OTHER = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm")
 
 
 class TooManyTokens(Exception):
-    """A text has more tokens than were wanted: `count`."""
+    """A text has more tokens than the limit; `count`: how many."""
 
     def __init__(self, count: int) -> None:
         super().__init__(f"{count} tokens")
@@ -37,7 +37,7 @@ class TooManyTokens(Exception):
 
 
 class Tokenizer:
-    """A loaded tokenizer. Immutable; `encode` lets other threads run while it works."""
+    """A loaded tokenizer. Immutable; `encode` releases the interpreter lock."""
 
     def __init__(self, rust: RustTokenizer, special: dict[str, str]) -> None:
         self._rust = rust
@@ -62,24 +62,27 @@ class Tokenizer:
         roles = tokenizer_config.roles(vocabulary.roles)
         _add_tokens(vocabulary.rust, tokenizer_config, roles)
         if vocabulary.add_bos is not None:
-            _frame(vocabulary.rust, tokenizer_config, roles, vocabulary.add_bos)
+            _add_bos_and_eos(vocabulary.rust, tokenizer_config, roles, vocabulary.add_bos)
         return Tokenizer(vocabulary.rust, roles)
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
         return int(self._rust.get_vocab_size(with_added_tokens=True))
 
     @property
     def bos_token(self) -> str | None:
+        """The BOS token's text, None without one."""
         return self.special_tokens.get("bos_token")
 
     @property
     def eos_token(self) -> str | None:
+        """The EOS token's text, None without one."""
         return self.special_tokens.get("eos_token")
 
     def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
-        """The ids of `text`. Raises TooManyTokens beyond `at_most`, before a list of them is made."""
-        try:  # of the library's calls the one for batches alone lets other threads run
+        """The ids of `text`. TooManyTokens for more than `at_most`, before the list is built; UserError for invalid Unicode."""
+        try:  # only the library's batch call releases the interpreter lock
             (encoding,) = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # Rust's texts are always UTF-8
             raise UserError("a text holds half of a surrogate pair, which is no character: take it out") from None
@@ -93,24 +96,24 @@ class Tokenizer:
         return str(self._rust.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def decode_many(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """As `decode`, for hundreds of ids or more: other threads run meanwhile."""
+        """As `decode`, for hundreds of ids or more: releases the interpreter lock."""
         return str(self._rust.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
     def stream(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
-        """The text of an output that follows `prompt`."""
+        """A stream that decodes an output after `prompt`."""
         if self._byte_level:
             return ByteLevelStream(partial(self._shown_bytes, skip_special_tokens), prompt)
         decode, hidden = partial(self.decode, skip_special_tokens=skip_special_tokens), partial(self._hidden, skip_special_tokens)
         return PieceStream(decode, self._run_bytes, self._anchor, hidden, prompt)
 
     def num_open(self, ids: Sequence[int], skip_special_tokens: bool = True) -> int:
-        """How many ids at the end of `ids` have a text that what follows them may change."""
+        """How many ids at the end of `ids` are open: the next ids may change their text."""
         if self._byte_level:
             return num_open_bytes(partial(self._shown_bytes, skip_special_tokens), ids)
         return num_open_run(self._run_bytes, partial(self._hidden, skip_special_tokens), ids)
 
     def is_special(self, token: int) -> bool:
-        """Whether `decode` leaves the token out, unless it is told not to."""
+        """Whether `decode` omits the token when `skip_special_tokens` is set."""
         return token in self._special
 
     def _hidden(self, skip_special_tokens: bool, token: int) -> bool:
@@ -120,7 +123,7 @@ class Tokenizer:
         return b"" if skip_special_tokens and token in self._special else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for, whole characters or not; empty for an id outside the vocabulary."""
+        """The bytes of a token, possibly incomplete UTF-8; empty for an id outside the vocabulary."""
         known = self._bytes.get(token)
         if known is None:
             byte = self._byte_of.get(token)
@@ -128,7 +131,7 @@ class Tokenizer:
         return known
 
     def token_text(self, token: int) -> str:
-        """A token alone as text, its leading space kept; incomplete characters become U+FFFD."""
+        """The text of a single token with its leading space; incomplete characters become U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
     def piece(self, token: int) -> str:
@@ -142,7 +145,7 @@ class Tokenizer:
 
 
 def decoder_types(rust: RustTokenizer) -> set[str]:
-    """Names of the decoder's parts: "ByteLevel", "ByteFallback", ..."""
+    """The type names of the decoder's parts: "ByteLevel", "ByteFallback", ..."""
 
     def walk(part: Any) -> Iterator[str]:
         if isinstance(part, dict):
@@ -154,7 +157,7 @@ def decoder_types(rust: RustTokenizer) -> set[str]:
 
 
 def _vocabulary(tokenizer_config: TokenizerConfig) -> Vocabulary:
-    """From the first kind of file that the directory has. UserError when it has none, or a broken one."""
+    """Read the first kind of vocabulary file that the directory has. UserError for none or a broken one."""
     root = tokenizer_config.directory
     if (root / FILE).is_file():
         return _stored(root / FILE)
@@ -176,13 +179,13 @@ def _stored(path: Path) -> Vocabulary:
         rust = RustTokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises bare Exception for every broken file
         raise UserError(f"{path} is no tokenizer: {error}; download the model again") from error
-    rust.no_truncation()  # the settings of whoever saved it last
+    rust.no_truncation()  # the file may contain truncation and padding settings of its last use
     rust.no_padding()
     return Vocabulary(rust, {}, None)
 
 
 def _add_tokens(rust: RustTokenizer, tokenizer_config: TokenizerConfig, roles: dict[str, str]) -> None:
-    """Add what stands in the JSON files only, and mark what is special. UserError when an id there cannot be had."""
+    """Add the tokens that only the JSON files contain, and mark special tokens. UserError for an id that is taken."""
     known = {token.content: token for token in rust.get_added_tokens_decoder().values()}
     added = {id: token for id, token in sorted(tokenizer_config.added.items()) if known.get(token.content) != token}
     new = {id: token.content for id, token in added.items() if rust.token_to_id(token.content) is None}
@@ -195,11 +198,11 @@ def _add_tokens(rust: RustTokenizer, tokenizer_config: TokenizerConfig, roles: d
             )
 
 
-def _frame(rust: RustTokenizer, tokenizer_config: TokenizerConfig, roles: dict[str, str], add_bos: bool) -> None:
-    """Let a text begin with BOS and end with EOS where that is asked for."""
-    said, bos, eos = tokenizer_config.config, roles.get("bos_token"), roles.get("eos_token")
-    first = [bos] if bos is not None and said.get("add_bos_token", add_bos) else []
-    last = [eos] if eos is not None and said.get("add_eos_token", False) else []
+def _add_bos_and_eos(rust: RustTokenizer, tokenizer_config: TokenizerConfig, roles: dict[str, str], add_bos: bool) -> None:
+    """Add BOS before and EOS after each text if the configuration asks for it."""
+    config, bos, eos = tokenizer_config.config, roles.get("bos_token"), roles.get("eos_token")
+    first = [bos] if bos is not None and config.get("add_bos_token", add_bos) else []
+    last = [eos] if eos is not None and config.get("add_eos_token", False) else []
     if first or last:
         pieces = [*(f"{token}:0" for token in first), "$A:0", *(f"{token}:0" for token in last)]
         ids = [(token, rust.token_to_id(token)) for token in dict.fromkeys(first + last)]

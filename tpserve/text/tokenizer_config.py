@@ -1,7 +1,7 @@
-"""What the JSON files of a directory say of its tokenizer, whatever file the vocabulary itself stands in.
+"""Reads the JSON files that configure a tokenizer, independent of the file that holds the vocabulary.
 
-Owns tokenizer_config.json and the older special_tokens_map.json and added_tokens.json, which count, as in transformers, where
-tokenizer_config.json has no `added_tokens_decoder`. Never knows a vocabulary: that an id is free is for `tokenizer` to find out.
+Owns tokenizer_config.json and the older special_tokens_map.json and added_tokens.json. As in transformers, the older files
+count only if tokenizer_config.json has no `added_tokens_decoder`. Never knows a vocabulary: `tokenizer` checks added ids.
 """
 
 import json
@@ -22,7 +22,7 @@ _ROLE = "_token"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent file is an empty one. UserError when the file is there and broken."""
+    """Read a JSON object; empty for an absent file. UserError for a broken file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`config`: tokenizer_config.json with what the older files add. `added`: tokens by id, beside or over the vocabulary."""
+    """`config`: tokenizer_config.json and the older files. `added`: tokens by id, which extend or replace the vocabulary's."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -44,7 +44,7 @@ class TokenizerConfig:
 
     @staticmethod
     def of(directory: Path) -> "TokenizerConfig":
-        """Read the files, any of which may be absent. UserError names a broken one."""
+        """Read the files, any of which may be absent. UserError names a broken file."""
         config = read_json(directory / CONFIG)
         if (listed := config.get("added_tokens_decoder")) is not None:
             return TokenizerConfig(directory, config, _listed(listed, dict(_named(config)), directory / CONFIG))
@@ -57,21 +57,23 @@ class TokenizerConfig:
         return TokenizerConfig(directory, config, added)
 
     def roles(self, defaults: Mapping[str, str]) -> dict[str, str]:
-        """Special tokens by role ("bos_token": "<s>"), as chat templates see them. A role that the files set to null is none."""
-        said = {name: _content(value) for name, value in self.config.items() if name.endswith(_ROLE)}
-        roles = {**defaults, **{name: text for name, text in said.items() if text is not None}}
-        return {name: text for name, text in roles.items() if name not in self.config or said[name] is not None}
+        """Special tokens by role ("bos_token": "<s>"), as chat templates see them. A null in the files removes a role."""
+        configured = {name: _content(value) for name, value in self.config.items() if name.endswith(_ROLE)}
+        roles = {**defaults, **{name: text for name, text in configured.items() if text is not None}}
+        return {name: text for name, text in roles.items() if name not in self.config or configured[name] is not None}
 
     def special(self, roles: Mapping[str, str]) -> Iterator[AddedToken]:
-        """The tokens besides `added` that must be special: those of `roles`, and what the files list as such."""
+        """Special tokens that are not in `added`: those of `roles`, and those that the files list as special."""
         named = dict.fromkeys(roles.values()) | dict(_named(self.config))
         added = {token.content for token in self.added.values()}
         return (AddedToken(content, **_flags(entry), special=True) for content, entry in named.items() if content not in added)
 
 
 class Vocabulary(NamedTuple):
-    """What the file of a vocabulary holds. `roles` and `add_bos` count where the JSON files say nothing; None: the file itself
-    says with what a text begins and ends."""
+    """The content of a vocabulary file. `roles` and `add_bos` are defaults for fields that the JSON files omit.
+
+    `add_bos` None: the vocabulary file itself defines the tokens around a text.
+    """
 
     rust: RustTokenizer
     roles: Mapping[str, str]
@@ -79,7 +81,7 @@ class Vocabulary(NamedTuple):
 
 
 def _listed(entries: Any, named: Mapping[str, Any], path: Path) -> dict[int, AddedToken]:
-    """`added_tokens_decoder`. What is `named` is special, whether it says so or not."""
+    """Parse `added_tokens_decoder`. Tokens in `named` are special, even if their entry does not say so."""
     found = {}
     for key, entry in entries.items() if isinstance(entries, dict) else [("", entries)]:
         content = _content(entry)
@@ -90,7 +92,7 @@ def _listed(entries: Any, named: Mapping[str, Any], path: Path) -> dict[int, Add
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(content, entry) of the tokens that have a role or are listed as special."""
+    """(content, entry) of each token that has a role or is listed as special."""
     entries = [value for name, value in config.items() if name.endswith(_ROLE)]
     for extra in map(config.get, _EXTRA):
         entries += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
@@ -100,7 +102,7 @@ def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _content(entry: Any) -> str | None:
-    """A token's text; older files spell tokens as objects. None for what is no token, such as add_bos_token."""
+    """A token's text, from a string or an object. None for other values, such as that of add_bos_token."""
     text = _member(entry, "content") if isinstance(entry, dict) else entry
     return text if isinstance(text, str) else None
 

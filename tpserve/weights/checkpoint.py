@@ -1,6 +1,6 @@
-"""A directory of weight files: which tensor is in which file, and under which name. Opening it reads headers only.
+"""A directory of weight files: finds each tensor's file and stored name. Opening it reads headers only.
 
-Safetensors where there are some, else torch's own files; with an index or without.
+Reads safetensors if there are any, else torch's own files; with an index or without.
 """
 
 import json
@@ -15,13 +15,13 @@ from tpserve.errors import UserError
 from tpserve.types.model_files import WEIGHT_FORMATS
 from tpserve.weights import files
 from tpserve.weights.names import WeightNames
-from tpserve.weights.parameter import Source
 from tpserve.weights.quant_schemes import SCHEMES, QuantScheme
+from tpserve.weights.source import Source
 
 
 @dataclass(frozen=True)
 class LocatedTensor:
-    """A source, the form it is stored in, and the form's tensors: how the files call them, and which files."""
+    """A source, its quantization scheme, and the stored name and the file of each of the scheme's tensors."""
 
     source: Source
     scheme: QuantScheme
@@ -30,10 +30,10 @@ class LocatedTensor:
 
 
 class Checkpoint:
-    """Tensor names resolved to files."""
+    """Maps tensor names to files."""
 
     def __init__(self, directory: Path, paths: Mapping[str, Path], names: WeightNames) -> None:
-        """`paths`: where each stored name is. What stands before a name may differ from the model's own."""
+        """`paths`: the file of each stored name. The prefix of stored names may differ from the model's."""
         self.directory = directory
         self.names = names
         self._paths = paths
@@ -41,32 +41,32 @@ class Checkpoint:
 
     @staticmethod
     def open(directory: Path | str, names: WeightNames, *, only_safetensors: bool = False) -> "Checkpoint":
-        """Find the tensors, by the index file if there is one. UserError for missing, damaged or foreign files."""
+        """Find the tensors, by the index file if there is one. UserError for missing, damaged or unsupported files."""
         directory = Path(directory)
         if (found := _find(directory, only_safetensors)) is not None:
             index, paths = found
             return Checkpoint(directory, _listed(paths) if index is None else _indexed(index), names)
-        foreign = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in directory.glob(pattern))
-        there = f": {foreign[0]} is not read, convert it to safetensors" if foreign else ""
-        torchs = "" if only_safetensors else " and no pytorch_model.bin"
-        raise UserError(f"no safetensors files{torchs} in {directory}{there}")
+        unsupported = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in directory.glob(pattern))
+        hint = f": {unsupported[0]} is not read, convert it to safetensors" if unsupported else ""
+        torch_files = "" if only_safetensors else " and no pytorch_model.bin"
+        raise UserError(f"no safetensors files{torch_files} in {directory}{hint}")
 
     def tensors(self) -> dict[str, str]:
-        """All of them: what the model calls them, and the files."""
+        """All tensors: the model's name to the stored name."""
         return dict(self._stored)
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers."""
+        """Whether two tensors, named as in the model, have the same values."""
         paths = [self._paths[self._stored[name]] for name in (one, other)]
         with ExitStack() as stack:
             opened = {path: stack.enter_context(files.open_file(path)) for path in set(paths)}
-            held = [opened[path].tensor_of(self._stored[name]) for name, path in zip((one, other), paths, strict=True)]
-            return torch.equal(held[0].tensor, held[1].tensor)
+            tensors = [opened[path].tensor_of(self._stored[name]) for name, path in zip((one, other), paths, strict=True)]
+            return torch.equal(tensors[0].tensor, tensors[1].tensor)
 
     def stored(self, source: Source) -> LocatedTensor:
-        """Where the source's numbers are, or those it says to take instead. UserError when a tensor is missing."""
+        """Locate a source or, where the checkpoint lacks it, its `instead`. UserError when a tensor is missing."""
         for wanted in (source, source.instead):
-            if wanted is not None and (scheme := self._form(wanted.name)) is not None:
+            if wanted is not None and (scheme := self._scheme(wanted.name)) is not None:
                 known = [wanted.name + suffix for suffix in scheme.suffixes]
                 missing = [name for name in known if name not in self._stored]
                 if missing:
@@ -80,7 +80,7 @@ class Checkpoint:
             "config.json and the weight files do not belong together, or a file is incomplete"
         )
 
-    def _form(self, name: str) -> QuantScheme | None:
+    def _scheme(self, name: str) -> QuantScheme | None:
         return next((scheme for scheme in SCHEMES if name + scheme.suffixes[-1] in self._stored), None)
 
     def _files(self) -> str:
@@ -91,8 +91,10 @@ class Checkpoint:
 
 
 def weight_files(directory: Path, *, only_safetensors: bool = False) -> list[str]:
-    """Names of the files that are read of a directory, the index first; none when it has no weights. UserError as
-    `Checkpoint.open`."""
+    """Names of the files of a directory that `Checkpoint.open` reads, the index first; empty when it has no weights.
+
+    UserError as `Checkpoint.open`.
+    """
     found = _find(directory, only_safetensors)
     if found is None:
         return []
@@ -102,7 +104,7 @@ def weight_files(directory: Path, *, only_safetensors: bool = False) -> list[str
 
 
 def _find(directory: Path, only_safetensors: bool) -> tuple[Path | None, list[Path]] | None:
-    """The index of the first format there is, or that format's files."""
+    """The index file of the first format found, or that format's weight files."""
     for index, single, pattern in WEIGHT_FORMATS[: 1 if only_safetensors else None]:
         if (directory / index).exists():
             return directory / index, []

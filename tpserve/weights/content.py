@@ -1,7 +1,7 @@
-"""What weight files hold, for nodes to compare: a sample of each file at every start, all bytes when that is asked for.
+"""Hashes of weight files, which nodes compare: a sample of each file at every start, all bytes on request.
 
-Knows no tensors. A sample is read at fixed places, so it costs a file a few reads, however long the file is; another checkpoint
-of the same shapes differs nearly everywhere. The bytes between the samples are compared by `slices` and `digests` alone.
+Knows no tensors. A sample reads a few fixed places of a file, whatever its size; another checkpoint of the same shapes
+differs nearly everywhere. Only `slices` and `digests` compare the bytes between the samples.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ class Slice(NamedTuple):
 
 
 def samples(directory: Path, names: Sequence[str]) -> dict[str, str]:
-    """For each file 12 hexadecimal digits of its size and of 32 KB of its bytes. UserError when one cannot be read."""
+    """For each file 12 hexadecimal digits: a hash of its size and 32 KB of its bytes. UserError when a file cannot be read."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(_sample, (directory / name for name in names)), strict=True))
 
 
 def slices(directory: Path, names: Sequence[str]) -> list[Slice]:
-    """All bytes of the files, in slices of 64 MiB. The same on every node where files of these names have these sizes."""
+    """All bytes of the files, in slices of 64 MiB. Nodes whose files have equal names and sizes get equal slices."""
     found = []
     for name in names:
         path = directory / name
@@ -45,7 +45,7 @@ def slices(directory: Path, names: Sequence[str]) -> list[Slice]:
 
 
 def digests(wanted: Sequence[Slice], threads: int, progress: Callable[[int, int], None]) -> list[str]:
-    """SHA-256 of each slice, in order; `progress(bytes_done, bytes_total)` follows each. Reads all their bytes."""
+    """SHA-256 of each slice, in order. Reads all bytes; calls `progress(bytes_done, bytes_total)` after each slice."""
     done, total, found = 0, sum(each.end - each.start for each in wanted), []
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for each, digest in zip(wanted, pool.map(_digest, wanted), strict=True):
@@ -56,7 +56,7 @@ def digests(wanted: Sequence[Slice], threads: int, progress: Callable[[int, int]
 
 
 def _sample(path: Path) -> str:
-    """The first bytes, which are the header's, the last, and what lies evenly between."""
+    """Hash the size, the first bytes (the header), the last bytes, and evenly spaced places between them."""
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -76,7 +76,7 @@ def _digest(wanted: Slice) -> str:
             file.seek(wanted.start)
             left = wanted.end - wanted.start
             while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-                digest.update(chunk)  # lets other threads run meanwhile
+                digest.update(chunk)  # releases the interpreter lock
                 left -= len(chunk)
     except OSError as error:
         raise _unreadable(wanted.path, error) from error

@@ -1,6 +1,6 @@
-"""One open file of weights, safetensors or torch's own, mapped into memory: what is not looked at is not read.
+"""One open weight file, safetensors or torch's own, mapped into memory: untouched pages are not read.
 
-Torch's files are unpickled by torch's restricted reader, which makes nothing but tensors.
+Torch's restricted unpickler reads torch's files and creates nothing but tensors.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tpserve.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that Git LFS has not replaced by its content yet."""
+"""The first bytes of a Git LFS pointer, which stands in place of the file's content."""
 KINDS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -26,12 +26,12 @@ KINDS = {
     torch.uint8: "U8",
     torch.int8: "I8",
 }
-"""Types in the words of safetensors."""
+"""Dtypes by the names that safetensors uses."""
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of a file, whose elements are the file's pages."""
+    """A tensor that views the pages of a mapped file."""
 
     name: str
     path: Path
@@ -39,7 +39,7 @@ class FileTensor:
 
     @property
     def kind(self) -> str:
-        """Its type."""
+        """Its dtype, by safetensors' name."""
         return KINDS.get(self.tensor.dtype, str(self.tensor.dtype))
 
     def __str__(self) -> str:
@@ -55,11 +55,11 @@ class WeightFile:
         self._tensor = tensor
 
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return list(self._names)
 
     def tensor_of(self, name: str) -> FileTensor:
-        """One of them. UserError when the index was wrong about it."""
+        """The tensor `name`. UserError when the file lacks it, although the index lists it."""
         if name not in self._names:
             raise UserError(f"{self._path} has no tensor {name}, though the index says so: download the files again")
         return FileTensor(name, self._path, self._tensor(name))
@@ -67,7 +67,7 @@ class WeightFile:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[WeightFile]:
-    """Open a file by its format; what goes wrong in it is a UserError that names it."""
+    """Open a file by its format. UserError names a damaged or unreadable file."""
     try:
         if path.suffix == ".bin":
             tensors = _mapped(path)
@@ -88,7 +88,7 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # of whatever part of the format is wrong, or asks for more than tensors
+    except Exception as error:  # torch raises many types for broken files and for pickles of other things than tensors
         raise _damaged(path, str(error).split("\n", 1)[0]) from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} holds something else than tensors by their names: convert it to safetensors")

@@ -1,6 +1,6 @@
-"""Filling parameters from a checkpoint, by slices: a rank reads its own shard and nothing else.
+"""Fills parameters from a checkpoint, slice by slice: a rank reads only its own shard.
 
-Everything is checked before the first byte of a tensor is read.
+Shapes and dtypes of all tensors are checked before the first byte of any tensor is read.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ READAHEAD_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Loaded:
-    """Bytes of the slices asked for, and bytes of the files that had to be read for them, in the files' types."""
+    """Bytes of the requested slices, and bytes that the kernel reads from the files for them, both in the files' dtypes."""
 
     requested_bytes: int
     physical_bytes: int
@@ -33,12 +33,15 @@ def load(
     checkpoint: Checkpoint,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Loaded:
-    """Fill the parameters; `progress(bytes_done, bytes_total)` follows each slice. UserError names what does not fit."""
+    """Fill the parameters; calls `progress(bytes_done, bytes_total)` after each slice.
+
+    UserError names a tensor that is missing or has another shape or dtype.
+    """
     by_files: dict[tuple[Path, ...], list[tuple[LocatedTensor, torch.Tensor]]] = defaultdict(list)
     for parameter in parameters:
-        for source, place in parameter.parts():
+        for source, view in parameter.parts():
             located = checkpoint.stored(source)
-            by_files[located.paths].append((located, place))
+            by_files[located.paths].append((located, view))
     total = physical = done = 0
     for paths, parts in by_files.items():
         with _opened(paths) as opened:
@@ -48,9 +51,9 @@ def load(
                 physical += sum(map(_physical_bytes, cuts))
     for paths, parts in sorted(by_files.items()):
         with _opened(paths) as opened:
-            for located, place in parts:
+            for located, view in parts:
                 cuts = _slices(located, opened)
-                located.scheme.load(located.source, cuts, place)
+                located.scheme.load(located.source, cuts, view)
                 done += sum(cut.nbytes for cut in cuts)
                 progress(done, total)
     return Loaded(total, physical)
@@ -58,18 +61,18 @@ def load(
 
 @contextmanager
 def _opened(paths: Sequence[Path]) -> Iterator[dict[Path, WeightFile]]:
-    """The files in which one tensor lies: two when its scales are in the next one."""
+    """Open the files of one tensor: two when its scales are in another file."""
     with ExitStack() as stack:
         yield {path: stack.enter_context(files.open_file(path)) for path in set(paths)}
 
 
 def _slices(located: LocatedTensor, opened: dict[Path, WeightFile]) -> list[torch.Tensor]:
-    held = [opened[path].tensor_of(tensor) for tensor, path in zip(located.tensors, located.paths, strict=True)]
-    return located.scheme.slice(located.source, held)
+    tensors = [opened[path].tensor_of(tensor) for tensor, path in zip(located.tensors, located.paths, strict=True)]
+    return located.scheme.slice(located.source, tensors)
 
 
 def _physical_bytes(cut: torch.Tensor) -> int:
-    """Between the first byte and the last there are gaps, which come along where the kernel reads ahead beyond them."""
+    """Bytes that the kernel reads for a slice: read-ahead also reads the gaps between its contiguous runs."""
     run = 1
     for stride, size in sorted(zip(cut.stride(), cut.shape, strict=True)):
         if stride != run:

@@ -1,7 +1,7 @@
-"""What a family's checkpoints call its weights, and how they lie there. Plain data, no torch.
+"""Names and orientation of the weights in a family's checkpoints. Plain data, no torch.
 
-Projections that share a name lie below one another in one tensor, in the order in which they are listed here (q, k, v; gate,
-up). Names are given without the final `.weight` and `.bias`.
+Projections with the same name are concatenated in one tensor, in the order of the fields here (q, k, v; gate, up). Names
+omit the final `.weight` and `.bias`.
 """
 
 import re
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 class ExpertNames:
     """Checkpoint names of a mixture of experts, after the layer's prefix.
 
-    A checkpoint has the experts one by one, or stacked: gate above up [experts, 2 x channels, hidden], down
-    [experts, hidden, channels], without a final `.weight`; biases are stacked, and end on `_bias`. `stacked_router`: what the
-    router is called in the second case. `router_bias`: in full.
+    A checkpoint stores each expert on its own, or stacks them: gate and up concatenated [experts, 2 x channels, hidden], down
+    [experts, hidden, channels], without a final `.weight`; biases are stacked, and their names end in `_bias`.
+    `stacked_router`: the router's name in a checkpoint with stacked experts. `router_bias`: the full tensor name.
     """
 
     router: str = "mlp.gate"
@@ -27,16 +27,17 @@ class ExpertNames:
     stacked_gate_up: str = "mlp.experts.gate_up_proj"
     stacked_down: str = "mlp.experts.down_proj"
     transposed: bool = False
-    """Always stacked; an expert's matrices lie [inputs, outputs], and among the outputs gate and up take turns."""
+    """Experts are always stacked, their matrices are [inputs, outputs], and gate and up outputs are interleaved."""
     shared: tuple[str, str, str] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
     shared_gate: str = "mlp.shared_expert_gate"
 
 
 @dataclass(frozen=True)
 class LatentNames:
-    """Checkpoint names of latent attention, after the layer's prefix: down to a compressed query and up to heads again; down to
-    the latent with the shared key below it, and up to each head's key above its value. Queries that are not compressed are
-    `WeightNames.q`.
+    """Checkpoint names of latent attention, after the layer's prefix.
+
+    `q_down`, `q_up`: to the compressed query, and from it to the heads. `kv_down`: latent rows, then shared key rows. `kv_up`:
+    each head's key rows, then its value rows. Models without compressed queries use `WeightNames.q`.
     """
 
     q_down: str = "self_attn.q_a_proj"
@@ -49,15 +50,15 @@ class LatentNames:
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Names of a layer follow `layer`, with the layer's number in it."""
+    """Checkpoint names of all weights. Names inside a layer follow the prefix `layer`, which contains the layer number."""
 
     embedding: str = "model.embed_tokens"
     positions: str = ""
-    """Learned positions; the table begins with `unused_positions` rows for none."""
+    """Learned positions; the first `unused_positions` rows of the table belong to no position."""
     unused_positions: int = 0
     project_in: str = ""
     project_out: str = ""
-    """Between an embedding of its own width and the layers, and between those and the LM head."""
+    """Projections from the embedding size to the hidden size, and back before the LM head."""
     final_norm: str = "model.norm"
     head: str = "lm_head"
     layer: str = "model.layers.{layer}."
@@ -80,21 +81,21 @@ class WeightNames:
     transposed: bool = False
     """A layer's projections are stored [inputs, outputs]."""
     unused: tuple[str, ...] = (".rotary_emb.inv_freq",)
-    """How the names of tensors end that are no weights: config.json says what they hold."""
+    """Suffixes of tensors that are no weights: config.json determines their values."""
 
     def layer_of(self, tensor: str) -> int | None:
-        """Which layer a tensor belongs to; None: to none."""
+        """The layer that a tensor belongs to, or None."""
         match = re.match(re.escape(self.layer).replace(r"\{layer\}", r"(\d+)"), tensor)
         return int(match[1]) if match else None
 
     def known(self, stored: Collection[str]) -> dict[str, str]:
-        """What each tensor of a checkpoint is called here, with what it is called there.
+        """Map the model's names to a checkpoint's stored names.
 
-        A transformer that was saved alone or inside another model has other modules before its own: "embed_tokens" and
-        "language_model.model.embed_tokens" are "model.embed_tokens".
+        A transformer that was saved alone or inside another model has another prefix: "embed_tokens" and
+        "language_model.model.embed_tokens" both mean "model.embed_tokens".
         """
         ours = re.sub(r"\w+\.\{layer\}\.$", "", self.layer)
-        theirs = self._outside_in(stored, ours)
+        theirs = self._stored_prefix(stored, ours)
         found = {}
         for name in stored:
             before, head, after = name.rpartition(f"{self.head}.")
@@ -106,8 +107,8 @@ class WeightNames:
             found[name if known in stored else known] = name
         return found
 
-    def _outside_in(self, stored: Collection[str], ours: str) -> str:
-        """What stands there before the transformer's modules, which are told by an embedding and the most layers beside it."""
+    def _stored_prefix(self, stored: Collection[str], ours: str) -> str:
+        """The checkpoint's prefix of the transformer: the one with an embedding and the most layers."""
         embedding, layers = f"{self.embedding}.weight".removeprefix(ours), self.layer.removeprefix(ours).partition("{")[0]
         found = {name.removesuffix(embedding) for name in stored if f".{name}".endswith(f".{embedding}")}
         sizes = {outside: sum(name.startswith(outside + layers) for name in stored) for outside in sorted(found)}
@@ -115,4 +116,4 @@ class WeightNames:
 
 
 LLAMA = WeightNames()
-"""What most families say too."""
+"""Llama's names, which most families share."""

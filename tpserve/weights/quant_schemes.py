@@ -1,10 +1,10 @@
-"""The forms in which a checkpoint holds a matrix: plain, 8-bit floats with a scale a block, 4-bit floats with a scale for 32.
+"""How a checkpoint stores a matrix: plain, block FP8 (one scale for 128 x 128), or MXFP4 (one scale for 32 numbers).
 
-A form is a row of a table: the tensors it consists of, which of their elements a source needs (views of mapped files, so that
-nothing is read before it is used), and how the numbers come into place. Quantized ones are computed in float32, slab by slab
-on the parameter's device, and rounded once.
+A scheme is a row of a table: its tensors, the elements of them that a source needs (views of mapped files, so nothing is
+read before it is used), and the conversion into the parameter. Quantized numbers are computed in float32, slab by slab on
+the parameter's device, and rounded once.
 
-R rows and C columns of the matrix as it is stored, G groups of 32 columns.
+R rows and C columns of the stored matrix, G groups of 32 columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 
 from tpserve.errors import UserError
 from tpserve.weights.files import FileTensor
-from tpserve.weights.parameter import Source
+from tpserve.weights.source import Source
 
 PLAIN_KINDS = ("F64", "F32", "BF16", "F16")
 FP8_BLOCK = 128
@@ -22,16 +22,16 @@ FP8_BLOCK = 128
 FP4_GROUP = 32
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _FP4_PAIRS = torch.tensor([(_E2M1[byte & 15], _E2M1[byte >> 4]) for byte in range(256)], dtype=torch.float16)
-"""Both numbers of a byte, the low half first."""
+"""The two numbers of a byte, the low half first."""
 _FP4_SCALES = torch.tensor([2.0 ** (byte - 127) for byte in range(256)], dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """`suffixes`: what follows a plain tensor's name in those of the form's tensors.
+    """`suffixes`: the names of the scheme's tensors are the plain tensor's name plus each suffix.
 
-    `slice(source, tensors)` gives what is to be read of them, UserError when they are not what the source needs;
-    `load(source, cuts, place)` puts that into `place`, which has the source's shape.
+    `slice(source, tensors)` returns the views to read, UserError for another shape or dtype than the source needs;
+    `load(source, cuts, view)` converts them into `view`, which has the shape `source.shard`.
     """
 
     title: str
@@ -48,8 +48,8 @@ def _slice_plain(source: Source, tensors: Sequence[FileTensor]) -> list[torch.Te
     return [tensor.tensor[source.index]]
 
 
-def _load_plain(source: Source, cuts: Sequence[torch.Tensor], place: torch.Tensor) -> None:
-    place.copy_(cuts[0])
+def _load_plain(source: Source, cuts: Sequence[torch.Tensor], view: torch.Tensor) -> None:
+    view.copy_(cuts[0])
 
 
 def _slice_fp8(source: Source, tensors: Sequence[FileTensor]) -> list[torch.Tensor]:
@@ -61,21 +61,21 @@ def _slice_fp8(source: Source, tensors: Sequence[FileTensor]) -> list[torch.Tens
     return [weight.tensor[source.index], scales.tensor[(*_matrix(source), block_rows, block_columns)]]
 
 
-def _load_fp8(source: Source, cuts: Sequence[torch.Tensor], place: torch.Tensor) -> None:
+def _load_fp8(source: Source, cuts: Sequence[torch.Tensor], view: torch.Tensor) -> None:
     weight_RC, scales = cuts
-    row_R, column_C = (_blocks(taken, FP8_BLOCK, place.device) for taken in _taken(source))
-    scales_C = scales.to(place.device).float().mul(2.0**8)[:, column_C]
-    for rows in _slabs(place):
-        codes = weight_RC[rows].to(place.device).view(torch.int8).to(torch.int16)
-        # Sign, exponent and fraction moved to where float16 has them are the number times 2 ** -8, exactly, and that is several
-        # times faster than converting it. (The two codes for NaN, which no weight has, become 480.)
+    row_R, column_C = (_blocks(taken, FP8_BLOCK, view.device) for taken in _taken(source))
+    scales_C = scales.to(view.device).float().mul(2.0**8)[:, column_C]
+    for rows in _slabs(view):
+        codes = weight_RC[rows].to(view.device).view(torch.int8).to(torch.int16)
+        # Moving sign, exponent and fraction to their float16 positions gives exactly the number times 2 ** -8, several times
+        # faster than a conversion. (The two codes for NaN, which no weight has, become 480.)
         numbers = codes.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16).float()
-        place[rows] = numbers.mul_(scales_C[row_R[rows]])
+        view[rows] = numbers.mul_(scales_C[row_R[rows]])
 
 
 def _slice_fp4(source: Source, tensors: Sequence[FileTensor]) -> list[torch.Tensor]:
     blocks, scales = tensors
-    *outer, columns, rows = source.stored  # the plain matrix is the transpose of the one stored
+    *outer, columns, rows = source.stored  # the stored matrix is the transpose of the plain one
     groups = -(-columns // FP4_GROUP)
     _expect(blocks, (*outer, rows, groups, FP4_GROUP // 2), ("U8",))
     _expect(scales, (*outer, rows, groups), ("U8",))
@@ -84,24 +84,24 @@ def _slice_fp4(source: Source, tensors: Sequence[FileTensor]) -> list[torch.Tens
     return [blocks.tensor[index], scales.tensor[index]]
 
 
-def _load_fp4(source: Source, cuts: Sequence[torch.Tensor], place: torch.Tensor) -> None:
+def _load_fp4(source: Source, cuts: Sequence[torch.Tensor], view: torch.Tensor) -> None:
     blocks_RG, scales_RG = cuts
-    place_RC, columns = place.T, _taken(source)[0]
+    view_RC, columns = view.T, _taken(source)[0]
     first = columns.start % FP4_GROUP
     taken = slice(first, first + columns.stop - columns.start, columns.step)
-    pairs, powers = _FP4_PAIRS.view(torch.int32).flatten().to(place.device), _FP4_SCALES.to(place.device)
-    for rows in _slabs(place_RC):
-        codes, scale = blocks_RG[rows].to(place.device).int(), scales_RG[rows].to(place.device).int()
+    pairs, powers = _FP4_PAIRS.view(torch.int32).flatten().to(view.device), _FP4_SCALES.to(view.device)
+    for rows in _slabs(view_RC):
+        codes, scale = blocks_RG[rows].to(view.device).int(), scales_RG[rows].to(view.device).int()
         numbers = pairs.index_select(0, codes.flatten()).view(torch.float16).float().view(*scale.shape, FP4_GROUP)
         numbers *= powers.index_select(0, scale.flatten()).view(*scale.shape, 1)
-        place_RC[rows] = numbers.flatten(1)[:, taken]
+        view_RC[rows] = numbers.flatten(1)[:, taken]
 
 
 PLAIN = QuantScheme("plain", ("",), _slice_plain, _load_plain)
 BLOCK_FP8 = QuantScheme("block-FP8", ("", "_scale_inv"), _slice_fp8, _load_fp8)
 MXFP4 = QuantScheme("MXFP4", ("_blocks", "_scales"), _slice_fp4, _load_fp4)
 SCHEMES = (BLOCK_FP8, MXFP4, PLAIN)
-"""A tensor is in the first form of which the checkpoint has a tensor with a suffix."""
+"""The first scheme applies whose last suffix the checkpoint has for a tensor."""
 
 
 def _expect(tensor: FileTensor, shape: tuple[int, ...], kinds: tuple[str, ...]) -> None:
@@ -112,28 +112,28 @@ def _expect(tensor: FileTensor, shape: tuple[int, ...], kinds: tuple[str, ...]) 
 
 
 def _matrix(source: Source) -> tuple[int | slice, ...]:
-    """Where in a stack the source's matrix is."""
+    """The index of the source's matrix in a stack; empty without a stack."""
     return (source.expert,) if source.num_experts else ()
 
 
 def _taken(source: Source) -> tuple[range, range]:
-    """Rows and columns of the plain matrix."""
+    """The rows and columns of the plain matrix that the source takes."""
     rows, columns = (range(size) for size in source.shape)
     return (source.taken, columns) if source.dim == 0 else (rows, source.taken)
 
 
 def _cover(taken: range, block: int) -> slice:
-    """The blocks in which the range lies."""
+    """The blocks that the range touches."""
     return slice(taken.start // block, -(-taken.stop // block))
 
 
 def _blocks(taken: range, block: int, device: torch.device) -> torch.Tensor:
-    """Each one's block, counted from the first that is covered."""
+    """The block of each element of the range, relative to the first touched block."""
     return torch.arange(taken.start, taken.stop, taken.step, device=device) // block - taken.start // block
 
 
-def _slabs(place: torch.Tensor) -> Iterator[slice]:
-    """Rows together: few enough for a processor's cache, or to hardly count in a card's memory."""
-    elements = 1 << (18 if place.device.type == "cpu" else 24)
-    step = max(1, elements // place.shape[1])
-    return (slice(row, row + step) for row in range(0, len(place), step))
+def _slabs(view: torch.Tensor) -> Iterator[slice]:
+    """Row slices small enough for a CPU cache, or for a negligible part of GPU memory."""
+    elements = 1 << (18 if view.device.type == "cpu" else 24)
+    step = max(1, elements // view.shape[1])
+    return (slice(row, row + step) for row in range(0, len(view), step))

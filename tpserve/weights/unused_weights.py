@@ -1,6 +1,6 @@
-"""What a server says of its checkpoint when it starts: what quantized weights become, and which tensors nobody wants.
+"""Start-up log lines about a checkpoint: the dtype of dequantised weights, and the tensors that no rank uses.
 
-For one rank to call, with the sources of the whole model.
+One rank calls it, with the sources of the complete model.
 """
 
 from collections import defaultdict
@@ -8,15 +8,15 @@ from collections.abc import Iterable
 
 from tpserve.errors import UserError
 from tpserve.weights.checkpoint import Checkpoint
-from tpserve.weights.parameter import Source
 from tpserve.weights.quant_schemes import PLAIN
+from tpserve.weights.source import Source
 
 MOST_GROUPS = 8
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def checkpoint_notes(sources: Iterable[Source], checkpoint: Checkpoint, num_layers: int, dtype: str) -> list[str]:
-    """Lines for the log; none about a plain checkpoint that is used whole. UserError as `unused_tensors`."""
+    """Log lines; none for a plain checkpoint whose tensors are all used. UserError as `unused_tensors`."""
     sources = list(sources)
     titles = dict.fromkeys(
         scheme.title for scheme in (checkpoint.stored(source).scheme for source in sources) if scheme is not PLAIN
@@ -27,10 +27,10 @@ def checkpoint_notes(sources: Iterable[Source], checkpoint: Checkpoint, num_laye
 
 
 def unused_tensors(sources: Iterable[Source], checkpoint: Checkpoint, num_layers: int) -> str:
-    """How many tensors no rank wants, by the modules they are of; empty when there are none.
+    """One line that counts the unused tensors by module; empty when there are none.
 
-    UserError when one lies beside a weight that is used: a bias or a scale that nobody would add; and for an LM head of other
-    numbers than the embedding that config.json puts in its place, for transformers takes the head then.
+    UserError when an unused tensor shares its module with a used weight (a bias or a scale that would be ignored), and when
+    config.json ties the LM head to the embedding but the checkpoint has a different head, which transformers would use.
     """
     names, head = checkpoint.names, f"{checkpoint.names.head}.weight"
     silent = (*names.unused, f".{head}")
@@ -61,13 +61,13 @@ def _summary(left: set[str], wanted: set[str]) -> str:
     for name in sorted(left):
         groups[next(prefix for prefix in _prefixes(name) if prefix not in modules)].append(name)
     largest = sorted(groups.items(), key=lambda group: -len(group[1]))[:MOST_GROUPS]
-    told = [f"{module}.* ({len(names)})" if len(names) > 1 else names[0] for module, names in largest]
+    parts = [f"{module}.* ({len(names)})" if len(names) > 1 else names[0] for module, names in largest]
     more = [f"and {len(groups) - MOST_GROUPS} more groups"] if len(groups) > MOST_GROUPS else []
     count = "1 tensor" if len(left) == 1 else f"{len(left)} tensors"
-    return f"not used of the checkpoint: {count}: {', '.join(told + more)}"
+    return f"not used of the checkpoint: {count}: {', '.join(parts + more)}"
 
 
 def _prefixes(name: str) -> list[str]:
-    """The modules that a tensor is in, from the outermost to the tensor itself."""
+    """The modules that contain a tensor, from the outermost to the tensor itself."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
