@@ -97,7 +97,9 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
     backend: Annotated[
         Literal["tpserve", "vllm", "openai", "openai-chat", "sglang", "sglang-oai", "sglang-oai-chat", "vllm-chat"],
         Flag(
-            TARGET, "Kind of server. All are measured in the same way; ...-chat means --endpoint chat.", aliases=("--endpoint-type",)
+            TARGET,
+            "Kind of server. All are measured in the same way; ...-chat means --endpoint chat.",
+            aliases=("--endpoint-type",),
         ),
     ] = "tpserve"
     model: Annotated[str | None, Flag(TARGET, "Model to request. Default: the first that the server lists.")] = None
