@@ -21,17 +21,17 @@ def _svg_path(text: str) -> Path:
     return Path(text)
 
 
-def _number(help: str, least: int = 1, also: str = "") -> Flag:
-    """The flag of a whole number. `also`: vLLM's name for it."""
-    return Flag(LOAD, help, at_least=least, at_most=MAX_NUMBER, aliases=(also,) if also else ())
+def _number(help: str, least: int = 1, alias: str = "") -> Flag:
+    """The flag of a whole number. `alias`: vLLM's name for it."""
+    return Flag(LOAD, help, at_least=least, at_most=MAX_NUMBER, aliases=(alias,) if alias else ())
 
 
 def _ratio(help: str) -> Flag:
     return Flag(LOAD, help, at_least=0, below=1, metavar="R", aliases=("--random-range-ratio",))
 
 
-def _file(help: str, *also: str) -> Flag:
-    return Flag(REPORT, help, aliases=also)
+def _file(help: str, *aliases: str) -> Flag:
+    return Flag(REPORT, help, aliases=aliases)
 
 
 _PLOT = Flag(REPORT, "Draw latencies, and throughput over time.", parse=_svg_path, metavar="FILE.svg")
@@ -54,7 +54,7 @@ class StepFlags(Struct, frozen=True, kw_only=True):
 class OfflineFlags(Struct, frozen=True, kw_only=True):
     """The flags that `latency` and `throughput` share."""
 
-    output_len: Annotated[int, _number("Tokens to generate.", aliases="--random-output-len")] = 128
+    output_len: Annotated[int, _number("Tokens to generate.", alias="--random-output-len")] = 128
     seed: Annotated[int, _number("Seed of the prompts, and of --load-format dummy.", least=0)] = 0
     output: Annotated[Path | None, _file(_OUTPUT, "--output-json")] = None
     plot: Annotated[Path | None, _PLOT] = None
@@ -63,7 +63,7 @@ class OfflineFlags(Struct, frozen=True, kw_only=True):
 class LatencyFlags(OfflineFlags, frozen=True, kw_only=True):
     """The flags of `tpserve bench latency`."""
 
-    input_len: Annotated[int, _number("Tokens of a prompt.", aliases="--random-input-len")] = 32
+    input_len: Annotated[int, _number("Tokens of a prompt.", alias="--random-input-len")] = 32
     batch_size: Annotated[int, _number("Prompts in a batch.")] = 8
     num_iters: Annotated[int, _number("Batches to measure.")] = 10
     num_iters_warmup: Annotated[int, _number("Batches before those, not measured.", least=0)] = 2
@@ -72,11 +72,11 @@ class LatencyFlags(OfflineFlags, frozen=True, kw_only=True):
 class ThroughputFlags(OfflineFlags, frozen=True, kw_only=True):
     """The flags of `tpserve bench throughput`."""
 
-    input_len: Annotated[int, _number("Tokens of a prompt.", aliases="--random-input-len")] = 512
+    input_len: Annotated[int, _number("Tokens of a prompt.", alias="--random-input-len")] = 512
     num_prompts: Annotated[int, _number("Prompts to measure.")] = 100
     num_warmups: Annotated[int, _number("Similar prompts before those, not measured.", least=0)] = 1
     range_ratio: Annotated[float, _ratio(_RANGE)] = 0.0
-    prefix_len: Annotated[int, _number(_PREFIX, least=0, aliases="--random-prefix-len")] = 0
+    prefix_len: Annotated[int, _number(_PREFIX, least=0, alias="--random-prefix-len")] = 0
 
 
 class ServeFlags(Struct, frozen=True, kw_only=True):
@@ -127,10 +127,10 @@ class ServeFlags(Struct, frozen=True, kw_only=True):
     max_concurrency: Annotated[
         int | None, _number("Most requests open at the same time; further ones wait unsent. Default: no limit.")
     ] = None
-    input_len: Annotated[int | None, _number("Tokens of a random prompt. Default: 512.", aliases="--random-input-len")] = None
-    output_len: Annotated[int | None, _number("Tokens to generate. Default: 128.", aliases="--random-output-len")] = None
+    input_len: Annotated[int | None, _number("Tokens of a random prompt. Default: 512.", alias="--random-input-len")] = None
+    output_len: Annotated[int | None, _number("Tokens to generate. Default: 128.", alias="--random-output-len")] = None
     range_ratio: Annotated[float | None, _ratio(f"{_RANGE} Default: 0.")] = None
-    prefix_len: Annotated[int | None, _number(f"{_PREFIX} Default: 0.", least=0, aliases="--random-prefix-len")] = None
+    prefix_len: Annotated[int | None, _number(f"{_PREFIX} Default: 0.", least=0, alias="--random-prefix-len")] = None
     dataset_name: Annotated[
         Literal["random", "custom"] | None, Flag(LOAD, "random: prompts of --input-len; custom: those of --dataset.")
     ] = None
