@@ -101,7 +101,7 @@ class NoCoordinator:
     def report_step(self, step: int) -> None:
         pass
 
-    def watch_step(self, due: tuple[int, float] | None) -> None:
+    def set_step_deadline(self, due: tuple[int, float] | None) -> None:
         pass
 
     def end(self) -> None:
