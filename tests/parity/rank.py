@@ -31,7 +31,7 @@ SIZES = (17, 100, 5, 1, 33)
 def main(rank: int, world_size: int, directory: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(directory / "store"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
     work = json.loads((directory / "models.json").read_text())
     pipelines = []  # a send is lost when its pipeline goes before it is delivered
     over_gloo = [(tp, pp, list(work["models"]), "") for tp, pp in work["layouts"]]

@@ -183,7 +183,7 @@ def run_ranks(directory: Path, world_size: int) -> None:
         command = [sys.executable, script, str(rank), str(world_size), str(directory)]
         ranks.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
     try:
-        codes = [rank.wait(timeout=240) for rank in ranks]
+        codes = [rank.wait(timeout=900) for rank in ranks]
     finally:
         for process in ranks:
             process.kill()

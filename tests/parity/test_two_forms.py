@@ -19,7 +19,7 @@ def assert_close(other: str, environment: dict[str, str]) -> None:
     """Run the script and hold every difference that it prints to its dtype's limit."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "tests.parity.two_forms", other]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     assert len(lines) == 2 * len(OWN)
