@@ -21,7 +21,7 @@ from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
 from tpserve.frontend import traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
-from tpserve.frontend.http_errors import Runner
+from tpserve.frontend.http_errors import JsonErrorRunner
 from tpserve.frontend.openai import routes
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.routes import REQUEST_ID
@@ -110,7 +110,7 @@ def runner(app: web.Application) -> web.AppRunner:
     Bodies are never decompressed: a small one could become gigabytes of work for the event loop.
     """
     http_log.addFilter(is_server_error)
-    return Runner(app, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
+    return JsonErrorRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
 
 
 def is_server_error(record: logging.LogRecord) -> bool:

@@ -32,7 +32,7 @@ class Server(web.Server):
         return JsonErrors(self, loop=self._loop, **self._kwargs)
 
 
-class Runner(web.AppRunner):
+class JsonErrorRunner(web.AppRunner):
     """An `AppRunner` whose connections are `JsonErrors`."""
 
     async def _make_server(self) -> Server:
