@@ -99,7 +99,7 @@ def test_a_rank_that_dies(output: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         ("latency --batch-size 0", "--batch-size must be at least 1, not '0'"),
         ("latency --tensor-parallel-sise 2", "unknown flag --tensor-parallel-sise: did you mean --tensor-parallel-size?"),
-        ("latency --port 3", "port is for `tpserve serve`"),
+        ("latency --port 3", "port is only for `tpserve serve`"),
         ("latency /nowhere", "no model directory /nowhere"),
         ("throughput -pp 5", "--pipeline-parallel-size 5, but the model has 4 layers"),
         ("throughput --output /nowhere/x.json", "--output /nowhere/x.json: No such file or directory"),
