@@ -112,7 +112,7 @@ def test_two_nodes_of_torchrun(shared: bool, hub: FakeHub, tmp_path: Path) -> No
 
 def test_two_servers_start_at_once_on_an_empty_cache(hub: FakeHub, tmp_path: Path) -> None:
     """One downloads, the other waits; the ports of both are open and tell how far it is."""
-    hub.slow_s = 0.2
+    hub.slow_s = 1.0  # until both have been seen
     ports = free_port(), free_port()
     home = environ(hub, tmp_path / "home")
     with (
@@ -121,6 +121,7 @@ def test_two_servers_start_at_once_on_an_empty_cache(hub: FakeHub, tmp_path: Pat
     ):
         for server in (one, other):
             while (answer := look(server))[1]["phase"] != "waiting for rank 0: downloading org/tiny":
+                assert answer[0] == 503, "the download was over before it was seen"
                 time.sleep(0.02)
             assert answer[0] == 503 and server.get("/livez")[0] == 200
         hub.slow_s = 0.0
