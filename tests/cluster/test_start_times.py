@@ -1,12 +1,20 @@
-"""How long a start may take. The machine may be busy with other things: the best of three counts."""
+"""How long a start may take, against what the machine needs for the imports alone. The best of three counts."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 from tests.server import free_port, running, serve
 
-LIVE_S, READY_S = 1.0, 5.0
-"""From the command: until the frontend answers, and until the built-in model on two CPU ranks does."""
+LIVE, READY = 4.0, 3.5
+"""In times of an import: until the frontend answers (aiohttp and ZeroMQ), and until the built-in model on two ranks does (torch)."""
+
+
+def import_s(modules: str) -> float:
+    began_s = time.monotonic()
+    subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
+    return time.monotonic() - began_s
 
 
 def one_start(log: Path) -> tuple[float, float]:
@@ -24,10 +32,11 @@ def one_start(log: Path) -> tuple[float, float]:
     return live_s, ready_s
 
 
-def test_the_frontend_answers_within_a_second_and_the_builtin_model_within_five(tmp_path: Path) -> None:
+def test_a_start_takes_a_few_times_its_imports(tmp_path: Path) -> None:
     starts = []
     for attempt in range(3):
-        starts.append(one_start(tmp_path / f"log{attempt}"))
-        if min(live_s for live_s, _ in starts) < LIVE_S and min(ready_s for _, ready_s in starts) < READY_S:
+        live_s, ready_s = one_start(tmp_path / f"log{attempt}")
+        starts.append((live_s / import_s("aiohttp, zmq, msgspec, uvloop"), ready_s / import_s("torch")))
+        if min(live for live, _ in starts) < LIVE and min(ready for _, ready in starts) < READY:
             return
     raise AssertionError(starts)
