@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.server import free_port, running, serve
 
 LIVE, READY = 4.0, 3.5
-"""In times of an import: until the frontend answers (aiohttp and ZeroMQ), and until the built-in model on two ranks does (torch)."""
+"""In times of an import: until the frontend answers (aiohttp, ZeroMQ), and until the built-in model on two ranks does (torch)."""
 
 
 def import_s(modules: str) -> float:
