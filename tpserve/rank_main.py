@@ -133,7 +133,7 @@ def _apply_interface(interface: Interface, me: env.RankEnv, config: EngineConfig
         ranges = f"{config.port_range[0]}-{config.port_range[1]} for tpserve, {kernel_ports()} for {backend}"
         logger.info("ports between nodes: %s, which uses the kernel's range (net.ipv4.ip_local_port_range)", ranges)
     for name, value in settings.items():
-        logger.info("%s=%s is set and wins over --interface", name, value)
+        logger.info("%s=%s is set and stays as it is", name, value)
     for line in ignored_variables(env.vllm_variables()) if me.local_rank == 0 else ():
         logger.warning("%s", line)
     env.use_interface(interface.name)

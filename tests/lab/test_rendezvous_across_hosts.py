@@ -210,6 +210,6 @@ def test_ports_and_interface_are_as_told(hosts: list[Host], model: str, place: P
         assert len(own) == 5, "the agents' store, the coordinator, the epoch's store, plans, results"
         assert MASTER_PORT not in ports, "closed once all have met"
         assert not [line for line in listening.splitlines() if line.split()[3].startswith(("0.0.0.0", "*", "[::]"))]
-        assert "NCCL_DEBUG=INFO is set and wins over --interface" in server.log
+        assert "NCCL_DEBUG=INFO is set and stays as it is" in server.log
         assert re.search(r"rank 0 on node0 +rank 1 on node1\n(.*\n)?.*NCCL_DEBUG +none +INFO\n", server.log)
         assert server.stop() == [0, 0]
