@@ -61,7 +61,8 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     os.chdir(ROOT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts us in the background may have it ignored, for all below
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background, or nohup, may have them ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     begin_s = time.monotonic()
     if options.gpu:
         return report(gpu_check(), time.monotonic() - begin_s)
