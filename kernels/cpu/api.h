@@ -1,0 +1,34 @@
+// The C interface of the library: plain structs, called by kernels/tpserve_kernels/cpu.py.
+//
+// Sizes are in elements unless a name says bytes. A struct here and its ctypes twin in cpu.py have the same fields in the same order.
+#pragma once
+
+#include <stdint.h>
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+
+// The instruction sets, in rising order. On an x86-64 processor each includes those before it.
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
+
+// The head of a packed matrix [N, K]. It is followed by panels of 16 outputs, the last one filled up with zeros:
+//   float32   [K][16]
+//   bfloat16  [K / 2][16][2], K filled up with zeros to a multiple of 32
+// A packed matrix is position-independent and the same for every instruction set.
+struct PackedHead {
+    uint32_t magic, version;
+    int32_t dtype, reserved;
+    int64_t outputs, inner;
+    int64_t panel_bytes;
+    int64_t padding[3];
+};
+constexpr uint32_t PACKED_MAGIC = 0x57535054, PACKED_VERSION = 1;
+
+// out[t] = x[t] @ weight.T + bias, summed in float32 in the order of K and rounded once.
+struct Product {
+    const PackedHead* weight;
+    const void* x;      // [rows, K] of the weight's dtype
+    const float* bias;  // [N] or null
+    void* out;          // [rows, N]
+    int64_t rows, x_stride, out_stride;
+    int32_t out_dtype;
+};

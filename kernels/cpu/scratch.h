@@ -1,0 +1,11 @@
+// Working memory of a thread, kept for its next call.
+#pragma once
+
+#include <stddef.h>
+
+extern "C" __attribute__((visibility("hidden"))) void* tpserve_scratch(size_t bytes);
+
+namespace {
+constexpr size_t CHUNK_BYTES = 256 << 10;  // half of a small core's second cache
+static inline void* scratch(size_t bytes) { return tpserve_scratch(bytes); }
+}  // namespace

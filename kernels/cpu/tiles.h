@@ -1,0 +1,156 @@
+// AMX: products of tiles, in own inline assembly. gcc 12 drops stores to the 64 bytes of a tile configuration when they are read
+// by its intrinsics only.
+//
+// A tile has up to 16 rows of 64 bytes. `TDPBF16PS c, a, b` adds to c[m][n] the products of pairs a[m][2k..] b[k][2n..], k rising.
+// Source: Intel Architecture Instruction Set Extensions Programming Reference, chapter 3.
+#pragma once
+
+#include "api.h"
+#include "scratch.h"
+#include "vector.h"
+
+namespace {
+
+#if defined(BF16_PAIRS)
+#if defined(EMULATED)
+// VDPBF16PS by the manual: odd element first, each product rounded into the sum, denormals are zeros.
+INLINE float flush(float x) { return (load<uint32_t>(&x) & 0x7f800000) ? x : 0.0f; }
+INLINE V dot_pairs(V acc, VU a, VU b) {
+    for (int i = 0; i < W; i++) {
+        float high = flush(flush(acc[i]) + flush(widen(a[i] >> 16)) * flush(widen(b[i] >> 16)));
+        acc[i] = flush(__builtin_fmaf(flush(widen(a[i] & 0xffff)), flush(widen(b[i] & 0xffff)), high));
+    }
+    return acc;
+}
+#else
+INLINE V dot_pairs(V acc, VU a, VU b) {
+    __m512 sum = (__m512)acc;
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"((__m512i)a), "v"((__m512i)b));
+    return (V)sum;
+}
+#endif
+#endif
+
+#if defined(TILES)
+// Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights.
+struct TileConfig {
+    uint8_t palette, start_row, zero[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+
+#if defined(EMULATED)
+static __thread struct {
+    TileConfig config;
+    uint8_t data[8][16][64];
+} unit;
+static void tile_configure(const TileConfig& config) { unit.config = config; }
+static void tile_release() {}
+template <int T> INLINE void tile_zero() { memset(unit.data[T], 0, sizeof unit.data[T]); }
+template <int T> static void tile_load(const void* from, int64_t stride) {
+    for (int r = 0; r < unit.config.rows[T]; r++) memcpy(unit.data[T][r], (const char*)from + r * stride, unit.config.bytes[T]);
+}
+template <int T> static void tile_store(void* to, int64_t stride) {
+    for (int r = 0; r < unit.config.rows[T]; r++) memcpy((char*)to + r * stride, unit.data[T][r], unit.config.bytes[T]);
+}
+template <int C, int A, int B> static void tile_dot_bf16() {
+    for (int m = 0; m < unit.config.rows[C]; m++)
+        for (int k = 0; k < unit.config.bytes[A] / 4; k++)
+            for (int n = 0; n < unit.config.bytes[C] / 4; n++) {
+                float sum = load<float>(&unit.data[C][m][4 * n]);
+                for (int odd = 0; odd < 2; odd++) {
+                    float a = widen(load<bf16>(&unit.data[A][m][4 * k + 2 * odd])), b = widen(load<bf16>(&unit.data[B][k][4 * n + 2 * odd]));
+                    sum = __builtin_fmaf(a, b, sum);
+                }
+                store(&unit.data[C][m][4 * n], sum);
+            }
+}
+#else
+INLINE void tile_configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
+INLINE void tile_release() { asm volatile("tilerelease" ::); }
+template <int T> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template <int T> INLINE void tile_load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(from), "r"(stride) : "memory");
+}
+template <int T> INLINE void tile_store(void* to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(to), "r"(stride) : "memory");
+}
+template <int C, int A, int B> INLINE void tile_dot_bf16() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+#endif
+
+INLINE TileConfig config_of(int upper, int lower) {  // rows of the two tiles of x; `lower` may be 0
+    TileConfig config = {};
+    config.palette = 1;
+    for (int tile = 0; tile < 8; tile++) {
+        int rows = tile >= 6 ? 16 : tile == 4 || tile < 2 ? upper : lower;
+        if (rows) config.rows[tile] = rows, config.bytes[tile] = 64;
+    }
+    return config;
+}
+
+// 16 + `lower` rows (or `upper` alone) by one or two panels, over all of K. `sums`: [rows][panels * PANEL].
+template <bool LOWER, bool SECOND>
+static void tile_block(const char* panel, int64_t panel_bytes, const bf16* x, int64_t stride, int64_t inner, int upper, float* sums) {
+    tile_zero<0>();
+    if (SECOND) tile_zero<1>();
+    if (LOWER) tile_zero<2>();
+    if (LOWER && SECOND) tile_zero<3>();
+    for (int64_t k = 0; k < inner; k += 32, panel += 1024) {
+        tile_load<6>(panel, 64);
+        tile_load<4>(x + k, stride * 2);
+        tile_dot_bf16<0, 4, 6>();
+        if (SECOND) {
+            tile_load<7>(panel + panel_bytes, 64);
+            tile_dot_bf16<1, 4, 7>();
+        }
+        if (LOWER) {
+            tile_load<5>(x + 16 * stride + k, stride * 2);
+            tile_dot_bf16<2, 5, 6>();
+        }
+        if (LOWER && SECOND) tile_dot_bf16<3, 5, 7>();
+    }
+    int64_t row_bytes = (SECOND ? 2 : 1) * PANEL * 4;
+    tile_store<0>(sums, row_bytes);
+    if (SECOND) tile_store<1>(sums + PANEL, row_bytes);
+    if (LOWER) tile_store<2>((char*)sums + upper * row_bytes, row_bytes);
+    if (LOWER && SECOND) tile_store<3>((char*)(sums + PANEL) + upper * row_bytes, row_bytes);
+}
+
+template <class Done>
+static void tiled(const PackedHead* weight, const bf16* x, int64_t rows, int64_t stride, int64_t begin, int64_t end, const Done& done) {
+    alignas(64) float sums[32 * 2 * PANEL];
+    int64_t filled = (weight->inner + 31) / 32 * 32;
+    if (filled != weight->inner) {  // a tile reads whole lines of 64 bytes
+        bf16* copy = (bf16*)scratch(rows * filled * 2);
+        for (int64_t r = 0; r < rows; r++) {
+            memcpy(copy + r * filled, x + r * stride, weight->inner * 2);
+            memset(copy + r * filled + weight->inner, 0, (filled - weight->inner) * 2);
+        }
+        x = copy, stride = filled;
+    }
+    int64_t step = CHUNK_BYTES / (filled * 2) / 32 * 32;
+    if (step < 32) step = 32;
+    int configured = 0;
+    for (int64_t chunk = 0; chunk < rows; chunk += step) {
+        int64_t last = rows - chunk < step ? rows : chunk + step;
+        for (int64_t panel = begin; panel < end; panel += 2) {
+            bool second = panel + 1 < end;
+            const char* at = (const char*)(weight + 1) + panel * weight->panel_bytes;
+            for (int64_t row = chunk; row < last; row += 32) {
+                int count = last - row < 32 ? last - row : 32, upper = count < 16 ? count : 16;
+                if (configured != count) tile_configure(config_of(upper, count - upper)), configured = count;
+#define BLOCK(LOWER, SECOND) tile_block<LOWER, SECOND>(at, weight->panel_bytes, x + row * stride, stride, filled, upper, sums)
+                if (count > 16) second ? BLOCK(true, true) : BLOCK(true, false);
+                else second ? BLOCK(false, true) : BLOCK(false, false);
+#undef BLOCK
+                done(sums, row, count, panel, second ? 2 : 1);
+            }
+        }
+    }
+    tile_release();
+}
+#endif
+
+}  // namespace

@@ -1,0 +1,1 @@
+"""Kernels for CPUs: each function stands beside its specification in plain torch. Without the library callers take that."""

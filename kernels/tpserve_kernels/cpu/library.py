@@ -1,0 +1,103 @@
+"""The library of CPU kernels (kernels/cpu): loads it, chooses the instruction set, and finds torch's threads.
+
+Owns the choice, made once a process: `TPSERVE_ISA` names the highest instruction set that may be used, or `off`. Without the
+library (`library()` is None) callers take the plain torch function that stands beside each function of this package.
+
+Invariant: the bits of a row of any result depend neither on the other rows nor on the number of threads.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ISA_VARIABLE, FILE_VARIABLE = "TPSERVE_ISA", "TPSERVE_CPU_LIBRARY"
+ALIGNMENT = 64
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Isa(IntEnum):
+    """Instruction sets in rising order, as in kernels/cpu/api.h."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+    AMX = 4
+
+
+class Library:
+    """The loaded library. `isa`: what it runs on; `version`: of its sources."""
+
+    def __init__(self, file: Path, limit: Isa) -> None:
+        """OSError when it cannot be loaded, ValueError when it was built from other sources."""
+        # CDLL lets other Python threads run during a call; RTLD_LOCAL keeps its few names to itself.
+        self.calls = ctypes.CDLL(str(file), mode=os.RTLD_LOCAL | os.RTLD_NOW)
+        self.calls.tpserve_version.restype = ctypes.c_char_p
+        self.version: str = self.calls.tpserve_version().decode()
+        expected = source_version()
+        if expected is not None and self.version != expected:
+            raise ValueError(f"{file} was built from other sources ({self.version}, not {expected}): build it again")
+        self.isa = Isa(self.calls.tpserve_detect(int(limit)))
+        openmp = _openmp()
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        functions = [None] * 3 if openmp is None else [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in names]
+        self.calls.tpserve_start(int(self.isa), *functions)
+        self.calls.tpserve_packed_bytes.restype = ctypes.c_int64
+
+    @property
+    def numerics(self) -> str:
+        """What decides the bits of its results: equal on two machines if they are."""
+        return f"{self.isa.name.lower()} {self.version}"
+
+
+@functools.cache
+def load() -> tuple[Library | None, str]:
+    """The library, or None and the reason. Called before other threads start: AMX needs the system's permission first."""
+    name = os.environ.get(ISA_VARIABLE, "").lower().replace("-", "_")
+    if name == "off":
+        return None, f"{ISA_VARIABLE} is off"
+    if name and name.upper() not in Isa.__members__:
+        raise ValueError(f"{ISA_VARIABLE} is {name!r}: it takes {', '.join(isa.name.lower() for isa in Isa)} and off")
+    file = Path(os.environ.get(FILE_VARIABLE) or PACKAGE / "libtpserve_cpu.so")
+    if not file.exists():
+        return None, "it was not built: no C++ compiler was there when tpserve was installed"
+    try:
+        return Library(file, Isa[name.upper()] if name else max(Isa)), ""
+    except (OSError, ValueError) as error:
+        return None, str(error)
+
+
+def library() -> Library | None:
+    """The library, or None when callers must do without."""
+    return load()[0]
+
+
+@functools.cache
+def source_version() -> str | None:
+    """The version of the sources beside this package, None for an installed one, which has only the library."""
+    folder = PACKAGE.parent / "cpu"
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The libgomp that torch has loaded."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if re.search(r"/lib[gi]omp[^/]*\.so", line):
+            try:
+                openmp = ctypes.CDLL(line.split(maxsplit=5)[5], mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+                return openmp if hasattr(openmp, "GOMP_parallel") else None
+            except OSError:
+                return None
+    return None

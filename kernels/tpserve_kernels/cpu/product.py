@@ -1,0 +1,92 @@
+"""Matrix products with packed weights: kernels/cpu/product.h. One packed form for every instruction set.
+
+Legend: T rows, K inner channels, N outputs.
+"""
+
+import ctypes
+
+import torch
+
+from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, library
+
+
+class Product(ctypes.Structure):
+    """`Product` of kernels/cpu/api.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("out_dtype", ctypes.c_int32),
+    )
+
+
+def packed_bytes(dtype: torch.dtype, outputs: int, inner: int) -> int:
+    """Bytes of a packed matrix [outputs, inner], its head included. No library is needed to know them."""
+    row = -(-inner // 32) * 32 * 2 if dtype == torch.bfloat16 else inner * 4
+    return ALIGNMENT + -(-outputs // 16) * 16 * row
+
+
+def pack(weight_NK: torch.Tensor, blob: torch.Tensor | None = None) -> torch.Tensor:
+    """The packed form of a float32 or bfloat16 matrix: uint8 [packed_bytes], in `blob` if given, 64-byte aligned.
+
+    Position-independent and the same for every instruction set, so that it can lie in shared memory.
+    """
+    lib, (outputs, inner) = library(), weight_NK.shape
+    assert lib is not None and weight_NK.stride(1) == 1
+    if blob is None:
+        blob = torch.empty(packed_bytes(weight_NK.dtype, outputs, inner), dtype=torch.uint8)
+    assert blob.data_ptr() % ALIGNMENT == 0 and blob.numel() == packed_bytes(weight_NK.dtype, outputs, inner)
+    lib.calls.tpserve_pack(
+        DTYPES[weight_NK.dtype], ctypes.c_int64(outputs), ctypes.c_int64(inner), ctypes.c_void_p(weight_NK.data_ptr()),
+        ctypes.c_int64(weight_NK.stride(0)), ctypes.c_void_p(blob.data_ptr()), torch.get_num_threads(),
+    )  # fmt: skip
+    return blob
+
+
+def product(
+    x_TK: torch.Tensor,
+    blob: torch.Tensor,
+    outputs: int,
+    bias_N: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x @ weight.T + bias: [T, N] in `out_dtype`, that of `x` by default; summed in float32, rounded once.
+
+    `x_TK`: float32 or bfloat16, of the weight's dtype, values of a row adjacent. `blob`: from `pack`. `bias_N`: float32.
+    """
+    lib = library()
+    assert lib is not None
+    if x_TK.stride(1) != 1:
+        x_TK = x_TK.contiguous()
+    out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
+    bias = None if bias_N is None else bias_N.data_ptr()
+    call = Product(
+        blob.data_ptr(), x_TK.data_ptr(), bias, out_TN.data_ptr(), len(x_TK), x_TK.stride(0), outputs, DTYPES[out_TN.dtype]
+    )
+    lib.calls.tpserve_product(ctypes.byref(call), torch.get_num_threads())
+    return out_TN
+
+
+def product_reference(
+    x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """`product` in plain torch, with the matrix as it was before packing."""
+    y_TN = x_TK.float() @ weight_NK.float().T
+    return (y_TN if bias_N is None else y_TN + bias_N).to(out_dtype or x_TK.dtype)
+
+
+def lookup(ids_T: torch.Tensor, blob: torch.Tensor, inner: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a packed matrix, unpacked: [T, inner] of `dtype`. `ids_T`: int64, contiguous, not checked."""
+    lib = library()
+    assert lib is not None
+    out_TK = torch.empty(len(ids_T), inner, dtype=dtype)
+    lib.calls.tpserve_lookup(
+        ctypes.c_void_p(blob.data_ptr()), ctypes.c_void_p(ids_T.data_ptr()), ctypes.c_int64(len(ids_T)),
+        ctypes.c_void_p(out_TK.data_ptr()),
+    )  # fmt: skip
+    return out_TK
