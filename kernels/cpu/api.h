@@ -10,6 +10,15 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 // The instruction sets, in rising order. On an x86-64 processor each includes those before it.
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 
+// What `Call` can ask for; each has a struct of arguments below.
+enum Operation : int32_t { PRODUCT = 0, NUM_OPERATIONS };
+
+// One operation with its arguments. A list of calls runs in order, all of it in one parallel region.
+struct Call {
+    int32_t operation;
+    const void* arguments;
+};
+
 // The head of a packed matrix [N, K]. It is followed by panels of 16 outputs, the last one filled up with zeros:
 //   float32   [K][16]
 //   bfloat16  [K / 2][16][2], K filled up with zeros to a multiple of 32

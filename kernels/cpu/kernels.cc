@@ -1,6 +1,16 @@
-// All kernels for one instruction set. build.py compiles this file once for each, with SET naming the table that it defines.
+// All operations for one instruction set. build_cpu.py compiles this file once for each, with SET naming the table that it defines.
 #include "kernels.h"
 
 #include "product.h"
 
-extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {product};
+namespace {
+template <class Arguments, void (*run)(const Arguments&, const Team&)>
+void operation(const void* arguments, const Team& team) {
+    run(*(const Arguments*)arguments, team);
+}
+}  // namespace
+
+// In the order of `Operation`.
+extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
+    operation<Product, product>,
+}};

@@ -1,8 +1,45 @@
-// What an instruction set offers: one table of functions each. Every function is this thread's share of one operation.
+// What an instruction set offers: a table with one function for each operation. The threads of a region, a team, call it together;
+// each computes its share.
 #pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <sched.h>
 
 #include "api.h"
 
+// Where the threads of a team wait for each other. A waiting thread spins for some microseconds, then gives its core away.
+struct Meeting {
+    int32_t arrived = 0, round = 0;
+    int32_t spins;  // 0 when there are more threads and ranks than cores
+};
+
+struct Team {
+    int thread, threads;
+    Meeting* meeting;
+
+    // Everything that any thread of the team wrote before is visible to all after.
+    void barrier() const {
+        if (threads == 1) return;
+        int32_t round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+            __atomic_store_n(&meeting->arrived, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&meeting->round, round + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int32_t spin = 0; __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE) == round;) {
+            if (spin++ < meeting->spins) {
+#if defined(__x86_64__)
+                _mm_pause();
+#endif
+            } else {
+                sched_yield();
+            }
+        }
+    }
+};
+
 struct Kernels {
-    void (*product)(const Product&, int thread, int threads);
+    void (*operations[NUM_OPERATIONS])(const void* arguments, const Team&);
 };

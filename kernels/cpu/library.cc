@@ -31,6 +31,7 @@ typedef int (*OmpNumber)();
 static const Kernels* kernels = &tpserve_portable;
 static GompParallel gomp_parallel;
 static OmpNumber omp_thread, omp_threads;
+static int32_t spins;  // of a thread that waits for its team
 
 // Names the sources that the library was built from.
 EXPORT const char* tpserve_version() { return VERSION; }
@@ -75,8 +76,10 @@ EXPORT int32_t tpserve_detect(int32_t limit) {
     return best;
 }
 
-// `isa`: from tpserve_detect. The functions of libgomp may be null: then every call runs on one thread.
-EXPORT void tpserve_start(int32_t isa, void* parallel, void* thread_number, void* number_of_threads) {
+// `isa`: from tpserve_detect. The functions of libgomp may be null: then every call runs on one thread. `may_spin`: whether each
+// thread of each rank has a core of its own.
+EXPORT void tpserve_start(int32_t isa, void* parallel, void* thread_number, void* number_of_threads, int32_t may_spin) {
+    spins = may_spin ? 4000 : 0;
     kernels = SETS[isa];
     gomp_parallel = (GompParallel)parallel;
     omp_thread = (OmpNumber)thread_number;
@@ -95,23 +98,25 @@ extern "C" void* tpserve_scratch(size_t bytes) {
     return memory;
 }
 
-// Runs `work(thread, threads)` on every thread of a region. Rounding to nearest and denormal numbers as IEEE 754 has them, whatever
+// Runs `work(team)` on every thread of a region. Rounding to nearest and denormal numbers as IEEE 754 has them, whatever
 // the caller's thread had set.
 template <class Work>
 static void parallel(int32_t threads, const Work& work) {
     struct Job {
         const Work& work;
+        Meeting meeting;
         static void run(void* self) {
+            Job* job = (Job*)self;
 #if defined(__x86_64__)
             unsigned before = _mm_getcsr();
             _mm_setcsr(0x1f80);
 #endif
-            ((Job*)self)->work(omp_thread ? omp_thread() : 0, omp_threads ? omp_threads() : 1);
+            job->work(Team{omp_thread ? omp_thread() : 0, omp_threads ? omp_threads() : 1, &job->meeting});
 #if defined(__x86_64__)
             _mm_setcsr(before);
 #endif
         }
-    } job{work};
+    } job{work, {0, 0, spins}};
     if (threads > 1 && gomp_parallel) gomp_parallel(Job::run, &job, threads, 0);
     else Job::run(&job);
 }
@@ -130,8 +135,8 @@ EXPORT void tpserve_pack(int32_t dtype, int64_t outputs, int64_t inner, const vo
     PackedHead head = {PACKED_MAGIC, PACKED_VERSION, dtype, 0, outputs, inner, panel_bytes(dtype, inner), {}};
     memcpy(to, &head, sizeof head);
     int64_t panels = (outputs + 15) / 16;
-    parallel(threads, [&](int thread, int all) {
-        for (int64_t panel = panels * thread / all; panel < panels * (thread + 1) / all; panel++) {
+    parallel(threads, [&](const Team& team) {
+        for (int64_t panel = team.thread; panel < panels; panel += team.threads) {
             char* out = (char*)to + sizeof head + panel * head.panel_bytes;
             memset(out, 0, head.panel_bytes);
             for (int n = 0; n < 16 && panel * 16 + n < outputs; n++) {
@@ -157,6 +162,12 @@ EXPORT void tpserve_lookup(const PackedHead* weight, const int64_t* ids, int64_t
     }
 }
 
-EXPORT void tpserve_product(const Product* product, int32_t threads) {
-    parallel(threads, [&](int thread, int all) { kernels->product(*product, thread, all); });
+// Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before.
+EXPORT void tpserve_run(const Call* calls, int32_t count, int32_t threads) {
+    parallel(threads, [&](const Team& team) {
+        for (int32_t i = 0; i < count; i++) {
+            if (i) team.barrier();
+            kernels->operations[calls[i].operation](calls[i].arguments, team);
+        }
+    });
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "api.h"
+#include "share.h"
 #include "scratch.h"
 #include "tiles.h"
 #include "vector.h"
@@ -249,20 +250,8 @@ static void product_panels(const PackedHead* weight, const void* x, int64_t rows
 
 INLINE int64_t panels_of(const PackedHead* weight) { return (weight->outputs + PANEL - 1) / PANEL; }
 
-// This thread's share of [0, count), in whole units.
-struct Share {
-    int64_t begin, end;
-    Share(int64_t count, int64_t unit, int thread, int threads) {
-        int64_t units = (count + unit - 1) / unit;
-        begin = units * thread / threads * unit;
-        end = units * (thread + 1) / threads * unit;
-        if (end > count) end = count;
-        if (begin > count) begin = count;
-    }
-};
-
-static void product(const Product& product, int thread, int threads) {
-    Share share(panels_of(product.weight), 2, thread, threads);
+static void product(const Product& product, const Team& team) {
+    Share share(panels_of(product.weight), 2, team);
     product_panels(product.weight, product.x, product.rows, product.x_stride, share.begin, share.end, Finish{product});
 }
 

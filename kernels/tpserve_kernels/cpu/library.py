@@ -32,6 +32,18 @@ class Isa(IntEnum):
     AMX = 4
 
 
+class Operation(IntEnum):
+    """What a `Call` asks for, as in kernels/cpu/api.h."""
+
+    PRODUCT = 0
+
+
+class Call(ctypes.Structure):
+    """`Call` of kernels/cpu/api.h: an operation and the address of its arguments."""
+
+    _fields_ = (("operation", ctypes.c_int32), ("arguments", ctypes.c_void_p))
+
+
 class Library:
     """The loaded library. `isa`: what it runs on; `version`: of its sources."""
 
@@ -48,8 +60,12 @@ class Library:
         openmp = _openmp()
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         functions = [None] * 3 if openmp is None else [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in names]
-        self.calls.tpserve_start(int(self.isa), *functions)
-        self.calls.tpserve_packed_bytes.restype = ctypes.c_int64
+        self.calls.tpserve_start(int(self.isa), *functions, 1)
+        self._run = self.calls.tpserve_run
+
+    def run(self, operation: Operation, arguments: ctypes.Structure) -> None:
+        """One operation, on as many threads as torch uses."""
+        self._run(ctypes.byref(Call(operation, ctypes.addressof(arguments))), 1, torch.get_num_threads())
 
     @property
     def numerics(self) -> str:

@@ -7,7 +7,7 @@ import ctypes
 
 import torch
 
-from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, library
+from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Operation, library
 
 
 class Product(ctypes.Structure):
@@ -68,7 +68,7 @@ def product(
     call = Product(
         blob.data_ptr(), x_TK.data_ptr(), bias, out_TN.data_ptr(), len(x_TK), x_TK.stride(0), outputs, DTYPES[out_TN.dtype]
     )
-    lib.calls.tpserve_product(ctypes.byref(call), torch.get_num_threads())
+    lib.run(Operation.PRODUCT, call)
     return out_TN
 
 
