@@ -28,9 +28,7 @@ def grouped_matmul(
     y_RN, start = x_RK.new_empty(len(x_RK), stack_ENK[0].shape[0]), 0
     for e, (weight_NK, end) in enumerate(zip(stack_ENK, ends_E.tolist(), strict=True)):
         if end > start:
-            y_RN[start:end] = matmul(x_RK[start:end], weight_NK)
-            if bias_EN is not None:
-                y_RN[start:end] += bias_EN[e]
+            y_RN[start:end] = matmul(x_RK[start:end], weight_NK, None if bias_EN is None else bias_EN[e])
         start = end
     return y_RN
 
