@@ -3,8 +3,8 @@
     python kernels/build_cpu.py [--emulate] [--sanitize] [--sets avx2] [OUT]
 
 Standard library only; setup.py calls it. One object for each instruction set of this architecture, and one for the entry points.
-`--emulate` computes every instruction set with those of AVX2, so that tests run what the processor has not. `--sets`: only these beside the portable one, which
-takes less time.
+`--emulate` computes every instruction set with those of AVX2, so that tests run what the processor has not. `--sets`: only these
+beside the portable one, which takes less time.
 """
 
 import argparse
@@ -21,34 +21,15 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "cpu"
 LIBRARY = Path(__file__).resolve().parent / "tpserve_kernels" / "libtpserve_cpu.so"
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-fno-threadsafe-statics",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=off",
-    "-fno-tree-vectorize",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-psabi",
-]
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-tree-vectorize"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
+)
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
 AVX512 = [
-    "-mavx2",
-    "-mfma",
-    "-mf16c",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512dq",
-    "-mavx512vl",
-    "-mtune=icelake-server",
-    "-mprefer-vector-width=512",
+    *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *("-mtune=icelake-server", "-mprefer-vector-width=512"),
 ]
 WIDE, BF16, TILES = "-DWIDE", "-DBF16_PAIRS", "-DTILES"
 X86_64 = {
@@ -125,8 +106,9 @@ def main() -> None:
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--sets", nargs="+", default=[], choices=[name for name in X86_64 if name != "portable"])
     options = parser.parse_args()
-    print(build(options.out, emulate=options.emulate, sanitize=options.sanitize, sets=options.sets))
+    built = build(options.out, emulate=options.emulate, sanitize=options.sanitize, sets=options.sets)
+    sys.stdout.write(f"{built}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

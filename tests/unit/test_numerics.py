@@ -112,9 +112,8 @@ def test_a_packed_stack_gives_its_memory_back() -> None:
     parts = [weight_NK.clone() for weight_NK in stack_ENK]
     view_ENK = torch.randn(3, 2, 8, 16)[:, 1]
     for stack, plain in ((pack_stack(stack_ENK), parts), (pack_stack(view_ENK), list(view_ENK))):
-        x_TK = torch.randn(5, 16)
-        for weight, weight_NK in zip(stack, plain, strict=True):
-            torch.testing.assert_close(matmul(x_TK, weight), x_TK @ weight_NK.T)
+        x_TEK = torch.randn(5, 3, 16)
+        torch.testing.assert_close(per_head(x_TEK, stack), torch.einsum("tek,enk->ten", x_TEK, torch.stack(plain)))
     assert stack_ENK.untyped_storage().nbytes() == (0 if can_pack(torch.randn(2, 2)) else 3 * 8 * 16 * 4)
 
 

@@ -36,15 +36,34 @@ class PackedWeight:
         """Rows of the plain tensor: [T, K]. `ids_T`: int64."""
         return product.lookup(ids_T.contiguous(), self.blob, self.shape[1], self.dtype)
 
-    @property
-    def padding_bytes(self) -> int:
-        """Bytes of the blob beyond those of the plain tensor."""
-        return self.blob.nbytes - self.shape.numel() * self.dtype.itemsize
+
+@dataclass(frozen=True)
+class PackedStack:
+    """E matrices [N, K] packed for the library of CPU kernels, one after the other: `blob_EB`, uint8 [E, bytes of one]."""
+
+    blob_EB: torch.Tensor
+    shape: torch.Size
+    """(E, N, K)"""
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(stack_ENK: torch.Tensor) -> "PackedStack":
+        """Pack a plain tensor."""
+        count, outputs, inner = stack_ENK.shape
+        blob_EB = torch.empty(count, product.packed_bytes(stack_ENK.dtype, outputs, inner), dtype=torch.uint8)
+        for weight_NK, blob in zip(stack_ENK, blob_EB, strict=True):
+            product.pack(weight_NK.contiguous(), blob)
+        return PackedStack(blob_EB, stack_ENK.shape, stack_ENK.dtype)
+
+    def __getitem__(self, matrices: slice) -> "PackedStack":
+        """Some of the matrices."""
+        blob_EB = self.blob_EB[matrices]
+        return PackedStack(blob_EB, torch.Size((len(blob_EB), *self.shape[1:])), self.dtype)
 
 
 Weight = torch.Tensor | PackedWeight | OneDNNWeight
-Stack = torch.Tensor | tuple[Weight, ...]
-"""E matrices of one shape: a tensor [E, N, K] or a tuple of [N, K]. Iterating over either gives the matrices."""
+Stack = torch.Tensor | PackedStack | tuple[Weight, ...]
+"""E matrices of one shape: a tensor [E, N, K], one packed object or a tuple of [N, K]. `stack_shape` is (E, N, K)."""
 
 
 def is_native(device: torch.device, dtype: torch.dtype) -> bool:
@@ -66,11 +85,12 @@ def pack(weight: Weight) -> Weight:
     return PackedWeight(product.pack(weight.contiguous()), weight.shape, weight.dtype)
 
 
-def padding_bytes(weight: Weight | Stack) -> int:
-    """Bytes that packing has added."""
-    if isinstance(weight, tuple):
-        return sum(map(padding_bytes, weight))
-    return weight.padding_bytes if isinstance(weight, PackedWeight) else 0
+def stack_shape(stack: Stack) -> tuple[int, int, int]:
+    """(E, N, K) of a stack."""
+    if isinstance(stack, tuple):
+        return (len(stack), *stack[0].shape)
+    count, outputs, inner = stack.shape
+    return count, outputs, inner
 
 
 def pack_stack(stack: Stack) -> Stack:
@@ -79,9 +99,10 @@ def pack_stack(stack: Stack) -> Stack:
     When the stack owns its whole storage, packing frees it at once: two copies of a layer's experts might not fit in memory.
     The plain stack must not be read afterwards.
     """
-    if isinstance(stack, tuple) or not can_pack(stack):
+    if not isinstance(stack, torch.Tensor) or not can_pack(stack):
         return stack
-    packed = tuple(pack(weight) for weight in stack)
+    packed: Stack
+    packed = PackedStack.of(stack) if is_native(stack.device, stack.dtype) else tuple(pack(weight) for weight in stack)
     storage = stack.untyped_storage()
     if storage.nbytes() == stack.nbytes:
         storage.resize_(0)
