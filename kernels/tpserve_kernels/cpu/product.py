@@ -10,7 +10,7 @@ import torch
 from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Operation, library
 
 
-class Product(ctypes.Structure):
+class ProductArgs(ctypes.Structure):
     """`Product` of kernels/cpu/api.h."""
 
     _fields_ = (
@@ -25,7 +25,7 @@ class Product(ctypes.Structure):
     )
 
 
-class GroupedProduct(ctypes.Structure):
+class GroupedProductArgs(ctypes.Structure):
     """`GroupedProduct` of kernels/cpu/api.h."""
 
     _fields_ = (
@@ -85,7 +85,7 @@ def product(
         x_TK = x_TK.contiguous()
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
     bias = None if bias_N is None else bias_N.data_ptr()
-    call = Product(
+    call = ProductArgs(
         blob.data_ptr(), x_TK.data_ptr(), bias, out_TN.data_ptr(), len(x_TK), x_TK.stride(0), outputs, DTYPES[out_TN.dtype]
     )
     lib.run(Operation.PRODUCT, call)
@@ -124,7 +124,7 @@ def grouped_product(
     assert lib is not None and ends_E.dtype == torch.int32 and ends_E.is_contiguous()
     x_RK, out_RN = x_RK.contiguous(), torch.empty(len(x_RK), outputs, dtype=x_RK.dtype)
     bias = None if bias_EN is None else bias_EN.data_ptr()
-    call = GroupedProduct(
+    call = GroupedProductArgs(
         blob_EB.data_ptr(), ends_E.data_ptr(), x_RK.data_ptr(), bias, out_RN.data_ptr(), len(blob_EB), blob_EB.stride(0), 0,
         x_RK.stride(0), outputs, 0, 0, DTYPES[x_RK.dtype],
     )  # fmt: skip
@@ -143,7 +143,7 @@ def product_of_heads(x_TEK: torch.Tensor, blob_EB: torch.Tensor, outputs: int) -
         x_TEK = x_TEK.contiguous()
     rows, heads, _ = x_TEK.shape
     out_TEN = torch.empty(rows, heads, outputs, dtype=x_TEK.dtype)
-    call = GroupedProduct(
+    call = GroupedProductArgs(
         blob_EB.data_ptr(), None, x_TEK.data_ptr(), None, out_TEN.data_ptr(), heads, blob_EB.stride(0), rows,
         x_TEK.stride(0), heads * outputs, x_TEK.stride(1), outputs, DTYPES[x_TEK.dtype],
     )  # fmt: skip
