@@ -11,7 +11,7 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 
 // What `Call` can ask for; each has a struct of arguments below.
-enum Operation : int32_t { PRODUCT = 0, GROUPED_PRODUCT, NUM_OPERATIONS };
+enum Operation : int32_t { PRODUCT = 0, GROUPED_PRODUCT, HEAD, HEAD_BLOCK, NUM_OPERATIONS };
 
 // One operation with its arguments. A list of calls runs in order, all of it in one parallel region.
 struct Call {
@@ -54,4 +54,23 @@ struct GroupedProduct {
     void* out;
     int64_t groups, weight_bytes, rows, x_stride, out_stride, x_group, out_group;
     int32_t out_dtype;
+};
+
+// The LM head [N, K] for some rows, without writing logits = scale * x @ weight.T. N is taken in `blocks` of 128 ids.
+//
+// HEAD writes the largest logit of each row with its lowest id and, if `sums` is given, of each block the largest logit (at least
+// the lowest finite number) and the sum of exp((logit - top) / temperature), 0 for a temperature of 0. With `logits` it reads them
+// from there and computes none. HEAD_BLOCK writes the logits of block best_id[row] of each row to `workspace`.
+struct Head {
+    const PackedHead* weight;
+    const void* x;             // [rows, K] of the weight's dtype
+    const float* logits;       // [rows, outputs] or null
+    const float* temperature;  // [rows]
+    float* best;               // [threads, rows], the first `rows` are the result
+    int64_t* best_id;          // [threads, rows]
+    float* tops;               // [rows, blocks]
+    double* sums;              // [rows, blocks] or null
+    float* workspace;          // [threads, rows, 128]
+    int64_t rows, x_stride, logits_stride, outputs, blocks;
+    float scale;
 };

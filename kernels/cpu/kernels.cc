@@ -1,6 +1,7 @@
 // All operations for one instruction set. build_cpu.py compiles this file once for each, with SET naming the table that it defines.
 #include "kernels.h"
 
+#include "head.h"
 #include "product.h"
 
 namespace {
@@ -14,4 +15,6 @@ void operation(const void* arguments, const Team& team) {
 extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Product, product>,
     operation<GroupedProduct, grouped_product>,
+    operation<Head, head>,
+    operation<Head, head_block>,
 }};

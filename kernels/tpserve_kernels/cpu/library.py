@@ -37,6 +37,8 @@ class Operation(IntEnum):
 
     PRODUCT = 0
     GROUPED_PRODUCT = 1
+    HEAD = 2
+    HEAD_BLOCK = 3
 
 
 class Call(ctypes.Structure):
