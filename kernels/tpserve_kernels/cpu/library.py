@@ -36,6 +36,9 @@ class Operation(IntEnum):
     """What a `Call` asks for, as in kernels/cpu/api.h."""
 
     PRODUCT = 0
+    NORM = 1
+    QKV = 2
+    ACTIVATION = 3
 
 
 class Call(ctypes.Structure):
