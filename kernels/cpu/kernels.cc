@@ -3,6 +3,7 @@
 
 #include "head.h"
 #include "product.h"
+#include "rows.h"
 
 namespace {
 template <class Arguments, void (*run)(const Arguments&, const Team&)>
@@ -17,4 +18,7 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<GroupedProduct, grouped_product>,
     operation<Head, head>,
     operation<Head, head_block>,
+    operation<Norm, norm>,
+    operation<Qkv, qkv>,
+    operation<Activation, activation>,
 }};
