@@ -11,7 +11,7 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 
 // What `Call` can ask for; each has a struct of arguments below.
-enum Operation : int32_t { PRODUCT = 0, NUM_OPERATIONS };
+enum Operation : int32_t { PRODUCT = 0, GROUPED_PRODUCT, NUM_OPERATIONS };
 
 // One operation with its arguments. A list of calls runs in order, all of it in one parallel region.
 struct Call {
@@ -39,5 +39,19 @@ struct Product {
     const float* bias;  // [N] or null
     void* out;          // [rows, N]
     int64_t rows, x_stride, out_stride;
+    int32_t out_dtype;
+};
+
+// Products of several matrices [N, K] of one shape, the packed ones `weight_bytes` apart: experts, or the matrices of heads.
+//
+// With `ends`: rows [ends[g - 1], ends[g]) of x and out belong to group g. Without: each group has all `rows`, those of group g
+// begin at x + g * x_group and out + g * out_group (in numbers).
+struct GroupedProduct {
+    const char* weights;
+    const int32_t* ends;
+    const void* x;
+    const float* bias;  // [groups, N] or null
+    void* out;
+    int64_t groups, weight_bytes, rows, x_stride, out_stride, x_group, out_group;
     int32_t out_dtype;
 };

@@ -13,4 +13,5 @@ void operation(const void* arguments, const Team& team) {
 // In the order of `Operation`.
 extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Product, product>,
+    operation<GroupedProduct, grouped_product>,
 }};

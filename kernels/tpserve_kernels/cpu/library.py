@@ -36,6 +36,7 @@ class Operation(IntEnum):
     """What a `Call` asks for, as in kernels/cpu/api.h."""
 
     PRODUCT = 0
+    GROUPED_PRODUCT = 1
 
 
 class Call(ctypes.Structure):
