@@ -116,3 +116,12 @@ ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 """Activations without a gate, by their names in ModelSpec."""
 GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul}
 """Activations with a gate, by their names in ModelSpec."""
+NATIVE_KINDS = {
+    silu_mul: ActivationKind.SILU_MUL,
+    gelu_tanh_mul: ActivationKind.GELU_TANH_MUL,
+    silu: ActivationKind.SILU,
+    gelu: ActivationKind.GELU,
+    gelu_tanh: ActivationKind.GELU_TANH,
+    relu: ActivationKind.RELU,
+}
+"""What the library of CPU kernels calls each of them."""
