@@ -1,6 +1,7 @@
 // All operations for one instruction set. build_cpu.py compiles this file once for each, with SET naming the table that it defines.
 #include "kernels.h"
 
+#include "attention.h"
 #include "product.h"
 
 namespace {
@@ -13,4 +14,5 @@ void operation(const void* arguments, const Team& team) {
 // In the order of `Operation`.
 extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Product, product>,
+    operation<Attention, attention>,
 }};

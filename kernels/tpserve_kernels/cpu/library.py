@@ -36,6 +36,7 @@ class Operation(IntEnum):
     """What a `Call` asks for, as in kernels/cpu/api.h."""
 
     PRODUCT = 0
+    ATTENTION = 1
 
 
 class Call(ctypes.Structure):
@@ -45,10 +46,11 @@ class Call(ctypes.Structure):
 
 
 class Library:
-    """The loaded library. `isa`: what it runs on; `version`: of its sources."""
+    """The loaded library. `isa`: what it runs on; `version`: of its sources; `file`: where it lies."""
 
     def __init__(self, file: Path, limit: Isa) -> None:
         """OSError when it cannot be loaded, ValueError when it was built from other sources."""
+        self.file = file
         # CDLL lets other Python threads run during a call; RTLD_LOCAL keeps its few names to itself.
         self.calls = ctypes.CDLL(str(file), mode=os.RTLD_LOCAL | os.RTLD_NOW)
         self.calls.tpserve_version.restype = ctypes.c_char_p
