@@ -19,6 +19,7 @@ enum Operation : int32_t {
     NORM,
     QKV,
     ACTIVATION,
+    ATTENTION,
     NUM_OPERATIONS
 };
 
@@ -131,4 +132,23 @@ struct Activation {
     int64_t rows, width, x_stride, out_stride;
     float alpha, limit;  // of CLAMPED_SWIGLU
     int32_t dtype, kind;
+};
+
+// Attention of `rows` rows over the paged keys and values of their own requests. Request r owns rows [query_starts[r],
+// query_starts[r + 1]), the last of them at position context_lens[r] - 1; position p is entry p % block_size of block
+// tables[r][p / block_size]; a row at position p sees (p - window, p]. Rows past the last request's become zero.
+struct Attention {
+    const void *q, *k, *v;  // [rows, heads, k_dim], [blocks, block_size, kv_heads, k_dim], [.., v_dim]; v may be a view of k
+    void* out;              // [rows, heads, v_dim]
+    const float* sinks;     // [heads] or null
+    const int32_t *query_starts, *context_lens, *tables;
+    void* workspace;  // for the parts of a context that is divided among threads; null: none is
+    int64_t workspace_bytes;
+    int64_t rows, requests, table_stride;
+    int64_t heads, kv_heads, k_dim, v_dim, block_size;
+    int64_t window;  // 0: a row sees all positions up to its own
+    int64_t q_strides[2], out_strides[2];  // of a row, of a head
+    int64_t k_strides[3], v_strides[3];    // of a block, of an entry, of a head
+    float scale, cap;                      // cap 0: none
+    int32_t dtype;                         // of q, k, v and out
 };

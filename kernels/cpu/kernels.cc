@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "head.h"
+#include "attention.h"
 #include "product.h"
 #include "rows.h"
 
@@ -21,4 +22,5 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Norm, norm>,
     operation<Qkv, qkv>,
     operation<Activation, activation>,
+    operation<Attention, attention>,
 }};

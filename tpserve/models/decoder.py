@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tpserve.attention import cpu_attention
 from tpserve.attention.cpu_plan import TILE
 from tpserve.attention.metadata import ModelInput
-from tpserve.attention.paged import KVCache, build_metadata
+from tpserve.attention.paged import KVCache, build_metadata, is_native
 from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.layers.moe import MoE
@@ -114,6 +114,8 @@ class Decoder:
         for weight in (self._project_in, self._project_out, self._head):
             if weight is not None:
                 yield of_weight(weight, self.dtype)
+        if is_native(self.dtype):
+            return  # no product of torch's in attention
         k_dim, v_dim = self.kv_layout.k_dim, self.kv_layout.v_dim
         name = f"attention float32 {k_dim}x{v_dim}"
         yield Product(name, k_dim, TILE * (k_dim + v_dim), torch.float32, partial(cpu_attention.products, v_dim=v_dim))

@@ -42,6 +42,7 @@ class Operation(IntEnum):
     NORM = 4
     QKV = 5
     ACTIVATION = 6
+    ATTENTION = 7
 
 
 class Call(ctypes.Structure):
@@ -51,10 +52,11 @@ class Call(ctypes.Structure):
 
 
 class Library:
-    """The loaded library. `isa`: what it runs on; `version`: of its sources."""
+    """The loaded library. `isa`: what it runs on; `version`: of its sources; `file`: where it lies."""
 
     def __init__(self, file: Path, limit: Isa) -> None:
         """OSError when it cannot be loaded, ValueError when it was built from other sources."""
+        self.file = file
         # CDLL lets other Python threads run during a call; RTLD_LOCAL keeps its few names to itself.
         self.calls = ctypes.CDLL(str(file), mode=os.RTLD_LOCAL | os.RTLD_NOW)
         self.calls.tpserve_version.restype = ctypes.c_char_p
