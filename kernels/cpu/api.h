@@ -11,7 +11,7 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 
 // What `Call` can ask for; each has a struct of arguments below.
-enum Operation : int32_t { PRODUCT = 0, NORM, QKV, ACTIVATION, NUM_OPERATIONS };
+enum Operation : int32_t { PRODUCT = 0, NORM, QKV, ACTIVATION, ALL_REDUCE, NUM_OPERATIONS };
 
 // One operation with its arguments. A list of calls runs in order, all of it in one parallel region.
 struct Call {
@@ -89,4 +89,28 @@ struct Activation {
     int64_t rows, width, x_stride, out_stride;
     float alpha, limit;  // of CLAMPED_SWIGLU
     int32_t dtype, kind;
+};
+
+// The page of parallel/shm.py as one rank sees it; its layout and its rules are there. Both sides use this one `round`, so that
+// collectives of either may follow each other.
+struct Page {
+    char* counters;      // [ranks], a cache line each: the last round that the rank has published
+    char* slots;         // [2][ranks][slot_bytes]
+    int64_t slot_bytes;
+    int64_t round;       // the last round that this rank has begun
+    int64_t done;        // numbers of a tensor that are summed when its call has stopped
+    int32_t waiting;     // 1: the call has stopped after publishing `round`, before all others had
+    int32_t ranks, index;
+    int32_t may_spin;    // 0 with more ranks than cores
+};
+
+// x = the sum of the ranks' x in rank order, each step rounded; then the norm of the sum, if any. When a peer does not come within
+// some milliseconds the list of calls stops here, to be called again from here: the caller looks meanwhile who is still alive.
+// Called by parallel/shm.py.
+struct AllReduce {
+    Page* page;
+    void* x;           // [rows, width], contiguous
+    const Norm* norm;  // null, or a norm of as many rows whose `x` is this one's
+    int64_t rows, width;
+    int32_t dtype;
 };

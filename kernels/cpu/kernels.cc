@@ -1,6 +1,7 @@
 // All operations for one instruction set. build_cpu.py compiles this file once for each, with SET naming the table that it defines.
 #include "kernels.h"
 
+#include "all_reduce.h"
 #include "product.h"
 #include "rows.h"
 
@@ -17,4 +18,5 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Norm, norm>,
     operation<Qkv, qkv>,
     operation<Activation, activation>,
+    operation<AllReduce, all_reduce>,
 }};

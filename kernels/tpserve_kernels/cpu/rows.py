@@ -349,23 +349,29 @@ def write_kv_reference(
         v_cache_SKE[slots_T[rows]] = v_TKE[rows]
 
 
+def activation_arguments(
+    x: torch.Tensor, out_TI: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0
+) -> Activation:
+    """The arguments of Operation.ACTIVATION on these tensors of two dims, which must outlive the call."""
+    rows, width = out_TI.shape
+    assert x.shape == (rows, 2 * width if kind <= ActivationKind.CLAMPED_SWIGLU else width)
+    assert x.dtype == out_TI.dtype and _is_adjacent(x) and _is_adjacent(out_TI)
+    sizes = rows, width, x.stride(0), out_TI.stride(0)
+    return Activation(x.data_ptr(), out_TI.data_ptr(), *sizes, alpha, limit, DTYPES[x.dtype], kind)
+
+
 def activation(x: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
     """The activation of [T, I], or with a gate of [T, 2 I], the gate first: [T, I], contiguous, rounded once.
 
-    All dims before the last are rows.
-    `alpha`, `limit`: of CLAMPED_SWIGLU. The error of GELU's normal distribution function is below 3e-7.
+    All dims before the last are rows. `alpha`, `limit`: of CLAMPED_SWIGLU. The error of GELU's normal distribution function is
+    below 3e-7.
     """
-    lib, width = library(), x.shape[-1]
+    lib, x_TI = library(), _adjacent(x.reshape(-1, x.shape[-1]))
     assert lib is not None
-    x_TI = _adjacent(x.reshape(-1, width))
-    if kind <= ActivationKind.CLAMPED_SWIGLU:
-        assert width % 2 == 0
-        width //= 2
-    out_TI = torch.empty(*x.shape[:-1], width, dtype=x.dtype)
-    sizes = len(x_TI), width, x_TI.stride(0), width
-    arguments = Activation(x_TI.data_ptr(), out_TI.data_ptr(), *sizes, alpha, limit, DTYPES[x.dtype], kind)
-    lib.run(Operation.ACTIVATION, arguments)
-    return out_TI
+    width = x.shape[-1] // 2 if kind <= ActivationKind.CLAMPED_SWIGLU else x.shape[-1]
+    out_TI = torch.empty(len(x_TI), width, dtype=x.dtype)
+    lib.run(Operation.ACTIVATION, activation_arguments(x_TI, out_TI, kind, alpha, limit))
+    return out_TI.view(*x.shape[:-1], width)
 
 
 def activation_reference(x: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
