@@ -74,8 +74,8 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
     weight, bias = random(width, dtype=dtype, seed=1), random(width, dtype=dtype, seed=2)
     for offset in (0.0, 1.0):
         assert_close(rows.rms_norm(x, weight, 1e-5, offset), rows.rms_norm_reference(x, weight, 1e-5, offset))
-    for arguments in ((weight, bias), (weight, None), (None, None)):
-        assert_close(rows.layer_norm(x, *arguments, 1e-5), rows.layer_norm_reference(x, *arguments, 1e-5))
+    for scale, shift in ((weight, bias), (weight, None), (None, None)):
+        assert_close(rows.layer_norm(x, scale, shift, 1e-5), rows.layer_norm_reference(x, scale, shift, 1e-5))
     residual = random(9, width, dtype=dtype, seed=3)
     for add, alone in (
         (lambda x, y: rows.add_rms_norm(x, y, weight, 1e-5, 1.0), lambda x: rows.rms_norm(x, weight, 1e-5, 1.0)),

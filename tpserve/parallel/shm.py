@@ -239,7 +239,8 @@ class ShmAllReduce:
         key = (part_N.numel(), part_N.dtype)
         if key != self._views_key:
             self._make_views(*key)
-        self.page.round = number = self.page.round + 1
+        number: int = self.page.round + 1
+        self.page.round = number
         half = self._halves[number & 1]
         half.local_N.copy_(part_N)
         counters = self._counters
