@@ -11,7 +11,7 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
 
 // What `Call` can ask for; each has a struct of arguments below.
-enum Operation : int32_t { PRODUCT = 0, NORM, QKV, ACTIVATION, ALL_REDUCE, NUM_OPERATIONS };
+enum Operation : int32_t { PRODUCT = 0, NORM, QKV, ACTIVATION, ALL_REDUCE, GUMBEL, NUM_OPERATIONS };
 
 // One operation with its arguments. A list of calls runs in order, all of it in one parallel region.
 struct Call {
@@ -113,4 +113,14 @@ struct AllReduce {
     const Norm* norm;  // null, or a norm of as many rows whose `x` is this one's
     int64_t rows, width;
     int32_t dtype;
+};
+
+// out = -log(-log(u)), u in (0, 1) from Philox with the row's seed as key and (id, position, choice, level) as counter: Gumbel
+// noise. Called by sampler/draw.py.
+struct Gumbel {
+    const int64_t* ids;                        // [rows, count], in [0, 2^32)
+    const int64_t *seed, *position, *choice;   // [rows]
+    double* out;                               // [rows, count]
+    int64_t rows, count, ids_stride;
+    int32_t level;
 };

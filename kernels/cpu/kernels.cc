@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "all_reduce.h"
+#include "gumbel.h"
 #include "product.h"
 #include "rows.h"
 
@@ -19,4 +20,5 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Qkv, qkv>,
     operation<Activation, activation>,
     operation<AllReduce, all_reduce>,
+    operation<Gumbel, gumbel>,
 }};

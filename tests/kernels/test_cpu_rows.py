@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tpserve.parallel.shm import SLOT_BYTES, ShmAllReduce
-from tpserve_kernels.cpu import rows
+from tpserve.sampler import draw
+from tpserve_kernels.cpu import gumbel, rows
 from tpserve_kernels.cpu.all_reduce import AllReduce
 from tpserve_kernels.cpu.library import DTYPES as NUMBERS
 from tpserve_kernels.cpu.library import Call, Isa, Operation, library, load
@@ -245,6 +246,25 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
                 assert torch.equal(x, expected[name]), (name, threads)
         results.clear()
         waits.clear()
+
+
+def test_gumbel_noise_is_that_of_torch() -> None:
+    """All but the last bit of it, for each id alone and in company; the words of Philox must be equal for that."""
+    seed, position, choice = torch.tensor([0, -1, 2**63 - 1, -(2**63) + 12345]), torch.tensor([0, 1, 99_999, 7]), torch.arange(4)
+    ids = torch.cat((torch.arange(301), torch.tensor([2**32 - 1])))[None]
+    for shape in (ids, ids.expand(4, -1) * torch.tensor([[1], [0], [1], [1]])):
+        for level in (0, 1):
+            expected = draw.gumbel_reference(shape, seed, position, choice, level)
+            got = gumbel.gumbel(shape, seed, position, choice, level)
+            assert ((got - expected).abs() <= 4e-15 * expected.abs().clamp(min=1)).all()
+            torch.set_num_threads(2)
+            assert torch.equal(gumbel.gumbel(shape, seed, position, choice, level), got)
+            torch.set_num_threads(1)
+            alone = gumbel.gumbel(shape[-1:, 5:8].contiguous(), seed[3:], position[3:], choice[3:], level)
+            assert torch.equal(alone[0], got[3, 5:8])
+    many = gumbel.gumbel(torch.arange(400_000)[None], seed[2:3], position[2:3], choice[2:3], 1)
+    expected = draw.gumbel_reference(torch.arange(400_000)[None], seed[2:3], position[2:3], choice[2:3], 1)
+    assert ((many - expected).abs() <= 4e-15 * expected.abs().clamp(min=1)).all()
 
 
 def test_what_is_outside_the_contract_is_refused() -> None:

@@ -41,6 +41,7 @@ class Operation(IntEnum):
     QKV = 2
     ACTIVATION = 3
     ALL_REDUCE = 4
+    GUMBEL = 5
 
 
 class Call(ctypes.Structure):
