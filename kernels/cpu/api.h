@@ -20,6 +20,8 @@ enum Operation : int32_t {
     QKV,
     ACTIVATION,
     ATTENTION,
+    ALL_REDUCE,
+    GUMBEL,
     NUM_OPERATIONS
 };
 
@@ -151,4 +153,38 @@ struct Attention {
     int64_t k_strides[3], v_strides[3];    // of a block, of an entry, of a head
     float scale, cap;                      // cap 0: none
     int32_t dtype;                         // of q, k, v and out
+};
+
+// The page of parallel/shm.py as one rank sees it; its layout and its rules are there. Both sides use this one `round`, so that
+// collectives of either may follow each other.
+struct Page {
+    char* counters;      // [ranks], a cache line each: the last round that the rank has published
+    char* slots;         // [2][ranks][slot_bytes]
+    int64_t slot_bytes;
+    int64_t round;       // the last round that this rank has begun
+    int64_t done;        // numbers of a tensor that are summed when its call has stopped
+    int32_t waiting;     // 1: the call has stopped after publishing `round`, before all others had
+    int32_t ranks, index;
+    int32_t may_spin;    // 0 with more ranks than cores
+};
+
+// x = the sum of the ranks' x in rank order, each step rounded; then the norm of the sum, if any. When a peer does not come within
+// some milliseconds the list of calls stops here, to be called again from here: the caller looks meanwhile who is still alive.
+// Called by parallel/shm.py.
+struct AllReduce {
+    Page* page;
+    void* x;           // [rows, width], contiguous
+    const Norm* norm;  // null, or a norm of as many rows whose `x` is this one's
+    int64_t rows, width;
+    int32_t dtype;
+};
+
+// out = -log(-log(u)), u in (0, 1) from Philox with the row's seed as key and (id, position, choice, level) as counter: Gumbel
+// noise. Called by sampler/draw.py.
+struct Gumbel {
+    const int64_t* ids;                        // [rows, count], in [0, 2^32)
+    const int64_t *seed, *position, *choice;   // [rows]
+    double* out;                               // [rows, count]
+    int64_t rows, count, ids_stride;
+    int32_t level;
 };

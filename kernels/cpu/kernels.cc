@@ -1,8 +1,10 @@
 // All operations for one instruction set. build_cpu.py compiles this file once for each, with SET naming the table that it defines.
 #include "kernels.h"
 
-#include "head.h"
+#include "all_reduce.h"
 #include "attention.h"
+#include "gumbel.h"
+#include "head.h"
 #include "product.h"
 #include "rows.h"
 
@@ -23,4 +25,6 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Qkv, qkv>,
     operation<Activation, activation>,
     operation<Attention, attention>,
+    operation<AllReduce, all_reduce>,
+    operation<Gumbel, gumbel>,
 }};

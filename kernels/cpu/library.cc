@@ -116,7 +116,7 @@ static void parallel(int32_t threads, const Work& work) {
             _mm_setcsr(before);
 #endif
         }
-    } job{work, {0, 0, spins}};
+    } job{work, {0, 0, spins, 0}};
     if (threads > 1 && gomp_parallel) gomp_parallel(Job::run, &job, threads, 0);
     else Job::run(&job);
 }
@@ -167,12 +167,19 @@ EXPORT void tpserve_set(int64_t* const* addresses, int64_t count, int64_t value)
     for (int64_t i = 0; i < count; i++) *addresses[i] = value;
 }
 
-// Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before.
-EXPORT void tpserve_run(const Call* calls, int32_t count, int32_t threads) {
+// Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before. Returns how many have
+// ended: less than `count` when the next one has stopped, which is continued by running the rest of the list.
+EXPORT int32_t tpserve_run(const Call* calls, int32_t count, int32_t threads) {
+    int32_t ended = count;
     parallel(threads, [&](const Team& team) {
         for (int32_t i = 0; i < count; i++) {
             if (i) team.barrier();
             kernels->operations[calls[i].operation](calls[i].arguments, team);
+            if (team.meeting->stopped) {
+                if (team.thread == 0) ended = i;
+                return;
+            }
         }
     });
+    return ended;
 }

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Operation(IntEnum):
     QKV = 5
     ACTIVATION = 6
     ATTENTION = 7
+    ALL_REDUCE = 8
+    GUMBEL = 9
 
 
 class Call(ctypes.Structure):
@@ -72,8 +75,21 @@ class Library:
         self._run = self.calls.tpserve_run
 
     def run(self, operation: Operation, arguments: ctypes.Structure) -> None:
-        """One operation, on as many threads as torch uses."""
+        """One operation that waits for nobody, on as many threads as torch uses."""
         self._run(ctypes.byref(Call(operation, ctypes.addressof(arguments))), 1, torch.get_num_threads())
+
+    def run_calls(self, calls: ctypes.Array[Call], wait: Callable[[], None]) -> None:
+        """A list of calls in one parallel region; their arguments must stay alive.
+
+        When a collective in it has waited for some milliseconds for its peers, `wait` is called, and then what is left of the
+        list. An exception of `wait` ends it.
+        """
+        ended, count = 0, len(calls)
+        while True:
+            ended += self._run(ctypes.byref(calls, ended * ctypes.sizeof(Call)), count - ended, torch.get_num_threads())
+            if ended == count:
+                return
+            wait()
 
     @property
     def numerics(self) -> str:
