@@ -35,9 +35,8 @@ def self_test(products: Iterable[Product], machine: Sequence[str], directory: Pa
     kinds = sorted({product.name: product for product in products}.values(), key=lambda product: (-product.width, product.size))
     file = None
     if directory is not None:
-        key = hashlib.sha256(
-            "\n".join([__version__, torch.__config__.show(), str(torch.get_num_threads()), *machine, kernels]).encode()
-        )
+        facts = [__version__, torch.__config__.show(), str(torch.get_num_threads()), *machine, kernels]
+        key = hashlib.sha256("\n".join(facts).encode())
         file = directory / f"numerics-{key.hexdigest()[:16]}.json"
     known = _read(file)
     if examine(kinds, known, BUDGET_S):
