@@ -67,12 +67,10 @@ static bool allow_tiles() { return false; }
 // The highest instruction set of this processor and system that was built, at most `limit`. Asks the system for the tile
 // registers, which it grants to threads that start later, so it is called before they start.
 EXPORT int32_t tpserve_detect(int32_t limit) {
-#if defined(EMULATED)
-    int32_t best = AMX;
-    bool tiles = true;
-#else
     int32_t best = highest();
     bool tiles = best == AMX && limit >= AMX && allow_tiles();
+#if defined(EMULATED)
+    best = AMX, tiles = true;
 #endif
     if (best > limit) best = limit;
     while (best > PORTABLE && (!SETS[best] || (best == AMX && !tiles))) best--;
