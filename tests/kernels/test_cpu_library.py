@@ -87,7 +87,7 @@ def functions() -> tuple[dict[int, str], set[str]]:
             owner = name.removesuffix(".cc")
         elif kind == "FUNC" and fields[4] == "LOCAL" and owner:
             owners[address] = owner
-        elif not owner and (kind == "FUNC" or (kind == "OBJECT" and not name.startswith("_"))) or fields[4] == "WEAK":
+        elif (not owner and (kind == "FUNC" or (kind == "OBJECT" and not name.startswith("_")))) or fields[4] == "WEAK":
             shared.add(name)
     return owners, shared
 
