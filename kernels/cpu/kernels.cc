@@ -1,7 +1,9 @@
 // All operations for one instruction set. build_cpu.py compiles this file once for each, with SET naming the table that it defines.
 #include "kernels.h"
 
+#include "head.h"
 #include "product.h"
+#include "rows.h"
 
 namespace {
 template <class Arguments, void (*run)(const Arguments&, const Team&)>
@@ -14,4 +16,9 @@ void operation(const void* arguments, const Team& team) {
 extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Product, product>,
     operation<GroupedProduct, grouped_product>,
+    operation<Head, head>,
+    operation<Head, head_block>,
+    operation<Norm, norm>,
+    operation<Qkv, qkv>,
+    operation<Activation, activation>,
 }};

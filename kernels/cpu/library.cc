@@ -163,6 +163,11 @@ EXPORT void tpserve_lookup(const PackedHead* weight, const int64_t* ids, int64_t
     }
 }
 
+// Writes `value` to each address: what changes in a list of calls from step to step.
+EXPORT void tpserve_set(int64_t* const* addresses, int64_t count, int64_t value) {
+    for (int64_t i = 0; i < count; i++) *addresses[i] = value;
+}
+
 // Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before.
 EXPORT void tpserve_run(const Call* calls, int32_t count, int32_t threads) {
     parallel(threads, [&](const Team& team) {

@@ -21,11 +21,13 @@ from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.layers.moe import MoE
 from tpserve.layers.rope import RotaryPositions, tables
+from tpserve.models.native_stage import NativeStage, unserved
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul, pad_rows
-from tpserve.quant.packed import PackedWeight, Weight, pack
+from tpserve.quant.packed import PackedWeight, Weight, is_native, pack
 from tpserve.quant.product import Product, of_weight
+from tpserve.sampler.logits import Logits, UnwrittenLogits, WrittenLogits
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter
@@ -35,7 +37,7 @@ class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
     `kv_layout`: the cache of each layer of the stage. `expert_load`: token counts of this stage's experts, None without
-    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank.
+    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank. `form`: how the layers run, for the log.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Decoder:
         shares_embedding = last and outer.head is None
         self._head: Weight | None = self._embedding if shares_embedding else shard.optional(outer.head)
         self._parameters = shard.parameters
+        self._native: NativeStage | None = None
+        self.form = "torch"
         layers = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
         counts = {layer: mlp.expert_load for layer, mlp in layers if isinstance(mlp, MoE)}
         self.expert_load = ExpertLoadCounter(list(counts), list(counts.values())) if counts else None
@@ -97,6 +101,9 @@ class Decoder:
                 self._embedding = self._head
             elif plain is self._embedding and self._head is not plain:
                 num_bytes += plain.nbytes
+        if is_native(self.device, self.dtype):
+            reason = unserved(self._blocks, self._tp)
+            self.form = "one list of operations" if reason is None else f"one operation after the other: {reason}"
         return num_bytes
 
     def products(self) -> Iterator[Product]:
@@ -121,6 +128,8 @@ class Decoder:
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
+        if self.form == "one list of operations":
+            return self._native_stage(caches)(x_TH, self._rotary(batch.positions_T), batch.groups)
         rows, x_TH = len(x_TH), pad_rows(x_TH)
         rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
         groups = [build_metadata(group, self._num_heads, caches[0]) for group in batch.groups]
@@ -128,6 +137,12 @@ class Decoder:
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
             x_TH, residual_TH = block(x_TH, residual_TH, rotary[group], groups[group], cache)
         return (x_TH if residual_TH is None else x_TH + residual_TH)[:rows]
+
+    def _native_stage(self, caches: list[KVCache]) -> NativeStage:
+        """The layers as native operations on these caches, which are the same ones in every step of a server."""
+        if self._native is None or self._native.caches[0].k.data_ptr() != caches[0].k.data_ptr():
+            self._native = NativeStage(self._blocks, self._cache_groups, caches, self._tp, self.spec.hidden_size)
+        return self._native
 
     def _rotary(self, positions_T: torch.Tensor) -> list[RotaryPositions | None]:
         """The rotation in the layers of each cache group."""
@@ -148,16 +163,24 @@ class Decoder:
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Last stage: the logits of `hidden_SH` over this rank's vocabulary shard, float32 [S, V]."""
+        logits_SV, cap = self._logits(hidden_SH).written(), self.spec.logits_cap
+        return logits_SV if cap is None else logits_SV.div_(cap).tanh_().mul_(cap)
+
+    def head(self, hidden_SH: torch.Tensor) -> Logits:
+        """Last stage: the same logits for a draw, which need not be written."""
+        return self._logits(hidden_SH) if self.spec.logits_cap is None else WrittenLogits(self.logits(hidden_SH))
+
+    def _logits(self, hidden_SH: torch.Tensor) -> Logits:
+        """The logits before their cap. The library of CPU kernels does not round them to the model's dtype."""
         assert self._head is not None, "only the last stage has logits"
         if self._norm is not None:
             hidden_SH = self._norm(hidden_SH)
         if self._project_out is not None:
             hidden_SH = matmul(hidden_SH, self._project_out)
+        if isinstance(self._head, PackedWeight):
+            return UnwrittenLogits(hidden_SH, self._head.blob, self._head.shape[0], self.spec.logits_scale)
         logits_SV = matmul(hidden_SH, self._head).float()
-        if self.spec.logits_scale != 1:
-            logits_SV = logits_SV * self.spec.logits_scale
-        cap = self.spec.logits_cap
-        return logits_SV if cap is None else logits_SV.div_(cap).tanh_().mul_(cap)
+        return WrittenLogits(logits_SV * self.spec.logits_scale if self.spec.logits_scale != 1 else logits_SV)
 
 
 def _cache_group(spec: ModelSpec, layer: int) -> int:

@@ -37,6 +37,11 @@ class Operation(IntEnum):
 
     PRODUCT = 0
     GROUPED_PRODUCT = 1
+    HEAD = 2
+    HEAD_BLOCK = 3
+    NORM = 4
+    QKV = 5
+    ACTIVATION = 6
 
 
 class Call(ctypes.Structure):
