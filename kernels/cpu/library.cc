@@ -68,11 +68,12 @@ static bool allow_tiles() { return false; }
 // registers, which it grants to threads that start later, so it is called before they start.
 EXPORT int32_t tpserve_detect(int32_t limit) {
     int32_t best = highest();
+    bool tiles = best == AMX && limit >= AMX && allow_tiles();
 #if defined(EMULATED)
-    return limit;
+    best = AMX, tiles = true;
 #endif
     if (best > limit) best = limit;
-    while (best > PORTABLE && (!SETS[best] || (best == AMX && !allow_tiles()))) best--;
+    while (best > PORTABLE && (!SETS[best] || (best == AMX && !tiles))) best--;
     return best;
 }
 

@@ -70,9 +70,21 @@ class Library:
         self.isa = Isa(self.calls.tpserve_detect(int(limit)))
         openmp = _openmp()
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        functions = [None] * 3 if openmp is None else [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in names]
-        self.calls.tpserve_start(int(self.isa), *functions, 1)
+        self._openmp = [None] * 3 if openmp is None else [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in names]
+        self._may_spin = True
+        self._start()
         self._run = self.calls.tpserve_run
+        os.register_at_fork(after_in_child=self._forked)
+
+    def limit(self, isa: Isa) -> None:
+        """Use no higher instruction set than `isa` from now on: the lowest of the ranks that compute together."""
+        self.isa = min(self.isa, isa)
+        self._start()
+
+    def allow_spinning(self, allowed: bool) -> None:
+        """Whether threads that wait for each other may spin: if each thread of every rank of this host has a core of its own."""
+        self._may_spin = allowed
+        self._start()
 
     def run(self, operation: Operation, arguments: ctypes.Structure) -> None:
         """One operation that waits for nobody, on as many threads as torch uses."""
@@ -91,6 +103,14 @@ class Library:
                 return
             wait()
 
+    def _start(self) -> None:
+        self.calls.tpserve_start(int(self.isa), *self._openmp, int(self._may_spin))
+
+    def _forked(self) -> None:
+        """In a forked child, where the threads of libgomp are missing and waiting for them would not end: one thread."""
+        self._openmp = [None] * 3
+        self._start()
+
     @property
     def numerics(self) -> str:
         """What decides the bits of its results: equal on two machines if they are."""
@@ -99,15 +119,18 @@ class Library:
 
 @functools.cache
 def load() -> tuple[Library | None, str]:
-    """The library, or None and the reason. Called before other threads start: AMX needs the system's permission first."""
+    """The library, or None and the reason. ValueError when TPSERVE_ISA is no instruction set.
+
+    A rank calls it before its threads start: AMX needs the system's permission first.
+    """
     name = os.environ.get(ISA_VARIABLE, "").lower().replace("-", "_")
     if name == "off":
         return None, f"{ISA_VARIABLE} is off"
     if name and name.upper() not in Isa.__members__:
-        raise ValueError(f"{ISA_VARIABLE} is {name!r}: it takes {', '.join(isa.name.lower() for isa in Isa)} and off")
+        raise ValueError(f"{ISA_VARIABLE} is {name!r}; it takes {', '.join(isa.name.lower() for isa in Isa)} and off")
     file = Path(os.environ.get(FILE_VARIABLE) or PACKAGE / "libtpserve_cpu.so")
     if not file.exists():
-        return None, "it was not built: no C++ compiler was there when tpserve was installed"
+        return None, f"{file} is not there: no C++ compiler was when tpserve was installed"
     try:
         return Library(file, Isa[name.upper()] if name else max(Isa)), ""
     except (OSError, ValueError) as error:
@@ -123,7 +146,7 @@ def library() -> Library | None:
 def source_version() -> str | None:
     """The version of the sources beside this package, None for an installed one, which has only the library."""
     folder = PACKAGE.parent / "cpu"
-    if not folder.is_dir():
+    if not (folder / "kernels.cc").is_file():
         return None
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
