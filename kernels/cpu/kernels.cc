@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "product.h"
+#include "product_int8.h"
 
 namespace {
 template <class Arguments, void (*run)(const Arguments&, const Team&)>
@@ -13,4 +14,7 @@ void operation(const void* arguments, const Team& team) {
 // In the order of `Operation`.
 extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Product, product>,
+    operation<Quantize, quantize>,
+    operation<ProductInt8, product_int8>,
+    operation<ProductInt8, rescale_int8>,
 }};

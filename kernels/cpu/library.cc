@@ -121,18 +121,14 @@ static void parallel(int32_t threads, const Work& work) {
     else Job::run(&job);
 }
 
-static int64_t panel_bytes(int32_t dtype, int64_t inner) {
-    return dtype == BFLOAT16 ? (inner + 31) / 32 * 32 * 16 * 2 : inner * 16 * 4;
-}
-
 // Bytes of a packed matrix, its head included.
 EXPORT int64_t tpserve_packed_bytes(int32_t dtype, int64_t outputs, int64_t inner) {
-    return sizeof(PackedHead) + (outputs + 15) / 16 * panel_bytes(dtype, inner);
+    return sizeof(PackedHead) + (outputs + 15) / 16 * packed_panel_bytes(dtype, inner);
 }
 
 // Packs a matrix [outputs, inner] with rows of `stride` numbers into `to`, 64-byte aligned and of tpserve_packed_bytes.
 EXPORT void tpserve_pack(int32_t dtype, int64_t outputs, int64_t inner, const void* from, int64_t stride, void* to, int32_t threads) {
-    PackedHead head = {PACKED_MAGIC, PACKED_VERSION, dtype, 0, outputs, inner, panel_bytes(dtype, inner), {}};
+    PackedHead head = {PACKED_MAGIC, PACKED_VERSION, dtype, 0, outputs, inner, packed_panel_bytes(dtype, inner), {}};
     memcpy(to, &head, sizeof head);
     int64_t panels = (outputs + 15) / 16;
     parallel(threads, [&](const Team& team) {
@@ -145,6 +141,27 @@ EXPORT void tpserve_pack(int32_t dtype, int64_t outputs, int64_t inner, const vo
                     for (int64_t k = 0; k < inner; k++) ((uint16_t*)out)[k / 2 * 32 + 2 * n + k % 2] = ((const uint16_t*)from)[row + k];
                 else
                     for (int64_t k = 0; k < inner; k++) ((uint32_t*)out)[k * 16 + n] = ((const uint32_t*)from)[row + k];
+            }
+        }
+    });
+}
+
+// Packs int8 numbers [outputs, inner] with their scales [outputs]; the rest as of tpserve_pack.
+EXPORT void tpserve_pack_int8(int64_t outputs, int64_t inner, const int8_t* from, int64_t stride, const float* scales, void* to, int32_t threads) {
+    PackedHead head = {PACKED_MAGIC, PACKED_VERSION, INT8, 0, outputs, inner, packed_panel_bytes(INT8, inner), {}};
+    memcpy(to, &head, sizeof head);
+    int64_t panels = (outputs + 15) / 16;
+    parallel(threads, [&](const Team& team) {
+        for (int64_t panel = team.thread; panel < panels; panel += team.threads) {
+            char* out = (char*)to + sizeof head + panel * head.panel_bytes;
+            float* scale = (float*)(out + head.panel_bytes - 128);
+            int32_t* sum = (int32_t*)(out + head.panel_bytes - 64);
+            memset(out, 0, head.panel_bytes);
+            for (int n = 0; n < 16 && panel * 16 + n < outputs; n++) {
+                const int8_t* row = from + (panel * 16 + n) * stride;
+                for (int64_t k = 0; k < inner; k += 4) memcpy(out + k * 16 + n * 4, row + k, inner - k < 4 ? inner - k : 4);
+                for (int64_t k = 0; k < inner; k++) sum[n] += row[k];
+                scale[n] = scales[panel * 16 + n];
             }
         }
     });

@@ -110,9 +110,9 @@ struct Finish {
 };
 
 // Walks over rows [0, rows) and panels [begin, end) of one chunk of rows. `Block::run<R, P>(panel, row, sums)` computes one block.
-template <class Block, class Done>
+template <class Sum = float, class Block, class Done>
 static inline void walk(const Block& block, int64_t rows, int64_t row0, int64_t begin, int64_t end, const Done& done) {
-    alignas(64) float sums[MOST_ROWS * 8 * PANEL];
+    alignas(64) Sum sums[MOST_ROWS * 8 * PANEL];
 #define BLOCKS(R, P)                                      \
     for (; panel + (P) <= end; panel += (P)) {            \
         block.template run<R, P>(panel, row, sums);       \

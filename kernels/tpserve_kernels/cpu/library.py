@@ -36,6 +36,9 @@ class Operation(IntEnum):
     """What a `Call` asks for, as in kernels/cpu/api.h."""
 
     PRODUCT = 0
+    QUANTIZE = 1
+    PRODUCT_INT8 = 2
+    RESCALE_INT8 = 3
 
 
 class Call(ctypes.Structure):
