@@ -1,8 +1,10 @@
-"""Builds the library of CPU kernels from `kernels/cpu/`: `python kernels/build_cpu.py [--emulate] [--sanitize] [--sets avx2] [OUT]`.
+"""Builds the library of CPU kernels from `kernels/cpu/`.
+
+    python kernels/build_cpu.py [--emulate] [--sanitize] [--sets avx2] [OUT]
 
 Standard library only; setup.py calls it. One object for each instruction set of this architecture, and one for the entry points.
-`--emulate` computes every instruction set with those of AVX2, so that tests run what the processor has not. `--sets`: only these beside the portable one, which
-takes less time.
+`--emulate` computes every instruction set with those of AVX2, so that tests run what the processor has not. `--sets`: only these
+beside the portable one, which takes less time.
 """
 
 import argparse
@@ -20,11 +22,15 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent / "cpu"
 LIBRARY = Path(__file__).resolve().parent / "tpserve_kernels" / "libtpserve_cpu.so"
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-threadsafe-statics -fno-math-errno "
-    "-fno-trapping-math -ffp-contract=off -fno-tree-vectorize -Wall -Wextra -Werror -Wno-psabi"
-).split()
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-tree-vectorize"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-psabi"),
+)
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
-AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mtune=icelake-server", "-mprefer-vector-width=512"]
+AVX512 = [
+    *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *("-mtune=icelake-server", "-mprefer-vector-width=512"),
+]
 WIDE, BF16, TILES = "-DWIDE", "-DBF16_PAIRS", "-DTILES"
 X86_64 = {
     "portable": [],
@@ -72,14 +78,21 @@ def build(to: Path = LIBRARY, *, emulate: bool = False, sanitize: bool = False, 
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [
-                pool.submit(compile_one, name, "kernels.cc", [*flags, f"-DSET=tpserve_{name}"]) for name, flags in flags_of.items()
+                pool.submit(compile_one, name, "kernels.cc", [*flags, f"-DSET=tpserve_{name}"])
+                for name, flags in flags_of.items()
             ]
-            jobs.append(pool.submit(compile_one, "library", "library.cc", [f'-DVERSION="{version()}"', *(["-DEMULATED"] if emulate else [])]))
+            jobs.append(
+                pool.submit(
+                    compile_one, "library", "library.cc", [f'-DVERSION="{version()}"', *(["-DEMULATED"] if emulate else [])]
+                )
+            )
             objects = [job.result() for job in jobs]
         # The driver of C leaves libstdc++ out.
         part = f"{folder}/library.so"
         link = [cxx.replace("g++", "gcc").replace("clang++", "clang")] if not extra else [cxx]
-        subprocess.run([*link, "-shared", *extra, "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,noexecstack", "-o", part, *objects], check=True)
+        subprocess.run(
+            [*link, "-shared", *extra, "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,noexecstack", "-o", part, *objects], check=True
+        )
         ready = to.with_suffix(f".{os.getpid()}")
         shutil.copyfile(part, ready)
         ready.replace(to)
@@ -93,8 +106,9 @@ def main() -> None:
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--sets", nargs="+", default=[], choices=[name for name in X86_64 if name != "portable"])
     options = parser.parse_args()
-    print(build(options.out, emulate=options.emulate, sanitize=options.sanitize, sets=options.sets))
+    built = build(options.out, emulate=options.emulate, sanitize=options.sanitize, sets=options.sets)
+    sys.stdout.write(f"{built}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

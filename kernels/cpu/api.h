@@ -13,6 +13,7 @@ enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 
 // What `Call` can ask for; each has a struct of arguments below.
 enum Operation : int32_t {
     PRODUCT = 0,
+    GROUPED_PRODUCT,
     QUANTIZE,      // quant/int8.py: rows of activations and of weights, to int8
     PRODUCT_INT8,  // quant/int8.py: every product with an int8 matrix
     RESCALE_INT8,  // quant/int8.py: sums of PRODUCT_INT8 that were added up over ranks
@@ -52,6 +53,20 @@ struct Product {
     const float* bias;  // [N] or null
     void* out;          // [rows, N]
     int64_t rows, x_stride, out_stride;
+    int32_t out_dtype;
+};
+
+// Products of several matrices [N, K] of one shape, the packed ones `weight_bytes` apart: experts, or the matrices of heads.
+//
+// With `ends`: rows [ends[g - 1], ends[g]) of x and out belong to group g. Without: each group has all `rows`, those of group g
+// begin at x + g * x_group and out + g * out_group (in numbers).
+struct GroupedProduct {
+    const char* weights;
+    const int32_t* ends;
+    const void* x;
+    const float* bias;  // [groups, N] or null
+    void* out;
+    int64_t groups, weight_bytes, rows, x_stride, out_stride, x_group, out_group;
     int32_t out_dtype;
 };
 

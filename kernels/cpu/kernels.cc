@@ -14,6 +14,7 @@ void operation(const void* arguments, const Team& team) {
 // In the order of `Operation`.
 extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Product, product>,
+    operation<GroupedProduct, grouped_product>,
     operation<Quantize, quantize>,
     operation<ProductInt8, product_int8>,
     operation<ProductInt8, rescale_int8>,

@@ -255,4 +255,35 @@ static void product(const Product& product, const Team& team) {
     product_panels(product.weight, product.x, product.rows, product.x_stride, share.begin, share.end, Finish{product});
 }
 
+// The product of group g.
+INLINE Product product_of(const GroupedProduct& all, int64_t g) {
+    const PackedHead* weight = (const PackedHead*)(all.weights + g * all.weight_bytes);
+    int64_t first = all.ends ? (g ? all.ends[g - 1] : 0) : 0, last = all.ends ? all.ends[g] : all.rows;
+    int64_t x = all.ends ? first * all.x_stride : g * all.x_group, out = all.ends ? first * all.out_stride : g * all.out_group;
+    int64_t x_size = weight->dtype == BFLOAT16 ? 2 : 4, out_size = all.out_dtype == BFLOAT16 ? 2 : 4;
+    return {weight, (const char*)all.x + x * x_size, all.bias ? all.bias + g * weight->outputs : nullptr,
+            (char*)all.out + out * out_size, last - first, all.x_stride, all.out_stride, all.out_dtype};
+}
+
+// A panel of few rows costs its bytes, of many its rows.
+INLINE int64_t cost_of(const Product& product) { return product.rows ? panels_of(product.weight) * (product.rows + 8) : 0; }
+
+static void grouped_product(const GroupedProduct& all, const Team& team) {
+    int64_t total = 0, before = 0;
+    for (int64_t g = 0; g < all.groups; g++) total += cost_of(product_of(all, g));
+    int64_t begin = total * team.thread / team.threads, end = total * (team.thread + 1) / team.threads;
+    for (int64_t g = 0; g < all.groups; g++) {
+        Product product = product_of(all, g);
+        int64_t cost = cost_of(product), panels = panels_of(product.weight);
+        if (!cost) continue;
+        // A panel belongs to the thread in whose part of all costs it begins; borders are rounded alike on both sides.
+        auto panel_at = [&](int64_t at) {
+            int64_t panel = at <= before ? 0 : at >= before + cost ? panels : (at - before) * panels / cost;
+            return panel == panels ? panel : panel / 2 * 2;
+        };
+        product_panels(product.weight, product.x, product.rows, product.x_stride, panel_at(begin), panel_at(end), Finish{product});
+        before += cost;
+    }
+}
+
 }  // namespace

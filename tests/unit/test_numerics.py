@@ -18,10 +18,11 @@ from tpserve.layers.norm import AllHeadsNorm, LayerNorm, add_rms_norm, rms_norm
 from tpserve.layers.rope import tables
 from tpserve.layers.routing import Routing
 from tpserve.parallel.group import Group
-from tpserve.quant import packed
+from tpserve.quant import onednn, packed
 from tpserve.quant.grouped import per_head
 from tpserve.quant.matmul import matmul, pad_rows
-from tpserve.quant.packed import PackedWeight, pack, pack_stack
+from tpserve.quant.onednn import OneDNNWeight
+from tpserve.quant.packed import can_pack, pack, pack_stack
 from tpserve.types.model_spec import RopeSpec, RoutingSpec
 
 ROWS = (1, 2, 3, 4, 5, 32, 33, 64, 257, 600)
@@ -77,12 +78,12 @@ def test_what_cannot_be_packed_stays_plain(monkeypatch: pytest.MonkeyPatch) -> N
     for dtype in (torch.float16, torch.int8):
         weight_NK = torch.zeros(8, 8, dtype=dtype)
         assert pack(weight_NK) is weight_NK
-    packed.can_pack.cache_clear()
-    monkeypatch.delattr(torch.ops.mkldnn, "_reorder_linear_weight", raising=False)
-    monkeypatch.setattr(packed, "PACKABLE", ())
+    monkeypatch.setattr(packed, "library", lambda: None)
+    monkeypatch.setattr(onednn, "PACKABLE", ())
+    onednn.can_pack.cache_clear()
     plain = torch.randn(8, 8)
     assert pack(plain) is plain
-    packed.can_pack.cache_clear()
+    onednn.can_pack.cache_clear()
 
 
 def test_few_rows_at_once_where_the_processor_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,16 +94,16 @@ def test_few_rows_at_once_where_the_processor_asks_for_it(monkeypatch: pytest.Mo
         called.append(len(x_TK))
         return F.linear(x_TK, weight_NK)
 
-    monkeypatch.setattr(packed, "has_amx", lambda: True)
-    assert packed.max_rows(torch.bfloat16) == 32 and packed.max_rows(torch.float32) is None
-    monkeypatch.setattr(packed, "_product", product)
+    monkeypatch.setattr(onednn, "has_amx", lambda: True)
+    assert onednn.max_rows(torch.bfloat16) == 32 and onednn.max_rows(torch.float32) is None
+    monkeypatch.setattr(onednn, "_product", product)
     weight_NK, x_TK = torch.randn(24, 64), torch.randn(601, 64)
-    sliced = PackedWeight(weight_NK, weight_NK.shape, packed.max_rows(torch.bfloat16))
+    sliced = OneDNNWeight(weight_NK, weight_NK.shape, onednn.max_rows(torch.bfloat16))
     torch.testing.assert_close(matmul(x_TK, sliced), x_TK @ weight_NK.T, atol=1e-4, rtol=0)
     assert called == [32] * 18 + [28], "in multiples of four"
     assert matmul(x_TK[:0], sliced).shape == (0, 24)
-    monkeypatch.setattr(packed, "has_amx", lambda: False)
-    assert packed.max_rows(torch.bfloat16) is None
+    monkeypatch.setattr(onednn, "has_amx", lambda: False)
+    assert onednn.max_rows(torch.bfloat16) is None
 
 
 def test_a_packed_stack_gives_its_memory_back() -> None:
@@ -111,10 +112,9 @@ def test_a_packed_stack_gives_its_memory_back() -> None:
     parts = [weight_NK.clone() for weight_NK in stack_ENK]
     view_ENK = torch.randn(3, 2, 8, 16)[:, 1]
     for stack, plain in ((pack_stack(stack_ENK), parts), (pack_stack(view_ENK), list(view_ENK))):
-        x_TK = torch.randn(5, 16)
-        for weight, weight_NK in zip(stack, plain, strict=True):
-            torch.testing.assert_close(matmul(x_TK, weight), x_TK @ weight_NK.T)
-    assert stack_ENK.untyped_storage().nbytes() == (0 if packed.can_pack(torch.float32) else 3 * 8 * 16 * 4)
+        x_TEK = torch.randn(5, 3, 16)
+        torch.testing.assert_close(per_head(x_TEK, stack), torch.einsum("tek,enk->ten", x_TEK, torch.stack(plain)))
+    assert stack_ENK.untyped_storage().nbytes() == (0 if can_pack(torch.randn(2, 2)) else 3 * 8 * 16 * 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

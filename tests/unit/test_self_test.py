@@ -118,7 +118,9 @@ def test_every_product_of_a_model(dtype: torch.dtype, monkeypatch: pytest.Monkey
     assert wanted <= kinds.keys(), sorted(kinds)
     known, threads = Known(), torch.get_num_threads()
     torch.set_num_threads(1)
-    if can_pack(dtype):  # then nothing is multiplied plainly, where the number of rows may choose the path
+    if can_pack(
+        torch.ones(1, 1, dtype=dtype)
+    ):  # then nothing is multiplied plainly, where the number of rows may choose the path
         monkeypatch.setattr(F, "linear", None)
     examine(list(kinds.values()), known, 1e9)
     torch.set_num_threads(threads)

@@ -45,9 +45,7 @@ class Attention:
 
         `rotary` None: the layer has no positions. Rows past the batch are padding.
         """
-        qkv = matmul(x_TH, self.qkv)
-        if self.qkv_bias is not None:
-            qkv += self.qkv_bias
+        qkv = matmul(x_TH, self.qkv, self.qkv_bias)
         heads_TAD = qkv.view(len(x_TH), -1, self.head_dim)
         q_TND, k_TKD, v_TKD = heads_TAD.tensor_split((self.num_heads, self.num_heads + self.num_kv_heads), dim=1)
         if self.qk_norm is not None:

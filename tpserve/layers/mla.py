@@ -21,7 +21,7 @@ from tpserve.layers.rope import RotaryPositions
 from tpserve.parallel.group import Group
 from tpserve.quant.grouped import per_head
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import Stack, Weight, pack, pack_stack
+from tpserve.quant.packed import Stack, Weight, pack, pack_stack, stack_shape
 from tpserve.quant.product import Product, of_heads, of_weight
 
 
@@ -61,7 +61,7 @@ class LatentAttention:
     ) -> torch.Tensor:
         """[T, H] -> [T, H] in the dtype of `x`, summed over ranks. Writes the rows' latents and shared keys to `cache` first."""
         assert rotary is not None, "the shared key is rotated"
-        num_heads, (latent_dim, plain_dim), rope_dim = len(self.key_up_NLP), self.key_up_NLP[0].shape, self.rope_dim
+        (num_heads, latent_dim, plain_dim), rope_dim = stack_shape(self.key_up_NLP), self.rope_dim
         down = matmul(x_TH, self.down)
         query_dim = down.shape[1] - latent_dim - rope_dim
         query, latent_TL, key_TR = down.tensor_split((query_dim, query_dim + latent_dim), dim=1)

@@ -31,10 +31,7 @@ class MLP:
 
     def partial_sum(self, x_TH: torch.Tensor) -> torch.Tensor:
         """This rank's term of the sum over ranks, without `down_bias`: [T, H] -> [T, H] in the dtype of `x`."""
-        up_TI = matmul(x_TH, self.up)
-        if self.up_bias is not None:
-            up_TI += self.up_bias
-        return matmul(self.activate(up_TI), self.down)
+        return matmul(self.activate(matmul(x_TH, self.up, self.up_bias)), self.down)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H] in the dtype of `x`, summed over ranks."""

@@ -24,7 +24,7 @@ from tpserve.layers.rope import RotaryPositions, tables
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul, pad_rows
-from tpserve.quant.packed import Weight, pack
+from tpserve.quant.packed import PackedWeight, Weight, pack
 from tpserve.quant.product import Product, of_weight
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
@@ -60,7 +60,7 @@ class Decoder:
         self._window_rope = tables(spec.window_rope, rotary_dim, max_positions, device) if spec.window_rope else self._rope
         self._num_heads = len(shard.weights.heads.q)
         self.kv_layout = shard.kv_layout()
-        self._embedding = shard.optional(outer.embedding)
+        self._embedding: torch.Tensor | PackedWeight | None = shard.optional(outer.embedding)
         self._project_in: Weight | None = shard.optional(outer.project_in)
         self._positions = shard.optional(outer.positions)
         self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
@@ -81,8 +81,8 @@ class Decoder:
     def prepack(self) -> int:
         """Pack the loaded weights for their matrix products; return the bytes that the weights occupy afterwards.
 
-        Frees one layer's plain weights before it packs the next layer's. Keeps both layouts of an embedding that is also
-        the LM head, since the lookup needs plain rows.
+        Frees one layer's plain weights before it packs the next layer's. An embedding that is also the LM head is read from its
+        packed form; oneDNN's form has no rows, so there the plain one stays, too.
         """
         num_bytes = sum(parameter.tensor.nbytes for parameter in self._parameters)
         self._parameters.clear()  # the loader has the same list, which would keep the plain weights alive
@@ -92,8 +92,11 @@ class Decoder:
         self._project_out = None if self._project_out is None else pack(self._project_out)
         if self._head is not None:
             plain, self._head = self._head, pack(self._head)
-            if plain is self._embedding and self._head is not plain:
-                num_bytes += self._embedding.nbytes
+            assert isinstance(plain, torch.Tensor)
+            if plain is self._embedding and isinstance(self._head, PackedWeight):
+                self._embedding = self._head
+            elif plain is self._embedding and self._head is not plain:
+                num_bytes += plain.nbytes
         return num_bytes
 
     def products(self) -> Iterator[Product]:
@@ -132,7 +135,7 @@ class Decoder:
         windowed = rotary if self._window_rope is self._rope or self._window_rope is None else self._window_rope.at(positions_T)
         return [rotary if group.window is None else windowed for group in self.spec.cache]
 
-    def _embed(self, batch: ModelInput, weight_VE: torch.Tensor) -> torch.Tensor:
+    def _embed(self, batch: ModelInput, weight_VE: torch.Tensor | PackedWeight) -> torch.Tensor:
         x_TH = embed(batch.tokens_T, weight_VE, self._vocab, self._tp)
         scale = self.spec.embedding_scale
         if self.spec.embedding_scale_rounded:

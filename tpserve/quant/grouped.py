@@ -1,6 +1,6 @@
 """Grouped matrix products: each row times the matrix of its group (an expert), or of its head. The siblings of `matmul`.
 
-On the CPU one product per matrix, since no library has a grouped product with this invariant; on CUDA one kernel.
+One kernel on CUDA and in the library of CPU kernels; without that one product per matrix.
 Invariant on the CPU: the bits of a row do not depend on the other rows, of its own group or others (docs/numerics.md).
 
 Legend: R or T rows, E groups or heads, K inner channels, N outputs.
@@ -9,7 +9,8 @@ Legend: R or T rows, E groups or heads, K inner channels, N outputs.
 import torch
 
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import Stack
+from tpserve.quant.packed import PackedStack, Stack, stack_shape
+from tpserve_kernels.cpu import product
 
 
 def grouped_matmul(
@@ -25,18 +26,19 @@ def grouped_matmul(
 
         assert isinstance(stack_ENK, torch.Tensor), "nothing is packed on CUDA"
         return grouped.grouped_matmul(x_RK, stack_ENK, ends_E, bias_EN)
-    y_RN, start = x_RK.new_empty(len(x_RK), stack_ENK[0].shape[0]), 0
+    if isinstance(stack_ENK, PackedStack):
+        bias_EN = None if bias_EN is None else bias_EN.float()
+        return product.grouped_product(x_RK, stack_ENK.blob_EB, stack_ENK.shape[1], ends_E, bias_EN)
+    y_RN, start = x_RK.new_empty(len(x_RK), stack_shape(stack_ENK)[1]), 0
     for e, (weight_NK, end) in enumerate(zip(stack_ENK, ends_E.tolist(), strict=True)):
         if end > start:
-            y_RN[start:end] = matmul(x_RK[start:end], weight_NK)
-            if bias_EN is not None:
-                y_RN[start:end] += bias_EN[e]
+            y_RN[start:end] = matmul(x_RK[start:end], weight_NK, None if bias_EN is None else bias_EN[e])
         start = end
     return y_RN
 
 
 def per_head(x_TEK: torch.Tensor, stack_ENK: Stack) -> torch.Tensor:
-    """x[t, e] @ stack[e].T: [T, E, N] in the dtype of `x`, a view in which the rows of a head are adjacent.
+    """x[t, e] @ stack[e].T: [T, E, N] in the dtype of `x`, contiguous or a view in which the rows of a head are adjacent.
 
     AssertionError for a packed stack on CUDA.
     """
@@ -44,7 +46,9 @@ def per_head(x_TEK: torch.Tensor, stack_ENK: Stack) -> torch.Tensor:
     if x_TEK.is_cuda:
         assert isinstance(stack_ENK, torch.Tensor), "nothing is packed on CUDA"
         return torch.bmm(x_ETK, stack_ENK.transpose(1, 2)).transpose(0, 1)
-    out_ETN = x_TEK.new_empty(*x_ETK.shape[:2], stack_ENK[0].shape[0])
+    if isinstance(stack_ENK, PackedStack):
+        return product.product_of_heads(x_TEK, stack_ENK.blob_EB, stack_ENK.shape[1])
+    out_ETN = x_TEK.new_empty(*x_ETK.shape[:2], stack_shape(stack_ENK)[1])
     for x_TK, weight_NK, out_TN in zip(x_ETK.contiguous(), stack_ENK, out_ETN, strict=True):
         out_TN.copy_(matmul(x_TK, weight_NK))
     return out_ETN.transpose(0, 1)

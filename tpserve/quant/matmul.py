@@ -9,20 +9,31 @@ Legend: T rows, K inner channels, N outputs.
 import torch
 import torch.nn.functional as F
 
-from tpserve.quant.packed import PackedWeight, Weight
+from tpserve.quant.packed import PackedWeight, Weight, is_native
 
 ROW_UNIT = 4
 """CPU libraries take other paths for fewer than four rows, and for the remainder when threads divide rows in fours."""
 
 
-def matmul(x_TK: torch.Tensor, weight_NK: Weight) -> torch.Tensor:
-    """x @ weight.T: [T, N] in the dtype of `x`, which is that of the weight. RuntimeError of torch when they differ."""
-    rows, x_TK = len(x_TK), pad_rows(x_TK)
-    out_TN = weight_NK.product(x_TK) if isinstance(weight_NK, PackedWeight) else F.linear(x_TK, weight_NK)
-    return out_TN if rows == len(x_TK) else out_TN[:rows]
+def matmul(x_TK: torch.Tensor, weight_NK: Weight, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias: [T, N] in the dtype of `x`, which is that of the weight. RuntimeError of torch when they differ."""
+    if isinstance(weight_NK, PackedWeight):
+        return weight_NK.product(x_TK, bias_N)
+    rows, x_TK = len(x_TK), x_TK if x_TK.is_cuda else _padded(x_TK)
+    out_TN = F.linear(x_TK, weight_NK) if isinstance(weight_NK, torch.Tensor) else weight_NK.product(x_TK)
+    if rows < len(x_TK):
+        out_TN = out_TN[:rows]
+    return out_TN if bias_N is None else out_TN.add_(bias_N)
 
 
 def pad_rows(x_TK: torch.Tensor) -> torch.Tensor:
-    """`x` with zero rows appended up to a multiple of ROW_UNIT; `x` itself on CUDA. Steps pad once, before their products."""
-    missing = 0 if x_TK.is_cuda else -len(x_TK) % ROW_UNIT
+    """`x` with zero rows appended up to a multiple of ROW_UNIT where libraries ask for it, else `x` itself.
+
+    Steps pad once, before their products.
+    """
+    return x_TK if x_TK.is_cuda or is_native(x_TK.device, x_TK.dtype) else _padded(x_TK)
+
+
+def _padded(x_TK: torch.Tensor) -> torch.Tensor:
+    missing = -len(x_TK) % ROW_UNIT
     return F.pad(x_TK, (0, 0, 0, missing)) if missing else x_TK

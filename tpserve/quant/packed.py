@@ -1,52 +1,96 @@
-"""A weight in the layout that oneDNN multiplies fastest on this CPU: a type of its own, made once after loading.
+"""Weights in the layout that this CPU multiplies fastest: types of their own, made once after loading.
 
-Invariant: dtype and processor decide the layout, the library path and the maximum rows of one call; the number of rows never
-does.
+The library of CPU kernels packs float32 and bfloat16; without it oneDNN does, where the processor lets it (`onednn.py`).
 
 Legend: T rows, K inner channels, N outputs, E matrices.
 """
 
-import functools
-import platform
 from dataclasses import dataclass
 
 import torch
 
-PACKABLE = (torch.bfloat16, torch.float32)
-AMX_ROWS = 32
-"""With AMX, oneDNN switches to other bfloat16 kernels above this number of rows, depending on the number."""
+from tpserve.quant import onednn
+from tpserve.quant.onednn import OneDNNWeight
+from tpserve_kernels.cpu import product
+from tpserve_kernels.cpu.library import DTYPES, library
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A packed matrix. `blob` is opaque to torch operations other than the product, and as large as the plain tensor.
+    """A matrix packed for the library of CPU kernels. `shape`: (N, K) of the plain tensor; `dtype`: of its numbers.
 
-    `shape`: (N, K) of the plain tensor. `max_rows`: the maximum rows of one library call; None for no limit.
+    `blob`: uint8, position-independent (`tpserve_kernels.cpu.product`); larger than the plain tensor by what fills up its last
+    16 outputs and, in bfloat16, the last 32 inner channels.
     """
 
     blob: torch.Tensor
     shape: torch.Size
-    max_rows: int | None
+    dtype: torch.dtype
 
-    def product(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """x @ weight.T: [T, N] in the dtype of `x`, which is that of the plain tensor."""
-        x_TK = x_TK.contiguous()
-        if self.max_rows is None or len(x_TK) <= self.max_rows:
-            return _product(x_TK, self.blob)
-        return torch.cat([_product(rows, self.blob) for rows in torch.split(x_TK, self.max_rows)])
+    def product(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+        """x @ weight.T + bias: [T, N] in the dtype of `x`, which is that of the plain tensor. AssertionError if it is not."""
+        assert x_TK.dtype == self.dtype
+        return product.product(x_TK, self.blob, self.shape[0], bias_N if bias_N is None else bias_N.float())
+
+    def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows of the plain tensor: [T, K]. `ids_T`: int64."""
+        return product.lookup(ids_T.contiguous(), self.blob, self.shape[1], self.dtype)
 
 
-Weight = torch.Tensor | PackedWeight
-Stack = torch.Tensor | tuple[Weight, ...]
-"""E matrices of one shape: a tensor [E, N, K] or a tuple of [N, K]. Iterating over either gives the matrices."""
+@dataclass(frozen=True)
+class PackedStack:
+    """E matrices [N, K] packed for the library of CPU kernels, one after the other: `blob_EB`, uint8 [E, bytes of one]."""
+
+    blob_EB: torch.Tensor
+    shape: torch.Size
+    """(E, N, K)"""
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(stack_ENK: torch.Tensor) -> "PackedStack":
+        """Pack a plain tensor."""
+        count, outputs, inner = stack_ENK.shape
+        blob_EB = torch.empty(count, product.packed_bytes(stack_ENK.dtype, outputs, inner), dtype=torch.uint8)
+        for weight_NK, blob in zip(stack_ENK, blob_EB, strict=True):
+            product.pack(weight_NK.contiguous(), blob)
+        return PackedStack(blob_EB, stack_ENK.shape, stack_ENK.dtype)
+
+    def __getitem__(self, matrices: slice) -> "PackedStack":
+        """Some of the matrices."""
+        blob_EB = self.blob_EB[matrices]
+        return PackedStack(blob_EB, torch.Size((len(blob_EB), *self.shape[1:])), self.dtype)
+
+
+Weight = torch.Tensor | PackedWeight | OneDNNWeight
+Stack = torch.Tensor | PackedStack | tuple[Weight, ...]
+"""E matrices of one shape: a tensor [E, N, K], one packed object or a tuple of [N, K]. `stack_shape` is (E, N, K)."""
+
+
+def is_native(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library of CPU kernels computes with tensors of this device and dtype."""
+    return device.type == "cpu" and dtype in DTYPES and library() is not None
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether `pack` changes a plain tensor."""
+    return weight.device.type == "cpu" and (is_native(weight.device, weight.dtype) or onednn.can_pack(weight.dtype))
 
 
 def pack(weight: Weight) -> Weight:
     """The weight [N, K], packed if this processor has a packed product of its dtype, else unchanged."""
-    if isinstance(weight, PackedWeight) or weight.device.type != "cpu" or not can_pack(weight.dtype):
+    if not isinstance(weight, torch.Tensor) or not can_pack(weight):
         return weight
-    blob = torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous())
-    return PackedWeight(blob, weight.shape, max_rows(weight.dtype))
+    if not is_native(weight.device, weight.dtype):
+        return onednn.pack(weight)
+    return PackedWeight(product.pack(weight.contiguous()), weight.shape, weight.dtype)
+
+
+def stack_shape(stack: Stack) -> tuple[int, int, int]:
+    """(E, N, K) of a stack."""
+    if isinstance(stack, tuple):
+        return (len(stack), *stack[0].shape)
+    count, outputs, inner = stack.shape
+    return count, outputs, inner
 
 
 def pack_stack(stack: Stack) -> Stack:
@@ -55,43 +99,11 @@ def pack_stack(stack: Stack) -> Stack:
     When the stack owns its whole storage, packing frees it at once: two copies of a layer's experts might not fit in memory.
     The plain stack must not be read afterwards.
     """
-    if isinstance(stack, tuple) or stack.device.type != "cpu" or not can_pack(stack.dtype):
+    if not isinstance(stack, torch.Tensor) or not can_pack(stack):
         return stack
-    packed = tuple(pack(weight) for weight in stack)
+    packed: Stack
+    packed = PackedStack.of(stack) if is_native(stack.device, stack.dtype) else tuple(pack(weight) for weight in stack)
     storage = stack.untyped_storage()
     if storage.nbytes() == stack.nbytes:
         storage.resize_(0)
     return packed
-
-
-@functools.cache
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this processor and this torch have a packed product of `dtype`. Tried once per dtype.
-
-    Only on x86-64: the invariant was not measured with the libraries of other processors.
-    """
-    if dtype not in PACKABLE or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    try:
-        x_TK = torch.ones(4, 16, dtype=dtype)
-        _product(x_TK, torch.ops.mkldnn._reorder_linear_weight.default(x_TK))
-    except (AttributeError, NotImplementedError, RuntimeError):  # no oneDNN, or a processor without bfloat16
-        return False
-    return True
-
-
-def max_rows(dtype: torch.dtype) -> int | None:
-    """The maximum rows of one library call, so that a row's bits do not depend on the others; None for no limit."""
-    return AMX_ROWS if dtype == torch.bfloat16 and has_amx() else None
-
-
-def has_amx() -> bool:
-    """Whether the processor has tiles for matrix products (AMX)."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private to torch, and missing in some versions
-    return supported is not None and bool(supported())
-
-
-def _product(x_TK: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
-    """One library call: [T, N]."""
-    out_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TK, blob, None, "none", [], "")
-    return out_TN

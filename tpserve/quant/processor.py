@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import PACKABLE, can_pack, has_amx, pack
+from tpserve.quant.onednn import PACKABLE, can_pack, has_amx
+from tpserve.quant.packed import pack
 
 INNER, OUTPUTS, ROWS = 2048, 16, 4
 

@@ -11,7 +11,7 @@ import torch
 
 from tpserve.quant.grouped import grouped_matmul, per_head
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import Stack, Weight
+from tpserve.quant.packed import Stack, Weight, stack_shape
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def of_weight(weight_NK: Weight, dtype: torch.dtype) -> Product:
 
 def of_experts(stack_ENK: Stack, dtype: torch.dtype) -> Product:
     """`grouped_matmul` of all rows with the first matrix."""
-    outputs, inner = stack_ENK[0].shape
+    _, outputs, inner = stack_shape(stack_ENK)
     first = stack_ENK[:1]
 
     def run(x_RK: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def of_experts(stack_ENK: Stack, dtype: torch.dtype) -> Product:
 
 def of_heads(stack_ENK: Stack, dtype: torch.dtype) -> Product:
     """`per_head` of rows [T, F] with all heads."""
-    count, (outputs, inner) = len(stack_ENK), stack_ENK[0].shape
+    count, outputs, inner = stack_shape(stack_ENK)
 
     def run(x_TF: torch.Tensor) -> torch.Tensor:
         return per_head(x_TF.view(-1, count, inner), stack_ENK).flatten(1)

@@ -17,7 +17,7 @@ MAX_INNER = (2**31 - 1) // MOST**2
 OUT_DTYPES = {**DTYPES, torch.int32: 3}
 
 
-class Quantize(ctypes.Structure):
+class QuantizeArgs(ctypes.Structure):
     """`Quantize` of kernels/cpu/api.h."""
 
     _fields_ = (
@@ -33,7 +33,7 @@ class Quantize(ctypes.Structure):
     )
 
 
-class ProductInt8(ctypes.Structure):
+class ProductInt8Args(ctypes.Structure):
     """`ProductInt8` of kernels/cpu/api.h."""
 
     _fields_ = (
@@ -173,8 +173,8 @@ def _rows(x_TK: torch.Tensor) -> torch.Tensor:
     return x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
 
 
-def _quantize(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tensor | None, *, given: bool) -> Quantize:
-    return Quantize(
+def _quantize(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tensor | None, *, given: bool) -> QuantizeArgs:
+    return QuantizeArgs(
         x_TK.data_ptr(),
         scale_T.data_ptr(),
         None if out_TF is None else out_TF.data_ptr(),
@@ -188,8 +188,8 @@ def _quantize(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tensor | 
 
 def _product(
     x: torch.Tensor, scale_T: torch.Tensor | None, blob: torch.Tensor, bias_N: torch.Tensor | None, out_TN: torch.Tensor
-) -> ProductInt8:
-    return ProductInt8(
+) -> ProductInt8Args:
+    return ProductInt8Args(
         blob.data_ptr(),
         x.data_ptr(),
         None if scale_T is None else scale_T.data_ptr(),

@@ -36,9 +36,10 @@ class Operation(IntEnum):
     """What a `Call` asks for, as in kernels/cpu/api.h."""
 
     PRODUCT = 0
-    QUANTIZE = 1
-    PRODUCT_INT8 = 2
-    RESCALE_INT8 = 3
+    GROUPED_PRODUCT = 1
+    QUANTIZE = 2
+    PRODUCT_INT8 = 3
+    RESCALE_INT8 = 4
 
 
 class Call(ctypes.Structure):

@@ -10,7 +10,7 @@ import torch
 from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Operation, library
 
 
-class Product(ctypes.Structure):
+class ProductArgs(ctypes.Structure):
     """`Product` of kernels/cpu/api.h."""
 
     _fields_ = (
@@ -21,6 +21,26 @@ class Product(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("x_stride", ctypes.c_int64),
         ("out_stride", ctypes.c_int64),
+        ("out_dtype", ctypes.c_int32),
+    )
+
+
+class GroupedProductArgs(ctypes.Structure):
+    """`GroupedProduct` of kernels/cpu/api.h."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+        ("weight_bytes", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("x_group", ctypes.c_int64),
+        ("out_group", ctypes.c_int64),
         ("out_dtype", ctypes.c_int32),
     )
 
@@ -65,7 +85,7 @@ def product(
         x_TK = x_TK.contiguous()
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
     bias = None if bias_N is None else bias_N.data_ptr()
-    call = Product(
+    call = ProductArgs(
         blob.data_ptr(), x_TK.data_ptr(), bias, out_TN.data_ptr(), len(x_TK), x_TK.stride(0), outputs, DTYPES[out_TN.dtype]
     )
     lib.run(Operation.PRODUCT, call)
@@ -90,3 +110,42 @@ def lookup(ids_T: torch.Tensor, blob: torch.Tensor, inner: int, dtype: torch.dty
         ctypes.c_void_p(out_TK.data_ptr()),
     )  # fmt: skip
     return out_TK
+
+
+def grouped_product(
+    x_RK: torch.Tensor, blob_EB: torch.Tensor, outputs: int, ends_E: torch.Tensor, bias_EN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each row times the matrix of its group: [R, N] in the dtype of `x`. Rows from ends_E[-1] on are undefined.
+
+    `blob_EB`: uint8 [E, packed_bytes], from `pack`. `ends_E`: int32, ascending; group e has the rows [ends_E[e - 1], ends_E[e]).
+    `bias_EN`: float32. Specification: `product_reference` of each group.
+    """
+    lib = library()
+    assert lib is not None and ends_E.dtype == torch.int32 and ends_E.is_contiguous()
+    x_RK, out_RN = x_RK.contiguous(), torch.empty(len(x_RK), outputs, dtype=x_RK.dtype)
+    bias = None if bias_EN is None else bias_EN.data_ptr()
+    call = GroupedProductArgs(
+        blob_EB.data_ptr(), ends_E.data_ptr(), x_RK.data_ptr(), bias, out_RN.data_ptr(), len(blob_EB), blob_EB.stride(0), 0,
+        x_RK.stride(0), outputs, 0, 0, DTYPES[x_RK.dtype],
+    )  # fmt: skip
+    lib.run(Operation.GROUPED_PRODUCT, call)
+    return out_RN
+
+
+def product_of_heads(x_TEK: torch.Tensor, blob_EB: torch.Tensor, outputs: int) -> torch.Tensor:
+    """x[t, e] times matrix e: [T, E, N] in the dtype of `x`. `blob_EB`: uint8 [E, packed_bytes], from `pack`.
+
+    Specification: `product_reference` of each head.
+    """
+    lib = library()
+    assert lib is not None
+    if x_TEK.stride(2) != 1:
+        x_TEK = x_TEK.contiguous()
+    rows, heads, _ = x_TEK.shape
+    out_TEN = torch.empty(rows, heads, outputs, dtype=x_TEK.dtype)
+    call = GroupedProductArgs(
+        blob_EB.data_ptr(), None, x_TEK.data_ptr(), None, out_TEN.data_ptr(), heads, blob_EB.stride(0), rows,
+        x_TEK.stride(0), heads * outputs, x_TEK.stride(1), outputs, DTYPES[x_TEK.dtype],
+    )  # fmt: skip
+    lib.run(Operation.GROUPED_PRODUCT, call)
+    return out_TEN
