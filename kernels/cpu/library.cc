@@ -167,12 +167,15 @@ EXPORT void tpserve_pack_int8(int64_t outputs, int64_t inner, const int8_t* from
     });
 }
 
-// Rows `ids` of a packed matrix, as they were before packing: out[i] = matrix[ids[i]], rows of `inner` numbers.
+// Rows `ids` of a packed matrix, as they were before packing: out[i] = matrix[ids[i]], rows of `inner` numbers. Of int8: float32.
 EXPORT void tpserve_lookup(const PackedHead* weight, const int64_t* ids, int64_t count, void* to) {
     for (int64_t i = 0; i < count; i++) {
         const char* panel = (const char*)(weight + 1) + ids[i] / 16 * weight->panel_bytes;
         int64_t n = ids[i] % 16, inner = weight->inner;
-        if (weight->dtype == BFLOAT16)
+        if (weight->dtype == INT8) {
+            float scale = ((const float*)(panel + weight->panel_bytes - 128))[n];
+            for (int64_t k = 0; k < inner; k++) ((float*)to)[i * inner + k] = (float)((const int8_t*)panel)[k / 4 * 64 + 4 * n + k % 4] * scale;
+        } else if (weight->dtype == BFLOAT16)
             for (int64_t k = 0; k < inner; k++) ((uint16_t*)to)[i * inner + k] = ((const uint16_t*)panel)[k / 2 * 32 + 2 * n + k % 2];
         else
             for (int64_t k = 0; k < inner; k++) ((uint32_t*)to)[i * inner + k] = ((const uint32_t*)panel)[k * 16 + n];

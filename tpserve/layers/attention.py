@@ -13,6 +13,7 @@ from tpserve.attention.metadata import AttentionMetadata
 from tpserve.attention.paged import AttentionParams, KVCache, attend, write_kv
 from tpserve.layers.norm import AllHeadsNorm, HeadNorm
 from tpserve.layers.rope import RotaryPositions
+from tpserve.layers.row_parallel import pack_row_parallel, row_parallel
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
@@ -54,7 +55,7 @@ class Attention:
             q_TND, k_TKD = rotary(q_TND, k_TKD)
         write_kv(k_TKD, v_TKD, cache, batch)
         mixed_TND = attend(q_TND, cache, batch, self.attention_params)
-        out_TH = self.tp.all_reduce(matmul(mixed_TND.flatten(1), self.out))
+        out_TH = row_parallel(mixed_TND.flatten(1), self.out, self.tp)
         return out_TH if self.out_bias is None else out_TH + self.out_bias
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
@@ -62,6 +63,6 @@ class Attention:
         yield of_weight(self.qkv, dtype)
         yield of_weight(self.out, dtype)
 
-    def packed(self) -> "Attention":
-        """A copy with packed weights."""
-        return replace(self, qkv=pack(self.qkv), out=pack(self.out))
+    def packed(self, *, int8: bool = False) -> "Attention":
+        """A copy with packed weights, in int8 if asked."""
+        return replace(self, qkv=pack(self.qkv, int8=int8), out=pack_row_parallel(self.out, self.tp, int8=int8))

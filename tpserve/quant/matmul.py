@@ -9,6 +9,7 @@ Legend: T rows, K inner channels, N outputs.
 import torch
 import torch.nn.functional as F
 
+from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.packed import PackedWeight, Weight, is_native
 
 ROW_UNIT = 4
@@ -16,8 +17,8 @@ ROW_UNIT = 4
 
 
 def matmul(x_TK: torch.Tensor, weight_NK: Weight, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias: [T, N] in the dtype of `x`, which is that of the weight. RuntimeError of torch when they differ."""
-    if isinstance(weight_NK, PackedWeight):
+    """x @ weight.T + bias: [T, N] in the dtype of `x`, which is that of the weight (unless it is in int8). RuntimeError of torch when they differ."""
+    if isinstance(weight_NK, PackedWeight | Int8Weight):
         return weight_NK.product(x_TK, bias_N)
     rows, x_TK = len(x_TK), x_TK if x_TK.is_cuda else _padded(x_TK)
     out_TN = F.linear(x_TK, weight_NK) if isinstance(weight_NK, torch.Tensor) else weight_NK.product(x_TK)

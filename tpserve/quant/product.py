@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from tpserve.quant.grouped import grouped_matmul, per_head
+from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Stack, Weight, stack_shape
 
@@ -32,7 +33,8 @@ class Product:
 def of_weight(weight_NK: Weight, dtype: torch.dtype) -> Product:
     """`matmul` with this weight, on rows of `dtype`."""
     outputs, inner = weight_NK.shape
-    return Product(_name("matmul", dtype, inner, outputs), inner, inner * outputs, dtype, partial(matmul, weight_NK=weight_NK))
+    kind = "int8 matmul" if isinstance(weight_NK, Int8Weight) else "matmul"
+    return Product(_name(kind, dtype, inner, outputs), inner, inner * outputs, dtype, partial(matmul, weight_NK=weight_NK))
 
 
 def of_experts(stack_ENK: Stack, dtype: torch.dtype) -> Product:

@@ -141,6 +141,18 @@ def rescale(
     return out_TN
 
 
+def lookup(ids_T: torch.Tensor, blob: torch.Tensor, inner: int) -> torch.Tensor:
+    """Rows of a packed matrix, its int8 numbers times their scales: float32 [T, inner]. `ids_T`: int64, not checked."""
+    lib = library()
+    assert lib is not None
+    ids_T, out_TK = ids_T.contiguous(), torch.empty(len(ids_T), inner)
+    lib.calls.tpserve_lookup(
+        ctypes.c_void_p(blob.data_ptr()), ctypes.c_void_p(ids_T.data_ptr()), ctypes.c_int64(len(ids_T)),
+        ctypes.c_void_p(out_TK.data_ptr()),
+    )  # fmt: skip
+    return out_TK
+
+
 def row_scales_reference(x_TK: torch.Tensor) -> torch.Tensor:
     """`row_scales` in plain torch."""
     if not x_TK.shape[1]:
