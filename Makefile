@@ -9,13 +9,15 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(or $(PYTHON),python3))
 
-.PHONY: help serve check test format gpu-check matrix model chaos lab lab-sixteen clean
+.PHONY: help serve check test format native kernels sanitize gpu-check matrix model chaos lab lab-sixteen clean
 
 help:
 	@echo "make serve        serve the built-in model on all GPUs, or on two CPU ranks; ARGS=\"--port 9000\" adds flags"
 	@echo "make check        lint, types and the unit tests: three minutes"
 	@echo "make test         all tests, with a table of the time they took: 25 minutes on two cores"
 	@echo "make format       put the sources in order"
+	@echo "make native       build the library of CPU kernels anew, with the compiler's warnings as errors"
+	@echo "make sanitize     the tests of the CPU kernels under the address and undefined behaviour sanitizers"
 	@echo "make gpu-check    the tests that need a GPU"
 	@echo "make matrix       the bare and the parity tests on other versions of Python and torch: MATRIX=\"3.12=2.14.1 3.13=2.14.1\""
 	@echo "make clean        remove .venv and what was built"
@@ -23,18 +25,31 @@ help:
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv, TORCH=torch==2.12.0 the torch that is installed."
 
-serve: $(VENV)/serve.stamp
+serve: $(VENV)/serve.stamp kernels
 	@exec $(VENV)/bin/tpserve serve $$($(PY) -c "from tpserve.host.resources import visible_gpus as n; print('' if n() else '--nproc-per-node 2')") $(ARGS)
 
-check: $(VENV)/test.stamp
+check: $(VENV)/test.stamp kernels
 	@$(PY) tests/run.py lint unit
 
-test: $(VENV)/test.stamp
+test: $(VENV)/test.stamp kernels
 	@$(PY) tests/run.py
 
 format: $(VENV)/test.stamp
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+native: $(VENV)/torch.stamp
+	@$(PY) kernels/build_cpu.py
+
+# After the installation, which builds the library too: only what has changed since, and a line when there is none.
+kernels: $(VENV)/torch.stamp
+	@$(PY) kernels/build_cpu.py --optional
+
+# libasan comes first in the process, as it must. Python's own leaks are not looked for.
+sanitize: $(VENV)/test.stamp
+	@$(PY) kernels/build_cpu.py --sanitize .tmp/sanitized.so
+	@LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 TPSERVE_CPU_LIBRARY=$(CURDIR)/.tmp/sanitized.so \
+		$(PY) -m pytest tests/kernels/test_cpu_*.py
 
 # Results as JSON and JUnit XML in $OUT (.tmp without it). Uses .venv when there is one.
 gpu-check:
@@ -63,7 +78,7 @@ lab-sixteen: $(VENV)/test.stamp
 	$(PY) -m pytest tests/lab -m long -rs
 
 clean:
-	rm -rf $(VENV) .tmp build *.egg-info
+	rm -rf $(VENV) .tmp build *.egg-info kernels/tpserve_kernels/*.so
 
 # Each stamp holds the seconds that its installation took. torch comes first and alone: what follows must not choose another one.
 $(VENV)/torch.stamp:

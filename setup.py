@@ -1,15 +1,44 @@
-"""Packaging of tpserve: packages, dependencies, the `tpserve` command."""
+"""Packaging of tpserve: packages, dependencies, the `tpserve` command, and the library of CPU kernels where a compiler is."""
 
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 from setuptools import find_packages, setup
-from setuptools.command import editable_wheel
+from setuptools.command import bdist_wheel, build_py, editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 SOURCE = "https://github.com/tpserve/tpserve"
 version: dict[str, str] = {}
 exec((ROOT / "tpserve" / "version.py").read_text(), version)
+
+
+sys.path.insert(0, str(ROOT / "kernels"))
+import build_cpu  # noqa: E402
+
+LIBRARY = Path("tpserve_kernels") / build_cpu.LIBRARY.name
+
+
+class BuildPy(build_py.build_py):
+    """Also builds the library of CPU kernels: into the package, for an editable installation beside its sources."""
+
+    def run(self) -> None:
+        super().run()
+        if missing := build_cpu.build_optional(build_cpu.LIBRARY if self.editable_mode else Path(self.build_lib) / LIBRARY):
+            self.warn(missing)
+
+
+class BdistWheel(bdist_wheel.bdist_wheel):
+    """A wheel with the library is for its platform, and for every Python: ctypes loads the library."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        library = Path(self.get_finalized_command("build_py").build_lib) / LIBRARY
+        if not library.exists():
+            return super().get_tag()
+        self.root_is_pure = False
+        machine = sysconfig.get_platform().removeprefix("linux-")
+        return "py3", "none", f"manylinux_2_{max(17, build_cpu.glibc(library))}_{machine}"
 
 
 class EditableWheel(editable_wheel.editable_wheel):
@@ -40,7 +69,7 @@ setup(
     # `make matrix` tests these versions; docs/install.md lists the results.
     python_requires=">=3.11,<3.14",
     # `kernels/` is only a folder: an installed package named `kernels` would shadow Hugging Face's.
-    packages=[*find_packages(include=["tpserve", "tpserve.*"]), "tpserve_kernels"],
+    packages=[*find_packages(include=["tpserve", "tpserve.*"]), "tpserve_kernels", "tpserve_kernels.cpu"],
     package_dir={"tpserve_kernels": "kernels/tpserve_kernels"},
     package_data={"tpserve.builtin": ["model/*"], "tpserve": ["py.typed"], "tpserve_kernels": ["py.typed"]},
     install_requires=[
@@ -72,6 +101,6 @@ setup(
             "kubernetes-validate>=1.36",  # the schemas of Kubernetes' resources, for launch/kubernetes
         ],
     },
-    cmdclass={"editable_wheel": EditableWheel},
+    cmdclass={"bdist_wheel": BdistWheel, "build_py": BuildPy, "editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["tpserve = tpserve.__main__:main"]},
 )

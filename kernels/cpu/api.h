@@ -14,6 +14,11 @@ enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 
 enum Operation : int32_t {
     PRODUCT = 0,
     GROUPED_PRODUCT,
+    HEAD,
+    HEAD_BLOCK,
+    NORM,
+    QKV,
+    ACTIVATION,
     QUANTIZE,      // quant/int8.py: rows of activations and of weights, to int8
     PRODUCT_INT8,  // quant/int8.py: every product with an int8 matrix
     RESCALE_INT8,  // quant/int8.py: sums of PRODUCT_INT8 that were added up over ranks
@@ -68,6 +73,74 @@ struct GroupedProduct {
     void* out;
     int64_t groups, weight_bytes, rows, x_stride, out_stride, x_group, out_group;
     int32_t out_dtype;
+};
+
+// The LM head [N, K] for some rows, without writing logits = scale * x @ weight.T. N is taken in `blocks` of 128 ids.
+//
+// HEAD writes the largest logit of each row with its lowest id and, if `sums` is given, of each block the largest logit (at least
+// the lowest finite number) and the sum of exp((logit - top) / temperature), 0 for a temperature of 0. With `logits` it reads them
+// from there and computes none. HEAD_BLOCK writes the logits of block best_id[row] of each row to `workspace`.
+struct Head {
+    const PackedHead* weight;
+    const void* x;             // [rows, K] of the weight's dtype
+    const float* logits;       // [rows, outputs] or null
+    const float* temperature;  // [rows]
+    float* best;               // [threads, rows], the first `rows` are the result
+    int64_t* best_id;          // [threads, rows]
+    float* tops;               // [rows, blocks]
+    double* sums;              // [rows, blocks] or null
+    float* workspace;          // [threads, rows, 128]
+    int64_t rows, x_stride, logits_stride, outputs, blocks;
+    float scale;
+};
+
+enum NormKind : int32_t { RMS_NORM = 0, LAYER_NORM = 1 };
+
+// out = norm(x), or with a residual stream sum = x + residual, rounded, and out = norm(sum). `out` may be `x`, `sum` may be
+// `residual`. Called by layers/norm.py.
+struct Norm {
+    const void* x;         // [rows, width]
+    const void* residual;  // [rows, width] or null
+    void* sum;             // [rows, width] where there is a residual
+    void* out;             // [rows, width]
+    const void* weight;    // [width] or null, of `dtype`
+    const void* bias;      // [width] or null, of `dtype`; layer norm only
+    int64_t rows, width, x_stride, residual_stride, sum_stride, out_stride;
+    float eps, offset;     // `offset` is added to the weight of an RMS norm, in float32
+    int32_t dtype, kind;
+};
+
+// The query, key or value heads of the rows of a step: where they are, where they go, and the weight of the norm of each head.
+struct Heads {
+    const void* from;   // [rows, count, dim]
+    void* to;           // [rows, count, dim] or [slots, count, dim]; may be `from`
+    const void* norm;   // [dim] or null, of the step's dtype
+    int64_t count, dim, from_stride, from_head_stride, to_stride, to_head_stride;
+};
+
+// Per head of queries and keys: RMS norm, rounded, and rotation, rounded; values are copied. With `slots` row r of keys and
+// values goes to row slots[r] of the cache, rows from `written` on and negative slots nowhere. Without, to row r.
+// Called by layers/attention.py (all of it), layers/rope.py (rotation) and attention/paged.py (writes).
+struct Qkv {
+    Heads q, k, v;                // a count of 0: none
+    const int64_t* positions;     // [rows]; null: no rotation
+    const float *cos, *sin;       // [positions, frequencies]
+    const int64_t* slots;         // [written] or null
+    int64_t rows, written, frequencies;
+    float eps, offset;
+    int32_t dtype, interleaved;   // `interleaved`: channels 2 c and 2 c + 1 rotate; they come out as c and c + frequencies
+};
+
+enum ActivationKind : int32_t { SILU_MUL = 0, GELU_TANH_MUL, CLAMPED_SWIGLU, SILU, GELU, GELU_TANH, RELU };
+
+// out = activation(x). The gated kinds (up to CLAMPED_SWIGLU) have rows of x with the gate first, then as many numbers to multiply
+// by. `out` may be `x`. Called by layers/activation.py.
+struct Activation {
+    const void* x;  // [rows, width], gated [rows, 2 width]
+    void* out;      // [rows, width]
+    int64_t rows, width, x_stride, out_stride;
+    float alpha, limit;  // of CLAMPED_SWIGLU
+    int32_t dtype, kind;
 };
 
 // out[t] = rint(x[t] / scale[t]) as int8 in [-127, 127], filled up with zeros to the next multiple of 64. A row of zeros, or of numbers

@@ -1,7 +1,9 @@
 // All operations for one instruction set. build_cpu.py compiles this file once for each, with SET naming the table that it defines.
 #include "kernels.h"
 
+#include "head.h"
 #include "product.h"
+#include "rows.h"
 #include "product_int8.h"
 
 namespace {
@@ -15,6 +17,11 @@ void operation(const void* arguments, const Team& team) {
 extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Product, product>,
     operation<GroupedProduct, grouped_product>,
+    operation<Head, head>,
+    operation<Head, head_block>,
+    operation<Norm, norm>,
+    operation<Qkv, qkv>,
+    operation<Activation, activation>,
     operation<Quantize, quantize>,
     operation<ProductInt8, product_int8>,
     operation<ProductInt8, rescale_int8>,

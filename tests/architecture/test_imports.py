@@ -46,11 +46,11 @@ ALLOWED: dict[str, set[str]] = {
     "frontend": {*FLOOR_0, "config", "host", "text", "cluster", "process", "coordinator", "engine_client", "observe"},
     # floor 3
     "attention": {*FLOOR_0, "kernels"},
-    "sampler": {*FLOOR_0, "parallel"},
+    "sampler": {*FLOOR_0, "parallel", "kernels"},
     "layers": {*FLOOR_0, "parallel", "quant", "attention", "kernels"},
     "weights": {*FLOOR_0, "parallel", "quant", "observe", "config"},
     # floor 4
-    "models": {*FLOOR_0, "builtin", "config", "parallel", "quant", "attention", "layers", "weights"},
+    "models": {*FLOOR_0, "builtin", "config", "parallel", "quant", "attention", "layers", "sampler", "weights"},
     # floor 5
     "worker": {
         *FLOOR_0,

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.bare.installation import Installation, build_wheel, install
+from tests.bare.installation import Installation, build_wheel, install, old_compiler
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+    """With the library of CPU kernels, where the tests have a compiler: one that is too old for AVX-512."""
+    directory = tmp_path_factory.mktemp("wheel")
+    return build_wheel(directory, old_compiler(directory, "avx512"))
 
 
 @pytest.fixture(scope="session")

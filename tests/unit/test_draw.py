@@ -10,7 +10,11 @@ import torch
 
 from tpserve.parallel.group import Group
 from tpserve.sampler import draw as module
-from tpserve.sampler.draw import BLOCK, draw, gumbel
+from tpserve.sampler.draw import draw, gumbel
+from tpserve.sampler.logits import UnwrittenLogits, WrittenLogits
+from tpserve_kernels.cpu import head, product
+from tpserve_kernels.cpu.head import BLOCK
+from tpserve_kernels.cpu.library import library
 
 ALONE = Group()
 Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -65,7 +69,7 @@ def logits(rows: int, vocab: int) -> torch.Tensor:
 
 def whole(x: torch.Tensor, temperature: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     seed, position, choice = rest
-    return draw(x, (range(x.shape[1]),), temperature, seed, position, choice, ALONE, all_greedy=False)
+    return draw(WrittenLogits(x), (range(x.shape[1]),), temperature, seed, position, choice, ALONE, all_greedy=False)
 
 
 def some(rest: Columns, rows: slice) -> Columns:
@@ -172,25 +176,46 @@ def test_the_noise_at_both_ends_of_a_word(monkeypatch: pytest.MonkeyPatch) -> No
     assert lowest == same == pytest.approx(-math.log(24 * math.log(2))) and highest == pytest.approx(24 * math.log(2))
 
 
-def test_sums_do_not_know_their_order() -> None:
-    weights = torch.randn((50, 4, BLOCK), generator=torch.Generator().manual_seed(3)).mul_(9).clamp(max=0).exp_()
-    sums = module._exact_sum(weights)
-    torch.testing.assert_close(sums, weights.double().sum(dim=2), rtol=1e-11, atol=0)
+@pytest.mark.parametrize("form", ["reference", "library"])
+def test_sums_do_not_know_their_order(form: str) -> None:
+    x, temperature = logits(50, 4 * BLOCK), torch.full((50,), 0.7)
+    if form == "library" and library() is None:
+        pytest.skip("the library of CPU kernels is not there")
+    blocks_of = head.blocks_of_logits if form == "library" else head.blocks_of_logits_reference
+    sums = blocks_of(x, temperature).sum_SB
+    blocks = x.view(50, 4, BLOCK)
+    exact = ((blocks - blocks.amax(2, keepdim=True)).double() / temperature[:, None, None].double()).exp().sum(2)
+    torch.testing.assert_close(sums, exact, rtol=1e-6, atol=0)
     for seed in range(5):
         order = torch.randperm(BLOCK, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(module._exact_sum(weights[:, :, order]), sums)
+        assert torch.equal(blocks_of(blocks[:, :, order].reshape(50, -1), temperature).sum_SB, sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unwritten_logits_are_the_written_ones(dtype: torch.dtype, two_threads: None) -> None:
+    """Greedy and drawn tokens, values bit for bit, also in shards and with a scale."""
+    if library() is None:
+        pytest.skip("the library of CPU kernels is not there")
+    x, weight = torch.randn(9, 96).to(dtype), torch.randn(1000, 96).to(dtype)
+    logits = UnwrittenLogits(x, product.pack(weight), 1000, 0.5)
+    written = WrittenLogits(logits.written())
+    torch.testing.assert_close(written.values_SV, x.float() @ weight.float().T * 0.5, atol=1e-4, rtol=1e-4)
+    for first in (0, 256):
+        got, expected = (module._draw_rows(of, *columns(9), first=first) for of in (logits, written))
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert torch.equal(logits.blocks(None).best_id_S, written.blocks(None).best_id_S)
 
 
 @pytest.mark.parametrize("vocab", [300, 50_257])
 def test_a_row_does_not_see_the_others(vocab: int, two_threads: None) -> None:
     """Values and tokens bit for bit, for 1 to 17 rows, for one and two threads."""
     x, rest = logits(17, vocab), columns(17)
-    values, tokens = module._draw_rows(x, *rest, first=0)
+    values, tokens = module._draw_rows(WrittenLogits(x), *rest, first=0)
     for rows in range(1, 18):
         torch.set_num_threads(1 + rows % 2)
-        got_values, got_tokens = module._draw_rows(x[:rows], *some(rest, slice(rows)), first=0)
+        got_values, got_tokens = module._draw_rows(WrittenLogits(x[:rows]), *some(rest, slice(rows)), first=0)
         assert torch.equal(got_values, values[:rows]) and torch.equal(got_tokens, tokens[:rows])
-        last = module._draw_rows(x[rows - 1 : rows], *some(rest, slice(rows - 1, rows)), first=0)
+        last = module._draw_rows(WrittenLogits(x[rows - 1 : rows]), *some(rest, slice(rows - 1, rows)), first=0)
         assert torch.equal(last[0], values[rows - 1 : rows])
 
 
@@ -207,7 +232,7 @@ def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
 
     def run(tp: Group) -> torch.Tensor:
         shard = shards[tp.rank]
-        return draw(x[:, shard.start : shard.stop].clone(), shards, *rest, tp, all_greedy=False)
+        return draw(WrittenLogits(x[:, shard.start : shard.stop].clone()), shards, *rest, tp, all_greedy=False)
 
     for tokens in on_ranks(len(shards), run):
         assert torch.equal(tokens, expected)
@@ -216,8 +241,8 @@ def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
 def test_a_shard_has_the_whole_vocabularys_values() -> None:
     """Not only the winners agree: the values that are compared do, to the bit."""
     x, rest = logits(40, 1024), columns(40)
-    values, tokens = module._draw_rows(x, *rest, first=0)
-    first, second = (module._draw_rows(x[:, s : s + 512], *rest, first=s) for s in (0, 512))
+    values, tokens = module._draw_rows(WrittenLogits(x), *rest, first=0)
+    first, second = (module._draw_rows(WrittenLogits(x[:, s : s + 512]), *rest, first=s) for s in (0, 512))
     assert torch.equal(torch.maximum(first[0], second[0]), values)
     assert torch.equal(torch.where(first[0] >= second[0], first[1], second[1]), tokens)
 
@@ -232,10 +257,10 @@ def test_temperature_0_is_the_lowest_id_of_the_largest_logit(all_greedy: bool) -
 
     def run(tp: Group) -> torch.Tensor:
         shard = shards[tp.rank]
-        return draw(x[:, shard.start : shard.stop], shards, *rest, tp, all_greedy=all_greedy)
+        return draw(WrittenLogits(x[:, shard.start : shard.stop].contiguous()), shards, *rest, tp, all_greedy=all_greedy)
 
     assert all(tokens.tolist() == [5, 130, 0] for tokens in on_ranks(3, run))
-    assert draw(x, (range(300),), *rest, ALONE, all_greedy=all_greedy).tolist() == [5, 130, 0]
+    assert draw(WrittenLogits(x), (range(300),), *rest, ALONE, all_greedy=all_greedy).tolist() == [5, 130, 0]
 
 
 def test_masked_logits_are_never_drawn() -> None:
@@ -249,4 +274,4 @@ def test_masked_logits_are_never_drawn() -> None:
 def test_all_greedy_draws_nothing_random(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "gumbel", None)
     x, rest = logits(4, 300), columns(4, temperature=0.0)
-    assert torch.equal(draw(x, (range(300),), *rest, ALONE, all_greedy=True), x.argmax(1))
+    assert torch.equal(draw(WrittenLogits(x), (range(300),), *rest, ALONE, all_greedy=True), x.argmax(1))

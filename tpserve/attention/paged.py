@@ -11,6 +11,7 @@ import torch
 
 from tpserve.attention import cpu_attention, cpu_plan
 from tpserve.attention.metadata import AttentionMetadata
+from tpserve_kernels.cpu import rows
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class KVCache:
     def v_in_k(self) -> bool:
         """Whether `v` is a view of `k`."""
         return self.v.data_ptr() == self.k.data_ptr()
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views with a row a slot, [num_blocks * block_size, K, D] and [num_blocks * block_size, K, E]."""
+        return self.k.view(-1, *self.k.shape[2:]), self.v.view(-1, *self.v.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -93,10 +98,14 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
 
         kv.write_kv(k_TKD, v_TKE, cache.k, cache.v, batch.write_slots)
         return
-    rows = len(batch.write_slots)
-    cache.k.flatten(0, 1).index_copy_(0, batch.write_slots, k_TKD[:rows])
+    if rows.native(k_TKD):
+        k_cache_SKD, v_cache_SKE = cache.slots()
+        rows.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
+        return
+    written = len(batch.write_slots)
+    cache.k.flatten(0, 1).index_copy_(0, batch.write_slots, k_TKD[:written])
     if v_TKE is not None:
-        cache.v.flatten(0, 1).index_copy_(0, batch.write_slots, v_TKE[:rows])
+        cache.v.flatten(0, 1).index_copy_(0, batch.write_slots, v_TKE[:written])
 
 
 def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attention_params: AttentionParams) -> torch.Tensor:

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.rows import ActivationKind
+
 CHUNK_ELEMENTS = 1 << 17
 """Elements per pass on the CPU: intermediate results stay in its caches."""
 
@@ -23,6 +26,8 @@ def silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
         from tpserve_kernels import activation
 
         return activation.silu_mul(gate_up_TI2)
+    if rows.native(gate_up_TI2):
+        return rows.activation(gate_up_TI2, ActivationKind.SILU_MUL)
     return _gated(gate_up_TI2, torch.neg)
 
 
@@ -32,6 +37,8 @@ def gelu_tanh_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
         from tpserve_kernels import activation
 
         return activation.gelu_tanh_mul(gate_up_TI2)
+    if rows.native(gate_up_TI2):
+        return rows.activation(gate_up_TI2, ActivationKind.GELU_TANH_MUL)
     return _gated(gate_up_TI2, _gelu_exponent)
 
 
@@ -44,11 +51,13 @@ def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> tor
         from tpserve_kernels import activation
 
         return activation.clamped_swiglu(gate_up_TI2, alpha, limit)
+    if rows.native(gate_up_TI2):
+        return rows.activation(gate_up_TI2, ActivationKind.CLAMPED_SWIGLU, alpha, limit)
     gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
     out_TI = torch.empty_like(gate_TI, memory_format=torch.contiguous_format)
-    for rows in _row_chunks(out_TI):
-        gate, up = gate_TI[rows].float().clamp(max=limit), up_TI[rows].float().clamp(-limit, limit)
-        out_TI[rows] = gate.div_((gate * -alpha).exp_().add_(1)).mul_(up.add_(1))
+    for chunk in _row_chunks(out_TI):
+        gate, up = gate_TI[chunk].float().clamp(max=limit), up_TI[chunk].float().clamp(-limit, limit)
+        out_TI[chunk] = gate.div_((gate * -alpha).exp_().add_(1)).mul_(up.add_(1))
     return out_TI
 
 
@@ -56,10 +65,10 @@ def _gated(gate_up_TI2: torch.Tensor, exponent: Callable[[torch.Tensor], torch.T
     """gate / (1 + exp(exponent(gate))) * up, [T, 2 I] -> [T, I]."""
     gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
     out_TI = torch.empty_like(gate_TI, memory_format=torch.contiguous_format)
-    for rows in _row_chunks(out_TI):
-        gate = gate_TI[rows].to(torch.float32, copy=True)
+    for chunk in _row_chunks(out_TI):
+        gate = gate_TI[chunk].to(torch.float32, copy=True)
         torch.div(gate, exponent(gate).exp_().add_(1), out=gate)
-        out_TI[rows] = gate.mul_(up_TI[rows])
+        out_TI[chunk] = gate.mul_(up_TI[chunk])
     return out_TI
 
 
@@ -76,23 +85,34 @@ def _gelu_exponent(x: torch.Tensor) -> torch.Tensor:
 
 def gelu(x_TI: torch.Tensor) -> torch.Tensor:
     """GELU, x times the normal distribution function of x (Hendrycks and Gimpel 2016, arXiv:1606.08415): [T, I]."""
+    if rows.native(x_TI):
+        return rows.activation(x_TI, ActivationKind.GELU)
     x = x_TI.float()
     return (x * 0.5).mul_((x * 0.5**0.5).erf_().add_(1)).to(x_TI.dtype)
 
 
 def gelu_tanh(x_TI: torch.Tensor) -> torch.Tensor:
     """GELU's tanh approximation (same paper), written with the logistic function: x / (1 + exp(-2 u)), [T, I]."""
+    if rows.native(x_TI):
+        return rows.activation(x_TI, ActivationKind.GELU_TANH)
     x = x_TI.float()
     return (x / _gelu_exponent(x).exp_().add_(1)).to(x_TI.dtype)
 
 
 def silu(x_TI: torch.Tensor) -> torch.Tensor:
     """SiLU, x times the logistic function of x (Elfwing et al. 2017, arXiv:1702.03118): [T, I]."""
+    if rows.native(x_TI):
+        return rows.activation(x_TI, ActivationKind.SILU)
     x = x_TI.float()
     return (x / x.neg().exp_().add_(1)).to(x_TI.dtype)
 
 
-ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": torch.relu}
+def relu(x_TI: torch.Tensor) -> torch.Tensor:
+    """x where it is positive, else 0: [T, I]."""
+    return rows.activation(x_TI, ActivationKind.RELU) if rows.native(x_TI) else x_TI.relu()
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 """Activations without a gate, by their names in ModelSpec."""
 GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul}
 """Activations with a gate, by their names in ModelSpec."""

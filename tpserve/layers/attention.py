@@ -18,6 +18,7 @@ from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
 from tpserve.quant.product import Product, of_weight
+from tpserve_kernels.cpu import rows
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,31 @@ class Attention:
         qkv = matmul(x_TH, self.qkv, self.qkv_bias)
         heads_TAD = qkv.view(len(x_TH), -1, self.head_dim)
         q_TND, k_TKD, v_TKD = heads_TAD.tensor_split((self.num_heads, self.num_heads + self.num_kv_heads), dim=1)
+        q_TND = self._place(q_TND, k_TKD, v_TKD, rotary, batch, cache)
+        mixed_TND = attend(q_TND, cache, batch, self.attention_params)
+        out_TH = row_parallel(mixed_TND.flatten(1), self.out, self.tp)
+        return out_TH if self.out_bias is None else out_TH + self.out_bias
+
+    def _place(
+        self,
+        q_TND: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        rotary: RotaryPositions | None,
+        batch: AttentionMetadata,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """Write the keys, normed and rotated, and the values to the cache; returns such queries. May overwrite `q`."""
+        if rows.native(q_TND) and not isinstance(self.qk_norm, AllHeadsNorm):
+            norms = None if self.qk_norm is None else self.qk_norm.weights
+            rotation = None if rotary is None else rotary.rotation
+            return rows.place_heads(q_TND, k_TKD, v_TKD, *cache.slots(), batch.write_slots, norms, rotation)
         if self.qk_norm is not None:
             q_TND, k_TKD = self.qk_norm(q_TND, k_TKD)
         if rotary is not None:
             q_TND, k_TKD = rotary(q_TND, k_TKD)
         write_kv(k_TKD, v_TKD, cache, batch)
-        mixed_TND = attend(q_TND, cache, batch, self.attention_params)
-        out_TH = row_parallel(mixed_TND.flatten(1), self.out, self.tp)
-        return out_TH if self.out_bias is None else out_TH + self.out_bias
+        return q_TND
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
         """The matrix products of this layer with weights of `dtype`, for the self-test."""

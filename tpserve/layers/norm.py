@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tpserve.parallel.group import Group
+from tpserve_kernels.cpu import rows
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
@@ -23,6 +24,8 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: flo
         from tpserve_kernels import norm
 
         return norm.rms_norm(x_TH.reshape(-1, x_TH.shape[-1]), weight_H, eps, offset).view(x_TH.shape)
+    if rows.native(x_TH):
+        return rows.rms_norm(x_TH.reshape(-1, x_TH.shape[-1]), weight_H, eps, offset).view(x_TH.shape)
     if offset:  # added in float32: the dtype's own 1 + w loses the weight's last bits
         return F.rms_norm(x_TH.float(), weight_H.shape, weight_H.float() + offset, eps).to(x_TH.dtype)
     return F.rms_norm(x_TH, weight_H.shape, weight_H, eps)
@@ -32,12 +35,14 @@ def add_rms_norm(
     x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual), both [T, H]; the sum is rounded before the norm."""
-    if not x_TH.is_cuda:
-        sum_TH = x_TH + residual_TH
-        return rms_norm(sum_TH, weight_H, eps, offset), sum_TH
-    from tpserve_kernels import norm
+    if x_TH.is_cuda:
+        from tpserve_kernels import norm
 
-    return norm.add_rms_norm(x_TH, residual_TH, weight_H, eps, offset)
+        return norm.add_rms_norm(x_TH, residual_TH, weight_H, eps, offset)
+    if rows.native(x_TH):
+        return rows.add_rms_norm(x_TH, residual_TH, weight_H, eps, offset)
+    sum_TH = x_TH + residual_TH
+    return rms_norm(sum_TH, weight_H, eps, offset), sum_TH
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,14 @@ class LayerNorm:
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
+        if rows.native(x_TH):
+            return rows.layer_norm(x_TH, self.weight_H, self.bias_H, self.eps)
         return F.layer_norm(x_TH, x_TH.shape[-1:], self.weight_H, self.bias_H, self.eps)
 
     def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of the sum, the sum), both [T, H]."""
+        if rows.native(x_TH):
+            return rows.add_layer_norm(x_TH, residual_TH, self.weight_H, self.bias_H, self.eps)
         sum_TH = x_TH + residual_TH
         return self(sum_TH), sum_TH
 
@@ -90,6 +99,11 @@ class HeadNorm:
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normed queries [T, N, D] and keys [T, K, D]."""
         return rms_norm(q_TND, self.q_D, self.eps, self.offset), rms_norm(k_TKD, self.k_D, self.eps, self.offset)
+
+    @property
+    def weights(self) -> rows.HeadNorms:
+        """The same for the CPU's kernels."""
+        return rows.HeadNorms(self.q_D, self.k_D, self.eps, self.offset)
 
 
 @dataclass(frozen=True)

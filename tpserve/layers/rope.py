@@ -11,30 +11,43 @@ frequencies, P positions.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from tpserve.types.model_spec import RopeSpec
+from tpserve_kernels.cpu import rows
 
 
 @dataclass(frozen=True)
 class RotaryPositions:
-    """The rotation for the positions of the rows of one step, computed once for all layers. `positions_T`: int64."""
+    """The rotation for the positions of the rows of one step, for all layers. `positions_T`: int64, in [0, P)."""
 
     rope: "Rope"
     positions_T: torch.Tensor
-    rows: tuple[torch.Tensor, torch.Tensor] | None
-    """On the CPU the cosines and sines of the rows, float32 [T, 1, R], the sines of the lower half negated; None on CUDA."""
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [T, N, D] and keys [T, K, D], computed in float32, in the dtype of the input."""
+        if rows.native(q_TND):
+            return rows.rotate(q_TND, k_TKD, self.rotation)
         if self.rope.interleaved:
             q_TND, k_TKD = _halves(q_TND), _halves(k_TKD)
-        if self.rows is not None:
-            return _rotate(q_TND, *self.rows), _rotate(k_TKD, *self.rows)
+        if not q_TND.is_cuda:
+            return _rotate(q_TND, *self._waves), _rotate(k_TKD, *self._waves)
         from tpserve_kernels import rope
 
         return rope.apply_rope(q_TND, k_TKD, self.rope.cos_PE, self.rope.sin_PE, self.positions_T)
+
+    @property
+    def rotation(self) -> rows.Rotation:
+        """The same for the CPU's kernels."""
+        return rows.Rotation(self.positions_T, self.rope.cos_PE, self.rope.sin_PE, self.rope.interleaved)
+
+    @cached_property
+    def _waves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cosines and sines of the rows, float32 [T, 1, R], the sines of the lower half negated: computed once a step."""
+        cos_TE, sin_TE = self.rope.cos_PE[self.positions_T], self.rope.sin_PE[self.positions_T]
+        return torch.cat((cos_TE, cos_TE), 1).unsqueeze(1), torch.cat((-sin_TE, sin_TE), 1).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -47,12 +60,7 @@ class Rope:
 
     def at(self, positions_T: torch.Tensor) -> RotaryPositions:
         """The rotation for these positions, int64 in [0, P)."""
-        if positions_T.is_cuda:
-            return RotaryPositions(self, positions_T, None)
-        cos_TE, sin_TE = self.cos_PE[positions_T], self.sin_PE[positions_T]
-        return RotaryPositions(
-            self, positions_T, (torch.cat((cos_TE, cos_TE), 1).unsqueeze(1), torch.cat((-sin_TE, sin_TE), 1).unsqueeze(1))
-        )
+        return RotaryPositions(self, positions_T)
 
 
 def _halves(x_TND: torch.Tensor) -> torch.Tensor:

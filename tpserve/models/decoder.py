@@ -26,8 +26,10 @@ from tpserve.models.held_bytes import held_bytes
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul, pad_rows
-from tpserve.quant.packed import Table, Weight, pack
+from tpserve.quant.int8 import Int8Weight
+from tpserve.quant.packed import PackedWeight, Table, Weight, pack
 from tpserve.quant.product import Product, of_weight
+from tpserve.sampler.logits import Logits, UnwrittenLogits, WrittenLogits
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter
@@ -148,16 +150,27 @@ class Decoder:
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Last stage: the logits of `hidden_SH` over this rank's vocabulary shard, float32 [S, V]."""
+        logits_SV, cap = self._logits(hidden_SH).written(), self.spec.logits_cap
+        return logits_SV if cap is None else logits_SV.div_(cap).tanh_().mul_(cap)
+
+    def head(self, hidden_SH: torch.Tensor) -> Logits:
+        """Last stage: the same logits for a draw, which need not be written."""
+        return self._logits(hidden_SH) if self.spec.logits_cap is None else WrittenLogits(self.logits(hidden_SH))
+
+    def _logits(self, hidden_SH: torch.Tensor) -> Logits:
+        """The logits before their cap. The library of CPU kernels does not round them to the model's dtype."""
         assert self._head is not None, "only the last stage has logits"
         if self._norm is not None:
             hidden_SH = self._norm(hidden_SH)
         if self._project_out is not None:
             hidden_SH = matmul(hidden_SH, self._project_out)
-        logits_SV = matmul(hidden_SH, self._head).float()
-        if self.spec.logits_scale != 1:
-            logits_SV = logits_SV * self.spec.logits_scale
-        cap = self.spec.logits_cap
-        return logits_SV if cap is None else logits_SV.div_(cap).tanh_().mul_(cap)
+        if isinstance(self._head, PackedWeight):
+            return UnwrittenLogits(hidden_SH, self._head.blob, self._head.shape[0], self.spec.logits_scale)
+        if isinstance(self._head, Int8Weight):
+            logits_SV = self._head.product(hidden_SH, out_dtype=torch.float32)
+        else:
+            logits_SV = matmul(hidden_SH, self._head).float()
+        return WrittenLogits(logits_SV * self.spec.logits_scale if self.spec.logits_scale != 1 else logits_SV)
 
 
 def _cache_group(spec: ModelSpec, layer: int) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from tpserve.errors import UserError
 from tpserve_kernels.cpu import int8
-from tpserve_kernels.cpu.library import load
+from tpserve_kernels.cpu.library import ISA_VARIABLE, load
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,15 @@ class Int8Weight:
         """Quantize a float32 or bfloat16 matrix. `scale_N`: those of `row_scales` by default, and nowhere below."""
         return Int8Weight(int8.pack(weight_NK, scale_N), weight_NK.shape, weight_NK.dtype)
 
-    def product(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-        """x @ weight.T + bias: [T, N] in the dtype of `x`, that of the plain tensor. AssertionError if it is not."""
+    def product(
+        self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """x @ weight.T + bias: [T, N] in `out_dtype`, by default that of `x`.
+
+        AssertionError if the dtype of `x` is not that of the plain tensor.
+        """
         assert x_TK.dtype == self.dtype
-        return int8.product(x_TK, self.blob, self.shape[0], None if bias_N is None else bias_N.float())
+        return int8.product(x_TK, self.blob, self.shape[0], None if bias_N is None else bias_N.float(), out_dtype)
 
     def sums(self, x_TK: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
         """The integer sums of a product: int32 [T, N]. `scale_T`: of the rows, float32."""
@@ -68,7 +73,7 @@ def check_available() -> None:
     library, why_not = load()
     if library is None:
         raise UserError(
-            f"--quantization int8 needs the library of CPU kernels, and {why_not}: install a C++ compiler (g++ or clang++) and "
-            "then tpserve again, or leave --quantization out",
+            f"--quantization int8 needs the library of CPU kernels, which cannot be used ({why_not}): install tpserve where a C++ "
+            f"compiler is (g++ or clang++) and run without {ISA_VARIABLE}=off, or leave --quantization out",
             param="quantization",
         )

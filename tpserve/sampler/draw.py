@@ -9,24 +9,24 @@ independent standard Gumbel noise G, argmax of z + G is a sample of softmax(z), 
 which needs one random number per block and 128 more, instead of one per token. G comes from Philox with key = seed and
 counter = (block or token id, position, choice, level). Ties go to the lowest id. Temperature 0 is the argmax of the logits.
 
-Exactness. A row's token depends on that row alone: maxima are exact, sums are exact in any order (`_exact_sum`), everything
+Exactness. A row's token depends on that row alone: maxima are exact, sums are exact in any order (`Blocks.sum_SB`), everything
 else is elementwise. So a vocabulary shard of whole blocks finds the same best block and token as the whole vocabulary would,
 and the best of the gathered (value, id) pairs is the unsharded draw, bit for bit. With shards that start inside a block (tiny
 vocabularies) each rank gathers the logits and draws from all of them.
 
-Legend: S sampled rows, V vocabulary ids of this rank, B blocks, E the 128 ids of a block.
+Legend: S sampled rows, B blocks, E the 128 ids of a block.
 """
 
 import torch
 
 from tpserve.parallel.group import Group
+from tpserve.sampler.logits import Logits, WrittenLogits
 from tpserve.sampler.philox import WORD, philox4x32
-
-BLOCK = 128
+from tpserve_kernels.cpu.head import BLOCK
 
 
 def draw(
-    logits_SV: torch.Tensor,
+    logits: Logits,
     shards: tuple[range, ...],
     temperature_S: torch.Tensor,
     seed_S: torch.Tensor,
@@ -38,18 +38,19 @@ def draw(
 ) -> torch.Tensor:
     """Draw one token per row: [S] int64, equal on all ranks of `tp`.
 
-    `logits_SV`: float32, this rank's shard of the vocabulary; `shards`: the ids of every rank, ascending, without gaps.
+    `logits`: of this rank's shard of the vocabulary; `shards`: the ids of every rank, ascending, without gaps.
     `temperature_S`: float32, 0 is greedy. `seed_S`: int64, the bits of an unsigned 64-bit seed. `position_S`: int64, the
     position of the drawn token. `choice_S`: int64, the index among the request's n choices.
     `all_greedy`: the caller knows that every temperature is 0; then no random number is computed.
     """
     first = shards[tp.rank].start
     if all_greedy:
-        return _winner(*_greedy(logits_SV, first), tp)
+        best = logits.blocks(None)
+        return _winner(best.best_S.double(), best.best_id_S + first, tp)
     aligned = all(shard.start % BLOCK == 0 for shard in shards)
     if not aligned:
-        logits_SV, first = gather_logits(logits_SV, shards, tp), 0
-    value_S, token_S = _draw_rows(logits_SV, temperature_S, seed_S, position_S, choice_S, first=first)
+        logits, first = WrittenLogits(gather_logits(logits.written(), shards, tp)), 0
+    value_S, token_S = _draw_rows(logits, temperature_S, seed_S, position_S, choice_S, first=first)
     return _winner(value_S, token_S, tp) if aligned else token_S
 
 
@@ -63,14 +64,8 @@ def gumbel(
     return -torch.log(-torch.log(u_SN))
 
 
-def _greedy(logits_SV: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logit (float64 [S]) of this shard and its lowest id (int64 [S])."""
-    value_S, token_S = logits_SV.max(dim=1)
-    return value_S.double(), token_S + first
-
-
 def _draw_rows(
-    logits_SV: torch.Tensor,
+    logits: Logits,
     temperature_S: torch.Tensor,
     seed_S: torch.Tensor,
     position_S: torch.Tensor,
@@ -80,35 +75,21 @@ def _draw_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best (value, token) of each row in this shard. Values are comparable between shards of one row only."""
     greedy_S = temperature_S == 0
-    scale_S = torch.where(greedy_S, 1.0, temperature_S)
-    scale64_S1 = scale_S.double()[:, None]
-    num_rows, width = logits_SV.shape
-    padded_SV = torch.nn.functional.pad(logits_SV, (0, -width % BLOCK), value=float("-inf")) if width % BLOCK else logits_SV
-    blocks_SBE = padded_SV.view(num_rows, -1, BLOCK)
-
-    # Relative to the block's own maximum nothing overflows, however small the temperature; the clamp is for blocks of -inf.
-    top_SB = blocks_SBE.amax(dim=2).clamp(min=torch.finfo(torch.float32).min)
-    weight_SBE = (blocks_SBE - top_SB[:, :, None]).div_(scale_S[:, None, None]).exp_()
-    lse_SB = top_SB.double() / scale64_S1 + _exact_sum(weight_SBE).log()
-    block_B = torch.arange(blocks_SBE.shape[1], device=logits_SV.device)
-    value_SB = lse_SB + gumbel((block_B + first // BLOCK)[None], seed_S, position_S, choice_S, level=0)
+    scale64_S1 = torch.where(greedy_S, 1.0, temperature_S).double()[:, None]
+    blocks, device = logits.blocks(temperature_S), temperature_S.device
+    lse_SB = blocks.top_SB.double() / scale64_S1 + blocks.sum_SB.log()
+    block_B = torch.arange(lse_SB.shape[1], device=device) + first // BLOCK
+    value_SB = lse_SB + gumbel(block_B[None], seed_S, position_S, choice_S, level=0)
     value_S, block_S = value_SB.max(dim=1)
 
-    id_SE = block_S[:, None] * BLOCK + torch.arange(first, first + BLOCK, device=logits_SV.device)
-    chosen_SE = blocks_SBE.gather(1, block_S[:, None, None].expand(-1, 1, BLOCK)).squeeze(1)
-    inside_SE = chosen_SE.double() / scale64_S1 + gumbel(id_SE, seed_S, position_S, choice_S, level=1)
+    id_SE = block_S[:, None] * BLOCK + torch.arange(first, first + BLOCK, device=device)
+    inside_SE = logits.block(block_S).double() / scale64_S1 + gumbel(id_SE, seed_S, position_S, choice_S, level=1)
     token_S = id_SE.gather(1, inside_SE.argmax(dim=1, keepdim=True)).squeeze(1)
 
-    greedy_value_S, greedy_token_S = _greedy(logits_SV, first)
-    return torch.where(greedy_S, greedy_value_S, value_S), torch.where(greedy_S, greedy_token_S, token_S)
-
-
-def _exact_sum(weight_SBE: torch.Tensor) -> torch.Tensor:
-    """Sums of 128 numbers in [0, 1], exact in any order: float64 [S, B].
-
-    Adding and subtracting 2**8 rounds each to a multiple of 2**-44; 128 of those fit a float64 without further rounding.
-    """
-    return weight_SBE.double().add_(2.0**8).sub_(2.0**8).sum(dim=2)
+    return (
+        torch.where(greedy_S, blocks.best_S.double(), value_S),
+        torch.where(greedy_S, blocks.best_id_S + first, token_S),
+    )
 
 
 def _winner(value_S: torch.Tensor, token_S: torch.Tensor, tp: Group) -> torch.Tensor:

@@ -13,6 +13,7 @@ from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.sampler.draw import draw, gather_logits
 from tpserve.sampler.filters import apply
+from tpserve.sampler.logits import Logits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
 from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
@@ -98,27 +99,32 @@ class SamplerStage:
         return ModelOutput(sampled, scores)
 
     def _sample(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
-        """Sample one batch: logits, filters, draw, logprobs."""
-        logits_SV = self._decoder.logits(hidden_TH[batch.rows])
-        tokens_S = self._draw(logits_SV, batch)
+        """Sample one batch: logits, filters, draw, logprobs. Without filters and logprobs, logits may stay unwritten."""
+        logits: Logits
+        if batch.filters is None and not batch.num_logprobs:
+            logits = self._decoder.head(hidden_TH[batch.rows])
+        else:
+            logits = WrittenLogits(self._decoder.logits(hidden_TH[batch.rows]))
+        tokens_S = self._draw(logits, batch)
         self._request_pool.tokens[batch.slots, batch.positions] = tokens_S.int()
         entries: LogprobTensors | None = None
         if batch.num_logprobs:
             most = max(n for n in batch.num_logprobs if n is not None)
-            chosen_S, ids_Sn, top_Sn = logprobs(logits_SV, self._decoder.vocab_shards, tokens_S, most, self._tp)
+            logits_SV, shards = logits.written(), self._decoder.vocab_shards
+            chosen_S, ids_Sn, top_Sn = logprobs(logits_SV, shards, tokens_S, most, self._tp)
             entries = _to_host(chosen_S), _to_host(ids_Sn), _to_host(top_Sn)
         return SamplerOutput(batch, _to_host(tokens_S), entries)
 
-    def _draw(self, logits_SV: torch.Tensor, batch: SampleBatch) -> torch.Tensor:
+    def _draw(self, logits: Logits, batch: SampleBatch) -> torch.Tensor:
         """Token ids [S]. With filters the full rows are gathered, and every rank draws the same tokens from them."""
         shards, tp = self._decoder.vocab_shards, self._tp
         if batch.filters is not None:
-            logits_SV = gather_logits(logits_SV, shards, tp)
+            logits_SV = gather_logits(logits.written(), shards, tp)
             tokens_SL = self._request_pool.tokens[batch.slots, : batch.filters.history]
-            logits_SV = apply(logits_SV, batch.filters, batch.temperature, batch.positions, tokens_SL)
+            logits = WrittenLogits(apply(logits_SV, batch.filters, batch.temperature, batch.positions, tokens_SL))
             shards, tp = (range(logits_SV.shape[1]),), Group()
         params = (batch.temperature, batch.seed, batch.positions, batch.choice)
-        return draw(logits_SV, shards, *params, tp, all_greedy=batch.all_greedy)
+        return draw(logits, shards, *params, tp, all_greedy=batch.all_greedy)
 
     def _score(self, hidden_TH: torch.Tensor, batch: PromptLogprobsBatch) -> PromptLogprobsOutput:
         """Prompt logprobs, in slices of rows that `LogitsChunking` allows."""

@@ -88,7 +88,7 @@ def quantize(x_TK: torch.Tensor, scale_T: torch.Tensor | None = None) -> tuple[t
     x_TK = _rows(x_TK)
     out_TF = torch.empty(len(x_TK), filled(x_TK.shape[1]), dtype=torch.int8)
     scales_T = torch.empty(len(x_TK)) if scale_T is None else scale_T
-    lib.run(Operation.QUANTIZE, _quantize(x_TK, scales_T, out_TF, given=scale_T is not None))
+    lib.run(Operation.QUANTIZE, quantize_args(x_TK, scales_T, out_TF, given=scale_T is not None))
     return out_TF, scales_T
 
 
@@ -97,7 +97,7 @@ def row_scales(x_TK: torch.Tensor) -> torch.Tensor:
     lib = library()
     assert lib is not None
     x_TK, scale_T = _rows(x_TK), torch.empty(len(x_TK))
-    lib.run(Operation.QUANTIZE, _quantize(x_TK, scale_T, None, given=False))
+    lib.run(Operation.QUANTIZE, quantize_args(x_TK, scale_T, None, given=False))
     return scale_T
 
 
@@ -113,7 +113,7 @@ def product(
     x_TK = _rows(x_TK)
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
     q_TF, scale_T = torch.empty(len(x_TK), filled(x_TK.shape[1]), dtype=torch.int8), torch.empty(len(x_TK))
-    first, second = _quantize(x_TK, scale_T, q_TF, given=False), _product(q_TF, scale_T, blob, bias_N, out_TN)
+    first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_args(q_TF, scale_T, blob, bias_N, out_TN)
     calls = (Call * 2)(
         Call(Operation.QUANTIZE, ctypes.addressof(first)), Call(Operation.PRODUCT_INT8, ctypes.addressof(second))
     )
@@ -126,7 +126,7 @@ def integer_sums(q_TF: torch.Tensor, blob: torch.Tensor, outputs: int) -> torch.
     lib = library()
     assert lib is not None
     out_TN = torch.empty(len(q_TF), outputs, dtype=torch.int32)
-    lib.run(Operation.PRODUCT_INT8, _product(q_TF, None, blob, None, out_TN))
+    lib.run(Operation.PRODUCT_INT8, product_args(q_TF, None, blob, None, out_TN))
     return out_TN
 
 
@@ -137,7 +137,7 @@ def rescale(
     lib = library()
     assert lib is not None
     sums_TN, out_TN = sums_TN.contiguous(), torch.empty(sums_TN.shape, dtype=out_dtype)
-    lib.run(Operation.RESCALE_INT8, _product(sums_TN, scale_T, blob, bias_N, out_TN))
+    lib.run(Operation.RESCALE_INT8, product_args(sums_TN, scale_T, blob, bias_N, out_TN))
     return out_TN
 
 
@@ -185,7 +185,8 @@ def _rows(x_TK: torch.Tensor) -> torch.Tensor:
     return x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
 
 
-def _quantize(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tensor | None, *, given: bool) -> QuantizeArgs:
+def quantize_args(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tensor | None, *, given: bool) -> QuantizeArgs:
+    """The arguments of QUANTIZE for these tensors, which the caller keeps."""
     return QuantizeArgs(
         x_TK.data_ptr(),
         scale_T.data_ptr(),
@@ -198,9 +199,10 @@ def _quantize(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tensor | 
     )
 
 
-def _product(
+def product_args(
     x: torch.Tensor, scale_T: torch.Tensor | None, blob: torch.Tensor, bias_N: torch.Tensor | None, out_TN: torch.Tensor
 ) -> ProductInt8Args:
+    """The arguments of PRODUCT_INT8 and RESCALE_INT8 for these tensors, which the caller keeps."""
     return ProductInt8Args(
         blob.data_ptr(),
         x.data_ptr(),

@@ -37,9 +37,14 @@ class Operation(IntEnum):
 
     PRODUCT = 0
     GROUPED_PRODUCT = 1
-    QUANTIZE = 2
-    PRODUCT_INT8 = 3
-    RESCALE_INT8 = 4
+    HEAD = 2
+    HEAD_BLOCK = 3
+    NORM = 4
+    QKV = 5
+    ACTIVATION = 6
+    QUANTIZE = 7
+    PRODUCT_INT8 = 8
+    RESCALE_INT8 = 9
 
 
 class Call(ctypes.Structure):

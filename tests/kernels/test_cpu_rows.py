@@ -1,0 +1,208 @@
+"""The CPU's row operations on each instruction set of the processor: against plain torch, a row alone and in company, one thread
+and two, rows of any width and stride, nothing written beside a row."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.library import Isa, library, load
+from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, Rotation
+
+DTYPES = (torch.float32, torch.bfloat16)
+WIDTHS = (1, 17, 31, 96, 2050)
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}
+BESIDE = 7.0
+"""What memory beside a result holds."""
+Op = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+@pytest.fixture(params=[isa.name.lower() for isa in Isa], autouse=True)
+def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("TPSERVE_ISA", request.param)
+    load.cache_clear()
+    lib, reason = load()
+    if lib is None or lib.isa.name.lower() != request.param:
+        pytest.skip(reason or "not on this processor")
+    yield
+    monkeypatch.undo()
+    load.cache_clear()
+    load()
+    torch.set_num_threads(threads)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in rows that lie apart and begin anywhere."""
+    wide = torch.full((len(x), x.shape[1] + 5), BESIDE, dtype=x.dtype)
+    wide[:, 3:-2] = x
+    return wide[:, 3:-2]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[actual.dtype], atol=TOLERANCE[actual.dtype])
+
+
+def assert_rows_stand_alone(op: Op, x: torch.Tensor) -> None:
+    torch.set_num_threads(1)
+    together = op(x)
+    for threads, parts in ((1, ((0, 1), (1, 2), (len(x) - 1, len(x)), (1, 4), (2, 2))), (2, ((0, len(x)), (1, 4)))):
+        torch.set_num_threads(threads)
+        for begin, end in parts:
+            for actual, expected in zip(op(strided(x[begin:end])), together, strict=True):
+                assert torch.equal(actual, expected[begin:end]), (begin, end, threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norms(width: int, dtype: torch.dtype) -> None:
+    x = random(9, width, dtype=dtype) * 3
+    weight, bias = random(width, dtype=dtype, seed=1), random(width, dtype=dtype, seed=2)
+    for offset in (0.0, 1.0):
+        assert_close(rows.rms_norm(x, weight, 1e-5, offset), rows.rms_norm_reference(x, weight, 1e-5, offset))
+    for arguments in ((weight, bias), (weight, None), (None, None)):
+        assert_close(rows.layer_norm(x, *arguments, 1e-5), rows.layer_norm_reference(x, *arguments, 1e-5))
+    residual = random(9, width, dtype=dtype, seed=3)
+    for add, alone in (
+        (lambda x, y: rows.add_rms_norm(x, y, weight, 1e-5, 1.0), lambda x: rows.rms_norm(x, weight, 1e-5, 1.0)),
+        (lambda x, y: rows.add_layer_norm(x, y, weight, bias, 1e-5), lambda x: rows.layer_norm(x, weight, bias, 1e-5)),
+    ):
+        out, total = add(x, strided(residual))
+        assert torch.equal(total, x + residual)
+        assert torch.equal(out, alone(total))
+    assert_rows_stand_alone(lambda x: (rows.rms_norm(x, weight, 1e-5), rows.layer_norm(x, weight, bias, 1e-5)), x)
+
+
+def test_norms_in_place() -> None:
+    x, residual, weight = random(3, 33), random(3, 33, seed=1), random(33, seed=2)
+    expected = rows.add_rms_norm(x, residual, weight, 1e-5)
+    lib, wide, stream = library(), strided(x), strided(residual)
+    assert lib is not None and wide._base is not None
+    arguments = rows.norm_arguments(wide, wide, weight, None, 1e-5, 0.0, rows.NormKind.RMS_NORM, stream, stream)
+    arguments.rows = 2
+    lib.run(rows.Operation.NORM, arguments)
+    assert torch.equal(wide[:2], expected[0][:2]) and torch.equal(stream[:2], expected[1][:2])
+    assert torch.equal(wide[2], x[2]) and torch.equal(stream[2], residual[2]), "the third row was not asked for"
+    assert (wide._base[:, :3] == BESIDE).all() and (wide._base[:, -2:] == BESIDE).all()
+
+
+def test_extremes() -> None:
+    x = torch.tensor([[0.0] * 5, [1e30] * 5, [3e-39] * 5, [float("nan"), 1, 2, 3, 4], [float("inf"), 1, 2, 3, 4]])
+    ones = torch.ones(5)
+    torch.testing.assert_close(rows.rms_norm(x, ones, 1e-5), rows.rms_norm_reference(x, ones, 1e-5), equal_nan=True)
+    edges = torch.tensor([[0.0, -0.0, 1e-30, -200.0, 200.0, 3e38, -3e38, float("inf"), float("nan"), -1e-3, 88.0, -89.0]])
+    for kind in ActivationKind:
+        got, expected = (form(edges, kind, 1.7, 7.0) for form in (rows.activation, rows.activation_reference))
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def heads(num: int, width: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return random(7, num * width, dtype=dtype, seed=seed).view(7, num, width)
+
+
+def rotation(frequencies: int, interleaved: bool = False) -> Rotation:
+    angles = random(20, frequencies, seed=9) * 3
+    return Rotation(torch.tensor([3, 0, 19, 7, 7, 1, 12]), angles.cos(), angles.sin(), interleaved)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "frequencies", "interleaved"), [(16, 8, False), (80, 40, False), (62, 31, True), (48, 9, False)])
+def test_rotation_has_the_bits_of_the_reference(dim: int, frequencies: int, interleaved: bool, dtype: torch.dtype) -> None:
+    turn = rotation(frequencies, interleaved)
+    packed = heads(5, dim, dtype)
+    for q, k in ((packed[:, :3], packed[:, 3:4]), (packed[:, 3:, : 2 * frequencies], packed[:, :1, : 2 * frequencies])):
+        for actual, expected in zip(rows.rotate(q, k, turn), rows.rotate_reference(q, k, turn), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim", "v_dim"), [(4, 2, 16, 16), (3, 1, 40, 24), (1, 1, 129, 1)])
+def test_heads_are_normed_rotated_and_written(q_heads: int, kv_heads: int, dim: int, v_dim: int, dtype: torch.dtype) -> None:
+    norms = HeadNorms(random(dim, dtype=dtype, seed=3), random(dim, dtype=dtype, seed=4), 1e-6, 1.0)
+    width = (q_heads + kv_heads) * dim + kv_heads * v_dim
+    packed = random(7, width, dtype=dtype)
+    turn = rotation(dim // 2)
+    slots = torch.tensor([5, 40, -1, 0, 47])  # two rows are padding
+
+    def run(form: Callable[..., torch.Tensor], taken: slice, **options: object) -> tuple[torch.Tensor, ...]:
+        wide = strided(packed[taken])
+        q, k, v = wide.split((q_heads * dim, kv_heads * dim, kv_heads * v_dim), dim=1)
+        caches = [torch.full((48, kv_heads, each), BESIDE, dtype=dtype) for each in (dim, v_dim)]
+        parts = (x.view(len(wide), -1, each) for x, each in ((q, dim), (k, dim), (v, v_dim)))
+        q_out = form(*parts, *caches, slots[taken], **options)
+        assert torch.equal(k, packed[taken, q_heads * dim : -kv_heads * v_dim]), "only queries change in place"
+        return q_out, *caches
+
+    for options in ({}, {"norms": norms}, {"rotation": turn}, {"norms": norms, "rotation": turn}):
+        part = slice(0, 7)
+        actual, expected = run(rows.place_heads, part, **options), run(rows.place_heads_reference, part, **options)
+        for got, wanted in zip(actual, expected, strict=True):
+            if "norms" in options:
+                assert_close(got, wanted)
+            else:
+                assert torch.equal(got, wanted)
+        torch.set_num_threads(2)
+        assert all(map(torch.equal, run(rows.place_heads, part, **options), actual))
+        torch.set_num_threads(1)
+    for row, slot in ((1, 40), (4, 47), (3, 0)):
+        here = turn._replace(positions_T=turn.positions_T[row : row + 1])
+        q, k_cache, v_cache = run(rows.place_heads, slice(row, row + 1), norms=norms, rotation=here)
+        assert torch.equal(q[0], actual[0][row]) and torch.equal(k_cache[slot], actual[1][slot])
+        assert torch.equal(v_cache[slot], actual[2][slot])
+    # The fused form is the same as one step after the other.
+    normed = [rows.rms_norm(x.reshape(-1, dim), w, 1e-6, 1.0) for x, w in ((packed[:, : q_heads * dim], norms.q_D),)]
+    turned, _ = rows.rotate(normed[0].view(7, q_heads, dim), normed[0].view(7, q_heads, dim), turn)
+    assert torch.equal(turned, actual[0])
+
+
+def test_latents_have_keys_only() -> None:
+    keys, slots = random(4, 1, 48, dtype=torch.bfloat16), torch.tensor([3, 0, 1])
+    cache = torch.full((5, 1, 48), BESIDE, dtype=torch.bfloat16)
+    rows.write_kv(keys, None, cache, None, slots)
+    assert torch.equal(cache[slots], keys[:3]) and (cache[[2, 4]] == BESIDE).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ActivationKind)
+def test_activations(kind: ActivationKind, dtype: torch.dtype) -> None:
+    gated = 2 if kind <= ActivationKind.CLAMPED_SWIGLU else 1
+    activation = partial(rows.activation, kind=kind, alpha=1.702, limit=2.5)
+    for width in WIDTHS:
+        x = random(5, gated * width, dtype=dtype, seed=width) * 3
+        assert_close(activation(strided(x)), rows.activation_reference(x, kind, 1.702, 2.5))
+        assert torch.equal(activation(x[3:4]), activation(x)[3:4])
+    assert_rows_stand_alone(lambda x: (activation(x),), x)
+
+
+def test_gelu_is_near_the_exact_one() -> None:
+    x = torch.linspace(-8, 8, 40_001)[None]
+    exact = torch.nn.functional.gelu(x.double())
+    assert (rows.activation(x, ActivationKind.GELU).double() - exact).abs().div_(x.abs().clamp(min=1)).max() < 3e-7
+
+
+def test_what_is_outside_the_contract_is_refused() -> None:
+    x, table = random(4, 8), random(9, 4)
+    head = x.view(4, 1, 8)
+    far = Rotation(torch.zeros(4, dtype=torch.int32), table, table)
+    refused: list[Callable[[], object]] = [
+        lambda: rows.rms_norm(x, x[0, :7].clone(), 1e-5),
+        lambda: rows.rms_norm(x, x[0].bfloat16(), 1e-5),
+        lambda: rows.add_rms_norm(x, x[:3], x[0], 1e-5),
+        lambda: rows.activation(x[:, :7], ActivationKind.SILU_MUL),
+        lambda: rows.rotate(head, head, far),
+        lambda: rows.rotate(head, head, Rotation(torch.zeros(3, dtype=torch.int64), table, table)),
+        lambda: rows.rotate(head[..., :6], head, Rotation(torch.zeros(4, dtype=torch.int64), table, table)),
+        lambda: rows.write_kv(head, head, head.bfloat16(), head, torch.zeros(4, dtype=torch.int64)),
+        lambda: rows.write_kv(head, head, head, head, torch.zeros(4, dtype=torch.int32)),
+    ]
+    for call in refused:
+        with pytest.raises(AssertionError):
+            call()
+    assert not rows.native(x.half()) and rows.native(x) and not rows.native(x.to("meta"))
