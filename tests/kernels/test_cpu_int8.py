@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpserve_kernels.cpu import int8
-from tpserve_kernels.cpu.library import ALIGNMENT, Isa, load
+from tpserve_kernels.cpu.library import ALIGNMENT, Isa, Operation, load
 
 DTYPES = (torch.float32, torch.bfloat16)
 INNER = (1, 17, 31, 96, 2050)
@@ -102,9 +102,12 @@ def test_rows_become_int8() -> None:
     for inner in INNER:
         x = random(7, inner, dtype=torch.bfloat16)
         given, own = random(7).abs() + 1, int8.quantize(fenced(x))
-        for actual, expected in ((own, int8.quantize_reference(x)), (int8.quantize(x, given), int8.quantize_reference(x, given))):
-            assert torch.equal(actual[0][:, :inner], expected[0]) and not actual[0][:, inner:].any()
-            assert torch.equal(actual[1], expected[1])
+        for (numbers, scales), (wanted, wanted_scales) in (
+            (own, int8.quantize_reference(x)),
+            (int8.quantize(x, given), int8.quantize_reference(x, given)),
+        ):
+            assert torch.equal(numbers[:, :inner], wanted) and not numbers[:, inner:].any()
+            assert torch.equal(scales, wanted_scales)
         assert torch.equal(int8.row_scales(fenced(x)), int8.row_scales_reference(x))
 
 
@@ -146,7 +149,7 @@ def test_nothing_is_written_beside_results() -> None:
     lib, out = load()[0], torch.full((8, 30), float(BESIDE))
     quantized, scale = int8.quantize(x)
     assert lib is not None
-    lib.run(int8.Operation.PRODUCT_INT8, int8.product_args(quantized, scale, around[start : start + size], None, out[1:7, 4:25]))
+    lib.run(Operation.PRODUCT_INT8, int8.product_args(quantized, scale, around[start : start + size], None, out[1:7, 4:25]))
     assert torch.equal(out[1:7, 4:25], int8.product_reference(x, weight))
     out[1:7, 4:25] = BESIDE
     assert (out == BESIDE).all()

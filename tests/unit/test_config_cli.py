@@ -83,7 +83,7 @@ def test_a_line_of_vllms_that_asks_for_what_holds_is_told_of_once() -> None:
 
 
 def test_all_that_cannot_be_honoured_is_in_one_message() -> None:
-    line = "m --kv-cache-dtype fp8 --enforce-eager --port x --ctx-size 4096 --enable-lora --nod-rank 1 --swap-space 4 --dtype int8"
+    line = "m --kv-cache-dtype x --enforce-eager --port x --ctx-size 4096 --enable-lora --nod-rank 1 --swap-space 4 --dtype int8"
     with pytest.raises(UserError) as refused:
         parse(line.split(), {"prt": "1"})
     for said in ("--kv-cache-dtype is refused", "--port must be", "--ctx-size: use --max-model-len", "--enable-lora is refused",

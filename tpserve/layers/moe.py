@@ -129,5 +129,9 @@ class MoE:
         It frees the plain weights of the experts: do not use this object afterwards.
         """
         experts, shared = self.experts, self.shared
-        experts = replace(experts, gate_up_EI2H=pack_stack(experts.gate_up_EI2H, int8=int8), down_EHI=pack_stack(experts.down_EHI, int8=int8))
-        return replace(self, router=pack(self.router), experts=experts, shared=None if shared is None else shared.packed(int8=int8))
+        experts = replace(
+            experts, gate_up_EI2H=pack_stack(experts.gate_up_EI2H, int8=int8), down_EHI=pack_stack(experts.down_EHI, int8=int8)
+        )
+        return replace(
+            self, router=pack(self.router), experts=experts, shared=None if shared is None else shared.packed(int8=int8)
+        )

@@ -1,6 +1,7 @@
 """Products whose inner channels are split over ranks: each rank computes a term, and an all-reduce adds up.
 
-In int8 the ranks add up integers, scaled alike, before anything is rounded: the result has the same bits whatever the number of ranks.
+In int8 the ranks add up integers, scaled alike, before anything is rounded: the result has the same bits whatever the number of
+ranks.
 
 Legend: T rows, K inner channels of this rank, N outputs.
 """

@@ -25,8 +25,8 @@ from tpserve.layers.rope import RotaryPositions, tables
 from tpserve.models.held_bytes import held_bytes
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
-from tpserve.quant.matmul import matmul, pad_rows
 from tpserve.quant.int8 import Int8Weight
+from tpserve.quant.matmul import matmul, pad_rows
 from tpserve.quant.packed import PackedWeight, Table, Weight, pack
 from tpserve.quant.product import Product, of_weight
 from tpserve.sampler.logits import Logits, UnwrittenLogits, WrittenLogits

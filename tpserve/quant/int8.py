@@ -19,8 +19,8 @@ from tpserve_kernels.cpu.library import ISA_VARIABLE, load
 class Int8Weight:
     """A matrix in int8. `blob`: uint8, packed (`tpserve_kernels.cpu.int8`); `shape`: (N, K); `dtype`: of the plain tensor.
 
-    Where ranks share K, a product is a sum over ranks of integers: `row_scales`, whose maximum over the ranks scales the rows of all
-    of them, then `sums`, then `rescaled` with the sums of all ranks.
+    Where ranks share K, a product is a sum over ranks of integers: `row_scales`, whose maximum over the ranks scales the rows of
+    all of them, then `sums`, then `rescaled` with the sums of all ranks.
     """
 
     blob: torch.Tensor
@@ -73,7 +73,7 @@ def check_available() -> None:
     library, why_not = load()
     if library is None:
         raise UserError(
-            f"--quantization int8 needs the library of CPU kernels, which cannot be used ({why_not}): install tpserve where a C++ "
-            f"compiler is (g++ or clang++) and run without {ISA_VARIABLE}=off, or leave --quantization out",
+            f"--quantization int8 needs the library of CPU kernels, which cannot be used ({why_not}): install tpserve where a "
+            f"C++ compiler is (g++ or clang++) and run without {ISA_VARIABLE}=off, or leave --quantization out",
             param="quantization",
         )

@@ -17,7 +17,7 @@ ROW_UNIT = 4
 
 
 def matmul(x_TK: torch.Tensor, weight_NK: Weight, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias: [T, N] in the dtype of `x`, which is that of the weight (unless it is in int8). RuntimeError of torch when they differ."""
+    """x @ weight.T + bias: [T, N] in the dtype of `x`, that of the plain weight. RuntimeError of torch when they differ."""
     if isinstance(weight_NK, PackedWeight | Int8Weight):
         return weight_NK.product(x_TK, bias_N)
     rows, x_TK = len(x_TK), x_TK if x_TK.is_cuda else _padded(x_TK)

@@ -114,9 +114,7 @@ def product(
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
     q_TF, scale_T = torch.empty(len(x_TK), filled(x_TK.shape[1]), dtype=torch.int8), torch.empty(len(x_TK))
     first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_args(q_TF, scale_T, blob, bias_N, out_TN)
-    calls = (Call * 2)(
-        Call(Operation.QUANTIZE, ctypes.addressof(first)), Call(Operation.PRODUCT_INT8, ctypes.addressof(second))
-    )
+    calls = (Call * 2)(Call(Operation.QUANTIZE, ctypes.addressof(first)), Call(Operation.PRODUCT_INT8, ctypes.addressof(second)))
     lib.calls.tpserve_run(calls, 2, torch.get_num_threads())
     return out_TN
 
