@@ -22,6 +22,7 @@ enum Operation : int32_t {
     QUANTIZE,      // quant/int8.py: rows of activations and of weights, to int8
     PRODUCT_INT8,  // quant/int8.py: every product with an int8 matrix
     RESCALE_INT8,  // quant/int8.py: sums of PRODUCT_INT8 that were added up over ranks
+    GROUPED_PRODUCT_INT8,  // quant/int8.py: the products of experts
     NUM_OPERATIONS
 };
 
@@ -162,5 +163,17 @@ struct ProductInt8 {
     const float* bias;   // [N] or null
     void* out;           // [rows, N]; of INT32: the sums, and scale and bias are not read
     int64_t rows, x_stride, out_stride;
+    int32_t out_dtype;
+};
+
+// Products of several int8 matrices of one shape, `weight_bytes` apart: rows [ends[g - 1], ends[g]) belong to group g.
+struct GroupedProductInt8 {
+    const char* weights;
+    const int32_t* ends;
+    const int8_t* x;     // of QUANTIZE
+    const float* scale;  // [rows]
+    const float* bias;   // [groups, N] or null
+    void* out;           // [rows, N]
+    int64_t groups, weight_bytes, x_stride, out_stride;
     int32_t out_dtype;
 };

@@ -25,4 +25,5 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Quantize, quantize>,
     operation<ProductInt8, product_int8>,
     operation<ProductInt8, rescale_int8>,
+    operation<GroupedProductInt8, grouped_product_int8>,
 }};

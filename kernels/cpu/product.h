@@ -266,14 +266,17 @@ INLINE Product product_of(const GroupedProduct& all, int64_t g) {
 }
 
 // A panel of few rows costs its bytes, of many its rows.
-INLINE int64_t cost_of(const Product& product) { return product.rows ? panels_of(product.weight) * (product.rows + 8) : 0; }
+template <class One>
+INLINE int64_t cost_of(const One& product) { return product.rows ? panels_of(product.weight) * (product.rows + 8) : 0; }
 
-static void grouped_product(const GroupedProduct& all, const Team& team) {
+// Divides the products product_at(0), ... among the threads by their costs: this thread runs `run(product, begin, end)` on its panels.
+template <class At, class Run>
+static void divide_products(int64_t groups, const Team& team, const At& product_at, const Run& run) {
     int64_t total = 0, before = 0;
-    for (int64_t g = 0; g < all.groups; g++) total += cost_of(product_of(all, g));
+    for (int64_t g = 0; g < groups; g++) total += cost_of(product_at(g));
     int64_t begin = total * team.thread / team.threads, end = total * (team.thread + 1) / team.threads;
-    for (int64_t g = 0; g < all.groups; g++) {
-        Product product = product_of(all, g);
+    for (int64_t g = 0; g < groups; g++) {
+        auto product = product_at(g);
         int64_t cost = cost_of(product), panels = panels_of(product.weight);
         if (!cost) continue;
         // A panel belongs to the thread in whose part of all costs it begins; borders are rounded alike on both sides.
@@ -281,9 +284,16 @@ static void grouped_product(const GroupedProduct& all, const Team& team) {
             int64_t panel = at <= before ? 0 : at >= before + cost ? panels : (at - before) * panels / cost;
             return panel == panels ? panel : panel / 2 * 2;
         };
-        product_panels(product.weight, product.x, product.rows, product.x_stride, panel_at(begin), panel_at(end), Finish{product});
+        run(product, panel_at(begin), panel_at(end));
         before += cost;
     }
+}
+
+static void grouped_product(const GroupedProduct& all, const Team& team) {
+    auto run = [](const Product& product, int64_t begin, int64_t end) {
+        product_panels(product.weight, product.x, product.rows, product.x_stride, begin, end, Finish{product});
+    };
+    divide_products(all.groups, team, [&](int64_t g) { return product_of(all, g); }, run);
 }
 
 }  // namespace

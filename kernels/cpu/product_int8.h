@@ -183,15 +183,14 @@ struct FinishInt8 {
     }
 };
 
-static void product_int8(const ProductInt8& product, const Team& team) {
+static void product_int8_panels(const ProductInt8& product, int64_t begin, int64_t end) {
     const PackedHead* weight = product.weight;
     int64_t rows = product.rows, stride = product.x_stride, filled = (weight->inner + 63) / 64 * 64;
-    Share share(panels_of(weight), 2, team);
     FinishInt8 done{product};
     const int8_t* x = (const int8_t*)product.x;
-    if (rows == 0 || share.begin >= share.end) return;
+    if (rows == 0 || begin >= end) return;
 #if defined(TILES)
-    tiled_rows<TilesOfInt8>(weight, x, rows, stride, filled, share.begin, share.end, done);
+    tiled_rows<TilesOfInt8>(weight, x, rows, stride, filled, begin, end, done);
 #else
     int64_t step = chunk_rows(filled);
 #if defined(WIDE)
@@ -202,12 +201,17 @@ static void product_int8(const ProductInt8& product, const Team& team) {
 #if defined(WIDE)
         for (int64_t r = 0; r < count; r++)
             for (int64_t k = 0; k < filled; k += 64) store(copy + r * filled + k, load<VU>(x + (row + r) * stride + k) ^ 0x80808080u);
-        walk<int32_t>(Int8Block{weight, copy, filled, filled}, count, row, share.begin, share.end, done);
+        walk<int32_t>(Int8Block{weight, copy, filled, filled}, count, row, begin, end, done);
 #else
-        walk<int32_t>(Int8Block{weight, x + row * stride, stride, filled}, count, row, share.begin, share.end, done);
+        walk<int32_t>(Int8Block{weight, x + row * stride, stride, filled}, count, row, begin, end, done);
 #endif
     }
 #endif
+}
+
+static void product_int8(const ProductInt8& product, const Team& team) {
+    Share share(panels_of(product.weight), 2, team);
+    product_int8_panels(product, share.begin, share.end);
 }
 
 static void rescale_int8(const ProductInt8& product, const Team& team) {
@@ -216,6 +220,18 @@ static void rescale_int8(const ProductInt8& product, const Team& team) {
     for (int64_t row = 0; row < product.rows; row++)
         for (int64_t panel = share.begin; panel < share.end; panel++)
             done.panel((const int32_t*)product.x + row * product.x_stride + panel * PANEL, row, panel);
+}
+
+// The product of group g.
+INLINE ProductInt8 product_of(const GroupedProductInt8& all, int64_t g) {
+    int64_t first = g ? all.ends[g - 1] : 0, size = all.out_dtype == BFLOAT16 ? 2 : 4;
+    const PackedHead* weight = (const PackedHead*)(all.weights + g * all.weight_bytes);
+    return {weight, all.x + first * all.x_stride, all.scale + first, all.bias ? all.bias + g * weight->outputs : nullptr,
+            (char*)all.out + first * all.out_stride * size, all.ends[g] - first, all.x_stride, all.out_stride, all.out_dtype};
+}
+
+static void grouped_product_int8(const GroupedProductInt8& all, const Team& team) {
+    divide_products(all.groups, team, [&](int64_t g) { return product_of(all, g); }, product_int8_panels);
 }
 
 }  // namespace

@@ -133,6 +133,18 @@ def test_sums_of_parts_of_the_channels_are_the_whole_product() -> None:
         assert torch.equal(int8.rescale(total, row_scale, blob, torch.bfloat16), int8.product_reference(x, weight))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_groups_are_products_of_their_own(threads: int) -> None:
+    torch.set_num_threads(threads)
+    x, weight, bias = random(40, 70, dtype=torch.bfloat16), random(5, 37, 70, dtype=torch.bfloat16, seed=1), random(5, 37, seed=2)
+    blobs, ends = torch.stack([int8.pack(each) for each in weight]), torch.tensor([3, 3, 20, 21, 39], dtype=torch.int32)
+    for biases in (bias, None):
+        actual = int8.grouped_product(fenced(x), blobs, 37, ends, biases)
+        for e, (begin, end) in enumerate(((0, 3), (3, 3), (3, 20), (20, 21), (21, 39))):
+            own = None if biases is None else biases[e]
+            assert torch.equal(actual[begin:end], int8.product_reference(x[begin:end], weight[e], own))
+
+
 def test_rows_are_read_back() -> None:
     weight = random(35, 50)
     ids, (quantized, scale) = torch.tensor([34, 0, 16, 0]), int8.quantize_reference(weight)

@@ -9,8 +9,13 @@ import torch
 
 def held_bytes(parts: Iterable[Any]) -> int:
     """Bytes of every tensor in these tensors, lists, tuples and dataclasses; those that share memory count once."""
-    storages = (tensor.untyped_storage() for tensor in _tensors(parts))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    held: dict[int, int] = {}
+    for tensor in _tensors(parts):
+        if tensor.is_mkldnn:  # oneDNN's tensors do not show their memory
+            held[id(tensor)] = tensor.nbytes
+        else:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(held.values())
 
 
 def _tensors(part: Any) -> Iterator[torch.Tensor]:

@@ -3,9 +3,10 @@
 Rows and weights are rounded symmetrically, to [-127, 127]; sums are exact integers. Needs the library of CPU kernels.
 Source: ZeroQuant (Yao et al. 2022, arXiv:2206.01861), per-token and per-channel scales.
 
-Legend: T rows, K inner channels, F those filled up to a multiple of 64, N outputs, V vocabulary entries.
+Legend: T or R rows, K inner channels, N outputs, E matrices.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,40 @@ class Int8Weight:
     def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix, rounded to the dtype of the plain tensor: [T, K]. `ids_T`: int64."""
         return int8.lookup(ids_T, self.blob, self.shape[1]).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Int8Stack:
+    """E matrices [N, K] in int8, one after the other: `blob_EB`, uint8 [E, bytes of one]."""
+
+    blob_EB: torch.Tensor
+    shape: torch.Size
+    """(E, N, K)"""
+    dtype: torch.dtype
+    """Of the plain tensor."""
+
+    @staticmethod
+    def of(stack_ENK: torch.Tensor) -> "Int8Stack":
+        """Quantize a float32 or bfloat16 tensor."""
+        count, outputs, inner = stack_ENK.shape
+        blob_EB = torch.empty(count, int8.packed_bytes(outputs, inner), dtype=torch.uint8)
+        for weight_NK, blob in zip(stack_ENK, blob_EB, strict=True):
+            int8.pack(weight_NK, blob=blob)
+        return Int8Stack(blob_EB, stack_ENK.shape, stack_ENK.dtype)
+
+    def __getitem__(self, matrices: slice) -> "Int8Stack":
+        """Some of the matrices."""
+        blob_EB = self.blob_EB[matrices]
+        return Int8Stack(blob_EB, torch.Size((len(blob_EB), *self.shape[1:])), self.dtype)
+
+    def __iter__(self) -> Iterator[Int8Weight]:
+        """Each matrix."""
+        for blob in self.blob_EB:
+            yield Int8Weight(blob, self.shape[1:], self.dtype)
+
+    def grouped_product(self, x_RK: torch.Tensor, ends_E: torch.Tensor, bias_EN: torch.Tensor | None) -> torch.Tensor:
+        """Each row times the matrix of its group, as of `grouped_matmul`: [R, N] in the dtype of `x`."""
+        return int8.grouped_product(x_RK, self.blob_EB, self.shape[1], ends_E, None if bias_EN is None else bias_EN.float())
 
 
 row_scales = int8.row_scales

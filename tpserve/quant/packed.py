@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from tpserve.quant import onednn
-from tpserve.quant.int8 import Int8Weight
+from tpserve.quant.int8 import Int8Stack, Int8Weight
 from tpserve.quant.onednn import OneDNNWeight
 from tpserve_kernels.cpu import product
 from tpserve_kernels.cpu.library import DTYPES, library
@@ -66,7 +66,7 @@ class PackedStack:
 Table = torch.Tensor | PackedWeight | Int8Weight
 """A matrix whose rows can be looked up."""
 Weight = Table | OneDNNWeight
-Stack = torch.Tensor | PackedStack | tuple[Weight, ...]
+Stack = torch.Tensor | PackedStack | Int8Stack | tuple[Weight, ...]
 """E matrices of one shape: a tensor [E, N, K], one packed object or a tuple of [N, K]. `stack_shape` is (E, N, K)."""
 
 
@@ -108,10 +108,10 @@ def pack_stack(stack: Stack, *, int8: bool = False) -> Stack:
     if not isinstance(stack, torch.Tensor) or not can_pack(stack):
         return stack
     packed: Stack
-    if is_native(stack.device, stack.dtype) and not int8:
-        packed = PackedStack.of(stack)
+    if is_native(stack.device, stack.dtype):
+        packed = Int8Stack.of(stack) if int8 else PackedStack.of(stack)
     else:
-        packed = tuple(pack(weight, int8=int8) for weight in stack)
+        packed = tuple(pack(weight) for weight in stack)
     storage = stack.untyped_storage()
     if storage.nbytes() == stack.nbytes:
         storage.resize_(0)

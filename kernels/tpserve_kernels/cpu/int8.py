@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Call, Operation, library
+from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Call, Library, Operation, library
 
 MOST, SMALLEST, UNIT = 127, 1e-30, 64
 MAX_INNER = (2**31 - 1) // MOST**2
@@ -43,6 +43,24 @@ class ProductInt8Args(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("out_dtype", ctypes.c_int32),
+    )
+
+
+class GroupedProductInt8Args(ctypes.Structure):
+    """`GroupedProductInt8` of kernels/cpu/api.h."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+        ("weight_bytes", ctypes.c_int64),
         ("x_stride", ctypes.c_int64),
         ("out_stride", ctypes.c_int64),
         ("out_dtype", ctypes.c_int32),
@@ -114,9 +132,30 @@ def product(
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
     q_TF, scale_T = torch.empty(len(x_TK), filled(x_TK.shape[1]), dtype=torch.int8), torch.empty(len(x_TK))
     first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_args(q_TF, scale_T, blob, bias_N, out_TN)
-    calls = (Call * 2)(Call(Operation.QUANTIZE, ctypes.addressof(first)), Call(Operation.PRODUCT_INT8, ctypes.addressof(second)))
-    lib.calls.tpserve_run(calls, 2, torch.get_num_threads())
+    _run_both(lib, first, Operation.PRODUCT_INT8, second)
     return out_TN
+
+
+def grouped_product(
+    x_RK: torch.Tensor, blob_EB: torch.Tensor, outputs: int, ends_E: torch.Tensor, bias_EN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Each row times the matrix of its group: [R, N] in the dtype of `x`. Rows from ends_E[-1] on are undefined.
+
+    `blob_EB`: uint8 [E, packed_bytes], from `pack`. `ends_E`: int32, ascending; group e has the rows [ends_E[e - 1], ends_E[e]).
+    `bias_EN`: float32. Specification: `product_reference` of each group.
+    """
+    lib = library()
+    assert lib is not None and ends_E.dtype == torch.int32 and ends_E.is_contiguous()
+    x_RK = _rows(x_RK)
+    out_RN = torch.empty(len(x_RK), outputs, dtype=x_RK.dtype)
+    q_RF, scale_R = torch.empty(len(x_RK), filled(x_RK.shape[1]), dtype=torch.int8), torch.empty(len(x_RK))
+    bias = None if bias_EN is None else bias_EN.data_ptr()
+    second = GroupedProductInt8Args(
+        blob_EB.data_ptr(), ends_E.data_ptr(), q_RF.data_ptr(), scale_R.data_ptr(), bias, out_RN.data_ptr(), len(blob_EB),
+        blob_EB.stride(0), q_RF.stride(0), outputs, DTYPES[x_RK.dtype],
+    )  # fmt: skip
+    _run_both(lib, quantize_args(x_RK, scale_R, q_RF, given=False), Operation.GROUPED_PRODUCT_INT8, second)
+    return out_RN
 
 
 def integer_sums(q_TF: torch.Tensor, blob: torch.Tensor, outputs: int) -> torch.Tensor:
@@ -177,6 +216,12 @@ def product_reference(
     sums_TN = (x_q.double() @ w_q.double().T).float()  # exact: integers below 2^31, then rounded once
     y_TN = sums_TN * (w_scale * x_scale.unsqueeze(1))
     return (y_TN if bias_N is None else y_TN + bias_N).to(out_dtype or x_TK.dtype)
+
+
+def _run_both(lib: Library, first: QuantizeArgs, operation: Operation, second: ctypes.Structure) -> None:
+    """Quantize rows, then multiply them."""
+    calls = (Call * 2)(Call(Operation.QUANTIZE, ctypes.addressof(first)), Call(operation, ctypes.addressof(second)))
+    lib.calls.tpserve_run(calls, 2, torch.get_num_threads())
 
 
 def _rows(x_TK: torch.Tensor) -> torch.Tensor:

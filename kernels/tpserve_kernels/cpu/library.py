@@ -45,6 +45,7 @@ class Operation(IntEnum):
     QUANTIZE = 7
     PRODUCT_INT8 = 8
     RESCALE_INT8 = 9
+    GROUPED_PRODUCT_INT8 = 10
 
 
 class Call(ctypes.Structure):
