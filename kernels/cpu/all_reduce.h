@@ -1,6 +1,8 @@
 // Sums over the ranks of one host through the page of parallel/shm.py.
 #pragma once
 
+#include "scratch.h"
+
 #include <time.h>
 
 #include "api.h"
@@ -10,7 +12,7 @@
 
 namespace {
 
-constexpr int64_t LINE = 64, SPIN_NS = 10000, SLEEP_AFTER_NS = 1000000, STOP_AFTER_NS = 5000000, SLEEP_NS = 50000;
+constexpr int64_t SPIN_NS = 10000, SLEEP_AFTER_NS = 1000000, STOP_AFTER_NS = 5000000, SLEEP_NS = 50000;
 
 static inline int64_t now_ns() {
     timespec now;

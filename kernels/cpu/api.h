@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT32 = 3 };
 
 // The instruction sets, in rising order. On an x86-64 processor each includes those before it.
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
@@ -22,6 +22,10 @@ enum Operation : int32_t {
     ATTENTION,
     ALL_REDUCE,
     GUMBEL,
+    QUANTIZE,      // quant/int8.py: rows of activations and of weights, to int8
+    PRODUCT_INT8,  // quant/int8.py: every product with an int8 matrix
+    RESCALE_INT8,  // quant/int8.py: sums of PRODUCT_INT8 that were added up over ranks
+    GROUPED_PRODUCT_INT8,  // quant/int8.py: the products of experts
     NUM_OPERATIONS
 };
 
@@ -34,6 +38,8 @@ struct Call {
 // The head of a packed matrix [N, K]. It is followed by panels of 16 outputs, the last one filled up with zeros:
 //   float32   [K][16]
 //   bfloat16  [K / 2][16][2], K filled up with zeros to a multiple of 32
+//   int8      [K / 4][16][4], K filled up with zeros to a multiple of 64; then 16 float32 scales and 16 int32 sums, those of each
+//             output's numbers
 // A packed matrix is position-independent and the same for every instruction set.
 struct PackedHead {
     uint32_t magic, version;
@@ -43,6 +49,11 @@ struct PackedHead {
     int64_t padding[3];
 };
 constexpr uint32_t PACKED_MAGIC = 0x57535054, PACKED_VERSION = 1;
+
+static inline int64_t packed_panel_bytes(int32_t dtype, int64_t inner) {
+    if (dtype == INT8) return (inner + 63) / 64 * 64 * 16 + 128;
+    return dtype == BFLOAT16 ? (inner + 31) / 32 * 32 * 16 * 2 : inner * 16 * 4;
+}
 
 // out[t] = x[t] @ weight.T + bias, summed in float32 in the order of K and rounded once.
 struct Product {
@@ -187,4 +198,38 @@ struct Gumbel {
     double* out;                               // [rows, count]
     int64_t rows, count, ids_stride;
     int32_t level;
+};
+
+// out[t] = rint(x[t] / scale[t]) as int8 in [-127, 127], filled up with zeros to the next multiple of 64. A row of zeros, or of numbers
+// below 1e-30, has scale 0 and zeros.
+struct Quantize {
+    const void* x;    // [rows, inner]
+    float* scale;     // [rows]: written, the largest magnitude of the row / 127; or read, if given_scale
+    int8_t* out;      // [rows, out_stride], or null: only the scales are written
+    int64_t rows, inner, x_stride, out_stride;
+    int32_t x_dtype, given_scale;
+};
+
+// out[t] = sums[t] * (scale[t] * weight scales) + bias, in float32 and rounded once, where sums[t] = x[t] @ weight.T as integers.
+// PRODUCT_INT8 takes `x` as int8 rows of QUANTIZE, RESCALE_INT8 as the int32 sums themselves [rows, N].
+struct ProductInt8 {
+    const PackedHead* weight;
+    const void* x;
+    const float* scale;  // [rows]
+    const float* bias;   // [N] or null
+    void* out;           // [rows, N]; of INT32: the sums, and scale and bias are not read
+    int64_t rows, x_stride, out_stride;
+    int32_t out_dtype;
+};
+
+// Products of several int8 matrices of one shape, `weight_bytes` apart: rows [ends[g - 1], ends[g]) belong to group g.
+struct GroupedProductInt8 {
+    const char* weights;
+    const int32_t* ends;
+    const int8_t* x;     // of QUANTIZE
+    const float* scale;  // [rows]
+    const float* bias;   // [groups, N] or null
+    void* out;           // [rows, N]
+    int64_t groups, weight_bytes, x_stride, out_stride;
+    int32_t out_dtype;
 };

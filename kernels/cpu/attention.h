@@ -110,7 +110,7 @@ struct Attending {
             float* to = queries + i * block.rows * shape.share * shape.key_dim;
             for (int64_t c = 0; c < block.rows; c++, to += count * shape.key_dim) {
                 const T* from = (const T*)a.q + (block.row + c) * a.q_strides[0] + head * a.q_strides[1];
-                gather_rows(to, from, count, a.q_strides[1], a.k_dim, shape.key_dim);
+                gather_rows(to, shape.key_dim, from, count, a.q_strides[1], a.k_dim, shape.key_dim);
             }
         }
     }
@@ -169,13 +169,13 @@ struct Attending {
     void multiply(const Block& block, int64_t i, const Places& places, const State& state) const {
         int64_t head, count = shape.heads_of(block.share + i, &head), rows = block.rows * count, base = i * block.rows * shape.share;
         int from = places.begin / PANEL, to = (places.end + PANEL - 1) / PANEL;
-        auto keep = [&](const float* sums, int64_t row, int some, int64_t panel, int panels) {
-            for (int r = 0; r < some; r++)
+        auto keep = [&](const float* sums, int64_t row, int64_t some, int64_t panel, int panels) {
+            for (int64_t r = 0; r < some; r++)
                 memcpy(scores + (row + r) * TILE + panel * PANEL, sums + r * panels * PANEL, panels * PANEL * sizeof(float));
         };
         const float* x = queries + base * shape.key_dim;
         TileBlock<Panels> of_keys{keys, shape.units * PANEL * 4, x, shape.key_dim, shape.key_dim};
-        walk(of_keys, rows, 0, from, to, keep);
+        walk_tile(of_keys, rows, from, to, keep);
         for (int64_t m = 0; m < rows; m++) {
             int64_t position = block.position + m / count, low = first_seen(a, position) - places.first, high = position + 1 - places.first;
             RowState row = {load<V>(state.weights + (base + m) * W), state.peaks[base + m]};
@@ -184,8 +184,8 @@ struct Attending {
             );
             store(state.weights + (base + m) * W, row.weight), state.peaks[base + m] = row.peak;
         }
-        auto add = [&](const float* sums, int64_t row, int some, int64_t panel, int panels) {
-            for (int r = 0; r < some; r++) {
+        auto add = [&](const float* sums, int64_t row, int64_t some, int64_t panel, int panels) {
+            for (int64_t r = 0; r < some; r++) {
                 float* out = state.sums + (base + row + r) * shape.value_dim + panel * PANEL;
                 V factor = broadcast(factors[row + r]);
                 for (int e = 0; e < panels * PANEL; e += W)
@@ -195,7 +195,7 @@ struct Attending {
         const char* panels = values + from * PANEL * PANEL * sizeof(T);
         int64_t inner = (places.end + 1) / 2 * 2 - from * PANEL;
         TileBlock<Panels> of_values{panels, TILE * PANEL * sizeof(T), scores + from * PANEL, TILE, inner};
-        walk(of_values, rows, 0, 0, shape.value_dim / PANEL, add);
+        walk_tile(of_values, rows, 0, shape.value_dim / PANEL, add);
     }
 
     // Writes row `m` of a block, with the sink in its softmax.

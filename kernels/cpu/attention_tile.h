@@ -165,9 +165,18 @@ struct TileBlock {
     int64_t stride, inner;
 
     template <int R, int P>
-    void run(int64_t panel, int64_t row, float* sums) const {
-        widened_block<T, R, P>(panels + panel * panel_bytes, panel_bytes, x + row * stride, stride, inner, sums);
+    void run(int64_t panel, int64_t row, Span span, float* sums) const {
+        widened_block<T, R, P>(panels + panel * panel_bytes, panel_bytes, x + row * stride, stride, span, sums);
     }
 };
+
+// `walk` over rows [0, rows), some at a time.
+template <class T, class Done>
+static void walk_tile(TileBlock<T> block, int64_t rows, int64_t begin, int64_t end, const Done& done) {
+    constexpr int64_t STEP = 48;
+    alignas(64) float sums[STEP * GROUP * PANEL];
+    for (int64_t row = 0; row < rows; row += STEP, block.x += STEP * block.stride)
+        walk(block, rows - row < STEP ? rows - row : STEP, row, begin, end, sums, done);
+}
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "head.h"
 #include "product.h"
 #include "rows.h"
+#include "product_int8.h"
 
 namespace {
 template <class Arguments, void (*run)(const Arguments&, const Team&)>
@@ -27,4 +28,8 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Attention, attention>,
     operation<AllReduce, all_reduce>,
     operation<Gumbel, gumbel>,
+    operation<Quantize, quantize>,
+    operation<ProductInt8, product_int8>,
+    operation<ProductInt8, rescale_int8>,
+    operation<GroupedProductInt8, grouped_product_int8>,
 }};

@@ -23,7 +23,6 @@ constexpr int MOST_ROWS = 12;
 #else
 constexpr int MOST_ROWS = 6;
 #endif
-constexpr int64_t LINE = 64;   // bytes. Rows are a multiple of lines plus one apart, or they would fall on the same lines of a cache
 constexpr int64_t CHUNK = 96;  // rows for which a panel is read from memory once
 constexpr int64_t GROUP = 4;   // panels for which the rows' numbers are
 constexpr int64_t SPAN = 512;  // of K
@@ -47,16 +46,18 @@ struct Bfloat16 {
     }
 };
 
-// Sums of R rows by P panels, [R][P * PANEL], to which a span of K is added.
-template <int R, int P>
+// Sums of R rows by P panels, [R][P * PANEL] float32 or int32, to which a span of K is added. `Vector`: W of them.
+template <class Vector, int R, int P>
 struct Sums {
-    V acc[R][P * VECTORS];
+    Vector acc[R][P * VECTORS];
 
-    INLINE Sums(const float* from, bool fresh) {
+    template <class Sum>
+    INLINE Sums(const Sum* from, bool fresh) {
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int j = 0; j < P * VECTORS; j++) acc[r][j] = fresh ? V{} : load<V>(from + r * P * PANEL + j * W);
+            UNROLL for (int j = 0; j < P * VECTORS; j++) acc[r][j] = fresh ? Vector{} : load<Vector>(from + r * P * PANEL + j * W);
     }
-    INLINE void keep(float* to) const {
+    template <class Sum>
+    INLINE void keep(Sum* to) const {
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int j = 0; j < P * VECTORS; j++) store(to + r * P * PANEL + j * W, acc[r][j]);
     }
@@ -70,7 +71,7 @@ struct Span {
 // Adds a span to R rows by P panels; `x` holds float32 rows of `stride`.
 template <class T, int R, int P>
 static void widened_block(const char* panel, int64_t panel_bytes, const float* x, int64_t stride, Span span, float* sums) {
-    Sums<R, P> block(sums, span.begin == 0);
+    Sums<V, R, P> block(sums, span.begin == 0);
     for (int64_t k = span.begin; k < span.end; k += T::STEP) {
         if (R < 4) UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * panel_bytes + k * PANEL * (4 / T::STEP) + 1024);
         UNROLL for (int odd = 0; odd < T::STEP; odd++) {
@@ -89,7 +90,7 @@ static void widened_block(const char* panel, int64_t panel_bytes, const float* x
 // The same on pairs of bfloat16: `x` holds rows of pairs, `stride` counts pairs.
 template <int R, int P>
 static void pairs_block(const char* panel, int64_t panel_bytes, const uint32_t* x, int64_t stride, Span span, float* sums) {
-    Sums<R, P> block(sums, span.begin == 0);
+    Sums<V, R, P> block(sums, span.begin == 0);
     for (int64_t k = span.begin / 2; k < span.end / 2; k++) {
         if (R < 4) UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * panel_bytes + k * PANEL * 4 + 1024);
         VU w[P];
@@ -132,9 +133,9 @@ struct Finish {
 };
 
 // Few rows: many panels at once, to have enough loads on the way.
-template <class Block, class Done>
+template <class Sum, class Block, class Done>
 static void walk_few(const Block& block, int64_t rows, int64_t row0, int64_t begin, int64_t end, const Done& done) {
-    alignas(64) float sums[2 * 8 * PANEL];
+    alignas(64) Sum sums[2 * 8 * PANEL];
     Span all = {0, block.inner};
 #define BLOCKS(R, P)                                      \
     for (; panel + (P) <= end; panel += (P)) {            \
@@ -174,12 +175,12 @@ INLINE void in_blocks(int64_t rows, const Each& each) {
     }
 }
 
-template <class Block, int P>
+template <class Block, class Sum, int P>
 struct AddSpan {
     const Block& block;
     int64_t panel;
     Span span;
-    float* sums;
+    Sum* sums;
     template <int R>
     INLINE void run(int64_t row) const {
         block.template run<R, P>(panel, row, span, sums + row * P * PANEL);
@@ -195,23 +196,23 @@ INLINE void in_panels(int64_t begin, int64_t end, const Each& each) {
     for (; begin < end; begin++) each.template run<1>(begin);
 }
 
-template <class Block>
+template <class Block, class Sum>
 struct AddSpans {
     const Block& block;
     int64_t rows, first;
     Span span;
-    float* sums;
+    Sum* sums;
     template <int P>
     INLINE void run(int64_t panel) const {
-        in_blocks(rows, AddSpan<Block, P>{block, panel, span, sums + (panel - first) * rows * PANEL});
+        in_blocks(rows, AddSpan<Block, Sum, P>{block, panel, span, sums + (panel - first) * rows * PANEL});
     }
 };
 
-template <class Done>
+template <class Done, class Sum>
 struct EachDone {
     const Done& done;
     int64_t rows, row0, first;
-    const float* sums;
+    const Sum* sums;
     template <int P>
     INLINE void run(int64_t panel) const {
         done(sums + (panel - first) * rows * PANEL, row0, rows, panel, P);
@@ -220,16 +221,16 @@ struct EachDone {
 
 // Walks over `rows` rows and panels [begin, end); `sums` holds rows * GROUP * PANEL numbers. Of many rows a span of K stays in the
 // second cache while a group of panels goes past it, and a span of each panel in the first while the rows do.
-template <class Block, class Done>
-static void walk(const Block& block, int64_t rows, int64_t row0, int64_t begin, int64_t end, float* sums, const Done& done) {
-    if (rows <= 3) return walk_few(block, rows, row0, begin, end, done);
+template <class Sum, class Block, class Done>
+static void walk(const Block& block, int64_t rows, int64_t row0, int64_t begin, int64_t end, Sum* sums, const Done& done) {
+    if (rows <= 3) return walk_few<Sum>(block, rows, row0, begin, end, done);
     for (int64_t first = begin; first < end; first += GROUP) {
         int64_t last = first + GROUP < end ? first + GROUP : end;
         for (int64_t k = 0; k < block.inner; k += SPAN) {
             Span span = {k, k + SPAN < block.inner ? k + SPAN : block.inner};
-            in_panels(first, last, AddSpans<Block>{block, rows, first, span, sums});
+            in_panels(first, last, AddSpans<Block, Sum>{block, rows, first, span, sums});
         }
-        in_panels(first, last, EachDone<Done>{done, rows, row0, first, sums});
+        in_panels(first, last, EachDone<Done, Sum>{done, rows, row0, first, sums});
     }
 }
 
@@ -329,14 +330,17 @@ INLINE Product product_of(const GroupedProduct& all, int64_t g) {
 }
 
 // A panel of few rows costs its bytes, of many its rows.
-INLINE int64_t cost_of(const Product& product) { return product.rows ? panels_of(product.weight) * (product.rows + 8) : 0; }
+template <class One>
+INLINE int64_t cost_of(const One& product) { return product.rows ? panels_of(product.weight) * (product.rows + 8) : 0; }
 
-static void grouped_product(const GroupedProduct& all, const Team& team) {
+// Divides the products product_at(0), ... among the threads by their costs: this thread runs `run(product, begin, end)` on its panels.
+template <class At, class Run>
+static void divide_products(int64_t groups, const Team& team, const At& product_at, const Run& run) {
     int64_t total = 0, before = 0;
-    for (int64_t g = 0; g < all.groups; g++) total += cost_of(product_of(all, g));
+    for (int64_t g = 0; g < groups; g++) total += cost_of(product_at(g));
     int64_t begin = total * team.thread / team.threads, end = total * (team.thread + 1) / team.threads;
-    for (int64_t g = 0; g < all.groups; g++) {
-        Product product = product_of(all, g);
+    for (int64_t g = 0; g < groups; g++) {
+        auto product = product_at(g);
         int64_t cost = cost_of(product), panels = panels_of(product.weight);
         if (!cost) continue;
         // A panel belongs to the thread in whose part of all costs it begins; borders are rounded alike on both sides.
@@ -344,9 +348,16 @@ static void grouped_product(const GroupedProduct& all, const Team& team) {
             int64_t panel = at <= before ? 0 : at >= before + cost ? panels : (at - before) * panels / cost;
             return panel == panels ? panel : panel / 2 * 2;
         };
-        product_panels(product.weight, product.x, product.rows, product.x_stride, panel_at(begin), panel_at(end), Finish{product});
+        run(product, panel_at(begin), panel_at(end));
         before += cost;
     }
+}
+
+static void grouped_product(const GroupedProduct& all, const Team& team) {
+    auto run = [](const Product& product, int64_t begin, int64_t end) {
+        product_panels(product.weight, product.x, product.rows, product.x_stride, begin, end, Finish{product});
+    };
+    divide_products(all.groups, team, [&](int64_t g) { return product_of(all, g); }, run);
 }
 
 }  // namespace

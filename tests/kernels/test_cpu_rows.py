@@ -16,7 +16,7 @@ from tpserve.sampler import draw
 from tpserve_kernels.cpu import gumbel, rows
 from tpserve_kernels.cpu.all_reduce import AllReduce
 from tpserve_kernels.cpu.library import DTYPES as NUMBERS
-from tpserve_kernels.cpu.library import Call, Isa, Operation, library, load
+from tpserve_kernels.cpu.library import Call, Isa, Operation, is_native, library, load
 from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, NormKind, Rotation
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -285,4 +285,4 @@ def test_what_is_outside_the_contract_is_refused() -> None:
     for call in refused:
         with pytest.raises(AssertionError):
             call()
-    assert not rows.native(x.half()) and rows.native(x) and not rows.native(x.to("meta"))
+    assert not is_native(x.half()) and is_native(x) and not is_native(x.to("meta"))

@@ -119,7 +119,7 @@ def free() -> Iterator[None]:
 @contextmanager
 def coarse() -> Iterator[None]:
     """The same with less precision."""
-    with free(), patch.object(paged, "is_native", lambda dtype: False), patch.object(cpu_attention, "_tiles", coarse_tiles):
+    with free(), patch.object(paged, "is_native", lambda x: False), patch.object(cpu_attention, "_tiles", coarse_tiles):
         yield
 
 

@@ -29,7 +29,7 @@ def _threads() -> Iterator[None]:
 @pytest.fixture
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention as it is without the library."""
-    monkeypatch.setattr(attention, "is_native", lambda dtype: False)
+    monkeypatch.setattr(attention, "is_native", lambda x: False)
 
 
 @pytest.fixture(params=["torch", "library"])

@@ -12,9 +12,9 @@ import torch
 
 from tpserve.attention import cpu_attention, cpu_plan
 from tpserve.attention.metadata import AttentionMetadata
-from tpserve_kernels.cpu import rows
 from tpserve_kernels.cpu import attention as native
-from tpserve_kernels.cpu.library import DTYPES, library
+from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.library import is_native
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,12 @@ class AttentionParams:
     sinks: torch.Tensor | None = None
 
 
-def is_native(dtype: torch.dtype) -> bool:
-    """Whether attention on the CPU is that of the library, for queries and caches of this dtype."""
-    return dtype in DTYPES and library() is not None
-
-
 def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> AttentionMetadata:
     """The metadata with torch's attention plan, computed once per step for all layers of a cache group; unchanged for kernels.
 
     `num_heads`: N. `cache`: the cache of any layer of the group; only its shape and dtype matter.
     """
-    if cache.k.is_cuda or is_native(cache.k.dtype):
+    if cache.k.is_cuda or is_native(cache.k):
         return batch
     _, block_size, num_kv, k_dim = cache.k.shape
     heads = cpu_plan.HeadShape(num_kv, num_heads // num_kv, k_dim, cache.v.shape[3])
@@ -106,7 +101,7 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
 
         kv.write_kv(k_TKD, v_TKE, cache.k, cache.v, batch.write_slots)
         return
-    if rows.native(k_TKD):
+    if is_native(k_TKD):
         k_cache_SKD, v_cache_SKE = cache.slots()
         rows.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
         return
@@ -124,7 +119,7 @@ def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attent
     """
     scale, cap, sinks = attention_params.scale, attention_params.cap, attention_params.sinks
     if not q_TND.is_cuda:
-        if not is_native(q_TND.dtype):
+        if not is_native(q_TND):
             return cpu_attention.attend(q_TND, cache.k, cache.v, batch.tiles, scale, cap, sinks)
         return native.paged_attention(
             q_TND, cache.k, cache.v, batch.tables, batch.query_starts, batch.context_lens, scale, batch.window, cap, sinks

@@ -46,6 +46,10 @@ class Operation(IntEnum):
     ATTENTION = 7
     ALL_REDUCE = 8
     GUMBEL = 9
+    QUANTIZE = 10
+    PRODUCT_INT8 = 11
+    RESCALE_INT8 = 12
+    GROUPED_PRODUCT_INT8 = 13
 
 
 class Call(ctypes.Structure):
@@ -140,6 +144,16 @@ def load() -> tuple[Library | None, str]:
 def library() -> Library | None:
     """The library, or None when callers must do without."""
     return load()[0]
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library computes with tensors of this device and dtype."""
+    return device.type == "cpu" and dtype in DTYPES and library() is not None
+
+
+def is_native(x: torch.Tensor) -> bool:
+    """Whether the library computes with this tensor."""
+    return serves(x.device, x.dtype)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """What a step does to rows between its products: kernels/cpu/rows.h. Norms, heads with their rotation and cache, activations.
 
-Tensors are float32 or bfloat16 (`native` says whether a tensor can be taken) and the numbers of a row are adjacent; sums are
+Tensors are float32 or bfloat16 (`is_native` says whether a tensor can be taken) and the numbers of a row are adjacent; sums are
 float32. Each operation has the plain torch form beside it.
 
 Legend: T rows, H channels of a row, N query heads, K key/value heads, D channels of a head, of which 2 E rotate, P positions,
@@ -105,11 +105,6 @@ class Rotation(NamedTuple):
     cos_PE: torch.Tensor
     sin_PE: torch.Tensor
     interleaved: bool = False
-
-
-def native(x: torch.Tensor) -> bool:
-    """Whether the functions here take this tensor: on the CPU, of a dtype that the library has, and the library is there."""
-    return x.dtype in DTYPES and x.device.type == "cpu" and library() is not None
 
 
 def _is_adjacent(x: torch.Tensor) -> bool:
