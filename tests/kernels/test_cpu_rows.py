@@ -248,6 +248,26 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
         waits.clear()
 
 
+def test_a_peer_that_is_late_with_every_part_of_a_tensor() -> None:
+    """The peer is the torch form: both sides keep one protocol."""
+    size = SLOT_BYTES // 4 * 2 + 99
+    parts = [random(size, seed=rank) for rank in range(2)]
+    memory = mmap.mmap(-1, mmap.PAGESIZE + 4 * SLOT_BYTES)
+    pages = [ShmAllReduce(memory, range(2), rank, [-1, -1], spins=False) for rank in range(2)]
+    sums: list[torch.Tensor] = []
+
+    def late() -> None:
+        for part_N in pages[1]._parts(parts[1]):
+            time.sleep(0.02)
+            sums.append(torch.add(*pages[1]._exchange(part_N).parts))
+
+    peer = threading.Thread(target=late)
+    peer.start()
+    total = pages[0].all_reduce(parts[0].clone())
+    peer.join(20)
+    assert torch.equal(total, parts[0] + parts[1]) and torch.equal(torch.cat(sums), total) and len(sums) == 3
+
+
 def test_gumbel_noise_is_that_of_torch() -> None:
     """All but the last bit of it, for each id alone and in company; the words of Philox must be equal for that."""
     seed, position, choice = torch.tensor([0, -1, 2**63 - 1, -(2**63) + 12345]), torch.tensor([0, 1, 99_999, 7]), torch.arange(4)
