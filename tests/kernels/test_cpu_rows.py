@@ -14,8 +14,7 @@ import torch
 from tpserve.parallel.shm import SLOT_BYTES, ShmAllReduce
 from tpserve.sampler import draw
 from tpserve_kernels.cpu import gumbel, rows
-from tpserve_kernels.cpu.all_reduce import AllReduce
-from tpserve_kernels.cpu.library import DTYPES as NUMBERS
+from tpserve_kernels.cpu.all_reduce import all_reduce_arguments
 from tpserve_kernels.cpu.library import Call, Isa, Operation, library, load
 from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, NormKind, Rotation
 
@@ -218,7 +217,7 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
         assert page.all_gather(torch.ones(1)).shape == (size, 1), "what Python does on the page may come between"
         x, sum_TH, out_TH = parts[rank].clone(), residual.clone(), torch.empty_like(total)
         norm = rows.norm_arguments(x, out_TH, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, sum_TH, sum_TH)
-        reduce = AllReduce(ctypes.pointer(page.page), x.data_ptr(), ctypes.pointer(norm), *x.shape, NUMBERS[dtype])
+        reduce = all_reduce_arguments(page.page, x, norm)
         silu = rows.activation_arguments(out_TH, out_TH, ActivationKind.SILU)
         calls = (Call * 2)(
             Call(Operation.ALL_REDUCE, ctypes.addressof(reduce)), Call(Operation.ACTIVATION, ctypes.addressof(silu))
