@@ -167,9 +167,9 @@ def _close(pidfds: Sequence[int]) -> None:
 class ShmAllReduce:
     """One rank's view of the page. `ranks`: the global ranks of the group. `index`: this rank's index in `ranks`.
 
-    `pidfds`: of the peers, -1 for this rank; this object owns them. `page`: for sums that are part of a list of native operations,
-    whose long waits `watch` takes over (`all_reduce_arguments`, `Library.run_calls`). All ranks make the same calls in the same order, with equal
-    shapes and dtypes.
+    `pidfds`: of the peers, -1 for this rank; this object owns them. All ranks make the same calls in the same order, with equal
+    shapes and dtypes. `page`: for sums inside a list of native operations (`all_reduce_arguments`, `Library.run_calls`), whose
+    long waits `watch` takes over.
     """
 
     def __init__(self, memory: mmap.mmap, ranks: Sequence[int], index: int, pidfds: Sequence[int], *, spins: bool) -> None:
