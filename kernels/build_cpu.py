@@ -40,7 +40,7 @@ X86_64 = {
     "avx512_bf16": [*AVX512, WIDE, BF16],
     "amx": [*AVX512, WIDE, BF16, TILES],
 }
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 
 
 def compiler() -> list[str]:
