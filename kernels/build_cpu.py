@@ -29,7 +29,7 @@ LIBRARY = Path(__file__).resolve().parent / "tpserve_kernels" / "libtpserve_cpu.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]  # nothing of libstdc++
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-tree-vectorize"]  # sums as they are written
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=znver3"]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mtune=icelake-server", "-mprefer-vector-width=512"]
 WIDE, BF16, TILES = "-DWIDE", "-DBF16_PAIRS", "-DTILES"

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT32 = 3 };
 
 // The instruction sets, in rising order. On an x86-64 processor each includes those before it.
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
@@ -19,6 +19,13 @@ enum Operation : int32_t {
     NORM,
     QKV,
     ACTIVATION,
+    ATTENTION,
+    ALL_REDUCE,
+    GUMBEL,
+    QUANTIZE,      // quant/int8.py: rows of activations and of weights, to int8
+    PRODUCT_INT8,  // quant/int8.py: every product with an int8 matrix
+    RESCALE_INT8,  // quant/int8.py: sums of PRODUCT_INT8 that were added up over ranks
+    GROUPED_PRODUCT_INT8,  // quant/int8.py: the products of experts
     NUM_OPERATIONS
 };
 
@@ -31,6 +38,8 @@ struct Call {
 // The head of a packed matrix [N, K]. It is followed by panels of 16 outputs, the last one filled up with zeros:
 //   float32   [K][16]
 //   bfloat16  [K / 2][16][2], K filled up with zeros to a multiple of 32
+//   int8      [K / 4][16][4], K filled up with zeros to a multiple of 64; then 16 float32 scales and 16 int32 sums, those of each
+//             output's numbers
 // A packed matrix is position-independent and the same for every instruction set.
 struct PackedHead {
     uint32_t magic, version;
@@ -40,6 +49,11 @@ struct PackedHead {
     int64_t padding[3];
 };
 constexpr uint32_t PACKED_MAGIC = 0x57535054, PACKED_VERSION = 1;
+
+static inline int64_t packed_panel_bytes(int32_t dtype, int64_t inner) {
+    if (dtype == INT8) return (inner + 63) / 64 * 64 * 16 + 128;
+    return dtype == BFLOAT16 ? (inner + 31) / 32 * 32 * 16 * 2 : inner * 16 * 4;
+}
 
 // out[t] = x[t] @ weight.T + bias, summed in float32 in the order of K and rounded once.
 struct Product {
@@ -131,4 +145,91 @@ struct Activation {
     int64_t rows, width, x_stride, out_stride;
     float alpha, limit;  // of CLAMPED_SWIGLU
     int32_t dtype, kind;
+};
+
+// Attention of `rows` rows over the paged keys and values of their own requests. Request r owns rows [query_starts[r],
+// query_starts[r + 1]), the last of them at position context_lens[r] - 1; position p is entry p % block_size of block
+// tables[r][p / block_size]; a row at position p sees (p - window, p]. Rows past the last request's become zero.
+struct Attention {
+    const void *q, *k, *v;  // [rows, heads, k_dim], [blocks, block_size, kv_heads, k_dim], [.., v_dim]; v may be a view of k
+    void* out;              // [rows, heads, v_dim]
+    const float* sinks;     // [heads] or null
+    const int32_t *query_starts, *context_lens, *tables;
+    void* workspace;  // for the parts of a context that is divided among threads; null: none is
+    int64_t workspace_bytes;
+    int64_t rows, requests, table_stride;
+    int64_t heads, kv_heads, k_dim, v_dim, block_size;
+    int64_t window;  // 0: a row sees all positions up to its own
+    int64_t q_strides[2], out_strides[2];  // of a row, of a head
+    int64_t k_strides[3], v_strides[3];    // of a block, of an entry, of a head
+    float scale, cap;                      // cap 0: none
+    int32_t dtype;                         // of q, k, v and out
+};
+
+// The page of parallel/shm.py as one rank sees it; its layout and its rules are there. Both sides use this one `round`, so that
+// collectives of either may follow each other.
+struct Page {
+    char* counters;      // [ranks], a cache line each: the last round that the rank has published
+    char* slots;         // [2][ranks][slot_bytes]
+    int64_t slot_bytes;
+    int64_t round;       // the last round that this rank has begun
+    int64_t done;        // numbers of a tensor that are summed when its call has stopped
+    int32_t waiting;     // 1: the call has stopped after publishing `round`, before all others had
+    int32_t ranks, index;
+    int32_t may_spin;    // 0 with more ranks than cores
+};
+
+// x = the sum of the ranks' x in rank order, each step rounded; then the norm of the sum, if any. When a peer does not come within
+// some milliseconds the list of calls stops here, to be called again from here: the caller looks meanwhile who is still alive.
+// Called by parallel/shm.py.
+struct AllReduce {
+    Page* page;
+    void* x;           // [rows, width], contiguous
+    const Norm* norm;  // null, or a norm of as many rows whose `x` is this one's
+    int64_t rows, width;
+    int32_t dtype;
+};
+
+// out = -log(-log(u)), u in (0, 1) from Philox with the row's seed as key and (id, position, choice, level) as counter: Gumbel
+// noise. Called by sampler/draw.py.
+struct Gumbel {
+    const int64_t* ids;                        // [rows, count], in [0, 2^32)
+    const int64_t *seed, *position, *choice;   // [rows]
+    double* out;                               // [rows, count]
+    int64_t rows, count, ids_stride;
+    int32_t level;
+};
+
+// out[t] = rint(x[t] / scale[t]) as int8 in [-127, 127], filled up with zeros to the next multiple of 64. A row of zeros, or of numbers
+// below 1e-30, has scale 0 and zeros.
+struct Quantize {
+    const void* x;    // [rows, inner]
+    float* scale;     // [rows]: written, the largest magnitude of the row / 127; or read, if given_scale
+    int8_t* out;      // [rows, out_stride], or null: only the scales are written
+    int64_t rows, inner, x_stride, out_stride;
+    int32_t x_dtype, given_scale;
+};
+
+// out[t] = sums[t] * (scale[t] * weight scales) + bias, in float32 and rounded once, where sums[t] = x[t] @ weight.T as integers.
+// PRODUCT_INT8 takes `x` as int8 rows of QUANTIZE, RESCALE_INT8 as the int32 sums themselves [rows, N].
+struct ProductInt8 {
+    const PackedHead* weight;
+    const void* x;
+    const float* scale;  // [rows]
+    const float* bias;   // [N] or null
+    void* out;           // [rows, N]; of INT32: the sums, and scale and bias are not read
+    int64_t rows, x_stride, out_stride;
+    int32_t out_dtype;
+};
+
+// Products of several int8 matrices of one shape, `weight_bytes` apart: rows [ends[g - 1], ends[g]) belong to group g.
+struct GroupedProductInt8 {
+    const char* weights;
+    const int32_t* ends;
+    const int8_t* x;     // of QUANTIZE
+    const float* scale;  // [rows]
+    const float* bias;   // [groups, N] or null
+    void* out;           // [rows, N]
+    int64_t groups, weight_bytes, x_stride, out_stride;
+    int32_t out_dtype;
 };

@@ -117,23 +117,19 @@ static void parallel(int32_t threads, const Work& work) {
             _mm_setcsr(before);
 #endif
         }
-    } job{work, {0, 0, spins}};
+    } job{work, {0, 0, spins, 0}};
     if (threads > 1 && gomp_parallel) gomp_parallel(Job::run, &job, threads, 0);
     else Job::run(&job);
 }
 
-static int64_t panel_bytes(int32_t dtype, int64_t inner) {
-    return dtype == BFLOAT16 ? (inner + 31) / 32 * 32 * 16 * 2 : inner * 16 * 4;
-}
-
 // Bytes of a packed matrix, its head included.
 EXPORT int64_t tpserve_packed_bytes(int32_t dtype, int64_t outputs, int64_t inner) {
-    return sizeof(PackedHead) + (outputs + 15) / 16 * panel_bytes(dtype, inner);
+    return sizeof(PackedHead) + (outputs + 15) / 16 * packed_panel_bytes(dtype, inner);
 }
 
 // Packs a matrix [outputs, inner] with rows of `stride` numbers into `to`, 64-byte aligned and of tpserve_packed_bytes.
 EXPORT void tpserve_pack(int32_t dtype, int64_t outputs, int64_t inner, const void* from, int64_t stride, void* to, int32_t threads) {
-    PackedHead head = {PACKED_MAGIC, PACKED_VERSION, dtype, 0, outputs, inner, panel_bytes(dtype, inner), {}};
+    PackedHead head = {PACKED_MAGIC, PACKED_VERSION, dtype, 0, outputs, inner, packed_panel_bytes(dtype, inner), {}};
     memcpy(to, &head, sizeof head);
     int64_t panels = (outputs + 15) / 16;
     parallel(threads, [&](const Team& team) {
@@ -151,12 +147,36 @@ EXPORT void tpserve_pack(int32_t dtype, int64_t outputs, int64_t inner, const vo
     });
 }
 
-// Rows `ids` of a packed matrix, as they were before packing: out[i] = matrix[ids[i]], rows of `inner` numbers.
+// Packs int8 numbers [outputs, inner] with their scales [outputs]; the rest as of tpserve_pack.
+EXPORT void tpserve_pack_int8(int64_t outputs, int64_t inner, const int8_t* from, int64_t stride, const float* scales, void* to, int32_t threads) {
+    PackedHead head = {PACKED_MAGIC, PACKED_VERSION, INT8, 0, outputs, inner, packed_panel_bytes(INT8, inner), {}};
+    memcpy(to, &head, sizeof head);
+    int64_t panels = (outputs + 15) / 16;
+    parallel(threads, [&](const Team& team) {
+        for (int64_t panel = team.thread; panel < panels; panel += team.threads) {
+            char* out = (char*)to + sizeof head + panel * head.panel_bytes;
+            float* scale = (float*)(out + head.panel_bytes - 128);
+            int32_t* sum = (int32_t*)(out + head.panel_bytes - 64);
+            memset(out, 0, head.panel_bytes);
+            for (int n = 0; n < 16 && panel * 16 + n < outputs; n++) {
+                const int8_t* row = from + (panel * 16 + n) * stride;
+                for (int64_t k = 0; k < inner; k += 4) memcpy(out + k * 16 + n * 4, row + k, inner - k < 4 ? inner - k : 4);
+                for (int64_t k = 0; k < inner; k++) sum[n] += row[k];
+                scale[n] = scales[panel * 16 + n];
+            }
+        }
+    });
+}
+
+// Rows `ids` of a packed matrix, as they were before packing: out[i] = matrix[ids[i]], rows of `inner` numbers. Of int8: float32.
 EXPORT void tpserve_lookup(const PackedHead* weight, const int64_t* ids, int64_t count, void* to) {
     for (int64_t i = 0; i < count; i++) {
         const char* panel = (const char*)(weight + 1) + ids[i] / 16 * weight->panel_bytes;
         int64_t n = ids[i] % 16, inner = weight->inner;
-        if (weight->dtype == BFLOAT16)
+        if (weight->dtype == INT8) {
+            float scale = ((const float*)(panel + weight->panel_bytes - 128))[n];
+            for (int64_t k = 0; k < inner; k++) ((float*)to)[i * inner + k] = (float)((const int8_t*)panel)[k / 4 * 64 + 4 * n + k % 4] * scale;
+        } else if (weight->dtype == BFLOAT16)
             for (int64_t k = 0; k < inner; k++) ((uint16_t*)to)[i * inner + k] = ((const uint16_t*)panel)[k / 2 * 32 + 2 * n + k % 2];
         else
             for (int64_t k = 0; k < inner; k++) ((uint32_t*)to)[i * inner + k] = ((const uint32_t*)panel)[k * 16 + n];
@@ -168,12 +188,19 @@ EXPORT void tpserve_set(int64_t* const* addresses, int64_t count, int64_t value)
     for (int64_t i = 0; i < count; i++) *addresses[i] = value;
 }
 
-// Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before.
-EXPORT void tpserve_run(const Call* calls, int32_t count, int32_t threads) {
+// Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before. Returns how many have
+// ended: less than `count` when the next one has stopped, which is continued by running the rest of the list.
+EXPORT int32_t tpserve_run(const Call* calls, int32_t count, int32_t threads) {
+    int32_t ended = count;
     parallel(threads, [&](const Team& team) {
         for (int32_t i = 0; i < count; i++) {
             if (i) team.barrier();
             kernels->operations[calls[i].operation](calls[i].arguments, team);
+            if (team.meeting->stopped) {
+                if (team.thread == 0) ended = i;
+                return;
+            }
         }
     });
+    return ended;
 }

@@ -65,6 +65,15 @@ template <int C, int A, int B> static void tile_dot_bf16() {
                 store(&unit.data[C][m][4 * n], sum);
             }
 }
+template <int C, int A, int B> static void tile_dot_int8() {
+    for (int m = 0; m < unit.config.rows[C]; m++)
+        for (int k = 0; k < unit.config.bytes[A] / 4; k++)
+            for (int n = 0; n < unit.config.bytes[C] / 4; n++) {
+                int32_t sum = load<int32_t>(&unit.data[C][m][4 * n]);
+                for (int i = 0; i < 4; i++) sum += (int8_t)unit.data[A][m][4 * k + i] * (int8_t)unit.data[B][k][4 * n + i];
+                store(&unit.data[C][m][4 * n], sum);
+            }
+}
 #else
 INLINE void tile_configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
 INLINE void tile_release() { asm volatile("tilerelease" ::); }
@@ -78,7 +87,22 @@ template <int T> INLINE void tile_store(void* to, int64_t stride) {
 template <int C, int A, int B> INLINE void tile_dot_bf16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+template <int C, int A, int B> INLINE void tile_dot_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 #endif
+
+// The dot product of two tiles of a dtype, and what its sums are.
+struct TilesOfBfloat16 {
+    typedef bf16 number;
+    typedef float sum;
+    template <int C, int A, int B> static INLINE void dot() { tile_dot_bf16<C, A, B>(); }
+};
+struct TilesOfInt8 {
+    typedef int8_t number;
+    typedef int32_t sum;
+    template <int C, int A, int B> static INLINE void dot() { tile_dot_int8<C, A, B>(); }
+};
 
 INLINE TileConfig config_of(int upper, int lower) {  // rows of the two tiles of x; `lower` may be 0
     TileConfig config = {};
@@ -90,47 +114,40 @@ INLINE TileConfig config_of(int upper, int lower) {  // rows of the two tiles of
     return config;
 }
 
-// 16 + `lower` rows (or `upper` alone) by one or two panels, over all of K. `sums`: [rows][panels * PANEL].
-template <bool LOWER, bool SECOND>
-static void tile_block(const char* panel, int64_t panel_bytes, const bf16* x, int64_t stride, int64_t inner, int upper, float* sums) {
+// 16 + `lower` rows (or `upper` alone) by one or two panels, over all of K. `stride`, `row_bytes`: bytes of a row of x, and those of
+// its numbers. `sums`: [rows][panels * PANEL].
+template <class Tiles, bool LOWER, bool SECOND>
+static void tile_block(const char* panel, int64_t panel_bytes, const char* x, int64_t stride, int64_t row_bytes, int upper, void* sums) {
     tile_zero<0>();
     if (SECOND) tile_zero<1>();
     if (LOWER) tile_zero<2>();
     if (LOWER && SECOND) tile_zero<3>();
-    for (int64_t k = 0; k < inner; k += 32, panel += 1024) {
+    for (int64_t at = 0; at < row_bytes; at += 64, panel += 1024) {
         tile_load<6>(panel, 64);
-        tile_load<4>(x + k, stride * 2);
-        tile_dot_bf16<0, 4, 6>();
+        tile_load<4>(x + at, stride);
+        Tiles::template dot<0, 4, 6>();
         if (SECOND) {
             tile_load<7>(panel + panel_bytes, 64);
-            tile_dot_bf16<1, 4, 7>();
+            Tiles::template dot<1, 4, 7>();
         }
         if (LOWER) {
-            tile_load<5>(x + 16 * stride + k, stride * 2);
-            tile_dot_bf16<2, 5, 6>();
+            tile_load<5>(x + 16 * stride + at, stride);
+            Tiles::template dot<2, 5, 6>();
         }
-        if (LOWER && SECOND) tile_dot_bf16<3, 5, 7>();
+        if (LOWER && SECOND) Tiles::template dot<3, 5, 7>();
     }
-    int64_t row_bytes = (SECOND ? 2 : 1) * PANEL * 4;
-    tile_store<0>(sums, row_bytes);
-    if (SECOND) tile_store<1>(sums + PANEL, row_bytes);
-    if (LOWER) tile_store<2>((char*)sums + upper * row_bytes, row_bytes);
-    if (LOWER && SECOND) tile_store<3>((char*)(sums + PANEL) + upper * row_bytes, row_bytes);
+    int64_t sum_bytes = (SECOND ? 2 : 1) * PANEL * 4;
+    tile_store<0>(sums, sum_bytes);
+    if (SECOND) tile_store<1>((char*)sums + PANEL * 4, sum_bytes);
+    if (LOWER) tile_store<2>((char*)sums + upper * sum_bytes, sum_bytes);
+    if (LOWER && SECOND) tile_store<3>((char*)sums + PANEL * 4 + upper * sum_bytes, sum_bytes);
 }
 
-template <class Done>
-static void tiled(const PackedHead* weight, const bf16* x, int64_t rows, int64_t stride, int64_t begin, int64_t end, const Done& done) {
-    alignas(64) float sums[32 * 2 * PANEL];
-    int64_t filled = (weight->inner + 31) / 32 * 32;
-    if (filled != weight->inner) {  // a tile reads whole lines of 64 bytes
-        bf16* copy = (bf16*)scratch(rows * filled * 2);
-        for (int64_t r = 0; r < rows; r++) {
-            memcpy(copy + r * filled, x + r * stride, weight->inner * 2);
-            memset(copy + r * filled + weight->inner, 0, (filled - weight->inner) * 2);
-        }
-        x = copy, stride = filled;
-    }
-    int64_t step = CHUNK_BYTES / (filled * 2) / 32 * 32;
+// Rows of x, of `filled` numbers (whole lines of 64 bytes), by panels [begin, end).
+template <class Tiles, class Done>
+static void tiled_rows(const PackedHead* weight, const typename Tiles::number* x, int64_t rows, int64_t stride, int64_t filled, int64_t begin, int64_t end, const Done& done) {
+    alignas(64) typename Tiles::sum sums[32 * 2 * PANEL];
+    int64_t row_bytes = filled * sizeof *x, stride_bytes = stride * sizeof *x, step = CHUNK_BYTES / row_bytes / 32 * 32;
     if (step < 32) step = 32;
     int configured = 0;
     for (int64_t chunk = 0; chunk < rows; chunk += step) {
@@ -141,7 +158,8 @@ static void tiled(const PackedHead* weight, const bf16* x, int64_t rows, int64_t
             for (int64_t row = chunk; row < last; row += 32) {
                 int count = last - row < 32 ? last - row : 32, upper = count < 16 ? count : 16;
                 if (configured != count) tile_configure(config_of(upper, count - upper)), configured = count;
-#define BLOCK(LOWER, SECOND) tile_block<LOWER, SECOND>(at, weight->panel_bytes, x + row * stride, stride, filled, upper, sums)
+                const char* from = (const char*)(x + row * stride);
+#define BLOCK(LOWER, SECOND) tile_block<Tiles, LOWER, SECOND>(at, weight->panel_bytes, from, stride_bytes, row_bytes, upper, sums)
                 if (count > 16) second ? BLOCK(true, true) : BLOCK(true, false);
                 else second ? BLOCK(false, true) : BLOCK(false, false);
 #undef BLOCK
@@ -150,6 +168,20 @@ static void tiled(const PackedHead* weight, const bf16* x, int64_t rows, int64_t
         }
     }
     tile_release();
+}
+
+template <class Done>
+static void tiled(const PackedHead* weight, const bf16* x, int64_t rows, int64_t stride, int64_t begin, int64_t end, const Done& done) {
+    int64_t filled = (weight->inner + 31) / 32 * 32;
+    if (filled != weight->inner) {  // a tile reads whole lines of 64 bytes
+        bf16* copy = (bf16*)scratch(rows * filled * 2);
+        for (int64_t r = 0; r < rows; r++) {
+            memcpy(copy + r * filled, x + r * stride, weight->inner * 2);
+            memset(copy + r * filled + weight->inner, 0, (filled - weight->inner) * 2);
+        }
+        x = copy, stride = filled;
+    }
+    tiled_rows<TilesOfBfloat16>(weight, x, rows, stride, filled, begin, end, done);
 }
 #endif
 

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "observe": FLOOR_0,
     "hub": {*FLOOR_0, "config"},
     # floor 2
-    "parallel": {*FLOOR_0, "config", "host", "observe"},
+    "parallel": {*FLOOR_0, "config", "host", "kernels", "observe"},
     "quant": {*FLOOR_0, "kernels"},
     "coordinator": {*FLOOR_0, "observe", "process", "wire"},
     "engine_client": {*FLOOR_0, "cluster", "config", "coordinator", "observe", "process", "text", "wire"},

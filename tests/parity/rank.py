@@ -3,9 +3,10 @@
     python rank.py RANK WORLD_SIZE DIRECTORY
 
 DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...],
-"thorough": [[tp, pp], ...]}}, "shared": {"layouts": [...], "models": [name, ...]}, "experts": like shared,
+"thorough": [[tp, pp], ...]}}, "shared": {"layouts": [...], "models": [name, ...]}, "experts" and "int8": like shared,
 "scored": {"models": [name, ...], "sequences": [...]}}. The layouts run over gloo, those of "shared" through shared memory as
-well, those of "experts" with expert parallelism too; the thorough ones in bfloat16 and with each sequence in one chunk as well.
+well, those of "experts" with expert parallelism too, those of "int8" in int8 (three ranks through shared memory); the thorough
+ones in bfloat16 and with each sequence in one chunk as well.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from runner import Runner, Scorer, load_decoder, mixed, whole
 from safetensors.torch import save_file
 
+from tpserve.config.schema import Quantization
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
@@ -37,15 +39,16 @@ def main(rank: int, world_size: int, directory: Path) -> None:
     over_gloo = [(tp, pp, list(work["models"]), "") for tp, pp in work["layouts"]]
     shared = [(tp, pp, work["shared"]["models"], "-shm") for tp, pp in work["shared"]["layouts"]]
     experts = [(tp, pp, work["experts"]["models"], "-ep") for tp, pp in work["experts"]["layouts"]]
+    in_int8 = [(tp, pp, work["int8"]["models"], "-int8") for tp, pp in work["int8"]["layouts"]]
     places = exchange_locations(store, rank, world_size, 60.0)
-    for tp, pp, names, way in over_gloo + shared + experts:
+    for tp, pp, names, way in over_gloo + shared + experts + in_int8:
         stages = [dist.new_group([stage * tp + i for i in range(tp)]) for stage in range(pp)]
         if rank >= tp * pp:
             continue
         stage = rank // tp
         shm = None
-        if way == "-shm":
-            keys = dist.PrefixStore(f"tp{tp}pp{pp}", store)  # a page's keys are good for one
+        if way == "-shm" or (way == "-int8" and tp == 3):
+            keys = dist.PrefixStore(f"tp{tp}pp{pp}{way}", store)  # a page's keys are good for one
             shm = create_shm_group(keys, places, range(stage * tp, (stage + 1) * tp), rank, 2, 60.0)
             assert isinstance(shm, ShmAllReduce), shm
         group = Group(stages[stage] if tp > 1 else None, shm)
@@ -56,9 +59,10 @@ def main(rank: int, world_size: int, directory: Path) -> None:
             model = work["models"][name]
             sequences = model["sequences"]
             lengths = [len(tokens) for tokens in sequences]
-            thorough = way == "-ep" or [tp, pp] in model["thorough"]
+            thorough = way in ("-ep", "-int8") or [tp, pp] in model["thorough"]
             for dtype in (torch.float32, torch.bfloat16)[: 2 if thorough else 1]:
-                runner = Runner.load(directory / name, tp, pp, rank, group, pipeline, dtype, way == "-ep")
+                quantization: Quantization | None = "int8-head" if way == "-int8" else None
+                runner = Runner.load(directory / name, tp, pp, rank, group, pipeline, dtype, way == "-ep", quantization)
                 runs = {"mixed": mixed(lengths, model["prompts"], SIZES)} | ({"whole": whole(lengths)} if thorough else {})
                 for kind, steps in runs.items():
                     for i, logits in enumerate(runner.run(sequences, steps)):

@@ -10,6 +10,7 @@ import torch
 from tpserve.attention.metadata import AttentionMetadata, ModelInput
 from tpserve.attention.paged import KVCache
 from tpserve.config import model_config
+from tpserve.config.schema import Quantization
 from tpserve.models import model_spec, names_of
 from tpserve.models.decoder import Decoder
 from tpserve.models.whole_model import sources
@@ -68,8 +69,9 @@ class Runner:
         pipeline: Pipeline,
         dtype: torch.dtype,
         expert_parallel: bool = False,
+        quantization: Quantization | None = None,
     ) -> "Runner":
-        decoder, layout = load_decoder(directory, tp_size, pp, rank, tp, dtype, expert_parallel)
+        decoder, layout = load_decoder(directory, tp_size, pp, rank, tp, dtype, expert_parallel, quantization)
         return Runner(decoder, tp, pipeline, layout.layers[layout.stage_of(rank)])
 
     @torch.inference_mode()
@@ -113,7 +115,14 @@ class Runner:
 
 
 def load_decoder(
-    directory: Path, tp_size: int, pp: int, rank: int, tp: Group, dtype: torch.dtype, expert_parallel: bool = False
+    directory: Path,
+    tp_size: int,
+    pp: int,
+    rank: int,
+    tp: Group,
+    dtype: torch.dtype,
+    expert_parallel: bool = False,
+    quantization: Quantization | None = None,
 ) -> tuple[Decoder, ParallelLayout]:
     """A rank's stage of the checkpoint."""
     spec = model_spec(model_config.read(directory), str(directory / "config.json"))
@@ -122,7 +131,7 @@ def load_decoder(
     checkpoint = Checkpoint.open(directory, names_of(spec))
     unused_tensors(sources(spec), checkpoint, spec.num_layers)  # raises where a layer has more than we use
     load(decoder.parameters(), checkpoint)
-    decoder.prepack()
+    decoder.prepack(quantization)
     return decoder, layout
 
 

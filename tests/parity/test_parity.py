@@ -28,10 +28,15 @@ from tests.parity.dense_models import DENSE
 from tests.parity.expert_models import EXPERTS
 from tests.parity.gemma_models import GEMMAS
 from tests.parity.random_models import randomised
+from tpserve_kernels.cpu.library import library
 
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2)]
 SHARED = [(2, 1), (3, 1), (2, 2)]
 EXPERT_PARALLEL = [(2, 1), (3, 1), (2, 2)]
+IN_INT8 = [(1, 1), (2, 1), (3, 1)]
+INT8_EXACT = ("llama-new", "llama-linear", "qwen2", "gpt2", "gemma3")
+"""Models whose ranks add up nothing but integers."""
+INT8_MODELS = (*INT8_EXACT, "olmo2", "qwen2-moe", "deepseek-v3")
 PROMPTS = (3, 37, 170)
 NEW_TOKENS = 10
 SCORED = (1, 2, 33, 64, 129, 200)
@@ -132,6 +137,7 @@ def to_score() -> list[list[int]]:
     return [torch.randint(517, (length,), generator=generator).tolist() for length in SCORED]
 
 
+needs_library = pytest.mark.skipif(library() is None, reason="int8 needs the library of CPU kernels")
 Results = dict[str, torch.Tensor]
 Runs = Any
 
@@ -159,7 +165,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[torch
     shared = {"layouts": SHARED, "models": ["llama-old"]}
     scored = {"models": SCORED_MODELS, "sequences": to_score()}
     experts = {"layouts": EXPERT_PARALLEL, "models": list(EXPERTS)}
-    jobs = {"layouts": LAYOUTS, "models": work, "shared": shared, "experts": experts, "scored": scored}
+    int8 = {"layouts": IN_INT8 if library() is not None else [], "models": INT8_MODELS}
+    jobs = {"layouts": LAYOUTS, "models": work, "shared": shared, "experts": experts, "int8": int8, "scored": scored}
     (directory / "models.json").write_text(json.dumps(jobs))
     world_size = max(tp * pp for tp, pp in LAYOUTS)
     run_ranks(directory, world_size)
@@ -170,6 +177,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[torch
         results[tp, pp, "shm"] = load_file(directory / f"tp{tp}pp{pp}-shm.safetensors")
     for tp, pp in EXPERT_PARALLEL:
         results[tp, pp, "ep"] = load_file(directory / f"tp{tp}pp{pp}-ep.safetensors")
+    for tp, pp in int8["layouts"]:
+        results[tp, pp, "int8"] = load_file(directory / f"tp{tp}pp{pp}-int8.safetensors")
     return oracle, results
 
 
@@ -281,3 +290,38 @@ def test_shared_memory_changes_no_bit(runs: Runs, layout: tuple[int, int]) -> No
     assert len(shared) == 4 * len(PROMPTS)
     for key, logits in shared.items():
         assert torch.equal(logits, results[layout][key]), key
+
+
+@needs_library
+@pytest.mark.parametrize("layout", [(2, 1), (3, 1)], ids=["tp2", "tp3"])
+def test_ranks_change_no_bit_in_int8(runs: Runs, layout: tuple[int, int]) -> None:
+    """Ranks that add up integers only compute what one rank does; norms and experts over ranks are sums of floats."""
+    _, results = runs
+    parted = results[*layout, "int8"]
+    for key, logits in results[1, 1, "int8"].items():
+        assert torch.isfinite(logits).all()
+        if key.split(".")[0] in INT8_EXACT:
+            assert torch.equal(parted[key], logits), key
+
+
+@needs_library
+@pytest.mark.parametrize("layout", IN_INT8, ids=lambda layout: f"tp{layout[0]}")
+def test_chunking_and_company_change_no_bit_in_int8(runs: Runs, layout: tuple[int, int]) -> None:
+    _, results = runs
+    own = results[*layout, "int8"]
+    kinds = [key for key in own if ".whole." in key]
+    assert len(kinds) == len(INT8_MODELS) * len(PROMPTS) * 2
+    for key in kinds:
+        assert torch.equal(own[key], own[key.replace(".whole.", ".mixed.")]), key
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+@pytest.mark.parametrize("name", INT8_MODELS)
+def test_int8_stays_close(runs: Runs, name: str, dtype: str) -> None:
+    """The distribution of every position, LM head in int8 too, against transformers' in float32."""
+    oracle, results = runs
+    wanted = torch.cat(oracle[name]).log_softmax(-1)
+    for layout in IN_INT8:
+        got = torch.cat([results[*layout, "int8"][f"{name}.mixed.{i}.{dtype}"] for i in range(len(PROMPTS))])
+        assert 0 < float((wanted.exp() * (wanted - got.log_softmax(-1))).sum(-1).mean()) < 3e-2

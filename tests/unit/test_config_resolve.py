@@ -68,6 +68,8 @@ def test_any_size_that_leaves_no_rank_empty(tp: int, pp: int, say_tp: bool) -> N
         ("m --all-reduce nccl", machine(2), "--all-reduce nccl is for GPUs, and the ranks run on the CPU: leave it out"),
         ("m --all-reduce shm", machine(2, gpus=2), "--all-reduce shm is for the CPU, and the ranks run on GPUs"),
         ("m --all-reduce nccl --device cuda", machine(2, gpus=1), "needs a GPU for each rank, but 2 ranks share 1"),
+        ("m -q int8", machine(1, gpus=1), "--quantization int8 is for the CPU, and the ranks run on GPUs: leave it out, or pass"),
+        ("m -q int8-head --dtype float16", machine(1), "the model's are float16: pass --dtype bfloat16 too"),
         ("m --enable-expert-parallel", machine(2), "--enable-expert-parallel, but the model has no experts: leave it out"),
         ("m --max-model-len 2049", machine(1), "--max-model-len 2049 is beyond the model's 2048 positions"),
     ],

@@ -63,11 +63,11 @@ def test_keywords_by_another_name() -> None:
     [
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill is refused: prompts are always computed in chunks"),
         ({"tensor_paralel_size": 2}, "unknown keyword tensor_paralel_size: did you mean tensor_parallel_size?"),
-        ({"quantization": "awq", "port": 1, "enforce_eager": True}, "quantization is refused: it is planned"),
+        ({"kv_cache_dtype": "fp8", "port": 1, "enforce_eager": True}, "kv_cache_dtype is refused: it is planned"),
         (
-            {"quantization": "awq", "swap_space": 4},
-            "quantization is refused: it is planned and not supported yet (checkpoints in "
-            "block FP8 and MXFP4 are read without it, and dequantised): leave it out; swap_space is refused: ",
+            {"kv_cache_dtype": "fp8", "swap_space": 4},
+            "kv_cache_dtype is refused: it is planned and not supported yet (the cache has the model's type): leave it out; "
+            "swap_space is refused: ",
         ),
         ({"context_length": 4096}, "unknown keyword context_length: did you mean max_model_len?"),
         ({"config": "x.yaml"}, "config is only for `tpserve serve`"),
@@ -75,6 +75,7 @@ def test_keywords_by_another_name() -> None:
         ({"port": 8000}, "port is only for `tpserve serve`, not for LLM: leave it out"),
         ({"nnodes": 2}, "nnodes is only for `tpserve serve`"),
         ({"max_queued_requests": 9}, "max_queued_requests is only for `tpserve serve`"),
+        ({"quantization": "awq"}, "quantization must be one of int8, int8-head, not 'awq'"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, not '0'"),
         ({"tensor_parallel_size": True}, "tensor_parallel_size must be no switch, not True"),
         ({"max_num_seqs": 2.5}, "max_num_seqs must be a whole number, not '2.5'"),

@@ -17,7 +17,7 @@ from tpserve.types.messages import Numerics
 from tpserve.weights.dummy import dummy
 from tpserve.worker import self_test as module
 from tpserve.worker.self_test import Known, examine, self_test
-from tpserve_kernels.cpu.library import Isa, load
+from tpserve_kernels.cpu.library import Isa, library, load, serves
 
 
 class Clock:
@@ -105,18 +105,23 @@ def test_what_there_was_no_time_for_is_named(tmp_path: Path) -> None:
     assert examine(kinds, {}, budget_s=0.0), "tried in vain"
 
 
+@pytest.mark.parametrize("int8", ["", "int8 "])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_product_of_a_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_product_of_a_model(dtype: torch.dtype, int8: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixture with latents and projections has every kind, and this processor keeps its rows' bits."""
     spec = small(**LATENTS, embedding_size=48)
     decoder = Decoder(spec, ParallelLayout(1, 1, (4,)), 0, Group(), dtype, torch.device("cpu"), 64)
     dummy(decoder.parameters())
-    decoder.prepack()
+    if int8 and library() is None:
+        pytest.skip("int8 needs the library of CPU kernels")
+    decoder.prepack("int8" if int8 else None)
     kinds = {product.name: product for product in decoder.products()}
     short = str(dtype).removeprefix("torch.")
-    wanted = {"matmul float32 64x12", f"experts {short} 64x88", f"experts {short} 44x64"}
-    wanted |= {f"12 heads {short} 12x32", f"12 heads {short} 32x20", "attention float32 40x32", f"matmul {short} 48x517"}
+    wanted = {"matmul float32 64x12", f"{int8}experts {short} 64x88", f"{int8}experts {short} 44x64"}
+    wanted |= {f"{int8}12 heads {short} 12x32", f"{int8}12 heads {short} 32x20"}
+    wanted |= {f"{int8}matmul {short} 172x64", f"matmul {short} 48x517"}
     assert wanted <= kinds.keys(), sorted(kinds)
+    assert ("attention float32 40x32" in kinds) != serves(torch.device("cpu"), dtype)
     known, threads = Known(), torch.get_num_threads()
     torch.set_num_threads(1)
     if can_pack(torch.ones(1, 1, dtype=dtype)):  # nothing is multiplied plainly, where the number of rows may choose the path

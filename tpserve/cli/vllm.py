@@ -195,7 +195,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "--hf-overrides": _instead(_COPY, "{}"),
     "--rope-scaling": _instead(_COPY),
     "--rope-theta": _instead(_COPY),
-    "--quantization": _planned("checkpoints in block FP8 and MXFP4 are read without it, and dequantised"),
     "--kv-cache-dtype": _planned("the cache has the model's type", "auto"),
     "--enable-lora": _planned(kind="switch"),
     "--lora-modules": _planned(kind="many"),
@@ -233,7 +232,7 @@ MAPPED = {"--kv-cache-memory-bytes": "--kv-cache-memory"}
 """A flag with a value in bytes -> the tpserve flag with the same value in GiB."""
 
 SHORT = {
-    "-q": "--quantization", "-O": "--optimization-level", "-cc": "--compilation-config", "-ac": "--attention-config",
+    "-O": "--optimization-level", "-cc": "--compilation-config", "-ac": "--attention-config",
     "-sc": "--speculative-config", "-asc": "--api-server-count", "-dcp": "--decode-context-parallel-size",
     "-pcp": "--prefill-context-parallel-size", "-dpn": "--data-parallel-rank", "-dpr": "--data-parallel-start-rank",
     "-dpl": "--data-parallel-size-local", "-dpa": "--data-parallel-address", "-dpp": "--data-parallel-rpc-port",

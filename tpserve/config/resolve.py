@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import DecodeError, json
 
-from tpserve.config.schema import EngineConfig, Flags
+from tpserve.config.schema import EngineConfig, Flags, Quantization
 from tpserve.config.sizes import GIB
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers
@@ -38,7 +38,8 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         sampling_defaults=files.sampling_defaults,
         snapshot=files.snapshot,
         served_model_name=flags.served_model_name or (flags.model,),
-        dtype=_dtype(flags, spec, device),
+        dtype=(dtype := _dtype(flags, spec, device)),
+        quantization=_quantization(flags, device, dtype),
         load_format=flags.load_format,
         verify_weights=flags.verify_weights,
         seed=flags.seed,
@@ -182,6 +183,18 @@ def _dtype(flags: Flags, spec: ModelSpec, device: str) -> Literal["bfloat16", "f
     if flags.dtype != "auto":
         return flags.dtype
     return "bfloat16" if spec.dtype == "float32" and device == "cuda" else spec.dtype
+
+
+def _quantization(flags: Flags, device: str, dtype: str) -> Quantization | None:
+    """Whether the library of CPU kernels is there, which int8 needs, is known to the ranks only."""
+    why = ""
+    if flags.quantization is not None and device == "cuda":
+        why = "is for the CPU, and the ranks run on GPUs: leave it out, or pass --device cpu"
+    elif flags.quantization is not None and dtype == "float16":
+        why = "computes with bfloat16 or float32 activations, and the model's are float16: pass --dtype bfloat16 too"
+    if why:
+        raise UserError(f"--quantization {flags.quantization} {why}", param="quantization")
+    return flags.quantization
 
 
 def _max_model_len(flags: Flags, spec: ModelSpec) -> int:

@@ -25,6 +25,8 @@ MODEL, LAYOUT, ENGINE, HTTP, OPERATION, LAUNCH = GROUPS = (
     "Launch (tpserve serve only)",
 )
 
+Quantization = Literal["int8", "int8-head"]
+"""How the weights are quantized while loading."""
 SECRETS = ("api_key", "admin_api_key", "metrics_key")
 """Fields that are never shown, and never on the command line of a rank."""
 
@@ -103,6 +105,16 @@ class Flags(Struct, frozen=True, kw_only=True):
         Literal["auto", "bfloat16", "float16", "float32"],
         Flag(MODEL, "Type of weights and activations. auto: the checkpoint's, but bfloat16 for a float32 checkpoint on GPUs."),
     ] = "auto"
+    quantization: Annotated[
+        Quantization | None,
+        Flag(
+            MODEL,
+            "Quantize the weights while loading, on the CPU only. int8: the layers' matrices, for each output channel, and the "
+            "activations of their products, for each token; int8-head: the LM head, too. Default: "
+            "none; checkpoints in block FP8 and MXFP4 are read without it, and dequantised.",
+            short="-q",
+        ),
+    ] = None
     load_format: Annotated[
         Literal["auto", "safetensors", "dummy"],
         Flag(
@@ -350,6 +362,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     snapshot: Snapshot | None
     served_model_name: tuple[str, ...]
     dtype: Literal["bfloat16", "float16", "float32"]
+    quantization: Quantization | None
     load_format: Literal["auto", "safetensors", "dummy"]
     verify_weights: bool
     seed: int

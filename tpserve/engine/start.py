@@ -48,6 +48,7 @@ from tpserve.parallel.store import agent_store, host_store, join_store
 from tpserve.process.orders import Stopped
 from tpserve.process.process_utils import kill_stopped, kill_stopped_in_background, live_children
 from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
+from tpserve.quant.int8 import check_available
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.messages import MemoryLedger, NodeInfo, Numerics, Start
@@ -183,6 +184,8 @@ class _ServingRank:
         config, rank_agent, env, start_timer = self._config, self._rank_agent, self._env, self._start_timer
         check_frames(config, self._spec.vocab_size, len(self._spec.windows))
         device = devices.choose(config.device, env.local_rank, env.local_world_size)
+        if config.quantization is not None:
+            check_available()
         if config.binding and (bound := devices.bind(device)):
             log.info("rank %d %s", env.rank, bound)
         start_timer.mark("device")
@@ -348,7 +351,7 @@ class _ServingRank:
                     for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
                         log.info(line)
                 load(parameters, checkpoint, on_progress)
-        return decoder, decoder.prepack()
+        return decoder, decoder.prepack(config.quantization)
 
     def _heads(self) -> dict[str, int]:
         """This rank's share of the attention heads, for Ready."""

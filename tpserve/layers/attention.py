@@ -13,11 +13,13 @@ from tpserve.attention.metadata import AttentionMetadata
 from tpserve.attention.paged import AttentionParams, KVCache, attend, write_kv
 from tpserve.layers.norm import AllHeadsNorm, HeadNorm
 from tpserve.layers.rope import RotaryPositions
+from tpserve.layers.row_parallel import pack_row_parallel, row_parallel
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
 from tpserve.quant.product import Product, of_weight
 from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.library import is_native
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Attention:
         q_TND, k_TKD, v_TKD = heads_TAD.tensor_split((self.num_heads, self.num_heads + self.num_kv_heads), dim=1)
         q_TND = self._place(q_TND, k_TKD, v_TKD, rotary, batch, cache)
         mixed_TND = attend(q_TND, cache, batch, self.attention_params)
-        out_TH = self.tp.all_reduce(matmul(mixed_TND.flatten(1), self.out))
+        out_TH = row_parallel(mixed_TND.flatten(1), self.out, self.tp)
         return out_TH if self.out_bias is None else out_TH + self.out_bias
 
     def _place(
@@ -64,7 +66,7 @@ class Attention:
         cache: KVCache,
     ) -> torch.Tensor:
         """Write the keys, normed and rotated, and the values to the cache; returns such queries. May overwrite `q`."""
-        if rows.native(q_TND) and not isinstance(self.qk_norm, AllHeadsNorm):
+        if is_native(q_TND) and not isinstance(self.qk_norm, AllHeadsNorm):
             norms = None if self.qk_norm is None else self.qk_norm.weights
             rotation = None if rotary is None else rotary.rotation
             return rows.place_heads(q_TND, k_TKD, v_TKD, *cache.slots(), batch.write_slots, norms, rotation)
@@ -80,6 +82,6 @@ class Attention:
         yield of_weight(self.qkv, dtype)
         yield of_weight(self.out, dtype)
 
-    def packed(self) -> "Attention":
-        """A copy with packed weights."""
-        return replace(self, qkv=pack(self.qkv), out=pack(self.out))
+    def packed(self, *, int8: bool = False) -> "Attention":
+        """A copy with packed weights, in int8 if asked."""
+        return replace(self, qkv=pack(self.qkv, int8=int8), out=pack_row_parallel(self.out, self.tp, int8=int8))

@@ -76,6 +76,6 @@ class Block:
     def _scaled(self, x_TH: torch.Tensor) -> torch.Tensor:
         return x_TH if self.residual_scale == 1 else x_TH * self.residual_scale
 
-    def packed(self) -> "Block":
-        """A copy with packed weights."""
-        return replace(self, attention=self.attention.packed(), mlp=self.mlp.packed())
+    def packed(self, *, int8: bool = False) -> "Block":
+        """A copy with packed weights, in int8 if asked. All ranks call this together."""
+        return replace(self, attention=self.attention.packed(int8=int8), mlp=self.mlp.packed(int8=int8))

@@ -3,10 +3,10 @@
 import torch
 
 from tpserve.parallel.group import Group
-from tpserve.quant.packed import PackedWeight
+from tpserve.quant.packed import Table
 
 
-def embed(tokens_T: torch.Tensor, weight_VH: torch.Tensor | PackedWeight, vocab: range, tp: Group) -> torch.Tensor:
+def embed(tokens_T: torch.Tensor, weight_VH: Table, vocab: range, tp: Group) -> torch.Tensor:
     """The embeddings of T tokens, [T, H] in the dtype of `weight`, equal on all ranks of `tp`.
 
     `tokens_T`: int64 ids of the whole vocabulary. `weight_VH`: the rows `vocab` of the table. A rank gives zeros for the tokens
@@ -19,5 +19,5 @@ def embed(tokens_T: torch.Tensor, weight_VH: torch.Tensor | PackedWeight, vocab:
     return tp.all_reduce(hidden_TH.masked_fill_(remote_T.unsqueeze(1), 0))
 
 
-def _rows(weight_VH: torch.Tensor | PackedWeight, ids_T: torch.Tensor) -> torch.Tensor:
-    return weight_VH.rows(ids_T) if isinstance(weight_VH, PackedWeight) else weight_VH[ids_T]
+def _rows(weight_VH: Table, ids_T: torch.Tensor) -> torch.Tensor:
+    return weight_VH[ids_T] if isinstance(weight_VH, torch.Tensor) else weight_VH.rows(ids_T)

@@ -18,6 +18,7 @@ from tpserve.attention.metadata import AttentionMetadata
 from tpserve.attention.paged import AttentionParams, KVCache, attend, write_kv
 from tpserve.layers.norm import RMSNorm
 from tpserve.layers.rope import RotaryPositions
+from tpserve.layers.row_parallel import pack_row_parallel, row_parallel
 from tpserve.parallel.group import Group
 from tpserve.quant.grouped import per_head
 from tpserve.quant.matmul import matmul
@@ -72,7 +73,7 @@ class LatentAttention:
         q_TND = torch.cat((per_head(q_TNP, self.key_up_NLP), q_TNR), dim=2)
         mixed_TNL = attend(q_TND, cache, batch, self.attention_params)
         mixed_TNV = per_head(mixed_TNL, self.value_up_NVL)
-        return self.tp.all_reduce(matmul(mixed_TNV.flatten(1), self.out))
+        return row_parallel(mixed_TNV.flatten(1), self.out, self.tp)
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
         """The matrix products of this layer with weights of `dtype`, for the self-test."""
@@ -81,14 +82,14 @@ class LatentAttention:
         yield of_heads(self.key_up_NLP, dtype)
         yield of_heads(self.value_up_NVL, dtype)
 
-    def packed(self) -> "LatentAttention":
-        """A copy with packed weights."""
-        query_up = self.query_up and replace(self.query_up, weight=pack(self.query_up.weight))
+    def packed(self, *, int8: bool = False) -> "LatentAttention":
+        """A copy with packed weights, in int8 if asked."""
+        query_up = self.query_up and replace(self.query_up, weight=pack(self.query_up.weight, int8=int8))
         return replace(
             self,
-            down=pack(self.down),
+            down=pack(self.down, int8=int8),
             query_up=query_up,
-            key_up_NLP=pack_stack(self.key_up_NLP),
-            value_up_NVL=pack_stack(self.value_up_NVL),
-            out=pack(self.out),
+            key_up_NLP=pack_stack(self.key_up_NLP, int8=int8),
+            value_up_NVL=pack_stack(self.value_up_NVL, int8=int8),
+            out=pack_row_parallel(self.out, self.tp, int8=int8),
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tpserve.layers.row_parallel import pack_row_parallel, row_parallel
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
@@ -31,18 +32,21 @@ class MLP:
 
     def partial_sum(self, x_TH: torch.Tensor) -> torch.Tensor:
         """This rank's term of the sum over ranks, without `down_bias`: [T, H] -> [T, H] in the dtype of `x`."""
-        return matmul(self.activate(matmul(x_TH, self.up, self.up_bias)), self.down)
+        return matmul(self._activated(x_TH), self.down)
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H] in the dtype of `x`, summed over ranks."""
-        out_TH = self.tp.all_reduce(self.partial_sum(x_TH))
+        out_TH = row_parallel(self._activated(x_TH), self.down, self.tp)
         return out_TH if self.down_bias is None else out_TH + self.down_bias
+
+    def _activated(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return self.activate(matmul(x_TH, self.up, self.up_bias))
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
         """The matrix products of this layer with weights of `dtype`, for the self-test."""
         yield of_weight(self.up, dtype)
         yield of_weight(self.down, dtype)
 
-    def packed(self) -> "MLP":
-        """A copy with packed weights."""
-        return replace(self, up=pack(self.up), down=pack(self.down))
+    def packed(self, *, int8: bool = False) -> "MLP":
+        """A copy with packed weights, in int8 if asked."""
+        return replace(self, up=pack(self.up, int8=int8), down=pack_row_parallel(self.down, self.tp, int8=int8))

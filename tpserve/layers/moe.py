@@ -123,8 +123,15 @@ class MoE:
         if self.shared is not None:
             yield from self.shared.products(dtype)
 
-    def packed(self) -> "MoE":
-        """A copy with packed weights. It frees the plain weights of the experts: do not use this object afterwards."""
+    def packed(self, *, int8: bool = False) -> "MoE":
+        """A copy with packed weights, but for the router in int8 if asked.
+
+        It frees the plain weights of the experts: do not use this object afterwards.
+        """
         experts, shared = self.experts, self.shared
-        experts = replace(experts, gate_up_EI2H=pack_stack(experts.gate_up_EI2H), down_EHI=pack_stack(experts.down_EHI))
-        return replace(self, router=pack(self.router), experts=experts, shared=None if shared is None else shared.packed())
+        experts = replace(
+            experts, gate_up_EI2H=pack_stack(experts.gate_up_EI2H, int8=int8), down_EHI=pack_stack(experts.down_EHI, int8=int8)
+        )
+        return replace(
+            self, router=pack(self.router), experts=experts, shared=None if shared is None else shared.packed(int8=int8)
+        )

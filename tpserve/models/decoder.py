@@ -17,20 +17,24 @@ from tpserve.attention import cpu_attention
 from tpserve.attention.cpu_plan import TILE
 from tpserve.attention.metadata import ModelInput
 from tpserve.attention.paged import KVCache, build_metadata
+from tpserve.config.schema import Quantization
 from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.layers.moe import MoE
 from tpserve.layers.rope import RotaryPositions, tables
+from tpserve.models.held_bytes import held_bytes
 from tpserve.models.native_stage import NativeStage, unserved
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
+from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.matmul import matmul, pad_rows
-from tpserve.quant.packed import PackedWeight, Weight, is_native, pack
+from tpserve.quant.packed import PackedWeight, Table, Weight, pack
 from tpserve.quant.product import Product, of_weight
 from tpserve.sampler.logits import Logits, UnwrittenLogits, WrittenLogits
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter
+from tpserve_kernels.cpu.library import serves
 
 
 class Decoder:
@@ -62,7 +66,7 @@ class Decoder:
         self._window_rope = tables(spec.window_rope, rotary_dim, max_positions, device) if spec.window_rope else self._rope
         self._num_heads = len(shard.weights.heads.q)
         self.kv_layout = shard.kv_layout()
-        self._embedding: torch.Tensor | PackedWeight | None = shard.optional(outer.embedding)
+        self._embedding: Table | None = shard.optional(outer.embedding)
         self._project_in: Weight | None = shard.optional(outer.project_in)
         self._positions = shard.optional(outer.positions)
         self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
@@ -82,29 +86,27 @@ class Decoder:
         """The parameters that a loader must fill; `prepack` empties the list."""
         return self._parameters
 
-    def prepack(self) -> int:
-        """Pack the loaded weights for their matrix products; return the bytes that the weights occupy afterwards.
+    def prepack(self, quantization: Quantization | None = None) -> int:
+        """Pack the loaded weights for their matrix products, quantized if asked; return the bytes that they occupy afterwards.
 
-        Frees one layer's plain weights before it packs the next layer's. An embedding that is also the LM head is read from its
-        packed form; oneDNN's form has no rows, so there the plain one stays, too.
+        All ranks of the stage call this together. Frees one layer's plain weights before it packs the next layer's. An embedding
+        that is also the LM head is read from its packed form; oneDNN's form has no rows, so there the plain one stays, too.
         """
-        num_bytes = sum(parameter.tensor.nbytes for parameter in self._parameters)
         self._parameters.clear()  # the loader has the same list, which would keep the plain weights alive
         for i in range(len(self._blocks)):
-            self._blocks[i] = self._blocks[i].packed()
+            self._blocks[i] = self._blocks[i].packed(int8=quantization is not None)
         self._project_in = None if self._project_in is None else pack(self._project_in)
         self._project_out = None if self._project_out is None else pack(self._project_out)
         if self._head is not None:
-            plain, self._head = self._head, pack(self._head)
-            assert isinstance(plain, torch.Tensor)
-            if plain is self._embedding and isinstance(self._head, PackedWeight):
+            plain, self._head = self._head, pack(self._head, int8=quantization == "int8-head")
+            if plain is self._embedding and isinstance(self._head, Table):
                 self._embedding = self._head
-            elif plain is self._embedding and self._head is not plain:
-                num_bytes += plain.nbytes
-        if is_native(self.device, self.dtype):
+        if serves(self.device, self.dtype):
             reason = unserved(self._blocks, self._tp)
             self.form = "one list of operations" if reason is None else f"one operation after the other: {reason}"
-        return num_bytes
+        return held_bytes(
+            (self._embedding, self._project_in, self._positions, self._blocks, self._norm, self._project_out, self._head)
+        )
 
     def products(self) -> Iterator[Product]:
         """Every matrix product of this stage's steps; layers of equal shape repeat theirs."""
@@ -114,6 +116,8 @@ class Decoder:
         for weight in (self._project_in, self._project_out, self._head):
             if weight is not None:
                 yield of_weight(weight, self.dtype)
+        if serves(self.device, self.dtype):
+            return  # no product of torch's in attention
         k_dim, v_dim = self.kv_layout.k_dim, self.kv_layout.v_dim
         name = f"attention float32 {k_dim}x{v_dim}"
         yield Product(name, k_dim, TILE * (k_dim + v_dim), torch.float32, partial(cpu_attention.products, v_dim=v_dim))
@@ -150,7 +154,7 @@ class Decoder:
         windowed = rotary if self._window_rope is self._rope or self._window_rope is None else self._window_rope.at(positions_T)
         return [rotary if group.window is None else windowed for group in self.spec.cache]
 
-    def _embed(self, batch: ModelInput, weight_VE: torch.Tensor | PackedWeight) -> torch.Tensor:
+    def _embed(self, batch: ModelInput, weight_VE: Table) -> torch.Tensor:
         x_TH = embed(batch.tokens_T, weight_VE, self._vocab, self._tp)
         scale = self.spec.embedding_scale
         if self.spec.embedding_scale_rounded:
@@ -179,7 +183,10 @@ class Decoder:
             hidden_SH = matmul(hidden_SH, self._project_out)
         if isinstance(self._head, PackedWeight):
             return UnwrittenLogits(hidden_SH, self._head.blob, self._head.shape[0], self.spec.logits_scale)
-        logits_SV = matmul(hidden_SH, self._head).float()
+        if isinstance(self._head, Int8Weight):
+            logits_SV = self._head.product(hidden_SH, out_dtype=torch.float32)
+        else:
+            logits_SV = matmul(hidden_SH, self._head).float()
         return WrittenLogits(logits_SV * self.spec.logits_scale if self.spec.logits_scale != 1 else logits_SV)
 
 

@@ -10,6 +10,7 @@ T rows of a step, C rows that the buffers hold, H hidden channels, N query heads
 a head, I intermediate channels, U = I or, with a gate, 2 I.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,9 @@ from tpserve.layers.rope import RotaryPositions
 from tpserve.parallel.group import Group
 from tpserve.quant.packed import PackedWeight, Weight
 from tpserve_kernels.cpu import attention, product, rows
+from tpserve_kernels.cpu.all_reduce import AllReduce
 from tpserve_kernels.cpu.calls import CallList
-from tpserve_kernels.cpu.library import Operation
+from tpserve_kernels.cpu.library import DTYPES, Operation
 
 ROW_UNIT = 64
 """Buffers hold a multiple of this many rows."""
@@ -118,7 +120,7 @@ class NativeStage:
         for i, calls in enumerate(self._lists):
             if i:
                 delta_TH.copy_(self._tp.all_reduce(delta_TH.clone()))
-            calls.run(values)
+            calls.run(values, self._tp.watch)
         return buffers.stream_CH[:num_rows] + delta_TH
 
     def _build(self, capacity: int, rotary: Sequence[RotaryPositions | None], windows: Sequence[int | None]) -> None:
@@ -202,7 +204,12 @@ class NativeStage:
 
     def _end_of_layer(self, out_norm: Norm | None) -> None:
         """Sum delta over the ranks, then norm it."""
-        if self._tp.size > 1:
+        page = self._tp.page
+        if page is not None:
+            delta_CH = self._buffers.delta_CH
+            arguments = AllReduce(ctypes.pointer(page), delta_CH.data_ptr(), None, *delta_CH.shape, DTYPES[self._dtype])
+            self._lists[-1].add(Operation.ALL_REDUCE, arguments, rows="rows")
+        elif self._tp.size > 1:
             self._lists.append(CallList())
         if out_norm is not None:
             delta_CH = self._buffers.delta_CH
@@ -211,6 +218,7 @@ class NativeStage:
 
 def _norm_arguments(norm: Norm, x_CH: torch.Tensor, out_CH: torch.Tensor, stream_CH: torch.Tensor | None) -> rows.Norm:
     """The arguments of Operation.NORM: out = norm(x), or stream += x and out = norm(stream)."""
+    of_norm: tuple[torch.Tensor | None, torch.Tensor | None, float, float, rows.NormKind]
     if isinstance(norm, RMSNorm):
         of_norm = (norm.weight_H, None, norm.eps, norm.offset, rows.NormKind.RMS_NORM)
     else:

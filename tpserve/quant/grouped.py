@@ -8,6 +8,7 @@ Legend: R or T rows, E groups or heads, K inner channels, N outputs.
 
 import torch
 
+from tpserve.quant.int8 import Int8Stack
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import PackedStack, Stack, stack_shape
 from tpserve_kernels.cpu import product
@@ -29,6 +30,8 @@ def grouped_matmul(
     if isinstance(stack_ENK, PackedStack):
         bias_EN = None if bias_EN is None else bias_EN.float()
         return product.grouped_product(x_RK, stack_ENK.blob_EB, stack_ENK.shape[1], ends_E, bias_EN)
+    if isinstance(stack_ENK, Int8Stack):
+        return stack_ENK.grouped_product(x_RK, ends_E, bias_EN)
     y_RN, start = x_RK.new_empty(len(x_RK), stack_shape(stack_ENK)[1]), 0
     for e, (weight_NK, end) in enumerate(zip(stack_ENK, ends_E.tolist(), strict=True)):
         if end > start:

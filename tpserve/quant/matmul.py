@@ -9,15 +9,17 @@ Legend: T rows, K inner channels, N outputs.
 import torch
 import torch.nn.functional as F
 
-from tpserve.quant.packed import PackedWeight, Weight, is_native
+from tpserve.quant.int8 import Int8Weight
+from tpserve.quant.packed import PackedWeight, Weight
+from tpserve_kernels.cpu.library import is_native
 
 ROW_UNIT = 4
 """CPU libraries take other paths for fewer than four rows, and for the remainder when threads divide rows in fours."""
 
 
 def matmul(x_TK: torch.Tensor, weight_NK: Weight, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias: [T, N] in the dtype of `x`, which is that of the weight. RuntimeError of torch when they differ."""
-    if isinstance(weight_NK, PackedWeight):
+    """x @ weight.T + bias: [T, N] in the dtype of `x`, that of the plain weight. RuntimeError of torch when they differ."""
+    if isinstance(weight_NK, PackedWeight | Int8Weight):
         return weight_NK.product(x_TK, bias_N)
     rows, x_TK = len(x_TK), x_TK if x_TK.is_cuda else _padded(x_TK)
     out_TN = F.linear(x_TK, weight_NK) if isinstance(weight_NK, torch.Tensor) else weight_NK.product(x_TK)
@@ -31,7 +33,7 @@ def pad_rows(x_TK: torch.Tensor) -> torch.Tensor:
 
     Steps pad once, before their products.
     """
-    return x_TK if x_TK.is_cuda or is_native(x_TK.device, x_TK.dtype) else _padded(x_TK)
+    return x_TK if x_TK.is_cuda or is_native(x_TK) else _padded(x_TK)
 
 
 def _padded(x_TK: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Weights in the layout that this CPU multiplies fastest: types of their own, made once after loading.
 
-The library of CPU kernels packs float32 and bfloat16; without it oneDNN does, where the processor lets it (`onednn.py`).
+The library of CPU kernels packs float32 and bfloat16, and quantizes them to int8 when asked (`int8.py`); without it oneDNN packs
+them, where the processor lets it (`onednn.py`).
 
 Legend: T rows, K inner channels, N outputs, E matrices.
 """
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from tpserve.quant import onednn
+from tpserve.quant.int8 import Int8Stack, Int8Weight
 from tpserve.quant.onednn import OneDNNWeight
 from tpserve_kernels.cpu import product
-from tpserve_kernels.cpu.library import DTYPES, library
+from tpserve_kernels.cpu.library import is_native
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,25 @@ class PackedStack:
         return PackedStack(blob_EB, torch.Size((len(blob_EB), *self.shape[1:])), self.dtype)
 
 
-Weight = torch.Tensor | PackedWeight | OneDNNWeight
-Stack = torch.Tensor | PackedStack | tuple[Weight, ...]
+Table = torch.Tensor | PackedWeight | Int8Weight
+"""A matrix whose rows can be looked up."""
+Weight = Table | OneDNNWeight
+Stack = torch.Tensor | PackedStack | Int8Stack | tuple[Weight, ...]
 """E matrices of one shape: a tensor [E, N, K], one packed object or a tuple of [N, K]. `stack_shape` is (E, N, K)."""
-
-
-def is_native(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the library of CPU kernels computes with tensors of this device and dtype."""
-    return device.type == "cpu" and dtype in DTYPES and library() is not None
 
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether `pack` changes a plain tensor."""
-    return weight.device.type == "cpu" and (is_native(weight.device, weight.dtype) or onednn.can_pack(weight.dtype))
+    return weight.device.type == "cpu" and (is_native(weight) or onednn.can_pack(weight.dtype))
 
 
-def pack(weight: Weight) -> Weight:
-    """The weight [N, K], packed if this processor has a packed product of its dtype, else unchanged."""
+def pack(weight: Weight, *, int8: bool = False) -> Weight:
+    """The weight [N, K], packed if this processor has a packed product of its dtype, else unchanged. `int8`: quantized."""
     if not isinstance(weight, torch.Tensor) or not can_pack(weight):
         return weight
-    if not is_native(weight.device, weight.dtype):
+    if int8:
+        return Int8Weight.of(weight)
+    if not is_native(weight):
         return onednn.pack(weight)
     return PackedWeight(product.pack(weight.contiguous()), weight.shape, weight.dtype)
 
@@ -93,8 +94,8 @@ def stack_shape(stack: Stack) -> tuple[int, int, int]:
     return count, outputs, inner
 
 
-def pack_stack(stack: Stack) -> Stack:
-    """The stack with each matrix packed, if `pack` packs its dtype, else unchanged.
+def pack_stack(stack: Stack, *, int8: bool = False) -> Stack:
+    """The stack with each matrix packed, if `pack` packs its dtype, else unchanged. `int8`: quantized.
 
     When the stack owns its whole storage, packing frees it at once: two copies of a layer's experts might not fit in memory.
     The plain stack must not be read afterwards.
@@ -102,7 +103,10 @@ def pack_stack(stack: Stack) -> Stack:
     if not isinstance(stack, torch.Tensor) or not can_pack(stack):
         return stack
     packed: Stack
-    packed = PackedStack.of(stack) if is_native(stack.device, stack.dtype) else tuple(pack(weight) for weight in stack)
+    if is_native(stack):
+        packed = Int8Stack.of(stack) if int8 else PackedStack.of(stack)
+    else:
+        packed = tuple(pack(weight) for weight in stack)
     storage = stack.untyped_storage()
     if storage.nbytes() == stack.nbytes:
         storage.resize_(0)

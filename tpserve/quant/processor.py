@@ -13,9 +13,9 @@ import torch
 
 from tpserve.quant.matmul import matmul
 from tpserve.quant.onednn import PACKABLE, can_pack, has_amx
-from tpserve.quant.packed import is_native, pack
+from tpserve.quant.packed import pack
 from tpserve.types.messages import KERNELS
-from tpserve_kernels.cpu.library import library
+from tpserve_kernels.cpu.library import library, serves
 
 INNER, OUTPUTS, ROWS = 2048, 16, 4
 
@@ -30,7 +30,7 @@ def facts(limits: Mapping[str, str], dtype: torch.dtype) -> tuple[dict[str, str]
     level = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *(["AMX"] if has_amx() else [])]
     level += [f"packs {str(packable).removeprefix('torch.')}" for packable in PACKABLE if can_pack(packable)]
     cpu = {"CPU level": " ".join([*level, *(f"{name}={text}" for name, text in sorted(limits.items()))])}
-    found = library() if is_native(torch.device("cpu"), dtype) else None
+    found = library() if serves(torch.device("cpu"), dtype) else None
     equal = {KERNELS: "none" if found is None else found.version, "CPU products": _results(products=found is None)}
     if found is None:
         return cpu | equal, {}

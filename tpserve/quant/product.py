@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from tpserve.quant.grouped import grouped_matmul, per_head
+from tpserve.quant.int8 import Int8Stack, Int8Weight
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Stack, Weight, stack_shape
 
@@ -32,7 +33,9 @@ class Product:
 def of_weight(weight_NK: Weight, dtype: torch.dtype) -> Product:
     """`matmul` with this weight, on rows of `dtype`."""
     outputs, inner = weight_NK.shape
-    return Product(_name("matmul", dtype, inner, outputs), inner, inner * outputs, dtype, partial(matmul, weight_NK=weight_NK))
+    return Product(
+        _name("matmul", weight_NK, dtype, inner, outputs), inner, inner * outputs, dtype, partial(matmul, weight_NK=weight_NK)
+    )
 
 
 def of_experts(stack_ENK: Stack, dtype: torch.dtype) -> Product:
@@ -43,7 +46,7 @@ def of_experts(stack_ENK: Stack, dtype: torch.dtype) -> Product:
     def run(x_RK: torch.Tensor) -> torch.Tensor:
         return grouped_matmul(x_RK, first, torch.tensor([len(x_RK)], dtype=torch.int32))
 
-    return Product(_name("experts", dtype, inner, outputs), inner, inner * outputs, dtype, run)
+    return Product(_name("experts", stack_ENK, dtype, inner, outputs), inner, inner * outputs, dtype, run)
 
 
 def of_heads(stack_ENK: Stack, dtype: torch.dtype) -> Product:
@@ -53,8 +56,9 @@ def of_heads(stack_ENK: Stack, dtype: torch.dtype) -> Product:
     def run(x_TF: torch.Tensor) -> torch.Tensor:
         return per_head(x_TF.view(-1, count, inner), stack_ENK).flatten(1)
 
-    return Product(_name(f"{count} heads", dtype, inner, outputs), count * inner, count * inner * outputs, dtype, run)
+    return Product(_name(f"{count} heads", stack_ENK, dtype, inner, outputs), count * inner, count * inner * outputs, dtype, run)
 
 
-def _name(kind: str, dtype: torch.dtype, inner: int, outputs: int) -> str:
-    return f"{kind} {str(dtype).removeprefix('torch.')} {inner}x{outputs}"
+def _name(kind: str, weight: Weight | Stack, dtype: torch.dtype, inner: int, outputs: int) -> str:
+    int8 = "int8 " if isinstance(weight, Int8Weight | Int8Stack) else ""
+    return f"{int8}{kind} {str(dtype).removeprefix('torch.')} {inner}x{outputs}"

@@ -5,9 +5,7 @@ set together before each run.
 """
 
 import ctypes
-from collections.abc import Mapping
-
-import torch
+from collections.abc import Callable, Mapping
 
 from tpserve_kernels.cpu.library import Call, Operation, library
 
@@ -38,8 +36,11 @@ class CallList:
             assert place.size == 8, field
             self._places.setdefault(name, []).append(ctypes.addressof(arguments) + place.offset)
 
-    def run(self, values: Mapping[str, int]) -> None:
-        """Set the varying fields and run all operations. KeyError for a missing value; names that no operation has are ignored."""
+    def run(self, values: Mapping[str, int], wait: Callable[[], None]) -> None:
+        """Set the varying fields and run all operations; `wait` as of `Library.run_calls`.
+
+        KeyError for a missing value; names that no operation has are ignored.
+        """
         lib = library()
         assert lib is not None
         if self._calls is None:
@@ -48,4 +49,4 @@ class CallList:
             self._arrays = {name: (ctypes.c_void_p * len(places))(*places) for name, places in self._places.items()}
         for name, array in self._arrays.items():
             lib.calls.tpserve_set(array, ctypes.c_int64(len(array)), ctypes.c_int64(values[name]))
-        lib.calls.tpserve_run(self._calls, len(self._calls), torch.get_num_threads())
+        lib.run_calls(self._calls, wait)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
@@ -42,6 +43,13 @@ class Operation(IntEnum):
     NORM = 4
     QKV = 5
     ACTIVATION = 6
+    ATTENTION = 7
+    ALL_REDUCE = 8
+    GUMBEL = 9
+    QUANTIZE = 10
+    PRODUCT_INT8 = 11
+    RESCALE_INT8 = 12
+    GROUPED_PRODUCT_INT8 = 13
 
 
 class Call(ctypes.Structure):
@@ -51,10 +59,11 @@ class Call(ctypes.Structure):
 
 
 class Library:
-    """The loaded library. `isa`: what it runs on; `version`: of its sources."""
+    """The loaded library. `isa`: what it runs on; `version`: of its sources; `file`: where it lies."""
 
     def __init__(self, file: Path, limit: Isa) -> None:
         """OSError when it cannot be loaded, ValueError when it was built from other sources."""
+        self.file = file
         # CDLL lets other Python threads run during a call; RTLD_LOCAL keeps its few names to itself.
         self.calls = ctypes.CDLL(str(file), mode=os.RTLD_LOCAL | os.RTLD_NOW)
         self.calls.tpserve_version.restype = ctypes.c_char_p
@@ -82,8 +91,21 @@ class Library:
         self._start()
 
     def run(self, operation: Operation, arguments: ctypes.Structure) -> None:
-        """One operation, on as many threads as torch uses."""
+        """One operation that waits for nobody, on as many threads as torch uses."""
         self._run(ctypes.byref(Call(operation, ctypes.addressof(arguments))), 1, torch.get_num_threads())
+
+    def run_calls(self, calls: ctypes.Array[Call], wait: Callable[[], None]) -> None:
+        """A list of calls in one parallel region; their arguments must stay alive.
+
+        When a collective in it has waited for some milliseconds for its peers, `wait` is called, and then what is left of the
+        list. An exception of `wait` ends it.
+        """
+        ended, count = 0, len(calls)
+        while True:
+            ended += self._run(ctypes.byref(calls, ended * ctypes.sizeof(Call)), count - ended, torch.get_num_threads())
+            if ended == count:
+                return
+            wait()
 
     def _start(self) -> None:
         self.calls.tpserve_start(int(self.isa), *self._openmp, int(self._may_spin))
@@ -122,6 +144,16 @@ def load() -> tuple[Library | None, str]:
 def library() -> Library | None:
     """The library, or None when callers must do without."""
     return load()[0]
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library computes with tensors of this device and dtype."""
+    return device.type == "cpu" and dtype in DTYPES and library() is not None
+
+
+def is_native(x: torch.Tensor) -> bool:
+    """Whether the library computes with this tensor."""
+    return serves(x.device, x.dtype)
 
 
 @functools.cache

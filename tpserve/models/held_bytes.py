@@ -1,0 +1,29 @@
+"""Adds up what a model's weights take in memory after packing. Owns nothing."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+
+
+def held_bytes(parts: Iterable[Any]) -> int:
+    """Bytes of every tensor in these tensors, lists, tuples and dataclasses; those that share memory count once."""
+    held: dict[int, int] = {}
+    for tensor in _tensors(parts):
+        if tensor.is_mkldnn:  # oneDNN's tensors do not show their memory
+            held[id(tensor)] = tensor.nbytes
+        else:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+def _tensors(part: Any) -> Iterator[torch.Tensor]:
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, list | tuple):
+        for each in part:
+            yield from _tensors(each)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _tensors(getattr(part, field.name))
