@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 // The instruction sets, in rising order. On an x86-64 processor each includes those before it.
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4 };
@@ -58,5 +58,6 @@ struct Attention {
     int64_t q_strides[2], out_strides[2];  // of a row, of a head
     int64_t k_strides[3], v_strides[3];    // of a block, of an entry, of a head
     float scale, cap;                      // cap 0: none
-    int32_t dtype;                         // of q, k, v and out
+    int32_t dtype, kv_dtype;               // of q and out; of k and v: the same, or INT8, see kv_int8.h
+    int64_t k_scale, v_scale;              // with INT8, where the scale lies in a head of a position, in bytes
 };

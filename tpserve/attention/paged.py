@@ -13,6 +13,7 @@ import torch
 from tpserve.attention import cpu_attention, cpu_plan
 from tpserve.attention.metadata import AttentionMetadata
 from tpserve_kernels.cpu import attention as native
+from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, quantize_heads
 from tpserve_kernels.cpu.library import DTYPES, library
 
 
@@ -20,7 +21,8 @@ from tpserve_kernels.cpu.library import DTYPES, library
 class KVCache:
     """The cache of one layer: [num_blocks, block_size, K, D] for keys and [num_blocks, block_size, K, E] for values.
 
-    `v` may be a view of the first channels of `k` (latents); then only keys are written.
+    `v` may be a view of the first channels of `k` (latents); then only keys are written. In int8 a head of a position has four
+    more bytes, its scale (`tpserve_kernels.cpu.kv_int8`).
     """
 
     k: torch.Tensor
@@ -46,14 +48,16 @@ class KVLayout:
 
     def num_bytes(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one layer's cache."""
-        channels = self.k_dim if self.v_in_k else self.k_dim + self.v_dim
-        return num_blocks * block_size * self.num_heads * channels * dtype.itemsize
+        scale = SCALE_BYTES if dtype == torch.int8 else 0
+        numbers = self.k_dim + scale + (0 if self.v_in_k else self.v_dim + scale)
+        return num_blocks * block_size * self.num_heads * numbers * dtype.itemsize
 
     def empty(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         """An uninitialised cache for one layer: attention never reads entries that no plan has written."""
+        scale = SCALE_BYTES if dtype == torch.int8 else 0
 
         def side(dim: int) -> torch.Tensor:
-            return torch.empty((num_blocks, block_size, self.num_heads, dim), dtype=dtype, device=device)
+            return torch.empty((num_blocks, block_size, self.num_heads, dim + scale), dtype=dtype, device=device)
 
         k = side(self.k_dim)
         return KVCache(k, k[..., : self.v_dim] if self.v_in_k else side(self.v_dim))
@@ -73,8 +77,8 @@ class AttentionParams:
 
 
 def is_native(dtype: torch.dtype) -> bool:
-    """Whether attention on the CPU is that of the library, for queries and caches of this dtype."""
-    return dtype in DTYPES and library() is not None
+    """Whether attention on the CPU is that of the library, for caches of this dtype. Torch's has none for int8."""
+    return (dtype in DTYPES or dtype == torch.int8) and library() is not None
 
 
 def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> AttentionMetadata:
@@ -93,7 +97,8 @@ def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> 
 def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, batch: AttentionMetadata) -> None:
     """Write each row's key and value to its slot, in place. Rows past `batch.write_slots` are padding.
 
-    Keys and values have the dtype of the cache. `v_TKE` is None if and only if `cache.v_in_k`, else AssertionError.
+    Keys and values have the dtype of the cache, or are quantized for one of int8. `v_TKE` is None if and only if `cache.v_in_k`,
+    else AssertionError.
     """
     assert (v_TKE is None) == cache.v_in_k
     if k_TKD.is_cuda:
@@ -102,6 +107,8 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
         kv.write_kv(k_TKD, v_TKE, cache.k, cache.v, batch.write_slots)
         return
     rows = len(batch.write_slots)
+    if cache.k.dtype == torch.int8:
+        k_TKD, v_TKE = quantize_heads(k_TKD), None if v_TKE is None else quantize_heads(v_TKE)
     cache.k.flatten(0, 1).index_copy_(0, batch.write_slots, k_TKD[:rows])
     if v_TKE is not None:
         cache.v.flatten(0, 1).index_copy_(0, batch.write_slots, v_TKE[:rows])
@@ -115,7 +122,7 @@ def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attent
     """
     scale, cap, sinks = attention_params.scale, attention_params.cap, attention_params.sinks
     if not q_TND.is_cuda:
-        if not is_native(q_TND.dtype):
+        if not is_native(cache.k.dtype):
             return cpu_attention.attend(q_TND, cache.k, cache.v, batch.tiles, scale, cap, sinks)
         return native.paged_attention(
             q_TND, cache.k, cache.v, batch.tables, batch.query_starts, batch.context_lens, scale, batch.window, cap, sinks
