@@ -29,7 +29,7 @@ LIBRARY = Path(__file__).resolve().parent / "tpserve_kernels" / "libtpserve_cpu.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]  # nothing of libstdc++
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-tree-vectorize"]  # sums as they are written
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=znver3"]
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mtune=icelake-server", "-mprefer-vector-width=512"]
 WIDE, BF16, TILES = "-DWIDE", "-DBF16_PAIRS", "-DTILES"
@@ -97,12 +97,15 @@ def build(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compile_one(name: str, source: str, flags: list[str]) -> str:
-            target = f"{folder}/{name}.o"
-            _run([*cxx, *common, *flags, "-c", str(SOURCES / source), "-o", target], quiet=optional)
-            return target
+            """A source of its own name, which the library's symbols then show: a test looks which code is of which set."""
+            unit = Path(folder, f"{name}.cc")
+            unit.write_text(f'#include "{source}"\n')
+            target = unit.with_suffix(".o")
+            _run([*cxx, *common, *flags, "-I", str(SOURCES), "-c", str(unit), "-o", str(target)], quiet=optional)
+            return str(target)
 
         entry = [f'-DVERSION="{version()}"', *(["-DEMULATED"] if emulate else [])]
-        jobs = {"library": pool.submit(compile_one, "library", "library.cc", entry)}
+        jobs = {"library": pool.submit(compile_one, "entry", "library.cc", entry)}
         for name, flags in flags_of.items():
             jobs[name] = pool.submit(compile_one, name, "kernels.cc", [*flags, f"-DSET=tpserve_{name}"])
         left_out = [name for name in flags_of if optional and name != "portable" and jobs[name].exception() is not None]
@@ -156,7 +159,10 @@ def main() -> None:
         if missing := build_optional(options.out):
             sys.stderr.write(f"tpserve: {missing}\n")
         return
-    build(options.out, emulate=options.emulate, sanitize=options.sanitize, sets=options.sets)
+    try:
+        build(options.out, emulate=options.emulate, sanitize=options.sanitize, sets=options.sets)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(str(error))
     sys.stdout.write(f"{options.out}\n")
 
 

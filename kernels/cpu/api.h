@@ -19,6 +19,9 @@ enum Operation : int32_t {
     NORM,
     QKV,
     ACTIVATION,
+    ATTENTION,
+    ALL_REDUCE,
+    GUMBEL,
     QUANTIZE,      // quant/int8.py: rows of activations and of weights, to int8
     PRODUCT_INT8,  // quant/int8.py: every product with an int8 matrix
     RESCALE_INT8,  // quant/int8.py: sums of PRODUCT_INT8 that were added up over ranks
@@ -142,6 +145,59 @@ struct Activation {
     int64_t rows, width, x_stride, out_stride;
     float alpha, limit;  // of CLAMPED_SWIGLU
     int32_t dtype, kind;
+};
+
+// Attention of `rows` rows over the paged keys and values of their own requests. Request r owns rows [query_starts[r],
+// query_starts[r + 1]), the last of them at position context_lens[r] - 1; position p is entry p % block_size of block
+// tables[r][p / block_size]; a row at position p sees (p - window, p]. Rows past the last request's become zero.
+struct Attention {
+    const void *q, *k, *v;  // [rows, heads, k_dim], [blocks, block_size, kv_heads, k_dim], [.., v_dim]; v may be a view of k
+    void* out;              // [rows, heads, v_dim]
+    const float* sinks;     // [heads] or null
+    const int32_t *query_starts, *context_lens, *tables;
+    void* workspace;  // for the parts of a context that is divided among threads; null: none is
+    int64_t workspace_bytes;
+    int64_t rows, requests, table_stride;
+    int64_t heads, kv_heads, k_dim, v_dim, block_size;
+    int64_t window;  // 0: a row sees all positions up to its own
+    int64_t q_strides[2], out_strides[2];  // of a row, of a head
+    int64_t k_strides[3], v_strides[3];    // of a block, of an entry, of a head
+    float scale, cap;                      // cap 0: none
+    int32_t dtype;                         // of q, k, v and out
+};
+
+// The page of parallel/shm.py as one rank sees it; its layout and its rules are there. Both sides use this one `round`, so that
+// collectives of either may follow each other.
+struct Page {
+    char* counters;      // [ranks], a cache line each: the last round that the rank has published
+    char* slots;         // [2][ranks][slot_bytes]
+    int64_t slot_bytes;
+    int64_t round;       // the last round that this rank has begun
+    int64_t done;        // numbers of a tensor that are summed when its call has stopped
+    int32_t waiting;     // 1: the call has stopped after publishing `round`, before all others had
+    int32_t ranks, index;
+    int32_t may_spin;    // 0 with more ranks than cores
+};
+
+// x = the sum of the ranks' x in rank order, each step rounded; then the norm of the sum, if any. When a peer does not come within
+// some milliseconds the list of calls stops here, to be called again from here: the caller looks meanwhile who is still alive.
+// Called by parallel/shm.py.
+struct AllReduce {
+    Page* page;
+    void* x;           // [rows, width], contiguous
+    const Norm* norm;  // null, or a norm of as many rows whose `x` is this one's
+    int64_t rows, width;
+    int32_t dtype;
+};
+
+// out = -log(-log(u)), u in (0, 1) from Philox with the row's seed as key and (id, position, choice, level) as counter: Gumbel
+// noise. Called by sampler/draw.py.
+struct Gumbel {
+    const int64_t* ids;                        // [rows, count], in [0, 2^32)
+    const int64_t *seed, *position, *choice;   // [rows]
+    double* out;                               // [rows, count]
+    int64_t rows, count, ids_stride;
+    int32_t level;
 };
 
 // out[t] = rint(x[t] / scale[t]) as int8 in [-127, 127], filled up with zeros to the next multiple of 64. A row of zeros, or of numbers

@@ -49,8 +49,8 @@ static void block_logits(const Head& head, int64_t row0, int64_t rows, int64_t b
     int64_t begin = block * BLOCK_PANELS, end = begin + BLOCK_PANELS, last = panels_of(head.weight);
     if (end > last) end = last;
     int64_t item = head.weight->dtype == BFLOAT16 ? 2 : 4;
-    auto done = [&](const float* sums, int64_t row, int count, int64_t panel, int panels) {
-        for (int r = 0; r < count; r++)
+    auto done = [&](const float* sums, int64_t row, int64_t count, int64_t panel, int panels) {
+        for (int64_t r = 0; r < count; r++)
             for (int i = 0; i < panels * PANEL; i += W)
                 store(logits + (row + r) * BLOCK + (panel - begin) * PANEL + i, load<V>(sums + r * panels * PANEL + i) * head.scale);
     };

@@ -1,6 +1,9 @@
 // All operations for one instruction set. build_cpu.py compiles this file once for each, with SET naming the table that it defines.
 #include "kernels.h"
 
+#include "all_reduce.h"
+#include "attention.h"
+#include "gumbel.h"
 #include "head.h"
 #include "product.h"
 #include "rows.h"
@@ -22,6 +25,9 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Norm, norm>,
     operation<Qkv, qkv>,
     operation<Activation, activation>,
+    operation<Attention, attention>,
+    operation<AllReduce, all_reduce>,
+    operation<Gumbel, gumbel>,
     operation<Quantize, quantize>,
     operation<ProductInt8, product_int8>,
     operation<ProductInt8, rescale_int8>,

@@ -13,6 +13,7 @@
 struct Meeting {
     int32_t arrived = 0, round = 0;
     int32_t spins;  // 0 when there are more threads and ranks than cores
+    int32_t stopped = 0;  // set between two barriers of an operation that cannot go on: the list of calls ends there
 };
 
 struct Team {
@@ -20,7 +21,8 @@ struct Team {
     Meeting* meeting;
 
     // Everything that any thread of the team wrote before is visible to all after.
-    void barrier() const {
+    // Inlined, so that no instruction set takes the copy of another.
+    inline __attribute__((always_inline)) void barrier() const {
         if (threads == 1) return;
         int32_t round = __atomic_load_n(&meeting->round, __ATOMIC_ACQUIRE);
         if (__atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL) == threads) {

@@ -68,11 +68,12 @@ static bool allow_tiles() { return false; }
 // registers, which it grants to threads that start later, so it is called before they start.
 EXPORT int32_t tpserve_detect(int32_t limit) {
     int32_t best = highest();
+    bool tiles = best == AMX && limit >= AMX && allow_tiles();
 #if defined(EMULATED)
-    return limit;
+    best = AMX, tiles = true;
 #endif
     if (best > limit) best = limit;
-    while (best > PORTABLE && (!SETS[best] || (best == AMX && !allow_tiles()))) best--;
+    while (best > PORTABLE && (!SETS[best] || (best == AMX && !tiles))) best--;
     return best;
 }
 
@@ -116,7 +117,7 @@ static void parallel(int32_t threads, const Work& work) {
             _mm_setcsr(before);
 #endif
         }
-    } job{work, {0, 0, spins}};
+    } job{work, {0, 0, spins, 0}};
     if (threads > 1 && gomp_parallel) gomp_parallel(Job::run, &job, threads, 0);
     else Job::run(&job);
 }
@@ -182,12 +183,24 @@ EXPORT void tpserve_lookup(const PackedHead* weight, const int64_t* ids, int64_t
     }
 }
 
-// Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before.
-EXPORT void tpserve_run(const Call* calls, int32_t count, int32_t threads) {
+// Writes `value` to each address: what changes in a list of calls from step to step.
+EXPORT void tpserve_set(int64_t* const* addresses, int64_t count, int64_t value) {
+    for (int64_t i = 0; i < count; i++) *addresses[i] = value;
+}
+
+// Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before. Returns how many have
+// ended: less than `count` when the next one has stopped, which is continued by running the rest of the list.
+EXPORT int32_t tpserve_run(const Call* calls, int32_t count, int32_t threads) {
+    int32_t ended = count;
     parallel(threads, [&](const Team& team) {
         for (int32_t i = 0; i < count; i++) {
             if (i) team.barrier();
             kernels->operations[calls[i].operation](calls[i].arguments, team);
+            if (team.meeting->stopped) {
+                if (team.thread == 0) ended = i;
+                return;
+            }
         }
     });
+    return ended;
 }

@@ -23,6 +23,9 @@ constexpr int MOST_ROWS = 12;
 #else
 constexpr int MOST_ROWS = 6;
 #endif
+constexpr int64_t CHUNK = 96;  // rows for which a panel is read from memory once
+constexpr int64_t GROUP = 4;   // panels for which the rows' numbers are
+constexpr int64_t SPAN = 512;  // of K
 
 INLINE const char* panel_of(const PackedHead* weight, int64_t panel) {
     return (const char*)(weight + 1) + panel * weight->panel_bytes;
@@ -43,41 +46,61 @@ struct Bfloat16 {
     }
 };
 
-// R rows by P panels, summed over all of K; `x` holds float32 rows of `stride`. `sums`: [R][P * PANEL].
+// Sums of R rows by P panels, [R][P * PANEL] float32 or int32, to which a span of K is added. `Vector`: W of them.
+template <class Vector, int R, int P>
+struct Sums {
+    Vector acc[R][P * VECTORS];
+
+    template <class Sum>
+    INLINE Sums(const Sum* from, bool fresh) {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < P * VECTORS; j++) acc[r][j] = fresh ? Vector{} : load<Vector>(from + r * P * PANEL + j * W);
+    }
+    template <class Sum>
+    INLINE void keep(Sum* to) const {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < P * VECTORS; j++) store(to + r * P * PANEL + j * W, acc[r][j]);
+    }
+};
+
+// A span [begin, end) of K, a multiple of 2 but for the last of float32.
+struct Span {
+    int64_t begin, end;
+};
+
+// Adds a span to R rows by P panels; `x` holds float32 rows of `stride`.
 template <class T, int R, int P>
-static inline void widened_block(const char* panel, int64_t panel_bytes, const float* x, int64_t stride, int64_t inner, float* sums) {
-    V acc[R][P * VECTORS] = {};
-    for (int64_t k = 0; k < inner; k += T::STEP) {
+static void widened_block(const char* panel, int64_t panel_bytes, const float* x, int64_t stride, Span span, float* sums) {
+    Sums<V, R, P> block(sums, span.begin == 0);
+    for (int64_t k = span.begin; k < span.end; k += T::STEP) {
         if (R < 4) UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * panel_bytes + k * PANEL * (4 / T::STEP) + 1024);
         UNROLL for (int odd = 0; odd < T::STEP; odd++) {
             V w[P * VECTORS];
             UNROLL for (int j = 0; j < P * VECTORS; j++) w[j] = T::load_at(panel + j / VECTORS * panel_bytes, k, j % VECTORS, odd);
             UNROLL for (int r = 0; r < R; r++) {
                 V value = broadcast(x[r * stride + k + odd]);
-                UNROLL for (int j = 0; j < P * VECTORS; j++) acc[r][j] = fma(w[j], value, acc[r][j]);
+                UNROLL for (int j = 0; j < P * VECTORS; j++) block.acc[r][j] = fma(w[j], value, block.acc[r][j]);
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int j = 0; j < P * VECTORS; j++) store(sums + r * P * PANEL + j * W, acc[r][j]);
+    block.keep(sums);
 }
 
 #if defined(BF16_PAIRS)
-// The same on pairs of bfloat16: `x` holds rows of pairs, `stride` and `inner` count pairs.
+// The same on pairs of bfloat16: `x` holds rows of pairs, `stride` counts pairs.
 template <int R, int P>
-static inline void pairs_block(const char* panel, int64_t panel_bytes, const uint32_t* x, int64_t stride, int64_t inner, float* sums) {
-    V acc[R][P] = {};
-    for (int64_t k = 0; k < inner; k++) {
+static void pairs_block(const char* panel, int64_t panel_bytes, const uint32_t* x, int64_t stride, Span span, float* sums) {
+    Sums<V, R, P> block(sums, span.begin == 0);
+    for (int64_t k = span.begin / 2; k < span.end / 2; k++) {
         if (R < 4) UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * panel_bytes + k * PANEL * 4 + 1024);
         VU w[P];
         UNROLL for (int p = 0; p < P; p++) w[p] = load<VU>(panel + p * panel_bytes + k * PANEL * 4);
         UNROLL for (int r = 0; r < R; r++) {
             VU value = x[r * stride + k] - (VU){};
-            UNROLL for (int p = 0; p < P; p++) acc[r][p] = dot_pairs(acc[r][p], value, w[p]);
+            UNROLL for (int p = 0; p < P; p++) block.acc[r][p] = dot_pairs(block.acc[r][p], value, w[p]);
         }
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int p = 0; p < P; p++) store(sums + (r * P + p) * PANEL, acc[r][p]);
+    block.keep(sums);
 }
 #endif
 
@@ -97,10 +120,10 @@ struct Finish {
     }
 
     // `sums`: [rows][panels * PANEL], of rows from `row0` and panels from `panel0` on.
-    void operator()(const float* sums, int64_t row0, int rows, int64_t panel0, int panels) const {
+    void operator()(const float* sums, int64_t row0, int64_t rows, int64_t panel0, int panels) const {
         int64_t first = panel0 * PANEL, count = panels * PANEL;
         if (first + count > product.weight->outputs) count = product.weight->outputs - first;
-        for (int r = 0; r < rows; r++) {
+        for (int64_t r = 0; r < rows; r++) {
             if (product.out_dtype == FLOAT32)
                 row((float*)product.out + (row0 + r) * product.out_stride, sums + r * panels * PANEL, first, count);
             else
@@ -109,72 +132,117 @@ struct Finish {
     }
 };
 
-// Walks over rows [0, rows) and panels [begin, end) of one chunk of rows. `Block::run<R, P>(panel, row, sums)` computes one block.
-template <class Sum = float, class Block, class Done>
-static inline void walk(const Block& block, int64_t rows, int64_t row0, int64_t begin, int64_t end, const Done& done) {
-    alignas(64) Sum sums[MOST_ROWS * 8 * PANEL];
+// Few rows: many panels at once, to have enough loads on the way.
+template <class Sum, class Block, class Done>
+static void walk_few(const Block& block, int64_t rows, int64_t row0, int64_t begin, int64_t end, const Done& done) {
+    alignas(64) Sum sums[2 * 8 * PANEL];
+    Span all = {0, block.inner};
 #define BLOCKS(R, P)                                      \
     for (; panel + (P) <= end; panel += (P)) {            \
-        block.template run<R, P>(panel, row, sums);       \
+        block.template run<R, P>(panel, row, all, sums);  \
         done(sums, row0 + row, R, panel, P);              \
     }
-    if (rows <= 3) {  // many panels at once, to have enough loads on the way
-        for (int64_t row = 0; row < rows;) {
-            int64_t panel = begin;
-            if (rows - row >= 2) {
+    for (int64_t row = 0; row < rows;) {
+        int64_t panel = begin;
+        if (rows - row >= 2) {
 #if defined(WIDE)
-                BLOCKS(2, 4)
+            BLOCKS(2, 4)
 #endif
-                BLOCKS(2, 2)
-                BLOCKS(2, 1)
-                row += 2;
-            } else {
+            BLOCKS(2, 2)
+            BLOCKS(2, 1)
+            row += 2;
+        } else {
 #if defined(WIDE)
-                BLOCKS(1, 8)
+            BLOCKS(1, 8)
 #endif
-                BLOCKS(1, 4)
-                BLOCKS(1, 1)
-                row += 1;
-            }
+            BLOCKS(1, 4)
+            BLOCKS(1, 1)
+            row += 1;
         }
-        return;
-    }
-#if defined(WIDE)
-    constexpr int P = 2;
-#else
-    constexpr int P = 1;
-#endif
-    for (int64_t first = begin; first < end;) {
-        int64_t count = end - first >= P ? P : 1, panel = first;
-        for (int64_t row = 0; row < rows; panel = first) {
-            int64_t left = rows - row;
-#define ROWS(R)                                                                 \
-    {                                                                           \
-        if (count == P) block.template run<R, P>(panel, row, sums);             \
-        else block.template run<R, 1>(panel, row, sums);                        \
-        done(sums, row0 + row, R, panel, count);                                \
-        row += R;                                                               \
-    }
-            if (left >= MOST_ROWS) ROWS(MOST_ROWS)
-            else if (left >= 4) ROWS(4)
-            else if (left >= 2) ROWS(2)
-            else ROWS(1)
-#undef ROWS
-        }
-        first += count;
     }
 #undef BLOCKS
+}
+
+// Calls `each.template operator()<R>(row)` for blocks of up to MOST_ROWS rows.
+template <class Each>
+INLINE void in_blocks(int64_t rows, const Each& each) {
+    for (int64_t row = 0; row < rows;) {
+        int64_t left = rows - row;
+        if (left >= MOST_ROWS) each.template run<MOST_ROWS>(row), row += MOST_ROWS;
+        else if (left >= 4) each.template run<4>(row), row += 4;
+        else if (left >= 2) each.template run<2>(row), row += 2;
+        else each.template run<1>(row), row += 1;
+    }
+}
+
+template <class Block, class Sum, int P>
+struct AddSpan {
+    const Block& block;
+    int64_t panel;
+    Span span;
+    Sum* sums;
+    template <int R>
+    INLINE void run(int64_t row) const {
+        block.template run<R, P>(panel, row, span, sums + row * P * PANEL);
+    }
+};
+
+// Calls `each.template run<P>(panel)` for panels [begin, end), two at a time where registers are wide.
+template <class Each>
+INLINE void in_panels(int64_t begin, int64_t end, const Each& each) {
+#if defined(WIDE)
+    for (; begin + 2 <= end; begin += 2) each.template run<2>(begin);
+#endif
+    for (; begin < end; begin++) each.template run<1>(begin);
+}
+
+template <class Block, class Sum>
+struct AddSpans {
+    const Block& block;
+    int64_t rows, first;
+    Span span;
+    Sum* sums;
+    template <int P>
+    INLINE void run(int64_t panel) const {
+        in_blocks(rows, AddSpan<Block, Sum, P>{block, panel, span, sums + (panel - first) * rows * PANEL});
+    }
+};
+
+template <class Done, class Sum>
+struct EachDone {
+    const Done& done;
+    int64_t rows, row0, first;
+    const Sum* sums;
+    template <int P>
+    INLINE void run(int64_t panel) const {
+        done(sums + (panel - first) * rows * PANEL, row0, rows, panel, P);
+    }
+};
+
+// Walks over `rows` rows and panels [begin, end); `sums` holds rows * GROUP * PANEL numbers. Of many rows a span of K stays in the
+// second cache while a group of panels goes past it, and a span of each panel in the first while the rows do.
+template <class Sum, class Block, class Done>
+static void walk(const Block& block, int64_t rows, int64_t row0, int64_t begin, int64_t end, Sum* sums, const Done& done) {
+    if (rows <= 3) return walk_few<Sum>(block, rows, row0, begin, end, done);
+    for (int64_t first = begin; first < end; first += GROUP) {
+        int64_t last = first + GROUP < end ? first + GROUP : end;
+        for (int64_t k = 0; k < block.inner; k += SPAN) {
+            Span span = {k, k + SPAN < block.inner ? k + SPAN : block.inner};
+            in_panels(first, last, AddSpans<Block, Sum>{block, rows, first, span, sums});
+        }
+        in_panels(first, last, EachDone<Done, Sum>{done, rows, row0, first, sums});
+    }
 }
 
 template <class T>
 struct WidenedBlock {
     const PackedHead* weight;
     const float* x;
-    int64_t stride;
+    int64_t stride, inner;
 
     template <int R, int P>
-    void run(int64_t panel, int64_t row, float* sums) const {
-        widened_block<T, R, P>(panel_of(weight, panel), weight->panel_bytes, x + row * stride, stride, stride, sums);
+    void run(int64_t panel, int64_t row, Span span, float* sums) const {
+        widened_block<T, R, P>(panel_of(weight, panel), weight->panel_bytes, x + row * stride, stride, span, sums);
     }
 };
 
@@ -182,11 +250,11 @@ struct WidenedBlock {
 struct PairsBlock {
     const PackedHead* weight;
     const uint32_t* x;
-    int64_t stride;
+    int64_t stride, inner;  // in pairs, in numbers
 
     template <int R, int P>
-    void run(int64_t panel, int64_t row, float* sums) const {
-        pairs_block<R, P>(panel_of(weight, panel), weight->panel_bytes, x + row * stride, stride, stride, sums);
+    void run(int64_t panel, int64_t row, Span span, float* sums) const {
+        pairs_block<R, P>(panel_of(weight, panel), weight->panel_bytes, x + row * stride, stride, span, sums);
     }
 };
 #endif
@@ -196,16 +264,10 @@ INLINE int64_t filled_inner(const PackedHead* weight) {
     return weight->dtype == BFLOAT16 ? (weight->inner + 31) / 32 * 32 : weight->inner;
 }
 
-// Rows that fit half of a core's cache together, so that a panel serves them all before the next one comes.
-INLINE int64_t chunk_rows(int64_t row_bytes) {
-    int64_t rows = CHUNK_BYTES / row_bytes / MOST_ROWS * MOST_ROWS;
-    return rows < MOST_ROWS ? MOST_ROWS : rows;
-}
-
-// Copies rows of x as To, filled up with zeros to `filled` numbers.
+// Copies rows of x as To, `to_stride` apart, filled up with zeros to `filled` numbers.
 template <class To, class From>
-static void gather_rows(To* to, const From* from, int64_t rows, int64_t stride, int64_t inner, int64_t filled) {
-    for (int64_t r = 0; r < rows; r++, from += stride, to += filled) {
+static void gather_rows(To* to, int64_t to_stride, const From* from, int64_t rows, int64_t stride, int64_t inner, int64_t filled) {
+    for (int64_t r = 0; r < rows; r++, from += stride, to += to_stride) {
         if (sizeof(To) == sizeof(From)) {
             memcpy(to, from, inner * sizeof(To));
         } else {
@@ -219,12 +281,13 @@ static void gather_rows(To* to, const From* from, int64_t rows, int64_t stride, 
 
 template <class T, class Done>
 static void widened(const PackedHead* weight, const void* x, int64_t rows, int64_t stride, int64_t begin, int64_t end, const Done& done) {
-    int64_t filled = filled_inner(weight), step = chunk_rows(filled * 4);
-    float* copy = (float*)scratch(step * filled * 4);
+    int64_t filled = filled_inner(weight), step = rows < CHUNK ? rows : CHUNK, copied = filled + LINE / 4;
+    float* sums = (float*)scratch(step * (GROUP * PANEL + copied) * 4);
+    float* copy = sums + step * GROUP * PANEL;
     for (int64_t row = 0; row < rows; row += step) {
         int64_t count = rows - row < step ? rows - row : step;
-        gather_rows(copy, (const typename T::number*)x + row * stride, count, stride, weight->inner, filled);
-        walk(WidenedBlock<T>{weight, copy, filled}, count, row, begin, end, done);
+        gather_rows(copy, copied, (const typename T::number*)x + row * stride, count, stride, weight->inner, filled);
+        walk(WidenedBlock<T>{weight, copy, copied, filled}, count, row, begin, end, sums, done);
     }
 }
 
@@ -236,12 +299,13 @@ static void product_panels(const PackedHead* weight, const void* x, int64_t rows
 #if defined(TILES)
     return tiled(weight, (const bf16*)x, rows, stride, begin, end, done);
 #elif defined(BF16_PAIRS)
-    int64_t filled = filled_inner(weight), step = chunk_rows(filled * 2);
-    bf16* copy = (bf16*)scratch(step * filled * 2);
+    int64_t filled = filled_inner(weight), step = rows < CHUNK ? rows : CHUNK, copied = filled + LINE / 2;
+    float* sums = (float*)scratch(step * (GROUP * PANEL * 4 + copied * 2));
+    bf16* copy = (bf16*)(sums + step * GROUP * PANEL);
     for (int64_t row = 0; row < rows; row += step) {
         int64_t count = rows - row < step ? rows - row : step;
-        gather_rows(copy, (const bf16*)x + row * stride, count, stride, weight->inner, filled);
-        walk(PairsBlock{weight, (const uint32_t*)copy, filled / 2}, count, row, begin, end, done);
+        gather_rows(copy, copied, (const bf16*)x + row * stride, count, stride, weight->inner, filled);
+        walk(PairsBlock{weight, (const uint32_t*)copy, copied / 2, filled}, count, row, begin, end, sums, done);
     }
 #else
     return widened<Bfloat16>(weight, x, rows, stride, begin, end, done);

@@ -117,31 +117,31 @@ INLINE VI dot_quads(VI acc, const Quads& x, const Quads& w) {
 
 struct Int8Block {
     const PackedHead* weight;
-    const int8_t* x;  // rows of `filled` numbers, `stride` apart; plus 128 where WIDE
-    int64_t stride, filled;
+    const int8_t* x;  // rows of `inner` numbers, `stride` apart; plus 128 where WIDE
+    int64_t stride, inner;  // `inner`: zeros included
 
     template <int R, int P>
-    void run(int64_t first, int64_t row, int32_t* sums) const {
+    void run(int64_t first, int64_t row, Span span, int32_t* sums) const {
         const char* panel = panel_of(weight, first);
         const int8_t* from = x + row * stride;
         int64_t panel_bytes = weight->panel_bytes;
-        VI acc[R][P * VECTORS] = {};
-        for (int64_t k = 0; k < filled; k += 4) {
+        Sums<VI, R, P> block(sums, span.begin == 0);
+        for (int64_t k = span.begin; k < span.end; k += 4) {
             if (R < 4) UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * panel_bytes + k * PANEL + 1024);
             Quads w[P * VECTORS];
             UNROLL for (int j = 0; j < P * VECTORS; j++) w[j] = quads(load<VI>(panel + j / VECTORS * panel_bytes + k * PANEL + j % VECTORS * W * 4));
             UNROLL for (int r = 0; r < R; r++) {
                 Quads value = quads(load<int32_t>(from + r * stride + k) - (VI){});
-                UNROLL for (int j = 0; j < P * VECTORS; j++) acc[r][j] = dot_quads(acc[r][j], value, w[j]);
+                UNROLL for (int j = 0; j < P * VECTORS; j++) block.acc[r][j] = dot_quads(block.acc[r][j], value, w[j]);
             }
         }
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int j = 0; j < P * VECTORS; j++) {
 #if defined(WIDE)
-                acc[r][j] = (VI)((VU)acc[r][j] - load<VU>(panel + (j + 1) * panel_bytes - 64) * 128);
+        if (span.end == inner)
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int j = 0; j < P * VECTORS; j++)
+                    block.acc[r][j] = (VI)((VU)block.acc[r][j] - load<VU>(panel + (j + 1) * panel_bytes - 64) * 128);
 #endif
-                store(sums + r * P * PANEL + j * W, acc[r][j]);
-            }
+        block.keep(sums);
     }
 };
 
@@ -177,8 +177,8 @@ struct FinishInt8 {
     }
 
     // `sums`: [rows][panels * PANEL], of rows from `row0` and panels from `panel0` on.
-    void operator()(const int32_t* sums, int64_t row0, int rows, int64_t panel0, int panels) const {
-        for (int r = 0; r < rows; r++)
+    void operator()(const int32_t* sums, int64_t row0, int64_t rows, int64_t panel0, int panels) const {
+        for (int64_t r = 0; r < rows; r++)
             for (int p = 0; p < panels; p++) panel(sums + (r * panels + p) * PANEL, row0 + r, panel0 + p);
     }
 };
@@ -192,18 +192,19 @@ static void product_int8_panels(const ProductInt8& product, int64_t begin, int64
 #if defined(TILES)
     tiled_rows<TilesOfInt8>(weight, x, rows, stride, filled, begin, end, done);
 #else
-    int64_t step = chunk_rows(filled);
+    int64_t step = rows < CHUNK ? rows : CHUNK, copied = filled + LINE;
+    int32_t* sums = (int32_t*)scratch(step * (GROUP * PANEL * 4 + copied));
 #if defined(WIDE)
-    int8_t* copy = (int8_t*)scratch(step * filled);
+    int8_t* copy = (int8_t*)(sums + step * GROUP * PANEL);
 #endif
     for (int64_t row = 0; row < rows; row += step) {
         int64_t count = rows - row < step ? rows - row : step;
 #if defined(WIDE)
         for (int64_t r = 0; r < count; r++)
-            for (int64_t k = 0; k < filled; k += 64) store(copy + r * filled + k, load<VU>(x + (row + r) * stride + k) ^ 0x80808080u);
-        walk<int32_t>(Int8Block{weight, copy, filled, filled}, count, row, begin, end, done);
+            for (int64_t k = 0; k < filled; k += 64) store(copy + r * copied + k, load<VU>(x + (row + r) * stride + k) ^ 0x80808080u);
+        walk(Int8Block{weight, copy, copied, filled}, count, row, begin, end, sums, done);
 #else
-        walk<int32_t>(Int8Block{weight, x + row * stride, stride, filled}, count, row, begin, end, done);
+        walk(Int8Block{weight, x + row * stride, stride, filled}, count, row, begin, end, sums, done);
 #endif
     }
 #endif

@@ -87,11 +87,12 @@ static void norm_row(const Norm& norm, int64_t row) {
     }
 }
 
-static void norm(const Norm& norm, const Team& team) {
-    Share share(norm.rows, 1, team);
+static void norm_rows(const Norm& norm, const Share& share) {
     for (int64_t row = share.begin; row < share.end; row++)
         norm.dtype == FLOAT32 ? norm_row<float>(norm, row) : norm_row<bf16>(norm, row);
 }
+
+static void norm(const Norm& norm, const Team& team) { norm_rows(norm, Share(norm.rows, 1, team)); }
 
 // One head of one row: `from` through norm and rotation to `to`. `position` < 0: no rotation.
 template <class T>

@@ -98,22 +98,18 @@ INLINE V read(const bf16* from) { return (V)(__builtin_convertvector(load<VH>(fr
 INLINE float read1(const float* from) { return *from; }
 INLINE float read1(const bf16* from) { return widen(*from); }
 INLINE void write(float* to, V x) { store(to, x); }
-INLINE void write(bf16* to, V x) {
-    VU bits = (VU)x;
+INLINE VU narrowed(V x) {
+    VU bits = (VU)x, is_nan = (VU)(x != x);
     VU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    VU is_nan = (VU)(x != x);
-    store(to, __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), VH));
+    return (is_nan & 0x7fc0) | (~is_nan & rounded);
 }
+INLINE void write(bf16* to, V x) { store(to, __builtin_convertvector(narrowed(x), VH)); }
 INLINE void write1(float* to, float x) { *to = x; }
 INLINE void write1(bf16* to, float x) { *to = narrow(x); }
 
 // `x` as it is after it has been stored in the dtype of the pointer.
 INLINE V rounded(V x, const float*) { return x; }
-INLINE V rounded(V x, const bf16*) {
-    bf16 stored[W];
-    write(stored, x);
-    return read(stored);
-}
+INLINE V rounded(V x, const bf16*) { return (V)(narrowed(x) << 16); }
 
 // exp(x), within two units in the last place; 0 below -87.3, inf above 88.7, NaN for NaN. One form for every caller, so that an
 // exponential does not depend on which of them computes it. Source: reduction by ln 2 in two parts (Cody and Waite 1980) and a

@@ -5,6 +5,7 @@ every folder of tests is run.
 """
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "observe": FLOOR_0,
     "hub": {*FLOOR_0, "config"},
     # floor 2
-    "parallel": {*FLOOR_0, "config", "host", "observe"},
+    "parallel": {*FLOOR_0, "config", "host", "kernels", "observe"},
     "quant": {*FLOOR_0, "kernels"},
     "coordinator": {*FLOOR_0, "observe", "process", "wire"},
     "engine_client": {*FLOOR_0, "cluster", "config", "coordinator", "observe", "process", "text", "wire"},
@@ -54,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     # floor 5
     "worker": {
         *FLOOR_0,
+        "kernels",
         "config",
         "host",
         "wire",
@@ -166,6 +168,9 @@ TORCH_FREE = [
     "llm.api",
 ]
 ENVIRONMENT_READER = PACKAGE / "config" / "env.py"
+KERNELS = ROOT / "kernels" / "tpserve_kernels"
+KERNELS_READER = KERNELS / "cpu" / "library.py"
+"""Programs without a server need its variables, too; `ENVIRONMENT_READER` lists them."""
 
 
 def sources() -> list[Path]:
@@ -202,12 +207,19 @@ def test_imports_go_down_only(path: Path) -> None:
     assert not breaches, breaches
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*sources(), *sorted(KERNELS.rglob("*.py"))], ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_global_and_one_reader_of_the_environment(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         assert not isinstance(node, ast.Global), f"{path}:{node.lineno} says global"
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv", "putenv"}:
-            assert path == ENVIRONMENT_READER, f"{path}:{node.lineno} touches the environment; config/env.py is its only reader"
+            assert path in (ENVIRONMENT_READER, KERNELS_READER), f"{path}:{node.lineno} touches the environment"
+
+
+def test_the_list_of_variables_has_those_of_the_kernels() -> None:
+    variables = set(re.findall(r"\bTPSERVE_[A-Z_]+", KERNELS_READER.read_text()))
+    assert variables == {"TPSERVE_ISA", "TPSERVE_CPU_LIBRARY"}
+    listed = ENVIRONMENT_READER.read_text().partition("import os")[0]
+    assert all(f"\n{name} " in listed for name in variables)
 
 
 def test_no_pickle_anywhere() -> None:

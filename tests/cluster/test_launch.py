@@ -17,6 +17,7 @@ import pytest
 from tests.cluster import tiny_model
 from tests.cluster.conftest import assert_nothing_left, of_place
 from tests.server import BIN, Server, free_port, running, serve, torchrun
+from tpserve_kernels.cpu.library import Isa, library
 
 ROOT = Path(__file__).resolve().parents[2]
 SECOND_NODE = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--interface", "lo")
@@ -126,31 +127,55 @@ def test_two_nodes(model: str, place: Path) -> None:
 
 
 def test_unlike_processors(model: str, place: Path) -> None:
-    """Serve together as stages, which say what their self-tests found; ranks of one stage must compute alike."""
-    port = free_port()
-    unlike, common = ("env", "ONEDNN_MAX_CPU_ISA=AVX"), ("--nnodes", "2", "--master-addr", "127.0.0.1", "--interface", "lo")
+    """Serve together as stages, which say what their self-tests found. Ranks of one stage must compute alike: with the lowest
+    instruction set of theirs, and all with the library of CPU kernels or none."""
+    port, common = free_port(), ("--nnodes", "2", "--master-addr", "127.0.0.1", "--interface", "lo")
 
-    def node(rank: int, meet: int, layout: str) -> list[str]:
+    def node(rank: int, meet: int, layout: str, *unlike: str) -> list[str]:
         flags = (*DUMMY, *common, "--master-port", str(meet), layout, "2", "--node-rank", str(rank))
-        return [*(unlike if rank else ()), *serve(model, *flags, *(("--headless",) if rank else ()), port=port)]
+        variables = ("env", *unlike) if rank else ()
+        return [*variables, *serve(model, *flags, *(("--headless",) if rank else ()), port=port)]
+
+    torch_only = ("TPSERVE_ISA=off", "ONEDNN_MAX_CPU_ISA=AVX")
 
     meet = free_port()
-    with started(place, node(1, meet, "-pp"), node(0, meet, "-pp"), port=port) as server:
+    with started(place, node(1, meet, "-pp", *torch_only), node(0, meet, "-pp"), port=port) as server:
         assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
         info = server.get("/server_info")[1]
         assert re.fullmatch("batch-invariant|(untested|not on this processor): .+", info["numerics"]), info["numerics"]
-        assert [rank["processor"]["CPU"].endswith(" ONEDNN_MAX_CPU_ISA=AVX") for rank in info["ranks"]] == [False, True]
+        levels = [(rank["processor"] | rank["traits"])["CPU level"] for rank in info["ranks"]]
+        assert [level.endswith(" ONEDNN_MAX_CPU_ISA=AVX") for level in levels] == [False, True]
+        assert info["cpu_kernels"].endswith("none")
         server.processes[0].terminate()
         assert server.wait() == [0, 0]
     assert ("may depend on the batch" in server.log) == (info["numerics"] != "batch-invariant")
+    assert "torch's operators serve, which are slower than the library of CPU kernels: TPSERVE_ISA is off\n" in server.log
     meet = free_port()
-    with started(place, node(1, meet, "-tp"), node(0, meet, "-tp"), port=port, ready=False) as server:
+    with started(place, node(1, meet, "-tp", "TPSERVE_ISA=portable"), node(0, meet, "-tp"), port=port) as server:
+        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        info = server.get("/server_info")[1]
+        server.processes[0].terminate()
+        assert server.wait() == [0, 0]
+    if (native := library()) is not None:
+        assert info["cpu_kernels"] == f"portable {native.version}"
+        lowered = f"rank 0 computes with portable instructions, not {native.isa.name.lower()}: another rank of its stage"
+        assert (lowered in server.log) == (native.isa > Isa.PORTABLE), server.log
+    meet = free_port()
+    with started(place, node(1, meet, "-tp", *torch_only), node(0, meet, "-tp"), port=port, ready=False) as server:
         assert 2 in server.wait(60)
         assert_nothing_left(place)
     host = socket.gethostname()
     assert re.search(rf"rank 0 on {host} +rank 1 on {host}\n", server.log), server.log
-    assert re.search(r"CPU  .* ONEDNN_MAX_CPU_ISA=AVX\n", server.log)
-    assert "tensor parallel ranks must compute alike to the last bit" in server.log and "Traceback" not in server.log
+    assert re.search(r"CPU level  .* ONEDNN_MAX_CPU_ISA=AVX\n", server.log)
+    remedy = "tensor parallel ranks must compute alike" if native is None else "need the library of CPU kernels all or none"
+    assert remedy in server.log and "Traceback" not in server.log
+
+
+def test_an_unknown_instruction_set_is_a_line(model: str, place: Path) -> None:
+    done = run(["env", "TPSERVE_ISA=sse9", *serve(model, *DUMMY, port=0)], place)
+    assert done.returncode == 2
+    assert "TPSERVE_ISA is 'sse9'; it takes portable, avx2, avx512, avx512_bf16, amx and off" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_node_that_waits_for_its_head_can_be_ended(model: str, place: Path) -> None:

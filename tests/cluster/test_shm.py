@@ -18,8 +18,30 @@ from tpserve.errors import EngineFailure
 from tpserve.parallel import shm
 from tpserve.parallel.group import Group
 from tpserve.parallel.shm import SLOT_BYTES, RankLocation, ShmAllReduce, create_shm_group, exchange_locations
+from tpserve_kernels.cpu.library import library, load
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+
+
+FORMS = ("native", "torch", "mixed")
+"""Which ranks use the library of CPU kernels: all, none, every other."""
+
+
+def choose(form: str, rank: int) -> None:
+    """In a rank's process."""
+    if form == "native":
+        assert library() is not None
+    elif form == "torch" or rank % 2:
+        os.environ["TPSERVE_ISA"] = "off"
+        load.cache_clear()
+        assert library() is None
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    if request.param != "torch" and library() is None:
+        pytest.skip("the library was not built")
+    return str(request.param)
 
 
 def page_of(where: Path, rank: int, size: int, cores: int = 2) -> ShmAllReduce:
@@ -43,11 +65,12 @@ def ordered_sum(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_the_ordered_sum_bit_for_bit(size: int, tmp_path: Path) -> None:
+def test_the_ordered_sum_bit_for_bit(size: int, form: str, tmp_path: Path) -> None:
     over = SLOT_BYTES // 8 + 3
     shapes = [(1,), (7,), (3, 64), (0, 64), (33, 5), (2, 3, 4), (over,), (3, over)]
 
     def rank_main(rank: int) -> None:
+        choose(form, rank)
         shm = page_of(tmp_path, rank, size)
         for dtype in DTYPES:
             for seed, shape in enumerate(shapes):
@@ -101,9 +124,10 @@ def test_the_bits_of_gloo(dtype: torch.dtype, tmp_path: Path) -> None:
     assert run(3, rank_main) == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("size", "rounds"), [(2, 10_000), (3, 2_000)])
-def test_many_rounds_of_random_sizes(size: int, rounds: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "rounds"), [(2, 5_000), (3, 1_000)])
+def test_many_rounds_of_random_sizes(size: int, rounds: int, form: str, tmp_path: Path) -> None:
     def rank_main(rank: int) -> None:
+        choose(form, rank)
         shm = page_of(tmp_path, rank, size)
         common, own = random.Random(size), random.Random(100 + rank)
         for number in range(rounds):
@@ -121,8 +145,9 @@ def test_many_rounds_of_random_sizes(size: int, rounds: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_killed_peer_is_named_soon(size: int, tmp_path: Path) -> None:
+def test_a_killed_peer_is_named_soon(size: int, form: str, tmp_path: Path) -> None:
     def rank_main(rank: int) -> None:
+        choose(form, rank)
         shm = page_of(tmp_path, rank, size)
         for _ in range(100):
             shm.all_reduce(torch.ones(8))
@@ -139,8 +164,9 @@ def test_a_killed_peer_is_named_soon(size: int, tmp_path: Path) -> None:
     assert run(size, rank_main) == expected
 
 
-def test_the_last_round_of_a_rank_that_leaves_counts(tmp_path: Path) -> None:
+def test_the_last_round_of_a_rank_that_leaves_counts(form: str, tmp_path: Path) -> None:
     def rank_main(rank: int) -> None:
+        choose(form, rank)
         shm = page_of(tmp_path, rank, 2)
         if rank == 0:
             time.sleep(0.2)  # rank 1 cannot have ended yet: it waits for this one

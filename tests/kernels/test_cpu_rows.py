@@ -1,15 +1,23 @@
 """The CPU's row operations on each instruction set of the processor: against plain torch, a row alone and in company, one thread
 and two, rows of any width and stride, nothing written beside a row."""
 
+import ctypes
+import mmap
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 import torch
 
-from tpserve_kernels.cpu import rows
-from tpserve_kernels.cpu.library import Isa, library, load
-from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, Rotation
+from tpserve.parallel.shm import SLOT_BYTES, ShmAllReduce
+from tpserve.sampler import draw
+from tpserve_kernels.cpu import gumbel, rows
+from tpserve_kernels.cpu.all_reduce import AllReduce
+from tpserve_kernels.cpu.library import DTYPES as NUMBERS
+from tpserve_kernels.cpu.library import Call, Isa, Operation, is_native, library, load
+from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, NormKind, Rotation
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = (1, 17, 31, 96, 2050)
@@ -67,8 +75,8 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
     weight, bias = random(width, dtype=dtype, seed=1), random(width, dtype=dtype, seed=2)
     for offset in (0.0, 1.0):
         assert_close(rows.rms_norm(x, weight, 1e-5, offset), rows.rms_norm_reference(x, weight, 1e-5, offset))
-    for arguments in ((weight, bias), (weight, None), (None, None)):
-        assert_close(rows.layer_norm(x, *arguments, 1e-5), rows.layer_norm_reference(x, *arguments, 1e-5))
+    for scale, shift in ((weight, bias), (weight, None), (None, None)):
+        assert_close(rows.layer_norm(x, scale, shift, 1e-5), rows.layer_norm_reference(x, scale, shift, 1e-5))
     residual = random(9, width, dtype=dtype, seed=3)
     for add, alone in (
         (lambda x, y: rows.add_rms_norm(x, y, weight, 1e-5, 1.0), lambda x: rows.rms_norm(x, weight, 1e-5, 1.0)),
@@ -85,9 +93,9 @@ def test_norms_in_place() -> None:
     expected = rows.add_rms_norm(x, residual, weight, 1e-5)
     lib, wide, stream = library(), strided(x), strided(residual)
     assert lib is not None and wide._base is not None
-    arguments = rows.norm_arguments(wide, wide, weight, None, 1e-5, 0.0, rows.NormKind.RMS_NORM, stream, stream)
+    arguments = rows.norm_arguments(wide, wide, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, stream, stream)
     arguments.rows = 2
-    lib.run(rows.Operation.NORM, arguments)
+    lib.run(Operation.NORM, arguments)
     assert torch.equal(wide[:2], expected[0][:2]) and torch.equal(stream[:2], expected[1][:2])
     assert torch.equal(wide[2], x[2]) and torch.equal(stream[2], residual[2]), "the third row was not asked for"
     assert (wide._base[:, :3] == BESIDE).all() and (wide._base[:, -2:] == BESIDE).all()
@@ -187,6 +195,78 @@ def test_gelu_is_near_the_exact_one() -> None:
     assert (rows.activation(x, ActivationKind.GELU).double() - exact).abs().div_(x.abs().clamp(min=1)).max() < 3e-7
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "width"), [(2, 31), (3, 2050), (2, SLOT_BYTES // 8 + 1)])
+def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: torch.dtype) -> None:
+    """Threads of this process are the ranks. The list goes on where it stopped for a late peer, and no call of it runs twice."""
+    lib, num_rows = library(), 5
+    assert lib is not None
+    parts = [random(num_rows, width, dtype=dtype, seed=rank) * 30.0**rank for rank in range(size)]
+    residual, weight = random(num_rows, width, dtype=dtype, seed=8), random(width, dtype=dtype, seed=9)
+    total = parts[0]
+    for x in parts[1:]:
+        total = total + x
+    normed, stream = rows.add_rms_norm(total, residual, weight, 1e-5)
+    expected = {"sum": total, "stream": stream, "out": rows.activation(normed, ActivationKind.SILU)}
+    memory = mmap.mmap(-1, mmap.PAGESIZE + 2 * size * SLOT_BYTES)
+    results: dict[int, dict[str, torch.Tensor]] = {}
+    waits: list[int] = []
+
+    def rank_main(rank: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        page = ShmAllReduce(memory, range(size), rank, [-1] * size, spins=False)
+        assert page.all_gather(torch.ones(1)).shape == (size, 1), "what Python does on the page may come between"
+        x, sum_TH, out_TH = parts[rank].clone(), residual.clone(), torch.empty_like(total)
+        norm = rows.norm_arguments(x, out_TH, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, sum_TH, sum_TH)
+        reduce = AllReduce(ctypes.pointer(page.page), x.data_ptr(), ctypes.pointer(norm), *x.shape, NUMBERS[dtype])
+        silu = rows.activation_arguments(out_TH, out_TH, ActivationKind.SILU)
+        calls = (Call * 2)(
+            Call(Operation.ALL_REDUCE, ctypes.addressof(reduce)), Call(Operation.ACTIVATION, ctypes.addressof(silu))
+        )  # fmt: skip
+
+        def wait() -> None:
+            waits.append(rank)
+            page.watch()
+
+        time.sleep(0.03 * (rank == 1))
+        lib.run_calls(calls, wait)
+        results[rank] = {"sum": x, "stream": sum_TH, "out": out_TH}
+        assert torch.equal(page.all_reduce(parts[rank].clone()), total)
+
+    for threads in (1, 2):
+        ranks = [threading.Thread(target=rank_main, args=(rank, threads)) for rank in range(size)]
+        memory[:] = bytes(len(memory))
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(20)
+        assert 0 in waits and len(results) == size
+        for result in results.values():
+            for name, x in result.items():
+                assert torch.equal(x, expected[name]), (name, threads)
+        results.clear()
+        waits.clear()
+
+
+def test_gumbel_noise_is_that_of_torch() -> None:
+    """All but the last bit of it, for each id alone and in company; the words of Philox must be equal for that."""
+    seed, position, choice = torch.tensor([0, -1, 2**63 - 1, -(2**63) + 12345]), torch.tensor([0, 1, 99_999, 7]), torch.arange(4)
+    ids = torch.cat((torch.arange(301), torch.tensor([2**32 - 1])))[None]
+    for shape in (ids, ids.expand(4, -1) * torch.tensor([[1], [0], [1], [1]])):
+        for level in (0, 1):
+            expected = draw.gumbel_reference(shape, seed, position, choice, level)
+            got = gumbel.gumbel(shape, seed, position, choice, level)
+            assert ((got - expected).abs() <= 4e-15 * expected.abs().clamp(min=1)).all()
+            torch.set_num_threads(2)
+            assert torch.equal(gumbel.gumbel(shape, seed, position, choice, level), got)
+            torch.set_num_threads(1)
+            alone = gumbel.gumbel(shape[-1:, 5:8].contiguous(), seed[3:], position[3:], choice[3:], level)
+            assert torch.equal(alone[0], got[3, 5:8])
+    many = gumbel.gumbel(torch.arange(400_000)[None], seed[2:3], position[2:3], choice[2:3], 1)
+    expected = draw.gumbel_reference(torch.arange(400_000)[None], seed[2:3], position[2:3], choice[2:3], 1)
+    assert ((many - expected).abs() <= 4e-15 * expected.abs().clamp(min=1)).all()
+
+
 def test_what_is_outside_the_contract_is_refused() -> None:
     x, table = random(4, 8), random(9, 4)
     head = x.view(4, 1, 8)
@@ -205,4 +285,4 @@ def test_what_is_outside_the_contract_is_refused() -> None:
     for call in refused:
         with pytest.raises(AssertionError):
             call()
-    assert not rows.native(x.half()) and rows.native(x) and not rows.native(x.to("meta"))
+    assert not is_native(x.half()) and is_native(x) and not is_native(x.to("meta"))

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from tpserve.attention import cpu_attention, cpu_plan
+from tpserve.attention import cpu_attention, cpu_plan, paged
 from tpserve.attention.cpu_plan import TILE, KVChunk, TileGroup
 from tpserve.layers import activation
 from tpserve.models import decoder as decoders
@@ -119,7 +119,7 @@ def free() -> Iterator[None]:
 @contextmanager
 def coarse() -> Iterator[None]:
     """The same with less precision."""
-    with free(), patch.object(cpu_attention, "_tiles", coarse_tiles):
+    with free(), patch.object(paged, "is_native", lambda x: False), patch.object(cpu_attention, "_tiles", coarse_tiles):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Attention on the CPU: right by the kernels' reference, and a row's bits are those of the row alone, whatever it is asked."""
+"""Attention on the CPU, in torch and by the library: right by float64, and a row's bits are those of the row alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from tpserve.attention import cpu_plan
+from tpserve.attention import paged as attention
 from tpserve.attention.metadata import AttentionMetadata
 from tpserve.attention.paged import AttentionParams, KVLayout, attend, build_metadata, write_kv
-from tpserve_kernels.attention import paged_attention_reference
+from tpserve_kernels.cpu.attention import paged_attention_reference
+from tpserve_kernels.cpu.library import library
 
 DTYPES = (torch.float32, torch.bfloat16)
 Chunk = tuple[int, int, int]
@@ -22,6 +24,22 @@ def _threads() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as it is without the library."""
+    monkeypatch.setattr(attention, "is_native", lambda x: False)
+
+
+@pytest.fixture(params=["torch", "library"])
+def form(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name == "torch":
+        request.getfixturevalue("in_torch")
+    elif library() is None:
+        pytest.skip("no library of CPU kernels")
+    return name
 
 
 @dataclass(frozen=True)
@@ -89,11 +107,12 @@ class Paged:
     def whole(self) -> list[Chunk]:
         return [(i, 0, context) for i, context in enumerate(self.contexts)]
 
-    def expected(self) -> torch.Tensor:
-        batch, attention_params = self.batch(self.whole()), self.case.scoring()
+    def expected(self, dtype: torch.dtype) -> torch.Tensor:
+        """Computed in `dtype`."""
+        batch, scoring = self.batch(self.whole()), self.case.scoring()
         return paged_attention_reference(
             torch.cat(self.q), self.cache.k, self.cache.v, batch.tables, batch.query_starts, batch.context_lens,
-            max(self.contexts), attention_params.scale, self.case.window, attention_params.cap, attention_params.sinks,
+            scoring.scale, self.case.window, scoring.cap, scoring.sinks, dtype,
         )  # fmt: skip
 
 
@@ -120,14 +139,17 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 @every_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("form")
 def test_rows_stand_alone(case: Case, dtype: torch.dtype) -> None:
     contexts = [1, 2, 5, 16, 17, 128, 129, 257, 300, 40, 64, 256]
     paged = Paged(contexts, case, dtype)
     torch.set_num_threads(1)
     probes = [(i, p) for i, context in enumerate(contexts) for p in range(context) if p % 128 in (0, 1, 126, 127) or p % 9 == 0]
     alone = {(i, p): paged.run([(i, p, 1)])[0][0] for i, p in probes}
-    tolerance = 2e-6 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(torch.cat(paged.run(paged.whole())), paged.expected(), atol=tolerance, rtol=1e-5)
+    got, exact = torch.cat(paged.run(paged.whole())), paged.expected(torch.float64)
+    usual = (paged.expected(torch.float32) - exact).abs().max().item()
+    assert usual < 1e-5
+    torch.testing.assert_close(got.double(), exact, atol=1.5 * usual if dtype == torch.float32 else 2e-2, rtol=1e-5)
     last = [(i, context - 1, 1) for i, context in enumerate(contexts)]
     cuts = [(i, context // 3, context - context // 3) for i, context in enumerate(contexts)]
     whole = paged.whole()
@@ -140,6 +162,7 @@ def test_rows_stand_alone(case: Case, dtype: torch.dtype) -> None:
 
 
 @every_case
+@pytest.mark.usefixtures("in_torch")
 def test_neither_gathers_nor_groups_show(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     paged = Paged([200, 100, 150, 3, 290], case, torch.float32)
     chunks = [*((i, context - 1, 1) for i, context in enumerate(paged.contexts)), (4, 7, 280)]
@@ -151,6 +174,7 @@ def test_neither_gathers_nor_groups_show(case: Case, monkeypatch: pytest.MonkeyP
     assert torch.equal(torch.cat(paged.run(chunks)), together)
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_a_bound_of_one_byte_takes_a_pair_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     paged = Paged([200, 100, 150, 3], CASES["groups"], torch.float32)
     for bound in ("GATHER_BYTES", "PART_BYTES"):
@@ -160,6 +184,7 @@ def test_a_bound_of_one_byte_takes_a_pair_at_a_time(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["window of one", "window in a tile", "window of tiles", "all of it", "all of it, latents"])
+@pytest.mark.usefixtures("form")
 def test_what_lies_before_a_window_may_be_anything(name: str) -> None:
     """Blocks that fell out of the window are others' by now, and the table no longer names them."""
     case = CASES[name]
@@ -173,6 +198,7 @@ def test_what_lies_before_a_window_may_be_anything(name: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_a_window_reads_its_tiles_only() -> None:
     case = replace(CASES["groups"], window=100)
     paged = Paged([4990, 129, 20], case, torch.float32)

@@ -17,7 +17,7 @@ from tpserve.types.messages import Numerics
 from tpserve.weights.dummy import dummy
 from tpserve.worker import self_test as module
 from tpserve.worker.self_test import Known, examine, self_test
-from tpserve_kernels.cpu.library import library
+from tpserve_kernels.cpu.library import Isa, library, load, serves
 
 
 class Clock:
@@ -118,21 +118,32 @@ def test_every_product_of_a_model(dtype: torch.dtype, int8: str, monkeypatch: py
     kinds = {product.name: product for product in decoder.products()}
     short = str(dtype).removeprefix("torch.")
     wanted = {"matmul float32 64x12", f"{int8}experts {short} 64x88", f"{int8}experts {short} 44x64"}
-    wanted |= {f"{int8}12 heads {short} 12x32", f"{int8}12 heads {short} 32x20", "attention float32 40x32"}
+    wanted |= {f"{int8}12 heads {short} 12x32", f"{int8}12 heads {short} 32x20"}
     wanted |= {f"{int8}matmul {short} 172x64", f"matmul {short} 48x517"}
     assert wanted <= kinds.keys(), sorted(kinds)
+    assert ("attention float32 40x32" in kinds) != serves(torch.device("cpu"), dtype)
     known, threads = Known(), torch.get_num_threads()
     torch.set_num_threads(1)
-    if can_pack(
-        torch.ones(1, 1, dtype=dtype)
-    ):  # then nothing is multiplied plainly, where the number of rows may choose the path
+    if can_pack(torch.ones(1, 1, dtype=dtype)):  # nothing is multiplied plainly, where the number of rows may choose the path
         monkeypatch.setattr(F, "linear", None)
     examine(list(kinds.values()), known, 1e9)
     torch.set_num_threads(threads)
     assert [(name, found) for name, found in known.items() if found != {"33": True, "65": True, "600": True}] == []
 
 
-def test_what_of_the_processor_must_agree() -> None:
-    plain, limited = facts({}), facts({"ONEDNN_MAX_CPU_ISA": "AVX"})
-    assert plain["CPU products"] == limited["CPU products"] and len(plain["CPU products"]) == 12
-    assert limited["CPU"] == plain["CPU"] + " ONEDNN_MAX_CPU_ISA=AVX"
+def test_what_of_the_processor_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library its version and what else torch computes; without it also what torch's libraries multiply with."""
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX"}
+    for equal, others in (facts({}, torch.float16), facts(limits, torch.float16)):
+        assert equal["CPU kernels"] == "none" and len(equal["CPU products"]) == 12 and others == {}
+    plain, limited = facts({}, torch.float16)[0], facts(limits, torch.float16)[0]
+    assert limited == plain | {"CPU level": plain["CPU level"] + " ONEDNN_MAX_CPU_ISA=AVX"}
+    native, _ = load()
+    if native is None:
+        return
+    equal, others = facts({}, torch.bfloat16)
+    assert equal == facts(limits, torch.bfloat16)[0] and equal["CPU kernels"] == native.version
+    assert equal.keys() == {"CPU kernels", "CPU products"} and equal["CPU products"] != plain["CPU products"]
+    assert others == {"CPU level": plain["CPU level"], "instruction set": native.isa.name.lower()}
+    monkeypatch.setattr(native, "isa", Isa.PORTABLE)
+    assert facts({}, torch.bfloat16) == (equal, others | {"instruction set": "portable"}), "a stage agrees on it"

@@ -11,7 +11,7 @@ from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Peer, RankInfo
-from tpserve.engine_client.server_info import numerics, server_info
+from tpserve.engine_client.server_info import cpu_kernels, numerics, server_info
 from tpserve.engine_client.status import EngineStatus
 from tpserve.observe.log import LogRingBuffer
 from tpserve.types.machine import Machine
@@ -100,4 +100,6 @@ def test_what_the_self_tests_of_all_ranks_say() -> None:
     both = Numerics(("x",), ("a",)), Numerics(("y", "x"), ("x",))
     assert numerics(seen(*both)) == "not on this processor: x, y; untested: a"
     assert numerics(seen(None, None)) == "not promised on CUDA"
+    assert cpu_kernels(seen(good, Numerics(kernels="avx2 1f"), Numerics(kernels="avx2 1f"))) == "none, avx2 1f"
+    assert cpu_kernels(seen(None, None)) is None and cpu_kernels([]) is None
     assert numerics([*seen(good), RankInfo(None, None, Heartbeat(1, 1, "", 0, 0), 0.0)]) is None

@@ -1,4 +1,5 @@
-"""The paged KV cache of a layer (Kwon et al. 2023, arXiv:2309.06180): writes and attention. Triton on CUDA, torch on the CPU.
+"""The paged KV cache of a layer (Kwon et al. 2023, arXiv:2309.06180): writes and attention. Triton on CUDA; on the CPU
+attention is that of the library of CPU kernels, in torch without it and for float16.
 
 Owns no memory policy: the metadata says which block belongs to which sequence. Invariant: all writes of a step precede its reads.
 
@@ -11,7 +12,9 @@ import torch
 
 from tpserve.attention import cpu_attention, cpu_plan
 from tpserve.attention.metadata import AttentionMetadata
+from tpserve_kernels.cpu import attention as native
 from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.library import is_native
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,11 @@ class AttentionParams:
 
 
 def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> AttentionMetadata:
-    """The metadata with the CPU's attention plan, computed once per step for all layers of a cache group; unchanged on CUDA.
+    """The metadata with torch's attention plan, computed once per step for all layers of a cache group; unchanged for kernels.
 
-    `num_heads`: N. `cache`: the cache of any layer of the group; only its shape matters.
+    `num_heads`: N. `cache`: the cache of any layer of the group; only its shape and dtype matter.
     """
-    if cache.k.is_cuda:
+    if cache.k.is_cuda or is_native(cache.k):
         return batch
     _, block_size, num_kv, k_dim = cache.k.shape
     heads = cpu_plan.HeadShape(num_kv, num_heads // num_kv, k_dim, cache.v.shape[3])
@@ -98,7 +101,7 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
 
         kv.write_kv(k_TKD, v_TKE, cache.k, cache.v, batch.write_slots)
         return
-    if rows.native(k_TKD):
+    if is_native(k_TKD):
         k_cache_SKD, v_cache_SKE = cache.slots()
         rows.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
         return
@@ -114,13 +117,16 @@ def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attent
     `batch` comes from `build_metadata`. The keys and values of the rows are in the cache already. On the CPU padding rows are
     zero, on CUDA undefined.
     """
+    scale, cap, sinks = attention_params.scale, attention_params.cap, attention_params.sinks
     if not q_TND.is_cuda:
-        return cpu_attention.attend(
-            q_TND, cache.k, cache.v, batch.tiles, attention_params.scale, attention_params.cap, attention_params.sinks
+        if not is_native(q_TND):
+            return cpu_attention.attend(q_TND, cache.k, cache.v, batch.tiles, scale, cap, sinks)
+        return native.paged_attention(
+            q_TND, cache.k, cache.v, batch.tables, batch.query_starts, batch.context_lens, scale, batch.window, cap, sinks
         )
     from tpserve_kernels import attention
 
     return attention.paged_attention(
         q_TND, cache.k, cache.v, batch.tables, batch.query_starts, batch.context_lens, max(batch.query_lens_host),
-        attention_params.scale, batch.window, attention_params.cap, attention_params.sinks,
+        scale, batch.window, cap, sinks,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The environment. Only this module reads or writes it, so the table below lists every variable.
+"""The environment. Only this module and the library of CPU kernels read it, so the table below lists every variable.
 
 set by torchrun                       read into
 RANK WORLD_SIZE                       RankEnv.rank, .world_size; RANK's presence means "started by torchrun"
@@ -32,6 +32,11 @@ XDG_CACHE_HOME HOME                   cache_dir(): results of the processor test
 set by the user, read by torch's libraries, compared between ranks
 ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA MKL_ENABLE_INSTRUCTIONS MKL_CBWR
                                       instruction_limits: they exclude processor instructions
+
+set by the user, read by tpserve_kernels/cpu/library.py
+TPSERVE_ISA                           the highest instruction set that CPU kernels may use (portable, avx2, avx512, avx512_bf16,
+                                      amx), or off
+TPSERVE_CPU_LIBRARY                   the file of the library of CPU kernels, for tests
 
 set by the user, read by `tpserve report` to remove them from its file
 *_KEY *_TOKEN *_SECRET *_PASSWORD     values

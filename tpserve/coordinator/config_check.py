@@ -8,12 +8,17 @@ traits and node.settings    may differ; a difference is a warning
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tpserve.observe.table import of_ranks, table
-from tpserve.types.messages import WEIGHTS, Hello
+from tpserve.types.messages import KERNELS, WEIGHTS, Hello
 
 REMEDY = "start every node with the same version and arguments"
 REMEDY_PROCESSOR = (
     "tensor parallel ranks must compute alike to the last bit: put unlike processors in different pipeline stages "
     "(--pipeline-parallel-size)"
+)
+REMEDY_WEIGHTS = "put the same files on every node"
+REMEDY_KERNELS = (
+    "tensor parallel ranks need the library of CPU kernels all or none: install the same tpserve where a C++ compiler is, or set "
+    "TPSERVE_ISA=off everywhere"
 )
 _NONE = "none"
 _MAX_FILES = 4
@@ -91,7 +96,7 @@ def _difference(first: Hello, hello: Hello, facts: Callable[[Hello], Mapping[str
         value, expected = facts(hello).get(key, _NONE), facts(first).get(key, _NONE)
         if value != expected:
             both = f"rank {first.rank} on {first.host} has {key} {expected}, rank {hello.rank} on {hello.host} has {key} {value}"
-            return f"{both}: {'put the same files on every node' if key.startswith(WEIGHTS) else remedy}"
+            return f"{both}: {REMEDY_KERNELS if key == KERNELS else REMEDY_WEIGHTS if key.startswith(WEIGHTS) else remedy}"
     return ""
 
 

@@ -33,7 +33,7 @@ from tpserve.doctor import host, links, traffic
 from tpserve.doctor.hang import HangWatchdog, unresponsive_ranks
 from tpserve.doctor.verdict import BROKEN, OK, Verdict, exit_code, page, summary
 from tpserve.engine import connectivity
-from tpserve.engine.fingerprint import fingerprint, processor, traits
+from tpserve.engine.fingerprint import fingerprint, processor
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host.network import Interface, choose_interface, host_id
 from tpserve.host.resources import Memory, available_cores, available_memory, of_rank, visible_gpus
@@ -127,7 +127,8 @@ class _DoctorRank:
         self._free = devices.free_memory(device)
         node = NodeInfo(me.node_rank, interface.address, host_id(), settings, visible_gpus())
         process, facts = (me.rank, 0, os.getpid(), socket.gethostname()), fingerprint(config, spec)
-        self._hello = Hello(*process, {}, facts, node, traits(device), config.layout.stage_of(me.rank), processor(device))
+        equal, traits = processor(device, config.dtype)
+        self._hello = Hello(*process, {}, facts, node, traits, config.layout.stage_of(me.rank), equal)
         self._store, self._store_address = _open_store(me, config, interface)
         self._hosts: list[str] = []
 

@@ -48,18 +48,15 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
     return agree
 
 
-def traits(device: torch.device) -> dict[str, str]:
-    """Facts that may differ between ranks."""
-    if device.type == "cpu":
-        return {}
-    return {"GPU": torch.cuda.get_device_name(device), "driver": driver()}
+def processor(device: torch.device, dtype: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Facts about the device for a model of `dtype`: those that must agree within a stage, and traits, which may differ.
 
-
-def processor(device: torch.device) -> dict[str, str]:
-    """Facts that must agree within a stage: its ranks compute the same rows, and each samples and routes experts by itself."""
+    The ranks of a stage compute the same rows, and each samples and routes experts by itself.
+    """
     if device.type == "cpu":
-        return facts(instruction_limits())
-    return {"GPU capability": "{}.{}".format(*torch.cuda.get_device_capability(device))}
+        return facts(instruction_limits(), getattr(torch, dtype))
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return {"GPU capability": capability}, {"GPU": torch.cuda.get_device_name(device), "driver": driver()}
 
 
 def driver() -> str:

@@ -26,7 +26,7 @@ from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, cache_dir, user_set_interface
 from tpserve.config.schema import EngineConfig
 from tpserve.engine import connectivity, verify
-from tpserve.engine.fingerprint import fingerprint, processor, traits
+from tpserve.engine.fingerprint import fingerprint, processor
 from tpserve.engine.frames import check_frames
 from tpserve.engine.loop import Engine
 from tpserve.engine.watchdog import StepWatchdog
@@ -192,11 +192,9 @@ class _ServingRank:
         self._ensure_weights()  # before Hello, while the coordinator sees this rank's progress
         start_timer.mark("download")
         hosted = self._host() if env.rank == 0 else None
-        stage, self._processor = config.layout.stage_of(env.rank), processor(device)
+        stage, (self._processor, traits) = config.layout.stage_of(env.rank), processor(device, config.dtype)
         rank_agent.report_progress("waiting for all ranks", 0)
-        rank_agent.hello(
-            hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits(device), stage, self._processor
-        )
+        rank_agent.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits, stage, self._processor)
         start = rank_agent.wait_start()
         start_timer.mark("all ranks")
         rank_agent.report_progress("forming the mesh", 5)
@@ -211,6 +209,8 @@ class _ServingRank:
         mesh = meshes.init_distributed(
             env.rank, config.layout, start.epoch, store, device, config.start_timeout, config.all_reduce, available_cores()
         )
+        if agreed := devices.agree_on_isa(device, mesh.tp):
+            log.info("rank %d %s", env.rank, agreed)
         plans = None if hosted else PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
         start_timer.mark("mesh")
         if device.type == "cuda":
@@ -260,7 +260,8 @@ class _ServingRank:
         """Test batch invariance of this processor's matrix products; None on CUDA, which does not promise it."""
         if decoder.device.type != "cpu":
             return None
-        return self_test(decoder.products(), [cpu_model(), *self._processor.values()], cache_dir())
+        machine, kernels = [cpu_model(), *self._processor.values()], devices.kernels_id(decoder.device)
+        return self_test(decoder.products(), machine, cache_dir(), kernels)
 
     def _ensure_weights(self) -> None:
         """For a repository: local rank 0 downloads the weights that the cache lacks, the other ranks wait for it."""

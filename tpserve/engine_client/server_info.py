@@ -35,6 +35,7 @@ def server_info(
         "epoch": epoch,
         "max_model_len": status.max_model_len,
         "numerics": numerics(ranks),
+        "cpu_kernels": cpu_kernels(ranks),
         "layout": asdict(config.layout),
         "config": config.redacted() | {"layout": asdict(config.layout)},
         "ranks": [
@@ -57,6 +58,17 @@ def numerics(ranks: Sequence[RankInfo]) -> str | None:
     untested = list(dict.fromkeys(name for each in tested for name in each.untested if name not in broken))
     parts = [(BROKEN, broken), (UNTESTED, untested)]
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or INVARIANT
+
+
+def cpu_kernels(ranks: Sequence[RankInfo]) -> str | None:
+    """Instruction set and version of the library of CPU kernels, of each kind of rank; "none" where torch's operators serve.
+
+    None until all ranks are ready, and on CUDA.
+    """
+    found = [rank.ready.numerics for rank in ranks if rank.ready is not None]
+    if len(found) < len(ranks) or not found or None in found:
+        return None
+    return ", ".join(dict.fromkeys(each.kernels or "none" for each in found if each is not None))
 
 
 def _rank(rank: int, layout: ParallelLayout, status: EngineStatus, info: RankInfo, now: float) -> Json:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.library import is_native
 from tpserve_kernels.cpu.rows import ActivationKind
 
 CHUNK_ELEMENTS = 1 << 17
@@ -26,7 +27,7 @@ def silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
         from tpserve_kernels import activation
 
         return activation.silu_mul(gate_up_TI2)
-    if rows.native(gate_up_TI2):
+    if is_native(gate_up_TI2):
         return rows.activation(gate_up_TI2, ActivationKind.SILU_MUL)
     return _gated(gate_up_TI2, torch.neg)
 
@@ -37,7 +38,7 @@ def gelu_tanh_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
         from tpserve_kernels import activation
 
         return activation.gelu_tanh_mul(gate_up_TI2)
-    if rows.native(gate_up_TI2):
+    if is_native(gate_up_TI2):
         return rows.activation(gate_up_TI2, ActivationKind.GELU_TANH_MUL)
     return _gated(gate_up_TI2, _gelu_exponent)
 
@@ -51,7 +52,7 @@ def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> tor
         from tpserve_kernels import activation
 
         return activation.clamped_swiglu(gate_up_TI2, alpha, limit)
-    if rows.native(gate_up_TI2):
+    if is_native(gate_up_TI2):
         return rows.activation(gate_up_TI2, ActivationKind.CLAMPED_SWIGLU, alpha, limit)
     gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)
     out_TI = torch.empty_like(gate_TI, memory_format=torch.contiguous_format)
@@ -85,7 +86,7 @@ def _gelu_exponent(x: torch.Tensor) -> torch.Tensor:
 
 def gelu(x_TI: torch.Tensor) -> torch.Tensor:
     """GELU, x times the normal distribution function of x (Hendrycks and Gimpel 2016, arXiv:1606.08415): [T, I]."""
-    if rows.native(x_TI):
+    if is_native(x_TI):
         return rows.activation(x_TI, ActivationKind.GELU)
     x = x_TI.float()
     return (x * 0.5).mul_((x * 0.5**0.5).erf_().add_(1)).to(x_TI.dtype)
@@ -93,7 +94,7 @@ def gelu(x_TI: torch.Tensor) -> torch.Tensor:
 
 def gelu_tanh(x_TI: torch.Tensor) -> torch.Tensor:
     """GELU's tanh approximation (same paper), written with the logistic function: x / (1 + exp(-2 u)), [T, I]."""
-    if rows.native(x_TI):
+    if is_native(x_TI):
         return rows.activation(x_TI, ActivationKind.GELU_TANH)
     x = x_TI.float()
     return (x / _gelu_exponent(x).exp_().add_(1)).to(x_TI.dtype)
@@ -101,7 +102,7 @@ def gelu_tanh(x_TI: torch.Tensor) -> torch.Tensor:
 
 def silu(x_TI: torch.Tensor) -> torch.Tensor:
     """SiLU, x times the logistic function of x (Elfwing et al. 2017, arXiv:1702.03118): [T, I]."""
-    if rows.native(x_TI):
+    if is_native(x_TI):
         return rows.activation(x_TI, ActivationKind.SILU)
     x = x_TI.float()
     return (x / x.neg().exp_().add_(1)).to(x_TI.dtype)
@@ -109,10 +110,19 @@ def silu(x_TI: torch.Tensor) -> torch.Tensor:
 
 def relu(x_TI: torch.Tensor) -> torch.Tensor:
     """x where it is positive, else 0: [T, I]."""
-    return rows.activation(x_TI, ActivationKind.RELU) if rows.native(x_TI) else x_TI.relu()
+    return rows.activation(x_TI, ActivationKind.RELU) if is_native(x_TI) else x_TI.relu()
 
 
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
 """Activations without a gate, by their names in ModelSpec."""
 GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_tanh": gelu_tanh_mul}
 """Activations with a gate, by their names in ModelSpec."""
+NATIVE_KINDS = {
+    silu_mul: ActivationKind.SILU_MUL,
+    gelu_tanh_mul: ActivationKind.GELU_TANH_MUL,
+    silu: ActivationKind.SILU,
+    gelu: ActivationKind.GELU,
+    gelu_tanh: ActivationKind.GELU_TANH,
+    relu: ActivationKind.RELU,
+}
+"""What the library of CPU kernels calls each of them."""

@@ -19,6 +19,7 @@ from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
 from tpserve.quant.product import Product, of_weight
 from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.library import is_native
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Attention:
         cache: KVCache,
     ) -> torch.Tensor:
         """Write the keys, normed and rotated, and the values to the cache; returns such queries. May overwrite `q`."""
-        if rows.native(q_TND) and not isinstance(self.qk_norm, AllHeadsNorm):
+        if is_native(q_TND) and not isinstance(self.qk_norm, AllHeadsNorm):
             norms = None if self.qk_norm is None else self.qk_norm.weights
             rotation = None if rotary is None else rotary.rotation
             return rows.place_heads(q_TND, k_TKD, v_TKD, *cache.slots(), batch.write_slots, norms, rotation)

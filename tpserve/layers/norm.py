@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from tpserve.parallel.group import Group
 from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.library import is_native
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
@@ -24,7 +25,7 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, offset: flo
         from tpserve_kernels import norm
 
         return norm.rms_norm(x_TH.reshape(-1, x_TH.shape[-1]), weight_H, eps, offset).view(x_TH.shape)
-    if rows.native(x_TH):
+    if is_native(x_TH):
         return rows.rms_norm(x_TH.reshape(-1, x_TH.shape[-1]), weight_H, eps, offset).view(x_TH.shape)
     if offset:  # added in float32: the dtype's own 1 + w loses the weight's last bits
         return F.rms_norm(x_TH.float(), weight_H.shape, weight_H.float() + offset, eps).to(x_TH.dtype)
@@ -39,7 +40,7 @@ def add_rms_norm(
         from tpserve_kernels import norm
 
         return norm.add_rms_norm(x_TH, residual_TH, weight_H, eps, offset)
-    if rows.native(x_TH):
+    if is_native(x_TH):
         return rows.add_rms_norm(x_TH, residual_TH, weight_H, eps, offset)
     sum_TH = x_TH + residual_TH
     return rms_norm(sum_TH, weight_H, eps, offset), sum_TH
@@ -72,13 +73,13 @@ class LayerNorm:
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        if rows.native(x_TH):
+        if is_native(x_TH):
             return rows.layer_norm(x_TH, self.weight_H, self.bias_H, self.eps)
         return F.layer_norm(x_TH, x_TH.shape[-1:], self.weight_H, self.bias_H, self.eps)
 
     def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of the sum, the sum), both [T, H]."""
-        if rows.native(x_TH):
+        if is_native(x_TH):
             return rows.add_layer_norm(x_TH, residual_TH, self.weight_H, self.bias_H, self.eps)
         sum_TH = x_TH + residual_TH
         return self(sum_TH), sum_TH

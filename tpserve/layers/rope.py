@@ -17,6 +17,7 @@ import torch
 
 from tpserve.types.model_spec import RopeSpec
 from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu.library import is_native
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class RotaryPositions:
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [T, N, D] and keys [T, K, D], computed in float32, in the dtype of the input."""
-        if rows.native(q_TND):
+        if is_native(q_TND):
             return rows.rotate(q_TND, k_TKD, self.rotation)
         if self.rope.interleaved:
             q_TND, k_TKD = _halves(q_TND), _halves(k_TKD)

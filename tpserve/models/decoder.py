@@ -23,6 +23,7 @@ from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.layers.moe import MoE
 from tpserve.layers.rope import RotaryPositions, tables
 from tpserve.models.held_bytes import held_bytes
+from tpserve.models.native_stage import NativeStage, unserved
 from tpserve.models.shard import Shard
 from tpserve.parallel.group import Group
 from tpserve.quant.int8 import Int8Weight
@@ -33,13 +34,14 @@ from tpserve.sampler.logits import Logits, UnwrittenLogits, WrittenLogits
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter
+from tpserve_kernels.cpu.library import serves
 
 
 class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
     `kv_layout`: the cache of each layer of the stage. `expert_load`: token counts of this stage's experts, None without
-    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank.
+    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank. `form`: how the layers run, for the log.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class Decoder:
         shares_embedding = last and outer.head is None
         self._head: Weight | None = self._embedding if shares_embedding else shard.optional(outer.head)
         self._parameters = shard.parameters
+        self._native: NativeStage | None = None
+        self.form = "torch"
         layers = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
         counts = {layer: mlp.expert_load for layer, mlp in layers if isinstance(mlp, MoE)}
         self.expert_load = ExpertLoadCounter(list(counts), list(counts.values())) if counts else None
@@ -97,6 +101,9 @@ class Decoder:
             plain, self._head = self._head, pack(self._head, int8=quantization == "int8-head")
             if plain is self._embedding and isinstance(self._head, Table):
                 self._embedding = self._head
+        if serves(self.device, self.dtype):
+            reason = unserved(self._blocks, self._tp)
+            self.form = "one list of operations" if reason is None else f"one operation after the other: {reason}"
         return held_bytes(
             (self._embedding, self._project_in, self._positions, self._blocks, self._norm, self._project_out, self._head)
         )
@@ -109,6 +116,8 @@ class Decoder:
         for weight in (self._project_in, self._project_out, self._head):
             if weight is not None:
                 yield of_weight(weight, self.dtype)
+        if serves(self.device, self.dtype):
+            return  # no product of torch's in attention
         k_dim, v_dim = self.kv_layout.k_dim, self.kv_layout.v_dim
         name = f"attention float32 {k_dim}x{v_dim}"
         yield Product(name, k_dim, TILE * (k_dim + v_dim), torch.float32, partial(cpu_attention.products, v_dim=v_dim))
@@ -123,6 +132,8 @@ class Decoder:
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
+        if self.form == "one list of operations":
+            return self._native_stage(caches)(x_TH, self._rotary(batch.positions_T), batch.groups)
         rows, x_TH = len(x_TH), pad_rows(x_TH)
         rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
         groups = [build_metadata(group, self._num_heads, caches[0]) for group in batch.groups]
@@ -130,6 +141,12 @@ class Decoder:
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
             x_TH, residual_TH = block(x_TH, residual_TH, rotary[group], groups[group], cache)
         return (x_TH if residual_TH is None else x_TH + residual_TH)[:rows]
+
+    def _native_stage(self, caches: list[KVCache]) -> NativeStage:
+        """The layers as native operations on these caches, which are the same ones in every step of a server."""
+        if self._native is None or self._native.caches[0].k.data_ptr() != caches[0].k.data_ptr():
+            self._native = NativeStage(self._blocks, self._cache_groups, caches, self._tp, self.spec.hidden_size)
+        return self._native
 
     def _rotary(self, positions_T: torch.Tensor) -> list[RotaryPositions | None]:
         """The rotation in the layers of each cache group."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tpserve.parallel.shm import ShmAllReduce
+from tpserve_kernels.cpu.all_reduce import Page
 
 
 class Group:
@@ -32,6 +33,16 @@ class Group:
     def uses_shm(self) -> bool:
         """Whether tensors go through shared memory."""
         return self._shm is not None
+
+    @property
+    def page(self) -> Page | None:
+        """The shared memory as the CPU kernels use it, None without."""
+        return None if self._shm is None else self._shm.page
+
+    def watch(self) -> None:
+        """What `ShmAllReduce.watch` does for a list of kernels that waits for a peer."""
+        assert self._shm is not None, "only a collective in shared memory waits in a list of kernels"
+        self._shm.watch()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of `x` over the ranks, in rank order: shape and dtype of `x`. May overwrite `x`; use the result."""

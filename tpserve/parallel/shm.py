@@ -12,8 +12,12 @@ This relies on the memory order of x86: stores become visible in program order, 
 counter is written and read whole. Other processors guarantee less, so they get no page.
 
 A waiting rank sees a peer's death through its pidfd and raises EngineFailure.
+
+Sums of float32 and bfloat16 are the CPU library's where it is there (kernels/cpu/all_reduce.h), by the same protocol and with the
+same bits, so that ranks with and without it work together; what it has not got, and long waits, are done here.
 """
 
+import ctypes
 import mmap
 import os
 import platform
@@ -31,6 +35,8 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 
 from tpserve.errors import EngineFailure
 from tpserve.parallel.store import gather
+from tpserve_kernels.cpu.all_reduce import AllReduce, Page
+from tpserve_kernels.cpu.library import DTYPES, Call, Operation, library
 
 SLOT_BYTES = 1 << 20
 """The largest part of a tensor in one round; the parts of two ranks fit a core's cache."""
@@ -179,7 +185,9 @@ class ShmAllReduce:
             if pidfd >= 0:
                 self._deaths.register(pidfd, select.POLLIN)
         self._spin_ns = _SPIN_NS if spins else 0
-        self._round = 0
+        counters, slots = torch.frombuffer(memory, dtype=torch.uint8, offset=_LINE).data_ptr(), self._slots_HPB.data_ptr()
+        self.page = Page(counters, slots, SLOT_BYTES, 0, 0, 0, size, index, spins)
+        self._watched_round, self._watched_since_ns = 0, 0
         self._views_key: tuple[int, torch.dtype] | None = None
         self._halves: tuple[_Half, ...] = ()
 
@@ -189,6 +197,11 @@ class ShmAllReduce:
         EngineFailure when a peer has ended or does not come within ten minutes.
         """
         x = x.contiguous()
+        lib = library()
+        if lib is not None and x.dtype in DTYPES:
+            arguments = AllReduce(ctypes.pointer(self.page), x.data_ptr(), None, 1, x.numel(), DTYPES[x.dtype])
+            lib.run_calls((Call * 1)(Call(Operation.ALL_REDUCE, ctypes.addressof(arguments))), self.watch)
+            return x
         for part_N in self._parts(x):
             first_N, second_N, *others = self._exchange(part_N).parts
             torch.add(first_N, second_N, out=part_N)
@@ -226,7 +239,8 @@ class ShmAllReduce:
         key = (part_N.numel(), part_N.dtype)
         if key != self._views_key:
             self._make_views(*key)
-        self._round = number = self._round + 1
+        number: int = self.page.round + 1
+        self.page.round = number
         half = self._halves[number & 1]
         half.local_N.copy_(part_N)
         counters = self._counters
@@ -243,7 +257,7 @@ class ShmAllReduce:
         self._views_key = (count, dtype)
 
     def _wait(self, at: int, number: int) -> None:
-        """Spin, then yield, then sleep, then poll the peers' pidfds, until the counter at index `at` reaches `number`."""
+        """Spin, then yield, then sleep, then watch, until the counter at index `at` reaches `number`."""
         counters = self._counters
         start_ns = time.monotonic_ns()
         waited_ns = 0
@@ -256,13 +270,25 @@ class ShmAllReduce:
                 os.sched_yield()
             elif waited_ns < _WATCH_AFTER_NS:
                 time.sleep(_SLEEP_S)
-            elif dead := self._deaths.poll(_WATCH_MS):
-                if counters[at] >= number:  # the peer published its part before a process ended
-                    return
-                ended = {fd for fd, _ in dead}
-                names = ", ".join(str(rank) for rank, pidfd in self._pidfds.items() if pidfd in ended)
-                raise EngineFailure(f"rank {names} has ended during a collective of rank {self._ranks[self._index]}")
-            elif waited_ns > _GIVE_UP_NS:
-                late = self._ranks[at * 8 // _LINE - 1]
-                raise EngineFailure(f"rank {self._ranks[self._index]} has waited {waited_ns / 1e9:.0f} s for rank {late}")
+            else:
+                self.watch()
             waited_ns = time.monotonic_ns() - start_ns
+
+    def watch(self) -> None:
+        """Wait up to a millisecond more for the present round, which some peer has not published yet.
+
+        EngineFailure when a peer has ended without it, or after ten minutes.
+        """
+        number, now_ns = self.page.round, time.monotonic_ns()
+        if self._watched_round != number:
+            self._watched_round, self._watched_since_ns = number, now_ns
+        dead = self._deaths.poll(_WATCH_MS)
+        late = [at for at in self._peer_counters if self._counters[at] < number]
+        if dead and late:  # else all peers published their parts before one ended
+            ended = {fd for fd, _ in dead}
+            names = ", ".join(str(rank) for rank, pidfd in self._pidfds.items() if pidfd in ended)
+            raise EngineFailure(f"rank {names} has ended during a collective of rank {self._ranks[self._index]}")
+        waited_ns = now_ns - self._watched_since_ns
+        if late and waited_ns > _GIVE_UP_NS:
+            late_rank = self._ranks[late[0] * 8 // _LINE - 1]
+            raise EngineFailure(f"rank {self._ranks[self._index]} has waited {waited_ns / 1e9:.0f} s for rank {late_rank}")

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from tpserve.quant.int8 import Int8Weight
-from tpserve.quant.packed import PackedWeight, Weight, is_native
+from tpserve.quant.packed import PackedWeight, Weight
+from tpserve_kernels.cpu.library import is_native
 
 ROW_UNIT = 4
 """CPU libraries take other paths for fewer than four rows, and for the remainder when threads divide rows in fours."""
@@ -32,7 +33,7 @@ def pad_rows(x_TK: torch.Tensor) -> torch.Tensor:
 
     Steps pad once, before their products.
     """
-    return x_TK if x_TK.is_cuda or is_native(x_TK.device, x_TK.dtype) else _padded(x_TK)
+    return x_TK if x_TK.is_cuda or is_native(x_TK) else _padded(x_TK)
 
 
 def _padded(x_TK: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from tpserve.quant import onednn
 from tpserve.quant.int8 import Int8Stack, Int8Weight
 from tpserve.quant.onednn import OneDNNWeight
 from tpserve_kernels.cpu import product
-from tpserve_kernels.cpu.library import DTYPES, library
+from tpserve_kernels.cpu.library import is_native
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,9 @@ Stack = torch.Tensor | PackedStack | Int8Stack | tuple[Weight, ...]
 """E matrices of one shape: a tensor [E, N, K], one packed object or a tuple of [N, K]. `stack_shape` is (E, N, K)."""
 
 
-def is_native(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the library of CPU kernels computes with tensors of this device and dtype."""
-    return device.type == "cpu" and dtype in DTYPES and library() is not None
-
-
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether `pack` changes a plain tensor."""
-    return weight.device.type == "cpu" and (is_native(weight.device, weight.dtype) or onednn.can_pack(weight.dtype))
+    return weight.device.type == "cpu" and (is_native(weight) or onednn.can_pack(weight.dtype))
 
 
 def pack(weight: Weight, *, int8: bool = False) -> Weight:
@@ -86,7 +81,7 @@ def pack(weight: Weight, *, int8: bool = False) -> Weight:
         return weight
     if int8:
         return Int8Weight.of(weight)
-    if not is_native(weight.device, weight.dtype):
+    if not is_native(weight):
         return onednn.pack(weight)
     return PackedWeight(product.pack(weight.contiguous()), weight.shape, weight.dtype)
 
@@ -108,7 +103,7 @@ def pack_stack(stack: Stack, *, int8: bool = False) -> Stack:
     if not isinstance(stack, torch.Tensor) or not can_pack(stack):
         return stack
     packed: Stack
-    if is_native(stack.device, stack.dtype):
+    if is_native(stack):
         packed = Int8Stack.of(stack) if int8 else PackedStack.of(stack)
     else:
         packed = tuple(pack(weight) for weight in stack)

@@ -1,6 +1,8 @@
-"""The facts about this CPU that decide the bits of a matrix product: its instruction sets, and the results of sample products.
+"""The facts about this CPU that decide the bits of a rank's results.
 
-The ranks of a stage must agree on them: each rank samples tokens and routes to experts by itself, from equal bits.
+The ranks of a stage must compute alike: each rank samples tokens and routes to experts by itself, from equal bits. The library of
+CPU kernels computes alike wherever it runs on one instruction set, and a stage agrees on the lowest of its ranks
+(`worker/device.py`). What torch computes depends on the processor.
 """
 
 import hashlib
@@ -12,30 +14,39 @@ import torch
 from tpserve.quant.matmul import matmul
 from tpserve.quant.onednn import PACKABLE, can_pack, has_amx
 from tpserve.quant.packed import pack
+from tpserve.types.messages import KERNELS
+from tpserve_kernels.cpu.library import library, serves
 
 INNER, OUTPUTS, ROWS = 2048, 16, 4
 
 
-def facts(limits: Mapping[str, str]) -> dict[str, str]:
-    """Two facts by name: "CPU", architecture and instruction sets, and "CPU products", a hash of sample products.
+def facts(limits: Mapping[str, str], dtype: torch.dtype) -> tuple[dict[str, str], dict[str, str]]:
+    """Two dicts of facts by name, for a model of `dtype`: those that the ranks of a stage must have alike, and others.
 
-    The hash is needed since libraries also choose a path by vendor and cache sizes, which no CPU flag shows.
-    `limits`: the set environment variables that limit the instruction sets of libraries, by name.
+    "CPU kernels" is the version of the library, "none" where torch serves. "CPU level" are the architecture and the instruction
+    sets that torch's libraries use; `limits`: the set environment variables that limit those, by name. "CPU products" is a hash
+    of sample results of torch, which is needed since its libraries also choose a path by vendor and cache sizes.
     """
     level = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *(["AMX"] if has_amx() else [])]
-    level += [f"packs {str(dtype).removeprefix('torch.')}" for dtype in PACKABLE if can_pack(dtype)]
-    return {"CPU": " ".join([*level, *(f"{name}={text}" for name, text in sorted(limits.items()))]), "CPU products": _products()}
+    level += [f"packs {str(packable).removeprefix('torch.')}" for packable in PACKABLE if can_pack(packable)]
+    cpu = {"CPU level": " ".join([*level, *(f"{name}={text}" for name, text in sorted(limits.items()))])}
+    found = library() if serves(torch.device("cpu"), dtype) else None
+    equal = {KERNELS: "none" if found is None else found.version, "CPU products": _results(products=found is None)}
+    if found is None:
+        return cpu | equal, {}
+    return equal, cpu | {"instruction set": found.isa.name.lower()}
 
 
 @torch.inference_mode()
-def _products() -> str:
-    """A hash over the bits of each kind of product, of operands that are equal on every processor."""
+def _results(*, products: bool) -> str:
+    """A hash over the bits of what torch computes of operands that are equal everywhere; `products`: those of weights, too."""
     digest = hashlib.sha256()
     x_TK, weight_NK = _numbers(ROWS, INNER), _numbers(OUTPUTS, INNER)
-    for dtype in PACKABLE:
+    for dtype in PACKABLE if products else ():
         digest.update(_bits(matmul(x_TK.to(dtype), pack(weight_NK.to(dtype)))))
     digest.update(_bits(torch.bmm(x_TK.unsqueeze(0), weight_NK.T.unsqueeze(0))))
-    digest.update(_bits(torch.exp(x_TK[:, :256])))
+    digest.update(_bits(torch.exp(x_TK[:, :251])))
+    digest.update(_bits(torch.softmax(x_TK[:, :251], -1)))
     return digest.hexdigest()[:12]
 
 

@@ -22,7 +22,9 @@ import torch
 from tpserve.parallel.group import Group
 from tpserve.sampler.logits import Logits, WrittenLogits
 from tpserve.sampler.philox import WORD, philox4x32
+from tpserve_kernels.cpu import gumbel as native
 from tpserve_kernels.cpu.head import BLOCK
+from tpserve_kernels.cpu.library import library
 
 
 def draw(
@@ -57,7 +59,19 @@ def draw(
 def gumbel(
     id_SN: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, choice_S: torch.Tensor, level: int
 ) -> torch.Tensor:
-    """Standard Gumbel noise, float64 [S, N], one per id (int64): -log(-log u), u the middle of one of 2**23 equal steps."""
+    """Standard Gumbel noise, float64 [S, N], one per id (int64): -log(-log u), u the middle of one of 2**23 equal steps.
+
+    The CPU library's form may differ from torch's in the last bit; the ranks of a stage have the same form.
+    """
+    if not id_SN.is_cuda and library() is not None:
+        return native.gumbel(id_SN, seed_S, position_S, choice_S, level)
+    return gumbel_reference(id_SN, seed_S, position_S, choice_S, level)
+
+
+def gumbel_reference(
+    id_SN: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, choice_S: torch.Tensor, level: int
+) -> torch.Tensor:
+    """`gumbel` in torch."""
     counter = (id_SN, position_S[:, None], choice_S[:, None], torch.full_like(choice_S, level)[:, None])
     bits_SN = philox4x32(counter, (seed_S[:, None] & WORD, (seed_S[:, None] >> 32) & WORD))[0]
     u_SN = ((bits_SN >> 9).double() + 0.5) * 2.0**-23

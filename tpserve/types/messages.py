@@ -18,6 +18,8 @@ from msgspec import Struct
 from tpserve.types.plan import PromptLogprobs, TokenLogprobs
 from tpserve.types.request import Request
 
+KERNELS = "CPU kernels"
+"""The fact about the library of CPU kernels."""
 WEIGHTS = "weights "
 """Prefix of the keys about weight files in `Hello.fingerprint`; the file's name follows."""
 
@@ -193,6 +195,8 @@ class Numerics(Struct, frozen=True, array_like=True):
     """Products that failed the test."""
     untested: tuple[str, ...] = ()
     """Products that were not tested for lack of time."""
+    kernels: str = ""
+    """The instruction set and the version of the library of CPU kernels; empty where torch's operators serve."""
 
 
 class Ready(Message, frozen=True):

@@ -1,5 +1,6 @@
 """This rank's device: which GPU or which share of the cores, how much memory is free, and which processes use it."""
 
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 from tpserve.config.sizes import size
 from tpserve.errors import UserError
 from tpserve.host.resources import available_cores, available_memory
+from tpserve.parallel.group import Group
+from tpserve_kernels.cpu.library import Isa, library, load
+
+log = logging.getLogger(__name__)
 
 DRIVER, PCI = Path("/proc/driver/nvidia/gpus"), Path("/sys/bus/pci/devices")
 NVIDIA_SMI_S = 10.0
@@ -18,9 +23,11 @@ NVIDIA_SMI_S = 10.0
 def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
     """This rank's GPU (ranks share GPUs when there are fewer), or the CPU with this rank's share of the cores as threads.
 
-    torchrun's default for the CPU is one thread a rank. Raises UserError when the GPU is missing or in exclusive use.
+    torchrun's default for the CPU is one thread a rank. Loads the library of CPU kernels first. Raises UserError when the GPU is
+    missing or in exclusive use, or the CPU's instruction set is unknown.
     """
     if kind == "cpu":
+        _load_kernels(local_rank, local_ranks)
         torch.set_num_threads(max(1, available_cores() // local_ranks))
         return torch.device("cpu")
     try:
@@ -34,6 +41,39 @@ def choose(kind: str, local_rank: int, local_ranks: int) -> torch.device:
             param="device",
         ) from error
     return device
+
+
+def _load_kernels(local_rank: int, local_ranks: int) -> None:
+    try:
+        found, why_not = load()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if found is not None:
+        found.allow_spinning(available_cores() >= local_ranks)
+    elif local_rank == 0:
+        log.warning("torch's operators serve, which are slower than the library of CPU kernels: %s", why_not)
+
+
+def agree_on_isa(device: torch.device, group: Group) -> str:
+    """Limit the library of CPU kernels to the lowest instruction set of the ranks of `group`, which then compute alike.
+
+    They all call this before they compute. Returns a log text, "" when nothing changed.
+    """
+    if device.type != "cpu":
+        return ""
+    found = library()
+    lowest = group.all_reduce_min(-1 if found is None else found.isa)
+    if found is None or lowest in (-1, found.isa):  # -1: their dtype is not the library's
+        return ""
+    own = found.isa
+    found.limit(Isa(lowest))
+    return f"computes with {found.isa.name.lower()} instructions, not {own.name.lower()}: another rank of its stage has no others"
+
+
+def kernels_id(device: torch.device) -> str:
+    """What decides the bits of the library of CPU kernels: its instruction set and version; "" where torch's operators serve."""
+    found = library() if device.type == "cpu" else None
+    return "" if found is None else found.numerics
 
 
 def bind(device: torch.device, driver: Path = DRIVER, buses: Path = PCI) -> str:

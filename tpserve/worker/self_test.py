@@ -27,19 +27,23 @@ Known = dict[str, dict[str, bool]]
 """For each product, by number of rows: whether a row had the same bits as alone."""
 
 
-def self_test(products: Iterable[Product], machine: Sequence[str], directory: Path | None) -> Numerics:
-    """Test what the file does not know yet. `machine`: the facts that results depend on; `directory`: of the file, or None."""
+def self_test(products: Iterable[Product], machine: Sequence[str], directory: Path | None, kernels: str = "") -> Numerics:
+    """Test what the file does not know yet. `machine`: the facts that results depend on; `directory`: of the file, or None.
+
+    `kernels`: the library of CPU kernels, as in `Numerics`.
+    """
     kinds = sorted({product.name: product for product in products}.values(), key=lambda product: (-product.width, product.size))
     file = None
     if directory is not None:
-        key = hashlib.sha256("\n".join([__version__, torch.__config__.show(), str(torch.get_num_threads()), *machine]).encode())
+        facts = [__version__, torch.__config__.show(), str(torch.get_num_threads()), *machine, kernels]
+        key = hashlib.sha256("\n".join(facts).encode())
         file = directory / f"numerics-{key.hexdigest()[:16]}.json"
     known = _read(file)
     if examine(kinds, known, BUDGET_S):
         _write(file, known)
     broken = tuple(kind.name for kind in kinds if not all(known.get(kind.name, {}).values()))
     reached = [kind.name for kind in kinds if all(str(rows) in known.get(kind.name, {}) for rows in ROWS)]
-    return Numerics(broken, tuple(kind.name for kind in kinds if kind.name not in (*broken, *reached)))
+    return Numerics(broken, tuple(kind.name for kind in kinds if kind.name not in (*broken, *reached)), kernels)
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
@@ -42,10 +43,13 @@ class Operation(IntEnum):
     NORM = 4
     QKV = 5
     ACTIVATION = 6
-    QUANTIZE = 7
-    PRODUCT_INT8 = 8
-    RESCALE_INT8 = 9
-    GROUPED_PRODUCT_INT8 = 10
+    ATTENTION = 7
+    ALL_REDUCE = 8
+    GUMBEL = 9
+    QUANTIZE = 10
+    PRODUCT_INT8 = 11
+    RESCALE_INT8 = 12
+    GROUPED_PRODUCT_INT8 = 13
 
 
 class Call(ctypes.Structure):
@@ -55,10 +59,11 @@ class Call(ctypes.Structure):
 
 
 class Library:
-    """The loaded library. `isa`: what it runs on; `version`: of its sources."""
+    """The loaded library. `isa`: what it runs on; `version`: of its sources; `file`: where it lies."""
 
     def __init__(self, file: Path, limit: Isa) -> None:
         """OSError when it cannot be loaded, ValueError when it was built from other sources."""
+        self.file = file
         # CDLL lets other Python threads run during a call; RTLD_LOCAL keeps its few names to itself.
         self.calls = ctypes.CDLL(str(file), mode=os.RTLD_LOCAL | os.RTLD_NOW)
         self.calls.tpserve_version.restype = ctypes.c_char_p
@@ -69,13 +74,46 @@ class Library:
         self.isa = Isa(self.calls.tpserve_detect(int(limit)))
         openmp = _openmp()
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-        functions = [None] * 3 if openmp is None else [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in names]
-        self.calls.tpserve_start(int(self.isa), *functions, 1)
+        self._openmp = [None] * 3 if openmp is None else [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in names]
+        self._may_spin = True
+        self._start()
         self._run = self.calls.tpserve_run
+        os.register_at_fork(after_in_child=self._forked)
+
+    def limit(self, isa: Isa) -> None:
+        """Use no higher instruction set than `isa` from now on: the lowest of the ranks that compute together."""
+        self.isa = min(self.isa, isa)
+        self._start()
+
+    def allow_spinning(self, allowed: bool) -> None:
+        """Whether threads that wait for each other may spin: if each thread of every rank of this host has a core of its own."""
+        self._may_spin = allowed
+        self._start()
 
     def run(self, operation: Operation, arguments: ctypes.Structure) -> None:
-        """One operation, on as many threads as torch uses."""
+        """One operation that waits for nobody, on as many threads as torch uses."""
         self._run(ctypes.byref(Call(operation, ctypes.addressof(arguments))), 1, torch.get_num_threads())
+
+    def run_calls(self, calls: ctypes.Array[Call], wait: Callable[[], None]) -> None:
+        """A list of calls in one parallel region; their arguments must stay alive.
+
+        When a collective in it has waited for some milliseconds for its peers, `wait` is called, and then what is left of the
+        list. An exception of `wait` ends it.
+        """
+        ended, count = 0, len(calls)
+        while True:
+            ended += self._run(ctypes.byref(calls, ended * ctypes.sizeof(Call)), count - ended, torch.get_num_threads())
+            if ended == count:
+                return
+            wait()
+
+    def _start(self) -> None:
+        self.calls.tpserve_start(int(self.isa), *self._openmp, int(self._may_spin))
+
+    def _forked(self) -> None:
+        """In a forked child, where the threads of libgomp are missing and waiting for them would not end: one thread."""
+        self._openmp = [None] * 3
+        self._start()
 
     @property
     def numerics(self) -> str:
@@ -85,15 +123,18 @@ class Library:
 
 @functools.cache
 def load() -> tuple[Library | None, str]:
-    """The library, or None and the reason. Called before other threads start: AMX needs the system's permission first."""
+    """The library, or None and the reason. ValueError when TPSERVE_ISA is no instruction set.
+
+    A rank calls it before its threads start: AMX needs the system's permission first.
+    """
     name = os.environ.get(ISA_VARIABLE, "").lower().replace("-", "_")
     if name == "off":
         return None, f"{ISA_VARIABLE} is off"
     if name and name.upper() not in Isa.__members__:
-        raise ValueError(f"{ISA_VARIABLE} is {name!r}: it takes {', '.join(isa.name.lower() for isa in Isa)} and off")
+        raise ValueError(f"{ISA_VARIABLE} is {name!r}; it takes {', '.join(isa.name.lower() for isa in Isa)} and off")
     file = Path(os.environ.get(FILE_VARIABLE) or PACKAGE / "libtpserve_cpu.so")
     if not file.exists():
-        return None, "it was not built: no C++ compiler was there when tpserve was installed"
+        return None, f"{file} is not there: no C++ compiler was when tpserve was installed"
     try:
         return Library(file, Isa[name.upper()] if name else max(Isa)), ""
     except (OSError, ValueError) as error:
@@ -105,11 +146,21 @@ def library() -> Library | None:
     return load()[0]
 
 
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library computes with tensors of this device and dtype."""
+    return device.type == "cpu" and dtype in DTYPES and library() is not None
+
+
+def is_native(x: torch.Tensor) -> bool:
+    """Whether the library computes with this tensor."""
+    return serves(x.device, x.dtype)
+
+
 @functools.cache
 def source_version() -> str | None:
     """The version of the sources beside this package, None for an installed one, which has only the library."""
     folder = PACKAGE.parent / "cpu"
-    if not folder.is_dir():
+    if not (folder / "kernels.cc").is_file():
         return None
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):

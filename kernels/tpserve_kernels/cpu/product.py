@@ -68,6 +68,17 @@ def pack(weight_NK: torch.Tensor, blob: torch.Tensor | None = None) -> torch.Ten
     return blob
 
 
+def arguments(x_TK: torch.Tensor, blob: torch.Tensor, bias_N: torch.Tensor | None, out_TN: torch.Tensor) -> ProductArgs:
+    """The arguments of Operation.PRODUCT on these tensors, which must outlive the call. See `product`."""
+    assert x_TK.stride(1) == out_TN.stride(1) == 1 and len(x_TK) == len(out_TN)
+    assert bias_N is None or (bias_N.dtype == torch.float32 and bias_N.is_contiguous())
+    bias = None if bias_N is None else bias_N.data_ptr()
+    return ProductArgs(
+        blob.data_ptr(), x_TK.data_ptr(), bias, out_TN.data_ptr(), len(x_TK), x_TK.stride(0), out_TN.stride(0),
+        DTYPES[out_TN.dtype],
+    )  # fmt: skip
+
+
 def product(
     x_TK: torch.Tensor,
     blob: torch.Tensor,
@@ -84,11 +95,7 @@ def product(
     if x_TK.stride(1) != 1:
         x_TK = x_TK.contiguous()
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
-    bias = None if bias_N is None else bias_N.data_ptr()
-    call = ProductArgs(
-        blob.data_ptr(), x_TK.data_ptr(), bias, out_TN.data_ptr(), len(x_TK), x_TK.stride(0), outputs, DTYPES[out_TN.dtype]
-    )
-    lib.run(Operation.PRODUCT, call)
+    lib.run(Operation.PRODUCT, arguments(x_TK, blob, bias_N, out_TN))
     return out_TN
 
 

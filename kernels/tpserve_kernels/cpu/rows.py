@@ -1,6 +1,6 @@
 """What a step does to rows between its products: kernels/cpu/rows.h. Norms, heads with their rotation and cache, activations.
 
-Tensors are float32 or bfloat16 (`native` says whether a tensor can be taken) and the numbers of a row are adjacent; sums are
+Tensors are float32 or bfloat16 (`is_native` says whether a tensor can be taken) and the numbers of a row are adjacent; sums are
 float32. Each operation has the plain torch form beside it.
 
 Legend: T rows, H channels of a row, N query heads, K key/value heads, D channels of a head, of which 2 E rotate, P positions,
@@ -107,18 +107,18 @@ class Rotation(NamedTuple):
     interleaved: bool = False
 
 
-def native(x: torch.Tensor) -> bool:
-    """Whether the functions here take this tensor: on the CPU, of a dtype that the library has, and the library is there."""
-    return x.dtype in DTYPES and x.device.type == "cpu" and library() is not None
-
-
 def _is_adjacent(x: torch.Tensor) -> bool:
     """Whether the numbers of the last dim lie side by side."""
-    return x.stride(-1) == 1 or x.shape[-1] <= 1
+    return x.is_contiguous() or x.stride(-1) == 1
 
 
 def _adjacent(x: torch.Tensor) -> torch.Tensor:
     return x if _is_adjacent(x) else x.contiguous()
+
+
+def _empty(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of this shape and dtype."""
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def _address(x: torch.Tensor | None) -> int | None:
@@ -137,20 +137,22 @@ def norm_arguments(
     sum_TH: torch.Tensor | None = None,
 ) -> Norm:
     """The arguments of Operation.NORM on these tensors, which must outlive the call."""
-    rows, width = x_TH.shape
-    parts = [x_TH, out_TH, *(each for each in (residual_TH, sum_TH) if each is not None)]
-    assert all(each.shape == x_TH.shape and each.dtype == x_TH.dtype and _is_adjacent(each) for each in parts)
-    for each in (weight_H, bias_H):
-        assert each is None or (each.shape == (width,) and each.dtype == x_TH.dtype and each.is_contiguous())
-    strides = [0 if each is None else each.stride(0) for each in (x_TH, residual_TH, sum_TH, out_TH)]
-    addresses = map(_address, (x_TH, residual_TH, sum_TH, out_TH, weight_H, bias_H))
-    return Norm(*addresses, rows, width, *strides, eps, offset, DTYPES[x_TH.dtype], kind)
+    shape, dtype = x_TH.shape, x_TH.dtype
+    addresses, strides = [], []
+    for each in (x_TH, residual_TH, sum_TH, out_TH):
+        assert each is None or (each.shape == shape and each.dtype == dtype and _is_adjacent(each))
+        addresses.append(None if each is None else each.data_ptr())
+        strides.append(0 if each is None else each.stride(0))
+    for weight in (weight_H, bias_H):
+        assert weight is None or (weight.shape == shape[1:] and weight.dtype == dtype and weight.is_contiguous())
+        addresses.append(None if weight is None else weight.data_ptr())
+    return Norm(*addresses, *shape, *strides, eps, offset, DTYPES[dtype], kind)
 
 
 def _norm(
     x_TH: torch.Tensor, weight_H: torch.Tensor | None, bias_H: torch.Tensor | None, eps: float, offset: float, kind: NormKind
 ) -> torch.Tensor:
-    lib, out_TH = library(), torch.empty(x_TH.shape, dtype=x_TH.dtype)
+    lib, out_TH = library(), _empty(x_TH)
     assert lib is not None
     lib.run(Operation.NORM, norm_arguments(_adjacent(x_TH), out_TH, weight_H, bias_H, eps, offset, kind))
     return out_TH
@@ -165,7 +167,7 @@ def _add_norm(
     offset: float,
     kind: NormKind,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    lib, out_TH, sum_TH = library(), torch.empty(x_TH.shape, dtype=x_TH.dtype), torch.empty(x_TH.shape, dtype=x_TH.dtype)
+    lib, out_TH, sum_TH = library(), _empty(x_TH), _empty(x_TH)
     assert lib is not None
     x_TH, residual_TH = _adjacent(x_TH), _adjacent(residual_TH)
     lib.run(Operation.NORM, norm_arguments(x_TH, out_TH, weight_H, bias_H, eps, offset, kind, residual_TH, sum_TH))
@@ -230,7 +232,8 @@ def qkv_arguments(
     rotation: Rotation | None = None, slots_T: torch.Tensor | None = None,
 ) -> Qkv:  # fmt: skip
     """The arguments of Operation.QKV; the tensors must outlive the call. The norms' weights are in `q` and `k` already."""
-    written, frequencies, tables = 0, 0, (None, None, None)
+    written, frequencies = 0, 0
+    tables: list[int | None] = [None, None, None]
     if slots_T is not None:
         assert slots_T.dtype == torch.int64 and slots_T.is_contiguous()
         written = len(slots_T)
@@ -243,7 +246,7 @@ def qkv_arguments(
         for side in (q, k):
             assert not side.count or side.dim >= 2 * frequencies
             assert not side.count or not interleaved or side.dim == 2 * frequencies
-        tables = (positions_T.data_ptr(), cos_PE.data_ptr(), sin_PE.data_ptr())
+        tables = [positions_T.data_ptr(), cos_PE.data_ptr(), sin_PE.data_ptr()]
     return Qkv(
         q, k, v, *tables, _address(slots_T), rows, written, frequencies, 0.0 if norms is None else norms.eps,
         0.0 if norms is None else norms.offset, DTYPES[dtype], rotation is not None and rotation.interleaved,
@@ -301,7 +304,7 @@ def rotate(q_TND: torch.Tensor, k_TKD: torch.Tensor, rotation: Rotation) -> tupl
     """Rotated queries and keys, new tensors; products and sums in float32, rounded once."""
     lib, (q_TND, k_TKD) = library(), (_adjacent(q_TND), _adjacent(k_TKD))
     assert lib is not None
-    out = torch.empty(q_TND.shape, dtype=q_TND.dtype), torch.empty(k_TKD.shape, dtype=k_TKD.dtype)
+    out = _empty(q_TND), _empty(k_TKD)
     sides = heads_of(q_TND, out[0]), heads_of(k_TKD, out[1]), NO_HEADS
     lib.run(Operation.QKV, qkv_arguments(*sides, len(q_TND), q_TND.dtype, rotation=rotation))
     return out
@@ -349,6 +352,17 @@ def write_kv_reference(
         v_cache_SKE[slots_T[rows]] = v_TKE[rows]
 
 
+def activation_arguments(
+    x: torch.Tensor, out_TI: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0
+) -> Activation:
+    """The arguments of Operation.ACTIVATION on [T, I], or with a gate [T, 2 I]; the tensors must outlive the call."""
+    width = out_TI.shape[1]
+    assert len(x) == len(out_TI) and x.shape[1] == (2 * width if kind <= ActivationKind.CLAMPED_SWIGLU else width)
+    assert _is_adjacent(x) and _is_adjacent(out_TI) and x.dtype == out_TI.dtype
+    sizes = len(x), width, x.stride(0), out_TI.stride(0)
+    return Activation(x.data_ptr(), out_TI.data_ptr(), *sizes, alpha, limit, DTYPES[x.dtype], kind)
+
+
 def activation(x: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
     """The activation of [T, I], or with a gate of [T, 2 I], the gate first: [T, I], contiguous, rounded once.
 
@@ -361,11 +375,9 @@ def activation(x: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit:
     if kind <= ActivationKind.CLAMPED_SWIGLU:
         assert width % 2 == 0
         width //= 2
-    out_TI = torch.empty(*x.shape[:-1], width, dtype=x.dtype)
-    sizes = len(x_TI), width, x_TI.stride(0), width
-    arguments = Activation(x_TI.data_ptr(), out_TI.data_ptr(), *sizes, alpha, limit, DTYPES[x.dtype], kind)
-    lib.run(Operation.ACTIVATION, arguments)
-    return out_TI
+    out_TI = torch.empty(len(x_TI), width, dtype=x.dtype)
+    lib.run(Operation.ACTIVATION, activation_arguments(x_TI, out_TI, kind, alpha, limit))
+    return out_TI.view(*x.shape[:-1], width)
 
 
 def activation_reference(x: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:

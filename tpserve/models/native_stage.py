@@ -1,0 +1,226 @@
+"""The dense layers of a stage as one list of native operations: those that the layers run one by one, on buffers that stay.
+
+Owns the buffers, not the weights and caches. It serves layers with attention over keys and values (not latents) and an MLP (not
+experts), all weights packed for the library of CPU kernels; `unserved` says what keeps a stage from it. Each operation has the
+bits that it has alone, so both forms give the same tokens.
+
+A list ends where ranks sum over a network; between ranks of one host, and for one rank, a step is a single list.
+
+T rows of a step, C rows that the buffers hold, H hidden channels, N query heads and K key/value heads of this rank, D channels of
+a head, I intermediate channels, U = I or, with a gate, 2 I.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tpserve.attention.metadata import AttentionMetadata
+from tpserve.attention.paged import KVCache
+from tpserve.layers.activation import NATIVE_KINDS
+from tpserve.layers.attention import Attention
+from tpserve.layers.block import Block
+from tpserve.layers.mlp import MLP
+from tpserve.layers.norm import AllHeadsNorm, Norm, RMSNorm
+from tpserve.layers.rope import RotaryPositions
+from tpserve.parallel.group import Group
+from tpserve.quant.packed import PackedWeight, Weight
+from tpserve_kernels.cpu import attention, product, rows
+from tpserve_kernels.cpu.all_reduce import AllReduce
+from tpserve_kernels.cpu.calls import CallList
+from tpserve_kernels.cpu.library import DTYPES, Operation
+
+ROW_UNIT = 64
+"""Buffers hold a multiple of this many rows."""
+
+
+def unserved(blocks: Sequence[Block], tp: Group) -> str | None:
+    """Why these layers run one operation after the other; None when one list can serve them."""
+    for block in blocks:
+        if not isinstance(block.attention, Attention):
+            return "latent attention"
+        if not isinstance(block.mlp, MLP):
+            return "experts"
+        if isinstance(block.attention.qk_norm, AllHeadsNorm):
+            return "a norm over all heads"
+        if block.norm_place not in ("before", "around"):
+            return f"norms {block.norm_place} the layers"
+        if block.residual_scale != 1:
+            return "a scaled residual stream"
+        if block.mlp.activate not in NATIVE_KINDS:
+            return "its activation"
+        if tp.size > 1 and (block.attention.out_bias is not None or block.mlp.down_bias is not None):
+            return "a bias after a sum over ranks"
+        weights = (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down)
+        if not all(isinstance(weight, PackedWeight) for weight in weights):
+            return "weights that are not packed for the CPU kernels"
+    return None if blocks else "no layers"
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """What operations write; later layers overwrite it. `stream_CH` is the residual stream, `delta_CH` what a layer adds."""
+
+    stream_CH: torch.Tensor
+    delta_CH: torch.Tensor
+    normed_CH: torch.Tensor
+    qkv: torch.Tensor
+    """[C, (N + 2 K) D]"""
+    mixed: torch.Tensor
+    """[C, N D]"""
+    up_CU: torch.Tensor
+    active_CI: torch.Tensor
+
+    @staticmethod
+    def of(block: Block, capacity: int, hidden_size: int, dtype: torch.dtype) -> "_Buffers":
+        """All layers of a stage have the widths of `block`."""
+        assert isinstance(block.attention, Attention) and isinstance(block.mlp, MLP)
+        heads, mlp = (
+            (block.attention.qkv.shape[0], block.attention.out.shape[1]),
+            (block.mlp.up.shape[0], block.mlp.down.shape[1]),
+        )
+        return _Buffers(*(torch.empty(capacity, width, dtype=dtype) for width in (*(hidden_size,) * 3, *heads, *mlp)))
+
+
+class NativeStage:
+    """All layers of a stage. `cache_groups`: the cache group of each layer; `caches`: of each layer."""
+
+    def __init__(
+        self, blocks: Sequence[Block], cache_groups: Sequence[int], caches: Sequence[KVCache], tp: Group, hidden_size: int
+    ) -> None:
+        """`unserved` must be None for the blocks."""
+        self._blocks, self._cache_groups, self.caches = blocks, cache_groups, caches
+        self._tp, self._hidden_size, self._dtype = tp, hidden_size, caches[0].k.dtype
+        self._capacity = 0
+        self._lists: list[CallList] = []
+        self._kept: list[torch.Tensor] = []
+
+    def __call__(
+        self, x_TH: torch.Tensor, rotary: Sequence[RotaryPositions | None], batches: Sequence[AttentionMetadata]
+    ) -> torch.Tensor:
+        """The residual stream after the layers: [T, H]. `rotary` and `batches`: of each cache group."""
+        num_rows = len(x_TH)
+        if num_rows > self._capacity:
+            self._build(-(-num_rows // ROW_UNIT) * ROW_UNIT, rotary, [batch.window for batch in batches])
+        buffers = self._buffers
+        buffers.stream_CH[:num_rows] = x_TH
+        values = {"rows": num_rows}
+        for group, (turn, batch) in enumerate(zip(rotary, batches, strict=True)):
+            values |= {
+                f"positions {group}": 0 if turn is None else turn.positions_T.data_ptr(),
+                f"slots {group}": batch.write_slots.data_ptr(),
+                f"requests {group}": len(batch.context_lens),
+                f"query_starts {group}": batch.query_starts.data_ptr(),
+                f"context_lens {group}": batch.context_lens.data_ptr(),
+                f"tables {group}": batch.tables.data_ptr(),
+                f"table_stride {group}": batch.tables.stride(0),
+            }
+        delta_TH = buffers.delta_CH[:num_rows]
+        for i, calls in enumerate(self._lists):
+            if i:
+                delta_TH.copy_(self._tp.all_reduce(delta_TH.clone()))
+            calls.run(values, self._tp.watch)
+        return buffers.stream_CH[:num_rows] + delta_TH
+
+    def _build(self, capacity: int, rotary: Sequence[RotaryPositions | None], windows: Sequence[int | None]) -> None:
+        """Make buffers for so many rows, and the lists over them."""
+        self._buffers = _Buffers.of(self._blocks[0], capacity, self._hidden_size, self._dtype)
+        self._capacity, self._lists, self._kept = capacity, [CallList()], []
+        for i, (block, group, cache) in enumerate(zip(self._blocks, self._cache_groups, self.caches, strict=True)):
+            self._norm(block.attention_norm, add=i > 0)
+            self._attention(block, group, cache, rotary[group], windows[group])
+            self._norm(block.mlp_norm, add=True)
+            self._mlp(block)
+
+    def _norm(self, norm: Norm, *, add: bool) -> None:
+        """The norm of the stream, to which delta is added first."""
+        buffers = self._buffers
+        stream_CH, normed_CH = buffers.stream_CH, buffers.normed_CH
+        arguments = _norm_arguments(norm, buffers.delta_CH if add else stream_CH, normed_CH, stream_CH if add else None)
+        self._lists[-1].add(Operation.NORM, arguments, rows="rows")
+
+    def _attention(self, block: Block, group: int, cache: KVCache, rotary: RotaryPositions | None, window: int | None) -> None:
+        layer, buffers = block.attention, self._buffers
+        assert isinstance(layer, Attention) and not isinstance(layer.qk_norm, AllHeadsNorm)
+        num_heads, num_kv, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
+        self._product(buffers.normed_CH, layer.qkv, layer.qkv_bias, buffers.qkv)
+        heads_CAD = buffers.qkv.view(self._capacity, -1, dim)
+        q_CND, k_CKD, v_CKD = heads_CAD[:, : num_heads + 2 * num_kv].tensor_split((num_heads, num_heads + num_kv), dim=1)
+        self._place(layer, q_CND, k_CKD, v_CKD, group, cache, rotary)
+        mixed_CND = buffers.mixed.view(self._capacity, num_heads, dim)
+        params, none = layer.attention_params, torch.zeros(1, dtype=torch.int32)
+        arguments = attention.arguments(
+            q_CND, cache.k, cache.v, mixed_CND, none.view(1, 1)[:0], none, none[:0], params.scale,
+            window, params.cap, params.sinks,
+        )  # fmt: skip
+        fields = ("requests", "query_starts", "context_lens", "tables", "table_stride")
+        self._lists[-1].add(Operation.ATTENTION, arguments, rows="rows", **{field: f"{field} {group}" for field in fields})
+        self._product(buffers.mixed, layer.out, layer.out_bias, buffers.delta_CH)
+        self._end_of_layer(block.attention_out_norm)
+
+    def _place(
+        self,
+        layer: Attention,
+        q_CND: torch.Tensor,
+        k_CKD: torch.Tensor,
+        v_CKD: torch.Tensor,
+        group: int,
+        cache: KVCache,
+        rotary: RotaryPositions | None,
+    ) -> None:
+        """Norm and rotate queries in place, and keys on their way to the cache, values too."""
+        assert layer.qk_norm is None or not isinstance(layer.qk_norm, AllHeadsNorm)
+        norms = None if layer.qk_norm is None else layer.qk_norm.weights
+        k_cache, v_cache = cache.slots()
+        q = rows.heads_of(q_CND, q_CND, None if norms is None else norms.q_D)
+        k = rows.heads_of(k_CKD, k_cache, None if norms is None else norms.k_D)
+        rotation = None if rotary is None else rotary.rotation
+        varying = {"rows": "rows", "written": "rows", "slots": f"slots {group}"}
+        if rotation is not None:
+            rotation = rotation._replace(positions_T=torch.zeros(self._capacity, dtype=torch.int64))
+            varying["positions"] = f"positions {group}"
+        arguments = rows.qkv_arguments(
+            q, k, rows.heads_of(v_CKD, v_cache), self._capacity, self._dtype, norms=norms, rotation=rotation
+        )
+        self._lists[-1].add(Operation.QKV, arguments, **varying)
+
+    def _mlp(self, block: Block) -> None:
+        layer, buffers = block.mlp, self._buffers
+        assert isinstance(layer, MLP)
+        self._product(buffers.normed_CH, layer.up, layer.up_bias, buffers.up_CU)
+        arguments = rows.activation_arguments(buffers.up_CU, buffers.active_CI, NATIVE_KINDS[layer.activate])
+        self._lists[-1].add(Operation.ACTIVATION, arguments, rows="rows")
+        self._product(buffers.active_CI, layer.down, layer.down_bias, buffers.delta_CH)
+        self._end_of_layer(block.mlp_out_norm)
+
+    def _product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        assert isinstance(weight, PackedWeight)
+        if bias is not None and bias.dtype != torch.float32:
+            bias = bias.float()
+            self._kept.append(bias)
+        arguments = product.arguments(x, weight.blob, bias, out)
+        self._lists[-1].add(Operation.PRODUCT, arguments, rows="rows")
+
+    def _end_of_layer(self, out_norm: Norm | None) -> None:
+        """Sum delta over the ranks, then norm it."""
+        page = self._tp.page
+        if page is not None:
+            delta_CH = self._buffers.delta_CH
+            arguments = AllReduce(ctypes.pointer(page), delta_CH.data_ptr(), None, *delta_CH.shape, DTYPES[self._dtype])
+            self._lists[-1].add(Operation.ALL_REDUCE, arguments, rows="rows")
+        elif self._tp.size > 1:
+            self._lists.append(CallList())
+        if out_norm is not None:
+            delta_CH = self._buffers.delta_CH
+            self._lists[-1].add(Operation.NORM, _norm_arguments(out_norm, delta_CH, delta_CH, None), rows="rows")
+
+
+def _norm_arguments(norm: Norm, x_CH: torch.Tensor, out_CH: torch.Tensor, stream_CH: torch.Tensor | None) -> rows.Norm:
+    """The arguments of Operation.NORM: out = norm(x), or stream += x and out = norm(stream)."""
+    of_norm: tuple[torch.Tensor | None, torch.Tensor | None, float, float, rows.NormKind]
+    if isinstance(norm, RMSNorm):
+        of_norm = (norm.weight_H, None, norm.eps, norm.offset, rows.NormKind.RMS_NORM)
+    else:
+        of_norm = (norm.weight_H, norm.bias_H, norm.eps, 0.0, rows.NormKind.LAYER_NORM)
+    return rows.norm_arguments(x_CH, out_CH, *of_norm, stream_CH, stream_CH)
