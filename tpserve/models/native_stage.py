@@ -25,8 +25,9 @@ from tpserve.layers.mlp import MLP
 from tpserve.layers.norm import AllHeadsNorm, Norm, RMSNorm
 from tpserve.layers.rope import RotaryPositions
 from tpserve.parallel.group import Group
+from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.packed import PackedWeight, Weight
-from tpserve_kernels.cpu import attention, product, rows
+from tpserve_kernels.cpu import attention, int8, product, rows
 from tpserve_kernels.cpu.all_reduce import AllReduce
 from tpserve_kernels.cpu.calls import CallList
 from tpserve_kernels.cpu.library import DTYPES, Operation
@@ -53,7 +54,9 @@ def unserved(blocks: Sequence[Block], tp: Group) -> str | None:
         if tp.size > 1 and (block.attention.out_bias is not None or block.mlp.down_bias is not None):
             return "a bias after a sum over ranks"
         weights = (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down)
-        if not all(isinstance(weight, PackedWeight) for weight in weights):
+        if tp.size > 1 and any(isinstance(weight, Int8Weight) for weight in weights):
+            return "int8 sums over ranks"
+        if not all(isinstance(weight, PackedWeight | Int8Weight) for weight in weights):
             return "weights that are not packed for the CPU kernels"
     return None if blocks else "no layers"
 
@@ -95,6 +98,7 @@ class NativeStage:
         self._capacity = 0
         self._lists: list[CallList] = []
         self._kept: list[torch.Tensor] = []
+        self._int8_rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by their width, with their scales
 
     def __call__(
         self, x_TH: torch.Tensor, rotary: Sequence[RotaryPositions | None], batches: Sequence[AttentionMetadata]
@@ -126,7 +130,7 @@ class NativeStage:
     def _build(self, capacity: int, rotary: Sequence[RotaryPositions | None], windows: Sequence[int | None]) -> None:
         """Make buffers for so many rows, and the lists over them."""
         self._buffers = _Buffers.of(self._blocks[0], capacity, self._hidden_size, self._dtype)
-        self._capacity, self._lists, self._kept = capacity, [CallList()], []
+        self._capacity, self._lists, self._kept, self._int8_rows = capacity, [CallList()], [], {}
         for i, (block, group, cache) in enumerate(zip(self._blocks, self._cache_groups, self.caches, strict=True)):
             self._norm(block.attention_norm, add=i > 0)
             self._attention(block, group, cache, rotary[group], windows[group])
@@ -195,12 +199,20 @@ class NativeStage:
         self._end_of_layer(block.mlp_out_norm)
 
     def _product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-        assert isinstance(weight, PackedWeight)
+        assert isinstance(weight, PackedWeight | Int8Weight)
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.float()
             self._kept.append(bias)
-        arguments = product.arguments(x, weight.blob, bias, out)
-        self._lists[-1].add(Operation.PRODUCT, arguments, rows="rows")
+        if isinstance(weight, PackedWeight):
+            self._lists[-1].add(Operation.PRODUCT, product.arguments(x, weight.blob, bias, out), rows="rows")
+            return
+        inner = weight.shape[1]
+        if inner not in self._int8_rows:
+            self._int8_rows[inner] = int8.empty_rows(self._capacity, inner), torch.empty(self._capacity)
+        q_CF, scale_C = self._int8_rows[inner]
+        self._lists[-1].add(Operation.QUANTIZE, int8.quantize_args(x, scale_C, q_CF, given=False), rows="rows")
+        arguments = int8.product_args(q_CF, scale_C, weight.blob, bias, out)
+        self._lists[-1].add(Operation.PRODUCT_INT8, arguments, rows="rows")
 
     def _end_of_layer(self, out_norm: Norm | None) -> None:
         """Sum delta over the ranks, then norm it."""

@@ -72,6 +72,11 @@ def filled(inner: int) -> int:
     return -(-inner // UNIT) * UNIT
 
 
+def empty_rows(rows: int, inner: int) -> torch.Tensor:
+    """Room for rows of K = `inner` in int8: [T, F]. Rows lie a line further apart, or they would share lines of a cache."""
+    return torch.empty(rows, filled(inner) + UNIT, dtype=torch.int8)[:, :-UNIT]
+
+
 def packed_bytes(outputs: int, inner: int) -> int:
     """Bytes of a packed int8 matrix [outputs, inner], its head, scales and sums included. No library is needed to know them."""
     return ALIGNMENT + -(-outputs // 16) * (filled(inner) * 16 + 128)
@@ -104,7 +109,7 @@ def quantize(x_TK: torch.Tensor, scale_T: torch.Tensor | None = None) -> tuple[t
     lib = library()
     assert lib is not None
     x_TK = _rows(x_TK)
-    out_TF = torch.empty(len(x_TK), filled(x_TK.shape[1]), dtype=torch.int8)
+    out_TF = empty_rows(*x_TK.shape)
     scales_T = torch.empty(len(x_TK)) if scale_T is None else scale_T
     lib.run(Operation.QUANTIZE, quantize_args(x_TK, scales_T, out_TF, given=scale_T is not None))
     return out_TF, scales_T
@@ -130,7 +135,7 @@ def product(
     assert lib is not None
     x_TK = _rows(x_TK)
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
-    q_TF, scale_T = torch.empty(len(x_TK), filled(x_TK.shape[1]), dtype=torch.int8), torch.empty(len(x_TK))
+    q_TF, scale_T = empty_rows(*x_TK.shape), torch.empty(len(x_TK))
     first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_args(q_TF, scale_T, blob, bias_N, out_TN)
     _run_both(lib, first, Operation.PRODUCT_INT8, second)
     return out_TN
@@ -148,7 +153,7 @@ def grouped_product(
     assert lib is not None and ends_E.dtype == torch.int32 and ends_E.is_contiguous()
     x_RK = _rows(x_RK)
     out_RN = torch.empty(len(x_RK), outputs, dtype=x_RK.dtype)
-    q_RF, scale_R = torch.empty(len(x_RK), filled(x_RK.shape[1]), dtype=torch.int8), torch.empty(len(x_RK))
+    q_RF, scale_R = empty_rows(*x_RK.shape), torch.empty(len(x_RK))
     bias = None if bias_EN is None else bias_EN.data_ptr()
     second = GroupedProductInt8Args(
         blob_EB.data_ptr(), ends_E.data_ptr(), q_RF.data_ptr(), scale_R.data_ptr(), bias, out_RN.data_ptr(), len(blob_EB),
@@ -236,7 +241,7 @@ def quantize_args(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tenso
         None if out_TF is None else out_TF.data_ptr(),
         *x_TK.shape,
         x_TK.stride(0),
-        filled(x_TK.shape[1]),
+        0 if out_TF is None else out_TF.stride(0),
         DTYPES[x_TK.dtype],
         given,
     )
