@@ -196,7 +196,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "--rope-scaling": _instead(_COPY),
     "--rope-theta": _instead(_COPY),
     "--quantization": _planned("checkpoints in block FP8 and MXFP4 are read without it, and dequantised"),
-    "--kv-cache-dtype": _planned("the cache has the model's type", "auto"),
     "--enable-lora": _planned(kind="switch"),
     "--lora-modules": _planned(kind="many"),
     "--max-loras": _planned(),

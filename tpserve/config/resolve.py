@@ -38,7 +38,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         sampling_defaults=files.sampling_defaults,
         snapshot=files.snapshot,
         served_model_name=flags.served_model_name or (flags.model,),
-        dtype=_dtype(flags, spec, device),
+        dtype=(dtype := _dtype(flags, spec, device)),
         load_format=flags.load_format,
         verify_weights=flags.verify_weights,
         seed=flags.seed,
@@ -51,6 +51,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens or max(BATCHED_TOKENS[device], flags.max_num_seqs),
         block_size=flags.block_size,
+        kv_cache_dtype=_kv_cache_dtype(flags, dtype, device),
         enable_prefix_caching=flags.enable_prefix_caching,
         gpu_memory_utilization=flags.gpu_memory_utilization,
         kv_cache_memory=None if flags.kv_cache_memory is None else int(flags.kv_cache_memory * GIB),
@@ -182,6 +183,18 @@ def _dtype(flags: Flags, spec: ModelSpec, device: str) -> Literal["bfloat16", "f
     if flags.dtype != "auto":
         return flags.dtype
     return "bfloat16" if spec.dtype == "float32" and device == "cuda" else spec.dtype
+
+
+def _kv_cache_dtype(
+    flags: Flags, dtype: Literal["bfloat16", "float16", "float32"], device: str
+) -> Literal["bfloat16", "float16", "float32", "int8"]:
+    if flags.kv_cache_dtype == "auto":
+        return dtype
+    if device == "cuda" or dtype == "float16":
+        why = "is for the CPU, and the ranks run on GPUs" if device == "cuda" else "is not for a model in float16"
+        way_out = "leave it out" + ("" if device == "cuda" else ", or pass --dtype bfloat16")
+        raise UserError(f"--kv-cache-dtype {flags.kv_cache_dtype} {why}: {way_out}", param="kv_cache_dtype")
+    return flags.kv_cache_dtype
 
 
 def _max_model_len(flags: Flags, spec: ModelSpec) -> int:
