@@ -15,7 +15,7 @@ from tpserve.attention.metadata import AttentionMetadata
 from tpserve_kernels.cpu import attention as native
 from tpserve_kernels.cpu import rows
 from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, quantize_heads
-from tpserve_kernels.cpu.library import is_native
+from tpserve_kernels.cpu.library import is_native, load
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,29 @@ class KVCache:
 class KVLayout:
     """The cache entry of one position in one layer on this rank: a key of `k_dim` and a value of `v_dim` channels per head.
 
-    `v_in_k`: the value is the first channels of the key (latents).
+    `v_in_k`: the value is the first channels of the key (latents). `int8`: instead of in the model's dtype, on the CPU with the
+    library of CPU kernels only.
     """
 
     num_heads: int
     k_dim: int
     v_dim: int
     v_in_k: bool = False
+    int8: bool = False
 
     def num_bytes(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one layer's cache."""
-        scale = SCALE_BYTES if dtype == torch.int8 else 0
-        numbers = self.k_dim + scale + (0 if self.v_in_k else self.v_dim + scale)
-        return num_blocks * block_size * self.num_heads * numbers * dtype.itemsize
+        """Bytes of one layer's cache. `dtype`: the model's."""
+        sides = (self.k_dim,) if self.v_in_k else (self.k_dim, self.v_dim)
+        head = sum(dim + SCALE_BYTES if self.int8 else dim * dtype.itemsize for dim in sides)
+        return num_blocks * block_size * self.num_heads * head
 
     def empty(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """An uninitialised cache for one layer: attention never reads entries that no plan has written."""
-        scale = SCALE_BYTES if dtype == torch.int8 else 0
+        """An uninitialised cache for one layer: attention never reads entries that no plan has written. `dtype`: the model's."""
+        scale = SCALE_BYTES if self.int8 else 0
 
         def side(dim: int) -> torch.Tensor:
-            return torch.empty((num_blocks, block_size, self.num_heads, dim + scale), dtype=dtype, device=device)
+            shape = (num_blocks, block_size, self.num_heads, dim + scale)
+            return torch.empty(shape, dtype=torch.int8 if self.int8 else dtype, device=device)
 
         k = side(self.k_dim)
         return KVCache(k, k[..., : self.v_dim] if self.v_in_k else side(self.v_dim))
@@ -79,6 +82,11 @@ class AttentionParams:
     scale: float
     cap: float | None = None
     sinks: torch.Tensor | None = None
+
+
+def no_library() -> str:
+    """Why there is no library of CPU kernels; empty when there is one."""
+    return load()[1]
 
 
 def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> AttentionMetadata:

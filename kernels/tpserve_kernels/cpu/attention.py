@@ -128,8 +128,9 @@ def paged_attention(
     [N], one more score in each head's softmax, whose value is zero.
 
     q_TND: [T, N, D]; caches [B, S, K, D] and [B, S, K, E], the value cache may be a view of the key cache; all float32 or
-    bfloat16, values of a head adjacent. Or caches of int8, whose heads have four more bytes (`kv_int8`). N is a multiple of K, and
-    query heads [g N / K, (g + 1) N / K) share key head g. tables_RB (rows of any stride), query_starts_R1 ([R + 1]) and context_lens_R: int32. scale, window and cap: positive. Sums
+    bfloat16, values of a head adjacent. Or caches of int8, whose heads have four more bytes (`kv_int8`). N is a multiple of K,
+    and query heads [g N / K, (g + 1) N / K) share key head g.
+    tables_RB (rows of any stride), query_starts_R1 ([R + 1]) and context_lens_R: int32. scale, window and cap: positive. Sums
     are float32, rounded once; rows of no request are zero. A row's bits depend on its query and on the keys and values that it
     sees only.
     Errors: AssertionError when shapes, dtypes or layouts differ from this.
