@@ -234,7 +234,7 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
         assert torch.equal(page.all_reduce(parts[rank].clone()), total)
 
     for threads in (1, 2):
-        ranks = [threading.Thread(target=rank_main, args=(rank, threads)) for rank in range(size)]
+        ranks = [threading.Thread(target=rank_main, args=(rank, threads), daemon=True) for rank in range(size)]
         memory[:] = bytes(len(memory))
         for rank in ranks:
             rank.start()
@@ -261,7 +261,7 @@ def test_a_peer_that_is_late_with_every_part_of_a_tensor() -> None:
             time.sleep(0.02)
             sums.append(torch.add(*pages[1]._exchange(part_N).parts))
 
-    peer = threading.Thread(target=late)
+    peer = threading.Thread(target=late, daemon=True)
     peer.start()
     total = pages[0].all_reduce(parts[0].clone())
     peer.join(20)
