@@ -236,6 +236,8 @@ class _ServingRank:
         with self._room_for("loading the model", mesh):
             decoder, weights = self._load(mesh)
         start_timer.mark("load")
+        if env.rank == 0 and decoder.device.type == "cpu":
+            log.info(f"the layers run as {decoder.form}")
         numerics = self._self_test(decoder)
         start_timer.mark("self-test")
         self._rank_agent.report_progress("measuring memory", 90)

@@ -43,7 +43,7 @@ class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
     `kv_layout`: the cache of each layer of the stage. `expert_load`: token counts of this stage's experts, None without
-    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank. `form`: how the layers run, for the log.
+    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank. `form`: how the layers run on a CPU, for the log.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Decoder:
         self._head: Weight | None = self._embedding if shares_embedding else shard.optional(outer.head)
         self._parameters = shard.parameters
         self._native: NativeStage | None = None
-        self.form = "torch"
+        self.form = "operations of torch"
         layers = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
         counts = {layer: mlp.expert_load for layer, mlp in layers if isinstance(mlp, MoE)}
         self.expert_load = ExpertLoadCounter(list(counts), list(counts.values())) if counts else None
