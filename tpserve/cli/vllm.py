@@ -116,7 +116,7 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "--disable-sliding-window": switch("a model's windows are always used", OFF),
     "--disable-hybrid-kv-cache-manager": switch("layers with windows and without always share one pool of blocks"),
     "--disable-custom-all-reduce": switch("on GPUs the sums are NCCL's, or gloo's where --all-reduce says so"),
-    "--calculate-kv-scales": switch("the cache has the model's type", OFF),
+    "--calculate-kv-scales": switch("a cache of int8 has its scales from each key and value", OFF),
     "--enable-log-outputs": switch(_NEVER_LOGGED, OFF),
     "--max-log-len": value_of(_NEVER_LOGGED, ANY),
     "--disable-uvicorn-access-log": switch(_NEVER_LOGGED),
