@@ -27,6 +27,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent / "cpu"
 LIBRARY = Path(__file__).resolve().parent / "tpserve_kernels" / "libtpserve_cpu.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+FLAGS += ["-Wno-maybe-uninitialized"]  # gcc warns of what its own AVX-512 header leaves undefined on purpose
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]  # nothing of libstdc++
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-tree-vectorize"]  # sums as they are written
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=znver3"]
@@ -40,7 +41,7 @@ X86_64 = {
     "avx512_bf16": [*AVX512, WIDE, BF16],
     "amx": [*AVX512, WIDE, BF16, TILES],
 }
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 
 
 def compiler() -> list[str]:
@@ -101,7 +102,13 @@ def build(
             unit = Path(folder, f"{name}.cc")
             unit.write_text(f'#include "{source}"\n')
             target = unit.with_suffix(".o")
-            _run([*cxx, *common, *flags, "-I", str(SOURCES), "-c", str(unit), "-o", str(target)], quiet=optional)
+            command = [*cxx, *common, "-I", str(SOURCES), "-c", str(unit), "-o", str(target)]
+            try:
+                _run([*command, *flags], quiet=optional)
+            except subprocess.CalledProcessError:
+                if not optional:
+                    raise
+                _run([*command, *(flag for flag in flags if not flag.startswith("-mtune"))], quiet=True)  # unknown to an old one
             return str(target)
 
         entry = [f'-DVERSION="{version()}"', *(["-DEMULATED"] if emulate else [])]

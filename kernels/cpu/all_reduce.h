@@ -54,11 +54,8 @@ static bool wait_for(const Page& page, int64_t round, bool patient) {
 template <class T>
 static void sum_slots(const Page& page, const char* half, T* x, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; at += W) {
-        V sum = read_at((const T*)half, at, end);
-        for (int i = 1; i < page.ranks; i++) {
-            sum = sum + read_at((const T*)(half + i * page.slot_bytes), at, end);
-            if (i + 1 < page.ranks) sum = rounded(sum, x);
-        }
+        V sum = read_at((const T*)half, at, end) + read_at((const T*)(half + page.slot_bytes), at, end);
+        for (int i = 2; i < page.ranks; i++) sum = rounded(sum, x) + read_at((const T*)(half + i * page.slot_bytes), at, end);
         write_at(x, at, end, sum);
     }
 }

@@ -163,7 +163,8 @@ struct Attention {
     int64_t q_strides[2], out_strides[2];  // of a row, of a head
     int64_t k_strides[3], v_strides[3];    // of a block, of an entry, of a head
     float scale, cap;                      // cap 0: none
-    int32_t dtype;                         // of q, k, v and out
+    int32_t dtype, kv_dtype;               // of q and out; of k and v: the same, or INT8, see kv_int8.h
+    int64_t k_scale, v_scale;              // with INT8, where the scale lies in a head of a position, in bytes
 };
 
 // The page of parallel/shm.py as one rank sees it; its layout and its rules are there. Both sides use this one `round`, so that

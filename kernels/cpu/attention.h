@@ -10,6 +10,7 @@
 
 #include "attention_plan.h"
 #include "attention_tile.h"
+#include "kv_int8.h"
 
 namespace {
 
@@ -62,19 +63,22 @@ struct Attending {
     const Attention& a;
     const Shape& shape;
     Scoring scoring;
-    char *keys, *values, *zeros;
-    float *queries, *scores, *factors, *memory;
+    int64_t item;  // bytes of a number of keys and values
+    char *keys, *values;
+    T *zeros, *wide;
+    float *queries, *scores, *factors, *scales, *memory;
 
     Attending(const Attention& a, const Shape& shape) : a(a), shape(shape), scoring{a.scale, a.cap} {
+        item = a.kv_dtype == INT8 ? 1 : sizeof(T);
         int64_t most = shape.most, key_bytes = TILE * shape.units * 4, value_bytes = TILE * shape.value_dim * sizeof(T);
-        int64_t row_bytes = (a.k_dim > a.v_dim ? a.k_dim : a.v_dim) * sizeof(T);
-        int64_t floats = most * (shape.key_dim + TILE + 1 + 2 * shape.state_floats());
-        keys = (char*)scratch(key_bytes + value_bytes + floats * sizeof(float) + row_bytes);
+        int64_t row = a.k_dim > a.v_dim ? a.k_dim : a.v_dim;
+        int64_t floats = most * (shape.key_dim + TILE + 1 + 2 * shape.state_floats()) + 2 * TILE;
+        keys = (char*)scratch(key_bytes + value_bytes + floats * sizeof(float) + (1 + 2 * PANEL) * row * sizeof(T));
         values = keys + key_bytes;
         queries = (float*)(values + value_bytes), scores = queries + most * shape.key_dim;
-        factors = scores + most * TILE, memory = factors + most;
-        zeros = (char*)(memory + 2 * most * shape.state_floats());
-        memset(zeros, 0, row_bytes);
+        factors = scores + most * TILE, scales = factors + most, memory = scales + 2 * TILE;
+        zeros = (T*)(memory + 2 * most * shape.state_floats()), wide = zeros + row;
+        memset(zeros, 0, row * sizeof(T));
     }
 
     int64_t rows_of(const Block& block) const { return block.rows * block.shares * shape.share; }
@@ -140,27 +144,35 @@ struct Attending {
         int64_t head = block.share / shape.shares_a_group, last = (block.share + block.shares - 1) / shape.shares_a_group;
         int64_t count = places.end - places.begin;
         for (int64_t x = places.begin + count * i / block.shares; x < places.begin + count * (i + 1) / block.shares; x++) {
-            ask((const T*)a.k + places.k_at[x], head, last, a.k_strides[2], a.k_dim);
-            if (a.v != a.k) ask((const T*)a.v + places.v_at[x], head, last, a.v_strides[2], a.v_dim);
+            ask((const char*)a.k + places.k_at[x] * item, head, last, a.k_strides[2] * item, a.k_dim * item);
+            if (a.v != a.k) ask((const char*)a.v + places.v_at[x] * item, head, last, a.v_strides[2] * item, a.v_dim * item);
         }
     }
-    static INLINE void ask(const T* from, int64_t head, int64_t last, int64_t stride, int64_t dim) {
+    static INLINE void ask(const char* from, int64_t head, int64_t last, int64_t stride, int64_t bytes) {
         for (; head <= last; head++)
-            for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(from + head * stride + d, 0, 2);
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + head * stride + at, 0, 2);
     }
 
     // Brings keys and values of a tile into panels; the places of positions outside of them in the same panel are zeros.
     void pack(int64_t head, const Places& places) const {
-        const T *k = (const T*)a.k + head * a.k_strides[2], *v = (const T*)a.v + head * a.v_strides[2];
+        int64_t row = wide - zeros;
         for (int x0 = places.begin / PANEL * PANEL; x0 < places.end; x0 += PANEL) {
-            const char* k_rows[PANEL];
-            const T* v_rows[PANEL];
-            for (int x = x0; x < x0 + PANEL; x++) {
-                bool read = x >= places.begin && x < places.end;
-                k_rows[x - x0] = read ? (const char*)(k + places.k_at[x]) : zeros;
-                v_rows[x - x0] = read ? v + places.v_at[x] : (const T*)zeros;
+            const T *k_rows[PANEL], *v_rows[PANEL];
+            for (int r = 0; r < PANEL; r++) {
+                int x = x0 + r;
+                if (x < places.begin || x >= places.end) {
+                    k_rows[r] = v_rows[r] = zeros, scales[x] = scales[TILE + x] = 0;
+                    continue;
+                }
+                const char* k = (const char*)a.k + (places.k_at[x] + head * a.k_strides[2]) * item;
+                const char* v = (const char*)a.v + (places.v_at[x] + head * a.v_strides[2]) * item;
+                k_rows[r] = (const T*)k, v_rows[r] = (const T*)v;
+                if (a.kv_dtype != INT8) continue;
+                widen_head((const int8_t*)k, a.k_dim, wide + r * row), k_rows[r] = v_rows[r] = wide + r * row;
+                if (v != k) widen_head((const int8_t*)v, a.v_dim, wide + (PANEL + r) * row), v_rows[r] = wide + (PANEL + r) * row;
+                scales[x] = load<float>(k + a.k_scale), scales[TILE + x] = load<float>(v + a.v_scale);
             }
-            pack_keys(k_rows, a.k_dim * sizeof(T), keys + x0 * shape.units * 4);
+            pack_keys((const char* const*)k_rows, a.k_dim * sizeof(T), keys + x0 * shape.units * 4);
             pack_values(v_rows, a.v_dim, values + x0 * PANEL * sizeof(T), TILE * PANEL * sizeof(T));
         }
     }
@@ -176,12 +188,12 @@ struct Attending {
         const float* x = queries + base * shape.key_dim;
         TileBlock<Panels> of_keys{keys, shape.units * PANEL * 4, x, shape.key_dim, shape.key_dim};
         walk_tile(of_keys, rows, from, to, keep);
+        const float* each = a.kv_dtype == INT8 ? scales : nullptr;
         for (int64_t m = 0; m < rows; m++) {
             int64_t position = block.position + m / count, low = first_seen(a, position) - places.first, high = position + 1 - places.first;
             RowState row = {load<V>(state.weights + (base + m) * W), state.peaks[base + m]};
-            factors[m] = softmax_row(
-                scoring, row, scores + m * TILE, from * PANEL, to * PANEL, low > 0 ? low : 0, high < TILE ? high : TILE
-            );
+            low = low > 0 ? low : 0, high = high < TILE ? high : TILE;
+            factors[m] = softmax_row(scoring, row, scores + m * TILE, each, from * PANEL, to * PANEL, low, high);
             store(state.weights + (base + m) * W, row.weight), state.peaks[base + m] = row.peak;
         }
         auto add = [&](const float* sums, int64_t row, int64_t some, int64_t panel, int panels) {

@@ -126,8 +126,11 @@ struct RowState {
 };
 
 // Takes a tile's scores, of which the row sees [low, high), into the softmax: `scores` [begin, end) become weights, those of hidden
-// positions zero. `begin` and `end`: multiples of PANEL. The result is the factor of what was summed before.
-INLINE float softmax_row(const Scoring& scoring, RowState& state, float* scores, int begin, int end, int low, int high) {
+// positions zero. `begin` and `end`: multiples of PANEL. The result is the factor of what was summed before. `scales`: null, or
+// what each score is multiplied by and then, at [TILE], what each weight is.
+INLINE float softmax_row(
+    const Scoring& scoring, RowState& state, float* scores, const float* scales, int begin, int end, int low, int high
+) {
     if (low >= high) {
         for (int x = begin; x < end; x += W) store(scores + x, (V){});
         return 1.0f;
@@ -136,7 +139,7 @@ INLINE float softmax_row(const Scoring& scoring, RowState& state, float* scores,
     UNROLL for (int i = 0; i < W; i++) lanes[i] = i;
     V best = broadcast(state.peak);
     for (int x = begin; x < end; x += W) {
-        V logit = scoring(load<V>(scores + x));
+        V dot = load<V>(scores + x), logit = scoring(scales ? dot * load<V>(scales + x) : dot);
         if (x < low || x + W > high) {
             VI at = lanes + x, seen = (VI)(at >= low) & (VI)(at < high);
             logit = (V)(((VI)logit & seen) | (~seen & (VI)broadcast(-__builtin_inff())));
@@ -149,7 +152,7 @@ INLINE float softmax_row(const Scoring& scoring, RowState& state, float* scores,
     for (int x = begin; x < end; x += W) {
         V weight = exp2_negative(load<V>(scores + x) - peak);
         sum = sum + weight;
-        store(scores + x, weight);
+        store(scores + x, scales ? weight * load<V>(scales + TILE + x) : weight);
     }
     state.weight = fma(state.weight, broadcast(factor), sum);
     state.peak = peak;

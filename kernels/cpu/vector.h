@@ -92,9 +92,29 @@ INLINE bf16 narrow(float x) {
     return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// Integers of 16 bits as such of 32, and back when they fit. What gcc makes of __builtin_convertvector takes several times as long.
+INLINE VU extend(VH x) {
+#if defined(EMULATED) || !defined(__AVX2__)
+    return __builtin_convertvector(x, VU);
+#elif defined(WIDE)
+    return (VU)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return (VU)_mm256_cvtepu16_epi32((__m128i)x);
+#endif
+}
+INLINE VH shorten(VU x) {
+#if defined(EMULATED) || !defined(__AVX2__)
+    return __builtin_convertvector(x, VH);
+#elif defined(WIDE)
+    return (VH)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return (VH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x, (__m256i)x), 0xd8));
+#endif
+}
+
 // Numbers of the model's dtype: read W of them as float32, write W of them rounded.
 INLINE V read(const float* from) { return load<V>(from); }
-INLINE V read(const bf16* from) { return (V)(__builtin_convertvector(load<VH>(from), VU) << 16); }
+INLINE V read(const bf16* from) { return (V)(extend(load<VH>(from)) << 16); }
 INLINE float read1(const float* from) { return *from; }
 INLINE float read1(const bf16* from) { return widen(*from); }
 INLINE void write(float* to, V x) { store(to, x); }
@@ -103,7 +123,7 @@ INLINE VU narrowed(V x) {
     VU rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return (is_nan & 0x7fc0) | (~is_nan & rounded);
 }
-INLINE void write(bf16* to, V x) { store(to, __builtin_convertvector(narrowed(x), VH)); }
+INLINE void write(bf16* to, V x) { store(to, shorten(narrowed(x))); }
 INLINE void write1(float* to, float x) { *to = x; }
 INLINE void write1(bf16* to, float x) { *to = narrow(x); }
 

@@ -9,9 +9,9 @@ from tests.bare.installation import Installation, build_wheel, install, old_comp
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the library of CPU kernels, where the tests have a compiler: one that is too old for AVX-512."""
+    """With the library of CPU kernels, where the tests have a compiler: one too old for AVX-512 and for processors' names."""
     directory = tmp_path_factory.mktemp("wheel")
-    return build_wheel(directory, old_compiler(directory, "avx512"))
+    return build_wheel(directory, old_compiler(directory, "avx512", "mtune"))
 
 
 @pytest.fixture(scope="session")

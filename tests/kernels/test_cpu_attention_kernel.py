@@ -12,6 +12,7 @@ import torch
 from tpserve_kernels.cpu import attention
 from tpserve_kernels.cpu import library as loading
 from tpserve_kernels.cpu.attention import paged_attention, paged_attention_reference
+from tpserve_kernels.cpu.kv_int8 import dequantize_heads, quantize_heads
 from tpserve_kernels.cpu.library import Isa, Library
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,6 +46,7 @@ class Paged:
     cap: float | None = None
     sinks: torch.Tensor | None = None
     dtype: torch.dtype = torch.bfloat16
+    int8: bool = False
 
     def __post_init__(self) -> None:
         self.keys, self.values, self.queries = (
@@ -69,6 +71,10 @@ class Paged:
             self.k.flatten(0, 1)[slots] = k
             if not self.v_in_k:
                 self.v.flatten(0, 1)[slots] = v
+
+        if self.int8:
+            keys = quantize_heads(self.k)
+            self.k, self.v = keys, keys[..., : self.v_dim] if self.v_in_k else quantize_heads(self.v)
 
     def run(self, chunks: list[tuple[int, int, int]], threads: int = 1, exact: bool = False) -> list[torch.Tensor]:
         """The rows of chunks (request, start, count)."""
@@ -105,18 +111,19 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_is_attention(name: str, dtype: torch.dtype) -> None:
-    paged = replace(SHAPES[name], dtype=dtype)
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+def test_it_is_attention(name: str, dtype: torch.dtype, int8: bool) -> None:
+    paged = replace(SHAPES[name], dtype=dtype, int8=int8)
     chunks = [*paged.whole(), (0, 7, 0), (0, paged.contexts[0] - 1, 1)]
     got, expected = paged.run(chunks, threads=2), paged.run(chunks, exact=True)
     tolerance = 4e-6 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(torch.cat(got).double(), torch.cat(expected), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_is_the_same_in_every_company(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_a_row_is_the_same_in_every_company(dtype: torch.dtype, int8: bool) -> None:
     """Alone and divided among threads, in chunks, in a crowd of 48, in blocks of other sizes."""
-    paged = Paged([*range(1, 240, 5), 1300], 8, 2, 40, 24, window=600, dtype=dtype)
+    paged = Paged([*range(1, 240, 5), 1300], 8, 2, 40, 24, window=600, dtype=dtype, int8=int8)
     last, alone = len(paged.contexts) - 1, {}
     for position in (0, 63, 64, 511, 512, 600, 1024, 1299):
         alone[position] = paged.run([(last, position, 1)])[0][0]
@@ -163,3 +170,16 @@ def test_large_scores_and_sinks() -> None:
     paged.queries[0].mul_(100)
     got, expected = paged.run(paged.whole())[0], paged.run(paged.whole(), exact=True)[0]
     torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_int8() -> None:
+    """Within half a step of the largest magnitude; zeros, tiny numbers and what is not finite."""
+    x_TKD = torch.randn(50, 3, 21) * torch.logspace(-20, 20, 50)[:, None, None]
+    step_TK1 = x_TKD.abs().amax(-1, keepdim=True) / 127
+    read_TKD = dequantize_heads(quantize_heads(x_TKD))
+    assert (read_TKD - x_TKD).abs().le(0.5001 * step_TK1).all()
+    assert torch.equal(read_TKD.abs().amax(-1), 127 * step_TK1[..., 0])
+    odd_TKD = torch.zeros(4, 1, 8)
+    odd_TKD[1], odd_TKD[2, 0, 3], odd_TKD[3, 0, 3] = 1e-40, torch.nan, -torch.inf
+    read_TKD = dequantize_heads(quantize_heads(odd_TKD))
+    assert not read_TKD[:2].any() and read_TKD[2:].isnan().all()

@@ -14,8 +14,7 @@ import torch
 from tpserve.parallel.shm import SLOT_BYTES, ShmAllReduce
 from tpserve.sampler import draw
 from tpserve_kernels.cpu import gumbel, rows
-from tpserve_kernels.cpu.all_reduce import AllReduce
-from tpserve_kernels.cpu.library import DTYPES as NUMBERS
+from tpserve_kernels.cpu.all_reduce import all_reduce_arguments
 from tpserve_kernels.cpu.library import Call, Isa, Operation, is_native, library, load
 from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, NormKind, Rotation
 
@@ -210,7 +209,7 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
     expected = {"sum": total, "stream": stream, "out": rows.activation(normed, ActivationKind.SILU)}
     memory = mmap.mmap(-1, mmap.PAGESIZE + 2 * size * SLOT_BYTES)
     results: dict[int, dict[str, torch.Tensor]] = {}
-    waits: list[int] = []
+    stopped = threading.Event()
 
     def rank_main(rank: int, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -218,34 +217,55 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
         assert page.all_gather(torch.ones(1)).shape == (size, 1), "what Python does on the page may come between"
         x, sum_TH, out_TH = parts[rank].clone(), residual.clone(), torch.empty_like(total)
         norm = rows.norm_arguments(x, out_TH, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, sum_TH, sum_TH)
-        reduce = AllReduce(ctypes.pointer(page.page), x.data_ptr(), ctypes.pointer(norm), *x.shape, NUMBERS[dtype])
+        reduce = all_reduce_arguments(page.page, x, norm)
         silu = rows.activation_arguments(out_TH, out_TH, ActivationKind.SILU)
         calls = (Call * 2)(
             Call(Operation.ALL_REDUCE, ctypes.addressof(reduce)), Call(Operation.ACTIVATION, ctypes.addressof(silu))
         )  # fmt: skip
 
         def wait() -> None:
-            waits.append(rank)
+            stopped.set()
             page.watch()
 
-        time.sleep(0.03 * (rank == 1))
+        if rank == 1:
+            assert stopped.wait(20)
         lib.run_calls(calls, wait)
         results[rank] = {"sum": x, "stream": sum_TH, "out": out_TH}
         assert torch.equal(page.all_reduce(parts[rank].clone()), total)
 
     for threads in (1, 2):
-        ranks = [threading.Thread(target=rank_main, args=(rank, threads)) for rank in range(size)]
+        ranks = [threading.Thread(target=rank_main, args=(rank, threads), daemon=True) for rank in range(size)]
         memory[:] = bytes(len(memory))
         for rank in ranks:
             rank.start()
         for rank in ranks:
             rank.join(20)
-        assert 0 in waits and len(results) == size
+        assert len(results) == size
         for result in results.values():
             for name, x in result.items():
                 assert torch.equal(x, expected[name]), (name, threads)
         results.clear()
-        waits.clear()
+        stopped.clear()
+
+
+def test_a_peer_that_is_late_with_every_part_of_a_tensor() -> None:
+    """The peer is the torch form: both sides keep one protocol."""
+    size = SLOT_BYTES // 4 * 2 + 99
+    parts = [random(size, seed=rank) for rank in range(2)]
+    memory = mmap.mmap(-1, mmap.PAGESIZE + 4 * SLOT_BYTES)
+    pages = [ShmAllReduce(memory, range(2), rank, [-1, -1], spins=False) for rank in range(2)]
+    sums: list[torch.Tensor] = []
+
+    def late() -> None:
+        for part_N in pages[1]._parts(parts[1]):
+            time.sleep(0.02)
+            sums.append(torch.add(*pages[1]._exchange(part_N).parts))
+
+    peer = threading.Thread(target=late, daemon=True)
+    peer.start()
+    total = pages[0].all_reduce(parts[0].clone())
+    peer.join(20)
+    assert torch.equal(total, parts[0] + parts[1]) and torch.equal(torch.cat(sums), total) and len(sums) == 3
 
 
 def test_gumbel_noise_is_that_of_torch() -> None:

@@ -86,7 +86,7 @@ class Runner:
         ]
         caches = [decoder.kv_layout.empty(len(ids), BLOCK_SIZE, decoder.dtype, decoder.device) for _ in range(self._num_layers)]
         for side in chain.from_iterable((cache.k, cache.v) for cache in caches):
-            side.fill_(torch.nan)
+            side.fill_(-1 if side.dtype == torch.int8 else torch.nan)  # a scale of such bytes is NaN
         rows: list[list[torch.Tensor]] = [[] for _ in sequences]
         for chunks in steps:
             logits = self._step(sequences, chunks, groups, caches)

@@ -70,6 +70,12 @@ def test_any_size_that_leaves_no_rank_empty(tp: int, pp: int, say_tp: bool) -> N
         ("m --all-reduce nccl --device cuda", machine(2, gpus=1), "needs a GPU for each rank, but 2 ranks share 1"),
         ("m -q int8", machine(1, gpus=1), "--quantization int8 is for the CPU, and the ranks run on GPUs: leave it out, or pass"),
         ("m -q int8-head --dtype float16", machine(1), "the model's are float16: pass --dtype bfloat16 too"),
+        ("m --kv-cache-dtype int8", machine(1, gpus=1), "--kv-cache-dtype int8 is for the CPU, and the ranks run on GPUs"),
+        (
+            "m --kv-cache-dtype int8 --dtype float16",
+            machine(1),
+            "int8 is not for a model in float16: leave it out, or pass --dtype",
+        ),
         ("m --enable-expert-parallel", machine(2), "--enable-expert-parallel, but the model has no experts: leave it out"),
         ("m --max-model-len 2049", machine(1), "--max-model-len 2049 is beyond the model's 2048 positions"),
     ],
@@ -144,6 +150,11 @@ def test_nodes_of_unequal_size() -> None:
 )
 def test_how_many_ranks_two_nodes_start(line: str, here: int, together: int) -> None:
     assert num_all_ranks(parse([*line.split(), "--nnodes", "2"]), here) == together
+
+
+def test_kv_cache_dtype() -> None:
+    assert resolved("m --dtype float32", machine(1)).kv_cache_dtype == "float32"
+    assert resolved("m --dtype bfloat16 --kv-cache-dtype int8", machine(1)).kv_cache_dtype == "int8"
 
 
 def test_defaults_by_device() -> None:

@@ -1,5 +1,6 @@
 """What fits, and what would: numbers of ranks that were never started."""
 
+import dataclasses
 import random
 import re
 from typing import Any
@@ -24,7 +25,17 @@ from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec
 from tpserve.worker.memory import allocate
-from tpserve.worker.sizing import AUTO_LEAST, GIB, MemoryProfile, fit_kv_cache, ledger_of, refusal, report, slot_bytes
+from tpserve.worker.sizing import (
+    AUTO_LEAST,
+    GIB,
+    MemoryProfile,
+    fit_kv_cache,
+    ledger_of,
+    position_bytes,
+    refusal,
+    report,
+    slot_bytes,
+)
 
 EIGHT_EXPERTS = replace(EXPERTS, count=8, shared_size=0, shared_gate=False, layers=(0, 1, 2, 3))
 MIB = 1 << 20
@@ -89,6 +100,10 @@ def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra
         caches = allocate(decoder, mesh, 1, 1)
         arrays = {cache.k.data_ptr(): cache for cache in caches}.values()
         assert 4 * computed.cached == sum(cache.k.nbytes + (0 if cache.v_in_k else cache.v.nbytes) for cache in arrays)
+        decoder.kv_layout = dataclasses.replace(decoder.kv_layout, int8=True)
+        in_int8 = {cache.k.data_ptr(): cache for cache in allocate(decoder, mesh, 1, 1)}.values()
+        of_int8 = sum(cache.k.nbytes + (0 if cache.v_in_k else cache.v.nbytes) for cache in in_int8)
+        assert of_int8 == position_bytes(computed, config("--device cpu --kv-cache-dtype int8"))
         for group in spec.cache:
             here = [caches[number].k.data_ptr() for number, layer in enumerate(layout.layers_of(stage)) if layer in group.layers]
             assert len(set(here)) == len(here), "layers of a group share no array"

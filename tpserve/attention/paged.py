@@ -14,14 +14,16 @@ from tpserve.attention import cpu_attention, cpu_plan
 from tpserve.attention.metadata import AttentionMetadata
 from tpserve_kernels.cpu import attention as native
 from tpserve_kernels.cpu import rows
-from tpserve_kernels.cpu.library import is_native
+from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, quantize_heads
+from tpserve_kernels.cpu.library import is_native, load
 
 
 @dataclass(frozen=True)
 class KVCache:
     """The cache of one layer: [num_blocks, block_size, K, D] for keys and [num_blocks, block_size, K, E] for values.
 
-    `v` may be a view of the first channels of `k` (latents); then only keys are written.
+    `v` may be a view of the first channels of `k` (latents); then only keys are written. In int8 a head of a position has four
+    more bytes, its scale (`tpserve_kernels.cpu.kv_int8`).
     """
 
     k: torch.Tensor
@@ -41,24 +43,29 @@ class KVCache:
 class KVLayout:
     """The cache entry of one position in one layer on this rank: a key of `k_dim` and a value of `v_dim` channels per head.
 
-    `v_in_k`: the value is the first channels of the key (latents).
+    `v_in_k`: the value is the first channels of the key (latents). `int8`: instead of in the model's dtype, on the CPU with the
+    library of CPU kernels only.
     """
 
     num_heads: int
     k_dim: int
     v_dim: int
     v_in_k: bool = False
+    int8: bool = False
 
     def num_bytes(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one layer's cache."""
-        channels = self.k_dim if self.v_in_k else self.k_dim + self.v_dim
-        return num_blocks * block_size * self.num_heads * channels * dtype.itemsize
+        """Bytes of one layer's cache. `dtype`: the model's."""
+        sides = (self.k_dim,) if self.v_in_k else (self.k_dim, self.v_dim)
+        head = sum(dim + SCALE_BYTES if self.int8 else dim * dtype.itemsize for dim in sides)
+        return num_blocks * block_size * self.num_heads * head
 
     def empty(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """An uninitialised cache for one layer: attention never reads entries that no plan has written."""
+        """An uninitialised cache for one layer: attention never reads entries that no plan has written. `dtype`: the model's."""
+        scale = SCALE_BYTES if self.int8 else 0
 
         def side(dim: int) -> torch.Tensor:
-            return torch.empty((num_blocks, block_size, self.num_heads, dim), dtype=dtype, device=device)
+            shape = (num_blocks, block_size, self.num_heads, dim + scale)
+            return torch.empty(shape, dtype=torch.int8 if self.int8 else dtype, device=device)
 
         k = side(self.k_dim)
         return KVCache(k, k[..., : self.v_dim] if self.v_in_k else side(self.v_dim))
@@ -77,12 +84,17 @@ class AttentionParams:
     sinks: torch.Tensor | None = None
 
 
+def no_library() -> str:
+    """Why there is no library of CPU kernels; empty when there is one."""
+    return load()[1]
+
+
 def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> AttentionMetadata:
     """The metadata with torch's attention plan, computed once per step for all layers of a cache group; unchanged for kernels.
 
     `num_heads`: N. `cache`: the cache of any layer of the group; only its shape and dtype matter.
     """
-    if cache.k.is_cuda or is_native(cache.k):
+    if cache.k.is_cuda or is_native(cache.k) or cache.k.dtype == torch.int8:
         return batch
     _, block_size, num_kv, k_dim = cache.k.shape
     heads = cpu_plan.HeadShape(num_kv, num_heads // num_kv, k_dim, cache.v.shape[3])
@@ -93,7 +105,8 @@ def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> 
 def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, batch: AttentionMetadata) -> None:
     """Write each row's key and value to its slot, in place. Rows past `batch.write_slots` are padding.
 
-    Keys and values have the dtype of the cache. `v_TKE` is None if and only if `cache.v_in_k`, else AssertionError.
+    Keys and values have the dtype of the cache, or are quantized for one of int8. `v_TKE` is None if and only if `cache.v_in_k`,
+    else AssertionError.
     """
     assert (v_TKE is None) == cache.v_in_k
     if k_TKD.is_cuda:
@@ -101,12 +114,14 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
 
         kv.write_kv(k_TKD, v_TKE, cache.k, cache.v, batch.write_slots)
         return
-    if is_native(k_TKD):
-        k_cache_SKD, v_cache_SKE = cache.slots()
+    k_cache_SKD, v_cache_SKE = cache.slots()
+    written = len(batch.write_slots)
+    if cache.k.dtype == torch.int8:
+        k_TKD, v_TKE = quantize_heads(k_TKD), None if v_TKE is None else quantize_heads(v_TKE)
+    elif is_native(k_TKD):
         rows.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
         return
-    written = len(batch.write_slots)
-    cache.k.flatten(0, 1).index_copy_(0, batch.write_slots, k_TKD[:written])
+    k_cache_SKD.index_copy_(0, batch.write_slots, k_TKD[:written])
     if v_TKE is not None:
         cache.v.flatten(0, 1).index_copy_(0, batch.write_slots, v_TKE[:written])
 

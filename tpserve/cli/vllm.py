@@ -195,7 +195,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "--hf-overrides": _instead(_COPY, "{}"),
     "--rope-scaling": _instead(_COPY),
     "--rope-theta": _instead(_COPY),
-    "--kv-cache-dtype": _planned("the cache has the model's type", "auto"),
     "--enable-lora": _planned(kind="switch"),
     "--lora-modules": _planned(kind="many"),
     "--max-loras": _planned(),

@@ -52,6 +52,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens or max(BATCHED_TOKENS[device], flags.max_num_seqs),
         block_size=flags.block_size,
+        kv_cache_dtype=_kv_cache_dtype(flags, dtype, device),
         enable_prefix_caching=flags.enable_prefix_caching,
         gpu_memory_utilization=flags.gpu_memory_utilization,
         kv_cache_memory=None if flags.kv_cache_memory is None else int(flags.kv_cache_memory * GIB),
@@ -195,6 +196,18 @@ def _quantization(flags: Flags, device: str, dtype: str) -> Quantization | None:
     if why:
         raise UserError(f"--quantization {flags.quantization} {why}", param="quantization")
     return flags.quantization
+
+
+def _kv_cache_dtype(
+    flags: Flags, dtype: Literal["bfloat16", "float16", "float32"], device: str
+) -> Literal["bfloat16", "float16", "float32", "int8"]:
+    if flags.kv_cache_dtype == "auto":
+        return dtype
+    if device == "cuda" or dtype == "float16":
+        why = "is for the CPU, and the ranks run on GPUs" if device == "cuda" else "is not for a model in float16"
+        way_out = "leave it out" + ("" if device == "cuda" else ", or pass --dtype bfloat16")
+        raise UserError(f"--kv-cache-dtype {flags.kv_cache_dtype} {why}: {way_out}", param="kv_cache_dtype")
+    return flags.kv_cache_dtype
 
 
 def _max_model_len(flags: Flags, spec: ModelSpec) -> int:

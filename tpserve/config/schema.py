@@ -199,6 +199,14 @@ class Flags(Struct, frozen=True, kw_only=True):
         int | None, Flag(ENGINE, "Most tokens in a step. Default: 8192 on GPUs, 2048 on the CPU.", at_least=1)
     ] = None
     block_size: Annotated[int, Flag(ENGINE, "Tokens in a block of the KV cache.", at_least=1, at_most=1024)] = 16
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8"],
+        Flag(
+            ENGINE,
+            "Type of the KV cache. auto: the model's. int8: integers and a scale for each head of a position, half the bytes of "
+            "bfloat16, less precise; on the CPU only.",
+        ),
+    ] = "auto"
     enable_prefix_caching: Annotated[
         bool,
         Flag(
@@ -375,6 +383,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    kv_cache_dtype: Literal["bfloat16", "float16", "float32", "int8"]
     enable_prefix_caching: bool
     gpu_memory_utilization: float
     kv_cache_memory: int | None

@@ -329,7 +329,8 @@ class _ServingRank:
         layout = config.layout
         stage = layout.stage_of(env.rank)
         dtype: torch.dtype = getattr(torch, config.dtype)
-        decoder = Decoder(self._spec, layout, stage, mesh.tp, dtype, mesh.device, config.max_model_len)
+        kv_int8 = config.kv_cache_dtype == "int8"
+        decoder = Decoder(self._spec, layout, stage, mesh.tp, dtype, mesh.device, config.max_model_len, kv_int8)
         parameters = decoder.parameters()
         if env.rank == 0:
             shares = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)

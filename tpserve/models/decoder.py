@@ -8,6 +8,7 @@ T rows of a step, S sampled or scored rows, H hidden channels, E of the embeddin
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from tpserve.attention import cpu_attention
 from tpserve.attention.cpu_plan import TILE
 from tpserve.attention.metadata import ModelInput
-from tpserve.attention.paged import KVCache, build_metadata
+from tpserve.attention.paged import KVCache, build_metadata, no_library
 from tpserve.config.schema import Quantization
+from tpserve.errors import UserError
 from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.layers.moe import MoE
@@ -53,8 +55,12 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         max_positions: int,
+        kv_int8: bool = False,
     ) -> None:
-        """Allocate the weights. UserError when the model has too few heads, channels or vocabulary entries for so many ranks."""
+        """Allocate the weights. `kv_int8`: the cache is of int8.
+
+        UserError when the model has too few heads, channels or vocabulary entries for so many ranks, or int8 needs the library.
+        """
         shard = Shard(spec, tp, dtype, device, layout.expert_parallel)
         last = stage == layout.pp - 1
         outer = shard.weights.outer(first=stage == 0, last=last)
@@ -65,7 +71,9 @@ class Decoder:
         self._rope = tables(spec.rope, rotary_dim, max_positions, device) if spec.rope else None
         self._window_rope = tables(spec.window_rope, rotary_dim, max_positions, device) if spec.window_rope else self._rope
         self._num_heads = len(shard.weights.heads.q)
-        self.kv_layout = shard.kv_layout()
+        if kv_int8 and (why := no_library()):
+            raise UserError(f"--kv-cache-dtype int8 needs the library of CPU kernels, but {why}: leave it out")
+        self.kv_layout = replace(shard.kv_layout(), int8=kv_int8)
         self._embedding: Table | None = shard.optional(outer.embedding)
         self._project_in: Weight | None = shard.optional(outer.project_in)
         self._positions = shard.optional(outer.positions)
@@ -132,7 +140,7 @@ class Decoder:
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
-        if self.form == "one list of operations":
+        if self.form == "one list of operations" and caches[0].k.dtype == self.dtype:
             return self._native_stage(caches)(x_TH, self._rotary(batch.positions_T), batch.groups)
         rows, x_TH = len(x_TH), pad_rows(x_TH)
         rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))

@@ -13,10 +13,12 @@ from tpserve.types.model_spec import ModelSpec
 
 @dataclass(frozen=True)
 class ParamCount:
-    """Elements, not bytes. `cached`: those of one position of a KV block, in all cache arrays of the rank."""
+    """Elements, not bytes. `cached`: those of one position of a KV block, in all cache arrays of the rank; `cached_heads`: the
+    heads that they belong to, of keys and of values."""
 
     weights: int
     cached: int
+    cached_heads: int
 
 
 def count_params(spec: ModelSpec, layout: ParallelLayout, rank: int) -> ParamCount:
@@ -29,14 +31,18 @@ def count_params(spec: ModelSpec, layout: ParallelLayout, rank: int) -> ParamCou
         has_experts = spec.experts is not None and layer in spec.experts.layers
         count += _of_layer(spec, layout.tp, tp_rank, layout.expert_parallel, has_experts)
     kv = RankWeights(spec, layout.tp, tp_rank).kv_shape()
-    cached = kv.num_heads * (kv.k_dim if kv.v_in_k else kv.k_dim + kv.v_dim)
-    return ParamCount(count, num_arrays(spec, layers) * cached)
+    sides, arrays = (kv.k_dim,) if kv.v_in_k else (kv.k_dim, kv.v_dim), num_arrays(spec, layers)
+    return ParamCount(count, arrays * kv.num_heads * sum(sides), arrays * kv.num_heads * len(sides))
 
 
 def largest_count(spec: ModelSpec, layout: ParallelLayout) -> ParamCount:
     """The largest of each number over all ranks."""
     counts = [count_params(spec, layout, rank) for rank in range(layout.world_size)]
-    return ParamCount(max(count.weights for count in counts), max(count.cached for count in counts))
+    return ParamCount(
+        max(count.weights for count in counts),
+        max(count.cached for count in counts),
+        max(count.cached_heads for count in counts),
+    )
 
 
 def cache_arrays_of(spec: ModelSpec, layers: range) -> list[int]:

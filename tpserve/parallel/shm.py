@@ -35,7 +35,7 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 
 from tpserve.errors import EngineFailure
 from tpserve.parallel.store import gather
-from tpserve_kernels.cpu.all_reduce import AllReduce, Page
+from tpserve_kernels.cpu.all_reduce import Page, all_reduce_arguments
 from tpserve_kernels.cpu.library import DTYPES, Call, Operation, library
 
 SLOT_BYTES = 1 << 20
@@ -168,7 +168,8 @@ class ShmAllReduce:
     """One rank's view of the page. `ranks`: the global ranks of the group. `index`: this rank's index in `ranks`.
 
     `pidfds`: of the peers, -1 for this rank; this object owns them. All ranks make the same calls in the same order, with equal
-    shapes and dtypes.
+    shapes and dtypes. `page`: for sums inside a list of native operations (`all_reduce_arguments`, `Library.run_calls`), whose
+    long waits `watch` takes over.
     """
 
     def __init__(self, memory: mmap.mmap, ranks: Sequence[int], index: int, pidfds: Sequence[int], *, spins: bool) -> None:
@@ -199,7 +200,7 @@ class ShmAllReduce:
         x = x.contiguous()
         lib = library()
         if lib is not None and x.dtype in DTYPES:
-            arguments = AllReduce(ctypes.pointer(self.page), x.data_ptr(), None, 1, x.numel(), DTYPES[x.dtype])
+            arguments = all_reduce_arguments(self.page, x.view(1, -1))
             lib.run_calls((Call * 1)(Call(Operation.ALL_REDUCE, ctypes.addressof(arguments))), self.watch)
             return x
         for part_N in self._parts(x):

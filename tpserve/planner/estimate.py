@@ -171,7 +171,7 @@ def memory_profile(spec: ModelSpec, config: EngineConfig, memory: int, rank: int
         head = logits_chunking.most_bytes(config.max_num_seqs, config.max_num_batched_tokens)
     share = int(memory * config.gpu_memory_utilization) - OTHERS_BYTES
     taken = weights + activations + head
-    block = item * count_params(spec, layout, rank).cached * config.block_size
+    block = sizing.position_bytes(count_params(spec, layout, rank), config) * config.block_size
     return MemoryProfile(
         memory, OTHERS_BYTES, share, weights, activations, head, share - taken, memory - OTHERS_BYTES - taken, block
     )
@@ -214,8 +214,8 @@ def _token_s(spec: ModelSpec, config: EngineConfig, memory_rate: int) -> float:
 
     def read_bytes(rank: int) -> int:
         layers = layout.layers_of(layout.stage_of(rank))
-        per_layer = count_params(spec, layout, rank).cached // num_arrays(spec, layers)
-        return item * (_weights_read(spec, layout, rank) + per_layer * sum(num_read[layer] for layer in layers))
+        per_layer = sizing.position_bytes(count_params(spec, layout, rank), config) // num_arrays(spec, layers)
+        return item * _weights_read(spec, layout, rank) + per_layer * sum(num_read[layer] for layer in layers)
 
     stages = (range(stage * layout.tp, (stage + 1) * layout.tp) for stage in range(layout.pp))
     return sum(max(map(read_bytes, ranks)) for ranks in stages) / memory_rate

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tpserve.config.schema import EngineConfig
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
-from tpserve.models.param_count import count_params, largest_count
+from tpserve.models.param_count import ParamCount, count_params, largest_count
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
@@ -21,7 +21,9 @@ from tpserve.types.window import blocks_needed, max_length
 
 AUTO_LEAST = 1024
 """The shortest length that `--max-model-len auto` accepts; a shorter context is of little use. A given number may be lower."""
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
+KV_SCALE_BYTES = 4
+"""Beside each head of a position in a KV cache of int8."""
 _MOST_FACTOR = 64
 """The search for a larger layout stops at so many times the number of ranks."""
 
@@ -68,6 +70,12 @@ def least_length(config: EngineConfig) -> int:
 def weight_bytes(spec: ModelSpec, config: EngineConfig, rank: int) -> int:
     """Bytes of a rank's weights."""
     return ITEM_BYTES[config.dtype] * count_params(spec, config.layout, rank).weights
+
+
+def position_bytes(count: ParamCount, config: EngineConfig) -> int:
+    """Bytes of one position of a KV block, in all cache arrays of a rank."""
+    scales = KV_SCALE_BYTES * count.cached_heads if config.kv_cache_dtype == "int8" else 0
+    return ITEM_BYTES[config.kv_cache_dtype] * count.cached + scales
 
 
 def slot_bytes(config: EngineConfig, length: int) -> int:
@@ -180,7 +188,8 @@ def wider(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig, per_node: 
     positions = _blocks_per_sequence(spec, config, length) * config.block_size
     for layout in _layouts(spec, config.layout, per_node):
         most = largest_count(spec, layout)
-        each = item * (most.weights + most.cached * positions) + rank.activations + rank.head + slot_bytes(config, length)
+        cache = position_bytes(most, config) * positions
+        each = item * most.weights + cache + rank.activations + rank.head + slot_bytes(config, length)
         if each <= rank.share:
             nodes = -(-layout.world_size // per_node)
             where = f" on {nodes} nodes" if nodes > 1 else ""

@@ -4,6 +4,9 @@ tpserve/parallel/shm.py, whose page this works on and whose waits it leaves to P
 
 import ctypes
 
+import torch
+
+from tpserve_kernels.cpu.library import DTYPES
 from tpserve_kernels.cpu.rows import Norm
 
 
@@ -29,3 +32,13 @@ class AllReduce(ctypes.Structure):
         ("width", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
     )
+
+
+def all_reduce_arguments(page: Page, x_TH: torch.Tensor, norm: Norm | None = None) -> AllReduce:
+    """The arguments of Operation.ALL_REDUCE, which sums `x` [T, H] in place; tensors, page and norm must outlive the call.
+
+    `norm`: to do afterwards on the sum, for as many rows; its `x` is `x_TH`. `rows` of the result counts for both.
+    """
+    assert x_TH.is_contiguous() and (norm is None or norm.x == x_TH.data_ptr())
+    norm_at = None if norm is None else ctypes.pointer(norm)
+    return AllReduce(ctypes.pointer(page), x_TH.data_ptr(), norm_at, *x_TH.shape, DTYPES[x_TH.dtype])

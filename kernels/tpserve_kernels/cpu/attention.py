@@ -11,7 +11,8 @@ import math
 
 import torch
 
-from tpserve_kernels.cpu.library import DTYPES, Operation, library
+from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, dequantize_heads
+from tpserve_kernels.cpu.library import DTYPES, INT8, Operation, library
 
 WORKSPACE_BYTES = 8 << 20
 """For the parts of contexts that are divided among threads; what does not fit is not divided."""
@@ -47,6 +48,9 @@ class AttentionArguments(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("cap", ctypes.c_float),
         ("dtype", ctypes.c_int32),
+        ("kv_dtype", ctypes.c_int32),
+        ("k_scale", ctypes.c_int64),
+        ("v_scale", ctypes.c_int64),
     )
 
 
@@ -54,6 +58,12 @@ class AttentionArguments(ctypes.Structure):
 def workspace() -> torch.Tensor:
     """One for all calls of this process, which come one after the other."""
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8)
+
+
+def value_channels(k_cache_BSKD: torch.Tensor, v_cache_BSKE: torch.Tensor) -> int:
+    """E. In int8 a head has its scale after its numbers; values that are a view of the keys have the keys' scale."""
+    own_scale = v_cache_BSKE.dtype == torch.int8 and v_cache_BSKE.data_ptr() != k_cache_BSKD.data_ptr()
+    return v_cache_BSKE.shape[3] - (SCALE_BYTES if own_scale else 0)
 
 
 def arguments(
@@ -73,11 +83,12 @@ def arguments(
 
     AssertionError when shapes, dtypes or layouts differ from its contract.
     """
-    (rows, heads, k_dim), (_, block_size, kv_heads, v_dim) = q_TND.shape, v_cache_BSKE.shape
-    requests = len(context_lens_R)
-    assert k_cache_BSKD.shape == (*v_cache_BSKE.shape[:3], k_dim) and out_TNE.shape == (rows, heads, v_dim)
+    (rows, heads, k_dim), (_, block_size, kv_heads, _) = q_TND.shape, v_cache_BSKE.shape
+    requests, v_dim, int8 = len(context_lens_R), value_channels(k_cache_BSKD, v_cache_BSKE), k_cache_BSKD.dtype == torch.int8
+    assert k_cache_BSKD.shape == (*v_cache_BSKE.shape[:3], k_dim + (SCALE_BYTES if int8 else 0))
     assert heads % kv_heads == 0 and len(query_starts_R1) == requests + 1 and len(tables_RB) == requests
-    assert q_TND.dtype == k_cache_BSKD.dtype == v_cache_BSKE.dtype == out_TNE.dtype
+    assert q_TND.dtype == out_TNE.dtype and out_TNE.shape == (rows, heads, v_dim)
+    assert k_cache_BSKD.dtype == v_cache_BSKE.dtype and (int8 or k_cache_BSKD.dtype == q_TND.dtype)
     assert all(
         t.stride(-1) == 1 for t in (q_TND, k_cache_BSKD, v_cache_BSKE, out_TNE, tables_RB, query_starts_R1, context_lens_R)
     )
@@ -92,7 +103,8 @@ def arguments(
         heads, kv_heads, k_dim, v_dim, block_size, window or 0,
         (ctypes.c_int64 * 2)(*q_TND.stride()[:2]), (ctypes.c_int64 * 2)(*out_TNE.stride()[:2]),
         (ctypes.c_int64 * 3)(*k_cache_BSKD.stride()[:3]), (ctypes.c_int64 * 3)(*v_cache_BSKE.stride()[:3]), scale, cap or 0.0,
-        DTYPES[q_TND.dtype],
+        DTYPES[q_TND.dtype], INT8 if int8 else DTYPES[q_TND.dtype], k_dim,
+        k_dim if k_cache_BSKD.data_ptr() == v_cache_BSKE.data_ptr() else v_dim,
     )  # fmt: skip
 
 
@@ -116,7 +128,8 @@ def paged_attention(
     [N], one more score in each head's softmax, whose value is zero.
 
     q_TND: [T, N, D]; caches [B, S, K, D] and [B, S, K, E], the value cache may be a view of the key cache; all float32 or
-    bfloat16, values of a head adjacent. N is a multiple of K, and query heads [g N / K, (g + 1) N / K) share key head g.
+    bfloat16, values of a head adjacent. Or caches of int8, whose heads have four more bytes (`kv_int8`). N is a multiple of K,
+    and query heads [g N / K, (g + 1) N / K) share key head g.
     tables_RB (rows of any stride), query_starts_R1 ([R + 1]) and context_lens_R: int32. scale, window and cap: positive. Sums
     are float32, rounded once; rows of no request are zero. A row's bits depend on its query and on the keys and values that it
     sees only.
@@ -124,7 +137,7 @@ def paged_attention(
     """
     lib, (rows, heads, _) = library(), q_TND.shape
     assert lib is not None
-    out_TNE = torch.empty(rows, heads, v_cache_BSKE.shape[3], dtype=q_TND.dtype)
+    out_TNE = torch.empty(rows, heads, value_channels(k_cache_BSKD, v_cache_BSKE), dtype=q_TND.dtype)
     call = arguments(
         q_TND, k_cache_BSKD, v_cache_BSKE, out_TNE, tables_RB, query_starts_R1, context_lens_R, scale, window, cap, sinks_N
     )  # fmt: skip
@@ -146,7 +159,12 @@ def paged_attention_reference(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`paged_attention` in plain torch, one request after the other: computed, and returned, in `dtype`."""
-    (rows, heads, _), (_, block_size, kv_heads, v_dim) = q_TND.shape, v_cache_BSKE.shape
+    v_dim = value_channels(k_cache_BSKD, v_cache_BSKE)
+    if k_cache_BSKD.dtype == torch.int8:
+        v_in_k = k_cache_BSKD.data_ptr() == v_cache_BSKE.data_ptr()
+        k_cache_BSKD = dequantize_heads(k_cache_BSKD)
+        v_cache_BSKE = k_cache_BSKD[..., :v_dim] if v_in_k else dequantize_heads(v_cache_BSKE)
+    (rows, heads, _), (_, block_size, kv_heads, _) = q_TND.shape, v_cache_BSKE.shape
     out_TNE = torch.zeros(rows, heads, v_dim, dtype=dtype)
     starts = query_starts_R1.tolist()
     for table_B, context, start, end in zip(tables_RB, context_lens_R.tolist(), starts[:-1], starts[1:], strict=True):
