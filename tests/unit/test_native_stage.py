@@ -17,7 +17,7 @@ from tpserve_kernels.cpu.library import library
 
 LENGTHS = (3, 21)
 LIST = "one list of operations"
-BIASED = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm": "layer", "activation": "gelu"}
+BIASED = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm": "layer", "activation": "gelu", "gated": False}
 ODD = {"norm_place": "around", "qk_norm": "head", "norm_offset": 1.0, "activation": "gelu_tanh"}
 
 
