@@ -53,8 +53,7 @@ class Attention:
         q_TND, k_TKD, v_TKD = heads_TAD.tensor_split((self.num_heads, self.num_heads + self.num_kv_heads), dim=1)
         q_TND = self._place(q_TND, k_TKD, v_TKD, rotary, batch, cache)
         mixed_TND = attend(q_TND, cache, batch, self.attention_params)
-        out_TH = row_parallel(mixed_TND.flatten(1), self.out, self.tp)
-        return out_TH if self.out_bias is None else out_TH + self.out_bias
+        return row_parallel(mixed_TND.flatten(1), self.out, self.out_bias, self.tp)
 
     def _place(
         self,

@@ -73,7 +73,7 @@ class LatentAttention:
         q_TND = torch.cat((per_head(q_TNP, self.key_up_NLP), q_TNR), dim=2)
         mixed_TNL = attend(q_TND, cache, batch, self.attention_params)
         mixed_TNV = per_head(mixed_TNL, self.value_up_NVL)
-        return row_parallel(mixed_TNV.flatten(1), self.out, self.tp)
+        return row_parallel(mixed_TNV.flatten(1), self.out, None, self.tp)
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
         """The matrix products of this layer with weights of `dtype`, for the self-test."""

@@ -36,8 +36,7 @@ class MLP:
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H] in the dtype of `x`, summed over ranks."""
-        out_TH = row_parallel(self._activated(x_TH), self.down, self.tp)
-        return out_TH if self.down_bias is None else out_TH + self.down_bias
+        return row_parallel(self._activated(x_TH), self.down, self.down_bias, self.tp)
 
     def _activated(self, x_TH: torch.Tensor) -> torch.Tensor:
         return self.activate(matmul(x_TH, self.up, self.up_bias))

@@ -14,12 +14,15 @@ from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, can_pack, pack
 
 
-def row_parallel(x_TK: torch.Tensor, weight_NK: Weight, tp: Group) -> torch.Tensor:
-    """x @ weight.T summed over the ranks of `tp`: [T, N] in the dtype of `x`."""
-    if tp.size == 1 or not isinstance(weight_NK, Int8Weight):
-        return tp.all_reduce(matmul(x_TK, weight_NK))
-    scale_T = _max_over(tp, row_scales(x_TK))
-    return weight_NK.rescaled(tp.all_reduce(weight_NK.sums(x_TK, scale_T)), scale_T)
+def row_parallel(x_TK: torch.Tensor, weight_NK: Weight, bias_N: torch.Tensor | None, tp: Group) -> torch.Tensor:
+    """x @ weight.T summed over the ranks of `tp`, + bias: [T, N] in the dtype of `x`."""
+    if tp.size == 1:
+        return matmul(x_TK, weight_NK, bias_N)
+    if isinstance(weight_NK, Int8Weight):
+        scale_T = _max_over(tp, row_scales(x_TK))
+        return weight_NK.rescaled(tp.all_reduce(weight_NK.sums(x_TK, scale_T)), scale_T, bias_N)
+    out_TN = tp.all_reduce(matmul(x_TK, weight_NK))
+    return out_TN if bias_N is None else out_TN + bias_N
 
 
 def pack_row_parallel(weight_NK: Weight, tp: Group, *, int8: bool) -> Weight:

@@ -47,9 +47,9 @@ class Int8Weight:
         """The integer sums of a product: int32 [T, N]. `scale_T`: of the rows, float32."""
         return int8.integer_sums(int8.quantize(x_TK, scale_T)[0], self.blob, self.shape[0])
 
-    def rescaled(self, sums_TN: torch.Tensor, scale_T: torch.Tensor) -> torch.Tensor:
-        """What the sums stand for: [T, N] in the dtype of the plain tensor."""
-        return int8.rescale(sums_TN, scale_T, self.blob, self.dtype)
+    def rescaled(self, sums_TN: torch.Tensor, scale_T: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+        """What the sums stand for, + bias: [T, N] in the dtype of the plain tensor."""
+        return int8.rescale(sums_TN, scale_T, self.blob, self.dtype, None if bias_N is None else bias_N.float())
 
     def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix, rounded to the dtype of the plain tensor: [T, K]. `ids_T`: int64."""
