@@ -83,10 +83,10 @@ def test_a_line_of_vllms_that_asks_for_what_holds_is_told_of_once() -> None:
 
 
 def test_all_that_cannot_be_honoured_is_in_one_message() -> None:
-    line = "m --kv-cache-dtype x --enforce-eager --port x --ctx-size 4096 --enable-lora --nod-rank 1 --swap-space 4 --dtype int8"
+    line = "m --lora-dtype x --enforce-eager --port x --ctx-size 4096 --enable-lora --nod-rank 1 --swap-space 4 --dtype int8"
     with pytest.raises(UserError) as refused:
         parse(line.split(), {"prt": "1"})
-    for said in ("--kv-cache-dtype is refused", "--port must be", "--ctx-size: use --max-model-len", "--enable-lora is refused",
+    for said in ("--lora-dtype is refused", "--port must be", "--ctx-size: use --max-model-len", "--enable-lora is refused",
                  "--nod-rank: did you mean --node-rank", "--swap-space is refused", "--dtype must be",
                  "TPSERVE_ARG_PRT"):  # fmt: skip
         assert said in str(refused.value)
@@ -300,8 +300,8 @@ def test_the_order_of_strength(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("a: [", "it is no YAML: "), ("- a", "it must hold names and values"), ("prot: 1", "unknown flag --prot: did you mean"),
-        ("port: x\nkv-cache-dtype: fp8", "--port must be a whole number, not 'x'"), ("config: other", "it names another file"),
-        ("port: true", "--port: expected one argument"), ("kv-cache-dtype: fp8\nport: x", "--kv-cache-dtype is refused"),
+        ("port: x\nlora-dtype: x", "--port must be a whole number, not 'x'"), ("config: other", "it names another file"),
+        ("port: true", "--port: expected one argument"), ("lora-dtype: x\nport: x", "--lora-dtype is refused"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be(text: str, said: str, tmp_path: Path) -> None:

@@ -63,11 +63,10 @@ def test_keywords_by_another_name() -> None:
     [
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill is refused: prompts are always computed in chunks"),
         ({"tensor_paralel_size": 2}, "unknown keyword tensor_paralel_size: did you mean tensor_parallel_size?"),
-        ({"kv_cache_dtype": "fp8", "port": 1, "enforce_eager": True}, "kv_cache_dtype is refused: it is planned"),
+        ({"lora_dtype": "x", "port": 1, "enforce_eager": True}, "lora_dtype is refused: it is planned"),
         (
-            {"kv_cache_dtype": "fp8", "swap_space": 4},
-            "kv_cache_dtype is refused: it is planned and not supported yet (the cache has the model's type): leave it out; "
-            "swap_space is refused: ",
+            {"lora_dtype": "x", "swap_space": 4},
+            "lora_dtype is refused: it is planned and not supported yet: leave it out; swap_space is refused: ",
         ),
         ({"context_length": 4096}, "unknown keyword context_length: did you mean max_model_len?"),
         ({"config": "x.yaml"}, "config is only for `tpserve serve`"),
