@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": {*FLOOR_0, "parallel", "quant", "attention", "kernels"},
     "weights": {*FLOOR_0, "parallel", "quant", "observe", "config"},
     # floor 4
-    "models": {*FLOOR_0, "builtin", "config", "parallel", "quant", "attention", "layers", "sampler", "weights"},
+    "models": {*FLOOR_0, "builtin", "config", "parallel", "quant", "attention", "layers", "sampler", "weights", "kernels"},
     # floor 5
     "worker": {
         *FLOOR_0,
