@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.specs import ROUTING, small
 from tests.unit.test_weights import Seat
 from tpserve.attention.metadata import AttentionMetadata, ModelInput
-from tpserve.layers import activation, attention, mla, mlp, moe, norm, rope
+from tpserve.layers import activation, attention, mla, mlp, moe, norm, rope, row_parallel
 from tpserve.models import decoder as decoders
 from tpserve.models.decoder import Decoder
 from tpserve.planner.activations import WORKSPACE_BYTES, activation_bytes
@@ -56,11 +56,13 @@ def kernels_allocate_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
         return result(x, weight.shape[-2])
 
-    for room in (attention, mla, mlp, moe, decoders):
+    for room in (attention, mla, mlp, moe, row_parallel, decoders):
         monkeypatch.setattr(room, "matmul", product)
     for room, width in ((attention, 128), (mla, LATENT.kv_rank)):
         monkeypatch.setattr(room, "write_kv", lambda *_: None)
         monkeypatch.setattr(room, "attend", partial(attended, width))
+    for room in (attention, activation):
+        monkeypatch.setattr(room, "is_native", lambda x: False)  # nothing of the CPU kernels
     monkeypatch.setattr(mla, "per_head", heads_apart)
     monkeypatch.setattr(moe, "grouped_matmul", product)
     monkeypatch.setattr(norm, "rms_norm", lambda x, *_: torch.empty_like(x))
