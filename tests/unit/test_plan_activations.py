@@ -96,8 +96,8 @@ def peak(decoder: Decoder, hidden_size: int) -> int:
 @pytest.mark.parametrize(
     ("fields", "least"),
     [
-        ({}, 0.99),
-        ({"num_heads": 32, "num_kv_heads": 8, "intermediate_size": 512}, 0.99),
+        ({}, 0.92),  # the layers let go of the first product, or of rotated keys, before they make the last result
+        ({"num_heads": 32, "num_kv_heads": 8, "intermediate_size": 512}, 0.95),
         ({"family": "qwen3", "qk_norm": "head", "num_heads": 32, "intermediate_size": 512}, 0.95),
         ({"family": "olmo2", "qk_norm": "all", "norm_place": "output", "num_heads": 32, "intermediate_size": 512}, 0.9),
         ({"family": "gpt2", "norm": "layer", "rope": None, "gated": False, "mlp_bias": True, "activation": "gelu_tanh"}, 0.85),

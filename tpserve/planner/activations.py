@@ -53,9 +53,8 @@ def _feed_forward(spec: ModelSpec, layout: ParallelLayout, tp_rank: int, item: i
 
     def mlp(size: int) -> int:
         channels = len(split(size, layout.tp, MLP_UNIT, what="MLP channels")[tp_rank])
-        if not spec.gated:  # plain activations go through float32
-            return channels * (2 * item + 3 * FLOAT_BYTES) + spec.hidden_size * item
-        return max(3 * channels, channels + spec.hidden_size) * item
+        per_channel = 3 * item if spec.gated else 2 * item + 3 * FLOAT_BYTES  # plain activations go through float32
+        return channels * per_channel + spec.hidden_size * item
 
     experts = spec.experts
     if experts is None:
