@@ -28,11 +28,11 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "unit": (175, ("unit", "scheduling", "architecture")),
     "parity": (330, ("parity",)),
     "http": (100, ("http",)),
-    "kernels": (45, ("kernels",)),
+    "kernels": (105, ("kernels",)),
     "cluster": (540, ("cluster",)),
     "crash": (30, ("crash",)),
     "lab": (60, ("lab",)),
-    "bare": (60, ("bare",)),
+    "bare": (70, ("bare",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
 GPU = {
@@ -43,7 +43,7 @@ GPU = {
         "tests/parity/test_two_forms.py",
     ),
 }
-INSTALL_S, LINT_S = 100, 60
+INSTALL_S, LINT_S = 120, 60
 
 
 @dataclass
