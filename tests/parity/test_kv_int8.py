@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from tests.parity.runner import Runner
 from tests.specs import LATENTS, small
-from tpserve.attention.paged import is_native
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import CacheGroup
 from tpserve.weights.dummy import dummy
+from tpserve_kernels.cpu.library import library
 
 LENGTHS = (150, 7, 40)
 DENSE_LATENTS = {name: value for name, value in LATENTS.items() if name != "experts"}
@@ -29,7 +29,7 @@ def runner(extra: dict[str, Any], dtype: torch.dtype, kv_int8: bool) -> Runner:
     return Runner(decoder, Group(), Pipeline(), 4)
 
 
-@pytest.mark.skipif(not is_native(torch.int8), reason="no library of CPU kernels")
+@pytest.mark.skipif(library() is None, reason="no library of CPU kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("extra", [{}, {"cache": (CacheGroup((0, 2)), CacheGroup((1, 3), window=30))}, DENSE_LATENTS])
 def test_a_cache_of_int8(extra: dict[str, Any], dtype: torch.dtype) -> None:
