@@ -40,7 +40,8 @@ For all families:
   although config.json ties them. One log line counts other unused tensors.
 - **Quantized weights:** block FP8 (`quant_method` fp8 with `weight_block_size` [128, 128]: DeepSeek, Qwen3-FP8) in any
   family and MXFP4 in gpt-oss are dequantised while they are read, so they take the memory of plain weights. Any other
-  `quantization_config` is an error that names the method.
+  `quantization_config` is an error that names the method. On the CPU `--quantization int8` quantizes any checkpoint while
+  loading ([numerics.md](numerics.md#int8)).
 - **Not yet:** see [limits.md](limits.md).
 
 ## Add a model
