@@ -8,7 +8,10 @@ import torch
 
 
 def held_bytes(parts: Iterable[Any]) -> int:
-    """Bytes of every tensor in these tensors, lists, tuples and dataclasses; those that share memory count once."""
+    """Bytes of every weight in these tensors, lists, tuples and dataclasses; those that share memory count once.
+
+    Counters, which are int64, are no weights.
+    """
     held: dict[int, int] = {}
     for tensor in _tensors(parts):
         if tensor.is_mkldnn:  # oneDNN's tensors do not show their memory
@@ -20,7 +23,8 @@ def held_bytes(parts: Iterable[Any]) -> int:
 
 def _tensors(part: Any) -> Iterator[torch.Tensor]:
     if isinstance(part, torch.Tensor):
-        yield part
+        if part.dtype != torch.int64:
+            yield part
     elif isinstance(part, list | tuple):
         for each in part:
             yield from _tensors(each)
