@@ -23,9 +23,9 @@ constexpr int MOST_ROWS = 12;
 #else
 constexpr int MOST_ROWS = 6;
 #endif
-constexpr int64_t CHUNK = 96;  // rows for which a panel is read from memory once
-constexpr int64_t GROUP = 4;   // panels for which the rows' numbers are
-constexpr int64_t SPAN = 512;  // of K
+constexpr int64_t CHUNK = 96;  // rows that share one reading of a panel from memory
+constexpr int64_t GROUP = 4;   // panels that share one reading of the rows
+constexpr int64_t SPAN = 512;  // numbers of K that are summed before the next rows or panels have their turn
 
 INLINE const char* panel_of(const PackedHead* weight, int64_t panel) {
     return (const char*)(weight + 1) + panel * weight->panel_bytes;

@@ -35,6 +35,6 @@ def test_both_forms_have_the_same_bits(fields: dict[str, Any], quantization: Qua
         runner = Runner(decoder, Group(), Pipeline(None, None), 2)
         steps = mixed(LENGTHS, LENGTHS, (2, 9))
         in_one_list = runner.run(sequences, steps)
-        decoder.form = "one operation after the other"
+        decoder.runs_as_list = False
         for actual, expected in zip(in_one_list, runner.run(sequences, steps), strict=True):
             assert torch.isfinite(actual).all() and torch.equal(actual, expected)

@@ -43,7 +43,8 @@ class Decoder:
     """Weights are undefined until a loader has filled `parameters()`.
 
     `kv_layout`: the cache of each layer of the stage. `expert_load`: token counts of this stage's experts, None without
-    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank. `form`: how the layers run on a CPU, for the log.
+    experts. `vocab_shards`: the vocabulary range of every tensor-parallel rank. `runs_as_list`: whether the layers run as a
+    `NativeStage`; `form`: the same in words, for the log.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Decoder:
         self._head: Weight | None = self._embedding if shares_embedding else shard.optional(outer.head)
         self._parameters = shard.parameters
         self._native: NativeStage | None = None
-        self.form = "operations of torch"
+        self.runs_as_list, self.form = False, "operations of torch"
         layers = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
         counts = {layer: mlp.expert_load for layer, mlp in layers if isinstance(mlp, MoE)}
         self.expert_load = ExpertLoadCounter(list(counts), list(counts.values())) if counts else None
@@ -111,6 +112,7 @@ class Decoder:
                 self._embedding = self._head
         if serves(self.device, self.dtype):
             reason = unserved(self._blocks, self._tp)
+            self.runs_as_list = reason is None
             self.form = "one list of operations" if reason is None else f"one operation after the other: {reason}"
         return held_bytes(
             (self._embedding, self._project_in, self._positions, self._blocks, self._norm, self._project_out, self._head)
@@ -140,7 +142,7 @@ class Decoder:
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
-        if self.form == "one list of operations" and caches[0].k.dtype == self.dtype:
+        if self.runs_as_list and caches[0].k.dtype == self.dtype:
             return self._native_stage(caches)(x_TH, self._rotary(batch.positions_T), batch.groups)
         rows, x_TH = len(x_TH), pad_rows(x_TH)
         rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))

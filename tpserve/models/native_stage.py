@@ -10,7 +10,6 @@ T rows of a step, C rows that the buffers hold, H hidden channels, N query heads
 a head, I intermediate channels, U = I or, with a gate, 2 I.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,9 +27,9 @@ from tpserve.parallel.group import Group
 from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.packed import PackedWeight, Weight
 from tpserve_kernels.cpu import attention, int8, product, rows
-from tpserve_kernels.cpu.all_reduce import AllReduce
+from tpserve_kernels.cpu.all_reduce import all_reduce_arguments
 from tpserve_kernels.cpu.calls import CallList
-from tpserve_kernels.cpu.library import DTYPES, Operation
+from tpserve_kernels.cpu.library import Operation
 
 ROW_UNIT = 64
 """Buffers hold a multiple of this many rows."""
@@ -219,8 +218,7 @@ class NativeStage:
         page = self._tp.page
         if page is not None:
             delta_CH = self._buffers.delta_CH
-            arguments = AllReduce(ctypes.pointer(page), delta_CH.data_ptr(), None, *delta_CH.shape, DTYPES[self._dtype])
-            self._lists[-1].add(Operation.ALL_REDUCE, arguments, rows="rows")
+            self._lists[-1].add(Operation.ALL_REDUCE, all_reduce_arguments(page, delta_CH), rows="rows")
         elif self._tp.size > 1:
             self._lists.append(CallList())
         if out_norm is not None:
