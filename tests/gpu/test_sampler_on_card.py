@@ -5,18 +5,20 @@ import torch
 
 from tests.unit.test_draw import columns, logits, whole
 from tests.unit.test_filters import filtered, make_rows
+from tpserve.sampler.draw import DrawParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def test_a_gpu_draws_the_same_and_never_waits() -> None:
     x, rest = logits(60, 1000), columns(60)
-    on_card = x.cuda(), *(column.cuda() for column in rest)
-    whole(*on_card)
+    temperature_S, counters = rest.temperature_S.cuda(), (column.cuda() for column in rest.counters)
+    on_card, rest_on_card = x.cuda(), DrawParams(temperature_S, *counters, rest.some_greedy)
+    whole(on_card, rest_on_card)
     torch.cuda.set_sync_debug_mode("error")
-    tokens = whole(*on_card)
+    tokens = whole(on_card, rest_on_card)
     torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(tokens.cpu(), whole(x, *rest))
+    assert torch.equal(tokens.cpu(), whole(x, rest))
 
 
 def test_a_gpu_filters_the_same_and_never_waits() -> None:
