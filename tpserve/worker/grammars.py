@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from llguidance import LLMatcher, LLTokenizer
 
-from tpserve.structured_output.compiler import compile_grammar
+from tpserve.structured_output.compiler import compile_grammar, error_of
 
 log = logging.getLogger(__name__)
 
@@ -134,4 +134,4 @@ class SlotGrammar:
             draw.end = self.error
 
     def _fail(self) -> None:
-        self.ended, self.error = True, self._matcher.get_error().strip() or "it takes no such token"
+        self.ended, self.error = True, error_of(self._matcher)
