@@ -62,7 +62,7 @@ def _of_response_format(value: Mapping[str, Any]) -> str:
             text = value.get(kind, value.get("pattern"))
             return _KINDS[kind](text, f"{field}.{kind}", {})
     known = "text, json_object, json_schema, structural_tag, regex and grammar"
-    raise _wrong(f"{field}: type is {kind!r}; known are {known}", f"{field}.type")
+    raise _wrong(f"{field}.type is {kind!r}; known are {known}", f"{field}.type")
 
 
 def _of_structured_outputs(value: Mapping[str, Any]) -> str:
