@@ -231,3 +231,10 @@ def test_broken_chat_template_is_named(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(UserError, match=r"chat_template\.jinja is no valid Jinja template"):
         ChatTemplate.load(tmp_path, {})
+
+
+def test_documents_reach_the_template() -> None:
+    template = ChatTemplate("{% for d in documents or [] %}[{{ d.text }}]{% endfor %}{{ messages[0].content }}")
+    messages = [{"role": "user", "content": "hi"}]
+    assert template.render(messages, documents=[{"text": "a"}, {"text": "b"}]) == "[a][b]hi"
+    assert template.render(messages) == "hi"

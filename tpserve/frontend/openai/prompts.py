@@ -5,6 +5,7 @@ texts are tokenized in a thread, so that streams continue; a text that is too lo
 """
 
 import asyncio
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -45,10 +46,13 @@ async def completion_prompts(
         raise UserError(
             f"prompt: {len(items)} prompts, this server holds {service.max_open} at once; split the request", param="prompt"
         )
+    cut = cut_length(call, limits)
+    if cut is not None:
+        max_prompt_tokens = sys.maxsize
     for item in items:
         if isinstance(item, str):
             refuse_too_long(item, service.tokenizer, limits, "prompt")
-        elif len(item) > limits.max_model_len:
+        elif len(item) > limits.max_model_len and cut is None:
             raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
     tokenizer = service.tokenizer
 
@@ -56,8 +60,11 @@ async def completion_prompts(
         if isinstance(item, str):
             ids = encode(tokenizer, item, call.add_special_tokens, limits, max_prompt_tokens, "prompt")
             prompt = Prompt(ids, item)
+            if cut is not None and len(ids) > cut:
+                prompt = echo_prompt(tokenizer, truncated(ids, cut, call.truncation_side), call.skip_special_tokens)
         else:
             check_ids(item, limits.vocab_size, "prompt")
+            item = item if cut is None else truncated(item, cut, call.truncation_side)
             prompt = echo_prompt(tokenizer, item, call.skip_special_tokens) if call.echo else Prompt(item, "")
         if not prompt.ids:
             raise UserError("prompt is empty: the model needs at least one token to continue", param="prompt")
@@ -65,6 +72,17 @@ async def completion_prompts(
         return prompt
 
     return await in_thread(lambda: [build(item) for item in items], sum(len(item) for item in items))
+
+
+def cut_length(call: CompletionRequest | ChatCompletionRequest, limits: ModelLimits) -> int | None:
+    """The number of tokens to which `truncate_prompt_tokens` cuts a prompt; -1 leaves room for one new token. None: no cut."""
+    wanted = call.truncate_prompt_tokens
+    return None if wanted is None else limits.max_model_len - 1 if wanted < 0 else wanted
+
+
+def truncated(ids: list[int], length: int, side: str) -> list[int]:
+    """At most `length` ids; `side`: where they are cut off."""
+    return ids[max(0, len(ids) - length) :] if side == "left" else ids[:length]
 
 
 def echo_prompt(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool) -> Prompt:
@@ -83,7 +101,11 @@ async def chat_prompt(
 
     UserError when it has more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
     """
-    tokenizer = service.tokenizer
+    tokenizer, cut, side, documents = service.tokenizer, None, "", list[dict[str, Any]]()
+    if isinstance(call, ChatCompletionRequest):
+        cut, side, documents = cut_length(call, limits), call.truncation_side, call.documents
+    if cut is not None:
+        max_prompt_tokens = sys.maxsize
 
     def build() -> Prompt:
         messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
@@ -95,8 +117,12 @@ async def chat_prompt(
             add_generation_prompt=call.add_generation_prompt,
             continue_final_message=call.continue_final_message,
             variables=call.chat_template_kwargs,
+            documents=documents,
         )
         ids = encode(tokenizer, text, call.add_special_tokens, limits, max_prompt_tokens, "messages")
+        if cut is not None and len(ids) > cut:
+            ids = truncated(ids, cut, side)
+            text = tokenizer.decode_many(ids, skip_special_tokens=False)
         if not ids:
             raise UserError("the chat template made an empty prompt of the messages", param="messages")
         refuse_unknown(ids, tokenizer, limits, "messages")

@@ -4,7 +4,7 @@ Every field of a struct here is supported. `NEUTRAL` has the known fields that a
 other value is an error that names the field. An unknown field is a warning, since clients send extras.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -15,6 +15,7 @@ MAX_BAD_WORDS = 128
 MAX_BIASED_IDS = 1024
 MAX_MESSAGES = 8192
 MAX_CACHE_SALT_CHARS = 1024
+MAX_DOCUMENTS = 1024
 
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TokenId = Annotated[int, Meta(ge=0)]
@@ -59,6 +60,9 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] = "left"
     prompt_logprobs: NumLogprobs | None = None
     priority: Priority = 0
     cache_salt: CacheSalt | None = None
@@ -122,6 +126,7 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=MAX_DOCUMENTS)] = []
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs | None = None
@@ -188,16 +193,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     # input
     "suffix": ("",),
-    "truncate_prompt_tokens": (),
     "prompt_embeds": (),
     "input_ids": (),
     "chat_template": (),
-    "documents": ([],),
     "lora_path": (),
     "mm_processor_kwargs": ({},),
     # output
     "echo": (False,),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "modalities": (["text"],),
     "audio": (),
