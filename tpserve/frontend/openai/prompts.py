@@ -15,6 +15,7 @@ from tpserve.frontend.openai.errors import shown
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeChatRequest
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
+from tpserve.text.fill_in import fill_in_ids
 from tpserve.text.tokenizer import Tokenizer, TooManyTokens
 
 T = TypeVar("T")
@@ -41,23 +42,16 @@ async def completion_prompts(
 
     UserError for a prompt of more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
     """
-    items = split_prompt(call.prompt)
-    if len(items) > service.max_open:
-        raise UserError(
-            f"prompt: {len(items)} prompts, this server holds {service.max_open} at once; split the request", param="prompt"
-        )
     cut = cut_length(call, limits)
+    items = checked_items(service, call, limits, cut)
     if cut is not None:
         max_prompt_tokens = sys.maxsize
-    for item in items:
-        if isinstance(item, str):
-            refuse_too_long(item, service.tokenizer, limits, "prompt")
-        elif len(item) > limits.max_model_len and cut is None:
-            raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
     tokenizer = service.tokenizer
 
     def build(item: str | list[int]) -> Prompt:
-        if isinstance(item, str):
+        if call.suffix:
+            prompt = fill_in_prompt(service, call, item, limits)
+        elif isinstance(item, str):
             ids = encode(tokenizer, item, call.add_special_tokens, limits, max_prompt_tokens, "prompt")
             prompt = Prompt(ids, item)
             if cut is not None and len(ids) > cut:
@@ -71,7 +65,23 @@ async def completion_prompts(
         refuse_unknown(prompt.ids, tokenizer, limits, "prompt")
         return prompt
 
-    return await in_thread(lambda: [build(item) for item in items], sum(len(item) for item in items))
+    return await in_thread(lambda: [build(item) for item in items], sum(len(item) + len(call.suffix) for item in items))
+
+
+def checked_items(service: OpenAIServing, call: CompletionRequest, limits: ModelLimits, cut: int | None) -> list[str | list[int]]:
+    """The prompts as they came. UserError for too many, and for one that is too long by its number of characters or ids."""
+    items = split_prompt(call.prompt)
+    if len(items) > service.max_open:
+        raise UserError(
+            f"prompt: {len(items)} prompts, this server holds {service.max_open} at once; split the request", param="prompt"
+        )
+    refuse_too_long(call.suffix, service.tokenizer, limits, "suffix")
+    for item in items:
+        if isinstance(item, str):
+            refuse_too_long(item, service.tokenizer, limits, "prompt")
+        elif len(item) > limits.max_model_len and cut is None:
+            raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
+    return items
 
 
 def cut_length(call: CompletionRequest | ChatCompletionRequest, limits: ModelLimits) -> int | None:
@@ -83,6 +93,16 @@ def cut_length(call: CompletionRequest | ChatCompletionRequest, limits: ModelLim
 def truncated(ids: list[int], length: int, side: str) -> list[int]:
     """At most `length` ids; `side`: where they are cut off."""
     return ids[max(0, len(ids) - length) :] if side == "left" else ids[:length]
+
+
+def fill_in_prompt(service: OpenAIServing, call: CompletionRequest, prefix: str | list[int], limits: ModelLimits) -> Prompt:
+    """The prompt for what stands between `prefix` and the request's suffix."""
+    if not isinstance(prefix, str):
+        raise UserError("suffix goes with texts, not with token ids", param="suffix", code="invalid_value")
+    ids = fill_in_ids(service.tokenizer, prefix, call.suffix, call.add_special_tokens)
+    if len(ids) > limits.max_model_len:
+        raise too_long(limits.max_model_len, f"your prompt has {len(ids)} tokens", "suffix")
+    return Prompt(ids, "")
 
 
 def echo_prompt(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool) -> Prompt:

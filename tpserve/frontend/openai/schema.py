@@ -86,6 +86,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     """POST /v1/completions. `prompts.split_prompt` tells the forms of `prompt` apart."""
 
     prompt: str | list[Any]
+    suffix: str = ""
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     logprobs: NumLogprobs | None = None
     echo: bool = False
@@ -192,7 +193,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "logits_processors": ([],),
     # input
-    "suffix": ("",),
     "prompt_embeds": (),
     "input_ids": (),
     "chat_template": (),
