@@ -65,7 +65,7 @@ class Attention:
         cache: KVCache,
     ) -> torch.Tensor:
         """Write the keys, normed and rotated, and the values to the cache; returns such queries. May overwrite `q`."""
-        if is_native(q_TND) and cache.k.dtype == q_TND.dtype and not isinstance(self.qk_norm, AllHeadsNorm):
+        if is_native(q_TND) and not isinstance(self.qk_norm, AllHeadsNorm):
             norms = None if self.qk_norm is None else self.qk_norm.weights
             rotation = None if rotary is None else rotary.rotation
             return rows.place_heads(q_TND, k_TKD, v_TKD, *cache.slots(), batch.write_slots, norms, rotation)

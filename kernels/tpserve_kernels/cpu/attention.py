@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, dequantize_heads
+from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, dequantize_heads_reference
 from tpserve_kernels.cpu.library import DTYPES, INT8, Operation, library
 
 WORKSPACE_BYTES = 8 << 20
@@ -162,8 +162,8 @@ def paged_attention_reference(
     v_dim = value_channels(k_cache_BSKD, v_cache_BSKE)
     if k_cache_BSKD.dtype == torch.int8:
         v_in_k = k_cache_BSKD.data_ptr() == v_cache_BSKE.data_ptr()
-        k_cache_BSKD = dequantize_heads(k_cache_BSKD)
-        v_cache_BSKE = k_cache_BSKD[..., :v_dim] if v_in_k else dequantize_heads(v_cache_BSKE)
+        k_cache_BSKD = dequantize_heads_reference(k_cache_BSKD)
+        v_cache_BSKE = k_cache_BSKD[..., :v_dim] if v_in_k else dequantize_heads_reference(v_cache_BSKE)
     (rows, heads, _), (_, block_size, kv_heads, _) = q_TND.shape, v_cache_BSKE.shape
     out_TNE = torch.zeros(rows, heads, v_dim, dtype=dtype)
     starts = query_starts_R1.tolist()

@@ -9,12 +9,11 @@ import ctypes
 
 import torch
 
-from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Call, Library, Operation, library
+from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, SUM_DTYPES, Operation, calls_of, library
 
 MOST, SMALLEST, UNIT = 127, 1e-30, 64
 MAX_INNER = (2**31 - 1) // MOST**2
 """The largest K, over all ranks, whose sums fit an int32."""
-OUT_DTYPES = {**DTYPES, torch.int32: 3}
 
 
 class QuantizeArgs(ctypes.Structure):
@@ -137,7 +136,7 @@ def product(
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
     q_TF, scale_T = empty_rows(*x_TK.shape), torch.empty(len(x_TK))
     first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_args(q_TF, scale_T, blob, bias_N, out_TN)
-    _run_both(lib, first, Operation.PRODUCT_INT8, second)
+    lib.run_calls(calls_of((Operation.QUANTIZE, first), (Operation.PRODUCT_INT8, second)))
     return out_TN
 
 
@@ -159,7 +158,8 @@ def grouped_product(
         blob_EB.data_ptr(), ends_E.data_ptr(), q_RF.data_ptr(), scale_R.data_ptr(), bias, out_RN.data_ptr(), len(blob_EB),
         blob_EB.stride(0), q_RF.stride(0), outputs, DTYPES[x_RK.dtype],
     )  # fmt: skip
-    _run_both(lib, quantize_args(x_RK, scale_R, q_RF, given=False), Operation.GROUPED_PRODUCT_INT8, second)
+    first = quantize_args(x_RK, scale_R, q_RF, given=False)
+    lib.run_calls(calls_of((Operation.QUANTIZE, first), (Operation.GROUPED_PRODUCT_INT8, second)))
     return out_RN
 
 
@@ -223,12 +223,6 @@ def product_reference(
     return (y_TN if bias_N is None else y_TN + bias_N).to(out_dtype or x_TK.dtype)
 
 
-def _run_both(lib: Library, first: QuantizeArgs, operation: Operation, second: ctypes.Structure) -> None:
-    """Quantize rows, then multiply them."""
-    calls = (Call * 2)(Call(Operation.QUANTIZE, ctypes.addressof(first)), Call(operation, ctypes.addressof(second)))
-    lib.calls.tpserve_run(calls, 2, torch.get_num_threads())
-
-
 def _rows(x_TK: torch.Tensor) -> torch.Tensor:
     return x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
 
@@ -260,5 +254,5 @@ def product_args(
         len(x),
         x.stride(0),
         out_TN.stride(0),
-        OUT_DTYPES[out_TN.dtype],
+        SUM_DTYPES[out_TN.dtype],
     )

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tpserve_kernels.cpu.library import DTYPES, Operation, library
+from tpserve_kernels.cpu.int8 import QuantizeArgs
+from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, quantize_heads_reference
+from tpserve_kernels.cpu.library import DTYPES, INT8, Operation, library
 
 
 class Norm(ctypes.Structure):
@@ -24,6 +26,7 @@ class Norm(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "residual", "sum", "out", "weight", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "x_stride", "residual_stride", "sum_stride", "out_stride")),
+        ("quantize", ctypes.POINTER(QuantizeArgs)),
         ("eps", ctypes.c_float),
         ("offset", ctypes.c_float),
         ("dtype", ctypes.c_int32),
@@ -51,6 +54,7 @@ class Qkv(ctypes.Structure):
         ("offset", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("interleaved", ctypes.c_int32),
+        ("cache_dtype", ctypes.c_int32),
     )
 
 
@@ -60,6 +64,7 @@ class Activation(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "x_stride", "out_stride")),
+        ("quantize", ctypes.POINTER(QuantizeArgs)),
         ("alpha", ctypes.c_float),
         ("limit", ctypes.c_float),
         ("dtype", ctypes.c_int32),
@@ -135,8 +140,12 @@ def norm_arguments(
     kind: NormKind,
     residual_TH: torch.Tensor | None = None,
     sum_TH: torch.Tensor | None = None,
+    quantize: QuantizeArgs | None = None,
 ) -> Norm:
-    """The arguments of Operation.NORM on these tensors, which must outlive the call."""
+    """The arguments of Operation.NORM on these tensors, which must outlive the call.
+
+    `quantize`: to do afterwards with each row; its `x` is `out_TH`. `rows` of the result counts for both.
+    """
     shape, dtype = x_TH.shape, x_TH.dtype
     addresses, strides = [], []
     for each in (x_TH, residual_TH, sum_TH, out_TH):
@@ -146,7 +155,13 @@ def norm_arguments(
     for weight in (weight_H, bias_H):
         assert weight is None or (weight.shape == shape[1:] and weight.dtype == dtype and weight.is_contiguous())
         addresses.append(None if weight is None else weight.data_ptr())
-    return Norm(*addresses, *shape, *strides, eps, offset, DTYPES[dtype], kind)
+    return Norm(*addresses, *shape, *strides, _pointer(quantize, out_TH), eps, offset, DTYPES[dtype], kind)
+
+
+def _pointer(quantize: QuantizeArgs | None, out: torch.Tensor) -> "ctypes._Pointer[QuantizeArgs] | None":
+    """What an operation does afterwards with the rows of `out`."""
+    assert quantize is None or (quantize.x, quantize.inner) == (out.data_ptr(), out.shape[1])
+    return None if quantize is None else ctypes.pointer(quantize)
 
 
 def _norm(
@@ -216,10 +231,13 @@ NO_HEADS = Heads()
 
 
 def heads_of(from_THD: torch.Tensor, to_THD: torch.Tensor, norm_D: torch.Tensor | None = None) -> Heads:
-    """The argument `Heads` for heads that go from one tensor to another, [T, heads, D] or [S, heads, D], channels adjacent."""
-    assert from_THD.shape[1:] == to_THD.shape[1:] and from_THD.dtype == to_THD.dtype
-    assert _is_adjacent(from_THD) and _is_adjacent(to_THD)
+    """The argument `Heads` for heads that go from one tensor to another, [T, heads, D] or [S, heads, D], channels adjacent.
+
+    Or to a cache of int8, [S, heads, D + 4] (`kv_int8`).
+    """
     _, count, dim = from_THD.shape
+    assert to_THD.shape[1:] == (count, dim + SCALE_BYTES if to_THD.dtype == torch.int8 else dim)
+    assert to_THD.dtype in (from_THD.dtype, torch.int8) and _is_adjacent(from_THD) and _is_adjacent(to_THD)
     assert norm_D is None or (norm_D.shape == (dim,) and norm_D.dtype == from_THD.dtype and norm_D.is_contiguous())
     return Heads(
         from_THD.data_ptr(), to_THD.data_ptr(), _address(norm_D), count, dim,
@@ -229,9 +247,12 @@ def heads_of(from_THD: torch.Tensor, to_THD: torch.Tensor, norm_D: torch.Tensor 
 
 def qkv_arguments(
     q: Heads, k: Heads, v: Heads, rows: int, dtype: torch.dtype, *, norms: HeadNorms | None = None,
-    rotation: Rotation | None = None, slots_T: torch.Tensor | None = None,
+    rotation: Rotation | None = None, slots_T: torch.Tensor | None = None, cache_int8: bool = False,
 ) -> Qkv:  # fmt: skip
-    """The arguments of Operation.QKV; the tensors must outlive the call. The norms' weights are in `q` and `k` already."""
+    """The arguments of Operation.QKV; the tensors must outlive the call. The norms' weights are in `q` and `k` already.
+
+    `cache_int8`: keys and values go to tensors of int8.
+    """
     written, frequencies = 0, 0
     tables: list[int | None] = [None, None, None]
     if slots_T is not None:
@@ -250,6 +271,7 @@ def qkv_arguments(
     return Qkv(
         q, k, v, *tables, _address(slots_T), rows, written, frequencies, 0.0 if norms is None else norms.eps,
         0.0 if norms is None else norms.offset, DTYPES[dtype], rotation is not None and rotation.interleaved,
+        INT8 if cache_int8 else DTYPES[dtype],
     )  # fmt: skip
 
 
@@ -266,14 +288,15 @@ def place_heads(
     """Norm and rotate the heads of queries and keys, and write keys and values to their slots of the caches.
 
     Queries change in place, [T, N, D] is returned. `slots_T`: int64; rows past its end, and those with a negative slot, are
-    written nowhere; the others are not checked.
+    written nowhere; the others are not checked. Caches have the dtype of the rows, or are of int8 (`kv_int8`).
     """
     lib = library()
     assert lib is not None
     q = heads_of(q_TND, q_TND, None if norms is None else norms.q_D)
     k = heads_of(k_TKD, k_cache_SKD, None if norms is None else norms.k_D)
     v = heads_of(v_TKE, v_cache_SKE)
-    arguments = qkv_arguments(q, k, v, len(q_TND), q_TND.dtype, norms=norms, rotation=rotation, slots_T=slots_T)
+    int8 = k_cache_SKD.dtype == torch.int8
+    arguments = qkv_arguments(q, k, v, len(q_TND), q_TND.dtype, norms=norms, rotation=rotation, slots_T=slots_T, cache_int8=int8)
     lib.run(Operation.QKV, arguments)
     return q_TND
 
@@ -334,7 +357,8 @@ def write_kv(
     lib, k_TKD = library(), _adjacent(k_TKD)
     assert lib is not None
     v = NO_HEADS if v_TKE is None or v_cache_SKE is None else heads_of(_adjacent(v_TKE), v_cache_SKE)
-    arguments = qkv_arguments(NO_HEADS, heads_of(k_TKD, k_cache_SKD), v, len(k_TKD), k_TKD.dtype, slots_T=slots_T)
+    k, int8 = heads_of(k_TKD, k_cache_SKD), k_cache_SKD.dtype == torch.int8
+    arguments = qkv_arguments(NO_HEADS, k, v, len(k_TKD), k_TKD.dtype, slots_T=slots_T, cache_int8=int8)
     lib.run(Operation.QKV, arguments)
 
 
@@ -347,20 +371,26 @@ def write_kv_reference(
 ) -> None:
     """`write_kv` in plain torch."""
     rows = (slots_T >= 0).nonzero().squeeze(1)
-    k_cache_SKD[slots_T[rows]] = k_TKD[rows]
-    if v_TKE is not None and v_cache_SKE is not None:
-        v_cache_SKE[slots_T[rows]] = v_TKE[rows]
+    for heads, cache in ((k_TKD, k_cache_SKD), (v_TKE, v_cache_SKE)):
+        if heads is not None and cache is not None:
+            cache[slots_T[rows]] = quantize_heads_reference(heads[rows]) if cache.dtype == torch.int8 else heads[rows]
 
 
 def activation_arguments(
-    x: torch.Tensor, out_TI: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0
-) -> Activation:
-    """The arguments of Operation.ACTIVATION on [T, I], or with a gate [T, 2 I]; the tensors must outlive the call."""
+    x: torch.Tensor, out_TI: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0,
+    quantize: QuantizeArgs | None = None,
+) -> Activation:  # fmt: skip
+    """The arguments of Operation.ACTIVATION on [T, I], or with a gate [T, 2 I]; the tensors must outlive the call.
+
+    `quantize`: as of `norm_arguments`.
+    """
     width = out_TI.shape[1]
     assert len(x) == len(out_TI) and x.shape[1] == (2 * width if kind <= ActivationKind.CLAMPED_SWIGLU else width)
     assert _is_adjacent(x) and _is_adjacent(out_TI) and x.dtype == out_TI.dtype
     sizes = len(x), width, x.stride(0), out_TI.stride(0)
-    return Activation(x.data_ptr(), out_TI.data_ptr(), *sizes, alpha, limit, DTYPES[x.dtype], kind)
+    return Activation(
+        x.data_ptr(), out_TI.data_ptr(), *sizes, _pointer(quantize, out_TI), alpha, limit, DTYPES[x.dtype], kind
+    )  # fmt: skip
 
 
 def activation(x: torch.Tensor, kind: ActivationKind, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
