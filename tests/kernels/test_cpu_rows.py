@@ -1,7 +1,6 @@
 """The CPU's row operations on each instruction set of the processor: against plain torch, a row alone and in company, one thread
 and two, rows of any width and stride, nothing written beside a row."""
 
-import ctypes
 import mmap
 import threading
 import time
@@ -14,8 +13,8 @@ import torch
 from tpserve.parallel.shm import SLOT_BYTES, ShmAllReduce
 from tpserve.sampler import draw
 from tpserve_kernels.cpu import gumbel, rows
-from tpserve_kernels.cpu.all_reduce import all_reduce_arguments
-from tpserve_kernels.cpu.library import Call, Isa, Operation, is_native, library, load
+from tpserve_kernels.cpu.all_reduce import Reduction, all_reduce_arguments
+from tpserve_kernels.cpu.library import Isa, Operation, calls_of, is_native, library, load
 from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, NormKind, Rotation
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -219,9 +218,7 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
         norm = rows.norm_arguments(x, out_TH, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, sum_TH, sum_TH)
         reduce = all_reduce_arguments(page.page, x, norm)
         silu = rows.activation_arguments(out_TH, out_TH, ActivationKind.SILU)
-        calls = (Call * 2)(
-            Call(Operation.ALL_REDUCE, ctypes.addressof(reduce)), Call(Operation.ACTIVATION, ctypes.addressof(silu))
-        )  # fmt: skip
+        calls = calls_of((Operation.ALL_REDUCE, reduce), (Operation.ACTIVATION, silu))
 
         def wait() -> None:
             stopped.set()
@@ -246,6 +243,38 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
                 assert torch.equal(x, expected[name]), (name, threads)
         results.clear()
         stopped.clear()
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 1), (3, 4099), (2, SLOT_BYTES // 4 + 5)])
+def test_integers_over_ranks(size: int, count: int) -> None:
+    """Sums, and the maximum of scales by their bits: NaN is above all."""
+    lib, generator = library(), torch.Generator().manual_seed(count)
+    assert lib is not None
+    parts = [torch.randint(-(2**29), 2**29, (1, count), generator=generator, dtype=torch.int32) for _ in range(size)]
+    scales = [part.abs().float() for part in parts]
+    scales[1][0, count // 2] = torch.nan
+    total, most = torch.stack(parts).sum(0), torch.stack(scales).amax(0)
+    memory = mmap.mmap(-1, mmap.PAGESIZE + 2 * size * SLOT_BYTES)
+    results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def rank_main(rank: int) -> None:
+        torch.set_num_threads(1 + rank % 2)
+        page = ShmAllReduce(memory, range(size), rank, [-1] * size, spins=False)
+        x, scale = parts[rank].clone(), scales[rank].clone()
+        add = all_reduce_arguments(page.page, x)
+        largest = all_reduce_arguments(page.page, scale.view(torch.int32), reduction=Reduction.MAX)
+        lib.run_calls(calls_of((Operation.ALL_REDUCE, add), (Operation.ALL_REDUCE, largest)), page.watch)
+        results.append((x, scale, page.all_reduce(parts[rank].clone())))
+
+    ranks = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(20)
+    assert len(results) == size
+    for x, scale, again in results:
+        assert torch.equal(x, total) and torch.equal(again, total)
+        torch.testing.assert_close(scale, most, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_peer_that_is_late_with_every_part_of_a_tensor() -> None:
@@ -301,6 +330,7 @@ def test_what_is_outside_the_contract_is_refused() -> None:
         lambda: rows.rotate(head[..., :6], head, Rotation(torch.zeros(4, dtype=torch.int64), table, table)),
         lambda: rows.write_kv(head, head, head.bfloat16(), head, torch.zeros(4, dtype=torch.int64)),
         lambda: rows.write_kv(head, head, head, head, torch.zeros(4, dtype=torch.int32)),
+        lambda: rows.write_kv(head, head, head.char(), head.char(), torch.zeros(4, dtype=torch.int64)),
     ]
     for call in refused:
         with pytest.raises(AssertionError):

@@ -19,7 +19,7 @@ def quantize_heads_reference(x_KD: torch.Tensor) -> torch.Tensor:
     most_K1 = x_KD.abs().amax(-1, keepdim=True)
     finite_K1, tiny_K1 = most_K1.isfinite(), most_K1 < LEAST
     scale_K1 = (most_K1 / 127).masked_fill(tiny_K1, 0).masked_fill(~finite_K1, torch.nan)
-    inverse_K1 = (127 / most_K1).masked_fill(tiny_K1, 0)
+    inverse_K1 = most_K1.new_tensor(127).div(most_K1).masked_fill(tiny_K1, 0)  # 127 / x is a reciprocal and a product in torch
     integers_KD = (x_KD * inverse_K1).masked_fill(~finite_K1, 0).round().to(torch.int8)
     return torch.cat([integers_KD, scale_K1.view(torch.int8)], -1)
 
