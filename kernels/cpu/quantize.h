@@ -29,8 +29,21 @@ static float largest_magnitude(const Number* x, int64_t inner) {
     return load<float>(&most);
 }
 
+// Integers of 32 bits as such of 8, which they fit.
+INLINE VB shortest(VI x) {
+#if defined(EMULATED) || !defined(__AVX2__)
+    return __builtin_convertvector(x, VB);
+#elif defined(WIDE)
+    return (VB)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+    __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    __m128i bytes = _mm_packs_epi16(halves, halves);
+    return load<VB>(&bytes);
+#endif
+}
+
 // rint(x) of magnitudes below 127.5; the sum with 1.5 * 2^23 rounds to nearest even.
-INLINE VB to_int8(V x) { return __builtin_convertvector((VI)(x + 12582912.0f) - 0x4b400000, VB); }
+INLINE VB to_int8(V x) { return shortest((VI)(x + 12582912.0f) - 0x4b400000); }
 
 // rint(x / scale) in [-127, 127]; whatever a NaN gives is in it, too, and its row's scale is NaN.
 INLINE VB quantized(V x, V scale) { return to_int8(min(max(x / scale, broadcast(-127.0f)), broadcast(127.0f))); }

@@ -11,7 +11,7 @@ import torch
 
 from tpserve_kernels.cpu import attention
 from tpserve_kernels.cpu import library as loading
-from tpserve_kernels.cpu.attention import paged_attention, paged_attention_reference
+from tpserve_kernels.cpu.attention import AttentionInputs, paged_attention, paged_attention_reference
 from tpserve_kernels.cpu.kv_int8 import dequantize_heads_reference, quantize_heads_reference
 from tpserve_kernels.cpu.library import Isa, Library
 
@@ -85,11 +85,13 @@ class Paged:
         starts = torch.tensor([0, *(count for _, _, count in chunks)]).cumsum(0).int()
         contexts = torch.tensor([start + count for _, start, count in chunks]).int()
         tables = self.tables[[r for r, _, _ in chunks]]
-        inputs = (packed[:, : self.heads], self.k, self.v, tables, starts, contexts, self.k_dim**-0.5)
+        inputs = AttentionInputs(
+            packed[:, : self.heads], self.k, self.v, tables, starts, contexts, self.k_dim**-0.5, self.window, self.cap, self.sinks
+        )
         if exact:
-            out = paged_attention_reference(*inputs, self.window, self.cap, self.sinks, torch.float64)
+            out = paged_attention_reference(inputs, torch.float64)
         else:
-            out = paged_attention(*inputs, self.window, self.cap, self.sinks)
+            out = paged_attention(inputs)
         assert not out[len(rows) :].any()
         return list(out[: len(rows)].split([count for _, _, count in chunks]))
 

@@ -134,9 +134,10 @@ def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attent
     if not q_TND.is_cuda:
         if not is_native(q_TND):
             return cpu_attention.attend(q_TND, cache.k, cache.v, batch.tiles, scale, cap, sinks)
+        where = batch.tables, batch.query_starts, batch.context_lens
         return native.paged_attention(
-            q_TND, cache.k, cache.v, batch.tables, batch.query_starts, batch.context_lens, scale, batch.window, cap, sinks
-        )
+            native.AttentionInputs(q_TND, cache.k, cache.v, *where, scale, batch.window, cap, sinks)
+        )  # fmt: skip
     from tpserve_kernels import attention
 
     return attention.paged_attention(

@@ -29,6 +29,7 @@ from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.packed import PackedWeight, Weight
 from tpserve_kernels.cpu import attention, int8, product, rows
 from tpserve_kernels.cpu.all_reduce import Reduction, all_reduce_arguments
+from tpserve_kernels.cpu.attention import AttentionInputs
 from tpserve_kernels.cpu.calls import CallList
 from tpserve_kernels.cpu.library import Operation
 
@@ -191,10 +192,9 @@ class NativeStage:
         self._place(layer, q_CND, k_CKD, v_CKD, group, cache, rotary)
         mixed_CND = buffers.mixed.view(self._capacity, num_heads, dim)
         params, none = layer.attention_params, torch.zeros(1, dtype=torch.int32)
-        arguments = attention.arguments(
-            q_CND, cache.k, cache.v, mixed_CND, none.view(1, 1)[:0], none, none[:0], params.scale,
-            window, params.cap, params.sinks,
-        )  # fmt: skip
+        where = none.view(1, 1)[:0], none, none[:0]  # set in each step
+        inputs = AttentionInputs(q_CND, cache.k, cache.v, *where, params.scale, window, params.cap, params.sinks)
+        arguments = attention.arguments(inputs, mixed_CND)
         fields = ("requests", "query_starts", "context_lens", "tables", "table_stride")
         self._lists[-1].add(Operation.ATTENTION, arguments, rows="rows", **{field: f"{field} {group}" for field in fields})
         if isinstance(layer.out, Int8Weight):

@@ -167,12 +167,12 @@ def is_native(x: torch.Tensor) -> bool:
 
 @functools.cache
 def source_version() -> str | None:
-    """The version of the sources beside this package, None for an installed one, which has only the library."""
+    """The version of the sources beside this package, as `build_cpu.version`; None for an installed one, which has no sources."""
     folder = PACKAGE.parent / "cpu"
     if not (folder / "kernels.cc").is_file():
         return None
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in (*sorted(folder.iterdir()), PACKAGE.parent / "build_cpu.py"):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
