@@ -145,7 +145,8 @@ class NativeStage:
         """Make buffers for so many rows, and the lists over them."""
         self._buffers = _Buffers.of(self._blocks[0], capacity, self._hidden_size, self._dtype)
         self._capacity, self._lists, self._kept, self._int8_rows, self._sums_CH = capacity, [], [], {}, None
-        self._begin_list()
+        self._names = "rows", "input", *(f"{name} {group}" for group in range(len(windows)) for name in _OF_GROUP)
+        self._lists.append(CallList(self._names))
         for i, (block, group, cache) in enumerate(zip(self._blocks, self._cache_groups, self.caches, strict=True)):
             attention_layer, mlp = block.attention, block.mlp
             assert isinstance(attention_layer, Attention) and isinstance(mlp, MLP)
@@ -156,10 +157,6 @@ class NativeStage:
             self._norm(block.mlp_norm, mlp.up, add=True, stream="input" if i == 0 else None)
             self._mlp(mlp)
             self._norm_delta(block.mlp_out_norm)
-
-    def _begin_list(self) -> None:
-        of_groups = (f"{name} {group}" for group in range(max(self._cache_groups) + 1) for name in _OF_GROUP)
-        self._lists.append(CallList(("rows", "input", *of_groups)))
 
     def _norm(self, norm: Norm, weight: Weight, *, add: bool, stream: str | None) -> None:
         """The norm of the stream, to which delta is added first, for a product with `weight`.
@@ -257,7 +254,7 @@ class NativeStage:
             if tp.page is not None:
                 calls.add(Operation.ALL_REDUCE, all_reduce_arguments(tp.page, delta_CH), rows="rows")
             elif tp.size > 1:
-                self._begin_list()
+                self._lists.append(CallList(self._names))
             return
         assert tp.page is not None
         q_CF, scale_C = self._int8_of(weight.shape[1])
