@@ -51,7 +51,7 @@ def compiler() -> list[str]:
 
 
 def version() -> str:
-    """A hash of the sources and of this file, which has the flags. The library also holds it: one built from others is not used."""
+    """A hash of the sources and of this file, which has the flags. The library holds it, too: one of others is not used."""
     digest = hashlib.sha256()
     for path in (*sorted(SOURCES.iterdir()), Path(__file__)):
         digest.update(path.name.encode() + path.read_bytes())

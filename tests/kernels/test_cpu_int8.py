@@ -207,12 +207,12 @@ def test_keys_and_values_become_int8_in_the_cache(dim: int, dtype: torch.dtype) 
     for norm, rotation in ((None, None), (None, turn), (norms, turn)):
         caches, wanted = ([torch.full((48, 2, dim + SCALE_BYTES), BESIDE, dtype=torch.int8) for _ in "kv"] for _ in range(2))
         plain = [torch.zeros(48, 2, dim, dtype=dtype) for _ in "kv"]
-        expected = rows.place_heads(q.clone(), k, v, *plain, slots, norm, rotation)
+        expected = rows.place_heads(q.clone(), k, v, plain[0], plain[1], slots, norm, rotation)
         for threads in (2, 1):
             torch.set_num_threads(threads)
-            assert torch.equal(rows.place_heads(q.clone(), k, v, *caches, slots, norm, rotation), expected)
+            assert torch.equal(rows.place_heads(q.clone(), k, v, caches[0], caches[1], slots, norm, rotation), expected)
             written = slots[slots >= 0]
-            rows.write_kv_reference(plain[0][written], plain[1][written], *wanted, written)
+            rows.write_kv_reference(plain[0][written], plain[1][written], wanted[0], wanted[1], written)
             assert all(map(torch.equal, caches, wanted)), (norm, rotation)
     rows.write_kv(k, None, caches[0], None, slots)
     rows.write_kv_reference(k[: len(slots)], None, wanted[0], None, slots)

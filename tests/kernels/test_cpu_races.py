@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.cpu_isa import build_cpu
+from tests.kernels import cpu_isa
 
 NO_ROOM = "unexpected memory mapping"
 
@@ -15,11 +15,11 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
-@pytest.mark.skipif(not build_cpu.compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not cpu_isa.build_cpu.compiler(), reason="needs a C++ compiler")
 def test_what_a_thread_reads_of_another_is_behind_a_barrier(tmp_path: Path) -> None:
     program, source = tmp_path / "races", Path(__file__).with_name("races.cc")
-    flags = ["-std=c++17", "-O1", "-fsanitize=thread", "-Wno-psabi", "-pthread", "-I", str(build_cpu.SOURCES)]
-    built = run([*build_cpu.compiler(), *flags, str(source), "-o", str(program)])
+    flags = ["-std=c++17", "-O1", "-fsanitize=thread", "-Wno-psabi", "-pthread", "-I", str(cpu_isa.build_cpu.SOURCES)]
+    built = run([*cpu_isa.build_cpu.compiler(), *flags, str(source), "-o", str(program)])
     if built.returncode and "tsan" in built.stderr:
         pytest.skip("the compiler has no ThreadSanitizer here")
     assert not built.returncode, built.stderr

@@ -8,21 +8,23 @@ import subprocess
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 import tpserve_kernels.cpu as package
-from tests.kernels.cpu_isa import build_cpu
+from tests.kernels import cpu_isa
 from tpserve_kernels.cpu.library import source_version
 
 for _module in pkgutil.iter_modules(package.__path__):
     importlib.import_module(f"{package.__name__}.{_module.name}")
 
+Twin = TypeVar("Twin", ctypes.Structure, IntEnum)
 NO_TWIN = {"PackedHead"}
 """Made and read by the library alone."""
 
 
-def of_package(base: type) -> Iterator[tuple[str, type]]:
+def of_package(base: type[Twin]) -> Iterator[tuple[str, type[Twin]]]:
     """The classes of tpserve_kernels.cpu and the name in api.h that their docstrings give."""
     for twin in base.__subclasses__():
         if twin.__module__.startswith(f"{package.__name__}."):
@@ -47,14 +49,14 @@ def compiled(code: str, folder: Path) -> str:
     """What the compiler says against `code`, which includes api.h; "" when nothing."""
     source = folder / "structs.cc"
     source.write_text(f'#include <stddef.h>\n#include "api.h"\n{code}\n')
-    command = [*build_cpu.compiler(), "-std=c++17", "-fsyntax-only", "-I", str(build_cpu.SOURCES), str(source)]
+    command = [*cpu_isa.build_cpu.compiler(), "-std=c++17", "-fsyntax-only", "-I", str(cpu_isa.build_cpu.SOURCES), str(source)]
     return subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
-@pytest.mark.skipif(not build_cpu.compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not cpu_isa.build_cpu.compiler(), reason="needs a C++ compiler")
 def test_structs_have_the_layout_of_their_twins(tmp_path: Path) -> None:
     twins = dict(of_package(ctypes.Structure))
-    declared = set(re.findall(r"^struct (\w+) {", (build_cpu.SOURCES / "api.h").read_text(), re.MULTILINE))
+    declared = set(re.findall(r"^struct (\w+) {", (cpu_isa.build_cpu.SOURCES / "api.h").read_text(), re.MULTILINE))
     assert twins.keys() == declared - NO_TWIN
     code = [line for name, twin in twins.items() for line in checks(name, twin)]
     assert compiled("\n".join(code), tmp_path) == ""
@@ -69,10 +71,10 @@ def test_structs_have_the_layout_of_their_twins(tmp_path: Path) -> None:
     assert "Product.weight lies elsewhere" in said and "Product has another size" in said and "all_of" in said
 
 
-@pytest.mark.skipif(not build_cpu.compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not cpu_isa.build_cpu.compiler(), reason="needs a C++ compiler")
 def test_enumerations_have_the_numbers_of_their_twins(tmp_path: Path) -> None:
     twins = dict(of_package(IntEnum))
-    declared = set(re.findall(r"^enum (\w+) :", (build_cpu.SOURCES / "api.h").read_text(), re.MULTILINE))
+    declared = set(re.findall(r"^enum (\w+) :", (cpu_isa.build_cpu.SOURCES / "api.h").read_text(), re.MULTILINE))
     assert twins.keys() == declared - {"Dtype"}
     code = [f'static_assert({member.name} == {member.value}, "");' for twin in twins.values() for member in twin]
     code.append(f'static_assert(NUM_OPERATIONS == {len(twins["Operation"])}, "");')
@@ -80,4 +82,4 @@ def test_enumerations_have_the_numbers_of_their_twins(tmp_path: Path) -> None:
 
 
 def test_both_sides_hash_the_same_files() -> None:
-    assert build_cpu.version() == source_version()
+    assert cpu_isa.build_cpu.version() == source_version()

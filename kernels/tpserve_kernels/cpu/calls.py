@@ -51,7 +51,7 @@ class CallList:
         if self._calls is None:
             self._seal()
         assert self._calls is not None
-        self._values[:] = values
+        self._values[:] = [*values]
         lib.calls.tpserve_set(*self._places, self._values)
         lib.run_calls(self._calls, wait)
 
