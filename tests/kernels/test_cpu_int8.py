@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpserve_kernels.cpu import int8, rows
+from tpserve_kernels.cpu import int8, qkv_heads, rows
 from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES
 from tpserve_kernels.cpu.library import ALIGNMENT, Isa, Operation, load
-from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, NormKind, Rotation
+from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
+from tpserve_kernels.cpu.rows import ActivationKind, NormKind
 
 DTYPES = (torch.float32, torch.bfloat16)
 INNER = (1, 17, 31, 96, 2050)
@@ -163,7 +164,7 @@ def test_nothing_is_written_beside_results() -> None:
     lib, out = load()[0], torch.full((8, 30), float(BESIDE))
     quantized, scale = int8.quantize(x)
     assert lib is not None
-    lib.run(Operation.PRODUCT_INT8, int8.product_args(quantized, scale, around[start : start + size], None, out[1:7, 4:25]))
+    lib.run(Operation.PRODUCT_INT8, int8.product_int8_args(quantized, scale, around[start : start + size], None, out[1:7, 4:25]))
     assert torch.equal(out[1:7, 4:25], int8.product_reference(x, weight))
     out[1:7, 4:25] = BESIDE
     assert (out == BESIDE).all()
@@ -184,8 +185,8 @@ def test_a_norm_and_an_activation_that_quantize_have_the_bits_of_two_operations(
             out, scale = torch.empty(count, width, dtype=dtype), torch.full((count + 1,), float(BESIDE))
             numbers = int8.empty_rows(count + 1, width).fill_(BESIDE)
             quantize = int8.quantize_args(out, scale, None if scales_only else numbers, given=False)
-            norm = rows.norm_arguments(x, out, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, quantize=quantize)
-            activation = rows.activation_arguments(gates, out, ActivationKind.SILU_MUL, quantize=quantize)
+            norm = rows.norm_args(x, out, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, quantize=quantize)
+            activation = rows.activation_args(gates, out, ActivationKind.SILU_MUL, quantize=quantize)
             for operation, arguments, expected in ((Operation.NORM, norm, normed), (Operation.ACTIVATION, activation, active)):
                 lib.run(operation, arguments)
                 wanted, wanted_scale = int8.quantize(expected)
@@ -207,13 +208,13 @@ def test_keys_and_values_become_int8_in_the_cache(dim: int, dtype: torch.dtype) 
     for norm, rotation in ((None, None), (None, turn), (norms, turn)):
         caches, wanted = ([torch.full((48, 2, dim + SCALE_BYTES), BESIDE, dtype=torch.int8) for _ in "kv"] for _ in range(2))
         plain = [torch.zeros(48, 2, dim, dtype=dtype) for _ in "kv"]
-        expected = rows.place_heads(q.clone(), k, v, plain[0], plain[1], slots, norm, rotation)
+        expected = qkv_heads.place_heads(q.clone(), k, v, plain[0], plain[1], slots, norm, rotation)
         for threads in (2, 1):
             torch.set_num_threads(threads)
-            assert torch.equal(rows.place_heads(q.clone(), k, v, caches[0], caches[1], slots, norm, rotation), expected)
+            assert torch.equal(qkv_heads.place_heads(q.clone(), k, v, caches[0], caches[1], slots, norm, rotation), expected)
             written = slots[slots >= 0]
-            rows.write_kv_reference(plain[0][written], plain[1][written], wanted[0], wanted[1], written)
+            qkv_heads.write_kv_reference(plain[0][written], plain[1][written], wanted[0], wanted[1], written)
             assert all(map(torch.equal, caches, wanted)), (norm, rotation)
-    rows.write_kv(k, None, caches[0], None, slots)
-    rows.write_kv_reference(k[: len(slots)], None, wanted[0], None, slots)
+    qkv_heads.write_kv(k, None, caches[0], None, slots)
+    qkv_heads.write_kv_reference(k[: len(slots)], None, wanted[0], None, slots)
     assert all(map(torch.equal, caches, wanted))

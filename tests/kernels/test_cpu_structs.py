@@ -22,6 +22,8 @@ for _module in pkgutil.iter_modules(package.__path__):
 Twin = TypeVar("Twin", ctypes.Structure, IntEnum)
 NO_TWIN = {"PackedHead"}
 """Made and read by the library alone."""
+PARTS = {"Call", "Heads", "Page"}
+"""The others are the arguments of operations."""
 
 
 def of_package(base: type[Twin]) -> Iterator[tuple[str, type[Twin]]]:
@@ -58,6 +60,7 @@ def test_structs_have_the_layout_of_their_twins(tmp_path: Path) -> None:
     twins = dict(of_package(ctypes.Structure))
     declared = set(re.findall(r"^struct (\w+) {", (cpu_isa.build_cpu.SOURCES / "api.h").read_text(), re.MULTILINE))
     assert twins.keys() == declared - NO_TWIN
+    assert all(twin.__name__ == (name if name in PARTS else f"{name}Args") for name, twin in twins.items())
     code = [line for name, twin in twins.items() for line in checks(name, twin)]
     assert compiled("\n".join(code), tmp_path) == ""
 

@@ -13,7 +13,7 @@ import torch
 from tpserve.attention import cpu_attention, cpu_plan
 from tpserve.attention.metadata import AttentionMetadata
 from tpserve_kernels.cpu import attention as native
-from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu import qkv_heads
 from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES
 from tpserve_kernels.cpu.library import is_native, load
 
@@ -116,7 +116,7 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
         return
     k_cache_SKD, v_cache_SKE = cache.slots()
     if is_native(k_TKD):
-        rows.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
+        qkv_heads.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
         return
     written = len(batch.write_slots)
     k_cache_SKD.index_copy_(0, batch.write_slots, k_TKD[:written])

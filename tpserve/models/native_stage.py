@@ -27,8 +27,8 @@ from tpserve.layers.rope import RotaryPositions
 from tpserve.parallel.group import Group
 from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.packed import PackedWeight, Weight
-from tpserve_kernels.cpu import attention, int8, product, rows
-from tpserve_kernels.cpu.all_reduce import Reduction, all_reduce_arguments
+from tpserve_kernels.cpu import attention, int8, product, qkv_heads, rows
+from tpserve_kernels.cpu.all_reduce import Reduction, all_reduce_args
 from tpserve_kernels.cpu.attention import AttentionInputs
 from tpserve_kernels.cpu.calls import CallList
 from tpserve_kernels.cpu.library import Operation
@@ -169,14 +169,14 @@ class NativeStage:
         x_CH, sum_CH = (buffers.delta_CH, stream_CH) if add else (stream_CH, None)
         varying = {} if stream is None else {"residual" if add else "x": stream}
         self._lists[-1].add(
-            Operation.NORM, _norm_arguments(norm, x_CH, normed_CH, sum_CH, quantize), rows="rows", **varying
+            Operation.NORM, _norm_args(norm, x_CH, normed_CH, sum_CH, quantize), rows="rows", **varying
         )  # fmt: skip
 
     def _norm_delta(self, norm: Norm | None) -> None:
         """The norm of what a layer adds, in place."""
         if norm is not None:
             delta_CH = self._buffers.delta_CH
-            self._lists[-1].add(Operation.NORM, _norm_arguments(norm, delta_CH, delta_CH), rows="rows")
+            self._lists[-1].add(Operation.NORM, _norm_args(norm, delta_CH, delta_CH), rows="rows")
 
     def _attention(
         self, layer: Attention, group: int, cache: KVCache, rotary: RotaryPositions | None, window: int | None
@@ -191,7 +191,7 @@ class NativeStage:
         params, none = layer.attention_params, torch.zeros(1, dtype=torch.int32)
         where = none.view(1, 1)[:0], none, none[:0]  # set in each step
         inputs = AttentionInputs(q_CND, cache.k, cache.v, *where, params.scale, window, params.cap, params.sinks)
-        arguments = attention.arguments(inputs, mixed_CND)
+        arguments = attention.attention_args(inputs, mixed_CND)
         fields = ("requests", "query_starts", "context_lens", "tables", "table_stride")
         self._lists[-1].add(Operation.ATTENTION, arguments, rows="rows", **{field: f"{field} {group}" for field in fields})
         if isinstance(layer.out, Int8Weight):
@@ -212,15 +212,15 @@ class NativeStage:
         assert layer.qk_norm is None or not isinstance(layer.qk_norm, AllHeadsNorm)
         norms = None if layer.qk_norm is None else layer.qk_norm.weights
         k_cache, v_cache = cache.slots()
-        q = rows.heads_of(q_CND, q_CND, None if norms is None else norms.q_D)
-        k = rows.heads_of(k_CKD, k_cache, None if norms is None else norms.k_D)
+        q = qkv_heads.heads_of(q_CND, q_CND, None if norms is None else norms.q_D)
+        k = qkv_heads.heads_of(k_CKD, k_cache, None if norms is None else norms.k_D)
         rotation = None if rotary is None else rotary.rotation
         varying = {"rows": "rows", "written": "rows", "slots": f"slots {group}"}
         if rotation is not None:
             rotation = rotation._replace(positions_T=torch.zeros(self._capacity, dtype=torch.int64))
             varying["positions"] = f"positions {group}"
-        arguments = rows.qkv_arguments(
-            q, k, rows.heads_of(v_CKD, v_cache), self._capacity, self._dtype, norms=norms, rotation=rotation,
+        arguments = qkv_heads.qkv_args(
+            q, k, qkv_heads.heads_of(v_CKD, v_cache), self._capacity, self._dtype, norms=norms, rotation=rotation,
             cache_int8=cache.k.dtype == torch.int8,
         )  # fmt: skip
         self._lists[-1].add(Operation.QKV, arguments, **varying)
@@ -229,7 +229,7 @@ class NativeStage:
         buffers = self._buffers
         self._product(buffers.normed_CH, layer.up, layer.up_bias, buffers.up_CU)
         quantize = self._quantize_shared(buffers.active_CI) if isinstance(layer.down, Int8Weight) else None
-        arguments = rows.activation_arguments(
+        arguments = rows.activation_args(
             buffers.up_CU, buffers.active_CI, NATIVE_KINDS[layer.activate], quantize=quantize
         )  # fmt: skip
         self._lists[-1].add(Operation.ACTIVATION, arguments, rows="rows")
@@ -238,12 +238,12 @@ class NativeStage:
     def _product(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         """out = x @ weight.T + bias. In int8 `x` has been quantized before; `out` of int32 takes the sums."""
         if isinstance(weight, PackedWeight):
-            arguments = product.arguments(x, weight.blob, self._float(bias), out)
+            arguments = product.product_args(x, weight.blob, self._float(bias), out)
             self._lists[-1].add(Operation.PRODUCT, arguments, rows="rows")
             return
         assert isinstance(weight, Int8Weight)
         q_CF, scale_C = self._int8_of(weight.shape[1])
-        arguments_int8 = int8.product_args(q_CF, scale_C, weight.blob, self._float(bias), out)
+        arguments_int8 = int8.product_int8_args(q_CF, scale_C, weight.blob, self._float(bias), out)
         self._lists[-1].add(Operation.PRODUCT_INT8, arguments_int8, rows="rows")
 
     def _row_parallel(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> None:
@@ -252,7 +252,7 @@ class NativeStage:
         if tp.size == 1 or not isinstance(weight, Int8Weight):
             self._product(x, weight, bias, delta_CH)
             if tp.page is not None:
-                calls.add(Operation.ALL_REDUCE, all_reduce_arguments(tp.page, delta_CH), rows="rows")
+                calls.add(Operation.ALL_REDUCE, all_reduce_args(tp.page, delta_CH), rows="rows")
             elif tp.size > 1:
                 self._lists.append(CallList(self._names))
             return
@@ -262,11 +262,11 @@ class NativeStage:
             self._sums_CH = torch.empty(delta_CH.shape, dtype=torch.int32)
         sums_CH = self._sums_CH
         bits_C1 = scale_C.view(torch.int32).unsqueeze(1)  # no scale is negative, so their bits are in their order, NaN last
-        calls.add(Operation.ALL_REDUCE, all_reduce_arguments(tp.page, bits_C1, reduction=Reduction.MAX), rows="rows")
+        calls.add(Operation.ALL_REDUCE, all_reduce_args(tp.page, bits_C1, reduction=Reduction.MAX), rows="rows")
         calls.add(Operation.QUANTIZE, int8.quantize_args(x, scale_C, q_CF, given=True), rows="rows")
         self._product(x, weight, None, sums_CH)
-        calls.add(Operation.ALL_REDUCE, all_reduce_arguments(tp.page, sums_CH), rows="rows")
-        arguments = int8.product_args(sums_CH, scale_C, weight.blob, self._float(bias), delta_CH)
+        calls.add(Operation.ALL_REDUCE, all_reduce_args(tp.page, sums_CH), rows="rows")
+        arguments = int8.product_int8_args(sums_CH, scale_C, weight.blob, self._float(bias), delta_CH)
         calls.add(Operation.RESCALE_INT8, arguments, rows="rows")
 
     def _quantize(self, x: torch.Tensor) -> int8.QuantizeArgs:
@@ -293,17 +293,17 @@ class NativeStage:
         return self._kept[-1]
 
 
-def _norm_arguments(
+def _norm_args(
     norm: Norm,
     x_CH: torch.Tensor,
     out_CH: torch.Tensor,
     stream_CH: torch.Tensor | None = None,
     quantize: int8.QuantizeArgs | None = None,
-) -> rows.Norm:
+) -> rows.NormArgs:
     """The arguments of Operation.NORM: out = norm(x), or stream += x and out = norm(stream)."""
     of_norm: tuple[torch.Tensor | None, torch.Tensor | None, float, float, rows.NormKind]
     if isinstance(norm, RMSNorm):
         of_norm = (norm.weight_H, None, norm.eps, norm.offset, rows.NormKind.RMS_NORM)
     else:
         of_norm = (norm.weight_H, norm.bias_H, norm.eps, 0.0, rows.NormKind.LAYER_NORM)
-    return rows.norm_arguments(x_CH, out_CH, *of_norm, stream_CH, stream_CH, quantize)
+    return rows.norm_args(x_CH, out_CH, *of_norm, stream_CH, stream_CH, quantize)

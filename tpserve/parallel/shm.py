@@ -34,7 +34,7 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 
 from tpserve.errors import EngineFailure
 from tpserve.parallel.store import gather
-from tpserve_kernels.cpu.all_reduce import Page, all_reduce_arguments
+from tpserve_kernels.cpu.all_reduce import Page, all_reduce_args
 from tpserve_kernels.cpu.library import SUM_DTYPES, Operation, calls_of, library
 
 SLOT_BYTES = 1 << 20
@@ -167,7 +167,7 @@ class ShmAllReduce:
     """One rank's view of the page. `ranks`: the global ranks of the group. `index`: this rank's index in `ranks`.
 
     `pidfds`: of the peers, -1 for this rank; this object owns them. All ranks make the same calls in the same order, with equal
-    shapes and dtypes. `page`: for sums inside a list of native operations (`all_reduce_arguments`, `Library.run_calls`), whose
+    shapes and dtypes. `page`: for sums inside a list of native operations (`all_reduce_args`, `Library.run_calls`), whose
     long waits `watch` takes over. `spins`: whether waits here may spin; for those of the library see `Library.allow_spinning`.
     """
 
@@ -199,7 +199,7 @@ class ShmAllReduce:
         x = x.contiguous()
         lib = library()
         if lib is not None and x.dtype in SUM_DTYPES:
-            arguments = all_reduce_arguments(self.page, x.view(1, -1))
+            arguments = all_reduce_args(self.page, x.view(1, -1))
             lib.run_calls(calls_of((Operation.ALL_REDUCE, arguments)), self.watch)
             return x
         for part_N in self._parts(x):

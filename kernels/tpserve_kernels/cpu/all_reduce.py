@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 
 from tpserve_kernels.cpu.library import SUM_DTYPES
-from tpserve_kernels.cpu.rows import Norm
+from tpserve_kernels.cpu.rows import NormArgs
 
 
 class Page(ctypes.Structure):
@@ -22,13 +22,13 @@ class Page(ctypes.Structure):
     )
 
 
-class AllReduce(ctypes.Structure):
+class AllReduceArgs(ctypes.Structure):
     """`AllReduce` of kernels/cpu/api.h."""
 
     _fields_ = (
         ("page", ctypes.POINTER(Page)),
         ("x", ctypes.c_void_p),
-        ("norm", ctypes.POINTER(Norm)),
+        ("norm", ctypes.POINTER(NormArgs)),
         ("rows", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
@@ -43,9 +43,9 @@ class Reduction(IntEnum):
     MAX = 1
 
 
-def all_reduce_arguments(
-    page: Page, x_TH: torch.Tensor, norm: Norm | None = None, reduction: Reduction = Reduction.SUM
-) -> AllReduce:
+def all_reduce_args(
+    page: Page, x_TH: torch.Tensor, norm: NormArgs | None = None, reduction: Reduction = Reduction.SUM
+) -> AllReduceArgs:
     """The arguments of Operation.ALL_REDUCE, which sums `x` [T, H] in place; tensors, page and norm must outlive the call.
 
     `x`: float32, bfloat16 or int32, and for MAX int32; floats that are not negative are ordered as their bits are.
@@ -54,4 +54,4 @@ def all_reduce_arguments(
     assert x_TH.is_contiguous() and (norm is None or norm.x == x_TH.data_ptr())
     assert reduction == Reduction.SUM or x_TH.dtype == torch.int32
     norm_at = None if norm is None else ctypes.pointer(norm)
-    return AllReduce(ctypes.pointer(page), x_TH.data_ptr(), norm_at, *x_TH.shape, SUM_DTYPES[x_TH.dtype], reduction)
+    return AllReduceArgs(ctypes.pointer(page), x_TH.data_ptr(), norm_at, *x_TH.shape, SUM_DTYPES[x_TH.dtype], reduction)

@@ -19,7 +19,7 @@ WORKSPACE_BYTES = 8 << 20
 """For the parts of contexts that are divided among threads; what does not fit is not divided."""
 
 
-class AttentionArguments(ctypes.Structure):
+class AttentionArgs(ctypes.Structure):
     """`Attention` of kernels/cpu/api.h."""
 
     _fields_ = (
@@ -93,7 +93,7 @@ class AttentionInputs(NamedTuple):
     sinks_N: torch.Tensor | None = None
 
 
-def arguments(inputs: AttentionInputs, out_TNE: torch.Tensor) -> AttentionArguments:
+def attention_args(inputs: AttentionInputs, out_TNE: torch.Tensor) -> AttentionArgs:
     """The operation's arguments, which name the tensors' memory: they must outlive the call.
 
     AssertionError when shapes, dtypes or layouts differ from what `AttentionInputs` says.
@@ -112,7 +112,7 @@ def arguments(inputs: AttentionInputs, out_TNE: torch.Tensor) -> AttentionArgume
     assert scale > 0 and (window is None or window > 0) and (cap is None or cap > 0)
     if sinks_N is not None:
         assert sinks_N.shape == (heads,) and sinks_N.dtype == torch.float32 and sinks_N.is_contiguous()
-    return AttentionArguments(
+    return AttentionArgs(
         q_TND.data_ptr(), k_cache_BSKD.data_ptr(), v_cache_BSKE.data_ptr(), out_TNE.data_ptr(),
         None if sinks_N is None else sinks_N.data_ptr(), query_starts_R1.data_ptr(), context_lens_R.data_ptr(),
         tables_RB.data_ptr(), workspace().data_ptr(), WORKSPACE_BYTES, rows, requests, tables_RB.stride(0),
@@ -128,13 +128,13 @@ def paged_attention(inputs: AttentionInputs) -> torch.Tensor:
     """softmax(scale q K^T) V for every row, over the positions of its own request up to its own: [T, N, E] in q's dtype.
 
     Sums are float32, rounded once; rows of no request are zero. A row's bits depend on its query and on the keys and values that
-    it sees only. AssertionError as of `arguments`.
+    it sees only. AssertionError as of `attention_args`.
     """
     lib, (rows, heads, _) = library(), inputs.q_TND.shape
     assert lib is not None
     v_dim = value_channels(inputs.k_cache_BSKD, inputs.v_cache_BSKE)
     out_TNE = torch.empty(rows, heads, v_dim, dtype=inputs.q_TND.dtype)
-    lib.run(Operation.ATTENTION, arguments(inputs, out_TNE))
+    lib.run(Operation.ATTENTION, attention_args(inputs, out_TNE))
     return out_TNE
 
 

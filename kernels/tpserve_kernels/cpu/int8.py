@@ -135,7 +135,7 @@ def product(
     x_TK = _rows(x_TK)
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
     q_TF, scale_T = empty_rows(*x_TK.shape), torch.empty(len(x_TK))
-    first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_args(q_TF, scale_T, blob, bias_N, out_TN)
+    first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_int8_args(q_TF, scale_T, blob, bias_N, out_TN)
     lib.run_calls(calls_of((Operation.QUANTIZE, first), (Operation.PRODUCT_INT8, second)))
     return out_TN
 
@@ -168,7 +168,7 @@ def integer_sums(q_TF: torch.Tensor, blob: torch.Tensor, outputs: int) -> torch.
     lib = library()
     assert lib is not None
     out_TN = torch.empty(len(q_TF), outputs, dtype=torch.int32)
-    lib.run(Operation.PRODUCT_INT8, product_args(q_TF, None, blob, None, out_TN))
+    lib.run(Operation.PRODUCT_INT8, product_int8_args(q_TF, None, blob, None, out_TN))
     return out_TN
 
 
@@ -179,7 +179,7 @@ def rescale(
     lib = library()
     assert lib is not None
     sums_TN, out_TN = sums_TN.contiguous(), torch.empty(sums_TN.shape, dtype=out_dtype)
-    lib.run(Operation.RESCALE_INT8, product_args(sums_TN, scale_T, blob, bias_N, out_TN))
+    lib.run(Operation.RESCALE_INT8, product_int8_args(sums_TN, scale_T, blob, bias_N, out_TN))
     return out_TN
 
 
@@ -241,7 +241,7 @@ def quantize_args(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tenso
     )
 
 
-def product_args(
+def product_int8_args(
     x: torch.Tensor, scale_T: torch.Tensor | None, blob: torch.Tensor, bias_N: torch.Tensor | None, out_TN: torch.Tensor
 ) -> ProductInt8Args:
     """The arguments of PRODUCT_INT8 and RESCALE_INT8 for these tensors, which the caller keeps."""

@@ -1,6 +1,6 @@
 """Keys and values in int8: a head of a position is D integers and after them their float32 scale, D + 4 int8 in all.
 
-kernels/cpu/kv_int8.h reads and writes the same form, for `rows.place_heads`, `rows.write_kv` and attention. Symmetric: the
+kernels/cpu/kv_int8.h reads and writes the same form, for `qkv_heads.place_heads`, `write_kv` and attention. Symmetric: the
 largest magnitude of a head becomes 127.
 
 Legend: K heads, D channels; leading dimensions are free.
