@@ -112,7 +112,8 @@ def test_sampling_params_have_vllms_defaults() -> None:
 
 
 ONLY_OVER_HTTP = {"model", "prompt", "echo", "add_special_tokens", "return_token_ids", "priority", "cache_salt", "stream",
-                  "stream_options", "request_id"}  # fmt: skip
+                  "stream_options", "request_id", "response_format", "guided_json", "guided_regex", "guided_choice",
+                  "guided_grammar"}  # fmt: skip
 
 
 def test_sampling_params_are_the_fields_of_a_request() -> None:

@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from tpserve.errors import UserError
+from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.service import ModelLimits
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
@@ -66,6 +67,7 @@ def sampling_params(
         bad_words=bad_words,
         min_tokens=call.min_tokens,
         prompt_logprobs=call.num_scored,
+        grammar=grammar_of(call),
     )
 
 

@@ -36,7 +36,7 @@ class StreamOptions(Struct, frozen=True):
 
 
 class SamplingFields(Struct, frozen=True, kw_only=True):
-    """The fields that completions and chat completions share."""
+    """The fields that completions and chat completions share. `frontend/openai/grammar.py` reads those of structured output."""
 
     model: str | None = None
     temperature: Temperature = 1.0
@@ -65,6 +65,12 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     request_id: RequestId | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -169,7 +175,7 @@ class DetokenizeRequest(Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-ALIASES = {"rid": "request_id"}
+ALIASES = {"rid": "request_id", "json_schema": "guided_json", "regex": "guided_regex", "ebnf": "guided_grammar"}
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Labels of a client's own traffic. They have no effect, so they are accepted without a warning."""
 
@@ -193,15 +199,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
