@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpserve_kernels.cpu import int8
-from tpserve_kernels.cpu.library import ALIGNMENT, Isa, Operation, load
+from tpserve_kernels.cpu.library import Isa, Operation, load
+from tpserve_kernels.cpu.packed_size import ALIGNMENT
 
 DTYPES = (torch.float32, torch.bfloat16)
 INNER = (1, 17, 31, 96, 2050)

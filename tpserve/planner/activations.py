@@ -26,7 +26,7 @@ def activation_bytes(spec: ModelSpec, layout: ParallelLayout, rank: int, rows: i
     return rows * (widest + 4 * INDEX_BYTES) + WORKSPACE_BYTES
 
 
-def table_bytes(spec: ModelSpec, max_model_len: int) -> int:
+def rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
     """Bytes of the tables of cosines and sines for all positions."""
     rope_dim = spec.head_dim if spec.latent is None else spec.latent.rope_dim
     channels = (rope.num_channels or rope_dim for rope in (spec.rope, spec.window_rope) if rope is not None)
