@@ -53,9 +53,9 @@ from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.messages import MemoryLedger, NodeInfo, Numerics, Start
 from tpserve.types.model_spec import ModelSpec
+from tpserve.weights import dummy
 from tpserve.weights.checkpoint import Checkpoint, weight_files
-from tpserve.weights.dummy import dummy
-from tpserve.weights.load import load
+from tpserve.weights.load import Loader
 from tpserve.weights.unused_weights import checkpoint_notes
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, TcpEndpoint, tcp
 from tpserve.wire.curve import FRONTEND, CurveClient, ZapAuthenticator, rank_role
@@ -333,7 +333,6 @@ class _ServingRank:
         dtype: torch.dtype = getattr(torch, config.dtype)
         kv_int8 = config.kv_cache_dtype == "int8"
         decoder = Decoder(self._spec, layout, stage, mesh.tp, dtype, mesh.device, config.max_model_len, kv_int8)
-        parameters = decoder.parameters()
         if env.rank == 0:
             shares = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)
             if (uneven := imbalance([share.q for share in shares], "heads")) is not None:
@@ -345,16 +344,15 @@ class _ServingRank:
                 self._rank_agent.report_progress("loading weights", 10 + 80 * done // max(total, 1))
 
             self._rank_agent.report_progress("loading weights", 10)
-            if config.load_format == "dummy":
-                dummy(parameters, config.seed)
-            else:
+            fill = partial(dummy.fill, seed=config.seed)
+            if config.load_format != "dummy":
                 only_safetensors = config.load_format == "safetensors"
                 checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
                 if env.rank == 0:
                     for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
                         log.info(line)
-                load(parameters, checkpoint, on_progress)
-        return decoder, decoder.prepack(config.quantization)
+                fill = Loader(decoder.parameters(), checkpoint, on_progress).fill
+            return decoder, decoder.prepack(config.quantization, fill)
 
     def _heads(self) -> dict[str, int]:
         """This rank's share of the attention heads, for Ready."""

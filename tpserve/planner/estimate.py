@@ -15,7 +15,7 @@ from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
-from tpserve.models.param_count import count_params, num_arrays
+from tpserve.models.param_count import count_params
 from tpserve.models.units import VOCAB_UNIT
 from tpserve.models.weight_bytes import ITEM_BYTES, weight_bytes, weight_bytes_read
 from tpserve.parallel.split import imbalance, split, split_heads
@@ -235,14 +235,10 @@ def _token_s(spec: ModelSpec, config: EngineConfig, gpus: GpuCluster) -> float:
     It is the time to read weights and KV cache from memory, on the slowest rank of each stage, summed over the stages.
     """
     layout, held_format = config.layout, sizing.held_format(config, library=gpus.library)
-    num_read = {
-        layer: min(config.max_model_len, group.window or config.max_model_len) for group in spec.cache for layer in group.layers
-    }
 
     def read_bytes(rank: int) -> int:
-        layers = layout.layers_of(layout.stage_of(rank))
-        per_layer = sizing.position_bytes(count_params(spec, layout, rank), config) // num_arrays(spec, layers)
-        return weight_bytes_read(spec, layout, rank, held_format) + per_layer * sum(num_read[layer] for layer in layers)
+        weights = weight_bytes_read(spec, layout, rank, held_format)
+        return weights + sizing.kv_bytes_read(spec, config, rank, config.max_model_len)
 
     stages = (range(stage * layout.tp, (stage + 1) * layout.tp) for stage in range(layout.pp))
     return sum(max(map(read_bytes, ranks)) for ranks in stages) / gpus.memory_rate

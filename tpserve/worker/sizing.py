@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tpserve.config.schema import EngineConfig
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
-from tpserve.models.param_count import ParamCount, largest_count
+from tpserve.models.param_count import ParamCount, count_params, largest_count, num_arrays
 from tpserve.models.weight_bytes import ITEM_BYTES, HeldFormat, largest_weight_bytes
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.messages import MemoryLedger
@@ -87,6 +87,18 @@ def position_bytes(count: ParamCount, config: EngineConfig) -> int:
     """Bytes of one position of a KV block, in all cache arrays of a rank."""
     scales = KV_SCALE_BYTES * count.cached_heads if config.kv_cache_dtype == "int8" else 0
     return ITEM_BYTES[config.kv_cache_dtype] * count.cached + scales
+
+
+def kv_bytes_read(spec: ModelSpec, config: EngineConfig, rank: int, context: int, rows: int = 1) -> int:
+    """Bytes of the KV cache that the last `rows` of `context` positions of a sequence see, in all layers of a rank."""
+    layers = config.layout.layers_of(config.layout.stage_of(rank))
+    per_layer = position_bytes(count_params(spec, config.layout, rank), config) // num_arrays(spec, layers)
+    seen = {
+        layer: context if group.window is None else min(context, group.window + rows - 1)
+        for group in spec.cache
+        for layer in group.layers
+    }
+    return per_layer * sum(seen[layer] for layer in layers)
 
 
 def slot_bytes(config: EngineConfig, length: int) -> int:
