@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 from tpserve.bench.plot import LEFT, PANEL, TOP, WIDTH, document, line, panel, text, tick_x, tick_y
 from tpserve.bench.roofline_work import MachineRates, StepWork
@@ -11,18 +11,18 @@ HEIGHT = TOP + PANEL + 60
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b")
 
 
-class Measured(Protocol):
-    """A row of the table."""
+class Point(NamedTuple):
+    """A measured step. `label`: beside it."""
 
     model: str
-    step: str
+    label: str
     work: StepWork
-    p50_ms: float
+    seconds: float
 
 
-def svg(title: str, rates: dict[str, MachineRates], cases: Sequence[Measured]) -> str:
+def svg(title: str, rates: dict[str, MachineRates], cases: Sequence[Point]) -> str:
     """One roof for each kind of numbers, and a point for each case: on the roof is as fast as the machine allows."""
-    reached = [(case.work.flops / case.work.num_bytes, case.work.flops / case.p50_ms * 1e3) for case in cases]
+    reached = [(case.work.flops / case.work.num_bytes, case.work.flops / case.seconds) for case in cases]
     first_x = math.floor(math.log10(min([0.5, *(x for x, _ in reached)])))
     last_x = math.ceil(math.log10(max([100.0, *(x for x, _ in reached)])))
     roofs = [each.flops_per_s for each in rates.values()]
@@ -46,7 +46,7 @@ def svg(title: str, rates: dict[str, MachineRates], cases: Sequence[Measured]) -
         parts.append(line(TOP, [at(*point) for point in points], "#444"))
     models = list(dict.fromkeys(case.model for case in cases))
     for case, point in zip(cases, reached, strict=True):
-        parts.append(_point(*at(*point), COLOURS[models.index(case.model) % len(COLOURS)], case.step))
+        parts.append(_point(*at(*point), COLOURS[models.index(case.model) % len(COLOURS)], case.label))
     for index, model in enumerate(models):
         parts.append(text(LEFT + 10, TOP + 18 + 16 * index, model, colour=COLOURS[index % len(COLOURS)]))
     return document(title, parts, HEIGHT)

@@ -7,6 +7,7 @@ a node downloads missing weights.
 import logging
 import socket
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,7 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.weights import dummy
 from tpserve.weights.checkpoint import Checkpoint, weight_files
 from tpserve.weights.load import Loader
+from tpserve.weights.parameter import Parameter
 from tpserve.weights.unused_weights import checkpoint_notes
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, TcpEndpoint, tcp
 from tpserve.wire.curve import FRONTEND, CurveClient, ZapAuthenticator, rank_role
@@ -344,7 +346,7 @@ class _ServingRank:
                 self._rank_agent.report_progress("loading weights", 10 + 80 * done // max(total, 1))
 
             self._rank_agent.report_progress("loading weights", 10)
-            fill = partial(dummy.fill, seed=config.seed)
+            fill: Callable[[Parameter], None] = partial(dummy.fill, seed=config.seed)
             if config.load_format != "dummy":
                 only_safetensors = config.load_format == "safetensors"
                 checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
