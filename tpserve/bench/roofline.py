@@ -18,7 +18,7 @@ import torch
 from msgspec.structs import replace
 
 from tpserve.bench.report import BenchReport, MachineInfo, check_writable, write
-from tpserve.bench.roofline_plot import Point, svg
+from tpserve.bench.roofline_plot import MeasuredPoint, svg
 from tpserve.bench.roofline_rates import best_of, product_rate, read_rate
 from tpserve.bench.roofline_work import MachineRates, Span, StepWork, step_work
 from tpserve.cli import server_flags
@@ -187,7 +187,7 @@ def run(
         figures = RooflineFigures(torch.get_num_threads(), version, rates, cases)
         BenchReport.of("roofline", machine, ("torch",), workload, figures).write(output)
     if plot is not None:
-        points = [Point(case.model, case.step, case.work, case.p50_ms / 1e3) for case in cases]
+        points = [MeasuredPoint(case.model, case.step, case.work, case.p50_ms / 1e3) for case in cases]
         write("--plot", plot, svg(f"roofline on {machine}", rates, points).encode())
     return 0
 

@@ -11,7 +11,7 @@ HEIGHT = TOP + PANEL + 60
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b")
 
 
-class Point(NamedTuple):
+class MeasuredPoint(NamedTuple):
     """A measured step. `label`: beside it."""
 
     model: str
@@ -20,7 +20,7 @@ class Point(NamedTuple):
     seconds: float
 
 
-def svg(title: str, rates: dict[str, MachineRates], cases: Sequence[Point]) -> str:
+def svg(title: str, rates: dict[str, MachineRates], cases: Sequence[MeasuredPoint]) -> str:
     """One roof for each kind of numbers, and a point for each case: on the roof is as fast as the machine allows."""
     reached = [(case.work.flops / case.work.num_bytes, case.work.flops / case.seconds) for case in cases]
     first_x = math.floor(math.log10(min([0.5, *(x for x, _ in reached)])))
