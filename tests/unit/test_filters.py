@@ -17,7 +17,7 @@ from tpserve.sampler import filters as module
 from tpserve.sampler.draw import gather_logits
 from tpserve.sampler.filters import apply
 from tpserve.types.sampling import EngineSamplingParams
-from tpserve.worker.request_pool import to_device
+from tpserve.worker.host_arrays import to_device
 from tpserve.worker.sampling_metadata import filters, sampling_metadata
 
 VOCAB = 300

@@ -17,7 +17,7 @@ from tpserve.sampler.logits import Logits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
 from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
-from tpserve.worker.input_batch import ChunkTensors
+from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
 from tpserve.worker.logits_rows import PromptLogprobsBatch, SampleBatch, prompt_logprobs_batch, sample_batches
 from tpserve.worker.request_pool import RequestPool
@@ -89,7 +89,7 @@ class SamplerStage:
         self._tp = tp
         self.logits_chunking = LogitsChunking.of(decoder.vocab_shards, request_pool.tokens.shape[1])
 
-    def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkTensors) -> ModelOutput:
+    def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
         """Queue sampling and scoring for `hidden_TH` [T, hidden_size]; sampled tokens also go into the request pool."""
         to_score = prompt_logprobs_batch(plan, chunks, self._request_pool)
         scores = None if to_score is None else self._score(hidden_TH, to_score)  # first: sampling writes the slots' tokens
@@ -100,13 +100,14 @@ class SamplerStage:
 
     def _sample(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
         """Sample one batch: logits, filters, draw, logprobs. Without filters and logprobs, logits may stay unwritten."""
+        hidden_SH = hidden_TH if len(hidden_TH) == len(batch.chunks) else hidden_TH[batch.rows]
         logits: Logits
         if batch.filters is None and not batch.num_logprobs:
-            logits = self._decoder.head(hidden_TH[batch.rows])
+            logits = self._decoder.head(hidden_SH)
         else:
-            logits = WrittenLogits(self._decoder.logits(hidden_TH[batch.rows]))
+            logits = WrittenLogits(self._decoder.logits(hidden_SH))
         tokens_S = self._draw(logits, batch)
-        self._request_pool.tokens[batch.slots, batch.positions] = tokens_S.int()
+        self._request_pool.tokens[batch.slots, batch.draw.position_S] = tokens_S.int()
         entries: LogprobTensors | None = None
         if batch.num_logprobs:
             most = max(n for n in batch.num_logprobs if n is not None)
@@ -121,10 +122,10 @@ class SamplerStage:
         if batch.filters is not None:
             logits_SV = gather_logits(logits.written(), shards, tp)
             tokens_SL = self._request_pool.tokens[batch.slots, : batch.filters.history]
-            logits = WrittenLogits(apply(logits_SV, batch.filters, batch.temperature, batch.positions, tokens_SL))
+            temperature_S, position_S = batch.draw.temperature_S, batch.draw.position_S
+            logits = WrittenLogits(apply(logits_SV, batch.filters, temperature_S, position_S, tokens_SL))
             shards, tp = (range(logits_SV.shape[1]),), Group()
-        params = (batch.temperature, batch.seed, batch.positions, batch.choice)
-        return draw(logits, shards, *params, tp, all_greedy=batch.all_greedy)
+        return draw(logits, shards, None if batch.all_greedy else batch.draw, tp)
 
     def _score(self, hidden_TH: torch.Tensor, batch: PromptLogprobsBatch) -> PromptLogprobsOutput:
         """Prompt logprobs, in slices of rows that `LogitsChunking` allows."""
