@@ -194,7 +194,7 @@ class _ServingRank:
         self._ensure_weights()  # before Hello, while the coordinator sees this rank's progress
         start_timer.mark("download")
         hosted = self._host() if env.rank == 0 else None
-        stage, (self._processor, traits) = config.layout.stage_of(env.rank), processor(device, config.dtype)
+        stage, (self._processor, traits) = config.layout.stage_of(env.rank), processor(device, config.dtype, self._spec)
         rank_agent.report_progress("waiting for all ranks", 0)
         rank_agent.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits, stage, self._processor)
         start = rank_agent.wait_start()
