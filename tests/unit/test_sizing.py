@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -126,6 +126,16 @@ class Equal(Seat):
         return [list(values)] * self.size
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """Packing many small matrices on threads that other processes keep from running takes long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.skipif(library() is None, reason="no library of CPU kernels")
 @pytest.mark.parametrize("quantization", [None, "int8", "int8-head"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
