@@ -15,6 +15,7 @@ import torch
 from tpserve.sampler.draw import DrawParams
 from tpserve.sampler.filters import Filters
 from tpserve.types.plan import StepPlan
+from tpserve.worker.grammars import SlotGrammar
 from tpserve.worker.host_arrays import copy_arrays, to_device
 from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
@@ -38,6 +39,8 @@ class SampleBatch:
     """None: the rows have no sampling parameters but a temperature."""
     num_logprobs: tuple[int | None, ...]
     """Number of top logprobs of each request, None without logprobs; () when no request has any."""
+    grammars: tuple[SlotGrammar | None, ...]
+    """The grammar of each sequence; () when none has one."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,25 @@ def sample_batches(
             else:
                 plain.append(chunk)
     batches = [
-        _sample_batch(plain[at : at + logits_chunking.plain], chunks, request_pool, None)
+        _sample_batch(plain[at : at + logits_chunking.plain], chunks, request_pool, ())
         for at in range(0, len(plain), logits_chunking.plain)
     ]
-    move = partial(to_device, device=request_pool.tokens.device)
     for at in range(0, len(filtered), logits_chunking.filtered):
         indices, metadata_S = zip(*filtered[at : at + logits_chunking.filtered], strict=True)
-        row_filters = filters(metadata_S, [chunks.ends[i] for i in indices], move)
-        batches.append(_sample_batch(indices, chunks, request_pool, row_filters))
+        batches.append(_sample_batch(indices, chunks, request_pool, metadata_S))
     return batches
 
 
 def _sample_batch(
-    indices: Sequence[int], chunks: ChunkArrays, request_pool: RequestPool, row_filters: Filters | None
+    indices: Sequence[int], chunks: ChunkArrays, request_pool: RequestPool, filtered: Sequence[SamplingMetadata]
 ) -> SampleBatch:
-    slots = [chunks.slots[i] for i in indices]
+    """The chunks of these indices. `filtered`: what filters each of them, or empty when none needs any."""
+    slots, device = [chunks.slots[i] for i in indices], request_pool.tokens.device
+    row_filters, grammars = None, tuple[SlotGrammar | None, ...]()
+    if filtered:
+        grammars = tuple(request_pool.grammars[slot] for slot in slots)
+        move = partial(to_device, device=device)
+        row_filters = filters(filtered, [chunks.ends[i] for i in indices], move, grammars)
     params = [request_pool.params[slot] for slot in slots]
     temperature = array("f", [each.temperature for each in params])
     arrays: list[array[int] | array[float]] = [
@@ -97,7 +104,7 @@ def _sample_batch(
         array("q", [request_pool.choice[slot] for slot in slots]),
         temperature,
     ]
-    rows, slots_S, seed, positions, choice, temperature_S = copy_arrays(arrays, request_pool.tokens.device)
+    rows, slots_S, seed, positions, choice, temperature_S = copy_arrays(arrays, device)
     num_logprobs = tuple(each.logprobs for each in params)
     return SampleBatch(
         chunks=tuple(indices),
@@ -107,6 +114,7 @@ def _sample_batch(
         all_greedy=not any(temperature),
         filters=row_filters,
         num_logprobs=num_logprobs if any(n is not None for n in num_logprobs) else (),
+        grammars=grammars if any(grammar is not None for grammar in grammars) else (),
     )
 
 

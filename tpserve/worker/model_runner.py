@@ -54,9 +54,13 @@ class ModelRunner:
         """Start `plan`: receive the previous stage's activations, run the layers, then send to the next stage or sample."""
         self._request_pool.update(plan)
         chunks = ChunkArrays.of(plan)
-        hidden_TH = self._stage(build_model_input(chunks, self._request_pool))
+        if plan.slots:
+            hidden_TH = self._stage(build_model_input(chunks, self._request_pool))
+        else:  # it only has orders for grammars
+            hidden_TH = torch.empty(0, self._decoder.spec.hidden_size)
         if self._sampler_stage is None:
-            self._mesh.pipeline.send(hidden_TH)
+            if plan.slots:
+                self._mesh.pipeline.send(hidden_TH)
             return PendingStep(plan, self._mesh.device, ModelOutput())
         return PendingStep(plan, self._mesh.device, self._sampler_stage.run(hidden_TH, plan, chunks))
 

@@ -14,6 +14,7 @@ import torch
 from tpserve.types.packed import unpack
 from tpserve.types.plan import NewSequence, StepPlan
 from tpserve.types.sampling import EngineSamplingParams
+from tpserve.worker.grammars import CompiledGrammars, SlotGrammar
 from tpserve.worker.host_arrays import copy_arrays
 from tpserve.worker.sampling_metadata import SamplingMetadata, sampling_metadata
 
@@ -55,6 +56,7 @@ class RequestPool:
 
     `tokens` [num_slots, max_len + 1] int32 is on the device: the sampler writes it and the next plan reads it without the host.
     `tables`: one for each of `windows` (`CacheGroup.window`). `min_tokens` needs the model's `eos_ids` and `vocab_size`.
+    `compiled`: on ranks of the last stage; None: no sequence has a grammar.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class RequestPool:
         *,
         eos_ids: tuple[int, ...],
         vocab_size: int,
+        compiled: CompiledGrammars | None = None,
     ) -> None:
+        self.compiled = compiled
         self.block_size = block_size
         self._eos_ids, self._vocab_size = eos_ids, vocab_size
         self.tokens = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
@@ -79,9 +83,15 @@ class RequestPool:
         self.choice = [0] * num_slots
         self.prompt_len = [0] * num_slots
         self.sampling_metadata: list[SamplingMetadata | None] = [None] * num_slots
+        self.grammars: list[SlotGrammar | None] = [None] * num_slots
 
     def update(self, plan: StepPlan) -> None:
-        """Apply a plan's new sequences, new blocks and input ids, before its chunks are computed."""
+        """Apply a plan's orders for grammars, new sequences, new blocks and input ids, before its chunks are computed."""
+        if self.compiled is not None:
+            for number, text in plan.grammars.new:
+                self.compiled.start(number, text)
+            for number in plan.grammars.dropped:
+                self.compiled.drop(number)
         for new_sequence in plan.new_sequences:
             self._admit(new_sequence)
         if plan.block_runs:
@@ -102,7 +112,13 @@ class RequestPool:
         self.seed[slot] = new_sequence.seed - (1 << 64) if new_sequence.seed >> 63 else new_sequence.seed
         self.choice[slot] = new_sequence.choice
         self.prompt_len[slot] = new_sequence.prompt_len
-        self.sampling_metadata[slot] = sampling_metadata(params, new_sequence.prompt_len, self._eos_ids, self._vocab_size)
+        self.grammars[slot] = None
+        if new_sequence.grammar >= 0 and self.compiled is not None:
+            output = unpack(new_sequence.tokens)[new_sequence.prompt_len :]
+            self.grammars[slot] = self.compiled.begin(new_sequence.grammar, list(output))
+        self.sampling_metadata[slot] = sampling_metadata(
+            params, new_sequence.prompt_len, self._eos_ids, self._vocab_size, constrained=self.grammars[slot] is not None
+        )
 
     def _write_input_ids(self, plan: StepPlan) -> None:
         """Write `Chunk.tokens`, so that every chunk reads its input from `tokens` alone."""
