@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from msgspec.structs import replace
 
+from tests.specs import EXPERTS, LATENTS, small
+from tests.unit.weights_case import decoder
+from tpserve.models.held_bytes import held_tensors
+from tpserve.weights import dummy
 from tpserve_kernels.cpu.library import load
 
 SCRIPT = """
@@ -34,6 +40,11 @@ for quantization in (None, "int8"):
     measure("experts", quantization, small(**wide, intermediate_size=64, experts=experts))
 """
 SLACK = 16 << 20
+SPECS = {
+    "dense": small(qkv_bias=True, tie_embeddings=True),
+    "experts": small(experts=replace(EXPERTS, layers=(0, 2))),
+    "latents": small(**LATENTS),
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -68,3 +79,18 @@ def test_a_wide_model_takes_itself_and_one_parameter(quantization: str, peaks: d
 def test_experts_are_filled_and_packed_one_by_one(quantization: str, peaks: dict[tuple[str, str], Peak]) -> None:
     peak = peaks["experts", quantization]
     assert peak.held < peak.taken < peak.held + 2 * (peak.largest // 16) + SLACK < peak.held + peak.largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_filled_one_by_one_is_what_loaded_at_once_is(name: str, dtype: torch.dtype) -> None:
+    loaded, filled = decoder(spec=SPECS[name], dtype=dtype), decoder(spec=SPECS[name], dtype=dtype)
+    dummy.dummy(loaded.parameters(), seed=5)
+    for parameter in filled.parameters():
+        parameter.tensor.view(torch.uint8).fill_(255)  # NaN
+    loaded.prepack()
+    filled.prepack(fill=lambda parameter: dummy.fill(parameter, seed=5))
+    ours, others = list(held_tensors(loaded.held())), list(held_tensors(filled.held()))
+    assert len(ours) == len(others) > 10
+    for one, other in zip(ours, others, strict=True):
+        assert torch.equal(one.to_dense(), other.to_dense()) if one.is_mkldnn else torch.equal(one, other)

@@ -118,9 +118,11 @@ class Decoder:
             reason = unserved(self._blocks, self._tp)
             self.runs_as_list = reason is None
             self.form = "one list of operations" if reason is None else f"one operation after the other: {reason}"
-        return held_bytes(
-            (self._embedding, self._project_in, self._positions, self._blocks, self._norm, self._project_out, self._head)
-        )
+        return held_bytes(self.held())
+
+    def held(self) -> tuple[object, ...]:
+        """Everything that holds weights."""
+        return self._embedding, self._project_in, self._positions, self._blocks, self._norm, self._project_out, self._head
 
     def _pack_head(self, packer: Packer, *, int8: bool) -> None:
         plain = self._head
