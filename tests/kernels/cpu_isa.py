@@ -21,6 +21,7 @@ import build_cpu as build_cpu  # noqa: E402
 
 FILE = Path(os.environ.get(FILE_VARIABLE) or PACKAGE / "libtpserve_cpu.so")
 NATIVE, WHY_NOT = load()
+HIGHEST = Isa.PORTABLE if NATIVE is None else NATIVE.isa
 skip_without_library = pytest.mark.skipif(NATIVE is None, reason=f"no library of CPU kernels: {WHY_NOT}")
 
 
@@ -35,12 +36,19 @@ def emulated() -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def few_when_emulated(request: pytest.FixtureRequest, isa: Isa) -> None:
+    """A test with the mark `not_emulated` runs on the processor's own instruction sets."""
+    if request.node.get_closest_marker("not_emulated") and isa > HIGHEST:
+        pytest.skip("takes long in emulation")
+
+
 @pytest.fixture(scope="module", params=list(Isa), ids=lambda isa: isa.name.lower())
 def isa(request: pytest.FixtureRequest) -> Iterator[Isa]:
     """What the library runs on."""
     wanted: Isa = request.param
     assert NATIVE is not None
-    highest = NATIVE.isa
+    highest = HIGHEST
     if wanted > highest:
         if wanted <= Isa.AVX2 or platform.machine() not in ("x86_64", "AMD64") or highest < Isa.AVX2:
             pytest.skip("neither on this processor nor emulated on it")

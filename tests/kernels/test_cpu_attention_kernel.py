@@ -9,26 +9,21 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from tpserve_kernels.cpu import attention
-from tpserve_kernels.cpu import library as loading
+from tests.kernels.cpu_isa import few_when_emulated, isa, skip_without_library
 from tpserve_kernels.cpu.attention import AttentionInputs, paged_attention, paged_attention_reference
 from tpserve_kernels.cpu.kv_int8 import dequantize_heads_reference, quantize_heads_reference
-from tpserve_kernels.cpu.library import Isa, Library
 
+__all__ = ["few_when_emulated", "isa"]
+pytestmark = [skip_without_library, pytest.mark.usefixtures("isa")]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True, params=list(Isa), ids=lambda isa: isa.name.lower())
-def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    usual, threads = loading.library(), torch.get_num_threads()
-    if usual is None or request.param > usual.isa:
-        pytest.skip("no library, or not on this processor")
-    library = Library(usual.file, request.param)
-    monkeypatch.setattr(attention, "library", lambda: library)
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-    Library(usual.file, usual.isa)
 
 
 @dataclass
@@ -109,9 +104,12 @@ SHAPES = {
     "latents, odd": Paged([130, 5], 5, 1, 50, 34, v_in_k=True, block_size=5, window=90, sinks=torch.ones(5)),
     "splits": Paged([1100], 4, 2, 16, 16),
 }
+SLOW_SHAPES = ("latents, many heads", "of 96, window", "of 80", "splits")
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.not_emulated] * (name in SLOW_SHAPES)) for name in SHAPES]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
 def test_it_is_attention(name: str, dtype: torch.dtype, int8: bool) -> None:
@@ -122,20 +120,25 @@ def test_it_is_attention(name: str, dtype: torch.dtype, int8: bool) -> None:
     torch.testing.assert_close(torch.cat(got).double(), torch.cat(expected), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("crowd_of", "longest"),
+    [pytest.param([*range(1, 240, 5)], 1300, marks=pytest.mark.not_emulated, id="48"), pytest.param([1, 90], 620, id="2")],
+)
 @pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
-def test_a_row_is_the_same_in_every_company(dtype: torch.dtype, int8: bool) -> None:
-    """Alone and divided among threads, in chunks, in a crowd of 48, in blocks of other sizes."""
-    paged = Paged([*range(1, 240, 5), 1300], 8, 2, 40, 24, window=600, dtype=dtype, int8=int8)
+def test_a_row_is_the_same_in_every_company(dtype: torch.dtype, int8: bool, crowd_of: list[int], longest: int) -> None:
+    """Alone and divided among threads, in chunks, in a crowd, in blocks of other sizes."""
+    heads = (8, 2, 40, 24) if longest > 1000 else (2, 1, 20, 12)
+    paged = Paged([*crowd_of, longest], *heads, window=600, dtype=dtype, int8=int8)
     last, alone = len(paged.contexts) - 1, {}
-    for position in (0, 63, 64, 511, 512, 600, 1024, 1299):
+    for position in (0, 63, 64, 511, 512, 600, *((1024,) if longest > 1024 else ()), longest - 1):
         alone[position] = paged.run([(last, position, 1)])[0][0]
         for threads in (2, 3):
             assert torch.equal(paged.run([(last, position, 1)], threads)[0][0], alone[position]), (position, threads)
     crowd = [(r, context - 1, 1) for r, context in enumerate(paged.contexts)]
-    for block_size in (16, 8, 32, 5):
+    for block_size in (16, 8, 32, 5) if longest > 1000 else (16, 5):
         paged.place(block_size)
-        assert torch.equal(paged.run(crowd, 2)[last][0], alone[1299])
-        for chunks in ([*crowd[:-1], (last, 0, 1300)], [(last, 0, 1300)], [(last, 500, 113)], [(last, 599, 2), (0, 0, 1)]):
+        assert torch.equal(paged.run(crowd, 2)[last][0], alone[longest - 1])
+        for chunks in ([*crowd[:-1], (last, 0, longest)], [(last, 0, longest)], [(last, 500, 113)], [(last, 599, 2), (0, 0, 1)]):
             for threads in (1, 2):
                 for (r, start, count), rows in zip(chunks, paged.run(chunks, threads), strict=True):
                     for position in alone:
@@ -143,6 +146,7 @@ def test_a_row_is_the_same_in_every_company(dtype: torch.dtype, int8: bool) -> N
                             assert torch.equal(rows[position - start], alone[position]), (position, block_size, threads)
 
 
+@pytest.mark.not_emulated
 def test_heads_do_not_show() -> None:
     """A head alone has the bits that it has among many, however heads are divided among blocks."""
     paged = Paged([700, 90], 96, 2, 320, 300, dtype=torch.float32)

@@ -1,39 +1,24 @@
 """Products in int8 on each instruction set of the processor: the bits of an exact integer reference, so equal ones everywhere;
 a row alone and in company, one thread and two, any sizes, nothing written beside a result."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.cpu_isa import few_when_emulated, isa, skip_without_library
 from tpserve_kernels.cpu import int8, qkv_heads, rows
 from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES
-from tpserve_kernels.cpu.library import ALIGNMENT, Isa, Operation, load
+from tpserve_kernels.cpu.library import Operation, library
+from tpserve_kernels.cpu.packed_size import ALIGNMENT
 from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
 from tpserve_kernels.cpu.rows import ActivationKind, NormKind
 
+__all__ = ["few_when_emulated", "isa"]
+pytestmark = [skip_without_library, pytest.mark.usefixtures("isa")]
 DTYPES = (torch.float32, torch.bfloat16)
 INNER = (1, 17, 31, 96, 2050)
 BESIDE = 7
-
-
-@pytest.fixture(params=[isa.name.lower() for isa in Isa], autouse=True, scope="module")
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TPSERVE_ISA", request.param)
-            load.cache_clear()
-            lib, reason = load()
-            if lib is None or lib.isa.name.lower() != request.param:
-                pytest.skip(reason or "not on this processor")
-            yield
-    finally:
-        load.cache_clear()
-        load()
-        torch.set_num_threads(threads)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -48,7 +33,7 @@ def fenced(x: torch.Tensor, column: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("inner", [pytest.param(inner, marks=[pytest.mark.not_emulated] * (inner != 96)) for inner in INNER])
 def test_the_integer_reference(inner: int, dtype: torch.dtype) -> None:
     for count, outputs in ((0, 16), (1, 1), (1, 130), (2, 33), (3, 16), (5, 47), (13, 100), (33, 35), (70, 16)):
         x, weight, bias = random(count, inner, dtype=dtype), random(outputs, inner, dtype=dtype, seed=1), random(outputs, seed=2)
@@ -61,6 +46,7 @@ def test_the_integer_reference(inner: int, dtype: torch.dtype) -> None:
         assert torch.equal(as_float, int8.product_reference(x, weight, bias, torch.float32))
 
 
+@pytest.mark.not_emulated
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(0, 20), inner=st.integers(1, 300), outputs=st.integers(1, 70), seed=st.integers(0, 99))
 def test_any_sizes(rows: int, inner: int, outputs: int, seed: int) -> None:
@@ -161,7 +147,7 @@ def test_nothing_is_written_beside_results() -> None:
     start = -around.data_ptr() % ALIGNMENT
     int8.pack(weight, blob=around[start : start + size])
     assert (around[:start] == BESIDE).all() and (around[start + size :] == BESIDE).all()
-    lib, out = load()[0], torch.full((8, 30), float(BESIDE))
+    lib, out = library(), torch.full((8, 30), float(BESIDE))
     quantized, scale = int8.quantize(x)
     assert lib is not None
     lib.run(Operation.PRODUCT_INT8, int8.product_int8_args(quantized, scale, around[start : start + size], None, out[1:7, 4:25]))
@@ -174,7 +160,7 @@ def test_nothing_is_written_beside_results() -> None:
 @pytest.mark.parametrize("scales_only", [False, True])
 def test_a_norm_and_an_activation_that_quantize_have_the_bits_of_two_operations(scales_only: bool, dtype: torch.dtype) -> None:
     """Few rows, which threads share, and many; with strides, and a last vector that is not full."""
-    lib = load()[0]
+    lib = library()
     assert lib is not None
     for count, width in ((1, 1300), (1, 17), (2, 70), (9, 70)):
         x, gates = fenced(random(count, width, dtype=dtype)), fenced(random(count, 2 * width, dtype=dtype, seed=1))

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.cpu_isa import isa, skip_without_library
-from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Isa, Operation, library
+from tpserve_kernels.cpu.library import DTYPES, Isa, Operation, library
+from tpserve_kernels.cpu.packed_size import ALIGNMENT
 from tpserve_kernels.cpu.product import (
     ProductArgs,
     grouped_product,

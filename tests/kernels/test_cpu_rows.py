@@ -4,41 +4,29 @@ and two, rows of any width and stride, nothing written beside a row."""
 import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 
+from tests.kernels.cpu_isa import few_when_emulated, isa, skip_without_library
 from tpserve.parallel.shm import SLOT_BYTES, ShmAllReduce
 from tpserve.sampler import draw
 from tpserve_kernels.cpu import gumbel, qkv_heads, rows
 from tpserve_kernels.cpu.all_reduce import Reduction, all_reduce_args
-from tpserve_kernels.cpu.library import Isa, Operation, calls_of, is_native, library, load
+from tpserve_kernels.cpu.library import Operation, calls_of, is_native, library
 from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
 from tpserve_kernels.cpu.rows import ActivationKind, NormKind
 
+__all__ = ["few_when_emulated", "isa"]
+pytestmark = [skip_without_library, pytest.mark.usefixtures("isa")]
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = (1, 17, 31, 96, 2050)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}
 BESIDE = 7.0
 """What memory beside a result holds."""
 Op = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-@pytest.fixture(params=[isa.name.lower() for isa in Isa], autouse=True)
-def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    monkeypatch.setenv("TPSERVE_ISA", request.param)
-    load.cache_clear()
-    lib, reason = load()
-    if lib is None or lib.isa.name.lower() != request.param:
-        pytest.skip(reason or "not on this processor")
-    yield
-    monkeypatch.undo()
-    load.cache_clear()
-    load()
-    torch.set_num_threads(threads)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

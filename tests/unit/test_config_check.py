@@ -59,16 +59,16 @@ def test_ranks_that_are_alike_share_a_column_wherever_they_are() -> None:
 
 
 def seated(rank: int, stage: int, cpu: str, **facts: str) -> Hello:
-    return replace(hello(rank, "ab"[rank // 2], **facts), stage=stage, processor={"CPU": cpu, "CPU products": cpu[-4:]})
+    return replace(hello(rank, "ab"[rank // 2], **facts), stage=stage, processor={"CPU": cpu, "CPU operators": cpu[-4:]})
 
 
 def test_unlike_processors_are_for_different_stages() -> None:
     mixed = [seated(0, 0, "AVX512 AMX"), seated(1, 0, "AVX512 AMX"), seated(2, 1, "AVX2"), seated(3, 1, "AVX2")]
     assert all(mismatch(mixed[:i], mixed[i]) == "" for i in range(4)) and required_mismatches(mixed) == []
     assert optional_mismatches(mixed) == [
-        "              ranks 0-1 on a  ranks 2-3 on b",
-        "CPU           AVX512 AMX      AVX2",
-        "CPU products   AMX            AVX2",
+        "               ranks 0-1 on a  ranks 2-3 on b",
+        "CPU            AVX512 AMX      AVX2",
+        "CPU operators   AMX            AVX2",
     ]
 
 
@@ -78,9 +78,9 @@ def test_unlike_processors_in_a_stage_are_refused() -> None:
     assert why.startswith("rank 1 on a has CPU AVX512, rank 3 on b has CPU AVX2: tensor parallel ranks must compute alike")
     assert "--pipeline-parallel-size" in why
     assert required_mismatches(mixed) == [
-        "              ranks 0, 2-3 on a, b  rank 1 on a",
-        "CPU           AVX2                  AVX512",
-        "CPU products  AVX2                  X512",
+        "               ranks 0, 2-3 on a, b  rank 1 on a",
+        "CPU            AVX2                  AVX512",
+        "CPU operators  AVX2                  X512",
     ]
     other = seated(3, 1, "AVX512", torch="2.11")
     assert mismatch(mixed[:3], other).startswith("rank 0 on a has torch none"), "what all must have comes first"

@@ -4,6 +4,7 @@ Products are taken as the engine takes them, packed where the processor can: on 
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from tpserve.layers.activation import ACTIVATIONS, clamped_swiglu, gelu_tanh_mul
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import Experts, MoE
 from tpserve.layers.norm import AllHeadsNorm, LayerNorm, add_rms_norm, rms_norm
+from tpserve.layers.packing import Packer
 from tpserve.layers.rope import tables
 from tpserve.layers.routing import Routing
 from tpserve.parallel.group import Group
@@ -146,12 +148,11 @@ def test_experts(count: int, num_active: int, mine: range, hidden: int, channels
 
     gate_up, down = weight(len(mine), 2 * channels, hidden), weight(len(mine), hidden, channels)
     biases = (weight(len(mine), 2 * channels), weight(len(mine), hidden)) if count == 5 else (None, None)
-    experts = Experts(count, mine, gate_up.clone(), silu_mul, down.clone(), *biases)
     beside = MLP(weight(2 * shared, hidden), None, silu_mul, weight(hidden, shared), None, group) if shared else None
     router, expert_load = weight(count + bool(shared), hidden).float(), torch.zeros(count, dtype=torch.int64)
     routing = Routing(RoutingSpec(num_active, renormalise=count % 2 == 0))
     plain = MoE(router, routing, Experts(count, mine, gate_up, silu_mul, down, *biases), beside, expert_load, group)
-    layer = replace(plain, experts=experts).packed()
+    layer = replace(deepcopy(plain), expert_load=expert_load).packed(Packer())  # which lets go of its plain weights
 
     def op(x_TH: torch.Tensor) -> torch.Tensor:
         before = expert_load.sum()

@@ -95,16 +95,16 @@ def best(found: dict[str, Any]) -> tuple[int, int]:
 def test_70b_does_not_fit_one_card(plan: Any) -> None:
     code, text = plan("llama-70b --gpus 1 --gpu-memory 80GB")
     assert code == 1
-    assert "TP 1 x PP 1 does not fit: rank 0 needs 136.8 GiB (weights 131.4 GiB) for one sequence of 8,192 tokens" in text
-    assert "and may take 71.0 GiB: 65.8 GiB too much" in text
+    assert "TP 1 x PP 1 does not fit: rank 0 needs 136.6 GiB (weights 131.4 GiB) for one sequence of 8,192 tokens" in text
+    assert "and may take 71.0 GiB: 65.6 GiB too much" in text
     assert "No layout fits 1 GPU. 2 such GPUs would do: TP 2 x PP 1" in text
 
 
 def test_70b_on_two_cards_fits_and_is_short_of_cache(plan: Any) -> None:
     code, text = plan("llama-70b --gpus 2 --gpu-memory 80GB --concurrency 64")
     assert code == 0 and "TP 2 x PP 1, to paste:" in text
-    assert "Warning: KV cache for 2.5 sequences of 8,192 tokens of the 64 wanted" in text
-    assert "Warning: KV cache for 2.5 sequences of 8,192 tokens at once" in plan("llama-70b --gpus 2 --gpu-memory 80GB")[1]
+    assert "Warning: KV cache for 2.6 sequences of 8,192 tokens of the 64 wanted" in text
+    assert "Warning: KV cache for 2.6 sequences of 8,192 tokens at once" in plan("llama-70b --gpus 2 --gpu-memory 80GB")[1]
     found = layouts(plan, "llama-70b --gpus 2 --gpu-memory 80GB --concurrency 64")
     rank = found["by_name"]["2x1"]["ranks"][0]
     assert rank["weights"] == found["parameters"] + 2 * (80 * 2 + 1) * 8192 // 2, "norms are held twice"
@@ -204,6 +204,30 @@ def test_experts(plan: Any) -> None:
     assert "--enable-expert-parallel" not in found["by_name"]["2x1"]["commands"][0]["serve"]
 
 
+def test_ranks_on_the_cpu(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights, in int8 if asked, and a cache of int8; the arithmetic of a start on the CPU."""
+    line = "llama-8b --device cpu --ranks 2 --rank-memory 24GB --memory-bandwidth 40GB/s"
+    code, text = plan(line)
+    assert code == 0 and "2 ranks, 24.0 GiB and 40 GB/s each, shared memory" in text and "GPU" not in text
+    assert "No parallelism needed: one rank holds the model (15.0 GiB of weights in 24.0 GiB)" in text
+    plain, int8 = (layouts(plan, line + more)["by_name"]["1x1"] for more in ("", " -q int8-head --kv-cache-dtype int8"))
+    rank = plain["ranks"][0]
+    assert rank["kv_cache"] == pytest.approx(0.4 * (rank["total"] - rank["weights"] - rank["head"]), rel=0.01)
+    matrices = 32 * (4096 * (4096 + 2048 + 4096) + 3 * 4096 * 14336) + 128256 * 4096
+    scales = 8 * (32 * (6144 + 4096 + 2 * 14336 + 4096) + 128256)
+    rest = 2 * (128256 * 4096 + 65 * 4096)
+    assert int8["ranks"][0]["weights"] == matrices + scales + rest + 64 * (4 * 32 + 1)
+    assert int8["ranks"][0]["kv_cache"] == int8["kv_tokens"] * 32 * 2 * 8 * (128 + 4)
+    assert int8["token_floor_s"] < 0.6 * plain["token_floor_s"]
+    assert " -q" not in plain["commands"][0]["serve"] and "--device cpu" in plain["commands"][0]["serve"]
+    assert "--quantization int8-head" in int8["commands"][0]["serve"]
+    monkeypatch.setenv("TPSERVE_ISA", "off")
+    without = layouts(plan, line)["by_name"]["1x1"]["ranks"][0]
+    assert without["weights"] == 2 * 8_030_261_248 < rank["weights"], "a head for each matrix"
+    code, text = plan("llama-70b --device cpu --ranks 1 --rank-memory 64GB --memory-bandwidth 40GB/s")
+    assert code == 1 and "the weights of rank 0 take 131.4 GiB (TP 1 x PP 1, bfloat16), and 64.0 GiB are free" in text
+
+
 def test_windows_are_neither_kept_nor_read_whole(plan: Any) -> None:
     line = "gemma-27b --gpus 1 --gpu-memory 80GB --context"
     short, long = layouts(plan, f"{line} 4096"), layouts(plan, f"{line} 8192")
@@ -261,6 +285,14 @@ def test_headers_say_what_the_files_hold(models: Path, plan: Any) -> None:
         ("llama-8b --gpus 2 --gpu-memory 80GB --max-start-time 9s", "--max-start-time needs the speed of the disk: give --disk"),
         ("llama-8b --gpus 2 --gpu-memory 80GB --max-start-time soon --disk-rate 2GB/s", "a time, such as 120s or 2min"),
         ("llama-8b --gpus 2 --gpu-memory 80GB --enable-expert-parallel", "but the model has no experts: leave it out"),
+        (
+            "llama-8b --gpus 2 --gpu-memory 80GB --device cpu",
+            "--device cpu needs the bandwidth that a rank has: give --memory-band",
+        ),
+        (
+            "llama-8b --gpus 2 --gpu-memory 80GB -q int8",
+            "--quantization int8 is for the CPU, and the ranks run on GPUs: leave it",
+        ),
         ("llama-8b --gpus 2 --gpu-memory 80GB --interconnect wifi", "--interconnect must be one of nvlink, pcie"),
         ("llama-8b --gpus 2 --gpu-memory 80GB --frobnicate", "unknown flag --frobnicate"),
         ("bert --gpus 2 --gpu-memory 80GB", "architecture 'BertForMaskedLM' is not supported"),

@@ -1,5 +1,6 @@
 """The self-test of a rank's products: what it finds, what it leaves for the next start, and what may be wrong with its file."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from tests.specs import LATENTS, small
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
+from tpserve.quant import processor
 from tpserve.quant.packed import can_pack
-from tpserve.quant.processor import facts
 from tpserve.quant.product import Product
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.messages import Numerics
@@ -132,10 +133,11 @@ def test_every_product_of_a_model(dtype: torch.dtype, int8: str, monkeypatch: py
 
 
 def test_what_of_the_processor_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the library its version and what else torch computes; without it also what torch's libraries multiply with."""
+    """With the library its version and the operators of torch that draw or route; without it all that torch computes with."""
+    facts = partial(processor.facts, experts=False)
     limits = {"ONEDNN_MAX_CPU_ISA": "AVX"}
     for equal, others in (facts({}, torch.float16), facts(limits, torch.float16)):
-        assert equal["CPU kernels"] == "none" and len(equal["CPU products"]) == 12 and others == {}
+        assert equal["CPU kernels"] == "none" and len(equal["CPU operators"]) == 12 and others == {}
     plain, limited = facts({}, torch.float16)[0], facts(limits, torch.float16)[0]
     assert limited == plain | {"CPU level": plain["CPU level"] + " ONEDNN_MAX_CPU_ISA=AVX"}
     native, _ = load()
@@ -143,7 +145,15 @@ def test_what_of_the_processor_must_agree(monkeypatch: pytest.MonkeyPatch) -> No
         return
     equal, others = facts({}, torch.bfloat16)
     assert equal == facts(limits, torch.bfloat16)[0] and equal["CPU kernels"] == native.version
-    assert equal.keys() == {"CPU kernels", "CPU products"} and equal["CPU products"] != plain["CPU products"]
+    assert equal.keys() == {"CPU kernels", "CPU operators"} and equal["CPU operators"] != plain["CPU operators"]
+    with_experts = processor.facts({}, torch.bfloat16, experts=True)[0]["CPU operators"]
+    for operator, decides, decides_experts in (("bmm", False, False), ("softmax", False, True), ("exp", True, True)):
+        with monkeypatch.context() as other:
+            usual = getattr(torch, operator)
+            other.setattr(torch, operator, lambda *x, usual=usual: usual(*x) * 1.0001)
+            assert (facts({}, torch.bfloat16)[0] != equal) == decides, operator
+            found = processor.facts({}, torch.bfloat16, experts=True)[0]["CPU operators"]
+            assert (found != with_experts) == decides_experts, operator
     assert others == {"CPU level": plain["CPU level"], "instruction set": native.isa.name.lower()}
     monkeypatch.setattr(native, "isa", Isa.PORTABLE)
     assert facts({}, torch.bfloat16) == (equal, others | {"instruction set": "portable"}), "a stage agrees on it"

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.models.decoder import Decoder
 from tpserve.models.param_count import count_params, largest_count
+from tpserve.models.weight_bytes import HeldFormat, weight_bytes
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
@@ -36,6 +38,7 @@ from tpserve.worker.sizing import (
     report,
     slot_bytes,
 )
+from tpserve_kernels.cpu.library import library
 
 EIGHT_EXPERTS = replace(EXPERTS, count=8, shared_size=0, shared_gate=False, layers=(0, 1, 2, 3))
 MIB = 1 << 20
@@ -95,6 +98,10 @@ def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra
         stage, seat = layout.stage_of(place), Seat(layout.tp_rank_of(place), tp)
         decoder = Decoder(spec, layout, stage, seat, torch.float32, torch.device("cpu"), 8)
         computed = count_params(spec, layout, place)
+        held = [weight_bytes(spec, layout, place, HeldFormat(dtype)) for dtype in ("float32", "bfloat16")]  # type: ignore[arg-type]
+        assert held[0] == sum(parameter.tensor.nbytes for parameter in decoder.parameters())
+        half = Decoder(spec, layout, stage, seat, torch.bfloat16, torch.device("cpu"), 8)
+        assert held[1] == sum(parameter.tensor.nbytes for parameter in half.parameters()), "some numbers are wider"
         assert computed.weights == sum(parameter.tensor.numel() for parameter in decoder.parameters())
         mesh = Mesh(place, layout, Group(), Group(), Pipeline(), torch.device("cpu"))
         caches = allocate(decoder, mesh, 1, 1)
@@ -107,6 +114,58 @@ def test_what_a_rank_needs_is_what_the_decoder_allocates(tp: int, pp: int, extra
         for group in spec.cache:
             here = [caches[number].k.data_ptr() for number, layer in enumerate(layout.layers_of(stage)) if layer in group.layers]
             assert len(set(here)) == len(here), "layers of a group share no array"
+
+
+class Equal(Seat):
+    """A place among ranks that have the same numbers."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x.expand(self.size, *x.shape)
+
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        return [list(values)] * self.size
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """Packing many small matrices on threads that other processes keep from running takes long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.skipif(library() is None, reason="no library of CPU kernels")
+@pytest.mark.parametrize("quantization", [None, "int8", "int8-head"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"family": "opt", "rope": None, "norm": "layer", "gated": False, "activation": "relu", "embedding_size": 24},
+        {"experts": EXPERTS},
+        {"family": "gpt_oss", "sinks": True, "experts": replace(EIGHT_EXPERTS, bias=True), "split": "experts"},
+        LATENTS,
+    ],
+    ids=["llama", "tied", "opt", "shared expert", "whole experts", "latents"],
+)  # fmt: skip
+def test_what_a_rank_needs_is_what_it_holds_when_packed(extra: dict[str, Any], dtype: Any, quantization: Any) -> None:
+    """Odd sizes, so that panels and inner channels are filled up."""
+    if quantization is not None and dtype == "float16":
+        pytest.skip("refused")
+    fields = {name: value for name, value in extra.items() if name != "split"}
+    spec = small(**{"vocab_size": 517, "hidden_size": 36, "intermediate_size": 70, "num_heads": 4, "num_kv_heads": 2, **fields})
+    for tp, pp in ((1, 1), (2, 1), (1, 2)):
+        layout = ParallelLayout(tp, pp, even_layers(spec.num_layers, pp), "split" in extra)
+        for place in range(layout.world_size):
+            seat = Equal(layout.tp_rank_of(place), tp)
+            decoder = Decoder(spec, layout, layout.stage_of(place), seat, getattr(torch, dtype), torch.device("cpu"), 8)
+            for parameter in decoder.parameters():
+                parameter.tensor.zero_()
+            expected = weight_bytes(spec, layout, place, HeldFormat(dtype, packed=True, quantization=quantization))
+            assert decoder.prepack(quantization) == expected
 
 
 def test_auto_takes_what_fits_on_the_smallest_rank() -> None:

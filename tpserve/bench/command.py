@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import asdict
 
 from tpserve.bench import flags as bench_flags
-from tpserve.bench.flags import LatencyFlags, OfflineFlags, ServeFlags, StepFlags, ThroughputFlags
+from tpserve.bench.flags import LatencyFlags, OfflineFlags, RooflineFlags, ServeFlags, StepFlags, ThroughputFlags
 from tpserve.bench.workload import BenchRequest, Workload, endpoint, read_dataset
 from tpserve.cli.command import Command, HelpWanted, wants_help
 from tpserve.cli.server_url import URL
@@ -49,6 +49,13 @@ def _run_step(flags: StepFlags, _: list[str]) -> int:
     from tpserve.bench.step import run as run_step
 
     return run_step(**asdict(flags))
+
+
+def _run_roofline(flags: RooflineFlags, engine_argv: list[str]) -> int:
+    env.set_omp_spin()
+    from tpserve.bench.roofline import run as run_roofline
+
+    return run_roofline(engine_argv, **asdict(flags))
 
 
 def _run_latency(flags: LatencyFlags, engine_argv: list[str]) -> int:
@@ -178,6 +185,11 @@ BENCHMARKS = {
     "throughput": Benchmark("many prompts at once, without a server: tokens a second", bench_flags.THROUGHPUT, _run_throughput),
     "serve": Benchmark(
         "a load against the URL of a running server, this or another one with the OpenAI API", bench_flags.SERVE, _run_serve
+    ),
+    "roofline": Benchmark(
+        "decode steps and a prefill on the CPU against bandwidth and arithmetic measured beside",
+        bench_flags.ROOFLINE,
+        _run_roofline,
     ),
     "step": Benchmark("the CPU time of a decode step on rank 0, without the model", bench_flags.STEP, _run_step),
 }

@@ -51,6 +51,20 @@ class StepFlags(Struct, frozen=True, kw_only=True):
     output: Annotated[Path | None, _file(_OUTPUT)] = None
 
 
+class RooflineFlags(Struct, frozen=True, kw_only=True):
+    """The flags of `tpserve bench roofline`."""
+
+    shapes: Annotated[tuple[str, ...], Flag(LOAD, "Without MODEL: which of built-in, 100M and 1B. Default: all three.")] = ()
+    batch: Annotated[tuple[int, ...], Flag(LOAD, "Sequences of a decode step.")] = (1, 16, 64)
+    context: Annotated[int, _number("Tokens that each of them sees.")] = 512
+    prefill: Annotated[int, _number("Tokens of the prompt of a prefill.")] = 1024
+    steps: Annotated[int, _number("Steps to measure of each kind; of prefills three at most.")] = 20
+    output: Annotated[Path | None, _file(_OUTPUT)] = None
+    plot: Annotated[
+        Path | None, Flag(REPORT, "Draw the roofline, a point for each step.", parse=_svg_path, metavar="FILE.svg")
+    ] = None
+
+
 class OfflineFlags(Struct, frozen=True, kw_only=True):
     """The flags that `latency` and `throughput` share."""
 
@@ -195,6 +209,14 @@ STEP = Command(
     "The CPU time of a decode step on rank 0 without the model: scheduling, encoding and broadcasting the plan, building its\n"
     "tensors, applying its result. The device is a fake; scheduler, sockets and tensors are real.",
     StepFlags,
+)
+ROOFLINE = Command(
+    "bench roofline",
+    "Decode steps and a prefill on the CPU against the floor that this machine allows: bytes of weights and KV cache by the\n"
+    "bandwidth, operations by the rate of a product, both measured in the same run. Of three shapes, or of MODEL; weights are\n"
+    "random. Takes the engine's flags as `tpserve serve` does, such as -q int8 or --dtype float32. One rank, all cores.",
+    RooflineFlags,
+    takes_server_flags=True,
 )
 LATENCY = Command(
     "bench latency",

@@ -24,15 +24,19 @@ Point = tuple[float, float]
 def svg(title: str, timings: Sequence[RequestTiming], runs: int = 1) -> str:
     """The plot of completed requests; two empty panels without any. `runs`: the number of equal loads in `timings`, whose
     throughput is averaged."""
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        _text(LEFT, 24, title, size=14),
-        *_latency_panel(timings),
-        *_throughput_panel(timings, runs),
+    return document(title, [*_latency_panel(timings), *_throughput_panel(timings, runs)], HEIGHT)
+
+
+def document(title: str, parts: Sequence[str], height: int) -> str:
+    """A picture with its title."""
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        text(LEFT, 24, title, size=14),
+        *parts,
         "</svg>",
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _latency_panel(timings: Sequence[RequestTiming]) -> list[str]:
@@ -41,10 +45,10 @@ def _latency_panel(timings: Sequence[RequestTiming]) -> list[str]:
     }
     all_values = [value for values in logs.values() for value in values] or [0.0]
     first, last = math.floor(min(all_values)), math.floor(max(all_values)) + 1
-    parts = _panel(TOP, "share", "milliseconds or less")
+    parts = panel(TOP, "share", "milliseconds or less")
     for power in range(first, last + 1):
-        parts.append(_tick_x(TOP, (power - first) / (last - first), f"{10**power:g}"))
-    parts += [_tick_y(TOP, share, f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        parts.append(tick_x(TOP, (power - first) / (last - first), f"{10**power:g}"))
+    parts += [tick_y(TOP, share, f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     for index, (metric, values) in enumerate(logs.items()):
         count = min(len(values), MAX_STEPS)
         steps = [
@@ -52,14 +56,14 @@ def _latency_panel(timings: Sequence[RequestTiming]) -> list[str]:
             for at in range(count)
             for up in (0, 1)
         ]
-        parts.append(_line(TOP, steps, COLOURS[metric]))
-        parts.append(_text(LEFT + 10, TOP + 18 + 16 * index, LABELS[metric], colour=COLOURS[metric]))
+        parts.append(line(TOP, steps, COLOURS[metric]))
+        parts.append(text(LEFT + 10, TOP + 18 + 16 * index, LABELS[metric], colour=COLOURS[metric]))
     return parts
 
 
 def _throughput_panel(timings: Sequence[RequestTiming], runs: int) -> list[str]:
     top = TOP + PANEL + GAP
-    parts = _panel(top, "generated tokens per second", "seconds")
+    parts = panel(top, "generated tokens per second", "seconds")
     begin_s = min((timing.begin_s for timing in timings), default=0.0)
     span_s = max((timing.end_s for timing in timings), default=1.0) - begin_s
     bins = [0.0] * BINS
@@ -69,9 +73,9 @@ def _throughput_panel(timings: Sequence[RequestTiming], runs: int) -> list[str]:
             _spread(bins, before, now, timing.output_tokens / len(at))
     rates = [tokens * BINS / span_s / runs for tokens in bins]
     most = max(rates) or 1.0
-    parts += [_tick_x(top, share, f"{span_s * share:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    parts += [_tick_y(top, share, f"{most * share:.4g}") for share in (0.0, 0.5, 1.0)]
-    parts.append(_line(top, [(x / BINS, rate / most) for at, rate in enumerate(rates) for x in (at, at + 1)], "#444"))
+    parts += [tick_x(top, share, f"{span_s * share:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    parts += [tick_y(top, share, f"{most * share:.4g}") for share in (0.0, 0.5, 1.0)]
+    parts.append(line(top, [(x / BINS, rate / most) for at, rate in enumerate(rates) for x in (at, at + 1)], "#444"))
     return parts
 
 
@@ -84,30 +88,34 @@ def _spread(bins: list[float], first: float, last: float, tokens: float) -> None
             bins[bin] += tokens * (min(last, bin + 1) - max(first, bin)) / (last - first)
 
 
-def _panel(top: int, above: str, below: str) -> list[str]:
+def panel(top: int, above: str, below: str) -> list[str]:
+    """An empty panel with the names of its axes."""
     frame = f'<rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}" height="{PANEL}" fill="none" stroke="#888"/>'
-    return [frame, _text(LEFT, top - 6, above), _text(WIDTH - RIGHT, top + PANEL + 34, below, anchor="end")]
+    return [frame, text(LEFT, top - 6, above), text(WIDTH - RIGHT, top + PANEL + 34, below, anchor="end")]
 
 
-def _line(top: int, points: Sequence[Point], colour: str) -> str:
+def line(top: int, points: Sequence[Point], colour: str) -> str:
     """A line through `points`, whose coordinates are shares of the panel."""
     at = " ".join(f"{_x(x):.1f},{top + PANEL * (1 - y):.1f}" for x, y in points)
     return f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
 
 
-def _tick_x(top: int, share: float, label: str) -> str:
+def tick_x(top: int, share: float, label: str) -> str:
+    """A vertical line at a share of the panel's width."""
     x, bottom = _x(share), top + PANEL
-    return f'<path d="M{x:.1f} {top}V{bottom}" stroke="#ddd"/>' + _text(x, bottom + 16, label, anchor="middle")
+    return f'<path d="M{x:.1f} {top}V{bottom}" stroke="#ddd"/>' + text(x, bottom + 16, label, anchor="middle")
 
 
-def _tick_y(top: int, share: float, label: str) -> str:
+def tick_y(top: int, share: float, label: str) -> str:
+    """A horizontal line at a share of the panel's height."""
     y = top + PANEL * (1 - share)
-    return f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>' + _text(LEFT - 6, y + 4, label, anchor="end")
+    return f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>' + text(LEFT - 6, y + 4, label, anchor="end")
 
 
 def _x(share: float) -> float:
     return LEFT + (WIDTH - LEFT - RIGHT) * share
 
 
-def _text(x: float, y: float, words: str, *, anchor: str = "start", colour: str = "#222", size: int = 12) -> str:
+def text(x: float, y: float, words: str, *, anchor: str = "start", colour: str = "#222", size: int = 12) -> str:
+    """A line of text at a point of the picture."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{escape(words)}</text>'

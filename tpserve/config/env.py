@@ -35,7 +35,7 @@ ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA MKL_ENABLE_INSTRUCTIONS 
 
 set by the user, read by tpserve_kernels/cpu/library.py
 TPSERVE_ISA                           the highest instruction set that CPU kernels may use (portable, avx2, avx512, avx512_bf16,
-                                      amx), or off
+                                      amx), or off; `tpserve plan` looks whether it is off
 TPSERVE_CPU_LIBRARY                   the file of the library of CPU kernels, for tests
 
 set by the user, read by `tpserve report` to remove them from its file
@@ -184,6 +184,11 @@ def network_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]
 def instruction_limits(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The user's limits on the processor instructions that torch's libraries use."""
     return {name: environ[name] for name in _INSTRUCTION_LIMITS if environ.get(name)}
+
+
+def cpu_kernels_allowed(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether TPSERVE_ISA leaves the library of CPU kernels on."""
+    return environ.get("TPSERVE_ISA", "").lower() != "off"
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path | None:

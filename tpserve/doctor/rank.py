@@ -127,7 +127,7 @@ class _DoctorRank:
         self._free = devices.free_memory(device)
         node = NodeInfo(me.node_rank, interface.address, host_id(), settings, visible_gpus())
         process, facts = (me.rank, 0, os.getpid(), socket.gethostname()), fingerprint(config, spec)
-        equal, traits = processor(device, config.dtype)
+        equal, traits = processor(device, config.dtype, spec)
         self._hello = Hello(*process, {}, facts, node, traits, config.layout.stage_of(me.rank), equal)
         self._store, self._store_address = _open_store(me, config, interface)
         self._hosts: list[str] = []

@@ -49,13 +49,13 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
     return agree
 
 
-def processor(device: torch.device, dtype: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Facts about the device for a model of `dtype`: those that must agree within a stage, and traits, which may differ.
+def processor(device: torch.device, dtype: str, spec: ModelSpec) -> tuple[dict[str, str], dict[str, str]]:
+    """Facts about the device for a model in `dtype`: those that must agree within a stage, and traits, which may differ.
 
     The ranks of a stage compute the same rows, and each samples and routes experts by itself.
     """
     if device.type == "cpu":
-        return facts(instruction_limits(), getattr(torch, dtype))
+        return facts(instruction_limits(), getattr(torch, dtype), experts=spec.experts is not None)
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     return {"GPU capability": capability}, {"GPU": torch.cuda.get_device_name(device), "driver": driver()}
 

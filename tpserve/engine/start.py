@@ -7,6 +7,7 @@ a node downloads missing weights.
 import logging
 import socket
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -55,9 +56,10 @@ from tpserve.structured_output.compiler import vocabulary
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import MemoryLedger, NodeInfo, Numerics, Start
 from tpserve.types.model_spec import ModelSpec
+from tpserve.weights import dummy
 from tpserve.weights.checkpoint import Checkpoint, weight_files
-from tpserve.weights.dummy import dummy
-from tpserve.weights.load import load
+from tpserve.weights.load import Loader
+from tpserve.weights.parameter import Parameter
 from tpserve.weights.unused_weights import checkpoint_notes
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, TcpEndpoint, tcp
 from tpserve.wire.curve import FRONTEND, CurveClient, ZapAuthenticator, rank_role
@@ -195,7 +197,7 @@ class _ServingRank:
         self._ensure_weights()  # before Hello, while the coordinator sees this rank's progress
         start_timer.mark("download")
         hosted = self._host() if env.rank == 0 else None
-        stage, (self._processor, traits) = config.layout.stage_of(env.rank), processor(device, config.dtype)
+        stage, (self._processor, traits) = config.layout.stage_of(env.rank), processor(device, config.dtype, self._spec)
         rank_agent.report_progress("waiting for all ranks", 0)
         rank_agent.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits, stage, self._processor)
         start = rank_agent.wait_start()
@@ -343,7 +345,6 @@ class _ServingRank:
         dtype: torch.dtype = getattr(torch, config.dtype)
         kv_int8 = config.kv_cache_dtype == "int8"
         decoder = Decoder(self._spec, layout, stage, mesh.tp, dtype, mesh.device, config.max_model_len, kv_int8)
-        parameters = decoder.parameters()
         if env.rank == 0:
             shares = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)
             if (uneven := imbalance([share.q for share in shares], "heads")) is not None:
@@ -355,16 +356,15 @@ class _ServingRank:
                 self._rank_agent.report_progress("loading weights", 10 + 80 * done // max(total, 1))
 
             self._rank_agent.report_progress("loading weights", 10)
-            if config.load_format == "dummy":
-                dummy(parameters, config.seed)
-            else:
+            fill: Callable[[Parameter], None] = partial(dummy.fill, seed=config.seed)
+            if config.load_format != "dummy":
                 only_safetensors = config.load_format == "safetensors"
                 checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
                 if env.rank == 0:
                     for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
                         log.info(line)
-                load(parameters, checkpoint, on_progress)
-        return decoder, decoder.prepack(config.quantization)
+                fill = Loader(decoder.parameters(), checkpoint, on_progress).fill
+            return decoder, decoder.prepack(config.quantization, fill)
 
     def _heads(self) -> dict[str, int]:
         """This rank's share of the attention heads, for Ready."""

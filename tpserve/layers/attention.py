@@ -12,11 +12,12 @@ import torch
 from tpserve.attention.metadata import AttentionMetadata
 from tpserve.attention.paged import AttentionParams, KVCache, attend, write_kv
 from tpserve.layers.norm import AllHeadsNorm, HeadNorm
+from tpserve.layers.packing import Packer
 from tpserve.layers.rope import RotaryPositions
-from tpserve.layers.row_parallel import pack_row_parallel, row_parallel
+from tpserve.layers.row_parallel import row_parallel
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import Weight, pack
+from tpserve.quant.packed import Weight
 from tpserve.quant.product import Product, of_weight
 from tpserve_kernels.cpu import qkv_heads
 from tpserve_kernels.cpu.library import is_native
@@ -81,6 +82,6 @@ class Attention:
         yield of_weight(self.qkv, dtype)
         yield of_weight(self.out, dtype)
 
-    def packed(self, *, int8: bool = False) -> "Attention":
-        """A copy with packed weights, in int8 if asked."""
-        return replace(self, qkv=pack(self.qkv, int8=int8), out=pack_row_parallel(self.out, self.tp, int8=int8))
+    def packed(self, packer: Packer) -> "Attention":
+        """A copy with packed weights."""
+        return replace(self, qkv=packer.matrix(self.qkv), out=packer.row_parallel(self.out, self.tp))

@@ -17,6 +17,7 @@ from tpserve.layers.mla import LatentAttention
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import MoE
 from tpserve.layers.norm import Norm
+from tpserve.layers.packing import Packer
 from tpserve.layers.rope import RotaryPositions
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
@@ -76,6 +77,6 @@ class Block:
     def _scaled(self, x_TH: torch.Tensor) -> torch.Tensor:
         return x_TH if self.residual_scale == 1 else x_TH * self.residual_scale
 
-    def packed(self, *, int8: bool = False) -> "Block":
-        """A copy with packed weights, in int8 if asked. All ranks call this together."""
-        return replace(self, attention=self.attention.packed(int8=int8), mlp=self.mlp.packed(int8=int8))
+    def packed(self, packer: Packer) -> "Block":
+        """A copy with packed weights. All ranks call this together."""
+        return replace(self, attention=self.attention.packed(packer), mlp=self.mlp.packed(packer))

@@ -17,12 +17,13 @@ import torch
 from tpserve.attention.metadata import AttentionMetadata
 from tpserve.attention.paged import AttentionParams, KVCache, attend, write_kv
 from tpserve.layers.norm import RMSNorm
+from tpserve.layers.packing import Packer
 from tpserve.layers.rope import RotaryPositions
-from tpserve.layers.row_parallel import pack_row_parallel, row_parallel
+from tpserve.layers.row_parallel import row_parallel
 from tpserve.parallel.group import Group
 from tpserve.quant.grouped import per_head
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import Stack, Weight, pack, pack_stack, stack_shape
+from tpserve.quant.packed import Stack, Weight, stack_shape
 from tpserve.quant.product import Product, of_heads, of_weight
 
 
@@ -82,14 +83,14 @@ class LatentAttention:
         yield of_heads(self.key_up_NLP, dtype)
         yield of_heads(self.value_up_NVL, dtype)
 
-    def packed(self, *, int8: bool = False) -> "LatentAttention":
-        """A copy with packed weights, in int8 if asked."""
-        query_up = self.query_up and replace(self.query_up, weight=pack(self.query_up.weight, int8=int8))
+    def packed(self, packer: Packer) -> "LatentAttention":
+        """A copy with packed weights. The plain heads' matrices, which are parts of one parameter, go with this object."""
+        query_up = self.query_up and replace(self.query_up, weight=packer.matrix(self.query_up.weight))
         return replace(
             self,
-            down=pack(self.down, int8=int8),
+            down=packer.matrix(self.down),
             query_up=query_up,
-            key_up_NLP=pack_stack(self.key_up_NLP, int8=int8),
-            value_up_NVL=pack_stack(self.value_up_NVL, int8=int8),
-            out=pack_row_parallel(self.out, self.tp, int8=int8),
+            key_up_NLP=packer.stack(self.key_up_NLP),
+            value_up_NVL=packer.stack(self.value_up_NVL),
+            out=packer.row_parallel(self.out, self.tp),
         )

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tpserve.layers.row_parallel import pack_row_parallel, row_parallel
+from tpserve.layers.packing import Packer
+from tpserve.layers.row_parallel import row_parallel
 from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import Weight, pack
+from tpserve.quant.packed import Weight
 from tpserve.quant.product import Product, of_weight
 
 
@@ -46,6 +47,6 @@ class MLP:
         yield of_weight(self.up, dtype)
         yield of_weight(self.down, dtype)
 
-    def packed(self, *, int8: bool = False) -> "MLP":
-        """A copy with packed weights, in int8 if asked."""
-        return replace(self, up=pack(self.up, int8=int8), down=pack_row_parallel(self.down, self.tp, int8=int8))
+    def packed(self, packer: Packer) -> "MLP":
+        """A copy with packed weights."""
+        return replace(self, up=packer.matrix(self.up), down=packer.row_parallel(self.down, self.tp))

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from tpserve.layers.mlp import MLP
+from tpserve.layers.packing import Packer
 from tpserve.layers.routing import Routing
 from tpserve.parallel.group import Group
 from tpserve.quant.grouped import grouped_matmul
 from tpserve.quant.matmul import matmul
-from tpserve.quant.packed import Stack, Weight, pack, pack_stack
+from tpserve.quant.packed import Stack, Weight
 from tpserve.quant.product import Product, of_experts, of_weight
 
 
@@ -123,15 +124,9 @@ class MoE:
         if self.shared is not None:
             yield from self.shared.products(dtype)
 
-    def packed(self, *, int8: bool = False) -> "MoE":
-        """A copy with packed weights, but for the router in int8 if asked.
-
-        It frees the plain weights of the experts: do not use this object afterwards.
-        """
+    def packed(self, packer: Packer) -> "MoE":
+        """A copy with packed weights; the router is never quantized."""
         experts, shared = self.experts, self.shared
-        experts = replace(
-            experts, gate_up_EI2H=pack_stack(experts.gate_up_EI2H, int8=int8), down_EHI=pack_stack(experts.down_EHI, int8=int8)
-        )
-        return replace(
-            self, router=pack(self.router), experts=experts, shared=None if shared is None else shared.packed(int8=int8)
-        )
+        router = packer.matrix(self.router, int8=False)
+        experts = replace(experts, gate_up_EI2H=packer.stack(experts.gate_up_EI2H), down_EHI=packer.stack(experts.down_EHI))
+        return replace(self, router=router, experts=experts, shared=None if shared is None else shared.packed(packer))

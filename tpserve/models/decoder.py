@@ -7,7 +7,7 @@ Invariant: splitting the layers into stages changes no bit; stages pass on the r
 T rows of a step, S sampled or scored rows, H hidden channels, E of the embedding (mostly H), V vocabulary entries of this rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -23,10 +23,12 @@ from tpserve.errors import UserError
 from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.layers.moe import MoE
+from tpserve.layers.packing import LoadedWeights, Packer
 from tpserve.layers.rope import RotaryPositions, tables
 from tpserve.models.held_bytes import held_bytes
 from tpserve.models.native_stage import NativeStage, unserved
 from tpserve.models.shard import Shard
+from tpserve.models.unfilled import UnfilledWeights
 from tpserve.parallel.group import Group
 from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.matmul import matmul, pad_rows
@@ -95,28 +97,40 @@ class Decoder:
         """The parameters that a loader must fill; `prepack` empties the list."""
         return self._parameters
 
-    def prepack(self, quantization: Quantization | None = None) -> int:
-        """Pack the loaded weights for their matrix products, quantized if asked; return the bytes that they occupy afterwards.
+    def prepack(self, quantization: Quantization | None = None, fill: Callable[[Parameter], None] | None = None) -> int:
+        """Pack the weights for their matrix products, quantized if asked; return the bytes that they occupy afterwards.
 
-        All ranks of the stage call this together. Frees one layer's plain weights before it packs the next layer's. An embedding
-        that is also the LM head is read from its packed form; oneDNN's form has no rows, so there the plain one stays, too.
+        All ranks of the stage call this together. `fill` fills a parameter, or a matrix of a stack, just before it is packed;
+        None: all are loaded. Plain tensors go one by one, so a load needs the packed model and one parameter. An embedding that
+        is also the LM head is read from its packed form; oneDNN's form has no rows, so there the plain one stays, too.
         """
+        unfilled = None if fill is None else UnfilledWeights(self._parameters, fill)
         self._parameters.clear()  # the loader has the same list, which would keep the plain weights alive
+        packer = Packer(quantization is not None, unfilled or LoadedWeights())
         for i in range(len(self._blocks)):
-            self._blocks[i] = self._blocks[i].packed(int8=quantization is not None)
-        self._project_in = None if self._project_in is None else pack(self._project_in)
-        self._project_out = None if self._project_out is None else pack(self._project_out)
-        if self._head is not None:
-            plain, self._head = self._head, pack(self._head, int8=quantization == "int8-head")
-            if plain is self._embedding and isinstance(self._head, Table):
-                self._embedding = self._head
+            self._blocks[i] = self._blocks[i].packed(packer)
+        self._project_in = None if self._project_in is None else packer.matrix(self._project_in, int8=False)
+        self._project_out = None if self._project_out is None else packer.matrix(self._project_out, int8=False)
+        self._pack_head(packer, int8=quantization == "int8-head")
+        if unfilled is not None:
+            unfilled.fill_rest()
         if serves(self.device, self.dtype):
             reason = unserved(self._blocks, self._tp)
             self.runs_as_list = reason is None
             self.form = "one list of operations" if reason is None else f"one operation after the other: {reason}"
-        return held_bytes(
-            (self._embedding, self._project_in, self._positions, self._blocks, self._norm, self._project_out, self._head)
-        )
+        return held_bytes(self.held())
+
+    def held(self) -> tuple[object, ...]:
+        """Everything that holds weights."""
+        return self._embedding, self._project_in, self._positions, self._blocks, self._norm, self._project_out, self._head
+
+    def _pack_head(self, packer: Packer, *, int8: bool) -> None:
+        plain = self._head
+        if isinstance(plain, torch.Tensor):
+            packer.plain.fill(plain)
+            self._head = pack(plain, int8=int8)
+            if plain is self._embedding and isinstance(self._head, Table):
+                self._embedding = self._head
 
     def products(self) -> Iterator[Product]:
         """Every matrix product of this stage's steps; layers of equal shape repeat theirs."""

@@ -13,7 +13,7 @@ def held_bytes(parts: Iterable[Any]) -> int:
     Counters, which are int64, are no weights.
     """
     held: dict[int, int] = {}
-    for tensor in _tensors(parts):
+    for tensor in held_tensors(parts):
         if tensor.is_mkldnn:  # oneDNN's tensors do not show their memory
             held[id(tensor)] = tensor.nbytes
         else:
@@ -21,13 +21,14 @@ def held_bytes(parts: Iterable[Any]) -> int:
     return sum(held.values())
 
 
-def _tensors(part: Any) -> Iterator[torch.Tensor]:
+def held_tensors(part: Any) -> Iterator[torch.Tensor]:
+    """Every weight in tensors, lists, tuples and dataclasses."""
     if isinstance(part, torch.Tensor):
         if part.dtype != torch.int64:
             yield part
     elif isinstance(part, list | tuple):
         for each in part:
-            yield from _tensors(each)
+            yield from held_tensors(each)
     elif is_dataclass(part):
         for field in fields(part):
-            yield from _tensors(getattr(part, field.name))
+            yield from held_tensors(getattr(part, field.name))

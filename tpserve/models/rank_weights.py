@@ -1,16 +1,16 @@
 """Declares the weights of one tensor-parallel rank: which ranges of which checkpoint tensors make each parameter.
 
 The only description of a model's weights, and torch-free: `shard` allocates parameters from it, `param_count` counts their
-elements, `whole_model` lists their sources.
+elements, `weight_bytes` what they take after loading, `whole_model` lists their sources.
 
 Heads, MLP channels and vocabulary are split. Every rank holds all of the norms, the learned positions, the projections
 between embedding and hidden size, and the biases that are added after a sum over ranks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tpserve.models import names_of
 from tpserve.models.expert_weights import ExpertWeights
@@ -21,6 +21,39 @@ from tpserve.weights.source import Source
 
 Sources = tuple[Source, ...]
 """One parameter: its sources, concatenated along dim 0."""
+
+
+class Form(NamedTuple):
+    """How a parameter is kept after loading. The default is a plain tensor of the model's dtype.
+
+    `packed`: for matrix products, by the library of CPU kernels; `int8`: the values of --quantization that quantize it;
+    `float32`: whatever the model's dtype; `stacked`: the rows of one matrix for each expert of the rank, or of two for each head.
+    """
+
+    packed: bool = False
+    int8: tuple[Literal["int8", "int8-head"], ...] = ()
+    float32: bool = False
+    stacked: Literal["experts", "heads"] | None = None
+
+    @property
+    def metadata(self) -> "dict[str, Form]":
+        """For the field of a declaration."""
+        return {"form": self}
+
+
+PLAIN = Form()
+FLOAT32 = Form(float32=True)
+PROJECTION = Form(packed=True)
+MATRIX = Form(packed=True, int8=("int8", "int8-head"))
+EXPERTS, HEADS = MATRIX._replace(stacked="experts"), MATRIX._replace(stacked="heads")
+ROUTER = Form(packed=True, float32=True)
+HEAD = Form(packed=True, int8=("int8-head",))
+
+
+def form_of(declared: "Field[Any]") -> Form:
+    """The form of the parameter that a field of the declarations below holds."""
+    form: Form = declared.metadata.get("form", PLAIN)
+    return form
 
 
 @dataclass(frozen=True)
@@ -35,12 +68,12 @@ class NormWeights:
 class AttentionWeights:
     """`qkv`: query, key and value rows. `q_norm`, `k_norm`: of one head, or of this rank's channels of all heads."""
 
-    qkv: Sources
+    qkv: Sources = field(metadata=MATRIX.metadata)
     qkv_bias: Sources | None
     q_norm: Sources | None
     k_norm: Sources | None
-    sinks: Sources | None
-    out: Sources
+    sinks: Sources | None = field(metadata=FLOAT32.metadata)
+    out: Sources = field(metadata=MATRIX.metadata)
     out_bias: Sources | None
 
 
@@ -49,20 +82,20 @@ class LatentAttentionWeights:
     """`down`: query (or compressed query), latent and shared key rows. `query_norm`, `query_up`: of a compressed query."""
 
     query_norm: Sources | None
-    query_up: Sources | None
-    kv_up: Sources
-    down: Sources
+    query_up: Sources | None = field(metadata=MATRIX.metadata)
+    kv_up: Sources = field(metadata=HEADS.metadata)
+    down: Sources = field(metadata=MATRIX.metadata)
     latent_norm: Sources
-    out: Sources
+    out: Sources = field(metadata=MATRIX.metadata)
 
 
 @dataclass(frozen=True)
 class MLPWeights:
     """`up`: gate and up rows, or up rows alone."""
 
-    up: Sources
+    up: Sources = field(metadata=MATRIX.metadata)
     up_bias: Sources | None
-    down: Sources
+    down: Sources = field(metadata=MATRIX.metadata)
     down_bias: Sources | None
 
 
@@ -71,11 +104,11 @@ class MoEWeights:
     """`router`: its rows and, last, the row of the shared expert's gate. The experts' parameters stack `local_experts`."""
 
     local_experts: range
-    router: Sources
-    router_bias: Sources | None
-    gate_up: Sources
+    router: Sources = field(metadata=ROUTER.metadata)
+    router_bias: Sources | None = field(metadata=FLOAT32.metadata)
+    gate_up: Sources = field(metadata=EXPERTS.metadata)
     gate_up_bias: Sources | None
-    down: Sources
+    down: Sources = field(metadata=EXPERTS.metadata)
     down_bias: Sources | None
     shared: MLPWeights | None
 
@@ -97,11 +130,11 @@ class OuterWeights:
     """The weights of a stage outside its layers. `head` is None on a stage whose embedding is the LM head, too."""
 
     embedding: Sources | None
-    project_in: Sources | None
+    project_in: Sources | None = field(metadata=PROJECTION.metadata)
     positions: Sources | None
     final_norm: NormWeights | None
-    project_out: Sources | None
-    head: Sources | None
+    project_out: Sources | None = field(metadata=PROJECTION.metadata)
+    head: Sources | None = field(metadata=HEAD.metadata)
 
 
 class KVShape(NamedTuple):

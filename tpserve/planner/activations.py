@@ -26,7 +26,7 @@ def activation_bytes(spec: ModelSpec, layout: ParallelLayout, rank: int, rows: i
     return rows * (widest + 4 * INDEX_BYTES) + WORKSPACE_BYTES
 
 
-def table_bytes(spec: ModelSpec, max_model_len: int) -> int:
+def rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
     """Bytes of the tables of cosines and sines for all positions."""
     rope_dim = spec.head_dim if spec.latent is None else spec.latent.rope_dim
     channels = (rope.num_channels or rope_dim for rope in (spec.rope, spec.window_rope) if rope is not None)
@@ -38,9 +38,10 @@ def _attention(spec: ModelSpec, heads: HeadShare, item: int) -> int:
     num_heads, latent = len(heads.q), spec.latent
     if latent is None:
         q, kv = num_heads * spec.head_dim, len(heads.kv) * spec.head_dim
-        mixed = (2 * q + kv + spec.hidden_size) * item  # rotated queries and keys, attention output, output projection
+        placed = (q + kv) * item  # rotated queries and keys
+        mixed = (2 * q + spec.hidden_size) * item  # rotated queries, attention output, output projection
         normed = {None: 0, "head": 2 * (q + kv) * item, "all": (3 * q + kv) * FLOAT_BYTES}[spec.qk_norm]
-        return (q + 2 * kv) * item + max(mixed, normed)
+        return (q + 2 * kv) * item + max(placed, mixed, normed)
     q, cached, taken = num_heads * spec.head_dim, latent.kv_rank + latent.rope_dim, num_heads * latent.kv_rank
     projected = (latent.q_rank or 0) + cached + q
     queries = num_heads * (latent.rope_dim + cached)
@@ -54,7 +55,7 @@ def _feed_forward(spec: ModelSpec, layout: ParallelLayout, tp_rank: int, item: i
     def mlp(size: int) -> int:
         channels = len(split(size, layout.tp, MLP_UNIT, what="MLP channels")[tp_rank])
         per_channel = 3 * item if spec.gated else 2 * item + 3 * FLOAT_BYTES  # plain activations go through float32
-        return channels * per_channel + spec.hidden_size * item
+        return max(channels * per_channel, (channels + spec.hidden_size) * item)  # the first product is gone before the second
 
     experts = spec.experts
     if experts is None:

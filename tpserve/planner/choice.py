@@ -43,7 +43,7 @@ def choose(
         return found.fits and found.concurrency >= (wanted or 0) and found.length >= longest
 
     if not fitting:
-        return LayoutChoice(None, (_nothing(tried, fewest(lambda found: found.fits and not found.crosses)),), ())
+        return LayoutChoice(None, (_nothing(tried, fewest(lambda found: found.fits and not found.crosses), gpus),), ())
     single = next((found for found in fitting if found.layout.world_size == 1), None)
     if single is not None and enough(single):
         best, why = single, [_no_parallelism(single, gpus)]
@@ -51,8 +51,10 @@ def choose(
         best = min(fitting, key=lambda found: (found.crosses, not enough(found), -found.length, *cost_key(found, gpus)))
         why = [*_because(best, gpus)]
         if single is not None and single is not best:
-            why.insert(0, f"One GPU holds the model, but {_room(single)}{f', and {wanted} are wanted' if wanted else ''}.")
-        why.extend(_smaller(best, fewest(lambda found: enough(found) and not found.crosses), wanted))
+            why.insert(
+                0, f"One {gpus.noun} holds the model, but {_room(single)}{f', and {wanted} are wanted' if wanted else ''}."
+            )
+        why.extend(_smaller(best, fewest(lambda found: enough(found) and not found.crosses), wanted, gpus))
     why.extend(f"The parts are uneven: {text}; the others wait for it." for text in best.uneven)
     return LayoutChoice(best, tuple(why), tuple(_warnings(best, gpus, wanted, max_start_s)))
 
@@ -69,21 +71,21 @@ def _no_parallelism(single: Estimate, gpus: GpuCluster) -> str:
     more = f" With all {gpus.num_gpus}, start a server on each and balance between them." if gpus.num_gpus > 1 else ""
     ledger = single.ledgers[0]
     return (
-        f"No parallelism needed: one GPU holds the model ({size(ledger.weights)} of weights in {size(ledger.total)}) and "
-        f"{_room(single)}; with more GPUs every token would wait for communication.{more}"
+        f"No parallelism needed: one {gpus.noun} holds the model ({size(ledger.weights)} of weights in {size(ledger.total)}) and "
+        f"{_room(single)}; with more {gpus.noun}s every token would wait for communication.{more}"
     )
 
 
 def _because(best: Estimate, gpus: GpuCluster) -> list[str]:
     layout, why = best.layout, list[str]()
     if layout.world_size == 1:
-        return ["One GPU holds the model, and no larger layout holds as many sequences as requested."]
+        return [f"One {gpus.noun} holds the model, and no larger layout holds as many sequences as requested."]
     if layout.tp > 1 and best.crosses:
         why.append(f"TP {layout.tp} over several nodes: no layout with each stage inside a node fits.")
     elif layout.tp > 1 and gpus.nvlink:
-        where = "inside a node" if best.nodes > 1 else "over NVLink"
+        where = "inside a node" if best.nodes > 1 else f"over {gpus.link}"
         why.append(
-            f"TP {layout.tp} {where}: its GPUs share every layer, so that a token waits for a part of each; the two "
+            f"TP {layout.tp} {where}: its {gpus.noun}s share every layer, so that a token waits for a part of each; the two "
             "all-reduces a layer need the fast links."
         )
     elif layout.tp > 1:
@@ -100,21 +102,21 @@ def _because(best: Estimate, gpus: GpuCluster) -> list[str]:
     return why
 
 
-def _smaller(best: Estimate, fewest: Estimate | None, wanted: int | None) -> list[str]:
+def _smaller(best: Estimate, fewest: Estimate | None, wanted: int | None, gpus: GpuCluster) -> list[str]:
     if fewest is None or fewest.layout.world_size >= best.layout.world_size:
         return []
     content = f"{wanted} sequences at once" if wanted else "the model and a sequence"
-    gpus = fewest.layout.world_size
-    return [f"{gpus} GPU{'s' * (gpus > 1)} would hold {content}: {fewest.name}, {_room(fewest)}."]
+    count = fewest.layout.world_size
+    return [f"{count} {gpus.noun}{'s' * (count > 1)} would hold {content}: {fewest.name}, {_room(fewest)}."]
 
 
-def _nothing(tried: Sequence[Estimate], fewest: Estimate | None) -> str:
-    gpus = max(found.layout.world_size for found in tried)
-    text = f"No layout fits {gpus} GPU{'s' * (gpus > 1)}."
+def _nothing(tried: Sequence[Estimate], fewest: Estimate | None, gpus: GpuCluster) -> str:
+    count = max(found.layout.world_size for found in tried)
+    text = f"No layout fits {count} {gpus.noun}{'s' * (count > 1)}."
     if fewest is None:
         return f"{text} A shorter --context or smaller weights would help."
     nodes = f" on {fewest.nodes} nodes" if fewest.nodes > 1 else ""
-    return f"{text} {fewest.layout.world_size} such GPUs{nodes} would do: {fewest.name}, {_room(fewest)}."
+    return f"{text} {fewest.layout.world_size} such {gpus.noun}s{nodes} would do: {fewest.name}, {_room(fewest)}."
 
 
 def _room(found: Estimate) -> str:
@@ -132,7 +134,7 @@ def _warnings(best: Estimate, gpus: GpuCluster, wanted: int | None, max_start_s:
         short = f"of the {wanted} wanted; the others wait" if wanted else "at once; further ones wait"
         warnings.append(
             f"KV cache for {several(best.concurrency)} sequences of {best.length:,} tokens {short}: a shorter "
-            "--context, more GPUs, or more memory on each"
+            f"--context, more {gpus.noun}s, or more memory on each"
         )
     if best.crosses:
         warnings.append("TP across nodes: every layer waits twice for the network")

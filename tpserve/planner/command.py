@@ -27,11 +27,12 @@ from tpserve.types.model_spec import ModelSpec
 CARDS, LOAD, START, OUTPUT = "GPUs", "What is served", "Start", "Output"
 DEFAULT_GPUS_PER_NODE = 8
 DEFAULT_CONTEXT = 8192
+DEFAULT_RATE = 3_350_000_000_000
 _MAX_GPUS = 1024
 _MAX_WORLD_SIZE = 256
 """Larger worlds than there are GPUs are tried up to this size, to say how many GPUs would hold the model."""
 _PLANNED_FLAGS = (
-    *("tensor_parallel_size", "pipeline_parallel_size", "pipeline_layer_map", "device", "max_model_len"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "pipeline_layer_map", "max_model_len"),
     *("nproc_per_node", "nnodes", "node_rank", "headless"),
 )
 """Flags of the server whose values are the result of the plan."""
@@ -40,31 +41,49 @@ _PLANNED_FLAGS = (
 class PlanFlags(Struct, frozen=True, kw_only=True):
     """The flags of `tpserve plan`. None: the flag is not given."""
 
-    gpus: Annotated[int | None, Flag(CARDS, "Number of GPUs, on all nodes.", at_least=1, at_most=_MAX_GPUS)] = None
+    gpus: Annotated[
+        int | None,
+        Flag(
+            CARDS,
+            "Number of GPUs, or with --device cpu of ranks, on all nodes.",
+            at_least=1,
+            at_most=_MAX_GPUS,
+            aliases=("--ranks",),
+        ),
+    ] = None
     gpus_per_node: Annotated[
-        int | None, Flag(CARDS, f"GPUs of a node. Default: {DEFAULT_GPUS_PER_NODE}.", at_least=1, at_most=_MAX_GPUS)
+        int | None,
+        Flag(
+            CARDS,
+            f"GPUs of a node. Default: {DEFAULT_GPUS_PER_NODE}, or with --device cpu all ranks.",
+            at_least=1,
+            at_most=_MAX_GPUS,
+            aliases=("--ranks-per-node",),
+        ),
     ] = None
     gpu_memory: Annotated[
         int | None,
         Flag(
             CARDS,
-            "Memory of each GPU, as sold (80GB), or better as nvidia-smi shows it (81559MiB).",
+            "Memory of each GPU, as sold (80GB), or better as nvidia-smi shows it (81559MiB); --device cpu: of each rank.",
             parse=quantities.memory,
             metavar="SIZE",
+            aliases=("--rank-memory",),
         ),
     ] = None
     interconnect: Annotated[
         Literal["nvlink", "pcie"], Flag(CARDS, "Links between the GPUs of a node; pcie prefers pipeline stages.")
     ] = "nvlink"
     memory_bandwidth: Annotated[
-        int,
+        int | None,
         Flag(
             CARDS,
-            "Memory bandwidth of a GPU, such as 864GB/s for an L40S. Default: 3350GB/s, an H100's.",
+            "Memory bandwidth of a GPU, such as 864GB/s for an L40S. Default: 3350GB/s, an H100's. With --device cpu that of a "
+            "rank, as `tpserve bench roofline` measures it; there is no default.",
             parse=quantities.rate,
             metavar="RATE",
         ),
-    ] = 3_350_000_000_000
+    ] = None
     context: Annotated[
         int | Literal["auto"] | None,
         Flag(
@@ -104,7 +123,7 @@ def run(argv: Sequence[str]) -> int:
     given_flags, note = server_flags.read_line(server_argv, env.overrides())
     if note:
         sys.stderr.write(f"tpserve plan: {note}\n")
-    gpus = _cluster(plan)
+    gpus = _cluster(plan, given_flags.device == "cpu")
     for name in _PLANNED_FLAGS:
         if getattr(given_flags, name) != OPTIONS[name].default:
             instead = "give --context" if name == "max_model_len" else "leave it out"
@@ -131,12 +150,18 @@ def run(argv: Sequence[str]) -> int:
     return 0 if choice.best is not None else 1
 
 
-def _cluster(plan: PlanFlags) -> GpuCluster:
-    """The GPUs that the flags describe. Raises UserError for flags that are missing or contradict each other."""
+def _cluster(plan: PlanFlags, is_cpu: bool) -> GpuCluster:
+    """The GPUs that the flags describe, or the ranks on the CPU. Raises UserError for missing or contradictory flags."""
     if plan.gpus is None or plan.gpu_memory is None:
         missing = "--gpus" if plan.gpus is None else "--gpu-memory"
         raise UserError(f"{missing} is missing: `tpserve plan MODEL --gpus 16 --gpu-memory 80GB`", param=missing)
-    per_node = plan.gpus_per_node or DEFAULT_GPUS_PER_NODE
+    if is_cpu and plan.memory_bandwidth is None:
+        raise UserError(
+            "--device cpu needs the bandwidth that a rank has: give --memory-bandwidth, too, such as the 40GB/s that "
+            "`tpserve bench roofline` measures",
+            param="memory_bandwidth",
+        )
+    per_node = plan.gpus_per_node or (plan.gpus if is_cpu else DEFAULT_GPUS_PER_NODE)
     if plan.gpus > per_node and plan.gpus % per_node:
         divisor = max(size for size in range(1, per_node + 1) if plan.gpus % size == 0)
         raise UserError(
@@ -145,7 +170,16 @@ def _cluster(plan: PlanFlags) -> GpuCluster:
         )
     if plan.max_start_time is not None and plan.disk_rate is None:
         raise UserError("--max-start-time needs the speed of the disk: give --disk-rate, too, such as 2GB/s", param="disk_rate")
-    return GpuCluster(plan.gpus, per_node, plan.gpu_memory, plan.memory_bandwidth, plan.interconnect == "nvlink", plan.disk_rate)
+    return GpuCluster(
+        num_gpus=plan.gpus,
+        per_node=per_node,
+        memory=plan.gpu_memory,
+        memory_rate=plan.memory_bandwidth or DEFAULT_RATE,
+        nvlink=is_cpu or plan.interconnect == "nvlink",
+        disk_rate=plan.disk_rate,
+        is_cpu=is_cpu,
+        library=env.cpu_kernels_allowed(),
+    )
 
 
 def _with_plan(flags: Flags, plan: PlanFlags, spec: ModelSpec) -> Flags:

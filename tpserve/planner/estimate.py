@@ -1,9 +1,11 @@
 """Estimates one layout on given GPUs: the memory of every rank, the size of its KV cache, and lower bounds of two times. Pure.
 
 The KV cache is computed by the server's own arithmetic (`worker/sizing`), from the values that the ranks would measure: weights,
-slots and KV blocks are exact, LM head rows and activations are bounds, and other memory is `OTHERS_BYTES`.
+slots and KV blocks are exact, LM head rows and activations are bounds, and other memory is `OTHERS_BYTES`. On the CPU a rank's
+share of its node's memory takes the place of a GPU.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,10 +15,11 @@ from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
-from tpserve.models.param_count import count_params, num_arrays
+from tpserve.models.param_count import count_params
 from tpserve.models.units import VOCAB_UNIT
+from tpserve.models.weight_bytes import ITEM_BYTES, weight_bytes, weight_bytes_read
 from tpserve.parallel.split import imbalance, split, split_heads
-from tpserve.planner.activations import activation_bytes, table_bytes
+from tpserve.planner.activations import activation_bytes, rotary_bytes
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.machine import Machine
 from tpserve.types.messages import MemoryLedger
@@ -25,7 +28,7 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.types.window import blocks_needed, max_length
 from tpserve.worker import sizing
 from tpserve.worker.logits_chunking import LogitsChunking
-from tpserve.worker.sizing import ITEM_BYTES, MemoryProfile
+from tpserve.worker.sizing import MemoryProfile
 
 OTHERS_BYTES = GIB
 """GPU memory of CUDA's context, NCCL's buffers and the driver."""
@@ -33,7 +36,10 @@ OTHERS_BYTES = GIB
 
 @dataclass(frozen=True)
 class GpuCluster:
-    """The GPUs. `memory`: bytes of a GPU. `memory_rate`, and `disk_rate` of a node: bytes a second."""
+    """The GPUs. `memory`: bytes of a GPU. `memory_rate`, and `disk_rate` of a node: bytes a second.
+
+    `is_cpu`: they are ranks on the CPU instead, each with so much memory; `library`: they have the library of CPU kernels.
+    """
 
     num_gpus: int
     per_node: int
@@ -41,6 +47,18 @@ class GpuCluster:
     memory_rate: int
     nvlink: bool
     disk_rate: int | None
+    is_cpu: bool = False
+    library: bool = True
+
+    @property
+    def noun(self) -> str:
+        """What there are so many of."""
+        return "rank" if self.is_cpu else "GPU"
+
+    @property
+    def link(self) -> str:
+        """What the ranks of a node sum through."""
+        return "shared memory" if self.is_cpu else "NVLink" if self.nvlink else "PCIe"
 
     def nodes_of(self, world_size: int) -> int:
         """The number of nodes for `world_size` ranks."""
@@ -118,7 +136,7 @@ def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> 
     nodes = gpus.nodes_of(layout.world_size)
     try:
         config = _config(request, gpus, layout)
-        ranks = [memory_profile(request.spec, config, gpus.memory, rank) for rank in range(layout.world_size)]
+        ranks = [memory_profile(request.spec, config, gpus, rank) for rank in range(layout.world_size)]
     except UserError as error:
         if error.param not in (None, "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"):
             raise
@@ -127,7 +145,7 @@ def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> 
         config = replace(config, max_model_len=_longest(request, ranks, config), fit_max_model_len=False)
     found = sizing.fit_kv_cache(ranks, request.spec, config)
     sequence = blocks_needed(config.max_model_len, request.spec.windows, config.block_size)
-    why_not = _shortage(ranks, sequence, config)
+    why_not = _too_heavy(ranks, request, config, gpus) if gpus.is_cpu else _shortage(ranks, sequence, config)
     if not why_not and (refused := sizing.refusal(found, ranks, request.spec, config, gpus.per_node)) is not None:
         why_not = str(refused)
     tokens = found.num_blocks * config.block_size * -(-config.max_model_len // config.block_size) // sequence
@@ -139,7 +157,7 @@ def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> 
         decides=found.rank,
         kv_tokens=tokens,
         concurrency=found.num_blocks / sequence,
-        token_s=_token_s(request.spec, config, gpus.memory_rate),
+        token_s=_token_s(request.spec, config, gpus),
         load_s=None if gpus.disk_rate is None else _load_bytes(request, config, gpus) / gpus.disk_rate,
         crosses=any(_nodes_of_stage(layout, gpus, stage) > 1 for stage in range(layout.pp)),
         uneven=_uneven(request.spec, layout),
@@ -158,20 +176,22 @@ def _config(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> E
     return resolve(flags, request.files, request.spec, Machine(layout.world_size, per_node, nodes, per_node, 1, "torchrun"))
 
 
-def memory_profile(spec: ModelSpec, config: EngineConfig, memory: int, rank: int) -> MemoryProfile:
-    """The profile that a rank would measure when it is alone on a GPU of `memory` bytes."""
-    layout, item = config.layout, ITEM_BYTES[config.dtype]
-    weights = sizing.weight_bytes(spec, config, rank)
+def memory_profile(spec: ModelSpec, config: EngineConfig, gpus: GpuCluster, rank: int) -> MemoryProfile:
+    """The profile that a rank would measure when it is alone on its GPU."""
+    layout, item, memory = config.layout, ITEM_BYTES[config.dtype], gpus.memory
+    weights = weight_bytes(spec, layout, rank, sizing.held_format(config, library=gpus.library))
     rows = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
-    activations = activation_bytes(spec, layout, rank, rows, item) + table_bytes(spec, config.max_model_len)
+    activations = activation_bytes(spec, layout, rank, rows, item) + rotary_bytes(spec, config.max_model_len)
     head = 0
     if layout.stage_of(rank) == layout.pp - 1:
         shards = split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")
         logits_chunking = LogitsChunking.of(shards, config.max_model_len + 1)
         head = logits_chunking.most_bytes(config.max_num_seqs, config.max_num_batched_tokens)
+    block = sizing.position_bytes(count_params(spec, layout, rank), config) * config.block_size
+    if gpus.is_cpu:
+        return sizing.cpu_profile(memory - weights, weights, head, block, min(gpus.per_node, layout.world_size))
     share = int(memory * config.gpu_memory_utilization) - OTHERS_BYTES
     taken = weights + activations + head
-    block = sizing.position_bytes(count_params(spec, layout, rank), config) * config.block_size
     return MemoryProfile(
         memory, OTHERS_BYTES, share, weights, activations, head, share - taken, memory - OTHERS_BYTES - taken, block
     )
@@ -202,39 +222,26 @@ def _shortage(ranks: list[MemoryProfile], blocks: int, config: EngineConfig) -> 
     )
 
 
-def _token_s(spec: ModelSpec, config: EngineConfig, memory_rate: int) -> float:
+def _too_heavy(ranks: list[MemoryProfile], request: PlanRequest, config: EngineConfig, gpus: GpuCluster) -> str:
+    """The sentence of a start on the CPU whose weights do not fit; empty when they do."""
+    before = [dataclasses.replace(rank, free=gpus.memory) for rank in ranks]
+    refusal = sizing.weights_refusal(before, request.spec, config, gpus.per_node)
+    return "" if refusal is None else str(refusal[1])
+
+
+def _token_s(spec: ModelSpec, config: EngineConfig, gpus: GpuCluster) -> float:
     """A lower bound of the seconds of a token, for one sequence of full length.
 
     It is the time to read weights and KV cache from memory, on the slowest rank of each stage, summed over the stages.
     """
-    layout, item = config.layout, ITEM_BYTES[config.dtype]
-    num_read = {
-        layer: min(config.max_model_len, group.window or config.max_model_len) for group in spec.cache for layer in group.layers
-    }
+    layout, held_format = config.layout, sizing.held_format(config, library=gpus.library)
 
     def read_bytes(rank: int) -> int:
-        layers = layout.layers_of(layout.stage_of(rank))
-        per_layer = sizing.position_bytes(count_params(spec, layout, rank), config) // num_arrays(spec, layers)
-        return item * _weights_read(spec, layout, rank) + per_layer * sum(num_read[layer] for layer in layers)
+        weights = weight_bytes_read(spec, layout, rank, held_format)
+        return weights + sizing.kv_bytes_read(spec, config, rank, config.max_model_len)
 
     stages = (range(stage * layout.tp, (stage + 1) * layout.tp) for stage in range(layout.pp))
-    return sum(max(map(read_bytes, ranks)) for ranks in stages) / memory_rate
-
-
-def _weights_read(spec: ModelSpec, layout: ParallelLayout, rank: int) -> int:
-    """Weight elements of a rank that one token reads: its active experts only, and almost nothing of embedding tables."""
-    experts = spec.experts
-    if experts is not None:
-        active = experts.routing.num_active  # with expert parallelism the busiest rank has at least its share of them
-        count = -(-active // layout.tp) * layout.tp if layout.expert_parallel else active
-        spec = replace(spec, experts=replace(experts, count=min(count, experts.count)))
-    elements = count_params(spec, layout, rank).weights
-    if layout.stage_of(rank) == 0:
-        vocab = split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")[layout.tp_rank_of(rank)]
-        is_head = spec.tie_embeddings and layout.pp == 1
-        elements -= 0 if is_head else len(vocab) * (spec.embedding_size or spec.hidden_size)
-        elements -= spec.max_position * spec.hidden_size if spec.rope is None else 0
-    return elements
+    return sum(max(map(read_bytes, ranks)) for ranks in stages) / gpus.memory_rate
 
 
 def _load_bytes(request: PlanRequest, config: EngineConfig, gpus: GpuCluster) -> float:

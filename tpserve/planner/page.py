@@ -17,6 +17,7 @@ from tpserve.planner.estimate import OTHERS_BYTES, Estimate, GpuCluster
 from tpserve.planner.model import StoredWeights
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
+from tpserve.worker.sizing import CPU_CACHE_MOST, CPU_CACHE_SHARE
 
 HEAD = "HEAD"
 """Stands for the address of node 0."""
@@ -109,7 +110,6 @@ def _about(page: PlanPage) -> Iterator[str]:
     if page.stored is not None:
         kinds = f", {' and '.join(page.stored.kinds)}" if page.stored.kinds else ""
         yield f"weight files: {page.stored.num_files}, {page.stored.num_bytes / GB:,.2f} GB{kinds}"
-    link = "NVLink" if gpus.nvlink else "PCIe"
     where = f" on {gpus.nodes_of(gpus.num_gpus)} nodes" if gpus.num_gpus > gpus.per_node else ""
     wanted = f", {page.wanted} at once" if page.wanted else ""
     max_len = page.flags.max_model_len
@@ -119,8 +119,8 @@ def _about(page: PlanPage) -> Iterator[str]:
         else f"sequences as long as fit, up to {spec.max_position:,}"
     )
     yield (
-        f"{gpus.num_gpus} GPU{'s' * (gpus.num_gpus > 1)}{where}, {size(gpus.memory)} and {gpus.memory_rate / GB:,.0f} GB/s "
-        f"each, {link}; {length}{wanted}"
+        f"{gpus.num_gpus} {gpus.noun}{'s' * (gpus.num_gpus > 1)}{where}, {size(gpus.memory)} and "
+        f"{gpus.memory_rate / GB:,.0f} GB/s each, {gpus.link}; {length}{wanted}"
     )
 
 
@@ -132,6 +132,10 @@ def _table(page: PlanPage) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     cells = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]) for row in rows]
     share = f"{page.flags.gpu_memory_utilization:.0%} of its card less {size(OTHERS_BYTES)} for CUDA, NCCL and the driver"
+    if page.gpus.is_cpu:
+        share = (
+            f"KV cache: {CPU_CACHE_SHARE:.0%} of what stays free, at most {size(CPU_CACHE_MOST)} a node without --kv-cache-memory"
+        )
     return [f"Of each rank, the fullest ({share}):", *map(str.rstrip, cells)]
 
 

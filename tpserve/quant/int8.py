@@ -6,7 +6,7 @@ Source: ZeroQuant (Yao et al. 2022, arXiv:2206.01861), per-token and per-channel
 Legend: T or R rows, K inner channels, N outputs, E matrices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +67,13 @@ class Int8Stack:
     """Of the plain tensor."""
 
     @staticmethod
-    def of(stack_ENK: torch.Tensor) -> "Int8Stack":
-        """Quantize a float32 or bfloat16 tensor."""
-        count, outputs, inner = stack_ENK.shape
+    def of(matrices: Iterable[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> "Int8Stack":
+        """Quantize float32 or bfloat16 matrices, one after another."""
+        count, outputs, inner = shape
         blob_EB = torch.empty(count, int8.packed_bytes(outputs, inner), dtype=torch.uint8)
-        for weight_NK, blob in zip(stack_ENK, blob_EB, strict=True):
+        for weight_NK, blob in zip(matrices, blob_EB, strict=True):
             int8.pack(weight_NK, blob=blob)
-        return Int8Stack(blob_EB, stack_ENK.shape, stack_ENK.dtype)
+        return Int8Stack(blob_EB, shape, dtype)
 
     def __getitem__(self, matrices: slice) -> "Int8Stack":
         """Some of the matrices."""

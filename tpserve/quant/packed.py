@@ -6,6 +6,7 @@ them, where the processor lets it (`onednn.py`).
 Legend: T rows, K inner channels, N outputs, E matrices.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,13 +50,13 @@ class PackedStack:
     dtype: torch.dtype
 
     @staticmethod
-    def of(stack_ENK: torch.Tensor) -> "PackedStack":
-        """Pack a plain tensor."""
-        count, outputs, inner = stack_ENK.shape
-        blob_EB = torch.empty(count, product.packed_bytes(stack_ENK.dtype, outputs, inner), dtype=torch.uint8)
-        for weight_NK, blob in zip(stack_ENK, blob_EB, strict=True):
+    def of(matrices: Iterable[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> "PackedStack":
+        """Pack plain matrices, one after another."""
+        count, outputs, inner = shape
+        blob_EB = torch.empty(count, product.packed_bytes(dtype, outputs, inner), dtype=torch.uint8)
+        for weight_NK, blob in zip(matrices, blob_EB, strict=True):
             product.pack(weight_NK.contiguous(), blob)
-        return PackedStack(blob_EB, stack_ENK.shape, stack_ENK.dtype)
+        return PackedStack(blob_EB, shape, dtype)
 
     def __getitem__(self, matrices: slice) -> "PackedStack":
         """Some of the matrices."""
@@ -94,19 +95,20 @@ def stack_shape(stack: Stack) -> tuple[int, int, int]:
     return count, outputs, inner
 
 
-def pack_stack(stack: Stack, *, int8: bool = False) -> Stack:
+def pack_stack(stack: Stack, *, int8: bool = False, matrices: Iterable[torch.Tensor] | None = None) -> Stack:
     """The stack with each matrix packed, if `pack` packs its dtype, else unchanged. `int8`: quantized.
 
-    When the stack owns its whole storage, packing frees it at once: two copies of a layer's experts might not fit in memory.
-    The plain stack must not be read afterwards.
+    `matrices`: those of the stack, each taken when it is packed; by default the stack's own. When the stack owns its whole
+    storage, packing frees it at once, and it must not be read afterwards.
     """
     if not isinstance(stack, torch.Tensor) or not can_pack(stack):
         return stack
     packed: Stack
+    matrices = stack if matrices is None else matrices
     if is_native(stack):
-        packed = Int8Stack.of(stack) if int8 else PackedStack.of(stack)
+        packed = (Int8Stack if int8 else PackedStack).of(matrices, stack.shape, stack.dtype)
     else:
-        packed = tuple(pack(weight) for weight in stack)
+        packed = tuple(pack(weight) for weight in matrices)
     storage = stack.untyped_storage()
     if storage.nbytes() == stack.nbytes:
         storage.resize_(0)

@@ -18,8 +18,13 @@ BATCH = 1 << 18
 def dummy(parameters: Sequence[Parameter], seed: int = 0) -> None:
     """Fill the parameters: matrices with variance 1 / inputs, norms around 1, biases around 0."""
     for parameter in parameters:
-        for source, view in parameter.parts():
-            _fill(view, source, seed)
+        fill(parameter, seed)
+
+
+def fill(parameter: Parameter, seed: int = 0) -> None:
+    """Fill one parameter."""
+    for source, view in parameter.parts():
+        _fill(view, source, seed)
 
 
 def _fill(view: torch.Tensor, source: Source, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Fills parameters from a checkpoint, slice by slice: a rank reads only its own shard.
+"""Fills parameters from a checkpoint, one after another and slice by slice: a rank reads only its own shard.
 
 Shapes and dtypes of all tensors are checked before the first byte of any tensor is read.
 """
@@ -28,35 +28,59 @@ class Loaded:
     physical_bytes: int
 
 
+class Loader:
+    """Fills the parameters of a model, each when the caller asks for it. `loaded`: what all of them take."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        checkpoint: Checkpoint,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Check all parameters. `progress(bytes_done, bytes_total)` is called after each slice that is read.
+
+        UserError names a tensor that is missing or has another shape or dtype.
+        """
+        self._checkpoint, self._progress, self._done = checkpoint, progress, 0
+        by_files: dict[tuple[Path, ...], list[LocatedTensor]] = defaultdict(list)
+        for parameter in parameters:
+            for source in parameter.sources:
+                located = checkpoint.stored(source)
+                by_files[located.paths].append(located)
+        total = physical = 0
+        for paths, parts in by_files.items():
+            with _opened(paths) as opened:
+                for located in parts:
+                    cuts = _slices(located, opened)
+                    total += sum(cut.nbytes for cut in cuts)
+                    physical += sum(map(_physical_bytes, cuts))
+        self.loaded = Loaded(total, physical)
+
+    def fill(self, parameter: Parameter) -> None:
+        """Read one of the parameters, or a piece of one."""
+        by_files: dict[tuple[Path, ...], list[tuple[LocatedTensor, torch.Tensor]]] = defaultdict(list)
+        for source, view in parameter.parts():
+            located = self._checkpoint.stored(source)
+            by_files[located.paths].append((located, view))
+        for paths, parts in by_files.items():
+            with _opened(paths) as opened:
+                for located, view in parts:
+                    cuts = _slices(located, opened)
+                    located.scheme.load(located.source, cuts, view)
+                    self._done += sum(cut.nbytes for cut in cuts)
+                    self._progress(self._done, self.loaded.requested_bytes)
+
+
 def load(
     parameters: Sequence[Parameter],
     checkpoint: Checkpoint,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Loaded:
-    """Fill the parameters; calls `progress(bytes_done, bytes_total)` after each slice.
-
-    UserError names a tensor that is missing or has another shape or dtype.
-    """
-    by_files: dict[tuple[Path, ...], list[tuple[LocatedTensor, torch.Tensor]]] = defaultdict(list)
+    """Fill all parameters. Arguments and errors are those of `Loader`."""
+    loader = Loader(parameters, checkpoint, progress)
     for parameter in parameters:
-        for source, view in parameter.parts():
-            located = checkpoint.stored(source)
-            by_files[located.paths].append((located, view))
-    total = physical = done = 0
-    for paths, parts in by_files.items():
-        with _opened(paths) as opened:
-            for located, _ in parts:
-                cuts = _slices(located, opened)
-                total += sum(cut.nbytes for cut in cuts)
-                physical += sum(map(_physical_bytes, cuts))
-    for paths, parts in sorted(by_files.items()):
-        with _opened(paths) as opened:
-            for located, view in parts:
-                cuts = _slices(located, opened)
-                located.scheme.load(located.source, cuts, view)
-                done += sum(cut.nbytes for cut in cuts)
-                progress(done, total)
-    return Loaded(total, physical)
+        loader.fill(parameter)
+    return loader.loaded
 
 
 @contextmanager

@@ -26,6 +26,12 @@ class Parameter:
         shape = (sum(shard[0] for shard in shards), *shards[0][1:])
         return Parameter(torch.empty(shape, dtype=dtype, device=device), sources)
 
+    def piece(self, index: int, count: int) -> "Parameter":
+        """One of `count` parts with equally many sources and rows, such as an expert of a stack, with memory of its own."""
+        num_sources = len(self.sources) // count
+        sources = self.sources[index * num_sources : (index + 1) * num_sources]
+        return Parameter.empty(sources, self.tensor.dtype, self.tensor.device)
+
     def parts(self) -> Iterator[tuple[Source, torch.Tensor]]:
         """Each source with its view of the tensor, which has the shape `source.shard`."""
         row = 0

@@ -13,11 +13,12 @@ import torch
 
 from tpserve.attention.paged import KVCache
 from tpserve.config.schema import EngineConfig
-from tpserve.config.sizes import GIB, size
+from tpserve.config.sizes import size
 from tpserve.errors import UserError
 from tpserve.host.resources import available_memory
 from tpserve.models.decoder import Decoder
 from tpserve.models.param_count import cache_arrays_of, num_arrays
+from tpserve.models.weight_bytes import weight_bytes
 from tpserve.parallel.mesh import Mesh
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
@@ -30,11 +31,10 @@ from tpserve.worker.input_batch import ChunkArrays, build_model_input
 from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.sampler_stage import SamplerStage
 from tpserve.worker.sizing import KVCacheConfig, MemoryProfile
+from tpserve_kernels.cpu.library import library
 
 log = logging.getLogger(__name__)
 
-CPU_CACHE_MOST = 4 * GIB
-CPU_CACHE_SHARE = 0.4
 CPU_WARM_UP_ROWS = 16
 PLAIN = EngineSamplingParams(logprobs=20)
 FILTERED = EngineSamplingParams(
@@ -67,13 +67,17 @@ def check_weights(mesh: Mesh, spec: ModelSpec, config: EngineConfig, local_ranks
         reserved, sharers = int(total * (1 - config.gpu_memory_utilization)), devices.ranks_on_gpu(mesh.device, local_ranks)
     else:
         total, reserved, sharers = free, 0, local_ranks
-    weights = sizing.weight_bytes(spec, config, mesh.rank)
+    weights = _weight_bytes(mesh, spec, config)
     profile = MemoryProfile(total, total - free, (free - reserved) // sharers, weights, 0, 0, 0, free // sharers, 0)
     ranks = _gather(mesh, profile)
     refusal = sizing.weights_refusal(ranks, spec, config, devices.ranks_per_node(mesh.device, local_ranks))
     if refusal is not None:
         _log_memory(mesh, refusal[0])
         raise refusal[1]
+
+
+def _weight_bytes(mesh: Mesh, spec: ModelSpec, config: EngineConfig) -> int:
+    return weight_bytes(spec, mesh.layout, mesh.rank, sizing.held_format(config, library=library() is not None))
 
 
 @contextmanager
@@ -86,7 +90,7 @@ def room_for(what: str, mesh: Mesh, spec: ModelSpec, config: EngineConfig, local
         yield
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(mesh.device)
-        ours, weights = torch.cuda.memory_reserved(mesh.device), sizing.weight_bytes(spec, config, mesh.rank)
+        ours, weights = torch.cuda.memory_reserved(mesh.device), _weight_bytes(mesh, spec, config)
         others = total - free - ours
         share = int(total * config.gpu_memory_utilization) - others
         rank = MemoryProfile(total, others, share, weights, max(0, ours - weights), 0, 0, free, 0)
@@ -153,10 +157,7 @@ def _profile_cpu(
     warm_up.head()
     mesh.world.all_reduce_min(0)  # barrier: all ranks of this machine have loaded
     head = warm_up.max_head_bytes()
-    free = available_memory().free // local_ranks - head
-    room = min(CPU_CACHE_MOST // local_ranks, int(free * CPU_CACHE_SHARE))
-    share = free + head + weights
-    return MemoryProfile(share, 0, share, weights, 0, head, room, free, block_bytes)
+    return sizing.cpu_profile(available_memory().free // local_ranks, weights, head, block_bytes, local_ranks)
 
 
 def _profile_cuda(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from tpserve.config.schema import EngineConfig
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
-from tpserve.models.param_count import ParamCount, count_params, largest_count
+from tpserve.models.param_count import ParamCount, count_params, largest_count, num_arrays
+from tpserve.models.weight_bytes import ITEM_BYTES, HeldFormat, largest_weight_bytes
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
@@ -21,7 +22,9 @@ from tpserve.types.window import blocks_needed, max_length
 
 AUTO_LEAST = 1024
 """The shortest length that `--max-model-len auto` accepts; a shorter context is of little use. A given number may be lower."""
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
+CPU_CACHE_MOST = 4 * GIB
+CPU_CACHE_SHARE = 0.4
+"""The KV cache's part of what the CPU's memory has free beside weights and LM head."""
 KV_SCALE_BYTES = 4
 """Beside each head of a position in a KV cache of int8."""
 _MOST_FACTOR = 64
@@ -52,6 +55,14 @@ class KVCacheConfig:
     rank: int
 
 
+def cpu_profile(free: int, weights: int, head: int, block: int, local_ranks: int) -> MemoryProfile:
+    """The profile of a rank on the CPU. `free`: its share of the memory that is free after loading."""
+    free -= head
+    room = min(CPU_CACHE_MOST // local_ranks, int(free * CPU_CACHE_SHARE))
+    share = free + head + weights
+    return MemoryProfile(share, 0, share, weights, 0, head, room, free, block)
+
+
 def fit_kv_cache(ranks: Sequence[MemoryProfile], spec: ModelSpec, config: EngineConfig) -> KVCacheConfig:
     """What all ranks can hold. `refusal` checks whether it is enough."""
     length = config.max_model_len
@@ -67,15 +78,27 @@ def least_length(config: EngineConfig) -> int:
     return min(AUTO_LEAST, config.max_model_len) if config.fit_max_model_len else config.max_model_len
 
 
-def weight_bytes(spec: ModelSpec, config: EngineConfig, rank: int) -> int:
-    """Bytes of a rank's weights."""
-    return ITEM_BYTES[config.dtype] * count_params(spec, config.layout, rank).weights
+def held_format(config: EngineConfig, *, library: bool = True) -> HeldFormat:
+    """How the ranks hold weights. `library`: whether they have the library of CPU kernels."""
+    return HeldFormat(config.dtype, config.device == "cpu" and library, config.quantization)
 
 
 def position_bytes(count: ParamCount, config: EngineConfig) -> int:
     """Bytes of one position of a KV block, in all cache arrays of a rank."""
     scales = KV_SCALE_BYTES * count.cached_heads if config.kv_cache_dtype == "int8" else 0
     return ITEM_BYTES[config.kv_cache_dtype] * count.cached + scales
+
+
+def kv_bytes_read(spec: ModelSpec, config: EngineConfig, rank: int, context: int, rows: int = 1) -> int:
+    """Bytes of the KV cache that the last `rows` of `context` positions of a sequence see, in all layers of a rank."""
+    layers = config.layout.layers_of(config.layout.stage_of(rank))
+    per_layer = position_bytes(count_params(spec, config.layout, rank), config) // num_arrays(spec, layers)
+    seen = {
+        layer: context if group.window is None else min(context, group.window + rows - 1)
+        for group in spec.cache
+        for layer in group.layers
+    }
+    return per_layer * sum(seen[layer] for layer in layers)
 
 
 def slot_bytes(config: EngineConfig, length: int) -> int:
@@ -184,12 +207,11 @@ def wider(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig, per_node: 
     Uses today's bytes of activations and LM head; more ranks never need more.
     """
     length = least_length(config)
-    item = ITEM_BYTES[config.dtype]
     positions = _blocks_per_sequence(spec, config, length) * config.block_size
     for layout in _layouts(spec, config.layout, per_node):
-        most = largest_count(spec, layout)
-        cache = position_bytes(most, config) * positions
-        each = item * most.weights + cache + rank.activations + rank.head + slot_bytes(config, length)
+        weights = largest_weight_bytes(spec, layout, held_format(config))
+        cache = position_bytes(largest_count(spec, layout), config) * positions
+        each = weights + cache + rank.activations + rank.head + slot_bytes(config, length)
         if each <= rank.share:
             nodes = -(-layout.world_size // per_node)
             where = f" on {nodes} nodes" if nodes > 1 else ""

@@ -9,9 +9,11 @@ import ctypes
 
 import torch
 
-from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, SUM_DTYPES, Operation, calls_of, library
+from tpserve_kernels.cpu.library import DTYPES, SUM_DTYPES, Operation, calls_of, library
+from tpserve_kernels.cpu.packed_size import ALIGNMENT, packed_int8_bytes
+from tpserve_kernels.cpu.packed_size import INT8_UNIT as UNIT
 
-MOST, SMALLEST, UNIT = 127, 1e-30, 64
+MOST, SMALLEST = 127, 1e-30
 MAX_INNER = (2**31 - 1) // MOST**2
 """The largest K, over all ranks, whose sums fit an int32."""
 
@@ -78,7 +80,7 @@ def empty_rows(rows: int, inner: int) -> torch.Tensor:
 
 def packed_bytes(outputs: int, inner: int) -> int:
     """Bytes of a packed int8 matrix [outputs, inner], its head, scales and sums included. No library is needed to know them."""
-    return ALIGNMENT + -(-outputs // 16) * (filled(inner) * 16 + 128)
+    return packed_int8_bytes(outputs, inner)
 
 
 def pack(weight_NK: torch.Tensor, scale_N: torch.Tensor | None = None, blob: torch.Tensor | None = None) -> torch.Tensor:

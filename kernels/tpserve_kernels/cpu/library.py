@@ -19,7 +19,6 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ISA_VARIABLE, FILE_VARIABLE = "TPSERVE_ISA", "TPSERVE_CPU_LIBRARY"
-ALIGNMENT = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 INT8 = 2
 SUM_DTYPES = {**DTYPES, torch.int32: 3}

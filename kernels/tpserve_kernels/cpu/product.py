@@ -7,7 +7,9 @@ import ctypes
 
 import torch
 
-from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Operation, library
+from tpserve_kernels.cpu import packed_size
+from tpserve_kernels.cpu.library import DTYPES, Operation, library
+from tpserve_kernels.cpu.packed_size import ALIGNMENT
 
 
 class ProductArgs(ctypes.Structure):
@@ -47,8 +49,7 @@ class GroupedProductArgs(ctypes.Structure):
 
 def packed_bytes(dtype: torch.dtype, outputs: int, inner: int) -> int:
     """Bytes of a packed matrix [outputs, inner], its head included. No library is needed to know them."""
-    row = -(-inner // 32) * 32 * 2 if dtype == torch.bfloat16 else inner * 4
-    return ALIGNMENT + -(-outputs // 16) * 16 * row
+    return packed_size.packed_bytes(dtype.itemsize, outputs, inner)
 
 
 def pack(weight_NK: torch.Tensor, blob: torch.Tensor | None = None) -> torch.Tensor:
