@@ -57,26 +57,29 @@ struct Places {
     }
 };
 
-// What a thread needs to compute blocks. `T`: the dtype's number; `Panels`: how a product reads keys of that dtype.
-template <class T, class Panels>
+constexpr int64_t STEP = 24;  // query rows that go past a tile together
+
+// What a thread needs to compute blocks. `T`: the dtype's number; `Form`: how a product of few rows reads keys of that dtype.
+template <class T, class Form>
 struct Attending {
     const Attention& a;
     const Shape& shape;
     Scoring scoring;
     int64_t item;  // bytes of a number of keys and values
-    char *keys, *values;
+    char *keys, *values, *widened;  // of a tile in panels, and both widened to float32
     T *zeros, *wide;
-    float *queries, *scores, *factors, *scales, *memory;
+    float *queries, *scores, *scales, *memory;
 
     Attending(const Attention& a, const Shape& shape) : a(a), shape(shape), scoring{a.scale, a.cap} {
         item = a.kv_dtype == INT8 ? 1 : sizeof(T);
         int64_t most = shape.most, key_bytes = TILE * shape.units * 4, value_bytes = TILE * shape.value_dim * sizeof(T);
         int64_t row = a.k_dim > a.v_dim ? a.k_dim : a.v_dim;
-        int64_t floats = most * (shape.key_dim + TILE + 1 + 2 * shape.state_floats()) + 2 * TILE;
-        keys = (char*)scratch(key_bytes + value_bytes + floats * sizeof(float) + (1 + 2 * PANEL) * row * sizeof(T));
-        values = keys + key_bytes;
-        queries = (float*)(values + value_bytes), scores = queries + most * shape.key_dim;
-        factors = scores + most * TILE, scales = factors + most, memory = scales + 2 * TILE;
+        int64_t floats = most * (shape.key_dim + 2 * shape.state_floats()) + STEP * (TILE > a.k_dim ? TILE : a.k_dim) + 2 * TILE;
+        int64_t widened_bytes = sizeof(T) == 2 ? 2 * (key_bytes + value_bytes) : 0;
+        keys = (char*)scratch(key_bytes + value_bytes + widened_bytes + floats * sizeof(float) + (1 + 2 * PANEL) * row * sizeof(T));
+        values = keys + key_bytes, widened = values + value_bytes;
+        queries = (float*)(widened + widened_bytes), scores = queries + most * shape.key_dim;
+        scales = scores + STEP * (TILE > a.k_dim ? TILE : a.k_dim), memory = scales + 2 * TILE;
         zeros = (T*)(memory + 2 * most * shape.state_floats()), wide = zeros + row;
         memset(zeros, 0, row * sizeof(T));
     }
@@ -108,13 +111,17 @@ struct Attending {
     }
 
    private:
+    // The queries of each share, as blocks of up to STEP rows.
     void load_queries(const Block& block) const {
+        T* rows = (T*)scores;
         for (int64_t i = 0; i < block.shares; i++) {
-            int64_t head, count = shape.heads_of(block.share + i, &head);
-            float* to = queries + i * block.rows * shape.share * shape.key_dim;
-            for (int64_t c = 0; c < block.rows; c++, to += count * shape.key_dim) {
-                const T* from = (const T*)a.q + (block.row + c) * a.q_strides[0] + head * a.q_strides[1];
-                gather_rows(to, shape.key_dim, from, count, a.q_strides[1], a.k_dim, shape.key_dim);
+            int64_t head, count = shape.heads_of(block.share + i, &head), all = block.rows * count;
+            uint32_t* to = (uint32_t*)queries + i * block.rows * shape.share * shape.key_dim;
+            for (int64_t m = 0; m < all; m++) {
+                const T* from = (const T*)a.q + (block.row + m / count) * a.q_strides[0] + (head + m % count) * a.q_strides[1];
+                memcpy(rows + m % STEP * a.k_dim, from, a.k_dim * sizeof(T));
+                if (m % STEP == STEP - 1 || m == all - 1)
+                    copy_rows<Form>(rows, m % STEP + 1, a.k_dim, a.k_dim, shape.key_dim, to + m / STEP * STEP * shape.key_dim);
             }
         }
     }
@@ -122,6 +129,7 @@ struct Attending {
     // The tiles of a split, one key head after the other; while one is computed, the next one comes from memory.
     void split(const Block& block, int64_t begin, int64_t end, const State& state) const {
         state.clear(shape, rows_of(block));
+        bool widen = sizeof(T) == 2 && block.rows * shape.share >= WIDENED_ROWS;
         Places places[2];
         places[0].set(a, block.request, begin, end);
         for (int number = 0;; number = 1 - number) {
@@ -130,10 +138,14 @@ struct Attending {
             next.set(a, block.request, now.first + now.end, end);
             for (int64_t i = 0, last = -1; i < block.shares; i++) {
                 int64_t head = (block.share + i) / shape.shares_a_group;
-                if (head != last) pack(head, now);
+                if (head != last) {
+                    pack(head, now);
+                    if (widen) widen_tile(now);
+                }
                 last = head;
                 prefetch(block, next, i);
-                multiply(block, i, now, state);
+                if (widen) multiply<Float32>(block, i, now, state, widened, widened + TILE * shape.key_dim * 4);
+                else multiply<Form>(block, i, now, state, keys, values);
             }
             if (next.begin == next.end) return;
         }
@@ -177,37 +189,42 @@ struct Attending {
         }
     }
 
+    // The tile's panels in float32.
+    void widen_tile(const Places& places) const {
+        int64_t from = places.begin / PANEL, count = (places.end + PANEL - 1) / PANEL - from, key_units = shape.key_dim;
+        char* wide_values = widened + TILE * key_units * 4;
+        WidenedBfloat16::widen(keys + from * key_units * 32, count * key_units, widened + from * key_units * 64);
+        for (int64_t at = from * PANEL; at < TILE * shape.value_dim / PANEL; at += TILE)
+            WidenedBfloat16::widen(values + at * 32, count * PANEL, wide_values + at * 64);
+    }
+
     // The rows of one share against the tile that is packed.
-    void multiply(const Block& block, int64_t i, const Places& places, const State& state) const {
+    template <class Panels>
+    void multiply(const Block& block, int64_t i, const Places& places, const State& state, const char* keys, const char* values) const {
         int64_t head, count = shape.heads_of(block.share + i, &head), rows = block.rows * count, base = i * block.rows * shape.share;
         int from = places.begin / PANEL, to = (places.end + PANEL - 1) / PANEL;
-        auto keep = [&](const float* sums, int64_t row, int64_t some, int64_t panel, int panels) {
-            for (int64_t r = 0; r < some; r++)
-                memcpy(scores + (row + r) * TILE + panel * PANEL, sums + r * panels * PANEL, panels * PANEL * sizeof(float));
-        };
-        const float* x = queries + base * shape.key_dim;
-        TileBlock<Panels> of_keys{keys, shape.units * PANEL * 4, x, shape.key_dim, shape.key_dim};
-        walk_tile(of_keys, rows, from, to, keep);
-        const float* each = a.kv_dtype == INT8 ? scales : nullptr;
-        for (int64_t m = 0; m < rows; m++) {
-            int64_t position = block.position + m / count, low = first_seen(a, position) - places.first, high = position + 1 - places.first;
-            RowState row = {load<V>(state.weights + (base + m) * W), state.peaks[base + m]};
-            low = low > 0 ? low : 0, high = high < TILE ? high : TILE;
-            factors[m] = softmax_row(scoring, row, scores + m * TILE, each, from * PANEL, to * PANEL, low, high);
-            store(state.weights + (base + m) * W, row.weight), state.peaks[base + m] = row.peak;
-        }
-        auto add = [&](const float* sums, int64_t row, int64_t some, int64_t panel, int panels) {
-            for (int64_t r = 0; r < some; r++) {
-                float* out = state.sums + (base + row + r) * shape.value_dim + panel * PANEL;
-                V factor = broadcast(factors[row + r]);
-                for (int e = 0; e < panels * PANEL; e += W)
-                    store(out + e, fma(load<V>(out + e), factor, load<V>(sums + r * panels * PANEL + e)));
+        int64_t positions = (places.end + 1) / 2 * 2 - from * PANEL;
+        const float *zeros = (const float*)NOTHING, *so_far = nullptr, *each = a.kv_dtype == INT8 ? scales : nullptr;
+        for (int64_t first = 0; first < rows; first += STEP) {
+            int64_t some = rows - first < STEP ? rows - first : STEP, at = base + first;
+            float* sums = state.sums + at * shape.value_dim;
+            TileProduct<Panels> of_keys{keys, shape.key_dim * Panels::UNIT_BYTES, queries + at * shape.key_dim, shape.key_dim, 1, 0,
+                                        shape.key_dim, scores, TILE, zeros, some};
+            in_panels(from, to, of_keys);
+            for (int64_t m = 0; m < some; m++) {
+                int64_t position = block.position + (first + m) / count, low = first_seen(a, position) - places.first;
+                int64_t high = position + 1 - places.first;
+                RowState row = {load<V>(state.weights + (at + m) * W), state.peaks[at + m]};
+                low = low > 0 ? low : 0, high = high < TILE ? high : TILE;
+                float factor = softmax_row(scoring, row, scores + m * TILE, each, from * PANEL, to * PANEL, low, high);
+                store(state.weights + (at + m) * W, row.weight), state.peaks[at + m] = row.peak;
+                float* values_of = sums + m * shape.value_dim;
+                for (int64_t e = 0; e < shape.value_dim && factor != 1; e += W) store(values_of + e, load<V>(values_of + e) * factor);
             }
-        };
-        const char* panels = values + from * PANEL * PANEL * sizeof(T);
-        int64_t inner = (places.end + 1) / 2 * 2 - from * PANEL;
-        TileBlock<Panels> of_values{panels, TILE * PANEL * sizeof(T), scores + from * PANEL, TILE, inner};
-        walk_tile(of_values, rows, 0, shape.value_dim / PANEL, add);
+            TileProduct<Panels> of_values{values + from * PANEL * Panels::UNIT_BYTES, TILE * Panels::UNIT_BYTES, scores + from * PANEL,
+                                          TILE, TILE, 1, positions, sums, shape.value_dim, so_far, some};
+            in_panels(0, shape.value_dim / PANEL, of_values);
+        }
     }
 
     // Writes row `m` of a block, with the sink in its softmax.

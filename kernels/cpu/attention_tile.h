@@ -159,27 +159,31 @@ INLINE float softmax_row(
     return factor;
 }
 
-// Float32 rows by panels of keys or of values.
-template <class T>
-struct TileBlock {
+// Rows of a tile by its panels of keys or of values.
+template <class Form>
+struct TileProduct {
     const char* panels;
     int64_t panel_bytes;
-    const float* x;
-    int64_t stride, inner;
+    const float* x;  // the block from row r on is at x + r * row_begin
+    int64_t row_begin, row_step, unit_step, units;  // as of Task; a unit_step of 0: the number of rows of a block
+    float* sums;                                    // [rows][row_sums]
+    int64_t row_sums;
+    const float* start;
+    int64_t rows;
 
-    template <int R, int P>
-    void run(int64_t panel, int64_t row, Span span, float* sums) const {
-        widened_block<T, R, P>(panels + panel * panel_bytes, panel_bytes, x + row * stride, stride, span, sums);
-    }
+    template <int P>
+    struct OfPanels {
+        const TileProduct& all;
+        int64_t panel;
+        template <int R>
+        INLINE void run(int64_t row) const {
+            int64_t unit_step = all.unit_step ? all.unit_step : R;
+            add_units<Form, R, P>({all.panels + panel * all.panel_bytes, all.panel_bytes, (const uint32_t*)all.x + row * all.row_begin, all.row_step,
+                                   unit_step, all.units, all.sums + row * all.row_sums + panel * PANEL, all.row_sums, PANEL, all.start});
+        }
+    };
+    template <int P>
+    INLINE void run(int64_t panel) const { in_blocks(rows, OfPanels<P>{*this, panel}); }
 };
-
-// `walk` over rows [0, rows), some at a time.
-template <class T, class Done>
-static void walk_tile(TileBlock<T> block, int64_t rows, int64_t begin, int64_t end, const Done& done) {
-    constexpr int64_t STEP = 48;
-    alignas(64) float sums[STEP * GROUP * PANEL];
-    for (int64_t row = 0; row < rows; row += STEP, block.x += STEP * block.stride)
-        walk(block, rows - row < STEP ? rows - row : STEP, row, begin, end, sums, done);
-}
 
 }  // namespace

@@ -15,6 +15,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #if defined(EMULATED)
 #define UNROLL
 #else
