@@ -125,6 +125,21 @@ struct RowState {
     float peak;
 };
 
+// Turns scores [begin, end) into logits, minus infinity outside of [low, high), and `best` into the largest of each lane.
+INLINE void logits_of(const Scoring& scoring, float* scores, const float* scales, int begin, int end, int low, int high, V& best) {
+    VI lanes = {};
+    UNROLL for (int i = 0; i < W; i++) lanes[i] = i;
+    for (int x = begin; x < end; x += W) {
+        V dot = load<V>(scores + x), logit = scoring(scales ? dot * load<V>(scales + x) : dot);
+        if (x < low || x + W > high) {
+            VI at = lanes + x, seen = (VI)(at >= low) & (VI)(at < high);
+            logit = (V)(((VI)logit & seen) | (~seen & (VI)broadcast(-__builtin_inff())));
+        }
+        best = max(logit, best);
+        store(scores + x, logit);
+    }
+}
+
 // Takes a tile's scores, of which the row sees [low, high), into the softmax: `scores` [begin, end) become weights, those of hidden
 // positions zero. `begin` and `end`: multiples of PANEL. The result is the factor of what was summed before. `scales`: null, or
 // what each score is multiplied by and then, at [TILE], what each weight is.
@@ -135,22 +150,21 @@ INLINE float softmax_row(
         for (int x = begin; x < end; x += W) store(scores + x, (V){});
         return 1.0f;
     }
-    VI lanes = {};
-    UNROLL for (int i = 0; i < W; i++) lanes[i] = i;
     V best = broadcast(state.peak);
-    for (int x = begin; x < end; x += W) {
-        V dot = load<V>(scores + x), logit = scoring(scales ? dot * load<V>(scales + x) : dot);
-        if (x < low || x + W > high) {
-            VI at = lanes + x, seen = (VI)(at >= low) & (VI)(at < high);
-            logit = (V)(((VI)logit & seen) | (~seen & (VI)broadcast(-__builtin_inff())));
-        }
-        best = max(logit, best);
-        store(scores + x, logit);
+    float slope = scoring.scale * LOG2_E;
+    bool plain = scoring.cap == 0 && !scales && slope > 0 && low <= begin && end <= high;
+    if (plain) {  // the logits are computed once, below: the largest is that of the largest score, since rounding keeps the order
+        V most = broadcast(-__builtin_inff());
+        for (int x = begin; x < end; x += W) most = max(load<V>(scores + x), most);
+        best = max(most * slope, best);
+    } else {
+        slope = 1;
+        logits_of(scoring, scores, scales, begin, end, low, high, best);
     }
     float peak = highest_lane(best), factor = exp2_negative1(state.peak - peak);
     V sum = {};
     for (int x = begin; x < end; x += W) {
-        V weight = exp2_negative(load<V>(scores + x) - peak);
+        V weight = exp2_negative(load<V>(scores + x) * slope - peak);
         sum = sum + weight;
         store(scores + x, scales ? weight * load<V>(scales + TILE + x) : weight);
     }
