@@ -66,7 +66,7 @@ struct Attending {
     const Shape& shape;
     Scoring scoring;
     int64_t item;  // bytes of a number of keys and values
-    char *keys, *values, *widened;  // of a tile in panels, and both widened to float32
+    char *keys, *values;
     T *zeros, *wide;
     float *queries, *scores, *scales, *memory;
 
@@ -75,10 +75,9 @@ struct Attending {
         int64_t most = shape.most, key_bytes = TILE * shape.units * 4, value_bytes = TILE * shape.value_dim * sizeof(T);
         int64_t row = a.k_dim > a.v_dim ? a.k_dim : a.v_dim;
         int64_t floats = most * (shape.key_dim + 2 * shape.state_floats()) + STEP * (TILE > a.k_dim ? TILE : a.k_dim) + 2 * TILE;
-        int64_t widened_bytes = sizeof(T) == 2 ? 2 * (key_bytes + value_bytes) : 0;
-        keys = (char*)scratch(key_bytes + value_bytes + widened_bytes + floats * sizeof(float) + (1 + 2 * PANEL) * row * sizeof(T));
-        values = keys + key_bytes, widened = values + value_bytes;
-        queries = (float*)(widened + widened_bytes), scores = queries + most * shape.key_dim;
+        keys = (char*)scratch(key_bytes + value_bytes + floats * sizeof(float) + (1 + 2 * PANEL) * row * sizeof(T));
+        values = keys + key_bytes;
+        queries = (float*)(values + value_bytes), scores = queries + most * shape.key_dim;
         scales = scores + STEP * (TILE > a.k_dim ? TILE : a.k_dim), memory = scales + 2 * TILE;
         zeros = (T*)(memory + 2 * most * shape.state_floats()), wide = zeros + row;
         memset(zeros, 0, row * sizeof(T));
@@ -129,7 +128,6 @@ struct Attending {
     // The tiles of a split, one key head after the other; while one is computed, the next one comes from memory.
     void split(const Block& block, int64_t begin, int64_t end, const State& state) const {
         state.clear(shape, rows_of(block));
-        bool widen = sizeof(T) == 2 && block.rows * shape.share >= WIDENED_ROWS;
         Places places[2];
         places[0].set(a, block.request, begin, end);
         for (int number = 0;; number = 1 - number) {
@@ -138,14 +136,10 @@ struct Attending {
             next.set(a, block.request, now.first + now.end, end);
             for (int64_t i = 0, last = -1; i < block.shares; i++) {
                 int64_t head = (block.share + i) / shape.shares_a_group;
-                if (head != last) {
-                    pack(head, now);
-                    if (widen) widen_tile(now);
-                }
+                if (head != last) pack(head, now);
                 last = head;
                 prefetch(block, next, i);
-                if (widen) multiply<Float32>(block, i, now, state, widened, widened + TILE * shape.key_dim * 4);
-                else multiply<Form>(block, i, now, state, keys, values);
+                multiply(block, i, now, state);
             }
             if (next.begin == next.end) return;
         }
@@ -189,18 +183,8 @@ struct Attending {
         }
     }
 
-    // The tile's panels in float32.
-    void widen_tile(const Places& places) const {
-        int64_t from = places.begin / PANEL, count = (places.end + PANEL - 1) / PANEL - from, key_units = shape.key_dim;
-        char* wide_values = widened + TILE * key_units * 4;
-        WidenedBfloat16::widen(keys + from * key_units * 32, count * key_units, widened + from * key_units * 64);
-        for (int64_t at = from * PANEL; at < TILE * shape.value_dim / PANEL; at += TILE)
-            WidenedBfloat16::widen(values + at * 32, count * PANEL, wide_values + at * 64);
-    }
-
     // The rows of one share against the tile that is packed.
-    template <class Panels>
-    void multiply(const Block& block, int64_t i, const Places& places, const State& state, const char* keys, const char* values) const {
+    void multiply(const Block& block, int64_t i, const Places& places, const State& state) const {
         int64_t head, count = shape.heads_of(block.share + i, &head), rows = block.rows * count, base = i * block.rows * shape.share;
         int from = places.begin / PANEL, to = (places.end + PANEL - 1) / PANEL;
         int64_t positions = (places.end + 1) / 2 * 2 - from * PANEL;
@@ -208,7 +192,7 @@ struct Attending {
         for (int64_t first = 0; first < rows; first += STEP) {
             int64_t some = rows - first < STEP ? rows - first : STEP, at = base + first;
             float* sums = state.sums + at * shape.value_dim;
-            TileProduct<Panels> of_keys{keys, shape.key_dim * Panels::UNIT_BYTES, queries + at * shape.key_dim, shape.key_dim, 1, 0,
+            TileProduct<Form> of_keys{keys, shape.key_dim * Form::UNIT_BYTES, queries + at * shape.key_dim, shape.key_dim, 1, 0,
                                         shape.key_dim, scores, TILE, zeros, some};
             in_panels(from, to, of_keys);
             for (int64_t m = 0; m < some; m++) {
@@ -221,7 +205,7 @@ struct Attending {
                 float* values_of = sums + m * shape.value_dim;
                 for (int64_t e = 0; e < shape.value_dim && factor != 1; e += W) store(values_of + e, load<V>(values_of + e) * factor);
             }
-            TileProduct<Panels> of_values{values + from * PANEL * Panels::UNIT_BYTES, TILE * Panels::UNIT_BYTES, scores + from * PANEL,
+            TileProduct<Form> of_values{values + from * PANEL * Form::UNIT_BYTES, TILE * Form::UNIT_BYTES, scores + from * PANEL,
                                           TILE, TILE, 1, positions, sums, shape.value_dim, so_far, some};
             in_panels(0, shape.value_dim / PANEL, of_values);
         }

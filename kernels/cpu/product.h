@@ -27,23 +27,16 @@ struct FormOf {
     typedef Sum_ Sum;
     static constexpr int STEP = 1;        // units that are read at once
     static constexpr int UNIT = 1;        // numbers of a unit
-    static constexpr int UNIT_BYTES = 64, MATRIX_BYTES = 64;  // of a unit of a panel, as it is multiplied and in the packed matrix
-    static constexpr int64_t BUFFER = 0;  // bytes
+    static constexpr int UNIT_BYTES = 64;  // of a unit of a panel
 
     const PackedHead* weight;
     int64_t inner, units;
-    char* buffer;
 
-    FormOf(const PackedHead* weight, int64_t units) : weight(weight), inner(weight->inner), units(units), buffer(nullptr) {}
+    FormOf(const PackedHead* weight, int64_t units) : weight(weight), inner(weight->inner), units(units) {}
 
-    // Units of P panels where they are in the packed matrix.
-    template <int P>
-    INLINE Span<Form> in_matrix(int64_t panel, int64_t begin, int64_t count) const {
-        return {begin, count, panel_of(weight, panel) + begin * Form::MATRIX_BYTES, weight->panel_bytes, (const Sum*)NOTHING};
-    }
     template <int P>
     INLINE Span<Form> span(int64_t panel, int64_t begin, int64_t count) const {
-        return ((const Form*)this)->template in_matrix<P>(panel, begin, count);
+        return {begin, count, panel_of(weight, panel) + begin * Form::UNIT_BYTES, weight->panel_bytes, (const Sum*)NOTHING};
     }
 };
 
@@ -65,39 +58,15 @@ struct Float32 : MultiplyAdd<Float32, float> {
     static INLINE V weights(const char* at, int vector, int) { return load<V>(at + vector * W * 4); }
 };
 
-// Few rows: weights are widened as they are multiplied, two neighbours of K after each other.
-INLINE V widened(const char* at, int vector, int odd) {
-    VU pairs = load<VU>(at + vector * W * 4);
-    return (V)(odd ? pairs & 0xffff0000u : pairs << 16);
-}
+// Weights are widened as they are multiplied, two neighbours of K after each other.
 struct Bfloat16 : MultiplyAdd<Bfloat16, bf16> {
-    static constexpr int STEP = 2, UNIT_BYTES = 32, MATRIX_BYTES = 32;
+    static constexpr int STEP = 2, UNIT_BYTES = 32;
 
     explicit Bfloat16(const PackedHead* weight) : MultiplyAdd(weight, filled_inner(weight)) {}
     static INLINE uint32_t unit(const bf16* x) { return (uint32_t)*x << 16; }
-    static INLINE V weights(const char* at, int vector, int odd) { return widened(at, vector, odd); }
-};
-
-// Many rows: a span of weights is widened once for all rows of a chunk, and is multiplied as float32 is.
-struct WidenedBfloat16 : Float32 {
-    typedef bf16 Number;
-    static constexpr int MATRIX_BYTES = 32;
-    static constexpr int64_t BUFFER = MOST_PANELS * SPAN * 64;
-
-    explicit WidenedBfloat16(const PackedHead* weight) : Float32(weight) { units = filled_inner(weight); }
-    static INLINE uint32_t unit(const bf16* x) { return Bfloat16::unit(x); }
-    static void widen(const char* from, int64_t count, char* to) {
-        for (int64_t u = 0; u < count; u += 2, from += 64, to += 128)
-            UNROLL for (int j = 0; j < VECTORS; j++) {
-                store(to + j * W * 4, widened(from, j, 0));
-                store(to + 64 + j * W * 4, widened(from, j, 1));
-            }
-    }
-    template <int P>
-    INLINE Span<Float32> span(int64_t panel, int64_t begin, int64_t count) const {
-        for (int p = 0; p < P; p++)
-            widen(panel_of(weight, panel + p) + begin * MATRIX_BYTES, count, buffer + p * SPAN * UNIT_BYTES);
-        return {begin, count, buffer, SPAN * UNIT_BYTES, (const float*)NOTHING};
+    static INLINE V weights(const char* at, int vector, int odd) {
+        VU pairs = load<VU>(at + vector * W * 4);
+        return (V)(odd ? pairs & 0xffff0000u : pairs << 16);
     }
 };
 
@@ -155,8 +124,7 @@ static void in_chunks(const PackedHead* weight, const void* x, int64_t rows, int
 #elif defined(BF16_PAIRS)
     in_chunks(Pairs(weight), x, rows, stride, each);
 #else
-    if (rows < WIDENED_ROWS) in_chunks(Bfloat16(weight), x, rows, stride, each);
-    else in_chunks(WidenedBfloat16(weight), x, rows, stride, each);
+    in_chunks(Bfloat16(weight), x, rows, stride, each);
 #endif
 }
 

@@ -91,9 +91,9 @@ struct Quads : FormOf<Quads, int8_t, int32_t> {
     static INLINE VI row(uint32_t unit) { return (VI)(unit - (VU){}); }
     static INLINE VI weights(const char* at, int, int) { return load<VI>(at); }
     template <int P>
-    INLINE Span<Quads> in_matrix(int64_t panel, int64_t begin, int64_t count) const {
+    INLINE Span<Quads> span(int64_t panel, int64_t begin, int64_t count) const {
         for (int p = 0; p < P && begin == 0; p++) store(start + p * PANEL, load<VU>(panel_of(weight, panel + p + 1) - 64) * -128u);
-        return {begin, count, panel_of(weight, panel) + begin * MATRIX_BYTES, weight->panel_bytes, start};
+        return {begin, count, panel_of(weight, panel) + begin * UNIT_BYTES, weight->panel_bytes, start};
     }
     alignas(64) mutable int32_t start[8 * PANEL];
 #if defined(EMULATED)
@@ -113,6 +113,7 @@ struct Quads : FormOf<Quads, int8_t, int32_t> {
 #elif defined(__AVX2__)
     struct Weights {
         VI bytes, magnitude;
+        friend INLINE void hold(Weights&) {}  // there are not enough registers
     };
     typedef VI Row;
 
@@ -129,6 +130,7 @@ struct Quads : FormOf<Quads, int8_t, int32_t> {
 #else
     struct Weights {
         VS low, high;  // the even neighbours and the odd
+        friend INLINE void hold(Weights&) {}
     };
     typedef Weights Row;
 

@@ -52,6 +52,16 @@ INLINE void store(void* to, T value) {
     __builtin_memcpy(to, &value, sizeof(T));
 }
 
+// Keeps a vector in a register. Without it gcc may read it from memory again in each instruction, and loads limit a product.
+template <class T>
+INLINE void hold(T& x) {
+#if defined(__x86_64__) && !defined(EMULATED)
+    asm("" : "+v"(x));
+#else
+    (void)x;
+#endif
+}
+
 INLINE V broadcast(float x) { return x - (V){}; }
 
 // a * b + c: rounded once where the instruction set has it, else twice. Never left to the compiler (-ffp-contract=off).

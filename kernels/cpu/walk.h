@@ -3,7 +3,7 @@
 //
 // A form says what a unit of 32 bits of a row is (a float32, two bfloat16, four int8) and how it is multiplied by the same unit of
 // 16 outputs. Rows are copied first: a block of R rows is [units][R], so that it is read in the order of memory. Of many rows a
-// chunk stays in the second cache while a group of panels goes past it, SPAN units at a time, and the span of a panel in the first
+// chunk stays in the second cache while a group of panels goes past it, a span of units at a time, and the span of a panel in the first
 // while the rows do. Source: Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
 #pragma once
 
@@ -17,16 +17,15 @@ namespace {
 constexpr int VECTORS = PANEL / W;
 
 #if defined(WIDE)
-constexpr int MOST_ROWS = 12, MOST_PANELS = 2;  // of one block of sums
+constexpr int MOST_ROWS = 12;  // of one block of sums
 #else
-constexpr int MOST_ROWS = 6, MOST_PANELS = 1;
+constexpr int MOST_ROWS = 6;
 #endif
-constexpr int64_t FEW = 3;             // rows of which many panels are taken at once
-constexpr int64_t WIDENED_ROWS = 13;   // from here on weights are widened before they are multiplied
+constexpr int64_t FEW = 2;             // rows of which many panels are taken at once
 constexpr int64_t CHUNK = 96;  // rows that share one reading of a panel from memory, about
 constexpr int64_t ROW_UNIT = 32;  // rows are divided among threads by so many: whole tiles, and no unit but the last is cut
 constexpr int64_t GROUP = 8;   // panels that share one reading of the rows
-constexpr int64_t SPAN = 256;  // units that are summed before the next rows or panels have their turn
+constexpr int64_t SPAN_BYTES = 16 << 10;  // of a panel that are multiplied before the next rows or panels have their turn
 
 INLINE int64_t panels_of(const PackedHead* weight) { return (weight->outputs + PANEL - 1) / PANEL; }
 
@@ -66,6 +65,7 @@ static NOINLINE void add_units(const Task<Form>& task) {
         UNROLL for (int i = 0; i < Form::STEP; i++) {
             typename Form::Weights w[P * VECTORS];
             UNROLL for (int j = 0; j < P * VECTORS; j++) w[j] = Form::weights(panel + j / VECTORS * panel_bytes, j % VECTORS, i);
+            if (P * VECTORS <= 4) UNROLL for (int j = 0; j < P * VECTORS; j++) hold(w[j]);
             UNROLL for (int r = 0; r < R; r++) {
                 typename Form::Row value = Form::row(x[r * row_step]);
                 UNROLL for (int j = 0; j < P * VECTORS; j++) acc[r][j] = Form::dot(acc[r][j], value, w[j]);
@@ -168,17 +168,17 @@ static NOINLINE void copy_rows(const typename Form::Number* from, int64_t rows, 
     in_blocks(rows, CopyRows<Form>{from, stride, inner, units, to});
 }
 
-template <class Form, class SpanOf, int P>
+template <class Form, int P>
 struct AddSpan {
     const Form& form;
     const uint32_t* x;
     int64_t rows;
-    const SpanOf& span;
+    const Span<Form>& span;
     Next next;
     typename Form::Sum* sums;
     template <int R>
     INLINE void run(int64_t row) const {
-        next.ask(row, R, rows);
+        if (rows > 2 * MOST_ROWS) next.ask(row, R, rows);
         span.template add<R, P>(x + row * form.units, sums + row * PANEL, rows * PANEL);
     }
 };
@@ -191,11 +191,11 @@ struct AddSpans {
     typename Form::Sum* sums;
     template <int P>
     INLINE void run(int64_t panel) const {
-        auto span = form.template span<P>(panel, begin, count);
+        Span<Form> span = form.template span<P>(panel, begin, count);
         bool more = panel + P < last, over = !more && begin + count == form.units;  // of the group's panels; with the group
-        const char* from = panel_of(form.weight, more || over ? panel + P : first) + (more ? begin : over ? 0 : begin + count) * Form::MATRIX_BYTES;
-        Next next = {from, count * P * Form::MATRIX_BYTES};
-        in_blocks(rows, AddSpan<Form, decltype(span), P>{form, x, rows, span, next, sums + (panel - first) * rows * PANEL});
+        const char* from = panel_of(form.weight, more || over ? panel + P : first) + (more ? begin : over ? 0 : begin + count) * Form::UNIT_BYTES;
+        Next next = {from, count * P * Form::UNIT_BYTES};
+        in_blocks(rows, AddSpan<Form, P>{form, x, rows, span, next, sums + (panel - first) * rows * PANEL});
     }
 };
 
@@ -208,20 +208,14 @@ static NOINLINE void add_spans(const Form& form, const uint32_t* x, int64_t rows
 // Few rows: many panels at once, to have enough loads on the way.
 template <class Form, class Done>
 static void walk_few(const Form& form, const uint32_t* x, int64_t rows, int64_t row0, int64_t begin, int64_t end, const Done& done) {
-    alignas(64) typename Form::Sum sums[3 * 8 * PANEL];
+    alignas(64) typename Form::Sum sums[2 * 8 * PANEL];
 #define BLOCKS(R, P)                                                                               \
     for (; panel + (P) <= end; panel += (P)) {                                                         \
-        form.template in_matrix<P>(panel, 0, form.units).template add<R, P>(x, sums, (R) * PANEL);   \
+        form.template span<P>(panel, 0, form.units).template add<R, P>(x, sums, (R) * PANEL);   \
         done(sums, (R) * PANEL, row0, R, panel, P);                                                    \
     }
     int64_t panel = begin;
-    if (rows == 3) {
-#if defined(WIDE)
-        BLOCKS(3, 4)
-#endif
-        BLOCKS(3, 2)
-        BLOCKS(3, 1)
-    } else if (rows == 2) {
+    if (rows == 2) {
 #if defined(WIDE)
         BLOCKS(2, 4)
 #endif
@@ -243,8 +237,9 @@ template <class Form, class Done>
 static void walk(const Form& form, const uint32_t* x, int64_t rows, int64_t row0, int64_t begin, int64_t end, typename Form::Sum* sums, const Done& done) {
     for (int64_t first = begin; first < end; first += GROUP) {
         int64_t last = first + GROUP < end ? first + GROUP : end;
-        for (int64_t u = 0; u < form.units; u += SPAN) {
-            int64_t count = form.units - u < SPAN ? form.units - u : SPAN;
+        constexpr int64_t span = SPAN_BYTES / Form::UNIT_BYTES;
+        for (int64_t u = 0; u < form.units; u += span) {
+            int64_t count = form.units - u < span ? form.units - u : span;
             add_spans(form, x, rows, first, last, u, count, sums);
         }
         done(sums, rows * PANEL, row0, rows, first, last - first);
@@ -261,19 +256,17 @@ struct CopiedRows {
 
     template <class Done>
     void operator()(int64_t begin, int64_t end, const Done& done) const {
-        if (rows <= FEW && !Form::BUFFER) walk_few(form, x, rows, row, begin, end, done);
+        if (rows <= FEW) walk_few(form, x, rows, row, begin, end, done);
         else walk(form, x, rows, row, begin, end, sums, done);
     }
 };
 
 // Copies rows of x, chunk by chunk, and calls `each(row, count, chunk)`: chunk(begin, end, done) multiplies rows [row, row + count).
 template <class Form, class Each>
-static void in_chunks(Form form, const void* x, int64_t rows, int64_t stride, const Each& each) {
+static void in_chunks(const Form& form, const void* x, int64_t rows, int64_t stride, const Each& each) {
     int64_t chunks = (rows + CHUNK - 1) / CHUNK, step = ((rows + chunks - 1) / chunks + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS;
-    char* memory = (char*)scratch(Form::BUFFER + step * (GROUP * PANEL + form.units) * 4);
-    typename Form::Sum* sums = (typename Form::Sum*)(memory + Form::BUFFER);
+    typename Form::Sum* sums = (typename Form::Sum*)scratch(step * (GROUP * PANEL + form.units) * 4);
     uint32_t* copy = (uint32_t*)(sums + step * GROUP * PANEL);
-    form.buffer = memory;
     for (int64_t row = 0; row < rows; row += step) {
         int64_t count = rows - row < step ? rows - row : step;
         copy_rows<Form>((const typename Form::Number*)x + row * stride, count, stride, form.inner, form.units, copy);
