@@ -105,9 +105,8 @@ struct Quads : FormOf<Quads, int8_t, int32_t> {
     }
 #else
     static INLINE VI dot(VI acc, VI x, VI w) {
-        __m512i sum = (__m512i)acc;
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"((__m512i)x), "v"((__m512i)w));
-        return (VI)sum;
+        asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));  // on itself: gcc spills a converted copy
+        return acc;
     }
 #endif
 #elif defined(__AVX2__)
