@@ -4,7 +4,8 @@
 // A row's bits depend on its query and on the keys and values that it sees, on nothing else:
 //   - tiles start at multiples of TILE, splits at multiples of SPLIT; tiles of a split are summed in order from an empty state, splits
 //     are merged in order; a tile or split of which a row sees nothing changes none of its bits
-//   - a score is one chain of sums over channels, a tile's value one over positions; hidden positions add an exact zero
+//   - a score is one chain of sums over channels, a split's value one over positions, scaled where the row's peak rises; hidden
+//     positions add an exact zero
 //   - what no row of a block sees is never read
 #pragma once
 

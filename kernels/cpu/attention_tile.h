@@ -1,7 +1,7 @@
 // One tile of attention: `TILE` positions of one key head against the query rows of a block, in float32.
 //
 // Keys and values of the tile are brought into the packed form of a product's weights, so that both products of attention are those
-// of product.h: scores over the channels of a key, values over the positions of the tile.
+// of walk.h: scores over the channels of a key, values over the positions of the tile.
 #pragma once
 
 #include "api.h"

@@ -1,8 +1,8 @@
 // How a product goes over rows and panels. Every output is one chain of sums in the order of K, whatever the number of rows, so
 // the bits of a row never depend on its company.
 //
-// A form says what a unit of 32 bits of a row is (a float32, two bfloat16, four int8) and how it is multiplied by the same unit of
-// 16 outputs. Rows are copied first: a block of R rows is [units][R], so that it is read in the order of memory. Of many rows a
+// A form says what a unit of 32 bits of a row is (a float32, a widened bfloat16 or two, four int8) and how it is multiplied by that
+// unit of 16 outputs. Rows are copied first: a block of R rows is [units][R], so that it is read in the order of memory. Of many rows a
 // chunk stays in the second cache while a group of panels goes past it, a span of units at a time, and the span of a panel in the first
 // while the rows do. Source: Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
 #pragma once
@@ -21,11 +21,11 @@ constexpr int MOST_ROWS = 12;  // of one block of sums
 #else
 constexpr int MOST_ROWS = 6;
 #endif
-constexpr int64_t FEW = 2;             // rows of which many panels are taken at once
-constexpr int64_t CHUNK = 96;  // rows that share one reading of a panel from memory, about
-constexpr int64_t ROW_UNIT = 32;  // rows are divided among threads by so many: whole tiles, and no unit but the last is cut
-constexpr int64_t GROUP = 8;   // panels that share one reading of the rows
+constexpr int64_t FEW = 2;                // rows of which many panels are taken at once
+constexpr int64_t CHUNK = 96;             // rows that share one reading of a panel from memory, about
+constexpr int64_t GROUP = 8;              // panels that share one reading of the rows
 constexpr int64_t SPAN_BYTES = 16 << 10;  // of a panel that are multiplied before the next rows or panels have their turn
+constexpr int64_t ROW_UNIT = 32;          // rows that are divided among threads together: those of two tiles of AMX
 
 INLINE int64_t panels_of(const PackedHead* weight) { return (weight->outputs + PANEL - 1) / PANEL; }
 
@@ -48,6 +48,7 @@ struct Task {
 
 alignas(64) const int32_t NOTHING[8 * PANEL] = {};  // zeros to start with, of either kind
 
+// All its steps are runtime numbers, so that products and attention share the code of each block.
 template <class Form, int R, int P>
 static NOINLINE void add_units(const Task<Form>& task) {
     typedef typename Form::Vector Vector;
