@@ -83,6 +83,7 @@ setup(
         # docs/design.md, "Dependencies", gives a reason for each.
         "tokenizers>=0.21",
         "jinja2>=3.1",
+        "llguidance>=1.9,<2",
         "uvloop>=0.20",
         "prometheus-client>=0.21",
         "pyyaml>=6",

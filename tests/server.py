@@ -79,6 +79,14 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
+    def stream(self, path: str, body: Any, timeout_s: float = 120.0) -> Iterator[Any]:
+        """POST JSON; the events of the answer as they come, parsed."""
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            for line in response:
+                if line.startswith(b"data: ") and line != b"data: [DONE]\n":
+                    yield json.loads(line[6:])
+
     def complete(self, prompt: Any, **fields: Any) -> dict[str, Any]:
         """The one choice of a completion that must succeed."""
         status, body = self.post("/v1/completions", {"prompt": prompt, **fields})

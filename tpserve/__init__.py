@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tpserve.errors import EngineFailure, UserError
     from tpserve.llm.api import LLM
     from tpserve.llm.outputs import CompletionOutput, Logprob, RequestOutput
-    from tpserve.llm.params import SamplingParams
+    from tpserve.llm.params import SamplingParams, StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -23,6 +23,7 @@ __all__ = [
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UserError",
     "__version__",
 ]
@@ -32,6 +33,7 @@ _HOMES = {
     "Logprob": "llm.outputs",
     "RequestOutput": "llm.outputs",
     "SamplingParams": "llm.params",
+    "StructuredOutputsParams": "llm.params",
     "EngineFailure": "errors",
     "UserError": "errors",
 }

@@ -21,7 +21,7 @@ enum Operation : int32_t {
     ACTIVATION,
     ATTENTION,
     ALL_REDUCE,
-    GUMBEL,
+    GUMBEL_MAX,
     QUANTIZE,      // quant/int8.py: rows of activations and of weights, to int8
     PRODUCT_INT8,  // quant/int8.py: every product with an int8 matrix
     RESCALE_INT8,  // quant/int8.py: sums of PRODUCT_INT8 that were added up over ranks
@@ -191,13 +191,18 @@ struct AllReduce {
     int32_t dtype;
 };
 
-// out = -log(-log(u)), u in (0, 1) from Philox with the row's seed as key and (id, position, choice, level) as counter: Gumbel
-// noise. Called by sampler/draw.py.
-struct Gumbel {
-    const int64_t* ids;                        // [rows, count], in [0, 2^32)
-    const int64_t *seed, *position, *choice;   // [rows]
-    double* out;                               // [rows, count]
-    int64_t rows, count, ids_stride;
+// The largest x[t][n] / temperature[t] + log(sums[t][n]) + noise and its lowest n; a temperature of 0 counts as 1. The noise is
+// Gumbel's, -log(-log(u)), u in (0, 1) from Philox with the row's seed as key and (id, position, choice, level) as counter, where
+// id = first + first_of_row[t] + n is below 2^32. Called by sampler/draw.py.
+struct GumbelMax {
+    const float* x;                           // [rows, count]
+    const double* sums;                       // [rows, count], each 0 or normal; or null: no logarithm is added
+    const float* temperature;                 // [rows]
+    const int64_t *seed, *position, *choice;  // [rows]
+    const int64_t* first_of_row;              // [rows], or null for zeros
+    double* value;                            // [rows]
+    int64_t* index;                           // [rows]
+    int64_t rows, count, x_stride, first;
     int32_t level;
 };
 

@@ -1,4 +1,4 @@
-// Gumbel noise from Philox: the random numbers of a draw.
+// The best of numbers with Gumbel noise from Philox: a draw.
 //
 // Elementwise, without fused multiply-add, so the bits are the same for every instruction set.
 #pragma once
@@ -56,24 +56,35 @@ INLINE D log(D x) {
     return power * 6.93147180369123816490e-1 - ((square - (s * (square + (odd + even)) + power * 1.90821492927058770002e-10)) - f);
 }
 
-static void gumbel(const Gumbel& arguments, const Team& team) {
-    constexpr int64_t STEP = 64;  // ids that a thread takes at a time
-    int64_t steps = (arguments.count + STEP - 1) / STEP;
-    Share share(arguments.rows * steps, 1, team);
-    for (int64_t item = share.begin; item < share.end; item++) {
-        int64_t row = item / steps, begin = item % steps * STEP;
-        int64_t end = begin + STEP < arguments.count ? begin + STEP : arguments.count;
-        const int64_t* ids = arguments.ids + row * arguments.ids_stride;
-        double* out = arguments.out + row * arguments.count;
-        for (int64_t at = begin; at < end; at += HALF) {
-            int64_t size = (end - at < HALF ? end - at : HALF) * 8;
-            DU id = {};
-            memcpy(&id, ids + at, size);
-            DU word = philox(id, arguments.position[row], arguments.choice[row], arguments.level, arguments.seed[row]);
-            D uniform = (to_double(word >> 9) + 0.5) * (1.0 / (1 << 23));
-            D noise = -log(-log(uniform));
-            memcpy(out + at, &noise, size);
+// The noise of HALF ids of one row.
+INLINE D noise(DU id, const GumbelMax& draw, int64_t row) {
+    DU word = philox(id, draw.position[row], draw.choice[row], draw.level, draw.seed[row]);
+    D uniform = (to_double(word >> 9) + 0.5) * (1.0 / (1 << 23));
+    return -log(-log(uniform));
+}
+
+static void gumbel_max(const GumbelMax& draw, const Team& team) {
+    Share share(draw.rows, 1, team);
+    DU lane;
+    for (int i = 0; i < HALF; i++) lane[i] = i;
+    for (int64_t row = share.begin; row < share.end; row++) {
+        int64_t first = draw.first + (draw.first_of_row ? draw.first_of_row[row] : 0), index = 0;
+        double best = -__builtin_inf(), scale = draw.temperature[row] == 0 ? 1 : draw.temperature[row];
+        for (int64_t at = 0; at < draw.count; at += HALF) {
+            int64_t end = draw.count - at < HALF ? draw.count - at : HALF;
+            D number = noise((uint64_t)(first + at) + lane, draw, row), sum = {}, weight;
+            if (draw.sums) {
+                memcpy(&sum, draw.sums + row * draw.count + at, end * 8);
+                weight = log(sum);
+            }
+            for (int64_t i = 0; i < end; i++) {
+                double value = draw.x[row * draw.x_stride + at + i] / scale;
+                if (draw.sums) value += sum[i] == 0 ? -__builtin_inf() : weight[i];
+                value += number[i];
+                if (value > best) best = value, index = at + i;
+            }
         }
+        draw.value[row] = best, draw.index[row] = index;
     }
 }
 

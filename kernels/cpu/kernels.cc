@@ -27,7 +27,7 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<Activation, activation>,
     operation<Attention, attention>,
     operation<AllReduce, all_reduce>,
-    operation<Gumbel, gumbel>,
+    operation<GumbelMax, gumbel_max>,
     operation<Quantize, quantize>,
     operation<ProductInt8, product_int8>,
     operation<ProductInt8, rescale_int8>,

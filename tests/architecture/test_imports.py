@@ -40,11 +40,23 @@ ALLOWED: dict[str, set[str]] = {
     "observe": FLOOR_0,
     "hub": {*FLOOR_0, "config"},
     # floor 2
+    "structured_output": {*FLOOR_0, "text"},
     "parallel": {*FLOOR_0, "config", "host", "kernels", "observe"},
     "quant": {*FLOOR_0, "kernels"},
     "coordinator": {*FLOOR_0, "observe", "process", "wire"},
     "engine_client": {*FLOOR_0, "cluster", "config", "coordinator", "observe", "process", "text", "wire"},
-    "frontend": {*FLOOR_0, "config", "host", "text", "cluster", "process", "coordinator", "engine_client", "observe"},
+    "frontend": {
+        *FLOOR_0,
+        "config",
+        "host",
+        "text",
+        "cluster",
+        "process",
+        "coordinator",
+        "engine_client",
+        "observe",
+        "structured_output",
+    },
     # floor 3
     "attention": {*FLOOR_0, "kernels"},
     "sampler": {*FLOOR_0, "parallel", "kernels"},
@@ -67,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "sampler",
         "models",
         "weights",
+        "structured_output",
     },
     # floor 6
     "engine": {
@@ -85,6 +98,8 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "weights",
         "worker",
+        "structured_output",
+        "text",
     },
     # floor 7
     "bench": {*FLOOR_0, "config", "host", "cli", "wire", "process", "scheduling", "worker", "llm"},
@@ -122,6 +137,7 @@ ALLOWED: dict[str, set[str]] = {
         "parallel",
         "models",
         "agent",
+        "structured_output",
     },
     "rank_main": {*FLOOR_0, "cli", "host", "config", "hub", "wire", "cluster", "process", "observe", "models", "engine"},
     "__main__": {
@@ -235,6 +251,7 @@ def test_nothing_is_used_that_setup_does_not_require() -> None:
     """The environment of the tests has more than an installation: NumPy, transformers. tests/bare runs without them."""
     required = {
         "torch", "triton", "safetensors", "huggingface_hub", "aiohttp", "msgspec", "zmq", "tokenizers", "jinja2", "uvloop",
+        "llguidance",
         "prometheus_client", "rich", "yaml",
     }  # fmt: skip
     for path in [*sources(), *(ROOT / "kernels").rglob("*.py")]:

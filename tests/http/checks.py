@@ -157,7 +157,13 @@ def wrong_fields() -> list[tuple[Json, str]]:
         ({"allowed_token_ids": [10**7]}, "allowed_token_ids"),
         ({"bad_words": ["fox", " "]}, "bad_words[1]"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt"),
@@ -199,6 +205,8 @@ def too_long(base_url: str) -> None:
     is_error(client.completion(prompt=big), 400, param="prompt", **facts)
     is_error(client.chat(messages=[{"role": "user", "content": big}]), 400, param="messages", **facts)
     assert time.monotonic() - started < 20
+    fitted = client.completion(prompt=[5] * (2 * longest), truncate_prompt_tokens=-1, max_tokens=1).json
+    assert fitted["usage"]["prompt_tokens"] == longest - 1
     reply = client.completion(prompt=[5] * (longest - 3), ignore_eos=True)
     assert reply.json["usage"]["completion_tokens"] == 3, "the default of 16 tokens is cut to what is left"
     is_error(client.send("POST", "/v1/completions", b" " * (9 << 20)), 413, code="body_too_large", says="8 MiB")
@@ -224,6 +232,21 @@ def completion_fields(base_url: str, model: str) -> None:
     assert by_ids["text"] == choice["text"], "token ids and text are the same prompt"
     echoed = client.completion(max_tokens=6, ignore_eos=True, echo=True).json["choices"][0]
     assert echoed["text"] == "The red fox" + choice["text"]
+    ids = choice["prompt_token_ids"]
+    for side, kept in (("left", ids[-2:]), ("right", ids[:2])):
+        for prompt in ("The red fox", ids):
+            cut = client.completion(
+                prompt=prompt, truncate_prompt_tokens=2, truncation_side=side, max_tokens=1, return_token_ids=True
+            )
+            assert cut.json["choices"][0]["prompt_token_ids"] == kept
+    spelled = client.completion(max_tokens=2, logprobs=1, return_tokens_as_token_ids=True, return_token_ids=True).json["choices"][
+        0
+    ]
+    assert spelled["logprobs"]["tokens"] == [f"token_id:{token}" for token in spelled["token_ids"]]
+    assert all(name.startswith("token_id:") for top in spelled["logprobs"]["top_logprobs"] for name in top)
+    said = client.chat(max_tokens=2, logprobs=True, return_tokens_as_token_ids=True, truncate_prompt_tokens=3).json
+    assert said["usage"]["prompt_tokens"] == 3
+    assert all(entry["token"].startswith("token_id:") for entry in said["choices"][0]["logprobs"]["content"])
     named = client.completion(max_tokens=1, request_id="my-request")
     assert named.headers["x-request-id"] == "my-request" and named.json["id"] == "cmpl-my-request"
 

@@ -269,22 +269,37 @@ def test_a_peer_that_is_late_with_every_part_of_a_tensor() -> None:
 
 
 def test_gumbel_noise_is_that_of_torch() -> None:
-    """All but the last bit of it, for each id alone and in company; the words of Philox must be equal for that."""
-    seed, position, choice = torch.tensor([0, -1, 2**63 - 1, -(2**63) + 12345]), torch.tensor([0, 1, 99_999, 7]), torch.arange(4)
-    ids = torch.cat((torch.arange(301), torch.tensor([2**32 - 1])))[None]
-    for shape in (ids, ids.expand(4, -1) * torch.tensor([[1], [0], [1], [1]])):
-        for level in (0, 1):
-            expected = draw.gumbel_reference(shape, seed, position, choice, level)
-            got = gumbel.gumbel(shape, seed, position, choice, level)
-            assert ((got - expected).abs() <= 4e-15 * expected.abs().clamp(min=1)).all()
-            torch.set_num_threads(2)
-            assert torch.equal(gumbel.gumbel(shape, seed, position, choice, level), got)
-            torch.set_num_threads(1)
-            alone = gumbel.gumbel(shape[-1:, 5:8].contiguous(), seed[3:], position[3:], choice[3:], level)
-            assert torch.equal(alone[0], got[3, 5:8])
-    many = gumbel.gumbel(torch.arange(400_000)[None], seed[2:3], position[2:3], choice[2:3], 1)
-    expected = draw.gumbel_reference(torch.arange(400_000)[None], seed[2:3], position[2:3], choice[2:3], 1)
-    assert ((many - expected).abs() <= 4e-15 * expected.abs().clamp(min=1)).all()
+    """All but the last bit of it, for each id; the words of Philox must be equal for that."""
+    ids = torch.cat((torch.arange(100_000), torch.tensor([2**32 - 1])))
+    one, zero = torch.ones(len(ids)), torch.zeros(len(ids), 1)
+    for seed, position, choice, level in ((0, 0, 0, 0), (-1, 1, 1, 1), (2**63 - 1, 99_999, 2, 0), (-(2**63) + 12345, 7, 3, 1)):
+        params = draw.DrawParams(one, torch.full_like(ids, seed), torch.full_like(ids, position), torch.full_like(ids, choice))
+        got, _ = gumbel.gumbel_max(zero, None, one, params.counters, 0, ids, level)
+        expected = draw.gumbel(ids[:, None], *params.counters, level)[:, 0]
+        assert ((got - expected).abs() <= 4e-15 * expected.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 128, 391])
+def test_the_best_with_gumbel_noise_is_that_of_torch(count: int) -> None:
+    """Index and, but for the last bits, value; the same bits on two threads and for a row alone."""
+    rows = 33
+    x, sums = torch.randn(rows, count + 2)[:, 1:-1], torch.rand(rows, count, dtype=torch.float64) + 1e-9
+    x[3], sums[:, -1] = -torch.inf, 0
+    temperature = torch.tensor([0.0, 0.3, 1.0, 1e-30])[torch.arange(rows) % 4]
+    params = draw.DrawParams(temperature, torch.arange(rows) << 31, torch.arange(rows), torch.arange(rows) % 3)
+    for of_sums, first_S in ((sums, None), (None, torch.arange(rows) * 128)):
+        value, index = gumbel.gumbel_max(x, of_sums, temperature, params.counters, 256, first_S, 1)
+        reference = draw.gumbel_max_reference(x, of_sums, params, 256, first_S, 1)
+        torch.testing.assert_close(value, reference[0], rtol=1e-14, atol=1e-14)
+        assert torch.equal(index, reference[1])
+        torch.set_num_threads(2)
+        again = gumbel.gumbel_max(x, of_sums, temperature, params.counters, 256, first_S, 1)
+        torch.set_num_threads(1)
+        assert torch.equal(again[0], value) and torch.equal(again[1], index)
+        of_row, (row_sums, row_first) = slice(7, 8), (None if each is None else each[7:8] for each in (of_sums, first_S))
+        counters = params.seed_S[of_row], params.position_S[of_row], params.choice_S[of_row]
+        got = gumbel.gumbel_max(x[of_row], row_sums, temperature[of_row], counters, 256, row_first, 1)
+        assert torch.equal(got[0], value[7:8]) and torch.equal(got[1], index[7:8])
 
 
 def test_what_is_outside_the_contract_is_refused() -> None:

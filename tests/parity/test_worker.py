@@ -22,6 +22,7 @@ from tpserve.types.packed import pack
 from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.weights.dummy import dummy
+from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.memory import allocate
 from tpserve.worker.model_runner import ModelRunner, PendingStep
 from tpserve.worker.request_pool import RequestPool
@@ -66,13 +67,17 @@ def layout() -> ParallelLayout:
 
 
 def serve(
-    decoder: Decoder, requests: list[Request], limits: SchedulerConfig, threads: int = 1
+    decoder: Decoder,
+    requests: list[Request],
+    limits: SchedulerConfig,
+    threads: int = 1,
+    compiled: CompiledGrammars | None = None,
 ) -> tuple[dict[int, Answer], Scheduler]:
     """Everything at once through a fresh engine; the order is that of rank 0's loop."""
     torch.set_num_threads(threads)
     mesh = Mesh(0, ParallelLayout(1, 1, (decoder.spec.num_layers,)), Group(), Group(), Pipeline(), torch.device("cpu"))
     sizes = (limits.max_num_seqs, limits.max_model_len, limits.block_size, limits.windows)
-    request_pool = RequestPool(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=SPEC.vocab_size)
+    request_pool = RequestPool(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=SPEC.vocab_size, compiled=compiled)
     model_runner = ModelRunner(mesh, decoder, request_pool, allocate(decoder, mesh, limits.num_blocks, limits.block_size))
     scheduler = Scheduler(limits)
     answers = {r.id: Answer() for r in requests}

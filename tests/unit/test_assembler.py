@@ -1,16 +1,19 @@
 """The assembler: the answer does not depend on how its tokens arrive."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.http.tiny_tokenizer import EOS, byte_level
 from tpserve.text.assembler import Assembler, OutputDelta
-from tpserve.text.logprobs import chat_logprobs, completion_logprobs
+from tpserve.text.logprobs import chat_logprobs, completion_logprobs, spelled
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.plan import TokenLogprobs
 
 TOKENIZER = Tokenizer(byte_level(), {})
+SPELL = partial(spelled, tokenizer=TOKENIZER)
 STOPS = st.lists(st.sampled_from(["cat", "t s", "at", "the dog", "🎉!", "é", "zz"]), max_size=3)
 
 
@@ -115,7 +118,7 @@ def test_logprob_shapes() -> None:
     assembler.push(ids, [TokenLogprobs(-0.5, (other, token), (-0.25, float("-inf"))) for token in ids])
     delta = assembler.take()
     assert delta is not None
-    shape = completion_logprobs(delta.entries, TOKENIZER, base_offset=10)
+    shape = completion_logprobs(delta.entries, SPELL, base_offset=10)
     assert shape["text_offset"] == [10] + [11] * (len(ids) - 2) + [12], "a character in parts keeps its offset"
     assert shape["tokens"][0] == "a" and shape["token_logprobs"] == [-0.5] * len(ids)
     assert shape["top_logprobs"][0] == {"a": -0.5, "c": -0.25}

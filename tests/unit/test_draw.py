@@ -10,14 +10,13 @@ import torch
 
 from tpserve.parallel.group import Group
 from tpserve.sampler import draw as module
-from tpserve.sampler.draw import draw, gumbel
+from tpserve.sampler.draw import DrawParams, draw, gumbel
 from tpserve.sampler.logits import UnwrittenLogits, WrittenLogits
 from tpserve_kernels.cpu import head, product
 from tpserve_kernels.cpu.head import BLOCK
 from tpserve_kernels.cpu.library import library
 
 ALONE = Group()
-Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Shards(Group):
@@ -50,12 +49,12 @@ def on_ranks(size: int, run: Callable[[Group], torch.Tensor]) -> list[torch.Tens
     return results
 
 
-def columns(rows: int, temperature: float | None = None) -> Columns:
+def columns(rows: int, temperature: float | None = None) -> DrawParams:
     """Temperatures (0 among them), seeds over the whole range, positions and choices."""
     generator = torch.Generator().manual_seed(5)
     temperatures = torch.tensor([0.7, 0.0, 1.0, 1.9, 1e-30])[torch.arange(rows) % 5]
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
-    return (
+    return DrawParams(
         temperatures if temperature is None else torch.full((rows,), temperature),
         seeds,
         torch.randint(0, 10000, (rows,), generator=generator),
@@ -67,14 +66,12 @@ def logits(rows: int, vocab: int) -> torch.Tensor:
     return torch.randn((rows, vocab), generator=torch.Generator().manual_seed(vocab)) * 3
 
 
-def whole(x: torch.Tensor, temperature: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-    seed, position, choice = rest
-    return draw(WrittenLogits(x), (range(x.shape[1]),), temperature, seed, position, choice, ALONE, all_greedy=False)
+def whole(x: torch.Tensor, params: DrawParams) -> torch.Tensor:
+    return draw(WrittenLogits(x), (range(x.shape[1]),), params, ALONE)
 
 
-def some(rest: Columns, rows: slice) -> Columns:
-    temperature, seed, position, choice = rest
-    return temperature[rows], seed[rows], position[rows], choice[rows]
+def some(rest: DrawParams, rows: slice) -> DrawParams:
+    return DrawParams(*(column[rows] for column in rest[:4]))
 
 
 @pytest.fixture
@@ -117,14 +114,14 @@ def scalar_draw(row: list[float], temperature: float, seed: int, position: int, 
 @pytest.mark.parametrize("vocab", [1, 5, 128, 300])
 def test_every_row_is_the_scalar_draw(vocab: int) -> None:
     x, rest = logits(60, vocab), columns(60)
-    rows = zip(x.tolist(), *(c.tolist() for c in rest), strict=True)
-    assert whole(x, *rest).tolist() == [scalar_draw(*row) for row in rows]
+    rows = zip(x.tolist(), *(c.tolist() for c in rest[:4]), strict=True)
+    assert whole(x, rest).tolist() == [scalar_draw(*row) for row in rows]
 
 
 def drawn(x_V: torch.Tensor, temperature: float, rows: int, seed: int) -> torch.Tensor:
     """The tokens of many positions with the same logits."""
     zero = torch.zeros(rows, dtype=torch.int64)
-    return whole(x_V.expand(rows, -1), torch.full((rows,), temperature), zero + seed, torch.arange(rows), zero)
+    return whole(x_V.expand(rows, -1), DrawParams(torch.full((rows,), temperature), zero + seed, torch.arange(rows), zero))
 
 
 def deviation(tokens: torch.Tensor, probability_V: torch.Tensor) -> float:
@@ -157,7 +154,7 @@ def test_each_part_of_the_counter_gives_new_draws(which: str) -> None:
     zero, steps = torch.zeros(200, dtype=torch.int64), torch.arange(200)
     seed = {"seed low": steps, "seed high": steps << 32}.get(which, zero)
     parts = (seed, steps if which == "position" else zero, steps if which == "choice" else zero)
-    assert len(set(whole(x, torch.ones(200), *parts).tolist())) > 120
+    assert len(set(whole(x, DrawParams(torch.ones(200), *parts)).tolist())) > 120
 
 
 def test_gumbel_is_finite_at_both_ends_and_levels_differ() -> None:
@@ -172,7 +169,7 @@ def test_the_noise_at_both_ends_of_a_word(monkeypatch: pytest.MonkeyPatch) -> No
     words = torch.tensor([[0, 0x1FF, 0xFFFFFFFF]])
     monkeypatch.setattr(module, "philox4x32", lambda counter, key: (words,))
     zero = torch.zeros(1, dtype=torch.int64)
-    lowest, same, highest = module.gumbel_reference(zero[None], zero, zero, zero, level=0)[0].tolist()
+    lowest, same, highest = module.gumbel(zero[None], zero, zero, zero, level=0)[0].tolist()
     assert lowest == same == pytest.approx(-math.log(24 * math.log(2))) and highest == pytest.approx(24 * math.log(2))
 
 
@@ -201,7 +198,7 @@ def test_unwritten_logits_are_the_written_ones(dtype: torch.dtype, two_threads: 
     written = WrittenLogits(logits.written())
     torch.testing.assert_close(written.values_SV, x.float() @ weight.float().T * 0.5, atol=1e-4, rtol=1e-4)
     for first in (0, 256):
-        got, expected = (module._draw_rows(of, *columns(9), first=first) for of in (logits, written))
+        got, expected = (module._draw_rows(of, columns(9), first) for of in (logits, written))
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert torch.equal(logits.blocks(None).best_id_S, written.blocks(None).best_id_S)
 
@@ -210,12 +207,12 @@ def test_unwritten_logits_are_the_written_ones(dtype: torch.dtype, two_threads: 
 def test_a_row_does_not_see_the_others(vocab: int, two_threads: None) -> None:
     """Values and tokens bit for bit, for 1 to 17 rows, for one and two threads."""
     x, rest = logits(17, vocab), columns(17)
-    values, tokens = module._draw_rows(WrittenLogits(x), *rest, first=0)
+    values, tokens = module._draw_rows(WrittenLogits(x), rest, 0)
     for rows in range(1, 18):
         torch.set_num_threads(1 + rows % 2)
-        got_values, got_tokens = module._draw_rows(WrittenLogits(x[:rows]), *some(rest, slice(rows)), first=0)
+        got_values, got_tokens = module._draw_rows(WrittenLogits(x[:rows]), some(rest, slice(rows)), 0)
         assert torch.equal(got_values, values[:rows]) and torch.equal(got_tokens, tokens[:rows])
-        last = module._draw_rows(WrittenLogits(x[rows - 1 : rows]), *some(rest, slice(rows - 1, rows)), first=0)
+        last = module._draw_rows(WrittenLogits(x[rows - 1 : rows]), some(rest, slice(rows - 1, rows)), 0)
         assert torch.equal(last[0], values[rows - 1 : rows])
 
 
@@ -228,11 +225,11 @@ def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
     """Whole blocks are decided by one gather of (value, id); shards that start inside a block gather logits of unequal width."""
     shards = tuple(range(a, b) for a, b in pairwise(cuts))
     x, rest = logits(40, cuts[-1]), columns(40)
-    expected = whole(x, *rest)
+    expected = whole(x, rest)
 
     def run(tp: Group) -> torch.Tensor:
         shard = shards[tp.rank]
-        return draw(WrittenLogits(x[:, shard.start : shard.stop].clone()), shards, *rest, tp, all_greedy=False)
+        return draw(WrittenLogits(x[:, shard.start : shard.stop].clone()), shards, rest, tp)
 
     for tokens in on_ranks(len(shards), run):
         assert torch.equal(tokens, expected)
@@ -241,8 +238,8 @@ def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
 def test_a_shard_has_the_whole_vocabularys_values() -> None:
     """Not only the winners agree: the values that are compared do, to the bit."""
     x, rest = logits(40, 1024), columns(40)
-    values, tokens = module._draw_rows(WrittenLogits(x), *rest, first=0)
-    first, second = (module._draw_rows(WrittenLogits(x[:, s : s + 512]), *rest, first=s) for s in (0, 512))
+    values, tokens = module._draw_rows(WrittenLogits(x), rest, 0)
+    first, second = (module._draw_rows(WrittenLogits(x[:, s : s + 512]), rest, s) for s in (0, 512))
     assert torch.equal(torch.maximum(first[0], second[0]), values)
     assert torch.equal(torch.where(first[0] >= second[0], first[1], second[1]), tokens)
 
@@ -252,26 +249,30 @@ def test_temperature_0_is_the_lowest_id_of_the_largest_logit(all_greedy: bool) -
     x = torch.zeros((3, 300))
     x[0, [5, 200]] = 1.0
     x[1, [130, 299]] = 7.0
-    rest = (torch.zeros(3), *columns(3)[1:])
+    rest = columns(3, temperature=0.0)
     shards = (range(128), range(128, 256), range(256, 300))
 
     def run(tp: Group) -> torch.Tensor:
         shard = shards[tp.rank]
-        return draw(WrittenLogits(x[:, shard.start : shard.stop].contiguous()), shards, *rest, tp, all_greedy=all_greedy)
+        return draw(WrittenLogits(x[:, shard.start : shard.stop].contiguous()), shards, None if all_greedy else rest, tp)
 
     assert all(tokens.tolist() == [5, 130, 0] for tokens in on_ranks(3, run))
-    assert draw(WrittenLogits(x), (range(300),), *rest, ALONE, all_greedy=all_greedy).tolist() == [5, 130, 0]
+    assert draw(WrittenLogits(x), (range(300),), None if all_greedy else rest, ALONE).tolist() == [5, 130, 0]
 
 
 def test_masked_logits_are_never_drawn() -> None:
     x = torch.full((500, 400), float("-inf"))
     x[:, [3, 250]] = 0.0
-    _, seed, position, choice = columns(500)
-    tokens = whole(x, torch.ones(500), seed, position, choice)
+    tokens = whole(x, columns(500, temperature=1.0))
     assert 200 < int((tokens == 3).sum()) < 300 and set(tokens.tolist()) == {3, 250}
 
 
-def test_all_greedy_draws_nothing_random(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "gumbel", None)
-    x, rest = logits(4, 300), columns(4, temperature=0.0)
-    assert torch.equal(draw(WrittenLogits(x), (range(300),), *rest, ALONE, all_greedy=True), x.argmax(1))
+def test_no_params_draw_nothing_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "gumbel_max", None)
+    x = logits(4, 300)
+    assert torch.equal(draw(WrittenLogits(x), (range(300),), None, ALONE), x.argmax(1))
+
+
+def test_positive_temperatures_need_no_greedy_rows() -> None:
+    x, params = logits(20, 300), columns(20, temperature=0.9)
+    assert torch.equal(whole(x, params), whole(x, params._replace(some_greedy=False)))

@@ -15,9 +15,9 @@ from tests.unit.test_draw import deviation, drawn, on_ranks
 from tpserve.parallel.group import Group
 from tpserve.sampler import filters as module
 from tpserve.sampler.draw import gather_logits
-from tpserve.sampler.filters import apply
+from tpserve.sampler.filters import AllowedIds, BadWords, Filters, GrammarMask, apply
 from tpserve.types.sampling import EngineSamplingParams
-from tpserve.worker.request_pool import to_device
+from tpserve.worker.host_arrays import to_device
 from tpserve.worker.sampling_metadata import filters, sampling_metadata
 
 VOCAB = 300
@@ -268,3 +268,18 @@ def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
 
 def replace_logits(row: Row, logits: torch.Tensor) -> Row:
     return Row(replace(row.params), row.prompt, row.output, logits)
+
+
+def test_a_grammar_is_a_hard_mask_and_others_yield_where_they_leave_nothing() -> None:
+    logits = torch.randn(3, 70)
+    bits = torch.tensor([[0b1010, 0, 0], [0, 0, 1 << 5]], dtype=torch.int32)  # ids 1 and 3; id 69
+    mask = GrammarMask(torch.tensor([0, 2]), bits)
+    allowed = AllowedIds(torch.tensor([0, 2]), torch.tensor([0, 0, 2]), torch.tensor([3, 9, 8]))
+    bans = BadWords(torch.tensor([0]), torch.tensor([3]), torch.zeros(1, 0, dtype=torch.int32), torch.tensor([0]))
+    got = apply(
+        logits.clone(), Filters(torch.ones(3, dtype=torch.int64), grammar=mask, allowed=allowed, bad_words=bans),
+        torch.ones(3), torch.ones(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64),
+    )  # fmt: skip
+    left = [row.isfinite().nonzero().flatten().tolist() for row in got]
+    assert left == [[3], list(range(70)), [69]]
+    assert torch.equal(got[1], logits[1]) and got[0, 3] == logits[0, 3]

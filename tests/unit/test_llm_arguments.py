@@ -111,8 +111,9 @@ def test_sampling_params_have_vllms_defaults() -> None:
     assert SamplingParams(top_k=-1, stop="x", logit_bias={3: 1.5}).call().logit_bias == {3: 1.5}
 
 
-ONLY_OVER_HTTP = {"model", "prompt", "echo", "add_special_tokens", "return_token_ids", "priority", "cache_salt", "stream",
-                  "stream_options", "request_id"}  # fmt: skip
+ONLY_OVER_HTTP = {"model", "prompt", "suffix", "echo", "add_special_tokens", "return_token_ids", "priority", "cache_salt",
+                  "stream", "stream_options", "request_id", "response_format", "guided_json", "guided_regex", "guided_choice",
+                  "guided_grammar", "return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side"}  # fmt: skip
 
 
 def test_sampling_params_are_the_fields_of_a_request() -> None:

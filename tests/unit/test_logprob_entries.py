@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs, TokenLogprobs
 
 TOKENIZER = Tokenizer(byte_level(), {})
+SPELL = partial(spelled, tokenizer=TOKENIZER)
 IDS = TOKENIZER.encode("the cat sat on the mat")
 LAST = len(IDS) - 1
 
@@ -99,7 +101,7 @@ def test_nothing_is_shown_before_the_prompt_is_scored() -> None:
 def test_the_first_token_of_a_prompt_has_null() -> None:
     scores = PromptScores(IDS)
     scores.push(1, chunk(1, LAST))
-    shape = completion_logprobs(scores.entries(TOKENIZER, "the cat sat on the mat", 1), TOKENIZER)
+    shape = completion_logprobs(scores.entries(TOKENIZER, "the cat sat on the mat", 1), SPELL)
     assert shape["token_logprobs"] == [None, *(-float(p) for p in range(1, LAST + 1))] and shape["top_logprobs"][0] is None
     assert all(len(shape[name]) == len(IDS) for name in shape) and "".join(shape["tokens"]) == "the cat sat on the mat"
     (entry,) = prompt_logprobs(scores, [3], 2, TOKENIZER)
@@ -116,14 +118,15 @@ def test_alternatives_that_are_spelled_alike_are_all_there() -> None:
     """Parts of characters by their bytes, whole tokens of one text by their ids; the chosen one has its name in `tokens`."""
     parts = [token for token in range(300) if TOKENIZER.token_text(token) == "\ufffd"][:20]
     chosen = TOKENIZER.encode(" 🎉")[1]
-    shape = completion_logprobs([TokenEntry(chosen, 0, TokenLogprobs(-9.0, tuple(parts), (-1.0,) * 20))], TOKENIZER)
+    shape = completion_logprobs([TokenEntry(chosen, 0, TokenLogprobs(-9.0, tuple(parts), (-1.0,) * 20))], SPELL)
     assert shape["tokens"] == ["bytes:\\xf0"] and len(shape["top_logprobs"][0]) == len({*parts, chosen}) >= 20
     assert shape["top_logprobs"][0][shape["tokens"][0]] == -9.0
     metaspaced = Tokenizer(metaspace(), {})
     letter, piece, far = 4 + ord("s"), metaspaced.encode("cats")[-1], 9999
     assert metaspaced.token_text(letter) == metaspaced.token_text(piece) == "s"
     (top,) = completion_logprobs(
-        [TokenEntry(letter, 0, TokenLogprobs(-2.0, (piece, letter, far, far + 1), (-1.0, -2.0, -3.0, -4.0)))], metaspaced
+        [TokenEntry(letter, 0, TokenLogprobs(-2.0, (piece, letter, far, far + 1), (-1.0, -2.0, -3.0, -4.0)))],
+        partial(spelled, tokenizer=metaspaced),
     )["top_logprobs"]
     assert top == {"s": -2.0, f"token_id:{piece}": -1.0, "": -3.0, f"token_id:{far + 1}": -4.0}
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.http.tiny_tokenizer import byte_level, metaspace, save
 from tpserve.errors import UserError
 from tpserve.text.chat import ChatTemplate
+from tpserve.text.fill_in import fill_in_ids
 from tpserve.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer(byte_level(), {})
@@ -231,3 +232,20 @@ def test_broken_chat_template_is_named(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(UserError, match=r"chat_template\.jinja is no valid Jinja template"):
         ChatTemplate.load(tmp_path, {})
+
+
+def test_documents_reach_the_template() -> None:
+    template = ChatTemplate("{% for d in documents or [] %}[{{ d.text }}]{% endfor %}{{ messages[0].content }}")
+    messages = [{"role": "user", "content": "hi"}]
+    assert template.render(messages, documents=[{"text": "a"}, {"text": "b"}]) == "[a][b]hi"
+    assert template.render(messages) == "hi"
+
+
+def test_a_suffix_is_filled_in_with_the_models_own_tokens() -> None:
+    rust = byte_level()
+    rust.add_special_tokens(["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"])
+    tokenizer = Tokenizer(rust, {})
+    ids = fill_in_ids(tokenizer, "def f(", "    return 1", add_special_tokens=True)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|fim_prefix|>def f(<|fim_suffix|>    return 1<|fim_middle|>"
+    with pytest.raises(UserError, match="suffix: this model's tokenizer has no tokens for filling in"):
+        fill_in_ids(BYTES, "a", "b", add_special_tokens=True)

@@ -38,7 +38,7 @@ from tpserve.wire import codec
 from tpserve.wire.channels import PlanBroadcaster, TcpEndpoint, tcp
 from tpserve.wire.curve import ConnectInfo, Keyring, ZapAuthenticator, rank_role
 from tpserve.worker import device as devices
-from tpserve.worker.input_batch import ChunkTensors, build_model_input
+from tpserve.worker.input_batch import ChunkArrays, build_model_input
 from tpserve.worker.logits_chunking import LogitsChunking
 from tpserve.worker.logits_rows import sample_batches
 from tpserve.worker.request_pool import RequestPool
@@ -165,7 +165,7 @@ class StepBench:
         plan = self._queue.popleft()
         with torch.inference_mode():
             self._request_pool.update(plan)
-            chunks = ChunkTensors.of(plan)
+            chunks = ChunkArrays.of(plan)
             build_model_input(chunks, self._request_pool)
             sample_batches(plan, chunks, self._request_pool, self._logits_chunking)
         timer.mark("build")

@@ -33,6 +33,7 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
+        "llguidance": _version("llguidance"),
         "CUDA": str(torch.version.cuda),
         "model config": _digest(spec),
         **{_display_name(name): _text(value) for name, value in config.shared().items()},

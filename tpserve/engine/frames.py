@@ -8,7 +8,7 @@ So no step that the scheduler makes is too large to send.
 from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.scheduling.scheduler_config import MAX_ADMISSION_BYTES
-from tpserve.types.plan import NewSequence, StepPlan, StepResult
+from tpserve.types.plan import NEW_GRAMMAR_BYTES, NewSequence, StepPlan, StepResult
 from tpserve.wire import codec
 
 PARAMS_BYTES = 1 << 20
@@ -18,7 +18,7 @@ PARAMS_BYTES = 1 << 20
 def check_frames(config: EngineConfig, vocab_size: int, num_groups: int) -> None:
     """Raises UserError with the flag whose value makes a step too large."""
     num_seqs, num_tokens = config.max_num_seqs, config.max_num_batched_tokens
-    plan = StepPlan.max_bytes(num_seqs, num_tokens, num_groups) + MAX_ADMISSION_BYTES
+    plan = StepPlan.max_bytes(num_seqs, num_tokens, num_groups) + MAX_ADMISSION_BYTES + NEW_GRAMMAR_BYTES
     result = StepResult.max_bytes(num_seqs, num_tokens)
     if plan > codec.PLAN.max_bytes or result > min(codec.RESULT.max_bytes, codec.ENGINE_OUTPUT.max_bytes):
         raise UserError(

@@ -51,6 +51,8 @@ from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
 from tpserve.quant.int8 import check_available
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
+from tpserve.structured_output.compiler import vocabulary
+from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import MemoryLedger, NodeInfo, Numerics, Start
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.checkpoint import Checkpoint, weight_files
@@ -60,6 +62,7 @@ from tpserve.weights.unused_weights import checkpoint_notes
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, TcpEndpoint, tcp
 from tpserve.wire.curve import FRONTEND, CurveClient, ZapAuthenticator, rank_role
 from tpserve.worker import device as devices
+from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.loop import serve_plans
 from tpserve.worker.memory import allocate, check_weights, measure, room_for
 from tpserve.worker.model_runner import ModelRunner
@@ -241,7 +244,7 @@ class _ServingRank:
         numerics = self._self_test(decoder)
         start_timer.mark("self-test")
         self._rank_agent.report_progress("measuring memory", 90)
-        make_pool = partial(self._request_pool, mesh.device)
+        make_pool = partial(self._request_pool, mesh.device, self._compiled_grammars())
         with self._room_for("measuring the largest steps", mesh):
             kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, weights)
         with self._room_for("making room for the KV cache", mesh):
@@ -257,6 +260,13 @@ class _ServingRank:
             expert_load.clear()
             self._rank_agent.report_expert_load(expert_load.layers, expert_load.read)
         return ModelRunner(mesh, decoder, request_pool, caches), ledgers[env.rank], numerics
+
+    def _compiled_grammars(self) -> CompiledGrammars | None:
+        """On ranks of the last stage, which sample; a thread begins to read the tokenizer."""
+        config, spec = self._config, self._spec
+        if config.layout.stage_of(self._env.rank) < config.layout.pp - 1:
+            return None
+        return CompiledGrammars(lambda: vocabulary(Tokenizer.load(config.tokenizer), spec.vocab_size, spec.eos_ids))
 
     def _self_test(self, decoder: Decoder) -> Numerics | None:
         """Test batch invariance of this processor's matrix products; None on CUDA, which does not promise it."""
@@ -366,7 +376,7 @@ class _ServingRank:
     def _room_for(self, what: str, mesh: Mesh) -> AbstractContextManager[None]:
         return room_for(what, mesh, self._spec, self._config, self._env.local_world_size)
 
-    def _request_pool(self, device: torch.device, max_len: int) -> RequestPool:
+    def _request_pool(self, device: torch.device, compiled: CompiledGrammars | None, max_len: int) -> RequestPool:
         config = self._config
         return RequestPool(
             config.max_num_seqs,
@@ -376,6 +386,7 @@ class _ServingRank:
             device,
             eos_ids=self._spec.eos_ids,
             vocab_size=self._spec.vocab_size,
+            compiled=compiled,
         )
 
     def _lead(self, hosted: _RankZeroSockets, model_runner: ModelRunner, ledger: MemoryLedger, epoch: int) -> None:

@@ -43,7 +43,8 @@ class StepWatchdog:
     def applied(self, now: float) -> None:
         """The oldest plan's result has arrived. Its time runs from its sending or from the result before, whichever is later."""
         _, num_tokens, sent_s = self._in_flight.popleft()
-        self._recent.append(_Step(num_tokens, now - max(sent_s, self._applied_s)))
+        if num_tokens:  # a plan without chunks tells nothing about steps
+            self._recent.append(_Step(num_tokens, now - max(sent_s, self._applied_s)))
         self._applied_s = now
 
     @property

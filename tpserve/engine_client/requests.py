@@ -175,7 +175,11 @@ class RequestTable:
 
     def receive(self, outputs: Sequence[EngineOutput]) -> None:
         """Process one frame of the engine. A Done is in the same frame as its sequence's last tokens."""
-        stops = {message.id: message.num_tokens for message in outputs if isinstance(message, Done) and message.finish == "stop"}
+        stops = {
+            message.id: message.num_tokens
+            for message in outputs
+            if isinstance(message, Done) and message.finish == "stop" and not message.by_grammar
+        }
         for message in outputs:
             if isinstance(message, Stats):
                 self.metrics.engine(message)

@@ -26,6 +26,7 @@ from tpserve.frontend.openai import routes
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.routes import REQUEST_ID
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
+from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.sampling import SamplingDefaults
@@ -79,6 +80,8 @@ def create_app(
         middlewares.insert(0, traffic.log_request)
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[INFO] = info
+    grammars = GrammarChecker(tokenizer)
+    grammars.prepare()
     app[SERVICE] = OpenAIServing(
         names=settings.served_model_name or (settings.model,),
         root=settings.model,
@@ -89,6 +92,7 @@ def create_app(
         tokenizer=tokenizer,
         chat_template=chat_template,
         defaults=settings.sampling_defaults,
+        grammars=grammars,
     )
     app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(origins.on_prepare)

@@ -33,6 +33,7 @@ from tpserve.llm.rpc_client import RpcClient
 from tpserve.llm.rpc_server import RpcReply, rpc_error
 from tpserve.llm.session import Session
 from tpserve.observe.progress import PromptProgress
+from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 
@@ -77,6 +78,7 @@ class LLM:
         self._defaults = config.sampling_defaults
         self._window = 2 * config.max_num_seqs
         self._tokenizer = Tokenizer.load(config.tokenizer)
+        self._grammars = GrammarChecker(self._tokenizer)
         self._load_template = partial(ChatTemplate.load, config.tokenizer, self._tokenizer.special_tokens)
         self._template = self._load_template(config.chat_template)
         session = Session(
@@ -172,7 +174,9 @@ class LLM:
         self._num_requests += len(prompt_jobs)
 
         def work(engine_client: EngineClient) -> Coroutine[Any, Any, list[RequestOutput]]:
-            return GenerateCall(engine_client, self._tokenizer, template, prompt_jobs, first_id, self._window, progress).run()
+            return GenerateCall(
+                engine_client, self._tokenizer, template, prompt_jobs, first_id, self._window, progress, self._grammars
+            ).run()
 
         with PromptProgress(len(prompt_jobs), show_progress) as bar:
             outputs = session.run(work, lambda: bar.update(progress.done, progress.tokens))

@@ -23,6 +23,7 @@ from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.llm.outputs import OutputBuilder, RequestOutput, RequestStateStats
 from tpserve.llm.prompts import PromptJob
+from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.logprobs import likeliest
 from tpserve.text.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ class GenerateCall:
         first_id: int,
         window: int,
         progress: CallProgress,
+        grammars: GrammarChecker,
     ) -> None:
         self._service = OpenAIServing(
             names=("",),
@@ -75,6 +77,7 @@ class GenerateCall:
             status=engine_client.status,
             tokenizer=tokenizer,
             chat_template=template,
+            grammars=grammars,
             defaults=SamplingDefaults(),  # every job's params hold every field
         )
         self._arrival_time, self._arrived_s = time.time(), time.monotonic()
@@ -130,7 +133,7 @@ class GenerateCall:
             text_or_ids = job.text if job.ids is None else [job.ids]
             (prompt,) = await completion_prompts(self._service, replace(call, prompt=text_or_ids), limits)
         size = max_new_tokens(prompt, None, job.params.max_tokens, limits, "prompt")
-        (params,) = params_of(self._service, call, [prompt], [size], limits)
+        (params,) = await params_of(self._service, call, [prompt], [size], limits)
         return CheckedPrompt(prompt, prompt.text if job.ids is None else job.text, call, params, job.params.detokenize)
 
     async def _work(self, waiting: Iterator[tuple[int, CheckedPrompt]], outputs: list[RequestOutput | None]) -> None:

@@ -12,6 +12,21 @@ from tpserve.frontend.openai.schema import NEUTRAL, CompletionRequest
 
 
 @dataclass
+class StructuredOutputsParams:
+    """The language of the output, in vLLM's names: one of the first six fields. docs/offline.md describes them."""
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+
+@dataclass
 class SamplingParams:
     """How to sample the output of a prompt. Raises UserError that names the wrong field.
 
@@ -45,6 +60,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         names = [field.name for field in dataclasses.fields(cls)]

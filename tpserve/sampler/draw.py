@@ -17,6 +17,8 @@ vocabularies) each rank gathers the logits and draws from all of them.
 Legend: S sampled rows, B blocks, E the 128 ids of a block.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from tpserve.parallel.group import Group
@@ -27,83 +29,92 @@ from tpserve_kernels.cpu.head import BLOCK
 from tpserve_kernels.cpu.library import library
 
 
-def draw(
-    logits: Logits,
-    shards: tuple[range, ...],
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    choice_S: torch.Tensor,
-    tp: Group,
-    *,
-    all_greedy: bool,
-) -> torch.Tensor:
+class DrawParams(NamedTuple):
+    """What a draw depends on beside the logits."""
+
+    temperature_S: torch.Tensor
+    """float32, 0 is greedy"""
+    seed_S: torch.Tensor
+    """int64, the bits of an unsigned 64-bit seed"""
+    position_S: torch.Tensor
+    """int64: the position of the drawn token"""
+    choice_S: torch.Tensor
+    """int64: the index among the request's n choices"""
+    some_greedy: bool = True
+    """False: the caller knows that every temperature is positive."""
+
+    @property
+    def counters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What makes the random numbers of a row its own."""
+        return self.seed_S, self.position_S, self.choice_S
+
+
+def draw(logits: Logits, shards: tuple[range, ...], params: DrawParams | None, tp: Group) -> torch.Tensor:
     """Draw one token per row: [S] int64, equal on all ranks of `tp`.
 
     `logits`: of this rank's shard of the vocabulary; `shards`: the ids of every rank, ascending, without gaps.
-    `temperature_S`: float32, 0 is greedy. `seed_S`: int64, the bits of an unsigned 64-bit seed. `position_S`: int64, the
-    position of the drawn token. `choice_S`: int64, the index among the request's n choices.
-    `all_greedy`: the caller knows that every temperature is 0; then no random number is computed.
+    `params`: None when every temperature is 0; then no random number is computed.
     """
     first = shards[tp.rank].start
-    if all_greedy:
+    if params is None:
         best = logits.blocks(None)
-        return _winner(best.best_S.double(), best.best_id_S + first, tp)
+        return _winner(best.best_S, best.best_id_S + first, tp)
     aligned = all(shard.start % BLOCK == 0 for shard in shards)
     if not aligned:
         logits, first = WrittenLogits(gather_logits(logits.written(), shards, tp)), 0
-    value_S, token_S = _draw_rows(logits, temperature_S, seed_S, position_S, choice_S, first=first)
+    value_S, token_S = _draw_rows(logits, params, first)
     return _winner(value_S, token_S, tp) if aligned else token_S
+
+
+def gumbel_max(
+    x_SN: torch.Tensor, sum_SN: torch.Tensor | None, params: DrawParams, first: int, first_S: torch.Tensor | None, level: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest x / temperature + log(sum) + G(id, level) of each row, float64 [S], and its lowest index n, int64 [S].
+
+    `x_SN`: float32; `sum_SN`: float64, None for no logarithm; the id of number n is first + first_S + n. Temperature 0 counts
+    as 1. The CPU library's noise may differ from torch's in the last bit; the ranks of a stage have the same form.
+    """
+    if x_SN.is_cuda or library() is None:
+        return gumbel_max_reference(x_SN, sum_SN, params, first, first_S, level)
+    return native.gumbel_max(x_SN, sum_SN, params.temperature_S, params.counters, first, first_S, level)
+
+
+def gumbel_max_reference(
+    x_SN: torch.Tensor, sum_SN: torch.Tensor | None, params: DrawParams, first: int, first_S: torch.Tensor | None, level: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gumbel_max` in torch."""
+    temperature_S = params.temperature_S
+    value_SN = x_SN.double() / torch.where(temperature_S == 0, 1.0, temperature_S).double()[:, None]
+    if sum_SN is not None:
+        value_SN += sum_SN.log()
+    id_SN = torch.arange(first, first + x_SN.shape[1], device=x_SN.device)[None]
+    if first_S is not None:
+        id_SN = id_SN + first_S[:, None]
+    best = (value_SN + gumbel(id_SN, *params.counters, level)).max(dim=1)
+    return best.values, best.indices
 
 
 def gumbel(
     id_SN: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, choice_S: torch.Tensor, level: int
 ) -> torch.Tensor:
-    """Standard Gumbel noise, float64 [S, N], one per id (int64): -log(-log u), u the middle of one of 2**23 equal steps.
-
-    The CPU library's form may differ from torch's in the last bit; the ranks of a stage have the same form.
-    """
-    if not id_SN.is_cuda and library() is not None:
-        return native.gumbel(id_SN, seed_S, position_S, choice_S, level)
-    return gumbel_reference(id_SN, seed_S, position_S, choice_S, level)
-
-
-def gumbel_reference(
-    id_SN: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, choice_S: torch.Tensor, level: int
-) -> torch.Tensor:
-    """`gumbel` in torch."""
+    """Standard Gumbel noise, float64 [S, N], one per id (int64): -log(-log u), u the middle of one of 2**23 equal steps."""
     counter = (id_SN, position_S[:, None], choice_S[:, None], torch.full_like(choice_S, level)[:, None])
     bits_SN = philox4x32(counter, (seed_S[:, None] & WORD, (seed_S[:, None] >> 32) & WORD))[0]
     u_SN = ((bits_SN >> 9).double() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u_SN))
 
 
-def _draw_rows(
-    logits: Logits,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    choice_S: torch.Tensor,
-    *,
-    first: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_rows(logits: Logits, params: DrawParams, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best (value, token) of each row in this shard. Values are comparable between shards of one row only."""
-    greedy_S = temperature_S == 0
-    scale64_S1 = torch.where(greedy_S, 1.0, temperature_S).double()[:, None]
-    blocks, device = logits.blocks(temperature_S), temperature_S.device
-    lse_SB = blocks.top_SB.double() / scale64_S1 + blocks.sum_SB.log()
-    block_B = torch.arange(lse_SB.shape[1], device=device) + first // BLOCK
-    value_SB = lse_SB + gumbel(block_B[None], seed_S, position_S, choice_S, level=0)
-    value_S, block_S = value_SB.max(dim=1)
-
-    id_SE = block_S[:, None] * BLOCK + torch.arange(first, first + BLOCK, device=device)
-    inside_SE = logits.block(block_S).double() / scale64_S1 + gumbel(id_SE, seed_S, position_S, choice_S, level=1)
-    token_S = id_SE.gather(1, inside_SE.argmax(dim=1, keepdim=True)).squeeze(1)
-
-    return (
-        torch.where(greedy_S, blocks.best_S.double(), value_S),
-        torch.where(greedy_S, blocks.best_id_S + first, token_S),
-    )
+    blocks = logits.blocks(params.temperature_S)
+    value_S, block_S = gumbel_max(blocks.top_SB, blocks.sum_SB, params, first // BLOCK, None, level=0)
+    first_S = block_S * BLOCK
+    token_S = gumbel_max(logits.block(block_S), None, params, first, first_S, level=1)[1] + first_S
+    if params.some_greedy:
+        greedy_S = params.temperature_S == 0
+        value_S = torch.where(greedy_S, blocks.best_S.double(), value_S)
+        token_S = torch.where(greedy_S, blocks.best_id_S, token_S)
+    return value_S, token_S + first
 
 
 def _winner(value_S: torch.Tensor, token_S: torch.Tensor, tp: Group) -> torch.Tensor:
@@ -113,7 +124,7 @@ def _winner(value_S: torch.Tensor, token_S: torch.Tensor, tp: Group) -> torch.Te
     """
     if tp.size == 1:
         return token_S
-    value_PS, token_PS = tp.all_gather(torch.stack((value_S, token_S.double()))).unbind(1)
+    value_PS, token_PS = tp.all_gather(torch.stack((value_S.double(), token_S.double()))).unbind(1)
     return token_PS.gather(0, value_PS.argmax(dim=0)[None]).squeeze(0).long()
 
 

@@ -2,7 +2,8 @@
 
 One function per filter, applied in this order to rows that hold the whole vocabulary:
 
-    masks       `apply_allowed_ids`, then `apply_bad_words` (skipped for a row that would have no id left)
+    masks       `apply_grammar`, then `apply_allowed_ids`, then `apply_bad_words` (each of the last two is skipped for a row that
+                would have no id left)
     bias        `apply_bias`
     penalties   `apply_penalties`: repetition (prompt and output), then frequency and presence (output)
     truncation  `apply_min_p`, `apply_top_k`, `apply_top_p`, of the distribution with temperature; `draw` applies the temperature
@@ -26,6 +27,14 @@ CANDIDATES = 1024
 """Top-p on the CPU tries this many ids before it sorts the whole vocabulary."""
 WEIGHT_ONE = 2.0**40
 """A weight of 1 as an integer: sums over 2**22 ids are exact in 64 bits."""
+
+
+@dataclass(frozen=True)
+class GrammarMask:
+    """The rows `rows_G` may draw only the ids whose bits are set: id i is bit i % 32 of word i // 32 of int32 `bits_GW`."""
+
+    rows_G: torch.Tensor
+    bits_GW: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ class Filters:
 
     prompt_R: torch.Tensor
     history: int = 0
+    grammar: GrammarMask | None = None
     allowed: AllowedIds | None = None
     bad_words: BadWords | None = None
     bias: LogitBias | None = None
@@ -122,8 +132,11 @@ def apply(
     `temperature_R`: float32, positive for rows with top-p. `position_R`: int64, the number of tokens of each row's sequence.
     `tokens_RL`: its token ids, int32 or int64; the entries from `position_R` on are ignored, but must be valid ids.
     """
+    if filters.grammar is not None:
+        apply_grammar(logits_RV, filters.grammar)
     if filters.allowed is not None:
-        apply_allowed_ids(logits_RV, filters.allowed)
+        allowed_RV = apply_allowed_ids(logits_RV.clone(), filters.allowed)
+        logits_RV = _unless_nothing_is_left(logits_RV, allowed_RV)
     if filters.bad_words is not None:
         logits_RV = apply_bad_words(logits_RV, filters.bad_words, tokens_RL, position_R, filters.prompt_R)
     if filters.bias is not None:
@@ -139,11 +152,19 @@ def apply(
     return logits_RV
 
 
-def apply_allowed_ids(logits_RV: torch.Tensor, params: AllowedIds) -> None:
+def apply_grammar(logits_RV: torch.Tensor, params: GrammarMask) -> None:
+    """Set the ids that no grammar allows to -inf, in place."""
+    bit_B = torch.arange(32, dtype=torch.int32, device=logits_RV.device)
+    allowed_GV = (params.bits_GW[:, :, None] >> bit_B & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
+    logits_RV[params.rows_G] = logits_RV[params.rows_G].masked_fill(~allowed_GV, float("-inf"))
+
+
+def apply_allowed_ids(logits_RV: torch.Tensor, params: AllowedIds) -> torch.Tensor:
     """Set all other ids of the rows to -inf, in place."""
     allowed_N = logits_RV[params.row_N, params.id_N]
     logits_RV[params.rows_A] = float("-inf")
     logits_RV[params.row_N, params.id_N] = allowed_N
+    return logits_RV
 
 
 def apply_bad_words(
@@ -161,8 +182,12 @@ def apply_bad_words(
     ceiling_W = torch.where(match_W, float("-inf"), float("inf")).to(logits_RV)
     flat_W = params.row_W * logits_RV.shape[1] + params.last_W  # a minimum, since words may share the last id
     banned_RV = logits_RV.flatten().scatter_reduce(0, flat_W, ceiling_W, "amin").view_as(logits_RV)
-    nothing_R1 = banned_RV.amax(dim=1, keepdim=True) == float("-inf")
-    return torch.where(nothing_R1, logits_RV, banned_RV)
+    return _unless_nothing_is_left(logits_RV, banned_RV)
+
+
+def _unless_nothing_is_left(before_RV: torch.Tensor, after_RV: torch.Tensor) -> torch.Tensor:
+    nothing_R1 = after_RV.amax(dim=1, keepdim=True) == float("-inf")
+    return torch.where(nothing_R1, before_RV, after_RV)
 
 
 def apply_bias(logits_RV: torch.Tensor, params: LogitBias) -> None:

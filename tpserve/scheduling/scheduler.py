@@ -16,6 +16,8 @@ A plan is in flight from `schedule` until its result is applied. At most `depth`
     order             lower `priority` first, then arrival; a waiting sequence that needs a slot or blocks takes them from
                       running sequences of a higher number, by preemption
     windows           a block that no later position sees is freed when the result that proves it is applied
+    grammars          a sequence with a grammar waits, without a slot, until all ranks have compiled it; plans ask for that, one
+                      without chunks when there is nothing else to plan
     prefix cache      a block can be shared once the result of the plan that filled it is applied; a sequence that needs a block
                       which is being computed waits for it, and others overtake it
 """
@@ -23,7 +25,10 @@ A plan is in flight from `schedule` until its result is applied. At most `depth`
 from collections import deque
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from tpserve.scheduling.block_manager import BlockManager
+from tpserve.scheduling.grammars import GrammarTable
 from tpserve.scheduling.policy import ScheduledBatch, SchedulingPolicy
 from tpserve.scheduling.queue import WaitingQueue
 from tpserve.scheduling.scheduler_config import SchedulerConfig
@@ -51,6 +56,7 @@ class Scheduler:
         self._blocks = BlockManager(config)
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._waiting = WaitingQueue()
+        self._grammars = GrammarTable()
         self._running: dict[int, Sequence] = {}
         self._policy = SchedulingPolicy(config, self._blocks, self._waiting, self._running)
         self._in_flight: deque[_InFlightStep] = deque()
@@ -74,7 +80,7 @@ class Scheduler:
         self._arrivals += 1
         if refusal := self._refusal(sequence):
             self._end(sequence, "error", now, error=refusal)
-        elif not self._already_complete(sequence, now):
+        elif not self._already_complete(sequence, now) and not self._grammars.hold(sequence):
             self._waiting.add(sequence)
 
     def refuse(self, id: int, error: str) -> None:
@@ -105,13 +111,15 @@ class Scheduler:
             if self._in_flight:
                 return None
             self._preempt()
-        return self._commit(batch, now) if batch else None
+        asks = not self._in_flight and self._grammars.waits()
+        return self._commit(batch, now) if batch or asks else None
 
     def apply(self, result: StepResult, now: float) -> None:
         """Apply the result of the oldest plan in flight."""
         step = self._in_flight.popleft()
         assert (result.epoch, result.step) == (self.epoch, step.step), "results are applied in step order"
         tokens, logprobs, scores = unpack(result.tokens), dict(result.logprobs), dict(result.prompt_logprobs)
+        grammar_ends = dict(result.grammar_ends)
         assert len(tokens) == len(step.rows), "a result has one token per chunk of its plan"
         for index, (sequence, chunk) in enumerate(step.rows):
             sequence.in_flight -= 1
@@ -122,9 +130,11 @@ class Scheduler:
             if chunk.score:
                 self._emit_prompt_logprobs(sequence, chunk, scores[index])
             if chunk.sample:
-                self._append_token(sequence, tokens[index], logprobs.get(index), now)
+                self._append_token(sequence, tokens[index], logprobs.get(index), grammar_ends.get(index), now)
             elif len(sequence.tokens) == sequence.end and not sequence.needs_scores:
                 self._end(sequence, "length", now)
+        for number, error in result.compiled:
+            self._on_compiled(number, error, now)
 
     def take_outputs(self) -> list[EngineOutput]:
         """The outputs since the last call: deltas, prompt logprobs, Dones."""
@@ -135,7 +145,7 @@ class Scheduler:
         """Gauges and running totals; `steps` counts plans."""
         return Stats(
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + len(self._grammars),
             blocks_used=self._blocks.used,
             blocks_total=self.config.num_blocks,
             preemptions=self._preemptions,
@@ -149,7 +159,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or is in flight: all slots and blocks are free."""
-        return not (self._waiting or self._running or self._in_flight)
+        return not (self._waiting or self._running or self._in_flight or self._grammars)
 
     # planning
 
@@ -173,7 +183,7 @@ class Scheduler:
             sequence.planned += count
             sequence.pending_draws += sample
             sequence.in_flight += 1
-        plan = StepPlan.of(self.epoch, self._step, chunks, new_sequences, releases)
+        plan = StepPlan.of(self.epoch, self._step, chunks, new_sequences, releases, self._grammars.orders())
         self._in_flight.append(_InFlightStep(self._step, tuple(zip((row[0] for row in batch), chunks, strict=True))))
         self._step += 1
         return plan
@@ -192,7 +202,10 @@ class Scheduler:
             self._count_cached(sequence)
         tables = tuple(pack(table) for table in sequence.tables)
         packed = pack(sequence.tokens)
-        return NewSequence(sequence.slot, packed, sequence.prompt_len, request.params, request.seed, request.choice, tables)
+        params = replace(request.params, grammar="") if request.params.grammar else request.params
+        return NewSequence(
+            sequence.slot, packed, sequence.prompt_len, params, request.seed, request.choice, tables, sequence.grammar
+        )
 
     def _count_cached(self, sequence: Sequence) -> None:
         if self.config.prefix_caching and not sequence.needs_scores:
@@ -243,8 +256,10 @@ class Scheduler:
         self._outputs.append(PromptLogprobsChunk(sequence.request.id, sequence.num_scored, new))
         sequence.num_scored += new.num_tokens
 
-    def _append_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
-        """Append a sampled token, output it, and end the sequence if it is the last."""
+    def _append_token(
+        self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, grammar_end: str | None, now: float
+    ) -> None:
+        """Append a sampled token, output it, and end the sequence if it is the last. `grammar_end`: of `StepResult`, or None."""
         assert token >= 0, "a chunk that samples has a token in its result"
         sequence.pending_draws -= 1
         first: tuple[int, float] | tuple[()] = ()
@@ -257,8 +272,22 @@ class Scheduler:
         entries = () if logprobs is None else (logprobs,)
         self._outputs.append(Delta(sequence.request.id, sequence.num_output, (token,), entries, *first))
         sequence.tokens.append(token)
-        if not self._stopped(sequence, token, now) and len(sequence.tokens) == sequence.end:
+        if self._stopped(sequence, token, now):
+            return
+        if grammar_end:
+            self._end(sequence, "error", now, error=f"the grammar cannot be followed any further: {grammar_end}")
+        elif grammar_end is not None:
+            self._end(sequence, "stop", now, by_grammar=True)
+        elif len(sequence.tokens) == sequence.end:
             self._end(sequence, "length", now)
+
+    def _on_compiled(self, number: int, error: str, now: float) -> None:
+        """Queue the sequences that waited for a grammar, or refuse them."""
+        for sequence in self._grammars.failed(number) if error else self._grammars.compiled(number):
+            if error:
+                self._end(sequence, "error", now, error=f"the grammar cannot be compiled: {error}")
+            else:
+                self._waiting.add(sequence)
 
     def _stopped(self, sequence: Sequence, token: int, now: float) -> bool:
         """End the sequence if `token` is EOS or a stop id; whether it is. The token itself belongs to the output."""
@@ -278,14 +307,17 @@ class Scheduler:
         num_tokens: int | None = None,
         stop_id: int | None = None,
         error: str = "",
+        by_grammar: bool = False,
     ) -> None:
         """Output Done and free the sequence, now or when the last plan that names it is applied."""
         id = sequence.request.id
         self._running.pop(id, None)
         self._waiting.pop(id)
+        self._grammars.release(sequence)
         sequence.ended = True
         count = sequence.num_output if num_tokens is None else num_tokens
-        self._outputs.append(Done(id, finish, count, stop_id=stop_id, times=sequence.times(now), error=error))
+        times = sequence.times(now)
+        self._outputs.append(Done(id, finish, count, stop_id=stop_id, times=times, error=error, by_grammar=by_grammar))
         self._release_if_done(sequence)
 
     def _release_if_done(self, sequence: Sequence) -> None:
@@ -300,4 +332,4 @@ class Scheduler:
         self._releases.append(sequence.slot)
 
     def _find(self, id: int) -> Sequence | None:
-        return self._running.get(id) or self._waiting.get(id)
+        return self._running.get(id) or self._waiting.get(id) or self._grammars.get(id)

@@ -33,6 +33,8 @@ class Sequence:
     params_bytes: int
     """Size of the encoded params, which each admission sends."""
     slot: int = -1
+    grammar: int = -1
+    """The number of its grammar; -1 for none."""
     tables: tuple[list[int], ...] = ()
     admitted: int = 0
     """Number of tokens that the last admission sent. With `sync_sampling` the workers need later ones as `Chunk.tokens`."""

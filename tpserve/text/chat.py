@@ -86,8 +86,9 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] = MappingProxyType({}),
+        documents: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """Render `messages` to a prompt. `variables`: further names for the template.
+        """Render `messages` to a prompt. `variables`: further names for the template. `documents`: for retrieval.
 
         `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open instead.
         UserError when the template fails, or when a variable has a reserved name.
@@ -101,8 +102,8 @@ class ChatTemplate:
                 f"chat_template_kwargs must not set {taken[0]}: the server gives it to the template", param="chat_template_kwargs"
             )
         # Some templates test whether tools is none without testing whether it is defined.
-        absent = {"tools": None, "documents": None}
-        names = {**self._special, **absent, **variables, "add_generation_prompt": add_generation_prompt}
+        always = {"tools": None, "documents": list(documents) or None}
+        names = {**self._special, **always, **variables, "add_generation_prompt": add_generation_prompt}
         prompt = self._render_parts(names, messages) if any(isinstance(each.get("content"), list) for each in messages) else None
         if prompt is None:
             messages = [joined(message) for message in messages]

@@ -1,6 +1,6 @@
 """Builds log probabilities in the shapes of the OpenAI API and of vLLM, and ranks outputs by them. Pure; returns JSON values."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tpserve.text.assembler import OutputDelta
@@ -12,7 +12,11 @@ FLOOR = -9999.0
 """Replaces -inf, which JSON lacks; the value that vLLM sends."""
 
 
-def completion_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer, base_offset: int = 0) -> dict[str, Any]:
+Spell = Callable[[int], str]
+"""How a token is written: `spelled` or `as_id`."""
+
+
+def completion_logprobs(entries: Sequence[TokenEntry], spell: Spell, base_offset: int = 0) -> dict[str, Any]:
     """The completions shape. `top_logprobs` includes the chosen token, so it may have one entry more than requested.
 
     `base_offset`: characters of the response's text before the output (an echoed prompt).
@@ -21,20 +25,25 @@ def completion_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer, bas
     def top(entry: TokenEntry) -> dict[str, float] | None:
         if entry.logprobs is None:
             return None
-        named = {entry.token: spelled(entry.token, tokenizer)}
+        named = {entry.token: spell(entry.token)}
         values = {named[entry.token]: max(entry.logprobs.chosen, FLOOR)}
         for token, value in pairs(entry.logprobs):
             if token not in named:
-                named[token] = spelled(token, tokenizer)
-                values[named[token] if named[token] not in values else f"token_id:{token}"] = value
+                named[token] = spell(token)
+                values[named[token] if named[token] not in values else as_id(token)] = value
         return values
 
     return {
-        "tokens": [spelled(entry.token, tokenizer) for entry in entries],
+        "tokens": [spell(entry.token) for entry in entries],
         "token_logprobs": [max(entry.logprobs.chosen, FLOOR) if entry.logprobs else None for entry in entries],
         "top_logprobs": [top(entry) for entry in entries],
         "text_offset": [base_offset + entry.offset for entry in entries],
     }
+
+
+def as_id(token: int) -> str:
+    """A token by its id, as vLLM writes it."""
+    return f"token_id:{token}"
 
 
 def spelled(token: int, tokenizer: Tokenizer) -> str:
@@ -46,12 +55,16 @@ def spelled(token: int, tokenizer: Tokenizer) -> str:
         return "bytes:" + "".join(chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}" for byte in data)
 
 
-def chat_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The chat shape: entries with exact bytes, so that a client can join characters that are split between tokens."""
+def chat_logprobs(entries: Sequence[TokenEntry], tokenizer: Tokenizer, spell: Spell | None = None) -> dict[str, Any]:
+    """The chat shape: entries with exact bytes, so that a client can join characters that are split between tokens.
+
+    `spell`: None for the token's text.
+    """
+    spell = spell or tokenizer.token_text
 
     def shape(token: int, value: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token)
-        return {"token": tokenizer.token_text(token), "logprob": value, "bytes": list(data)}
+        return {"token": spell(token), "logprob": value, "bytes": list(data)}
 
     return {
         "content": [

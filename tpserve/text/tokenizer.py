@@ -134,6 +134,11 @@ class Tokenizer:
         """The text of a single token with its leading space; incomplete characters become U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
+    def id_of(self, piece: str) -> int | None:
+        """The id of a token as the vocabulary spells it; None for no such token."""
+        id: int | None = self._rust.token_to_id(piece)
+        return id
+
     def piece(self, token: int) -> str:
         """A token as the vocabulary spells it ("Ġcat"); empty for an id outside the vocabulary."""
         return str(self._rust.id_to_token(token) or "")

@@ -96,7 +96,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Done(Message, frozen=True):
-    """The last message of a request. `stop_id`: the stop token that ended it; None for an EOS id or another reason."""
+    """The last message of a request. `stop_id`: the stop token that ended it; None for an EOS id or another reason.
+
+    `by_grammar`: the last token ends the request's grammar and belongs to its text, which that of an EOS does not.
+    """
 
     id: int
     finish: FinishReason
@@ -104,6 +107,7 @@ class Done(Message, frozen=True):
     stop_id: int | None = None
     times: PhaseTimes = PhaseTimes(0.0, 0.0, 0.0)
     error: str = ""
+    by_grammar: bool = False
 
 
 class Stats(Message, frozen=True):

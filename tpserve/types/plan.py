@@ -20,8 +20,10 @@ from msgspec import Struct
 from tpserve.types.packed import pack, unpack
 from tpserve.types.sampling import MAX_LOGPROBS, EngineSamplingParams
 
-NEW_SEQUENCE_HEADER_BYTES = 48
-"""Upper bound of the fixed-size fields: three numbers of at most 9 bytes, a seed, and msgpack's headers."""
+NEW_GRAMMAR_BYTES = 4 << 20
+"""The grammars of one plan: texts of at most so many bytes together."""
+NEW_SEQUENCE_HEADER_BYTES = 57
+"""Upper bound of the fixed-size fields: four numbers of at most 9 bytes, a seed, and msgpack's headers."""
 
 
 class NewSequence(Struct, frozen=True, array_like=True):
@@ -38,6 +40,8 @@ class NewSequence(Struct, frozen=True, array_like=True):
     seed: int
     choice: int
     tables: tuple[bytes, ...]
+    grammar: int = -1
+    """The number of its grammar, in place of the text in `params`; -1 for none. It is compiled on all ranks of the last stage."""
 
     @staticmethod
     def max_bytes(params_bytes: int, num_tokens: int, num_blocks: int, num_groups: int) -> int:
@@ -55,6 +59,18 @@ class Chunk(Struct, frozen=True, array_like=True):
     tokens: tuple[int, ...] = ()
     blocks: tuple[tuple[int, ...], ...] = ()
     score: bool = False
+
+
+class GrammarOrders(Struct, frozen=True, array_like=True):
+    """What the ranks of the last stage do about grammars, before the chunks of a plan.
+
+    `new`: (number, text) to compile, beside the steps. `asked`: numbers of which the result tells whether all ranks have compiled
+    them. `dropped`: numbers that no sequence will need. A plan with orders may have no chunks.
+    """
+
+    new: tuple[tuple[int, str], ...] = ()
+    asked: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
 
 class StepPlan(Struct, frozen=True, array_like=True):
@@ -83,10 +99,16 @@ class StepPlan(Struct, frozen=True, array_like=True):
     """Packed block ids of the runs, one after another."""
     score: bytes = b""
     """One byte per chunk: 1 where prompt tokens are scored; empty when no chunk scores."""
+    grammars: GrammarOrders = GrammarOrders()
 
     @staticmethod
     def of(
-        epoch: int, step: int, chunks: Sequence[Chunk], new_sequences: Sequence[NewSequence] = (), releases: Sequence[int] = ()
+        epoch: int,
+        step: int,
+        chunks: Sequence[Chunk],
+        new_sequences: Sequence[NewSequence] = (),
+        releases: Sequence[int] = (),
+        grammars: GrammarOrders = GrammarOrders(),
     ) -> "StepPlan":
         """Pack a plan. Results refer to chunks by their index in `chunks`."""
         tokens: list[int] = []
@@ -113,6 +135,7 @@ class StepPlan(Struct, frozen=True, array_like=True):
             block_runs=pack(runs),
             blocks=pack(blocks),
             score=bytes(c.score for c in chunks) if any(c.score for c in chunks) else b"",
+            grammars=grammars,
         )
 
     @staticmethod
@@ -186,7 +209,9 @@ class StepResult(Struct, frozen=True, array_like=True):
     """The result of a plan. `tokens`: packed, one drawn token per chunk, -1 where the chunk does not sample.
 
     `logprobs`: (chunk index, entry) for the chunks whose request wants them. `prompt_logprobs`: (chunk index, entries) for the
-    chunks that score at least one prompt token.
+    chunks that score at least one prompt token. `grammar_ends`: (chunk index, error) of the chunks whose token ends a grammar;
+    an error, mostly empty, says that the grammar could not be followed. `compiled`: (number, error) of grammars of `asked` that
+    all ranks have compiled, or that one of them could not.
     """
 
     epoch: int
@@ -194,6 +219,8 @@ class StepResult(Struct, frozen=True, array_like=True):
     tokens: bytes
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
     prompt_logprobs: tuple[tuple[int, PromptLogprobs], ...] = ()
+    grammar_ends: tuple[tuple[int, str], ...] = ()
+    compiled: tuple[tuple[int, str], ...] = ()
 
     @staticmethod
     def max_bytes(num_seqs: int, num_tokens: int) -> int:

@@ -47,6 +47,7 @@ class EngineSamplingParams(Struct, frozen=True, array_like=True):
     `bad_words`: token sequences that a generated token must not complete.
     `min_tokens`: no token ends the sequence before this many are generated.
     `prompt_logprobs`: as `logprobs`, for every token of the prompt but the first; with it `max_tokens` may be 0.
+    `grammar`: the language of the output in llguidance's form, empty for any text; its end ends the sequence.
     """
 
     temperature: float = 1.0
@@ -65,3 +66,4 @@ class EngineSamplingParams(Struct, frozen=True, array_like=True):
     bad_words: tuple[tuple[int, ...], ...] = ()
     min_tokens: int = 0
     prompt_logprobs: int | None = None
+    grammar: str = ""

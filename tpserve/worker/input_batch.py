@@ -1,68 +1,91 @@
 """Builds the model's input from a plan. Reads the plan and the request pool and changes neither.
 
-R: chunks of the step, T: rows (positions) of the step. Index arithmetic runs on the host, where the plan is. Each tensor that the
-model reads goes to the device in one asynchronous copy.
+R: chunks of the step, T: rows (positions) of the step. Index arithmetic is plain Python on the host, where the plan is: a tensor
+operation costs as much as dozens of integers. What the model reads goes to the device in one copy.
 """
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from itertools import accumulate
 
 from tpserve.attention.metadata import AttentionMetadata, ModelInput
+from tpserve.types.packed import unpack
 from tpserve.types.plan import StepPlan
-from tpserve.worker.request_pool import RequestPool, as_int32, to_device
+from tpserve.worker.host_arrays import copy_arrays
+from tpserve.worker.request_pool import BlockTables, RequestPool
 
 
 @dataclass(frozen=True)
-class ChunkTensors:
-    """The plan's chunks as int64 host tensors; chunk r is rows [query_starts[r], query_starts[r + 1]) of the step."""
+class ChunkArrays:
+    """The plan's chunks on the host: chunk r computes positions [starts[r], ends[r]) of the sequence in slots[r].
 
-    slots_R: torch.Tensor
-    starts_R: torch.Tensor
-    counts_R: torch.Tensor
-    query_starts: torch.Tensor
+    Its rows of the step are [query_starts[r], query_starts[r + 1]).
+    """
+
+    slots: Sequence[int]
+    starts: Sequence[int]
+    counts: Sequence[int]
+    ends: Sequence[int]
+    query_starts: Sequence[int]
+    """R + 1 integers"""
 
     @staticmethod
-    def of(plan: StepPlan) -> "ChunkTensors":
+    def of(plan: StepPlan) -> "ChunkArrays":
         """The chunks of `plan` in plan order."""
-        slots_R, starts_R, counts_R = (as_int32(data).long() for data in (plan.slots, plan.starts, plan.counts))
-        query_starts = torch.zeros(len(slots_R) + 1, dtype=torch.int64)
-        torch.cumsum(counts_R, 0, out=query_starts[1:])
-        return ChunkTensors(slots_R, starts_R, counts_R, query_starts)
+        slots, starts, counts = unpack(plan.slots), unpack(plan.starts), unpack(plan.counts)
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        return ChunkArrays(slots, starts, counts, ends, list(accumulate(counts, initial=0)))
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.query_starts[-1]
 
 
-def build_model_input(chunks: ChunkTensors, request_pool: RequestPool) -> ModelInput:
+def build_model_input(chunks: ChunkArrays, request_pool: RequestPool) -> ModelInput:
     """The model's input for a plan that `request_pool.update` has applied already."""
-    device = request_pool.tokens.device
-    slots_R, starts_R, query_starts = chunks.slots_R, chunks.starts_R, chunks.query_starts
-    num_chunks = len(slots_R)
-    context_R = starts_R + chunks.counts_R
-    rows = int(query_starts[-1])
-    if rows == num_chunks:  # all decode: one row a chunk
-        chunk_T, positions_T = torch.arange(num_chunks), starts_R
+    if chunks.num_rows == len(chunks.slots):  # all decode: one row a chunk
+        positions, row_slots = array("q", chunks.starts), array("q", chunks.slots)
     else:
-        chunk_T = torch.repeat_interleave(torch.arange(num_chunks), chunks.counts_R, output_size=rows)
-        positions_T = torch.arange(rows) - query_starts[chunk_T] + starts_R[chunk_T]
-    row_slots_T = slots_R[chunk_T]
-    query_lens, context_lens = tuple(chunks.counts_R.tolist()), tuple(context_R.tolist())
-    width = -(-max(context_lens) // request_pool.block_size)
-    groups = []
-    for table, window in zip(request_pool.tables, request_pool.windows, strict=True):
-        blocks_T = table[row_slots_T, positions_T // request_pool.block_size].long()
-        groups.append(
-            AttentionMetadata(
-                query_starts=to_device(query_starts.int(), device),
-                context_lens=to_device(context_R.int(), device),
-                tables=to_device(table[slots_R, :width], device),
-                write_slots=to_device(blocks_T * request_pool.block_size + positions_T % request_pool.block_size, device),
-                query_lens_host=query_lens,
-                context_lens_host=context_lens,
-                window=window,
-            )
+        positions, row_slots = array("q"), array("q")
+        for slot, start, end in zip(chunks.slots, chunks.starts, chunks.ends, strict=True):
+            positions.extend(range(start, end))
+            row_slots.extend([slot] * (end - start))
+    width = -(-max(chunks.ends) // request_pool.block_size)
+    arrays: list[array[int]] = [positions, row_slots, array("i", chunks.query_starts), array("i", chunks.ends)]
+    for tables in request_pool.tables:
+        arrays += _write_slots(tables, chunks), tables.rows(chunks.slots, width)
+    positions_T, row_slots_T, query_starts, context_lens, *of_groups = copy_arrays(arrays, request_pool.tokens.device)
+    query_lens_host, context_lens_host = tuple(chunks.counts), tuple(chunks.ends)
+    groups = tuple(
+        AttentionMetadata(
+            query_starts=query_starts,
+            context_lens=context_lens,
+            tables=of_groups[2 * group + 1].view(len(chunks.slots), width),
+            write_slots=of_groups[2 * group],
+            query_lens_host=query_lens_host,
+            context_lens_host=context_lens_host,
+            window=window,
         )
-    positions_device = to_device(positions_T, device)
-    return ModelInput(
-        tokens_T=request_pool.tokens[to_device(row_slots_T, device), positions_device].long(),
-        positions_T=positions_device,
-        groups=tuple(groups),
+        for group, window in enumerate(request_pool.windows)
     )
+    return ModelInput(request_pool.tokens[row_slots_T, positions_T].long(), positions_T, groups)
+
+
+def _write_slots(tables: BlockTables, chunks: ChunkArrays) -> "array[int]":
+    """Where each row's key and value go: block * block_size + entry. T integers."""
+    size, blocks = tables.block_size, tables.blocks
+    result = array("q")
+    for slot, start, end in zip(chunks.slots, chunks.starts, chunks.ends, strict=True):
+        first = slot * tables.width
+        while start < end:
+            entry = start % size
+            count = min(end - start, size - entry)
+            at = blocks[first + start // size] * size + entry
+            if count == 1:
+                result.append(at)
+            else:
+                result.extend(range(at, at + count))
+            start += count
+    return result

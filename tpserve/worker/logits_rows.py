@@ -5,17 +5,21 @@
 S: sampled rows of a group, N: scored rows of the step, C: chunks that score.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from tpserve.sampler.draw import DrawParams
 from tpserve.sampler.filters import Filters
 from tpserve.types.plan import StepPlan
-from tpserve.worker.input_batch import ChunkTensors
+from tpserve.worker.grammars import SlotGrammar
+from tpserve.worker.host_arrays import copy_arrays, to_device
+from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
-from tpserve.worker.request_pool import RequestPool, to_device
+from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.sampling_metadata import SamplingMetadata, filters
 
 
@@ -29,19 +33,14 @@ class SampleBatch:
     """[S] int64: rows of the step, the last one of each chunk"""
     slots: torch.Tensor
     """[S] int64"""
-    positions: torch.Tensor
-    """[S] int64: the position of the token to sample"""
-    temperature: torch.Tensor
-    """[S] float32"""
-    seed: torch.Tensor
-    """[S] int64, the bits of the unsigned seed"""
-    choice: torch.Tensor
-    """[S] int64"""
+    draw: DrawParams
     all_greedy: bool
     filters: Filters | None
     """None: the rows have no sampling parameters but a temperature."""
     num_logprobs: tuple[int | None, ...]
     """Number of top logprobs of each request, None without logprobs; () when no request has any."""
+    grammars: tuple[SlotGrammar | None, ...]
+    """The grammar of each sequence; () when none has one."""
 
 
 @dataclass(frozen=True)
@@ -63,73 +62,78 @@ class PromptLogprobsBatch:
 
 
 def sample_batches(
-    plan: StepPlan, chunks: ChunkTensors, request_pool: RequestPool, logits_chunking: LogitsChunking
+    plan: StepPlan, chunks: ChunkArrays, request_pool: RequestPool, logits_chunking: LogitsChunking
 ) -> list[SampleBatch]:
     """The chunks that sample, each in exactly one batch."""
-    ends_R = (chunks.starts_R + chunks.counts_R).tolist()
     plain: list[int] = []
     filtered: list[tuple[int, SamplingMetadata]] = []
-    for chunk, slot in enumerate(chunks.slots_R.tolist()):
-        if plan.sample[chunk]:
+    for chunk, (sample, slot, end) in enumerate(zip(plan.sample, chunks.slots, chunks.ends, strict=True)):
+        if sample:
             metadata = request_pool.sampling_metadata[slot]
-            if metadata is not None and metadata.needs_filters(ends_R[chunk]):
+            if metadata is not None and metadata.needs_filters(end):
                 filtered.append((chunk, metadata))
             else:
                 plain.append(chunk)
     batches = [
-        _sample_batch(plain[at : at + logits_chunking.plain], chunks, request_pool, None)
+        _sample_batch(plain[at : at + logits_chunking.plain], chunks, request_pool, ())
         for at in range(0, len(plain), logits_chunking.plain)
     ]
-    move = partial(to_device, device=request_pool.tokens.device)
     for at in range(0, len(filtered), logits_chunking.filtered):
         indices, metadata_S = zip(*filtered[at : at + logits_chunking.filtered], strict=True)
-        batches.append(_sample_batch(indices, chunks, request_pool, filters(metadata_S, [ends_R[i] for i in indices], move)))
+        batches.append(_sample_batch(indices, chunks, request_pool, metadata_S))
     return batches
 
 
 def _sample_batch(
-    indices: Sequence[int], chunks: ChunkTensors, request_pool: RequestPool, row_filters: Filters | None
+    indices: Sequence[int], chunks: ChunkArrays, request_pool: RequestPool, filtered: Sequence[SamplingMetadata]
 ) -> SampleBatch:
-    device = request_pool.tokens.device
-    index_S = torch.tensor(indices)
-    slots_S = chunks.slots_R[index_S]
-    temperature = request_pool.temperature[slots_S]
-    num_logprobs = tuple(request_pool.num_logprobs[slot] for slot in slots_S.tolist())
+    """The chunks of these indices. `filtered`: what filters each of them, or empty when none needs any."""
+    slots, device = [chunks.slots[i] for i in indices], request_pool.tokens.device
+    row_filters, grammars = None, tuple[SlotGrammar | None, ...]()
+    if filtered:
+        grammars = tuple(request_pool.grammars[slot] for slot in slots)
+        move = partial(to_device, device=device)
+        row_filters = filters(filtered, [chunks.ends[i] for i in indices], move, grammars)
+    params = [request_pool.params[slot] for slot in slots]
+    temperature = array("f", [each.temperature for each in params])
+    arrays: list[array[int] | array[float]] = [
+        array("q", [chunks.query_starts[i + 1] - 1 for i in indices]),
+        array("q", slots),
+        array("q", [request_pool.seed[slot] for slot in slots]),
+        array("q", [chunks.ends[i] for i in indices]),
+        array("q", [request_pool.choice[slot] for slot in slots]),
+        temperature,
+    ]
+    rows, slots_S, seed, positions, choice, temperature_S = copy_arrays(arrays, device)
+    num_logprobs = tuple(each.logprobs for each in params)
     return SampleBatch(
         chunks=tuple(indices),
-        rows=to_device(chunks.query_starts[index_S + 1] - 1, device),
-        slots=to_device(slots_S, device),
-        positions=to_device((chunks.starts_R + chunks.counts_R)[index_S], device),
-        temperature=to_device(temperature, device),
-        seed=to_device(request_pool.seed[slots_S], device),
-        choice=to_device(request_pool.choice[slots_S], device),
-        all_greedy=not bool(temperature.any()),
+        rows=rows,
+        slots=slots_S,
+        draw=DrawParams(temperature_S, seed, positions, choice, not all(temperature)),
+        all_greedy=not any(temperature),
         filters=row_filters,
         num_logprobs=num_logprobs if any(n is not None for n in num_logprobs) else (),
+        grammars=grammars if any(grammar is not None for grammar in grammars) else (),
     )
 
 
-def prompt_logprobs_batch(plan: StepPlan, chunks: ChunkTensors, request_pool: RequestPool) -> PromptLogprobsBatch | None:
+def prompt_logprobs_batch(plan: StepPlan, chunks: ChunkArrays, request_pool: RequestPool) -> PromptLogprobsBatch | None:
     """The rows of chunks with `score` whose next token is in the prompt; None without any. The last prompt token has none."""
     found: list[tuple[int, int, int]] = []
+    rows, slots, positions = array("q"), array("q"), array("q")
     for chunk, score in enumerate(plan.score):
         if score:
-            slot, start, count = (int(x[chunk]) for x in (chunks.slots_R, chunks.starts_R, chunks.counts_R))
-            num_top = request_pool.num_prompt_logprobs[slot]
+            slot, start, count = chunks.slots[chunk], chunks.starts[chunk], chunks.counts[chunk]
+            num_top = request_pool.params[slot].prompt_logprobs
             assert num_top is not None, "only a request with prompt_logprobs is scored"
-            if (rows := min(count, request_pool.prompt_len[slot] - 1 - start)) > 0:
-                found.append((chunk, rows, num_top))
+            if (num_rows := min(count, request_pool.prompt_len[slot] - 1 - start)) > 0:
+                found.append((chunk, num_rows, num_top))
+                rows.extend(range(chunks.query_starts[chunk], chunks.query_starts[chunk] + num_rows))
+                slots.extend([slot] * num_rows)
+                positions.extend(range(start + 1, start + 1 + num_rows))
     if not found:
         return None
     indices, counts, num_top_C = zip(*found, strict=True)
-    index_N = torch.tensor(indices).repeat_interleave(torch.tensor(counts))
-    offset_N = torch.cat([torch.arange(count) for count in counts])
-    device = request_pool.tokens.device
-    return PromptLogprobsBatch(
-        chunks=indices,
-        counts=counts,
-        num_top=num_top_C,
-        rows=to_device(chunks.query_starts[index_N] + offset_N, device),
-        slots=to_device(chunks.slots_R[index_N], device),
-        positions=to_device(chunks.starts_R[index_N] + offset_N + 1, device),
-    )
+    tensors = copy_arrays([rows, slots, positions], request_pool.tokens.device)
+    return PromptLogprobsBatch(indices, counts, num_top_C, *tensors)

@@ -26,7 +26,7 @@ from tpserve.types.plan import Chunk, NewSequence, StepPlan
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker import device as devices
 from tpserve.worker import sizing
-from tpserve.worker.input_batch import ChunkTensors, build_model_input
+from tpserve.worker.input_batch import ChunkArrays, build_model_input
 from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.sampler_stage import SamplerStage
 from tpserve.worker.sizing import KVCacheConfig, MemoryProfile
@@ -222,7 +222,7 @@ class _ProfileRun:
         if self._sampler_stage is not None:
             for plan in (self._scoring_plan(), self._sampling_plan(PLAIN), self._sampling_plan(FILTERED)):
                 chunks = self._update(plan)
-                self._sampler_stage.run(self._hidden(int(chunks.query_starts[-1])), plan, chunks)
+                self._sampler_stage.run(self._hidden(chunks.num_rows), plan, chunks)
 
     def max_head_bytes(self) -> int:
         """A computed bound for the LM head's rows in steps of the configured size, in bytes; 0 before the last stage."""
@@ -230,9 +230,9 @@ class _ProfileRun:
             return 0
         return self._sampler_stage.logits_chunking.most_bytes(self._config.max_num_seqs, self._config.max_num_batched_tokens)
 
-    def _update(self, plan: StepPlan) -> ChunkTensors:
+    def _update(self, plan: StepPlan) -> ChunkArrays:
         self._request_pool.update(plan)
-        return ChunkTensors.of(plan)
+        return ChunkArrays.of(plan)
 
     def _hidden(self, rows: int) -> torch.Tensor:
         return torch.zeros((rows, self._decoder.spec.hidden_size), dtype=self._decoder.dtype, device=self._mesh.device)

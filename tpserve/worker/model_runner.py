@@ -11,7 +11,7 @@ from tpserve.attention.paged import KVCache
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.mesh import Mesh
 from tpserve.types.plan import StepPlan, StepResult
-from tpserve.worker.input_batch import ChunkTensors, build_model_input
+from tpserve.worker.input_batch import ChunkArrays, build_model_input
 from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.sampler_stage import ModelOutput, SamplerStage
 
@@ -53,10 +53,14 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start `plan`: receive the previous stage's activations, run the layers, then send to the next stage or sample."""
         self._request_pool.update(plan)
-        chunks = ChunkTensors.of(plan)
-        hidden_TH = self._stage(build_model_input(chunks, self._request_pool))
+        chunks = ChunkArrays.of(plan)
+        if plan.slots:
+            hidden_TH = self._stage(build_model_input(chunks, self._request_pool))
+        else:  # it only has orders for grammars
+            hidden_TH = torch.empty(0, self._decoder.spec.hidden_size)
         if self._sampler_stage is None:
-            self._mesh.pipeline.send(hidden_TH)
+            if plan.slots:
+                self._mesh.pipeline.send(hidden_TH)
             return PendingStep(plan, self._mesh.device, ModelOutput())
         return PendingStep(plan, self._mesh.device, self._sampler_stage.run(hidden_TH, plan, chunks))
 

@@ -5,6 +5,7 @@ Owns the order of the collectives, which is equal on all ranks of the stage: fir
 same path as a sampled token's and has the same bits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,16 @@ from tpserve.sampler.logits import Logits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
 from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
-from tpserve.worker.input_batch import ChunkTensors
+from tpserve.worker.grammars import GrammarDraw, GrammarState, SlotGrammar
+from tpserve.worker.host_arrays import to_device
+from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
 from tpserve.worker.logits_rows import PromptLogprobsBatch, SampleBatch, prompt_logprobs_batch, sample_batches
 from tpserve.worker.request_pool import RequestPool
 
+GrammarRow = tuple[int, SlotGrammar, GrammarDraw]
+"""(chunk index, grammar, token) of a sequence with a grammar."""
+COMPILE_WAIT_S = 0.005
 LogprobTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """(logprob of the token [S] float32, ids of the top tokens [S, n], their logprobs [S, n] float32)"""
 
@@ -33,6 +39,7 @@ class SamplerOutput:
     batch: SampleBatch
     tokens_S: torch.Tensor
     logprobs: LogprobTensors | None
+    draws: tuple[GrammarRow, ...]
 
     def entries(self) -> list[tuple[int, TokenLogprobs]]:
         """(chunk index, logprobs) for requests with logprobs, each with its own number of top tokens."""
@@ -44,6 +51,12 @@ class SamplerOutput:
             for i, (chunk, n) in enumerate(zip(self.batch.chunks, self.batch.num_logprobs, strict=True))
             if n is not None
         ]
+
+    def grammar_ends(self) -> list[tuple[int, str]]:
+        """(chunk index, error) of the tokens that end their grammar."""
+        for _, grammar, _ in self.draws:
+            grammar.follow()
+        return [(chunk, draw.end) for chunk, _, draw in self.draws if draw.end is not None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class ModelOutput:
 
     sampled: tuple[SamplerOutput, ...] = ()
     scores: PromptLogprobsOutput | None = None
+    compiled: Callable[[], tuple[tuple[int, str], ...]] = tuple
+    """`StepResult.compiled`."""
 
     def result(self, plan: StepPlan) -> StepResult:
         """The message for rank 0."""
@@ -77,7 +92,15 @@ class ModelOutput:
             for chunk, token in zip(part.batch.chunks, part.tokens_S.tolist(), strict=True):
                 tokens[chunk] = token
         entries = tuple(entry for part in self.sampled for entry in part.entries())
-        return StepResult(plan.epoch, plan.step, pack(tokens), entries, tuple(self.scores.entries()) if self.scores else ())
+        return StepResult(
+            plan.epoch,
+            plan.step,
+            pack(tokens),
+            entries,
+            tuple(self.scores.entries()) if self.scores else (),
+            tuple(entry for part in self.sampled for entry in part.grammar_ends()),
+            self.compiled(),
+        )
 
 
 class SamplerStage:
@@ -89,31 +112,57 @@ class SamplerStage:
         self._tp = tp
         self.logits_chunking = LogitsChunking.of(decoder.vocab_shards, request_pool.tokens.shape[1])
 
-    def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkTensors) -> ModelOutput:
+    def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
         """Queue sampling and scoring for `hidden_TH` [T, hidden_size]; sampled tokens also go into the request pool."""
+        compiled = self._ask_ranks(plan) if plan.grammars.asked else tuple
         to_score = prompt_logprobs_batch(plan, chunks, self._request_pool)
         scores = None if to_score is None else self._score(hidden_TH, to_score)  # first: sampling writes the slots' tokens
         sampled = tuple(
             self._sample(hidden_TH, batch) for batch in sample_batches(plan, chunks, self._request_pool, self.logits_chunking)
         )
-        return ModelOutput(sampled, scores)
+        return ModelOutput(sampled, scores, compiled)
+
+    def _ask_ranks(self, plan: StepPlan) -> Callable[[], tuple[tuple[int, str], ...]]:
+        """Ask all ranks of the stage whether they have compiled the grammars in question; the answer, once the device has it.
+
+        A plan without chunks gives them some time for it.
+        """
+        asked, own = plan.grammars.asked, self._request_pool.compiled
+        assert own is not None, "only the last stage has grammars"
+        if not plan.slots:
+            own.wait_for_any(asked, COMPILE_WAIT_S)
+        states_N = to_device(torch.tensor([own.state(number) for number in asked]), self._request_pool.tokens.device)
+        states_PN = _to_host(self._tp.all_gather(states_N) if self._tp.size > 1 else states_N[None])
+
+        def compiled() -> tuple[tuple[int, str], ...]:
+            answers = []
+            for number, of_ranks in zip(asked, states_PN.T.tolist(), strict=True):
+                if GrammarState.FAILED in of_ranks:
+                    answers.append((number, own.error(number) or "another rank says so, and its log why"))
+                elif GrammarState.COMPILING not in of_ranks:
+                    answers.append((number, ""))
+            return tuple(answers)
+
+        return compiled
 
     def _sample(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
         """Sample one batch: logits, filters, draw, logprobs. Without filters and logprobs, logits may stay unwritten."""
+        hidden_SH = hidden_TH if len(hidden_TH) == len(batch.chunks) else hidden_TH[batch.rows]
         logits: Logits
         if batch.filters is None and not batch.num_logprobs:
-            logits = self._decoder.head(hidden_TH[batch.rows])
+            logits = self._decoder.head(hidden_SH)
         else:
-            logits = WrittenLogits(self._decoder.logits(hidden_TH[batch.rows]))
+            logits = WrittenLogits(self._decoder.logits(hidden_SH))
         tokens_S = self._draw(logits, batch)
-        self._request_pool.tokens[batch.slots, batch.positions] = tokens_S.int()
+        self._request_pool.tokens[batch.slots, batch.draw.position_S] = tokens_S.int()
         entries: LogprobTensors | None = None
         if batch.num_logprobs:
             most = max(n for n in batch.num_logprobs if n is not None)
             logits_SV, shards = logits.written(), self._decoder.vocab_shards
             chosen_S, ids_Sn, top_Sn = logprobs(logits_SV, shards, tokens_S, most, self._tp)
             entries = _to_host(chosen_S), _to_host(ids_Sn), _to_host(top_Sn)
-        return SamplerOutput(batch, _to_host(tokens_S), entries)
+        on_host_S = _to_host(tokens_S)
+        return SamplerOutput(batch, on_host_S, entries, _grammar_draws(batch, on_host_S, tokens_S.is_cuda))
 
     def _draw(self, logits: Logits, batch: SampleBatch) -> torch.Tensor:
         """Token ids [S]. With filters the full rows are gathered, and every rank draws the same tokens from them."""
@@ -121,10 +170,10 @@ class SamplerStage:
         if batch.filters is not None:
             logits_SV = gather_logits(logits.written(), shards, tp)
             tokens_SL = self._request_pool.tokens[batch.slots, : batch.filters.history]
-            logits = WrittenLogits(apply(logits_SV, batch.filters, batch.temperature, batch.positions, tokens_SL))
+            temperature_S, position_S = batch.draw.temperature_S, batch.draw.position_S
+            logits = WrittenLogits(apply(logits_SV, batch.filters, temperature_S, position_S, tokens_SL))
             shards, tp = (range(logits_SV.shape[1]),), Group()
-        params = (batch.temperature, batch.seed, batch.positions, batch.choice)
-        return draw(logits, shards, *params, tp, all_greedy=batch.all_greedy)
+        return draw(logits, shards, None if batch.all_greedy else batch.draw, tp)
 
     def _score(self, hidden_TH: torch.Tensor, batch: PromptLogprobsBatch) -> PromptLogprobsOutput:
         """Prompt logprobs, in slices of rows that `LogitsChunking` allows."""
@@ -152,3 +201,18 @@ def _to_bytes(x: torch.Tensor) -> bytes:
     if data:
         torch.frombuffer(data, dtype=x.dtype).view(x.shape).copy_(x)
     return bytes(data)
+
+
+def _grammar_draws(batch: SampleBatch, on_host_S: torch.Tensor, on_card: bool) -> tuple[GrammarRow, ...]:
+    """Hand each sequence's token, on its way to the host, to its grammar."""
+    event: torch.Event | None = None
+    if batch.grammars and on_card:
+        event = torch.Event("cuda")
+        event.record()
+    draws = []
+    for index, (chunk, grammar) in enumerate(zip(batch.chunks, batch.grammars, strict=True) if batch.grammars else ()):
+        if grammar is not None:
+            draw = GrammarDraw(on_host_S, index, event)
+            grammar.drawn(draw)
+            draws.append((chunk, grammar, draw))
+    return tuple(draws)

@@ -10,8 +10,19 @@ from math import log
 
 import torch
 
-from tpserve.sampler.filters import AllowedIds, BadWords, Filters, LogitBias, MinPFilter, Penalties, TopKFilter, TopPFilter
+from tpserve.sampler.filters import (
+    AllowedIds,
+    BadWords,
+    Filters,
+    GrammarMask,
+    LogitBias,
+    MinPFilter,
+    Penalties,
+    TopKFilter,
+    TopPFilter,
+)
 from tpserve.types.sampling import EngineSamplingParams
+from tpserve.worker.grammars import SlotGrammar
 
 ToDevice = Callable[[torch.Tensor], torch.Tensor]
 """Copies a host tensor to the device of the filters."""
@@ -29,6 +40,8 @@ class SamplingMetadata:
     min_p: bool
     top_k: bool
     top_p: bool
+    constrained: bool
+    """Whether a grammar says which ids may come next."""
 
     @property
     def penalties(self) -> bool:
@@ -43,12 +56,13 @@ class SamplingMetadata:
 
     def needs_filters(self, position: int) -> bool:
         """Whether the draw of the token at `position` needs any filter."""
-        always = len(self.allowed_N) or len(self.bias_N) or self.penalties or self.min_p or self.top_k or self.top_p
+        pairs = len(self.allowed_N) or len(self.bias_N)
+        always = self.constrained or pairs or self.penalties or self.min_p or self.top_k or self.top_p
         return bool(always or self.banned_words(position))
 
 
 def sampling_metadata(
-    params: EngineSamplingParams, prompt_len: int, eos_ids: Sequence[int], vocab_size: int
+    params: EngineSamplingParams, prompt_len: int, eos_ids: Sequence[int], vocab_size: int, *, constrained: bool = False
 ) -> SamplingMetadata | None:
     """The filters of a sequence; None when no position needs any."""
     random = params.temperature >= torch.finfo(torch.float32).tiny  # below, the draw is always greedy
@@ -62,12 +76,15 @@ def sampling_metadata(
         min_p=random and params.min_p > 0,
         top_k=random and 0 < params.top_k < vocab_size,
         top_p=random and params.top_p < 1,
+        constrained=constrained,
     )
     return metadata if metadata.needs_filters(prompt_len) else None
 
 
-def filters(rows: Sequence[SamplingMetadata], positions: Sequence[int], move: ToDevice) -> Filters:
-    """The filters for R rows that each need one; `positions` are of the tokens to sample.
+def filters(
+    rows: Sequence[SamplingMetadata], positions: Sequence[int], move: ToDevice, grammars: Sequence[SlotGrammar | None] = ()
+) -> Filters:
+    """The filters for R rows that each need one; `positions` are of the tokens to sample, `grammars` of the rows' sequences.
 
     Tensor suffixes: R rows, N (row, token id) pairs, W words, E tokens of a word before its last.
     """
@@ -104,6 +121,7 @@ def filters(rows: Sequence[SamplingMetadata], positions: Sequence[int], move: To
     return Filters(
         prompt_R=move(torch.tensor([row.prompt_len for row in rows])),
         history=max(positions) if penalties is not None or longest > 1 else 0,
+        grammar=_grammar_mask(grammars, move),
         allowed=_allowed(rows, move),
         bad_words=bans,
         bias=_bias(rows, move),
@@ -112,6 +130,16 @@ def filters(rows: Sequence[SamplingMetadata], positions: Sequence[int], move: To
         top_k=top_k,
         top_p=top_p,
     )
+
+
+def _grammar_mask(grammars: Sequence[SlotGrammar | None], move: ToDevice) -> GrammarMask | None:
+    found = [(i, grammar) for i, grammar in enumerate(grammars) if grammar is not None]
+    if not found:
+        return None
+    bits_GW = torch.empty(len(found), found[0][1].num_words, dtype=torch.int32)
+    for bits_W, (_, grammar) in zip(bits_GW, found, strict=True):
+        grammar.write_mask(bits_W)
+    return GrammarMask(move(torch.tensor([i for i, _ in found])), move(bits_GW))
 
 
 def _allowed(rows: Sequence[SamplingMetadata], move: ToDevice) -> AllowedIds | None:

@@ -46,7 +46,7 @@ class Operation(IntEnum):
     ACTIVATION = 6
     ATTENTION = 7
     ALL_REDUCE = 8
-    GUMBEL = 9
+    GUMBEL_MAX = 9
     QUANTIZE = 10
     PRODUCT_INT8 = 11
     RESCALE_INT8 = 12

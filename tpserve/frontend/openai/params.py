@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from tpserve.errors import UserError
+from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.service import ModelLimits
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
@@ -24,6 +25,7 @@ def refuse_contradictions(call: CompletionRequest | ChatCompletionRequest) -> No
     if isinstance(call, ChatCompletionRequest):
         rules.append(("top_logprobs", call.top_logprobs is not None and not call.logprobs, "needs logprobs true"))
     else:
+        rules.append(("suffix", bool(call.suffix) and call.echo, "does not go with echo true; leave one of them out"))
         rules.append(("max_tokens", call.max_tokens == 0 and not call.echo, "is 0, which needs echo true"))
         rules.append(("best_of", call.num_drawn < call.n, f"is {call.best_of}, and n {call.n}; raise the one or lower the other"))
         rules.append(("best_of", call.num_drawn > call.n and call.stream, f"above n {streams}"))
@@ -66,6 +68,7 @@ def sampling_params(
         bad_words=bad_words,
         min_tokens=call.min_tokens,
         prompt_logprobs=call.num_scored,
+        grammar=grammar_of(call),
     )
 
 

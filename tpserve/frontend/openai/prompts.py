@@ -5,6 +5,7 @@ texts are tokenized in a thread, so that streams continue; a text that is too lo
 """
 
 import asyncio
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from tpserve.frontend.openai.errors import shown
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeChatRequest
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
+from tpserve.text.fill_in import fill_in_ids
 from tpserve.text.tokenizer import Tokenizer, TooManyTokens
 
 T = TypeVar("T")
@@ -40,31 +42,67 @@ async def completion_prompts(
 
     UserError for a prompt of more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
     """
-    items = split_prompt(call.prompt)
-    if len(items) > service.max_open:
-        raise UserError(
-            f"prompt: {len(items)} prompts, this server holds {service.max_open} at once; split the request", param="prompt"
-        )
-    for item in items:
-        if isinstance(item, str):
-            refuse_too_long(item, service.tokenizer, limits, "prompt")
-        elif len(item) > limits.max_model_len:
-            raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
+    cut = cut_length(call, limits)
+    items = checked_items(service, call, limits, cut)
+    if cut is not None:
+        max_prompt_tokens = sys.maxsize
     tokenizer = service.tokenizer
 
     def build(item: str | list[int]) -> Prompt:
-        if isinstance(item, str):
+        if call.suffix:
+            prompt = fill_in_prompt(service, call, item, limits)
+        elif isinstance(item, str):
             ids = encode(tokenizer, item, call.add_special_tokens, limits, max_prompt_tokens, "prompt")
             prompt = Prompt(ids, item)
+            if cut is not None and len(ids) > cut:
+                prompt = echo_prompt(tokenizer, truncated(ids, cut, call.truncation_side), call.skip_special_tokens)
         else:
             check_ids(item, limits.vocab_size, "prompt")
+            item = item if cut is None else truncated(item, cut, call.truncation_side)
             prompt = echo_prompt(tokenizer, item, call.skip_special_tokens) if call.echo else Prompt(item, "")
         if not prompt.ids:
             raise UserError("prompt is empty: the model needs at least one token to continue", param="prompt")
         refuse_unknown(prompt.ids, tokenizer, limits, "prompt")
         return prompt
 
-    return await in_thread(lambda: [build(item) for item in items], sum(len(item) for item in items))
+    return await in_thread(lambda: [build(item) for item in items], sum(len(item) + len(call.suffix) for item in items))
+
+
+def checked_items(service: OpenAIServing, call: CompletionRequest, limits: ModelLimits, cut: int | None) -> list[str | list[int]]:
+    """The prompts as they came. UserError for too many, and for one that is too long by its number of characters or ids."""
+    items = split_prompt(call.prompt)
+    if len(items) > service.max_open:
+        raise UserError(
+            f"prompt: {len(items)} prompts, this server holds {service.max_open} at once; split the request", param="prompt"
+        )
+    refuse_too_long(call.suffix, service.tokenizer, limits, "suffix")
+    for item in items:
+        if isinstance(item, str):
+            refuse_too_long(item, service.tokenizer, limits, "prompt")
+        elif len(item) > limits.max_model_len and cut is None:
+            raise too_long(limits.max_model_len, f"your prompt has {len(item)} tokens", "prompt")
+    return items
+
+
+def cut_length(call: CompletionRequest | ChatCompletionRequest, limits: ModelLimits) -> int | None:
+    """The number of tokens to which `truncate_prompt_tokens` cuts a prompt; -1 leaves room for one new token. None: no cut."""
+    wanted = call.truncate_prompt_tokens
+    return None if wanted is None else limits.max_model_len - 1 if wanted < 0 else wanted
+
+
+def truncated(ids: list[int], length: int, side: str) -> list[int]:
+    """At most `length` ids; `side`: where they are cut off."""
+    return ids[max(0, len(ids) - length) :] if side == "left" else ids[:length]
+
+
+def fill_in_prompt(service: OpenAIServing, call: CompletionRequest, prefix: str | list[int], limits: ModelLimits) -> Prompt:
+    """The prompt for what stands between `prefix` and the request's suffix."""
+    if not isinstance(prefix, str):
+        raise UserError("suffix goes with texts, not with token ids", param="suffix", code="invalid_value")
+    ids = fill_in_ids(service.tokenizer, prefix, call.suffix, call.add_special_tokens)
+    if len(ids) > limits.max_model_len:
+        raise too_long(limits.max_model_len, f"your prompt has {len(ids)} tokens", "suffix")
+    return Prompt(ids, "")
 
 
 def echo_prompt(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool) -> Prompt:
@@ -83,7 +121,11 @@ async def chat_prompt(
 
     UserError when it has more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
     """
-    tokenizer = service.tokenizer
+    tokenizer, cut, side, documents = service.tokenizer, None, "", list[dict[str, Any]]()
+    if isinstance(call, ChatCompletionRequest):
+        cut, side, documents = cut_length(call, limits), call.truncation_side, call.documents
+    if cut is not None:
+        max_prompt_tokens = sys.maxsize
 
     def build() -> Prompt:
         messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
@@ -95,8 +137,12 @@ async def chat_prompt(
             add_generation_prompt=call.add_generation_prompt,
             continue_final_message=call.continue_final_message,
             variables=call.chat_template_kwargs,
+            documents=documents,
         )
         ids = encode(tokenizer, text, call.add_special_tokens, limits, max_prompt_tokens, "messages")
+        if cut is not None and len(ids) > cut:
+            ids = truncated(ids, cut, side)
+            text = tokenizer.decode_many(ids, skip_special_tokens=False)
         if not ids:
             raise UserError("the chat template made an empty prompt of the messages", param="messages")
         refuse_unknown(ids, tokenizer, limits, "messages")

@@ -15,7 +15,7 @@ from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.text.assembler import OutputDelta
 from tpserve.text.logprob_entries import PromptScores, TokenEntry
-from tpserve.text.logprobs import chat_logprobs, completion_logprobs, likeliest, prompt_logprobs
+from tpserve.text.logprobs import as_id, chat_logprobs, completion_logprobs, likeliest, prompt_logprobs, spelled
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.version import __version__
 
@@ -134,7 +134,7 @@ class CompletionResponseBuilder:
             echoed, extra, scores = None, Json(), drawn[0].scores
             if scores is not None and call.num_echoed is not None:
                 entries = scores.entries(self.tokenizer, prompt.text, call.num_echoed, prompt.num_open)
-                echoed = completion_logprobs(entries, self.tokenizer)
+                echoed = completion_logprobs(entries, self._spell)
             if scores is not None and call.prompt_logprobs is not None:
                 extra = {"prompt_logprobs": encoded_prompt_logprobs(scores, call.prompt_logprobs, self.tokenizer)}
             for delta in drawn if call.n == call.num_drawn else likeliest(drawn, call.n):
@@ -145,6 +145,9 @@ class CompletionResponseBuilder:
                 choices.append(self._choice(index, text, delta.tokens, logprobs) | finish_fields(delta) | extra)
         return self.meta.answer(choices)
 
+    def _spell(self, token: int) -> str:
+        return as_id(token) if self.call.return_tokens_as_token_ids else spelled(token, self.tokenizer)
+
     def _prompt(self, index: int) -> Prompt:
         return self.prompts[index // self.call.n]
 
@@ -154,7 +157,7 @@ class CompletionResponseBuilder:
             entries = delta.scores.open_entries(delta.open_offsets, self.call.num_echoed) + entries
         if not entries or self.call.logprobs is None:  # the engine sends them for `best_of` too
             return None
-        return completion_logprobs(entries, self.tokenizer, len(prompt.text) if self.call.echo else 0)
+        return completion_logprobs(entries, self._spell, len(prompt.text) if self.call.echo else 0)
 
     def _echo(self, index: int, scores: PromptScores) -> list[Json]:
         """The chunks of an echoed prompt with its log probabilities, each short enough for a line."""
@@ -164,7 +167,7 @@ class CompletionResponseBuilder:
             end = begin + TOKENS_AT_ONCE
             part = entries[begin:end]
             shown = text[part[0].offset : entries[end].offset if end < len(entries) else len(text)]
-            chunks.append(self.meta.chunk(self._choice(index, shown, [], completion_logprobs(part, self.tokenizer)) | NOT_ENDED))
+            chunks.append(self.meta.chunk(self._choice(index, shown, [], completion_logprobs(part, self._spell)) | NOT_ENDED))
         return chunks
 
     def _choice(self, index: int, text: str, tokens: list[int], logprobs: Json | None) -> Json:
@@ -219,7 +222,8 @@ class ChatResponseBuilder:
         return answer
 
     def _choice(self, index: int, name: str, message: Json, tokens: list[int], entries: Sequence[TokenEntry]) -> Json:
-        shape = chat_logprobs(entries, self.tokenizer) if entries else None
+        spell = as_id if self.call.return_tokens_as_token_ids else None
+        shape = chat_logprobs(entries, self.tokenizer, spell) if entries else None
         choice: Json = {"index": index, name: message, "logprobs": shape}
         if self.call.return_token_ids:
             choice["token_ids"] = tokens

@@ -63,7 +63,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
     sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
-    params = params_of(service, call, prompts, sizes, limits)
+    params = await params_of(service, call, prompts, sizes, limits)
     builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
     return await answer(request, service, call, params, builder, meta, prompts)
 
@@ -79,7 +79,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     prompt = await chat_prompt(service, call, limits)
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")
-    params = params_of(service, call, [prompt], [size], limits)
+    params = await params_of(service, call, [prompt], [size], limits)
     builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer)
     return await answer(request, service, call, params, builder, meta, [prompt])
 

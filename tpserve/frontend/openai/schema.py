@@ -4,7 +4,7 @@ Every field of a struct here is supported. `NEUTRAL` has the known fields that a
 other value is an error that names the field. An unknown field is a warning, since clients send extras.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -15,6 +15,7 @@ MAX_BAD_WORDS = 128
 MAX_BIASED_IDS = 1024
 MAX_MESSAGES = 8192
 MAX_CACHE_SALT_CHARS = 1024
+MAX_DOCUMENTS = 1024
 
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TokenId = Annotated[int, Meta(ge=0)]
@@ -36,7 +37,7 @@ class StreamOptions(Struct, frozen=True):
 
 
 class SamplingFields(Struct, frozen=True, kw_only=True):
-    """The fields that completions and chat completions share."""
+    """The fields that completions and chat completions share. `frontend/openai/grammar.py` reads those of structured output."""
 
     model: str | None = None
     temperature: Temperature = 1.0
@@ -59,12 +60,21 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] = "left"
     prompt_logprobs: NumLogprobs | None = None
     priority: Priority = 0
     cache_salt: CacheSalt | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     request_id: RequestId | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -76,6 +86,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
     """POST /v1/completions. `prompts.split_prompt` tells the forms of `prompt` apart."""
 
     prompt: str | list[Any]
+    suffix: str = ""
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     logprobs: NumLogprobs | None = None
     echo: bool = False
@@ -116,6 +127,7 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+    documents: Annotated[list[dict[str, Any]], Meta(max_length=MAX_DOCUMENTS)] = []
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs | None = None
@@ -169,7 +181,7 @@ class DetokenizeRequest(Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-ALIASES = {"rid": "request_id"}
+ALIASES = {"rid": "request_id", "json_schema": "guided_json", "regex": "guided_regex", "ebnf": "guided_grammar"}
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Labels of a client's own traffic. They have no effect, so they are accepted without a warning."""
 
@@ -181,27 +193,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "logits_processors": ([],),
     # input
-    "suffix": ("",),
-    "truncate_prompt_tokens": (),
     "prompt_embeds": (),
     "input_ids": (),
     "chat_template": (),
-    "documents": ([],),
     "lora_path": (),
     "mm_processor_kwargs": ({},),
     # output
     "echo": (False,),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),

@@ -25,11 +25,13 @@ MAX_SENT_TOKENS = 1 << 23
 """The prompt tokens of all sequences of a request. One frame carries them to the engine: 32 MiB, half of the frame's bound."""
 MAX_SENT_ALLOWED = 1 << 20
 """The allowed token ids of all sequences of a request, in the same frame."""
+MAX_SENT_GRAMMAR_BYTES = 16 << 20
+"""The grammars of all sequences of a request, in the same frame."""
 MAX_SHOWN_SCORES = 1 << 21
 """The log probabilities of prompts in one answer; in vLLM's format about 150 MB of JSON."""
 
 
-def params_of(
+async def params_of(
     service: OpenAIServing,
     call: CompletionRequest | ChatCompletionRequest,
     prompts: Sequence[Prompt],
@@ -55,6 +57,14 @@ def params_of(
         )
     refuse_too_many_scores(call, num_tokens)
     params = sampling_params(call, service.tokenizer, limits)
+    if params.grammar:
+        await service.grammars.check(params.grammar)
+        if (sent := len(prompts) * call.num_drawn * len(params.grammar)) > MAX_SENT_GRAMMAR_BYTES:
+            raise UserError(
+                f"the grammar times prompts times {field} has {sent} bytes, this server takes {MAX_SENT_GRAMMAR_BYTES} at once; "
+                "split the request",
+                param=field,
+            )
     return [with_length(params, size) for size in sizes]
 
 

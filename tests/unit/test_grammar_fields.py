@@ -1,0 +1,107 @@
+"""The fields of structured output: each form gives a grammar that takes and refuses the right texts."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tpserve.errors import UserError
+from tpserve.frontend.openai.body import parse
+from tpserve.frontend.openai.grammar import grammar_of
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
+from tpserve.structured_output.compiler import GrammarError, compile_grammar, vocabulary
+from tpserve.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.load("tpserve/builtin/model")
+VOCABULARY = vocabulary(TOKENIZER, TOKENIZER.vocab_size, ())
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+TAG = {"structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f"]}
+
+
+def grammar(fields: dict[str, Any]) -> str:
+    call, warnings = parse({"prompt": "", **fields}, CompletionRequest, set())
+    assert not warnings
+    return grammar_of(call)
+
+
+def takes(compiled: str, text: str) -> bool:
+    """Whether the whole text is in the language."""
+    matcher = compile_grammar(VOCABULARY, compiled)
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    return matcher.consume_tokens(ids) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(("fields", "good", "bad"), [
+    ({"response_format": {"type": "json_object"}}, '{"x": [1, {"y": null}]}', "[1]"),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, '{"a": 1}', '{"a": "1"}'),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}, '{"a": 1}', "{}"),
+    ({"response_format": {"type": "regex", "regex": "a+"}}, "aaa", "ab"),
+    ({"response_format": {"type": "structural_tag", **TAG}}, 'hello <f>{"a": 1}</f> bye', "hello <f>1</f>"),
+    ({"structured_outputs": {"json": SCHEMA}}, '{ "a" : 1 }', '{"a": 1, "b": 2}'),
+    ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, '{"a": 1}', "{}"),
+    ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, '{"a":1}', '{"a": 1}'),
+    ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": "_"}}, '{"a":_1}', '{"a": 1}'),
+    ({"structured_outputs": {"json": {"properties": {"a": {}}}, "disable_additional_properties": True}}, '{"a": 1}', '{"b": 1}'),
+    ({"structured_outputs": {"json_object": True}}, "{}", "1"),
+    ({"structured_outputs": {"regex": "[0-9]{3}"}}, "123", "12"),
+    ({"structured_outputs": {"choice": ["yes", "n\u00f6 \U0001f600"]}}, "n\u00f6 \U0001f600", "maybe"),
+    ({"structured_outputs": {"grammar": 'root ::= "a" [0-9]+'}}, "a12", "a"),
+    ({"structured_outputs": {"grammar": 'start: "a" /[0-9]+/'}}, "a12", "b1"),
+    ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, "no tag at all", "<f>{}</f>"),
+    ({"guided_json": SCHEMA}, '{"a": 1}', "{}"),
+    ({"guided_regex": "x|y"}, "y", "z"),
+    ({"guided_choice": ["p", "q"]}, "q", "r"),
+    ({"guided_grammar": 'root ::= "k"'}, "k", "l"),
+    ({"json_schema": json.dumps(SCHEMA)}, '{"a": 1}', "{}"),
+    ({"regex": "x"}, "x", "y"),
+    ({"ebnf": 'root ::= "k"'}, "k", "l"),
+], ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else None)  # fmt: skip
+def test_each_form_takes_and_refuses(fields: dict[str, Any], good: str, bad: str) -> None:
+    compiled = grammar(fields)
+    assert takes(compiled, good) and not takes(compiled, bad)
+
+
+@pytest.mark.parametrize("fields", [
+    {},
+    {"response_format": {"type": "text"}},
+    {"response_format": None},
+    {"structured_outputs": {}},
+    {"structured_outputs": {"json": None, "regex": None, "disable_fallback": False, "backend": "xgrammar"}},
+], ids=str)  # fmt: skip
+def test_forms_without_effect(fields: dict[str, Any]) -> None:
+    assert grammar(fields) == ""
+
+
+def test_blanks_between_the_parts_of_json_are_bounded() -> None:
+    compiled = grammar({"guided_json": SCHEMA})
+    assert takes(compiled, '{%s"a": 1}' % (" " * 32)) and not takes(compiled, '{%s"a": 1}' % (" " * 33))
+
+
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"guided_regex": "(a"}, "unclosed group"),
+    ({"guided_json": {"type": "foo"}}, "Invalid type: foo"),
+    ({"guided_json": {"not": {"type": "string"}}}, "not"),
+    ({"guided_grammar": "start: nothing"}, "nothing"),
+], ids=str)  # fmt: skip
+def test_what_cannot_be_compiled_is_said_in_llguidances_words(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(GrammarError, match=says):
+        compile_grammar(VOCABULARY, grammar(fields))
+
+
+def test_chat_has_the_same_fields() -> None:
+    call, _ = parse({"messages": [{"role": "user", "content": "x"}], "guided_choice": ["a"]}, ChatCompletionRequest, set())
+    assert takes(grammar_of(call), "a")
+
+
+def test_a_structure_needs_a_trigger() -> None:
+    with pytest.raises(UserError, match="no trigger begins '<f>'"):
+        grammar({"structured_outputs": {"structural_tag": {**TAG, "triggers": ["<g"]}}})
+
+
+def test_ids_of_the_model_without_a_token_and_tokens_that_the_model_lacks() -> None:
+    for vocab_size, eos_ids in ((300, ()), (300, (1,)), (5000, (1, 4000)), (TOKENIZER.vocab_size, (1,))):
+        compiled = compile_grammar(vocabulary(TOKENIZER, vocab_size, eos_ids), grammar({"guided_regex": "[a-z ]{1,30}x"}))
+        bits = compiled.compute_bitmask()
+        allowed = [id for id in range(vocab_size) if bits[id // 8] >> (id % 8) & 1]
+        assert allowed and max(allowed) < min(vocab_size, TOKENIZER.vocab_size), "no id without text, and no end yet"
+        assert all(set(TOKENIZER.token_text(id)) <= set("abcdefghijklmnopqrstuvwxyz ") for id in allowed)

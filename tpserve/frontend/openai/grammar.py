@@ -1,0 +1,177 @@
+"""The grammar of a request's output, from the fields of structured output: OpenAI's, vLLM's, vLLM's older ones and SGLang's.
+
+    response_format      text | json_object | json_schema | structural_tag, also regex | grammar
+    structured_outputs   one of json, json_object, regex, choice, grammar, structural_tag, with options for JSON
+    guided_json, guided_regex, guided_choice, guided_grammar
+
+Only the form is checked here; `Grammars.check` compiles the result. Source of the target language: llguidance, docs/syntax.md.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from llguidance import LLMatcher, StructTag, grammar_from
+
+from tpserve.errors import UserError
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
+
+JSON_OPTIONS = ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties")
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Between the parts of JSON. Bounded: a model at a loss may write blanks for ever, and every one of them is valid."""
+IGNORED_OPTIONS = ("backend", "disable_fallback", "reasoning_parser")
+"""Of other servers' implementations; they have no effect on the language."""
+
+
+def grammar_of(call: CompletionRequest | ChatCompletionRequest) -> str:
+    """The grammar in llguidance's form; empty when the output may be any text. UserError names the wrong field."""
+    found: dict[str, str] = {}
+    if call.response_format is not None and (grammar := _of_response_format(call.response_format)):
+        found["response_format"] = grammar
+    if call.structured_outputs is not None and (grammar := _of_structured_outputs(call.structured_outputs)):
+        found["structured_outputs"] = grammar
+    for name, value in (
+        ("json", call.guided_json),
+        ("regex", call.guided_regex),
+        ("choice", call.guided_choice),
+        ("grammar", call.guided_grammar),
+    ):
+        if value is not None:
+            found[f"guided_{name}"] = _KINDS[name](value, f"guided_{name}", {})
+    if len(found) > 1:
+        raise _wrong(f"{' and '.join(found)} each describe the output; keep one of them", list(found)[1])
+    return next(iter(found.values()), "")
+
+
+def _of_response_format(value: Mapping[str, Any]) -> str:
+    kind, field = value.get("type"), "response_format"
+    match kind:
+        case "text":
+            return ""
+        case "json_object":
+            return _json(value.get("schema") or {"type": "object"}, f"{field}.schema", {})
+        case "json_schema":
+            described = value.get("json_schema")
+            if not isinstance(described, dict) or described.get("schema") is None:
+                raise _wrong(f'{field}: type json_schema needs {{"json_schema": {{"name": ..., "schema": {{...}}}}}}', field)
+            return _json(described["schema"], f"{field}.json_schema.schema", {})
+        case "structural_tag":
+            return _structural_tag(value, field, {})
+        case "regex" | "grammar":
+            text = value.get(kind, value.get("pattern"))
+            return _KINDS[kind](text, f"{field}.{kind}", {})
+    known = "text, json_object, json_schema, structural_tag, regex and grammar"
+    raise _wrong(f"{field}.type is {kind!r}; known are {known}", f"{field}.type")
+
+
+def _of_structured_outputs(value: Mapping[str, Any]) -> str:
+    field = "structured_outputs"
+    given = {name: content for name, content in value.items() if content is not None and content is not False}
+    options = {name: given.pop(name) for name in JSON_OPTIONS if name in given}
+    kinds = [name for name in given if name in _KINDS]
+    if unknown := [name for name in given if name not in _KINDS and name not in IGNORED_OPTIONS]:
+        raise _wrong(f"{field}: {unknown[0]!r} is unknown; known are {', '.join((*_KINDS, *JSON_OPTIONS))}", field)
+    if not kinds and not options:
+        return ""
+    if len(kinds) != 1:
+        raise _wrong(f"{field} needs exactly one of {', '.join(_KINDS)}, this has {' and '.join(kinds) or 'none'}", field)
+    return _KINDS[kinds[0]](given[kinds[0]], f"{field}.{kinds[0]}", options)
+
+
+def _json(schema: Any, field: str, options: Mapping[str, Any]) -> str:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise _wrong(f"{field} is no JSON: {error}", field) from None
+    if not isinstance(schema, dict | bool):
+        raise _wrong(f"{field} must be a JSON schema, an object", field)
+    if options.get("disable_additional_properties"):
+        schema = _closed(schema)
+    overrides: dict[str, Any] = {"whitespace_pattern": WHITESPACE}
+    if options.get("disable_any_whitespace"):
+        overrides = {"whitespace_flexible": False}
+    if pattern := options.get("whitespace_pattern"):
+        overrides["whitespace_pattern"] = pattern
+    try:
+        return LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=overrides)  # type: ignore[arg-type]
+    except (ValueError, RecursionError) as error:
+        raise _wrong(f"{field}: {error}", field) from None
+
+
+def _json_object(value: Any, field: str, options: Mapping[str, Any]) -> str:
+    return _json({"type": "object"}, field, options)
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with `additionalProperties` false wherever it says nothing about them."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(part) for name, part in schema.items()}
+    if "properties" in closed or closed.get("type") == "object":
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _regex(value: Any, field: str, options: Mapping[str, Any]) -> str:
+    return LLMatcher.grammar_from_regex(_text(value, field))
+
+
+def _choice(value: Any, field: str, options: Mapping[str, Any]) -> str:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise _wrong(f"{field} must be a list of texts, at least one", field)
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value))
+
+
+def _grammar(value: Any, field: str, options: Mapping[str, Any]) -> str:
+    try:
+        return grammar_from("grammar", _text(value, field))  # Lark, or GBNF, which it turns into Lark
+    except ValueError as error:
+        raise _wrong(f"{field}: {error}", field) from None
+
+
+def _structural_tag(value: Any, field: str, options: Mapping[str, Any]) -> str:
+    """Text in which each trigger begins one of `structures`: its `begin`, an instance of its `schema`, its `end`."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise _wrong(f"{field} is no JSON: {error}", field) from None
+    structures, triggers = (value.get(name) for name in ("structures", "triggers")) if isinstance(value, dict) else (None, None)
+    if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
+        raise _wrong(f'{field} needs "structures", each with begin, schema and end, and "triggers"', field)
+    tags = []
+    for index, structure in enumerate(structures):
+        where = f"{field}.structures[{index}]"
+        if not isinstance(structure, dict) or not isinstance(structure.get("begin"), str):
+            raise _wrong(f"{where} needs begin, schema and end", where)
+        begin, end = structure["begin"], structure.get("end") or ""
+        trigger = next((text for text in triggers if isinstance(text, str) and text and begin.startswith(text)), None)
+        if trigger is None:
+            raise _wrong(f"{where}: no trigger begins {begin!r}", where)
+        schema: dict[str, Any] = structure.get("schema") or structure.get("json_schema") or {}
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=str(end)))
+    return StructTag.to_grammar(tags, assume_special=False)
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong(f"{field} must be a text that is not empty", field)
+    return value
+
+
+def _wrong(text: str, param: str) -> UserError:
+    return UserError(text, param=param, code="invalid_value")
+
+
+_KINDS: dict[str, Callable[[Any, str, Mapping[str, Any]], str]] = {
+    "json": _json,
+    "json_object": _json_object,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": _grammar,
+    "structural_tag": _structural_tag,
+}

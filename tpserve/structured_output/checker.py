@@ -1,0 +1,57 @@
+"""Checks grammars for the frontend before a request is admitted: compiles each once, in a thread, and remembers the result."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+
+from llguidance import LLTokenizer
+
+from tpserve.errors import UserError
+from tpserve.structured_output.compiler import MAX_GRAMMAR_BYTES, GrammarError, compile_grammar, vocabulary
+from tpserve.text.tokenizer import Tokenizer
+
+MAX_REMEMBERED = 1024
+
+
+class GrammarChecker:
+    """Compiles with the tokenizer's own vocabulary: no grammar depends on ids of the model that have no token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._results: OrderedDict[bytes, asyncio.Future[str]] = OrderedDict()
+
+    def prepare(self) -> None:
+        """Build the vocabulary now, in the thread, instead of with the first grammar."""
+        self._thread.submit(lambda: self._vocabulary)
+
+    async def check(self, grammar: str) -> None:
+        """UserError with llguidance's words when a grammar cannot be compiled. Requests with the same grammar share the work."""
+        if len(data := grammar.encode()) > MAX_GRAMMAR_BYTES:
+            raise _refusal(f"the grammar has {len(data)} bytes, this server takes {MAX_GRAMMAR_BYTES}; make it smaller")
+        key = hashlib.sha256(data).digest()
+        if (result := self._results.get(key)) is None:
+            loop = asyncio.get_running_loop()
+            result = self._results[key] = loop.run_in_executor(self._thread, partial(self._error_of, grammar))
+            if len(self._results) > MAX_REMEMBERED:
+                self._results.popitem(last=False)
+        self._results.move_to_end(key)
+        if error := await asyncio.shield(result):
+            raise _refusal(f"the grammar is refused: {error}")
+
+    def _error_of(self, grammar: str) -> str:
+        try:
+            compile_grammar(self._vocabulary, grammar)
+        except GrammarError as error:
+            return str(error)
+        return ""
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        return vocabulary(self._tokenizer, self._tokenizer.vocab_size, ())
+
+
+def _refusal(text: str) -> UserError:
+    return UserError(text, code="invalid_grammar")

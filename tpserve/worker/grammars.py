@@ -1,0 +1,137 @@
+"""A rank's grammars: compiled in a thread, and followed token by token for each constrained sequence.
+
+Ranks of the last stage have equal grammars and draw equal tokens, so their matchers agree without messages. Only whether all of
+them have compiled a grammar is agreed upon (`SamplerStage`), before a sequence that needs it is admitted.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from enum import IntEnum
+from functools import partial
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+
+from tpserve.structured_output.compiler import compile_grammar, error_of
+
+log = logging.getLogger(__name__)
+
+
+class GrammarState(IntEnum):
+    """Of a grammar on a rank."""
+
+    COMPILING = 0
+    READY = 1
+    FAILED = 2
+
+
+class CompiledGrammars:
+    """Grammars by the number that rank 0 gave them. One thread compiles them in order."""
+
+    def __init__(self, make_vocabulary: Callable[[], LLTokenizer]) -> None:
+        """`make_vocabulary` runs in the thread, at once."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._vocabulary = self._thread.submit(make_vocabulary)
+        self._compiled: dict[int, Future[LLMatcher]] = {}
+
+    def start(self, number: int, grammar: str) -> None:
+        """Begin to compile a grammar."""
+        self._compiled[number] = self._thread.submit(partial(self._compile, grammar))
+
+    def drop(self, number: int) -> None:
+        """Forget a grammar."""
+        self._compiled.pop(number).cancel()
+
+    def state(self, number: int) -> GrammarState:
+        """How far a grammar is."""
+        compiled = self._compiled[number]
+        if not compiled.done():
+            return GrammarState.COMPILING
+        return GrammarState.FAILED if compiled.exception() is not None else GrammarState.READY
+
+    def error(self, number: int) -> str:
+        """Why a grammar has failed; empty when it has not."""
+        error = self._compiled[number].exception()
+        return "" if error is None else str(error) or type(error).__name__
+
+    def wait_for_any(self, numbers: tuple[int, ...], seconds: float) -> None:
+        """Wait until one of the grammars is compiled, or for so long."""
+        wait([self._compiled[number] for number in numbers], seconds, return_when="FIRST_COMPLETED")
+
+    def begin(self, number: int, output: list[int]) -> "SlotGrammar":
+        """A sequence with a grammar that is ready, after the tokens `output`."""
+        num_words = -(-self._vocabulary.result().vocab_size // 32)
+        return SlotGrammar(self._compiled[number].result().deep_copy(), num_words, output)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        try:
+            return compile_grammar(self._vocabulary.result(), grammar)
+        except Exception as error:
+            log.warning("a grammar cannot be compiled: %s", error)
+            raise
+
+
+class GrammarDraw:
+    """A token that was drawn under a grammar: element `index` of the host tensor `tokens_S`, there once `event` has passed.
+
+    `end`: None while the grammar goes on, else the error with which it ended, mostly empty; known when the grammar has followed.
+    """
+
+    def __init__(self, tokens_S: torch.Tensor, index: int, event: torch.Event | None) -> None:
+        self._tokens_S, self._index, self._event = tokens_S, index, event
+        self.end: str | None = None
+
+    def token(self) -> int:
+        """Wait for the token."""
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._tokens_S[self._index])
+
+
+class SlotGrammar:
+    """The grammar of one sequence, between its tokens.
+
+    A draw is followed when the next mask is needed or the step's result is, whichever comes first: on a card the next forward is
+    queued by then.
+    """
+
+    def __init__(self, matcher: LLMatcher, num_words: int, output: list[int]) -> None:
+        """`num_words`: W of a mask. `output`: the tokens that the sequence has already."""
+        self._matcher, self.num_words = matcher, num_words
+        self._draw: GrammarDraw | None = None
+        self.ended = False
+        """No token can follow, or the matcher has failed."""
+        self.error = ""
+        if output and not matcher.consume_tokens(output):
+            self._fail()
+
+    def write_mask(self, row_W: torch.Tensor) -> None:
+        """Write the bits of the ids that may come next: int32 [W], id 32 w + i is bit i of word w. All, once it has ended."""
+        self.follow()
+        if not self.ended:
+            self._matcher.unsafe_compute_mask_ptr(row_W.data_ptr(), row_W.numel() * 4)
+            if self._matcher.is_error():
+                self._fail()
+        if self.ended:  # a plan that was under way; its token is dropped
+            row_W.fill_(-1)
+
+    def drawn(self, draw: GrammarDraw) -> None:
+        """The next token."""
+        self._draw = draw
+
+    def follow(self) -> None:
+        """Advance by the token that was drawn last."""
+        draw, self._draw = self._draw, None
+        if draw is None:
+            return
+        if not self.ended:
+            if not self._matcher.consume_token(draw.token()):
+                self._fail()
+            elif self._matcher.is_stopped():
+                self.ended = True
+        if self.ended:
+            draw.end = self.error
+
+    def _fail(self) -> None:
+        self.ended, self.error = True, error_of(self._matcher)
