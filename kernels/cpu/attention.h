@@ -4,7 +4,8 @@
 // A row's bits depend on its query and on the keys and values that it sees, on nothing else:
 //   - tiles start at multiples of TILE, splits at multiples of SPLIT; tiles of a split are summed in order from an empty state, splits
 //     are merged in order; a tile or split of which a row sees nothing changes none of its bits
-//   - a score is one chain of sums over channels, a tile's value one over positions; hidden positions add an exact zero
+//   - a score is one chain of sums over channels, a split's value one over positions, scaled where the row's peak rises; hidden
+//     positions add an exact zero
 //   - what no row of a block sees is never read
 #pragma once
 
@@ -57,8 +58,10 @@ struct Places {
     }
 };
 
-// What a thread needs to compute blocks. `T`: the dtype's number; `Panels`: how a product reads keys of that dtype.
-template <class T, class Panels>
+constexpr int64_t QUERY_STEP = 24;  // query rows that go past a tile together
+
+// What a thread needs to compute blocks. `T`: the dtype's number; `Form`: how a product of few rows reads keys of that dtype.
+template <class T, class Form>
 struct Attending {
     const Attention& a;
     const Shape& shape;
@@ -66,17 +69,17 @@ struct Attending {
     int64_t item;  // bytes of a number of keys and values
     char *keys, *values;
     T *zeros, *wide;
-    float *queries, *scores, *factors, *scales, *memory;
+    float *queries, *scores, *scales, *memory;
 
     Attending(const Attention& a, const Shape& shape) : a(a), shape(shape), scoring{a.scale, a.cap} {
         item = a.kv_dtype == INT8 ? 1 : sizeof(T);
         int64_t most = shape.most, key_bytes = TILE * shape.units * 4, value_bytes = TILE * shape.value_dim * sizeof(T);
         int64_t row = a.k_dim > a.v_dim ? a.k_dim : a.v_dim;
-        int64_t floats = most * (shape.key_dim + TILE + 1 + 2 * shape.state_floats()) + 2 * TILE;
+        int64_t floats = most * (shape.key_dim + 2 * shape.state_floats()) + QUERY_STEP * (TILE > a.k_dim ? TILE : a.k_dim) + 2 * TILE;
         keys = (char*)scratch(key_bytes + value_bytes + floats * sizeof(float) + (1 + 2 * PANEL) * row * sizeof(T));
         values = keys + key_bytes;
         queries = (float*)(values + value_bytes), scores = queries + most * shape.key_dim;
-        factors = scores + most * TILE, scales = factors + most, memory = scales + 2 * TILE;
+        scales = scores + QUERY_STEP * (TILE > a.k_dim ? TILE : a.k_dim), memory = scales + 2 * TILE;
         zeros = (T*)(memory + 2 * most * shape.state_floats()), wide = zeros + row;
         memset(zeros, 0, row * sizeof(T));
     }
@@ -108,13 +111,17 @@ struct Attending {
     }
 
    private:
+    // The queries of each share, as blocks of up to QUERY_STEP rows.
     void load_queries(const Block& block) const {
+        T* rows = (T*)scores;
         for (int64_t i = 0; i < block.shares; i++) {
-            int64_t head, count = shape.heads_of(block.share + i, &head);
-            float* to = queries + i * block.rows * shape.share * shape.key_dim;
-            for (int64_t c = 0; c < block.rows; c++, to += count * shape.key_dim) {
-                const T* from = (const T*)a.q + (block.row + c) * a.q_strides[0] + head * a.q_strides[1];
-                gather_rows(to, shape.key_dim, from, count, a.q_strides[1], a.k_dim, shape.key_dim);
+            int64_t head, count = shape.heads_of(block.share + i, &head), all = block.rows * count;
+            uint32_t* to = (uint32_t*)queries + i * block.rows * shape.share * shape.key_dim;
+            for (int64_t m = 0; m < all; m++) {
+                const T* from = (const T*)a.q + (block.row + m / count) * a.q_strides[0] + (head + m % count) * a.q_strides[1];
+                memcpy(rows + m % QUERY_STEP * a.k_dim, from, a.k_dim * sizeof(T));
+                if (m % QUERY_STEP == QUERY_STEP - 1 || m == all - 1)
+                    copy_rows<Form>(rows, m % QUERY_STEP + 1, a.k_dim, a.k_dim, shape.key_dim, to + m / QUERY_STEP * QUERY_STEP * shape.key_dim);
             }
         }
     }
@@ -181,33 +188,28 @@ struct Attending {
     void multiply(const Block& block, int64_t i, const Places& places, const State& state) const {
         int64_t head, count = shape.heads_of(block.share + i, &head), rows = block.rows * count, base = i * block.rows * shape.share;
         int from = places.begin / PANEL, to = (places.end + PANEL - 1) / PANEL;
-        auto keep = [&](const float* sums, int64_t row, int64_t some, int64_t panel, int panels) {
-            for (int64_t r = 0; r < some; r++)
-                memcpy(scores + (row + r) * TILE + panel * PANEL, sums + r * panels * PANEL, panels * PANEL * sizeof(float));
-        };
-        const float* x = queries + base * shape.key_dim;
-        TileBlock<Panels> of_keys{keys, shape.units * PANEL * 4, x, shape.key_dim, shape.key_dim};
-        walk_tile(of_keys, rows, from, to, keep);
-        const float* each = a.kv_dtype == INT8 ? scales : nullptr;
-        for (int64_t m = 0; m < rows; m++) {
-            int64_t position = block.position + m / count, low = first_seen(a, position) - places.first, high = position + 1 - places.first;
-            RowState row = {load<V>(state.weights + (base + m) * W), state.peaks[base + m]};
-            low = low > 0 ? low : 0, high = high < TILE ? high : TILE;
-            factors[m] = softmax_row(scoring, row, scores + m * TILE, each, from * PANEL, to * PANEL, low, high);
-            store(state.weights + (base + m) * W, row.weight), state.peaks[base + m] = row.peak;
-        }
-        auto add = [&](const float* sums, int64_t row, int64_t some, int64_t panel, int panels) {
-            for (int64_t r = 0; r < some; r++) {
-                float* out = state.sums + (base + row + r) * shape.value_dim + panel * PANEL;
-                V factor = broadcast(factors[row + r]);
-                for (int e = 0; e < panels * PANEL; e += W)
-                    store(out + e, fma(load<V>(out + e), factor, load<V>(sums + r * panels * PANEL + e)));
+        int64_t positions = (places.end + 1) / 2 * 2 - from * PANEL;
+        const float *zeros = (const float*)NOTHING, *so_far = nullptr, *each = a.kv_dtype == INT8 ? scales : nullptr;
+        for (int64_t first = 0; first < rows; first += QUERY_STEP) {
+            int64_t some = rows - first < QUERY_STEP ? rows - first : QUERY_STEP, at = base + first;
+            float* sums = state.sums + at * shape.value_dim;
+            TileProduct<Form> of_keys{keys, shape.key_dim * Form::UNIT_BYTES, queries + at * shape.key_dim, shape.key_dim, 1, 0,
+                                        shape.key_dim, scores, TILE, zeros, some};
+            in_panels(from, to, of_keys);
+            for (int64_t m = 0; m < some; m++) {
+                int64_t position = block.position + (first + m) / count, low = first_seen(a, position) - places.first;
+                int64_t high = position + 1 - places.first;
+                RowState row = {load<V>(state.weights + (at + m) * W), state.peaks[at + m]};
+                low = low > 0 ? low : 0, high = high < TILE ? high : TILE;
+                float factor = softmax_row(scoring, row, scores + m * TILE, each, from * PANEL, to * PANEL, low, high);
+                store(state.weights + (at + m) * W, row.weight), state.peaks[at + m] = row.peak;
+                float* values_of = sums + m * shape.value_dim;
+                for (int64_t e = 0; e < shape.value_dim && factor != 1; e += W) store(values_of + e, load<V>(values_of + e) * factor);
             }
-        };
-        const char* panels = values + from * PANEL * PANEL * sizeof(T);
-        int64_t inner = (places.end + 1) / 2 * 2 - from * PANEL;
-        TileBlock<Panels> of_values{panels, TILE * PANEL * sizeof(T), scores + from * PANEL, TILE, inner};
-        walk_tile(of_values, rows, 0, shape.value_dim / PANEL, add);
+            TileProduct<Form> of_values{values + from * PANEL * Form::UNIT_BYTES, TILE * Form::UNIT_BYTES, scores + from * PANEL,
+                                          TILE, TILE, 1, positions, sums, shape.value_dim, so_far, some};
+            in_panels(0, shape.value_dim / PANEL, of_values);
+        }
     }
 
     // Writes row `m` of a block, with the sink in its softmax.

@@ -1,7 +1,7 @@
 // One tile of attention: `TILE` positions of one key head against the query rows of a block, in float32.
 //
 // Keys and values of the tile are brought into the packed form of a product's weights, so that both products of attention are those
-// of product.h: scores over the channels of a key, values over the positions of the tile.
+// of walk.h: scores over the channels of a key, values over the positions of the tile.
 #pragma once
 
 #include "api.h"
@@ -125,6 +125,21 @@ struct RowState {
     float peak;
 };
 
+// Turns scores [begin, end) into logits, minus infinity outside of [low, high), and `best` into the largest of each lane.
+INLINE void logits_of(const Scoring& scoring, float* scores, const float* scales, int begin, int end, int low, int high, V& best) {
+    VI lanes = {};
+    UNROLL for (int i = 0; i < W; i++) lanes[i] = i;
+    for (int x = begin; x < end; x += W) {
+        V dot = load<V>(scores + x), logit = scoring(scales ? dot * load<V>(scales + x) : dot);
+        if (x < low || x + W > high) {
+            VI at = lanes + x, seen = (VI)(at >= low) & (VI)(at < high);
+            logit = (V)(((VI)logit & seen) | (~seen & (VI)broadcast(-__builtin_inff())));
+        }
+        best = max(logit, best);
+        store(scores + x, logit);
+    }
+}
+
 // Takes a tile's scores, of which the row sees [low, high), into the softmax: `scores` [begin, end) become weights, those of hidden
 // positions zero. `begin` and `end`: multiples of PANEL. The result is the factor of what was summed before. `scales`: null, or
 // what each score is multiplied by and then, at [TILE], what each weight is.
@@ -135,22 +150,21 @@ INLINE float softmax_row(
         for (int x = begin; x < end; x += W) store(scores + x, (V){});
         return 1.0f;
     }
-    VI lanes = {};
-    UNROLL for (int i = 0; i < W; i++) lanes[i] = i;
     V best = broadcast(state.peak);
-    for (int x = begin; x < end; x += W) {
-        V dot = load<V>(scores + x), logit = scoring(scales ? dot * load<V>(scales + x) : dot);
-        if (x < low || x + W > high) {
-            VI at = lanes + x, seen = (VI)(at >= low) & (VI)(at < high);
-            logit = (V)(((VI)logit & seen) | (~seen & (VI)broadcast(-__builtin_inff())));
-        }
-        best = max(logit, best);
-        store(scores + x, logit);
+    float slope = scoring.scale * LOG2_E;
+    bool plain = scoring.cap == 0 && !scales && slope > 0 && low <= begin && end <= high;
+    if (plain) {  // the logits are computed once, below: the largest is that of the largest score, since rounding keeps the order
+        V most = broadcast(-__builtin_inff());
+        for (int x = begin; x < end; x += W) most = max(load<V>(scores + x), most);
+        best = max(most * slope, best);
+    } else {
+        slope = 1;
+        logits_of(scoring, scores, scales, begin, end, low, high, best);
     }
     float peak = highest_lane(best), factor = exp2_negative1(state.peak - peak);
     V sum = {};
     for (int x = begin; x < end; x += W) {
-        V weight = exp2_negative(load<V>(scores + x) - peak);
+        V weight = exp2_negative(load<V>(scores + x) * slope - peak);
         sum = sum + weight;
         store(scores + x, scales ? weight * load<V>(scales + TILE + x) : weight);
     }
@@ -159,27 +173,31 @@ INLINE float softmax_row(
     return factor;
 }
 
-// Float32 rows by panels of keys or of values.
-template <class T>
-struct TileBlock {
+// Rows of a tile by its panels of keys or of values.
+template <class Form>
+struct TileProduct {
     const char* panels;
     int64_t panel_bytes;
-    const float* x;
-    int64_t stride, inner;
+    const float* x;  // the block from row r on is at x + r * row_begin
+    int64_t row_begin, row_step, unit_step, units;  // as of Task; a unit_step of 0: the number of rows of a block
+    float* sums;                                    // [rows][row_sums]
+    int64_t row_sums;
+    const float* start;
+    int64_t rows;
 
-    template <int R, int P>
-    void run(int64_t panel, int64_t row, Span span, float* sums) const {
-        widened_block<T, R, P>(panels + panel * panel_bytes, panel_bytes, x + row * stride, stride, span, sums);
-    }
+    template <int P>
+    struct OfPanels {
+        const TileProduct& all;
+        int64_t panel;
+        template <int R>
+        INLINE void run(int64_t row) const {
+            int64_t unit_step = all.unit_step ? all.unit_step : R;
+            add_units<Form, R, P>({all.panels + panel * all.panel_bytes, all.panel_bytes, (const uint32_t*)all.x + row * all.row_begin, all.row_step,
+                                   unit_step, all.units, all.sums + row * all.row_sums + panel * PANEL, all.row_sums, PANEL, all.start});
+        }
+    };
+    template <int P>
+    INLINE void run(int64_t panel) const { in_blocks(rows, OfPanels<P>{*this, panel}); }
 };
-
-// `walk` over rows [0, rows), some at a time.
-template <class T, class Done>
-static void walk_tile(TileBlock<T> block, int64_t rows, int64_t begin, int64_t end, const Done& done) {
-    constexpr int64_t STEP = 48;
-    alignas(64) float sums[STEP * GROUP * PANEL];
-    for (int64_t row = 0; row < rows; row += STEP, block.x += STEP * block.stride)
-        walk(block, rows - row < STEP ? rows - row : STEP, row, begin, end, sums, done);
-}
 
 }  // namespace

@@ -44,17 +44,18 @@ INLINE void keep_block(const Head& head, int64_t row, int64_t block, const float
     head.sums[row * head.blocks + block] = temperature == 0 ? 0 : block_sum(logits, peak, temperature);
 }
 
-// The logits of one block for some rows, scaled and filled up with -inf: [rows][BLOCK].
-static void block_logits(const Head& head, int64_t row0, int64_t rows, int64_t block, float* logits) {
+// The logits of one block for the rows of a chunk, [row, row + rows), scaled and filled up with -inf: [rows][BLOCK].
+template <class Chunk>
+static void block_logits(const Head& head, const Chunk& chunk, int64_t row, int64_t rows, int64_t block, float* logits) {
     int64_t begin = block * BLOCK_PANELS, end = begin + BLOCK_PANELS, last = panels_of(head.weight);
     if (end > last) end = last;
-    int64_t item = head.weight->dtype == BFLOAT16 ? 2 : 4;
-    auto done = [&](const float* sums, int64_t row, int64_t count, int64_t panel, int panels) {
+    chunk(begin, end, [&](const float* sums, int64_t panel_sums, int64_t row0, int64_t count, int64_t panel, int64_t panels) {
         for (int64_t r = 0; r < count; r++)
-            for (int i = 0; i < panels * PANEL; i += W)
-                store(logits + (row + r) * BLOCK + (panel - begin) * PANEL + i, load<V>(sums + r * panels * PANEL + i) * head.scale);
-    };
-    product_panels(head.weight, (const char*)head.x + row0 * head.x_stride * item, rows, head.x_stride, begin, end, done);
+            for (int64_t p = 0; p < panels; p++)
+                for (int i = 0; i < PANEL; i += W)
+                    store(logits + (row0 - row + r) * BLOCK + (panel + p - begin) * PANEL + i,
+                          load<V>(sums + p * panel_sums + r * PANEL + i) * head.scale);
+    });
     int64_t filled = head.weight->outputs - block * BLOCK;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = filled; i < BLOCK; i++) logits[r * BLOCK + i] = -__builtin_inff();
@@ -66,17 +67,19 @@ static void head(const Head& head, const Team& team) {
     float* best = head.best + team.thread * head.rows;
     int64_t* best_id = head.best_id + team.thread * head.rows;
     for (int64_t row = 0; row < head.rows; row++) best[row] = -__builtin_inff(), best_id[row] = 0;
-    for (int64_t block = share.begin; block < share.end; block++) {
-        if (!head.logits) block_logits(head, 0, head.rows, block, logits);
+    auto each = [&](int64_t row, int64_t rows, const auto& chunk) {
+        for (int64_t block = share.begin; block < share.end; block++) {
+            block_logits(head, chunk, row, rows, block, logits);
+            for (int64_t r = 0; r < rows; r++) keep_block(head, row + r, block, logits + r * BLOCK, best[row + r], best_id[row + r]);
+        }
+    };
+    if (!head.logits) in_chunks(head.weight, head.x, head.rows, head.x_stride, each);
+    for (int64_t block = share.begin; head.logits && block < share.end; block++) {
+        int64_t filled = head.outputs - block * BLOCK;
         for (int64_t row = 0; row < head.rows; row++) {
-            const float* of_row = logits + row * BLOCK;
-            if (head.logits) {
-                int64_t filled = head.outputs - block * BLOCK;
-                for (int64_t i = 0; i < BLOCK; i++)
-                    logits[i] = i < filled ? head.logits[row * head.logits_stride + block * BLOCK + i] : -__builtin_inff();
-                of_row = logits;
-            }
-            keep_block(head, row, block, of_row, best[row], best_id[row]);
+            for (int64_t i = 0; i < BLOCK; i++)
+                logits[i] = i < filled ? head.logits[row * head.logits_stride + block * BLOCK + i] : -__builtin_inff();
+            keep_block(head, row, block, logits, best[row], best_id[row]);
         }
     }
     team.barrier();
@@ -90,7 +93,11 @@ static void head(const Head& head, const Team& team) {
 // The logits of one block for each row, that block being another for each: workspace[row][BLOCK].
 static void head_block(const Head& head, const Team& team) {
     Share share(head.rows, 1, team);
-    for (int64_t row = share.begin; row < share.end; row++) block_logits(head, row, 1, head.best_id[row], head.workspace + row * BLOCK);
+    int64_t item = head.weight->dtype == BFLOAT16 ? 2 : 4;
+    for (int64_t row = share.begin; row < share.end; row++)
+        in_chunks(head.weight, (const char*)head.x + row * head.x_stride * item, 1, head.x_stride, [&](int64_t, int64_t, const auto& chunk) {
+            block_logits(head, chunk, 0, 1, head.best_id[row], head.workspace + row * BLOCK);
+        });
 }
 
 }  // namespace

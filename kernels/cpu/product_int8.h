@@ -15,73 +15,72 @@ namespace {
 
 typedef int16_t VS __attribute__((vector_size(W * 4)));  // 2 * W lanes
 
-// Four neighbours of K at a time: `Quads` are those of W outputs, or of a row W times.
+// The form of walk.h: a unit is four neighbours of K.
+struct Quads : FormOf<Quads, int8_t, int32_t> {
+    typedef VI Vector;
+    static constexpr int UNIT = 4;
 
+    explicit Quads(const PackedHead* weight) : FormOf(weight, (weight->inner + 63) / 64 * 16) {}
 #if defined(WIDE)
-typedef VI Quads;
-INLINE Quads quads(VI bytes) { return bytes; }
+    typedef VI Weights;
+    typedef VI Row;
+
+    // Rows are taken plus 128, for which sums start with minus 128 times the sum of an output's weights.
+    static INLINE uint32_t unit(const int8_t* x) { return load<uint32_t>(x) ^ 0x80808080u; }
+    static INLINE VI row(uint32_t unit) { return (VI)(unit - (VU){}); }
+    static INLINE VI weights(const char* at, int, int) { return load<VI>(at); }
+    template <int P>
+    INLINE Span<Quads> span(int64_t panel, int64_t begin, int64_t count) const {
+        for (int p = 0; p < P && begin == 0; p++) store(start + p * PANEL, load<VU>(panel_of(weight, panel + p + 1) - 64) * -128u);
+        return {begin, count, panel_of(weight, panel) + begin * UNIT_BYTES, weight->panel_bytes, start};
+    }
+    alignas(64) mutable int32_t start[8 * PANEL];
 #if defined(EMULATED)
-INLINE VI dot_quads(VI acc, const Quads& x, const Quads& w) {
-    for (int i = 0; i < W; i++)
-        for (int shift = 0; shift < 32; shift += 8)
-            acc[i] = (uint32_t)acc[i] + (uint32_t)((uint8_t)(x[i] >> shift) * (int8_t)(w[i] >> shift));
-    return acc;
-}
+    static INLINE VI dot(VI acc, VI x, VI w) {
+        for (int i = 0; i < W; i++)
+            for (int shift = 0; shift < 32; shift += 8)
+                acc[i] = (uint32_t)acc[i] + (uint32_t)((uint8_t)(x[i] >> shift) * (int8_t)(w[i] >> shift));
+        return acc;
+    }
 #else
-INLINE VI dot_quads(VI acc, const Quads& x, const Quads& w) {
-    __m512i sum = (__m512i)acc;
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"((__m512i)x), "v"((__m512i)w));
-    return (VI)sum;
-}
+    static INLINE VI dot(VI acc, VI x, VI w) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));  // on itself: gcc spills a converted copy
+        return acc;
+    }
 #endif
 #elif defined(__AVX2__)
-struct Quads {
-    VI bytes, magnitude;
-};
-INLINE Quads quads(VI bytes) { return {bytes, (VI)_mm256_abs_epi8((__m256i)bytes)}; }
-INLINE VI dot_quads(VI acc, const Quads& x, const Quads& w) {
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)w.magnitude, _mm256_sign_epi8((__m256i)x.bytes, (__m256i)w.bytes));
-    return acc + (VI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-#else
-struct Quads {
-    VS low, high;  // the even neighbours and the odd
-};
-INLINE Quads quads(VI bytes) { return {(VS)((VU)bytes << 8 & 0xff00ff00u) >> 8, (VS)bytes >> 8}; }
-INLINE VI dot_quads(VI acc, const Quads& x, const Quads& w) {
-    VI pairs = (VI)(x.low * w.low + x.high * w.high);
-    return acc + (pairs >> 16) + ((VI)((VU)pairs << 16) >> 16);
-}
-#endif
+    struct Weights {
+        VI bytes, magnitude;
+        friend INLINE void hold(Weights&) {}  // there are not enough registers
+    };
+    typedef VI Row;
 
-struct Int8Block {
-    const PackedHead* weight;
-    const int8_t* x;  // rows of `inner` numbers, `stride` apart; plus 128 where WIDE
-    int64_t stride, inner;  // `inner`: zeros included
-
-    template <int R, int P>
-    void run(int64_t first, int64_t row, Span span, int32_t* sums) const {
-        const char* panel = panel_of(weight, first);
-        const int8_t* from = x + row * stride;
-        int64_t panel_bytes = weight->panel_bytes;
-        Sums<VI, R, P> block(sums, span.begin == 0);
-        for (int64_t k = span.begin; k < span.end; k += 4) {
-            if (R < 4) UNROLL for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * panel_bytes + k * PANEL + 1024);
-            Quads w[P * VECTORS];
-            UNROLL for (int j = 0; j < P * VECTORS; j++) w[j] = quads(load<VI>(panel + j / VECTORS * panel_bytes + k * PANEL + j % VECTORS * W * 4));
-            UNROLL for (int r = 0; r < R; r++) {
-                Quads value = quads(load<int32_t>(from + r * stride + k) - (VI){});
-                UNROLL for (int j = 0; j < P * VECTORS; j++) block.acc[r][j] = dot_quads(block.acc[r][j], value, w[j]);
-            }
-        }
-#if defined(WIDE)
-        if (span.end == inner)
-            UNROLL for (int r = 0; r < R; r++)
-                UNROLL for (int j = 0; j < P * VECTORS; j++)
-                    block.acc[r][j] = (VI)((VU)block.acc[r][j] - load<VU>(panel + (j + 1) * panel_bytes - 64) * 128);
-#endif
-        block.keep(sums);
+    static INLINE uint32_t unit(const int8_t* x) { return load<uint32_t>(x); }
+    static INLINE VI row(uint32_t unit) { return (VI)(unit - (VU){}); }
+    static INLINE Weights weights(const char* at, int vector, int) {
+        VI bytes = load<VI>(at + vector * W * 4);
+        return {bytes, (VI)_mm256_abs_epi8((__m256i)bytes)};
     }
+    static INLINE VI dot(VI acc, VI x, const Weights& w) {
+        __m256i pairs = _mm256_maddubs_epi16((__m256i)w.magnitude, _mm256_sign_epi8((__m256i)x, (__m256i)w.bytes));
+        return acc + (VI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#else
+    struct Weights {
+        VS low, high;  // the even neighbours and the odd
+        friend INLINE void hold(Weights&) {}
+    };
+    typedef Weights Row;
+
+    static INLINE uint32_t unit(const int8_t* x) { return load<uint32_t>(x); }
+    static INLINE Weights split(VU bytes) { return {(VS)(bytes << 8 & 0xff00ff00u) >> 8, (VS)bytes >> 8}; }
+    static INLINE Row row(uint32_t unit) { return split(unit - (VU){}); }
+    static INLINE Weights weights(const char* at, int vector, int) { return split(load<VU>(at + vector * W * 4)); }
+    static INLINE VI dot(VI acc, const Row& x, const Weights& w) {
+        VI pairs = (VI)(x.low * w.low + x.high * w.high);
+        return acc + (pairs >> 16) + ((VI)((VU)pairs << 16) >> 16);
+    }
+#endif
 };
 
 // Writes sums, or the numbers that they stand for.
@@ -115,43 +114,34 @@ struct FinishInt8 {
         else numbers((bf16*)product.out + at, sums, product.scale[row], scales, bias, count);
     }
 
-    // `sums`: [rows][panels * PANEL], of rows from `row0` and panels from `panel0` on.
-    void operator()(const int32_t* sums, int64_t row0, int64_t rows, int64_t panel0, int panels) const {
+    // Of rows from `row0` and panels from `panel0` on: `sums` [rows][PANEL], those of the next panel `panel_sums` further.
+    void operator()(const int32_t* sums, int64_t panel_sums, int64_t row0, int64_t rows, int64_t panel0, int64_t panels) const {
         for (int64_t r = 0; r < rows; r++)
-            for (int p = 0; p < panels; p++) panel(sums + (r * panels + p) * PANEL, row0 + r, panel0 + p);
+            for (int64_t p = 0; p < panels; p++) panel(sums + p * panel_sums + r * PANEL, row0 + r, panel0 + p);
     }
 };
 
 static void product_int8_panels(const ProductInt8& product, int64_t begin, int64_t end) {
-    const PackedHead* weight = product.weight;
-    int64_t rows = product.rows, stride = product.x_stride, filled = (weight->inner + 63) / 64 * 64;
+    if (product.rows == 0 || begin >= end) return;
     FinishInt8 done{product};
-    const int8_t* x = (const int8_t*)product.x;
-    if (rows == 0 || begin >= end) return;
 #if defined(TILES)
-    tiled_rows<TilesOfInt8>(weight, x, rows, stride, filled, begin, end, done);
+    int64_t filled = (product.weight->inner + 63) / 64 * 64;
+    tiled_rows<TilesOfInt8>(product.weight, (const int8_t*)product.x, product.rows, product.x_stride, filled, begin, end, done);
 #else
-    int64_t step = rows < CHUNK ? rows : CHUNK, copied = filled + LINE;
-    int32_t* sums = (int32_t*)scratch(step * (GROUP * PANEL * 4 + copied));
-#if defined(WIDE)
-    int8_t* copy = (int8_t*)(sums + step * GROUP * PANEL);
-#endif
-    for (int64_t row = 0; row < rows; row += step) {
-        int64_t count = rows - row < step ? rows - row : step;
-#if defined(WIDE)
-        for (int64_t r = 0; r < count; r++)
-            for (int64_t k = 0; k < filled; k += 64) store(copy + r * copied + k, load<VU>(x + (row + r) * stride + k) ^ 0x80808080u);
-        walk(Int8Block{weight, copy, copied, filled}, count, row, begin, end, sums, done);
-#else
-        walk(Int8Block{weight, x + row * stride, stride, filled}, count, row, begin, end, sums, done);
-#endif
-    }
+    auto each = [&](int64_t, int64_t, const auto& chunk) { chunk(begin, end, done); };
+    in_chunks(Quads(product.weight), product.x, product.rows, product.x_stride, each);
 #endif
 }
 
-static void product_int8(const ProductInt8& product, const Team& team) {
-    Share share(panels_of(product.weight), 2, team);
-    product_int8_panels(product, share.begin, share.end);
+static void product_int8(const ProductInt8& all, const Team& team) {
+    Division mine(all.rows, panels_of(all.weight), team);
+    ProductInt8 part = all;
+    int64_t item = all.out_dtype == BFLOAT16 ? 2 : 4;
+    part.x = (const int8_t*)all.x + mine.rows.begin * all.x_stride;
+    part.scale = all.scale ? all.scale + mine.rows.begin : nullptr;
+    part.out = (char*)all.out + mine.rows.begin * all.out_stride * item;
+    part.rows = mine.rows.end - mine.rows.begin;
+    product_int8_panels(part, mine.panels.begin, mine.panels.end);
 }
 
 static void rescale_int8(const ProductInt8& product, const Team& team) {

@@ -115,7 +115,7 @@ INLINE TileConfig config_of(int upper, int lower) {  // rows of the two tiles of
 }
 
 // 16 + `lower` rows (or `upper` alone) by one or two panels, over all of K. `stride`, `row_bytes`: bytes of a row of x, and those of
-// its numbers. `sums`: [rows][panels * PANEL].
+// its numbers. `sums`: [panels][32][PANEL].
 template <class Tiles, bool LOWER, bool SECOND>
 static void tile_block(const char* panel, int64_t panel_bytes, const char* x, int64_t stride, int64_t row_bytes, int upper, void* sums) {
     tile_zero<0>();
@@ -136,17 +136,17 @@ static void tile_block(const char* panel, int64_t panel_bytes, const char* x, in
         }
         if (LOWER && SECOND) Tiles::template dot<3, 5, 7>();
     }
-    int64_t sum_bytes = (SECOND ? 2 : 1) * PANEL * 4;
-    tile_store<0>(sums, sum_bytes);
-    if (SECOND) tile_store<1>((char*)sums + PANEL * 4, sum_bytes);
-    if (LOWER) tile_store<2>((char*)sums + upper * sum_bytes, sum_bytes);
-    if (LOWER && SECOND) tile_store<3>((char*)sums + PANEL * 4 + upper * sum_bytes, sum_bytes);
+    char* to = (char*)sums;
+    tile_store<0>(to, 64);
+    if (SECOND) tile_store<1>(to + 32 * 64, 64);
+    if (LOWER) tile_store<2>(to + upper * 64, 64);
+    if (LOWER && SECOND) tile_store<3>(to + (32 + upper) * 64, 64);
 }
 
 // Rows of x, of `filled` numbers (whole lines of 64 bytes), by panels [begin, end).
 template <class Tiles, class Done>
 static void tiled_rows(const PackedHead* weight, const typename Tiles::number* x, int64_t rows, int64_t stride, int64_t filled, int64_t begin, int64_t end, const Done& done) {
-    alignas(64) typename Tiles::sum sums[32 * 2 * PANEL];
+    alignas(64) typename Tiles::sum sums[2 * 32 * PANEL];
     int64_t row_bytes = filled * sizeof *x, stride_bytes = stride * sizeof *x, step = CHUNK_BYTES / row_bytes / 32 * 32;
     if (step < 32) step = 32;
     int configured = 0;
@@ -163,15 +163,16 @@ static void tiled_rows(const PackedHead* weight, const typename Tiles::number* x
                 if (count > 16) second ? BLOCK(true, true) : BLOCK(true, false);
                 else second ? BLOCK(false, true) : BLOCK(false, false);
 #undef BLOCK
-                done(sums, row, count, panel, second ? 2 : 1);
+                done(sums, 32 * PANEL, row, count, panel, second ? 2 : 1);
             }
         }
     }
     tile_release();
 }
 
-template <class Done>
-static void tiled(const PackedHead* weight, const bf16* x, int64_t rows, int64_t stride, int64_t begin, int64_t end, const Done& done) {
+// As `in_chunks` of product.h; all rows are one chunk.
+template <class Each>
+static void tiled(const PackedHead* weight, const bf16* x, int64_t rows, int64_t stride, const Each& each) {
     int64_t filled = (weight->inner + 31) / 32 * 32;
     if (filled != weight->inner) {  // a tile reads whole lines of 64 bytes
         bf16* copy = (bf16*)scratch(rows * filled * 2);
@@ -181,7 +182,9 @@ static void tiled(const PackedHead* weight, const bf16* x, int64_t rows, int64_t
         }
         x = copy, stride = filled;
     }
-    tiled_rows<TilesOfBfloat16>(weight, x, rows, stride, filled, begin, end, done);
+    each(0, rows, [=](int64_t begin, int64_t end, const auto& done) {
+        tiled_rows<TilesOfBfloat16>(weight, x, rows, stride, filled, begin, end, done);
+    });
 }
 #endif
 

@@ -15,6 +15,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #if defined(EMULATED)
 #define UNROLL
 #else
@@ -49,6 +50,16 @@ INLINE T load(const void* from) {
 template <class T>
 INLINE void store(void* to, T value) {
     __builtin_memcpy(to, &value, sizeof(T));
+}
+
+// Keeps a vector in a register. Without it gcc may read it from memory again in each instruction, and loads limit a product.
+template <class T>
+INLINE void hold(T& x) {
+#if defined(__x86_64__) && !defined(EMULATED)
+    asm("" : "+v"(x));
+#else
+    (void)x;
+#endif
 }
 
 INLINE V broadcast(float x) { return x - (V){}; }
