@@ -51,9 +51,9 @@ def compiler() -> list[str]:
 
 
 def version() -> str:
-    """A hash of the sources, which the library also holds: one built from others is not used."""
+    """A hash of the sources and of this file, which has the flags. The library holds it, too: one of others is not used."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in (*sorted(SOURCES.iterdir()), Path(__file__)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -29,13 +29,13 @@ static inline bool all_published(const Page& page, int64_t round) {
 }
 
 // Waits until every rank has published `round`: spins, then yields, then sleeps, then gives up. One look when `patient` is false.
-static bool wait_for(const Page& page, int64_t round, bool patient) {
+static bool wait_for(const Page& page, int64_t round, bool may_spin, bool patient) {
     if (all_published(page, round)) return true;
     if (!patient) return false;
     int64_t begin = now_ns(), waited = 0;
     while (!all_published(page, round)) {
         if (waited > STOP_AFTER_NS) return false;
-        if (page.may_spin && waited < SPIN_NS) {
+        if (may_spin && waited < SPIN_NS) {
 #if defined(__x86_64__)
             for (int i = 0; i < 8; i++) _mm_pause();
 #endif
@@ -52,11 +52,32 @@ static bool wait_for(const Page& page, int64_t round, bool patient) {
 
 // x[begin, end) = the sum of what the ranks have there in their slots of a half.
 template <class T>
-static void sum_slots(const Page& page, const char* half, T* x, int64_t begin, int64_t end) {
+static void reduce_slots(const Page& page, const char* half, T* x, int64_t begin, int64_t end, int32_t) {
     for (int64_t at = begin; at < end; at += W) {
         V sum = read_at((const T*)half, at, end) + read_at((const T*)(half + page.slot_bytes), at, end);
         for (int i = 2; i < page.ranks; i++) sum = rounded(sum, x) + read_at((const T*)(half + i * page.slot_bytes), at, end);
         write_at(x, at, end, sum);
+    }
+}
+
+// W integers of a slot from `at` on, zeros past `end`.
+INLINE VI integers_at(const char* slot, int64_t at, int64_t end) {
+    if (at + W <= end) return load<VI>(slot + at * 4);
+    VI lanes = {};
+    memcpy(&lanes, slot + at * 4, (end - at) * 4);
+    return lanes;
+}
+
+// The same of integers, or their maximum.
+static void reduce_slots(const Page& page, const char* half, int32_t* x, int64_t begin, int64_t end, int32_t reduction) {
+    for (int64_t at = begin; at < end; at += W) {
+        VI all = integers_at(half, at, end);
+        for (int i = 1; i < page.ranks; i++) {
+            VI one = integers_at(half + i * page.slot_bytes, at, end);
+            all = reduction == MAX ? (all > one ? all : one) : (VI)((VU)all + (VU)one);
+        }
+        if (at + W <= end) store(x + at, all);
+        else memcpy(x + at, &all, (end - at) * 4);
     }
 }
 
@@ -80,14 +101,14 @@ static void all_reduce_numbers(const AllReduce& arguments, const Team& team) {
         team.barrier();
         if (team.thread == 0) {
             if (!published) __atomic_store_n(counter_of(page, page.index), round, __ATOMIC_RELEASE);
-            bool complete = wait_for(page, round, !published);
+            bool complete = wait_for(page, round, team.meeting->spins > 0, !published);
             page.round = round, page.done = done, page.waiting = !complete;
             if (!complete) team.meeting->stopped = 1;
         }
         team.barrier();
         if (team.meeting->stopped) return;
         published = false;
-        sum_slots(page, half, x, share.begin, share.end);
+        reduce_slots(page, half, x, share.begin, share.end, arguments.reduction);
         done += part;
     }
     if (team.thread == 0) page.done = 0;
@@ -97,6 +118,7 @@ static void all_reduce_numbers(const AllReduce& arguments, const Team& team) {
 }
 
 static void all_reduce(const AllReduce& arguments, const Team& team) {
+    if (arguments.dtype == INT32) return all_reduce_numbers<int32_t>(arguments, team);
     arguments.dtype == FLOAT32 ? all_reduce_numbers<float>(arguments, team) : all_reduce_numbers<bf16>(arguments, team);
 }
 

@@ -1,6 +1,6 @@
-// The C interface of the library: plain structs, called by kernels/tpserve_kernels/cpu.py.
+// The C interface of the library: plain structs, called by kernels/tpserve_kernels/cpu/.
 //
-// Sizes are in elements unless a name says bytes. A struct here and its ctypes twin in cpu.py have the same fields in the same order.
+// Sizes are in elements unless a name says bytes. A struct here and its ctypes twin there have the same fields in the same order.
 #pragma once
 
 #include <stdint.h>
@@ -98,10 +98,20 @@ struct Head {
     float scale;
 };
 
+// out[t] = rint(x[t] / scale[t]) as int8 in [-127, 127], filled up with zeros to the next multiple of 64. A row of zeros, or of numbers
+// below 1e-30, has scale 0 and zeros.
+struct Quantize {
+    const void* x;    // [rows, inner]
+    float* scale;     // [rows]: written, the largest magnitude of the row / 127; or read, if given_scale
+    int8_t* out;      // [rows, out_stride], or null: only the scales are written
+    int64_t rows, inner, x_stride, out_stride;
+    int32_t x_dtype, given_scale;
+};
+
 enum NormKind : int32_t { RMS_NORM = 0, LAYER_NORM = 1 };
 
 // out = norm(x), or with a residual stream sum = x + residual, rounded, and out = norm(sum). `out` may be `x`, `sum` may be
-// `residual`. Called by layers/norm.py.
+// `residual`. Called by layers/norm.py; with `quantize` by models/native_stage.py.
 struct Norm {
     const void* x;         // [rows, width]
     const void* residual;  // [rows, width] or null
@@ -110,6 +120,7 @@ struct Norm {
     const void* weight;    // [width] or null, of `dtype`
     const void* bias;      // [width] or null, of `dtype`; layer norm only
     int64_t rows, width, x_stride, residual_stride, sum_stride, out_stride;
+    const Quantize* quantize;  // null, or what becomes of each row of `out`, which is its `x`
     float eps, offset;     // `offset` is added to the weight of an RMS norm, in float32
     int32_t dtype, kind;
 };
@@ -123,8 +134,8 @@ struct Heads {
 };
 
 // Per head of queries and keys: RMS norm, rounded, and rotation, rounded; values are copied. With `slots` row r of keys and
-// values goes to row slots[r] of the cache, rows from `written` on and negative slots nowhere. Without, to row r.
-// Called by layers/attention.py (all of it), layers/rope.py (rotation) and attention/paged.py (writes).
+// values goes to row slots[r] of the cache, rows from `written` on and negative slots nowhere. Without, to row r. A cache of int8
+// has the form of kv_int8.h. Called by layers/attention.py (all of it), layers/rope.py (rotation) and attention/paged.py (writes).
 struct Qkv {
     Heads q, k, v;                // a count of 0: none
     const int64_t* positions;     // [rows]; null: no rotation
@@ -133,16 +144,18 @@ struct Qkv {
     int64_t rows, written, frequencies;
     float eps, offset;
     int32_t dtype, interleaved;   // `interleaved`: channels 2 c and 2 c + 1 rotate; they come out as c and c + frequencies
+    int32_t cache_dtype;          // of where keys and values go: `dtype` or INT8
 };
 
 enum ActivationKind : int32_t { SILU_MUL = 0, GELU_TANH_MUL, CLAMPED_SWIGLU, SILU, GELU, GELU_TANH, RELU };
 
 // out = activation(x). The gated kinds (up to CLAMPED_SWIGLU) have rows of x with the gate first, then as many numbers to multiply
-// by. `out` may be `x`. Called by layers/activation.py.
+// by. `out` may be `x`. Called by layers/activation.py; with `quantize` by models/native_stage.py.
 struct Activation {
     const void* x;  // [rows, width], gated [rows, 2 width]
     void* out;      // [rows, width]
     int64_t rows, width, x_stride, out_stride;
+    const Quantize* quantize;  // null, or what becomes of each row of `out`, which is its `x`
     float alpha, limit;  // of CLAMPED_SWIGLU
     int32_t dtype, kind;
 };
@@ -177,18 +190,19 @@ struct Page {
     int64_t done;        // numbers of a tensor that are summed when its call has stopped
     int32_t waiting;     // 1: the call has stopped after publishing `round`, before all others had
     int32_t ranks, index;
-    int32_t may_spin;    // 0 with more ranks than cores
 };
 
-// x = the sum of the ranks' x in rank order, each step rounded; then the norm of the sum, if any. When a peer does not come within
+enum Reduction : int32_t { SUM = 0, MAX };
+
+// x = the sum of the ranks' x in rank order, each step rounded; then the norm of the sum, if any. Or the maximum, of INT32 only. When a peer does not come within
 // some milliseconds the list of calls stops here, to be called again from here: the caller looks meanwhile who is still alive.
-// Called by parallel/shm.py.
+// Called by parallel/shm.py and models/native_stage.py.
 struct AllReduce {
     Page* page;
     void* x;           // [rows, width], contiguous
     const Norm* norm;  // null, or a norm of as many rows whose `x` is this one's
     int64_t rows, width;
-    int32_t dtype;
+    int32_t dtype, reduction;
 };
 
 // The largest x[t][n] / temperature[t] + log(sums[t][n]) + noise and its lowest n; a temperature of 0 counts as 1. The noise is
@@ -204,16 +218,6 @@ struct GumbelMax {
     int64_t* index;                           // [rows]
     int64_t rows, count, x_stride, first;
     int32_t level;
-};
-
-// out[t] = rint(x[t] / scale[t]) as int8 in [-127, 127], filled up with zeros to the next multiple of 64. A row of zeros, or of numbers
-// below 1e-30, has scale 0 and zeros.
-struct Quantize {
-    const void* x;    // [rows, inner]
-    float* scale;     // [rows]: written, the largest magnitude of the row / 127; or read, if given_scale
-    int8_t* out;      // [rows, out_stride], or null: only the scales are written
-    int64_t rows, inner, x_stride, out_stride;
-    int32_t x_dtype, given_scale;
 };
 
 // out[t] = sums[t] * (scale[t] * weight scales) + bias, in float32 and rounded once, where sums[t] = x[t] @ weight.T as integers.

@@ -12,7 +12,7 @@
 // Where the threads of a team wait for each other. A waiting thread spins for some microseconds, then gives its core away.
 struct Meeting {
     int32_t arrived = 0, round = 0;
-    int32_t spins;  // 0 when there are more threads and ranks than cores
+    int32_t spins;  // 0 when there are more threads and ranks than cores: then nobody spins, for other ranks neither
     int32_t stopped = 0;  // set between two barriers of an operation that cannot go on: the list of calls ends there
 };
 

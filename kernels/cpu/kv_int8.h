@@ -1,7 +1,8 @@
-// Keys and values in int8: `dim` numbers of a position and head, and after them their float32 scale, not aligned. Written by
-// tpserve_kernels/cpu/kv_int8.py.
+// Keys and values in int8: `dim` numbers of a position and head, and after them their float32 scale, not aligned. The specification
+// in torch is tpserve_kernels/cpu/kv_int8.py.
 #pragma once
 
+#include "quantize.h"
 #include "vector.h"
 
 namespace {
@@ -26,6 +27,27 @@ INLINE void widen_head(const int8_t* from, int64_t dim, float* to) {
         _mm256_storeu_ps(to + d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + d)))));
 #endif
     for (; d < dim; d++) to[d] = from[d];
+}
+
+// A head of the model's dtype to int8. One that is not finite gets a scale of NaN, one whose magnitudes are below 1e-30 zeros.
+template <class T>
+static void quantize_head(const T* from, int64_t dim, int8_t* to) {
+    float most = largest_magnitude(from, dim), scale = most / 127, inverse = 127 / most;
+    if (!(most < __builtin_inff())) scale = __builtin_nanf(""), inverse = 0;
+    if (most < 1e-30f) scale = inverse = 0;
+    if (inverse == 0) {
+        memset(to, 0, dim);
+    } else {
+        int64_t d = 0;
+        for (; d + W <= dim; d += W) store(to + d, to_int8(read(from + d) * inverse));
+        if (d < dim) {
+            T tail[W] = {};
+            memcpy(tail, from + d, (dim - d) * sizeof(T));
+            VB integers = to_int8(read(tail) * inverse);
+            memcpy(to + d, &integers, dim - d);
+        }
+    }
+    store(to + dim, scale);
 }
 
 }  // namespace

@@ -127,8 +127,9 @@ EXPORT int64_t tpserve_packed_bytes(int32_t dtype, int64_t outputs, int64_t inne
     return sizeof(PackedHead) + (outputs + 15) / 16 * packed_panel_bytes(dtype, inner);
 }
 
-// Packs a matrix [outputs, inner] with rows of `stride` numbers into `to`, 64-byte aligned and of tpserve_packed_bytes.
-EXPORT void tpserve_pack(int32_t dtype, int64_t outputs, int64_t inner, const void* from, int64_t stride, void* to, int32_t threads) {
+// Writes the head of a packed matrix, then `fill(row, n, panel)` for each row, the n-th output of its panel, which is zero before.
+template <class Fill>
+static void pack_panels(int32_t dtype, int64_t outputs, int64_t inner, void* to, int32_t threads, const Fill& fill) {
     PackedHead head = {PACKED_MAGIC, PACKED_VERSION, dtype, 0, outputs, inner, packed_panel_bytes(dtype, inner), {}};
     memcpy(to, &head, sizeof head);
     int64_t panels = (outputs + 15) / 16;
@@ -136,35 +137,32 @@ EXPORT void tpserve_pack(int32_t dtype, int64_t outputs, int64_t inner, const vo
         for (int64_t panel = team.thread; panel < panels; panel += team.threads) {
             char* out = (char*)to + sizeof head + panel * head.panel_bytes;
             memset(out, 0, head.panel_bytes);
-            for (int n = 0; n < 16 && panel * 16 + n < outputs; n++) {
-                int64_t row = (panel * 16 + n) * stride;
-                if (dtype == BFLOAT16)
-                    for (int64_t k = 0; k < inner; k++) ((uint16_t*)out)[k / 2 * 32 + 2 * n + k % 2] = ((const uint16_t*)from)[row + k];
-                else
-                    for (int64_t k = 0; k < inner; k++) ((uint32_t*)out)[k * 16 + n] = ((const uint32_t*)from)[row + k];
-            }
+            for (int n = 0; n < 16 && panel * 16 + n < outputs; n++) fill(panel * 16 + n, n, out);
         }
+    });
+}
+
+// Packs a matrix [outputs, inner] with rows of `stride` numbers into `to`, 64-byte aligned and of tpserve_packed_bytes.
+EXPORT void tpserve_pack(int32_t dtype, int64_t outputs, int64_t inner, const void* from, int64_t stride, void* to, int32_t threads) {
+    pack_panels(dtype, outputs, inner, to, threads, [&](int64_t row, int n, char* out) {
+        const uint16_t* halves = (const uint16_t*)from + row * stride;
+        const uint32_t* words = (const uint32_t*)from + row * stride;
+        if (dtype == BFLOAT16)
+            for (int64_t k = 0; k < inner; k++) ((uint16_t*)out)[k / 2 * 32 + 2 * n + k % 2] = halves[k];
+        else
+            for (int64_t k = 0; k < inner; k++) ((uint32_t*)out)[k * 16 + n] = words[k];
     });
 }
 
 // Packs int8 numbers [outputs, inner] with their scales [outputs]; the rest as of tpserve_pack.
 EXPORT void tpserve_pack_int8(int64_t outputs, int64_t inner, const int8_t* from, int64_t stride, const float* scales, void* to, int32_t threads) {
-    PackedHead head = {PACKED_MAGIC, PACKED_VERSION, INT8, 0, outputs, inner, packed_panel_bytes(INT8, inner), {}};
-    memcpy(to, &head, sizeof head);
-    int64_t panels = (outputs + 15) / 16;
-    parallel(threads, [&](const Team& team) {
-        for (int64_t panel = team.thread; panel < panels; panel += team.threads) {
-            char* out = (char*)to + sizeof head + panel * head.panel_bytes;
-            float* scale = (float*)(out + head.panel_bytes - 128);
-            int32_t* sum = (int32_t*)(out + head.panel_bytes - 64);
-            memset(out, 0, head.panel_bytes);
-            for (int n = 0; n < 16 && panel * 16 + n < outputs; n++) {
-                const int8_t* row = from + (panel * 16 + n) * stride;
-                for (int64_t k = 0; k < inner; k += 4) memcpy(out + k * 16 + n * 4, row + k, inner - k < 4 ? inner - k : 4);
-                for (int64_t k = 0; k < inner; k++) sum[n] += row[k];
-                scale[n] = scales[panel * 16 + n];
-            }
-        }
+    int64_t end = packed_panel_bytes(INT8, inner);
+    pack_panels(INT8, outputs, inner, to, threads, [&](int64_t row, int n, char* out) {
+        const int8_t* numbers = from + row * stride;
+        int32_t* sum = (int32_t*)(out + end - 64) + n;
+        for (int64_t k = 0; k < inner; k += 4) memcpy(out + k * 16 + n * 4, numbers + k, inner - k < 4 ? inner - k : 4);
+        for (int64_t k = 0; k < inner; k++) *sum += numbers[k];
+        ((float*)(out + end - 128))[n] = scales[row];
     });
 }
 
@@ -183,9 +181,9 @@ EXPORT void tpserve_lookup(const PackedHead* weight, const int64_t* ids, int64_t
     }
 }
 
-// Writes `value` to each address: what changes in a list of calls from step to step.
-EXPORT void tpserve_set(int64_t* const* addresses, int64_t count, int64_t value) {
-    for (int64_t i = 0; i < count; i++) *addresses[i] = value;
+// Writes values[which[i]] to addresses[i]: what changes in a list of calls from step to step.
+EXPORT void tpserve_set(int64_t* const* addresses, const int32_t* which, int64_t count, const int64_t* values) {
+    for (int64_t i = 0; i < count; i++) *addresses[i] = values[which[i]];
 }
 
 // Runs the calls in order on `threads` threads; a call begins when every thread has ended the one before. Returns how many have

@@ -9,72 +9,11 @@
 #pragma once
 
 #include "product.h"
+#include "quantize.h"
 
 namespace {
 
-typedef int8_t VB __attribute__((vector_size(W)));
 typedef int16_t VS __attribute__((vector_size(W * 4)));  // 2 * W lanes
-
-// Rows to int8
-
-// The largest magnitude of a row; NaN if there is one, for its bits are above those of infinity.
-template <class Number>
-static float largest_magnitude(const Number* x, int64_t inner) {
-    VI best = {};
-    int64_t k = 0;
-    for (; k + W <= inner; k += W) {
-        VI bits = (VI)read(x + k) & 0x7fffffff;
-        best = bits > best ? bits : best;
-    }
-    int32_t most = 0;
-    for (; k < inner; k++) {
-        float value = read1(x + k);
-        int32_t bits = load<int32_t>(&value) & 0x7fffffff;
-        if (bits > most) most = bits;
-    }
-    for (int i = 0; i < W; i++)
-        if (best[i] > most) most = best[i];
-    return load<float>(&most);
-}
-
-// rint(x / scale) in [-127, 127]; whatever a NaN gives is in it, too, and its row's scale is NaN.
-INLINE VB quantized(V x, V scale) {
-    V clamped = min(max(x / scale, broadcast(-127.0f)), broadcast(127.0f));
-    return __builtin_convertvector((VI)(clamped + 12582912.0f) - 0x4b400000, VB);  // 1.5 * 2^23
-}
-
-template <class Number>
-static void quantize_row(const Number* x, int64_t inner, float scale, int8_t* out) {
-    int64_t filled = (inner + 63) / 64 * 64, k = 0;
-    V scales = broadcast(scale);
-    if (scale != 0) {
-        for (; k + W <= inner; k += W) store(out + k, quantized(read(x + k), scales));
-        if (k < inner) {
-            Number tail[W] = {};
-            memcpy(tail, x + k, (inner - k) * sizeof(Number));
-            store(out + k, quantized(read(tail), scales));
-            k += W;
-        }
-    }
-    memset(out + k, 0, filled - k);
-}
-
-template <class Number>
-static void quantize_rows(const Quantize& call, const Team& team) {
-    Share share(call.rows, 1, team);
-    for (int64_t row = share.begin; row < share.end; row++) {
-        const Number* x = (const Number*)call.x + row * call.x_stride;
-        if (!call.given_scale) {
-            float most = largest_magnitude(x, call.inner);
-            call.scale[row] = most < 1e-30f ? 0 : most / 127;
-        }
-        if (call.out) quantize_row(x, call.inner, call.scale[row], call.out + row * call.out_stride);
-    }
-}
-
-static void quantize(const Quantize& call, const Team& team) {
-    call.x_dtype == FLOAT32 ? quantize_rows<float>(call, team) : quantize_rows<bf16>(call, team);
-}
 
 // The form of walk.h: a unit is four neighbours of K.
 struct Quads : FormOf<Quads, int8_t, int32_t> {

@@ -4,6 +4,8 @@
 #pragma once
 
 #include "api.h"
+#include "kv_int8.h"
+#include "quantize.h"
 #include "scratch.h"
 #include "share.h"
 #include "vector.h"
@@ -88,22 +90,23 @@ static void norm_row(const Norm& norm, int64_t row) {
 }
 
 static void norm_rows(const Norm& norm, const Share& share) {
-    for (int64_t row = share.begin; row < share.end; row++)
+    for (int64_t row = share.begin; row < share.end; row++) {
         norm.dtype == FLOAT32 ? norm_row<float>(norm, row) : norm_row<bf16>(norm, row);
+        if (norm.quantize) quantize_row(*norm.quantize, row);
+    }
 }
 
 static void norm(const Norm& norm, const Team& team) { norm_rows(norm, Share(norm.rows, 1, team)); }
 
-// One head of one row: `from` through norm and rotation to `to`. `position` < 0: no rotation.
+// One head of one row: `from` through norm and rotation to `to`. `position` < 0: no rotation. `values`: room for padded numbers.
 template <class T>
-static void head(const Qkv& qkv, const Heads& heads, const T* from, T* to, int64_t position) {
+static void head(const Qkv& qkv, const Heads& heads, const T* from, T* to, int64_t position, float* values) {
     int64_t dim = heads.dim;
     const T* weight = (const T*)heads.norm;
     if (!weight && position < 0) {
         if (to != from) memcpy(to, from, dim * sizeof(T));
         return;
     }
-    float* values = padded_floats(dim);
     for (int64_t at = 0; at < dim; at += W) store(values + at, read_at(from, at, dim));
     if (weight) {
         float scale = 1.0f / __builtin_sqrtf(sum_of_squares(values, dim, 0) / dim + qkv.eps);
@@ -128,7 +131,11 @@ static void head(const Qkv& qkv, const Heads& heads, const T* from, T* to, int64
 
 template <class T>
 static void qkv_heads(const Qkv& qkv, int64_t begin, int64_t end) {
-    int64_t all = qkv.q.count + qkv.k.count + qkv.v.count;
+    int64_t all = qkv.q.count + qkv.k.count + qkv.v.count, widest = qkv.q.dim;
+    if (qkv.k.dim > widest) widest = qkv.k.dim;
+    if (qkv.v.dim > widest) widest = qkv.v.dim;
+    float* values = (float*)scratch((widest + W) * (sizeof(float) + sizeof(T)));
+    T* whole = (T*)(values + widest + W);  // a head before it becomes int8
     for (int64_t item = begin; item < end; item++) {
         int64_t row = item / all, index = item % all, to_row = row;
         const Heads* heads = &qkv.q;
@@ -140,8 +147,14 @@ static void qkv_heads(const Qkv& qkv, int64_t begin, int64_t end) {
             if (to_row < 0) continue;
         }
         int64_t position = qkv.positions && heads != &qkv.v ? qkv.positions[row] : -1;
-        head(qkv, *heads, (const T*)heads->from + row * heads->from_stride + index * heads->from_head_stride,
-             (T*)heads->to + to_row * heads->to_stride + index * heads->to_head_stride, position);
+        int64_t at = to_row * heads->to_stride + index * heads->to_head_stride;
+        const T* from = (const T*)heads->from + row * heads->from_stride + index * heads->from_head_stride;
+        if (heads == &qkv.q || qkv.cache_dtype != INT8) {
+            head(qkv, *heads, from, (T*)heads->to + at, position, values);
+        } else {
+            head(qkv, *heads, from, whole, position, values);
+            quantize_head(whole, heads->dim, (int8_t*)heads->to + at);
+        }
     }
 }
 
@@ -206,15 +219,30 @@ static void activate_kind(const Activation& arguments, const T* x, T* out, int64
     }
 }
 
+constexpr int64_t STEP = 512;  // numbers of a row that a thread takes at a time
+
+// Pieces [begin, end) of all rows, `pieces` of each row.
+static void activate_pieces(const Activation& arguments, int64_t pieces, int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; piece++) {
+        int64_t row = piece / pieces, at = piece % pieces * STEP, to = at + STEP < arguments.width ? at + STEP : arguments.width;
+        int64_t x = row * arguments.x_stride, out = row * arguments.out_stride;
+        if (arguments.dtype == FLOAT32) activate_kind(arguments, (const float*)arguments.x + x, (float*)arguments.out + out, at, to);
+        else activate_kind(arguments, (const bf16*)arguments.x + x, (bf16*)arguments.out + out, at, to);
+    }
+}
+
 static void activation(const Activation& arguments, const Team& team) {
-    constexpr int64_t STEP = 512;  // numbers of a row that a thread takes at a time
-    int64_t steps = (arguments.width + STEP - 1) / STEP;
-    Share share(arguments.rows * steps, 1, team);
-    for (int64_t item = share.begin; item < share.end; item++) {
-        int64_t row = item / steps, begin = item % steps * STEP, end = begin + STEP < arguments.width ? begin + STEP : arguments.width;
-        int64_t from = row * arguments.x_stride, to = row * arguments.out_stride;
-        if (arguments.dtype == FLOAT32) activate_kind(arguments, (const float*)arguments.x + from, (float*)arguments.out + to, begin, end);
-        else activate_kind(arguments, (const bf16*)arguments.x + from, (bf16*)arguments.out + to, begin, end);
+    int64_t pieces = (arguments.width + STEP - 1) / STEP;
+    Share rows(arguments.rows, 1, team), share(arguments.rows * pieces, 1, team);
+    if (!arguments.quantize) return activate_pieces(arguments, pieces, share.begin, share.end);
+    if (arguments.rows < team.threads) {  // threads share a row
+        activate_pieces(arguments, pieces, share.begin, share.end);
+        team.barrier();
+        return quantize_rows(*arguments.quantize, rows);
+    }
+    for (int64_t row = rows.begin; row < rows.end; row++) {
+        activate_pieces(arguments, pieces, row * pieces, (row + 1) * pieces);
+        quantize_row(*arguments.quantize, row);
     }
 }
 

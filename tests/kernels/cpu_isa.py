@@ -17,7 +17,7 @@ from tpserve_kernels.cpu.library import FILE_VARIABLE, PACKAGE, Isa, Library, lo
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "kernels"))
-import build_cpu  # noqa: E402
+import build_cpu as build_cpu  # noqa: E402
 
 FILE = Path(os.environ.get(FILE_VARIABLE) or PACKAGE / "libtpserve_cpu.so")
 NATIVE, WHY_NOT = load()

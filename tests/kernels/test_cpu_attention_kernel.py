@@ -11,8 +11,8 @@ import torch
 
 from tpserve_kernels.cpu import attention
 from tpserve_kernels.cpu import library as loading
-from tpserve_kernels.cpu.attention import paged_attention, paged_attention_reference
-from tpserve_kernels.cpu.kv_int8 import dequantize_heads, quantize_heads
+from tpserve_kernels.cpu.attention import AttentionInputs, paged_attention, paged_attention_reference
+from tpserve_kernels.cpu.kv_int8 import dequantize_heads_reference, quantize_heads_reference
 from tpserve_kernels.cpu.library import Isa, Library
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -73,8 +73,8 @@ class Paged:
                 self.v.flatten(0, 1)[slots] = v
 
         if self.int8:
-            keys = quantize_heads(self.k)
-            self.k, self.v = keys, keys[..., : self.v_dim] if self.v_in_k else quantize_heads(self.v)
+            keys = quantize_heads_reference(self.k)
+            self.k, self.v = keys, keys[..., : self.v_dim] if self.v_in_k else quantize_heads_reference(self.v)
 
     def run(self, chunks: list[tuple[int, int, int]], threads: int = 1, exact: bool = False) -> list[torch.Tensor]:
         """The rows of chunks (request, start, count)."""
@@ -85,11 +85,13 @@ class Paged:
         starts = torch.tensor([0, *(count for _, _, count in chunks)]).cumsum(0).int()
         contexts = torch.tensor([start + count for _, start, count in chunks]).int()
         tables = self.tables[[r for r, _, _ in chunks]]
-        inputs = (packed[:, : self.heads], self.k, self.v, tables, starts, contexts, self.k_dim**-0.5)
+        inputs = AttentionInputs(
+            packed[:, : self.heads], self.k, self.v, tables, starts, contexts, self.k_dim**-0.5, self.window, self.cap, self.sinks
+        )
         if exact:
-            out = paged_attention_reference(*inputs, self.window, self.cap, self.sinks, torch.float64)
+            out = paged_attention_reference(inputs, torch.float64)
         else:
-            out = paged_attention(*inputs, self.window, self.cap, self.sinks)
+            out = paged_attention(inputs)
         assert not out[len(rows) :].any()
         return list(out[: len(rows)].split([count for _, _, count in chunks]))
 
@@ -176,10 +178,10 @@ def test_int8() -> None:
     """Within half a step of the largest magnitude; zeros, tiny numbers and what is not finite."""
     x_TKD = torch.randn(50, 3, 21) * torch.logspace(-20, 20, 50)[:, None, None]
     step_TK1 = x_TKD.abs().amax(-1, keepdim=True) / 127
-    read_TKD = dequantize_heads(quantize_heads(x_TKD))
+    read_TKD = dequantize_heads_reference(quantize_heads_reference(x_TKD))
     assert (read_TKD - x_TKD).abs().le(0.5001 * step_TK1).all()
     assert torch.equal(read_TKD.abs().amax(-1), 127 * step_TK1[..., 0])
     odd_TKD = torch.zeros(4, 1, 8)
     odd_TKD[1], odd_TKD[2, 0, 3], odd_TKD[3, 0, 3] = 1e-40, torch.nan, -torch.inf
-    read_TKD = dequantize_heads(quantize_heads(odd_TKD))
+    read_TKD = dequantize_heads_reference(quantize_heads_reference(odd_TKD))
     assert not read_TKD[:2].any() and read_TKD[2:].isnan().all()

@@ -8,8 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpserve_kernels.cpu import int8
+from tpserve_kernels.cpu import int8, qkv_heads, rows
+from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES
 from tpserve_kernels.cpu.library import ALIGNMENT, Isa, Operation, load
+from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
+from tpserve_kernels.cpu.rows import ActivationKind, NormKind
 
 DTYPES = (torch.float32, torch.bfloat16)
 INNER = (1, 17, 31, 96, 2050)
@@ -47,8 +50,8 @@ def fenced(x: torch.Tensor, column: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inner", INNER)
 def test_the_integer_reference(inner: int, dtype: torch.dtype) -> None:
-    for rows, outputs in ((0, 16), (1, 1), (1, 130), (2, 33), (3, 16), (5, 47), (13, 100), (33, 35), (70, 16)):
-        x, weight, bias = random(rows, inner, dtype=dtype), random(outputs, inner, dtype=dtype, seed=1), random(outputs, seed=2)
+    for count, outputs in ((0, 16), (1, 1), (1, 130), (2, 33), (3, 16), (5, 47), (13, 100), (33, 35), (70, 16)):
+        x, weight, bias = random(count, inner, dtype=dtype), random(outputs, inner, dtype=dtype, seed=1), random(outputs, seed=2)
         x[1:2] = 0
         weight[:1] = 0
         blob = int8.pack(weight)
@@ -161,7 +164,57 @@ def test_nothing_is_written_beside_results() -> None:
     lib, out = load()[0], torch.full((8, 30), float(BESIDE))
     quantized, scale = int8.quantize(x)
     assert lib is not None
-    lib.run(Operation.PRODUCT_INT8, int8.product_args(quantized, scale, around[start : start + size], None, out[1:7, 4:25]))
+    lib.run(Operation.PRODUCT_INT8, int8.product_int8_args(quantized, scale, around[start : start + size], None, out[1:7, 4:25]))
     assert torch.equal(out[1:7, 4:25], int8.product_reference(x, weight))
     out[1:7, 4:25] = BESIDE
     assert (out == BESIDE).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scales_only", [False, True])
+def test_a_norm_and_an_activation_that_quantize_have_the_bits_of_two_operations(scales_only: bool, dtype: torch.dtype) -> None:
+    """Few rows, which threads share, and many; with strides, and a last vector that is not full."""
+    lib = load()[0]
+    assert lib is not None
+    for count, width in ((1, 1300), (1, 17), (2, 70), (9, 70)):
+        x, gates = fenced(random(count, width, dtype=dtype)), fenced(random(count, 2 * width, dtype=dtype, seed=1))
+        weight = x[0].clone()
+        normed, active = rows.rms_norm(x, weight, 1e-5), rows.activation(gates, ActivationKind.SILU_MUL)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out, scale = torch.empty(count, width, dtype=dtype), torch.full((count + 1,), float(BESIDE))
+            numbers = int8.empty_rows(count + 1, width).fill_(BESIDE)
+            quantize = int8.quantize_args(out, scale, None if scales_only else numbers, given=False)
+            norm = rows.norm_args(x, out, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, quantize=quantize)
+            activation = rows.activation_args(gates, out, ActivationKind.SILU_MUL, quantize=quantize)
+            for operation, arguments, expected in ((Operation.NORM, norm, normed), (Operation.ACTIVATION, activation, active)):
+                lib.run(operation, arguments)
+                wanted, wanted_scale = int8.quantize(expected)
+                assert torch.equal(out, expected) and torch.equal(scale[:count], wanted_scale) and scale[count] == BESIDE
+                assert scales_only or torch.equal(numbers[:count], wanted)
+                assert (numbers[0 if scales_only else count :] == BESIDE).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [8, 21, 64])
+def test_keys_and_values_become_int8_in_the_cache(dim: int, dtype: torch.dtype) -> None:
+    """The bits of the specification: normed, rotated and rounded as for any cache, then quantized. Odd heads stay in theirs."""
+    q, k, v = (random(9, heads * dim, dtype=dtype, seed=heads).view(9, heads, dim) for heads in (6, 3, 2))
+    k, v = torch.cat((k, k[:, :1]), 1)[:, :2], v.clone()
+    v[0], v[1, 0], v[2, 1, 3], v[3, 0, 5], v[4, 1, 0] = 0, 1e-31, torch.nan, -torch.inf, 3e38
+    slots, angles = torch.tensor([5, 40, -1, 0, 47, 3, 2]), random(20, dim // 2, seed=9)
+    norms = HeadNorms(random(dim, dtype=dtype, seed=3), random(dim, dtype=dtype, seed=4), 1e-6, 1.0)
+    turn = Rotation(torch.tensor([3, 0, 19, 7, 7, 1, 12, 5, 4]), angles.cos(), angles.sin())
+    for norm, rotation in ((None, None), (None, turn), (norms, turn)):
+        caches, wanted = ([torch.full((48, 2, dim + SCALE_BYTES), BESIDE, dtype=torch.int8) for _ in "kv"] for _ in range(2))
+        plain = [torch.zeros(48, 2, dim, dtype=dtype) for _ in "kv"]
+        expected = qkv_heads.place_heads(q.clone(), k, v, plain[0], plain[1], slots, norm, rotation)
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            assert torch.equal(qkv_heads.place_heads(q.clone(), k, v, caches[0], caches[1], slots, norm, rotation), expected)
+            written = slots[slots >= 0]
+            qkv_heads.write_kv_reference(plain[0][written], plain[1][written], wanted[0], wanted[1], written)
+            assert all(map(torch.equal, caches, wanted)), (norm, rotation)
+    qkv_heads.write_kv(k, None, caches[0], None, slots)
+    qkv_heads.write_kv_reference(k[: len(slots)], None, wanted[0], None, slots)
+    assert all(map(torch.equal, caches, wanted))

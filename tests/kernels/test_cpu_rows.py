@@ -1,7 +1,6 @@
 """The CPU's row operations on each instruction set of the processor: against plain torch, a row alone and in company, one thread
 and two, rows of any width and stride, nothing written beside a row."""
 
-import ctypes
 import mmap
 import threading
 import time
@@ -13,10 +12,11 @@ import torch
 
 from tpserve.parallel.shm import SLOT_BYTES, ShmAllReduce
 from tpserve.sampler import draw
-from tpserve_kernels.cpu import gumbel, rows
-from tpserve_kernels.cpu.all_reduce import all_reduce_arguments
-from tpserve_kernels.cpu.library import Call, Isa, Operation, is_native, library, load
-from tpserve_kernels.cpu.rows import ActivationKind, HeadNorms, NormKind, Rotation
+from tpserve_kernels.cpu import gumbel, qkv_heads, rows
+from tpserve_kernels.cpu.all_reduce import Reduction, all_reduce_args
+from tpserve_kernels.cpu.library import Isa, Operation, calls_of, is_native, library, load
+from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
+from tpserve_kernels.cpu.rows import ActivationKind, NormKind
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTHS = (1, 17, 31, 96, 2050)
@@ -92,7 +92,7 @@ def test_norms_in_place() -> None:
     expected = rows.add_rms_norm(x, residual, weight, 1e-5)
     lib, wide, stream = library(), strided(x), strided(residual)
     assert lib is not None and wide._base is not None
-    arguments = rows.norm_arguments(wide, wide, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, stream, stream)
+    arguments = rows.norm_args(wide, wide, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, stream, stream)
     arguments.rows = 2
     lib.run(Operation.NORM, arguments)
     assert torch.equal(wide[:2], expected[0][:2]) and torch.equal(stream[:2], expected[1][:2])
@@ -125,7 +125,7 @@ def test_rotation_has_the_bits_of_the_reference(dim: int, frequencies: int, inte
     turn = rotation(frequencies, interleaved)
     packed = heads(5, dim, dtype)
     for q, k in ((packed[:, :3], packed[:, 3:4]), (packed[:, 3:, : 2 * frequencies], packed[:, :1, : 2 * frequencies])):
-        for actual, expected in zip(rows.rotate(q, k, turn), rows.rotate_reference(q, k, turn), strict=True):
+        for actual, expected in zip(qkv_heads.rotate(q, k, turn), qkv_heads.rotate_reference(q, k, turn), strict=True):
             assert torch.equal(actual, expected)
 
 
@@ -149,30 +149,30 @@ def test_heads_are_normed_rotated_and_written(q_heads: int, kv_heads: int, dim: 
 
     for options in ({}, {"norms": norms}, {"rotation": turn}, {"norms": norms, "rotation": turn}):
         part = slice(0, 7)
-        actual, expected = run(rows.place_heads, part, **options), run(rows.place_heads_reference, part, **options)
+        actual, expected = run(qkv_heads.place_heads, part, **options), run(qkv_heads.place_heads_reference, part, **options)
         for got, wanted in zip(actual, expected, strict=True):
             if "norms" in options:
                 assert_close(got, wanted)
             else:
                 assert torch.equal(got, wanted)
         torch.set_num_threads(2)
-        assert all(map(torch.equal, run(rows.place_heads, part, **options), actual))
+        assert all(map(torch.equal, run(qkv_heads.place_heads, part, **options), actual))
         torch.set_num_threads(1)
     for row, slot in ((1, 40), (4, 47), (3, 0)):
         here = turn._replace(positions_T=turn.positions_T[row : row + 1])
-        q, k_cache, v_cache = run(rows.place_heads, slice(row, row + 1), norms=norms, rotation=here)
+        q, k_cache, v_cache = run(qkv_heads.place_heads, slice(row, row + 1), norms=norms, rotation=here)
         assert torch.equal(q[0], actual[0][row]) and torch.equal(k_cache[slot], actual[1][slot])
         assert torch.equal(v_cache[slot], actual[2][slot])
     # The fused form is the same as one step after the other.
     normed = [rows.rms_norm(x.reshape(-1, dim), w, 1e-6, 1.0) for x, w in ((packed[:, : q_heads * dim], norms.q_D),)]
-    turned, _ = rows.rotate(normed[0].view(7, q_heads, dim), normed[0].view(7, q_heads, dim), turn)
+    turned, _ = qkv_heads.rotate(normed[0].view(7, q_heads, dim), normed[0].view(7, q_heads, dim), turn)
     assert torch.equal(turned, actual[0])
 
 
 def test_latents_have_keys_only() -> None:
     keys, slots = random(4, 1, 48, dtype=torch.bfloat16), torch.tensor([3, 0, 1])
     cache = torch.full((5, 1, 48), BESIDE, dtype=torch.bfloat16)
-    rows.write_kv(keys, None, cache, None, slots)
+    qkv_heads.write_kv(keys, None, cache, None, slots)
     assert torch.equal(cache[slots], keys[:3]) and (cache[[2, 4]] == BESIDE).all()
 
 
@@ -216,12 +216,10 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
         page = ShmAllReduce(memory, range(size), rank, [-1] * size, spins=False)
         assert page.all_gather(torch.ones(1)).shape == (size, 1), "what Python does on the page may come between"
         x, sum_TH, out_TH = parts[rank].clone(), residual.clone(), torch.empty_like(total)
-        norm = rows.norm_arguments(x, out_TH, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, sum_TH, sum_TH)
-        reduce = all_reduce_arguments(page.page, x, norm)
-        silu = rows.activation_arguments(out_TH, out_TH, ActivationKind.SILU)
-        calls = (Call * 2)(
-            Call(Operation.ALL_REDUCE, ctypes.addressof(reduce)), Call(Operation.ACTIVATION, ctypes.addressof(silu))
-        )  # fmt: skip
+        norm = rows.norm_args(x, out_TH, weight, None, 1e-5, 0.0, NormKind.RMS_NORM, sum_TH, sum_TH)
+        reduce = all_reduce_args(page.page, x, norm)
+        silu = rows.activation_args(out_TH, out_TH, ActivationKind.SILU)
+        calls = calls_of((Operation.ALL_REDUCE, reduce), (Operation.ACTIVATION, silu))
 
         def wait() -> None:
             stopped.set()
@@ -246,6 +244,38 @@ def test_a_sum_over_ranks_inside_a_list_of_calls(size: int, width: int, dtype: t
                 assert torch.equal(x, expected[name]), (name, threads)
         results.clear()
         stopped.clear()
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 1), (3, 4099), (2, SLOT_BYTES // 4 + 5)])
+def test_integers_over_ranks(size: int, count: int) -> None:
+    """Sums, and the maximum of scales by their bits: NaN is above all."""
+    lib, generator = library(), torch.Generator().manual_seed(count)
+    assert lib is not None
+    parts = [torch.randint(-(2**29), 2**29, (1, count), generator=generator, dtype=torch.int32) for _ in range(size)]
+    scales = [part.abs().float() for part in parts]
+    scales[1][0, count // 2] = torch.nan
+    total, most = torch.stack(parts).sum(0), torch.stack(scales).amax(0)
+    memory = mmap.mmap(-1, mmap.PAGESIZE + 2 * size * SLOT_BYTES)
+    results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def rank_main(rank: int) -> None:
+        torch.set_num_threads(1 + rank % 2)
+        page = ShmAllReduce(memory, range(size), rank, [-1] * size, spins=False)
+        x, scale = parts[rank].clone(), scales[rank].clone()
+        add = all_reduce_args(page.page, x)
+        largest = all_reduce_args(page.page, scale.view(torch.int32), reduction=Reduction.MAX)
+        lib.run_calls(calls_of((Operation.ALL_REDUCE, add), (Operation.ALL_REDUCE, largest)), page.watch)
+        results.append((x, scale, page.all_reduce(parts[rank].clone())))
+
+    ranks = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(20)
+    assert len(results) == size
+    for x, scale, again in results:
+        assert torch.equal(x, total) and torch.equal(again, total)
+        torch.testing.assert_close(scale, most, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_peer_that_is_late_with_every_part_of_a_tensor() -> None:
@@ -311,11 +341,12 @@ def test_what_is_outside_the_contract_is_refused() -> None:
         lambda: rows.rms_norm(x, x[0].bfloat16(), 1e-5),
         lambda: rows.add_rms_norm(x, x[:3], x[0], 1e-5),
         lambda: rows.activation(x[:, :7], ActivationKind.SILU_MUL),
-        lambda: rows.rotate(head, head, far),
-        lambda: rows.rotate(head, head, Rotation(torch.zeros(3, dtype=torch.int64), table, table)),
-        lambda: rows.rotate(head[..., :6], head, Rotation(torch.zeros(4, dtype=torch.int64), table, table)),
-        lambda: rows.write_kv(head, head, head.bfloat16(), head, torch.zeros(4, dtype=torch.int64)),
-        lambda: rows.write_kv(head, head, head, head, torch.zeros(4, dtype=torch.int32)),
+        lambda: qkv_heads.rotate(head, head, far),
+        lambda: qkv_heads.rotate(head, head, Rotation(torch.zeros(3, dtype=torch.int64), table, table)),
+        lambda: qkv_heads.rotate(head[..., :6], head, Rotation(torch.zeros(4, dtype=torch.int64), table, table)),
+        lambda: qkv_heads.write_kv(head, head, head.bfloat16(), head, torch.zeros(4, dtype=torch.int64)),
+        lambda: qkv_heads.write_kv(head, head, head, head, torch.zeros(4, dtype=torch.int32)),
+        lambda: qkv_heads.write_kv(head, head, head.char(), head.char(), torch.zeros(4, dtype=torch.int64)),
     ]
     for call in refused:
         with pytest.raises(AssertionError):

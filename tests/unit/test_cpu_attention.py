@@ -10,7 +10,7 @@ from tpserve.attention import cpu_plan
 from tpserve.attention import paged as attention
 from tpserve.attention.metadata import AttentionMetadata
 from tpserve.attention.paged import AttentionParams, KVLayout, attend, build_metadata, write_kv
-from tpserve_kernels.cpu.attention import paged_attention_reference
+from tpserve_kernels.cpu.attention import AttentionInputs, paged_attention_reference
 from tpserve_kernels.cpu.library import library
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -110,10 +110,11 @@ class Paged:
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
         """Computed in `dtype`."""
         batch, scoring = self.batch(self.whole()), self.case.scoring()
-        return paged_attention_reference(
+        inputs = AttentionInputs(
             torch.cat(self.q), self.cache.k, self.cache.v, batch.tables, batch.query_starts, batch.context_lens,
-            scoring.scale, self.case.window, scoring.cap, scoring.sinks, dtype,
+            scoring.scale, self.case.window, scoring.cap, scoring.sinks,
         )  # fmt: skip
+        return paged_attention_reference(inputs, dtype)
 
 
 CASES = {

@@ -13,8 +13,8 @@ import torch
 from tpserve.attention import cpu_attention, cpu_plan
 from tpserve.attention.metadata import AttentionMetadata
 from tpserve_kernels.cpu import attention as native
-from tpserve_kernels.cpu import rows
-from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, quantize_heads
+from tpserve_kernels.cpu import qkv_heads
+from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES
 from tpserve_kernels.cpu.library import is_native, load
 
 
@@ -115,12 +115,10 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
         kv.write_kv(k_TKD, v_TKE, cache.k, cache.v, batch.write_slots)
         return
     k_cache_SKD, v_cache_SKE = cache.slots()
-    written = len(batch.write_slots)
-    if cache.k.dtype == torch.int8:
-        k_TKD, v_TKE = quantize_heads(k_TKD), None if v_TKE is None else quantize_heads(v_TKE)
-    elif is_native(k_TKD):
-        rows.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
+    if is_native(k_TKD):
+        qkv_heads.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
         return
+    written = len(batch.write_slots)
     k_cache_SKD.index_copy_(0, batch.write_slots, k_TKD[:written])
     if v_TKE is not None:
         cache.v.flatten(0, 1).index_copy_(0, batch.write_slots, v_TKE[:written])
@@ -136,9 +134,10 @@ def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attent
     if not q_TND.is_cuda:
         if not is_native(q_TND):
             return cpu_attention.attend(q_TND, cache.k, cache.v, batch.tiles, scale, cap, sinks)
+        where = batch.tables, batch.query_starts, batch.context_lens
         return native.paged_attention(
-            q_TND, cache.k, cache.v, batch.tables, batch.query_starts, batch.context_lens, scale, batch.window, cap, sinks
-        )
+            native.AttentionInputs(q_TND, cache.k, cache.v, *where, scale, batch.window, cap, sinks)
+        )  # fmt: skip
     from tpserve_kernels import attention
 
     return attention.paged_attention(

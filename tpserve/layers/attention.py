@@ -18,7 +18,7 @@ from tpserve.parallel.group import Group
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, pack
 from tpserve.quant.product import Product, of_weight
-from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu import qkv_heads
 from tpserve_kernels.cpu.library import is_native
 
 
@@ -65,10 +65,10 @@ class Attention:
         cache: KVCache,
     ) -> torch.Tensor:
         """Write the keys, normed and rotated, and the values to the cache; returns such queries. May overwrite `q`."""
-        if is_native(q_TND) and cache.k.dtype == q_TND.dtype and not isinstance(self.qk_norm, AllHeadsNorm):
+        if is_native(q_TND) and not isinstance(self.qk_norm, AllHeadsNorm):
             norms = None if self.qk_norm is None else self.qk_norm.weights
             rotation = None if rotary is None else rotary.rotation
-            return rows.place_heads(q_TND, k_TKD, v_TKD, *cache.slots(), batch.write_slots, norms, rotation)
+            return qkv_heads.place_heads(q_TND, k_TKD, v_TKD, *cache.slots(), batch.write_slots, norms, rotation)
         if self.qk_norm is not None:
             q_TND, k_TKD = self.qk_norm(q_TND, k_TKD)
         if rotary is not None:

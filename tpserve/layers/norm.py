@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tpserve.parallel.group import Group
-from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu import qkv_heads, rows
 from tpserve_kernels.cpu.library import is_native
 
 
@@ -102,9 +102,9 @@ class HeadNorm:
         return rms_norm(q_TND, self.q_D, self.eps, self.offset), rms_norm(k_TKD, self.k_D, self.eps, self.offset)
 
     @property
-    def weights(self) -> rows.HeadNorms:
+    def weights(self) -> qkv_heads.HeadNorms:
         """The same for the CPU's kernels."""
-        return rows.HeadNorms(self.q_D, self.k_D, self.eps, self.offset)
+        return qkv_heads.HeadNorms(self.q_D, self.k_D, self.eps, self.offset)
 
 
 @dataclass(frozen=True)

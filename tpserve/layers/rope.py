@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 
 from tpserve.types.model_spec import RopeSpec
-from tpserve_kernels.cpu import rows
+from tpserve_kernels.cpu import qkv_heads
 from tpserve_kernels.cpu.library import is_native
 
 
@@ -30,7 +30,7 @@ class RotaryPositions:
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [T, N, D] and keys [T, K, D], computed in float32, in the dtype of the input."""
         if is_native(q_TND):
-            return rows.rotate(q_TND, k_TKD, self.rotation)
+            return qkv_heads.rotate(q_TND, k_TKD, self.rotation)
         if self.rope.interleaved:
             q_TND, k_TKD = _halves(q_TND), _halves(k_TKD)
         if not q_TND.is_cuda:
@@ -40,9 +40,9 @@ class RotaryPositions:
         return rope.apply_rope(q_TND, k_TKD, self.rope.cos_PE, self.rope.sin_PE, self.positions_T)
 
     @property
-    def rotation(self) -> rows.Rotation:
+    def rotation(self) -> qkv_heads.Rotation:
         """The same for the CPU's kernels."""
-        return rows.Rotation(self.positions_T, self.rope.cos_PE, self.rope.sin_PE, self.rope.interleaved)
+        return qkv_heads.Rotation(self.positions_T, self.rope.cos_PE, self.rope.sin_PE, self.rope.interleaved)
 
     @cached_property
     def _waves(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -142,7 +142,7 @@ class Decoder:
         else:
             assert hidden_TH is not None, "a later stage continues the previous one's hidden states"
             x_TH = hidden_TH
-        if self.runs_as_list and caches[0].k.dtype == self.dtype:
+        if self.runs_as_list:
             return self._native_stage(caches)(x_TH, self._rotary(batch.positions_T), batch.groups)
         rows, x_TH = len(x_TH), pad_rows(x_TH)
         rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
@@ -155,7 +155,7 @@ class Decoder:
     def _native_stage(self, caches: list[KVCache]) -> NativeStage:
         """The layers as native operations on these caches, which are the same ones in every step of a server."""
         if self._native is None or self._native.caches[0].k.data_ptr() != caches[0].k.data_ptr():
-            self._native = NativeStage(self._blocks, self._cache_groups, caches, self._tp, self.spec.hidden_size)
+            self._native = NativeStage(self._blocks, self._cache_groups, caches, self._tp, self.spec.hidden_size, self.dtype)
         return self._native
 
     def _rotary(self, positions_T: torch.Tensor) -> list[RotaryPositions | None]:

@@ -13,11 +13,10 @@ counter is written and read whole. Other processors guarantee less, so they get 
 
 A waiting rank sees a peer's death through its pidfd and raises EngineFailure.
 
-Sums of float32 and bfloat16 are the CPU library's where it is there (kernels/cpu/all_reduce.h), by the same protocol and with the
-same bits, so that ranks with and without it work together; what it has not got, and long waits, are done here.
+Sums of float32, bfloat16 and int32 are the CPU library's where it is there (kernels/cpu/all_reduce.h), by the same protocol and
+with the same bits, so that ranks with and without it work together; what it has not got, and long waits, are done here.
 """
 
-import ctypes
 import mmap
 import os
 import platform
@@ -35,8 +34,8 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 
 from tpserve.errors import EngineFailure
 from tpserve.parallel.store import gather
-from tpserve_kernels.cpu.all_reduce import Page, all_reduce_arguments
-from tpserve_kernels.cpu.library import DTYPES, Call, Operation, library
+from tpserve_kernels.cpu.all_reduce import Page, all_reduce_args
+from tpserve_kernels.cpu.library import SUM_DTYPES, Operation, calls_of, library
 
 SLOT_BYTES = 1 << 20
 """The largest part of a tensor in one round; the parts of two ranks fit a core's cache."""
@@ -168,8 +167,8 @@ class ShmAllReduce:
     """One rank's view of the page. `ranks`: the global ranks of the group. `index`: this rank's index in `ranks`.
 
     `pidfds`: of the peers, -1 for this rank; this object owns them. All ranks make the same calls in the same order, with equal
-    shapes and dtypes. `page`: for sums inside a list of native operations (`all_reduce_arguments`, `Library.run_calls`), whose
-    long waits `watch` takes over.
+    shapes and dtypes. `page`: for sums inside a list of native operations (`all_reduce_args`, `Library.run_calls`), whose
+    long waits `watch` takes over. `spins`: whether waits here may spin; for those of the library see `Library.allow_spinning`.
     """
 
     def __init__(self, memory: mmap.mmap, ranks: Sequence[int], index: int, pidfds: Sequence[int], *, spins: bool) -> None:
@@ -187,7 +186,7 @@ class ShmAllReduce:
                 self._deaths.register(pidfd, select.POLLIN)
         self._spin_ns = _SPIN_NS if spins else 0
         counters, slots = torch.frombuffer(memory, dtype=torch.uint8, offset=_LINE).data_ptr(), self._slots_HPB.data_ptr()
-        self.page = Page(counters, slots, SLOT_BYTES, 0, 0, 0, size, index, spins)
+        self.page = Page(counters, slots, SLOT_BYTES, 0, 0, 0, size, index)
         self._watched_round, self._watched_since_ns = 0, 0
         self._views_key: tuple[int, torch.dtype] | None = None
         self._halves: tuple[_Half, ...] = ()
@@ -199,9 +198,9 @@ class ShmAllReduce:
         """
         x = x.contiguous()
         lib = library()
-        if lib is not None and x.dtype in DTYPES:
-            arguments = all_reduce_arguments(self.page, x.view(1, -1))
-            lib.run_calls((Call * 1)(Call(Operation.ALL_REDUCE, ctypes.addressof(arguments))), self.watch)
+        if lib is not None and x.dtype in SUM_DTYPES:
+            arguments = all_reduce_args(self.page, x.view(1, -1))
+            lib.run_calls(calls_of((Operation.ALL_REDUCE, arguments)), self.watch)
             return x
         for part_N in self._parts(x):
             first_N, second_N, *others = self._exchange(part_N).parts

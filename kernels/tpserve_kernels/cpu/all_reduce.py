@@ -3,11 +3,12 @@ tpserve/parallel/shm.py, whose page this works on and whose waits it leaves to P
 """
 
 import ctypes
+from enum import IntEnum
 
 import torch
 
-from tpserve_kernels.cpu.library import DTYPES
-from tpserve_kernels.cpu.rows import Norm
+from tpserve_kernels.cpu.library import SUM_DTYPES
+from tpserve_kernels.cpu.rows import NormArgs
 
 
 class Page(ctypes.Structure):
@@ -17,28 +18,40 @@ class Page(ctypes.Structure):
         ("counters", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("slot_bytes", "round", "done")),
-        *((name, ctypes.c_int32) for name in ("waiting", "ranks", "index", "may_spin")),
+        *((name, ctypes.c_int32) for name in ("waiting", "ranks", "index")),
     )
 
 
-class AllReduce(ctypes.Structure):
+class AllReduceArgs(ctypes.Structure):
     """`AllReduce` of kernels/cpu/api.h."""
 
     _fields_ = (
         ("page", ctypes.POINTER(Page)),
         ("x", ctypes.c_void_p),
-        ("norm", ctypes.POINTER(Norm)),
+        ("norm", ctypes.POINTER(NormArgs)),
         ("rows", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
+        ("reduction", ctypes.c_int32),
     )
 
 
-def all_reduce_arguments(page: Page, x_TH: torch.Tensor, norm: Norm | None = None) -> AllReduce:
+class Reduction(IntEnum):
+    """`Reduction` of kernels/cpu/api.h."""
+
+    SUM = 0
+    MAX = 1
+
+
+def all_reduce_args(
+    page: Page, x_TH: torch.Tensor, norm: NormArgs | None = None, reduction: Reduction = Reduction.SUM
+) -> AllReduceArgs:
     """The arguments of Operation.ALL_REDUCE, which sums `x` [T, H] in place; tensors, page and norm must outlive the call.
 
+    `x`: float32, bfloat16 or int32, and for MAX int32; floats that are not negative are ordered as their bits are.
     `norm`: to do afterwards on the sum, for as many rows; its `x` is `x_TH`. `rows` of the result counts for both.
     """
     assert x_TH.is_contiguous() and (norm is None or norm.x == x_TH.data_ptr())
+    assert reduction == Reduction.SUM or x_TH.dtype == torch.int32
     norm_at = None if norm is None else ctypes.pointer(norm)
-    return AllReduce(ctypes.pointer(page), x_TH.data_ptr(), norm_at, *x_TH.shape, DTYPES[x_TH.dtype])
+    return AllReduceArgs(ctypes.pointer(page), x_TH.data_ptr(), norm_at, *x_TH.shape, SUM_DTYPES[x_TH.dtype], reduction)

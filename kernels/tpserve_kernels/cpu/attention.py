@@ -8,17 +8,18 @@ B blocks of a table.
 import ctypes
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
-from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, dequantize_heads
+from tpserve_kernels.cpu.kv_int8 import SCALE_BYTES, dequantize_heads_reference
 from tpserve_kernels.cpu.library import DTYPES, INT8, Operation, library
 
 WORKSPACE_BYTES = 8 << 20
 """For the parts of contexts that are divided among threads; what does not fit is not divided."""
 
 
-class AttentionArguments(ctypes.Structure):
+class AttentionArgs(ctypes.Structure):
     """`Attention` of kernels/cpu/api.h."""
 
     _fields_ = (
@@ -66,23 +67,38 @@ def value_channels(k_cache_BSKD: torch.Tensor, v_cache_BSKE: torch.Tensor) -> in
     return v_cache_BSKE.shape[3] - (SCALE_BYTES if own_scale else 0)
 
 
-def arguments(
-    q_TND: torch.Tensor,
-    k_cache_BSKD: torch.Tensor,
-    v_cache_BSKE: torch.Tensor,
-    out_TNE: torch.Tensor,
-    tables_RB: torch.Tensor,
-    query_starts_R1: torch.Tensor,
-    context_lens_R: torch.Tensor,
-    scale: float,
-    window: int | None = None,
-    cap: float | None = None,
-    sinks_N: torch.Tensor | None = None,
-) -> AttentionArguments:
-    """The operation's arguments, which name the tensors' memory: they must outlive the call. See `paged_attention`.
+class AttentionInputs(NamedTuple):
+    """What `paged_attention` computes with.
 
-    AssertionError when shapes, dtypes or layouts differ from its contract.
+    Request r owns rows [query_starts[r], query_starts[r + 1]), none or more; its row j is at position context_len - query_len +
+    j. Position p lies in block tables[r, p // S], entry p % S; its key and value are already written. window: a row at position
+    p sees (p - window, p]; what no row sees is never read. cap: a score s becomes cap tanh(s / cap) first. sinks_N: float32
+    [N], one more score in each head's softmax, whose value is zero.
+
+    q_TND: [T, N, D]; caches [B, S, K, D] and [B, S, K, E], the value cache may be a view of the key cache; all float32 or
+    bfloat16, values of a head adjacent. Or caches of int8, whose heads have four more bytes (`kv_int8`). N is a multiple of K,
+    and query heads [g N / K, (g + 1) N / K) share key head g.
+    tables_RB (rows of any stride), query_starts_R1 ([R + 1]) and context_lens_R: int32. scale, window and cap: positive.
     """
+
+    q_TND: torch.Tensor
+    k_cache_BSKD: torch.Tensor
+    v_cache_BSKE: torch.Tensor
+    tables_RB: torch.Tensor
+    query_starts_R1: torch.Tensor
+    context_lens_R: torch.Tensor
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+    sinks_N: torch.Tensor | None = None
+
+
+def attention_args(inputs: AttentionInputs, out_TNE: torch.Tensor) -> AttentionArgs:
+    """The operation's arguments, which name the tensors' memory: they must outlive the call.
+
+    AssertionError when shapes, dtypes or layouts differ from what `AttentionInputs` says.
+    """
+    q_TND, k_cache_BSKD, v_cache_BSKE, tables_RB, query_starts_R1, context_lens_R, scale, window, cap, sinks_N = inputs
     (rows, heads, k_dim), (_, block_size, kv_heads, _) = q_TND.shape, v_cache_BSKE.shape
     requests, v_dim, int8 = len(context_lens_R), value_channels(k_cache_BSKD, v_cache_BSKE), k_cache_BSKD.dtype == torch.int8
     assert k_cache_BSKD.shape == (*v_cache_BSKE.shape[:3], k_dim + (SCALE_BYTES if int8 else 0))
@@ -96,7 +112,7 @@ def arguments(
     assert scale > 0 and (window is None or window > 0) and (cap is None or cap > 0)
     if sinks_N is not None:
         assert sinks_N.shape == (heads,) and sinks_N.dtype == torch.float32 and sinks_N.is_contiguous()
-    return AttentionArguments(
+    return AttentionArgs(
         q_TND.data_ptr(), k_cache_BSKD.data_ptr(), v_cache_BSKE.data_ptr(), out_TNE.data_ptr(),
         None if sinks_N is None else sinks_N.data_ptr(), query_starts_R1.data_ptr(), context_lens_R.data_ptr(),
         tables_RB.data_ptr(), workspace().data_ptr(), WORKSPACE_BYTES, rows, requests, tables_RB.stride(0),
@@ -108,62 +124,28 @@ def arguments(
     )  # fmt: skip
 
 
-def paged_attention(
-    q_TND: torch.Tensor,
-    k_cache_BSKD: torch.Tensor,
-    v_cache_BSKE: torch.Tensor,
-    tables_RB: torch.Tensor,
-    query_starts_R1: torch.Tensor,
-    context_lens_R: torch.Tensor,
-    scale: float,
-    window: int | None = None,
-    cap: float | None = None,
-    sinks_N: torch.Tensor | None = None,
-) -> torch.Tensor:
+def paged_attention(inputs: AttentionInputs) -> torch.Tensor:
     """softmax(scale q K^T) V for every row, over the positions of its own request up to its own: [T, N, E] in q's dtype.
 
-    Request r owns rows [query_starts[r], query_starts[r + 1]), none or more; its row j is at position context_len - query_len +
-    j. Position p lies in block tables[r, p // S], entry p % S; its key and value are already written. window: a row at position
-    p sees (p - window, p]; what no row sees is never read. cap: a score s becomes cap tanh(s / cap) first. sinks_N: float32
-    [N], one more score in each head's softmax, whose value is zero.
-
-    q_TND: [T, N, D]; caches [B, S, K, D] and [B, S, K, E], the value cache may be a view of the key cache; all float32 or
-    bfloat16, values of a head adjacent. Or caches of int8, whose heads have four more bytes (`kv_int8`). N is a multiple of K,
-    and query heads [g N / K, (g + 1) N / K) share key head g.
-    tables_RB (rows of any stride), query_starts_R1 ([R + 1]) and context_lens_R: int32. scale, window and cap: positive. Sums
-    are float32, rounded once; rows of no request are zero. A row's bits depend on its query and on the keys and values that it
-    sees only.
-    Errors: AssertionError when shapes, dtypes or layouts differ from this.
+    Sums are float32, rounded once; rows of no request are zero. A row's bits depend on its query and on the keys and values that
+    it sees only. AssertionError as of `attention_args`.
     """
-    lib, (rows, heads, _) = library(), q_TND.shape
+    lib, (rows, heads, _) = library(), inputs.q_TND.shape
     assert lib is not None
-    out_TNE = torch.empty(rows, heads, value_channels(k_cache_BSKD, v_cache_BSKE), dtype=q_TND.dtype)
-    call = arguments(
-        q_TND, k_cache_BSKD, v_cache_BSKE, out_TNE, tables_RB, query_starts_R1, context_lens_R, scale, window, cap, sinks_N
-    )  # fmt: skip
-    lib.run(Operation.ATTENTION, call)
+    v_dim = value_channels(inputs.k_cache_BSKD, inputs.v_cache_BSKE)
+    out_TNE = torch.empty(rows, heads, v_dim, dtype=inputs.q_TND.dtype)
+    lib.run(Operation.ATTENTION, attention_args(inputs, out_TNE))
     return out_TNE
 
 
-def paged_attention_reference(
-    q_TND: torch.Tensor,
-    k_cache_BSKD: torch.Tensor,
-    v_cache_BSKE: torch.Tensor,
-    tables_RB: torch.Tensor,
-    query_starts_R1: torch.Tensor,
-    context_lens_R: torch.Tensor,
-    scale: float,
-    window: int | None = None,
-    cap: float | None = None,
-    sinks_N: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+def paged_attention_reference(inputs: AttentionInputs, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """`paged_attention` in plain torch, one request after the other: computed, and returned, in `dtype`."""
+    q_TND, k_cache_BSKD, v_cache_BSKE, tables_RB, query_starts_R1, context_lens_R, scale, window, cap, sinks_N = inputs
     v_dim = value_channels(k_cache_BSKD, v_cache_BSKE)
     if k_cache_BSKD.dtype == torch.int8:
         v_in_k = k_cache_BSKD.data_ptr() == v_cache_BSKE.data_ptr()
-        k_cache_BSKD = dequantize_heads(k_cache_BSKD)
-        v_cache_BSKE = k_cache_BSKD[..., :v_dim] if v_in_k else dequantize_heads(v_cache_BSKE)
+        k_cache_BSKD = dequantize_heads_reference(k_cache_BSKD)
+        v_cache_BSKE = k_cache_BSKD[..., :v_dim] if v_in_k else dequantize_heads_reference(v_cache_BSKE)
     (rows, heads, _), (_, block_size, kv_heads, _) = q_TND.shape, v_cache_BSKE.shape
     out_TNE = torch.zeros(rows, heads, v_dim, dtype=dtype)
     starts = query_starts_R1.tolist()

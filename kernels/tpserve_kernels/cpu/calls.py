@@ -5,48 +5,58 @@ set together before each run.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
-from tpserve_kernels.cpu.library import Call, Operation, library
+from tpserve_kernels.cpu.library import Call, Operation, calls_of, library
 
 
 class CallList:
-    """Operations in the order in which they run. `add` comes first, then `run` any number of times."""
+    """Operations in the order in which they run. `add` comes first, then `run` any number of times.
 
-    def __init__(self) -> None:
-        self._arguments: list[ctypes.Structure] = []
-        self._operations: list[Operation] = []
-        self._places: dict[str, list[int]] = {}
+    `names`: of the values that change from run to run.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._indices = {name: index for index, name in enumerate(names)}
+        self._steps: list[tuple[Operation, ctypes.Structure]] = []
+        self._addresses: list[int] = []
+        self._which: list[int] = []
+        self._values = (ctypes.c_int64 * len(names))()
         self._calls: ctypes.Array[Call] | None = None
-        self._arrays: dict[str, ctypes.Array[ctypes.c_void_p]] = {}
 
     def __len__(self) -> int:
-        return len(self._arguments)
+        return len(self._steps)
 
     def add(self, operation: Operation, arguments: ctypes.Structure, **varying: str) -> None:
         """Append an operation. `varying`: field of `arguments`, of 8 bytes, to the name of the value that it takes in `run`.
 
-        The tensors whose addresses `arguments` holds must outlive the list, unless the field varies.
+        The tensors whose addresses `arguments` holds must outlive the list, unless the field varies. KeyError for a name that the
+        list has not.
         """
         assert self._calls is None
-        self._operations.append(operation)
-        self._arguments.append(arguments)
+        self._steps.append((operation, arguments))
         for field, name in varying.items():
             place = getattr(type(arguments), field)
             assert place.size == 8, field
-            self._places.setdefault(name, []).append(ctypes.addressof(arguments) + place.offset)
+            self._addresses.append(ctypes.addressof(arguments) + place.offset)
+            self._which.append(self._indices[name])
 
-    def run(self, values: Mapping[str, int], wait: Callable[[], None]) -> None:
+    def run(self, values: Sequence[int], wait: Callable[[], None]) -> None:
         """Set the varying fields and run all operations; `wait` as of `Library.run_calls`.
 
-        KeyError for a missing value; names that no operation has are ignored.
+        `values`: integers and addresses, in the order of the names. ValueError when it has another length.
         """
         lib = library()
         assert lib is not None
         if self._calls is None:
-            calls = [Call(each, ctypes.addressof(of)) for each, of in zip(self._operations, self._arguments, strict=True)]
-            self._calls = (Call * len(calls))(*calls)
-            self._arrays = {name: (ctypes.c_void_p * len(places))(*places) for name, places in self._places.items()}
-        for name, array in self._arrays.items():
-            lib.calls.tpserve_set(array, ctypes.c_int64(len(array)), ctypes.c_int64(values[name]))
+            self._seal()
+        assert self._calls is not None
+        self._values[:] = [*values]
+        lib.calls.tpserve_set(*self._places, self._values)
         lib.run_calls(self._calls, wait)
+
+    def _seal(self) -> None:
+        """Make the arrays that the library reads."""
+        self._calls, count = calls_of(*self._steps), len(self._addresses)
+        addresses, which = (ctypes.c_void_p * count)(*self._addresses), (ctypes.c_int32 * count)(*self._which)
+        self._places = addresses, which, ctypes.c_int64(count)

@@ -10,7 +10,7 @@ import torch
 from tpserve_kernels.cpu.library import Operation, library
 
 
-class GumbelMax(ctypes.Structure):
+class GumbelMaxArgs(ctypes.Structure):
     """`GumbelMax` of kernels/cpu/api.h."""
 
     _fields_ = (
@@ -42,7 +42,7 @@ def gumbel_max(
     temperature_S, *counters_S = (each.contiguous() for each in (temperature_S, *counters))
     assert all(each.dtype == torch.int64 for each in counters_S) and (first_S is None or first_S.is_contiguous())
     value_S, index_S = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.int64)
-    arguments = GumbelMax(
+    arguments = GumbelMaxArgs(
         x_SN.data_ptr(), None if sum_SN is None else sum_SN.data_ptr(), temperature_S.data_ptr(),
         *(each.data_ptr() for each in counters_S), None if first_S is None else first_S.data_ptr(),
         value_S.data_ptr(), index_S.data_ptr(), rows, count, x_SN.stride(0), first, level,

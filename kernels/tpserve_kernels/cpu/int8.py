@@ -9,12 +9,11 @@ import ctypes
 
 import torch
 
-from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, Call, Library, Operation, library
+from tpserve_kernels.cpu.library import ALIGNMENT, DTYPES, SUM_DTYPES, Operation, calls_of, library
 
 MOST, SMALLEST, UNIT = 127, 1e-30, 64
 MAX_INNER = (2**31 - 1) // MOST**2
 """The largest K, over all ranks, whose sums fit an int32."""
-OUT_DTYPES = {**DTYPES, torch.int32: 3}
 
 
 class QuantizeArgs(ctypes.Structure):
@@ -136,8 +135,8 @@ def product(
     x_TK = _rows(x_TK)
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
     q_TF, scale_T = empty_rows(*x_TK.shape), torch.empty(len(x_TK))
-    first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_args(q_TF, scale_T, blob, bias_N, out_TN)
-    _run_both(lib, first, Operation.PRODUCT_INT8, second)
+    first, second = quantize_args(x_TK, scale_T, q_TF, given=False), product_int8_args(q_TF, scale_T, blob, bias_N, out_TN)
+    lib.run_calls(calls_of((Operation.QUANTIZE, first), (Operation.PRODUCT_INT8, second)))
     return out_TN
 
 
@@ -159,7 +158,8 @@ def grouped_product(
         blob_EB.data_ptr(), ends_E.data_ptr(), q_RF.data_ptr(), scale_R.data_ptr(), bias, out_RN.data_ptr(), len(blob_EB),
         blob_EB.stride(0), q_RF.stride(0), outputs, DTYPES[x_RK.dtype],
     )  # fmt: skip
-    _run_both(lib, quantize_args(x_RK, scale_R, q_RF, given=False), Operation.GROUPED_PRODUCT_INT8, second)
+    first = quantize_args(x_RK, scale_R, q_RF, given=False)
+    lib.run_calls(calls_of((Operation.QUANTIZE, first), (Operation.GROUPED_PRODUCT_INT8, second)))
     return out_RN
 
 
@@ -168,7 +168,7 @@ def integer_sums(q_TF: torch.Tensor, blob: torch.Tensor, outputs: int) -> torch.
     lib = library()
     assert lib is not None
     out_TN = torch.empty(len(q_TF), outputs, dtype=torch.int32)
-    lib.run(Operation.PRODUCT_INT8, product_args(q_TF, None, blob, None, out_TN))
+    lib.run(Operation.PRODUCT_INT8, product_int8_args(q_TF, None, blob, None, out_TN))
     return out_TN
 
 
@@ -179,7 +179,7 @@ def rescale(
     lib = library()
     assert lib is not None
     sums_TN, out_TN = sums_TN.contiguous(), torch.empty(sums_TN.shape, dtype=out_dtype)
-    lib.run(Operation.RESCALE_INT8, product_args(sums_TN, scale_T, blob, bias_N, out_TN))
+    lib.run(Operation.RESCALE_INT8, product_int8_args(sums_TN, scale_T, blob, bias_N, out_TN))
     return out_TN
 
 
@@ -223,12 +223,6 @@ def product_reference(
     return (y_TN if bias_N is None else y_TN + bias_N).to(out_dtype or x_TK.dtype)
 
 
-def _run_both(lib: Library, first: QuantizeArgs, operation: Operation, second: ctypes.Structure) -> None:
-    """Quantize rows, then multiply them."""
-    calls = (Call * 2)(Call(Operation.QUANTIZE, ctypes.addressof(first)), Call(operation, ctypes.addressof(second)))
-    lib.calls.tpserve_run(calls, 2, torch.get_num_threads())
-
-
 def _rows(x_TK: torch.Tensor) -> torch.Tensor:
     return x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
 
@@ -247,7 +241,7 @@ def quantize_args(x_TK: torch.Tensor, scale_T: torch.Tensor, out_TF: torch.Tenso
     )
 
 
-def product_args(
+def product_int8_args(
     x: torch.Tensor, scale_T: torch.Tensor | None, blob: torch.Tensor, bias_N: torch.Tensor | None, out_TN: torch.Tensor
 ) -> ProductInt8Args:
     """The arguments of PRODUCT_INT8 and RESCALE_INT8 for these tensors, which the caller keeps."""
@@ -260,5 +254,5 @@ def product_args(
         len(x),
         x.stride(0),
         out_TN.stride(0),
-        OUT_DTYPES[out_TN.dtype],
+        SUM_DTYPES[out_TN.dtype],
     )

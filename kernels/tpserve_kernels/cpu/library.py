@@ -22,6 +22,8 @@ ISA_VARIABLE, FILE_VARIABLE = "TPSERVE_ISA", "TPSERVE_CPU_LIBRARY"
 ALIGNMENT = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 INT8 = 2
+SUM_DTYPES = {**DTYPES, torch.int32: 3}
+"""Of sums, which in int8 are integers."""
 
 
 class Isa(IntEnum):
@@ -57,6 +59,11 @@ class Call(ctypes.Structure):
     """`Call` of kernels/cpu/api.h: an operation and the address of its arguments."""
 
     _fields_ = (("operation", ctypes.c_int32), ("arguments", ctypes.c_void_p))
+
+
+def calls_of(*steps: tuple[Operation, ctypes.Structure]) -> "ctypes.Array[Call]":
+    """Operations with their arguments, which must outlive the result, for `Library.run_calls`."""
+    return (Call * len(steps))(*(Call(operation, ctypes.addressof(arguments)) for operation, arguments in steps))
 
 
 class Library:
@@ -95,17 +102,18 @@ class Library:
         """One operation that waits for nobody, on as many threads as torch uses."""
         self._run(ctypes.byref(Call(operation, ctypes.addressof(arguments))), 1, torch.get_num_threads())
 
-    def run_calls(self, calls: ctypes.Array[Call], wait: Callable[[], None]) -> None:
+    def run_calls(self, calls: ctypes.Array[Call], wait: Callable[[], None] | None = None) -> None:
         """A list of calls in one parallel region; their arguments must stay alive.
 
         When a collective in it has waited for some milliseconds for its peers, `wait` is called, and then what is left of the
-        list. An exception of `wait` ends it.
+        list. An exception of `wait` ends it. Without collectives there is nothing to wait for.
         """
         ended, count = 0, len(calls)
         while True:
             ended += self._run(ctypes.byref(calls, ended * ctypes.sizeof(Call)), count - ended, torch.get_num_threads())
             if ended == count:
                 return
+            assert wait is not None, "the list has a collective"
             wait()
 
     def _start(self) -> None:
@@ -159,12 +167,12 @@ def is_native(x: torch.Tensor) -> bool:
 
 @functools.cache
 def source_version() -> str | None:
-    """The version of the sources beside this package, None for an installed one, which has only the library."""
+    """The version of the sources beside this package, as `build_cpu.version`; None for an installed one, which has no sources."""
     folder = PACKAGE.parent / "cpu"
     if not (folder / "kernels.cc").is_file():
         return None
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in (*sorted(folder.iterdir()), PACKAGE.parent / "build_cpu.py"):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -68,7 +68,7 @@ def pack(weight_NK: torch.Tensor, blob: torch.Tensor | None = None) -> torch.Ten
     return blob
 
 
-def arguments(x_TK: torch.Tensor, blob: torch.Tensor, bias_N: torch.Tensor | None, out_TN: torch.Tensor) -> ProductArgs:
+def product_args(x_TK: torch.Tensor, blob: torch.Tensor, bias_N: torch.Tensor | None, out_TN: torch.Tensor) -> ProductArgs:
     """The arguments of Operation.PRODUCT on these tensors, which must outlive the call. See `product`."""
     assert x_TK.stride(1) == out_TN.stride(1) == 1 and len(x_TK) == len(out_TN)
     assert bias_N is None or (bias_N.dtype == torch.float32 and bias_N.is_contiguous())
@@ -95,7 +95,7 @@ def product(
     if x_TK.stride(1) != 1:
         x_TK = x_TK.contiguous()
     out_TN = torch.empty(len(x_TK), outputs, dtype=out_dtype or x_TK.dtype)
-    lib.run(Operation.PRODUCT, arguments(x_TK, blob, bias_N, out_TN))
+    lib.run(Operation.PRODUCT, product_args(x_TK, blob, bias_N, out_TN))
     return out_TN
 
 
