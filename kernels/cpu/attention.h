@@ -58,7 +58,7 @@ struct Places {
     }
 };
 
-constexpr int64_t QUERY_STEP = 24;  // query rows that go past a tile together
+constexpr int64_t QUERY_ROWS = 24;  // query rows that go past a tile together
 
 // What a thread needs to compute blocks. `T`: the dtype's number; `Form`: how a product of few rows reads keys of that dtype.
 template <class T, class Form>
@@ -75,11 +75,11 @@ struct Attending {
         item = a.kv_dtype == INT8 ? 1 : sizeof(T);
         int64_t most = shape.most, key_bytes = TILE * shape.units * 4, value_bytes = TILE * shape.value_dim * sizeof(T);
         int64_t row = a.k_dim > a.v_dim ? a.k_dim : a.v_dim;
-        int64_t floats = most * (shape.key_dim + 2 * shape.state_floats()) + QUERY_STEP * (TILE > a.k_dim ? TILE : a.k_dim) + 2 * TILE;
+        int64_t floats = most * (shape.key_dim + 2 * shape.state_floats()) + QUERY_ROWS * (TILE > a.k_dim ? TILE : a.k_dim) + 2 * TILE;
         keys = (char*)scratch(key_bytes + value_bytes + floats * sizeof(float) + (1 + 2 * PANEL) * row * sizeof(T));
         values = keys + key_bytes;
         queries = (float*)(values + value_bytes), scores = queries + most * shape.key_dim;
-        scales = scores + QUERY_STEP * (TILE > a.k_dim ? TILE : a.k_dim), memory = scales + 2 * TILE;
+        scales = scores + QUERY_ROWS * (TILE > a.k_dim ? TILE : a.k_dim), memory = scales + 2 * TILE;
         zeros = (T*)(memory + 2 * most * shape.state_floats()), wide = zeros + row;
         memset(zeros, 0, row * sizeof(T));
     }
@@ -111,7 +111,7 @@ struct Attending {
     }
 
    private:
-    // The queries of each share, as blocks of up to QUERY_STEP rows.
+    // The queries of each share, as blocks of up to QUERY_ROWS rows.
     void load_queries(const Block& block) const {
         T* rows = (T*)scores;
         for (int64_t i = 0; i < block.shares; i++) {
@@ -119,9 +119,9 @@ struct Attending {
             uint32_t* to = (uint32_t*)queries + i * block.rows * shape.share * shape.key_dim;
             for (int64_t m = 0; m < all; m++) {
                 const T* from = (const T*)a.q + (block.row + m / count) * a.q_strides[0] + (head + m % count) * a.q_strides[1];
-                memcpy(rows + m % QUERY_STEP * a.k_dim, from, a.k_dim * sizeof(T));
-                if (m % QUERY_STEP == QUERY_STEP - 1 || m == all - 1)
-                    copy_rows<Form>(rows, m % QUERY_STEP + 1, a.k_dim, a.k_dim, shape.key_dim, to + m / QUERY_STEP * QUERY_STEP * shape.key_dim);
+                memcpy(rows + m % QUERY_ROWS * a.k_dim, from, a.k_dim * sizeof(T));
+                if (m % QUERY_ROWS == QUERY_ROWS - 1 || m == all - 1)
+                    copy_rows<Form>(rows, m % QUERY_ROWS + 1, a.k_dim, a.k_dim, shape.key_dim, to + m / QUERY_ROWS * QUERY_ROWS * shape.key_dim);
             }
         }
     }
@@ -190,8 +190,8 @@ struct Attending {
         int from = places.begin / PANEL, to = (places.end + PANEL - 1) / PANEL;
         int64_t positions = (places.end + 1) / 2 * 2 - from * PANEL;
         const float *zeros = (const float*)NOTHING, *so_far = nullptr, *each = a.kv_dtype == INT8 ? scales : nullptr;
-        for (int64_t first = 0; first < rows; first += QUERY_STEP) {
-            int64_t some = rows - first < QUERY_STEP ? rows - first : QUERY_STEP, at = base + first;
+        for (int64_t first = 0; first < rows; first += QUERY_ROWS) {
+            int64_t some = rows - first < QUERY_ROWS ? rows - first : QUERY_ROWS, at = base + first;
             float* sums = state.sums + at * shape.value_dim;
             TileProduct<Form> of_keys{keys, shape.key_dim * Form::UNIT_BYTES, queries + at * shape.key_dim, shape.key_dim, 1, 0,
                                         shape.key_dim, scores, TILE, zeros, some};
