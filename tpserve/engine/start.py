@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from tpserve.engine import connectivity, verify
 from tpserve.engine.fingerprint import fingerprint, processor
 from tpserve.engine.frames import check_frames
 from tpserve.engine.loop import Engine
+from tpserve.engine.rank_zero_sockets import RankZeroSockets
 from tpserve.engine.watchdog import StepWatchdog
 from tpserve.host.network import Interface, host_id
 from tpserve.host.resources import available_cores, cpu_model, visible_gpus
@@ -45,7 +45,7 @@ from tpserve.observe.trace import Trace
 from tpserve.parallel import mesh as meshes
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import imbalance, split_heads
-from tpserve.parallel.store import agent_store, host_store, join_store
+from tpserve.parallel.store import agent_store, join_store
 from tpserve.process.orders import Stopped
 from tpserve.process.process_utils import kill_stopped, kill_stopped_in_background, live_children
 from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
@@ -61,8 +61,8 @@ from tpserve.weights.checkpoint import Checkpoint, weight_files
 from tpserve.weights.load import Loader
 from tpserve.weights.parameter import Parameter
 from tpserve.weights.unused_weights import checkpoint_notes
-from tpserve.wire.channels import EngineLink, PlanBroadcaster, PlanReceiver, ResultReceiver, ResultSender, TcpEndpoint, tcp
-from tpserve.wire.curve import FRONTEND, CurveClient, ZapAuthenticator, rank_role
+from tpserve.wire.channels import EngineLink, PlanReceiver, ResultSender
+from tpserve.wire.curve import FRONTEND, CurveClient, rank_role
 from tpserve.worker import device as devices
 from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.loop import serve_plans
@@ -151,16 +151,6 @@ def _clean_up(env: RankEnv, frontend_address: FrontendAddress) -> None:
             remove_runtime_dir(frontend_address.runtime_dir)
 
 
-@dataclass
-class _RankZeroSockets:
-    """What rank 0 hosts for an epoch. Hello and Start carry the addresses."""
-
-    store: Store
-    plans: PlanBroadcaster
-    results: ResultReceiver
-    endpoints: dict[str, str]
-
-
 class _ServingRank:
     """The phases of a rank's life in order; each phase needs the result of the one before."""
 
@@ -196,7 +186,7 @@ class _ServingRank:
         start_timer.mark("device")
         self._ensure_weights()  # before Hello, while the coordinator sees this rank's progress
         start_timer.mark("download")
-        hosted = self._host() if env.rank == 0 else None
+        hosted = RankZeroSockets.open(self._frontend_address, config) if env.rank == 0 else None
         stage, (self._processor, traits) = config.layout.stage_of(env.rank), processor(device, config.dtype, self._spec)
         rank_agent.report_progress("waiting for all ranks", 0)
         rank_agent.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits, stage, self._processor)
@@ -237,6 +227,7 @@ class _ServingRank:
     def _build(self, mesh: Mesh, free: int) -> tuple[ModelRunner, MemoryLedger, Numerics | None]:
         """Load this rank's shard, measure memory, allocate the KV cache. `free`: free bytes before any rank loads."""
         config, env, start_timer = self._config, self._env, self._start_timer
+        compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
         check_weights(mesh, self._spec, config, env.local_world_size, free)
         with self._room_for("loading the model", mesh):
             decoder, weights = self._load(mesh)
@@ -246,7 +237,7 @@ class _ServingRank:
         numerics = self._self_test(decoder)
         start_timer.mark("self-test")
         self._rank_agent.report_progress("measuring memory", 90)
-        make_pool = partial(self._request_pool, mesh.device, self._compiled_grammars())
+        make_pool = partial(self._request_pool, mesh.device, compiled)
         with self._room_for("measuring the largest steps", mesh):
             kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, weights)
         with self._room_for("making room for the KV cache", mesh):
@@ -310,24 +301,6 @@ class _ServingRank:
 
             verify.check(env, directory, names, store, max(1, available_cores() // env.local_world_size), on_progress)
 
-    def _host(self) -> _RankZeroSockets:
-        """Open rank 0's store and sockets for this epoch; on TCP too when there are several nodes."""
-        frontend_address, keyring, ports = self._frontend_address, self._frontend_address.keyring, self._config.port_range
-        store, store_address = host_store(frontend_address.address, ports)
-        remote = None
-        if keyring is not None:
-            curve_server = keyring.curve_server(rank_role(0), self._config.layout.world_size)
-            remote = TcpEndpoint(tcp(frontend_address.address, ports), curve_server)
-            zap_authenticator = ZapAuthenticator(curve_server.allowed)
-        plans = PlanBroadcaster(frontend_address.endpoint("plan"), remote)
-        results = ResultReceiver(frontend_address.endpoint("result"), remote)
-        endpoints = {"store": store_address, "plan": plans.endpoint, "result": results.endpoint}
-        if keyring is not None:
-            endpoints |= {"plan-tcp": plans.remote_endpoint, "result-tcp": results.remote_endpoint}
-            zap_authenticator.log_refusals_of(plans.socket)
-            zap_authenticator.log_refusals_of(results.socket)
-        return _RankZeroSockets(store, plans, results, endpoints)
-
     def _endpoint(self, start: Start, name: str) -> str:
         """Rank 0's endpoint `name` as this rank reaches it."""
         return start.endpoints[name if self._leader_key is None else f"{name}-tcp"]
@@ -389,7 +362,7 @@ class _ServingRank:
             compiled=compiled,
         )
 
-    def _lead(self, hosted: _RankZeroSockets, model_runner: ModelRunner, ledger: MemoryLedger, epoch: int) -> None:
+    def _lead(self, hosted: RankZeroSockets, model_runner: ModelRunner, ledger: MemoryLedger, epoch: int) -> None:
         """Rank 0: serve requests with the engine loop until Stop."""
         config, layout = self._config, self._config.layout
         scheduler_config = SchedulerConfig(
