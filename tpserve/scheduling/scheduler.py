@@ -25,8 +25,6 @@ A plan is in flight from `schedule` until its result is applied. At most `depth`
 from collections import deque
 from dataclasses import dataclass
 
-from msgspec.structs import replace
-
 from tpserve.scheduling.block_manager import BlockManager
 from tpserve.scheduling.grammars import GrammarTable
 from tpserve.scheduling.policy import ScheduledBatch, SchedulingPolicy
@@ -202,9 +200,8 @@ class Scheduler:
             self._count_cached(sequence)
         tables = tuple(pack(table) for table in sequence.tables)
         packed = pack(sequence.tokens)
-        params = replace(request.params, grammar="") if request.params.grammar else request.params
         return NewSequence(
-            sequence.slot, packed, sequence.prompt_len, params, request.seed, request.choice, tables, sequence.grammar
+            sequence.slot, packed, sequence.prompt_len, sequence.params, request.seed, request.choice, tables, sequence.grammar
         )
 
     def _count_cached(self, sequence: Sequence) -> None:

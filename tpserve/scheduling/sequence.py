@@ -13,9 +13,11 @@ from array import array
 from dataclasses import dataclass, field
 
 from msgspec import msgpack
+from msgspec.structs import replace
 
 from tpserve.types.messages import PhaseTimes
 from tpserve.types.request import Request
+from tpserve.types.sampling import EngineSamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +25,8 @@ class Sequence:
     """One request in the scheduler. `in_flight`: plans in flight that name it; `pending_draws`: those of them that sample it."""
 
     request: Request
+    params: EngineSamplingParams
+    """Of the request, without the text of the grammar: what each admission sends."""
     tokens: "array[int]"
     prompt_len: int
     end: int
@@ -31,7 +35,7 @@ class Sequence:
     """Lower comes first: (priority, arrival number)."""
     num_scored: int
     params_bytes: int
-    """Size of the encoded params, which each admission sends."""
+    """Size of the encoded params."""
     slot: int = -1
     grammar: int = -1
     """The number of its grammar; -1 for none."""
@@ -64,8 +68,9 @@ class Sequence:
         end = min(prompt_len + request.params.max_tokens, max_model_len)
         # prompt logprobs are sent before the first token, so a resubmitted request with output has them
         scored = prompt_len if request.params.prompt_logprobs is None or request.output else min(1, prompt_len)
-        params_bytes = len(msgpack.encode(request.params))
-        return Sequence(request, tokens, prompt_len, end, now, (request.priority, number), scored, params_bytes)
+        params = replace(request.params, grammar="") if request.params.grammar else request.params
+        order, params_bytes = (request.priority, number), len(msgpack.encode(params))
+        return Sequence(request, params, tokens, prompt_len, end, now, order, scored, params_bytes)
 
     @property
     def length(self) -> int:
