@@ -26,6 +26,9 @@ enum Operation : int32_t {
     PRODUCT_INT8,  // quant/int8.py: every product with an int8 matrix
     RESCALE_INT8,  // quant/int8.py: sums of PRODUCT_INT8 that were added up over ranks
     GROUPED_PRODUCT_INT8,  // quant/int8.py: the products of experts
+    MASK_BITS,             // sampler/filters.py, as the two below
+    PENALIZE,
+    TRUNCATE,
     NUM_OPERATIONS
 };
 
@@ -242,4 +245,34 @@ struct GroupedProductInt8 {
     void* out;           // [rows, N]
     int64_t groups, weight_bytes, x_stride, out_stride;
     int32_t out_dtype;
+};
+
+// The ids of some rows whose bits are not set become -inf: bit i % 32 of word i / 32 is of id i.
+struct MaskBits {
+    float* logits;        // [..., vocab]
+    const int64_t* row;   // [rows]: which rows of `logits`
+    const int32_t* bits;  // [rows, at least vocab / 32 words]
+    int64_t rows, vocab, stride, bits_stride;
+};
+
+// Lowers the logits of tokens that a sequence has: by repetition the tokens [0, position), by frequency and presence those of them
+// from `prompt` on.
+struct Penalize {
+    float* logits;               // [..., vocab]
+    const int64_t* row;          // [rows]: which rows of `logits` and `tokens`
+    const int32_t* tokens;       // [..., history]
+    const int64_t *position, *prompt;                    // [rows]
+    const float *presence, *frequency, *repetition;      // [rows]
+    int64_t rows, vocab, stride, history, tokens_stride;
+};
+
+// Ids become -inf by min-p, then by top-k, then by top-p, of the distribution with temperature. Ties go to the lowest id.
+struct Truncate {
+    float* logits;              // [..., vocab]
+    const int64_t* row;         // [rows]: which rows of `logits`
+    const float* temperature;   // [rows], positive for rows with min-p or top-p
+    const double* log_min_p;    // [rows], -inf: off
+    const int64_t* top_k;       // [rows], 0: off
+    const double* top_p;        // [rows], 1: off
+    int64_t rows, vocab, stride;
 };

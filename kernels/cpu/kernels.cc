@@ -3,6 +3,7 @@
 
 #include "all_reduce.h"
 #include "attention.h"
+#include "filters.h"
 #include "gumbel.h"
 #include "head.h"
 #include "product.h"
@@ -32,4 +33,7 @@ extern "C" __attribute__((visibility("hidden"))) const Kernels SET = {{
     operation<ProductInt8, product_int8>,
     operation<ProductInt8, rescale_int8>,
     operation<GroupedProductInt8, grouped_product_int8>,
+    operation<MaskBits, mask_bits>,
+    operation<Penalize, penalize>,
+    operation<Truncate, truncate>,
 }};

@@ -26,35 +26,31 @@ def facts(limits: Mapping[str, str], dtype: torch.dtype, *, experts: bool) -> tu
     "CPU kernels" is the version of the library, "none" where torch serves. "CPU level" are the architecture and the instruction
     sets that torch's libraries use; `limits`: the set environment variables that limit those, by name. "CPU operators" is a hash
     of sample results of torch, which is needed since its libraries also choose a path by vendor and cache sizes: without the
-    library of all that decide a row's bits, with it of those from which each rank draws for itself what others must draw alike.
-    Beside `exp`, by which top-p weighs ids, that is `softmax` of models with `experts`, by which tokens are routed.
+    library of all that decide a row's bits, with it of `softmax` of models with `experts`, by which each rank routes tokens.
     """
     level = [platform.machine(), torch.backends.cpu.get_cpu_capability(), *(["AMX"] if has_amx() else [])]
     level += [f"packs {str(packable).removeprefix('torch.')}" for packable in PACKABLE if can_pack(packable)]
     cpu = {"CPU level": " ".join([*level, *(f"{name}={text}" for name, text in sorted(limits.items()))])}
     found = library() if serves(torch.device("cpu"), dtype) else None
-    operators = _results(products=found is None, softmax=found is None or experts)
-    equal = {KERNELS: "none" if found is None else found.version, "CPU operators": operators}
+    equal = {KERNELS: "none" if found is None else found.version}
+    if found is None or experts:
+        equal["CPU operators"] = _results(only_softmax=found is not None)
     if found is None:
         return cpu | equal, {}
     return equal, cpu | {"instruction set": found.isa.name.lower()}
 
 
 @torch.inference_mode()
-def _results(*, products: bool, softmax: bool) -> str:
-    """A hash over the bits of what torch computes of operands that are equal everywhere.
-
-    `products`: of those with weights and of attention, too; `softmax`: of softmax, too.
-    """
+def _results(*, only_softmax: bool) -> str:
+    """A hash over the bits of what torch computes of operands that are equal everywhere."""
     digest = hashlib.sha256()
     x_TK, weight_NK = _numbers(ROWS, INNER), _numbers(OUTPUTS, INNER)
-    if products:
+    digest.update(_bits(torch.softmax(x_TK[:, :251], -1)))
+    if not only_softmax:
         for dtype in PACKABLE:
             digest.update(_bits(matmul(x_TK.to(dtype), pack(weight_NK.to(dtype)))))
         digest.update(_bits(torch.bmm(x_TK.unsqueeze(0), weight_NK.T.unsqueeze(0))))
-    if softmax:
-        digest.update(_bits(torch.softmax(x_TK[:, :251], -1)))
-    digest.update(_bits(torch.exp(x_TK[:, :251])))
+        digest.update(_bits(torch.exp(x_TK[:, :251])))
     return digest.hexdigest()[:12]
 
 

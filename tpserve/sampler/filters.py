@@ -8,6 +8,7 @@ One function per filter, applied in this order to rows that hold the whole vocab
     penalties   `apply_penalties`: repetition (prompt and output), then frequency and presence (output)
     truncation  `apply_min_p`, `apply_top_k`, `apply_top_p`, of the distribution with temperature; `draw` applies the temperature
 
+On the CPU the library of kernels does the masks of grammars, penalties and truncation; the functions here are what they must do.
 Filtered ids become -inf. Invariants: a row's bits depend only on the row, its tokens and its request; thresholds are exact
 (values are compared, weights are summed as integers); ties go to the lowest id.
 
@@ -22,6 +23,9 @@ N (row, id) pairs, W banned words, E ids of the longest prefix of a banned word.
 from dataclasses import dataclass
 
 import torch
+
+from tpserve_kernels.cpu import filters as native
+from tpserve_kernels.cpu.library import is_native
 
 CANDIDATES = 1024
 """Top-p on the CPU tries this many ids before it sorts the whole vocabulary."""
@@ -132,7 +136,10 @@ def apply(
     `temperature_R`: float32, positive for rows with top-p. `position_R`: int64, the number of tokens of each row's sequence.
     `tokens_RL`: its token ids, int32 or int64; the entries from `position_R` on are ignored, but must be valid ids.
     """
-    if filters.grammar is not None:
+    library = is_native(logits_RV)
+    if filters.grammar is not None and library:
+        native.mask_bits(logits_RV, filters.grammar.rows_G, filters.grammar.bits_GW)
+    elif filters.grammar is not None:
         apply_grammar(logits_RV, filters.grammar)
     if filters.allowed is not None:
         allowed_RV = apply_allowed_ids(logits_RV.clone(), filters.allowed)
@@ -141,8 +148,15 @@ def apply(
         logits_RV = apply_bad_words(logits_RV, filters.bad_words, tokens_RL, position_R, filters.prompt_R)
     if filters.bias is not None:
         apply_bias(logits_RV, filters.bias)
-    if filters.penalties is not None:
+    if filters.penalties is not None and library:
+        p, rows_P = filters.penalties, filters.penalties.rows_P
+        penalties = p.presence_P, p.frequency_P, p.repetition_P
+        native.penalize(logits_RV, rows_P, tokens_RL.int(), position_R[rows_P], filters.prompt_R[rows_P], penalties)
+    elif filters.penalties is not None:
         apply_penalties(logits_RV, filters.penalties, tokens_RL, position_R, filters.prompt_R)
+    if library:
+        _truncate(logits_RV, filters, temperature_R)
+        return logits_RV
     if filters.min_p is not None:
         apply_min_p(logits_RV, filters.min_p, temperature_R)
     if filters.top_k is not None:
@@ -150,6 +164,21 @@ def apply(
     if filters.top_p is not None:
         apply_top_p(logits_RV, filters.top_p, temperature_R)
     return logits_RV
+
+
+def _truncate(logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor) -> None:
+    """Min-p, top-k and top-p with the library of CPU kernels, in place; its exp may differ from torch's in the last bit."""
+    rows = len(logits_RV)
+    log_min_p_R, top_p_R = torch.full((rows,), float("-inf"), dtype=torch.float64), torch.ones(rows, dtype=torch.float64)
+    top_k_R, row_R = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
+    if filters.min_p is not None:
+        log_min_p_R[filters.min_p.rows_K] = filters.min_p.log_K
+    if filters.top_k is not None:
+        top_k_R[filters.top_k.rows_K] = filters.top_k.k_K
+    if filters.top_p is not None:
+        top_p_R[filters.top_p.rows_K] = filters.top_p.p_K
+    if filters.min_p is not None or filters.top_k is not None or filters.top_p is not None:
+        native.truncate(logits_RV, row_R, temperature_R.contiguous(), log_min_p_R, top_k_R, top_p_R)
 
 
 def apply_grammar(logits_RV: torch.Tensor, params: GrammarMask) -> None:

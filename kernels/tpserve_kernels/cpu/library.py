@@ -52,6 +52,9 @@ class Operation(IntEnum):
     PRODUCT_INT8 = 11
     RESCALE_INT8 = 12
     GROUPED_PRODUCT_INT8 = 13
+    MASK_BITS = 14
+    PENALIZE = 15
+    TRUNCATE = 16
 
 
 class Call(ctypes.Structure):
