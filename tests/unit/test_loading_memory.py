@@ -1,5 +1,6 @@
 """What loading takes at its peak: the packed model and one parameter, or one expert of a stack. In a process of its own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,10 @@ class Peak(NamedTuple):
 def peaks() -> dict[tuple[str, str], Peak]:
     if load()[0] is None:
         pytest.skip("no library of CPU kernels")
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed goes back to the system
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = (line.split() for line in done.stdout.splitlines())
     return {(kind, quantization): Peak(*map(int, sizes)) for kind, quantization, *sizes in rows}
