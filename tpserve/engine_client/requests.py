@@ -95,6 +95,10 @@ class RequestHandle:
         await self._wake.wait()
         self._wake.clear()
 
+    def wake(self) -> None:
+        """Let `wait` return, though there may be nothing to take."""
+        self._wake.set()
+
     def take(self) -> list[tuple[RequestState, OutputDelta]]:
         """The output since the last call, at most one delta per sequence. Raises the failure of a failed request."""
         if self.failure is not None:

@@ -6,7 +6,8 @@ end of the response, a broken connection and a cancelled handler.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 
 import msgspec
@@ -63,8 +64,9 @@ async def send_stream(
     try:
         await response.prepare(request)
         try:
-            async for data in events(handle, builder, meta, prompts, options):
-                await response.write(data)
+            async with aclosing(events(handle, builder, meta, prompts, options)) as stream:
+                async for data in stream:
+                    await response.write(data)
         except UserError as error:
             await response.write(event(error_object(error)) + END)
         except ConnectionError:
@@ -82,7 +84,7 @@ async def send_stream(
 
 async def events(
     handle: RequestHandle, builder: ResponseBuilder, meta: ResponseMeta, prompts: Sequence[Prompt], options: StreamOptions
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The bytes of a stream, with a keep-alive comment after every `KEEP_ALIVE_S` without output. Raises the handle's failure."""
 
     def to_events(chunks: Sequence[Json]) -> bytes:
@@ -102,20 +104,51 @@ async def events(
     warnings, ended = list(meta.warnings), False
     if opening := builder.opening():
         yield to_events(opening)
-    while not ended:
-        try:
-            async with asyncio.timeout(KEEP_ALIVE_S):
-                await handle.wait()
-        except TimeoutError:
-            yield KEEP_ALIVE_COMMENT
-            continue
-        ended = handle.ended
-        deltas = [(sequence.index, delta) for sequence, delta in handle.take()]
-        if data := await in_thread(partial(encode, deltas), num_values(deltas)):
-            yield data
+    with IdleTimer(KEEP_ALIVE_S, handle.wake) as idle:
+        while not ended:
+            await handle.wait()
+            ended = handle.ended
+            deltas = [(sequence.index, delta) for sequence, delta in handle.take()]
+            if data := await in_thread(partial(encode, deltas), num_values(deltas)):
+                idle.restart()
+                yield data
+            elif idle.due():
+                yield KEEP_ALIVE_COMMENT
     if options.include_usage:
         yield event(meta.chunk() | {"usage": usage(prompts, handle.sequences)})
     yield END
+
+
+class IdleTimer:
+    """Calls `wake` whenever `seconds` have passed since the last `restart`, which costs no more than a look at the clock: a token
+    restarts it, and the event loop's timer moves only when it fires."""
+
+    def __init__(self, seconds: float, wake: Callable[[], None]) -> None:
+        self._seconds, self._wake = seconds, wake
+        self._loop = asyncio.get_running_loop()
+        self._since_s, self._due = self._loop.time(), False
+
+    def __enter__(self) -> "IdleTimer":
+        self._timer = self._loop.call_at(self._since_s + self._seconds, self._fire)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def restart(self) -> None:
+        """The time runs from now on."""
+        self._since_s, self._due = self._loop.time(), False
+
+    def due(self) -> bool:
+        """Whether the time has passed since the last restart or the last call that said so."""
+        due, self._due = self._due, False
+        return due
+
+    def _fire(self) -> None:
+        if self._loop.time() >= self._since_s + self._seconds:
+            self._since_s, self._due = self._loop.time(), True
+            self._wake()
+        self._timer = self._loop.call_at(self._since_s + self._seconds, self._fire)
 
 
 def num_values(deltas: Sequence[tuple[int, OutputDelta]]) -> int:
