@@ -90,7 +90,7 @@ def test_a_plan_that_is_lost_while_rank_0_waits_in_a_collective_comes_again(serv
 
 def test_an_error_of_a_ranks_control_thread_is_the_reason_that_everybody_hears(server: Server) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    body = {"prompt": prompt(faulty_rank.BROKEN_THREAD), "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"prompt": prompt(faulty_rank.BROKEN_THREAD), "max_tokens": 1900, "ignore_eos": True, "stream": True}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     events = connection.getresponse().read().decode()
     server.wait()
