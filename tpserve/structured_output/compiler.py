@@ -1,7 +1,7 @@
 """Compiles grammars of structured output with llguidance for a model's tokenizer.
 
 All limits are counts, never seconds, so every rank decides alike. The library releases the interpreter lock while it compiles,
-but not while it builds a vocabulary: about a second for 128,000 tokens, once at start.
+but not while it builds a vocabulary: a second or more for 128,000 tokens, once at start.
 """
 
 from collections.abc import Sequence

@@ -76,15 +76,13 @@ def _of_structured_outputs(value: Mapping[str, Any]) -> str:
         return ""
     if len(kinds) != 1:
         raise _wrong(f"{field} needs exactly one of {', '.join(_KINDS)}, this has {' and '.join(kinds) or 'none'}", field)
+    if options and kinds[0] not in ("json", "json_object"):
+        raise _wrong(f"{field}: {next(iter(options))} goes with json and json_object only; leave it out", field)
     return _KINDS[kinds[0]](given[kinds[0]], f"{field}.{kinds[0]}", options)
 
 
 def _json(schema: Any, field: str, options: Mapping[str, Any]) -> str:
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise _wrong(f"{field} is no JSON: {error}", field) from None
+    schema = _parsed(schema, field)
     if not isinstance(schema, dict | bool):
         raise _wrong(f"{field} must be a JSON schema, an object", field)
     if options.get("disable_additional_properties"):
@@ -93,11 +91,22 @@ def _json(schema: Any, field: str, options: Mapping[str, Any]) -> str:
     if options.get("disable_any_whitespace"):
         overrides = {"whitespace_flexible": False}
     if pattern := options.get("whitespace_pattern"):
+        _text(pattern, "structured_outputs.whitespace_pattern")
         overrides["whitespace_pattern"] = pattern
     try:
         return LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=overrides)  # type: ignore[arg-type]
     except (ValueError, RecursionError) as error:
         raise _wrong(f"{field}: {error}", field) from None
+
+
+def _parsed(value: Any, field: str) -> Any:
+    """The value, or that of a text which holds it as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise _wrong(f"{field} is no JSON: {error}", field) from None
 
 
 def _json_object(value: Any, field: str, options: Mapping[str, Any]) -> str:
@@ -135,11 +144,7 @@ def _grammar(value: Any, field: str, options: Mapping[str, Any]) -> str:
 
 def _structural_tag(value: Any, field: str, options: Mapping[str, Any]) -> str:
     """Text in which each trigger begins one of `structures`: its `begin`, an instance of its `schema`, its `end`."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise _wrong(f"{field} is no JSON: {error}", field) from None
+    value = _parsed(value, field)
     structures, triggers = (value.get(name) for name in ("structures", "triggers")) if isinstance(value, dict) else (None, None)
     if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
         raise _wrong(f'{field} needs "structures", each with begin, schema and end, and "triggers"', field)

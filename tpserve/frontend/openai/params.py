@@ -26,6 +26,8 @@ def refuse_contradictions(call: CompletionRequest | ChatCompletionRequest) -> No
         rules.append(("top_logprobs", call.top_logprobs is not None and not call.logprobs, "needs logprobs true"))
     else:
         rules.append(("suffix", bool(call.suffix) and call.echo, "does not go with echo true; leave one of them out"))
+        cut = call.truncate_prompt_tokens is not None
+        rules.append(("truncate_prompt_tokens", bool(call.suffix) and cut, "does not go with suffix; leave one of them out"))
         rules.append(("max_tokens", call.max_tokens == 0 and not call.echo, "is 0, which needs echo true"))
         rules.append(("best_of", call.num_drawn < call.n, f"is {call.best_of}, and n {call.n}; raise the one or lower the other"))
         rules.append(("best_of", call.num_drawn > call.n and call.stream, f"above n {streams}"))
