@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {*FLOOR_0, "config"},
     # floor 2
     "structured_output": {*FLOOR_0, "text"},
+    "response_template": {*FLOOR_0, "text"},
     "parallel": {*FLOOR_0, "config", "host", "kernels", "observe"},
     "quant": {*FLOOR_0, "kernels"},
     "coordinator": {*FLOOR_0, "observe", "process", "wire"},
@@ -56,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
         "engine_client",
         "observe",
         "structured_output",
+        "response_template",
     },
     # floor 3
     "attention": {*FLOOR_0, "kernels"},
@@ -154,6 +156,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "agent",
         "structured_output",
+        "response_template",
     },
     "rank_main": {*FLOOR_0, "cli", "host", "config", "hub", "wire", "cluster", "process", "observe", "models", "engine"},
     "__main__": {

@@ -87,8 +87,11 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] = MappingProxyType({}),
         documents: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """Render `messages` to a prompt. `variables`: further names for the template. `documents`: for retrieval.
+
+        `tools`: the functions that the model may call, each as {"type": "function", "function": {name, description, parameters}}.
 
         `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last message open instead.
         UserError when the template fails, or when a variable has a reserved name.
@@ -102,7 +105,7 @@ class ChatTemplate:
                 f"chat_template_kwargs must not set {taken[0]}: the server gives it to the template", param="chat_template_kwargs"
             )
         # Some templates test whether tools is none without testing whether it is defined.
-        always = {"tools": None, "documents": list(documents) or None}
+        always = {"tools": list(tools) or None, "documents": list(documents) or None}
         names = {**self._special, **always, **variables, "add_generation_prompt": add_generation_prompt}
         prompt = self._render_parts(names, messages) if any(isinstance(each.get("content"), list) for each in messages) else None
         if prompt is None:

@@ -1,0 +1,1 @@
+"""How a model writes its answers: reasoning, content and tool calls; the parser of such text and the grammar of it."""
