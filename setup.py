@@ -100,7 +100,7 @@ setup(
             "openai>=1.60",
             "ruff>=0.9",
             "mypy>=1.14",
-        "types-regex",
+            "types-regex",
             "kubernetes-validate>=1.36",  # the schemas of Kubernetes' resources, for launch/kubernetes
         ],
     },

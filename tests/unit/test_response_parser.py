@@ -54,9 +54,7 @@ SPECS = {
         },
         content={},
     ),
-    "list": spec(
-        tool_calls={"open": "[TOOL_CALLS]", "content": "json", "transform": EACH, "transform_each": True}, content={}
-    ),
+    "list": spec(tool_calls={"open": "[TOOL_CALLS]", "content": "json", "transform": EACH, "transform_each": True}, content={}),
     "python": spec(
         tool_calls={
             "open_pattern": r"(?=\[\w+\()",
@@ -254,8 +252,15 @@ def test_values_get_the_types_of_their_schema() -> None:
     text = written("tagged", "", "", [("f", written_values)])
     ((_, arguments),) = parsed(ResponseTemplate.load(SPECS["tagged"]), [text], tools={"f": schema})[2]
     assert json.loads(arguments) == {
-        **{"integer": 3, "number": 2.5, "boolean": True, "array": [1], "string": "7", "either": 12, "day": "mon"},
-        **{"huge": "1e999", "other": "5"},
+        "integer": 3,
+        "number": 2.5,
+        "boolean": True,
+        "array": [1],
+        "string": "7",
+        "either": 12,
+        "day": "mon",
+        "huge": "1e999",
+        "other": "5",
     }
 
 
