@@ -138,7 +138,9 @@ class _Parameters:
             first = next(iter(self._end.atoms), "")
             apart = without(end.strip()) if first and not is_token(first) and end.strip() else "/(?s:.*)/"
             return self._lark.until(f"{name}_text", self._end, self._lark.rule(f"{name}_TEXT".upper(), f"{limits} & {apart}"))
-        return self._lark.until(f"{name}_text", self._lark.literal(end.lstrip() or end))
+        if not (core := end.strip()):
+            return self._lark.until(f"{name}_text", self._end)
+        return f"{self._lark.until(f'{name}_text', self._lark.literal(core))} {self._lark.literal(end[len(end.rstrip()) :])}"
 
     def _python_value(self, schema: Any) -> str:
         if self._root or schema is not True:
