@@ -8,17 +8,15 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from tpserve.response_template.calls import CallForm, MeasuredCalls, measure_calls
-from tpserve.response_template.format import AnswerFormat, ReasoningFormat
+from tpserve.response_template.calls import ONE_CALL, CallForm, MeasuredCalls, masked, measure_calls
+from tpserve.response_template.format import INDEX, AnswerFormat, ReasoningFormat, ToolFormat
 from tpserve.response_template.probe import (
     CONTENT,
-    KEYS,
     NAMES,
     REASONING,
     RESULT,
-    VALUES,
     Probe,
     after,
     common_prefix,
@@ -27,12 +25,17 @@ from tpserve.response_template.probe import (
 )
 from tpserve.text.chat import ChatTemplate
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("enable_thinking", "thinking")
 """The names of the variables that turn reasoning on and off."""
 MARK = re.compile(r"<(?!/)[^<>\s]*(?:think|reason|THINK)[^<>\s]*>|\[THINK\]")
 """Matches the opening tag of reasoning, as it is called in most templates."""
-ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
+TAG = re.compile(r"\s*(?:<[^<>\s]+>|\[/?[A-Z_]+\])\s*")
+ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>"),
+    *("<｜end▁of▁sentence｜>", "<|return|>", "<|call|>"),
+)
 """Tokens that end a turn in many models."""
 
 
@@ -52,80 +55,102 @@ class MessageForm(Struct, frozen=True):
 
 
 class Analysis(Struct, frozen=True):
-    """What the renderings show. `anchors`: the texts after which an answer may begin; empty when nothing marks it."""
+    """What the renderings show.
+
+    `anchors`: the texts after which an answer may begin; empty when nothing marks it. `header`: the text between a user's words and
+    an answer.
+    """
 
     format: AnswerFormat
     messages: MessageForm
     anchors: tuple[str, ...] = ()
+    header: str = ""
 
 
 def analyse(template: ChatTemplate, ends: Sequence[str] = ()) -> Analysis:
     """Measure a template. `ends`: further tokens that end a turn, as the model's EOS."""
-    probe = Probe(template)
+    probe, ends = Probe(template), (*ends, *ENDS)
     plain = probe.turn({"content": CONTENT})
     header = header_of(probe, plain)
-    ends = (*ends, *ENDS)
-    calls = None
-    if after(plain, CONTENT) or plain.endswith(CONTENT):
-        calls = measure_calls(probe, header, ends, after(plain, CONTENT), CONTENT)
-    reasoning, field = reasoning_of(probe, header)
-    content = content_of(plain, header, reasoning, ends, calls, probe)
+    calls = measure_calls(probe, header, ends) if CONTENT in plain else None
+    form = calls.form if calls else CallForm()
+    reasoning, field = reasoning_of(probe, header, calls)
+    begin = without_reasoning(plain[len(header) : plain.find(CONTENT)], reasoning) if plain.startswith(header) else ""
+    if not begin.strip() or (reasoning is not None and reasoning.begin.strip() in begin):
+        begin = ""
+    if reasoning is not None and begin and reasoning.end.endswith(begin) and begin != reasoning.end:
+        reasoning = ReasoningFormat(reasoning.begin, reasoning.end[: -len(begin)])
+    tools = tidy(calls.tools, reasoning) if calls else None
     format = AnswerFormat(
         reasoning=reasoning,
-        content_begin=content[0],
-        content_end=content[1],
-        tools_after_content=calls.after_content if calls else "",
-        tools=calls.tools if calls else None,
+        content_begin=begin,
+        content_end=content_end(probe, plain, ends, form) if begin else "",
+        tools_after_content=between_content_and_calls(probe, form, tools, ends) if tools else "",
+        tools=tools,
     )
-    form = calls.form if calls else CallForm()
     messages = MessageForm(
         calls=form,
         reasoning=field,
         tool_name=names_results(probe, form),
         developer="developer" in (template.source or "") and takes_developer(probe),
-        switch=next((name for name in SWITCHES if openings(probe, name)[0] != openings(probe, name)[1]), ""),
+        switch=next((name for name in SWITCHES if switches(probe, name)), ""),
     )
-    return Analysis(format, messages, anchors_of(probe, header, form))
+    return Analysis(format, messages, anchors_of(probe, header, form), header)
 
 
 def openings(probe: Probe, switch: str) -> tuple[str, str]:
-    """The text after the user's words with reasoning on and off."""
-    return probe.opening(variables={switch: True}), probe.opening(variables={switch: False})
+    """The generation prompt with reasoning on and off."""
+    return generation(probe, {switch: True}), generation(probe, {switch: False})
+
+
+def generation(probe: Probe, variables: Mapping[str, Any] = NOTHING) -> str:
+    """What opens the assistant's turn; empty when nothing does."""
+    silent, prompt = (probe.opening(prompt=prompt, variables=variables) for prompt in (False, True))
+    return prompt[len(common_prefix(silent, prompt)) :]
 
 
 def header_of(probe: Probe, plain: str) -> str:
     """The text between the user's words and an answer that every generation prompt and every answer has."""
-    header = probe.opening()
-    for other in (*(text for name in SWITCHES for text in openings(probe, name)), plain):
-        if other:
-            header = common_prefix(header, other)
+    base = common_prefix(probe.opening(prompt=False), probe.opening())
+    header = generation(probe)
+    if header:
+        others = [text for name in SWITCHES for text in openings(probe, name) if text]
+        others += [plain[len(base) :]] if plain.startswith(base) else []
+    else:  # the template opens the turn in every case, or the user's turn ends with that
+        base, header = "", base
+        others = [text for name in SWITCHES for on in (True, False) if (text := probe.opening(variables={name: on}))]
+        others += [plain] if plain else []
+    for other in others:
+        header = common_prefix(header, other)
     if mark := MARK.search(header):
         header = header[: mark.start()]
-    return header
+    return base + header
 
 
 def anchors_of(probe: Probe, header: str, form: CallForm) -> tuple[str, ...]:
     """The texts that stand before an answer: after a user's message, and after a tool's when that differs."""
-    silent = probe.opening(prompt=False)
-    anchor = header[len(silent) :] if header.startswith(silent) and len(header) > len(silent) else header
+    anchor = header[len(common_prefix(probe.opening(prompt=False), header)) :] or header
     if not anchor.strip():
         return ()
-    call = form.message([(NAMES[0], {KEYS[0]: VALUES[0]})])
-    rest = after(probe.render([user(), call, result(form)], prompt=True), RESULT)
+    rests = []
+    for index in (0, 1):  # two ids, of which an anchor shows none
+        call = form.message([ONE_CALL] * (index + 1))
+        results = [result(form, each) for each in range(index + 1)]
+        rests.append(after(probe.render([user(), call, *results], prompt=True), RESULT))
+    rest = common_suffix(*rests)
     if mark := MARK.search(rest):
         rest = rest[: mark.start()]
     return (anchor,) if anchor in rest or not rest.strip() else (anchor, rest)
 
 
-def result(form: CallForm, **further: str) -> dict[str, Any]:
-    """A tool's message for the probe's first call."""
-    return {"role": "tool", "tool_call_id": form.id_of(NAMES[0], 0), "content": RESULT, **further}
+def result(form: CallForm, index: int = 0, **further: str) -> dict[str, Any]:
+    """A tool's message for one of the probe's calls."""
+    return {"role": "tool", "tool_call_id": form.id_of(NAMES[0], index), "content": RESULT, **further}
 
 
-def reasoning_of(probe: Probe, header: str) -> tuple[ReasoningFormat | None, str]:
+def reasoning_of(probe: Probe, header: str, calls: MeasuredCalls | None) -> tuple[ReasoningFormat | None, str]:
     """The text around reasoning, and the field of a message that the template takes it from; empty for none."""
-    choices: list[Mapping[str, Any]] = [MappingProxyType({}), *({name: True} for name in SWITCHES)]
-    for variables in choices:
+    for variables in (NOTHING, *({name: True} for name in SWITCHES)):
         for field in REASONING_FIELDS:
             text = probe.turn({"content": CONTENT, field: REASONING}, variables)
             at, end = text.find(REASONING), text.find(CONTENT)
@@ -133,49 +158,80 @@ def reasoning_of(probe: Probe, header: str) -> tuple[ReasoningFormat | None, str
                 begin, close = text[len(header) : at], text[at + len(REASONING) : end]
                 if begin.strip() and close.strip():
                     return ReasoningFormat(begin, close), field
+    for field in REASONING_FIELDS if calls is not None else ():  # some templates show it before calls only
+        text = probe.turn({**calls.form.message([ONE_CALL]), field: REASONING})
+        begin, close = text[len(header) : max(0, text.find(REASONING))], TAG.match(after(text, REASONING))
+        if text.startswith(header) and begin.strip() and close is not None:
+            return ReasoningFormat(begin, close[0]), field
     return prompted_reasoning(probe, header), ""
 
 
 def prompted_reasoning(probe: Probe, header: str) -> ReasoningFormat | None:
     """Reasoning as a generation prompt opens it, or opens and closes it at once when reasoning is off."""
-    opened = [probe.opening(), *(text for name in SWITCHES for text in openings(probe, name))]
+    prompts = [probe.opening(), *(probe.opening(variables={name: on}) for name in SWITCHES for on in (True, False))]
+    opened = [text[len(header) :] for text in prompts if text.startswith(header)]
     for text in opened:
-        if match := re.fullmatch(r"\s*([<\[][^<>\s]+[>\]])(\s*)([<\[]/?[^<>\s]+[>\]])(\s*)", text[len(header) :]):
+        if match := re.fullmatch(r"\s*([<\[][^<>\s]+[>\]])(\s*)([<\[]/?[^<>\s]+[>\]])(\s*)", text):
             lines = match[2][: (len(match[2]) + 1) // 2]
             return ReasoningFormat(match[1] + lines, match[2][len(lines) :] + match[3] + match[4])
     for text in opened:
-        if match := re.fullmatch(r"\s*([<\[])([^<>\s/]+)([>\]])(\s*)", text[len(header) :]):
+        if match := re.fullmatch(r"\s*([<\[])([^<>\s/]+)([>\]])(\s*)", text):
             return ReasoningFormat(match[0].lstrip(), f"{match[4]}{match[1]}/{match[2]}{match[3]}{match[4] * 2}")
     return None
 
 
-def content_of(
-    plain: str,
-    header: str,
-    reasoning: ReasoningFormat | None,
-    ends: Sequence[str],
-    calls: MeasuredCalls | None,
-    probe: Probe,
-) -> tuple[str, str]:
-    """The text around content."""
-    at = plain.find(CONTENT)
-    begin = plain[len(header) : at] if at >= len(header) else ""
-    if reasoning is not None and (not reasoning.end.endswith(begin) or MARK.search(begin) or len(begin) >= len(reasoning.end.strip())):
-        begin = ""
+def without_reasoning(text: str, reasoning: ReasoningFormat | None) -> str:
+    """The text after reasoning that holds nothing, or after its end alone."""
+    if reasoning is None:
+        return text
+    begin, end = re.escape(reasoning.begin.strip()), re.escape(reasoning.end.strip())
+    match = re.match(rf"\s*(?:{begin}\s*)?{end}", text)
+    return text[match.end() :] if match else text
+
+
+def tidy(tools: ToolFormat, reasoning: ReasoningFormat | None) -> ToolFormat:
+    """The format without the reasoning that a template writes before calls; line breaks go between calls, not before them."""
+    begin = without_reasoning(tools.begin, reasoning)
+    call_begin = without_reasoning(tools.call_begin, reasoning) if not tools.begin else tools.call_begin
+    gone = len(begin) + len(call_begin) < len(tools.begin) + len(tools.call_begin)
+    between = tools.between
+    if tools.several and not begin.strip():
+        lines = call_begin[: len(call_begin) - len(call_begin.lstrip())]
+        begin, call_begin = begin + lines, call_begin[len(lines) :]
+        between += lines
+        written = reasoning.end[len(reasoning.end.rstrip()) :] if gone and reasoning is not None else begin
+        begin = begin.removeprefix(written)
+    return structs.replace(tools, begin=begin, call_begin=call_begin, between=between)
+
+
+def between_content_and_calls(probe: Probe, form: CallForm, tools: ToolFormat, ends: Sequence[str]) -> str:
+    """The text between content and calls; empty when the template does not show both in one answer."""
+    text = masked(probe.turn(form.message([ONE_CALL], CONTENT)), form)
+    between = after(text[: max(0, text.find(NAMES[0]))], CONTENT)
+    begin = (tools.begin + tools.call_begin).replace(INDEX, "0")
+    between = between[: -len(begin)] if begin and between.endswith(begin) else ""
+    return "" if any(end in between for end in ends[: len(ends) - len(ENDS)]) else between
+
+
+def content_end(probe: Probe, plain: str, ends: Sequence[str], form: CallForm) -> str:
+    """The text after content that does not end every answer."""
     end = after(plain, CONTENT)
     for token in ends:
         if (stop := end.find(token)) >= 0:
             end = end[:stop]
-    if calls is not None:
-        call = probe.turn(calls.form.message([(NAMES[0], {KEYS[0]: VALUES[0]})]))
-        common = common_suffix(end, call)
-        end = end[: len(end) - len(common)]
-    return begin, end if begin else ""
+    call = probe.turn(form.message([ONE_CALL]))
+    return end[: len(end) - len(common_suffix(end, call))]
+
+
+def switches(probe: Probe, name: str) -> bool:
+    """Whether a variable changes the prompt."""
+    on, off = (probe.render([user()], prompt=True, variables={name: value}) for value in (True, False))
+    return on != off
 
 
 def names_results(probe: Probe, form: CallForm) -> bool:
     """Whether a tool's message shows the name of its function, or is refused without it."""
-    call = form.message([(NAMES[0], {KEYS[0]: VALUES[0]})])
+    call = form.message([ONE_CALL])
     without, named = (probe.render([user(), call, result(form, **more)]) for more in ({}, {"name": NAMES[0]}))
     return named is not None and named != without
 

@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from tpserve.response_template.format import ID, TaggedArguments, ToolFormat
+from tpserve.response_template.format import ID, INDEX, TaggedArguments, ToolFormat
 from tpserve.response_template.probe import (
+    CONTENT,
     KEYS,
     NAMES,
     VALUES,
     Probe,
+    after,
     common_prefix,
     common_suffix,
     without_prefix,
@@ -21,6 +23,8 @@ from tpserve.response_template.probe import (
 
 HEX_IDS = ("call_a0b1c2d3e4f5061728394a5b", "call_b1c2d3e4f5061728394a5ba0")
 SHORT_IDS = ("aB3dE6gH9", "bC4eF7hJ0")
+ONE_CALL = (NAMES[0], {KEYS[0]: VALUES[0]})
+WORDS = (*NAMES, *KEYS, *VALUES)
 CallId = Literal["call", "short", "function"]
 
 
@@ -92,7 +96,7 @@ def place(text: str, name: str, value: str, start: int = 0) -> Place | None:
     name_end = at + len(name)
     for brace in braces(text, name_end, key):
         found = decoded(text, brace)
-        if found is not None and found[0] == {KEYS[0]: value}:
+        if found is not None and found[0] == {KEYS[0]: value} and not text[name_end:brace].rstrip().endswith("{"):
             closing, end = closed(text, start, at, found[1])
             return Place("json", at, name_end, brace, found[1], end, closing)
     if match := re.compile(rf"\(\s*({KEYS[0]}\s*=\s*(['\"]){value}\2)").match(text, name_end):
@@ -133,42 +137,37 @@ def closed(text: str, start: int, name: int, arguments_end: int) -> tuple[str, i
 
 
 class MeasuredCalls(Struct, frozen=True):
-    """How a template takes calls and writes them. `after_content`: between content and the first call."""
+    """How a template takes calls and writes them."""
 
     form: CallForm
     tools: ToolFormat
-    after_content: str
 
 
-def measure_calls(probe: Probe, header: str, ends: Sequence[str], content_rest: str, content: str) -> MeasuredCalls | None:
+def measure_calls(probe: Probe, header: str, ends: Sequence[str]) -> MeasuredCalls | None:
     """The calls of a template; None when it shows none, or none that can be written.
 
-    `header`: the text before an answer. `ends`: tokens that end a turn. `content_rest`: what follows the word `content`.
+    `header`: the text before an answer. `ends`: tokens that end a turn.
     """
     fallback = None
+    rest = after(probe.turn({"content": CONTENT}), CONTENT)
     for form in FORMS:
-        text = probe.turn(form.message([(NAMES[0], {KEYS[0]: VALUES[0]})]))
+        text = probe.turn(form.message([ONE_CALL]))
         if not text.startswith(header) or (found := place(text, NAMES[0], VALUES[0], len(header))) is None:
             continue
-        tools = Measure(probe, form, header, ends, content_rest).tools(text, found)
-        if tools is None:
+        tools = Measure(probe, form, header, ends, rest).tools(text, found)
+        if tools is None or any(word in literal for word in WORDS for literal in literals(tools)):
             continue
-        with_content = masked(probe.turn(form.message([(NAMES[0], {KEYS[0]: VALUES[0]})], content)), form)
-        between = before(with_content, NAMES[0], content)
-        after_content = ""
-        if between is not None and between.endswith(tools.begin + tools.call_begin.replace("{index}", "0")):
-            after_content = without_suffix(between, tools.begin + tools.call_begin)
-        measured = MeasuredCalls(form, tools, after_content)
         if tools.arguments != "tagged":
-            return measured
-        fallback = fallback or measured
+            return MeasuredCalls(form, tools)
+        fallback = fallback or MeasuredCalls(form, tools)
     return fallback
 
 
-def before(text: str, name: str, content: str) -> str | None:
-    """The text between `content` and `name`."""
-    at, end = text.find(content), text.find(name)
-    return text[at + len(content) : end] if 0 <= at < end else None
+def literals(tools: ToolFormat) -> list[str]:
+    """All texts of a format."""
+    tags = tools.tags
+    own = [tools.begin, tools.call_begin, tools.name_end, tools.call_end, tools.between, tools.end]
+    return own + ([tags.begin, tags.middle, tags.end, tags.between] if tags is not None else [])
 
 
 def masked(text: str, form: CallForm) -> str:
@@ -195,19 +194,21 @@ class Measure:
             if (split := self._tags()) is None:
                 return None
             tags, name_end = split
-        one, last = self._turn((NAMES[0], {KEYS[0]: VALUES[0]})), tags.end if tags else ""
+        one, last = self._turn(ONE_CALL), tags.end if tags else ""
         if (call := place(one, NAMES[0], VALUES[0])) is None:
             return None
         after_call = self._without_end(call.closing + one[call.end :])
-        two = self._turn((NAMES[0], {KEYS[0]: VALUES[0]}), (NAMES[1], {KEYS[0]: VALUES[1]}))
+        two = self._turn(ONE_CALL, (NAMES[1], {KEYS[0]: VALUES[1]}))
         first = place(two, NAMES[0], VALUES[0])
         second = place(two, NAMES[1], VALUES[1], first.end) if first else None
         if first is None or second is None:
             return self._single(one, call, name_end, after_call, tags)
-        if found.kind != "tagged":
-            name_end = common_prefix(two[first.name_end : first.arguments], two[second.name_end : second.arguments])
-            if len(name_end.replace("{index}", "0")) != first.arguments - first.name_end:
-                return None
+        ends = two[first.name_end : first.arguments], two[second.name_end : second.arguments]
+        common = common_prefix(*ends)
+        if any(len(common.replace(INDEX, "0")) != len(end) for end in ends):
+            return None
+        if tags is None:
+            name_end = common
         between, rest = first.closing + two[first.end : second.name], self._without_end(second.closing + two[second.end :])
         if not between.startswith(last) or not rest.startswith(last):
             return None
@@ -255,7 +256,14 @@ class Measure:
         end = common_prefix(between, self._without_end(rest))
         if not middle.strip() or not end.strip():
             return None
-        return TaggedArguments(begin, middle, end, without_prefix(between, end)), without_suffix(intro, begin)
+        number = self._turn((NAMES[0], {KEYS[0]: 17}))
+        at = number.find(KEYS[0]) + len(KEYS[0])
+        value = number.find("17", at)
+        other = number[at:value]
+        if not begin.strip() or not number[value + 2 :].startswith(end):
+            return None
+        tags = TaggedArguments(begin, middle, end, without_prefix(between, end), "" if other == middle else other)
+        return tags, without_suffix(intro, begin)
 
     def _without_end(self, rest: str) -> str:
         """The text after the last call without what ends every answer."""
