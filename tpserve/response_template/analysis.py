@@ -34,7 +34,7 @@ MARK = re.compile(r"<(?!/)[^<>\s]*(?:think|reason|THINK)[^<>\s]*>|\[THINK\]")
 TAG = re.compile(r"\s*(?:<[^<>\s]+>|\[/?[A-Z_]+\])\s*")
 ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>"),
-    *("<｜end▁of▁sentence｜>", "<|return|>", "<|call|>"),
+    *("<｜end▁of▁sentence｜>", "<|return|>", "<|call|>", "<|tool_response>"),
 )
 """Tokens that end a turn in many models."""
 
@@ -57,14 +57,15 @@ class MessageForm(Struct, frozen=True):
 class Analysis(Struct, frozen=True):
     """What the renderings show.
 
-    `anchors`: the texts after which an answer may begin; empty when nothing marks it. `header`: the text between a user's words and
-    an answer.
+    `anchors`: the texts after which an answer may begin; empty when nothing marks it. `header`: the text between a user's words
+    and an answer. `turn_end`: the text after an answer.
     """
 
     format: AnswerFormat
     messages: MessageForm
     anchors: tuple[str, ...] = ()
     header: str = ""
+    turn_end: str = ""
 
 
 def analyse(template: ChatTemplate, ends: Sequence[str] = ()) -> Analysis:
@@ -76,7 +77,7 @@ def analyse(template: ChatTemplate, ends: Sequence[str] = ()) -> Analysis:
     form = calls.form if calls else CallForm()
     reasoning, field = reasoning_of(probe, header, calls)
     begin = without_reasoning(plain[len(header) : plain.find(CONTENT)], reasoning) if plain.startswith(header) else ""
-    if not begin.strip() or (reasoning is not None and reasoning.begin.strip() in begin):
+    if not begin.strip() or MARK.search(begin) or (reasoning is not None and reasoning.begin.strip() in begin):
         begin = ""
     if reasoning is not None and begin and reasoning.end.endswith(begin) and begin != reasoning.end:
         reasoning = ReasoningFormat(reasoning.begin, reasoning.end[: -len(begin)])
@@ -85,7 +86,7 @@ def analyse(template: ChatTemplate, ends: Sequence[str] = ()) -> Analysis:
         reasoning=reasoning,
         content_begin=begin,
         content_end=content_end(probe, plain, ends, form) if begin else "",
-        tools_after_content=between_content_and_calls(probe, form, tools, ends) if tools else "",
+        tools_after_content=between_content_and_calls(probe, form, tools, ends) if tools else None,
         tools=tools,
     )
     messages = MessageForm(
@@ -95,7 +96,8 @@ def analyse(template: ChatTemplate, ends: Sequence[str] = ()) -> Analysis:
         developer="developer" in (template.source or "") and takes_developer(probe),
         switch=next((name for name in SWITCHES if switches(probe, name)), ""),
     )
-    return Analysis(format, messages, anchors_of(probe, header, form), header)
+    turn_end = after(plain, CONTENT).removeprefix(format.content_end)
+    return Analysis(format, messages, anchors_of(probe, header, form, reasoning), header, turn_end)
 
 
 def openings(probe: Probe, switch: str) -> tuple[str, str]:
@@ -124,10 +126,15 @@ def header_of(probe: Probe, plain: str) -> str:
         header = common_prefix(header, other)
     if mark := MARK.search(header):
         header = header[: mark.start()]
-    return base + header
+    header = base + header
+    lead = plain[: max(0, plain.find(CONTENT))]
+    if not MARK.search(lead) and len(lead) > len(header):  # a prompt may say more than a past turn does
+        same = common_suffix(probe.opening(), lead)
+        header = lead if same.strip() and same.endswith(lead[len(header) :]) else header
+    return header
 
 
-def anchors_of(probe: Probe, header: str, form: CallForm) -> tuple[str, ...]:
+def anchors_of(probe: Probe, header: str, form: CallForm, reasoning: ReasoningFormat | None) -> tuple[str, ...]:
     """The texts that stand before an answer: after a user's message, and after a tool's when that differs."""
     anchor = header[len(common_prefix(probe.opening(prompt=False), header)) :] or header
     if not anchor.strip():
@@ -140,7 +147,13 @@ def anchors_of(probe: Probe, header: str, form: CallForm) -> tuple[str, ...]:
     rest = common_suffix(*rests)
     if mark := MARK.search(rest):
         rest = rest[: mark.start()]
-    return (anchor,) if anchor in rest or not rest.strip() else (anchor, rest)
+    anchors = (anchor,) if anchor in rest or not rest.strip() else (anchor, rest)
+    if reasoning is None:
+        return anchors
+    closed = header + reasoning.end.strip()  # a prompt that says that there is no reasoning
+    prompts = [probe.opening(variables={name: False}) for name in SWITCHES]
+    ends = any(prompt.startswith(closed) for prompt in (probe.opening(), *prompts))
+    return (*anchors, *(each + reasoning.end.strip() for each in anchors if ends))
 
 
 def result(form: CallForm, index: int = 0, **further: str) -> dict[str, Any]:
@@ -204,13 +217,14 @@ def tidy(tools: ToolFormat, reasoning: ReasoningFormat | None) -> ToolFormat:
     return structs.replace(tools, begin=begin, call_begin=call_begin, between=between)
 
 
-def between_content_and_calls(probe: Probe, form: CallForm, tools: ToolFormat, ends: Sequence[str]) -> str:
-    """The text between content and calls; empty when the template does not show both in one answer."""
+def between_content_and_calls(probe: Probe, form: CallForm, tools: ToolFormat, ends: Sequence[str]) -> str | None:
+    """The text between content and calls; None when the template does not show both in one answer."""
     text = masked(probe.turn(form.message([ONE_CALL], CONTENT)), form)
     between = after(text[: max(0, text.find(NAMES[0]))], CONTENT)
     begin = (tools.begin + tools.call_begin).replace(INDEX, "0")
-    between = between[: -len(begin)] if begin and between.endswith(begin) else ""
-    return "" if any(end in between for end in ends[: len(ends) - len(ENDS)]) else between
+    if CONTENT not in text or not between.endswith(begin) or any(end in between for end in ends[: len(ends) - len(ENDS)]):
+        return None
+    return between[: len(between) - len(begin)]
 
 
 def content_end(probe: Probe, plain: str, ends: Sequence[str], form: CallForm) -> str:

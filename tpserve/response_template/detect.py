@@ -53,7 +53,7 @@ class Choice(Struct, frozen=True):
 def detect(
     template: ChatTemplate, config: Mapping[str, Any], tool_call_parser: str | None = None, reasoning_parser: str | None = None
 ) -> Answers:
-    """Choose and try. `config`: tokenizer_config.json. UserError for a parser of an unknown name or a broken `response_template`."""
+    """Choose and try. `config`: tokenizer_config.json. UserError for an unknown parser and for a broken `response_template`."""
     tools = forced("--tool-call-parser", tool_call_parser, TOOL_PARSERS)
     reasoning = forced("--reasoning-parser", reasoning_parser, REASONING_PARSERS)
     detection = Detection(template, config, tools, reasoning)
@@ -91,7 +91,7 @@ class Detection:
         """Choose how reasoning is written."""
         found = self._analysis.format.reasoning
         choices = self._choices("thinking", flag, self._reasoning, Choice(ANALYSIS, reasoning=found) if found else None)
-        reason = self._nothing("reasoning")
+        reasons: list[str] = []
         for choice in choices:
             format = structs.replace(self._format, reasoning=choice.reasoning)
             fields = self._fields | ({"thinking": choice.field} if choice.field is not None else {})
@@ -101,8 +101,8 @@ class Detection:
                 self._format, self._fields, self._always_reasons = format, fields, choice.always_reasons
                 self._source["reasoning"] = choice.source
                 return
-            reason = f"by {choice.source}, {failure}"
-        self._off["reasoning"] = reason
+            reasons.append(f"by {choice.source}, {failure}")
+        self._off["reasoning"] = reasons[0] if reasons else self._nothing("reasoning")
 
     def find_content(self) -> None:
         """Try the content; without its own delimiters when it does not come back with them."""
@@ -119,27 +119,27 @@ class Detection:
         """Choose how calls are written, and whether there may be several."""
         found = self._analysis.format
         analysed = Choice(ANALYSIS, tools=found.tools) if found.tools else None
-        reason = self._nothing("tool calls")
+        reasons: list[str] = []
         for choice in self._choices("tool_calls", flag, self._tools, analysed):
             after_content = found.tools_after_content if choice.tools == found.tools else "\n"
             format = structs.replace(self._format, tools=choice.tools, tools_after_content=after_content)
             fields = self._fields | ({"tool_calls": choice.field} if choice.field is not None else {})
             spec, rendered = self._spec(format, fields), not choice.is_forced or choice.tools is None
             if choice.source != CONFIG and choice.tools is None and not self._trials.renders_calls:
-                reason = f"{choice.source} has no format, and the chat template shows no call to try"
+                reasons.append(f"{choice.source} has no format, and the chat template shows no call to try")
                 continue
-            if failure := self._trials.calls(spec, structs.replace(format, tools=None), 1, rendered=rendered):
-                reason = f"by {choice.source}, {failure}"
+            if failure := self._trials.calls(spec, format, 1, rendered=rendered):
+                reasons.append(f"by {choice.source}, {failure}")
                 continue
-            writes = self._trials.writes(spec, format)
-            if not writes and (choice.is_forced or not self._trials.renders_calls) and choice.tools is not None:
-                reason = f"by {choice.source}, calls as it writes them do not come back"
+            unwritten = self._trials.writes(spec, format)
+            if unwritten and (choice.is_forced or not self._trials.renders_calls) and choice.tools is not None:
+                reasons.append(f"by {choice.source}, {unwritten}")
                 continue
             self._fields, self._source["call"] = fields, choice.source
-            self._format = format if writes else structs.replace(format, tools=None)
+            self._format = structs.replace(format, tools=None) if unwritten else format
             self._find_several(choice, spec, rendered)
             return
-        self._off["call"] = self._off["calls"] = reason
+        self._off["call"] = self._off["calls"] = reasons[0] if reasons else self._nothing("tool calls")
 
     def _find_several(self, choice: Choice, spec: Mapping[str, Any], rendered: bool) -> None:
         if choice.tools is not None and not choice.tools.several:
@@ -183,6 +183,8 @@ class Detection:
             return f"{CONFIG}'s response_template has no field for it"
         if not self._has_template:
             return "the model has no chat template"
+        if what == "tool calls" and not self._trials.shows_tools:
+            return "the chat template does not show tools to the model"
         return f"the chat template shows no {what}, and no known family is recognised"
 
     def _spec(self, format: AnswerFormat, fields: Mapping[str, Any], always_reasons: bool | None = None) -> dict[str, Any]:

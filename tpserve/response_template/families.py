@@ -103,7 +103,7 @@ MINIMAX_TAGS = TaggedArguments('<parameter name="', '">', "</parameter>\n")
 FAMILIES = (
     Family(
         "gpt_oss",
-        ("<|channel|>", "<|message|>", "<|start|>assistant", "to=functions."),
+        ("<|channel|>", "<|message|>", "<|start|>assistant"),
         ToolFormat("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "", several=False),
         ReasoningFormat("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
         ("<|channel|>final<|message|>", ""),
@@ -193,10 +193,14 @@ FAMILIES = (
     ),
     Family("phi4_mini", ("<|tool|>", "<|/tool|>"), json_list("<|tool_call|>", "<|/tool_call|>")),
     Family("functools", ("functools[",), json_list("functools")),
-    Family("granite", ("<|tool_call|>",), json_list("<|tool_call|>"), THINK),
     Family(
-        "internlm", ("<|action_start|><|plugin|>",), json_calls("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters")
+        "granite",
+        ("<|tool_call|>",),
+        json_list("<|tool_call|>"),
+        ReasoningFormat("Here is my thought process:\n", "\nHere is my response:\n"),
+        fields={"thinking": GRANITE_THINKING},
     ),
+    Family("internlm", ("<|plugin|>",), json_calls("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters")),
     Family("longcat", ("<longcat_tool_call>",), json_calls("<longcat_tool_call>\n", "\n</longcat_tool_call>")),
     Family("jamba", ("<tool_calls>",), json_list("<tool_calls>", "</tool_calls>")),
     Family("hermes", ("<tool_call>",), json_calls("<tool_call>\n", "\n</tool_call>"), THINK),

@@ -60,13 +60,14 @@ class ToolFormat(Struct, frozen=True):
 class AnswerFormat(Struct, frozen=True):
     """An answer: reasoning, then content, then tool calls, each optional. None: the model does not write that.
 
-    `content_begin` and `content_end`: around content, mostly empty. `tools_after_content`: between content and calls.
+    `content_begin` and `content_end`: around content, mostly empty. `tools_after_content`: between content and calls; None when
+    an answer has one or the other.
     """
 
     reasoning: ReasoningFormat | None = None
     content_begin: str = ""
     content_end: str = ""
-    tools_after_content: str = ""
+    tools_after_content: str | None = ""
     tools: ToolFormat | None = None
 
 
@@ -87,7 +88,7 @@ def written(format: AnswerFormat, reasoning: str = "", content: str = "", calls:
         f"{tools.call_begin}{name}{tools.name_end}{_arguments(tools, arguments)}{tools.call_end}".replace(INDEX, str(index))
         for index, (name, arguments) in enumerate(calls)
     ]
-    between = format.tools_after_content if content else ""
+    between = (format.tools_after_content or "") if content else ""
     return text + between + (tools.begin + tools.between.join(bodies) + tools.end).replace(ID, "a1B2c3D4e")
 
 

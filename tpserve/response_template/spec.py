@@ -88,10 +88,10 @@ def object_field(tools: ToolFormat, before: str, behind: str, name: Sequence[str
         return {"open_pattern": rf"\s*(?:{loose(begin)})?\s*{ahead}", **closing_pattern(tools, behind, before), **field}
     between = re.escape(tools.between.strip())
     if begin:  # objects one after another
-        opened, next_one = rf"\s*(?:{loose(begin)}|(?<=\}})\s*{between})\s*{ahead}", rf"(?<=\}})\s*(?={between}\s*{ahead})"
+        opened, next_one = rf"\s*(?:{loose(begin)}|(?<=\}})\s*{between})\s*{ahead}", rf"(?<=\}})(?=\s*{between}\s*{ahead})"
         return {"open_pattern": opened, "close_pattern": rf"\s*{loose(end)}\s*|{next_one}" if end else next_one, **field}
     if between:
-        return {"open_pattern": rf"(?:\A|{between})\s*{ahead}", "close_pattern": rf"(?<=\}})\s*(?={between}\s*{ahead})", **field}
+        return {"open_pattern": rf"(?:\A|{between})\s*{ahead}", "close_pattern": rf"(?<=\}})(?=\s*{between}\s*{ahead})", **field}
     return {"open_pattern": rf"\A\s*(?:<\|python_tag\|>)?\s*{ahead}", **field}
 
 

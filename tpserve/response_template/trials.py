@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from tpserve.response_template.analysis import ENDS, Analysis, result
+from tpserve.response_template.analysis import ENDS, Analysis, result, without_reasoning
 from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.format import AnswerFormat, Call, written
 from tpserve.response_template.parser import Content, Reasoning, ResponseParser
@@ -31,9 +31,11 @@ SCHEMA: Mapping[str, Any] = {
         "count": {"type": "integer"},
         "ratio": {"type": "number"},
         "yes": {"type": "boolean"},
-        "nested": {"type": "object"},
+        "nested": {"type": "object", "additionalProperties": True},
     },
 }
+PLAIN_CALLS: tuple[Call, ...] = ((NAMES[0], {"text": "Oslo", "count": -7}), CALLS[1])
+"""For templates that render values otherwise than models write them."""
 TOOLS = [{"type": "function", "function": {"name": name, "description": "Zenqub", "parameters": SCHEMA}} for name in NAMES]
 
 
@@ -86,21 +88,30 @@ class Trials:
 
     def calls(self, spec: Mapping[str, Any], format: AnswerFormat, count: int, *, rendered: bool) -> str:
         """Why `count` calls do not come back; empty when they do. `rendered`: try those that the template renders, too."""
-        template, calls = ResponseTemplate.load(spec), CALLS[:count]
-        shown = self._rendered(self._analysis.messages.calls.message(calls), calls[-1][0]) if rendered else None
-        expected = Answer(calls=list(calls))
-        difference = self._first_difference(template, expected, [shown] if shown is not None else [], format)
-        return difference or self._after_results(template, format)
+        template, difference = ResponseTemplate.load(spec), ""
+        for calls in (CALLS[:count], PLAIN_CALLS[:count]) if rendered else ():
+            shown = self._rendered(self._analysis.messages.calls.message(calls), calls[-1][0])
+            failure = Answer(calls=list(calls)).difference(parsed(template, *shown)) if shown is not None else ""
+            if not failure:
+                break
+            difference = difference or f"as the chat template renders it, {failure}"
+        else:
+            if difference:
+                return difference
+        if difference and self.writes(spec, format):
+            return difference
+        return self._after_results(template, format)
 
-    def writes(self, spec: Mapping[str, Any], format: AnswerFormat) -> bool:
-        """Whether calls come back as the format writes them, after content and after reasoning."""
+    def writes(self, spec: Mapping[str, Any], format: AnswerFormat) -> str:
+        """Why calls do not come back as the format writes them, also after content and reasoning; empty when they do."""
         if format.tools is None:
-            return False
+            return "it has no format to write"
         count = 2 if format.tools.several else 1
-        answers = [Answer(calls=list(CALLS[:count])), Answer(content=SAID, calls=list(CALLS[:1]))]
+        answers = [Answer(calls=list(CALLS[:count]))]
+        answers += [Answer("", SAID, list(CALLS[:1]))] if format.tools_after_content is not None else []
         answers += [Answer(THOUGHT, "", list(CALLS[:1]))] if format.reasoning is not None else []
         template = ResponseTemplate.load(spec)
-        return not any(self._first_difference(template, answer, (), format) for answer in answers)
+        return next((text for each in answers if (text := self._first_difference(template, each, (), format))), "")
 
     def _prompt(self, variables: Mapping[str, Any] | None = None) -> str | None:
         return self._probe.render([user()], prompt=True, tools=TOOLS, variables=variables or {})
@@ -121,11 +132,15 @@ class Trials:
         answer = text[at:]
         if word not in answer:
             return None
+        answer = answer.removesuffix(self._analysis.turn_end)
         for end in self._ends:
             answer = answer.split(end, 1)[0]
         while (stop := next((end for end in ENDS if answer.rstrip().endswith(end)), None)) is not None:
             answer = answer.rstrip().removesuffix(stop)
-        return text[:at], answer
+        reasoning = self._analysis.format.reasoning
+        if reasoning is not None and reasoning.end.strip() not in answer:
+            answer = answer.removeprefix(reasoning.begin)
+        return text[:at], without_reasoning(answer, reasoning)
 
     def _first_difference(
         self, template: ResponseTemplate, expected: Answer, texts: Sequence[tuple[str, str]], format: AnswerFormat
