@@ -1,0 +1,266 @@
+"""The rules of a call's arguments: one JSON object, arguments in tags, or Python's keyword arguments.
+
+A schema is a client's: what is wrong in it goes into the grammar as it is, and llguidance's error is the answer.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from tpserve.errors import UserError
+from tpserve.response_template.format import TaggedArguments, ToolFormat
+from tpserve.response_template.lark import Lark, encoded, is_token, json_of, quoted, re_escape, regex, without
+
+PYTHON = TaggedArguments(begin="", middle="=", end="", between=", ")
+MAX_HOPS = 64
+"""References and branches that are followed to find what a parameter may be."""
+_LOCAL = re.compile(r'"\$ref":"#(?!/\$defs/|/definitions/)')
+_ROOT = "tpserve-root"
+_UNKNOWN_AT_ROOT = (
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "not",
+    "if",
+    "patternProperties",
+    "propertyNames",
+    "minProperties",
+    "maxProperties",
+)
+_UNKNOWN_AT_ROOT += ("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties")
+_NOT_STRINGS = {"properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems", "minItems"}
+_NOT_STRINGS |= {"maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+_PYTHON_VALUE = {
+    "py_value": 'PY_ATOM | "[" (py_value (PY_COMMA py_value)*)? "]" | "{" (py_item (PY_COMMA py_item)*)? "}"',
+    "py_item": "PY_STRING PY_COLON py_value",
+    "PY_ATOM": 'PY_STRING | PY_NUMBER | "True" | "False" | "None" | "true" | "false" | "null"',
+    "PY_STRING": r"""/"([^"\\\x00-\x1f]|\\[^\x00-\x1f])*"|'([^'\\\x00-\x1f]|\\[^\x00-\x1f])*'/""",
+    "PY_NUMBER": r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/",
+    "PY_COMMA": "/, ?/",
+    "PY_COLON": "/: ?/",
+}
+
+
+class Tool(Struct, frozen=True):
+    """A function that the model may call. `strict`: its arguments obey `parameters`, a JSON schema."""
+
+    name: str
+    parameters: Any = {}
+    strict: bool = False
+
+
+def arguments(lark: Lark, tool: Tool, name: str, format: ToolFormat) -> str:
+    """The arguments of a call, as the body of a rule; names of new rules begin with `name`."""
+    schema: Any = tool.parameters if tool.parameters is not None else {"type": "object", "properties": {}}
+    if format.arguments == "json":
+        return json_of(schema if tool.strict else {"type": "object"})
+    tags = PYTHON if format.arguments == "python" else format.tags or TaggedArguments("", "", "")
+    if not tool.strict:
+        return _Parameters(lark, name, tags, {}, format.arguments == "python").body()
+    root = _resolved(schema, schema)
+    if not _is_readable(root):
+        return json_of(schema)
+    if unknown := [key for key in _UNKNOWN_AT_ROOT if key in root]:
+        text = f"{unknown[0]!r} at the root of the parameters of {tool.name!r} cannot be enforced in this model's form of calls"
+        raise UserError(f"{text}; leave it out, or set strict to false", param="tools", code="invalid_value")
+    return _Parameters(lark, name, tags, {**schema, **root}, format.arguments == "python").body()
+
+
+class _Parameters:
+    """The rules of named arguments: each parameter of the schema in its order, then additional ones."""
+
+    def __init__(self, lark: Lark, name: str, tags: TaggedArguments, root: Mapping[str, Any], python: bool) -> None:
+        self._lark, self._name, self._tags, self._root, self._python = lark, name, tags, root, python
+        self._between = str(lark.literal(tags.between))
+        self._begin, self._end = str(lark.literal(tags.begin)), lark.literal(tags.end)
+
+    def body(self) -> str:
+        """Required parameters are present, optional ones may be."""
+        properties, required = self._root.get("properties", {}), set(self._root.get("required", ()))
+        additional = self._root.get("additionalProperties", not properties)
+        named = list(dict.fromkeys([*properties, *(key for key in required if key not in properties)]))
+        items = [(self._item(at, key, properties.get(key, additional)), key in required) for at, key in enumerate(named)]
+        return self._sequence(items, self._extra(named, additional) if additional is not False else "")
+
+    def _sequence(self, items: list[tuple[str, bool]], extra: str) -> str:
+        """Items in order with separators: `N_at` continues at item `at` behind another one, `N_0at` is the first to come."""
+        name, between = self._name, self._between
+        last = len(items)
+        self._lark.rule(f"{name}_more_{last}", f"({between} {extra})*" if extra else "")
+        self._lark.rule(f"{name}_first_{last}", f"({extra} {name}_more_{last})?" if extra else "")
+        for at in reversed(range(last)):
+            item, is_required = items[at]
+            more = f"{between} {item} {name}_more_{at + 1}"
+            first = f"{item} {name}_more_{at + 1}"
+            self._lark.rule(f"{name}_more_{at}", more if is_required else f"{more} | {name}_more_{at + 1}")
+            self._lark.rule(f"{name}_first_{at}", first if is_required else f"{first} | {name}_first_{at + 1}")
+        return f"{name}_first_0"
+
+    def _item(self, at: int, key: str, schema: Any) -> str:
+        name = f"{self._name}_p{at}"
+        return self._lark.rule(name, f"{self._begin} {self._lark.literal(key + self._tags.middle)} {self._value(name, schema)}")
+
+    def _extra(self, named: list[str], schema: Any) -> str:
+        """An argument that the schema does not name."""
+        name = f"{self._name}_extra"
+        characters = "[a-zA-Z_][a-zA-Z0-9_]{0,63}" if self._python else r"[^\s<>\[\]=]{1,64}"
+        body = f"/{characters}/" + (f" & ~{regex('|'.join(map(re_escape, named)))}" if named else "")
+        key = self._lark.rule(f"{name}_KEY".upper(), body)
+        middle = self._lark.until(f"{name}_key", self._lark.literal(self._tags.middle), key)
+        return self._lark.rule(name, f"{self._begin} {middle} {self._value(name, schema)}")
+
+    def _value(self, name: str, schema: Any) -> str:
+        """A value and the end of its tag."""
+        if self._python:
+            return self._python_value(schema)
+        branches = _branches(self._root, schema)
+        if branches is None:
+            return f"{self._json(schema)} {self._end}"
+        texts, others = [], []
+        for branch in branches:
+            if (values := _values(branch)) is not None:
+                texts += [quoted(value) if isinstance(value, str) else quoted(encoded(value)) for value in values]
+            elif not _may_be_string(branch):
+                others.append(self._json(branch))
+            else:
+                return self._text(name, branch)
+        if texts:
+            others.append(self._lark.rule(f"{name}_VALUES".upper(), " | ".join(texts)))
+        return f"({' | '.join(others)}) {self._end}" if others else f"{self._json(schema)} {self._end}"
+
+    def _text(self, name: str, schema: Any) -> str:
+        """A string as it is, up to the end of its tag. Unless its form matters, blanks before the end may differ from the format's."""
+        end, limits = self._tags.end, _limits(schema)
+        if limits:
+            first = next(iter(self._end.atoms), "")
+            apart = without(end.strip()) if first and not is_token(first) and end.strip() else "/(?s:.*)/"
+            return self._lark.until(f"{name}_text", self._end, self._lark.rule(f"{name}_TEXT".upper(), f"{limits} & {apart}"))
+        if not (core := end.strip()):
+            return self._lark.until(f"{name}_text", self._end)
+        return f"{self._lark.until(f'{name}_text', self._lark.literal(core))} {self._lark.literal(end[len(end.rstrip()) :])}"
+
+    def _python_value(self, schema: Any) -> str:
+        if self._root or schema is not True:
+            return self._json(schema)
+        for name, body in _PYTHON_VALUE.items():
+            self._lark.rule(name, body)
+        return "py_value"
+
+    def _json(self, schema: Any) -> str:
+        """A value by JSON, with the definitions of the whole schema."""
+        if not isinstance(schema, Mapping):
+            return json_of(schema)
+        if '"$ref"' not in encoded(schema):
+            return json_of(schema)
+        whole = dict(schema)
+        for key in ("$defs", "definitions"):
+            if named := _mapping(self._root.get(key)):
+                whole[key] = {**_mapping(schema.get(key)), **named}
+        if _LOCAL.search(encoded(whole)):  # another place of the whole schema
+            whole["$defs"] = {**_mapping(whole.get("$defs")), _ROOT: self._root}
+        return json_of(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))))
+
+
+def _is_readable(root: Any) -> bool:
+    """Whether the root of a schema is an object with named parameters, as arguments in tags need it."""
+    if not isinstance(root, Mapping) or root.get("type", "object") != "object":
+        return False
+    required, additional = root.get("required", []), root.get("additionalProperties", True)
+    return (
+        isinstance(root.get("properties", {}), Mapping)
+        and isinstance(required, list)
+        and all(isinstance(key, str) for key in required)
+        and isinstance(additional, Mapping | bool)
+    )
+
+
+def _resolved(root: Any, schema: Any) -> Any:
+    """The schema that local references lead to; the last one that could be found."""
+    for _ in range(MAX_HOPS):
+        ref = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(ref, str) or not ref.startswith("#"):
+            break
+        found: Any = root
+        for step in ref[1:].split("/")[1:]:
+            found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+        if found is None:
+            break
+        schema = (
+            {**found, **{key: value for key, value in schema.items() if key != "$ref"}} if isinstance(found, Mapping) else found
+        )
+    return schema
+
+
+def _branches(root: Any, schema: Any) -> list[Any] | None:
+    """The alternatives of a schema, without references; None when they are too many."""
+    found, open_ = [], [schema]
+    for _ in range(MAX_HOPS):
+        if not open_:
+            return found
+        branch = _resolved(root, open_.pop(0))
+        choices = (
+            next((branch[key] for key in ("anyOf", "oneOf") if key in branch), None) if isinstance(branch, Mapping) else None
+        )
+        if isinstance(choices, list) and choices:
+            open_ += choices
+        elif isinstance(branch, Mapping) and isinstance(types := branch.get("type"), list) and _values(branch) is None:
+            open_ += [{**branch, "type": type} for type in types]
+        else:
+            found.append(branch)
+    return None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _values(schema: Any) -> list[Any] | None:
+    """The values of an enumeration; None for anything else."""
+    if not isinstance(schema, Mapping):
+        return None
+    if "const" in schema:
+        return [schema["const"]]
+    values = schema.get("enum")
+    return values if isinstance(values, list) and values else None
+
+
+def _may_be_string(schema: Any) -> bool:
+    if not isinstance(schema, Mapping):
+        return schema is True
+    if "type" in schema:
+        return bool(schema["type"] == "string")
+    return not _NOT_STRINGS & schema.keys() and not any(key in schema for key in ("allOf", "not", "if", "$ref"))
+
+
+def _limits(schema: Any) -> str:
+    """The length and the pattern of a string, as a terminal's body; empty when it has neither."""
+    if not isinstance(schema, Mapping):
+        return ""
+    parts = []
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if least or most != "":
+        parts.append(f"/(?s:.){{{_count(least)},{_count(most)}}}/")
+    if "pattern" in schema:
+        parts.append(regex(_anywhere(str(schema["pattern"]))))
+    return " & ".join(parts)
+
+
+def _count(value: Any) -> str:
+    """A bound of a schema as a number; what is none goes on as it is, to be refused."""
+    return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+
+
+def _anywhere(pattern: str) -> str:
+    """A JSON schema's pattern, which matches anywhere in a text, for llguidance, whose patterns match all of it and know no anchors."""
+    depth, skipped = 0, re.sub(r"\\.|\[(\\.|[^\]\\])*\]", "", pattern, flags=re.DOTALL)
+    for character in skipped:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "|" and depth == 0:
+            return f"(?s:.*)(?:{pattern})(?s:.*)"
+    begin = "" if pattern.startswith("^") else "(?s:.*)"
+    end = "" if skipped.endswith("$") and pattern.endswith("$") else "(?s:.*)"
+    core = pattern[1:] if not begin else pattern
+    return f"{begin}(?:{core[:-1] if not end else core}){end}"
