@@ -117,8 +117,8 @@ def tokens(kind: str) -> tuple[Tokenizer, LLTokenizer, SpecialTokens]:
     return tokenizer, vocabulary(tokenizer, tokenizer.vocab_size, [EOS]), special
 
 
-def compiled(kind: str, tools: ToolFormat | None, reasoning: ReasoningFormat | None = THINK, **rules: Any) -> LLMatcher:
-    format = rules.pop("format", None) or AnswerFormat(reasoning=reasoning, tools_after_content="\n", tools=tools)
+def compiled(kind: str, calls: ToolFormat | None, reasoning: ReasoningFormat | None = THINK, **rules: Any) -> LLMatcher:
+    format = rules.pop("format", None) or AnswerFormat(reasoning=reasoning, tools_after_content="\n", tools=calls)
     _, vocabulary, special = tokens(kind)
     text = answer_grammar(AnswerRules(**{"format": format, "tokens": special, "tools": TOOLS, **rules}))
     assert text
