@@ -84,6 +84,7 @@ setup(
         "tokenizers>=0.21",
         "jinja2>=3.1",
         "llguidance>=1.9,<2",
+        "regex>=2024.4.28",
         "uvloop>=0.20",
         "prometheus-client>=0.21",
         "pyyaml>=6",
@@ -99,6 +100,7 @@ setup(
             "openai>=1.60",
             "ruff>=0.9",
             "mypy>=1.14",
+            "types-regex",
             "kubernetes-validate>=1.36",  # the schemas of Kubernetes' resources, for launch/kubernetes
         ],
     },

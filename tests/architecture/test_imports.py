@@ -271,7 +271,7 @@ def test_nothing_is_used_that_setup_does_not_require() -> None:
     """The environment of the tests has more than an installation: NumPy, transformers. tests/bare runs without them."""
     required = {
         "torch", "triton", "safetensors", "huggingface_hub", "aiohttp", "msgspec", "zmq", "tokenizers", "jinja2", "uvloop",
-        "llguidance",
+        "llguidance", "regex",
         "prometheus_client", "rich", "yaml",
     }  # fmt: skip
     for path in [*sources(), *(ROOT / "kernels").rglob("*.py")]:

@@ -69,6 +69,7 @@ def create_app(
     status: Callable[[], EngineStatus],
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
+    answers: ChatAnswers,
     *,
     info: Callable[[], dict[str, Any]],
     exposed: bool,
@@ -93,6 +94,7 @@ def create_app(
         chat_template=chat_template,
         defaults=settings.sampling_defaults,
         grammars=grammars,
+        answers=answers,
     )
     app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(origins.on_prepare)

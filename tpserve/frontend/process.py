@@ -140,6 +140,8 @@ class FrontendServer:
         )
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
+        found = detect(template, read_json(Path(config.tokenizer) / CONFIG), config.tool_call_parser, config.reasoning_parser)
+        answers = ChatAnswers.of(found, tokenizer, config.tool_strict_level)
         engine_client = self._engine_client
         self.app = create_app(
             config,
@@ -147,6 +149,7 @@ class FrontendServer:
             engine_client.status,
             tokenizer,
             template,
+            answers,
             info=engine_client.info,
             exposed=exposed,
         )

@@ -28,7 +28,8 @@ class OutputDelta(Struct, frozen=True):
     """The output that became visible since the previous delta. Only the last delta has `finish`.
 
     `stop_reason`: the stop string or stop token that ended the sequence, None for EOS or length.
-    `num_tokens`: output tokens so far, this delta included. `scores`: of the prompt, on the first delta if requested.
+    `num_tokens`: output tokens so far, this delta included. `offsets`: the index in the output's text of each of `tokens`.
+    `scores`: of the prompt, on the first delta if requested.
     `open_offsets`: on the first delta, the index in the output's text of each open token of an echoed prompt.
     """
 
@@ -36,6 +37,7 @@ class OutputDelta(Struct, frozen=True):
     tokens: list[int]
     entries: list[TokenEntry]
     num_tokens: int
+    offsets: list[int] = []
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     scores: PromptScores | None = None
@@ -46,7 +48,7 @@ class Assembler:
     """The output of one sequence after `prompt`. Stop strings are not empty, and are ignored in the first `min_tokens` tokens.
 
     All choices of a prompt may share `scores`. `num_open`: tokens at the end of an echoed prompt whose text the output may
-    change (`Tokenizer.num_open`); the output's text begins with theirs.
+    change (`Tokenizer.num_open`); the output's text begins with theirs. `shown`: special tokens that are not skipped.
     """
 
     def __init__(
@@ -61,10 +63,11 @@ class Assembler:
         skip_special_tokens: bool = True,
         scores: PromptScores | None = None,
         num_open: int = 0,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         assert all(stop), "an empty stop string matches everywhere"
         closed = len(prompt) - num_open
-        self._stream = tokenizer.stream(prompt[:closed], skip_special_tokens)
+        self._stream = tokenizer.stream(prompt[:closed], skip_special_tokens, shown)
         self._stop = tuple(stop)
         self._stop_token_ids = frozenset(stop_token_ids)
         self._include_stop = include_stop
@@ -137,6 +140,7 @@ class Assembler:
             tokens=tokens,
             entries=entries,
             num_tokens=self.num_tokens,
+            offsets=offsets[own:],
             finish=self.finish,
             stop_reason=self.stop_reason,
             scores=None if self._begun else self.scores,

@@ -49,7 +49,7 @@ class Tokenizer:
         spelled = ((rust.token_to_id(form % byte), byte) for form in BYTE_TOKENS for byte in range(256))
         self._byte_of = {} if self._byte_level else {token: byte for token, byte in spelled if token is not None}
         self._run_bytes = self._byte_of if "ByteFallback" in decoders else {}
-        self._special = {token for token, added in rust.get_added_tokens_decoder().items() if added.special}
+        self._special = frozenset(token for token, added in rust.get_added_tokens_decoder().items() if added.special)
         words = (token for token in range(self.vocab_size) if token not in self._byte_of and token not in self._special)
         self._anchor = list(islice((token for token in words if self.decode([token]).strip()), 1))
         self._bytes: dict[int, bytes] = {}
@@ -99,28 +99,37 @@ class Tokenizer:
         """As `decode`, for hundreds of ids or more: releases the interpreter lock."""
         return str(self._rust.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
-    def stream(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
-        """A stream that decodes an output after `prompt`."""
+    def stream(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> TextStream:
+        """A stream that decodes an output after `prompt`. `shown`: special tokens that it does not skip."""
+        skipped = self._special - shown if skip_special_tokens else frozenset[int]()
         if self._byte_level:
-            return ByteLevelStream(partial(self._shown_bytes, skip_special_tokens), prompt)
-        decode, hidden = partial(self.decode, skip_special_tokens=skip_special_tokens), partial(self._hidden, skip_special_tokens)
-        return PieceStream(decode, self._run_bytes, self._anchor, hidden, prompt)
+            return ByteLevelStream(partial(self._shown_bytes, skipped), prompt)
+        # no skipped token gets there
+        decode = partial(self.decode, skip_special_tokens=False)
+        return PieceStream(decode, self._run_bytes, self._anchor, partial(self._hidden, skipped), prompt)
 
     def num_open(self, ids: Sequence[int], skip_special_tokens: bool = True) -> int:
         """How many ids at the end of `ids` are open: the next ids may change their text."""
+        skipped = self._special if skip_special_tokens else frozenset[int]()
         if self._byte_level:
-            return num_open_bytes(partial(self._shown_bytes, skip_special_tokens), ids)
-        return num_open_run(self._run_bytes, partial(self._hidden, skip_special_tokens), ids)
+            return num_open_bytes(partial(self._shown_bytes, skipped), ids)
+        return num_open_run(self._run_bytes, partial(self._hidden, skipped), ids)
 
     def is_special(self, token: int) -> bool:
         """Whether `decode` omits the token when `skip_special_tokens` is set."""
         return token in self._special
 
-    def _hidden(self, skip_special_tokens: bool, token: int) -> bool:
-        return (skip_special_tokens and token in self._special) or self._rust.id_to_token(token) is None
+    def special_within(self, text: str) -> frozenset[int]:
+        """The special tokens whose text occurs in `text`."""
+        return frozenset(token for token in self._special if (piece := self.piece(token)) and piece in text)
 
-    def _shown_bytes(self, skip_special_tokens: bool, token: int) -> bytes:
-        return b"" if skip_special_tokens and token in self._special else self.token_bytes(token)
+    def _hidden(self, skipped: frozenset[int], token: int) -> bool:
+        return token in skipped or self._rust.id_to_token(token) is None
+
+    def _shown_bytes(self, skipped: frozenset[int], token: int) -> bytes:
+        return b"" if token in skipped else self.token_bytes(token)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token, possibly incomplete UTF-8; empty for an id outside the vocabulary."""

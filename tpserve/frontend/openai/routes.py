@@ -9,13 +9,14 @@ from aiohttp import web
 from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import UserError
 from tpserve.frontend.openai.body import parse, read_object
-from tpserve.frontend.openai.errors import json_response
+from tpserve.frontend.openai.chat_answer import AnswerReader
+from tpserve.frontend.openai.errors import Json, json_response
+from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, in_thread, max_new_tokens, refuse_too_long
 from tpserve.frontend.openai.response_builder import (
     ChatResponseBuilder,
     CompletionResponseBuilder,
-    Json,
     ResponseBuilder,
     ResponseMeta,
 )
@@ -31,6 +32,7 @@ from tpserve.frontend.openai.schema import (
 from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids
+from tpserve.frontend.openai.tools import tool_use
 from tpserve.types.sampling import EngineSamplingParams
 
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -63,7 +65,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
     sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
-    params = await params_of(service, call, prompts, sizes, limits)
+    params = await params_of(service, call, prompts, sizes, limits, grammar_of(call))
     builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
     return await answer(request, service, call, params, builder, meta, prompts)
 
@@ -76,11 +78,15 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     )
     meta = response_meta(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
+    use = tool_use(call)
+    service.answers.refuse_tools(use)
     prompt = await chat_prompt(service, call, limits)
+    tail, place = service.answers.tail(prompt.text)
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")
-    params = await params_of(service, call, [prompt], [size], limits)
-    builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer)
+    params = await params_of(service, call, [prompt], [size], limits, service.answers.grammar(call, use, place))
+    readers = [AnswerReader(service.answers, call, use, tail) for _ in range(call.n)]
+    builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)
     return await answer(request, service, call, params, builder, meta, [prompt])
 
 

@@ -1,0 +1,284 @@
+"""The parser of answers: what transformers reads from the same template, cut at every place, damaged, and cut short."""
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from transformers.utils.chat_parsing import parse_response
+
+from tpserve.errors import UserError
+from tpserve.response_template.call_reader import CallArguments, CallBegin
+from tpserve.response_template.parser import Content, Event, Reasoning, ResponseParser
+from tpserve.response_template.template import ResponseTemplate
+
+START = "<|assistant|>"
+IN_CONTENT = {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.arguments}"}}
+IN_DELIMITER = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+EACH = {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}}
+THINK = {"open": "<think>", "close": "</think>"}
+
+
+def spec(**fields: Any) -> dict[str, Any]:
+    return {"start_anchor": START, "fields": fields}
+
+
+TAGGED = {
+    "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>]+)>",
+    "close_pattern": r"</function>\s*</tool_call>",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>]+)>\n(?P<value>.*?)\n</parameter>"},
+    "transform": IN_DELIMITER,
+}
+JSON_CALLS = {"open": "<tool_call>", "close": "</tool_call>", "content": "json", "repeats": True, "transform": IN_CONTENT}
+GEMMA = {
+    "open_pattern": r"<call>(?P<name>\w+)(?=\{)",
+    "close": "</call>",
+    "repeats": True,
+    "content": "json",
+    "content_args": {"unquoted_keys": True, "string_delims": [["<q>", "</q>"]]},
+    "transform": IN_DELIMITER,
+}
+SPECS = {
+    "hermes": spec(thinking=THINK, tool_calls=JSON_CALLS, content={}),
+    "tagged": spec(thinking=THINK, tool_calls=TAGGED, content={}),
+    "named": spec(
+        tool_calls={
+            "open_pattern": "<call>(?P<name>.*?)<sep>",
+            "close": "<end>",
+            "content": "json",
+            "repeats": True,
+            "transform": IN_DELIMITER,
+        },
+        content={},
+    ),
+    "list": spec(tool_calls={"open": "[TOOL_CALLS]", "content": "json", "transform": EACH, "transform_each": True}, content={}),
+    "python": spec(
+        tool_calls={
+            "open_pattern": r"(?=\[\w+\()",
+            "content": "python-call-list",
+            "transform": EACH,
+            "transform_each": True,
+        },
+        content={},
+    ),
+    "channels": spec(
+        thinking={"open": "<|c|>analysis<|m|>", "close": "<|e|>"},
+        tool_calls={
+            "open_pattern": r"<\|c\|>commentary to=functions\.(?P<name>\S+)\s*(?:<\|k\|>)?json<\|m\|>",
+            "close": "<|call|>",
+            "content": "json",
+            "repeats": True,
+            "transform": IN_DELIMITER,
+        },
+        content={"open": "<|c|>final<|m|>", "close": "<|r|>"},
+    ),
+    "gemma": spec(tool_calls=GEMMA, content={}),
+}
+Call = tuple[str, dict[str, Any]]
+
+
+def written(kind: str, thinking: str, content: str, calls: Sequence[Call]) -> str:
+    """An answer as a model of this kind writes it."""
+    if kind == "channels":
+        parts = [f"<|c|>analysis<|m|>{thinking}<|e|><|start|>assistant"] if thinking else []
+        parts += [f"<|c|>commentary to=functions.{n} <|k|>json<|m|>{json.dumps(a)}<|call|>" for n, a in calls]
+        return "".join(parts) + (f"<|c|>final<|m|>{content}<|r|>" if content else "")
+    text = (f"<think>\n{thinking}\n</think>\n\n" if thinking and kind in ("hermes", "tagged") else "") + content
+    match kind:
+        case "hermes":
+            for name, arguments in calls:
+                call = {"name": name, "arguments": arguments}
+                text += f"\n<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+        case "tagged":
+            for name, arguments in calls:
+                values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+                tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+                text += f"\n<tool_call>\n<function={name}>\n{tags}</function>\n</tool_call>"
+        case "named":
+            text += "".join(f"<call>{name}<sep>{json.dumps(arguments, indent=1)}<end>" for name, arguments in calls)
+        case "list" if calls:
+            text += "[TOOL_CALLS] " + json.dumps([{"name": name, "arguments": arguments} for name, arguments in calls])
+        case "python" if calls:
+            texts = [f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})" for name, arguments in calls]
+            text += f"[{', '.join(texts)}]"
+        case "gemma":
+            for name, arguments in calls:
+                pairs = [f"{k}:<q>{v}</q>" if isinstance(v, str) else f"{k}: {json.dumps(v)}" for k, v in arguments.items()]
+                text += f"<call>{name}{{{','.join(pairs)}}}</call>"
+    return text
+
+
+def parsed(template: ResponseTemplate, pieces: Sequence[str], prompt: str = START, **more: Any) -> tuple[str, str, list[Any]]:
+    parser = ResponseParser(template, prompt, **more)
+    events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+    return told(events)
+
+
+def told(events: Sequence[Event]) -> tuple[str, str, list[Any]]:
+    thinking = content = ""
+    calls: list[Any] = []
+    for event in events:
+        match event:
+            case Reasoning(text):
+                thinking += text
+            case Content(text):
+                content += text
+            case CallBegin(name, _):
+                calls.append([name, ""])
+            case CallArguments(text):
+                calls[-1][1] += text
+    return thinking, content, calls
+
+
+def random_case(random: random.Random, kind: str) -> tuple[str, str, list[Call]]:
+    values = ["x", "two words", 'q"uo\nte', "ünï✓", 7, -1.5, True, None, [1, {"z": "[}"}], {"k": {}}]
+    names = ["a", "city", "n_2"]
+    calls = []
+    for _ in range(random.choice((0, 1, 1, 2, 3))):
+        keys = random.sample(names, random.randint(0, 3))
+        calls.append((random.choice(("f", "get_weather")), {key: random.choice(values) for key in keys}))
+    content = random.choice(("", "Hello\nworld", "a < b [1]", "é"))
+    if kind == "channels" and calls:
+        content = ""
+    return random.choice(("", "hm <x> so")), content, calls
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_reads_what_was_written_as_transformers_does(kind: str) -> None:
+    template, draw = ResponseTemplate.load(SPECS[kind]), random.Random(kind)
+    for _ in range(60):
+        thinking, content, calls = random_case(draw, kind)
+        text = written(kind, thinking, content, calls)
+        expected = parse_response(text, SPECS[kind], prefix=START)
+        own = parsed(template, [text])
+        bare = [[call["function"]["name"], call["function"]["arguments"]] for call in expected.get("tool_calls", [])]
+        assert [[name, json.loads(arguments)] for name, arguments in own[2]] == bare, text
+        assert bare == [list(call) for call in calls] or kind == "tagged", text  # whose values are texts without schemas
+        assert own[1] == content and (own[0] == thinking or kind not in ("hermes", "tagged", "channels")), text
+        assert own[0] == expected.get("thinking", "")
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_the_cut_changes_nothing_not_even_in_damaged_text(kind: str) -> None:
+    template, draw = ResponseTemplate.load(SPECS[kind]), random.Random(kind)
+    for _ in range(40):
+        text = written(kind, *random_case(draw, kind))
+        if draw.random() < 0.5:
+            at = draw.randint(0, len(text))
+            text = text[:at] + text[at + draw.randint(0, 5) :]
+        whole = parsed(template, [text])
+        assert parsed(template, list(text)) == whole, text
+        for at in draw.sample(range(len(text) + 1), min(len(text), 8)):
+            assert parsed(template, [text[:at], text[at:]]) == whole, (text, at)
+
+
+def test_arguments_come_while_they_are_written() -> None:
+    parser = ResponseParser(ResponseTemplate.load(SPECS["hermes"]), START)
+    text = '<tool_call>\n{"name": "f", "arguments": {"file": "line'
+    assert parser.feed(text) == [CallBegin("f"), CallArguments('{"file": "line')]
+    assert parser.feed(" 1\\n") == [CallArguments(" 1\\n")]
+    assert parser.feed('"}}\n</tool_call>') == [CallArguments('"}')]
+
+
+def test_a_delimiter_within_a_quoted_text_is_text() -> None:
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call>\\""}}\n</tool_call>'
+    assert parsed(ResponseTemplate.load(SPECS["hermes"]), list(text)) == ("", "", [["f", '{"a": "</tool_call>\\""}']])
+
+
+def test_arguments_before_the_name_and_arguments_as_text() -> None:
+    template = ResponseTemplate.load(SPECS["hermes"])
+    assert parsed(template, list('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>'))[2] == [["f", '{"a": 1}']]
+    assert parsed(template, list('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>'))[2] == [["f", '{"a": 1}']]
+
+
+@pytest.mark.parametrize("text", ["<tool_call>what?</tool_call>", "<tool_call>", '<tool_call>{"nome": "f"}</tool_call> x'])
+def test_a_region_without_a_call_is_content(text: str) -> None:
+    thinking, content, calls = parsed(ResponseTemplate.load(SPECS["hermes"]), list(text))
+    assert (thinking, calls) == ("", []) and content == text
+
+
+def test_a_call_cut_short_keeps_what_was_written() -> None:
+    text = 'Wait.\n<tool_call>\n{"name": "f", "arguments": {"a": [1, '
+    assert parsed(ResponseTemplate.load(SPECS["hermes"]), list(text)) == ("", "Wait.", [["f", '{"a": [1, ']])
+
+
+def test_the_prompt_opens_or_closes_reasoning() -> None:
+    template = ResponseTemplate.load(SPECS["hermes"])
+    for prompt, place in ((START, "start"), (f"{START}<think>\n", "reasoning"), (f"{START}<think>\n\n</think>\n\n", "content")):
+        assert ResponseParser(template, f"old {START}<think> older {prompt}").place == place
+    assert parsed(template, ["so\n</think>\n\nYes"], f"{START}<think>\n") == ("so", "Yes", [])
+    assert parsed(template, ["  Yes "], f"{START}<think>\n\n</think>\n\n") == ("", "Yes ", [])
+    assert parsed(template, [" begun, ended"], f"{START}It has") == ("", " begun, ended", [])
+
+
+def test_plain_content_stays_as_it_is() -> None:
+    template = ResponseTemplate.load(SPECS["hermes"])
+    assert parsed(template, list("  two \n\n words  \n")) == ("", "  two \n\n words  \n", [])
+    assert parsed(template, list("a <tool_call>{}</tool_call>"), reads_calls=False)[1] == "a <tool_call>{}</tool_call>"
+
+
+def test_ranges_of_reasoning_are_those_of_the_output() -> None:
+    parser = ResponseParser(ResponseTemplate.load(SPECS["hermes"]), f"{START}<think>\nOne ")
+    for char in "two</think>\n\nthree":
+        parser.feed(char)
+    parser.finish()
+    assert [parser.reasoning[0][0], parser.reasoning[-1][1]] == [0, 3]
+
+
+def test_values_get_the_types_of_their_schema() -> None:
+    schema = {
+        "$defs": {"day": {"enum": ["mon", "tue"]}},
+        "properties": {
+            **{kind: {"type": kind} for kind in ("integer", "number", "boolean", "array", "string")},
+            "either": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+            "day": {"$ref": "#/$defs/day"},
+            "huge": {"type": "number"},
+        },
+    }
+    written_values = {
+        "integer": "3.0",
+        "number": "2.5",
+        "boolean": "True",
+        "array": "[1]",
+        "string": "7",
+        "either": "12",
+        "day": "mon",
+        "huge": "1e999",
+        "other": "5",
+    }
+    text = written("tagged", "", "", [("f", written_values)])
+    ((_, arguments),) = parsed(ResponseTemplate.load(SPECS["tagged"]), [text], tools={"f": schema})[2]
+    assert json.loads(arguments) == {
+        "integer": 3,
+        "number": 2.5,
+        "boolean": True,
+        "array": [1],
+        "string": "7",
+        "either": 12,
+        "day": "mon",
+        "huge": "1e999",
+        "other": "5",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"fields": {}}, "needs fields"),
+        ({"fields": {"content": {}, "thinking": {}}}, "two fields without open"),
+        ({"fields": {"content": {}, "mood": {"open": "x"}}}, "'mood'"),
+        ({"fields": {"content": {"open": ""}}}, "none of them empty"),
+        ({"fields": {"content": {"open_pattern": "("}}}, "no regular expression"),
+        ({"fields": {"content": {"content": "json"}}}, "plain text"),
+        ({"fields": {"content": {}, "tool_calls": {**JSON_CALLS, "transform": {"name": "a {content}"}}}}, "mixes"),
+        ({"fields": {"content": {}, "tool_calls": {**JSON_CALLS, "content": "xml-inline"}}}, "tag_pattern"),
+        ({"start_anchor": None}, "start_anchor"),
+    ],
+)
+def test_wrong_templates_are_refused_by_name(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=f"response_template .*{says}"):
+        ResponseTemplate.load({**SPECS["hermes"], **change})

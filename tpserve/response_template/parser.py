@@ -1,0 +1,325 @@
+"""Reads a model's answer as it grows: reasoning, content and tool calls, by a `ResponseTemplate`.
+
+Invariants:
+
+    split    how the text is cut into pieces changes nothing in the joined events
+    lost     text is in one event, or is a delimiter, or white space beside one; of a region that holds no call it is content
+    held     only what may begin a delimiter, white space before one, and calls whose form must be known as a whole
+
+Delimiters within a quoted text of JSON are text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import regex
+
+from tpserve.response_template.call_reader import CallArguments, CallBegin, CallEvent, CallPaths, CallReader, joined
+from tpserve.response_template.content import read_content, transformed
+from tpserve.response_template.schema_types import typed
+from tpserve.response_template.template import Delimiter, Field, ResponseTemplate
+
+Place = Literal["start", "reasoning", "content"]
+
+
+class Reasoning(NamedTuple):
+    """More text of the reasoning."""
+
+    text: str
+
+
+class Content(NamedTuple):
+    """More text of the content."""
+
+    text: str
+
+
+Event = Reasoning | Content | CallBegin | CallArguments
+
+
+class _Found(NamedTuple):
+    """A delimiter in the text: the field that follows, where it stands, and its named groups."""
+
+    field: Field | None
+    begin: int
+    end: int
+    groups: dict[str, str]
+
+
+class ResponseParser:
+    """One answer. `prompt`: what it continues. `tools`: the argument schemas of the functions, by name.
+
+    `reads_calls` False: calls are text like any other. Attribute `reasoning`: the ranges of characters of the output that are
+    reasoning.
+    """
+
+    def __init__(
+        self, template: ResponseTemplate, prompt: str = "", tools: Mapping[str, Any] | None = None, *, reads_calls: bool = True
+    ) -> None:
+        self._fields = [field for field in template.fields.values() if reads_calls or field.role != "tool_calls"]
+        self._rest, self._tools, self._reads_calls = template.rest, tools or {}, reads_calls
+        if self._rest is not None and self._rest not in self._fields:
+            self._rest = None
+        self.reasoning: list[list[int]] = []
+        self._events: list[Event] = []
+        self._text = template.answer_begun(prompt)
+        self._at = 0
+        self._from = len(self._text)
+        """Where the output begins: text before it belongs to the prompt."""
+        self._region: _Text | _Calls | None = None
+        self._any = False
+        """Whether a region has ended: white space at the beginning of the next is none of its text."""
+        self._enter(self._rest, {})
+        self._process(final=False)
+        self._events.clear()
+
+    @property
+    def place(self) -> Place:
+        """Where the answer stands."""
+        if isinstance(self._region, _Text):
+            if self._region.role == "reasoning":
+                return "reasoning"
+            if not self._any and not self._region.begun:
+                return "start"
+        return "start" if self._region is None and not self._any else "content"
+
+    def feed(self, text: str) -> list[Event]:
+        """Read more output; returns what became certain, neighbours of one kind as one."""
+        self._text += text
+        self._process(final=False)
+        return self._take()
+
+    def finish(self) -> list[Event]:
+        """The output has ended; returns the rest."""
+        self._process(final=True)
+        self._leave(last=True)
+        return self._take()
+
+    def _take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return merged(events)
+
+    def _process(self, final: bool) -> None:
+        while True:
+            found, hold = self._scan(final)
+            if found is None:
+                self._add(len(self._text) if final else hold)
+                return
+            field, begin, end, groups = found
+            if begin == end == self._at and self._region is not None and field is self._rest and not self._region.begun:
+                self._add(len(self._text) if final else hold)  # a delimiter without text would be found here for ever
+                return
+            self._add(begin)
+            if isinstance(self._region, _Calls) and self._region.in_text:  # the delimiter is part of a quoted text
+                self._add(end)
+                continue
+            opened = self._region.groups if isinstance(self._region, _Calls) else {}
+            self._leave(groups={**opened, **groups}, closing=self._text[begin:end] if field is self._rest else "")
+            self._at = end
+            self._enter(field, groups, begin)
+
+    def _scan(self, final: bool) -> tuple[_Found | None, int]:
+        """The first delimiter that counts here, and where text begins that may become an earlier one."""
+        best: tuple[tuple[int, int, int], Field | None, dict[str, str]] | None = None
+        hold = len(self._text)
+        for delimiter, opens in self._expected():
+            match = delimiter.pattern.search(self._text, self._at, partial=not final)
+            if match is None:
+                continue
+            if not final and (match.partial or self._may_grow(delimiter, match)):
+                hold = min(hold, match.start())
+                continue
+            key = (match.start(), -match.end(), opens is None)
+            if best is None or key < best[0]:
+                groups = {name: text for name, text in match.groupdict().items() if text is not None}
+                best = key, opens, groups
+        if best is None or (not final and best[0][0] >= hold):
+            return None, hold
+        (begin, negative_end, _), opens, groups = best
+        return _Found(self._rest if opens is None else opens, begin, -negative_end, groups), hold
+
+    def _expected(self) -> list[tuple[Delimiter, Field | None]]:
+        """The delimiters that count in the current region, each with the field that it opens; None: it closes the region."""
+        region = self._region
+        field = region.field if region is not None else None
+        if field is not None and field is not self._rest:
+            return [(field.close, None)] if field.close is not None else []
+        expected: list[tuple[Delimiter, Field | None]] = [(each.open, each) for each in self._fields if each.open is not None]
+        if field is not None and field.close is not None:
+            expected.append((field.close, None))
+        return expected
+
+    def _may_grow(self, delimiter: Delimiter, match: "regex.Match[str]") -> bool:
+        """Whether a match could be another one, or none, if text followed."""
+        if match.end() == len(self._text):
+            return not delimiter.is_final or match.start() == match.end()
+        if delimiter.is_literal:
+            return False
+        longer = delimiter.pattern.match(self._text + "\x00", match.start())
+        return longer is None or longer.span() != match.span() or longer.groupdict() != match.groupdict()
+
+    def _enter(self, field: Field | None, groups: Mapping[str, str], begin: int = 0) -> None:
+        if field is None:
+            self._region = None
+        elif field.role == "tool_calls":
+            self._region = _Calls(field, groups, self._text[begin : self._at], self._tools)
+        else:
+            more = field.role == "content" and self._reads_calls
+            self._region = _Text(field, strip=field.strips and (self._any or field.role == "reasoning"), holds=more)
+
+    def _add(self, end: int) -> None:
+        """Text up to `end` belongs to the current region."""
+        begin, self._at = self._at, end
+        if begin == end or self._region is None:
+            return
+        text = self._text[begin:end]
+        if isinstance(self._region, _Calls):
+            self._events += self._region.add(text)
+            return
+        if self._region.role == "reasoning":
+            own = max(0, begin - self._from), max(0, end - self._from)
+            if own[1] > own[0]:
+                self.reasoning.append([*own])
+        self._region.add(text[: max(0, self._from - begin)])  # the prompt's own, which nobody is told
+        if shown := self._region.add(text[max(0, self._from - begin) :]):
+            self._events.append(self._region.event(shown))
+
+    def _leave(self, *, groups: Mapping[str, str] | None = None, closing: str = "", last: bool = False) -> None:
+        """The current region ends, with the delimiter `closing`."""
+        region, self._region = self._region, None
+        match region:
+            case _Calls():
+                self._events += region.end(groups or {}, closing)
+                self._any |= region.num_calls > 0
+            case _Text():
+                if last and region.role == "content" and region.held:
+                    self._events.append(region.event(region.held))
+                self._any |= region.begun or region.field is not self._rest
+
+
+class _Text:
+    """A region of reasoning or content. `strip`: white space at its beginning is dropped.
+
+    `holds`: white space at its end may be dropped, too, and waits.
+    """
+
+    def __init__(self, field: Field, strip: bool, holds: bool) -> None:
+        self.field, self.role = field, field.role
+        self.begun = False
+        self.held = ""
+        self._strip = strip
+        self._holds = field.strips and (holds or field.role == "reasoning")
+
+    def add(self, text: str) -> str:
+        """More text; returns what became certain."""
+        if self._strip and not self.begun:
+            text = text.lstrip()
+        if not text:
+            return ""
+        self.begun = True
+        text = self.held + text
+        certain = text.rstrip() if self._holds else text
+        self.held = text[len(certain) :]
+        return certain
+
+    def event(self, text: str) -> Event:
+        """The event of more text."""
+        return Reasoning(text) if self.role == "reasoning" else Content(text)
+
+
+class _Calls:
+    """A region of calls. `opening`: the delimiter as it was written."""
+
+    def __init__(self, field: Field, groups: Mapping[str, str], opening: str, tools: Mapping[str, Any]) -> None:
+        self.field, self.groups = field, groups
+        self.begun = False
+        self._opening, self._tools = opening, tools
+        self._parts: list[str] = []
+        self.num_calls = 0
+        self._reader: CallReader | None = None
+        if field.content == "json" and not field.content_args:
+            paths = CallPaths.of(field.transform, field.transform_each)
+            if paths is not None and (paths.name is not None or (given := self._given()) is not None):
+                self._reader = CallReader(paths, given if paths.name is None else None)
+
+    def _given(self) -> CallBegin | None:
+        """The call whose name the delimiter tells."""
+        try:
+            name, _, id = _call(transformed(self.field.transform, {**self.groups, "content": {}}))
+        except ValueError:
+            return None
+        return CallBegin(name, id)
+
+    @property
+    def in_text(self) -> bool:
+        """Whether what follows is within a quoted text."""
+        return self._reader is not None and self._reader.in_text
+
+    def add(self, text: str) -> Sequence[Event]:
+        """More text."""
+        self.begun = True
+        self._parts.append(text)
+        return [] if self._reader is None else self._counted(self._reader.feed(text))
+
+    def end(self, groups: Mapping[str, str], closing: str) -> Sequence[Event]:
+        """The rest of the region: its calls, or its text when it holds none."""
+        events: list[CallEvent] = []
+        if self._reader is not None:
+            events = self._reader.feed("")
+        elif (calls := self._parsed(groups)) is not None:
+            for name, arguments, id in calls:
+                events += [CallBegin(name, id), CallArguments(arguments)]
+        counted = self._counted(events)
+        return counted if self.num_calls else [Content(self._opening + "".join(self._parts) + closing)]
+
+    def _counted(self, events: Sequence[CallEvent]) -> Sequence[Event]:
+        self.num_calls += sum(isinstance(event, CallBegin) for event in events)
+        return joined(events)
+
+    def _parsed(self, groups: Mapping[str, str]) -> list[tuple[str, str, str | None]] | None:
+        """The calls of a region that is read as a whole; None when there are none."""
+        field = self.field
+        names = {**self.groups, **groups}
+        try:
+            value = read_content("".join(self._parts), field.content, field.content_args)
+            if field.transform_each:
+                values = [transformed(field.transform, {**names, **each}) for each in value]
+            elif field.transform is not None:
+                values = [transformed(field.transform, {**names, "content": value})]
+            else:
+                values = value if isinstance(value, list) else [value]
+            calls = [_call(each) for each in values]
+        except (ValueError, TypeError):
+            return None
+        return [(name, _arguments(arguments, self._tools.get(name)), id) for name, arguments, id in calls]
+
+
+def _call(value: Any) -> tuple[str, Any, str | None]:
+    """Name, arguments and id of a call. ValueError when the value is none."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name.strip():
+        raise ValueError("no call")
+    id = value.get("id")
+    return name.strip(), function.get("arguments", function.get("parameters", {})), id if isinstance(id, str) else None
+
+
+def _arguments(arguments: Any, schema: Any) -> str:
+    """The arguments as JSON; a text that stands for a value of another type becomes that value."""
+    if isinstance(arguments, str):
+        return arguments
+    if isinstance(arguments, dict) and schema is not None:
+        arguments = {key: typed(value, key, schema) for key, value in arguments.items()}
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def merged(events: Sequence[Event]) -> list[Event]:
+    """The events with neighbours of one kind as one."""
+    found: list[Event] = []
+    for event in events:
+        if found and not isinstance(event, CallBegin) and type(found[-1]) is type(event):
+            found[-1] = type(event)(found[-1].text + event.text)
+        else:
+            found.append(event)
+    return found

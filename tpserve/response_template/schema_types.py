@@ -1,0 +1,80 @@
+"""Types of JSON schemas, to give arguments that a model wrote as bare text their values."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MAX_DEPTH = 16
+
+
+def typed(value: Any, key: str, schema: Any) -> Any:
+    """The argument `key` as its schema asks. `schema`: of all arguments. Text that fits no type stays text."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    own = properties.get(key) if isinstance(properties, dict) else None
+    if own is None and isinstance(schema, dict):
+        own = schema.get("additionalProperties")
+    types = list(dict.fromkeys(_types(own, schema, MAX_DEPTH)))
+    if isinstance(value, list) and "array" not in types:  # of several arguments with one name
+        return [_typed(each, types) if isinstance(each, str) else each for each in value]
+    return _typed(value, types) if isinstance(value, str) else value
+
+
+def _types(schema: Any, root: Any, depth: int) -> Iterator[str]:
+    """The types that a schema names, in its order."""
+    if not isinstance(schema, dict) or depth == 0:
+        return
+    declared = schema.get("type")
+    yield from [declared] if isinstance(declared, str) else [each for each in declared or () if isinstance(each, str)]
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    for value in values if declared is None and isinstance(values, list) else ():
+        yield _type_of(value)
+    for several in ("anyOf", "oneOf", "allOf"):
+        parts = schema.get(several)
+        for part in parts if isinstance(parts, list) else ():
+            yield from _types(part, root, depth - 1)
+    if isinstance(reference := schema.get("$ref"), str):
+        yield from _types(_target(reference, root), root, depth - 1)
+    if schema.get("nullable"):
+        yield "null"
+
+
+def _target(reference: str, root: Any) -> Any:
+    for part in reference.removeprefix("#/").split("/"):
+        root = root.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(root, Mapping) else None
+    return root
+
+
+def _type_of(value: Any) -> str:
+    match value:
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case None:
+            return "null"
+        case dict() | list():
+            return "object" if isinstance(value, dict) else "array"
+    return "string"
+
+
+def _typed(text: str, types: list[str]) -> Any:
+    for kind in types:
+        if kind == "string":
+            return text
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = {"True": True, "False": False, "None": None}.get(text.strip(), text)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = {
+            "integer": is_number and value == math.floor(value),
+            "number": is_number,
+            "boolean": isinstance(value, bool),
+            "null": value is None,
+            "object": isinstance(value, dict),
+            "array": isinstance(value, list),
+        }
+        if fits.get(kind, False):
+            return int(value) if kind == "integer" else value
+    return text
