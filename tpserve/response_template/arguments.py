@@ -71,7 +71,8 @@ def arguments(lark: Lark, tool: Tool, name: str, format: ToolFormat) -> str:
 
 def _of_object(tool: Tool) -> Any:
     """The schema of a tool's arguments, which are an object even where it does not say so."""
-    schema = {"properties": {}} if tool.parameters is None else {} if tool.parameters is True else tool.parameters
+    none = {"properties": {}, "additionalProperties": False}
+    schema = none if tool.parameters is None else {} if tool.parameters is True else tool.parameters
     if not isinstance(schema, Mapping):
         return schema
     types = schema.get("type", "object")
@@ -92,7 +93,7 @@ class _Parameters:
     def body(self) -> str:
         """Required parameters are present, optional ones may be."""
         properties, required = self._root.get("properties", {}), set(self._root.get("required", ()))
-        additional = self._root.get("additionalProperties", not properties)
+        additional = self._root.get("additionalProperties", "properties" not in self._root)
         named = list(dict.fromkeys([*properties, *(key for key in required if key not in properties)]))
         items = [(self._item(at, key, properties.get(key, additional)), key in required) for at, key in enumerate(named)]
         return self._sequence(items, self._extra(named, additional) if additional is not False else "")

@@ -96,6 +96,11 @@ class Lark:
                 atoms.append({INDEX: "INDEX", ID: "ID"}.get(part) or quoted(part))
         return Literal(tuple(atoms), False)
 
+    def opening(self, name: str, literal: Literal) -> str:
+        """A literal that wins over other text which begins alike."""
+        first, *rest = literal.atoms or ("",)
+        return str(literal) if not first or is_token(first) else " ".join([self.rule(name, first, "lazy"), *rest])
+
     def until(self, name: str, end: Literal, text: str = "TEXT?") -> str:
         """Text up to the first `end`, and `end`."""
         first, *rest = end.atoms
