@@ -1,6 +1,6 @@
 """Serve the built-in model and run the tests of clients against it, in an environment that has the clients.
 
-    python tests/clients/run.py PYTHON      PYTHON: the interpreter of that environment
+python tests/clients/run.py PYTHON      PYTHON: the interpreter of that environment
 """
 
 import os
