@@ -19,6 +19,7 @@ from tpserve.response_template.probe import (
     RESULT,
     Probe,
     after,
+    answer_in,
     common_prefix,
     common_suffix,
     user,
@@ -67,17 +68,22 @@ class Analysis(Struct, frozen=True):
     header: str = ""
     turn_end: str = ""
 
+    def answer_of(self, turn: str) -> str | None:
+        """The answer in a turn, with what ends it; None when it is not there."""
+        return answer_in(turn, self.header, self.anchors[0] if self.anchors else "")
+
 
 def analyse(template: ChatTemplate, ends: Sequence[str] = ()) -> Analysis:
     """Measure a template. `ends`: further tokens that end a turn, as the model's EOS."""
     probe, ends = Probe(template), (*ends, *ENDS)
     plain = probe.turn({"content": CONTENT})
     header = header_of(probe, plain)
-    calls = measure_calls(probe, header, ends) if CONTENT in plain else None
+    anchor = anchor_of(probe, header)
+    calls = measure_calls(probe, (header, anchor), ends) if CONTENT in plain else None
     form = calls.form if calls else CallForm()
     reasoning, field = reasoning_of(probe, header, calls)
     begin = without_reasoning(plain[len(header) : plain.find(CONTENT)], reasoning) if plain.startswith(header) else ""
-    if not begin.strip() or MARK.search(begin) or (reasoning is not None and reasoning.begin.strip() in begin):
+    if not re.search(r"[<\[|>\]]", begin) or MARK.search(begin) or (reasoning is not None and reasoning.begin.strip() in begin):
         begin = ""
     if reasoning is not None and begin and reasoning.end.endswith(begin) and begin != reasoning.end:
         reasoning = ReasoningFormat(reasoning.begin, reasoning.end[: -len(begin)])
@@ -134,9 +140,14 @@ def header_of(probe: Probe, plain: str) -> str:
     return header
 
 
+def anchor_of(probe: Probe, header: str) -> str:
+    """The part of a header that opens the assistant's turn; all of it when the user's turn ends with it."""
+    return header[len(common_prefix(probe.opening(prompt=False), header)) :] or header
+
+
 def anchors_of(probe: Probe, header: str, form: CallForm, reasoning: ReasoningFormat | None) -> tuple[str, ...]:
     """The texts that stand before an answer: after a user's message, and after a tool's when that differs."""
-    anchor = header[len(common_prefix(probe.opening(prompt=False), header)) :] or header
+    anchor = anchor_of(probe, header)
     if not anchor.strip():
         return ()
     rests = []
@@ -184,12 +195,12 @@ def prompted_reasoning(probe: Probe, header: str) -> ReasoningFormat | None:
     prompts = [probe.opening(), *(probe.opening(variables={name: on}) for name in SWITCHES for on in (True, False))]
     opened = [text[len(header) :] for text in prompts if text.startswith(header)]
     for text in opened:
-        if match := re.fullmatch(r"\s*([<\[][^<>\s]+[>\]])(\s*)([<\[]/?[^<>\s]+[>\]])(\s*)", text):
+        if match := re.fullmatch(rf"\s*({MARK.pattern})(\s*)([<\[][^<>\s]+[>\]])(\s*)", text):
             lines = match[2][: (len(match[2]) + 1) // 2]
             return ReasoningFormat(match[1] + lines, match[2][len(lines) :] + match[3] + match[4])
     for text in opened:
-        if match := re.fullmatch(r"\s*([<\[])([^<>\s/]+)([>\]])(\s*)", text):
-            return ReasoningFormat(match[0].lstrip(), f"{match[4]}{match[1]}/{match[2]}{match[3]}{match[4] * 2}")
+        if match := re.fullmatch(rf"\s*({MARK.pattern})(\s*)", text):
+            return ReasoningFormat(match[1] + match[2], f"{match[2]}{match[1][0]}/{match[1][1:]}{match[2] * 2}")
     return None
 
 

@@ -128,15 +128,19 @@ class Detection:
             if choice.source != CONFIG and choice.tools is None and not self._trials.renders_calls:
                 reasons.append(f"{choice.source} has no format, and the chat template shows no call to try")
                 continue
+            if unwritten := self._trials.writes(spec, format):  # perhaps because nothing marks a call after content
+                format = structs.replace(format, tools_after_content=None)
+                unwritten = self._trials.writes(spec, format)
             if failure := self._trials.calls(spec, format, 1, rendered=rendered):
                 reasons.append(f"by {choice.source}, {failure}")
                 continue
-            unwritten = self._trials.writes(spec, format)
             if unwritten and (choice.is_forced or not self._trials.renders_calls) and choice.tools is not None:
                 reasons.append(f"by {choice.source}, {unwritten}")
                 continue
             self._fields, self._source["call"] = fields, choice.source
-            self._format = structs.replace(format, tools=None) if unwritten else format
+            if unwritten:  # it is read, not written
+                self._fields, format = fields | {"tool_calls": spec["fields"]["tool_calls"]}, structs.replace(format, tools=None)
+            self._format = format
             self._find_several(choice, spec, rendered)
             return
         self._off["call"] = self._off["calls"] = reasons[0] if reasons else self._nothing("tool calls")

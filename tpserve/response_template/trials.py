@@ -10,7 +10,7 @@ from tpserve.response_template.analysis import ENDS, Analysis, result, without_r
 from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.format import AnswerFormat, Call, written
 from tpserve.response_template.parser import Content, Reasoning, ResponseParser
-from tpserve.response_template.probe import NAMES, USER, Probe, user
+from tpserve.response_template.probe import NAMES, USER, Probe, after, user
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.chat import ChatTemplate
 
@@ -27,15 +27,16 @@ CALLS: tuple[Call, ...] = ((NAMES[0], ARGUMENTS), (NAMES[1], {"text": "Paris"}))
 SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "properties": {
-        "text": {"type": "string"},
-        "count": {"type": "integer"},
-        "ratio": {"type": "number"},
-        "yes": {"type": "boolean"},
-        "nested": {"type": "object", "additionalProperties": True},
+        "text": {"type": "string", "description": "Yutbim"},
+        "count": {"type": "integer", "description": "Yutbim"},
+        "ratio": {"type": "number", "description": "Yutbim"},
+        "yes": {"type": "boolean", "description": "Yutbim"},
+        "nested": {"type": "object", "description": "Yutbim", "additionalProperties": True},
     },
 }
 PLAIN_CALLS: tuple[Call, ...] = ((NAMES[0], {"text": "Oslo", "count": -7}), CALLS[1])
-"""For templates that render values otherwise than models write them."""
+BARE_CALLS: tuple[Call, ...] = tuple((name, {}) for name in NAMES)
+"""These two are for templates that render values otherwise than models write them."""
 TOOLS = [{"type": "function", "function": {"name": name, "description": "Zenqub", "parameters": SCHEMA}} for name in NAMES]
 
 
@@ -76,8 +77,10 @@ class Trials:
         """Why content does not come back; empty when it does."""
         template = ResponseTemplate.load(spec)
         rendered = self._rendered({"role": "assistant", "content": SAID}, SAID.split()[0])
-        texts = [rendered] if rendered is not None else []
-        return self._first_difference(template, Answer(content=SAID), texts, format)
+        answer = parsed(template, *rendered) if rendered is not None else Answer(content=SAID)
+        if SAID not in answer.content:  # a template may write a label before it
+            return f"as the chat template renders it, {Answer(content=SAID).difference(answer)}"
+        return self._first_difference(template, Answer(content=SAID), (), format)
 
     def reasoning(self, spec: Mapping[str, Any], format: AnswerFormat, field: str) -> str:
         """Why reasoning does not come back; empty when it does. `field`: of the messages that the template shows it of."""
@@ -89,9 +92,9 @@ class Trials:
     def calls(self, spec: Mapping[str, Any], format: AnswerFormat, count: int, *, rendered: bool) -> str:
         """Why `count` calls do not come back; empty when they do. `rendered`: try those that the template renders, too."""
         template, difference = ResponseTemplate.load(spec), ""
-        for calls in (CALLS[:count], PLAIN_CALLS[:count]) if rendered else ():
-            shown = self._rendered(self._analysis.messages.calls.message(calls), calls[-1][0])
-            failure = Answer(calls=list(calls)).difference(parsed(template, *shown)) if shown is not None else ""
+        for calls in (CALLS, PLAIN_CALLS, BARE_CALLS) if rendered else ():
+            shown = self._rendered(self._analysis.messages.calls.message(calls[:count]), calls[count - 1][0])
+            failure = Answer(calls=list(calls[:count])).difference(parsed(template, *shown)) if shown is not None else ""
             if not failure:
                 break
             difference = difference or f"as the chat template renders it, {failure}"
@@ -125,13 +128,10 @@ class Trials:
     def _rendered(self, message: Mapping[str, Any], word: str) -> tuple[str, str] | None:
         """A prompt and the answer that the template renders after it; None when the answer does not show `word`."""
         text = self._probe.render([user(), message], tools=TOOLS)
-        at = text.rfind(USER) if text is not None else -1
-        if text is None or at < 0:
+        answer = self._analysis.answer_of(after(text, USER))
+        if text is None or answer is None or word not in answer:
             return None
-        at += len(USER) + len(self._analysis.header)
-        answer = text[at:]
-        if word not in answer:
-            return None
+        prompt = text[: len(text) - len(answer)]
         answer = answer.removesuffix(self._analysis.turn_end)
         for end in self._ends:
             answer = answer.split(end, 1)[0]
@@ -140,7 +140,7 @@ class Trials:
         reasoning = self._analysis.format.reasoning
         if reasoning is not None and reasoning.end.strip() not in answer:
             answer = answer.removeprefix(reasoning.begin)
-        return text[:at], without_reasoning(answer, reasoning)
+        return prompt, without_reasoning(answer, reasoning)
 
     def _first_difference(
         self, template: ResponseTemplate, expected: Answer, texts: Sequence[tuple[str, str]], format: AnswerFormat
