@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
     "{%- if tools %}"
     "{{- '<|system|>' ~ (asked ~ '\n' if asked else '') ~ 'Functions:\n' }}"
     "{%- for tool in tools %}{{- tool.function | tojson ~ '\n' }}{%- endfor %}"
-    "{{- 'A call: <tool_call>\n{\"name\": NAME, \"arguments\": {...}}\n</tool_call>' ~ eos_token }}"
+    '{{- \'A call: <tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>\' ~ eos_token }}'
     "{%- elif asked %}{{- '<|system|>' ~ asked ~ eos_token }}"
     "{%- endif %}"
     "{%- for message in messages %}"

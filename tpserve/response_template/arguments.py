@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from tpserve.errors import UserError
 from tpserve.response_template.format import TaggedArguments, ToolFormat
-from tpserve.response_template.lark import Lark, encoded, is_token, json_of, quoted, re_escape, regex, without
+from tpserve.response_template.lark import Lark, encoded, is_token, quoted, re_escape, regex, without
 
 PYTHON = TaggedArguments(begin="", middle="=", end="", between=", ")
 MAX_HOPS = 64
@@ -54,19 +54,32 @@ class Tool(Struct, frozen=True):
 
 def arguments(lark: Lark, tool: Tool, name: str, format: ToolFormat) -> str:
     """The arguments of a call, as the body of a rule; names of new rules begin with `name`."""
-    schema: Any = tool.parameters if tool.parameters is not None else {"type": "object", "properties": {}}
+    schema = _of_object(tool) if tool.strict else {"type": "object"}
     if format.arguments == "json":
-        return json_of(schema if tool.strict else {"type": "object"})
+        return lark.json(schema)
     tags = PYTHON if format.arguments == "python" else format.tags or TaggedArguments("", "", "")
     if not tool.strict:
         return _Parameters(lark, name, tags, {}, format.arguments == "python").body()
     root = _resolved(schema, schema)
     if not _is_readable(root):
-        return json_of(schema)
+        return lark.json(schema)
     if unknown := [key for key in _UNKNOWN_AT_ROOT if key in root]:
         text = f"{unknown[0]!r} at the root of the parameters of {tool.name!r} cannot be enforced in this model's form of calls"
         raise UserError(f"{text}; leave it out, or set strict to false", param="tools", code="invalid_value")
     return _Parameters(lark, name, tags, {**schema, **root}, format.arguments == "python").body()
+
+
+def _of_object(tool: Tool) -> Any:
+    """The schema of a tool's arguments, which are an object even where it does not say so."""
+    none = {"properties": {}, "additionalProperties": False}
+    schema = none if tool.parameters is None else {} if tool.parameters is True else tool.parameters
+    if not isinstance(schema, Mapping):
+        return schema
+    types = schema.get("type", "object")
+    if types != "object" and not (isinstance(types, list) and "object" in types):
+        text = f"the parameters of {tool.name!r} have type {str(types)[:80]!r}, arguments are an object"
+        raise UserError(f"{text}; give them type object", param="tools", code="invalid_value")
+    return {**schema, "type": "object"}
 
 
 class _Parameters:
@@ -80,7 +93,7 @@ class _Parameters:
     def body(self) -> str:
         """Required parameters are present, optional ones may be."""
         properties, required = self._root.get("properties", {}), set(self._root.get("required", ()))
-        additional = self._root.get("additionalProperties", not properties)
+        additional = self._root.get("additionalProperties", "properties" not in self._root)
         named = list(dict.fromkeys([*properties, *(key for key in required if key not in properties)]))
         items = [(self._item(at, key, properties.get(key, additional)), key in required) for at, key in enumerate(named)]
         return self._sequence(items, self._extra(named, additional) if additional is not False else "")
@@ -118,18 +131,18 @@ class _Parameters:
             return self._python_value(schema)
         branches = _branches(self._root, schema)
         if branches is None:
-            return f"{self._json(schema)} {self._end}"
+            return f"{self._of_json(schema)} {self._end}"
         texts, others = [], []
         for branch in branches:
             if (values := _values(branch)) is not None:
                 texts += [quoted(value) if isinstance(value, str) else quoted(encoded(value)) for value in values]
             elif not _may_be_string(branch):
-                others.append(self._json(branch))
+                others.append(self._of_json(branch))
             else:
                 return self._text(name, branch)
         if texts:
             others.append(self._lark.rule(f"{name}_VALUES".upper(), " | ".join(texts)))
-        return f"({' | '.join(others)}) {self._end}" if others else f"{self._json(schema)} {self._end}"
+        return f"({' | '.join(others)}) {self._end}" if others else f"{self._of_json(schema)} {self._end}"
 
     def _text(self, name: str, schema: Any) -> str:
         """A string as it is, up to the end of its tag. Unless its form matters, blanks before the end may differ from the format's."""
@@ -139,34 +152,34 @@ class _Parameters:
             apart = without(end.strip()) if first and not is_token(first) and end.strip() else "/(?s:.*)/"
             return self._lark.until(f"{name}_text", self._end, self._lark.rule(f"{name}_TEXT".upper(), f"{limits} & {apart}"))
         if not (core := end.strip()):
-            return self._lark.until(f"{name}_text", self._end)
-        return f"{self._lark.until(f'{name}_text', self._lark.literal(core))} {self._lark.literal(end[len(end.rstrip()) :])}"
+            return self._lark.until("text", self._end)
+        return f"{self._lark.until('text', self._lark.literal(core))} {self._lark.literal(end[len(end.rstrip()) :])}"
 
     def _python_value(self, schema: Any) -> str:
         if self._root or schema is not True:
-            return self._json(schema)
+            return self._of_json(schema)
         for name, body in _PYTHON_VALUE.items():
             self._lark.rule(name, body)
         return "py_value"
 
-    def _json(self, schema: Any) -> str:
+    def _of_json(self, schema: Any) -> str:
         """A value by JSON, with the definitions of the whole schema."""
         if not isinstance(schema, Mapping):
-            return json_of(schema)
+            return self._lark.json(schema)
         if '"$ref"' not in encoded(schema):
-            return json_of(schema)
+            return self._lark.json(schema)
         whole = dict(schema)
         for key in ("$defs", "definitions"):
             if named := _mapping(self._root.get(key)):
                 whole[key] = {**_mapping(schema.get(key)), **named}
         if _LOCAL.search(encoded(whole)):  # another place of the whole schema
             whole["$defs"] = {**_mapping(whole.get("$defs")), _ROOT: self._root}
-        return json_of(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))))
+        return self._lark.json(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))))
 
 
 def _is_readable(root: Any) -> bool:
     """Whether the root of a schema is an object with named parameters, as arguments in tags need it."""
-    if not isinstance(root, Mapping) or root.get("type", "object") != "object":
+    if not isinstance(root, Mapping) or root.get("type") != "object" or "$ref" in root:
         return False
     required, additional = root.get("required", []), root.get("additionalProperties", True)
     return (

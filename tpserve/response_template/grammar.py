@@ -83,15 +83,10 @@ class _Answer:
         if state == "reasoning" or not reasoning.begin.strip():
             self.lark.rule("start", after)
         else:
-            self.lark.rule("start", f"{self._opening('think', self._literal_of_begin())} {after} | body")
+            self.lark.rule("start", f"{self.lark.opening('think', self._literal_of_begin())} {after} | body")
 
     def _literal_of_begin(self) -> Atoms:
         return self.lark.literal(self._format.reasoning.begin.strip() if self._format.reasoning else "")
-
-    def _opening(self, name: str, literal: Atoms) -> str:
-        """A literal that wins over text which begins alike."""
-        first, *rest = literal.atoms
-        return str(literal) if is_token(first) else " ".join([self.lark.rule(name, first, "lazy"), *rest])
 
     def _rest_of_reasoning(self, end_text: str) -> str:
         """Any text up to the end of reasoning, at most as many tokens as the budget has."""
@@ -180,7 +175,8 @@ class _Calls:
 
     def all(self) -> str:
         """One call or several, with what is around them."""
-        return f"{self._lark.literal(self._format.begin + self._format.call_begin)} call more_calls"
+        opening = self._lark.opening("calls", self._lark.literal(self._format.begin + self._format.call_begin))
+        return f"{opening} call more_calls"
 
     def openings(self) -> list[tuple[Atoms, str]]:
         """What begins calls in the midst of text, and the rules for what then follows."""

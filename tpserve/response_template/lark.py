@@ -63,6 +63,7 @@ class Lark:
     def __init__(self, tokens: SpecialTokens) -> None:
         self._tokens = tokens
         self._rules: dict[str, str] = {}
+        self._json: dict[str, str] = {}
 
     def __str__(self) -> str:
         return "\n".join(["%llguidance {}", *(f"{name}: {body}" for name, body in {**self._rules, **_TERMINALS}.items()), ""])
@@ -71,6 +72,17 @@ class Lark:
         """Add a rule, or a terminal where the name is in capitals; return its name."""
         self._rules[name + (options and f"[{options}]")] = body or '""'
         return name
+
+    def json(self, schema: Any) -> str:
+        """A value of a JSON schema, blanks bounded; equal schemas share a rule. UserError for what cannot be written as JSON."""
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
+        if isinstance(schema, Mapping):
+            options = schema.get("x-guidance")
+            options = {**(options if isinstance(options, Mapping) else {}), "whitespace_pattern": WHITESPACE}
+            schema = {**schema, "x-guidance": options}
+        name = self._json.setdefault(text := encoded(schema), f"json_{len(self._json)}")
+        return self.rule(name, f"%json {text}")
 
     def literal(self, text: str) -> Literal:
         """The atoms of a literal: texts in quotes, special tokens by id, placeholders. What follows a token that ends the answer is left out."""
@@ -83,6 +95,11 @@ class Lark:
             elif part:
                 atoms.append({INDEX: "INDEX", ID: "ID"}.get(part) or quoted(part))
         return Literal(tuple(atoms), False)
+
+    def opening(self, name: str, literal: Literal) -> str:
+        """A literal that wins over other text which begins alike."""
+        first, *rest = literal.atoms or ("",)
+        return str(literal) if not first or is_token(first) else " ".join([self.rule(name, first, "lazy"), *rest])
 
     def until(self, name: str, end: Literal, text: str = "TEXT?") -> str:
         """Text up to the first `end`, and `end`."""
@@ -126,16 +143,6 @@ def without(text: str) -> str:
 def re_escape(text: str) -> str:
     """A text as a regular expression of Rust's regex crate, which knows fewer escapes than Python."""
     return re.sub(r"[\\.+*?()|\[\]{}^$#&\-~]", lambda found: "\\" + found[0], text)
-
-
-def json_of(schema: Any) -> str:
-    """A value of a JSON schema, blanks bounded. UserError when the schema cannot be written; llguidance judges the rest."""
-    if isinstance(schema, Mapping):
-        options = schema.get("x-guidance")
-        schema = {**schema, "x-guidance": {**(options if isinstance(options, Mapping) else {}), "whitespace_pattern": WHITESPACE}}
-    elif isinstance(schema, bool):
-        return json_of({} if schema else {"not": {}})
-    return f"%json {encoded(schema)}"
 
 
 def encoded(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import shown
 from tpserve.frontend.openai.schema import ChatCompletionRequest
-from tpserve.response_template.grammar import Tool
+from tpserve.response_template.arguments import Tool
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 """Matches the name of a function."""
