@@ -45,14 +45,14 @@ GLM = chatml(
 DSML = chatml(
     "{{ message.content }}{%- if message.tool_calls -%}{{- '\\n\\n<calls>' -}}{%- for call in message.tool_calls -%}"
     "{{- '\\n<invoke name=\"' ~ call.function.name ~ '\">' -}}{%- for key, value in call.function.arguments.items() -%}"
-    '{{- \'\\n<argument name="\' ~ key ~ \'" string="\' ~ (\'true">\' ~ value if value is string else \'false">\' ~ value | tojson)'
+    "{{- '\\n<argument name=\"' ~ key ~ '\" string=\"' ~ ('true\">' ~ value if value is string else 'false\">' ~ value | tojson)"
     " ~ '</argument>' -}}{%- endfor -%}{{- '\\n</invoke>' -}}{%- endfor -%}{{- '\\n</calls>' -}}{%- endif -%}"
 )
 LLAMA_JSON = (
     "{%- if tools -%}{{ tools | tojson }}{%- endif -%}" + LOOP + "{{- '<|start|>' ~ message.role ~ '<|sep|>\\n\\n' -}}"
     "{%- if message.tool_calls -%}{%- if message.tool_calls | length != 1 -%}{{ raise_exception('one call only') }}{%- endif -%}"
     "{%- set f = message.tool_calls[0].function -%}"
-    '{{- \'{"name": "\' ~ f.name ~ \'", "parameters": \' ~ f.arguments | tojson ~ \'}\' -}}'
+    "{{- '{\"name\": \"' ~ f.name ~ '\", \"parameters\": ' ~ f.arguments | tojson ~ '}' -}}"
     "{%- else -%}{{ message.content }}{%- endif -%}{{- '<|eot_id|>' -}}" + END + "{%- if add_generation_prompt -%}"
     "{{- '<|start|>assistant<|sep|>\\n\\n' -}}{%- endif -%}"
 )
@@ -63,15 +63,15 @@ PYTHONIC_CALLS = (
 )
 PYTHONIC = chatml("{{ message.content }}{%- if message.tool_calls -%}[" + PYTHONIC_CALLS + "]{%- endif -%}")
 LFM2 = chatml(
-    "{{ message.content }}{%- if message.tool_calls -%}<|tool_call_start|>["
-    + PYTHONIC_CALLS
-    + "]<|tool_call_end|>{%- endif -%}"
+    "{{ message.content }}{%- if message.tool_calls -%}<|tool_call_start|>[" + PYTHONIC_CALLS + "]<|tool_call_end|>{%- endif -%}"
 )
 MISTRAL = (
-    "{{ bos_token }}{%- if tools -%}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{%- endif -%}" + LOOP
+    "{{ bos_token }}{%- if tools -%}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{%- endif -%}"
+    + LOOP
     + "{%- if message.role == 'user' -%}{{ '[INST] ' ~ message.content ~ '[/INST]' }}"
     "{%- elif message.role == 'tool' -%}{{ '[TOOL_RESULTS] ' ~ message.content ~ '[/TOOL_RESULTS]' }}"
-    "{%- elif message.tool_calls -%}{{ '[TOOL_CALLS] [' }}" + CALLS
+    "{%- elif message.tool_calls -%}{{ '[TOOL_CALLS] [' }}"
+    + CALLS
     + "{%- if call.id | length != 9 -%}{{ raise_exception('ids have 9 letters') }}{%- endif -%}"
     '{{ \'{"name": "\' ~ f.name ~ \'", "arguments": \' ~ f.arguments | tojson ~ \', "id": "\' ~ call.id ~ \'"}\' }}'
     "{%- if not loop.last -%}, {% endif -%}{%- endfor -%}]</s>{%- else -%}{{ ' ' ~ message.content ~ '</s>' }}{%- endif -%}" + END
@@ -90,31 +90,38 @@ FENCED = chatml(
 )
 KIMI = chatml(
     "{{ message.content }}{%- if message.tool_calls -%}<|section|>{%- for call in message.tool_calls -%}"
-    "{{- '<|call|>' ~ call.id ~ '<|args|>' ~ call.function.arguments | tojson ~ '<|done|>' -}}{%- endfor -%}<|end|>{%- endif -%}"
+    "{{- '<|call|>' ~ call.id ~ '<|args|>' ~ call.function.arguments | tojson ~ '<|done|>' -}}"
+    "{%- endfor -%}<|section_end|>{%- endif -%}"
 )
 LISTED = chatml(
-    "{{ message.content }}{%- if message.tool_calls -%}functools[" + CALLS
-    + '{{- \'{"name": "\' ~ f.name ~ \'", "arguments": \' ~ f.arguments | tojson ~ \'}\' -}}{%- if not loop.last -%}, {% endif -%}'
-    "{%- endfor -%}]{%- endif -%}"
+    "{{ message.content }}{%- if message.tool_calls -%}functools["
+    + CALLS
+    + "{{- '{\"name\": \"' ~ f.name ~ '\", \"arguments\": ' ~ f.arguments | tojson ~ '}' -}}"
+    "{%- if not loop.last -%}, {% endif -%}{%- endfor -%}]{%- endif -%}"
 )
 MARKED_CONTENT = chatml(
     "{{ '<|think|>' ~ message.reasoning ~ '<|done|>' if message.reasoning else '' }}{%- if message.tool_calls -%}<|action|>["
     + CALLS
-    + '{{- \'\\n{"call_id": "\' ~ loop.index0 ~ \'", "tool": "\' ~ f.name ~ \'", "parameters": \' ~ f.arguments | tojson ~ \'}\' -}}'
+    + '{{- \'\\n{"call_id": "\' ~ loop.index0 ~ \'", "tool": "\' ~ f.name -}}'
+    + "{{- '\", \"parameters\": ' ~ f.arguments | tojson ~ '}' -}}"
     "{%- if not loop.last -%},{%- endif -%}{%- endfor -%}{{- '\\n]<|/action|>' -}}{%- else -%}"
     "{{- '<|say|>' ~ message.content ~ '<|/say|>' -}}{%- endif -%}"
 )
 HARMONY = (
     "{%- if tools -%}{{ tools | tojson }}{%- endif -%}" + LOOP + "{%- if message.role == 'assistant' -%}"
-    "{%- if message.thinking -%}{{- '<|start|>assistant<|channel|>analysis<|message|>' ~ message.thinking ~ '<|end|>' -}}{%- endif -%}"
+    "{%- if message.thinking -%}"
+    "{{- '<|start|>assistant<|channel|>analysis<|message|>' ~ message.thinking ~ '<|end|>' -}}{%- endif -%}"
     "{%- if message.tool_calls -%}{{- '<|start|>assistant to=functions.' ~ message.tool_calls[0].function.name ~ "
     "'<|channel|>commentary json<|message|>' ~ message.tool_calls[0].function.arguments | tojson ~ '<|call|>' -}}"
     "{%- else -%}{{- '<|start|>assistant<|channel|>final<|message|>' ~ message.content ~ '<|return|>' -}}{%- endif -%}"
-    "{%- else -%}{{- '<|start|>' ~ message.role ~ '<|message|>' ~ message.content ~ '<|end|>' -}}{%- endif -%}" + END
+    "{%- else -%}{{- '<|start|>' ~ message.role ~ '<|message|>' ~ message.content ~ '<|end|>' -}}{%- endif -%}"
+    + END
     + "{%- if add_generation_prompt -%}{{- '<|start|>assistant' -}}{%- endif -%}"
 )
 NO_TOOLS = (
-    LOOP + "{{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' -}}" + END
+    LOOP
+    + "{{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' -}}"
+    + END
     + "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 TOOLS_UNSEEN_IN_HISTORY = TOOLS + NO_TOOLS

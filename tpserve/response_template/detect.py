@@ -4,6 +4,8 @@ In this order: a parser that is named, `response_template` of tokenizer_config.j
 that the chat template or the special tokens point to. A feature that does not come back as it was is off, with the reason.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -34,6 +36,12 @@ class Answers(Struct, frozen=True):
     messages: MessageForm
     source: Mapping[Feature, str]
     off: Mapping[Feature, str]
+
+    @property
+    def delimiters(self) -> str:
+        """All texts around fields and in patterns, as they are written: special tokens may be looked for in it."""
+        texts = json.dumps([self.spec, structs.asdict(self.format)], ensure_ascii=False, default=structs.asdict)
+        return re.sub(r"\\+([^\w\s])", r"\1", texts)
 
 
 class Choice(Struct, frozen=True):
@@ -82,10 +90,12 @@ class Detection:
         self._always_reasons = False
         self._source: dict[Feature, str] = {}
         self._off: dict[Feature, str] = {}
+        self._content_source = CONFIG if self._given is not None else ANALYSIS if self._has_template else "plain text"
         leading = next((each for each in (tools, reasoning, *self._marked) if each is not None and each.leads), None)
         if leading is not None and self._given is None:
             self._format = structs.replace(self._format, content_begin=leading.content[0], content_end=leading.content[1])
             self._fields["content"] = leading.fields["content"]
+            self._content_source = f"family {leading.name}"
 
     def find_reasoning(self, flag: str) -> None:
         """Choose how reasoning is written."""
@@ -96,12 +106,14 @@ class Detection:
             format = structs.replace(self._format, reasoning=choice.reasoning)
             fields = self._fields | ({"thinking": choice.field} if choice.field is not None else {})
             field = "" if choice.is_forced else self._analysis.messages.reasoning
+            self._trials.assumed = choice.reasoning if choice.always_reasons else None
             failure = self._trials.reasoning(self._spec(format, fields, choice.always_reasons), format, field)
             if not failure:
                 self._format, self._fields, self._always_reasons = format, fields, choice.always_reasons
                 self._source["reasoning"] = choice.source
                 return
             reasons.append(f"by {choice.source}, {failure}")
+        self._trials.assumed = None
         self._off["reasoning"] = reasons[0] if reasons else self._nothing("reasoning")
 
     def find_content(self) -> None:
@@ -113,7 +125,7 @@ class Detection:
         if failure:
             self._off["content"] = failure
         else:
-            self._source["content"] = CONFIG if self._given is not None else ANALYSIS if self._has_template else "plain text"
+            self._source["content"] = self._content_source
 
     def find_calls(self, flag: str) -> None:
         """Choose how calls are written, and whether there may be several."""

@@ -190,6 +190,7 @@ FAMILIES = (
         xml_calls("<seed:tool_call>", "</seed:tool_call>"),
         THINK,
     ),
+    Family("qwen3_coder", ("<tool_call>", "<function=", "<parameter="), xml_calls("<tool_call>", "</tool_call>"), THINK),
     Family(
         "mistral",
         ("[TOOL_CALLS]", "[ARGS]"),

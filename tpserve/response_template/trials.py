@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from tpserve.response_template.analysis import ENDS, Analysis, result, without_reasoning
 from tpserve.response_template.call_reader import CallArguments, CallBegin
-from tpserve.response_template.format import AnswerFormat, Call, written
+from tpserve.response_template.format import AnswerFormat, Call, ReasoningFormat, written
 from tpserve.response_template.parser import Content, Reasoning, ResponseParser
 from tpserve.response_template.probe import NAMES, USER, Probe, after, user
 from tpserve.response_template.template import ResponseTemplate
@@ -36,7 +36,7 @@ SCHEMA: Mapping[str, Any] = {
 }
 PLAIN_CALLS: tuple[Call, ...] = ((NAMES[0], {"text": "Oslo", "count": -7}), CALLS[1])
 BARE_CALLS: tuple[Call, ...] = tuple((name, {}) for name in NAMES)
-"""These two are for templates that render values otherwise than models write them."""
+"""These two are for templates that render values otherwise than models write them: nested ones, or as Python all."""
 TOOLS = [{"type": "function", "function": {"name": name, "description": "Zenqub", "parameters": SCHEMA}} for name in NAMES]
 
 
@@ -66,10 +66,14 @@ def short(value: Any) -> str:
 
 
 class Trials:
-    """The trials of a chat template. `ends`: tokens that end an answer."""
+    """The trials of a chat template. `ends`: tokens that end an answer.
+
+    Attribute `assumed`: reasoning that every answer begins with, whether or not something opens it.
+    """
 
     def __init__(self, template: ChatTemplate, analysis: Analysis, ends: Sequence[str]) -> None:
         self._probe, self._analysis, self._ends = Probe(template), analysis, ends
+        self.assumed: ReasoningFormat | None = None
         self.shows_tools = self._prompt() != self._probe.render([user()], prompt=True, tools=())
         self.renders_calls = self._rendered(self._analysis.messages.calls.message(CALLS[:1]), NAMES[0]) is not None
 
@@ -92,7 +96,8 @@ class Trials:
     def calls(self, spec: Mapping[str, Any], format: AnswerFormat, count: int, *, rendered: bool) -> str:
         """Why `count` calls do not come back; empty when they do. `rendered`: try those that the template renders, too."""
         template, difference = ResponseTemplate.load(spec), ""
-        for calls in (CALLS, PLAIN_CALLS, BARE_CALLS) if rendered else ():
+        bare = (BARE_CALLS,) if format.tools is not None and format.tools.arguments == "python" else ()
+        for calls in (CALLS, PLAIN_CALLS, *bare) if rendered else ():
             shown = self._rendered(self._analysis.messages.calls.message(calls[:count]), calls[count - 1][0])
             failure = Answer(calls=list(calls[:count])).difference(parsed(template, *shown)) if shown is not None else ""
             if not failure:
@@ -140,7 +145,8 @@ class Trials:
         reasoning = self._analysis.format.reasoning
         if reasoning is not None and reasoning.end.strip() not in answer:
             answer = answer.removeprefix(reasoning.begin)
-        return prompt, without_reasoning(answer, reasoning)
+        answer = without_reasoning(answer, reasoning)
+        return prompt, self.assumed.end + answer if self.assumed is not None else answer
 
     def _first_difference(
         self, template: ResponseTemplate, expected: Answer, texts: Sequence[tuple[str, str]], format: AnswerFormat
@@ -154,7 +160,7 @@ class Trials:
         for prompt in self._prompts():
             place, wanted = ResponseParser(template, prompt).place, expected
             text = written(format, expected.reasoning, expected.content, expected.calls)
-            if place == "reasoning" and format.reasoning is not None:
+            if (place == "reasoning" or (self.assumed and place == "start")) and format.reasoning is not None:
                 wanted = Answer(THOUGHT, expected.content, expected.calls)
                 text = written(format, THOUGHT, expected.content, expected.calls)[len(format.reasoning.begin) :]
             elif place == "content" or (template.fields.get("reasoning") is None and expected.reasoning):
@@ -172,7 +178,8 @@ class Trials:
         if prompt is None:
             return ""
         expected, text = Answer(content=SAID), written(format, "", SAID)
-        if ResponseParser(template, prompt).place == "reasoning" and format.reasoning is not None:
+        place = ResponseParser(template, prompt).place
+        if (place == "reasoning" or (self.assumed and place == "start")) and format.reasoning is not None:
             expected.reasoning, text = THOUGHT, written(format, THOUGHT, SAID)[len(format.reasoning.begin) :]
         difference = expected.difference(parsed(template, prompt, text))
         return f"after a tool's result, {difference}" if difference else ""
