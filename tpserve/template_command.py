@@ -5,7 +5,7 @@ Never loads torch or weights. Exit code: 0 when content, reasoning or tools can 
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from tpserve.config.schema import Flag
 from tpserve.errors import UserError
 from tpserve.hub.locate import locate_tokenizer
 from tpserve.response_template.call_reader import CallArguments, CallBegin
-from tpserve.response_template.detect import Answers, detect
+from tpserve.response_template.detect import Answers, Feature, detect
 from tpserve.response_template.parser import Content, Reasoning, ResponseParser
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.chat import ChatTemplate
@@ -27,8 +27,12 @@ from tpserve.text.tokenizer import Tokenizer
 from tpserve.text.tokenizer_config import CONFIG, read_json
 
 OUTPUT = "Output"
-FEATURES = ("content", "reasoning", "call", "calls")
-TITLES = {"content": "content", "reasoning": "reasoning", "call": "a tool call", "calls": "several calls"}
+TITLES: Mapping[Feature, str] = {
+    "content": "content",
+    "reasoning": "reasoning",
+    "call": "a tool call",
+    "calls": "several calls",
+}
 
 
 class TemplateFlags(Struct, frozen=True, kw_only=True):
@@ -73,9 +77,9 @@ def run(argv: Sequence[str]) -> int:
 
 def _page(model: str, answers: Answers) -> str:
     lines = [model, ""]
-    for feature in FEATURES:
+    for feature, title in TITLES.items():
         source, reason = answers.source.get(feature), answers.off.get(feature, "not looked for")
-        lines.append(f"{TITLES[feature]:<14}{f'read, from {source}' if source is not None else f'off: {reason}'}")
+        lines.append(f"{title:<14}{f'read, from {source}' if source is not None else f'off: {reason}'}")
     if answers.format.tools is None and "call" in answers.source:
         lines.append("Calls are read, but their form is not known to the letter: tool_choice required and strict are refused.")
     return "\n".join([*lines, "", "response_template:", _shown(answers.spec)])

@@ -90,7 +90,13 @@ def test_openai_strict_tools_and_one_call() -> None:
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
     for seed in range(4):
         completion = client.chat.completions.create(
-            model=MODEL, messages=ASK, tools=[strict], tool_choice="required", parallel_tool_calls=False, seed=seed, max_tokens=1500
+            model=MODEL,
+            messages=ASK,
+            tools=[strict],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            seed=seed,
+            max_tokens=1500,
         )
         (call,) = completion.choices[0].message.tool_calls or []
         Weather.model_validate_json(call.function.arguments)  # type: ignore[union-attr]

@@ -3,12 +3,14 @@
 `ChatAnswers` is what the server found out about its model at start, `AnswerReader` reads one choice.
 """
 
+import dataclasses
 import json
 import secrets
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec.structs import replace
 
@@ -20,7 +22,7 @@ from tpserve.frontend.openai.schema import ChatCompletionRequest
 from tpserve.frontend.openai.tools import ToolUse
 from tpserve.response_template.analysis import MessageForm
 from tpserve.response_template.call_reader import CallArguments, CallBegin
-from tpserve.response_template.detect import Answers
+from tpserve.response_template.detect import Answers, Feature
 from tpserve.response_template.format import AnswerFormat
 from tpserve.response_template.grammar import AnswerRules, answer_grammar
 from tpserve.response_template.lark import SpecialTokens
@@ -42,9 +44,9 @@ class ChatAnswers:
     """
 
     template: ResponseTemplate | None = None
-    format: AnswerFormat = AnswerFormat()
-    messages: MessageForm = MessageForm()
-    off: Mapping[str, str] = field(default_factory=dict)
+    format: AnswerFormat = field(default_factory=AnswerFormat)
+    messages: MessageForm = field(default_factory=MessageForm)
+    off: Mapping[Feature, str] = field(default_factory=dict)
     tokens: SpecialTokens | None = None
     shown: frozenset[int] = frozenset()
     strict_level: StrictLevel = "auto"
@@ -60,10 +62,21 @@ class ChatAnswers:
         """What a chat template is told about reasoning."""
         thinks = enable_thinking if enable_thinking is not None else None if effort is None else effort != "none"
         switches = {"enable_thinking", self.messages.switch or "thinking"} if thinks is not None else set()
-        return {name: thinks for name in switches} | ({"reasoning_effort": effort} if effort not in (None, "none") else {})
+        return dict.fromkeys(switches, thinks) | ({"reasoning_effort": effort} if effort not in (None, "none") else {})
 
-    def grammar(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
-        """The grammar of the answer after a prompt that ends in `place`. UserError when the model cannot be held to it."""
+    def grammars(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> Iterator[str]:
+        """The grammar of the answer after a prompt that ends in `place`, then one that may serve when it is refused: a call that
+        must come obeys its schema, if the client has not said `strict`, only where the schema can be enforced.
+
+        UserError when the model cannot be held to what was asked for.
+        """
+        if use.choice == "required" and any(not tool.strict and tool.name not in use.lax for tool in use.tools):
+            with suppress(UserError):
+                tools = [replace(tool, strict=tool.name not in use.lax) for tool in use.tools]
+                yield self._grammar(call, dataclasses.replace(use, tools=tools), place)
+        yield self._grammar(call, use, place)
+
+    def _grammar(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
         answer, budget = grammar_of(call), call.thinking_token_budget
         held = self.strict_level != "auto" or any(tool.strict for tool in use.tools) or not use.parallel or bool(answer)
         binds = use.choice == "required" or (use.choice == "auto" and held)
