@@ -28,6 +28,11 @@ QWEN3 = chatml(
     "{%- if enable_thinking is defined and not enable_thinking -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}",
 )
 STRIPS_REASONING = chatml("{{ message.content.split('</think>')[-1] }}" + HERMES_CALLS, "{{- '<think>\\n' -}}")
+CLOSES_REASONING = chatml(
+    "{{- ('<think>' ~ message.reasoning_content if message.reasoning_content else '') ~ '</think>' -}}{{ message.content }}"
+    + HERMES_CALLS,
+    "{{- '<think>' if thinking else '</think>' -}}",
+)
 TAGGED = chatml(
     "{{ message.content }}{%- for call in message.tool_calls -%}{{- '\\n' if loop.index0 or message.content else '' -}}"
     "{{- '<tool_call>\\n<function=' ~ call.function.name ~ '>\\n' -}}"

@@ -36,6 +36,7 @@ FORMATS: Mapping[str, AnswerFormat] = {
     "HERMES": AnswerFormat(tools=HERMES, tools_after_content="\n"),
     "QWEN3": AnswerFormat(THINK, tools=HERMES, tools_after_content="\n"),
     "STRIPS_REASONING": AnswerFormat(THINK, tools=HERMES, tools_after_content="\n"),
+    "CLOSES_REASONING": AnswerFormat(ReasoningFormat("<think>", "</think>"), tools=HERMES, tools_after_content="\n"),
     "TAGGED": AnswerFormat(
         tools_after_content="\n",
         tools=ToolFormat(
@@ -170,6 +171,16 @@ def test_reasoning_that_a_prompt_opens_or_closes() -> None:
     assert found.source["reasoning"] == "chat template"
     prompt = strips.render([USER])
     assert read(found, prompt, "Hm.\n</think>\n\nHello.") == {"role": "assistant", "thinking": "Hm.", "content": "Hello."}
+
+
+@pytest.mark.parametrize("name", ["CLOSES_REASONING", "GLM"])
+def test_a_prompt_that_only_closes_reasoning(name: str) -> None:
+    chat = template(getattr(templates, name))
+    found = detect(chat, {})
+    opened, closed = (chat.render([USER], variables={"thinking": on}) for on in (True, False))
+    assert closed.endswith("\n</think>") and opened.endswith("\n<think>")
+    assert read(found, closed, "Hello.") == {"role": "assistant", "content": "Hello."}
+    assert read(found, opened, "Hm.</think>Hello.") == {"role": "assistant", "thinking": "Hm.", "content": "Hello."}
 
 
 def test_a_spec_forgives_white_space_and_the_order_of_keys() -> None:

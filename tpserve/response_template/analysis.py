@@ -32,6 +32,8 @@ SWITCHES = ("enable_thinking", "thinking")
 """The names of the variables that turn reasoning on and off."""
 MARK = re.compile(r"<(?!/)[^<>\s]*(?:think|reason|THINK)[^<>\s]*>|\[THINK\]")
 """Matches the opening tag of reasoning, as it is called in most templates."""
+ANY_MARK = re.compile(MARK.pattern.replace("<(?!/)", "<").replace(r"\[THINK", r"\[/?THINK"))
+"""Matches the closing tag as well."""
 TAG = re.compile(r"\s*(?:<[^<>\s]+>|\[/?[A-Z_]+\])\s*")
 ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>"),
@@ -134,7 +136,7 @@ def header_of(probe: Probe, plain: str) -> str:
         header = header[: mark.start()]
     header = base + header
     lead = plain[: max(0, plain.find(CONTENT))]
-    if not MARK.search(lead) and len(lead) > len(header):  # a prompt may say more than a past turn does
+    if not ANY_MARK.search(lead) and len(lead) > len(header):  # a prompt may say more than a past turn does
         same = common_suffix(probe.opening(), lead)
         header = lead if same.strip() and same.endswith(lead[len(header) :]) else header
     return header
@@ -167,9 +169,10 @@ def anchors_of(probe: Probe, header: str, form: CallForm, reasoning: ReasoningFo
     return (*anchors, *(each + reasoning.end.strip() for each in anchors if ends))
 
 
-def result(form: CallForm, index: int = 0, **further: str) -> dict[str, Any]:
+def result(form: CallForm, index: int = 0, name: str = "") -> dict[str, Any]:
     """A tool's message for one of the probe's calls."""
-    return {"role": "tool", "tool_call_id": form.id_of(NAMES[0], index), "content": RESULT, **further}
+    named = {"name": name} if name else {}
+    return {"role": "tool", "tool_call_id": form.id_of(NAMES[0], index), "content": RESULT, **named}
 
 
 def reasoning_of(probe: Probe, header: str, calls: MeasuredCalls | None) -> tuple[ReasoningFormat | None, str]:
@@ -182,11 +185,12 @@ def reasoning_of(probe: Probe, header: str, calls: MeasuredCalls | None) -> tupl
                 begin, close = text[len(header) : at], text[at + len(REASONING) : end]
                 if begin.strip() and close.strip():
                     return ReasoningFormat(begin, close), field
+    call = calls.form.message([ONE_CALL]) if calls is not None else {}
     for field in REASONING_FIELDS if calls is not None else ():  # some templates show it before calls only
-        text = probe.turn({**calls.form.message([ONE_CALL]), field: REASONING})
-        begin, close = text[len(header) : max(0, text.find(REASONING))], TAG.match(after(text, REASONING))
-        if text.startswith(header) and begin.strip() and close is not None:
-            return ReasoningFormat(begin, close[0]), field
+        text = probe.turn({**call, field: REASONING})
+        begin, tag = text[len(header) : max(0, text.find(REASONING))], TAG.match(after(text, REASONING))
+        if text.startswith(header) and begin.strip() and tag is not None:
+            return ReasoningFormat(begin, tag[0]), field
     return prompted_reasoning(probe, header), ""
 
 
@@ -257,7 +261,7 @@ def switches(probe: Probe, name: str) -> bool:
 def names_results(probe: Probe, form: CallForm) -> bool:
     """Whether a tool's message shows the name of its function, or is refused without it."""
     call = form.message([ONE_CALL])
-    without, named = (probe.render([user(), call, result(form, **more)]) for more in ({}, {"name": NAMES[0]}))
+    without, named = (probe.render([user(), call, result(form, name=name)]) for name in ("", NAMES[0]))
     return named is not None and named != without
 
 

@@ -216,15 +216,19 @@ class Measure:
         call_begin = common_suffix(two[: first.name], between)
         between = without_suffix(between, call_begin)[len(last) :]
         call_end = common_prefix(between, rest[len(last) :])
+        between, end = without_prefix(between, call_end), without_prefix(rest[len(last) :], call_end)
+        begin = without_suffix(two[: first.name], call_begin)
+        bare = f"{begin}{between}{end}{call_begin}".startswith("{") and set(call_end) <= set("} \n")
         return ToolFormat(
             call_begin=call_begin,
             name_end=name_end,
             call_end=call_end,
-            begin=without_suffix(two[: first.name], call_begin),
-            between=without_prefix(between, call_end),
-            end=without_prefix(rest[len(last) :], call_end),
+            begin=begin,
+            between=between,
+            end=end,
             arguments=found.kind,
             tags=tags,
+            several=not bare,  # nothing says where an object ends and the next begins
         )
 
     def _single(self, one: str, call: Place, name_end: str, rest: str, tags: TaggedArguments | None) -> ToolFormat | None:

@@ -126,6 +126,13 @@ FAMILIES = (
         ReasoningFormat("<|channel>thought\n", "\n<channel|>"),
         fields={"tool_calls": GEMMA_CALL},
     ),
+    Family(
+        "apriel",
+        ("[BEGIN FINAL RESPONSE]",),
+        None,
+        ReasoningFormat("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
+        leads=True,
+    ),
     Family("muse_glimmer", ("<atem:function_calls>",), fields={"tool_calls": MUSE_CALL}),
     Family("deepseek_v32", ("｜DSML｜", "function_calls"), dsml("function_calls"), ReasoningFormat("<think>", "</think>")),
     Family("deepseek_v4", ("｜DSML｜", "tool_calls"), dsml("tool_calls"), ReasoningFormat("<think>", "</think>")),

@@ -92,10 +92,7 @@ def object_field(tools: ToolFormat, before: str, behind: str, name: Sequence[str
         return {"open_pattern": opened, "close_pattern": rf"\s*{loose(end)}\s*|{next_one}" if end else next_one, **field}
     if between:
         return {"open_pattern": rf"(?:\A|{between})\s*{ahead}", "close_pattern": rf"(?<=\}})(?=\s*{between}\s*{ahead})", **field}
-    first = r"\A\s*(?:<\|python_tag\|>)?"
-    if not tools.several:
-        return {"open_pattern": rf"{first}\s*{ahead}", **field}
-    return {"open_pattern": rf"(?:{first}|(?<=\}}))\s*{ahead}", "close_pattern": rf"(?<=\}})(?=\s*{ahead})", **field}
+    return {"open_pattern": rf"\A\s*(?:<\|python_tag\|>)?\s*{ahead}", **field}
 
 
 def named_field(tools: ToolFormat, content: dict[str, Any]) -> dict[str, Any]:

@@ -173,8 +173,8 @@ class Trials:
     def _after_results(self, template: ResponseTemplate, format: AnswerFormat) -> str:
         """Why content after a tool's result does not come back alone."""
         form = self._analysis.messages.calls
-        name = {"name": NAMES[0]} if self._analysis.messages.tool_name else {}
-        prompt = self._probe.render([user(), form.message(CALLS[:1]), result(form, **name)], prompt=True, tools=TOOLS)
+        name = NAMES[0] if self._analysis.messages.tool_name else ""
+        prompt = self._probe.render([user(), form.message(CALLS[:1]), result(form, name=name)], prompt=True, tools=TOOLS)
         if prompt is None:
             return ""
         expected, text = Answer(content=SAID), written(format, "", SAID)
