@@ -128,7 +128,9 @@ class _Answer:
         if end.atoms:
             bounded = f"{self.lark.literal(begin)} {before} {self.lark.until('content_end', end)}"
             calls = f" | {self._calls.all()}" if self._calls is not None else ""
-            more = f"({self.lark.literal(format.tools_after_content)} {self._calls.all()})?" if self._calls is not None else ""
+            between, more = format.tools_after_content, ""
+            if self._calls is not None and between is not None:
+                more = f"({self.lark.literal(between)} {self._calls.all()})?"
             return f"{bounded} {more}{calls}"
         free = [f"{before} TEXT?"]
         for at, (opening, rest) in enumerate(openings):

@@ -55,7 +55,7 @@ class ChatAnswers:
     def of(found: Answers, tokenizer: Tokenizer, tokens: SpecialTokens, strict_level: StrictLevel) -> "ChatAnswers":
         """What was found out about a model with this tokenizer."""
         template = ResponseTemplate.load(found.spec) if found.spec else None
-        shown = tokenizer.special_within(json.dumps(found.spec, ensure_ascii=False) + str(found.format))
+        shown = tokenizer.special_within(found.delimiters)
         return ChatAnswers(template, found.format, found.messages, found.off, tokens, shown, strict_level)
 
     def variables(self, effort: str | None, enable_thinking: bool | None) -> Json:
