@@ -24,7 +24,20 @@ def main() -> int:
         running([serve("--device", "cpu", "-tp", "2", port=port)], port, Path(directory) / "log"),
     ):
         environment = {**os.environ, "TPSERVE_URL": f"http://127.0.0.1:{port}/v1"}
-        tests = [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(ROOT)]
+        tests = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            "--disable-warnings",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            str(ROOT),
+        ]
         done = subprocess.run([*tests, str(ROOT / "tests" / "clients")], env=environment, check=False)
     listed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
     print(*(line for line in listed.splitlines() if line.partition("==")[0].replace("_", "-") in CLIENTS), sep="\n")

@@ -282,7 +282,7 @@ OBJECT = LLMatcher.grammar_from_json_schema('{"type": "object"}')
     ({"state": "reasoning"}, [f"hm {CALL}</think>hi", f"</think>\n\n{CALL}"], ["hi", CALL, "<think>\nhm"]),
     ({"state": "content"}, ["hi", CALL, "<thin"], [CALL[:-1]]),
     ({"choice": "required"}, [CALL, f"{CALL}\n{OLD}", f"<think>\nhm</think>\n\n{OLD}"],
-     ["", "hi", f"hi{CALL}", f"<think>hm</think>{CALL}", f"<think>hm</think>\n\nhi", "<think>hm</think>\n\n"]),
+     ["", "hi", f"hi{CALL}", f"<think>hm</think>{CALL}", "<think>hm</think>\n\nhi", "<think>hm</think>\n\n"]),
     ({"choice": "required", "tools": TOOLS[:1], "parallel": False}, [CALL], [OLD, f"{CALL}\n{CALL}"]),
     ({"choice": "none", "answer": OBJECT}, ["{}", "<think>hm</think>\n\n{}"], ["", "hi", CALL, "<think>hm</think>\n\nhi"]),
     ({"answer": OBJECT}, ["{}", CALL, f"<think>hm</think>\n\n{CALL}\n{OLD}", '<think>hm</think>\n\n{"a": 1}'], ["hi", f"{{}}{CALL}"]),

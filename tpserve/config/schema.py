@@ -380,11 +380,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     `model` and `tokenizer` are directories on this node. `chat_template` is a template's text or the name of one of the
     tokenizer's; None: the tokenizer's default. With a `snapshot` the weights may still have to be downloaded into `model`.
     `max_model_len` is an upper bound when `fit_max_model_len` is set: the ledger then holds the length that fits.
-    `kv_cache_memory` is in bytes per rank. `port_range` is (0, 0) when the kernel chooses ports.
+    `vocab_size` and `eos_ids` are the model's. `kv_cache_memory` is in bytes per rank. `port_range` is (0, 0) when the kernel
+    chooses ports.
     """
 
     model: str
     tokenizer: str
+    vocab_size: int
+    eos_ids: tuple[int, ...]
     chat_template: str | None
     tool_call_parser: str | None
     reasoning_parser: str | None

@@ -17,9 +17,9 @@ from tpserve.engine_client.engine_client import EngineClient
 from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.openai.body import parse
+from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
-from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.llm.outputs import OutputBuilder, RequestOutput, RequestStateStats

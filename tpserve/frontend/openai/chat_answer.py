@@ -3,11 +3,16 @@
 `ChatAnswers` is what the server found out about its model at start, `AnswerReader` reads one choice.
 """
 
+import dataclasses
+import json
 import secrets
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from msgspec.structs import replace
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import Json
@@ -17,9 +22,10 @@ from tpserve.frontend.openai.schema import ChatCompletionRequest
 from tpserve.frontend.openai.tools import ToolUse
 from tpserve.response_template.analysis import MessageForm
 from tpserve.response_template.call_reader import CallArguments, CallBegin
-from tpserve.response_template.detect import Answers
+from tpserve.response_template.detect import Answers, Feature
 from tpserve.response_template.format import AnswerFormat
-from tpserve.response_template.grammar import answer_grammar
+from tpserve.response_template.grammar import AnswerRules, answer_grammar
+from tpserve.response_template.lark import SpecialTokens
 from tpserve.response_template.parser import Content, Event, Place, Reasoning, ResponseParser, merged
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.assembler import OutputDelta
@@ -33,41 +39,47 @@ StrictLevel = Literal["auto", "function", "parameter"]
 class ChatAnswers:
     """How the model's answers are read (`template`; None: they are content) and written (`format`, for grammars).
 
-    `off`: features that the model has not, each with the reason. `special`: the special tokens by their text; `shown`: those
-    that the template reads.
+    `off`: features that the model has not, each with the reason. `tokens`: the special tokens; `shown`: those that the template
+    reads.
     """
 
     template: ResponseTemplate | None = None
-    format: AnswerFormat = AnswerFormat()
-    messages: MessageForm = MessageForm()
-    off: Mapping[str, str] = field(default_factory=dict)
-    special: Mapping[str, int] = field(default_factory=dict)
+    format: AnswerFormat = field(default_factory=AnswerFormat)
+    messages: MessageForm = field(default_factory=MessageForm)
+    off: Mapping[Feature, str] = field(default_factory=dict)
+    tokens: SpecialTokens | None = None
     shown: frozenset[int] = frozenset()
     strict_level: StrictLevel = "auto"
 
     @staticmethod
-    def of(found: Answers, tokenizer: Tokenizer, strict_level: StrictLevel) -> "ChatAnswers":
+    def of(found: Answers, tokenizer: Tokenizer, tokens: SpecialTokens, strict_level: StrictLevel) -> "ChatAnswers":
         """What was found out about a model with this tokenizer."""
         template = ResponseTemplate.load(found.spec) if found.spec else None
-        special = {tokenizer.piece(id): id for id in range(tokenizer.vocab_size) if tokenizer.is_special(id)}
-        shown = tokenizer.special_within(found.delimiters)
-        return ChatAnswers(template, found.format, found.messages, found.off, special, shown, strict_level)
+        shown = tokenizer.special_within(json.dumps(found.spec, ensure_ascii=False) + str(found.format))
+        return ChatAnswers(template, found.format, found.messages, found.off, tokens, shown, strict_level)
 
     def variables(self, effort: str | None, enable_thinking: bool | None) -> Json:
         """What a chat template is told about reasoning."""
         thinks = enable_thinking if enable_thinking is not None else None if effort is None else effort != "none"
         switches = {"enable_thinking", self.messages.switch or "thinking"} if thinks is not None else set()
-        return {name: thinks for name in switches} | ({"reasoning_effort": effort} if effort not in (None, "none") else {})
+        return dict.fromkeys(switches, thinks) | ({"reasoning_effort": effort} if effort not in (None, "none") else {})
 
-    def grammar(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
-        """The grammar of the answer after a prompt that ends in `place`. UserError when the model cannot be held to it."""
+    def grammars(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> Iterator[str]:
+        """The grammar of the answer after a prompt that ends in `place`, then one that may serve when it is refused: a call that
+        must come obeys its schema, if the client has not said `strict`, only where the schema can be enforced.
+
+        UserError when the model cannot be held to what was asked for.
+        """
+        if use.choice == "required" and any(not tool.strict and tool.name not in use.lax for tool in use.tools):
+            with suppress(UserError):
+                tools = [replace(tool, strict=tool.name not in use.lax) for tool in use.tools]
+                yield self._grammar(call, dataclasses.replace(use, tools=tools), place)
+        yield self._grammar(call, use, place)
+
+    def _grammar(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
         answer, budget = grammar_of(call), call.thinking_token_budget
-        strict = {"auto": [tool.name for tool in use.tools if tool.strict], "function": []}.get(
-            self.strict_level, [tool.name for tool in use.tools]
-        )
-        binds = use.choice == "required" or (
-            use.choice == "auto" and (bool(strict) or not use.parallel or self.strict_level != "auto" or bool(answer))
-        )
+        held = self.strict_level != "auto" or any(tool.strict for tool in use.tools) or not use.parallel or bool(answer)
+        binds = use.choice == "required" or (use.choice == "auto" and held)
         if budget is not None and self.format.reasoning is None:
             raise _off("thinking_token_budget", self.off.get("reasoning", "the model does not reason"))
         if binds and self.format.tools is None:
@@ -75,17 +87,18 @@ class ChatAnswers:
             raise _off(what, self.off.get("call", "the form of the model's calls is not known to the letter"))
         if not binds and budget is None and (not answer or self.format.reasoning is None):
             return answer
-        return answer_grammar(
-            self.format,
-            tools=use.tools if binds else (),
+        assert self.tokens is not None, "a model whose answers have a form has a tokenizer"
+        rules = AnswerRules(
+            format=self.format,
+            tokens=self.tokens,
+            tools=[replace(tool, strict=tool.strict or self.strict_level == "parameter") for tool in use.tools] if binds else (),
             choice=use.choice if binds else "none",
             parallel=use.parallel and not use.named,
-            strict=frozenset(strict),
-            place=place,
+            state=place,
             thinking_budget=budget,
             answer=answer,
-            special=self.special,
         )
+        return answer_grammar(rules)
 
     def tail(self, prompt: str) -> tuple[str, Place]:
         """The end of a prompt that belongs to the answer, and where it leaves the answer."""

@@ -6,7 +6,7 @@ texts are tokenized in a thread, so that streams continue; a text that is too lo
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -123,7 +123,8 @@ async def chat_prompt(
     UserError when it has more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
     """
     tokenizer, cut, side, documents = service.tokenizer, None, "", list[dict[str, Any]]()
-    declared, variables = call.tools, call.chat_template_kwargs
+    declared: Sequence[Mapping[str, Any]] = call.tools
+    variables = call.chat_template_kwargs
     if isinstance(call, ChatCompletionRequest):
         cut, side, documents = cut_length(call, limits), call.truncation_side, call.documents
         declared = tool_use(call).declared

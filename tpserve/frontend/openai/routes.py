@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -32,7 +33,8 @@ from tpserve.frontend.openai.schema import (
 from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids
-from tpserve.frontend.openai.tools import tool_use
+from tpserve.frontend.openai.tools import ToolUse, tool_use
+from tpserve.response_template.parser import Place
 from tpserve.types.sampling import EngineSamplingParams
 
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -84,10 +86,20 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     tail, place = service.answers.tail(prompt.text)
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")
-    params = await params_of(service, call, [prompt], [size], limits, service.answers.grammar(call, use, place))
+    params = await params_of(service, call, [prompt], [size], limits, await chat_grammar(service, call, use, place))
     readers = [AnswerReader(service.answers, call, use, tail) for _ in range(call.n)]
     builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)
     return await answer(request, service, call, params, builder, meta, [prompt])
+
+
+async def chat_grammar(service: OpenAIServing, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
+    """The grammar of a chat's answer, the first that compiles. UserError of the last."""
+    *better, last = service.answers.grammars(call, use, place)
+    for grammar in better:
+        with suppress(UserError):
+            await service.grammars.check(grammar)
+            return grammar
+    return last
 
 
 async def answer(

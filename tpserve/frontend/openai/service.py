@@ -45,7 +45,7 @@ class OpenAIServing:
     chat_template: ChatTemplate
     defaults: SamplingDefaults
     grammars: GrammarChecker
-    answers: ChatAnswers = ChatAnswers()
+    answers: ChatAnswers = field(default_factory=ChatAnswers)
     logged_fields: set[str] = field(default_factory=set)
     large_bodies: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a large body is decoded."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import shown
 from tpserve.frontend.openai.schema import ChatCompletionRequest
-from tpserve.response_template.grammar import Tool
+from tpserve.response_template.arguments import Tool
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 """Matches the name of a function."""
@@ -17,12 +17,16 @@ NO_ARGUMENTS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class ToolUse:
-    """`declared`: all functions, as chat templates see them. `tools`: those that may be called. `named`: one was asked for."""
+    """`declared`: all functions, as chat templates see them. `tools`: those that may be called. `named`: one was asked for.
+
+    `lax`: the names of those for which the client has ruled out that their arguments are held to the schema.
+    """
 
     declared: Sequence[Mapping[str, Any]] = ()
     tools: Sequence[Tool] = ()
     choice: Literal["none", "auto", "required"] = "none"
     named: bool = False
+    lax: frozenset[str] = frozenset()
     parallel: bool = True
 
     @property
@@ -50,6 +54,7 @@ def tool_use(call: ChatCompletionRequest) -> ToolUse:
         tools=[tool for tool in tools if wanted is None or tool.name in wanted],
         choice=mode if tools else "none",  # type: ignore[arg-type]
         named=wanted is not None and isinstance(choice, dict) and choice.get("type") == "function",
+        lax=frozenset(tool["function"]["name"] for tool in call.tools if tool["function"].get("strict") is False),
         parallel=call.parallel_tool_calls,
     )
 
