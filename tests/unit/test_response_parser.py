@@ -245,6 +245,7 @@ def test_values_get_the_types_of_their_schema() -> None:
             "either": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
             "day": {"$ref": "#/$defs/day"},
             "huge": {"type": "number"},
+            "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         },
     }
     written_values = {
@@ -256,6 +257,7 @@ def test_values_get_the_types_of_their_schema() -> None:
         "either": "12",
         "day": "mon",
         "huge": "1e999",
+        "maybe": "null",
         "other": "5",
     }
     text = written("tagged", "", "", [("f", written_values)])
@@ -269,6 +271,7 @@ def test_values_get_the_types_of_their_schema() -> None:
         "either": 12,
         "day": "mon",
         "huge": "1e999",
+        "maybe": None,
         "other": "5",
     }
 

@@ -23,6 +23,8 @@ from tpserve.response_template.lark import Literal as Atoms
 
 _TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s{}\"']+\])")
 """Text at the beginning of a call that hardly ever stands in prose."""
+_PROSE = ("", "{", "[")
+"""What begins a call, but is common in prose."""
 
 
 class AnswerRules(Struct, frozen=True, kw_only=True):
@@ -147,7 +149,7 @@ class _Calls:
     def __init__(self, lark: Lark, rules: AnswerRules, format: ToolFormat) -> None:
         self._lark, self._rules, self._format = lark, rules, format
         self._text = (format.begin + format.call_begin).lstrip()
-        self.in_prose = self._text[:1] in ("", "{", "[") and not _TAG.match(self._text)
+        self.in_prose = self._text[:1] in _PROSE and not _TAG.match(self._text)
         """Whether what begins a call is common in prose: it is a call at the beginning only, and with a tool's name."""
         self._in_string = format.call_begin.endswith('"') and format.name_end.startswith('"')
         tail = format.call_end.rstrip() or format.call_end
@@ -182,10 +184,15 @@ class _Calls:
         if self.in_prose:
             names = [self._lark.literal(self._text + json.loads(name)) for name in self._names]
             return [(name, f"{body} more_calls") for name, body in zip(names, self._bodies, strict=True)]
-        first, *rest = self._lark.literal(self._text).atoms
-        if is_token(first) or (tag := _TAG.match(self._text)) is None:
-            return [(Atoms((first,), False), " ".join([*rest, "call more_calls"]))]
-        return [(self._lark.literal(tag[0]), f"{self._lark.literal(self._text[tag.end() :])} call more_calls")]
+        alone = self._format.call_begin.lstrip()  # readers forgive calls without what begins all of them
+        several = [self._text] if not self._format.begin.strip() or alone[:1] in _PROSE else [self._text, alone]
+        return [self._opening(text) for text in several]
+
+    def _opening(self, text: str) -> tuple[Atoms, str]:
+        first, *rest = self._lark.literal(text).atoms
+        if is_token(first) or (tag := _TAG.match(text)) is None:
+            return Atoms((first,), False), " ".join([*rest, "call more_calls"])
+        return self._lark.literal(tag[0]), f"{self._lark.literal(text[tag.end() :])} call more_calls"
 
 
 def _with_answer(grammar: str, answer: str) -> str:
