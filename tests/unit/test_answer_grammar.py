@@ -5,7 +5,7 @@ import json
 import random
 import re
 from functools import cache
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +17,13 @@ from llguidance import LLMatcher, LLTokenizer
 from tests.http.tiny_tokenizer import EOS, byte_level, save
 from tpserve.errors import UserError
 from tpserve.response_template.arguments import Tool
+from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.format import ID, INDEX, AnswerFormat, ReasoningFormat, TaggedArguments, ToolFormat
 from tpserve.response_template.grammar import AnswerRules, answer_grammar
 from tpserve.response_template.lark import SpecialTokens
+from tpserve.response_template.parser import ResponseParser
+from tpserve.response_template.spec import spec_of
+from tpserve.response_template.template import ResponseTemplate
 from tpserve.structured_output.compiler import GrammarError, compile_grammar, vocabulary
 from tpserve.text.tokenizer import Tokenizer
 
@@ -65,7 +69,17 @@ FENCED = ToolFormat(
     end="<|calls_end|>",
 )
 PLAIN = ToolFormat(call_begin='{"name": "', name_end='", "parameters": ', call_end="}", several=False)
+MARKUP = ToolFormat(
+    begin="\n\n<|calls|>",
+    call_begin='\n<|invoke name="',
+    name_end='">',
+    call_end="\n</|invoke>",
+    end="\n</|calls|>",
+    arguments="tagged",
+    tags=TaggedArguments('\n<|parameter name="', '" string="true">', "</|parameter>", "", '" string="false">'),
+)
 FORMATS = {
+    "markup": MARKUP,
     "hermes": HERMES,
     "tagged": TAGGED,
     "pairs": PAIRS,
@@ -153,20 +167,22 @@ def walk(matcher: LLMatcher, kind: str, seed: int, hints: list[str]) -> str | No
     return None
 
 
-def read(text: str, tools: ToolFormat, opened: bool = False) -> tuple[str, str, list[tuple[str, Any]]]:
+def read(text: str, tools: ToolFormat, form: ReasoningFormat | None, opened: bool) -> tuple[str, str, list[tuple[str, Any]]]:
     """Reasoning, content and calls of an answer, read in another way than the product's."""
     reasoning = ""
-    if opened or text.startswith("<think>"):
+    if form is not None and (opened or text.startswith("<think>")):
         reasoning, text = text.removeprefix("<think>").split("</think>", 1)
     opening = (tools.begin + tools.call_begin).lstrip()
     names = "|".join(SCHEMAS)
     if tools is PLAIN or tools is PYTHON:
-        found = re.search(re.escape(opening) + f"({names})" + re.escape(tools.name_end), text)
+        found = re.match(r"\s*(?=" + re.escape(opening) + f"({names})" + re.escape(tools.name_end) + ")", text)
     else:
-        found = re.search(re.escape(opening), text)
+        alone = re.escape(tools.call_begin.lstrip()) if tools.begin and tools is not LIST else "(?!)"
+        found = re.search(f"(?={re.escape(opening)}|{alone})", text)
     if found is None:
         return reasoning, text, []
-    content, rest = text[: found.start()], text[found.start() + len(tools.begin) :]
+    content, rest = text[: found.start()], text[found.end() :]
+    rest = tools.call_begin + rest.removeprefix(opening if rest.startswith(opening) else tools.call_begin.lstrip())
     calls = []
     while True:
         assert rest.startswith(tools.call_begin)
@@ -209,16 +225,22 @@ def read_arguments(text: str, tools: ToolFormat, schema: Any) -> tuple[Any, str]
     assert tools.tags is not None
     tags, arguments = tools.tags, {}
     while text.startswith((tags.begin, tags.between + tags.begin)):
-        key, text = text.removeprefix(tags.between).removeprefix(tags.begin).split(tags.middle, 1)
+        middle = re.compile("|".join(map(re.escape, filter(None, (tags.middle, tags.other_middle)))))
+        (found,) = islice(middle.finditer(text := text.removeprefix(tags.between).removeprefix(tags.begin)), 1)
+        key, text = text[: found.start()], text[found.end() :]
         value, text = text.split(tags.end.strip(), 1)
         text = text.removeprefix(tags.end[len(tags.end.rstrip()) :])
         value = value.removesuffix("\n")
+        is_text = found[0] == tags.middle if tags.other_middle else None
         raw = schema.get("properties", {"?": 0}).get(key, {"type": "string"}).get("type") == "string" or value in "CF"
+        raw = is_text if is_text is not None and key not in schema.get("properties", {}) else raw
+        assert is_text in (None, raw)
         arguments[key] = value if raw else json.loads(value)
     return arguments, text
 
 
 HINTS = {
+    "markup": ["\n\n<|calls|>", "</think>", "</|parameter>", '" string="', "}"],
     "hermes": ["<tool_call>", "</think>", '"}', '"', "}", '"city": "'],
     "tagged": ["<tool_call>\n<function=weather", "\n</parameter>\n", "</think>", "\n</function>"],
     "pairs": ["<tool_call>", "</arg_value>", "</think>", "</arg_key>", '"'],
@@ -230,6 +252,20 @@ HINTS = {
 }
 
 
+def parsed(tools: ToolFormat, reasoning: ReasoningFormat | None, text: str, prompt: str) -> list[tuple[str, Any]]:
+    """The calls as the product reads them, by the template that it makes of the same format."""
+    template = ResponseTemplate.load(spec_of(AnswerFormat(reasoning=reasoning, tools=tools), ["<|assistant|>"]))
+    parser, calls = ResponseParser(template, prompt, SCHEMAS), []
+    for event in [*parser.feed(text), *parser.finish()]:
+        if isinstance(event, CallBegin):
+            calls.append((event.name, ""))
+        elif isinstance(event, CallArguments):
+            calls[-1] = (calls[-1][0], calls[-1][1] + event.text)
+    for name, arguments in calls:
+        jsonschema.validate(json.loads(arguments or "{}"), SCHEMAS[name])
+    return calls
+
+
 KINDS = [*product(FORMATS, ("special", "text")), ("hermes", "added")]
 COURSES = (("auto", True, "start"), ("auto", False, "content"), ("required", True, "reasoning"), ("required", False, "content"))
 
@@ -237,12 +273,17 @@ COURSES = (("auto", True, "start"), ("auto", False, "content"), ("required", Tru
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_random_legal_tokens_read_back(name: str, kind: str) -> None:
     tools, counts = FORMATS[name], []
+    reasoning = None if tools in (PYTHON, PLAIN) else THINK  # calls that look like prose begin the answer
     for choice, parallel, state in COURSES:
-        matcher = compiled(kind, tools, choice=choice, parallel=parallel, state=state)
-        for seed in range(6):
-            if (text := walk(matcher, kind, seed, HINTS[name])) is None:
+        state = "start" if reasoning is None else state
+        matcher = compiled(kind, tools, reasoning, choice=choice, parallel=parallel, state=state)
+        for seed in range(8):
+            text = walk(matcher, kind, seed, HINTS[name])
+            if text is None or re.search(r"[eE]\+?[0-9]{3}", text):  # a number beyond those of Python
                 continue
-            _, content, calls = read(text, tools, state == "reasoning")
+            _, content, calls = read(text, tools, reasoning, state == "reasoning")
+            prompt = "<|assistant|><think>" if state == "reasoning" else "<|assistant|>"
+            assert [name for name, _ in calls] == [name for name, _ in parsed(tools, reasoning, text, prompt)]
             for called, arguments in calls:
                 jsonschema.validate(arguments, SCHEMAS[called])
             assert choice == "auto" or (calls and not content.strip())

@@ -99,7 +99,7 @@ class _Parameters:
         return self._sequence(items, self._extra(named, additional) if additional is not False else "")
 
     def _sequence(self, items: list[tuple[str, bool]], extra: str) -> str:
-        """Items in order with separators: `N_at` continues at item `at` behind another one, `N_0at` is the first to come."""
+        """Items in order with separators: rule `more_N` continues with item N behind another one, `first_N` begins with it or a later one."""
         name, between = self._name, self._between
         last = len(items)
         self._lark.rule(f"{name}_more_{last}", f"({between} {extra})*" if extra else "")
@@ -114,38 +114,55 @@ class _Parameters:
 
     def _item(self, at: int, key: str, schema: Any) -> str:
         name = f"{self._name}_p{at}"
-        return self._lark.rule(name, f"{self._begin} {self._lark.literal(key + self._tags.middle)} {self._value(name, schema)}")
+        return self._lark.rule(name, f"{self._begin} {self._behind_key(name, key, schema)}")
 
     def _extra(self, named: list[str], schema: Any) -> str:
         """An argument that the schema does not name."""
         name = f"{self._name}_extra"
-        characters = "[a-zA-Z_][a-zA-Z0-9_]{0,63}" if self._python else r"[^\s<>\[\]=]{1,64}"
+        characters = "[a-zA-Z_][a-zA-Z0-9_]{0,63}" if self._python else r"[^\s<>\[\]=\"]{1,64}"
         body = f"/{characters}/" + (f" & ~{regex('|'.join(map(re_escape, named)))}" if named else "")
-        key = self._lark.rule(f"{name}_KEY".upper(), body)
-        middle = self._lark.until(f"{name}_key", self._lark.literal(self._tags.middle), key)
-        return self._lark.rule(name, f"{self._begin} {middle} {self._value(name, schema)}")
+        self._lark.rule(key := f"{name}_KEY".upper(), body)
+        return self._lark.rule(name, f"{self._begin} {self._behind_key(name, None, schema, key)}")
 
-    def _value(self, name: str, schema: Any) -> str:
-        """A value and the end of its tag."""
-        if self._python:
-            return self._python_value(schema)
-        branches = _branches(self._root, schema)
-        if branches is None:
-            return f"{self._of_json(schema)} {self._end}"
-        texts, others = [], []
-        for branch in branches:
-            if (values := _values(branch)) is not None:
-                texts += [quoted(value) if isinstance(value, str) else quoted(encoded(value)) for value in values]
-            elif not _may_be_string(branch):
+    def _behind_key(self, name: str, key: str | None, schema: Any, pattern: str = "") -> str:
+        """The key - or one of a pattern -, what stands between it and its value, and the value to the end of its tag."""
+        texts, others = ([], [self._python_value(schema)]) if self._python else self._values(name, schema)
+        others = [f"{value} {self._end}" for value in others]
+        forms = [(self._tags.middle, texts), (self._tags.other_middle, others)]
+        if not self._tags.other_middle:
+            forms = [(self._tags.middle, texts + others)]
+        written = [
+            f"{self._key(f'{name}_{at}', key, middle, pattern)} ({' | '.join(values)})"
+            for at, (middle, values) in enumerate(forms)
+            if values
+        ]
+        return f"({' | '.join(written)})"
+
+    def _key(self, name: str, key: str | None, middle: str, pattern: str) -> str:
+        if key is not None:
+            return str(self._lark.literal(key + middle))
+        return self._lark.until(f"{name}_key", self._lark.literal(middle), pattern)
+
+    def _values(self, name: str, schema: Any) -> tuple[list[str], list[str]]:
+        """A value: as text, up to the end of its tag, and as JSON, without it."""
+        texts, named, others = [], [], []
+        for at, branch in enumerate(_branches(self._root, schema)):
+            if (values := _enumerated(branch)) is not None:
+                named += [quoted(value) for value in values if isinstance(value, str)]
+                others += [quoted(encoded(value)) for value in values if not isinstance(value, str)]
+                continue
+            if _may_be_string(branch):
+                texts.append(self._text(f"{name}_{at}", branch))
+            if not _is_string(branch):
                 others.append(self._of_json(branch))
-            else:
-                return self._text(name, branch)
-        if texts:
-            others.append(self._lark.rule(f"{name}_VALUES".upper(), " | ".join(texts)))
-        return f"({' | '.join(others)}) {self._end}" if others else f"{self._of_json(schema)} {self._end}"
+        if texts and not self._tags.other_middle:
+            return texts, []  # which may be JSON, too
+        if named:
+            texts.append(f"{self._lark.rule(f'{name}_VALUES'.upper(), ' | '.join(named))} {self._end}")
+        return texts, others
 
     def _text(self, name: str, schema: Any) -> str:
-        """A string as it is, up to the end of its tag. Unless its form matters, blanks before the end may differ from the format's."""
+        """A string as it is, up to the end of its tag; without limits the blanks before the end need not be the format's."""
         end, limits = self._tags.end, _limits(schema)
         if limits:
             first = next(iter(self._end.atoms), "")
@@ -207,30 +224,30 @@ def _resolved(root: Any, schema: Any) -> Any:
     return schema
 
 
-def _branches(root: Any, schema: Any) -> list[Any] | None:
-    """The alternatives of a schema, without references; None when they are too many."""
+def _branches(root: Any, schema: Any) -> list[Any]:
+    """The alternatives of a schema, without references; the schema itself when they are too many."""
     found, open_ = [], [schema]
     for _ in range(MAX_HOPS):
         if not open_:
-            return found
+            break
         branch = _resolved(root, open_.pop(0))
         choices = (
             next((branch[key] for key in ("anyOf", "oneOf") if key in branch), None) if isinstance(branch, Mapping) else None
         )
         if isinstance(choices, list) and choices:
             open_ += choices
-        elif isinstance(branch, Mapping) and isinstance(types := branch.get("type"), list) and _values(branch) is None:
+        elif isinstance(branch, Mapping) and isinstance(types := branch.get("type"), list) and _enumerated(branch) is None:
             open_ += [{**branch, "type": type} for type in types]
         else:
             found.append(branch)
-    return None
+    return found if found and not open_ else [schema]
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _values(schema: Any) -> list[Any] | None:
+def _enumerated(schema: Any) -> list[Any] | None:
     """The values of an enumeration; None for anything else."""
     if not isinstance(schema, Mapping):
         return None
@@ -246,6 +263,10 @@ def _may_be_string(schema: Any) -> bool:
     if "type" in schema:
         return bool(schema["type"] == "string")
     return not _NOT_STRINGS & schema.keys() and not any(key in schema for key in ("allOf", "not", "if", "$ref"))
+
+
+def _is_string(schema: Any) -> bool:
+    return isinstance(schema, Mapping) and schema.get("type") == "string"
 
 
 def _limits(schema: Any) -> str:

@@ -23,6 +23,8 @@ from tpserve.response_template.lark import Literal as Atoms
 
 _TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s{}\"']+\])")
 """Text at the beginning of a call that hardly ever stands in prose."""
+_PROSE = ("", "{", "[")
+"""What begins a call, but is common in prose."""
 
 
 class AnswerRules(Struct, frozen=True, kw_only=True):
@@ -114,35 +116,33 @@ class _Answer:
             return self._calls.all(), False
         if not self._rules.answer:
             return self._text(), True
+        if self._calls is not None and self._calls.in_prose:
+            text = "response_format and tools exclude each other in this model's form of calls"
+            raise UserError(f"{text}; set tool_choice to none or required", param="response_format", code="invalid_value")
         begin, end = self.lark.literal(self._format.content_begin), self.lark.literal(self._format.content_end)
         content = f"{begin} @response_format {end}"
         return (f"{self._calls.all()} | {content}" if self._calls is not None else content), False
 
     def _text(self) -> str:
         """Any text; where a call begins in it, calls."""
-        format, begin = self._format, self._format.content_begin
-        end = self.lark.literal(format.content_end if format.content_end.strip() else "")
-        openings = self._calls.openings() if self._calls is not None else []
-        special = self.lark.others(*self._tokens_that_begin(openings))
+        format, calls = self._format, self._calls
+        begin, end = self.lark.literal(format.content_begin.strip()), self.lark.literal(format.content_end.strip())
+        openings = calls.openings() if calls is not None else []
+        special = self.lark.others(*(opening.atoms[0] for opening, _ in openings), *self._literal_of_begin().atoms[:1])
         before = self.lark.rule("before", f"(TEXT? {special})*" if special else "")
+        instead = f" | {calls.all()}" if calls is not None and (begin.atoms or end.atoms) else ""
         if end.atoms:
-            bounded = f"{self.lark.literal(begin)} {before} {self.lark.until('content_end', end)}"
-            calls = f" | {self._calls.all()}" if self._calls is not None else ""
-            between, more = format.tools_after_content, ""
-            if self._calls is not None and between is not None:
-                more = f"({self.lark.literal(between)} {self._calls.all()})?"
-            return f"{bounded} {more}{calls}"
-        free = [f"{before} TEXT?"]
+            after = ""
+            if calls is not None and format.tools_after_content is not None:
+                after = f"({self.lark.literal(format.tools_after_content)} {calls.all()})?"
+            return f"{begin} {before} {self.lark.until('content_end', end)} {after}{instead}"
+        texts = [f"{before} TEXT?"]
         for at, (opening, rest) in enumerate(openings):
-            free.append(f"{before} {self.lark.until(f'opening_{at}', opening)} {rest}")
-        if not begin.strip():
-            return " | ".join(free)
-        calls = f" | {self._calls.all()}" if self._calls is not None else ""
-        return f"{self.lark.literal(begin)} ({' | '.join(free)}){calls}"
-
-    def _tokens_that_begin(self, openings: list[tuple[Atoms, str]]) -> list[str]:
-        first = [opening.atoms[0] for opening, _ in openings]
-        return first + list(self._literal_of_begin().atoms[:1])
+            if calls is not None and calls.in_prose:
+                texts.append(f"{self.lark.until(f'opening_{at}', opening, 'BLANKS?')} {rest}")
+            else:
+                texts.append(f"{before} {self.lark.until(f'opening_{at}', opening)} {rest}")
+        return f"{begin} ({' | '.join(texts)}){instead}"
 
 
 class _Calls:
@@ -150,6 +150,9 @@ class _Calls:
 
     def __init__(self, lark: Lark, rules: AnswerRules, format: ToolFormat) -> None:
         self._lark, self._rules, self._format = lark, rules, format
+        self._text = (format.begin + format.call_begin).lstrip()
+        self.in_prose = self._text[:1] in _PROSE and not _TAG.match(self._text)
+        """Whether what begins a call is common in prose: it is a call at the beginning only, and with a tool's name."""
         self._in_string = format.call_begin.endswith('"') and format.name_end.startswith('"')
         tail = format.call_end.rstrip() or format.call_end
         blank = format.call_end[len(tail) :]
@@ -179,20 +182,19 @@ class _Calls:
         return f"{opening} call more_calls"
 
     def openings(self) -> list[tuple[Atoms, str]]:
-        """What begins calls in the midst of text, and the rules for what then follows."""
-        text = (self._format.begin + self._format.call_begin).lstrip()
-        literal = self._lark.literal(text)
-        if not text or (
-            text[0] in '{["' and not _TAG.match(text) and not is_token(literal.atoms[0])
-        ):  # as in prose: the name, too
-            merged = [json.loads(name) for name in self._names]
-            return [
-                (self._lark.literal(text + name), f"{body} more_calls") for name, body in zip(merged, self._bodies, strict=True)
-            ]
-        if is_token(literal.atoms[0]) or (tag := _TAG.match(text)) is None:
-            first, *rest = literal.atoms
-            return [(Atoms((first,), False), " ".join([*rest, "call more_calls"]))]
-        return [(self._lark.literal(tag[0]), f"{self._lark.literal(text[tag.end() :])} call more_calls")]
+        """What begins calls, and the rules for what then follows."""
+        if self.in_prose:
+            names = [self._lark.literal(self._text + json.loads(name)) for name in self._names]
+            return [(name, f"{body} more_calls") for name, body in zip(names, self._bodies, strict=True)]
+        alone = self._format.call_begin.lstrip()  # readers forgive calls without what begins all of them
+        several = [self._text] if not self._format.begin.strip() or alone[:1] in _PROSE else [self._text, alone]
+        return [self._opening(text) for text in several]
+
+    def _opening(self, text: str) -> tuple[Atoms, str]:
+        first, *rest = self._lark.literal(text).atoms
+        if is_token(first) or (tag := _TAG.match(text)) is None:
+            return Atoms((first,), False), " ".join([*rest, "call more_calls"])
+        return self._lark.literal(tag[0]), f"{self._lark.literal(text[tag.end() :])} call more_calls"
 
 
 def _with_answer(grammar: str, answer: str) -> str:

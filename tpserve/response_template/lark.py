@@ -21,6 +21,7 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between the parts of JSON. Bounded: a model at a loss may write blanks for ever, and every one of them is valid."""
 _TERMINALS = {
     "TEXT": "/(?s:.+)/",
+    "BLANKS": r"/[ \t\r\n]+/",
     "INDEX": "/[0-9]{1,9}/",
     "ID": "/[a-zA-Z0-9]{9}/",
 }
@@ -85,7 +86,7 @@ class Lark:
         return self.rule(name, f"%json {text}")
 
     def literal(self, text: str) -> Literal:
-        """The atoms of a literal: texts in quotes, special tokens by id, placeholders. What follows a token that ends the answer is left out."""
+        """The atoms of a literal: texts in quotes, special tokens by id,"""
         atoms = []
         for part in self._tokens.pattern.split(text):
             if (id := self._tokens.ids.get(part)) is not None:

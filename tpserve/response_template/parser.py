@@ -112,7 +112,9 @@ class ResponseParser:
                 return
             self._add(begin)
             if isinstance(self._region, _CallRegion) and self._region.in_text:  # the delimiter is part of a quoted text
-                self._add(end)
+                if begin == len(self._text):
+                    return
+                self._add(max(end, begin + 1))  # past one that is only looked for ahead, too
                 continue
             opened = self._region.groups if isinstance(self._region, _CallRegion) else {}
             self._leave(groups={**opened, **groups}, closing=self._text[begin:end] if field is self._rest else "")
