@@ -5,12 +5,15 @@ for the first choice. With a seed, each prompt of a list gets the same answer as
 checks, so its result can be admitted.
 """
 
+import asyncio
 import secrets
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from msgspec.structs import replace
 
 from tpserve.errors import UserError
+from tpserve.frontend.openai.grammar import describes_output
 from tpserve.frontend.openai.params import sampling_params, with_length
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
@@ -56,7 +59,8 @@ async def params_of(
             param=field if call.num_drawn > 1 else "prompt",
         )
     refuse_too_many_scores(call, num_tokens)
-    params = sampling_params(call, service.tokenizer, limits)
+    make = partial(sampling_params, call, service.tokenizer, limits)
+    params = await asyncio.to_thread(make) if describes_output(call) else make()
     if params.grammar:
         await service.grammars.check(params.grammar)
         if (sent := len(prompts) * call.num_drawn * len(params.grammar)) > MAX_SENT_GRAMMAR_BYTES:
