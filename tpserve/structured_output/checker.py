@@ -14,7 +14,7 @@ from tpserve.text.tokenizer import Tokenizer
 
 MAX_REMEMBERED = 1024
 ADVICE = {
-    "oneOf constraints are not supported": "two of the schemas of oneOf may both be valid for an instance; tell them apart, or use anyOf",
+    "oneOf constraints are not supported": "an instance may be valid for two schemas of oneOf; tell them apart, or use anyOf",
     "Unknown format": "leave it out; known are date, time, date-time, duration, email, hostname, ipv4, ipv6, uuid and uri",
 }
 """The way out, by how llguidance's words begin."""

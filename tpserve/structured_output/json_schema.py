@@ -1,8 +1,8 @@
 """Makes a client's JSON schema one that llguidance understands as JSON Schema means it, or refuses it.
 
-llguidance refuses most of what it cannot express by itself. This module knows the rest, where its grammar would take instances that
-are not valid: each is refused with the keyword's name and place, or put in other words that say the same or less. What it says in
-other words, beside keywords that have no effect:
+llguidance itself refuses most of what it cannot express. This module knows the rest, where a grammar would take instances that
+are not valid: it is refused with the keyword's name and place, or put in other words that allow the same or less. Put in other
+words, beside keywords that have no effect, are:
 
     numbers       bounds beyond 2^53 become the next ones inside that a double holds
     format        date, date-time and time know the lengths of months, leap years and no leap seconds; hostname its length
@@ -29,8 +29,9 @@ UNSUPPORTED = (
     "not", "if", "contains", "uniqueItems", "propertyNames", "dependentRequired", "dependentSchemas", "dependencies",
     "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor",
 )  # fmt: skip
-"""Keywords that no grammar of llguidance expresses. `then` and `else` go with `if`, `minContains` and `maxContains` with `contains`."""
+"""Keywords that no grammar of llguidance expresses."""
 COMPANIONS = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}
+"""Keywords that say nothing without another one."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "not": (False,), "uniqueItems": (False,), "propertyNames": (True, {}), "dependentRequired": ({},), "dependentSchemas": ({},),
     "dependencies": ({},), "unevaluatedItems": (True, {}), "unevaluatedProperties": (True, {}), "$recursiveAnchor": (False,),
@@ -58,9 +59,9 @@ _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 
 def prepared(schema: Any, field: str, whitespace: str | None = WHITESPACE) -> dict[str, Any]:
-    """A copy of a schema for llguidance, also inside `%json`; the caller's is left as it is. UserError says what is refused and where.
+    """A copy of a schema for llguidance, also inside `%json`; the caller's is left as it is.
 
-    `field` names the schema in errors. `whitespace`: the pattern between the parts of JSON, None for none at all.
+    UserError says what is refused and where. `field` names the schema in errors. `whitespace`: the pattern between the parts of JSON, None for none at all.
     """
     try:
         own = msgspec.json.decode(msgspec.json.encode(schema))
@@ -172,15 +173,14 @@ class _Walk:
                 if _is_large(value) and not _is_exact(value):
                     raise self._error(place, f"{key} has the number {value}, which no double holds; write it as a string")
                 if isinstance(value, str) and _UNWRITABLE.search(value):
-                    raise self._error(place, f"{key} has the text {value[:100]!r} with a control character, which no answer can have")
+                    raise self._error(place, f"{key} has the text {value[:100]!r}; no answer can have a control character")
 
     def _check_names(self, schema: dict[str, Any], place: str) -> None:
         """A name may be written twice in an object, where it counts once, and any grammar would count it twice."""
         least, required = schema.get("minProperties"), {name for name in _listed(schema, "required") if isinstance(name, str)}
         if isinstance(least, int) and least > len(required) + 1:
-            raise self._error(
-                place, f"minProperties is {least} and required names {len(required)}; it may be one more at most: name them in required"
-            )
+            most = f"minProperties is {least} and required names {len(required)}; it may be one more at most"
+            raise self._error(place, f"{most}: name the properties in required")
 
     def _error(self, place: str, text: str) -> UserError:
         return _refused(f"{self._field}: at {place}: {text}", self._field)

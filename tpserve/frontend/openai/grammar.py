@@ -45,8 +45,8 @@ def grammar_of(call: CompletionRequest | ChatCompletionRequest) -> str:
 
 def describes_output(call: CompletionRequest | ChatCompletionRequest) -> bool:
     """Whether a request has any of these fields: a large one takes time."""
-    fields = (call.response_format, call.structured_outputs, call.guided_json, call.guided_regex, call.guided_choice, call.guided_grammar)
-    return any(field is not None for field in fields)
+    fields = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    return any(getattr(call, name) is not None for name in fields)
 
 
 def _of_response_format(value: Mapping[str, Any]) -> str:
