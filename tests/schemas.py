@@ -9,7 +9,7 @@ JSONSchemaBench's maskbench (one such object each), or bare schemas. A schema is
   schema's order;
 - what random draws from the grammar end with must validate (jsonschema, with its checks of formats).
 
-Exit code 1 if either fails, or anything but a refusal is raised. Invalid instances that jsonschema takes for valid are "disputed".
+Exit code 1 if either fails, or anything but a refusal is raised. Invalid instances that jsonschema calls valid are "disputed".
 """
 
 import argparse
