@@ -1,7 +1,7 @@
 """Random requests with structured output, each with a check of the answers that end with `stop`.
 
-`requests(count, seed)` is the same on every machine. A kind of output is a function in `KINDS`, from dice to fields of a request and a
-check: None for a text that is in the language, else what is wrong with it. A new kind is one more function there.
+`requests(count, seed)` is the same on every machine. A kind of output is a function in `KINDS`, from dice to fields of a request and
+a check: None for a text that is in the language, else what is wrong with it. A new kind is one more function there.
 """
 
 import json
@@ -47,7 +47,8 @@ def _sampling(dice: random.Random) -> dict[str, Any]:
     """Parameters that change what is drawn."""
     maybe = {
         "top_p": dice.choice((0.1, 0.6, 0.95)), "top_k": dice.choice((1, 5, 50)), "min_p": dice.choice((0.05, 0.5)),
-        "presence_penalty": dice.uniform(-2, 2), "frequency_penalty": dice.uniform(-2, 2), "repetition_penalty": dice.uniform(0.5, 2),
+        "presence_penalty": dice.uniform(-2, 2), "frequency_penalty": dice.uniform(-2, 2),
+        "repetition_penalty": dice.uniform(0.5, 2),
         "logit_bias": {str(dice.randrange(500)): dice.uniform(-100, 100) for _ in range(3)}, "ignore_eos": True,
         "min_tokens": dice.choice((1, 10)), "bad_words": [dice.choice(("fox", "the", "0"))], "allowed_token_ids": [70, 71, 72],
     }  # fmt: skip
@@ -193,7 +194,7 @@ def _tag(dice: random.Random) -> tuple[dict[str, Any], Check]:
                 value, end = json.JSONDecoder().raw_decode(text, at + 2)
             except ValueError as error:
                 return f"no JSON after {text[at : at + 20]!r}: {error}"
-            if text[at + 1] != "<" or text[end : end + 1] != ">" or (error := error_of(validator, value)):
+            if text[at + 1] != "<" or text[end : end + 1] != ">" or error_of(validator, value):
                 return f"not the structure: {text[at : end + 1]!r}"
             at = end
         return None
@@ -201,14 +202,4 @@ def _tag(dice: random.Random) -> tuple[dict[str, Any], Check]:
     return {"structured_outputs": {"structural_tag": tag}}, check
 
 
-KINDS: list[Callable[[random.Random], tuple[dict[str, Any], Check]]] = [
-    _json,
-    _json,
-    _json,
-    _json,
-    _regex,
-    _regex,
-    _choice,
-    _lark,
-    _tag,
-]
+KINDS: list[Callable[[random.Random], tuple[dict[str, Any], Check]]] = [*[_json] * 4, *[_regex] * 2, _choice, _lark, _tag]

@@ -61,8 +61,8 @@ _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 def prepared(schema: Any, field: str, whitespace: str | None = WHITESPACE) -> dict[str, Any]:
     """A copy of a schema for llguidance, also inside `%json`; the caller's is left as it is.
 
-    UserError says what is refused and where. `field` names the schema in errors. `whitespace`: the pattern between the parts of JSON,
-    None for nothing there at all.
+    UserError says what is refused and where. `field` names the schema in errors. `whitespace`: the pattern between the parts of
+    JSON, None for nothing there at all.
     """
     try:
         own = msgspec.json.decode(msgspec.json.encode(schema))
