@@ -3,9 +3,9 @@
     python -m tests.bench_masks                          vocabularies of 512 (the built-in model's), 32,000 and 128,000
     python -m tests.bench_masks --vocabularies 512
 
-Larger vocabularies are byte-level BPE trained here on the sources of Python's library and of the packages beside it. Each grammar is
-followed along answers that it allows, as a model that knows what it does would write them; a mask is timed before each token. Times
-are of the clock. `serial` makes the masks of several rows one after the other, `executor` in llguidance's threads.
+Larger vocabularies are byte-level BPE trained here on the sources of Python's library and of the packages beside it. Each grammar
+is followed along answers that it allows, as a model that knows what it does would write them; a mask is timed before each token.
+Times are of the clock. `serial` makes the masks of several rows one after the other, `executor` in llguidance's threads.
 """
 
 import argparse
@@ -46,16 +46,14 @@ SCHEMA = {
     "required": ["title", "summary", "year", "author"],
     "additionalProperties": False,
 }  # fmt: skip
-WORDS = (
-    "the report of a small town by the river says that every boat was counted twice before winter came and nobody slept".split()
-)
-REGEX = r"[A-Z][a-z]{2,12} [A-Z][a-z]{2,15}, [0-9]{1,2} (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [12][0-9]{3}(; [a-z ]{5,200})?"
+TEXT = "the report of a small town by the river says that every boat was counted twice before winter came and nobody slept"
+REGEX = r"[A-Z][a-z]{2,12} [A-Z][a-z]{2,15}, [0-9]{1,2} (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep) [12][0-9]{3}(; [a-z ]{5,200})?"
 CHOICES = [f"{a} {b}" for a in ("very", "rather", "hardly", "not") for b in ("likely", "good", "useful", "clear", "new", "old")]
 TAG = {"structures": [{"begin": "<call>", "schema": SCHEMA, "end": "</call>"}], "triggers": ["<call>"]}
 
 
 def prose(dice: random.Random, count: int) -> str:
-    return " ".join(dice.choice(WORDS) for _ in range(count))
+    return " ".join(dice.choice(TEXT.split(" ")) for _ in range(count))
 
 
 def instance(dice: random.Random) -> str:

@@ -1,7 +1,7 @@
 """Random requests with structured output, each with a check of the answers that end with `stop`.
 
-`requests(count, seed)` is the same on every machine. A kind of output is a function in `KINDS`, from dice to fields of a request and
-a check: None for a text that is in the language, else what is wrong with it. A new kind is one more function there.
+`requests(count, seed)` is the same on every machine. A kind of output is a function in `KINDS`, from dice to fields of a request
+and a check: None for a text that is in the language, else what is wrong with it. A new kind is one more function there.
 """
 
 import json
