@@ -5,22 +5,24 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import chat_templates as templates
 import pytest
 from transformers.utils.chat_parsing import parse_response
 
+from tests.unit import chat_templates as templates
 from tpserve.errors import UserError
+from tpserve.response_template import trials
 from tpserve.response_template.analysis import analyse
 from tpserve.response_template.calls import CallForm
 from tpserve.response_template.detect import Answers, detect
-from tpserve.response_template.families import FAMILIES, REASONING_PARSERS, TOOL_PARSERS, Family
+from tpserve.response_template.families import FAMILIES, REASONING_PARSERS, TOOL_PARSERS, AnswerFamily
 from tpserve.response_template.format import AnswerFormat, ReasoningFormat, TaggedArguments, ToolFormat, written
 from tpserve.response_template.spec import spec_of
-from tpserve.response_template.trials import ARGUMENTS, CALLS, SAID, TOOLS
+from tpserve.response_template.trials import ARGUMENTS, CALLS, SAID
 from tpserve.text.chat import ChatTemplate
 
 THINK = ReasoningFormat("<think>\n", "\n</think>\n\n")
 HERMES = ToolFormat('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n")
+TOOLS: list[Any] = [*trials.TOOLS]
 USER = {"role": "user", "content": "Hello?"}
 
 
@@ -263,7 +265,7 @@ def test_names_of_parsers() -> None:
 
 
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each.tools is not None], ids=lambda each: each.name)
-def test_families_write_what_transformers_reads(family: Family) -> None:
+def test_families_write_what_transformers_reads(family: AnswerFamily) -> None:
     format = AnswerFormat(family.reasoning, *family.content, None, family.tools)
     spec = spec_of(format, ["<|assistant|>"])
     spec["fields"] |= family.fields

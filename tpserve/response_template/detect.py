@@ -7,18 +7,19 @@ that the chat template or the special tokens point to. A feature that does not c
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct, structs
 
 from tpserve.response_template.analysis import Analysis, MessageForm, analyse
-from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, Family, forced, marked
+from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, AnswerFamily, forced, marked
 from tpserve.response_template.format import AnswerFormat, ReasoningFormat, ToolFormat
 from tpserve.response_template.spec import spec_of
 from tpserve.response_template.template import ROLES, ResponseTemplate
 from tpserve.response_template.trials import Trials
 from tpserve.text.chat import ChatTemplate
 
+Feature = Literal["content", "reasoning", "call", "calls"]
 CONFIG = "tokenizer_config.json"
 ANALYSIS = "chat template"
 
@@ -47,7 +48,7 @@ class Answers(Struct, frozen=True):
 class Choice(Struct, frozen=True):
     """One way in which a model may write a feature. `field`: of the spec, where the format says too little.
 
-    `always_reasons`: as in `Family`. `is_forced`: the template may show another way.
+    `always_reasons`: as in `AnswerFamily`. `is_forced`: the template may show another way.
     """
 
     source: str
@@ -74,7 +75,9 @@ def detect(
 class Detection:
     """What is known of a model so far."""
 
-    def __init__(self, template: ChatTemplate, config: Mapping[str, Any], tools: Family | None, reasoning: Family | None) -> None:
+    def __init__(
+        self, template: ChatTemplate, config: Mapping[str, Any], tools: AnswerFamily | None, reasoning: AnswerFamily | None
+    ) -> None:
         self._given: Mapping[str, Any] | None = config.get("response_template")
         if self._given is not None:
             ResponseTemplate.load(self._given)
@@ -174,7 +177,7 @@ class Detection:
         fields = {name: field for name, field in spec["fields"].items() if ROLES[name] in on}
         return Answers({**spec, "fields": fields}, self._format, self._analysis.messages, self._source, self._off)
 
-    def _choices(self, name: str, flag: str, family: Family | None, analysed: Choice | None) -> list[Choice]:
+    def _choices(self, name: str, flag: str, family: AnswerFamily | None, analysed: Choice | None) -> list[Choice]:
         """The ways to try, in order. `name`: of the field."""
         if family is not None:
             return [choice_of(family, name, flag, analysed, is_forced=True)]
@@ -187,7 +190,7 @@ class Detection:
         rest = [choice for each, choice in zip(families, choices, strict=True) if not each.leads]
         return [*first, *([analysed] if analysed is not None else []), *rest]
 
-    def _may_be(self, family: Family, name: str) -> bool:
+    def _may_be(self, family: AnswerFamily, name: str) -> bool:
         """Whether a family that is marked has the feature, and the template points to it."""
         if name == "thinking":
             return family.reasoning is not None and family.reasoning.begin.strip() in self._text
@@ -217,7 +220,7 @@ class Detection:
         return {**self._given, "fields": own}
 
 
-def choice_of(family: Family, name: str, source: str, analysed: Choice | None, *, is_forced: bool = False) -> Choice:
+def choice_of(family: AnswerFamily, name: str, source: str, analysed: Choice | None, *, is_forced: bool = False) -> Choice:
     """A family's way; the template's own where it differs in white space only."""
     field = family.fields.get(name)
     if name == "thinking":
