@@ -7,7 +7,7 @@ that the chat template or the special tokens point to. A feature that does not c
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import Struct, structs
 
@@ -16,10 +16,9 @@ from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, 
 from tpserve.response_template.format import AnswerFormat, ReasoningFormat, ToolFormat
 from tpserve.response_template.spec import spec_of
 from tpserve.response_template.template import ROLES, ResponseTemplate
-from tpserve.response_template.trials import Trials
+from tpserve.response_template.trials import Feature, Trials
 from tpserve.text.chat import ChatTemplate
 
-Feature = Literal["content", "reasoning", "call", "calls"]
 CONFIG = "tokenizer_config.json"
 ANALYSIS = "chat template"
 
@@ -28,15 +27,14 @@ class Answers(Struct, frozen=True):
     """How a model's answers are read and written.
 
     `spec`: the `response_template`. `format`: for grammars; None in it for what is off or cannot be written to the letter.
-    `source`: where each feature that is on comes from: content, reasoning, call (one in an answer) and calls (several).
-    `off`: why each of the others is off.
+    `source`: where each feature that is on comes from. `off`: why each of the others is off.
     """
 
     spec: Mapping[str, Any]
     format: AnswerFormat
     messages: MessageForm
-    source: Mapping[str, str]
-    off: Mapping[str, str]
+    source: Mapping[Feature, str]
+    off: Mapping[Feature, str]
 
     @property
     def delimiters(self) -> str:
@@ -91,8 +89,8 @@ class Detection:
         self._format = AnswerFormat(content_begin=found.content_begin, content_end=found.content_end)
         self._fields: dict[str, Mapping[str, Any]] = {}
         self._always_reasons = False
-        self._source: dict[str, str] = {}
-        self._off: dict[str, str] = {}
+        self._source: dict[Feature, str] = {}
+        self._off: dict[Feature, str] = {}
         self._content_source = CONFIG if self._given is not None else ANALYSIS if self._has_template else "plain text"
         leading = next((each for each in (tools, reasoning, *self._marked) if each is not None and each.content[0]), None)
         if leading is not None and self._given is None:
