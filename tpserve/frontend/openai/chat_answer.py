@@ -28,7 +28,6 @@ from tpserve.response_template.grammar import AnswerRules, answer_grammar
 from tpserve.response_template.lark import SpecialTokens
 from tpserve.response_template.parser import Content, Event, Place, Reasoning, ResponseParser, merged
 from tpserve.response_template.template import ResponseTemplate
-from tpserve.response_template.trials import Feature
 from tpserve.structured_output.json_schema import prepared
 from tpserve.text.assembler import OutputDelta
 from tpserve.text.logprob_entries import TokenEntry
@@ -48,7 +47,7 @@ class ChatAnswers:
     template: ResponseTemplate | None = None
     format: AnswerFormat = field(default_factory=AnswerFormat)
     messages: MessageForm = field(default_factory=MessageForm)
-    off: Mapping[Feature, str] = field(default_factory=dict)
+    off: Mapping[str, str] = field(default_factory=dict)
     tokens: SpecialTokens | None = None
     shown: frozenset[int] = frozenset()
     strict_level: StrictLevel = "auto"
