@@ -10,7 +10,7 @@ from transformers.utils.chat_parsing import parse_response
 
 from tests.unit import chat_templates as templates
 from tpserve.errors import UserError
-from tpserve.response_template import trials
+from tpserve.response_template import probe, trials
 from tpserve.response_template.analysis import analyse
 from tpserve.response_template.calls import CallForm
 from tpserve.response_template.detect import Answers, detect
@@ -326,6 +326,12 @@ def test_calls_that_a_template_garbles_are_off() -> None:
     assert "call" in detect(template(garbled), {}).off
     cut = templates.TAGGED.replace("value | tojson", "'?'")
     assert "count': '?'" in detect(template(cut), {}).off["call"]
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_CHARS", 20), ("MAX_SECONDS", -1)])
+def test_a_template_that_does_too_much_is_refused(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
+    monkeypatch.setattr(probe, limit, value)
+    assert analyse(template(templates.HERMES)).format == FORMATS["REFUSES"]
 
 
 def test_it_takes_no_time() -> None:
