@@ -152,6 +152,8 @@ def measure_calls(probe: Probe, header: tuple[str, str], ends: Sequence[str]) ->
     fallback = None
     rest = after(probe.turn({"content": CONTENT}), CONTENT)
     for form in FORMS:
+        if fallback is not None and (form.call_id != fallback.form.call_id or form.arguments == fallback.form.arguments):
+            continue  # only arguments that are JSON would be better
         text = answer_in(probe.turn(form.message([ONE_CALL])), *header)
         if text is None or (found := place(text, NAMES[0], VALUES[0])) is None:
             continue

@@ -101,6 +101,17 @@ MUSE_CALL = {
     "content_args": {"tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]+)\"[^<>]*>(?P<value>.*?)</atem:parameter>"},
     "transform": HARMONY_CALL,
 }
+KIMI_K3_CALL = {
+    "open_pattern": r"(?:<\|close\|>response<\|sep\|>)?\s*(?:<\|open\|>tools<\|sep\|>)?\s*"
+    r"<\|open\|>call tool=\"(?P<name>[^\"]+)\"[^<>]*<\|sep\|>",
+    "close_pattern": r"<\|close\|>call<\|sep\|>(?:\s*<\|close\|>tools<\|sep\|>(?:\s*<\|close\|>message<\|sep\|>)?)?\s*",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {
+        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]+)\"[^<>]*<\|sep\|>(?P<value>.*?)<\|close\|>argument<\|sep\|>"
+    },
+    "transform": HARMONY_CALL,
+}
 GRANITE_THINKING = {
     "open_pattern": r"Here(?: is|'s) my thought process:",
     "close_pattern": r"Here(?: is|'s) my response:",
@@ -133,6 +144,7 @@ FAMILIES = (
         ReasoningFormat("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
         leads=True,
     ),
+    AnswerFamily("kimi_k3", ("<|open|>", "<|sep|>", "<|close|>"), fields={"tool_calls": KIMI_K3_CALL}),
     AnswerFamily("muse_glimmer", ("<atem:function_calls>",), fields={"tool_calls": MUSE_CALL}),
     AnswerFamily("deepseek_v32", ("｜DSML｜", "function_calls"), dsml("function_calls"), ReasoningFormat("<think>", "</think>")),
     AnswerFamily("deepseek_v4", ("｜DSML｜", "tool_calls"), dsml("tool_calls"), ReasoningFormat("<think>", "</think>")),

@@ -19,11 +19,8 @@ def spec_of(format: AnswerFormat, anchors: Sequence[str], *, always_reasons: boo
     fields: dict[str, Any] = {}
     if format.reasoning is not None:
         fields["thinking"] = reasoning_field(format.reasoning, always_reasons)
-    fields["content"] = {"content": "text"}
-    if format.content_begin.strip():
-        fields["content"] = {"open": format.content_begin.strip(), "content": "text"}
-        if format.content_end.strip():
-            fields["content"]["close"] = format.content_end.strip()
+    begin, end = format.content_begin.strip(), format.content_end.strip()
+    fields["content"] = {**({"open": begin} if begin else {}), **({"close": end} if end else {}), "content": "text"}
     if format.tools is not None:
         fields["tool_calls"] = calls_field(format.tools)
     anchor: dict[str, Any] = {"start_anchor": list(anchors)} if anchors else {"start_anchor_pattern": r"\Z"}
