@@ -112,6 +112,12 @@ KIMI_K3_CALL = {
     },
     "transform": HARMONY_CALL,
 }
+GRANITE_CALLS = {
+    "open_pattern": r"\s*(?:<\|tool_call\|>|<tool_call>)\s*(?=\[)",
+    "content": "json",
+    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
+    "transform_each": True,
+}
 GRANITE_THINKING = {
     "open_pattern": r"Here(?: is|'s) my thought process:",
     "close_pattern": r"Here(?: is|'s) my response:",
@@ -230,7 +236,7 @@ FAMILIES = (
         ("<|tool_call|>",),
         json_list("<|tool_call|>"),
         ReasoningFormat("Here is my thought process:\n", "\nHere is my response:\n"),
-        fields={"thinking": GRANITE_THINKING},
+        fields={"thinking": GRANITE_THINKING, "tool_calls": GRANITE_CALLS},
     ),
     AnswerFamily("internlm", ("<|plugin|>",), json_calls("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters")),
     AnswerFamily("longcat", ("<longcat_tool_call>",), json_calls("<longcat_tool_call>\n", "\n</longcat_tool_call>")),

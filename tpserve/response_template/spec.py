@@ -146,8 +146,9 @@ def closing_pattern(tools: ToolFormat, behind: str, before: str) -> dict[str, st
 
 
 def loose(text: str) -> str:
-    """A pattern of a text: no matter how much white space it has, and whatever its numbers and ids are."""
-    pattern = r"\s*".join(re.escape(part) for part in text.split())
+    """A pattern of a text: no matter how much white space is between its words and tags, and whatever its numbers and ids are."""
+    parts = [part for word in text.split() for part in re.split(r"(<[^<>]+>)", word) if part]
+    pattern = r"\s*".join(map(re.escape, parts))
     return pattern.replace(re.escape(INDEX), r"\d+").replace(re.escape(ID), r"[\w.:-]*")
 
 
