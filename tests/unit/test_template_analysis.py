@@ -237,6 +237,7 @@ def test_order_of_sources() -> None:
     family = detect(unseen, tokens)
     assert family.source["call"] == family.source["calls"] == "family lfm2"
     assert family.format.tools == FORMATS["LFM2"].tools
+    assert detect(unseen, {"extra_special_tokens": ["<|tool_call_start|>"]}).source == family.source
 
 
 def test_the_own_response_template_of_a_model_is_tried_as_well() -> None:
@@ -257,6 +258,9 @@ def test_names_of_parsers() -> None:
     hermes = template(templates.HERMES)
     same = detect(hermes, {}, "qwen25", "qwen3")
     assert same.format.tools == HERMES and same.source["call"] == "--tool-call-parser qwen25"
+    tagged = detect(template(templates.TAGGED), {}, "qwen3_xml")  # to the letter as the template has it
+    assert tagged.format == FORMATS["TAGGED"] and tagged.source["calls"] == "--tool-call-parser qwen3_xml"
+    assert detect(hermes, {}, "openai").format.tools_after_content is None
     assert detect(hermes, {}, "hunyuan_a13b").source["call"] == "chat template"
     with pytest.raises(UserError, match="--tool-call-parser hermess is unknown; known are .*hermes"):
         detect(hermes, {}, "hermess")

@@ -46,7 +46,7 @@ class Answers(Struct, frozen=True):
 class Choice(Struct, frozen=True):
     """One way in which a model may write a feature. `field`: of the spec, where the format says too little.
 
-    `always_reasons`: as in `AnswerFamily`. `is_forced`: the template may show another way.
+    `always_reasons` and `after_content`: as in `AnswerFamily`. `is_forced`: the template may show another way.
     """
 
     source: str
@@ -55,6 +55,7 @@ class Choice(Struct, frozen=True):
     field: Mapping[str, Any] | None = None
     always_reasons: bool = False
     is_forced: bool = False
+    after_content: str | None = ""
 
 
 def detect(
@@ -121,6 +122,8 @@ class Detection:
         """Try the content; without its own delimiters when it does not come back with them."""
         failure = self._trials.content(self._spec(self._format, self._fields), self._format)
         if failure and self._format.content_begin:
+            self._fields.pop("content", None)
+            self._content_source = ANALYSIS
             self._format = structs.replace(self._format, content_begin="", content_end="")
             failure = self._trials.content(self._spec(self._format, self._fields), self._format)
         if failure:
@@ -131,11 +134,10 @@ class Detection:
     def find_calls(self, flag: str) -> None:
         """Choose how calls are written, and whether there may be several."""
         found = self._analysis.format
-        analysed = Choice(ANALYSIS, tools=found.tools) if found.tools else None
+        analysed = Choice(ANALYSIS, tools=found.tools, after_content=found.tools_after_content) if found.tools else None
         reasons: list[str] = []
         for choice in self._choices("tool_calls", flag, self._tools, analysed):
-            after_content = found.tools_after_content if choice.tools == found.tools else "\n"
-            format = structs.replace(self._format, tools=choice.tools, tools_after_content=after_content)
+            format = structs.replace(self._format, tools=choice.tools, tools_after_content=choice.after_content)
             fields = self._fields | ({"tool_calls": choice.field} if choice.field is not None else {})
             spec, rendered = self._spec(format, fields), not choice.is_forced or choice.tools is None
             if choice.source != CONFIG and choice.tools is None and not self._trials.renders_calls:
@@ -225,9 +227,9 @@ def choice_of(family: AnswerFamily, name: str, source: str, analysed: Choice | N
         found = analysed.reasoning if analysed is not None else None
         reasoning = found if found is not None and alike(found, family.reasoning) else family.reasoning
         return Choice(source, reasoning, None, field, family.always_reasons, is_forced)
-    same = analysed is not None and analysed.tools is not None and alike(analysed.tools, family.tools)
-    tools = analysed.tools if same and analysed is not None else family.tools
-    return Choice(source, None, tools, field, is_forced=is_forced and not same)
+    if analysed is not None and analysed.tools is not None and alike(analysed.tools, family.tools):
+        return structs.replace(analysed, source=source, field=field)
+    return Choice(source, None, family.tools, field, is_forced=is_forced, after_content=family.after_content)
 
 
 def alike(one: Struct, other: Struct | None) -> bool:
@@ -249,7 +251,10 @@ def ends_of(config: Mapping[str, Any]) -> Sequence[str]:
 
 
 def special_tokens(config: Mapping[str, Any]) -> list[str]:
-    """The texts of the tokens that tokenizer_config.json lists."""
-    tokens = config.get("added_tokens_decoder")
-    entries = tokens.values() if isinstance(tokens, dict) else ()
-    return [text for entry in entries if isinstance(entry, dict) and isinstance(text := entry.get("content"), str)]
+    """The texts of the tokens that tokenizer_config.json lists, in its older form or in a newer one."""
+    entries: list[Any] = []
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        tokens = config.get(key)
+        entries += tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
+    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+    return [text for text in texts if isinstance(text, str)]

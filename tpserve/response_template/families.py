@@ -19,6 +19,8 @@ TEMPLATE = "template"
 class AnswerFamily(Struct, frozen=True):
     """How a family writes. `fields`: of its `response_template`, where its format says too little.
 
+    `after_content`: the text between content and calls; None when an answer has one or the other.
+
     `markers`: texts that the chat template or the special tokens of its models have, all of them; none: found by name only.
     `always_reasons`: an answer begins with reasoning, whether or not something opens it. `leads`: goes before the analysis, since
     these models write otherwise than their template does.
@@ -32,6 +34,7 @@ class AnswerFamily(Struct, frozen=True):
     fields: Mapping[str, Mapping[str, Any]] = {}
     always_reasons: bool = False
     leads: bool = False
+    after_content: str | None = "\n"
 
 
 def json_calls(begin: str, end: str, arguments: str = "arguments", between: str = "\n") -> ToolFormat:
@@ -135,6 +138,7 @@ FAMILIES = (
         ("<|channel|>final<|message|>", ""),
         HARMONY_FIELDS,
         leads=True,
+        after_content=None,
     ),
     AnswerFamily(
         "gemma4",
@@ -246,9 +250,10 @@ FAMILIES = (
         "llama3_json",
         ("<|python_tag|>", "<|start_header_id|>"),
         ToolFormat('{"name": "', '", "parameters": ', "}", several=False),
+        after_content=None,
     ),
-    AnswerFamily("xlam", (), json_list("")),
-    AnswerFamily("pythonic", (), ToolFormat("", "(", ")", "[", ", ", "]", "python")),
+    AnswerFamily("xlam", (), json_list(""), after_content=None),
+    AnswerFamily("pythonic", (), ToolFormat("", "(", ")", "[", ", ", "]", "python"), after_content=None),
     AnswerFamily("cohere", ("<|START_THINKING|>",), None, ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>")),
     AnswerFamily("think", ("<think>",), None, THINK),
     AnswerFamily("deepseek_r1", (), None, THINK, always_reasons=True),
