@@ -314,7 +314,7 @@ def test_what_models_of_a_family_write(name: str) -> None:
     format = AnswerFormat(tools=BY_NAME[name].tools)
     spec = spec_of(format, ["<|assistant|>"])
     spec["fields"] |= BY_NAME[name].fields
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}]
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}]
     message = parse_response(SAMPLES[name], spec, prefix="", tools=tools)
     functions = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
     assert [call["function"] for call in message["tool_calls"]] == functions[: 1 if name == "llama3_json" else 2]

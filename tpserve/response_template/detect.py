@@ -16,7 +16,7 @@ from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, 
 from tpserve.response_template.format import AnswerFormat, ReasoningFormat, ToolFormat
 from tpserve.response_template.spec import spec_of
 from tpserve.response_template.template import ROLES, ResponseTemplate
-from tpserve.response_template.trials import Feature, Trials
+from tpserve.response_template.trials import Trials
 from tpserve.text.chat import ChatTemplate
 
 CONFIG = "tokenizer_config.json"
@@ -27,14 +27,15 @@ class Answers(Struct, frozen=True):
     """How a model's answers are read and written.
 
     `spec`: the `response_template`. `format`: for grammars; None in it for what is off or cannot be written to the letter.
-    `source`: where each feature that is on comes from. `off`: why each of the others is off.
+    `source`: where each feature that is on comes from: content, reasoning, call (one in an answer), calls (several). `off`: why
+    each of the others is off.
     """
 
     spec: Mapping[str, Any]
     format: AnswerFormat
     messages: MessageForm
-    source: Mapping[Feature, str]
-    off: Mapping[Feature, str]
+    source: Mapping[str, str]
+    off: Mapping[str, str]
 
     @property
     def delimiters(self) -> str:
@@ -90,8 +91,8 @@ class Detection:
         self._format = AnswerFormat(content_begin=found.content_begin, content_end=found.content_end)
         self._fields: dict[str, Mapping[str, Any]] = {}
         self._always_reasons = False
-        self._source: dict[Feature, str] = {}
-        self._off: dict[Feature, str] = {}
+        self._source: dict[str, str] = {}
+        self._off: dict[str, str] = {}
         self._content_source = CONFIG if self._given is not None else ANALYSIS if self._has_template else "plain text"
         leading = next((each for each in (tools, reasoning, *self._marked) if each is not None and each.content[0]), None)
         if leading is not None and self._given is None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import Struct
 
@@ -14,8 +14,6 @@ from tpserve.response_template.probe import NAMES, USER, Probe, after, user
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.chat import ChatTemplate
 
-Feature = Literal["content", "reasoning", "call", "calls"]
-"""What is tried: `call` is one in an answer, `calls` are several."""
 THOUGHT = "Rjyfqel, if 1 < 2.\n\n- Or {not}?"
 SAID = "Cwaxhuv é 日本 🙂.\n\nAnd so on."
 ARGUMENTS: Mapping[str, Any] = {
