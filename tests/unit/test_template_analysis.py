@@ -249,6 +249,8 @@ def test_the_own_response_template_of_a_model_is_tried_as_well() -> None:
     found = detect(hermes, {"response_template": wrong})
     assert "content comes back as '<tool_call>" in found.off["call"]
     assert "tool_calls" not in found.spec["fields"] and found.format.tools is None
+    only_calls = {**wrong, "fields": {"tool_calls": wrong["fields"]["tool_calls"]}}
+    assert detect(hermes, {"response_template": only_calls}).spec["fields"] == {"content": {"content": "text"}}
     with pytest.raises(UserError, match="response_template has unknown keys: field"):
         detect(hermes, {"response_template": {"field": 1}})
 

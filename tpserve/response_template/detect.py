@@ -122,7 +122,7 @@ class Detection:
     def find_content(self) -> None:
         """Try the content; without its own delimiters when it does not come back with them."""
         failure = self._trials.content(self._spec(self._format, self._fields), self._format)
-        if failure and self._format.content_begin:
+        if failure and (self._format.content_begin or self._format.content_end):
             self._fields.pop("content", None)
             self._content_source = ANALYSIS
             self._format = structs.replace(self._format, content_begin="", content_end="")
@@ -175,7 +175,7 @@ class Detection:
         """What was found."""
         spec = self._spec(self._format, self._fields)
         on = {"content"} | {"reasoning"} & self._source.keys() | ({"tool_calls"} if "call" in self._source else set())
-        fields = {name: field for name, field in spec["fields"].items() if ROLES[name] in on}
+        fields = {name: field for name, field in spec["fields"].items() if ROLES[name] in on} or {"content": {"content": "text"}}
         return Answers({**spec, "fields": fields}, self._format, self._analysis.messages, self._source, self._off)
 
     def _choices(self, name: str, flag: str, family: AnswerFamily | None, analysed: Choice | None) -> list[Choice]:
