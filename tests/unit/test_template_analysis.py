@@ -307,6 +307,7 @@ SAMPLES: Mapping[str, str] = {
     "functools": 'functools[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
     "minimax_m2": '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">1</parameter>\n</invoke>\n'
     '<invoke name="g">\n</invoke>\n</minimax:tool_call>',
+    "minicpm5": '<function name="f"><param name="a"><![CDATA[1]]></param></function>\n<function name="g"></function>',
     "gemma4": "<|tool_call>call:f{a:1}<tool_call|><|tool_call>call:g{}<tool_call|>",
 }
 

@@ -115,6 +115,16 @@ KIMI_K3_CALL = {
     },
     "transform": HARMONY_CALL,
 }
+MINICPM_CALL = {
+    "open_pattern": r"\s*<function\s+name=\"(?P<name>[^\"]+)\"\s*>",
+    "close_pattern": r"\s*</function>\s*",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {
+        "tag_pattern": r"<param\s+name=\"(?P<key>[^\"]+)\"\s*>(?:<!\[CDATA\[(?P<value>.*?)\]\]>|(?P<value>.*?))</param>"
+    },
+    "transform": HARMONY_CALL,
+}
 GRANITE_CALLS = {
     "open_pattern": r"\s*(?:<\|tool_call\|>|<tool_call>)\s*(?=\[)",
     "content": "json",
@@ -214,6 +224,21 @@ FAMILIES = (
     AnswerFamily("minimax_m3", ("]<]minimax[>[",), None, ReasoningFormat("<mm:think>", "</mm:think>")),
     AnswerFamily("granite-20b-fc", ("<function_call>",), json_calls("<function_call> ", "", between="")),
     AnswerFamily(
+        "minicpm5",
+        ('<function name="', "<![CDATA["),
+        ToolFormat(
+            '<function name="',
+            '">',
+            "</function>",
+            between="\n",
+            arguments="tagged",
+            tags=TaggedArguments('<param name="', '">', "</param>"),
+        ),
+        THINK,
+        fields={"tool_calls": MINICPM_CALL},
+        leads=True,
+    ),
+    AnswerFamily(
         "seed_oss",
         ("<seed:tool_call>",),
         xml_calls("<seed:tool_call>", "</seed:tool_call>"),
@@ -275,7 +300,7 @@ TOOL_PARSERS: Mapping[str, str] = {
     "phi4_mini_json": "functools",
     "minimax-m2": "minimax_m2",
     **dict.fromkeys(("auto", "hf", "gigachat3", "cohere_command3", "cohere_command4", "hunyuan_a13b"), TEMPLATE),
-    **dict.fromkeys(("hy_v3", "minicpm5", "plamo3", "template"), TEMPLATE),
+    **dict.fromkeys(("hy_v3", "plamo3", "template"), TEMPLATE),
 }
 """Names of --tool-call-parser -> the family, or TEMPLATE."""
 
