@@ -101,6 +101,12 @@ MARKERS += [
     "</arg_value>",
 ]
 MARKERS += ["</function>", "</parameter>"]
+PLACE = {
+    "type": "object",
+    "properties": {"x": {"type": "number"}, "next": {"$ref": "#/$defs/place"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
 WEATHER = {
     "type": "object",
     "properties": {
@@ -111,8 +117,8 @@ WEATHER = {
     },
     "required": ["city", "place"],
     "additionalProperties": False,
-    "$defs": {"place": {"type": "object", "properties": {"x": {"type": "number"}, "next": {"$ref": "#/$defs/place"}}, "required": ["x"], "additionalProperties": False}},
-}  # fmt: skip
+    "$defs": {"place": PLACE},
+}
 TOOLS = [Tool("weather", WEATHER, True), Tool("weather_old", {"type": "object", "properties": {}}, False)]
 SCHEMAS = {"weather": WEATHER, "weather_old": {"type": "object"}}
 
@@ -310,7 +316,8 @@ OBJECT = LLMatcher.grammar_from_json_schema('{"type": "object"}')
      ["", "hi", f"hi{CALL}", f"<think>hm</think>{CALL}", "<think>hm</think>\n\nhi", "<think>hm</think>\n\n"]),
     ({"choice": "required", "tools": TOOLS[:1], "parallel": False}, [CALL], [OLD, f"{CALL}\n{CALL}"]),
     ({"choice": "none", "answer": OBJECT}, ["{}", "<think>hm</think>\n\n{}"], ["", "hi", CALL, "<think>hm</think>\n\nhi"]),
-    ({"answer": OBJECT}, ["{}", CALL, f"<think>hm</think>\n\n{CALL}\n{OLD}", '<think>hm</think>\n\n{"a": 1}'], ["hi", f"{{}}{CALL}"]),
+    ({"answer": OBJECT}, ["{}", CALL, f"<think>hm</think>\n\n{CALL}\n{OLD}", '<think>hm</think>\n\n{"a": 1}'],
+     ["hi", f"{{}}{CALL}"]),
     ({"answer": 'start: A "!"\nA: /[a-c]+/'}, ["abc!", CALL], ["abc", "abd!"]),
     ({"answer": LLMatcher.grammar_from_regex("(?s:.*)")}, ["any", CALL, "<think>hm</think>\n\nx"], [CALL[:-1]]),
     ({"thinking_budget": 0, "choice": "none"}, ["hi", "<think></think>hi"], ["<think>hm</think>hi"]),
@@ -397,20 +404,30 @@ def argument(key: str, value: str) -> str:
     return f"<parameter={key}>\n{value}\n</parameter>\n"
 
 
-TREE = {"type": "object", "properties": {"name": {"type": "string"}, "children": {"type": "array", "items": {"$ref": "#"}}}, "required": ["name"], "additionalProperties": False}  # fmt: skip
+TREE = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "children": {"type": "array", "items": {"$ref": "#"}}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), [
-    (TREE, [{"name": "a"}, {"name": "a", "children": '[{"name": "b", "children": []}]'}], [{"children": "[]"}, {"name": "a", "children": '[{"children": []}]'}, {"name": "a", "x": "1"}]),
+    (TREE, [{"name": "a"}, {"name": "a", "children": '[{"name": "b", "children": []}]'}],
+     [{"children": "[]"}, {"name": "a", "children": '[{"children": []}]'}, {"name": "a", "x": "1"}]),
     ({"properties": {"n": {"type": "integer"}}}, [{}, {"n": "5"}], [{"n": "x"}, {"m": "5"}]),
-    ({"properties": {"n": {"type": "integer"}}, "additionalProperties": {"type": "boolean"}}, [{"nn": "true", "m": "false"}, {"n": "5", "x": "true"}], [{"nn": "5"}, {"n": "true"}]),
-    ({"properties": {"s": {"enum": ["a", 1, None]}}, "required": ["s"]}, [{"s": "a"}, {"s": "1"}, {"s": "null"}], [{}, {"s": '"a"'}, {"s": "ab"}]),
+    ({"properties": {"n": {"type": "integer"}}, "additionalProperties": {"type": "boolean"}},
+     [{"nn": "true", "m": "false"}, {"n": "5", "x": "true"}], [{"nn": "5"}, {"n": "true"}]),
+    ({"properties": {"s": {"enum": ["a", 1, None]}}, "required": ["s"]},
+     [{"s": "a"}, {"s": "1"}, {"s": "null"}], [{}, {"s": '"a"'}, {"s": "ab"}]),
     ({"properties": {"s": {"type": ["string", "null"]}}}, [{"s": "a\n</b>"}, {"s": "null"}, {"s": ""}], []),
     ({"properties": {"s": {"anyOf": [{"const": "x"}, {"type": "integer"}]}}}, [{"s": "x"}, {"s": "12"}], [{"s": "y"}]),
-    ({"properties": {"s": {"type": "string", "minLength": 2, "maxLength": 3}}}, [{"s": "ab"}, {"s": "\u00e9b\n"}], [{"s": "a"}, {"s": "abcd"}]),
+    ({"properties": {"s": {"type": "string", "minLength": 2, "maxLength": 3}}},
+     [{"s": "ab"}, {"s": "\u00e9b\n"}], [{"s": "a"}, {"s": "abcd"}]),
     ({"properties": {"s": {"type": "string", "pattern": "^[a-z]+/(x|y)$"}}}, [{"s": "ab/x"}], [{"s": "ab/z"}, {"s": " ab/x"}]),
     ({"properties": {"s": {"type": "string", "pattern": "b+"}}}, [{"s": "abba"}], [{"s": "aa"}]),
-    ({"$ref": "#/$defs/p", "$defs": {"p": {"type": "object", "properties": {"o": {"$ref": "#/$defs/q"}}}, "q": {"type": "number"}}}, [{"o": "1.5"}], [{"o": "x"}]),
+    ({"$ref": "#/$defs/p", "$defs": {"p": {"properties": {"o": {"$ref": "#/$defs/q"}}}, "q": {"type": "number"}}},
+     [{"o": "1.5"}], [{"o": "x"}]),
     ({}, [{}, {"any": "thing"}], []),
     (None, [{}], [{"any": "thing"}]),
 ], ids=str)  # fmt: skip
@@ -422,7 +439,8 @@ def test_arguments_in_tags(schema: Any, good: list[dict[str, str]], bad: list[di
 
 
 @pytest.mark.parametrize(("strict", "good", "bad"), [
-    (True, ['name="x"', 'name="x", children=[{"name": "y"}]'], ["", "name='x'", 'children=[]', 'name="x",children=[]', 'name="x", y=1']),
+    (True, ['name="x"', 'name="x", children=[{"name": "y"}]'],
+     ["", "name='x'", 'children=[]', 'name="x",children=[]', 'name="x", y=1']),
     (False, ["", "a='x', b=True, c={'k': [1.5, None]}", 'a="it\'s"', "name=1"], ["1", "a=x", "a=1,", "a='x"]),
 ])  # fmt: skip
 def test_arguments_of_python(strict: bool, good: list[str], bad: list[str]) -> None:
@@ -444,7 +462,8 @@ def nested(depth: int) -> Any:
 
 
 @pytest.mark.parametrize("schema", [
-    5, [], "x", False, {"properties": 5}, {"properties": {"a": 5}}, {"properties": {"a": {"type": "foo"}}}, {"required": [1]}, {"required": "a"},
+    5, [], "x", False, {"properties": 5}, {"properties": {"a": 5}}, {"properties": {"a": {"type": "foo"}}},
+    {"required": [1]}, {"required": "a"},
     {"$ref": "#/nowhere"}, {"properties": {"a": {"$ref": "#/nowhere"}}}, {"type": "string"}, {"additionalProperties": 5},
     {"properties": {"a": {"type": "string", "pattern": "(a"}}}, {"properties": {"a": {"type": "string", "minLength": "x"}}},
     {"properties": {"a": {"anyOf": [1]}}, "required": ["a"]}, {"properties": {"\ud800": {"type": "integer"}}},

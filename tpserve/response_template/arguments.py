@@ -57,16 +57,15 @@ def arguments(lark: Lark, tool: Tool, name: str, format: ToolFormat) -> str:
     schema = _of_object(tool) if tool.strict else {"type": "object"}
     if format.arguments == "json":
         return lark.json(schema)
-    tags = PYTHON if format.arguments == "python" else format.tags or TaggedArguments("", "", "")
     if not tool.strict:
-        return _Parameters(lark, name, tags, {}, format.arguments == "python").body()
+        return _Parameters(lark, name, format, {}).body()
     root = _resolved(schema, schema)
     if not _is_readable(root):
         return lark.json(schema)
     if unknown := [key for key in _UNKNOWN_AT_ROOT if key in root]:
         text = f"{unknown[0]!r} at the root of the parameters of {tool.name!r} cannot be enforced in this model's form of calls"
         raise UserError(f"{text}; leave it out, or set strict to false", param="tools", code="invalid_value")
-    return _Parameters(lark, name, tags, {**schema, **root}, format.arguments == "python").body()
+    return _Parameters(lark, name, format, {**schema, **root}).body()
 
 
 def _of_object(tool: Tool) -> Any:
@@ -85,10 +84,14 @@ def _of_object(tool: Tool) -> Any:
 class _Parameters:
     """The rules of named arguments: each parameter of the schema in its order, then additional ones."""
 
-    def __init__(self, lark: Lark, name: str, tags: TaggedArguments, root: Mapping[str, Any], python: bool) -> None:
-        self._lark, self._name, self._tags, self._root, self._python = lark, name, tags, root, python
+    def __init__(self, lark: Lark, name: str, format: ToolFormat, root: Mapping[str, Any]) -> None:
+        self._lark, self._name, self._root, self._python = lark, name, root, format.arguments == "python"
+        self._tags = tags = PYTHON if self._python else format.tags or TaggedArguments("", "", "")
         self._between = str(lark.literal(tags.between))
         self._begin, self._end = str(lark.literal(tags.begin)), lark.literal(tags.end)
+        atoms = lark.literal(format.call_end.strip()).atoms
+        self._call_end = format.call_end.strip() if all(atom.startswith('"') for atom in atoms) else ""
+        """What would end a call in the midst of a text argument; empty when a special token is part of it."""
 
     def body(self) -> str:
         """Required parameters are present, optional ones may be."""
@@ -99,7 +102,7 @@ class _Parameters:
         return self._sequence(items, self._extra(named, additional) if additional is not False else "")
 
     def _sequence(self, items: list[tuple[str, bool]], extra: str) -> str:
-        """Items in order with separators: rule `more_N` continues with item N behind another one, `first_N` begins with it or a later one."""
+        """Items in order with separators: rule `more_N` continues with item N, `first_N` begins with it or a later one."""
         name, between = self._name, self._between
         last = len(items)
         self._lark.rule(f"{name}_more_{last}", f"({between} {extra})*" if extra else "")
@@ -170,7 +173,9 @@ class _Parameters:
             return self._lark.until(f"{name}_text", self._end, self._lark.rule(f"{name}_TEXT".upper(), f"{limits} & {apart}"))
         if not (core := end.strip()):
             return self._lark.until("text", self._end)
-        return f"{self._lark.until('text', self._lark.literal(core))} {self._lark.literal(end[len(end.rstrip()) :])}"
+        value = self._lark.rule("VALUE", without(self._call_end)) if self._call_end else "TEXT?"
+        text = self._lark.until("text", self._lark.literal(core), value)
+        return f"{text} {self._lark.literal(end[len(end.rstrip()) :])}"
 
     def _python_value(self, schema: Any) -> str:
         if self._root or schema is not True:
@@ -284,11 +289,11 @@ def _limits(schema: Any) -> str:
 
 def _count(value: Any) -> str:
     """A bound of a schema as a number; what is none goes on as it is, to be refused."""
-    return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _anywhere(pattern: str) -> str:
-    """A JSON schema's pattern, which matches anywhere in a text, for llguidance, whose patterns match all of it and know no anchors."""
+    """A JSON schema's pattern, which matches anywhere in a text, for llguidance, whose patterns match all and know no anchors."""
     depth, skipped = 0, re.sub(r"\\.|\[(\\.|[^\]\\])*\]", "", pattern, flags=re.DOTALL)
     for character in skipped:
         depth += {"(": 1, ")": -1}.get(character, 0)

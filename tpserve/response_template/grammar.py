@@ -94,11 +94,12 @@ class _Answer:
         """Any text up to the end of reasoning, at most as many tokens as the budget has."""
         end, budget = self.lark.literal(end_text), self._rules.thinking_budget
         first, *rest = end.atoms
+        around = [*self._literal_of_begin().atoms, *end.atoms]
         if is_token(first):
-            any_token = self.lark.any_token(first)
+            any_token = self.lark.any_token(*around)
             return f"{any_token}* {end}" if budget is None else f"{any_token}{{0,{budget}}} {end}" if budget else str(end)
         if budget is None:
-            special = self.lark.others()
+            special = self.lark.others(*around)
             return (f"(TEXT? {special})* " if special else "") + self.lark.until("think_end", end)
         if budget <= 0:
             return str(end)

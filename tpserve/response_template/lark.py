@@ -137,8 +137,9 @@ def regex(pattern: str) -> str:
 
 
 def without(text: str) -> str:
-    """A terminal's body: any text that does not contain `text`."""
-    return f"/(?s:.*)/ & ~/(?s:.*){regex(re_escape(text))[1:-1]}(?s:.*)/"
+    """A terminal's body: any text that does not contain `text`, whatever blanks that has."""
+    pattern = "[ \\t\\r\\n]*".join(re_escape(part) for part in text.split() or [text])
+    return f"/(?s:.*)/ & ~{regex(f'(?s:.*){pattern}(?s:.*)')}"
 
 
 def re_escape(text: str) -> str:
