@@ -20,17 +20,9 @@ MAX_HOPS = 64
 _LOCAL = re.compile(r'"\$ref":"#(?!/\$defs/|/definitions/)')
 _ROOT = "tpserve-root"
 _UNKNOWN_AT_ROOT = (
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "not",
-    "if",
-    "patternProperties",
-    "propertyNames",
-    "minProperties",
-    "maxProperties",
+    *("anyOf", "oneOf", "allOf", "not", "if", "patternProperties", "propertyNames", "minProperties", "maxProperties"),
+    *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties"),
 )
-_UNKNOWN_AT_ROOT += ("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties")
 _NOT_STRINGS = {"properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems", "minItems"}
 _NOT_STRINGS |= {"maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _PYTHON_VALUE = {

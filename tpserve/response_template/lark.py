@@ -87,7 +87,7 @@ class Lark:
 
     def literal(self, text: str) -> Literal:
         """The atoms of a literal: texts in quotes, special tokens by id,"""
-        atoms = []
+        atoms: list[str] = []
         for part in self._tokens.pattern.split(text):
             if (id := self._tokens.ids.get(part)) is not None:
                 if id in self._tokens.ends:
