@@ -1,6 +1,7 @@
 # `make` alone prints what there is. All of it makes .venv first, with launch/make_venv.sh.
 
 ARGS ?=
+SUITE ?=
 PYTHON ?=
 TORCH ?=
 MATRIX ?=
@@ -9,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(or $(PYTHON),python3))
 
-.PHONY: help serve check test test-clients format native kernels sanitize gpu-check matrix model chaos lab lab-sixteen clean
+.PHONY: help serve check test test-clients format native kernels sanitize gpu-check matrix model chaos schemas fuzz-structured lab lab-sixteen clean
 
 help:
 	@echo "make serve        serve the built-in model on all GPUs, or on two CPU ranks; ARGS=\"--port 9000\" adds flags"
@@ -22,7 +23,7 @@ help:
 	@echo "make gpu-check    the tests that need a GPU"
 	@echo "make matrix       the bare and the parity tests on other versions of Python and torch: MATRIX=\"3.12=2.14.1 3.13=2.14.1\""
 	@echo "make clean        remove .venv and what was built"
-	@echo "make model, chaos, lab, lab-sixteen: see CONTRIBUTING.md"
+	@echo "make model, chaos, schemas, fuzz-structured, lab, lab-sixteen: see CONTRIBUTING.md"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv, TORCH=torch==2.12.0 the torch that is installed."
 
@@ -73,6 +74,15 @@ model: $(VENV)/test.stamp
 # Killing ranks and agents at random for a long time.
 chaos: $(VENV)/test.stamp
 	$(PY) -m pytest tests/crash -m long
+
+# A directory of JSON schemas with valid and invalid instances: no invalid one is in the language of a grammar (docs/structured-output.md).
+schemas: $(VENV)/test.stamp
+	@test -n "$(SUITE)" || { echo "SUITE=DIR names the directory, such as tests/draft2020-12 of JSON-Schema-Test-Suite"; exit 2; }
+	@$(PY) -m tests.schemas $(SUITE) $(ARGS)
+
+# Random requests with structured output at four layouts, alone and in a crowd: COUNT of them (1000) from SEED (0). Half an hour on two cores.
+fuzz-structured: $(VENV)/test.stamp
+	$(PY) -m pytest tests/cluster/test_structured_fuzz.py -m long -s
 
 # Every layout and every failure across the hosts of a lab (docs/clusters.md). Needs root; skipped, with the reason, elsewhere.
 lab: $(VENV)/test.stamp

@@ -101,6 +101,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "types-regex",
+            "jsonschema>=4.20",  # whether an answer of structured output is valid
             "kubernetes-validate>=1.36",  # the schemas of Kubernetes' resources, for launch/kubernetes
         ],
     },

@@ -19,9 +19,10 @@ from tpserve.config.schema import Flag
 from tpserve.errors import UserError
 from tpserve.hub.locate import locate_tokenizer
 from tpserve.response_template.call_reader import CallArguments, CallBegin
-from tpserve.response_template.detect import Answers, Feature, detect
+from tpserve.response_template.detect import Answers, detect
 from tpserve.response_template.parser import Content, Reasoning, ResponseParser
 from tpserve.response_template.template import ResponseTemplate
+from tpserve.response_template.trials import Feature
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.text.tokenizer_config import CONFIG, read_json

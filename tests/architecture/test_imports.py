@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {*FLOOR_0, "config"},
     # floor 2
     "structured_output": {*FLOOR_0, "text"},
-    "response_template": {*FLOOR_0, "text"},
+    "response_template": {*FLOOR_0, "structured_output", "text"},
     "parallel": {*FLOOR_0, "config", "host", "kernels", "observe"},
     "quant": {*FLOOR_0, "kernels"},
     "coordinator": {*FLOOR_0, "observe", "process", "wire"},

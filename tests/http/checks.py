@@ -190,7 +190,10 @@ def wrong_messages() -> list[tuple[Any, str]]:
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user", "content": [image]}], "messages[0].content[0]"),
-        ([{"role": "tool", "content": "x"}], "messages[0]"),
+        ([{"role": "function", "content": "x"}], "messages[0]"),
+        ([{"role": "tool"}], "messages[0].content"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
+        ([{"role": "critic", "content": "x"}], "messages"),
     ]
 
 

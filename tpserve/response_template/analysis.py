@@ -19,6 +19,7 @@ from tpserve.response_template.probe import (
     RESULT,
     Probe,
     after,
+    answer_in,
     common_prefix,
     common_suffix,
     user,
@@ -31,6 +32,8 @@ SWITCHES = ("enable_thinking", "thinking")
 """The names of the variables that turn reasoning on and off."""
 MARK = re.compile(r"<(?!/)[^<>\s]*(?:think|reason|THINK)[^<>\s]*>|\[THINK\]")
 """Matches the opening tag of reasoning, as it is called in most templates."""
+ANY_MARK = re.compile(MARK.pattern.replace("<(?!/)", "<").replace(r"\[THINK", r"\[/?THINK"))
+"""Matches the closing tag as well."""
 TAG = re.compile(r"\s*(?:<[^<>\s]+>|\[/?[A-Z_]+\])\s*")
 ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>"),
@@ -67,17 +70,22 @@ class Analysis(Struct, frozen=True):
     header: str = ""
     turn_end: str = ""
 
+    def answer_of(self, turn: str) -> str | None:
+        """The answer in a turn, with what ends it; None when it is not there."""
+        return answer_in(turn, self.header, self.anchors[0] if self.anchors else "")
+
 
 def analyse(template: ChatTemplate, ends: Sequence[str] = ()) -> Analysis:
     """Measure a template. `ends`: further tokens that end a turn, as the model's EOS."""
     probe, ends = Probe(template), (*ends, *ENDS)
     plain = probe.turn({"content": CONTENT})
     header = header_of(probe, plain)
-    calls = measure_calls(probe, header, ends) if CONTENT in plain else None
+    anchor = anchor_of(probe, header)
+    calls = measure_calls(probe, (header, anchor), ends) if CONTENT in plain else None
     form = calls.form if calls else CallForm()
     reasoning, field = reasoning_of(probe, header, calls)
     begin = without_reasoning(plain[len(header) : plain.find(CONTENT)], reasoning) if plain.startswith(header) else ""
-    if not begin.strip() or MARK.search(begin) or (reasoning is not None and reasoning.begin.strip() in begin):
+    if not re.search(r"[<\[|>\]]", begin) or MARK.search(begin) or (reasoning is not None and reasoning.begin.strip() in begin):
         begin = ""
     if reasoning is not None and begin and reasoning.end.endswith(begin) and begin != reasoning.end:
         reasoning = ReasoningFormat(reasoning.begin, reasoning.end[: -len(begin)])
@@ -128,15 +136,20 @@ def header_of(probe: Probe, plain: str) -> str:
         header = header[: mark.start()]
     header = base + header
     lead = plain[: max(0, plain.find(CONTENT))]
-    if not MARK.search(lead) and len(lead) > len(header):  # a prompt may say more than a past turn does
+    if not ANY_MARK.search(lead) and len(lead) > len(header):  # a prompt may say more than a past turn does
         same = common_suffix(probe.opening(), lead)
         header = lead if same.strip() and same.endswith(lead[len(header) :]) else header
     return header
 
 
+def anchor_of(probe: Probe, header: str) -> str:
+    """The part of a header that opens the assistant's turn; all of it when the user's turn ends with it."""
+    return header[len(common_prefix(probe.opening(prompt=False), header)) :] or header
+
+
 def anchors_of(probe: Probe, header: str, form: CallForm, reasoning: ReasoningFormat | None) -> tuple[str, ...]:
     """The texts that stand before an answer: after a user's message, and after a tool's when that differs."""
-    anchor = header[len(common_prefix(probe.opening(prompt=False), header)) :] or header
+    anchor = anchor_of(probe, header)
     if not anchor.strip():
         return ()
     rests = []
@@ -156,9 +169,10 @@ def anchors_of(probe: Probe, header: str, form: CallForm, reasoning: ReasoningFo
     return (*anchors, *(each + reasoning.end.strip() for each in anchors if ends))
 
 
-def result(form: CallForm, index: int = 0, **further: str) -> dict[str, Any]:
+def result(form: CallForm, index: int = 0, name: str = "") -> dict[str, Any]:
     """A tool's message for one of the probe's calls."""
-    return {"role": "tool", "tool_call_id": form.id_of(NAMES[0], index), "content": RESULT, **further}
+    named = {"name": name} if name else {}
+    return {"role": "tool", "tool_call_id": form.id_of(NAMES[0], index), "content": RESULT, **named}
 
 
 def reasoning_of(probe: Probe, header: str, calls: MeasuredCalls | None) -> tuple[ReasoningFormat | None, str]:
@@ -171,11 +185,12 @@ def reasoning_of(probe: Probe, header: str, calls: MeasuredCalls | None) -> tupl
                 begin, close = text[len(header) : at], text[at + len(REASONING) : end]
                 if begin.strip() and close.strip():
                     return ReasoningFormat(begin, close), field
+    call = calls.form.message([ONE_CALL]) if calls is not None else {}
     for field in REASONING_FIELDS if calls is not None else ():  # some templates show it before calls only
-        text = probe.turn({**calls.form.message([ONE_CALL]), field: REASONING})
-        begin, close = text[len(header) : max(0, text.find(REASONING))], TAG.match(after(text, REASONING))
-        if text.startswith(header) and begin.strip() and close is not None:
-            return ReasoningFormat(begin, close[0]), field
+        text = probe.turn({**call, field: REASONING})
+        begin, tag = text[len(header) : max(0, text.find(REASONING))], TAG.match(after(text, REASONING))
+        if text.startswith(header) and begin.strip() and tag is not None:
+            return ReasoningFormat(begin, tag[0]), field
     return prompted_reasoning(probe, header), ""
 
 
@@ -184,12 +199,12 @@ def prompted_reasoning(probe: Probe, header: str) -> ReasoningFormat | None:
     prompts = [probe.opening(), *(probe.opening(variables={name: on}) for name in SWITCHES for on in (True, False))]
     opened = [text[len(header) :] for text in prompts if text.startswith(header)]
     for text in opened:
-        if match := re.fullmatch(r"\s*([<\[][^<>\s]+[>\]])(\s*)([<\[]/?[^<>\s]+[>\]])(\s*)", text):
+        if match := re.fullmatch(rf"\s*({MARK.pattern})(\s*)([<\[][^<>\s]+[>\]])(\s*)", text):
             lines = match[2][: (len(match[2]) + 1) // 2]
             return ReasoningFormat(match[1] + lines, match[2][len(lines) :] + match[3] + match[4])
     for text in opened:
-        if match := re.fullmatch(r"\s*([<\[])([^<>\s/]+)([>\]])(\s*)", text):
-            return ReasoningFormat(match[0].lstrip(), f"{match[4]}{match[1]}/{match[2]}{match[3]}{match[4] * 2}")
+        if match := re.fullmatch(rf"\s*({MARK.pattern})(\s*)", text):
+            return ReasoningFormat(match[1] + match[2], f"{match[2]}{match[1][0]}/{match[1][1:]}{match[2] * 2}")
     return None
 
 
@@ -246,7 +261,7 @@ def switches(probe: Probe, name: str) -> bool:
 def names_results(probe: Probe, form: CallForm) -> bool:
     """Whether a tool's message shows the name of its function, or is refused without it."""
     call = form.message([ONE_CALL])
-    without, named = (probe.render([user(), call, result(form, **more)]) for more in ({}, {"name": NAMES[0]}))
+    without, named = (probe.render([user(), call, result(form, name=name)]) for name in ("", NAMES[0]))
     return named is not None and named != without
 
 

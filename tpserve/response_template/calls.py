@@ -15,6 +15,7 @@ from tpserve.response_template.probe import (
     VALUES,
     Probe,
     after,
+    answer_in,
     common_prefix,
     common_suffix,
     without_prefix,
@@ -99,7 +100,7 @@ def place(text: str, name: str, value: str, start: int = 0) -> Place | None:
         if found is not None and found[0] == {KEYS[0]: value} and not text[name_end:brace].rstrip().endswith("{"):
             closing, end = closed(text, start, at, found[1])
             return Place("json", at, name_end, brace, found[1], end, closing)
-    if match := re.compile(rf"\(\s*({KEYS[0]}\s*=\s*(['\"]){value}\2)").match(text, name_end):
+    if match := re.compile(rf"\(\s*({KEYS[0]}\s*=\s*(['\"]?){value}\2)").match(text, name_end):
         return Place("python", at, name_end, match.start(1), match.end(), match.end())
     end = text.find(value, key) + len(value)
     if re.search(r"['\"]\s*:\s*\\?['\"]$", text[key + len(KEYS[0]) : end - len(value)]):  # an object that is no JSON
@@ -143,16 +144,16 @@ class MeasuredCalls(Struct, frozen=True):
     tools: ToolFormat
 
 
-def measure_calls(probe: Probe, header: str, ends: Sequence[str]) -> MeasuredCalls | None:
+def measure_calls(probe: Probe, header: tuple[str, str], ends: Sequence[str]) -> MeasuredCalls | None:
     """The calls of a template; None when it shows none, or none that can be written.
 
-    `header`: the text before an answer. `ends`: tokens that end a turn.
+    `header`: the text between a user's words and an answer, and the part that opens the turn. `ends`: tokens that end a turn.
     """
     fallback = None
     rest = after(probe.turn({"content": CONTENT}), CONTENT)
     for form in FORMS:
-        text = probe.turn(form.message([ONE_CALL]))
-        if not text.startswith(header) or (found := place(text, NAMES[0], VALUES[0], len(header))) is None:
+        text = answer_in(probe.turn(form.message([ONE_CALL])), *header)
+        if text is None or (found := place(text, NAMES[0], VALUES[0])) is None:
             continue
         tools = Measure(probe, form, header, ends, rest).tools(text, found)
         if tools is None or any(word in literal for word in WORDS for literal in literals(tools)):
@@ -180,12 +181,12 @@ def masked(text: str, form: CallForm) -> str:
 class Measure:
     """Takes the parts of the calls from renderings that differ in one thing."""
 
-    def __init__(self, probe: Probe, form: CallForm, header: str, ends: Sequence[str], content_rest: str) -> None:
+    def __init__(self, probe: Probe, form: CallForm, header: tuple[str, str], ends: Sequence[str], content_rest: str) -> None:
         self._probe, self._form, self._header, self._ends, self._content_rest = probe, form, header, ends, content_rest
 
     def _turn(self, *calls: tuple[str, Mapping[str, Any]]) -> str:
-        text = self._probe.turn(self._form.message(calls))
-        return masked(text[len(self._header) :], self._form) if text.startswith(self._header) else ""
+        text = answer_in(self._probe.turn(self._form.message(calls)), *self._header)
+        return masked(text or "", self._form)
 
     def tools(self, text: str, found: Place) -> ToolFormat | None:
         """The format of the calls in `text`, which has one of them at `found`."""
@@ -215,15 +216,19 @@ class Measure:
         call_begin = common_suffix(two[: first.name], between)
         between = without_suffix(between, call_begin)[len(last) :]
         call_end = common_prefix(between, rest[len(last) :])
+        between, end = without_prefix(between, call_end), without_prefix(rest[len(last) :], call_end)
+        begin = without_suffix(two[: first.name], call_begin)
+        bare = f"{begin}{between}{end}{call_begin}".startswith("{") and set(call_end) <= set("} \n")
         return ToolFormat(
             call_begin=call_begin,
             name_end=name_end,
             call_end=call_end,
-            begin=without_suffix(two[: first.name], call_begin),
-            between=without_prefix(between, call_end),
-            end=without_prefix(rest[len(last) :], call_end),
+            begin=begin,
+            between=between,
+            end=end,
             arguments=found.kind,
             tags=tags,
+            several=not bare,  # nothing says where an object ends and the next begins
         )
 
     def _single(self, one: str, call: Place, name_end: str, rest: str, tags: TaggedArguments | None) -> ToolFormat | None:

@@ -4,8 +4,10 @@ In this order: a parser that is named, `response_template` of tokenizer_config.j
 that the chat template or the special tokens point to. A feature that does not come back as it was is off, with the reason.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import Struct, structs
 
@@ -17,7 +19,6 @@ from tpserve.response_template.template import ROLES, ResponseTemplate
 from tpserve.response_template.trials import Trials
 from tpserve.text.chat import ChatTemplate
 
-Feature = Literal["content", "reasoning", "call", "calls"]
 CONFIG = "tokenizer_config.json"
 ANALYSIS = "chat template"
 
@@ -26,14 +27,21 @@ class Answers(Struct, frozen=True):
     """How a model's answers are read and written.
 
     `spec`: the `response_template`. `format`: for grammars; None in it for what is off or cannot be written to the letter.
-    `source`: where each feature that is on comes from. `off`: why each of the others is off.
+    `source`: where each feature that is on comes from: content, reasoning, call (one in an answer) and calls (several).
+    `off`: why each of the others is off.
     """
 
     spec: Mapping[str, Any]
     format: AnswerFormat
     messages: MessageForm
-    source: Mapping[Feature, str]
-    off: Mapping[Feature, str]
+    source: Mapping[str, str]
+    off: Mapping[str, str]
+
+    @property
+    def delimiters(self) -> str:
+        """All texts around fields and in patterns, as they are written: special tokens may be looked for in it."""
+        texts = json.dumps([self.spec, structs.asdict(self.format)], ensure_ascii=False, default=structs.asdict)
+        return re.sub(r"\\+([^\w\s])", r"\1", texts)
 
 
 class Choice(Struct, frozen=True):
@@ -80,12 +88,14 @@ class Detection:
         self._format = AnswerFormat(content_begin=found.content_begin, content_end=found.content_end)
         self._fields: dict[str, Mapping[str, Any]] = {}
         self._always_reasons = False
-        self._source: dict[Feature, str] = {}
-        self._off: dict[Feature, str] = {}
-        leading = next((each for each in (tools, reasoning, *self._marked) if each is not None and each.leads), None)
+        self._source: dict[str, str] = {}
+        self._off: dict[str, str] = {}
+        self._content_source = CONFIG if self._given is not None else ANALYSIS if self._has_template else "plain text"
+        leading = next((each for each in (tools, reasoning, *self._marked) if each is not None and each.content[0]), None)
         if leading is not None and self._given is None:
             self._format = structs.replace(self._format, content_begin=leading.content[0], content_end=leading.content[1])
             self._fields["content"] = leading.fields["content"]
+            self._content_source = f"family {leading.name}"
 
     def find_reasoning(self, flag: str) -> None:
         """Choose how reasoning is written."""
@@ -96,12 +106,14 @@ class Detection:
             format = structs.replace(self._format, reasoning=choice.reasoning)
             fields = self._fields | ({"thinking": choice.field} if choice.field is not None else {})
             field = "" if choice.is_forced else self._analysis.messages.reasoning
+            self._trials.assumed = choice.reasoning if choice.always_reasons else None
             failure = self._trials.reasoning(self._spec(format, fields, choice.always_reasons), format, field)
             if not failure:
                 self._format, self._fields, self._always_reasons = format, fields, choice.always_reasons
                 self._source["reasoning"] = choice.source
                 return
             reasons.append(f"by {choice.source}, {failure}")
+        self._trials.assumed = None
         self._off["reasoning"] = reasons[0] if reasons else self._nothing("reasoning")
 
     def find_content(self) -> None:
@@ -113,7 +125,7 @@ class Detection:
         if failure:
             self._off["content"] = failure
         else:
-            self._source["content"] = CONFIG if self._given is not None else ANALYSIS if self._has_template else "plain text"
+            self._source["content"] = self._content_source
 
     def find_calls(self, flag: str) -> None:
         """Choose how calls are written, and whether there may be several."""
@@ -128,15 +140,19 @@ class Detection:
             if choice.source != CONFIG and choice.tools is None and not self._trials.renders_calls:
                 reasons.append(f"{choice.source} has no format, and the chat template shows no call to try")
                 continue
+            if unwritten := self._trials.writes(spec, format):  # perhaps because nothing marks a call after content
+                format = structs.replace(format, tools_after_content=None)
+                unwritten = self._trials.writes(spec, format)
             if failure := self._trials.calls(spec, format, 1, rendered=rendered):
                 reasons.append(f"by {choice.source}, {failure}")
                 continue
-            unwritten = self._trials.writes(spec, format)
             if unwritten and (choice.is_forced or not self._trials.renders_calls) and choice.tools is not None:
                 reasons.append(f"by {choice.source}, {unwritten}")
                 continue
             self._fields, self._source["call"] = fields, choice.source
-            self._format = structs.replace(format, tools=None) if unwritten else format
+            if unwritten:  # it is read, not written
+                self._fields, format = fields | {"tool_calls": spec["fields"]["tool_calls"]}, structs.replace(format, tools=None)
+            self._format = format
             self._find_several(choice, spec, rendered)
             return
         self._off["call"] = self._off["calls"] = reasons[0] if reasons else self._nothing("tool calls")

@@ -92,6 +92,15 @@ GEMMA_CALL = {
     "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
     "transform": HARMONY_CALL,
 }
+MUSE_CALL = {
+    "open_pattern": r"(?:<\|eom\|>)?(?:<\|start\|>assistant)?\s*(?:to=[\w.:/-]+\s*<\|message\|>)?\s*(?:<atem:function_calls>)?\s*"
+    r"<atem:invoke name=\"(?P<name>[^\"]+)\">",
+    "close_pattern": r"\s*</atem:invoke>(?:\s*</atem:function_calls>)?(?:\s*<\|eom\|>)?\s*",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {"tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]+)\"[^<>]*>(?P<value>.*?)</atem:parameter>"},
+    "transform": HARMONY_CALL,
+}
 GRANITE_THINKING = {
     "open_pattern": r"Here(?: is|'s) my thought process:",
     "close_pattern": r"Here(?: is|'s) my response:",
@@ -117,6 +126,14 @@ FAMILIES = (
         ReasoningFormat("<|channel>thought\n", "\n<channel|>"),
         fields={"tool_calls": GEMMA_CALL},
     ),
+    Family(
+        "apriel",
+        ("[BEGIN FINAL RESPONSE]",),
+        None,
+        ReasoningFormat("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
+        leads=True,
+    ),
+    Family("muse_glimmer", ("<atem:function_calls>",), fields={"tool_calls": MUSE_CALL}),
     Family("deepseek_v32", ("｜DSML｜", "function_calls"), dsml("function_calls"), ReasoningFormat("<think>", "</think>")),
     Family("deepseek_v4", ("｜DSML｜", "tool_calls"), dsml("tool_calls"), ReasoningFormat("<think>", "</think>")),
     Family(
@@ -172,12 +189,15 @@ FAMILIES = (
         ),
         THINK,
     ),
+    Family("minimax_m3", ("]<]minimax[>[",), None, ReasoningFormat("<mm:think>", "</mm:think>")),
+    Family("granite-20b-fc", ("<function_call>",), json_calls("<function_call> ", "", between="")),
     Family(
         "seed_oss",
         ("<seed:tool_call>",),
         xml_calls("<seed:tool_call>", "</seed:tool_call>"),
         THINK,
     ),
+    Family("qwen3_coder", ("<tool_call>", "<function=", "<parameter="), xml_calls("<tool_call>", "</tool_call>"), THINK),
     Family(
         "mistral",
         ("[TOOL_CALLS]", "[ARGS]"),
@@ -214,7 +234,6 @@ FAMILIES = (
     Family("cohere", ("<|START_THINKING|>",), None, ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>")),
     Family("think", ("<think>",), None, THINK),
     Family("deepseek_r1", (), None, THINK, always_reasons=True),
-    Family("minimax_m3", ("<mm:think>",), None, ReasoningFormat("<mm:think>", "</mm:think>")),
 )
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 
@@ -232,7 +251,6 @@ TOOL_PARSERS: Mapping[str, str] = {
     **dict.fromkeys(("openai", "gpt-oss"), "gpt_oss"),
     "phi4_mini_json": "functools",
     "minimax-m2": "minimax_m2",
-    "granite-20b-fc": TEMPLATE,
     **dict.fromkeys(("auto", "hf", "gigachat3", "cohere_command3", "cohere_command4", "hunyuan_a13b"), TEMPLATE),
     **dict.fromkeys(("hy_v3", "minicpm5", "plamo3", "template"), TEMPLATE),
 }

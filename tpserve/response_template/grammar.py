@@ -133,7 +133,9 @@ class _Answer:
         before = self.lark.rule("before", f"(TEXT? {special})*" if special else "")
         instead = f" | {calls.all()}" if calls is not None and (begin.atoms or end.atoms) else ""
         if end.atoms:
-            after = f"({self.lark.literal(format.tools_after_content or '')} {calls.all()})?" if calls is not None else ""
+            after = ""
+            if calls is not None and format.tools_after_content is not None:
+                after = f"({self.lark.literal(format.tools_after_content)} {calls.all()})?"
             return f"{begin} {before} {self.lark.until('content_end', end)} {after}{instead}"
         texts = [f"{before} TEXT?"]
         for at, (opening, rest) in enumerate(openings):

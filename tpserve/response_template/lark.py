@@ -15,10 +15,9 @@ from msgspec import Struct
 
 from tpserve.errors import UserError
 from tpserve.response_template.format import ID, INDEX
+from tpserve.structured_output.json_schema import WHITESPACE
 from tpserve.text.tokenizer import Tokenizer
 
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-"""Between the parts of JSON. Bounded: a model at a loss may write blanks for ever, and every one of them is valid."""
 _TERMINALS = {
     "TEXT": "/(?s:.+)/",
     "BLANKS": r"/[ \t\r\n]+/",

@@ -62,6 +62,14 @@ class Probe:
         return after(self.render([user()], prompt=prompt, variables=variables), USER)
 
 
+def answer_in(turn: str, header: str, anchor: str) -> str | None:
+    """The answer in the text after the user's words: behind `header`, or at least behind `anchor`. None when it has neither."""
+    if turn.startswith(header):
+        return turn[len(header) :]
+    at = turn.find(anchor) if anchor.strip() else -1
+    return turn[at + len(anchor) :] if at >= 0 else None
+
+
 def user() -> dict[str, Any]:
     """The user's message."""
     return {"role": "user", "content": USER}

@@ -8,9 +8,9 @@ from msgspec import Struct
 
 from tpserve.response_template.analysis import ENDS, Analysis, result, without_reasoning
 from tpserve.response_template.call_reader import CallArguments, CallBegin
-from tpserve.response_template.format import AnswerFormat, Call, written
+from tpserve.response_template.format import AnswerFormat, Call, ReasoningFormat, written
 from tpserve.response_template.parser import Content, Reasoning, ResponseParser
-from tpserve.response_template.probe import NAMES, USER, Probe, user
+from tpserve.response_template.probe import NAMES, USER, Probe, after, user
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.chat import ChatTemplate
 
@@ -27,15 +27,16 @@ CALLS: tuple[Call, ...] = ((NAMES[0], ARGUMENTS), (NAMES[1], {"text": "Paris"}))
 SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "properties": {
-        "text": {"type": "string"},
-        "count": {"type": "integer"},
-        "ratio": {"type": "number"},
-        "yes": {"type": "boolean"},
-        "nested": {"type": "object", "additionalProperties": True},
+        "text": {"type": "string", "description": "Yutbim"},
+        "count": {"type": "integer", "description": "Yutbim"},
+        "ratio": {"type": "number", "description": "Yutbim"},
+        "yes": {"type": "boolean", "description": "Yutbim"},
+        "nested": {"type": "object", "description": "Yutbim", "additionalProperties": True},
     },
 }
 PLAIN_CALLS: tuple[Call, ...] = ((NAMES[0], {"text": "Oslo", "count": -7}), CALLS[1])
-"""For templates that render values otherwise than models write them."""
+BARE_CALLS: tuple[Call, ...] = tuple((name, {}) for name in NAMES)
+"""These two are for templates that render values otherwise than models write them: nested ones, or as Python all."""
 TOOLS = [{"type": "function", "function": {"name": name, "description": "Zenqub", "parameters": SCHEMA}} for name in NAMES]
 
 
@@ -65,10 +66,14 @@ def short(value: Any) -> str:
 
 
 class Trials:
-    """The trials of a chat template. `ends`: tokens that end an answer."""
+    """The trials of a chat template. `ends`: tokens that end an answer.
+
+    Attribute `assumed`: reasoning that every answer begins with, whether or not something opens it.
+    """
 
     def __init__(self, template: ChatTemplate, analysis: Analysis, ends: Sequence[str]) -> None:
         self._probe, self._analysis, self._ends = Probe(template), analysis, ends
+        self.assumed: ReasoningFormat | None = None
         self.shows_tools = self._prompt() != self._probe.render([user()], prompt=True, tools=())
         self.renders_calls = self._rendered(self._analysis.messages.calls.message(CALLS[:1]), NAMES[0]) is not None
 
@@ -76,8 +81,10 @@ class Trials:
         """Why content does not come back; empty when it does."""
         template = ResponseTemplate.load(spec)
         rendered = self._rendered({"role": "assistant", "content": SAID}, SAID.split()[0])
-        texts = [rendered] if rendered is not None else []
-        return self._first_difference(template, Answer(content=SAID), texts, format)
+        answer = parsed(template, *rendered) if rendered is not None else Answer(content=SAID)
+        if SAID not in answer.content:  # a template may write a label before it
+            return f"as the chat template renders it, {Answer(content=SAID).difference(answer)}"
+        return self._first_difference(template, Answer(content=SAID), (), format)
 
     def reasoning(self, spec: Mapping[str, Any], format: AnswerFormat, field: str) -> str:
         """Why reasoning does not come back; empty when it does. `field`: of the messages that the template shows it of."""
@@ -89,9 +96,10 @@ class Trials:
     def calls(self, spec: Mapping[str, Any], format: AnswerFormat, count: int, *, rendered: bool) -> str:
         """Why `count` calls do not come back; empty when they do. `rendered`: try those that the template renders, too."""
         template, difference = ResponseTemplate.load(spec), ""
-        for calls in (CALLS[:count], PLAIN_CALLS[:count]) if rendered else ():
-            shown = self._rendered(self._analysis.messages.calls.message(calls), calls[-1][0])
-            failure = Answer(calls=list(calls)).difference(parsed(template, *shown)) if shown is not None else ""
+        bare = (BARE_CALLS,) if format.tools is not None and format.tools.arguments == "python" else ()
+        for calls in (CALLS, PLAIN_CALLS, *bare) if rendered else ():
+            shown = self._rendered(self._analysis.messages.calls.message(calls[:count]), calls[count - 1][0])
+            failure = Answer(calls=list(calls[:count])).difference(parsed(template, *shown)) if shown is not None else ""
             if not failure:
                 break
             difference = difference or f"as the chat template renders it, {failure}"
@@ -125,13 +133,10 @@ class Trials:
     def _rendered(self, message: Mapping[str, Any], word: str) -> tuple[str, str] | None:
         """A prompt and the answer that the template renders after it; None when the answer does not show `word`."""
         text = self._probe.render([user(), message], tools=TOOLS)
-        at = text.rfind(USER) if text is not None else -1
-        if text is None or at < 0:
+        answer = self._analysis.answer_of(after(text, USER))
+        if text is None or answer is None or word not in answer:
             return None
-        at += len(USER) + len(self._analysis.header)
-        answer = text[at:]
-        if word not in answer:
-            return None
+        prompt = text[: len(text) - len(answer)]
         answer = answer.removesuffix(self._analysis.turn_end)
         for end in self._ends:
             answer = answer.split(end, 1)[0]
@@ -140,7 +145,8 @@ class Trials:
         reasoning = self._analysis.format.reasoning
         if reasoning is not None and reasoning.end.strip() not in answer:
             answer = answer.removeprefix(reasoning.begin)
-        return text[:at], without_reasoning(answer, reasoning)
+        answer = without_reasoning(answer, reasoning)
+        return prompt, self.assumed.end + answer if self.assumed is not None else answer
 
     def _first_difference(
         self, template: ResponseTemplate, expected: Answer, texts: Sequence[tuple[str, str]], format: AnswerFormat
@@ -154,7 +160,7 @@ class Trials:
         for prompt in self._prompts():
             place, wanted = ResponseParser(template, prompt).place, expected
             text = written(format, expected.reasoning, expected.content, expected.calls)
-            if place == "reasoning" and format.reasoning is not None:
+            if (place == "reasoning" or (self.assumed and place == "start")) and format.reasoning is not None:
                 wanted = Answer(THOUGHT, expected.content, expected.calls)
                 text = written(format, THOUGHT, expected.content, expected.calls)[len(format.reasoning.begin) :]
             elif place == "content" or (template.fields.get("reasoning") is None and expected.reasoning):
@@ -167,12 +173,13 @@ class Trials:
     def _after_results(self, template: ResponseTemplate, format: AnswerFormat) -> str:
         """Why content after a tool's result does not come back alone."""
         form = self._analysis.messages.calls
-        name = {"name": NAMES[0]} if self._analysis.messages.tool_name else {}
-        prompt = self._probe.render([user(), form.message(CALLS[:1]), result(form, **name)], prompt=True, tools=TOOLS)
+        name = NAMES[0] if self._analysis.messages.tool_name else ""
+        prompt = self._probe.render([user(), form.message(CALLS[:1]), result(form, name=name)], prompt=True, tools=TOOLS)
         if prompt is None:
             return ""
         expected, text = Answer(content=SAID), written(format, "", SAID)
-        if ResponseParser(template, prompt).place == "reasoning" and format.reasoning is not None:
+        place = ResponseParser(template, prompt).place
+        if (place == "reasoning" or (self.assumed and place == "start")) and format.reasoning is not None:
             expected.reasoning, text = THOUGHT, written(format, THOUGHT, SAID)[len(format.reasoning.begin) :]
         difference = expected.difference(parsed(template, prompt, text))
         return f"after a tool's result, {difference}" if difference else ""

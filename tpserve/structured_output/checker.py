@@ -9,10 +9,15 @@ from functools import cached_property, partial
 from llguidance import LLTokenizer
 
 from tpserve.errors import UserError
-from tpserve.structured_output.compiler import MAX_GRAMMAR_BYTES, GrammarError, compile_grammar, vocabulary
+from tpserve.structured_output.compiler import MAX_GRAMMAR_BYTES, GrammarError, compile_grammar, error_of, vocabulary
 from tpserve.text.tokenizer import Tokenizer
 
 MAX_REMEMBERED = 1024
+ADVICE = {
+    "oneOf constraints are not supported": "an instance may be valid for two schemas of oneOf; tell them apart, or use anyOf",
+    "Unknown format": "leave it out; known are date, time, date-time, duration, email, hostname, ipv4, ipv6, uuid and uri",
+}
+"""The way out, by how llguidance's words begin."""
 
 
 class GrammarChecker:
@@ -43,14 +48,20 @@ class GrammarChecker:
 
     def _error_of(self, grammar: str) -> str:
         try:
-            compile_grammar(self._vocabulary, grammar)
+            matcher = compile_grammar(self._vocabulary, grammar)
         except GrammarError as error:
-            return str(error)
-        return ""
+            return _advised(str(error))
+        matcher.compute_bitmask()  # a grammar may compile and have no text, or be too complex from its first token on
+        return _advised(error_of(matcher)) if matcher.is_error() else ""
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
         return vocabulary(self._tokenizer, self._tokenizer.vocab_size, ())
+
+
+def _advised(error: str) -> str:
+    advice = next((text for begin, text in ADVICE.items() if error.startswith(begin)), "")
+    return f"{error}: {advice}" if advice else error
 
 
 def _refusal(text: str) -> UserError:

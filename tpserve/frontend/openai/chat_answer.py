@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import secrets
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,16 @@ from tpserve.frontend.openai.messages import call_id
 from tpserve.frontend.openai.schema import ChatCompletionRequest
 from tpserve.frontend.openai.tools import ToolUse
 from tpserve.response_template.analysis import MessageForm
+from tpserve.response_template.arguments import Tool
 from tpserve.response_template.call_reader import CallArguments, CallBegin
-from tpserve.response_template.detect import Answers, Feature
+from tpserve.response_template.detect import Answers
 from tpserve.response_template.format import AnswerFormat
 from tpserve.response_template.grammar import AnswerRules, answer_grammar
 from tpserve.response_template.lark import SpecialTokens
 from tpserve.response_template.parser import Content, Event, Place, Reasoning, ResponseParser, merged
 from tpserve.response_template.template import ResponseTemplate
+from tpserve.response_template.trials import Feature
+from tpserve.structured_output.json_schema import prepared
 from tpserve.text.assembler import OutputDelta
 from tpserve.text.logprob_entries import TokenEntry
 from tpserve.text.tokenizer import Tokenizer
@@ -55,7 +57,7 @@ class ChatAnswers:
     def of(found: Answers, tokenizer: Tokenizer, tokens: SpecialTokens, strict_level: StrictLevel) -> "ChatAnswers":
         """What was found out about a model with this tokenizer."""
         template = ResponseTemplate.load(found.spec) if found.spec else None
-        shown = tokenizer.special_within(json.dumps(found.spec, ensure_ascii=False) + str(found.format))
+        shown = tokenizer.special_within(found.delimiters)
         return ChatAnswers(template, found.format, found.messages, found.off, tokens, shown, strict_level)
 
     def variables(self, effort: str | None, enable_thinking: bool | None) -> Json:
@@ -64,17 +66,18 @@ class ChatAnswers:
         switches = {"enable_thinking", self.messages.switch or "thinking"} if thinks is not None else set()
         return dict.fromkeys(switches, thinks) | ({"reasoning_effort": effort} if effort not in (None, "none") else {})
 
-    def grammars(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> Iterator[str]:
+    def grammars(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> list[str]:
         """The grammar of the answer after a prompt that ends in `place`, then one that may serve when it is refused: a call that
         must come obeys its schema, if the client has not said `strict`, only where the schema can be enforced.
 
         UserError when the model cannot be held to what was asked for.
         """
+        found = []
         if use.choice == "required" and any(not tool.strict and tool.name not in use.lax for tool in use.tools):
             with suppress(UserError):
                 tools = [replace(tool, strict=tool.name not in use.lax) for tool in use.tools]
-                yield self._grammar(call, dataclasses.replace(use, tools=tools), place)
-        yield self._grammar(call, use, place)
+                found.append(self._grammar(call, dataclasses.replace(use, tools=tools), place))
+        return [*found, self._grammar(call, use, place)]
 
     def _grammar(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
         answer, budget = grammar_of(call), call.thinking_token_budget
@@ -91,7 +94,7 @@ class ChatAnswers:
         rules = AnswerRules(
             format=self.format,
             tokens=self.tokens,
-            tools=[replace(tool, strict=tool.strict or self.strict_level == "parameter") for tool in use.tools] if binds else (),
+            tools=[self._held(tool) for tool in use.tools] if binds else (),
             choice=use.choice if binds else "none",
             parallel=use.parallel and not use.named,
             state=place,
@@ -99,6 +102,13 @@ class ChatAnswers:
             answer=answer,
         )
         return answer_grammar(rules)
+
+    def _held(self, tool: Tool) -> Tool:
+        """A tool as the grammar has it. UserError when its schema cannot be enforced and must be."""
+        if not tool.strict and self.strict_level != "parameter":
+            return tool
+        schema = prepared(tool.parameters, f"the parameters of {tool.name}")
+        return replace(tool, strict=True, parameters=schema)
 
     def tail(self, prompt: str) -> tuple[str, Place]:
         """The end of a prompt that belongs to the answer, and where it leaves the answer."""

@@ -16,10 +16,9 @@ from llguidance import LLMatcher, StructTag, grammar_from
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
+from tpserve.structured_output.json_schema import WHITESPACE, prepared
 
 JSON_OPTIONS = ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties")
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
-"""Between the parts of JSON. Bounded: a model at a loss may write blanks for ever, and every one of them is valid."""
 IGNORED_OPTIONS = ("backend", "disable_fallback", "reasoning_parser")
 """Of other servers' implementations; they have no effect on the language."""
 
@@ -42,6 +41,12 @@ def grammar_of(call: CompletionRequest | ChatCompletionRequest) -> str:
     if len(found) > 1:
         raise _wrong(f"{' and '.join(found)} each describe the output; keep one of them", list(found)[1])
     return next(iter(found.values()), "")
+
+
+def describes_output(call: CompletionRequest | ChatCompletionRequest) -> bool:
+    """Whether a request has any of these fields: a large one takes time."""
+    fields = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    return any(getattr(call, name) is not None for name in fields)
 
 
 def _of_response_format(value: Mapping[str, Any]) -> str:
@@ -83,20 +88,12 @@ def _of_structured_outputs(value: Mapping[str, Any]) -> str:
 
 def _json(schema: Any, field: str, options: Mapping[str, Any]) -> str:
     schema = _parsed(schema, field)
-    if not isinstance(schema, dict | bool):
-        raise _wrong(f"{field} must be a JSON schema, an object", field)
     if options.get("disable_additional_properties"):
         schema = _closed(schema)
-    overrides: dict[str, Any] = {"whitespace_pattern": WHITESPACE}
-    if options.get("disable_any_whitespace"):
-        overrides = {"whitespace_flexible": False}
+    whitespace = None if options.get("disable_any_whitespace") else WHITESPACE
     if pattern := options.get("whitespace_pattern"):
-        _text(pattern, "structured_outputs.whitespace_pattern")
-        overrides["whitespace_pattern"] = pattern
-    try:
-        return LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=overrides)  # type: ignore[arg-type]
-    except (ValueError, RecursionError) as error:
-        raise _wrong(f"{field}: {error}", field) from None
+        whitespace = _text(pattern, "structured_outputs.whitespace_pattern")
+    return LLMatcher.grammar_from_json_schema(msgspec.json.encode(prepared(schema, field, whitespace)).decode())
 
 
 def _parsed(value: Any, field: str) -> Any:
@@ -157,7 +154,7 @@ def _structural_tag(value: Any, field: str, options: Mapping[str, Any]) -> str:
         trigger = next((text for text in triggers if isinstance(text, str) and text and begin.startswith(text)), None)
         if trigger is None:
             raise _wrong(f"{where}: no trigger begins {begin!r}", where)
-        schema: dict[str, Any] = structure.get("schema") or structure.get("json_schema") or {}
+        schema = prepared(structure.get("schema") or structure.get("json_schema") or {}, f"{where}.schema")
         tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=str(end)))
     return StructTag.to_grammar(tags, assume_special=False)
 

@@ -1,9 +1,11 @@
 """The HTTP handlers of the OpenAI API, of /tokenize and of /detokenize. Owns no state."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
@@ -12,7 +14,7 @@ from tpserve.errors import UserError
 from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.chat_answer import AnswerReader
 from tpserve.frontend.openai.errors import Json, json_response
-from tpserve.frontend.openai.grammar import grammar_of
+from tpserve.frontend.openai.grammar import describes_output, grammar_of
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, in_thread, max_new_tokens, refuse_too_long
 from tpserve.frontend.openai.response_builder import (
@@ -67,7 +69,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
     sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
-    params = await params_of(service, call, prompts, sizes, limits, grammar_of(call))
+    grammar = await asyncio.to_thread(grammar_of, call) if describes_output(call) else ""
+    params = await params_of(service, call, prompts, sizes, limits, grammar)
     builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
     return await answer(request, service, call, params, builder, meta, prompts)
 
@@ -94,7 +97,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def chat_grammar(service: OpenAIServing, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
     """The grammar of a chat's answer, the first that compiles. UserError of the last."""
-    *better, last = service.answers.grammars(call, use, place)
+    grammars = partial(service.answers.grammars, call, use, place)
+    constrained = describes_output(call) or use.choice != "none"
+    *better, last = await asyncio.to_thread(grammars) if constrained else grammars()
     for grammar in better:
         with suppress(UserError):
             await service.grammars.check(grammar)

@@ -1,0 +1,169 @@
+"""What the mask of a grammar costs a token, by vocabulary and kind of grammar, and of several rows in a step.
+
+    python -m tests.bench_masks                          vocabularies of 512 (the built-in model's), 32,000 and 128,000
+    python -m tests.bench_masks --vocabularies 512
+
+Larger vocabularies are byte-level BPE trained here on the sources of Python's library and of the packages beside it. Each grammar
+is followed along answers that it allows, as a model that knows what it does would write them; a mask is timed before each token.
+Times are of the clock. `serial` makes the masks of several rows one after the other, `executor` in llguidance's threads.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tests.schemas import TOKENIZER
+from tpserve.frontend.openai.body import parse
+from tpserve.frontend.openai.grammar import grammar_of
+from tpserve.frontend.openai.schema import CompletionRequest
+from tpserve.structured_output.compiler import compile_grammar, vocabulary
+from tpserve.text.tokenizer import Tokenizer
+
+TEXT_BYTES = 60_000_000
+ROWS = (1, 8, 32)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string"},
+        "summary": {"type": "string", "maxLength": 400},
+        "year": {"type": "integer", "minimum": 1000, "maximum": 2100},
+        "score": {"type": "number"},
+        "tags": {"type": "array", "items": {"enum": ["news", "science", "sports", "arts"]}, "maxItems": 5},
+        "author": {"type": "object", "properties": {"name": {"type": "string"}, "born": {"type": "string", "format": "date"}},
+                   "required": ["name"], "additionalProperties": False},
+    },
+    "required": ["title", "summary", "year", "author"],
+    "additionalProperties": False,
+}  # fmt: skip
+TEXT = "the report of a small town by the river says that every boat was counted twice before winter came and nobody slept"
+REGEX = r"[A-Z][a-z]{2,12} [A-Z][a-z]{2,15}, [0-9]{1,2} (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep) [12][0-9]{3}(; [a-z ]{5,200})?"
+CHOICES = [f"{a} {b}" for a in ("very", "rather", "hardly", "not") for b in ("likely", "good", "useful", "clear", "new", "old")]
+TAG = {"structures": [{"begin": "<call>", "schema": SCHEMA, "end": "</call>"}], "triggers": ["<call>"]}
+
+
+def prose(dice: random.Random, count: int) -> str:
+    return " ".join(dice.choice(TEXT.split(" ")) for _ in range(count))
+
+
+def instance(dice: random.Random) -> str:
+    author = {"name": prose(dice, 2).title(), "born": f"19{dice.randrange(10, 99)}-0{dice.randrange(1, 9)}-1{dice.randrange(9)}"}
+    value = {"title": prose(dice, 5), "summary": prose(dice, 40), "year": dice.randrange(1900, 2050), "score": dice.random(),
+             "tags": ["news", "arts"], "author": author}  # fmt: skip
+    return json.dumps(value, indent=dice.choice((None, 2)))
+
+
+KINDS: dict[str, tuple[dict[str, Any], Callable[[random.Random], str]]] = {
+    "JSON schema": ({"json": SCHEMA}, instance),
+    "regex": ({"regex": REGEX}, lambda dice: f"Anna Miller, {dice.randrange(1, 28)} Mar 1987; {prose(dice, 20)}"),
+    "choice of 24": ({"choice": CHOICES}, lambda dice: dice.choice(CHOICES)),
+    "text with a call": (
+        {"structural_tag": TAG},
+        lambda dice: f"{prose(dice, 30)} <call>{instance(dice)}</call> {prose(dice, 9)}",
+    ),
+}
+
+
+def trained(size: int) -> Tokenizer:
+    """A byte-level BPE of so many tokens."""
+
+    def texts() -> Any:
+        left = TEXT_BYTES
+        for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
+            for path in sorted(Path(root).rglob("*.py")):
+                text = path.read_text(errors="ignore")
+                if (left := left - len(text)) < 0:
+                    return
+                yield text
+
+    rust = RustTokenizer(models.BPE())
+    rust.pre_tokenizer, rust.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    rust.train_from_iterator(texts(), trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    return Tokenizer(rust, {})
+
+
+def compiled(words: LLTokenizer, fields: dict[str, Any]) -> LLMatcher:
+    call, _ = parse({"prompt": "", "structured_outputs": fields}, CompletionRequest, set())
+    return compile_grammar(words, grammar_of(call))
+
+
+def us(times_ns: Sequence[int]) -> str:
+    ordered = sorted(times_ns)
+    p50, p99 = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+    return f"p50 {p50 / 1e3:7.1f}  p99 {p99 / 1e3:8.1f}  max {ordered[-1] / 1e3:8.1f}"
+
+
+def masks(matcher: LLMatcher, tokenizer: Tokenizer, text_of: Callable[[random.Random], str], row_W: torch.Tensor) -> list[int]:
+    """The times of the masks before each token of some answers, in ns."""
+    dice, times = random.Random(1), []
+    while len(times) < 1500:
+        walker = matcher.deep_copy()
+        for token in tokenizer.encode(text_of(dice), add_special_tokens=False):
+            begin = time.perf_counter_ns()
+            walker.unsafe_compute_mask_ptr(row_W.data_ptr(), row_W.numel() * 4)
+            times.append(time.perf_counter_ns() - begin)
+            assert walker.consume_token(token), walker.get_error()
+    return times
+
+
+def at_places(matcher: LLMatcher, tokenizer: Tokenizer, text_of: Callable[[random.Random], str], count: int) -> list[LLMatcher]:
+    """Followers of a grammar, each somewhere in an answer of its own."""
+    dice, found = random.Random(2), []
+    for _ in range(count):
+        ids = tokenizer.encode(text_of(dice), add_special_tokens=False)
+        found.append(matcher.deep_copy())
+        assert found[-1].consume_tokens(ids[: dice.randrange(len(ids))])
+    return found
+
+
+def rows(followers: Sequence[LLMatcher], bits_GW: torch.Tensor, executor: LLExecutor | None) -> list[int]:
+    """The times of the masks of all rows, made together, in ns."""
+    times, row_bytes = [], bits_GW.shape[1] * 4
+    for _ in range(100):
+        begin = time.perf_counter_ns()
+        if executor is None:
+            for index, follower in enumerate(followers):
+                follower.unsafe_compute_mask_ptr(bits_GW[index].data_ptr(), row_bytes)
+        else:
+            pairs = [(follower, index) for index, follower in enumerate(followers)]
+            executor.unsafe_compute_mask_ptr(pairs, bits_GW.data_ptr(), row_bytes, len(pairs))
+        times.append(time.perf_counter_ns() - begin)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabularies", default="512,32000,128000")
+    executor = LLExecutor(2)
+    for size in map(int, parser.parse_args().vocabularies.split(",")):
+        tokenizer = TOKENIZER if size == 512 else trained(size)
+        begin = time.perf_counter()
+        words = vocabulary(tokenizer, tokenizer.vocab_size, ())
+        print(f"\nvocabulary of {tokenizer.vocab_size}, built in {time.perf_counter() - begin:.2f} s", flush=True)
+        for name, (fields, text_of) in KINDS.items():
+            begin = time.perf_counter()
+            matcher = compiled(words, fields)
+            compile_ms = (time.perf_counter() - begin) * 1e3
+            bits_GW = torch.empty(max(ROWS), -(-words.vocab_size // 32), dtype=torch.int32)
+            first = masks(matcher, tokenizer, text_of, bits_GW[0])
+            again = masks(matcher, tokenizer, text_of, bits_GW[0])
+            print(f"{name:17} compiled in {compile_ms:6.1f} ms; a mask, us: {us(first)};  again {us(again)}")
+            for count in ROWS:
+                followers = at_places(matcher, tokenizer, text_of, count)
+                serial, parallel = (statistics.median(rows(followers, bits_GW, way)) / 1e3 for way in (None, executor))
+                print(f"{'':17} {count:2} rows, us, medians: serial {serial:8.1f}, executor {parallel:8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
