@@ -13,8 +13,11 @@ from msgspec import Struct
 from tpserve.errors import UserError
 from tpserve.response_template.format import TaggedArguments, ToolFormat
 from tpserve.response_template.lark import Lark, encoded, is_token, quoted, re_escape, regex, without
+from tpserve.structured_output.json_schema import WHITESPACE, prepared
 
 PYTHON = TaggedArguments(begin="", middle="=", end="", between=", ")
+STRICT = prepared({}, "")["x-guidance"]
+"""llguidance's options for a value that obeys a schema."""
 MAX_HOPS = 64
 """References and branches that are followed to find what a parameter may be."""
 _LOCAL = re.compile(r'"\$ref":"#(?!/\$defs/|/definitions/)')
@@ -48,29 +51,32 @@ def arguments(lark: Lark, tool: Tool, name: str, format: ToolFormat) -> str:
     """The arguments of a call, as the body of a rule; names of new rules begin with `name`."""
     schema = _of_object(tool) if tool.strict else {"type": "object"}
     if format.arguments == "json":
-        return lark.json(schema)
+        return lark.json(schema, STRICT if tool.strict else {"whitespace_pattern": WHITESPACE})
     if not tool.strict:
         return _Parameters(lark, name, format, {}).body()
     root = _resolved(schema, schema)
     if not _is_readable(root):
-        return lark.json(schema)
+        return lark.json(schema, STRICT)
     if unknown := [key for key in _UNKNOWN_AT_ROOT if key in root]:
         text = f"{unknown[0]!r} at the root of the parameters of {tool.name!r} cannot be enforced in this model's form of calls"
         raise UserError(f"{text}; leave it out, or set strict to false", param="tools", code="invalid_value")
     return _Parameters(lark, name, format, {**schema, **root}).body()
 
 
-def _of_object(tool: Tool) -> Any:
-    """The schema of a tool's arguments, which are an object even where it does not say so."""
+def _of_object(tool: Tool) -> Mapping[str, Any]:
+    """The schema of a tool's arguments, as llguidance understands it; they are an object also where it does not say so."""
     none = {"properties": {}, "additionalProperties": False}
     schema = none if tool.parameters is None else {} if tool.parameters is True else tool.parameters
-    if not isinstance(schema, Mapping):
-        return schema
-    types = schema.get("type", "object")
+    types = schema.get("type", "object") if isinstance(schema, Mapping) else "object"
     if types != "object" and not (isinstance(types, list) and "object" in types):
         text = f"the parameters of {tool.name!r} have type {str(types)[:80]!r}, arguments are an object"
         raise UserError(f"{text}; give them type object", param="tools", code="invalid_value")
-    return {**schema, "type": "object"}
+    try:
+        own = prepared({**schema, "type": "object"} if isinstance(schema, Mapping) else schema, f"parameters of {tool.name!r}")
+    except UserError as error:
+        raise UserError(str(error), param="tools", code=error.code) from None
+    del own["x-guidance"]
+    return own
 
 
 class _Parameters:
@@ -89,7 +95,8 @@ class _Parameters:
         """Required parameters are present, optional ones may be."""
         properties, required = self._root.get("properties", {}), set(self._root.get("required", ()))
         additional = self._root.get("additionalProperties", "properties" not in self._root)
-        named = list(dict.fromkeys([*properties, *(key for key in required if key not in properties)]))
+        named = [key for key, schema in properties.items() if schema is not False or key in required]
+        named += sorted(required - properties.keys())
         items = [(self._item(at, key, properties.get(key, additional)), key in required) for at, key in enumerate(named)]
         return self._sequence(items, self._extra(named, additional) if additional is not False else "")
 
@@ -178,17 +185,17 @@ class _Parameters:
 
     def _of_json(self, schema: Any) -> str:
         """A value by JSON, with the definitions of the whole schema."""
-        if not isinstance(schema, Mapping):
-            return self._lark.json(schema)
+        if not isinstance(schema, Mapping):  # llguidance says what is wrong with it
+            schema = {} if schema is True else {"allOf": [schema]}
         if '"$ref"' not in encoded(schema):
-            return self._lark.json(schema)
+            return self._lark.json(schema, STRICT)
         whole = dict(schema)
         for key in ("$defs", "definitions"):
             if named := _mapping(self._root.get(key)):
                 whole[key] = {**_mapping(schema.get(key)), **named}
         if _LOCAL.search(encoded(whole)):  # another place of the whole schema
             whole["$defs"] = {**_mapping(whole.get("$defs")), _ROOT: self._root}
-        return self._lark.json(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))))
+        return self._lark.json(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))), STRICT)
 
 
 def _is_readable(root: Any) -> bool:

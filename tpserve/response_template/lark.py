@@ -15,7 +15,6 @@ from msgspec import Struct
 
 from tpserve.errors import UserError
 from tpserve.response_template.format import ID, INDEX
-from tpserve.structured_output.json_schema import WHITESPACE
 from tpserve.text.tokenizer import Tokenizer
 
 _TERMINALS = {
@@ -73,16 +72,10 @@ class Lark:
         self._rules[name + (options and f"[{options}]")] = body or '""'
         return name
 
-    def json(self, schema: Any) -> str:
-        """A value of a JSON schema, blanks bounded; equal schemas share a rule. UserError for what cannot be written as JSON."""
-        if isinstance(schema, bool):
-            schema = {} if schema else {"not": {}}
-        if isinstance(schema, Mapping):
-            options = schema.get("x-guidance")
-            options = {**(options if isinstance(options, Mapping) else {}), "whitespace_pattern": WHITESPACE}
-            schema = {**schema, "x-guidance": options}
-        name = self._json.setdefault(text := encoded(schema), f"json_{len(self._json)}")
-        return self.rule(name, f"%json {text}")
+    def json(self, schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+        """A value of a JSON schema with llguidance's `options`; equal ones share a rule."""
+        text = encoded({**schema, "x-guidance": options})
+        return self.rule(self._json.setdefault(text, f"json_{len(self._json)}"), f"%json {text}")
 
     def literal(self, text: str) -> Literal:
         """The atoms of a literal: texts in quotes, special tokens by id,"""
