@@ -22,13 +22,12 @@ from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.detect import Answers, detect
 from tpserve.response_template.parser import Content, Reasoning, ResponseParser
 from tpserve.response_template.template import ResponseTemplate
-from tpserve.response_template.trials import Feature
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.text.tokenizer_config import CONFIG, read_json
 
 OUTPUT = "Output"
-TITLES: Mapping[Feature, str] = {
+TITLES: Mapping[str, str] = {
     "content": "content",
     "reasoning": "reasoning",
     "call": "a tool call",
