@@ -19,6 +19,8 @@ from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequ
 from tpserve.structured_output.json_schema import WHITESPACE, prepared
 
 JSON_OPTIONS = ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties")
+FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+"""Each describes the output."""
 IGNORED_OPTIONS = ("backend", "disable_fallback", "reasoning_parser")
 """Of other servers' implementations; they have no effect on the language."""
 
@@ -45,8 +47,12 @@ def grammar_of(call: CompletionRequest | ChatCompletionRequest) -> str:
 
 def describes_output(call: CompletionRequest | ChatCompletionRequest) -> bool:
     """Whether a request has any of these fields: a large one takes time."""
-    fields = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    return any(getattr(call, name) is not None for name in fields)
+    return any(getattr(call, name) is not None for name in FIELDS)
+
+
+def field_of_grammar(call: CompletionRequest | ChatCompletionRequest) -> str | None:
+    """The field that an answer's grammar comes from: one that describes the output, before tools."""
+    return next((name for name in (*FIELDS, "tools") if getattr(call, name, None)), None)
 
 
 def _of_response_format(value: Mapping[str, Any]) -> str:
