@@ -353,6 +353,8 @@ def test_a_budget_counts_tokens(kind: str, budget: int) -> None:
         for id in ids:
             assert len(allowed(running, tokenizer.vocab_size)) > 40
             assert running.consume_tokens([id])
+        again = matcher.deep_copy()  # as after a preemption
+        assert again.consume_tokens(ids) and allowed(again, tokenizer.vocab_size) == allowed(running, tokenizer.vocab_size)
         while (legal := allowed(running, tokenizer.vocab_size)) != [EOS]:
             assert len(legal) == 1 and running.consume_tokens(legal)
             ids += legal
