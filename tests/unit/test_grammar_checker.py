@@ -1,6 +1,7 @@
 """The checker of grammars: refusals name the field, and a check that failed itself is made again."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,6 @@ def test_a_check_that_failed_itself_is_not_remembered(monkeypatch: pytest.Monkey
 
 def test_the_field_that_a_grammar_comes_from() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    fields = {"messages": [{"role": "user", "content": "x"}], "tools": tools}
+    fields: Any = {"messages": [{"role": "user", "content": "x"}], "tools": tools}
     assert field_of_grammar(ChatCompletionRequest(**fields)) == "tools"
     assert field_of_grammar(ChatCompletionRequest(**fields, guided_regex="a")) == "guided_regex"

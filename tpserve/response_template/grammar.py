@@ -76,7 +76,7 @@ class _Answer:
         reasoning, state = self._format.reasoning, self._rules.state
         body, is_free = self._body()
         self.lark.rule("body", body)
-        if reasoning is None or state == "content":
+        if reasoning is None or state == "content" or not self.lark.literal(reasoning.end.strip() or reasoning.end).atoms:
             self.lark.rule("start", "body")
             return
         gap = reasoning.end[len(reasoning.end.rstrip()) :] if reasoning.end.strip() else ""
@@ -105,7 +105,11 @@ class _Answer:
             return str(end)
         # A lexeme past its max_tokens is dropped; the last one of a state is taken as ended. So the text that may still find its
         # own end is dropped a token before the text that must not contain it, and behind the latter the end is forced.
-        cut = self.lark.rule("think_cut", self.lark.rule("NOT_ENDED", without(json.loads(first))), f"max_tokens={budget}")
+        cut = self.lark.rule(
+            "think_cut",
+            self.lark.rule("NOT_ENDED", without(json.loads(first) if first[0] == '"' else end_text)),
+            f"max_tokens={budget}",
+        )
         if budget == 1:
             return f"({first} | {cut} {first}) {' '.join(rest)}"
         whole = self.lark.rule("think_end", f"TEXT? {first}", f"lazy, max_tokens={budget - 1}")
@@ -189,7 +193,7 @@ class _Calls:
             return [(name, f"{body} more_calls") for name, body in zip(names, self._bodies, strict=True)]
         alone = self._format.call_begin.lstrip()  # readers forgive calls without what begins all of them
         several = [self._text] if not self._format.begin.strip() or alone[:1] in _PROSE else [self._text, alone]
-        return [self._opening(text) for text in several]
+        return [self._opening(text) for text in several if self._lark.literal(text).atoms]
 
     def _opening(self, text: str) -> tuple[Atoms, str]:
         first, *rest = self._lark.literal(text).atoms

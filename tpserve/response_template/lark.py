@@ -96,8 +96,8 @@ class Lark:
 
     def until(self, name: str, end: Literal, text: str = "TEXT?") -> str:
         """Text up to the first `end`, and `end`."""
-        first, *rest = end.atoms
-        if is_token(first):
+        first, *rest = end.atoms or ("",)
+        if not first or is_token(first):
             return f"{text} {end}"
         return " ".join([self.rule(name, f"{text} {first}", "lazy"), *rest])
 
