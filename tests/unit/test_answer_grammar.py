@@ -265,6 +265,7 @@ TREE = {
     ({"properties": {"s": {"type": "string", "pattern": "b+"}}}, [{"s": "abba"}], [{"s": "aa"}]),
     ({"$ref": "#/$defs/p", "$defs": {"p": {"properties": {"o": {"$ref": "#/$defs/q"}}}, "q": {"type": "number"}}},
      [{"o": "1.5"}], [{"o": "x"}]),
+    ({"properties": {"{id}": {"type": "integer"}}}, [{"{id}": "5"}], [{"a1B2c3D4e": "5"}]),
     ({}, [{}, {"any": "thing"}], []),
     (None, [{}], [{"any": "thing"}]),
 ], ids=str)  # fmt: skip

@@ -142,7 +142,7 @@ class _Parameters:
 
     def _key(self, name: str, key: str | None, middle: str, pattern: str) -> str:
         if key is not None:
-            return str(self._lark.literal(key + middle))
+            return " ".join(self._lark.named(key, middle))
         return self._lark.until(f"{name}_key", self._lark.literal(middle), pattern)
 
     def _values(self, name: str, schema: Any) -> tuple[list[str], list[str]]:

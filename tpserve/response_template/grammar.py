@@ -18,7 +18,7 @@ from msgspec import Struct
 from tpserve.errors import UserError
 from tpserve.response_template.arguments import Tool, arguments
 from tpserve.response_template.format import AnswerFormat, ToolFormat
-from tpserve.response_template.lark import Lark, SpecialTokens, is_token, quoted, without
+from tpserve.response_template.lark import Lark, SpecialTokens, is_token, without
 from tpserve.response_template.lark import Literal as Atoms
 
 _TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s{}\"']+\])")
@@ -174,10 +174,7 @@ class _Calls:
     def _tool(self, at: int, tool: Tool) -> tuple[str, str]:
         """The name with the text behind it as atoms, and the rule of the rest of the call."""
         name = json.dumps(tool.name, ensure_ascii=False)[1:-1] if self._in_string else tool.name
-        first, *rest = self._lark.literal(self._format.name_end).atoms or ("",)
-        is_text = first.startswith('"')
-        called = quoted(name + (json.loads(first) if is_text else ""))
-        behind = [*([] if is_text else [first]), *rest]
+        called, *behind = self._lark.named(name, self._format.name_end)
         body = f"{' '.join(behind)} {arguments(self._lark, tool, f't{at}', self._format)} {self._tail}"
         return called, self._lark.rule(f"t{at}", body)
 

@@ -63,6 +63,7 @@ class Lark:
         self._tokens = tokens
         self._rules: dict[str, str] = {}
         self._json: dict[str, str] = {}
+        self._literals: dict[str, Literal] = {}
 
     def __str__(self) -> str:
         return "\n".join(["%llguidance {}", *(f"{name}: {body}" for name, body in {**self._rules, **_TERMINALS}.items()), ""])
@@ -77,8 +78,20 @@ class Lark:
         text = encoded({**schema, "x-guidance": options})
         return self.rule(self._json.setdefault(text, f"json_{len(self._json)}"), f"%json {text}")
 
+    def named(self, name: str, text: str) -> list[str]:
+        """The atoms of a literal behind a name, which is always text; the first has the name."""
+        first, *rest = self.literal(text).atoms or ("",)
+        return (
+            [quoted(name + json.loads(first)), *rest] if first.startswith('"') else [quoted(name), *filter(None, [first]), *rest]
+        )
+
     def literal(self, text: str) -> Literal:
         """The atoms of a literal: texts in quotes, special tokens by id,"""
+        if text not in self._literals:
+            self._literals[text] = self._split(text)
+        return self._literals[text]
+
+    def _split(self, text: str) -> Literal:
         atoms: list[str] = []
         for part in self._tokens.pattern.split(text):
             if (id := self._tokens.ids.get(part)) is not None:
