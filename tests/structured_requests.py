@@ -30,9 +30,12 @@ class StructuredRequest:
     check: Check
 
 
-def requests(count: int, seed: int = 0) -> list[StructuredRequest]:
-    """The first `count` requests of a seed."""
-    return [_request(random.Random(f"{seed} {index}"), index) for index in range(count)]
+def requests(count: int, seed: int = 0, longest: int = 250) -> list[StructuredRequest]:
+    """The first `count` requests of a seed, of at most `longest` tokens."""
+    made = [_request(random.Random(f"{seed} {index}"), index) for index in range(count)]
+    for request in made:
+        request.body["max_tokens"] = min(request.body["max_tokens"], longest)
+    return made
 
 
 def _request(dice: random.Random, index: int) -> StructuredRequest:
@@ -40,7 +43,7 @@ def _request(dice: random.Random, index: int) -> StructuredRequest:
     body = {"seed": index, "n": dice.choice((1, 1, 1, 2, 3)), "return_token_ids": True, **_sampling(dice), **fields}
     text = f"Once upon a time {index}, " + "there was a fox " * dice.randrange(4)
     if dice.random() < 0.3 or "tools" in fields:
-        if dice.random() < 0.5:
+        if dice.random() < 0.5 or "tools" in fields:  # else a random model rarely comes to the calls
             body["thinking_token_budget"] = dice.choice((0, 1, 4, 30))
         if dice.random() < 0.5:
             body["enable_thinking"] = dice.random() < 0.5
@@ -216,13 +219,14 @@ def _tools(dice: random.Random) -> tuple[dict[str, Any], Check]:
     """Calls of one to three functions, required, of one by name, or of the model's choice."""
     schemas, strict = {}, {}
     for name in dice.sample(("f", "get_weather", "a.b-c"), dice.randint(1, 3)):
-        schemas[name], strict[name] = _object(dice, 1), dice.choice((True, True, False, None))
+        schemas[name], strict[name] = _object(dice, dice.randrange(2)), dice.choice((True, True, False, None))
     tools = [
         {"type": "function", "function": {"name": name, "parameters": schema, "strict": strict[name]}}
         for name, schema in schemas.items()
     ]
     choice: Any = dice.choice(("required", "required", "auto", {"type": "function", "function": {"name": next(iter(schemas))}}))
     fields = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": dice.random() < 0.5}
+    fields |= {"frequency_penalty": 2.0, "temperature": 1.5}  # else a random model writes blanks wherever it may
 
     def check(text: str) -> str | None:
         message = json.loads(text)

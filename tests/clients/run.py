@@ -31,6 +31,7 @@ def main() -> int:
             "-q",
             "--tb=short",
             "--disable-warnings",
+            *sys.argv[2:],
             "-p",
             "no:cacheprovider",
             "-c",

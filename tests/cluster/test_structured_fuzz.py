@@ -96,7 +96,7 @@ def counted(answers: Sequence[Any]) -> Counter[str]:
 
 
 def test_ends_satisfy_and_do_not_depend_on_layout_or_company(tmp_path: Path) -> None:
-    asked = requests(40, seed=1)
+    asked = requests(28, seed=4, longest=120)
     port, port2 = free_port(), free_port()
     with running([serve(*SERVED, "-tp", "2", "--device", "cpu", port=port)], port, tmp_path / "tp", env=ONE_THREAD) as server:
         reference = alone(server, asked)
@@ -105,7 +105,7 @@ def test_ends_satisfy_and_do_not_depend_on_layout_or_company(tmp_path: Path) -> 
     assert not wrong(asked, reference)
     assert not differences(asked, reference, other)
     counts = counted(reference)
-    assert counts["stop"] >= 25 and counts["tool_calls"] >= 5, counts
+    assert counts["stop"] >= 15 and counts["tool_calls"] >= 1, counts
 
 
 @pytest.mark.long
