@@ -48,7 +48,8 @@ class Streams:
     def since(self, begin: float) -> str:
         """The gaps from a time on, in ms."""
         gaps = sorted(gap * 1e3 for at, gap in list(self._gaps) if at >= begin) or [0.0]
-        return f"p50 {statistics.median(gaps):6.1f}  p99 {gaps[len(gaps) * 99 // 100]:7.1f}  max {gaps[-1]:7.1f}  ({len(gaps)} tokens)"
+        p50, p99 = statistics.median(gaps), gaps[len(gaps) * 99 // 100]
+        return f"p50 {p50:6.1f}  p99 {p99:7.1f}  max {gaps[-1]:7.1f}  ({len(gaps)} tokens)"
 
     def end(self) -> None:
         self._over.set()
