@@ -67,7 +67,7 @@ class CompiledGrammars:
     def _compile(self, grammar: str) -> LLMatcher:
         try:
             matcher = compile_grammar(self._vocabulary.result(), grammar)
-            matcher.compute_bitmask()  # here, not in a step: the first mask may cost as much as compiling; copies share what it found
+            matcher.compute_bitmask()  # here, not in a step: it may cost as much as compiling, and copies share what it found
             return matcher
         except Exception as error:
             log.warning("a grammar cannot be compiled: %s", error)
