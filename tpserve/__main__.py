@@ -111,6 +111,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _deferred("tpserve.bench.command"),
     "status": _deferred("tpserve.admin.status"),
     "report": _deferred("tpserve.admin.report"),
+    "template": _deferred("tpserve.template_command"),
     "secret": _secret,
     "version": _version,
     "help": _help,

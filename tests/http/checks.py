@@ -122,7 +122,7 @@ def wrong_requests(base_url: str) -> None:
         is_error(client.chat(messages=messages), 400, param=param)
     is_error(client.chat(top_logprobs=2), 400, param="top_logprobs")
     is_error(client.chat(echo=True), 400, param="echo", code="unsupported_parameter")
-    is_error(client.chat(tools=[{"type": "function"}]), 400, param="tools", code="unsupported_parameter")
+    is_error(client.chat(tools=[{"type": "function"}]), 400, param="tools[0].function.name")
     for reply in (client.completion(model="none"), client.chat(model="none")):
         is_error(reply, 404, param="model", code="model_not_found", says="none")
     is_error(client.get("/v1/nothing"), 404, says="/v1/nothing")
@@ -190,7 +190,10 @@ def wrong_messages() -> list[tuple[Any, str]]:
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user", "content": [image]}], "messages[0].content[0]"),
-        ([{"role": "tool", "content": "x"}], "messages[0]"),
+        ([{"role": "function", "content": "x"}], "messages[0]"),
+        ([{"role": "tool"}], "messages[0].content"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
+        ([{"role": "critic", "content": "x"}], "messages"),
     ]
 
 

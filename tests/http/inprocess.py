@@ -26,6 +26,7 @@ from tests.scheduling.simulator import SimulatedDevice
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.app import create_app, runner
+from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.text.chat import ChatTemplate
@@ -172,7 +173,9 @@ def serving(
         request_table = RequestTable(engine.send, settings.served_model_name[0])
         template = ChatTemplate.load(directory, tokenizer.special_tokens)
         info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
-        app = create_app(settings, request_table, lambda: states[-1], tokenizer, template, info=info, exposed=exposed)
+        app = create_app(
+            settings, request_table, lambda: states[-1], tokenizer, template, ChatAnswers(), info=info, exposed=exposed
+        )
         site_runner = runner(app)
         await site_runner.setup()
         site = web.TCPSite(site_runner, "127.0.0.1", 0)

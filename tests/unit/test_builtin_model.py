@@ -123,8 +123,8 @@ def test_transformers_reads_the_directory() -> None:
 
 
 def test_chat_template_refuses_other_roles() -> None:
-    with pytest.raises(UserError, match="roles are system, user and assistant, not tool"):
-        ChatTemplate.load(DIRECTORY, tokenizer().special_tokens).render([{"role": "tool", "content": "7"}])
+    with pytest.raises(UserError, match="roles are system, user, assistant and tool, not critic"):
+        ChatTemplate.load(DIRECTORY, tokenizer().special_tokens).render([{"role": "critic", "content": "7"}])
 
 
 @settings(max_examples=40, deadline=None)

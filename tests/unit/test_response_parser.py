@@ -188,6 +188,15 @@ def test_a_delimiter_within_a_quoted_text_is_text() -> None:
     assert parsed(ResponseTemplate.load(SPECS["hermes"]), list(text)) == ("", "", [["f", '{"a": "</tool_call>\\""}']])
 
 
+def test_a_delimiter_that_is_only_looked_for_ahead_is_text_within_a_quoted_text() -> None:
+    """A call without an end of its own lasts until the next begins."""
+    field = {"open_pattern": r"<call>(?P<name>\w+)<args>", "close_pattern": "(?=<call>)", "repeats": True, "content": "json"}
+    template = ResponseTemplate.load(spec(tool_calls={**field, "transform": IN_DELIMITER}, content={}))
+    text = '<call>f<args>{"a": "x <call>g<args> y"}<call>g<args>{}'
+    for pieces in ([text], list(text)):
+        assert parsed(template, pieces) == ("", "", [["f", '{"a": "x <call>g<args> y"}'], ["g", "{}"]])
+
+
 def test_arguments_before_the_name_and_arguments_as_text() -> None:
     template = ResponseTemplate.load(SPECS["hermes"])
     assert parsed(template, list('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>'))[2] == [["f", '{"a": 1}']]
@@ -236,6 +245,7 @@ def test_values_get_the_types_of_their_schema() -> None:
             "either": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
             "day": {"$ref": "#/$defs/day"},
             "huge": {"type": "number"},
+            "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         },
     }
     written_values = {
@@ -247,6 +257,7 @@ def test_values_get_the_types_of_their_schema() -> None:
         "either": "12",
         "day": "mon",
         "huge": "1e999",
+        "maybe": "null",
         "other": "5",
     }
     text = written("tagged", "", "", [("f", written_values)])
@@ -260,6 +271,7 @@ def test_values_get_the_types_of_their_schema() -> None:
         "either": 12,
         "day": "mon",
         "huge": "1e999",
+        "maybe": None,
         "other": "5",
     }
 

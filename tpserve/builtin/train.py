@@ -43,14 +43,30 @@ BEGIN, END, SYSTEM, USER, ASSISTANT = SPECIAL = ("<|begin|>", "<|end|>", "<|syst
 
 CHAT_TEMPLATE = (
     "{{- bos_token }}"
-    "{%- for message in messages %}"
-    "{%- if message.role not in ('system', 'user', 'assistant') %}"
-    "{{- raise_exception('roles are system, user and assistant, not ' ~ message.role) }}"
+    "{%- set asked = messages[0].content | trim if messages and messages[0].role == 'system' else '' %}"
+    "{%- if tools %}"
+    "{{- '<|system|>' ~ (asked ~ '\n' if asked else '') ~ 'Functions:\n' }}"
+    "{%- for tool in tools %}{{- tool.function | tojson ~ '\n' }}{%- endfor %}"
+    '{{- \'A call: <tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>\' ~ eos_token }}'
+    "{%- elif asked %}{{- '<|system|>' ~ asked ~ eos_token }}"
     "{%- endif %}"
-    "{{- '<|' ~ message.role ~ '|>' ~ (message.content | trim) ~ eos_token }}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'assistant' or message.role == 'user' %}"
+    "{{- '<|' ~ message.role ~ '|>' ~ (message.content or '') | trim }}"
+    "{%- for call in message.tool_calls or () %}"
+    "{{- '<tool_call>\n{\"name\": ' ~ call.function.name | tojson ~ ', \"arguments\": ' ~ call.function.arguments | tojson }}"
+    "{{- '}\n</tool_call>' ~ ('' if loop.last else '\n') }}"
+    "{%- endfor %}{{- eos_token }}"
+    "{%- elif message.role == 'tool' %}"
+    "{{- '<|user|><tool_response>\n' ~ message.content | trim ~ '\n</tool_response>' ~ eos_token }}"
+    "{%- elif message.role != 'system' %}"
+    "{{- raise_exception('roles are system, user, assistant and tool, not ' ~ message.role) }}"
+    "{%- elif not loop.first %}{{- '<|system|>' ~ message.content | trim ~ eos_token }}"
+    "{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
 )
+"""Text as in training for conversations without tools; for those with tools, a form that many models have."""
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -10,6 +10,7 @@ ABOUT = {
     "bench": "measure: serve (a running server), latency, throughput, step",
     "status": "a running server's nodes, ranks, memory and queue",
     "report": "write one file about a server and this host, for a ticket",
+    "template": "how a model's reasoning and tool calls are read, and whether that holds",
     "secret": "make a secret that the nodes of a server share",
     "version": "the version of tpserve; --version is the same",
     "help": "this page, or `tpserve help COMMAND`",

@@ -28,7 +28,7 @@ USAGE = """usage: tpserve serve [MODEL] [flags]
        torchrun --nnodes 2 --node_rank I --nproc_per_node N --master_addr HEAD -m tpserve [MODEL] [flags]
        tpserve plan MODEL --gpus N --gpu-memory 80GB [--help]
        tpserve bench latency|throughput|serve|step [--help]
-       tpserve doctor | status | report [--help]
+       tpserve doctor | status | report | template [--help]
        tpserve secret FILE
 
 Serves MODEL (a directory or a repository id ORG/NAME; without it a small built-in model) over HTTP with the OpenAI API."""

@@ -85,6 +85,7 @@ _ONE_BACKEND = "there is one for each kind of device"
 _NEVER_LOGGED = "the text of a request is never logged"
 _GENERATES = "every model generates"
 _NO_CODE = "no code is loaded by name"
+_LLGUIDANCE = "structured output is llguidance's"
 _OWN_PART = "each rank reads its own part only"
 _PROXY = "a proxy in front"
 _REPLICAS = "one server per replica, and a load balancer"
@@ -135,6 +136,10 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "--swap-space": value_of("a preempted sequence is recomputed, nothing is swapped", "0"),
     "--logprobs-mode": value_of("log probabilities are those of the model, before temperature and filters", "raw_logprobs"),
     "--max-logprobs": value_of("20 at most", "20"),
+    "--enable-auto-tool-choice": switch("a model whose calls can be read may always call", ON),
+    "--enable-reasoning": switch("reasoning is split off wherever a model writes it", ON),
+    "--guided-decoding-backend": value_of(_LLGUIDANCE, ANY),
+    "--structured-outputs-config": value_of(_LLGUIDANCE, '{"backend": "auto"}', '{"backend": "guidance"}'),
     "--chat-template-content-format": value_of("a message's content is a text or a list of texts", "auto"),
     "--response-role": value_of("answers are the assistant's", "assistant"),
     "--disable-fastapi-docs": switch("there are no such pages"),
@@ -208,14 +213,8 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "--spec-method": _planned(),
     "--spec-model": _planned(),
     "--spec-tokens": _planned(),
-    "--enable-auto-tool-choice": _planned(kind="switch"),
-    "--tool-call-parser": _planned(),
     "--tool-server": _planned(),
-    "--enable-reasoning": _planned(kind="switch"),
-    "--reasoning-parser": _planned(),
-    "--reasoning-config": _planned(),
-    "--structured-outputs-config": _planned(),
-    "--guided-decoding-backend": _planned("", "auto"),
+    "--reasoning-config": _planned("a request's `thinking_token_budget` needs no tokens named"),
     "--cpu-offload-gb": _planned("", "0"),
     "--kv-offloading-size": _planned("", "0"),
     "--enable-sleep-mode": _planned(kind="switch"),

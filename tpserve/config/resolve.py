@@ -34,7 +34,12 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
     return EngineConfig(
         model=files.directory,
         tokenizer=files.tokenizer,
+        vocab_size=spec.vocab_size,
+        eos_ids=spec.eos_ids,
         chat_template=files.chat_template,
+        tool_call_parser=flags.tool_call_parser,
+        reasoning_parser=flags.reasoning_parser,
+        tool_strict_level=flags.tool_strict_level,
         sampling_defaults=files.sampling_defaults,
         snapshot=files.snapshot,
         served_model_name=flags.served_model_name or (flags.model,),

@@ -83,6 +83,26 @@ class Flags(Struct, frozen=True, kw_only=True):
             "Chat template: a file, the Jinja text itself, or the name of one of the tokenizer's. Default: the tokenizer's.",
         ),
     ] = None
+    tool_call_parser: Annotated[
+        str | None,
+        Flag(
+            MODEL,
+            "How the model writes tool calls, such as hermes, llama3_json, qwen3_coder or mistral. Default: found out from the "
+            "tokenizer's files and the chat template; `tpserve template MODEL` shows it.",
+        ),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None,
+        Flag(MODEL, "How the model writes its reasoning, such as qwen3, deepseek_r1 or gpt_oss. Default: found out, too."),
+    ] = None
+    tool_strict_level: Annotated[
+        Literal["auto", "function", "parameter"],
+        Flag(
+            MODEL,
+            "To what tool calls are held. auto: to what a request asks (tool_choice, strict). function: always to names and "
+            "form. parameter: always to the schemas of their arguments, too.",
+        ),
+    ] = "auto"
     generation_config: Annotated[
         str,
         Flag(
@@ -360,12 +380,18 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     `model` and `tokenizer` are directories on this node. `chat_template` is a template's text or the name of one of the
     tokenizer's; None: the tokenizer's default. With a `snapshot` the weights may still have to be downloaded into `model`.
     `max_model_len` is an upper bound when `fit_max_model_len` is set: the ledger then holds the length that fits.
-    `kv_cache_memory` is in bytes per rank. `port_range` is (0, 0) when the kernel chooses ports.
+    `vocab_size` and `eos_ids` are the model's. `kv_cache_memory` is in bytes per rank. `port_range` is (0, 0) when the kernel
+    chooses ports.
     """
 
     model: str
     tokenizer: str
+    vocab_size: int
+    eos_ids: tuple[int, ...]
     chat_template: str | None
+    tool_call_parser: str | None
+    reasoning_parser: str | None
+    tool_strict_level: Literal["auto", "function", "parameter"]
     sampling_defaults: SamplingDefaults
     snapshot: Snapshot | None
     served_model_name: tuple[str, ...]
@@ -418,7 +444,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
 
 
 _LOCAL = {
-    *("model", "tokenizer", "chat_template", "sampling_defaults", "snapshot", "served_model_name"),
+    *("model", "tokenizer", "chat_template", "tool_call_parser", "reasoning_parser", "tool_strict_level"),
+    *("sampling_defaults", "snapshot", "served_model_name"),
     *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
     *("interface", "port_range", "allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials", "log_requests"),
     "log_stats",

@@ -23,6 +23,7 @@ from tpserve.frontend import traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.http_errors import JsonErrorRunner
 from tpserve.frontend.openai import routes
+from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.routes import REQUEST_ID
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
@@ -69,6 +70,7 @@ def create_app(
     status: Callable[[], EngineStatus],
     tokenizer: Tokenizer,
     chat_template: ChatTemplate,
+    answers: ChatAnswers,
     *,
     info: Callable[[], dict[str, Any]],
     exposed: bool,
@@ -93,6 +95,7 @@ def create_app(
         chat_template=chat_template,
         defaults=settings.sampling_defaults,
         grammars=grammars,
+        answers=answers,
     )
     app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(origins.on_prepare)

@@ -33,12 +33,16 @@ from tpserve.coordinator.coordinator import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
+from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.host.network import host_port
 from tpserve.observe import log
 from tpserve.process.process_utils import open_pidfd
 from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
+from tpserve.response_template.detect import detect
+from tpserve.response_template.lark import SpecialTokens
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
+from tpserve.text.tokenizer_config import CONFIG, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +144,9 @@ class FrontendServer:
         )
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
+        found = detect(template, read_json(Path(config.tokenizer) / CONFIG), config.tool_call_parser, config.reasoning_parser)
+        tokens = SpecialTokens.of(tokenizer, config.eos_ids, config.vocab_size)
+        answers = ChatAnswers.of(found, tokenizer, tokens, config.tool_strict_level)
         engine_client = self._engine_client
         self.app = create_app(
             config,
@@ -147,6 +154,7 @@ class FrontendServer:
             engine_client.status,
             tokenizer,
             template,
+            answers,
             info=engine_client.info,
             exposed=exposed,
         )

@@ -18,6 +18,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from msgspec import structs
+
 from tpserve.config.schema import Flags
 from tpserve.errors import UserError
 from tpserve.hub import cache as caches
@@ -56,6 +58,15 @@ def locate(flags: Flags, *, head: bool) -> ModelFiles:
         return ModelFiles(directory, directory, snapshot=snapshot)
     tokenizer = directory if _own_tokenizer(flags) else _tokenizer(flags.tokenizer or str(flags.model), flags)
     return ModelFiles(directory, tokenizer, read_template(flags.chat_template), snapshot)
+
+
+def locate_tokenizer(flags: Flags) -> ModelFiles:
+    """Find the tokenizer's files alone, for a caller that loads no weights. `directory` is theirs, too."""
+    assert flags.model is not None, "the caller fills in the built-in model"
+    own = _own_tokenizer(flags)
+    revision = flags.revision if own else flags.tokenizer_revision
+    directory = _tokenizer(flags.tokenizer or flags.model, structs.replace(flags, tokenizer_revision=revision))
+    return ModelFiles(directory, directory, read_template(flags.chat_template))
 
 
 def describe(flags: Flags) -> ModelFiles:

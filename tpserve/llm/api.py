@@ -128,15 +128,18 @@ class LLM:
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation (a list of messages), or each of a list of conversations.
 
+        `tools`: functions that the model may call, as in OpenAI's API; the outputs hold its calls as the text that it wrote.
         `chat_template` replaces the model's default template: a file, the Jinja text itself, or the name of one of the model's.
         """
         arguments = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            "tools": list(tools or ()),
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
         }
         return self._call(lambda: chats(messages, self._params(sampling_params), priority, arguments), use_tqdm, chat_template)

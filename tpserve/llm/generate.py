@@ -17,6 +17,7 @@ from tpserve.engine_client.engine_client import EngineClient
 from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.openai.body import parse
+from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.sequences import params_of, requests_of
@@ -133,7 +134,7 @@ class GenerateCall:
             text_or_ids = job.text if job.ids is None else [job.ids]
             (prompt,) = await completion_prompts(self._service, replace(call, prompt=text_or_ids), limits)
         size = max_new_tokens(prompt, None, job.params.max_tokens, limits, "prompt")
-        (params,) = await params_of(self._service, call, [prompt], [size], limits)
+        (params,) = await params_of(self._service, call, [prompt], [size], limits, grammar_of(call))
         return CheckedPrompt(prompt, prompt.text if job.ids is None else job.text, call, params, job.params.detokenize)
 
     async def _work(self, waiting: Iterator[tuple[int, CheckedPrompt]], outputs: list[RequestOutput | None]) -> None:

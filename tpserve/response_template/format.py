@@ -4,7 +4,9 @@ A `response_template` (see `template`) says how an answer is read, with patterns
 written, to the letter. A grammar is built from the latter, since a pattern cannot be turned around.
 """
 
-from typing import Literal
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -24,13 +26,15 @@ class ReasoningFormat(Struct, frozen=True):
 class TaggedArguments(Struct, frozen=True):
     """The text around each argument, when arguments are no JSON object: `begin` KEY `middle` VALUE `end`.
 
-    A value of a schema of type string is written as it is, any other as JSON. `between`: between two arguments.
+    A value of a schema of type string is written as it is, any other as JSON. `between`: between two arguments. `other_middle`:
+    the middle before a value that is no string, when that differs.
     """
 
     begin: str
     middle: str
     end: str
     between: str = ""
+    other_middle: str = ""
 
 
 class ToolFormat(Struct, frozen=True):
@@ -56,11 +60,47 @@ class ToolFormat(Struct, frozen=True):
 class AnswerFormat(Struct, frozen=True):
     """An answer: reasoning, then content, then tool calls, each optional. None: the model does not write that.
 
-    `content_begin` and `content_end`: around content, mostly empty. `tools_after_content`: between content and calls.
+    `content_begin` and `content_end`: around content, mostly empty. `tools_after_content`: between content and calls; None when
+    an answer has one or the other.
     """
 
     reasoning: ReasoningFormat | None = None
     content_begin: str = ""
     content_end: str = ""
-    tools_after_content: str = ""
+    tools_after_content: str | None = ""
     tools: ToolFormat | None = None
+
+
+Call = tuple[str, Mapping[str, Any]]
+"""A name and arguments."""
+
+
+def written(format: AnswerFormat, reasoning: str = "", content: str = "", calls: Sequence[Call] = ()) -> str:
+    """The text of an answer, to the letter. The format has all that is given; empty is left out."""
+    text = ""
+    if reasoning and format.reasoning is not None:
+        text += f"{format.reasoning.begin}{reasoning}{format.reasoning.end}"
+    if content:
+        text += f"{format.content_begin}{content}{format.content_end}"
+    if not calls or (tools := format.tools) is None:
+        return text
+    bodies = [
+        f"{tools.call_begin}{name}{tools.name_end}{_arguments(tools, arguments)}{tools.call_end}".replace(INDEX, str(index))
+        for index, (name, arguments) in enumerate(calls)
+    ]
+    between = (format.tools_after_content or "") if content else ""
+    return text + between + (tools.begin + tools.between.join(bodies) + tools.end).replace(ID, "a1B2c3D4e")
+
+
+def _arguments(tools: ToolFormat, arguments: Mapping[str, Any]) -> str:
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in arguments.items()}
+    if tools.arguments == "json":
+        return json.dumps(arguments, ensure_ascii=False)
+    if tools.arguments == "python" or (tags := tools.tags) is None:
+        return ", ".join(f"{key}={text}" for key, text in texts.items())
+    parts = []
+    for key, value in arguments.items():
+        is_text = isinstance(value, str)
+        middle = tags.middle if is_text else tags.other_middle or tags.middle
+        parts.append(f"{tags.begin}{key}{middle}{value if is_text else texts[key]}{tags.end}")
+    return tags.between.join(parts)

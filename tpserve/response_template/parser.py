@@ -67,7 +67,7 @@ class ResponseParser:
         self._at = 0
         self._from = len(self._text)
         """Where the output begins: text before it belongs to the prompt."""
-        self._region: _Text | _Calls | None = None
+        self._region: _TextRegion | _CallRegion | None = None
         self._any = False
         """Whether a region has ended: white space at the beginning of the next is none of its text."""
         self._enter(self._rest, {})
@@ -77,7 +77,7 @@ class ResponseParser:
     @property
     def place(self) -> Place:
         """Where the answer stands."""
-        if isinstance(self._region, _Text):
+        if isinstance(self._region, _TextRegion):
             if self._region.role == "reasoning":
                 return "reasoning"
             if not self._any and not self._region.begun:
@@ -111,10 +111,12 @@ class ResponseParser:
                 self._add(len(self._text) if final else hold)  # a delimiter without text would be found here for ever
                 return
             self._add(begin)
-            if isinstance(self._region, _Calls) and self._region.in_text:  # the delimiter is part of a quoted text
-                self._add(end)
+            if isinstance(self._region, _CallRegion) and self._region.in_text:  # the delimiter is part of a quoted text
+                if begin == len(self._text):
+                    return
+                self._add(max(end, begin + 1))  # past one that is only looked for ahead, too
                 continue
-            opened = self._region.groups if isinstance(self._region, _Calls) else {}
+            opened = self._region.groups if isinstance(self._region, _CallRegion) else {}
             self._leave(groups={**opened, **groups}, closing=self._text[begin:end] if field is self._rest else "")
             self._at = end
             self._enter(field, groups, begin)
@@ -163,10 +165,10 @@ class ResponseParser:
         if field is None:
             self._region = None
         elif field.role == "tool_calls":
-            self._region = _Calls(field, groups, self._text[begin : self._at], self._tools)
+            self._region = _CallRegion(field, groups, self._text[begin : self._at], self._tools)
         else:
             more = field.role == "content" and self._reads_calls
-            self._region = _Text(field, strip=field.strips and (self._any or field.role == "reasoning"), holds=more)
+            self._region = _TextRegion(field, strip=field.strips and (self._any or field.role == "reasoning"), holds=more)
 
     def _add(self, end: int) -> None:
         """Text up to `end` belongs to the current region."""
@@ -174,7 +176,7 @@ class ResponseParser:
         if begin == end or self._region is None:
             return
         text = self._text[begin:end]
-        if isinstance(self._region, _Calls):
+        if isinstance(self._region, _CallRegion):
             self._events += self._region.add(text)
             return
         if self._region.role == "reasoning":
@@ -189,16 +191,16 @@ class ResponseParser:
         """The current region ends, with the delimiter `closing`."""
         region, self._region = self._region, None
         match region:
-            case _Calls():
+            case _CallRegion():
                 self._events += region.end(groups or {}, closing)
                 self._any |= region.num_calls > 0
-            case _Text():
+            case _TextRegion():
                 if last and region.role == "content" and region.held:
                     self._events.append(region.event(region.held))
                 self._any |= region.begun or region.field is not self._rest
 
 
-class _Text:
+class _TextRegion:
     """A region of reasoning or content. `strip`: white space at its beginning is dropped.
 
     `holds`: white space at its end may be dropped, too, and waits.
@@ -228,7 +230,7 @@ class _Text:
         return Reasoning(text) if self.role == "reasoning" else Content(text)
 
 
-class _Calls:
+class _CallRegion:
     """A region of calls. `opening`: the delimiter as it was written."""
 
     def __init__(self, field: Field, groups: Mapping[str, str], opening: str, tools: Mapping[str, Any]) -> None:

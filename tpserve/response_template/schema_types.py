@@ -59,6 +59,8 @@ def _type_of(value: Any) -> str:
 
 
 def _typed(text: str, types: list[str]) -> Any:
+    if "null" in types and text.strip() == "null":  # where there may be none, the word is not meant
+        return None
     for kind in types:
         if kind == "string":
             return text

@@ -51,6 +51,7 @@ class ChatTemplate:
         self._special = dict(special or {})
         self._missing = missing
         self._template: jinja2.Template | None = None
+        self.source = source
         if source is None:
             return
         try:

@@ -15,6 +15,7 @@ TYPES = {
     500: "internal_server_error",
     503: "service_unavailable_error",
 }
+Json = dict[str, Any]
 CODES = {401: "invalid_api_key", 429: "queue_full", 500: "internal_error"}
 MAX_ECHOED_CHARS = 200
 """The length to which a client's value is cut in an error about it."""

@@ -3,7 +3,6 @@
 from msgspec.structs import replace
 
 from tpserve.errors import UserError
-from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.service import ModelLimits
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
@@ -37,9 +36,12 @@ def refuse_contradictions(call: CompletionRequest | ChatCompletionRequest) -> No
 
 
 def sampling_params(
-    call: CompletionRequest | ChatCompletionRequest, tokenizer: Tokenizer, limits: ModelLimits
+    call: CompletionRequest | ChatCompletionRequest, tokenizer: Tokenizer, limits: ModelLimits, grammar: str = ""
 ) -> EngineSamplingParams:
-    """The parameters that all sequences of a request share: all but `max_tokens`. UserError names the wrong field."""
+    """The parameters that all sequences of a request share: all but `max_tokens`. UserError names the wrong field.
+
+    `grammar`: of the output, empty for any text.
+    """
     vocab_size = limits.vocab_size
     if len(call.allowed_token_ids or ()) > vocab_size:
         raise UserError(
@@ -70,7 +72,7 @@ def sampling_params(
         bad_words=bad_words,
         min_tokens=call.min_tokens,
         prompt_logprobs=call.num_scored,
-        grammar=grammar_of(call),
+        grammar=grammar,
     )
 
 

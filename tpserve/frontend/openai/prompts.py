@@ -6,15 +6,16 @@ texts are tokenized in a thread, so that streams continue; a text that is too lo
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tpserve.errors import UserError
-from tpserve.frontend.openai.errors import shown
+from tpserve.frontend.openai.messages import num_chars, template_messages
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest, TokenizeChatRequest
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids, refuse_unknown
+from tpserve.frontend.openai.tools import tool_use
 from tpserve.text.fill_in import fill_in_ids
 from tpserve.text.tokenizer import Tokenizer, TooManyTokens
 
@@ -122,13 +123,17 @@ async def chat_prompt(
     UserError when it has more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
     """
     tokenizer, cut, side, documents = service.tokenizer, None, "", list[dict[str, Any]]()
+    declared: Sequence[Mapping[str, Any]] = call.tools
+    variables = call.chat_template_kwargs
     if isinstance(call, ChatCompletionRequest):
         cut, side, documents = cut_length(call, limits), call.truncation_side, call.documents
+        declared = tool_use(call).declared
+        variables = {**service.answers.variables(call.reasoning_effort, call.enable_thinking), **variables}
     if cut is not None:
         max_prompt_tokens = sys.maxsize
 
     def build() -> Prompt:
-        messages = [plain_message(message, index) for index, message in enumerate(call.messages)]
+        messages = template_messages(call.messages, service.answers.messages)
         content_chars = sum(map(num_chars, messages))
         if content_chars > limits.max_model_len * tokenizer.longest_token_chars:
             raise too_long(limits.max_model_len, f"the messages have {content_chars} characters", "messages")
@@ -136,8 +141,9 @@ async def chat_prompt(
             messages,
             add_generation_prompt=call.add_generation_prompt,
             continue_final_message=call.continue_final_message,
-            variables=call.chat_template_kwargs,
+            variables=variables,
             documents=documents,
+            tools=declared,
         )
         ids = encode(tokenizer, text, call.add_special_tokens, limits, max_prompt_tokens, "messages")
         if cut is not None and len(ids) > cut:
@@ -148,7 +154,8 @@ async def chat_prompt(
         refuse_unknown(ids, tokenizer, limits, "messages")
         return Prompt(ids, text)
 
-    return await in_thread(build, sum(map(message_cost, call.messages)) + MESSAGE_SIZE * len(call.chat_template_kwargs))
+    size = sum(map(message_cost, call.messages)) + MESSAGE_SIZE * len(call.chat_template_kwargs)
+    return await in_thread(build, THREAD_SIZE if call.tools else size)
 
 
 def message_cost(message: dict[str, Any]) -> int:
@@ -205,39 +212,6 @@ def refuse_too_long(text: str, tokenizer: Tokenizer, limits: ModelLimits, param:
     """UserError for a text that is too long even if each of its tokens is the longest of the vocabulary."""
     if len(text) > limits.max_model_len * tokenizer.longest_token_chars:
         raise too_long(limits.max_model_len, f"your prompt has {len(text)} characters", param)
-
-
-def plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """A message as chat templates expect it, without nulls. UserError for tools and for content other than text."""
-    where = f"messages[{index}]"
-    message = {name: value for name, value in message.items() if value is not None}
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise UserError(f"{where}.role must be a string", param=f"{where}.role")
-    if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
-        raise UserError(f"{where}: tools are not supported by this server", param=where, code="unsupported_parameter")
-    content = message.get("content")
-    if isinstance(content, list):
-        for at, part in enumerate(content):
-            check_part(part, f"{where}.content[{at}]")
-        message["content"] = content or ""
-    elif not isinstance(content, str):
-        raise UserError(f"{where}.content must be a string or a list of text parts", param=f"{where}.content")
-    return message
-
-
-def num_chars(message: dict[str, Any]) -> int:
-    """The number of characters of a checked message's content."""
-    content = message["content"]
-    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
-
-
-def check_part(part: Any, where: str) -> None:
-    """UserError unless `part` is a text part of a message."""
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise UserError(f"{where}: only text parts are supported, got {shown(kind)}", param=where, code="unsupported_parameter")
 
 
 async def in_thread(work: Callable[[], T], size: int) -> T:

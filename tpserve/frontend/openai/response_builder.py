@@ -6,11 +6,13 @@ the order of a stream: the opening chunks, then non-empty deltas, then one finis
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from tpserve.engine_client.requests import RequestState
+from tpserve.frontend.openai.chat_answer import AnswerReader
+from tpserve.frontend.openai.errors import Json
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.text.assembler import OutputDelta
@@ -19,7 +21,6 @@ from tpserve.text.logprobs import as_id, chat_logprobs, completion_logprobs, lik
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.version import __version__
 
-Json = dict[str, Any]
 FINGERPRINT = f"tpserve-{__version__}"
 TOKENS_AT_ONCE = 128
 """Tokens of a scored prompt in one event of a stream, or encoded at a time. With 20 top log probabilities each, an event has
@@ -68,8 +69,12 @@ class ResponseBuilder(Protocol):
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         """The whole response, from one final delta per choice."""
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """The number of output tokens so far that are reasoning."""
 
-def usage(prompts: Sequence[Prompt], sequences: Sequence[RequestState]) -> Json:
+
+def usage(prompts: Sequence[Prompt], sequences: Sequence[RequestState], reasoning_tokens: int) -> Json:
     """Token counts so far. A prompt counts once for all its choices."""
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     completion_tokens = sum(sequence.assembler.num_tokens for sequence in sequences)
@@ -78,7 +83,7 @@ def usage(prompts: Sequence[Prompt], sequences: Sequence[RequestState]) -> Json:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in sequences if s.request.choice == 0)},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
@@ -106,6 +111,7 @@ class CompletionResponseBuilder:
     call: CompletionRequest
     prompts: Sequence[Prompt]
     tokenizer: Tokenizer
+    reasoning_tokens: int = 0
     _prompt_ids_sent: set[int] = field(default_factory=set)
 
     def opening(self) -> list[Json]:
@@ -182,12 +188,13 @@ class CompletionResponseBuilder:
 
 @dataclass(frozen=True)
 class ChatResponseBuilder:
-    """`chat.completion` and its chunks."""
+    """`chat.completion` and its chunks. `readers`: of each choice."""
 
     meta: ResponseMeta
     call: ChatCompletionRequest
     prompt: Prompt
     tokenizer: Tokenizer
+    readers: Sequence[AnswerReader]
 
     def opening(self) -> list[Json]:
         chunks = [
@@ -201,25 +208,33 @@ class ChatResponseBuilder:
         return chunks
 
     def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
-        chunks, tokens, entries = [], delta.tokens, delta.entries
-        if delta.text:
-            chunks.append(self.meta.chunk(self._choice(index, "delta", {"content": delta.text}, tokens, entries) | NOT_ENDED))
+        chunks, reader = [], self.readers[index]
+        tokens, entries = [*reader.tokens, *delta.tokens], [*reader.entries, *delta.entries]
+        for part in reader.deltas(delta):
+            chunks.append(self.meta.chunk(self._choice(index, "delta", part, tokens, entries) | NOT_ENDED))
             tokens, entries = [], []
+        reader.tokens, reader.entries = tokens, entries
         if delta.finish is not None:
-            chunks.append(self.meta.chunk(self._choice(index, "delta", {}, tokens, entries) | finish_fields(delta)))
+            ending = finish_fields(delta) | {"finish_reason": reader.finish_reason(delta)}
+            chunks.append(self.meta.chunk(self._choice(index, "delta", {}, tokens, entries) | ending))
         return chunks
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         choices = []
         for index, delta in outputs:
-            message = {"role": "assistant", "content": delta.text, "refusal": None}
-            choices.append(self._choice(index, "message", message, delta.tokens, delta.entries) | finish_fields(delta))
+            message = self.readers[index].message(delta)
+            ending = finish_fields(delta) | {"finish_reason": self.readers[index].finish_reason(delta)}
+            choices.append(self._choice(index, "message", message, delta.tokens, delta.entries) | ending)
         answer, scores = self.meta.answer(choices), outputs[0][1].scores
         if self.call.return_token_ids:
             answer["prompt_token_ids"] = self.prompt.ids
         if scores is not None and self.call.prompt_logprobs is not None:
             answer["prompt_logprobs"] = encoded_prompt_logprobs(scores, self.call.prompt_logprobs, self.tokenizer)
         return answer
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(reader.reasoning_tokens for reader in self.readers)
 
     def _choice(self, index: int, name: str, message: Json, tokens: list[int], entries: Sequence[TokenEntry]) -> Json:
         spell = as_id if self.call.return_tokens_as_token_ids else None

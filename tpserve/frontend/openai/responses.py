@@ -15,9 +15,9 @@ from aiohttp import web
 
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.errors import UserError
-from tpserve.frontend.openai.errors import error_object, internal_error
+from tpserve.frontend.openai.errors import Json, error_object, internal_error
 from tpserve.frontend.openai.prompts import Prompt, in_thread
-from tpserve.frontend.openai.response_builder import Json, ResponseBuilder, ResponseMeta, usage
+from tpserve.frontend.openai.response_builder import ResponseBuilder, ResponseMeta, usage
 from tpserve.frontend.openai.schema import StreamOptions
 from tpserve.text.assembler import OutputDelta
 
@@ -43,10 +43,15 @@ async def send_whole(
         deltas = [(sequence.index, delta) for sequence, delta in handle.take()]
     finally:
         request_table.abort(handle)
-    facts: Json = {"usage": usage(prompts, handle.sequences)}
-    if meta.warnings:
-        facts["warnings"] = meta.warnings
-    body = await in_thread(lambda: msgspec.json.encode(builder.answer(deltas) | facts), num_values(deltas))
+
+    def encode() -> bytes:
+        answer = builder.answer(deltas)
+        answer["usage"] = usage(prompts, handle.sequences, builder.reasoning_tokens)
+        if meta.warnings:
+            answer["warnings"] = meta.warnings
+        return msgspec.json.encode(answer)
+
+    body = await in_thread(encode, num_values(deltas))
     return web.Response(body=body, content_type="application/json")
 
 
@@ -92,7 +97,7 @@ async def events(
             chunks[0]["warnings"] = warnings.copy()
             warnings.clear()
         if options.continuous_usage_stats:
-            now = usage(prompts, handle.sequences)
+            now = usage(prompts, handle.sequences, builder.reasoning_tokens)
             return b"".join(event(chunk | {"usage": now}) for chunk in chunks)
         if options.include_usage:
             return b"".join(event(chunk | {"usage": None}) for chunk in chunks)
@@ -115,7 +120,7 @@ async def events(
             elif idle.due():
                 yield KEEP_ALIVE_COMMENT
     if options.include_usage:
-        yield event(meta.chunk() | {"usage": usage(prompts, handle.sequences)})
+        yield event(meta.chunk() | {"usage": usage(prompts, handle.sequences, builder.reasoning_tokens)})
     yield END
 
 

@@ -1,21 +1,25 @@
 """The HTTP handlers of the OpenAI API, of /tokenize and of /detokenize. Owns no state."""
 
+import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
 from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import UserError
 from tpserve.frontend.openai.body import parse, read_object
-from tpserve.frontend.openai.errors import json_response
+from tpserve.frontend.openai.chat_answer import AnswerReader
+from tpserve.frontend.openai.errors import Json, json_response
+from tpserve.frontend.openai.grammar import describes_output, grammar_of
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, in_thread, max_new_tokens, refuse_too_long
 from tpserve.frontend.openai.response_builder import (
     ChatResponseBuilder,
     CompletionResponseBuilder,
-    Json,
     ResponseBuilder,
     ResponseMeta,
 )
@@ -31,6 +35,8 @@ from tpserve.frontend.openai.schema import (
 from tpserve.frontend.openai.sequences import params_of, requests_of
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids
+from tpserve.frontend.openai.tools import ToolUse, tool_use
+from tpserve.response_template.parser import Place
 from tpserve.types.sampling import EngineSamplingParams
 
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -63,7 +69,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     limits = service.limits()
     prompts = await completion_prompts(service, call, limits)
     sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
-    params = await params_of(service, call, prompts, sizes, limits)
+    grammar = await asyncio.to_thread(grammar_of, call) if describes_output(call) else ""
+    params = await params_of(service, call, prompts, sizes, limits, grammar)
     builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
     return await answer(request, service, call, params, builder, meta, prompts)
 
@@ -76,12 +83,28 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     )
     meta = response_meta(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
+    use = tool_use(call)
+    service.answers.refuse_tools(use)
     prompt = await chat_prompt(service, call, limits)
+    tail, place = service.answers.tail(prompt.text)
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")
-    params = await params_of(service, call, [prompt], [size], limits)
-    builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer)
+    params = await params_of(service, call, [prompt], [size], limits, await chat_grammar(service, call, use, place))
+    readers = [AnswerReader(service.answers, call, use, tail) for _ in range(call.n)]
+    builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)
     return await answer(request, service, call, params, builder, meta, [prompt])
+
+
+async def chat_grammar(service: OpenAIServing, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
+    """The grammar of a chat's answer, the first that compiles. UserError of the last."""
+    grammars = partial(service.answers.grammars, call, use, place)
+    constrained = describes_output(call) or use.choice != "none"
+    *better, last = await asyncio.to_thread(grammars) if constrained else grammars()
+    for grammar in better:
+        with suppress(UserError):
+            await service.grammars.check(grammar)
+            return grammar
+    return last
 
 
 async def answer(

@@ -16,6 +16,7 @@ MAX_BIASED_IDS = 1024
 MAX_MESSAGES = 8192
 MAX_CACHE_SALT_CHARS = 1024
 MAX_DOCUMENTS = 1024
+MAX_TOOLS = 1024
 
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TokenId = Annotated[int, Meta(ge=0)]
@@ -25,6 +26,7 @@ NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=MAX_MESSAGES)]
 Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=MAX_CACHE_SALT_CHARS)]
+Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)]
 RequestId = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{1,128}$")]
 """Printable ASCII, since it appears in a header and in log lines."""
 
@@ -128,6 +130,14 @@ class ChatCompletionRequest(SamplingFields, frozen=True, kw_only=True):
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = {}
     documents: Annotated[list[dict[str, Any]], Meta(max_length=MAX_DOCUMENTS)] = []
+    tools: Tools = []
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
+    include_reasoning: bool = True
+    separate_reasoning: bool = True
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs | None = None
@@ -171,6 +181,7 @@ class TokenizeChatRequest(Struct, frozen=True, kw_only=True):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = {}
+    tools: Tools = []
     return_token_strs: bool = False
 
 
@@ -181,7 +192,13 @@ class DetokenizeRequest(Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-ALIASES = {"rid": "request_id", "json_schema": "guided_json", "regex": "guided_regex", "ebnf": "guided_grammar"}
+ALIASES = {
+    "rid": "request_id",
+    "json_schema": "guided_json",
+    "regex": "guided_regex",
+    "ebnf": "guided_grammar",
+    "thinking_budget": "thinking_token_budget",
+}
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Labels of a client's own traffic. They have no effect, so they are accepted without a warning."""
 
@@ -205,13 +222,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "verbosity": ("medium",),
-    # tools and reasoning
+    # tools and reasoning: chat completions have the rest
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "reasoning_effort": (),
+    "enable_thinking": (),
+    "thinking_token_budget": (),
     "include_reasoning": (True,),
     "separate_reasoning": (True,),
     "web_search_options": (),

@@ -5,15 +5,12 @@ for the first choice. With a seed, each prompt of a list gets the same answer as
 checks, so its result can be admitted.
 """
 
-import asyncio
 import secrets
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 from msgspec.structs import replace
 
 from tpserve.errors import UserError
-from tpserve.frontend.openai.grammar import describes_output
 from tpserve.frontend.openai.params import sampling_params, with_length
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
@@ -40,6 +37,7 @@ async def params_of(
     prompts: Sequence[Prompt],
     sizes: Sequence[int],
     limits: ModelLimits,
+    grammar: str = "",
 ) -> list[EngineSamplingParams]:
     """The sampling parameters of each prompt. `sizes`: `max_tokens` of each prompt. UserError names a field."""
     field = "best_of" if call.num_drawn > call.n else "n"
@@ -59,11 +57,10 @@ async def params_of(
             param=field if call.num_drawn > 1 else "prompt",
         )
     refuse_too_many_scores(call, num_tokens)
-    make = partial(sampling_params, call, service.tokenizer, limits)
-    params = await asyncio.to_thread(make) if describes_output(call) else make()
-    if params.grammar:
-        await service.grammars.check(params.grammar)
-        if (sent := len(prompts) * call.num_drawn * len(params.grammar)) > MAX_SENT_GRAMMAR_BYTES:
+    params = sampling_params(call, service.tokenizer, limits, grammar)
+    if grammar:
+        await service.grammars.check(grammar)
+        if (sent := len(prompts) * call.num_drawn * len(grammar)) > MAX_SENT_GRAMMAR_BYTES:
             raise UserError(
                 f"the grammar times prompts times {field} has {sent} bytes, this server takes {MAX_SENT_GRAMMAR_BYTES} at once; "
                 "split the request",
@@ -102,6 +99,7 @@ def requests_of(
                 skip_special_tokens=call.skip_special_tokens,
                 scores=scores,
                 num_open=prompt.num_open,
+                shown=service.answers.shown if isinstance(call, ChatCompletionRequest) else frozenset(),
             )
             yield request, assembler
 

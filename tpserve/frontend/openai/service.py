@@ -14,6 +14,7 @@ from aiohttp import web
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
+from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
@@ -44,6 +45,7 @@ class OpenAIServing:
     chat_template: ChatTemplate
     defaults: SamplingDefaults
     grammars: GrammarChecker
+    answers: ChatAnswers = field(default_factory=ChatAnswers)
     logged_fields: set[str] = field(default_factory=set)
     large_bodies: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a large body is decoded."""

@@ -1,0 +1,300 @@
+"""The rules of a call's arguments: one JSON object, arguments in tags, or Python's keyword arguments.
+
+A schema is a client's: what is wrong in it goes into the grammar as it is, and llguidance's error is the answer.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from tpserve.errors import UserError
+from tpserve.response_template.format import TaggedArguments, ToolFormat
+from tpserve.response_template.lark import Lark, encoded, is_token, quoted, re_escape, regex, without
+
+PYTHON = TaggedArguments(begin="", middle="=", end="", between=", ")
+MAX_HOPS = 64
+"""References and branches that are followed to find what a parameter may be."""
+_LOCAL = re.compile(r'"\$ref":"#(?!/\$defs/|/definitions/)')
+_ROOT = "tpserve-root"
+_UNKNOWN_AT_ROOT = (
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "not",
+    "if",
+    "patternProperties",
+    "propertyNames",
+    "minProperties",
+    "maxProperties",
+)
+_UNKNOWN_AT_ROOT += ("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties")
+_NOT_STRINGS = {"properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems", "minItems"}
+_NOT_STRINGS |= {"maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+_PYTHON_VALUE = {
+    "py_value": 'PY_ATOM | "[" (py_value (PY_COMMA py_value)*)? "]" | "{" (py_item (PY_COMMA py_item)*)? "}"',
+    "py_item": "PY_STRING PY_COLON py_value",
+    "PY_ATOM": 'PY_STRING | PY_NUMBER | "True" | "False" | "None" | "true" | "false" | "null"',
+    "PY_STRING": r"""/"([^"\\\x00-\x1f]|\\[^\x00-\x1f])*"|'([^'\\\x00-\x1f]|\\[^\x00-\x1f])*'/""",
+    "PY_NUMBER": r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/",
+    "PY_COMMA": "/, ?/",
+    "PY_COLON": "/: ?/",
+}
+
+
+class Tool(Struct, frozen=True):
+    """A function that the model may call. `strict`: its arguments obey `parameters`, a JSON schema."""
+
+    name: str
+    parameters: Any = {}
+    strict: bool = False
+
+
+def arguments(lark: Lark, tool: Tool, name: str, format: ToolFormat) -> str:
+    """The arguments of a call, as the body of a rule; names of new rules begin with `name`."""
+    schema = _of_object(tool) if tool.strict else {"type": "object"}
+    if format.arguments == "json":
+        return lark.json(schema)
+    tags = PYTHON if format.arguments == "python" else format.tags or TaggedArguments("", "", "")
+    if not tool.strict:
+        return _Parameters(lark, name, tags, {}, format.arguments == "python").body()
+    root = _resolved(schema, schema)
+    if not _is_readable(root):
+        return lark.json(schema)
+    if unknown := [key for key in _UNKNOWN_AT_ROOT if key in root]:
+        text = f"{unknown[0]!r} at the root of the parameters of {tool.name!r} cannot be enforced in this model's form of calls"
+        raise UserError(f"{text}; leave it out, or set strict to false", param="tools", code="invalid_value")
+    return _Parameters(lark, name, tags, {**schema, **root}, format.arguments == "python").body()
+
+
+def _of_object(tool: Tool) -> Any:
+    """The schema of a tool's arguments, which are an object even where it does not say so."""
+    none = {"properties": {}, "additionalProperties": False}
+    schema = none if tool.parameters is None else {} if tool.parameters is True else tool.parameters
+    if not isinstance(schema, Mapping):
+        return schema
+    types = schema.get("type", "object")
+    if types != "object" and not (isinstance(types, list) and "object" in types):
+        text = f"the parameters of {tool.name!r} have type {str(types)[:80]!r}, arguments are an object"
+        raise UserError(f"{text}; give them type object", param="tools", code="invalid_value")
+    return {**schema, "type": "object"}
+
+
+class _Parameters:
+    """The rules of named arguments: each parameter of the schema in its order, then additional ones."""
+
+    def __init__(self, lark: Lark, name: str, tags: TaggedArguments, root: Mapping[str, Any], python: bool) -> None:
+        self._lark, self._name, self._tags, self._root, self._python = lark, name, tags, root, python
+        self._between = str(lark.literal(tags.between))
+        self._begin, self._end = str(lark.literal(tags.begin)), lark.literal(tags.end)
+
+    def body(self) -> str:
+        """Required parameters are present, optional ones may be."""
+        properties, required = self._root.get("properties", {}), set(self._root.get("required", ()))
+        additional = self._root.get("additionalProperties", "properties" not in self._root)
+        named = list(dict.fromkeys([*properties, *(key for key in required if key not in properties)]))
+        items = [(self._item(at, key, properties.get(key, additional)), key in required) for at, key in enumerate(named)]
+        return self._sequence(items, self._extra(named, additional) if additional is not False else "")
+
+    def _sequence(self, items: list[tuple[str, bool]], extra: str) -> str:
+        """Items in order with separators: rule `more_N` continues with item N behind another one, `first_N` begins with it or a later one."""
+        name, between = self._name, self._between
+        last = len(items)
+        self._lark.rule(f"{name}_more_{last}", f"({between} {extra})*" if extra else "")
+        self._lark.rule(f"{name}_first_{last}", f"({extra} {name}_more_{last})?" if extra else "")
+        for at in reversed(range(last)):
+            item, is_required = items[at]
+            more = f"{between} {item} {name}_more_{at + 1}"
+            first = f"{item} {name}_more_{at + 1}"
+            self._lark.rule(f"{name}_more_{at}", more if is_required else f"{more} | {name}_more_{at + 1}")
+            self._lark.rule(f"{name}_first_{at}", first if is_required else f"{first} | {name}_first_{at + 1}")
+        return f"{name}_first_0"
+
+    def _item(self, at: int, key: str, schema: Any) -> str:
+        name = f"{self._name}_p{at}"
+        return self._lark.rule(name, f"{self._begin} {self._behind_key(name, key, schema)}")
+
+    def _extra(self, named: list[str], schema: Any) -> str:
+        """An argument that the schema does not name."""
+        name = f"{self._name}_extra"
+        characters = "[a-zA-Z_][a-zA-Z0-9_]{0,63}" if self._python else r"[^\s<>\[\]=\"]{1,64}"
+        body = f"/{characters}/" + (f" & ~{regex('|'.join(map(re_escape, named)))}" if named else "")
+        self._lark.rule(key := f"{name}_KEY".upper(), body)
+        return self._lark.rule(name, f"{self._begin} {self._behind_key(name, None, schema, key)}")
+
+    def _behind_key(self, name: str, key: str | None, schema: Any, pattern: str = "") -> str:
+        """The key - or one of a pattern -, what stands between it and its value, and the value to the end of its tag."""
+        texts, others = ([], [self._python_value(schema)]) if self._python else self._values(name, schema)
+        others = [f"{value} {self._end}" for value in others]
+        forms = [(self._tags.middle, texts), (self._tags.other_middle, others)]
+        if not self._tags.other_middle:
+            forms = [(self._tags.middle, texts + others)]
+        written = [
+            f"{self._key(f'{name}_{at}', key, middle, pattern)} ({' | '.join(values)})"
+            for at, (middle, values) in enumerate(forms)
+            if values
+        ]
+        return f"({' | '.join(written)})"
+
+    def _key(self, name: str, key: str | None, middle: str, pattern: str) -> str:
+        if key is not None:
+            return str(self._lark.literal(key + middle))
+        return self._lark.until(f"{name}_key", self._lark.literal(middle), pattern)
+
+    def _values(self, name: str, schema: Any) -> tuple[list[str], list[str]]:
+        """A value: as text, up to the end of its tag, and as JSON, without it."""
+        texts, named, others = [], [], []
+        for at, branch in enumerate(_branches(self._root, schema)):
+            if (values := _enumerated(branch)) is not None:
+                named += [quoted(value) for value in values if isinstance(value, str)]
+                others += [quoted(encoded(value)) for value in values if not isinstance(value, str)]
+                continue
+            if _may_be_string(branch):
+                texts.append(self._text(f"{name}_{at}", branch))
+            if not _is_string(branch):
+                others.append(self._of_json(branch))
+        if texts and not self._tags.other_middle:
+            return texts, []  # which may be JSON, too
+        if named:
+            texts.append(f"{self._lark.rule(f'{name}_VALUES'.upper(), ' | '.join(named))} {self._end}")
+        return texts, others
+
+    def _text(self, name: str, schema: Any) -> str:
+        """A string as it is, up to the end of its tag; without limits the blanks before the end need not be the format's."""
+        end, limits = self._tags.end, _limits(schema)
+        if limits:
+            first = next(iter(self._end.atoms), "")
+            apart = without(end.strip()) if first and not is_token(first) and end.strip() else "/(?s:.*)/"
+            return self._lark.until(f"{name}_text", self._end, self._lark.rule(f"{name}_TEXT".upper(), f"{limits} & {apart}"))
+        if not (core := end.strip()):
+            return self._lark.until("text", self._end)
+        return f"{self._lark.until('text', self._lark.literal(core))} {self._lark.literal(end[len(end.rstrip()) :])}"
+
+    def _python_value(self, schema: Any) -> str:
+        if self._root or schema is not True:
+            return self._of_json(schema)
+        for name, body in _PYTHON_VALUE.items():
+            self._lark.rule(name, body)
+        return "py_value"
+
+    def _of_json(self, schema: Any) -> str:
+        """A value by JSON, with the definitions of the whole schema."""
+        if not isinstance(schema, Mapping):
+            return self._lark.json(schema)
+        if '"$ref"' not in encoded(schema):
+            return self._lark.json(schema)
+        whole = dict(schema)
+        for key in ("$defs", "definitions"):
+            if named := _mapping(self._root.get(key)):
+                whole[key] = {**_mapping(schema.get(key)), **named}
+        if _LOCAL.search(encoded(whole)):  # another place of the whole schema
+            whole["$defs"] = {**_mapping(whole.get("$defs")), _ROOT: self._root}
+        return self._lark.json(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))))
+
+
+def _is_readable(root: Any) -> bool:
+    """Whether the root of a schema is an object with named parameters, as arguments in tags need it."""
+    if not isinstance(root, Mapping) or root.get("type") != "object" or "$ref" in root:
+        return False
+    required, additional = root.get("required", []), root.get("additionalProperties", True)
+    return (
+        isinstance(root.get("properties", {}), Mapping)
+        and isinstance(required, list)
+        and all(isinstance(key, str) for key in required)
+        and isinstance(additional, Mapping | bool)
+    )
+
+
+def _resolved(root: Any, schema: Any) -> Any:
+    """The schema that local references lead to; the last one that could be found."""
+    for _ in range(MAX_HOPS):
+        ref = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if not isinstance(ref, str) or not ref.startswith("#"):
+            break
+        found: Any = root
+        for step in ref[1:].split("/")[1:]:
+            found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+        if found is None:
+            break
+        schema = (
+            {**found, **{key: value for key, value in schema.items() if key != "$ref"}} if isinstance(found, Mapping) else found
+        )
+    return schema
+
+
+def _branches(root: Any, schema: Any) -> list[Any]:
+    """The alternatives of a schema, without references; the schema itself when they are too many."""
+    found, open_ = [], [schema]
+    for _ in range(MAX_HOPS):
+        if not open_:
+            break
+        branch = _resolved(root, open_.pop(0))
+        choices = (
+            next((branch[key] for key in ("anyOf", "oneOf") if key in branch), None) if isinstance(branch, Mapping) else None
+        )
+        if isinstance(choices, list) and choices:
+            open_ += choices
+        elif isinstance(branch, Mapping) and isinstance(types := branch.get("type"), list) and _enumerated(branch) is None:
+            open_ += [{**branch, "type": type} for type in types]
+        else:
+            found.append(branch)
+    return found if found and not open_ else [schema]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _enumerated(schema: Any) -> list[Any] | None:
+    """The values of an enumeration; None for anything else."""
+    if not isinstance(schema, Mapping):
+        return None
+    if "const" in schema:
+        return [schema["const"]]
+    values = schema.get("enum")
+    return values if isinstance(values, list) and values else None
+
+
+def _may_be_string(schema: Any) -> bool:
+    if not isinstance(schema, Mapping):
+        return schema is True
+    if "type" in schema:
+        return bool(schema["type"] == "string")
+    return not _NOT_STRINGS & schema.keys() and not any(key in schema for key in ("allOf", "not", "if", "$ref"))
+
+
+def _is_string(schema: Any) -> bool:
+    return isinstance(schema, Mapping) and schema.get("type") == "string"
+
+
+def _limits(schema: Any) -> str:
+    """The length and the pattern of a string, as a terminal's body; empty when it has neither."""
+    if not isinstance(schema, Mapping):
+        return ""
+    parts = []
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if least or most != "":
+        parts.append(f"/(?s:.){{{_count(least)},{_count(most)}}}/")
+    if "pattern" in schema:
+        parts.append(regex(_anywhere(str(schema["pattern"]))))
+    return " & ".join(parts)
+
+
+def _count(value: Any) -> str:
+    """A bound of a schema as a number; what is none goes on as it is, to be refused."""
+    return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+
+
+def _anywhere(pattern: str) -> str:
+    """A JSON schema's pattern, which matches anywhere in a text, for llguidance, whose patterns match all of it and know no anchors."""
+    depth, skipped = 0, re.sub(r"\\.|\[(\\.|[^\]\\])*\]", "", pattern, flags=re.DOTALL)
+    for character in skipped:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "|" and depth == 0:
+            return f"(?s:.*)(?:{pattern})(?s:.*)"
+    begin = "" if pattern.startswith("^") else "(?s:.*)"
+    end = "" if skipped.endswith("$") and pattern.endswith("$") else "(?s:.*)"
+    core = pattern[1:] if not begin else pattern
+    return f"{begin}(?:{core[:-1] if not end else core}){end}"

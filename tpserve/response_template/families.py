@@ -1,0 +1,287 @@
+"""Families of models by how they write answers, for templates that do not show it, and the parser names of other servers.
+
+Formats are facts of the models: their cards and chat templates. Names of parsers: vLLM 0.33, SGLang 0.5.23.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from tpserve.errors import UserError
+from tpserve.response_template.format import INDEX, ReasoningFormat, TaggedArguments, ToolFormat
+
+XML_TAGS = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n")
+TEMPLATE = "template"
+"""In the tables of names: what the model's own chat template shows."""
+
+
+class Family(Struct, frozen=True):
+    """How a family writes. `fields`: of its `response_template`, where its format says too little.
+
+    `markers`: texts that the chat template or the special tokens of its models have, all of them; none: found by name only.
+    `always_reasons`: an answer begins with reasoning, whether or not something opens it. `leads`: goes before the analysis, since
+    these models write otherwise than their template does.
+    """
+
+    name: str
+    markers: tuple[str, ...] = ()
+    tools: ToolFormat | None = None
+    reasoning: ReasoningFormat | None = None
+    content: tuple[str, str] = ("", "")
+    fields: Mapping[str, Mapping[str, Any]] = {}
+    always_reasons: bool = False
+    leads: bool = False
+
+
+def json_calls(begin: str, end: str, arguments: str = "arguments", between: str = "\n") -> ToolFormat:
+    """Calls that are JSON objects, each between `begin` and `end`."""
+    return ToolFormat(f'{begin}{{"name": "', f'", "{arguments}": ', f"}}{end}", between=between)
+
+
+def json_list(begin: str, end: str = "") -> ToolFormat:
+    """Calls that are JSON objects in one list."""
+    return ToolFormat('{"name": "', '", "arguments": ', "}", f"{begin}[", ", ", f"]{end}")
+
+
+def xml_calls(begin: str, end: str) -> ToolFormat:
+    """Calls with tags as Qwen3-Coder has them."""
+    return ToolFormat(f"{begin}\n<function=", ">\n", f"</function>\n{end}", between="\n", arguments="tagged", tags=XML_TAGS)
+
+
+def dsml(calls: str) -> ToolFormat:
+    """Calls as DeepSeek's markup language has them since V3.2."""
+    tags = TaggedArguments('\n<｜DSML｜parameter name="', '" string="true">', "</｜DSML｜parameter>", "", '" string="false">')
+    begin, end = f"\n\n<｜DSML｜{calls}>", f"\n</｜DSML｜{calls}>"
+    return ToolFormat('\n<｜DSML｜invoke name="', '">', "\n</｜DSML｜invoke>", begin, "", end, "tagged", tags)
+
+
+THINK = ReasoningFormat("<think>\n", "\n</think>\n\n")
+HARMONY_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+_TURN = r"(?:<\|start\|>assistant)?\s*"
+_TO = r"to=functions\.(?P<name>[\w.:/-]+)\s*"
+HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "thinking": {
+        "open_pattern": _TURN + r"<\|channel\|>analysis\s*<\|message\|>",
+        "close_pattern": r"<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
+        "content": "text",
+        "repeats": True,
+        "join": "\n",
+    },
+    "content": {
+        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w+\s*)?<\|message\|>",
+        "close_pattern": r"<\|end\|>|<\|return\|>|(?=<\|start\|>|<\|channel\|>)",
+        "content": "text",
+        "repeats": True,
+        "join": "\n",
+    },
+    "tool_calls": {
+        "open_pattern": _TURN
+        + rf"(?:{_TO}<\|channel\|>\w+|<\|channel\|>\w+\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*\w+\s*)?<\|message\|>",
+        "close_pattern": r"<\|call\|>|<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
+        "repeats": True,
+        "content": "json",
+        "transform": HARMONY_CALL,
+    },
+}
+GEMMA_CALL = {
+    "open_pattern": r"\s*<\|tool_call>\s*call:(?P<name>[\w.:/-]+)\s*(?=\{)",
+    "close_pattern": r"\s*<tool_call\|>\s*",
+    "repeats": True,
+    "content": "json",
+    "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
+    "transform": HARMONY_CALL,
+}
+MUSE_CALL = {
+    "open_pattern": r"(?:<\|eom\|>)?(?:<\|start\|>assistant)?\s*(?:to=[\w.:/-]+\s*<\|message\|>)?\s*(?:<atem:function_calls>)?\s*"
+    r"<atem:invoke name=\"(?P<name>[^\"]+)\">",
+    "close_pattern": r"\s*</atem:invoke>(?:\s*</atem:function_calls>)?(?:\s*<\|eom\|>)?\s*",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {"tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]+)\"[^<>]*>(?P<value>.*?)</atem:parameter>"},
+    "transform": HARMONY_CALL,
+}
+GRANITE_THINKING = {
+    "open_pattern": r"Here(?: is|'s) my thought process:",
+    "close_pattern": r"Here(?: is|'s) my response:",
+    "content": "text",
+}
+GLM_TAGS = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
+MINIMAX_TAGS = TaggedArguments('<parameter name="', '">', "</parameter>\n")
+
+FAMILIES = (
+    Family(
+        "gpt_oss",
+        ("<|channel|>", "<|message|>", "<|start|>assistant"),
+        ToolFormat("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "", several=False),
+        ReasoningFormat("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+        ("<|channel|>final<|message|>", ""),
+        HARMONY_FIELDS,
+        leads=True,
+    ),
+    Family(
+        "gemma4",
+        ("<|tool_call>", "<|channel>"),
+        None,
+        ReasoningFormat("<|channel>thought\n", "\n<channel|>"),
+        fields={"tool_calls": GEMMA_CALL},
+    ),
+    Family(
+        "apriel",
+        ("[BEGIN FINAL RESPONSE]",),
+        None,
+        ReasoningFormat("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
+        leads=True,
+    ),
+    Family("muse_glimmer", ("<atem:function_calls>",), fields={"tool_calls": MUSE_CALL}),
+    Family("deepseek_v32", ("｜DSML｜", "function_calls"), dsml("function_calls"), ReasoningFormat("<think>", "</think>")),
+    Family("deepseek_v4", ("｜DSML｜", "tool_calls"), dsml("tool_calls"), ReasoningFormat("<think>", "</think>")),
+    Family(
+        "deepseek_v3",
+        ("<｜tool▁calls▁begin｜>", "```json"),
+        ToolFormat(
+            "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+            "\n```json\n",
+            "\n```<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁begin｜>",
+            "\n",
+            "<｜tool▁calls▁end｜>",
+        ),
+        THINK,
+    ),
+    Family(
+        "deepseek_v31",
+        ("<｜tool▁calls▁begin｜>",),
+        ToolFormat(
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁begin｜>",
+            "",
+            "<｜tool▁calls▁end｜>",
+        ),
+        ReasoningFormat("<think>", "</think>"),
+    ),
+    Family(
+        "kimi_k2",
+        ("<|tool_calls_section_begin|>",),
+        ToolFormat(
+            "<|tool_call_begin|>functions.",
+            f":{INDEX}<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+            "<|tool_calls_section_begin|>",
+            "",
+            "<|tool_calls_section_end|>",
+        ),
+        ReasoningFormat("<think>", "</think>"),
+    ),
+    Family(
+        "glm",
+        ("<arg_key>",),
+        ToolFormat("<tool_call>", "\n", "</tool_call>", between="\n", arguments="tagged", tags=GLM_TAGS),
+        ReasoningFormat("<think>", "</think>\n"),
+    ),
+    Family(
+        "minimax_m2",
+        ("<minimax:tool_call>",),
+        ToolFormat(
+            '<invoke name="', '">\n', "</invoke>", "<minimax:tool_call>\n", "\n", "\n</minimax:tool_call>", "tagged", MINIMAX_TAGS
+        ),
+        THINK,
+    ),
+    Family("minimax_m3", ("]<]minimax[>[",), None, ReasoningFormat("<mm:think>", "</mm:think>")),
+    Family("granite-20b-fc", ("<function_call>",), json_calls("<function_call> ", "", between="")),
+    Family(
+        "seed_oss",
+        ("<seed:tool_call>",),
+        xml_calls("<seed:tool_call>", "</seed:tool_call>"),
+        THINK,
+    ),
+    Family("qwen3_coder", ("<tool_call>", "<function=", "<parameter="), xml_calls("<tool_call>", "</tool_call>"), THINK),
+    Family(
+        "mistral",
+        ("[TOOL_CALLS]", "[ARGS]"),
+        ToolFormat("[TOOL_CALLS]", "[ARGS]", ""),
+        ReasoningFormat("[THINK]", "[/THINK]"),
+    ),
+    Family("mistral_list", ("[TOOL_CALLS]",), json_list("[TOOL_CALLS]"), ReasoningFormat("[THINK]", "[/THINK]")),
+    Family(
+        "lfm2",
+        ("<|tool_call_start|>",),
+        ToolFormat("", "(", ")", "<|tool_call_start|>[", ", ", "]<|tool_call_end|>", "python"),
+        ReasoningFormat("<think>", "</think>"),
+    ),
+    Family("phi4_mini", ("<|tool|>", "<|/tool|>"), json_list("<|tool_call|>", "<|/tool_call|>")),
+    Family("functools", ("functools[",), json_list("functools")),
+    Family(
+        "granite",
+        ("<|tool_call|>",),
+        json_list("<|tool_call|>"),
+        ReasoningFormat("Here is my thought process:\n", "\nHere is my response:\n"),
+        fields={"thinking": GRANITE_THINKING},
+    ),
+    Family("internlm", ("<|plugin|>",), json_calls("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters")),
+    Family("longcat", ("<longcat_tool_call>",), json_calls("<longcat_tool_call>\n", "\n</longcat_tool_call>")),
+    Family("jamba", ("<tool_calls>",), json_list("<tool_calls>", "</tool_calls>")),
+    Family("hermes", ("<tool_call>",), json_calls("<tool_call>\n", "\n</tool_call>"), THINK),
+    Family(
+        "llama3_json",
+        ("<|python_tag|>", "<|start_header_id|>"),
+        ToolFormat('{"name": "', '", "parameters": ', "}", several=False),
+    ),
+    Family("xlam", (), json_list("")),
+    Family("pythonic", (), ToolFormat("", "(", ")", "[", ", ", "]", "python")),
+    Family("cohere", ("<|START_THINKING|>",), None, ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>")),
+    Family("think", ("<think>",), None, THINK),
+    Family("deepseek_r1", (), None, THINK, always_reasons=True),
+)
+BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
+
+TOOL_PARSERS: Mapping[str, str] = {
+    **{name: name for name in BY_NAME if BY_NAME[name].tools is not None or "tool_calls" in BY_NAME[name].fields},
+    **dict.fromkeys(("qwen", "qwen25", "qwen3_json", "granite4", "interns1", "mimo", "trinity", "ernie45"), "hermes"),
+    **dict.fromkeys(("qwen3_xml", "step3p5", "nemotron_v3", "nano_v3"), "qwen3_coder"),
+    **dict.fromkeys(("llama3", "llama4_json"), "llama3_json"),
+    "llama4_pythonic": "pythonic",
+    "deepseekv3": "deepseek_v3",
+    "deepseekv31": "deepseek_v31",
+    "deepseekv32": "deepseek_v32",
+    **dict.fromkeys(("deepseekv4", "deepseek-v4"), "deepseek_v4"),
+    **dict.fromkeys(("glm45", "glm47", "poolside_v1", "ling3"), "glm"),
+    **dict.fromkeys(("openai", "gpt-oss"), "gpt_oss"),
+    "phi4_mini_json": "functools",
+    "minimax-m2": "minimax_m2",
+    **dict.fromkeys(("auto", "hf", "gigachat3", "cohere_command3", "cohere_command4", "hunyuan_a13b"), TEMPLATE),
+    **dict.fromkeys(("hy_v3", "minicpm5", "plamo3", "template"), TEMPLATE),
+}
+"""Names of --tool-call-parser -> the family, or TEMPLATE."""
+
+REASONING_PARSERS: Mapping[str, str] = {
+    **{name: name for name in BY_NAME if BY_NAME[name].reasoning is not None},
+    **dict.fromkeys(("deepseek-r1", "qwen3-thinking", "minimax", "minimax_m2_append_think", "step3"), "deepseek_r1"),
+    **dict.fromkeys(("qwen3", "nemotron_v3", "nano_v3", "minicpmv", "step3p5", "interns1", "mimo", "olmo3"), "think"),
+    **dict.fromkeys(("holo2", "hunyuan_a13b", "ernie45", "minimax-append-think"), "think"),
+    **dict.fromkeys(("deepseek-v3", "poolside_v1", "ling3"), "deepseek_v31"),
+    "deepseek-v4": "deepseek_v4",
+    **dict.fromkeys(("glm45", "glm47"), "glm"),
+    "kimi": "kimi_k2",
+    **dict.fromkeys(("openai_gptoss", "gpt-oss"), "gpt_oss"),
+    **dict.fromkeys(("cohere_command3", "cohere_command4"), "cohere"),
+    "minimax-m2": "minimax_m2",
+    **dict.fromkeys(("auto", "hf", "granite_thinking_parser", "hy_v3", "plamo3", "template"), TEMPLATE),
+}
+"""Names of --reasoning-parser -> the family, or TEMPLATE."""
+
+
+def forced(flag: str, name: str | None, known: Mapping[str, str]) -> Family | None:
+    """The family that a flag names; None when it leaves the choice to the template. UserError lists the known names."""
+    if name is None:
+        return None
+    if name not in known:
+        raise UserError(f"{flag} {name} is unknown; known are {', '.join(sorted(known))}", param=flag.removeprefix("--"))
+    return BY_NAME.get(known[name])
+
+
+def marked(text: str) -> list[Family]:
+    """The families whose markers are all in a text: a chat template with the special tokens."""
+    return [family for family in FAMILIES if family.markers and all(marker in text for marker in family.markers)]
