@@ -31,7 +31,7 @@ from tpserve.frontend.openai.schema import CompletionRequest
 from tpserve.structured_output.compiler import compile_grammar, vocabulary
 from tpserve.text.tokenizer import Tokenizer
 
-TEXT_BYTES = 20_000_000
+TEXT_BYTES = 60_000_000
 ROWS = (1, 8, 32)
 SCHEMA = {
     "type": "object",
