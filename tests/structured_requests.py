@@ -1,7 +1,8 @@
 """Random requests with structured output, each with a check of the answers that end with `stop`.
 
 `requests(count, seed)` is the same on every machine. A kind of output is a function in `KINDS`, from dice to fields of a request
-and a check: None for a text that is in the language, else what is wrong with it. A new kind is one more function there.
+and a check: None for a text that is in the language, else what is wrong with it. A new kind is one more function there. Of a
+request with tools the text is `message_text`: content and calls as JSON.
 """
 
 import json
@@ -38,9 +39,18 @@ def _request(dice: random.Random, index: int) -> StructuredRequest:
     fields, check = dice.choice(KINDS)(dice)
     body = {"seed": index, "n": dice.choice((1, 1, 1, 2, 3)), "return_token_ids": True, **_sampling(dice), **fields}
     text = f"Once upon a time {index}, " + "there was a fox " * dice.randrange(4)
-    if dice.random() < 0.3:
+    if dice.random() < 0.3 or "tools" in fields:
+        if dice.random() < 0.5:
+            body["thinking_token_budget"] = dice.choice((0, 1, 4, 30))
+        if dice.random() < 0.5:
+            body["enable_thinking"] = dice.random() < 0.5
         return StructuredRequest("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **body}, check)
     return StructuredRequest("/v1/completions", {"prompt": text, **body}, check)
+
+
+def message_text(content: str | None, calls: list[tuple[str, str]]) -> str:
+    """What the check of a request with tools is given: names and arguments of the calls in order."""
+    return json.dumps({"content": content or "", "calls": calls})
 
 
 def _sampling(dice: random.Random) -> dict[str, Any]:
@@ -202,4 +212,41 @@ def _tag(dice: random.Random) -> tuple[dict[str, Any], Check]:
     return {"structured_outputs": {"structural_tag": tag}}, check
 
 
-KINDS: list[Callable[[random.Random], tuple[dict[str, Any], Check]]] = [*[_json] * 4, *[_regex] * 2, _choice, _lark, _tag]
+def _tools(dice: random.Random) -> tuple[dict[str, Any], Check]:
+    """Calls of one to three functions, required, of one by name, or of the model's choice."""
+    schemas, strict = {}, {}
+    for name in dice.sample(("f", "get_weather", "a.b-c"), dice.randint(1, 3)):
+        schemas[name], strict[name] = _object(dice, 1), dice.choice((True, True, False, None))
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema, "strict": strict[name]}}
+        for name, schema in schemas.items()
+    ]
+    choice: Any = dice.choice(("required", "required", "auto", {"type": "function", "function": {"name": next(iter(schemas))}}))
+    fields = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": dice.random() < 0.5}
+
+    def check(text: str) -> str | None:
+        message = json.loads(text)
+        content, calls = message["content"], message["calls"]
+        if choice != "auto" and (content or not calls):
+            return "a call was required, and nothing else"
+        if len(calls) > 1 and (not fields["parallel_tool_calls"] or isinstance(choice, dict)):
+            return "more calls than one"
+        for name, arguments in calls:
+            if name not in schemas or (isinstance(choice, dict) and name != choice["function"]["name"]):
+                return f"{name} may not be called"
+            value = json.loads(arguments)
+            if strict[name] and (error := error_of(validator_of(schemas[name]), value)):
+                return f"arguments of {name}: {error}"
+        return None
+
+    return fields, check
+
+
+KINDS: list[Callable[[random.Random], tuple[dict[str, Any], Check]]] = [
+    *[_json] * 4,
+    *[_regex] * 2,
+    _choice,
+    _lark,
+    _tag,
+    *[_tools] * 3,
+]

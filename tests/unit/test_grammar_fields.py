@@ -90,6 +90,72 @@ def test_what_cannot_be_compiled_is_said_in_llguidances_words(fields: dict[str, 
         compile_grammar(VOCABULARY, grammar(fields))
 
 
+CONST = {"type": "const_string", "value": "yes"}
+ANY = {"type": "any_text"}
+JSON = {"type": "json_schema", "json_schema": SCHEMA}
+NEW_TAG = {"type": "tag", "begin": "<f>", "content": JSON, "end": "</f>"}
+TEXT_TAG = {"type": "tag", "begin": "<t>", "content": ANY, "end": ["</t>", "</u>"]}
+TAGS = {"triggers": ["<"], "tags": [NEW_TAG, TEXT_TAG]}
+
+
+@pytest.mark.parametrize(("form", "good", "bad"), [
+    (CONST, ["yes"], ["no", "yesyes"]),
+    (JSON, ['{"a": 1}'], ["{}"]),
+    (ANY, ["", "any\ntext"], []),
+    ({**ANY, "excludes": ["no", "/"]}, ["n o"], ["a no", "a/b"]),
+    ({"type": "regex", "pattern": "a/?b"}, ["a/b"], ["a//b"]),
+    ({"type": "grammar", "grammar": 'root ::= "k" [0-9]'}, ["k1"], ["k"]),
+    ({"type": "sequence", "elements": [CONST, JSON, CONST]}, ['yes{"a": 1}yes'], ["yesyes"]),
+    ({"type": "sequence", "elements": [ANY, CONST]}, ["yes", "oh yes"], ["oh", "yes no"]),
+    ({"type": "sequence", "elements": [CONST, ANY]}, ["yes", "yes, well"], ["well"]),
+    ({"type": "or", "elements": [CONST, NEW_TAG]}, ["yes", '<f>{"a": 1}</f>'], ["", "<f>"]),
+    (NEW_TAG, ['<f>{"a": 1}</f>'], ["<f>1</f>", '<f>{"a": 1}']),
+    (TEXT_TAG, ["<t>a <b></t>", "<t></u>"], ["<t>a", "<t></t></t>"]),
+    ({"type": "triggered_tags", **TAGS}, ["", "hi", 'a <f>{"a": 1}</f> b <t>x</u>'], ["a < b", "<f>1</f>"]),
+    ({"type": "triggered_tags", **TAGS, "at_least_one": True}, ["a <t>x</t>"], ["", "hi"]),
+    ({"type": "triggered_tags", **TAGS, "stop_after_first": True}, ["hi", "a <t>x</t>"], ["<t>x</t> b"]),
+    ({"type": "sequence", "elements": [{"type": "triggered_tags", **TAGS}, CONST]}, ["a <t>x</t> yes"], ["a <t>x</t>", "yes no"]),
+    ({"type": "tags_with_separator", "tags": TAGS["tags"], "separator": ","}, ["", "<t></t>,<t>a</t>"], ["<t></t><t></t>", "hi"]),
+    ({"type": "tags_with_separator", "tags": [NEW_TAG], "separator": ",", "at_least_one": True}, ['<f>{"a": 1}</f>'], [""]),
+    ({"type": "optional", "content": CONST}, ["", "yes"], ["yesyes"]),
+    ({"type": "plus", "content": CONST}, ["yes", "yesyes"], [""]),
+    ({"type": "star", "content": CONST}, ["", "yesyes"], ["no"]),
+    ({"type": "repeat", "content": CONST, "min": 2, "max": 3}, ["yesyes"], ["yes", "yes" * 4]),
+], ids=lambda value: value["type"] if isinstance(value, dict) else "")  # fmt: skip
+def test_the_newer_form_of_structural_tags(form: Any, good: list[str], bad: list[str]) -> None:
+    compiled = grammar({"response_format": {"type": "structural_tag", "format": form}})
+    assert [text for text in good if not takes(compiled, text)] == []
+    assert [text for text in bad if takes(compiled, text)] == []
+
+
+@pytest.mark.parametrize(("form", "param", "says"), [
+    (5, "format.type", "known are const_string"),
+    ({"type": "dispatch"}, "format.type", "'dispatch'"),
+    ({"type": "const_string"}, "format.value", "a text"),
+    ({"type": "sequence", "elements": []}, "format.elements", "at least one"),
+    ({"type": "sequence", "elements": [ANY, JSON]}, "format.elements[0]", "to have an end"),
+    ({"type": "tag", "begin": {"type": "token", "token": 5}, "content": ANY, "end": "x"}, "format.begin", "a text"),
+    ({"type": "tag", "begin": "x", "content": ANY, "end": {"type": "token", "token": 5}}, "format.end", "tokens"),
+    ({"type": "triggered_tags", "tags": [NEW_TAG], "triggers": ["<g"]}, "format.tags[0]", "no trigger begins '<f>'"),
+    ({"type": "json_schema", "json_schema": SCHEMA, "style": "qwen_xml"}, "format", "only style json"),
+    ({"type": "repeat", "content": CONST, "min": 2, "max": 1}, "format", "min <= max"),
+    ({**ANY, "max_tokens": 5}, "format", "not supported"),
+], ids=str)  # fmt: skip
+def test_what_structural_tags_cannot_say(form: Any, param: str, says: str) -> None:
+    with pytest.raises(UserError, match=says) as refusal:
+        grammar({"response_format": {"type": "structural_tag", "format": form}})
+    assert refusal.value.param == f"response_format.{param}"
+
+
+def test_structural_tags_are_bounded() -> None:
+    form: Any = CONST
+    for _ in range(40):
+        form = {"type": "optional", "content": form}
+    for deep_or_wide in (form, {"type": "or", "elements": [CONST] * 3000}):
+        with pytest.raises(UserError, match="make it smaller"):
+            grammar({"response_format": {"type": "structural_tag", "format": deep_or_wide}})
+
+
 def test_chat_has_the_same_fields() -> None:
     call, _ = parse({"messages": [{"role": "user", "content": "x"}], "guided_choice": ["a"]}, ChatCompletionRequest, set())
     assert takes(grammar_of(call), "a")

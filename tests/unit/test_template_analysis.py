@@ -5,22 +5,24 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import chat_templates as templates
 import pytest
 from transformers.utils.chat_parsing import parse_response
 
+from tests.unit import chat_templates as templates
 from tpserve.errors import UserError
+from tpserve.response_template import probe, trials
 from tpserve.response_template.analysis import analyse
 from tpserve.response_template.calls import CallForm
 from tpserve.response_template.detect import Answers, detect
-from tpserve.response_template.families import FAMILIES, REASONING_PARSERS, TOOL_PARSERS, Family
+from tpserve.response_template.families import BY_NAME, FAMILIES, REASONING_PARSERS, TOOL_PARSERS, AnswerFamily
 from tpserve.response_template.format import AnswerFormat, ReasoningFormat, TaggedArguments, ToolFormat, written
 from tpserve.response_template.spec import spec_of
-from tpserve.response_template.trials import ARGUMENTS, CALLS, SAID, TOOLS
+from tpserve.response_template.trials import ARGUMENTS, CALLS, SAID
 from tpserve.text.chat import ChatTemplate
 
 THINK = ReasoningFormat("<think>\n", "\n</think>\n\n")
 HERMES = ToolFormat('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n")
+TOOLS: list[Any] = [*trials.TOOLS]
 USER = {"role": "user", "content": "Hello?"}
 
 
@@ -235,6 +237,7 @@ def test_order_of_sources() -> None:
     family = detect(unseen, tokens)
     assert family.source["call"] == family.source["calls"] == "family lfm2"
     assert family.format.tools == FORMATS["LFM2"].tools
+    assert detect(unseen, {"extra_special_tokens": ["<|tool_call_start|>"]}).source == family.source
 
 
 def test_the_own_response_template_of_a_model_is_tried_as_well() -> None:
@@ -246,6 +249,8 @@ def test_the_own_response_template_of_a_model_is_tried_as_well() -> None:
     found = detect(hermes, {"response_template": wrong})
     assert "content comes back as '<tool_call>" in found.off["call"]
     assert "tool_calls" not in found.spec["fields"] and found.format.tools is None
+    only_calls = {**wrong, "fields": {"tool_calls": wrong["fields"]["tool_calls"]}}
+    assert detect(hermes, {"response_template": only_calls}).spec["fields"] == {"content": {"content": "text"}}
     with pytest.raises(UserError, match="response_template has unknown keys: field"):
         detect(hermes, {"response_template": {"field": 1}})
 
@@ -255,6 +260,9 @@ def test_names_of_parsers() -> None:
     hermes = template(templates.HERMES)
     same = detect(hermes, {}, "qwen25", "qwen3")
     assert same.format.tools == HERMES and same.source["call"] == "--tool-call-parser qwen25"
+    tagged = detect(template(templates.TAGGED), {}, "qwen3_xml")  # to the letter as the template has it
+    assert tagged.format == FORMATS["TAGGED"] and tagged.source["calls"] == "--tool-call-parser qwen3_xml"
+    assert detect(hermes, {}, "openai").format.tools_after_content is None
     assert detect(hermes, {}, "hunyuan_a13b").source["call"] == "chat template"
     with pytest.raises(UserError, match="--tool-call-parser hermess is unknown; known are .*hermes"):
         detect(hermes, {}, "hermess")
@@ -263,7 +271,7 @@ def test_names_of_parsers() -> None:
 
 
 @pytest.mark.parametrize("family", [each for each in FAMILIES if each.tools is not None], ids=lambda each: each.name)
-def test_families_write_what_transformers_reads(family: Family) -> None:
+def test_families_write_what_transformers_reads(family: AnswerFamily) -> None:
     format = AnswerFormat(family.reasoning, *family.content, None, family.tools)
     spec = spec_of(format, ["<|assistant|>"])
     spec["fields"] |= family.fields
@@ -272,6 +280,52 @@ def test_families_write_what_transformers_reads(family: Family) -> None:
     assert [call["function"] for call in message["tool_calls"]] == function_calls(count)
     message = parse_response(written(format, "Hm." if family.reasoning else "", SAID), spec, prefix="<|assistant|>")
     assert message["content"] == SAID and message.get("thinking", "Hm.") == "Hm."
+
+
+SAMPLES: Mapping[str, str] = {
+    "hermes": '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    '<tool_call>\n{"arguments": {}, "name": "g"}\n</tool_call>',
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
+    "<tool_call>\n<function=g>\n</function>\n</tool_call>",
+    "llama3_json": '<|python_tag|>{"name": "f", "parameters": {"a": 1}}',
+    "pythonic": "[f(a=1), g()]",
+    "lfm2": "<|tool_call_start|>[f(a=1), g()]<|tool_call_end|>",
+    "mistral": '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}',
+    "mistral_list": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}, "id": "123456789"}]',
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+    '{"a": 1}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```'
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek_v31": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
+    "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "glm": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>\n<tool_call>g</tool_call>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0 <|tool_call_argument_begin|> "
+    '{"a": 1}<|tool_call_end|><|tool_call_begin|>functions.g:1<|tool_call_argument_begin|>{}<|tool_call_end|>'
+    "<|tool_calls_section_end|>",
+    "gpt_oss": '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>'
+    "<|start|>assistant to=functions.g<|channel|>commentary json<|message|>{}<|call|>",
+    "granite": '<tool_call> [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
+    "functools": 'functools[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
+    "minimax_m2": '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">1</parameter>\n</invoke>\n'
+    '<invoke name="g">\n</invoke>\n</minimax:tool_call>',
+    "minicpm5": '<function name="f"><param name="a"><![CDATA[1]]></param></function>\n<function name="g"></function>',
+    "gemma4": "<|tool_call>call:f{a:1}<tool_call|><|tool_call>call:g{}<tool_call|>",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_models_of_a_family_write(name: str) -> None:
+    format = AnswerFormat(tools=BY_NAME[name].tools)
+    spec = spec_of(format, ["<|assistant|>"])
+    spec["fields"] |= BY_NAME[name].fields
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}]
+    message = parse_response(SAMPLES[name], spec, prefix="", tools=tools)
+    functions = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    assert [call["function"] for call in message["tool_calls"]] == functions[: 1 if name == "llama3_json" else 2]
+    assert "content" not in message
+
+
+def test_numbers_of_calls_are_written() -> None:
+    assert "functions.hbizo_qet:1<|args|>" in written(FORMATS["KIMI"], calls=CALLS)
 
 
 def test_tables_of_names() -> None:
@@ -326,10 +380,28 @@ def test_calls_that_a_template_garbles_are_off() -> None:
     assert "count': '?'" in detect(template(cut), {}).off["call"]
 
 
+def test_values_that_a_template_renders_otherwise_than_models_write_them() -> None:
+    """Nested ones, that is: what else it renders comes back, and so does what its format writes."""
+    found = detect(template(templates.TAGGED.replace("value | tojson", "value | string")), {})
+    assert found.source["calls"] == "chat template" and found.format == FORMATS["TAGGED"]
+
+
+def test_objects_that_nothing_separates_are_one_call() -> None:
+    several = templates.LISTED.replace("functools[", "").replace("]{%- endif", "{%- endif").replace("%}, {%", "%}{%")
+    found = detect(template(several), {})
+    assert found.off["calls"] == "chat template has one call in an answer" and found.source["call"] == "chat template"
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_CHARS", 20), ("MAX_SECONDS", -1)])
+def test_a_template_that_does_too_much_is_refused(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
+    monkeypatch.setattr(probe, limit, value)
+    assert analyse(template(templates.HERMES)).format == FORMATS["REFUSES"]
+
+
 def test_it_takes_no_time() -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     detect(template(templates.GLM), {})
-    assert time.perf_counter() - begun < 2  # about 50 ms on an idle core
+    assert time.process_time() - begun < 2  # about 50 ms on an idle core
 
 
 def test_arguments_of_trials_are_hard() -> None:

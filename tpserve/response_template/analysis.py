@@ -93,7 +93,7 @@ def analyse(template: ChatTemplate, ends: Sequence[str] = ()) -> Analysis:
     format = AnswerFormat(
         reasoning=reasoning,
         content_begin=begin,
-        content_end=content_end(probe, plain, ends, form) if begin else "",
+        content_end=content_end(probe, plain, ends, form) if begin or any(end in plain for end in ends[: -len(ENDS)]) else "",
         tools_after_content=between_content_and_calls(probe, form, tools, ends) if tools else None,
         tools=tools,
     )
@@ -163,10 +163,10 @@ def anchors_of(probe: Probe, header: str, form: CallForm, reasoning: ReasoningFo
     anchors = (anchor,) if anchor in rest or not rest.strip() else (anchor, rest)
     if reasoning is None:
         return anchors
-    closed = header + reasoning.end.strip()  # a prompt that says that there is no reasoning
-    prompts = [probe.opening(variables={name: False}) for name in SWITCHES]
-    ends = any(prompt.startswith(closed) for prompt in (probe.opening(), *prompts))
-    return (*anchors, *(each + reasoning.end.strip() for each in anchors if ends))
+    prompts = [probe.opening(), *(probe.opening(variables={name: False}) for name in SWITCHES)]
+    tails = [text[len(header) :].rstrip() for text in prompts if text.startswith(header)]
+    silent = dict.fromkeys(tail for tail in tails if tail and reasoning.begin.strip() not in tail)  # there is no reasoning
+    return (*anchors, *(each + tail for tail in silent for each in anchors))
 
 
 def result(form: CallForm, index: int = 0, name: str = "") -> dict[str, Any]:
@@ -249,7 +249,8 @@ def content_end(probe: Probe, plain: str, ends: Sequence[str], form: CallForm) -
         if (stop := end.find(token)) >= 0:
             end = end[:stop]
     call = probe.turn(form.message([ONE_CALL]))
-    return end[: len(end) - len(common_suffix(end, call))]
+    end = end[: len(end) - len(common_suffix(end, call))]
+    return end if end.strip() else ""
 
 
 def switches(probe: Probe, name: str) -> bool:

@@ -13,24 +13,19 @@ from msgspec import Struct
 from tpserve.errors import UserError
 from tpserve.response_template.format import TaggedArguments, ToolFormat
 from tpserve.response_template.lark import Lark, encoded, is_token, quoted, re_escape, regex, without
+from tpserve.structured_output.json_schema import WHITESPACE, prepared
 
 PYTHON = TaggedArguments(begin="", middle="=", end="", between=", ")
+STRICT = prepared({}, "")["x-guidance"]
+"""llguidance's options for a value that obeys a schema."""
 MAX_HOPS = 64
 """References and branches that are followed to find what a parameter may be."""
 _LOCAL = re.compile(r'"\$ref":"#(?!/\$defs/|/definitions/)')
 _ROOT = "tpserve-root"
 _UNKNOWN_AT_ROOT = (
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "not",
-    "if",
-    "patternProperties",
-    "propertyNames",
-    "minProperties",
-    "maxProperties",
+    *("anyOf", "oneOf", "allOf", "not", "if", "patternProperties", "propertyNames", "minProperties", "maxProperties"),
+    *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties"),
 )
-_UNKNOWN_AT_ROOT += ("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties")
 _NOT_STRINGS = {"properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems", "minItems"}
 _NOT_STRINGS |= {"maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _PYTHON_VALUE = {
@@ -56,50 +51,57 @@ def arguments(lark: Lark, tool: Tool, name: str, format: ToolFormat) -> str:
     """The arguments of a call, as the body of a rule; names of new rules begin with `name`."""
     schema = _of_object(tool) if tool.strict else {"type": "object"}
     if format.arguments == "json":
-        return lark.json(schema)
-    tags = PYTHON if format.arguments == "python" else format.tags or TaggedArguments("", "", "")
+        return lark.json(schema, STRICT if tool.strict else {"whitespace_pattern": WHITESPACE})
     if not tool.strict:
-        return _Parameters(lark, name, tags, {}, format.arguments == "python").body()
+        return _Parameters(lark, name, format, {}).body()
     root = _resolved(schema, schema)
     if not _is_readable(root):
-        return lark.json(schema)
+        return lark.json(schema, STRICT)
     if unknown := [key for key in _UNKNOWN_AT_ROOT if key in root]:
         text = f"{unknown[0]!r} at the root of the parameters of {tool.name!r} cannot be enforced in this model's form of calls"
         raise UserError(f"{text}; leave it out, or set strict to false", param="tools", code="invalid_value")
-    return _Parameters(lark, name, tags, {**schema, **root}, format.arguments == "python").body()
+    return _Parameters(lark, name, format, {**schema, **root}).body()
 
 
-def _of_object(tool: Tool) -> Any:
-    """The schema of a tool's arguments, which are an object even where it does not say so."""
+def _of_object(tool: Tool) -> Mapping[str, Any]:
+    """The schema of a tool's arguments, as llguidance understands it; they are an object also where it does not say so."""
     none = {"properties": {}, "additionalProperties": False}
     schema = none if tool.parameters is None else {} if tool.parameters is True else tool.parameters
-    if not isinstance(schema, Mapping):
-        return schema
-    types = schema.get("type", "object")
+    types = schema.get("type", "object") if isinstance(schema, Mapping) else "object"
     if types != "object" and not (isinstance(types, list) and "object" in types):
         text = f"the parameters of {tool.name!r} have type {str(types)[:80]!r}, arguments are an object"
         raise UserError(f"{text}; give them type object", param="tools", code="invalid_value")
-    return {**schema, "type": "object"}
+    try:
+        own = prepared({**schema, "type": "object"} if isinstance(schema, Mapping) else schema, f"parameters of {tool.name!r}")
+    except UserError as error:
+        raise UserError(str(error), param="tools", code=error.code) from None
+    del own["x-guidance"]
+    return own
 
 
 class _Parameters:
     """The rules of named arguments: each parameter of the schema in its order, then additional ones."""
 
-    def __init__(self, lark: Lark, name: str, tags: TaggedArguments, root: Mapping[str, Any], python: bool) -> None:
-        self._lark, self._name, self._tags, self._root, self._python = lark, name, tags, root, python
+    def __init__(self, lark: Lark, name: str, format: ToolFormat, root: Mapping[str, Any]) -> None:
+        self._lark, self._name, self._root, self._python = lark, name, root, format.arguments == "python"
+        self._tags = tags = PYTHON if self._python else format.tags or TaggedArguments("", "", "")
         self._between = str(lark.literal(tags.between))
         self._begin, self._end = str(lark.literal(tags.begin)), lark.literal(tags.end)
+        atoms = lark.literal(format.call_end.strip()).atoms
+        self._call_end = format.call_end.strip() if all(atom.startswith('"') for atom in atoms) else ""
+        """What would end a call in the midst of a text argument; empty when a special token is part of it."""
 
     def body(self) -> str:
         """Required parameters are present, optional ones may be."""
         properties, required = self._root.get("properties", {}), set(self._root.get("required", ()))
         additional = self._root.get("additionalProperties", "properties" not in self._root)
-        named = list(dict.fromkeys([*properties, *(key for key in required if key not in properties)]))
+        named = [key for key, schema in properties.items() if schema is not False or key in required]
+        named += sorted(required - properties.keys())
         items = [(self._item(at, key, properties.get(key, additional)), key in required) for at, key in enumerate(named)]
         return self._sequence(items, self._extra(named, additional) if additional is not False else "")
 
     def _sequence(self, items: list[tuple[str, bool]], extra: str) -> str:
-        """Items in order with separators: rule `more_N` continues with item N behind another one, `first_N` begins with it or a later one."""
+        """Items in order with separators: rule `more_N` continues with item N, `first_N` begins with it or a later one."""
         name, between = self._name, self._between
         last = len(items)
         self._lark.rule(f"{name}_more_{last}", f"({between} {extra})*" if extra else "")
@@ -140,7 +142,7 @@ class _Parameters:
 
     def _key(self, name: str, key: str | None, middle: str, pattern: str) -> str:
         if key is not None:
-            return str(self._lark.literal(key + middle))
+            return " ".join(self._lark.named(key, middle))
         return self._lark.until(f"{name}_key", self._lark.literal(middle), pattern)
 
     def _values(self, name: str, schema: Any) -> tuple[list[str], list[str]]:
@@ -170,7 +172,9 @@ class _Parameters:
             return self._lark.until(f"{name}_text", self._end, self._lark.rule(f"{name}_TEXT".upper(), f"{limits} & {apart}"))
         if not (core := end.strip()):
             return self._lark.until("text", self._end)
-        return f"{self._lark.until('text', self._lark.literal(core))} {self._lark.literal(end[len(end.rstrip()) :])}"
+        value = self._lark.rule("VALUE", without(self._call_end)) if self._call_end else "TEXT?"
+        text = self._lark.until("text", self._lark.literal(core), value)
+        return f"{text} {self._lark.literal(end[len(end.rstrip()) :])}"
 
     def _python_value(self, schema: Any) -> str:
         if self._root or schema is not True:
@@ -181,17 +185,17 @@ class _Parameters:
 
     def _of_json(self, schema: Any) -> str:
         """A value by JSON, with the definitions of the whole schema."""
-        if not isinstance(schema, Mapping):
-            return self._lark.json(schema)
+        if not isinstance(schema, Mapping):  # llguidance says what is wrong with it
+            schema = {} if schema is True else {"allOf": [schema]}
         if '"$ref"' not in encoded(schema):
-            return self._lark.json(schema)
+            return self._lark.json(schema, STRICT)
         whole = dict(schema)
         for key in ("$defs", "definitions"):
             if named := _mapping(self._root.get(key)):
                 whole[key] = {**_mapping(schema.get(key)), **named}
         if _LOCAL.search(encoded(whole)):  # another place of the whole schema
             whole["$defs"] = {**_mapping(whole.get("$defs")), _ROOT: self._root}
-        return self._lark.json(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))))
+        return self._lark.json(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))), STRICT)
 
 
 def _is_readable(root: Any) -> bool:
@@ -284,11 +288,11 @@ def _limits(schema: Any) -> str:
 
 def _count(value: Any) -> str:
     """A bound of a schema as a number; what is none goes on as it is, to be refused."""
-    return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _anywhere(pattern: str) -> str:
-    """A JSON schema's pattern, which matches anywhere in a text, for llguidance, whose patterns match all of it and know no anchors."""
+    """A JSON schema's pattern, which matches anywhere in a text, for llguidance, whose patterns match all and know no anchors."""
     depth, skipped = 0, re.sub(r"\\.|\[(\\.|[^\]\\])*\]", "", pattern, flags=re.DOTALL)
     for character in skipped:
         depth += {"(": 1, ")": -1}.get(character, 0)

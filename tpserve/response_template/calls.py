@@ -76,7 +76,7 @@ FORMS = tuple(
 )
 
 
-class Place(Struct, frozen=True):
+class CallPlace(Struct, frozen=True):
     """Where a call stands in a text. `closing`: what closes it after its arguments, without members after them."""
 
     kind: Literal["json", "python", "tagged"]
@@ -88,7 +88,7 @@ class Place(Struct, frozen=True):
     closing: str = ""
 
 
-def place(text: str, name: str, value: str, start: int = 0) -> Place | None:
+def place(text: str, name: str, value: str, start: int = 0) -> CallPlace | None:
     """Find the call of `name` with the argument KEYS[0] = `value`."""
     at = text.find(name, start)
     key = text.find(KEYS[0], at)
@@ -99,13 +99,13 @@ def place(text: str, name: str, value: str, start: int = 0) -> Place | None:
         found = decoded(text, brace)
         if found is not None and found[0] == {KEYS[0]: value} and not text[name_end:brace].rstrip().endswith("{"):
             closing, end = closed(text, start, at, found[1])
-            return Place("json", at, name_end, brace, found[1], end, closing)
+            return CallPlace("json", at, name_end, brace, found[1], end, closing)
     if match := re.compile(rf"\(\s*({KEYS[0]}\s*=\s*(['\"]?){value}\2)").match(text, name_end):
-        return Place("python", at, name_end, match.start(1), match.end(), match.end())
+        return CallPlace("python", at, name_end, match.start(1), match.end(), match.end())
     end = text.find(value, key) + len(value)
     if re.search(r"['\"]\s*:\s*\\?['\"]$", text[key + len(KEYS[0]) : end - len(value)]):  # an object that is no JSON
         return None
-    return Place("tagged", at, name_end, key, end, end)
+    return CallPlace("tagged", at, name_end, key, end, end)
 
 
 def braces(text: str, start: int, end: int) -> list[int]:
@@ -152,6 +152,8 @@ def measure_calls(probe: Probe, header: tuple[str, str], ends: Sequence[str]) ->
     fallback = None
     rest = after(probe.turn({"content": CONTENT}), CONTENT)
     for form in FORMS:
+        if fallback is not None and (form.call_id != fallback.form.call_id or form.arguments == fallback.form.arguments):
+            continue  # only arguments that are JSON would be better
         text = answer_in(probe.turn(form.message([ONE_CALL])), *header)
         if text is None or (found := place(text, NAMES[0], VALUES[0])) is None:
             continue
@@ -188,7 +190,7 @@ class Measure:
         text = answer_in(self._probe.turn(self._form.message(calls)), *self._header)
         return masked(text or "", self._form)
 
-    def tools(self, text: str, found: Place) -> ToolFormat | None:
+    def tools(self, text: str, found: CallPlace) -> ToolFormat | None:
         """The format of the calls in `text`, which has one of them at `found`."""
         tags, name_end = None, text[found.name_end : found.arguments]
         if found.kind == "tagged":
@@ -231,7 +233,7 @@ class Measure:
             several=not bare,  # nothing says where an object ends and the next begins
         )
 
-    def _single(self, one: str, call: Place, name_end: str, rest: str, tags: TaggedArguments | None) -> ToolFormat | None:
+    def _single(self, one: str, call: CallPlace, name_end: str, rest: str, tags: TaggedArguments | None) -> ToolFormat | None:
         """The format of a template that takes one call only."""
         last = tags.end if tags else ""
         if not rest.startswith(last):

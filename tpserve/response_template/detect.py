@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import Struct, structs
 
 from tpserve.response_template.analysis import Analysis, MessageForm, analyse
-from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, Family, forced, marked
+from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, AnswerFamily, forced, marked
 from tpserve.response_template.format import AnswerFormat, ReasoningFormat, ToolFormat
 from tpserve.response_template.spec import spec_of
 from tpserve.response_template.template import ROLES, ResponseTemplate
@@ -27,8 +27,8 @@ class Answers(Struct, frozen=True):
     """How a model's answers are read and written.
 
     `spec`: the `response_template`. `format`: for grammars; None in it for what is off or cannot be written to the letter.
-    `source`: where each feature that is on comes from: content, reasoning, call (one in an answer) and calls (several).
-    `off`: why each of the others is off.
+    `source`: where each feature that is on comes from: content, reasoning, call (one in an answer), calls (several). `off`: why
+    each of the others is off.
     """
 
     spec: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Answers(Struct, frozen=True):
 class Choice(Struct, frozen=True):
     """One way in which a model may write a feature. `field`: of the spec, where the format says too little.
 
-    `always_reasons`: as in `Family`. `is_forced`: the template may show another way.
+    `always_reasons` and `after_content`: as in `AnswerFamily`. `is_forced`: the template may show another way.
     """
 
     source: str
@@ -56,6 +56,7 @@ class Choice(Struct, frozen=True):
     field: Mapping[str, Any] | None = None
     always_reasons: bool = False
     is_forced: bool = False
+    after_content: str | None = ""
 
 
 def detect(
@@ -74,7 +75,9 @@ def detect(
 class Detection:
     """What is known of a model so far."""
 
-    def __init__(self, template: ChatTemplate, config: Mapping[str, Any], tools: Family | None, reasoning: Family | None) -> None:
+    def __init__(
+        self, template: ChatTemplate, config: Mapping[str, Any], tools: AnswerFamily | None, reasoning: AnswerFamily | None
+    ) -> None:
         self._given: Mapping[str, Any] | None = config.get("response_template")
         if self._given is not None:
             ResponseTemplate.load(self._given)
@@ -119,7 +122,9 @@ class Detection:
     def find_content(self) -> None:
         """Try the content; without its own delimiters when it does not come back with them."""
         failure = self._trials.content(self._spec(self._format, self._fields), self._format)
-        if failure and self._format.content_begin:
+        if failure and (self._format.content_begin or self._format.content_end):
+            self._fields.pop("content", None)
+            self._content_source = ANALYSIS
             self._format = structs.replace(self._format, content_begin="", content_end="")
             failure = self._trials.content(self._spec(self._format, self._fields), self._format)
         if failure:
@@ -130,11 +135,10 @@ class Detection:
     def find_calls(self, flag: str) -> None:
         """Choose how calls are written, and whether there may be several."""
         found = self._analysis.format
-        analysed = Choice(ANALYSIS, tools=found.tools) if found.tools else None
+        analysed = Choice(ANALYSIS, tools=found.tools, after_content=found.tools_after_content) if found.tools else None
         reasons: list[str] = []
         for choice in self._choices("tool_calls", flag, self._tools, analysed):
-            after_content = found.tools_after_content if choice.tools == found.tools else "\n"
-            format = structs.replace(self._format, tools=choice.tools, tools_after_content=after_content)
+            format = structs.replace(self._format, tools=choice.tools, tools_after_content=choice.after_content)
             fields = self._fields | ({"tool_calls": choice.field} if choice.field is not None else {})
             spec, rendered = self._spec(format, fields), not choice.is_forced or choice.tools is None
             if choice.source != CONFIG and choice.tools is None and not self._trials.renders_calls:
@@ -171,10 +175,10 @@ class Detection:
         """What was found."""
         spec = self._spec(self._format, self._fields)
         on = {"content"} | {"reasoning"} & self._source.keys() | ({"tool_calls"} if "call" in self._source else set())
-        fields = {name: field for name, field in spec["fields"].items() if ROLES[name] in on}
+        fields = {name: field for name, field in spec["fields"].items() if ROLES[name] in on} or {"content": {"content": "text"}}
         return Answers({**spec, "fields": fields}, self._format, self._analysis.messages, self._source, self._off)
 
-    def _choices(self, name: str, flag: str, family: Family | None, analysed: Choice | None) -> list[Choice]:
+    def _choices(self, name: str, flag: str, family: AnswerFamily | None, analysed: Choice | None) -> list[Choice]:
         """The ways to try, in order. `name`: of the field."""
         if family is not None:
             return [choice_of(family, name, flag, analysed, is_forced=True)]
@@ -187,7 +191,7 @@ class Detection:
         rest = [choice for each, choice in zip(families, choices, strict=True) if not each.leads]
         return [*first, *([analysed] if analysed is not None else []), *rest]
 
-    def _may_be(self, family: Family, name: str) -> bool:
+    def _may_be(self, family: AnswerFamily, name: str) -> bool:
         """Whether a family that is marked has the feature, and the template points to it."""
         if name == "thinking":
             return family.reasoning is not None and family.reasoning.begin.strip() in self._text
@@ -217,16 +221,16 @@ class Detection:
         return {**self._given, "fields": own}
 
 
-def choice_of(family: Family, name: str, source: str, analysed: Choice | None, *, is_forced: bool = False) -> Choice:
+def choice_of(family: AnswerFamily, name: str, source: str, analysed: Choice | None, *, is_forced: bool = False) -> Choice:
     """A family's way; the template's own where it differs in white space only."""
     field = family.fields.get(name)
     if name == "thinking":
         found = analysed.reasoning if analysed is not None else None
         reasoning = found if found is not None and alike(found, family.reasoning) else family.reasoning
         return Choice(source, reasoning, None, field, family.always_reasons, is_forced)
-    same = analysed is not None and analysed.tools is not None and alike(analysed.tools, family.tools)
-    tools = analysed.tools if same and analysed is not None else family.tools
-    return Choice(source, None, tools, field, is_forced=is_forced and not same)
+    if analysed is not None and analysed.tools is not None and alike(analysed.tools, family.tools):
+        return structs.replace(analysed, source=source, field=field)
+    return Choice(source, None, family.tools, field, is_forced=is_forced, after_content=family.after_content)
 
 
 def alike(one: Struct, other: Struct | None) -> bool:
@@ -248,7 +252,10 @@ def ends_of(config: Mapping[str, Any]) -> Sequence[str]:
 
 
 def special_tokens(config: Mapping[str, Any]) -> list[str]:
-    """The texts of the tokens that tokenizer_config.json lists."""
-    tokens = config.get("added_tokens_decoder")
-    entries = tokens.values() if isinstance(tokens, dict) else ()
-    return [text for entry in entries if isinstance(entry, dict) and isinstance(text := entry.get("content"), str)]
+    """The texts of the tokens that tokenizer_config.json lists, in its older form or in a newer one."""
+    entries: list[Any] = []
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        tokens = config.get(key)
+        entries += tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
+    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
+    return [text for text in texts if isinstance(text, str)]

@@ -16,8 +16,10 @@ TEMPLATE = "template"
 """In the tables of names: what the model's own chat template shows."""
 
 
-class Family(Struct, frozen=True):
+class AnswerFamily(Struct, frozen=True):
     """How a family writes. `fields`: of its `response_template`, where its format says too little.
+
+    `after_content`: the text between content and calls; None when an answer has one or the other.
 
     `markers`: texts that the chat template or the special tokens of its models have, all of them; none: found by name only.
     `always_reasons`: an answer begins with reasoning, whether or not something opens it. `leads`: goes before the analysis, since
@@ -32,6 +34,7 @@ class Family(Struct, frozen=True):
     fields: Mapping[str, Mapping[str, Any]] = {}
     always_reasons: bool = False
     leads: bool = False
+    after_content: str | None = "\n"
 
 
 def json_calls(begin: str, end: str, arguments: str = "arguments", between: str = "\n") -> ToolFormat:
@@ -101,6 +104,33 @@ MUSE_CALL = {
     "content_args": {"tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]+)\"[^<>]*>(?P<value>.*?)</atem:parameter>"},
     "transform": HARMONY_CALL,
 }
+KIMI_K3_CALL = {
+    "open_pattern": r"(?:<\|close\|>response<\|sep\|>)?\s*(?:<\|open\|>tools<\|sep\|>)?\s*"
+    r"<\|open\|>call tool=\"(?P<name>[^\"]+)\"[^<>]*<\|sep\|>",
+    "close_pattern": r"<\|close\|>call<\|sep\|>(?:\s*<\|close\|>tools<\|sep\|>(?:\s*<\|close\|>message<\|sep\|>)?)?\s*",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {
+        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]+)\"[^<>]*<\|sep\|>(?P<value>.*?)<\|close\|>argument<\|sep\|>"
+    },
+    "transform": HARMONY_CALL,
+}
+MINICPM_CALL = {
+    "open_pattern": r"\s*<function\s+name=\"(?P<name>[^\"]+)\"\s*>",
+    "close_pattern": r"\s*</function>\s*",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {
+        "tag_pattern": r"<param\s+name=\"(?P<key>[^\"]+)\"\s*>(?:<!\[CDATA\[(?P<value>.*?)\]\]>|(?P<value>.*?))</param>"
+    },
+    "transform": HARMONY_CALL,
+}
+GRANITE_CALLS = {
+    "open_pattern": r"\s*(?:<\|tool_call\|>|<tool_call>)\s*(?=\[)",
+    "content": "json",
+    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
+    "transform_each": True,
+}
 GRANITE_THINKING = {
     "open_pattern": r"Here(?: is|'s) my thought process:",
     "close_pattern": r"Here(?: is|'s) my response:",
@@ -110,7 +140,7 @@ GLM_TAGS = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>
 MINIMAX_TAGS = TaggedArguments('<parameter name="', '">', "</parameter>\n")
 
 FAMILIES = (
-    Family(
+    AnswerFamily(
         "gpt_oss",
         ("<|channel|>", "<|message|>", "<|start|>assistant"),
         ToolFormat("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "", several=False),
@@ -118,25 +148,27 @@ FAMILIES = (
         ("<|channel|>final<|message|>", ""),
         HARMONY_FIELDS,
         leads=True,
+        after_content=None,
     ),
-    Family(
+    AnswerFamily(
         "gemma4",
         ("<|tool_call>", "<|channel>"),
         None,
         ReasoningFormat("<|channel>thought\n", "\n<channel|>"),
         fields={"tool_calls": GEMMA_CALL},
     ),
-    Family(
+    AnswerFamily(
         "apriel",
         ("[BEGIN FINAL RESPONSE]",),
         None,
         ReasoningFormat("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
         leads=True,
     ),
-    Family("muse_glimmer", ("<atem:function_calls>",), fields={"tool_calls": MUSE_CALL}),
-    Family("deepseek_v32", ("｜DSML｜", "function_calls"), dsml("function_calls"), ReasoningFormat("<think>", "</think>")),
-    Family("deepseek_v4", ("｜DSML｜", "tool_calls"), dsml("tool_calls"), ReasoningFormat("<think>", "</think>")),
-    Family(
+    AnswerFamily("kimi_k3", ("<|open|>", "<|sep|>", "<|close|>"), fields={"tool_calls": KIMI_K3_CALL}),
+    AnswerFamily("muse_glimmer", ("<atem:function_calls>",), fields={"tool_calls": MUSE_CALL}),
+    AnswerFamily("deepseek_v32", ("｜DSML｜", "function_calls"), dsml("function_calls"), ReasoningFormat("<think>", "</think>")),
+    AnswerFamily("deepseek_v4", ("｜DSML｜", "tool_calls"), dsml("tool_calls"), ReasoningFormat("<think>", "</think>")),
+    AnswerFamily(
         "deepseek_v3",
         ("<｜tool▁calls▁begin｜>", "```json"),
         ToolFormat(
@@ -149,7 +181,7 @@ FAMILIES = (
         ),
         THINK,
     ),
-    Family(
+    AnswerFamily(
         "deepseek_v31",
         ("<｜tool▁calls▁begin｜>",),
         ToolFormat(
@@ -162,7 +194,7 @@ FAMILIES = (
         ),
         ReasoningFormat("<think>", "</think>"),
     ),
-    Family(
+    AnswerFamily(
         "kimi_k2",
         ("<|tool_calls_section_begin|>",),
         ToolFormat(
@@ -175,13 +207,13 @@ FAMILIES = (
         ),
         ReasoningFormat("<think>", "</think>"),
     ),
-    Family(
+    AnswerFamily(
         "glm",
         ("<arg_key>",),
         ToolFormat("<tool_call>", "\n", "</tool_call>", between="\n", arguments="tagged", tags=GLM_TAGS),
         ReasoningFormat("<think>", "</think>\n"),
     ),
-    Family(
+    AnswerFamily(
         "minimax_m2",
         ("<minimax:tool_call>",),
         ToolFormat(
@@ -189,53 +221,69 @@ FAMILIES = (
         ),
         THINK,
     ),
-    Family("minimax_m3", ("]<]minimax[>[",), None, ReasoningFormat("<mm:think>", "</mm:think>")),
-    Family("granite-20b-fc", ("<function_call>",), json_calls("<function_call> ", "", between="")),
-    Family(
+    AnswerFamily("minimax_m3", ("]<]minimax[>[",), None, ReasoningFormat("<mm:think>", "</mm:think>")),
+    AnswerFamily("granite-20b-fc", ("<function_call>",), json_calls("<function_call> ", "", between="")),
+    AnswerFamily(
+        "minicpm5",
+        ('<function name="', "<![CDATA["),
+        ToolFormat(
+            '<function name="',
+            '">',
+            "</function>",
+            between="\n",
+            arguments="tagged",
+            tags=TaggedArguments('<param name="', '">', "</param>"),
+        ),
+        THINK,
+        fields={"tool_calls": MINICPM_CALL},
+        leads=True,
+    ),
+    AnswerFamily(
         "seed_oss",
         ("<seed:tool_call>",),
         xml_calls("<seed:tool_call>", "</seed:tool_call>"),
         THINK,
     ),
-    Family("qwen3_coder", ("<tool_call>", "<function=", "<parameter="), xml_calls("<tool_call>", "</tool_call>"), THINK),
-    Family(
+    AnswerFamily("qwen3_coder", ("<tool_call>", "<function=", "<parameter="), xml_calls("<tool_call>", "</tool_call>"), THINK),
+    AnswerFamily(
         "mistral",
         ("[TOOL_CALLS]", "[ARGS]"),
         ToolFormat("[TOOL_CALLS]", "[ARGS]", ""),
         ReasoningFormat("[THINK]", "[/THINK]"),
     ),
-    Family("mistral_list", ("[TOOL_CALLS]",), json_list("[TOOL_CALLS]"), ReasoningFormat("[THINK]", "[/THINK]")),
-    Family(
+    AnswerFamily("mistral_list", ("[TOOL_CALLS]",), json_list("[TOOL_CALLS]"), ReasoningFormat("[THINK]", "[/THINK]")),
+    AnswerFamily(
         "lfm2",
         ("<|tool_call_start|>",),
         ToolFormat("", "(", ")", "<|tool_call_start|>[", ", ", "]<|tool_call_end|>", "python"),
         ReasoningFormat("<think>", "</think>"),
     ),
-    Family("phi4_mini", ("<|tool|>", "<|/tool|>"), json_list("<|tool_call|>", "<|/tool_call|>")),
-    Family("functools", ("functools[",), json_list("functools")),
-    Family(
+    AnswerFamily("phi4_mini", ("<|tool|>", "<|/tool|>"), json_list("<|tool_call|>", "<|/tool_call|>")),
+    AnswerFamily("functools", ("functools[",), json_list("functools")),
+    AnswerFamily(
         "granite",
         ("<|tool_call|>",),
         json_list("<|tool_call|>"),
         ReasoningFormat("Here is my thought process:\n", "\nHere is my response:\n"),
-        fields={"thinking": GRANITE_THINKING},
+        fields={"thinking": GRANITE_THINKING, "tool_calls": GRANITE_CALLS},
     ),
-    Family("internlm", ("<|plugin|>",), json_calls("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters")),
-    Family("longcat", ("<longcat_tool_call>",), json_calls("<longcat_tool_call>\n", "\n</longcat_tool_call>")),
-    Family("jamba", ("<tool_calls>",), json_list("<tool_calls>", "</tool_calls>")),
-    Family("hermes", ("<tool_call>",), json_calls("<tool_call>\n", "\n</tool_call>"), THINK),
-    Family(
+    AnswerFamily("internlm", ("<|plugin|>",), json_calls("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters")),
+    AnswerFamily("longcat", ("<longcat_tool_call>",), json_calls("<longcat_tool_call>\n", "\n</longcat_tool_call>")),
+    AnswerFamily("jamba", ("<tool_calls>",), json_list("<tool_calls>", "</tool_calls>")),
+    AnswerFamily("hermes", ("<tool_call>",), json_calls("<tool_call>\n", "\n</tool_call>"), THINK),
+    AnswerFamily(
         "llama3_json",
         ("<|python_tag|>", "<|start_header_id|>"),
         ToolFormat('{"name": "', '", "parameters": ', "}", several=False),
+        after_content=None,
     ),
-    Family("xlam", (), json_list("")),
-    Family("pythonic", (), ToolFormat("", "(", ")", "[", ", ", "]", "python")),
-    Family("cohere", ("<|START_THINKING|>",), None, ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>")),
-    Family("think", ("<think>",), None, THINK),
-    Family("deepseek_r1", (), None, THINK, always_reasons=True),
+    AnswerFamily("xlam", (), json_list(""), after_content=None),
+    AnswerFamily("pythonic", (), ToolFormat("", "(", ")", "[", ", ", "]", "python"), after_content=None),
+    AnswerFamily("cohere", ("<|START_THINKING|>",), None, ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>")),
+    AnswerFamily("think", ("<think>",), None, THINK),
+    AnswerFamily("deepseek_r1", (), None, THINK, always_reasons=True),
 )
-BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
+BY_NAME: Mapping[str, AnswerFamily] = {family.name: family for family in FAMILIES}
 
 TOOL_PARSERS: Mapping[str, str] = {
     **{name: name for name in BY_NAME if BY_NAME[name].tools is not None or "tool_calls" in BY_NAME[name].fields},
@@ -252,7 +300,7 @@ TOOL_PARSERS: Mapping[str, str] = {
     "phi4_mini_json": "functools",
     "minimax-m2": "minimax_m2",
     **dict.fromkeys(("auto", "hf", "gigachat3", "cohere_command3", "cohere_command4", "hunyuan_a13b"), TEMPLATE),
-    **dict.fromkeys(("hy_v3", "minicpm5", "plamo3", "template"), TEMPLATE),
+    **dict.fromkeys(("hy_v3", "plamo3", "template"), TEMPLATE),
 }
 """Names of --tool-call-parser -> the family, or TEMPLATE."""
 
@@ -273,7 +321,7 @@ REASONING_PARSERS: Mapping[str, str] = {
 """Names of --reasoning-parser -> the family, or TEMPLATE."""
 
 
-def forced(flag: str, name: str | None, known: Mapping[str, str]) -> Family | None:
+def forced(flag: str, name: str | None, known: Mapping[str, str]) -> AnswerFamily | None:
     """The family that a flag names; None when it leaves the choice to the template. UserError lists the known names."""
     if name is None:
         return None
@@ -282,6 +330,6 @@ def forced(flag: str, name: str | None, known: Mapping[str, str]) -> Family | No
     return BY_NAME.get(known[name])
 
 
-def marked(text: str) -> list[Family]:
+def marked(text: str) -> list[AnswerFamily]:
     """The families whose markers are all in a text: a chat template with the special tokens."""
     return [family for family in FAMILIES if family.markers and all(marker in text for marker in family.markers)]

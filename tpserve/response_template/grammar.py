@@ -18,7 +18,7 @@ from msgspec import Struct
 from tpserve.errors import UserError
 from tpserve.response_template.arguments import Tool, arguments
 from tpserve.response_template.format import AnswerFormat, ToolFormat
-from tpserve.response_template.lark import Lark, SpecialTokens, is_token, quoted, without
+from tpserve.response_template.lark import Lark, SpecialTokens, is_token, without
 from tpserve.response_template.lark import Literal as Atoms
 
 _TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s{}\"']+\])")
@@ -76,7 +76,7 @@ class _Answer:
         reasoning, state = self._format.reasoning, self._rules.state
         body, is_free = self._body()
         self.lark.rule("body", body)
-        if reasoning is None or state == "content":
+        if reasoning is None or state == "content" or not self.lark.literal(reasoning.end.strip() or reasoning.end).atoms:
             self.lark.rule("start", "body")
             return
         gap = reasoning.end[len(reasoning.end.rstrip()) :] if reasoning.end.strip() else ""
@@ -94,17 +94,22 @@ class _Answer:
         """Any text up to the end of reasoning, at most as many tokens as the budget has."""
         end, budget = self.lark.literal(end_text), self._rules.thinking_budget
         first, *rest = end.atoms
+        around = [*self._literal_of_begin().atoms, *end.atoms]
         if is_token(first):
-            any_token = self.lark.any_token(first)
+            any_token = self.lark.any_token(*around)
             return f"{any_token}* {end}" if budget is None else f"{any_token}{{0,{budget}}} {end}" if budget else str(end)
         if budget is None:
-            special = self.lark.others()
+            special = self.lark.others(*around)
             return (f"(TEXT? {special})* " if special else "") + self.lark.until("think_end", end)
         if budget <= 0:
             return str(end)
         # A lexeme past its max_tokens is dropped; the last one of a state is taken as ended. So the text that may still find its
         # own end is dropped a token before the text that must not contain it, and behind the latter the end is forced.
-        cut = self.lark.rule("think_cut", self.lark.rule("NOT_ENDED", without(json.loads(first))), f"max_tokens={budget}")
+        cut = self.lark.rule(
+            "think_cut",
+            self.lark.rule("NOT_ENDED", without(json.loads(first) if first[0] == '"' else end_text)),
+            f"max_tokens={budget}",
+        )
         if budget == 1:
             return f"({first} | {cut} {first}) {' '.join(rest)}"
         whole = self.lark.rule("think_end", f"TEXT? {first}", f"lazy, max_tokens={budget - 1}")
@@ -169,10 +174,7 @@ class _Calls:
     def _tool(self, at: int, tool: Tool) -> tuple[str, str]:
         """The name with the text behind it as atoms, and the rule of the rest of the call."""
         name = json.dumps(tool.name, ensure_ascii=False)[1:-1] if self._in_string else tool.name
-        first, *rest = self._lark.literal(self._format.name_end).atoms or ("",)
-        is_text = first.startswith('"')
-        called = quoted(name + (json.loads(first) if is_text else ""))
-        behind = [*([] if is_text else [first]), *rest]
+        called, *behind = self._lark.named(name, self._format.name_end)
         body = f"{' '.join(behind)} {arguments(self._lark, tool, f't{at}', self._format)} {self._tail}"
         return called, self._lark.rule(f"t{at}", body)
 
@@ -188,7 +190,7 @@ class _Calls:
             return [(name, f"{body} more_calls") for name, body in zip(names, self._bodies, strict=True)]
         alone = self._format.call_begin.lstrip()  # readers forgive calls without what begins all of them
         several = [self._text] if not self._format.begin.strip() or alone[:1] in _PROSE else [self._text, alone]
-        return [self._opening(text) for text in several]
+        return [self._opening(text) for text in several if self._lark.literal(text).atoms]
 
     def _opening(self, text: str) -> tuple[Atoms, str]:
         first, *rest = self._lark.literal(text).atoms

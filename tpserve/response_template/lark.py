@@ -15,7 +15,6 @@ from msgspec import Struct
 
 from tpserve.errors import UserError
 from tpserve.response_template.format import ID, INDEX
-from tpserve.structured_output.json_schema import WHITESPACE
 from tpserve.text.tokenizer import Tokenizer
 
 _TERMINALS = {
@@ -64,6 +63,7 @@ class Lark:
         self._tokens = tokens
         self._rules: dict[str, str] = {}
         self._json: dict[str, str] = {}
+        self._literals: dict[str, Literal] = {}
 
     def __str__(self) -> str:
         return "\n".join(["%llguidance {}", *(f"{name}: {body}" for name, body in {**self._rules, **_TERMINALS}.items()), ""])
@@ -73,20 +73,26 @@ class Lark:
         self._rules[name + (options and f"[{options}]")] = body or '""'
         return name
 
-    def json(self, schema: Any) -> str:
-        """A value of a JSON schema, blanks bounded; equal schemas share a rule. UserError for what cannot be written as JSON."""
-        if isinstance(schema, bool):
-            schema = {} if schema else {"not": {}}
-        if isinstance(schema, Mapping):
-            options = schema.get("x-guidance")
-            options = {**(options if isinstance(options, Mapping) else {}), "whitespace_pattern": WHITESPACE}
-            schema = {**schema, "x-guidance": options}
-        name = self._json.setdefault(text := encoded(schema), f"json_{len(self._json)}")
-        return self.rule(name, f"%json {text}")
+    def json(self, schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+        """A value of a JSON schema with llguidance's `options`; equal ones share a rule."""
+        text = encoded({**schema, "x-guidance": options})
+        return self.rule(self._json.setdefault(text, f"json_{len(self._json)}"), f"%json {text}")
+
+    def named(self, name: str, text: str) -> list[str]:
+        """The atoms of a literal behind a name, which is always text; the first has the name."""
+        first, *rest = self.literal(text).atoms or ("",)
+        return (
+            [quoted(name + json.loads(first)), *rest] if first.startswith('"') else [quoted(name), *filter(None, [first]), *rest]
+        )
 
     def literal(self, text: str) -> Literal:
         """The atoms of a literal: texts in quotes, special tokens by id,"""
-        atoms = []
+        if text not in self._literals:
+            self._literals[text] = self._split(text)
+        return self._literals[text]
+
+    def _split(self, text: str) -> Literal:
+        atoms: list[str] = []
         for part in self._tokens.pattern.split(text):
             if (id := self._tokens.ids.get(part)) is not None:
                 if id in self._tokens.ends:
@@ -103,8 +109,8 @@ class Lark:
 
     def until(self, name: str, end: Literal, text: str = "TEXT?") -> str:
         """Text up to the first `end`, and `end`."""
-        first, *rest = end.atoms
-        if is_token(first):
+        first, *rest = end.atoms or ("",)
+        if not first or is_token(first):
             return f"{text} {end}"
         return " ".join([self.rule(name, f"{text} {first}", "lazy"), *rest])
 
@@ -136,8 +142,9 @@ def regex(pattern: str) -> str:
 
 
 def without(text: str) -> str:
-    """A terminal's body: any text that does not contain `text`."""
-    return f"/(?s:.*)/ & ~/(?s:.*){regex(re_escape(text))[1:-1]}(?s:.*)/"
+    """A terminal's body: any text that does not contain `text`, whatever blanks that has."""
+    pattern = "[ \\t\\r\\n]*".join(re_escape(part) for part in text.split() or [text])
+    return f"/(?s:.*)/ & ~{regex(f'(?s:.*){pattern}(?s:.*)')}"
 
 
 def re_escape(text: str) -> str:

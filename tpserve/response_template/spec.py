@@ -19,11 +19,8 @@ def spec_of(format: AnswerFormat, anchors: Sequence[str], *, always_reasons: boo
     fields: dict[str, Any] = {}
     if format.reasoning is not None:
         fields["thinking"] = reasoning_field(format.reasoning, always_reasons)
-    fields["content"] = {"content": "text"}
-    if format.content_begin.strip():
-        fields["content"] = {"open": format.content_begin.strip(), "content": "text"}
-        if format.content_end.strip():
-            fields["content"]["close"] = format.content_end.strip()
+    begin, end = format.content_begin.strip(), format.content_end.strip()
+    fields["content"] = {**({"open": begin} if begin else {}), **({"close": end} if end else {}), "content": "text"}
     if format.tools is not None:
         fields["tool_calls"] = calls_field(format.tools)
     anchor: dict[str, Any] = {"start_anchor": list(anchors)} if anchors else {"start_anchor_pattern": r"\Z"}
@@ -149,8 +146,9 @@ def closing_pattern(tools: ToolFormat, behind: str, before: str) -> dict[str, st
 
 
 def loose(text: str) -> str:
-    """A pattern of a text: no matter how much white space it has, and whatever its numbers and ids are."""
-    pattern = r"\s*".join(re.escape(part) for part in text.split())
+    """A pattern of a text: no matter how much white space is between its words and tags, and whatever its numbers and ids are."""
+    parts = [part for word in text.split() for part in re.split(r"(<[^<>]+>)", word) if part]
+    pattern = r"\s*".join(map(re.escape, parts))
     return pattern.replace(re.escape(INDEX), r"\d+").replace(re.escape(ID), r"[\w.:-]*")
 
 

@@ -17,6 +17,7 @@ MAX_REMEMBERED = 1024
 """Results, each a text that is mostly empty."""
 TRIED_TOKENS = 16
 ADVICE = {
+    "panic: assertion failed: grammar.symbols.len()": "it has too many parts; send fewer or smaller schemas",
     "oneOf constraints are not supported": "an instance may be valid for two schemas of oneOf; tell them apart, or use anyOf",
     "NoExtension": "no answer is in its language",
     "Unknown format": "leave it out; known are date, time, date-time, duration, email, hostname, ipv4, ipv6, uuid and uri",
@@ -36,19 +37,29 @@ class GrammarChecker:
         """Build the vocabulary now, in the thread, instead of with the first grammar."""
         self._thread.submit(lambda: self._vocabulary)
 
-    async def check(self, grammar: str) -> None:
-        """UserError with llguidance's words when a grammar cannot be compiled. Requests with the same grammar share the work."""
+    async def check(self, grammar: str, param: str | None = None) -> None:
+        """UserError with llguidance's words when a grammar cannot be compiled. Requests with the same grammar share the work.
+
+        `param`: the field of the request that the grammar comes from.
+        """
         if len(data := grammar.encode()) > MAX_GRAMMAR_BYTES:
-            raise _refusal(f"the grammar has {len(data)} bytes, this server takes {MAX_GRAMMAR_BYTES}; make it smaller")
+            text = f"the grammar has {len(data)} bytes, this server takes {MAX_GRAMMAR_BYTES}; make it smaller"
+            raise UserError(text, param=param, code="invalid_grammar")
         key = hashlib.sha256(data).digest()
         if (result := self._results.get(key)) is None:
             loop = asyncio.get_running_loop()
             result = self._results[key] = loop.run_in_executor(self._thread, partial(self._error_of, grammar))
+            result.add_done_callback(partial(self._forget_failed, key))
             if len(self._results) > MAX_REMEMBERED:
                 self._results.popitem(last=False)
         self._results.move_to_end(key)
         if error := await asyncio.shield(result):
-            raise _refusal(f"the grammar is refused: {error}")
+            raise UserError(f"the grammar is refused: {error}", param=param, code="invalid_grammar")
+
+    def _forget_failed(self, key: bytes, result: "asyncio.Future[str]") -> None:
+        """A check that failed itself says nothing about its grammar."""
+        if (result.cancelled() or result.exception() is not None) and self._results.get(key) is result:
+            del self._results[key]
 
     def _error_of(self, grammar: str) -> str:
         try:
@@ -76,7 +87,3 @@ def _follow(matcher: LLMatcher, ends: Sequence[int]) -> None:
 def _advised(error: str) -> str:
     advice = next((text for begin, text in ADVICE.items() if error.startswith(begin)), "")
     return f"{error}: {advice}" if advice else error
-
-
-def _refusal(text: str) -> UserError:
-    return UserError(text, code="invalid_grammar")

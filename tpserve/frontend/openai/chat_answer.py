@@ -20,7 +20,6 @@ from tpserve.frontend.openai.messages import call_id
 from tpserve.frontend.openai.schema import ChatCompletionRequest
 from tpserve.frontend.openai.tools import ToolUse
 from tpserve.response_template.analysis import MessageForm
-from tpserve.response_template.arguments import Tool
 from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.detect import Answers
 from tpserve.response_template.format import AnswerFormat
@@ -28,7 +27,6 @@ from tpserve.response_template.grammar import AnswerRules, answer_grammar
 from tpserve.response_template.lark import SpecialTokens
 from tpserve.response_template.parser import Content, Event, Place, Reasoning, ResponseParser, merged
 from tpserve.response_template.template import ResponseTemplate
-from tpserve.structured_output.json_schema import prepared
 from tpserve.text.assembler import OutputDelta
 from tpserve.text.logprob_entries import TokenEntry
 from tpserve.text.tokenizer import Tokenizer
@@ -93,7 +91,7 @@ class ChatAnswers:
         rules = AnswerRules(
             format=self.format,
             tokens=self.tokens,
-            tools=[self._held(tool) for tool in use.tools] if binds else (),
+            tools=[replace(tool, strict=tool.strict or self.strict_level == "parameter") for tool in use.tools] if binds else (),
             choice=use.choice if binds else "none",
             parallel=use.parallel and not use.named,
             state=place,
@@ -101,13 +99,6 @@ class ChatAnswers:
             answer=answer,
         )
         return answer_grammar(rules)
-
-    def _held(self, tool: Tool) -> Tool:
-        """A tool as the grammar has it. UserError when its schema cannot be enforced and must be."""
-        if not tool.strict and self.strict_level != "parameter":
-            return tool
-        schema = prepared(tool.parameters, f"the parameters of {tool.name}")
-        return replace(tool, strict=True, parameters=schema)
 
     def tail(self, prompt: str) -> tuple[str, Place]:
         """The end of a prompt that belongs to the answer, and where it leaves the answer."""

@@ -13,15 +13,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher, StructTag, grammar_from
+from llguidance import LLMatcher, grammar_from
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
+from tpserve.frontend.openai.structural_tag import structural_tag
 from tpserve.structured_output.json_schema import WHITESPACE, prepared
 
 JSON_OPTIONS = ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties")
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
 """What a regular expression of llguidance does not take for itself."""
+FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+"""Each describes the output."""
 IGNORED_OPTIONS = ("backend", "disable_fallback", "reasoning_parser")
 """Of other servers' implementations; they have no effect on the language."""
 
@@ -48,8 +51,12 @@ def grammar_of(call: CompletionRequest | ChatCompletionRequest) -> str:
 
 def describes_output(call: CompletionRequest | ChatCompletionRequest) -> bool:
     """Whether a request has any of these fields: a large one takes time."""
-    fields = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    return any(getattr(call, name) is not None for name in fields)
+    return any(getattr(call, name) is not None for name in FIELDS)
+
+
+def field_of_grammar(call: CompletionRequest | ChatCompletionRequest) -> str | None:
+    """The field that an answer's grammar comes from: one that describes the output, before tools."""
+    return next((name for name in (*FIELDS, "tools") if getattr(call, name, None)), None)
 
 
 def _of_response_format(value: Mapping[str, Any]) -> str:
@@ -144,23 +151,7 @@ def _grammar(value: Any, field: str, options: Mapping[str, Any]) -> str:
 
 
 def _structural_tag(value: Any, field: str, options: Mapping[str, Any]) -> str:
-    """Text in which each trigger begins one of `structures`: its `begin`, an instance of its `schema`, its `end`."""
-    value = _parsed(value, field)
-    structures, triggers = (value.get(name) for name in ("structures", "triggers")) if isinstance(value, dict) else (None, None)
-    if not isinstance(structures, list) or not structures or not isinstance(triggers, list):
-        raise _wrong(f'{field} needs "structures", each with begin, schema and end, and "triggers"', field)
-    tags = []
-    for index, structure in enumerate(structures):
-        where = f"{field}.structures[{index}]"
-        if not isinstance(structure, dict) or not isinstance(structure.get("begin"), str):
-            raise _wrong(f"{where} needs begin, schema and end", where)
-        begin, end = structure["begin"], structure.get("end") or ""
-        trigger = next((text for text in triggers if isinstance(text, str) and text and begin.startswith(text)), None)
-        if trigger is None:
-            raise _wrong(f"{where}: no trigger begins {begin!r}", where)
-        schema = prepared(structure.get("schema") or structure.get("json_schema") or {}, f"{where}.schema")
-        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=str(end)))
-    return StructTag.to_grammar(tags, assume_special=False)
+    return structural_tag(_parsed(value, field), field)
 
 
 def _text(value: Any, field: str) -> str:

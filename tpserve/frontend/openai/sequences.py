@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from msgspec.structs import replace
 
 from tpserve.errors import UserError
+from tpserve.frontend.openai.grammar import field_of_grammar
 from tpserve.frontend.openai.params import sampling_params, with_length
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
@@ -59,7 +60,7 @@ async def params_of(
     refuse_too_many_scores(call, num_tokens)
     params = sampling_params(call, service.tokenizer, limits, grammar)
     if grammar:
-        await service.grammars.check(grammar)
+        await service.grammars.check(grammar, field_of_grammar(call))
         if (sent := len(prompts) * call.num_drawn * len(grammar)) > MAX_SENT_GRAMMAR_BYTES:
             raise UserError(
                 f"the grammar times prompts times {field} has {sent} bytes, this server takes {MAX_SENT_GRAMMAR_BYTES} at once; "
