@@ -1,11 +1,10 @@
-"""Structured output of real servers: equal at two layouts, alone and in a crowd; bombs are refused and delay nobody."""
+"""Structured output of a real server: streams, bombs refused or served, and offline. `test_structured_fuzz` has layouts."""
 
 import json
 import re
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,32 +39,11 @@ def satisfies(i: int, text: str) -> bool:
     return re.fullmatch("[a-f]{4,9}[!?]" if i % 3 == 1 else "left|right|straight on", text) is not None
 
 
-def texts(server: Server, i: int) -> list[str]:
-    status, answer = server.post("/v1/completions", body(i))
-    assert status == 200 and all(choice["finish_reason"] == "stop" for choice in answer["choices"]), answer
-    return [choice["text"] for choice in answer["choices"]]
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port = free_port()
     with running([serve("-tp", "2", "--device", "cpu", port=port)], port, tmp_path_factory.mktemp("tp") / "log") as server:
         yield server
-
-
-def test_ends_satisfy_and_do_not_depend_on_layout_or_company(two_ranks: Server, tmp_path: Path) -> None:
-    numbers = range(18)
-    alone = [texts(two_ranks, i) for i in numbers]
-    assert all(satisfies(i, text) for i, choices in zip(numbers, alone, strict=True) for text in choices)
-    port = free_port()
-    with running([serve("-pp", "2", "--device", "cpu", port=port)], port, tmp_path / "log") as staged:
-        crowd: dict[int, list[str]] = {}
-        threads = [threading.Thread(target=lambda i=i: crowd.update({i: texts(staged, i)})) for i in numbers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-    assert [crowd.get(i) for i in numbers] == alone
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -1,5 +1,6 @@
 """The fields of structured output: each form gives a grammar that takes and refuses the right texts."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ from tpserve.errors import UserError
 from tpserve.frontend.openai.body import parse
 from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
+from tpserve.structured_output.checker import GrammarChecker
 from tpserve.structured_output.compiler import GrammarError, compile_grammar, vocabulary
 from tpserve.text.tokenizer import Tokenizer
 
@@ -171,3 +173,24 @@ def test_ids_of_the_model_without_a_token_and_tokens_that_the_model_lacks() -> N
         allowed = [id for id in range(vocab_size) if bits[id // 8] >> (id % 8) & 1]
         assert allowed and max(allowed) < min(vocab_size, TOKENIZER.vocab_size), "no id without text, and no end yet"
         assert all(set(TOKENIZER.token_text(id)) <= set("abcdefghijklmnopqrstuvwxyz ") for id in allowed)
+
+
+async def refusal(grammar: str) -> str:
+    try:
+        await GrammarChecker(TOKENIZER).check(grammar)
+    except UserError as error:
+        assert error.code == "invalid_grammar" and error.status == 400
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"guided_choice": [f"choice {i}" for i in range(3000)]}, ""),
+    ({"guided_json": {"oneOf": [{"minimum": 1}, {"maximum": 3}]}}, "an instance may be valid for two schemas of oneOf"),
+    ({"guided_json": {"type": "string", "format": "path"}}, "Unknown format: path: leave it out; known are date"),
+    ({"guided_grammar": 'start: e\ne: e e | "a" | e "a" e | /[a-z ]/ | ""\n'}, "Too many items"),
+    ({"guided_json": {"type": "string", "pattern": "^\\x01$"}}, "no answer is in its language"),
+], ids=["choice", "oneOf", "format", "ambiguous", "control"])  # fmt: skip
+def test_what_is_too_complex_from_its_first_tokens_on_is_refused(fields: dict[str, Any], says: str) -> None:
+    found = asyncio.run(refusal(grammar(fields)))
+    assert says in found and bool(says) == bool(found), found

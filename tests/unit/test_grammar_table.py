@@ -105,6 +105,17 @@ def test_an_eos_has_no_text_though_the_grammar_ends_there() -> None:
     assert isinstance(done, Done) and (done.finish, done.by_grammar) == ("stop", False)
 
 
+def test_a_grammar_that_cannot_be_followed_is_the_requests_own_error() -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(request(1, "g"), 0.0)
+    scheduler.apply(result(planned(scheduler), compiled=((0, ""),)), 0.0)
+    plan = planned(scheduler)
+    scheduler.apply(StepResult(0, plan.step, pack([7]), grammar_ends=((0, "too many items"),)), 0.0)
+    done = scheduler.take_outputs()[-1]
+    assert isinstance(done, Done) and (done.finish, done.by_grammar) == ("error", True)
+    assert done.error == "the grammar is refused: too many items"
+
+
 def test_sequences_share_a_grammar_and_the_oldest_unused_are_dropped() -> None:
     table = GrammarTable()
     first, second = sequence(0, "g0"), sequence(1, "g0")

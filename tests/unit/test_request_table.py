@@ -217,7 +217,12 @@ def test_abort_ends_what_is_open() -> None:
 
 @pytest.mark.parametrize(
     ("done", "status"),
-    [(Done(0, "error", 0, error="no room"), 500), (Done(0, "abort", 0), 503), (Done(0, "length", 4), 500)],
+    [
+        (Done(0, "error", 0, error="no room"), 500),
+        (Done(0, "error", 0, error="the grammar is refused", by_grammar=True), 400),
+        (Done(0, "abort", 0), 503),
+        (Done(0, "length", 4), 500),
+    ],
 )
 def test_a_failed_sequence_fails_its_ticket(done: Done, status: int) -> None:
     harness = Harness()

@@ -249,10 +249,11 @@ class RequestTable:
             sequence.assembler.end(done.finish, done.stop_id)
             self._close(sequence, done.finish, done.times)
             return
-        self._fail_handle(sequence, error or "the engine aborted the request", 503 if done.finish == "abort" else 500)
+        status = 503 if done.finish == "abort" else 400 if done.by_grammar else 500
+        self._fail_handle(sequence, error or "the engine aborted the request", status)
 
     def _fail(self, sequence: RequestState, text: str, status: int) -> None:
-        code = "engine_error" if status == 500 else "engine_unavailable"
+        code = {400: "invalid_grammar", 500: "engine_error"}.get(status, "engine_unavailable")
         sequence.handle.failure = sequence.handle.failure or UserError(text, code=code, status=status)
         sequence.assembler.abandon("error")
         self._close(sequence, "error")

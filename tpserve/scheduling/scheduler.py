@@ -272,7 +272,7 @@ class Scheduler:
         if self._stopped(sequence, token, now):
             return
         if grammar_end:
-            self._end(sequence, "error", now, error=f"the grammar cannot be followed any further: {grammar_end}")
+            self._end(sequence, "error", now, error=f"the grammar is refused: {grammar_end}", by_grammar=True)
         elif grammar_end is not None:
             self._end(sequence, "stop", now, by_grammar=True)
         elif len(sequence.tokens) == sequence.end:

@@ -3,19 +3,23 @@
 import asyncio
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from tpserve.errors import UserError
 from tpserve.structured_output.compiler import MAX_GRAMMAR_BYTES, GrammarError, compile_grammar, error_of, vocabulary
 from tpserve.text.tokenizer import Tokenizer
 
 MAX_REMEMBERED = 1024
+"""Results, each a text that is mostly empty."""
+TRIED_TOKENS = 16
 ADVICE = {
     "panic: assertion failed: grammar.symbols.len()": "it has too many parts; send fewer or smaller schemas",
     "oneOf constraints are not supported": "an instance may be valid for two schemas of oneOf; tell them apart, or use anyOf",
+    "NoExtension": "no answer is in its language",
     "Unknown format": "leave it out; known are date, time, date-time, duration, email, hostname, ipv4, ipv6, uuid and uri",
 }
 """The way out, by how llguidance's words begin."""
@@ -62,12 +66,22 @@ class GrammarChecker:
             matcher = compile_grammar(self._vocabulary, grammar)
         except GrammarError as error:
             return _advised(str(error))
-        matcher.compute_bitmask()  # a grammar may compile and have no text, or be too complex from its first token on
+        _follow(matcher, self._vocabulary.eos_tokens)
         return _advised(error_of(matcher)) if matcher.is_error() else ""
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
         return vocabulary(self._tokenizer, self._tokenizer.vocab_size, ())
+
+
+def _follow(matcher: LLMatcher, ends: Sequence[int]) -> None:
+    """Some tokens of one text: a grammar may compile and have no text at all, or be too complex from its first tokens on."""
+    for _ in range(TRIED_TOKENS):
+        allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+        for end in ends:
+            allowed &= ~(1 << end)
+        if not allowed or not matcher.consume_token(allowed.bit_length() - 1):
+            return
 
 
 def _advised(error: str) -> str:

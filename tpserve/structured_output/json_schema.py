@@ -14,7 +14,7 @@ Sources: JSON Schema 2020-12 (core and validation), llguidance 1.9 `docs/json_sc
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 import msgspec
@@ -231,7 +231,7 @@ def _scalars(value: Any) -> Iterator[Any]:
             yield value
 
 
-def _is_large(value: Any) -> bool:
+def _is_large(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and abs(value) > 2**53  # never a bool
 
 

@@ -66,7 +66,9 @@ class CompiledGrammars:
 
     def _compile(self, grammar: str) -> LLMatcher:
         try:
-            return compile_grammar(self._vocabulary.result(), grammar)
+            matcher = compile_grammar(self._vocabulary.result(), grammar)
+            matcher.compute_bitmask()  # here, not in a step: it may cost as much as compiling, and copies share what it found
+            return matcher
         except Exception as error:
             log.warning("a grammar cannot be compiled: %s", error)
             raise

@@ -8,6 +8,7 @@ Only the form is checked here; `Grammars.check` compiles the result. Source of t
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from tpserve.frontend.openai.structural_tag import structural_tag
 from tpserve.structured_output.json_schema import WHITESPACE, prepared
 
 JSON_OPTIONS = ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties")
+_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
+"""What a regular expression of llguidance does not take for itself."""
 FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 """Each describes the output."""
 IGNORED_OPTIONS = ("backend", "disable_fallback", "reasoning_parser")
@@ -136,7 +139,8 @@ def _regex(value: Any, field: str, options: Mapping[str, Any]) -> str:
 def _choice(value: Any, field: str, options: Mapping[str, Any]) -> str:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise _wrong(f"{field} must be a list of texts, at least one", field)
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value))
+    # One expression: as alternatives of a Lark rule, thousands of texts cost their first mask a second, or too much.
+    return LLMatcher.grammar_from_regex("|".join(_SPECIAL.sub(r"\\\g<0>", text) for text in value))
 
 
 def _grammar(value: Any, field: str, options: Mapping[str, Any]) -> str:
