@@ -2,16 +2,20 @@
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from transformers.utils.chat_parsing import parse_response
 
+from tests.unit import chat_templates
 from tpserve.errors import UserError
 from tpserve.response_template.call_reader import CallArguments, CallBegin
+from tpserve.response_template.detect import detect
 from tpserve.response_template.parser import Content, Event, Reasoning, ResponseParser
 from tpserve.response_template.template import ResponseTemplate
+from tpserve.text.chat import ChatTemplate
 
 START = "<|assistant|>"
 IN_CONTENT = {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.arguments}"}}
@@ -274,6 +278,17 @@ def test_values_get_the_types_of_their_schema() -> None:
         "maybe": None,
         "other": "5",
     }
+
+
+@pytest.mark.parametrize("name", ["HERMES", "LLAMA_JSON", "PYTHONIC", "MISTRAL_ARGS", "HARMONY", "KIMI", "GLM"])
+@pytest.mark.parametrize("unit", [" ", "\n", "<", "{", "[", '{"', "<|"])
+def test_a_long_run_costs_no_more_than_its_length(name: str, unit: str) -> None:
+    template = ResponseTemplate.load(detect(ChatTemplate(getattr(chat_templates, name)), {}).spec)
+    parser, text, begin = ResponseParser(template), unit * 12_000, time.process_time()
+    for at in range(0, len(text), 6):
+        parser.feed(text[at : at + 6])
+        assert time.process_time() - begin < 20, "the square of its length: minutes"
+    parser.finish()
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,10 @@ class FrontendServer:
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
         found = detect(template, read_json(Path(config.tokenizer) / CONFIG), config.tool_call_parser, config.reasoning_parser)
+        on = [f"{feature} (from {source})" for feature, source in found.source.items()]
+        logger.info(
+            "answers are read as %s", "; ".join([", ".join(on), *(f"no {name}: {why}" for name, why in found.off.items())])
+        )
         tokens = SpecialTokens.of(tokenizer, config.eos_ids, config.vocab_size)
         answers = ChatAnswers.of(found, tokenizer, tokens, config.tool_strict_level)
         engine_client = self._engine_client

@@ -11,6 +11,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from tpserve.errors import UserError
 from tpserve.response_template.analysis import Analysis, MessageForm, analyse
 from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, AnswerFamily, forced, marked
 from tpserve.response_template.format import AnswerFormat, ReasoningFormat, ToolFormat
@@ -62,7 +63,8 @@ class Choice(Struct, frozen=True):
 def detect(
     template: ChatTemplate, config: Mapping[str, Any], tool_call_parser: str | None = None, reasoning_parser: str | None = None
 ) -> Answers:
-    """Choose and try. `config`: tokenizer_config.json. UserError for an unknown parser and for a broken `response_template`."""
+    """Choose and try. `config`: tokenizer_config.json; a broken `response_template` in it is one of what is off. UserError for an
+    unknown parser."""
     tools = forced("--tool-call-parser", tool_call_parser, TOOL_PARSERS)
     reasoning = forced("--reasoning-parser", reasoning_parser, REASONING_PARSERS)
     detection = Detection(template, config, tools, reasoning)
@@ -78,9 +80,7 @@ class Detection:
     def __init__(
         self, template: ChatTemplate, config: Mapping[str, Any], tools: AnswerFamily | None, reasoning: AnswerFamily | None
     ) -> None:
-        self._given: Mapping[str, Any] | None = config.get("response_template")
-        if self._given is not None:
-            ResponseTemplate.load(self._given)
+        self._given, broken = usable(config.get("response_template"))
         ends = ends_of(config)
         text = (template.source or "") + "".join(special_tokens(config))
         self._analysis: Analysis = analyse(template, ends)
@@ -92,7 +92,7 @@ class Detection:
         self._fields: dict[str, Mapping[str, Any]] = {}
         self._always_reasons = False
         self._source: dict[str, str] = {}
-        self._off: dict[str, str] = {}
+        self._off: dict[str, str] = {"response_template": broken} if broken else {}
         self._content_source = CONFIG if self._given is not None else ANALYSIS if self._has_template else "plain text"
         leading = next((each for each in (tools, reasoning, *self._marked) if each is not None and each.content[0]), None)
         if leading is not None and self._given is None:
@@ -219,6 +219,17 @@ class Detection:
             own = {each: value for each, value in own.items() if ROLES[each] != ROLES[name]}
             own |= {name: field} if field is not None else {}
         return {**self._given, "fields": own}
+
+
+def usable(spec: Any) -> tuple[Mapping[str, Any] | None, str]:
+    """A `response_template` of a file, and what is wrong with it; then it is None."""
+    if spec is None:
+        return None, ""
+    try:
+        ResponseTemplate.load(spec)
+    except UserError as error:
+        return None, f"{CONFIG}: {error}"
+    return dict(spec), ""
 
 
 def choice_of(family: AnswerFamily, name: str, source: str, analysed: Choice | None, *, is_forced: bool = False) -> Choice:

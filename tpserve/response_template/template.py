@@ -22,6 +22,9 @@ ROLES: Mapping[str, Role] = {
     "tool_calls": "tool_calls",
 }
 """Names of fields in files -> what they mean."""
+MAX_BLANKS = 16
+r"""What `\s*` in a delimiter matches at most."""
+_BLANKS = regex.compile(r"\[(?:\\.|[^\]\\])*\]|\\s([*+])|\\.", regex.DOTALL)
 _TEMPLATE_KEYS = {"version", "defaults", "fields", "start_anchor", "start_anchor_pattern"}
 _FIELD_KEYS = {
     *("open", "open_pattern", "close", "close_pattern", "content", "content_args"),
@@ -146,9 +149,14 @@ def _delimiter(scope: str, value: Mapping[str, Any], literal_key: str, pattern_k
     if (pattern := value.get(pattern_key)) is None:
         return None
     try:
-        return Delimiter(regex.compile(pattern, regex.DOTALL), False, False)
+        return Delimiter(regex.compile(_BLANKS.sub(_bounded, pattern), regex.DOTALL), False, False)
     except (regex.error, TypeError, RecursionError) as error:
         raise _wrong(f"{where}_pattern is no regular expression: {error}") from None
+
+
+def _bounded(found: "regex.Match[str]") -> str:
+    r"""A `\s*` or `\s+` with an end: a model at a loss may write thousands of blanks, and a search begins at each of them."""
+    return found[0] if found[1] is None else rf"\s{{{0 if found[1] == '*' else 1},{MAX_BLANKS}}}"
 
 
 def _check_transform(name: str, transform: Any) -> None:

@@ -157,8 +157,9 @@ class IdleTimer:
 
 
 def num_values(deltas: Sequence[tuple[int, OutputDelta]]) -> int:
-    """The number of log probabilities in the JSON, a measure of the time to encode it."""
+    """A measure of the time to make JSON of deltas: the number of log probabilities, and of text that a parser reads."""
     outputs = sum(len(entry.logprobs.top) + 1 for _, delta in deltas for entry in delta.entries if entry.logprobs)
+    outputs += sum(len(delta.text) for _, delta in deltas) // 4
     return outputs + sum(delta.scores.num_values for _, delta in deltas if delta.scores is not None)
 
 
