@@ -5,8 +5,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import structs
+
 from tpserve.response_template.format import ID, INDEX, AnswerFormat, ReasoningFormat, ToolFormat
 
+MAX_NAME = 256
+"""The longest name of a function, in characters: so far the text is held back that may become a call."""
 NAME = "zqnamezq"
 """Stands for a name while the form of a call is read."""
 
@@ -94,11 +98,17 @@ def object_field(tools: ToolFormat, before: str, behind: str, name: Sequence[str
 
 def named_field(tools: ToolFormat, content: dict[str, Any]) -> dict[str, Any]:
     """The field of calls whose name stands outside their arguments."""
+    outer, _, own = tools.call_begin.strip().rpartition("\n")
+    if (
+        tools.arguments == "tagged" and outer and own.startswith("<") and not tools.begin.strip()
+    ):  # models leave the outer tag out
+        behind, _, end = tools.call_end.strip().partition("\n")
+        tools = structs.replace(tools, begin=outer, call_begin=own, call_end=behind, end=end)
     middle = loose(tools.name_end)
     opening = opening_pattern(tools, tools.call_begin)
     if not tools.call_begin.strip() and not tools.begin.strip():
         opening = rf"(?:\A|{loose(tools.between)})" if tools.between.strip() else r"\A"
-    name = r"(?P<name>[\w.:/-]+?)" if middle else r"(?P<name>[\w.:/-]+)"
+    name = rf"(?P<name>[\w.:/-]{{1,{MAX_NAME}}}{'?' if middle else ''})"
     ahead = r"\s*(?=\{)" if content["content"] == "json" else ""
     return {
         "open_pattern": rf"{opening}\s*{name}\s*{middle}{ahead}",
@@ -113,10 +123,13 @@ def tagged_field(tools: ToolFormat) -> dict[str, Any]:
     """The field of calls whose arguments stand in tags."""
     tags = tools.tags
     assert tags is not None
-    middle = "|".join(dict.fromkeys(loose(text) for text in (tags.middle, tags.other_middle) if text.strip()))
+    middle = loose(tags.middle)
+    if tags.other_middle.strip() and loose(tags.other_middle) != middle:
+        middle = rf"(?:{middle}|(?P<json>{loose(tags.other_middle)}))"
     first, last = (r"\n?" if line else "" for line in (tags.middle.endswith("\n"), tags.end.startswith("\n")))
-    key = r"(?P<key>[^<>\"\n]+?)"
-    pattern = rf"{loose(tags.begin)}\s*{key}\s*(?:{middle}){first}(?P<value>.*?){last}{loose(tags.end)}"
+    begin = loose(tags.begin)
+    end = rf"{last}(?:{loose(tags.end)}|(?={begin})|\Z)" if begin else last + loose(tags.end)  # or a tag that was not closed
+    pattern = rf"{begin}\s*+(?P<key>[^<>\"\s][^<>\"\n]{{0,255}}?)\s*+{middle}{first}(?P<value>.*?){end}"
     return named_field(tools, {"content": "xml-inline", "content_args": {"tag_pattern": pattern}})
 
 
