@@ -59,12 +59,13 @@ class CallPaths(NamedTuple):
             return CallPaths((EACH, *name), (EACH, *arguments))
         if arguments[0] != "content":
             return None
-        return CallPaths(name[1:] if name[0] == "content" else None, arguments[1:])
+        return CallPaths(name[1:], arguments[1:], listed=True) if name[0] == "content" else CallPaths(None, arguments[1:])
 
 
 class CallReader:
-    """Reads one JSON text as it grows. `given`: the name of the call that stands outside the text. `stops`: at the end of the first
-    object or list, else what follows is read as well.
+    """Reads one JSON text as it grows. `given`: the name of the call that stands outside the text.
+
+    `stops`: at the end of the first object or list; else what follows is read as well.
     """
 
     def __init__(self, paths: CallPaths, given: CallBegin | None = None, *, stops: bool = False) -> None:

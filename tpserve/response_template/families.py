@@ -62,7 +62,7 @@ def dsml(calls: str) -> ToolFormat:
 THINK = ReasoningFormat("<think>\n", "\n</think>\n\n")
 HARMONY_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _TURN = r"(?:<\|start\|>assistant)?\s*"
-_TO = r"to=functions\.(?P<name>[\w.:/-]{1,256})\s*"
+_TO = r"to=(?:functions\.(?P<name>[\w.:/-]{1,256})|(?P<name>\w{1,128}\.[\w.]{1,128}))\s*"
 HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "thinking": {
         "open_pattern": _TURN + r"<\|channel\|>analysis\s*<\|message\|>",
@@ -72,8 +72,8 @@ HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
         "join": "\n",
     },
     "content": {
-        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w+\s*)?<\|message\|>",
-        "close_pattern": r"<\|end\|>|<\|return\|>|(?=<\|start\|>|<\|channel\|>)",
+        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w+\s*)?(?:<\|message\|>|(?=\{))",
+        "close_pattern": r"<\|end\|>|<\|return\|>|<\|call\|>|(?=<\|start\|>|<\|channel\|>)",
         "content": "text",
         "repeats": True,
         "join": "\n",
@@ -111,7 +111,8 @@ KIMI_K3_CALL = {
     "repeats": True,
     "content": "xml-inline",
     "content_args": {
-        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]{1,256})\"[^<>]*<\|sep\|>(?P<value>.*?)<\|close\|>argument<\|sep\|>"
+        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]{1,256})\"[^<>]*<\|sep\|>"
+        r"(?P<value>.*?)<\|close\|>argument<\|sep\|>"
     },
     "transform": HARMONY_CALL,
 }
@@ -125,6 +126,8 @@ MINICPM_CALL = {
     },
     "transform": HARMONY_CALL,
 }
+KIMI_K2_THINKING = {"open": "<think>", "close_pattern": r"</think>|(?=<\|tool_calls_section_begin\|>)", "content": "text"}
+"""A call ends reasoning that was not closed."""
 KIMI_K2_CALL = {
     "open_pattern": r"\s*(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>\s*"
     r"(?P<id>(?:functions\.)?(?P<name>[\w./-]{1,256}?)(?::\d{1,9})?)\s*<\|tool_call_argument_begin\|>\s*(?=\{)",
@@ -237,7 +240,7 @@ FAMILIES = (
             "<|tool_calls_section_end|>",
         ),
         ReasoningFormat("<think>", "</think>"),
-        fields={"tool_calls": KIMI_K2_CALL},
+        fields={"thinking": KIMI_K2_THINKING, "tool_calls": KIMI_K2_CALL},
     ),
     AnswerFamily(
         "glm",
@@ -289,7 +292,6 @@ FAMILIES = (
         ("[TOOL_CALLS]",),
         json_list("[TOOL_CALLS]"),
         ReasoningFormat("[THINK]", "[/THINK]"),
-        fields={"tool_calls": MISTRAL_CALL},
     ),
     AnswerFamily(
         "lfm2",
@@ -374,6 +376,12 @@ def forced(flag: str, name: str | None, known: Mapping[str, str]) -> AnswerFamil
     if name not in known:
         raise UserError(f"{flag} {name} is unknown; known are {', '.join(sorted(known))}", param=flag.removeprefix("--"))
     return BY_NAME.get(known[name])
+
+
+def as_marked(family: AnswerFamily, text: str) -> AnswerFamily:
+    """Mistral's newer form under its name, or the older one where only that is marked in a text."""
+    older = BY_NAME["mistral_list"]
+    return older if family.name == "mistral" and family not in marked(text) and older in marked(text) else family
 
 
 def marked(text: str) -> list[AnswerFamily]:

@@ -68,6 +68,8 @@ class ResponseParser:
         self._from = len(self._text)
         """Where the output begins: text before it belongs to the prompt."""
         self._region: _TextRegion | _CallRegion | None = None
+        self._entered = False
+        """Whether any region has begun."""
         self._any = False
         """Whether a region has ended: white space at the beginning of the next is none of its text."""
         self._told: set[str] = set()
@@ -97,6 +99,8 @@ class ResponseParser:
         """The output has ended; returns the rest."""
         self._process(final=True)
         self._leave(last=True)
+        if not self._entered and len(self._text) > self._from:  # the model wrote no delimiter, not even the one of content
+            self._events.append(Content(self._text[self._from :]))
         return self._take()
 
     def _take(self) -> list[Event]:
@@ -169,6 +173,7 @@ class ResponseParser:
         return longer is None or longer.span() != match.span() or longer.groupdict() != match.groupdict()
 
     def _enter(self, field: Field | None, groups: Mapping[str, str], begin: int = 0) -> None:
+        self._entered |= field is not None
         if field is None:
             self._region = None
         elif field.role == "tool_calls":
@@ -306,9 +311,16 @@ class _CallRegion:
         events: list[CallEvent] = []
         if self._reader is not None:
             events = self._reader.feed("")
-        elif (calls := self._parsed(groups)) is not None:
-            for name, arguments, id in calls:
+        else:
+            text = "".join(self._parts)
+            calls, behind = self._parsed(text, groups), ""
+            if calls is None and self.field.content == "python-call-list" and not closing:  # perhaps for text behind the list
+                text, bracket, behind = text.rpartition("]")
+                calls = self._parsed(text + bracket, groups)
+            for name, arguments, id in calls or ():
                 events += [CallBegin(name, id), CallArguments(arguments)]
+            if calls and behind.strip():
+                return [*self._counted(events), Content(behind.strip())]
         counted = self._counted(events)
         return counted if self.num_calls else [Content(self._opening + "".join(self._parts) + closing)]
 
@@ -316,12 +328,12 @@ class _CallRegion:
         self.num_calls += sum(isinstance(event, CallBegin) for event in events)
         return joined(events)
 
-    def _parsed(self, groups: Mapping[str, str]) -> list[tuple[str, str, str | None]] | None:
-        """The calls of a region that is read as a whole; None when there are none."""
+    def _parsed(self, text: str, groups: Mapping[str, str]) -> list[tuple[str, str, str | None]] | None:
+        """The calls of a text that is read as a whole; None when there are none."""
         field = self.field
         names = {**self.groups, **groups}
         try:
-            value = read_content("".join(self._parts), field.content, field.content_args)
+            value = read_content(text, field.content, field.content_args)
             if field.transform_each:
                 values = [transformed(field.transform, {**names, **each}) for each in value]
             elif field.transform is not None:
