@@ -70,6 +70,8 @@ class CallReader:
 
     def __init__(self, paths: CallPaths, given: CallBegin | None = None, *, stops: bool = False) -> None:
         self._stops = stops
+        self._deepest = max(len(paths.name or ()), len(paths.arguments)) + 2
+        """No more of the path is looked at: a model may open thousands of lists."""
         self._paths = paths
         self._events: list[CallEvent] = [] if given is None else [given]
         self._text = ""
@@ -161,7 +163,8 @@ class CallReader:
         return True
 
     def _here(self) -> tuple[str | None, ...]:
-        return tuple(self._path[1:] if self._paths.listed and self._path[:1] == [EACH] else self._path)
+        listed = self._paths.listed and self._path[:1] == [EACH]
+        return tuple(self._path[1 if listed else 0 : self._deepest])
 
     def _value_begins(self, at: int) -> None:
         if self._has_arguments and at != self._bare_end:  # one call has them once

@@ -14,7 +14,9 @@ import regex
 PLACEHOLDER = re.compile(r"\{(\w+(?:\.\w+)*)\}")
 _QUOTED = r'"(?:\\.|[^"\\])*+(?:"|\\?\Z)'
 """A quoted text; one without an end goes on to the end, so that it is looked for once."""
-_CALL_NAME = regex.compile(rf"""{_QUOTED}|{_QUOTED.replace('"', "'")}|(?<![\w.:/-])([A-Za-z_][\w.:/-]*+)(?=\s*\()""", regex.DOTALL)
+_CALL_NAME = regex.compile(
+    rf"""{_QUOTED}|{_QUOTED.replace('"', "'")}|(?<![\w.:/-])([A-Za-z_][\w.:/-]*+)(?=\s*\()""", regex.DOTALL
+)
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 

@@ -72,7 +72,7 @@ HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
         "join": "\n",
     },
     "content": {
-        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w+\s*)?(?:<\|message\|>|(?=\{))",
+        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w{1,32}\s*)?(?:<\|message\|>|(?=\{))",
         "close_pattern": r"<\|end\|>|<\|return\|>|<\|call\|>|(?=<\|start\|>|<\|channel\|>)",
         "content": "text",
         "repeats": True,
@@ -80,7 +80,7 @@ HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "tool_calls": {
         "open_pattern": _TURN
-        + rf"(?:{_TO}<\|channel\|>\w+|<\|channel\|>\w+\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*\w+\s*)?<\|message\|>",
+        + rf"(?:{_TO}<\|channel\|>\w{1, 32}|<\|channel\|>\w{1, 32}\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*\w{1, 32}\s*)?<\|message\|>",
         "close_pattern": r"<\|call\|>|<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
         "repeats": True,
         "content": "json",
