@@ -101,17 +101,19 @@ MUSE_CALL = {
     "close_pattern": r"\s*</atem:invoke>(?:\s*</atem:function_calls>)?(?:\s*<\|eom\|>)?\s*",
     "repeats": True,
     "content": "xml-inline",
-    "content_args": {"tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]{1,256})\"[^<>]*>(?P<value>.*?)</atem:parameter>"},
+    "content_args": {
+        "tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}>(?P<value>.*?)</atem:parameter>"
+    },
     "transform": HARMONY_CALL,
 }
 KIMI_K3_CALL = {
     "open_pattern": r"(?:<\|close\|>response<\|sep\|>)?\s*(?:<\|open\|>tools<\|sep\|>)?\s*"
-    r"<\|open\|>call tool=\"(?P<name>[^\"]{1,256})\"[^<>]*<\|sep\|>",
+    r"<\|open\|>call tool=\"(?P<name>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>",
     "close_pattern": r"<\|close\|>call<\|sep\|>(?:\s*<\|close\|>tools<\|sep\|>(?:\s*<\|close\|>message<\|sep\|>)?)?\s*",
     "repeats": True,
     "content": "xml-inline",
     "content_args": {
-        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]{1,256})\"[^<>]*<\|sep\|>"
+        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>"
         r"(?P<value>.*?)<\|close\|>argument<\|sep\|>"
     },
     "transform": HARMONY_CALL,
