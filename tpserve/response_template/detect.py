@@ -40,8 +40,8 @@ class Answers(Struct, frozen=True):
 
     @property
     def delimiters(self) -> str:
-        """All texts around fields and in patterns, as they are written: special tokens may be looked for in it."""
-        texts = json.dumps([self.spec, structs.asdict(self.format)], ensure_ascii=False, default=structs.asdict)
+        """All texts around fields and in patterns, as they are written: special tokens of answers may be looked for in it."""
+        texts = json.dumps([self.spec["fields"], structs.asdict(self.format)], ensure_ascii=False, default=structs.asdict)
         return re.sub(r"\\+([^\w\s])", r"\1", texts)
 
 
