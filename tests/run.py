@@ -26,14 +26,14 @@ LINT = (
     ("mypy",),
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "unit": (400, ("unit", "scheduling", "architecture")),
-    "parity": (550, ("parity",)),
-    "kernels": (250, ("kernels",)),
-    "http": (130, ("http",)),
-    "cluster": (850, ("cluster",)),
-    "crash": (40, ("crash",)),
+    "unit": (620, ("unit", "scheduling", "architecture")),
+    "parity": (450, ("parity",)),
+    "kernels": (300, ("kernels",)),
+    "http": (155, ("http",)),
+    "cluster": (1000, ("cluster",)),
+    "crash": (30, ("crash",)),
     "lab": (130, ("lab",)),
-    "bare": (100, ("bare",)),
+    "bare": (95, ("bare",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
 BESIDE = ("unit", "parity", "kernels")
@@ -47,7 +47,7 @@ GPU = {
         "tests/parity/test_two_forms.py",
     ),
 }
-INSTALL_S, LINT_S = 120, 60
+INSTALL_S, LINT_S = 200, 160
 
 
 @dataclass

@@ -118,7 +118,7 @@ def test_random_legal_tokens_read_back(name: str, kind: str) -> None:
     for choice, parallel, state in COURSES:
         state = "start" if reasoning is None else state
         matcher = compiled(kind, tools, reasoning, choice=choice, parallel=parallel, state=state)
-        for seed in range(6):
+        for seed in range(6 if max(counts, default=2) > 1 else 24):  # of many calls few answers end in time
             text = walk(matcher, kind, seed, HINTS[name])
             if text is None or re.search(r"[eE]\+?[0-9]{3}", text):  # a number beyond those of Python
                 continue
@@ -131,7 +131,7 @@ def test_random_legal_tokens_read_back(name: str, kind: str) -> None:
             assert len(calls) <= 1 or (parallel and tools.several)
             counts.append(len(calls))
     assert len(counts) > 10 and 0 in counts and 1 in counts
-    assert kind == "text" or not tools.several or max(counts) > 1  # of short tokens few answers end in time
+    assert kind == "text" or not tools.several or max(counts) > 1
 
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "place": {"x": 1}}}\n</tool_call>'

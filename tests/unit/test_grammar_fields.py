@@ -76,7 +76,9 @@ def test_forms_without_effect(fields: dict[str, Any]) -> None:
 
 def test_blanks_between_the_parts_of_json_are_bounded() -> None:
     compiled = grammar({"guided_json": SCHEMA})
-    assert takes(compiled, '{%s"a": 1}' % (" " * 32)) and not takes(compiled, '{%s"a": 1}' % (" " * 33))
+    for blanks, allowed in ((" ", True), ("\t", True), ("\n" + " " * 32, True), ("\r\n", True), ("  ", False), ("\n\n", False)):
+        assert takes(compiled, f'{{{blanks}"a": 1}}') is allowed, blanks
+    assert not takes(compiled, '{\n%s"a": 1}' % (" " * 33))
 
 
 @pytest.mark.parametrize(("fields", "says"), [

@@ -230,7 +230,7 @@ def test_order_of_sources() -> None:
     forced = detect(hermes, config, "mistral_list", "deepseek_r1")
     assert forced.source["call"] == "--tool-call-parser mistral_list"
     assert forced.source["reasoning"] == "--reasoning-parser deepseek_r1"
-    assert "[TOOL_CALLS][" in forced.delimiters
+    assert "[TOOL_CALLS][" in forced.delimiters(calls=True)
     assert read(forced, "", "Hm.</think>Yes.") == {"role": "assistant", "thinking": "Hm.", "content": "Yes."}
     unseen = template(templates.TOOLS_UNSEEN_IN_HISTORY)
     tokens = {"added_tokens_decoder": {"7": {"content": "<|tool_call_start|>"}}}

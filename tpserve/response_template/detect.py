@@ -38,10 +38,14 @@ class Answers(Struct, frozen=True):
     source: Mapping[str, str]
     off: Mapping[str, str]
 
-    @property
-    def delimiters(self) -> str:
-        """All texts around fields and in patterns, as they are written: special tokens may be looked for in it."""
-        texts = json.dumps([self.spec, structs.asdict(self.format)], ensure_ascii=False, default=structs.asdict)
+    def delimiters(self, *, calls: bool) -> str:
+        """The texts around fields and in patterns, as they are written: special tokens of answers may be looked for in it.
+
+        `calls`: also those of calls.
+        """
+        fields = {name: field for name, field in self.spec["fields"].items() if calls or ROLES[name] != "tool_calls"}
+        format = self.format if calls else structs.replace(self.format, tools=None, tools_after_content="")
+        texts = json.dumps([fields, structs.asdict(format)], ensure_ascii=False, default=structs.asdict)
         return re.sub(r"\\+([^\w\s])", r"\1", texts)
 
 

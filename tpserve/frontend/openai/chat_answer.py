@@ -38,8 +38,8 @@ StrictLevel = Literal["auto", "function", "parameter"]
 class ChatAnswers:
     """How the model's answers are read (`template`; None: they are content) and written (`format`, for grammars).
 
-    `off`: features that the model has not, each with the reason. `tokens`: the special tokens; `shown`: those that the template
-    reads.
+    `off`: features that the model has not, each with the reason. `tokens`: the special tokens; `marks`: those around reasoning
+    and content; `call_marks`: also those around calls.
     """
 
     template: ResponseTemplate | None = None
@@ -47,15 +47,20 @@ class ChatAnswers:
     messages: MessageForm = field(default_factory=MessageForm)
     off: Mapping[str, str] = field(default_factory=dict)
     tokens: SpecialTokens | None = None
-    shown: frozenset[int] = frozenset()
+    marks: frozenset[int] = frozenset()
+    call_marks: frozenset[int] = frozenset()
     strict_level: StrictLevel = "auto"
 
     @staticmethod
     def of(found: Answers, tokenizer: Tokenizer, tokens: SpecialTokens, strict_level: StrictLevel) -> "ChatAnswers":
         """What was found out about a model with this tokenizer."""
         template = ResponseTemplate.load(found.spec) if found.spec else None
-        shown = tokenizer.special_within(found.delimiters)
-        return ChatAnswers(template, found.format, found.messages, found.off, tokens, shown, strict_level)
+        marks, call_marks = (tokenizer.special_within(found.delimiters(calls=calls)) for calls in (False, True))
+        return ChatAnswers(template, found.format, found.messages, found.off, tokens, marks, call_marks, strict_level)
+
+    def shown(self, use: ToolUse) -> frozenset[int]:
+        """The special tokens that the text of an answer holds for its parser."""
+        return self.marks if use.choice == "none" else self.call_marks
 
     def variables(self, effort: str | None, enable_thinking: bool | None) -> Json:
         """What a chat template is told about reasoning."""

@@ -92,7 +92,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     params = await params_of(service, call, [prompt], [size], limits, await chat_grammar(service, call, use, place))
     readers = [AnswerReader(service.answers, call, use, tail) for _ in range(call.n)]
     builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)
-    return await answer(request, service, call, params, builder, meta, [prompt])
+    return await answer(request, service, call, params, builder, meta, [prompt], service.answers.shown(use))
 
 
 async def chat_grammar(service: OpenAIServing, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
@@ -115,9 +115,10 @@ async def answer(
     builder: ResponseBuilder,
     meta: ResponseMeta,
     prompts: Sequence[Prompt],
+    shown: frozenset[int] = frozenset(),
 ) -> web.StreamResponse:
-    """Admit the request and send its response."""
-    handle = service.open(requests_of(service, call, prompts, params), streaming=call.stream)
+    """Admit the request and send its response. `shown`: special tokens that outputs show."""
+    handle = service.open(requests_of(service, call, prompts, params, shown), streaming=call.stream)
     request[ADMITTED] = Admitted(meta.id, meta.model, handle)
     if call.stream:
         options = call.stream_options or StreamOptions()

@@ -75,8 +75,12 @@ def requests_of(
     call: CompletionRequest | ChatCompletionRequest,
     prompts: Sequence[Prompt],
     params: Sequence[EngineSamplingParams],
+    shown: frozenset[int] = frozenset(),
 ) -> list[tuple[Request, Assembler]]:
-    """All choices of all prompts, in order, each with the assembler of its output. Without a seed each gets a random one."""
+    """All choices of all prompts, in order, each with the assembler of its output. Without a seed each gets a random one.
+
+    `shown`: special tokens that outputs show all the same.
+    """
 
     def choices(prompt: Prompt, params: EngineSamplingParams) -> Iterator[tuple[Request, Assembler]]:
         packed, scores = pack(prompt.ids), None if call.num_scored is None else PromptScores(prompt.ids)
@@ -100,7 +104,7 @@ def requests_of(
                 skip_special_tokens=call.skip_special_tokens,
                 scores=scores,
                 num_open=prompt.num_open,
-                shown=service.answers.shown if isinstance(call, ChatCompletionRequest) else frozenset(),
+                shown=shown,
             )
             yield request, assembler
 
