@@ -63,6 +63,7 @@ THINK = ReasoningFormat("<think>\n", "\n</think>\n\n")
 HARMONY_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _TURN = r"(?:<\|start\|>assistant)?\s*"
 _TO = r"to=(?:functions\.(?P<name>[\w.:/-]{1,256})|(?P<name>\w{1,128}\.[\w.]{1,128}))\s*"
+_WORD = r"\w{1,32}"
 HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "thinking": {
         "open_pattern": _TURN + r"<\|channel\|>analysis\s*<\|message\|>",
@@ -80,7 +81,7 @@ HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "tool_calls": {
         "open_pattern": _TURN
-        + rf"(?:{_TO}<\|channel\|>\w{1, 32}|<\|channel\|>\w{1, 32}\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*\w{1, 32}\s*)?<\|message\|>",
+        + rf"(?:{_TO}<\|channel\|>{_WORD}|<\|channel\|>{_WORD}\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*{_WORD}\s*)?<\|message\|>",
         "close_pattern": r"<\|call\|>|<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
         "repeats": True,
         "content": "json",
