@@ -314,6 +314,8 @@ READ_AS: Sequence[tuple[str, str, str, str, list[list[str]]]] = [
      '<｜DSML｜parameter name="b" string="true">[1]</｜DSML｜parameter>\n</｜DSML｜invoke>', "", "",
      [["f", '{"a": [1], "b": "[1]"}']]),
     ("gpt_oss", "no channel at all", "", "no channel at all", []),
+    ("gpt_oss", "<|channel|>analysis<|message|><|start|>assistant<|channel|>final<|message|>Empty thoughts.<|return|>", "",
+     "Empty thoughts.", []),
     ("gpt_oss", '<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>analysis<|message|>two<|end|>'
      '<|start|>assistant<|channel|>commentary<|message|>I look.<|end|>'
      '<|start|>assistant to=a.b<|channel|>commentary<|message|>{"a": 1}<|call|>',

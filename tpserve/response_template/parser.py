@@ -68,6 +68,8 @@ class ResponseParser:
         self._from = len(self._text)
         """Where the output begins: text before it belongs to the prompt."""
         self._region: _TextRegion | _CallRegion | None = None
+        self._left = -1
+        """Where a region ended before its text began."""
         self._entered = False
         """Whether any region has begun."""
         self._any = False
@@ -116,8 +118,12 @@ class ResponseParser:
                 return
             field, begin, end, groups = found
             if begin == end == self._at and self._region is not None and field is self._rest and not self._region.begun:
-                self._add(len(self._text) if final else hold)  # a delimiter without text would be found here for ever
-                return
+                if self._left == begin:  # a region without text begins and ends here for ever
+                    if begin == len(self._text):
+                        return
+                    self._add(begin + 1)
+                    continue
+                self._left = begin
             if self._add(begin):
                 continue
             if isinstance(self._region, _CallRegion) and self._region.in_text:  # the delimiter is part of a quoted text
