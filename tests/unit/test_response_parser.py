@@ -306,6 +306,7 @@ READ_AS: Sequence[tuple[str, str, str, str, list[list[str]]]] = [
      [["f", '{"a": [1]}'], ["g", "{}"]]),
     ("pythonic", "<|python_start|>[f(a=-1.5, b={'c': None}), g(a='it\\'s')]<|python_end|>", "", "",
      [["f", '{"a": -1.5, "b": {"c": null}}'], ["g", '{"a": "it\'s"}']]),
+    ("pythonic", "<think>Both</think>\n[f(), g()]", "Both", "", [["f", "{}"], ["g", "{}"]]),
     ("pythonic", "[f(a={'x'}, b='1\n2')] There.", "", "There.", [["f", '{"a": ["x"], "b": "1\\n2"}']]),
     ("qwen3_coder", "<function=f>\n<parameter=a>\n\n  x\n\n</parameter>\n<parameter=b>\n</function>\n</parameter>\n</function>\n"
      "<function=g>\n</function>\n</tool_call>", "", "", [["f", '{"a": "\\n  x\\n", "b": "</function>"}'], ["g", "{}"]]),
@@ -326,7 +327,7 @@ READ_AS: Sequence[tuple[str, str, str, str, list[list[str]]]] = [
 @pytest.mark.parametrize("case", READ_AS, ids=lambda case: case[0])
 def test_what_models_write_beside_their_format(case: tuple[str, str, str, str, list[list[str]]]) -> None:
     name, text, *expected = case
-    reasoning = name if name in ("kimi_k2", "gpt_oss") else None
+    reasoning = {"kimi_k2": "kimi_k2", "gpt_oss": "gpt_oss", "pythonic": "think"}.get(name)
     template = ResponseTemplate.load(detect(ChatTemplate(None), {}, name, reasoning).spec)
     for pieces in ([text], list(text)):
         parser = ResponseParser(template)

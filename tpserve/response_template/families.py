@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from tpserve.errors import UserError
 from tpserve.response_template.format import INDEX, ReasoningFormat, TaggedArguments, ToolFormat
+from tpserve.response_template.spec import START
 
 XML_TAGS = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n")
 TEMPLATE = "template"
@@ -150,13 +151,13 @@ MISTRAL_CALL = {
 """All that Mistral's models have had since V3: a list, or a name with or without [CALL_ID] and [ARGS]."""
 _OBJECT = r"\{\s*\"(?:name|arguments|parameters|id|type)\""
 LLAMA_CALL = {
-    "open_pattern": rf"(?:\A\s*(?:<\|python_tag\|>)?|\s*<\|python_tag\|>|(?<=\}})\s*;)\s*(?={_OBJECT})",
+    "open_pattern": rf"(?:{START}\s*(?:<\|python_tag\|>)?|\s*<\|python_tag\|>|(?<=\}})\s*;)\s*(?={_OBJECT})",
     "repeats": True,
     "content": "json",
     "transform": {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.parameters}"}},
 }
 PYTHONIC_CALLS = {
-    "open_pattern": r"(?:\A\s*(?:<\|python_start\|>)?|\s*<\|python_start\|>)\s*(?=\[\s*[A-Za-z_][\w.-]{0,256}\()",
+    "open_pattern": rf"(?:{START}\s*(?:<\|python_start\|>)?|\s*<\|python_start\|>)\s*(?=\[\s*[A-Za-z_][\w.-]{{0,256}}\()",
     "close_pattern": r"\s*<\|python_end\|>\s*",
     "content": "python-call-list",
     "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},

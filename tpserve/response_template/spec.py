@@ -9,6 +9,8 @@ from tpserve.response_template.format import ID, INDEX, AnswerFormat, ReasoningF
 
 MAX_NAME = 256
 """The longest name of a function, in characters: so far the text is held back that may become a call."""
+START = r"(?:\A|(?<=</think>)|(?<=\[/THINK\]))"
+"""Where calls may begin that nothing opens: at the beginning, or behind reasoning."""
 NAME = "zqnamezq"
 """Stands for a name while the form of a call is read."""
 
@@ -76,7 +78,7 @@ def object_field(tools: ToolFormat, before: str, behind: str, name: Sequence[str
     if begin.endswith("[") and end.startswith("]") and not before.strip() and not behind.strip():
         transform = call(*("{" + ".".join(path) + "}" for path in (name, arguments)))
         opening, closing = begin[:-1].strip(), end[1:].strip()
-        opened = rf"\s*{loose(opening)}\s*(?=\[)" if opening else rf"\A\s*(?=\[\s*{ahead})"
+        opened = rf"\s*{loose(opening)}\s*(?=\[)" if opening else rf"{START}\s*(?=\[\s*{ahead})"
         closed = {"close": closing} if closing else {}
         return {"open_pattern": opened, **closed, "content": "json", "transform": transform, "transform_each": True}
     transform = call(*("{content." + ".".join(path) + "}" for path in (name, arguments)))
@@ -90,8 +92,12 @@ def object_field(tools: ToolFormat, before: str, behind: str, name: Sequence[str
         opened, next_one = rf"\s*(?:{loose(begin)}|(?<=\}})\s*{between})\s*{ahead}", rf"(?<=\}})(?=\s*{between}\s*{ahead})"
         return {"open_pattern": opened, "close_pattern": rf"\s*{loose(end)}\s*|{next_one}" if end else next_one, **field}
     if between:
-        return {"open_pattern": rf"(?:\A|{between})\s*{ahead}", "close_pattern": rf"(?<=\}})(?=\s*{between}\s*{ahead})", **field}
-    return {"open_pattern": rf"\A\s*(?:<\|python_tag\|>)?\s*{ahead}", **field}
+        return {
+            "open_pattern": rf"(?:{START}|{between})\s*{ahead}",
+            "close_pattern": rf"(?<=\}})(?=\s*{between}\s*{ahead})",
+            **field,
+        }
+    return {"open_pattern": rf"{START}\s*(?:<\|python_tag\|>)?\s*{ahead}", **field}
 
 
 def named_field(tools: ToolFormat, content: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def named_field(tools: ToolFormat, content: dict[str, Any]) -> dict[str, Any]:
         inner = loose(tools.call_end.strip().partition("\n")[0])
         closing = {"close_pattern": rf"\s*{loose(tools.call_end)}\s*|\s*{inner}(?={opening})"}
     if not tools.call_begin.strip() and not tools.begin.strip():
-        opening = rf"(?:\A|{loose(tools.between)})" if tools.between.strip() else r"\A"
+        opening = rf"(?:{START}|{loose(tools.between)})" if tools.between.strip() else START
     name = rf"(?P<name>[\w.:/-]{{1,{MAX_NAME}}}{'?' if middle else ''})"
     ahead = r"\s*(?=\{)" if content["content"] == "json" else ""
     return {
@@ -138,7 +144,7 @@ def python_field(tools: ToolFormat) -> dict[str, Any]:
     """The field of a list of calls as Python writes them."""
     field = {"content": "python-call-list", "transform": call("{name}", "{arguments}"), "transform_each": True}
     opening, closing = tools.begin.strip().removesuffix("[").strip(), tools.end.strip().removeprefix("]").strip()
-    opened = rf"\s*{loose(opening)}\s*(?=\[)" if opening else r"\A\s*(?=\[\s*[A-Za-z_][\w.-]*\()"
+    opened = rf"\s*{loose(opening)}\s*(?=\[)" if opening else START + r"\s*(?=\[\s*[A-Za-z_][\w.-]*\()"
     return {"open_pattern": opened, **({"close": closing} if closing else {}), **field}
 
 
