@@ -24,8 +24,8 @@ from tpserve.errors import UserError
 MAX_DEPTH = 128
 """Levels of nesting: those of a body, also where the schema comes as a text."""
 WHITESPACE = r"[\x20\x09]|\x0D?\x0A[\x20\x09]{0,32}"
-"""Between the parts of JSON: one blank, or a line break and an indent. Bounded, for a model at a loss may write blanks for ever, and
-every one of them is valid."""
+"""Between the parts of JSON: one blank, or a line break and an indent. A model at a loss may write blanks for ever, and every one
+of them would be valid."""
 UNSUPPORTED = (
     "not", "if", "contains", "uniqueItems", "propertyNames", "dependentRequired", "dependentSchemas", "dependencies",
     "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor",
