@@ -291,6 +291,71 @@ def test_a_long_run_costs_no_more_than_its_length(name: str, unit: str) -> None:
     parser.finish()
 
 
+READ_AS: Sequence[tuple[str, str, str, str, list[list[str]]]] = [
+    ("kimi_k2", "Look.<|tool_calls_section_begin|><|tool_call_begin|>f:3<|tool_call_argument_begin|>{}<|tool_call_end|>"
+     "<|tool_calls_section_end|>", "", "Look.", [["f", "{}", "f:3"]]),
+    ("kimi_k2", "<think>So <|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}"
+     "<|tool_call_end|><|tool_calls_section_end|>", "So", "", [["f", "{}", "functions.f:0"]]),
+    ("hermes", 'One <tool_call>{"name": "f"}</tool_call> two <tool_call>[{"name": "g", "parameters": {}}]</tool_call>\nthree', "",
+     "One\ntwo\nthree", [["f", "{}"], ["g", "{}"]]),
+    ("llama3_json", '{"name": "f", "arguments": {"a": 1}}; {"name": "g", "parameters": {}}', "", "",
+     [["f", '{"a": 1}'], ["g", "{}"]]),
+    ("mistral", '[TOOL_CALLS]f{"a": "[TOOL_CALLS]"}[TOOL_CALLS]g[CALL_ID]x1y2[ARGS]{} Then this.', "", "Then this.",
+     [["f", '{"a": "[TOOL_CALLS]"}'], ["g", "{}", "x1y2"]]),
+    ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": [1]}}, {"arguments": {}, "name": "g"}]', "", "",
+     [["f", '{"a": [1]}'], ["g", "{}"]]),
+    ("pythonic", "<|python_start|>[f(a=-1.5, b={'c': None}), g(a='it\\'s')]<|python_end|>", "", "",
+     [["f", '{"a": -1.5, "b": {"c": null}}'], ["g", '{"a": "it\'s"}']]),
+    ("pythonic", "[f(a={'x'}, b='1\n2')] There.", "", "There.", [["f", '{"a": ["x"], "b": "1\\n2"}']]),
+    ("qwen3_coder", "<function=f>\n<parameter=a>\n\n  x\n\n</parameter>\n<parameter=b>\n</function>\n</parameter>\n</function>\n"
+     "<function=g>\n</function>\n</tool_call>", "", "", [["f", '{"a": "\\n  x\\n", "b": "</function>"}'], ["g", "{}"]]),
+    ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=a>\n1\n<parameter=b>\n2", "", "", [["f", '{"a": "1", "b": "2"}']]),
+    ("deepseek_v32", '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="false">[1]</｜DSML｜parameter>'
+     '<｜DSML｜parameter name="b" string="true">[1]</｜DSML｜parameter>\n</｜DSML｜invoke>', "", "",
+     [["f", '{"a": [1], "b": "[1]"}']]),
+    ("gpt_oss", "no channel at all", "", "no channel at all", []),
+    ("gpt_oss", "<|channel|>analysis<|message|><|start|>assistant<|channel|>final<|message|>Empty thoughts.<|return|>", "",
+     "Empty thoughts.", []),
+    ("gpt_oss", '<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>analysis<|message|>two<|end|>'
+     '<|start|>assistant<|channel|>commentary<|message|>I look.<|end|>'
+     '<|start|>assistant to=a.b<|channel|>commentary<|message|>{"a": 1}<|call|>',
+     "one\ntwo", "I look.", [["a.b", '{"a": 1}']]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READ_AS, ids=lambda case: case[0])
+def test_what_models_write_beside_their_format(case: tuple[str, str, str, str, list[list[str]]]) -> None:
+    name, text, *expected = case
+    reasoning = name if name in ("kimi_k2", "gpt_oss") else None
+    template = ResponseTemplate.load(detect(ChatTemplate(None), {}, name, reasoning).spec)
+    for pieces in ([text], list(text)):
+        parser = ResponseParser(template)
+        events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+        ids = [event.id for event in events if isinstance(event, CallBegin)]
+        thinking, content, calls = told(events)
+        own = [[*call, id] if id else call for call, id in zip(calls, ids, strict=True)]
+        assert [thinking, content, own] == expected
+
+
+def test_a_delimiter_waits_for_its_optional_end() -> None:
+    field = {**JSON_CALLS, "close_pattern": r"</tool_call>(?:\s*</all>)?"}
+    template = ResponseTemplate.load(spec(tool_calls={key: value for key, value in field.items() if key != "close"}, content={}))
+    text = '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n</all>x'
+    assert parsed(template, list(text)) == parsed(template, [text]) == ("", "x", [["f", "{}"]])
+    parser = ResponseParser(template)
+    parser.feed('<tool_call>{"name": "f", "arguments": {}}</tool_call>')
+    assert parser.feed("\n<") == [] and parser.feed("b") == [Content("<b")]
+
+
+@pytest.mark.parametrize("unit", ["<parameter=a>\n", "<parameter=a>\nx</parameter", "</parameter>", "<function=f>"])
+def test_tags_without_an_end_cost_no_more_than_their_length(unit: str) -> None:
+    template, begin = ResponseTemplate.load(detect(ChatTemplate(None), {}, "qwen3_coder").spec), time.process_time()
+    parser = ResponseParser(template)
+    parser.feed("<tool_call>\n<function=f>\n" + unit * (40_000 // len(unit)))
+    parser.finish()
+    assert time.process_time() - begin < 2
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

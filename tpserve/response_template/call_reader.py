@@ -33,11 +33,16 @@ class CallArguments(NamedTuple):
 CallEvent = CallBegin | CallArguments
 
 
+ARGUMENTS = ("arguments",), ("parameters",)
+"""The end of a path to arguments; models write one for the other."""
+
+
 class CallPaths(NamedTuple):
-    """Where the calls of a JSON text are. `name` None: it stands outside the text."""
+    """Where the calls of a JSON text are. `name` None: it stands outside the text. `listed`: the text may be a list of calls."""
 
     name: Path | None
     arguments: Path
+    listed: bool = False
 
     @staticmethod
     def of(transform: Any, each: bool) -> "CallPaths | None":
@@ -54,13 +59,19 @@ class CallPaths(NamedTuple):
             return CallPaths((EACH, *name), (EACH, *arguments))
         if arguments[0] != "content":
             return None
-        return CallPaths(name[1:] if name[0] == "content" else None, arguments[1:])
+        return CallPaths(name[1:], arguments[1:], listed=True) if name[0] == "content" else CallPaths(None, arguments[1:])
 
 
 class CallReader:
-    """Reads one JSON text as it grows. `given`: the name of the call that stands outside the text."""
+    """Reads one JSON text as it grows. `given`: the name of the call that stands outside the text.
 
-    def __init__(self, paths: CallPaths, given: CallBegin | None = None) -> None:
+    `stops`: at the end of the first object or list; else what follows is read as well.
+    """
+
+    def __init__(self, paths: CallPaths, given: CallBegin | None = None, *, stops: bool = False) -> None:
+        self._stops = stops
+        self._deepest = max(len(paths.name or ()), len(paths.arguments)) + 2
+        """No more of the path is looked at: a model may open thousands of lists."""
         self._paths = paths
         self._events: list[CallEvent] = [] if given is None else [given]
         self._text = ""
@@ -78,6 +89,11 @@ class CallReader:
         """Whether the arguments are a text that holds JSON."""
         self._waiting = ""
         """Arguments that stand before their name."""
+        self._has_arguments = False
+        self._bare_end: int | None = None
+        """Where a number or a word ends, which more text may continue."""
+        self.end: int | None = None
+        """Where the first object or list ends, in all text so far."""
 
     @property
     def in_text(self) -> bool:
@@ -87,7 +103,7 @@ class CallReader:
     def feed(self, text: str) -> list[CallEvent]:
         """Read more text; returns what it tells of calls."""
         self._text += text
-        while self._at < len(self._text):
+        while self._at < len(self._text) and not (self._stops and self.end is not None):
             if self._text_begin is not None:
                 if not self._end_text():
                     break
@@ -122,6 +138,7 @@ class CallReader:
                 pass
             case _ if token.strip() and not (self._path and self._path[-1] is None):
                 self._value_begins(begin)
+                self._bare_end = end if self._shown is not None and self._depth == len(self._path) else None
                 self._value_ends(end)
 
     def _end_text(self) -> bool:
@@ -146,19 +163,32 @@ class CallReader:
         return True
 
     def _here(self) -> tuple[str | None, ...]:
-        return tuple(self._path)
+        listed = self._paths.listed and self._path[:1] == [EACH]
+        return tuple(self._path[1 if listed else 0 : self._deepest])
 
     def _value_begins(self, at: int) -> None:
-        if self._shown is None and self._here() == self._paths.arguments:
+        if self._has_arguments and at != self._bare_end:  # one call has them once
+            return
+        if self._shown is None and self._is_arguments(self._here()):
             self._shown, self._depth, self._quoted = at, len(self._path), self._text[at] == '"'
+
+    def _is_arguments(self, here: tuple[str | None, ...]) -> bool:
+        own = self._paths.arguments
+        if here == own:
+            return True
+        return own[-1:] in ARGUMENTS and here[-1:] in ARGUMENTS and here[:-1] == own[:-1]
 
     def _value_ends(self, end: int) -> None:
         if self._shown is not None and len(self._path) == self._depth:
             self._show(end)
             self._shown = None
         own = self._paths.arguments[:-1] if self._paths.arguments else None
-        if own is not None and len(self._path) == len(own) and self._paths.name is not None:  # the object of a call
-            self._named, self._waiting = False, ""
+        if own is not None and self._here() == own and self._paths.name is not None:  # the object of a call
+            if self._named and not self._has_arguments:
+                self._add("{}")
+            self._named, self._waiting, self._has_arguments = False, "", False
+        if not self._path and self.end is None and self._text[end - 1] in "]}":
+            self.end = end
 
     def _name(self, name: str) -> None:
         if name and not self._named:
@@ -175,6 +205,7 @@ class CallReader:
     def _add(self, text: str) -> None:
         if not text:
             return
+        self._has_arguments = True
         if self._named:
             self._events.append(CallArguments(text))
         else:

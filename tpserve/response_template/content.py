@@ -12,9 +12,20 @@ from typing import Any, TypeGuard
 import regex
 
 PLACEHOLDER = re.compile(r"\{(\w+(?:\.\w+)*)\}")
-_QUOTED = r'"(?:\\.|[^"\\])*"'
-_CALL_NAME = regex.compile(rf"""{_QUOTED}|'(?:\\.|[^'\\])*'|([A-Za-z_][\w.:/-]*)(?=\s*\()""", regex.DOTALL)
+_QUOTED = r'"(?:\\.|[^"\\])*+(?:"|\\?\Z)'
+"""A quoted text; one without an end goes on to the end, so that it is looked for once."""
+_CALL_NAME = regex.compile(
+    rf"""{_QUOTED}|{_QUOTED.replace('"', "'")}|(?<![\w.:/-])([A-Za-z_][\w.:/-]*+)(?=\s*\()""", regex.DOTALL
+)
 _CONSTANTS = {"true": True, "false": False, "null": None}
+
+
+MAX_SECONDS = 2.0
+"""How long the tags and texts of one call are looked for."""
+
+
+class MarkedJson(str):
+    """A value that its tag calls JSON."""
 
 
 def read_content(text: str, kind: str, args: Mapping[str, Any]) -> Any:
@@ -75,7 +86,10 @@ def _as_json(text: str, delimiters: list[list[str]], unquoted_keys: bool) -> str
         found = groups.get("own") if groups.get("own") is not None else groups.get("key")
         return match[0] if found is None else json.dumps(found)
 
-    return regex.sub("|".join([*own, _QUOTED, *keys]), spell, text, flags=regex.DOTALL)
+    try:
+        return regex.sub("|".join([*own, _QUOTED, *keys]), spell, text, flags=regex.DOTALL, timeout=MAX_SECONDS)
+    except TimeoutError:
+        raise ValueError("json: the texts take too long to find") from None
 
 
 def _value(text: str, args: Mapping[str, Any]) -> Any:
@@ -84,10 +98,14 @@ def _value(text: str, args: Mapping[str, Any]) -> Any:
 
 
 def _xml_inline(text: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry for each match of `tag_pattern`, which has the groups key and value."""
+    """One entry for each match of `tag_pattern`, which has the groups key and value; with `json`, the value is marked as JSON."""
     found: dict[str, list[Any]] = {}
-    for match in regex.finditer(args["tag_pattern"], text, flags=regex.DOTALL):
-        found.setdefault(match["key"], []).append(_value(match["value"], args))
+    try:
+        for match in regex.finditer(args["tag_pattern"], text, flags=regex.DOTALL, timeout=MAX_SECONDS):
+            is_json = match.groupdict().get("json") is not None
+            found.setdefault(match["key"], []).append(MarkedJson(match["value"]) if is_json else _value(match["value"], args))
+    except TimeoutError:
+        raise ValueError("xml-inline: the tags take too long to find") from None
     merges = bool(args.get("merge_duplicates"))
     return {key: values if merges and len(values) > 1 else values[-1] for key, values in found.items()}
 
@@ -107,8 +125,8 @@ def _python_call_list(text: str, args: Mapping[str, Any]) -> list[dict[str, Any]
     names: list[str] = []
 
     def identifier(match: "regex.Match[str]") -> str:
-        if match[1] is None:
-            return match[0]
+        if match[1] is None:  # a quoted text, in which models also write what Python wants escaped
+            return match[0].replace("\n", "\\n").replace("\r", "\\r").replace("\0", "\\0")
         names.append(match[1])
         return f"_{len(names) - 1}"
 
@@ -134,7 +152,7 @@ def _literal(node: ast.expr) -> Any:
     match node:
         case ast.Name(id=name) if name in _CONSTANTS:
             return _CONSTANTS[name]
-        case ast.List(elts=items) | ast.Tuple(elts=items):
+        case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items):
             return [_literal(item) for item in items]
         case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
             pairs = zip(keys, values, strict=True)

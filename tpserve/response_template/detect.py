@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from tpserve.errors import UserError
 from tpserve.response_template.analysis import Analysis, MessageForm, analyse
-from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, AnswerFamily, forced, marked
+from tpserve.response_template.families import REASONING_PARSERS, TOOL_PARSERS, AnswerFamily, as_marked, forced, marked
 from tpserve.response_template.format import AnswerFormat, ReasoningFormat, ToolFormat
 from tpserve.response_template.spec import spec_of
 from tpserve.response_template.template import ROLES, ResponseTemplate
@@ -89,7 +89,8 @@ class Detection:
         text = (template.source or "") + "".join(special_tokens(config))
         self._analysis: Analysis = analyse(template, ends)
         self._trials = Trials(template, self._analysis, ends)
-        self._tools, self._reasoning, self._marked = tools, reasoning, marked(text)
+        self._tools = as_marked(tools, text) if tools is not None else None
+        self._reasoning, self._marked = reasoning, marked(text)
         self._has_template, self._text = template.source is not None, text
         found = self._analysis.format
         self._format = AnswerFormat(content_begin=found.content_begin, content_end=found.content_end)

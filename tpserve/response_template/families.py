@@ -62,7 +62,8 @@ def dsml(calls: str) -> ToolFormat:
 THINK = ReasoningFormat("<think>\n", "\n</think>\n\n")
 HARMONY_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _TURN = r"(?:<\|start\|>assistant)?\s*"
-_TO = r"to=functions\.(?P<name>[\w.:/-]+)\s*"
+_TO = r"to=(?:functions\.(?P<name>[\w.:/-]{1,256})|(?P<name>\w{1,128}\.[\w.]{1,128}))\s*"
+_WORD = r"\w{1,32}"
 HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "thinking": {
         "open_pattern": _TURN + r"<\|channel\|>analysis\s*<\|message\|>",
@@ -72,15 +73,15 @@ HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
         "join": "\n",
     },
     "content": {
-        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w+\s*)?<\|message\|>",
-        "close_pattern": r"<\|end\|>|<\|return\|>|(?=<\|start\|>|<\|channel\|>)",
+        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w{1,32}\s*)?(?:<\|message\|>|(?=\{))",
+        "close_pattern": r"<\|end\|>|<\|return\|>|<\|call\|>|(?=<\|start\|>|<\|channel\|>)",
         "content": "text",
         "repeats": True,
         "join": "\n",
     },
     "tool_calls": {
         "open_pattern": _TURN
-        + rf"(?:{_TO}<\|channel\|>\w+|<\|channel\|>\w+\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*\w+\s*)?<\|message\|>",
+        + rf"(?:{_TO}<\|channel\|>{_WORD}|<\|channel\|>{_WORD}\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*{_WORD}\s*)?<\|message\|>",
         "close_pattern": r"<\|call\|>|<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
         "repeats": True,
         "content": "json",
@@ -88,7 +89,7 @@ HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 GEMMA_CALL = {
-    "open_pattern": r"\s*<\|tool_call>\s*call:(?P<name>[\w.:/-]+)\s*(?=\{)",
+    "open_pattern": r"\s*<\|tool_call>\s*call:(?P<name>[\w.:/-]{1,256})\s*(?=\{)",
     "close_pattern": r"\s*<tool_call\|>\s*",
     "repeats": True,
     "content": "json",
@@ -97,33 +98,69 @@ GEMMA_CALL = {
 }
 MUSE_CALL = {
     "open_pattern": r"(?:<\|eom\|>)?(?:<\|start\|>assistant)?\s*(?:to=[\w.:/-]+\s*<\|message\|>)?\s*(?:<atem:function_calls>)?\s*"
-    r"<atem:invoke name=\"(?P<name>[^\"]+)\">",
+    r"<atem:invoke name=\"(?P<name>[^\"]{1,256})\">",
     "close_pattern": r"\s*</atem:invoke>(?:\s*</atem:function_calls>)?(?:\s*<\|eom\|>)?\s*",
     "repeats": True,
     "content": "xml-inline",
-    "content_args": {"tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]+)\"[^<>]*>(?P<value>.*?)</atem:parameter>"},
+    "content_args": {
+        "tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}>(?P<value>.*?)</atem:parameter>"
+    },
     "transform": HARMONY_CALL,
 }
 KIMI_K3_CALL = {
     "open_pattern": r"(?:<\|close\|>response<\|sep\|>)?\s*(?:<\|open\|>tools<\|sep\|>)?\s*"
-    r"<\|open\|>call tool=\"(?P<name>[^\"]+)\"[^<>]*<\|sep\|>",
+    r"<\|open\|>call tool=\"(?P<name>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>",
     "close_pattern": r"<\|close\|>call<\|sep\|>(?:\s*<\|close\|>tools<\|sep\|>(?:\s*<\|close\|>message<\|sep\|>)?)?\s*",
     "repeats": True,
     "content": "xml-inline",
     "content_args": {
-        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]+)\"[^<>]*<\|sep\|>(?P<value>.*?)<\|close\|>argument<\|sep\|>"
+        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>"
+        r"(?P<value>.*?)<\|close\|>argument<\|sep\|>"
     },
     "transform": HARMONY_CALL,
 }
 MINICPM_CALL = {
-    "open_pattern": r"\s*<function\s+name=\"(?P<name>[^\"]+)\"\s*>",
+    "open_pattern": r"\s*<function\s+name=\"(?P<name>[^\"]{1,256})\"\s*>",
     "close_pattern": r"\s*</function>\s*",
     "repeats": True,
     "content": "xml-inline",
     "content_args": {
-        "tag_pattern": r"<param\s+name=\"(?P<key>[^\"]+)\"\s*>(?:<!\[CDATA\[(?P<value>.*?)\]\]>|(?P<value>.*?))</param>"
+        "tag_pattern": r"<param\s+name=\"(?P<key>[^\"]{1,256})\"\s*>(?:<!\[CDATA\[(?P<value>.*?)\]\]>|(?P<value>.*?))</param>"
     },
     "transform": HARMONY_CALL,
+}
+KIMI_K2_THINKING = {"open": "<think>", "close_pattern": r"</think>|(?=<\|tool_calls_section_begin\|>)", "content": "text"}
+"""A call ends reasoning that was not closed."""
+KIMI_K2_CALL = {
+    "open_pattern": r"\s*(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>\s*"
+    r"(?P<id>(?:functions\.)?(?P<name>[\w./-]{1,256}?)(?::\d{1,9})?)\s*<\|tool_call_argument_begin\|>\s*(?=\{)",
+    "close_pattern": r"\s*<\|tool_call_end\|>(?:\s*<\|tool_calls_section_end\|>)?\s*",
+    "repeats": True,
+    "content": "json",
+    "transform": {"id": "{id}", **HARMONY_CALL},
+}
+MISTRAL_CALL = {
+    "open_pattern": r"\s*(?:\[TOOL_CALLS\]\s*){1,4}(?:(?P<name>[\w.:/-]{1,256}?)\s*"
+    r"(?:\[CALL_ID\]\s*(?P<id>\w{1,64})\s*|(?P<id>))(?:\[ARGS\]\s*)?(?=\{)|(?=\[\s*\{|\{\s*\"))",
+    "close_pattern": r"(?=\s*\[TOOL_CALLS\])",
+    "repeats": True,
+    "content": "json",
+    "transform": {"id": "{id}", **HARMONY_CALL},
+}
+"""All that Mistral's models have had since V3: a list, or a name with or without [CALL_ID] and [ARGS]."""
+_OBJECT = r"\{\s*\"(?:name|arguments|parameters|id|type)\""
+LLAMA_CALL = {
+    "open_pattern": rf"(?:\A\s*(?:<\|python_tag\|>)?|\s*<\|python_tag\|>|(?<=\}})\s*;)\s*(?={_OBJECT})",
+    "repeats": True,
+    "content": "json",
+    "transform": {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.parameters}"}},
+}
+PYTHONIC_CALLS = {
+    "open_pattern": r"(?:\A\s*(?:<\|python_start\|>)?|\s*<\|python_start\|>)\s*(?=\[\s*[A-Za-z_][\w.-]{0,256}\()",
+    "close_pattern": r"\s*<\|python_end\|>\s*",
+    "content": "python-call-list",
+    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
+    "transform_each": True,
 }
 GRANITE_CALLS = {
     "open_pattern": r"\s*(?:<\|tool_call\|>|<tool_call>)\s*(?=\[)",
@@ -206,6 +243,7 @@ FAMILIES = (
             "<|tool_calls_section_end|>",
         ),
         ReasoningFormat("<think>", "</think>"),
+        fields={"thinking": KIMI_K2_THINKING, "tool_calls": KIMI_K2_CALL},
     ),
     AnswerFamily(
         "glm",
@@ -250,8 +288,14 @@ FAMILIES = (
         ("[TOOL_CALLS]", "[ARGS]"),
         ToolFormat("[TOOL_CALLS]", "[ARGS]", ""),
         ReasoningFormat("[THINK]", "[/THINK]"),
+        fields={"tool_calls": MISTRAL_CALL},
     ),
-    AnswerFamily("mistral_list", ("[TOOL_CALLS]",), json_list("[TOOL_CALLS]"), ReasoningFormat("[THINK]", "[/THINK]")),
+    AnswerFamily(
+        "mistral_list",
+        ("[TOOL_CALLS]",),
+        json_list("[TOOL_CALLS]"),
+        ReasoningFormat("[THINK]", "[/THINK]"),
+    ),
     AnswerFamily(
         "lfm2",
         ("<|tool_call_start|>",),
@@ -275,10 +319,17 @@ FAMILIES = (
         "llama3_json",
         ("<|python_tag|>", "<|start_header_id|>"),
         ToolFormat('{"name": "', '", "parameters": ', "}", several=False),
+        fields={"tool_calls": LLAMA_CALL},
         after_content=None,
     ),
     AnswerFamily("xlam", (), json_list(""), after_content=None),
-    AnswerFamily("pythonic", (), ToolFormat("", "(", ")", "[", ", ", "]", "python"), after_content=None),
+    AnswerFamily(
+        "pythonic",
+        (),
+        ToolFormat("", "(", ")", "[", ", ", "]", "python"),
+        fields={"tool_calls": PYTHONIC_CALLS},
+        after_content=None,
+    ),
     AnswerFamily("cohere", ("<|START_THINKING|>",), None, ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>")),
     AnswerFamily("think", ("<think>",), None, THINK),
     AnswerFamily("deepseek_r1", (), None, THINK, always_reasons=True),
@@ -328,6 +379,12 @@ def forced(flag: str, name: str | None, known: Mapping[str, str]) -> AnswerFamil
     if name not in known:
         raise UserError(f"{flag} {name} is unknown; known are {', '.join(sorted(known))}", param=flag.removeprefix("--"))
     return BY_NAME.get(known[name])
+
+
+def as_marked(family: AnswerFamily, text: str) -> AnswerFamily:
+    """Mistral's newer form under its name, or the older one where only that is marked in a text."""
+    older = BY_NAME["mistral_list"]
+    return older if family.name == "mistral" and family not in marked(text) and older in marked(text) else family
 
 
 def marked(text: str) -> list[AnswerFamily]:

@@ -68,8 +68,15 @@ class ResponseParser:
         self._from = len(self._text)
         """Where the output begins: text before it belongs to the prompt."""
         self._region: _TextRegion | _CallRegion | None = None
+        self._left = -1
+        """Where a region ended before its text began."""
+        self._entered = False
+        """Whether any region has begun."""
         self._any = False
         """Whether a region has ended: white space at the beginning of the next is none of its text."""
+        self._told: set[str] = set()
+        self._parted: set[str] = set()
+        """The roles with text that the next text of that role is joined to."""
         self._enter(self._rest, {})
         self._process(final=False)
         self._events.clear()
@@ -94,6 +101,8 @@ class ResponseParser:
         """The output has ended; returns the rest."""
         self._process(final=True)
         self._leave(last=True)
+        if not self._entered and len(self._text) > self._from:  # the model wrote no delimiter, not even the one of content
+            self._events.append(Content(self._text[self._from :]))
         return self._take()
 
     def _take(self) -> list[Event]:
@@ -104,13 +113,19 @@ class ResponseParser:
         while True:
             found, hold = self._scan(final)
             if found is None:
-                self._add(len(self._text) if final else hold)
+                if self._add(len(self._text) if final else hold):
+                    continue
                 return
             field, begin, end, groups = found
             if begin == end == self._at and self._region is not None and field is self._rest and not self._region.begun:
-                self._add(len(self._text) if final else hold)  # a delimiter without text would be found here for ever
-                return
-            self._add(begin)
+                if self._left == begin:  # a region without text begins and ends here for ever
+                    if begin == len(self._text):
+                        return
+                    self._add(begin + 1)
+                    continue
+                self._left = begin
+            if self._add(begin):
+                continue
             if isinstance(self._region, _CallRegion) and self._region.in_text:  # the delimiter is part of a quoted text
                 if begin == len(self._text):
                     return
@@ -156,12 +171,15 @@ class ResponseParser:
         """Whether a match could be another one, or none, if text followed."""
         if match.end() == len(self._text):
             return not delimiter.is_final or match.start() == match.end()
-        if delimiter.is_literal:
+        if delimiter.undecided.match(self._text, match.start(), partial=True) is not None:
+            return True
+        if not delimiter.sees_end:
             return False
         longer = delimiter.pattern.match(self._text + "\x00", match.start())
         return longer is None or longer.span() != match.span() or longer.groupdict() != match.groupdict()
 
     def _enter(self, field: Field | None, groups: Mapping[str, str], begin: int = 0) -> None:
+        self._entered |= field is not None
         if field is None:
             self._region = None
         elif field.role == "tool_calls":
@@ -170,22 +188,31 @@ class ResponseParser:
             more = field.role == "content" and self._reads_calls
             self._region = _TextRegion(field, strip=field.strips and (self._any or field.role == "reasoning"), holds=more)
 
-    def _add(self, end: int) -> None:
-        """Text up to `end` belongs to the current region."""
+    def _add(self, end: int) -> bool:
+        """Text up to `end` belongs to the current region; whether that ended of itself before."""
         begin, self._at = self._at, end
         if begin == end or self._region is None:
-            return
+            return False
         text = self._text[begin:end]
         if isinstance(self._region, _CallRegion):
             self._events += self._region.add(text)
-            return
+            if not (self._region.field.ends_itself and self._region.is_whole):
+                return False
+            self._at = end - self._region.give_back()
+            self._leave()
+            self._enter(self._rest, {})
+            return True
         if self._region.role == "reasoning":
             own = max(0, begin - self._from), max(0, end - self._from)
             if own[1] > own[0]:
                 self.reasoning.append([*own])
         self._region.add(text[: max(0, self._from - begin)])  # the prompt's own, which nobody is told
         if shown := self._region.add(text[max(0, self._from - begin) :]):
-            self._events.append(self._region.event(shown))
+            joint = self._region.field.join if self._region.role in self._parted else ""
+            self._events.append(self._region.event(joint + shown))
+            self._parted.discard(self._region.role)
+            self._told.add(self._region.role)
+        return False
 
     def _leave(self, *, groups: Mapping[str, str] | None = None, closing: str = "", last: bool = False) -> None:
         """The current region ends, with the delimiter `closing`."""
@@ -193,11 +220,17 @@ class ResponseParser:
         match region:
             case _CallRegion():
                 self._events += region.end(groups or {}, closing)
-                self._any |= region.num_calls > 0
+                self._part(region.num_calls > 0)
             case _TextRegion():
                 if last and region.role == "content" and region.held:
                     self._events.append(region.event(region.held))
-                self._any |= region.begun or region.field is not self._rest
+                self._part(region.field is not self._rest)
+                self._any |= region.begun
+
+    def _part(self, ended: bool) -> None:
+        """A region ended that parts the texts before it from those behind."""
+        self._any |= ended
+        self._parted |= self._told if ended else set()
 
 
 class _TextRegion:
@@ -242,8 +275,11 @@ class _CallRegion:
         self._reader: CallReader | None = None
         if field.content == "json" and not field.content_args:
             paths = CallPaths.of(field.transform, field.transform_each)
-            if paths is not None and (paths.name is not None or (given := self._given()) is not None):
-                self._reader = CallReader(paths, given if paths.name is None else None)
+            if paths is not None:
+                given = self._given() if paths.name is None else None
+                if paths.name is None and given is None:  # the delimiter has no name this time
+                    paths = CallPaths(("name",), ("arguments",), listed=True)
+                self._reader = CallReader(paths, given, stops=field.ends_itself)
 
     def _given(self) -> CallBegin | None:
         """The call whose name the delimiter tells."""
@@ -252,6 +288,18 @@ class _CallRegion:
         except ValueError:
             return None
         return CallBegin(name, id)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the JSON has ended."""
+        return self._reader is not None and self._reader.end is not None
+
+    def give_back(self) -> int:
+        """Drop the text behind the JSON; returns its length."""
+        text = "".join(self._parts)
+        end = self._reader.end if self._reader is not None else None
+        self._parts = [text[:end]]
+        return len(text) - len(self._parts[0])
 
     @property
     def in_text(self) -> bool:
@@ -269,9 +317,16 @@ class _CallRegion:
         events: list[CallEvent] = []
         if self._reader is not None:
             events = self._reader.feed("")
-        elif (calls := self._parsed(groups)) is not None:
-            for name, arguments, id in calls:
+        else:
+            text = "".join(self._parts)
+            calls, behind = self._parsed(text, groups), ""
+            if calls is None and self.field.content == "python-call-list" and not closing:  # perhaps for text behind the list
+                text, bracket, behind = text.rpartition("]")
+                calls = self._parsed(text + bracket, groups)
+            for name, arguments, id in calls or ():
                 events += [CallBegin(name, id), CallArguments(arguments)]
+            if calls and behind.strip():
+                return [*self._counted(events), Content(behind.strip())]
         counted = self._counted(events)
         return counted if self.num_calls else [Content(self._opening + "".join(self._parts) + closing)]
 
@@ -279,12 +334,12 @@ class _CallRegion:
         self.num_calls += sum(isinstance(event, CallBegin) for event in events)
         return joined(events)
 
-    def _parsed(self, groups: Mapping[str, str]) -> list[tuple[str, str, str | None]] | None:
-        """The calls of a region that is read as a whole; None when there are none."""
+    def _parsed(self, text: str, groups: Mapping[str, str]) -> list[tuple[str, str, str | None]] | None:
+        """The calls of a text that is read as a whole; None when there are none."""
         field = self.field
         names = {**self.groups, **groups}
         try:
-            value = read_content("".join(self._parts), field.content, field.content_args)
+            value = read_content(text, field.content, field.content_args)
             if field.transform_each:
                 values = [transformed(field.transform, {**names, **each}) for each in value]
             elif field.transform is not None:
@@ -304,14 +359,14 @@ def _call(value: Any) -> tuple[str, Any, str | None]:
     if not isinstance(function, dict) or not isinstance(name, str) or not name.strip():
         raise ValueError("no call")
     id = value.get("id")
-    return name.strip(), function.get("arguments", function.get("parameters", {})), id if isinstance(id, str) else None
+    return name.strip(), function.get("arguments", function.get("parameters", {})), id if isinstance(id, str) and id else None
 
 
 def _arguments(arguments: Any, schema: Any) -> str:
     """The arguments as JSON; a text that stands for a value of another type becomes that value."""
     if isinstance(arguments, str):
         return arguments
-    if isinstance(arguments, dict) and schema is not None:
+    if isinstance(arguments, dict):
         arguments = {key: typed(value, key, schema) for key, value in arguments.items()}
     return json.dumps(arguments, ensure_ascii=False)
 

@@ -5,7 +5,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tpserve.response_template.content import MarkedJson
+
 MAX_DEPTH = 16
+_PYTHON = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
+"""Types as Python names them, which schemas of tools also have."""
 
 
 def typed(value: Any, key: str, schema: Any) -> Any:
@@ -14,7 +18,12 @@ def typed(value: Any, key: str, schema: Any) -> Any:
     own = properties.get(key) if isinstance(properties, dict) else None
     if own is None and isinstance(schema, dict):
         own = schema.get("additionalProperties")
-    types = list(dict.fromkeys(_types(own, schema, MAX_DEPTH)))
+    types = list(dict.fromkeys(_PYTHON.get(each, each) for each in _types(own, schema, MAX_DEPTH)))
+    if not types and isinstance(value, MarkedJson):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return str(value)
     if isinstance(value, list) and "array" not in types:  # of several arguments with one name
         return [_typed(each, types) if isinstance(each, str) else each for each in value]
     return _typed(value, types) if isinstance(value, str) else value

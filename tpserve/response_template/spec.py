@@ -7,6 +7,8 @@ from typing import Any
 
 from tpserve.response_template.format import ID, INDEX, AnswerFormat, ReasoningFormat, ToolFormat
 
+MAX_NAME = 256
+"""The longest name of a function, in characters: so far the text is held back that may become a call."""
 NAME = "zqnamezq"
 """Stands for a name while the form of a call is read."""
 
@@ -94,15 +96,22 @@ def object_field(tools: ToolFormat, before: str, behind: str, name: Sequence[str
 
 def named_field(tools: ToolFormat, content: dict[str, Any]) -> dict[str, Any]:
     """The field of calls whose name stands outside their arguments."""
-    middle = loose(tools.name_end)
-    opening = opening_pattern(tools, tools.call_begin)
+    outer, _, own = tools.call_begin.strip().rpartition("\n")
+    middle, opening = loose(tools.name_end), opening_pattern(tools, tools.call_begin)
+    closing = closing_pattern(tools, tools.call_end, tools.call_begin or tools.between)
+    if (
+        tools.arguments == "tagged" and outer and own.startswith("<") and not tools.begin.strip()
+    ):  # models leave the outer tag out
+        opening = rf"\s*(?:{loose(outer)}\s*)?{loose(own)}"
+        inner = loose(tools.call_end.strip().partition("\n")[0])
+        closing = {"close_pattern": rf"\s*{loose(tools.call_end)}\s*|\s*{inner}(?={opening})"}
     if not tools.call_begin.strip() and not tools.begin.strip():
         opening = rf"(?:\A|{loose(tools.between)})" if tools.between.strip() else r"\A"
-    name = r"(?P<name>[\w.:/-]+?)" if middle else r"(?P<name>[\w.:/-]+)"
+    name = rf"(?P<name>[\w.:/-]{{1,{MAX_NAME}}}{'?' if middle else ''})"
     ahead = r"\s*(?=\{)" if content["content"] == "json" else ""
     return {
         "open_pattern": rf"{opening}\s*{name}\s*{middle}{ahead}",
-        **closing_pattern(tools, tools.call_end, tools.call_begin or tools.between),
+        **closing,
         "repeats": True,
         **content,
         "transform": call("{name}", "{content}"),
@@ -113,10 +122,15 @@ def tagged_field(tools: ToolFormat) -> dict[str, Any]:
     """The field of calls whose arguments stand in tags."""
     tags = tools.tags
     assert tags is not None
-    middle = "|".join(dict.fromkeys(loose(text) for text in (tags.middle, tags.other_middle) if text.strip()))
+    middle = loose(tags.middle)
+    if tags.other_middle.strip() and loose(tags.other_middle) != middle:
+        middle = rf"(?:{middle}|(?P<json>{loose(tags.other_middle)}))"
     first, last = (r"\n?" if line else "" for line in (tags.middle.endswith("\n"), tags.end.startswith("\n")))
-    key = r"(?P<key>[^<>\"\n]+?)"
-    pattern = rf"{loose(tags.begin)}\s*{key}\s*(?:{middle}){first}(?P<value>.*?){last}{loose(tags.end)}"
+    begin = loose(tags.begin)
+    value = rf"(?=.*?{loose(tags.end)})(?P<value>.*?){last}{loose(tags.end)}"  # a text is looked for faster alone
+    if begin:  # or a tag that nothing closes
+        value = rf"(?:{value}|(?P<value>.*?){last}(?:(?={begin})|\Z))"
+    pattern = rf"{begin}\s*+(?P<key>[^<>\"\s][^<>\"\n]{{0,255}}?)\s*+{middle}{first}{value}"
     return named_field(tools, {"content": "xml-inline", "content_args": {"tag_pattern": pattern}})
 
 

@@ -25,6 +25,7 @@ ROLES: Mapping[str, Role] = {
 MAX_BLANKS = 16
 r"""What `\s*` in a delimiter matches at most."""
 _BLANKS = regex.compile(r"\[(?:\\.|[^\]\\])*\]|\\s([*+])|\\.", regex.DOTALL)
+_END = regex.compile(r"\$|\\[bBzZ]")
 _TEMPLATE_KEYS = {"version", "defaults", "fields", "start_anchor", "start_anchor_pattern"}
 _FIELD_KEYS = {
     *("open", "open_pattern", "close", "close_pattern", "content", "content_args"),
@@ -33,11 +34,23 @@ _FIELD_KEYS = {
 
 
 class Delimiter(NamedTuple):
-    """Where a region begins or ends. `is_final`: a match at the end of the text cannot grow, as more text comes."""
+    """Where a region begins or ends.
+
+    `undecided` matches, in part, where the first choice of `pattern` could still be met if more text came. `is_final`: a match at
+    the end of the text is decided. `sees_end`: the pattern asks whether the text ends.
+    """
 
     pattern: "regex.Pattern[str]"
+    undecided: "regex.Pattern[str]"
     is_final: bool
-    is_literal: bool
+    sees_end: bool
+
+    @staticmethod
+    def of(pattern: str, *, is_final: bool = False) -> "Delimiter":
+        """A delimiter of a pattern. regex.error when it is none."""
+        compiled = regex.compile(pattern, regex.DOTALL)
+        undecided = regex.compile(f"(?>{pattern})(?!)", regex.DOTALL)
+        return Delimiter(compiled, undecided, is_final, _END.search(pattern) is not None)
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,14 @@ class Field:
     content_args: Mapping[str, Any]
     transform: Any
     transform_each: bool
+    join: str = "\n"
+    """Goes between two texts of the field with something else between them."""
+
+    @property
+    def ends_itself(self) -> bool:
+        """Whether nothing marks the end, so that JSON's own end counts."""
+        own = self.content == "json" and not self.content_args
+        return own and (self.close is None or self.close.pattern.pattern.startswith(("(?=", "(?<=")))
 
     @property
     def strips(self) -> bool:
@@ -128,11 +149,13 @@ def _field(name: str, value: Any) -> Field:
     if each not in (True, False) or (each and transform is None):
         raise _wrong(f"{name}.transform_each must be true or false, and goes with a transform")
     _check_transform(name, transform)
+    if not is_text(join := value.get("join", "\n")):
+        raise _wrong(f"{name}.join must be a text")
     opening, closing = (_delimiter(name, value, end, f"{end}_pattern") for end in ("open", "close"))
     names = {group for each in (opening, closing) if each is not None for group in each.pattern.groupindex}
     if names and transform is None:
         raise _wrong(f"{name} names groups ({', '.join(sorted(names))}) and has no transform that would take them")
-    return Field(role, opening, closing, content, args, transform, bool(each))
+    return Field(role, opening, closing, content, args, transform, bool(each), join)
 
 
 def _delimiter(scope: str, value: Mapping[str, Any], literal_key: str, pattern_key: str) -> Delimiter | None:
@@ -145,11 +168,11 @@ def _delimiter(scope: str, value: Mapping[str, Any], literal_key: str, pattern_k
             raise _wrong(f"{where} must be a text or a list of texts, none of them empty")
         longest_first = sorted(set(texts), key=lambda text: (-len(text), text))
         grows = any(one != other and one.startswith(other) for one in texts for other in texts)
-        return Delimiter(regex.compile("|".join(map(regex.escape, longest_first))), not grows, True)
+        return Delimiter.of("|".join(map(regex.escape, longest_first)), is_final=not grows)
     if (pattern := value.get(pattern_key)) is None:
         return None
     try:
-        return Delimiter(regex.compile(_BLANKS.sub(_bounded, pattern), regex.DOTALL), False, False)
+        return Delimiter.of(_BLANKS.sub(_bounded, pattern))
     except (regex.error, TypeError, RecursionError) as error:
         raise _wrong(f"{where}_pattern is no regular expression: {error}") from None
 
