@@ -78,6 +78,7 @@ def test_what_a_model_once_wrote_wrongly_is_shown_as_it_was() -> None:
         ({"role": "assistant", "tool_calls": "f"}, "messages[0].tool_calls"),
         ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls[0]"),
         ({"role": "tool", "tool_call_id": "1"}, "messages[0].content"),
+        ({"role": "tool", "tool_call_id": ["1"], "content": "x"}, "messages[0].tool_call_id"),
     ],
 )
 def test_wrong_messages_are_refused_by_name(message: dict[str, Any], param: str) -> None:

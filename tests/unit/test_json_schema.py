@@ -75,6 +75,8 @@ SUPPORTED: list[tuple[str, dict[str, Any], list[Any], list[Any]]] = [
                                  "type": "object"}, [{"not": 1, "if": ""}], [{"not": ""}, {"else": 1}]),
     ("definitions without use", {"$defs": {"a": {"not": {}}, "b": INT}, "$ref": "#/$defs/b"}, [1], [""]),
     ("integers of 64 bits", {**INT, "minimum": -(2**63), "maximum": 2**63 - 1}, [0, 2**62], [2**63, -(2**63) - 1, 2**64]),
+    ("an open bound of 2^53", {**INT, "exclusiveMinimum": 2**53, "multipleOf": 2}, [2**53 + 2], [2**53, 2**53 - 2]),
+    ("open bounds below -2^53", {**INT, "exclusiveMaximum": -(2**53), "maximum": 5}, [-(2**53) - 2], [-(2**53), 5]),
     ("integers beyond 2^53", {**INT, "minimum": 2**53 + 1}, [2**53 + 2], [2**53, 2**53 - 1]),
 ]  # fmt: skip
 

@@ -24,8 +24,8 @@ from tpserve.errors import UserError
 MAX_DEPTH = 128
 """Levels of nesting: those of a body, also where the schema comes as a text."""
 WHITESPACE = r"[\x20\x09]|\x0D?\x0A[\x20\x09]{0,32}"
-"""Between the parts of JSON: one blank, or a line break and an indent. Bounded, for a model at a loss may write blanks for ever, and
-every one of them is valid."""
+"""Between the parts of JSON: one blank, or a line break and an indent. A model at a loss may write blanks for ever, and every one
+of them would be valid."""
 UNSUPPORTED = (
     "not", "if", "contains", "uniqueItems", "propertyNames", "dependentRequired", "dependentSchemas", "dependencies",
     "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor",
@@ -164,12 +164,15 @@ class _Walk:
         for key in COUNTS:
             if isinstance(value := schema.get(key), float) and value.is_integer():
                 schema[key] = int(value)
-        for key in LOWER:
-            if _is_large(value := schema.get(key)):
-                schema[key] = _inside(value, math.inf)
-        for key in UPPER:
-            if _is_large(value := schema.get(key)):
-                schema[key] = _inside(value, -math.inf)
+        for (bound, exclusive), towards in ((LOWER, math.inf), (UPPER, -math.inf)):
+            if _is_large(value := schema.get(bound)):
+                schema[bound] = _inside(value, towards)
+            if _is_large(value := schema.get(exclusive)):  # whose neighbour llguidance rounds to itself
+                del schema[exclusive]
+                near = _inside(value, towards)
+                near = near if near != value else int(math.nextafter(value, towards))
+                if isinstance(other := schema.get(bound, near), int | float):
+                    schema[bound] = max(other, near) if towards > 0 else min(other, near)
         for key in ("const", "enum", "multipleOf"):
             for value in _scalars(schema.get(key)):
                 if _is_large(value) and not _is_exact(value):
@@ -233,7 +236,7 @@ def _scalars(value: Any) -> Iterator[Any]:
 
 
 def _is_large(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and abs(value) > 2**53  # never a bool
+    return isinstance(value, int) and abs(value) >= 2**53  # never a bool
 
 
 def _is_below(value: Any, limit: int) -> bool:

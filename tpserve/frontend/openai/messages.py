@@ -42,6 +42,8 @@ def _plain(message: Mapping[str, Any], index: int, form: MessageForm) -> Message
             param=where,
             code="unsupported_parameter",
         )
+    if not isinstance(plain.get("tool_call_id", ""), str):
+        raise UserError(f"{where}.tool_call_id must be a string", param=f"{where}.tool_call_id")
     if role == "developer" and not form.developer:
         plain["role"] = "system"
     reasoning = next((plain[name] for name in REASONING if isinstance(plain.get(name), str)), None)
