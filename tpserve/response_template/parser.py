@@ -204,7 +204,9 @@ class ResponseParser:
             return True
         if self._region.role == "reasoning":
             own = max(0, begin - self._from), max(0, end - self._from)
-            if own[1] > own[0]:
+            if self.reasoning and self.reasoning[-1][1] == own[0]:
+                self.reasoning[-1][1] = own[1]
+            elif own[1] > own[0]:
                 self.reasoning.append([*own])
         self._region.add(text[: max(0, self._from - begin)])  # the prompt's own, which nobody is told
         if shown := self._region.add(text[max(0, self._from - begin) :]):
