@@ -104,7 +104,7 @@ def test_two_nodes_of_torchrun(shared: bool, hub: FakeHub, tmp_path: Path) -> No
         home = tmp_path / ("home" if shared else f"home{node}")
         commands.append(["env", f"HF_HOME={home}", *torchrun(REPOSITORY, "-pp", "2", ranks=2, port=port, options=options)])
     with running(commands, port, tmp_path / "log", env=environ(hub, tmp_path)) as server:
-        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
         server.stop()
     assert hub.gets == once(times=1 if shared else 2) and hub.lookups[REPOSITORY] == 2, "the first rank of a node asks for all"
     assert shared or re.search(r"\[n1 r2 s1\] .* downloading org/tiny: .* GB in", server.log)
@@ -127,7 +127,7 @@ def test_two_servers_start_at_once_on_an_empty_cache(hub: FakeHub, tmp_path: Pat
         hub.slow_s = 0.0
         for server in (one, other):
             server.wait_ready()
-            assert server.complete("The cat", max_tokens=2)["finish_reason"] == "length"
+            assert server.complete("The cat", max_tokens=2, ignore_eos=True)["finish_reason"] == "length"
         assert one.stop() == other.stop() == [0]
     assert hub.gets == once()
     assert "waiting for another process that downloads org/tiny" in one.log + other.log
@@ -250,7 +250,7 @@ def test_a_tokenizer_and_a_template_from_elsewhere(hub: FakeHub, model: Path, tm
         status, body = server.post("/tokenize", {"messages": [{"role": "user", "content": "The cat"}]})
         assert status == 200, body
         assert body["tokens"] == server.post("/tokenize", {"prompt": "The cat\n", "add_special_tokens": False})[1]["tokens"]
-        assert server.complete("The cat", max_tokens=2)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=2, ignore_eos=True)["finish_reason"] == "length"
         assert server.stop() == [0]
     assert ("org/words", "tokenizer.json") in hub.gets and ("org/words", "config.json") not in hub.gets
 

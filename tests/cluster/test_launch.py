@@ -51,7 +51,7 @@ def run(command: list[str], place: Path, timeout_s: float = 60.0) -> "subprocess
 def test_a_signal_drains(number: signal.Signals, model: str, place: Path) -> None:
     port = free_port()
     with started(place, serve(model, *DUMMY, port=port), port=port) as server:
-        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
         assert server.stop(number) == [0]
         assert_nothing_left(place)
     lines = server.log.splitlines()
@@ -119,7 +119,7 @@ def test_two_nodes(model: str, place: Path) -> None:
     nodes = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--interface", "lo", "--master-port", meet, "-pp", "2")
     second = serve(model, *DUMMY, *nodes, "--node-rank", "1", "--headless", port=port)
     with started(place, second, serve(model, *DUMMY, *nodes, port=port), port=port) as server:
-        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
         server.processes[0].terminate()
         assert server.wait() == [0, 0]
         assert_nothing_left(place)
@@ -140,7 +140,7 @@ def test_unlike_processors(model: str, place: Path) -> None:
 
     meet = free_port()
     with started(place, node(1, meet, "-pp", *torch_only), node(0, meet, "-pp"), port=port) as server:
-        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
         info = server.get("/server_info")[1]
         assert re.fullmatch("batch-invariant|(untested|not on this processor): .+", info["numerics"]), info["numerics"]
         levels = [(rank["processor"] | rank["traits"])["CPU level"] for rank in info["ranks"]]
@@ -152,7 +152,7 @@ def test_unlike_processors(model: str, place: Path) -> None:
     assert "torch's operators serve, which are slower than the library of CPU kernels: TPSERVE_ISA is off\n" in server.log
     meet = free_port()
     with started(place, node(1, meet, "-tp", "TPSERVE_ISA=portable"), node(0, meet, "-tp"), port=port) as server:
-        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
         info = server.get("/server_info")[1]
         server.processes[0].terminate()
         assert server.wait() == [0, 0]
@@ -243,7 +243,7 @@ def test_two_nodes_script(model: str, place: Path) -> None:
     with started(
         place, ["env", f"MASTER_PORT={meet}", *script, "0", *rest], ["env", f"MASTER_PORT={meet}", *script, "1", *rest], port=port
     ) as server:
-        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
         server.stop()
     assert "2 CPU ranks on 2 nodes, TP 1 x PP 2" in server.log
 

@@ -119,5 +119,5 @@ def test_strangers_change_nothing(model: str, place: Path) -> None:
 
 def test_without_a_secret_it_warns_once_and_serves(model: str, place: Path) -> None:
     with two_nodes(model, place) as server:
-        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
     assert server.log.count("the nodes share no --cluster-secret-file") == 1

@@ -39,7 +39,7 @@ def said(server: Cluster, node: int, text: str) -> list[str]:
 
 def serves(server: Cluster) -> None:
     server.wait_ready()
-    assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+    assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
     assert set(server.stop()) == {0}
 
 
@@ -190,7 +190,7 @@ def test_one_address_on_two_hosts(hosts: list[Host], model: str, place: Path, to
 def test_over_ipv6(hosts: list[Host], model: str, place: Path, torchrun: bool) -> None:
     with cluster(hosts, [model, *FLAGS], place, ipv6=True, torchrun=torchrun) as server:
         server.wait_ready()
-        assert server.complete("The cat", max_tokens=4)["finish_reason"] == "length"
+        assert server.complete("The cat", max_tokens=4, ignore_eos=True)["finish_reason"] == "length"
         server.stop()
         assert f"node 1 of 2 uses eth0 ({hosts[1].address6})" in server.log
 
