@@ -147,6 +147,12 @@ def test_without_a_template_all_is_content() -> None:
     assert caught.value.param == "tools" and "shows no tools" in str(caught.value)
 
 
+def test_what_a_template_does_not_read_is_a_warning() -> None:
+    call = request(reasoning_effort="none", enable_thinking=True)
+    assert [text.split()[0] for text in ANSWERS.unheeded(call, "{{ messages }}")] == ["reasoning_effort", "enable_thinking"]
+    assert ANSWERS.unheeded(call, "{{ enable_thinking }}") == ANSWERS.unheeded(request(), "{{ messages }}") == []
+
+
 def test_what_templates_are_told_about_reasoning() -> None:
     assert ANSWERS.variables(None, None) == {}
     assert ANSWERS.variables("none", None) == {"enable_thinking": False, "thinking": False}

@@ -11,6 +11,7 @@ from transformers.utils.chat_parsing import parse_response
 
 from tests.unit import chat_templates
 from tpserve.errors import UserError
+from tpserve.response_template import content as content_module
 from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.detect import detect
 from tpserve.response_template.parser import Content, Event, Reasoning, ResponseParser
@@ -211,6 +212,12 @@ def test_arguments_before_the_name_and_arguments_as_text() -> None:
 def test_a_region_without_a_call_is_content(text: str) -> None:
     thinking, content, calls = parsed(ResponseTemplate.load(SPECS["hermes"]), list(text))
     assert (thinking, calls) == ("", []) and content == text
+
+
+def test_a_search_that_takes_too_long_leaves_the_call_as_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content_module, "MAX_SECONDS", 1e-9)
+    text = written("tagged", "", "", [("f", {"a": "x" * 200_000})])
+    assert parsed(ResponseTemplate.load(SPECS["tagged"]), [text])[1:] == (text.lstrip(), [])
 
 
 def test_a_call_cut_short_keeps_what_was_written() -> None:

@@ -5,7 +5,6 @@ What a model writes need not be JSON; whatever it is, a reader takes it and says
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tpserve.response_template.content import PLACEHOLDER
@@ -217,14 +216,3 @@ def _unquoted(quoted: str) -> str:
         return str(json.loads(quoted, strict=False))
     except ValueError:
         return quoted[1:-1]
-
-
-def joined(events: Sequence[CallEvent]) -> list[CallEvent]:
-    """The events with neighbouring arguments as one."""
-    found: list[CallEvent] = []
-    for event in events:
-        if isinstance(event, CallArguments) and found and isinstance(found[-1], CallArguments):
-            found[-1] = CallArguments(found[-1].text + event.text)
-        else:
-            found.append(event)
-    return found

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import regex
 
-from tpserve.response_template.call_reader import CallArguments, CallBegin, CallEvent, CallPaths, CallReader, joined
+from tpserve.response_template.call_reader import CallArguments, CallBegin, CallEvent, CallPaths, CallReader
 from tpserve.response_template.content import read_content, transformed
 from tpserve.response_template.schema_types import typed
 from tpserve.response_template.template import Delimiter, Field, ResponseTemplate
@@ -334,7 +334,7 @@ class _CallRegion:
 
     def _counted(self, events: Sequence[CallEvent]) -> Sequence[Event]:
         self.num_calls += sum(isinstance(event, CallBegin) for event in events)
-        return joined(events)
+        return events
 
     def _parsed(self, text: str, groups: Mapping[str, str]) -> list[tuple[str, str, str | None]] | None:
         """The calls of a text that is read as a whole; None when there are none."""

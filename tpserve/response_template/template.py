@@ -2,6 +2,7 @@
 
 A template names the fields of an answer and the delimiters around each. Served are the fields `content`, `tool_calls` and
 reasoning, called `thinking`, `reasoning` or `reasoning_content`. Patterns are the regex package's; dot matches line breaks.
+`repeats` and `optional` change nothing: every field may come several times, or not at all.
 """
 
 from collections.abc import Mapping

@@ -68,6 +68,15 @@ class ChatAnswers:
         switches = {"enable_thinking", self.messages.switch or "thinking"} if thinks is not None else set()
         return dict.fromkeys(switches, thinks) | ({"reasoning_effort": effort} if effort not in (None, "none") else {})
 
+    def unheeded(self, call: ChatCompletionRequest, template: str) -> list[str]:
+        """A warning for each field of reasoning that the chat template, with the text `template`, does not read."""
+        given = {"reasoning_effort": (call.reasoning_effort, None), "enable_thinking": (None, call.enable_thinking)}
+        return [
+            f"{name} has no effect: the model's chat template does not read it"
+            for name, values in given.items()
+            if (variables := self.variables(*values)) and not any(variable in template for variable in variables)
+        ]
+
     def grammars(self, call: ChatCompletionRequest, use: ToolUse, place: Place) -> list[str]:
         """The grammar of the answer after a prompt that ends in `place`, then one that may serve when it is refused: a call that
         must come obeys its schema, if the client has not said `strict`, only where the schema can be enforced.

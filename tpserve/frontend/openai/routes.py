@@ -81,6 +81,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     call, warnings = parse(
         await read_object(request, service.large_bodies), ChatCompletionRequest, service.logged_fields, service.sampling()
     )
+    warnings += service.answers.unheeded(call, service.chat_template.source or "")
     meta = response_meta(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
     limits = service.limits()
     use = tool_use(call)
