@@ -138,6 +138,7 @@ class Config:
     drain_timeout: float = 25.0
     max_num_seqs: int = 8
     max_queued_requests: int = 56
+    resume_window: float = 300.0
 
 
 @dataclass

@@ -8,6 +8,7 @@ event loop only. Invariants:
     delta     accepted only at the expected position; any other is dropped
     scores    the same, and before the first delta; the engine may repeat scores that are known
     buffer    output that waits for a slow client merges into one `OutputDelta` a sequence, so the request's length bounds it
+    stepwise  the deltas of such a handle depend on the tokens and their order alone, not on frames or on when a reader takes
 
 A `RequestHandle` is one client's request: n choices of m prompts are n * m sequences, numbered by `index`.
 """
@@ -74,14 +75,17 @@ class RequestState:
 class RequestHandle:
     """A client's request. One reader waits and takes; the request table writes.
 
-    `streaming`: the reader wakes for output, not only for the end.
+    `streaming`: the reader wakes for output, not only for the end. `stepwise`: `take` returns a delta of its own for each token
+    that shows something, in the order of arrival.
     """
 
-    def __init__(self, streaming: bool) -> None:
+    def __init__(self, streaming: bool, stepwise: bool = False) -> None:
         self.sequences: list[RequestState] = []
         self.failure: UserError | None = None
         """Set when the request fails; its `status` is the HTTP status."""
+        self.stepwise = stepwise
         self._streaming = streaming
+        self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
         self._wake = asyncio.Event()
 
@@ -100,9 +104,12 @@ class RequestHandle:
         self._wake.set()
 
     def take(self) -> list[tuple[RequestState, OutputDelta]]:
-        """The output since the last call, at most one delta per sequence. Raises the failure of a failed request."""
+        """The output since the last call, unless stepwise at most one delta per sequence. Raises a failed request's failure."""
         if self.failure is not None:
             raise self.failure
+        if self.stepwise:
+            steps, self._steps = self._steps, []
+            return steps
         return [(sequence, delta) for sequence in self.sequences if (delta := sequence.assembler.take()) is not None]
 
     def _add(self, sequence: RequestState) -> None:
@@ -117,6 +124,12 @@ class RequestHandle:
     def _notify(self) -> None:
         if self._streaming:
             self._wake.set()
+
+    def _step(self, sequence: RequestState) -> None:
+        """Keep what a sequence shows as a delta of its own, if the handle is stepwise."""
+        if self.stepwise and (delta := sequence.assembler.take()) is not None:
+            self._steps.append((sequence, delta))
+            self._notify()
 
 
 class RequestTable:
@@ -145,12 +158,12 @@ class RequestTable:
         """A new request id; none is used twice."""
         return next(self._ids)
 
-    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool) -> RequestHandle:
+    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool, stepwise: bool = False) -> RequestHandle:
         """Admit a client's request: all its sequences in the order of their indices, each with the assembler of its output.
 
         With `params.prompt_logprobs` the assembler has `scores` to fill. When the request cannot be sent, the handle fails.
         """
-        handle, now = RequestHandle(streaming), self._clock()
+        handle, now = RequestHandle(streaming, stepwise), self._clock()
         for index, (request, assembler) in enumerate(requests):
             sequence = RequestState(request, index, assembler, handle, now)
             self._open[request.id] = sequence
@@ -218,7 +231,9 @@ class RequestTable:
         if scores is None or not scores.push(chunk.start, chunk.logprobs):
             log.warning("scores of sequence %d at %d dropped", chunk.id, chunk.start)
         elif scores.complete:
-            sequence.handle._notify()  # the other choices of the prompt show them too
+            for other in sequence.handle.sequences:  # the other choices of the prompt show them too
+                sequence.handle._step(other)
+            sequence.handle._notify()
 
     def _on_delta(self, sequence: RequestState, delta: Delta, stops: bool) -> None:
         if delta.start != len(sequence.tokens) or sequence.missing_scores is not None:
@@ -231,7 +246,12 @@ class RequestTable:
         else:
             self.metrics.next_token(now - sequence.token_s[-1])
         sequence.tokens.extend(delta.tokens)
-        sequence.assembler.push(delta.tokens, delta.logprobs, stops=stops)
+        size = 1 if sequence.handle.stepwise else max(1, len(delta.tokens))
+        for begin in range(0, len(delta.tokens), size):
+            end = begin + size
+            last = end >= len(delta.tokens)
+            sequence.assembler.push(delta.tokens[begin:end], delta.logprobs[begin:end], stops=stops and last)
+            sequence.handle._step(sequence)
         sequence.token_s.extend([now] * (sequence.assembler.num_tokens - len(sequence.token_s)))
         if sequence.assembler.finish is not None:  # a stop string; the client gets its answer before the engine stops
             self._close(sequence, sequence.assembler.finish)
@@ -260,6 +280,7 @@ class RequestTable:
 
     def _close(self, sequence: RequestState, reason: FinishReason, times: PhaseTimes | None = None) -> None:
         sequence.closed = True
+        sequence.handle._step(sequence)
         del self._open[sequence.request.id]
         since_s = self._clock() - sequence.arrived_s
         self.metrics.ended(reason, since_s, sequence.prompt_tokens, sequence.assembler.num_tokens, times)
