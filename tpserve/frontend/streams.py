@@ -204,8 +204,8 @@ class ResumableAnswer:
     def give_up(self, error: UserError) -> None:
         """End a running answer that takes too much memory; only the error stays."""
         log.warning("the resumable answer %s is ended: %s", self.name, error)
-        self.stop(error)
         self.release(error)
+        self.stop(error)
 
     def _end(self, error: UserError | None = None) -> None:
         self.ended, self.error = True, error
