@@ -10,6 +10,7 @@ Owns one end of a socket pair, and nothing else. Never makes a thread, a CUDA ca
 region, and never loads the library of CPU kernels: what a fork inherits of these does not work. It dies with its caller.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -84,7 +85,7 @@ def fork_here() -> ForkClient:
 
 def serve_forks(connection: socket.socket) -> None:
     """Fork a process for each request until the other end is closed."""
-    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+    if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
         sys.stderr.write(f"tpserve: warning: the forkserver has {threads} threads, so processes that it forks may hang\n")
     while True:
         data, descriptors, _, _ = socket.recv_fds(connection, 16, MAX_DESCRIPTORS)
@@ -158,12 +159,10 @@ def _place(descriptors: list[int]) -> None:
 
 def _close_all_but(*kept: int) -> None:
     """Close all descriptors but those of the standard streams and `kept`."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) not in kept:
-            try:
-                os.close(int(name))
-            except OSError:  # the listing's own
-                continue
+    for number in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        if number > 2 and number not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(number)
 
 
 def _reset_signals() -> None:

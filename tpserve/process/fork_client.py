@@ -73,7 +73,7 @@ class ForkClient:
         return cls(process.pid, ours, process)
 
     def request(self, request: ForkRequest, stdin: bytes = b"", descriptors: Sequence[int] = ()) -> None:
-        """Ask for a process. Its stdin has `stdin` (or is /dev/null), and `descriptors` get the numbers from `FIRST_DESCRIPTOR` on.
+        """Ask for a process. Its stdin has `stdin` (or is /dev/null). `descriptors` get the numbers from `FIRST_DESCRIPTOR` on.
 
         Raises ForkserverLost.
         """

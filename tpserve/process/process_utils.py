@@ -76,7 +76,7 @@ def reap_children() -> dict[int, int]:
 
 
 def end_all_children() -> None:
-    """Kill all descendants and wait for them. In a child subreaper orphans become children, so the loop ends when none is left."""
+    """Kill all descendants and wait for them. This process must adopt orphans, so the loop ends when none is left."""
     while True:
         with contextlib.suppress(ProcessLookupError):
             for pid in _all_children():
