@@ -55,6 +55,9 @@ TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level d
 set by `tpserve serve`'s agent for a rank that it starts again
 TPSERVE_LAST_EXIT                     RankEnv.last_exit
 
+set by a forkserver for itself while it imports torch
+OPENBLAS_NUM_THREADS                  1: NumPy's library, if there is one, would start a thread for each core
+
 set by an `LLM` for its ranks, besides those
 TPSERVE_JOB                           RankEnv.job: which LLM of a script under torchrun this rank belongs to
 TPSERVE_AGENT_PID                     RankEnv.agent_pid: the parent; `tpserve serve`'s agent sets it too
@@ -67,8 +70,9 @@ set by a rank of `tpserve doctor` for itself
 NCCL_DEBUG NCCL_DEBUG_FILE            INFO, and a file to read; unless the user has set them
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -256,3 +260,36 @@ def for_rank(runtime_dir: str, job: str, quiet: bool, environ: Mapping[str, str]
     """
     inherited = for_ranks(runtime_dir, quiet, {name: text for name, text in environ.items() if name != "TORCHELASTIC_ERROR_FILE"})
     return {**inherited, "TPSERVE_AGENT_PID": str(os.getpid()), "TPSERVE_JOB": job, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+@contextlib.contextmanager
+def one_thread_on_import(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Inside, an import of torch starts no threads. Otherwise OpenBLAS does, which comes with NumPy where that is installed."""
+    before = environ.get("OPENBLAS_NUM_THREADS")
+    environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del environ["OPENBLAS_NUM_THREADS"]
+        if before is not None:
+            environ["OPENBLAS_NUM_THREADS"] = before
+
+
+def replace_all(variables: Mapping[bytes, bytes], environ: MutableMapping[bytes, bytes] = os.environb) -> None:
+    """Make `variables` the whole environment of this process."""
+    environ.clear()
+    environ.update(variables)
+
+
+def of_rank(
+    torch_variables: Mapping[str, str], restarts: int, last_exit: str, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The environment of a rank: the agent's, what torchrun sets, and how the process before it ended."""
+    defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}  # as torchrun
+    counted = {"TORCHELASTIC_RESTART_COUNT": str(restarts), "TPSERVE_LAST_EXIT": last_exit}
+    return {**defaults, **environ, **torch_variables, **counted}
+
+
+def of_agent(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of this process, for a forkserver of its own."""
+    return dict(environ)
