@@ -130,7 +130,7 @@ class RequestHandle:
 
     def _step(self, sequence: RequestState) -> None:
         """Keep what a sequence shows as a delta of its own, if the handle is stepwise."""
-        if self.stepwise and (delta := sequence.assembler.take()) is not None:
+        if self.stepwise and self.failure is None and (delta := sequence.assembler.take()) is not None:
             self._steps.append((sequence, delta))
             self._notify()
 
