@@ -35,7 +35,7 @@ def test_throughput_is_what_came_since_the_last_line() -> None:
     match = LINE.fullmatch(throughput.line(24.0) or "")
     assert match is not None and match.groups()[:3] == ("0.0", "5.0", "0")
     assert throughput.line(34.0) is None
-    metrics.engine(Stats(1, 0, 1, 50, 0, 1, prompt_tokens=10, generation_tokens=0))  # ranks that were started again count from 0
+    metrics.engine(Stats(1, 0, 1, 50, 0, 1, prompt_tokens=10, generation_tokens=0, epoch=1))  # a new epoch counts from 0
     match = LINE.fullmatch(throughput.line(44.0) or "")
     assert match is not None and match[1] == "1.0"
 
