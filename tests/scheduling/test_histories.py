@@ -117,7 +117,7 @@ class History:
         self._check_redraws()
 
     def _check_redraws(self) -> None:
-        """The last known tokens of every resubmitted request that went on were drawn again, once, and the different ones counted."""
+        """The last tokens of every resubmitted request that went on were drawn again, once, and the different ones counted."""
         resumed = [request for request in self.requests.values() if request.output]
         ended_early = self.aborted | self.cuts.keys()
         went_on = [r for r in resumed if self.dones[r.id].num_tokens > len(unpack(r.output)) and r.id not in ended_early]
