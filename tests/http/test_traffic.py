@@ -40,6 +40,16 @@ def test_throughput_is_what_came_since_the_last_line() -> None:
     assert match is not None and match[1] == "1.0"
 
 
+def test_totals_of_every_epoch_add_up() -> None:
+    """Also where the first that is heard of an epoch is as much as the last of the one before."""
+    metrics = Metrics("m")
+    for epoch, resumed in ((1, 0), (2, 0), (2, 5), (3, 5), (3, 5), (4, 7)):
+        metrics.engine(Stats(0, 0, 0, 50, 0, 9, 0, 0, epoch=epoch, resumed=resumed, resume_mismatches=epoch))
+    text = metrics.render().decode()
+    assert 'tpserve:resumed_requests_total{model_name="m"} 17.0' in text
+    assert 'tpserve:resume_mismatch_total{model_name="m"} 10.0' in text
+
+
 def test_a_line_for_each_request_and_nothing_of_its_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), serving(tmp_path, log_requests=True) as server:
         client = checks.Client(server.url, {"X-Request-Id": "abc"})
