@@ -6,8 +6,8 @@ DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"seq
 "thorough": [[tp, pp], ...]}}, "shared": {"layouts": [...], "models": [name, ...]}, "experts" and "int8": like shared,
 "scored": {"models": [name, ...], "sequences": [...]}, "resumed": {way: [name, ...]}}. The layouts run over gloo, those of
 "shared" through shared memory as well, those of "experts" with expert parallelism too, those of "int8" in int8 (three ranks
-through shared memory); the thorough ones in bfloat16 and with each sequence in one chunk as well. Requests are resumed on two ranks, over gloo
-(way "") and through shared memory ("-shm").
+through shared memory); the thorough ones in bfloat16 and with each sequence in one chunk as well. Requests are resumed on two
+ranks, over gloo (way "") and through shared memory ("-shm").
 """
 
 import json
