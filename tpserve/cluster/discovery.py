@@ -2,7 +2,8 @@
 
     RUNTIME_DIR/            mode 0700, of this user; named after the run id and node 0's agent, or set by `tpserve serve`
         lock                locked (flock) by the frontend while it lives; the kernel releases it when the frontend dies
-        agent.json          why the agent of `tpserve serve` has ended
+        agent.json          why the agent of `tpserve serve` has ended, or a rank that it starts again
+        agent-ended         the agent has ended and is not started again
         frontend.json       the frontend's endpoints, once its sockets are bound, or why it could not start
         control, engine     the frontend's ZeroMQ sockets; plan-*, result-* are rank 0's
 
@@ -56,7 +57,7 @@ class FrontendRecord(Struct, frozen=True):
 
 
 class AgentFailure(Struct, frozen=True):
-    """agent.json: why the agent of node 0 has ended. The frontend reports it."""
+    """agent.json: why the agent of node 0 has ended. The frontend reports it, if no other agent is started."""
 
     code: int
     why: str
@@ -251,20 +252,42 @@ def read_failure(where: Path) -> AgentFailure | None:
         return None
 
 
+def clear_failure(where: Path) -> None:
+    """Remove agent.json: the failure has not lasted."""
+    (where / "agent.json").unlink(missing_ok=True)
+
+
+def announce_agent_end(where: Path) -> None:
+    """Tell the frontend that the agent of node 0 has ended for good."""
+    with contextlib.suppress(OSError):
+        (where / "agent-ended").touch()
+
+
+def has_agent_ended(where: Path) -> bool:
+    """Whether the agent of node 0 has ended for good."""
+    return (where / "agent-ended").exists()
+
+
 # The frontend as a child
 
 
-def spawn_frontend(where: Path, config: EngineConfig, watch_pid: int, nnodes: int, address: str) -> "subprocess.Popen[bytes]":
-    """Start a frontend in its own session. It ends when the process `watch_pid` ends."""
+def spawn_frontend(
+    where: Path, config: EngineConfig, watch_pid: int, nnodes: int, address: str, listener: socket.socket | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a frontend in its own session. It ends when the process `watch_pid` ends.
+
+    `listener`: the HTTP socket of `tpserve serve`, which stays open there; None under bare torchrun.
+    """
     (where / "frontend.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tpserve.frontend", str(where), str(watch_pid), str(nnodes), address]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    inherited = [] if listener is None else [listener.fileno()]
+    command = [sys.executable, "-m", "tpserve.frontend", str(where), str(watch_pid), str(nnodes), address, *map(str, inherited)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, pass_fds=inherited)
     assert child.stdin is not None
     try:
         with child.stdin:
             child.stdin.write(msgspec.json.encode(config))
     except BrokenPipeError:
-        pass  # it ended at once; wait_ready raises the reason
+        pass  # it ended at once; its record has the reason
     return child
 
 

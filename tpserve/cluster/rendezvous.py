@@ -69,10 +69,11 @@ class Refused(Struct, frozen=True, tag=True):
 
 
 class RendezvousInfo(Struct, frozen=True, tag=True):
-    """All nodes have joined. `host`, `port`: the address of the agents' store."""
+    """All nodes have joined. `host`, `port`: the address of the agents' store. `first_rank`: of the node that gets this."""
 
     host: str
     port: int
+    first_rank: int = 0
     proof: str = ""
 
 
@@ -168,12 +169,12 @@ class Rendezvous:
 
     def send_store(self, host: str, port: int) -> None:
         """Send the store's address to all nodes. Their connections stay open, without further messages."""
-        info = RendezvousInfo(host, port)
         self._listener.close()
         for peer in self._peers:
             if peer.join is None:
                 peer.socket.close()
             else:
+                info = RendezvousInfo(host, port, sum(size for node, size in self._sizes().items() if node < peer.join.node))
                 peer.send(replace(info, proof=sign(self._key, peer.join.nonce, info)))
 
     @property

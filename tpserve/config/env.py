@@ -7,6 +7,7 @@ GROUP_RANK GROUP_WORLD_SIZE           RankEnv.node_rank, .nnodes
 MASTER_ADDR MASTER_PORT               RankEnv.master_addr, .master_port
 TORCHELASTIC_RUN_ID                   RankEnv.run_id
 TORCHELASTIC_RESTART_COUNT            RankEnv.restart_count
+TORCHELASTIC_MAX_RESTARTS             ranks_restart()
 TORCHELASTIC_USE_AGENT_STORE          RankEnv.use_agent_store
 TORCHELASTIC_ERROR_FILE               RankEnv.error_file
 
@@ -51,6 +52,12 @@ set by `tpserve serve` for its ranks
 TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
 TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug
 
+set by `tpserve serve`'s agent for a rank that it starts again
+TPSERVE_LAST_EXIT                     RankEnv.last_exit
+
+set by a forkserver for itself while it imports torch
+OPENBLAS_NUM_THREADS                  1: NumPy's library, if there is one, would start a thread for each core
+
 set by an `LLM` for its ranks, besides those
 TPSERVE_JOB                           RankEnv.job: which LLM of a script under torchrun this rank belongs to
 TPSERVE_AGENT_PID                     RankEnv.agent_pid: the parent; `tpserve serve`'s agent sets it too
@@ -63,8 +70,9 @@ set by a rank of `tpserve doctor` for itself
 NCCL_DEBUG NCCL_DEBUG_FILE            INFO, and a file to read; unless the user has set them
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -99,11 +107,18 @@ class RankEnv:
     error_file: str | None
     restart_count: int = 0
     job: str = ""
+    last_exit: str = ""
+    """How the process that was this rank before has ended, such as "SIGSEGV" or "exit code 1"; empty for the first one."""
 
 
 def under_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is a rank."""
     return "RANK" in environ
+
+
+def ranks_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether somebody starts dead ranks again: torchrun with --max-restarts, or the agent of `tpserve serve`."""
+    return not under_torchrun(environ) or environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
 
 
 def under_slurm(environ: Mapping[str, str] = os.environ) -> bool:
@@ -139,6 +154,7 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         error_file=environ.get("TORCHELASTIC_ERROR_FILE") or None,
         restart_count=number("TORCHELASTIC_RESTART_COUNT", 0),
         job=environ.get("TPSERVE_JOB", ""),
+        last_exit=environ.get("TPSERVE_LAST_EXIT", ""),
     )
 
 
@@ -244,3 +260,36 @@ def for_rank(runtime_dir: str, job: str, quiet: bool, environ: Mapping[str, str]
     """
     inherited = for_ranks(runtime_dir, quiet, {name: text for name, text in environ.items() if name != "TORCHELASTIC_ERROR_FILE"})
     return {**inherited, "TPSERVE_AGENT_PID": str(os.getpid()), "TPSERVE_JOB": job, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+@contextlib.contextmanager
+def one_thread_on_import(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Inside, an import of torch starts no threads. Otherwise OpenBLAS does, which comes with NumPy where that is installed."""
+    before = environ.get("OPENBLAS_NUM_THREADS")
+    environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del environ["OPENBLAS_NUM_THREADS"]
+        if before is not None:
+            environ["OPENBLAS_NUM_THREADS"] = before
+
+
+def replace_all(variables: Mapping[bytes, bytes], environ: MutableMapping[bytes, bytes] = os.environb) -> None:
+    """Make `variables` the whole environment of this process."""
+    environ.clear()
+    environ.update(variables)
+
+
+def of_rank(
+    torch_variables: Mapping[str, str], restarts: int, last_exit: str, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The environment of a rank: the agent's, what torchrun sets, and how the process before it ended."""
+    defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}  # as torchrun
+    counted = {"TORCHELASTIC_RESTART_COUNT": str(restarts), "TPSERVE_LAST_EXIT": last_exit}
+    return {**defaults, **environ, **torch_variables, **counted}
+
+
+def of_agent(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of this process, for a forkserver of its own."""
+    return dict(environ)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from tpserve.agent import AGENT_COMMAND, AgentJob
+from tpserve.agent.job import AGENT_COMMAND, AgentJob
 from tpserve.cli import server_flags
 from tpserve.cli.command import Command
 from tpserve.config import env
@@ -71,7 +71,7 @@ def _run_locally(flags: Flags) -> int:
             runtime_dir=directory,
             log_level="error",
             argv=["doctor", *server_flags.to_argv(flags)],
+            restart=False,
         )
-
         environ = env.for_ranks(directory, quiet=True)
         return subprocess.run(AGENT_COMMAND, input=msgspec.json.encode(job), env=environ, check=False).returncode

@@ -2,7 +2,7 @@
 
     clients   the HTTP port, which listens before anything else is read, so that a port in use is an error at once
     ranks     an `EngineClient`, which owns the request table and the coordinator
-    parent    the agent or the supervisor, by its pidfd; this process ends with it
+    parent    the supervisor, or under bare torchrun the agent, by its pidfd; this process ends with it
 
 Owns the order of start and shutdown; decides nothing about requests. Clients' sockets are here, so they outlive a crash of the
 ranks. Invariants: frontend.json is written only once every socket is bound, or with the error that prevents it; the runtime
@@ -11,7 +11,6 @@ directory is removed when the service has ended.
 
 import asyncio
 import contextlib
-import errno
 import gc
 import ipaddress
 import logging
@@ -26,15 +25,23 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from tpserve.cluster.discovery import FrontendRecord, acquire_lock, remove_runtime_dir, write_frontend
+from tpserve.cluster.discovery import (
+    AgentFailure,
+    FrontendRecord,
+    acquire_lock,
+    has_agent_ended,
+    read_failure,
+    remove_runtime_dir,
+    write_frontend,
+)
 from tpserve.config import env
 from tpserve.config.schema import EngineConfig
-from tpserve.coordinator.coordinator import EpochFailed, EpochReady
+from tpserve.coordinator.actions import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
-from tpserve.host.network import host_port
+from tpserve.host.network import host_port, listen_http
 from tpserve.observe import log
 from tpserve.process.process_utils import open_pidfd
 from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
@@ -50,17 +57,19 @@ ANSWER_S = 2.0
 """The time that the last answers have to reach their clients."""
 AGENT_EXIT_S = 2.0
 """The time that the agent has for its own last lines, so that the reason of a failure is the last line of the log."""
+AGENT_POLL_S = 0.1
 
 
 def main(arguments: list[str]) -> int:
     """Serve until a signal or a failure; returns the exit code: 0 after a drain, 1 engine failure, 2 user error.
 
-    `arguments`: the runtime directory, the process id of the parent, the number of nodes, this node's address. Stdin has the
-    `EngineConfig` as JSON.
+    `arguments`: the runtime directory, the process id of the parent, the number of nodes, this node's address, and under `tpserve
+    serve` the descriptor of the listening HTTP socket. Stdin has the `EngineConfig` as JSON.
     """
     started_s = time.monotonic()
     unblock_signals()  # inherited from the rank that started us
     runtime_dir, watch_pid, nnodes, address = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3]
+    inherited = int(arguments[4]) if len(arguments) > 4 else None
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     log.setup(config.log_level, "frontend", color=env.color(sys.stderr))
     log_buffer = log.keep_log()
@@ -70,7 +79,7 @@ def main(arguments: list[str]) -> int:
         logger.error("another frontend runs in %s", runtime_dir)
         return 1
     try:
-        code = uvloop.run(_run(config, runtime_dir, watch_pid, nnodes, address, started_s, log_buffer))
+        code = uvloop.run(_run(config, runtime_dir, watch_pid, nnodes, address, started_s, log_buffer, inherited))
     except UserError as error:
         return _report(runtime_dir, str(error), 2)
     except EngineFailure as error:
@@ -94,8 +103,11 @@ async def _run(
     address: str,
     started_s: float,
     log_buffer: log.LogRingBuffer,
+    inherited: int | None,
 ) -> int:
-    with listen(config.host, config.port) as listener:
+    """`inherited`: the descriptor of the HTTP socket, if the parent is `tpserve serve`, which listens already."""
+    with listen_http(config.host, config.port) if inherited is None else socket.socket(fileno=inherited) as listener:
+        listener.setblocking(False)
         url = http_url(config.host, listener.getsockname()[1])
         exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
         service = FrontendServer(config, runtime_dir, nnodes, address, url, started_s, exposed, log_buffer)
@@ -108,7 +120,7 @@ async def _run(
         gc.collect()
         gc.freeze()  # the collector need not visit long-lived objects again
         service.announce()
-        code = await service.serve(watch_pid)
+        code = await service.serve(watch_pid, supervised=inherited is not None)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(server.cleanup(), ANSWER_S)
         service.close()
@@ -134,13 +146,21 @@ class FrontendServer:
         `exposed`: the HTTP port listens beyond loopback.
         """
         self._config = config
+        self._runtime_dir = runtime_dir
         self._nnodes = nnodes
         self._url = url
         self._started_s = started_s
         self._first_signal_s: float | None = None
         self._final_reason = ""
+        self._was_ready = False
         self._engine_client = EngineClient(
-            config, runtime_dir, address if nnodes > 1 else None, started_s, self._on_epoch_news, log_buffer
+            config,
+            runtime_dir,
+            address if nnodes > 1 else None,
+            started_s,
+            self._on_epoch_news,
+            log_buffer,
+            restarts=env.ranks_restart(),
         )
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
@@ -167,17 +187,30 @@ class FrontendServer:
         """Write frontend.json, by which the ranks find this process."""
         self._engine_client.announce(self._url)
 
-    async def serve(self, watch_pid: int) -> int:
-        """Run until the service and the ranks on this host have ended; returns the exit code."""
+    async def serve(self, watch_pid: int, *, supervised: bool) -> int:
+        """Run until the service and the ranks on this host have ended; returns the exit code.
+
+        `supervised`: the parent `watch_pid` is `tpserve serve`, which starts a killed agent again; else it is the agent.
+        """
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
-        agent = open_pidfd(watch_pid)
+        agent = None if supervised else open_pidfd(watch_pid)
+        watch = asyncio.create_task(self._fail_with_agent()) if supervised else None
         code = await self._engine_client.serve(watch_pid)
+        if watch is not None:
+            watch.cancel()
         if self._final_reason:
             if agent is not None:
                 await asyncio.to_thread(select.select, [agent], [], [], AGENT_EXIT_S)
             logger.error(self._final_reason)
         return code
+
+    async def _fail_with_agent(self) -> None:
+        """Wait until the agent has ended for good, and end the service with its reason."""
+        while not has_agent_ended(self._runtime_dir):
+            await asyncio.sleep(AGENT_POLL_S)
+        failure = read_failure(self._runtime_dir) or AgentFailure(1, "the agent that started the ranks has ended")
+        self._engine_client.fail(failure.code, failure.why, failure.advice)
 
     def close(self) -> None:
         """Close the sockets."""
@@ -193,33 +226,14 @@ class FrontendServer:
 
     def _on_epoch_news(self, news: EpochNews) -> None:
         match news:
-            case EpochReady():
+            case EpochReady() if not self._was_ready:
+                self._was_ready = True
                 logger.info(ready_line(self._config, self._nnodes, self._url, time.monotonic() - self._started_s))
             case EpochFailed(code, reason, _) if code == 2:
                 sys.stderr.write(log.user_error(reason) + "\n")
             case EpochFailed(_, reason, advice):
                 logger.error(reason)
                 self._final_reason = "; ".join(filter(None, (f"ended: {reason}", advice)))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open the HTTP port, so that clients can connect from the start. UserError when it is in use or `host` is not local."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, proto)
-    except socket.gaierror as error:
-        raise UserError(f"--host {host} is no address of this machine: {error.strerror}", param="host") from error
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} on {host} is in use: choose another with --port", param="port") from error
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}", param="port") from error
-    listener.setblocking(False)
-    return listener
 
 
 def http_url(host: str, port: int) -> str:

@@ -115,6 +115,25 @@ def listen(address: str, ports: tuple[int, int] = (0, 0)) -> socket.socket:
     raise UserError(f"cannot listen at {where}: {os_error_text(last_error)}", param=param)
 
 
+def listen_http(host: str, port: int) -> socket.socket:
+    """Open the HTTP port, so that clients can connect from the start. UserError when it is in use or `host` is not local."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, proto)
+    except socket.gaierror as error:
+        raise UserError(f"--host {host} is no address of this machine: {error.strerror}", param="host") from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} on {host} is in use: choose another with --port", param="port") from error
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}", param="port") from error
+    return listener
+
+
 def host_port(address: str, port: int) -> str:
     """HOST:PORT, with brackets around an IPv6 address."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

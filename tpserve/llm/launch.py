@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from tpserve.agent import AGENT_COMMAND, AgentJob
+from tpserve.agent.job import AGENT_COMMAND, AgentJob
 from tpserve.cli import server_flags
 from tpserve.cluster.discovery import runtime_dir
 from tpserve.config import env

@@ -66,6 +66,42 @@ def live_children(pid: int) -> list[int] | None:
     return [int(child) for text in lists for child in text.split() if _is_alive(int(child))]
 
 
+def reap_children() -> dict[int, int]:
+    """Wait for all children that have ended, adopted ones included: pid -> exit code, negative for a signal, as of `Popen`."""
+    ended = {}
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+    return ended
+
+
+def end_all_children() -> None:
+    """Kill all descendants and wait for them. This process must adopt orphans, so the loop ends when none is left."""
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            for pid in _all_children():
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _all_children() -> list[int]:
+    me, found = str(os.getpid()), []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if fields[1] == me and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def exit_text(code: int) -> str:
+    """How a process ended, for its exit code as of `Popen`: "was killed by SIGKILL", "ended with exit code 1"."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 def kill_stopped_in_background(find: Callable[[], Mapping[int, str]], report: Callable[[int, str], None]) -> None:
     """Start a thread that kills processes that are stopped for `STOPPED_S`.
 
