@@ -146,6 +146,8 @@ class Engine:
         for output in outputs:
             if isinstance(output, Done) and output.finish == "error":
                 log.warning("request %d fails: %s", output.id, output.error)
+        for id, different, count in self._scheduler.take_mismatches():
+            log.warning("request %d is resumed: of its last %d tokens, drawn again, %d differ", id, count, different)
         now = time.monotonic()
         if now - self._stats_at >= STATS_EVERY_S or self._scheduler.idle:
             stats = self._scheduler.stats()

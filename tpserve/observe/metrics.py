@@ -44,6 +44,8 @@ class Metrics:
             "preemptions": counter("num_preemptions", "Sequences that gave their blocks back and start over."),
             "prefix_cache_queries": counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
             "prefix_cache_hits": counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+            "resumed": counter("resumed_requests", "Requests that went on after a fault, with the tokens they had."),
+            "resume_mismatches": counter("resume_mismatch", "Tokens of such requests that were drawn again and differ."),
         }
         self._last = dict.fromkeys(self._totals, 0)
         self.totals = dict.fromkeys(self._totals, 0)
@@ -74,16 +76,16 @@ class Metrics:
 
     def engine(self, stats: Stats) -> None:
         """Record the engine's gauges and running totals."""
-        self.stats = stats
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._cache.set(stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0)
         for name, counter in self._totals.items():
             total = int(getattr(stats, name))
-            before = self._last[name] if total >= self._last[name] else 0  # a new epoch counts from 0
+            before = self._last[name] if stats.epoch == self.stats.epoch else 0
             counter.inc(total - before)
             self.totals[name] += total - before
             self._last[name] = total
+        self.stats = stats
 
     def experts(self, layers: Sequence[int], tokens: bytes) -> None:
         """Record running totals of experts. `tokens`: 64-bit integers, [len(layers), experts] row by row."""
