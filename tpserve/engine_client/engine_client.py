@@ -28,6 +28,7 @@ from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, n
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import EngineFailure
 from tpserve.observe.log import LogRingBuffer
+from tpserve.observe.metrics import Metrics
 from tpserve.process.process_utils import has_ended, open_pidfd
 from tpserve.types.messages import EngineInput, ExpertLoad, LogLines
 from tpserve.wire.channels import EngineServer, TcpEndpoint, tcp
@@ -96,7 +97,7 @@ class EngineClient:
         if (locked := self._rank_monitor.remote_socket) is not None:
             self._zap_authenticator.log_refusals_of(locked)
         self._engine = EngineServer(f"ipc://{runtime_dir}/engine")
-        self.request_table = RequestTable(self._send_to_engine, (config.served_model_name or (config.model,))[0])
+        self.request_table = RequestTable(self._send_to_engine, Metrics((config.served_model_name or (config.model,))[0]))
         self._recovery = Recovery(self._coordinator, self.request_table)
         self._exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
