@@ -81,7 +81,7 @@ class SimulatedClient:
     def __init__(self, service: "SimulatedService", *, poison: bool = False) -> None:
         self.service, self.poison = service, poison
         random, table = service.random, service.frontend.table
-        prompt = [random.randrange(service.vocab_size) for _ in range(random.choice([1, 3, 8, 20]))]
+        prompt = [random.randrange(POISON) for _ in range(random.choice([1, 3, 8, 20]))]
         if poison:
             prompt = [POISON, random.choice([0, 0, 1, 5]), *prompt]
         params = EngineSamplingParams(

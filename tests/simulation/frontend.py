@@ -11,9 +11,9 @@ from tpserve.coordinator.rank_monitor import CAUSE_S, PROBE_S, SETTLE_S
 from tpserve.coordinator.roster import Peer
 from tpserve.engine_client.recovery import Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
 from tpserve.engine_client.requests import RequestTable
-from tpserve.errors import EngineFailure
 from tpserve.observe.metrics import NO_STATS, Metrics
 from tpserve.types.messages import EngineInput, Fault, Hello, RankMessage
+from tpserve.wire.channels import EngineUnreachable
 
 if TYPE_CHECKING:
     from tests.simulation.rank import Process
@@ -181,5 +181,5 @@ class SimulatedFrontend:
     def _send(self, inputs: list[EngineInput]) -> None:
         try:
             self.engine.send(inputs)
-        except EngineFailure:  # rank 0 is gone
+        except EngineUnreachable:
             pass

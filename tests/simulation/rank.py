@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tests.simulation.links import EngineSide
 from tests.simulation.mesh import SimulatedMesh
 from tpserve.coordinator.roster import Peer
-from tpserve.engine.loop import Engine
+from tpserve.engine.loop import IDLE_S, Engine
 from tpserve.engine.watchdog import StepWatchdog
 from tpserve.observe.trace import Trace
 from tpserve.process.exit_rules import BLOCKED_S, ENDED_CODE, FAILED_GRACE_S, GONE_S, GRACE_S, ExitRules
@@ -288,7 +288,13 @@ class Incarnation:
             parts = (self, self._engine_side, self, self, self)
             self._engine = Engine(scheduler, *parts, TRACE, watchdog, lambda: self.service.events.now)  # type: ignore[arg-type]
             self.service.schedulers.append(scheduler)
-            self._step()
+            self._idle()
+
+    def _idle(self) -> None:
+        """Rank 0's loop looks around every second."""
+        if self._engine is not None:
+            self.service.events.after(IDLE_S, self._idle)
+            self.main()
 
     def _step(self) -> None:
         """Rank 0: everything that the engine's loop has to do now."""

@@ -30,7 +30,7 @@ FAULTS = {
     "kill node": 2,
     "kill two": 2,
 }
-BACK_S = 300.0
+BACK_S = 400.0
 """Every request is answered, and the service runs, at most this long after the last fault: a hang costs a minute to notice."""
 END_S = 60.0
 """Told to end, everything has ended after this long."""
@@ -113,6 +113,7 @@ class _Schedule:
             back = events.run_until(events.now + BACK_S, lambda: bool(service.ends) or (service.answered and service.whole), 20)
             assert back, f"not back: {self._where()}"
             if not service.ends:
+                events.run_until(events.now + 2.0, lambda: service.schedulers[-1].idle)
                 service.check_idle()
                 self._tell("drain")
                 service.frontend.drain()

@@ -92,7 +92,7 @@ class Engine:
             self._watchdog.sent(plan.step, plan.num_tokens(), self._clock())
             self._trace.event("sent", plan.step)
             self._queue.append(plan)
-        self._rank_agent.set_step_deadline(self._watchdog.deadline)
+        self._rank_agent.set_step_deadline(self._watchdog.deadline(self._clock()))
         launched = bool(self._queue)
         if launched:
             self._launch(self._queue.popleft())

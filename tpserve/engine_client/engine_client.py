@@ -31,8 +31,7 @@ from tpserve.observe.log import LogRingBuffer
 from tpserve.observe.metrics import Metrics
 from tpserve.process.process_utils import has_ended, open_pidfd
 from tpserve.types.messages import EngineInput, ExpertLoad, LogLines
-from tpserve.wire.channels import EngineServer, TcpEndpoint, tcp
-from tpserve.wire.codec import FrameTooLarge
+from tpserve.wire.channels import EngineServer, EngineUnreachable, TcpEndpoint, tcp
 from tpserve.wire.curve import FRONTEND, ConnectInfo, Keyring, ZapAuthenticator
 
 logger = logging.getLogger(__name__)
@@ -210,12 +209,10 @@ class EngineClient:
     # The engine
 
     def _send_to_engine(self, inputs: list[EngineInput]) -> None:
-        """Without an engine nothing is sent: the next one gets every open request (`Recovery`)."""
+        """Raises FrameTooLarge for one request; the table fails it. Without an engine nothing is sent: the next one gets every open request (`Recovery`)."""
         try:
             self._engine.send(inputs)
-        except FrameTooLarge:  # one request is too large; the request table fails it
-            raise
-        except EngineFailure as error:  # rank 0 is gone; the coordinator learns that by itself
+        except EngineUnreachable as error:
             logger.debug("%s", error)
         asyncio.get_running_loop().call_soon(self._receive_from_engine)  # a send may consume an edge of the descriptor
 
