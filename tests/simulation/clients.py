@@ -81,11 +81,11 @@ class SimulatedClient:
     def __init__(self, service: "SimulatedService", *, poison: bool = False) -> None:
         self.service, self.poison = service, poison
         random, table = service.random, service.frontend.table
-        prompt = [random.randrange(POISON) for _ in range(random.choice([1, 3, 8, 20]))]
+        prompt = [random.randrange(POISON) for _ in range(random.choice([1, 3, 8, 18]))]
         if poison:
             prompt = [POISON, random.choice([0, 0, 1, 5]), *prompt]
         params = EngineSamplingParams(
-            max_tokens=random.choice([1, 4, 8, 16, 24]),
+            max_tokens=random.choice([1, 3, 6, 10, 20]),
             stop_token_ids=(random.randrange(service.vocab_size),) if random.random() < 0.3 else (),
         )
         stop = [letter(random.randrange(26)) + letter(random.randrange(26))] if random.random() < 0.2 else []

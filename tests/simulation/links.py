@@ -14,6 +14,8 @@ from tpserve.types.messages import EngineInput, EngineOutput
 from tpserve.wire import codec
 from tpserve.wire.channels import Channel, EngineServer
 
+_EMPTY = zmq.Again()
+
 
 class QueueRouter:
     """A ROUTER socket: frames arrive late, in the order of their sender. What a dead sender has sent still arrives."""
@@ -23,9 +25,13 @@ class QueueRouter:
         self._arrived: deque[list[bytes]] = deque()
         self.peers: dict[bytes, EngineSide] = {}
 
+    @property
+    def has_arrived(self) -> bool:
+        return bool(self._arrived)
+
     def recv_multipart(self, flags: int = 0) -> list[bytes]:
         if not self._arrived:
-            raise zmq.Again
+            raise _EMPTY.with_traceback(None)
         return self._arrived.popleft()
 
     def send_multipart(self, frames: list[bytes], flags: int = 0) -> None:

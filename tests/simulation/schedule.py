@@ -17,13 +17,13 @@ from tests.simulation.events import Weather
 from tests.simulation.world import ServicePlan, SimulatedService
 from tpserve.coordinator.actions import EpochFailed, EpochFinished
 
-SIZES, SIZE_WEIGHTS = (2, 3, 4, 6, 8, 12, 16), (40, 20, 20, 8, 6, 3, 3)
+SIZES, SIZE_WEIGHTS = (2, 3, 4, 6, 8, 12, 16), (46, 24, 16, 6, 4, 2, 2)
 FAULTS = {
     "kill": 10,
     "crash": 3,
     "error": 3,
     "freeze": 4,
-    "hang": 1,
+    "hang": 2,
     "orphan": 2,
     "cut": 4,
     "block": 2,
@@ -73,11 +73,13 @@ def _plan(random: Random, size: int | None) -> ServicePlan:
         nodes=random.choice([1, 1, 2, min(4, size)]),
         restarts=random.random() < 0.9,
         weather=weather if size <= 16 else Weather(0.02, 0.02, 0.05),
-        step_s=random.choice([0.03, 0.1, 0.3]),
+        step_s=random.choice([0.05, 0.15, 0.4]),
         prepare_s=random.choice([0.05, 0.5, 2.0]),
         load_s=random.choice([0.01, 0.3, 2.0]),
         collectives_hang=random.choice([0.0, 0.0, 0.3, 1.0]),
         deaths_unseen=random.choice([0.0, 0.0, 0.5]),
+        agent_kills_stopped=random.random() < 0.5,
+        engine_late_s=random.choice([0.01, 0.01, 1.0]),
         poison=random.random() < 0.05,
         num_blocks=random.choice([14, 24, 60]),
     )
@@ -97,7 +99,7 @@ class _Schedule:
         runs = events.run_until(120.0, lambda: bool(service.epochs or service.ends))
         assert runs, f"the first epoch does not run: {self._where()}"
         begin_s = events.now
-        for _ in range(random.randint(2, 6)):
+        for _ in range(random.randint(1, 4)):
             events.after(random.random() * 4.0, service.open)
         if service.plan.poison:
             events.after(random.random() * 2.0, self._open_poison)

@@ -44,6 +44,9 @@ class ServicePlan:
     load_s: float = 0.2
     collectives_hang: float = 0.0
     deaths_unseen: float = 0.0
+    agent_kills_stopped: bool = True
+    """On the frontend's node. On other nodes nobody else can."""
+    engine_late_s: float = 0.01
     poison: bool = False
     form_timeout_s: float = 60.0
     recovery_timeout_s: float = 120.0
@@ -70,7 +73,7 @@ class SimulatedService:
         )
         self.events = EventQueue()
         self.network = SimulatedNetwork(self.events, random, plan.weather)
-        self.router = QueueRouter(self.events, random, 0.01, lambda: self.frontend.receive_from_engine())
+        self.router = QueueRouter(self.events, random, plan.engine_late_s, lambda: self.frontend.receive_from_engine())
         self.processes: list[Process] = []
         self.incarnations: dict[int, Incarnation] = {}
         self.schedulers: list[Scheduler] = []
@@ -123,7 +126,7 @@ class SimulatedService:
         process.stop()
         if seconds < STOPPED_KILLED_S:
             self.events.after(seconds, process.go_on)
-        else:
+        elif process.node or self.plan.agent_kills_stopped:
             self.events.after(STOPPED_KILLED_S, self._kill_stopped, process)
 
     def kill_node(self, node: int) -> None:

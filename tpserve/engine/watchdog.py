@@ -37,6 +37,8 @@ class StepWatchdog:
         self._first_s = first_s
         self._in_flight: deque[tuple[int, int, float]] = deque()
         self._recent: deque[_Step] = deque(maxlen=RECENT)
+        self._token_s = self._slowest_s = 0.0
+        """Of the recent steps: the seconds a token of the slowest, and the seconds of the longest."""
         self._applied_s = 0.0
 
     def sent(self, step: int, num_tokens: int, now: float) -> None:
@@ -48,6 +50,8 @@ class StepWatchdog:
         _, num_tokens, sent_s = self._in_flight.popleft()
         if num_tokens:  # a plan without chunks tells nothing about steps
             self._recent.append(_Step(num_tokens, now - max(sent_s, self._applied_s)))
+            self._token_s = max(took_s / tokens for tokens, took_s in self._recent)
+            self._slowest_s = max(took_s for _, took_s in self._recent)
         self._applied_s = now
 
     def deadline(self, now: float) -> tuple[int, float]:
@@ -60,6 +64,4 @@ class StepWatchdog:
     def _allowed_s(self, num_tokens: int) -> float:
         if not self._recent:
             return self._first_s
-        by_tokens_s = MARGIN * num_tokens * max(took_s / tokens for tokens, took_s in self._recent)
-        slowest_s = MARGIN * max(took_s for _, took_s in self._recent)
-        return max(LEAST_S, min(by_tokens_s, max(self._first_s, slowest_s)))
+        return max(LEAST_S, min(MARGIN * num_tokens * self._token_s, max(self._first_s, MARGIN * self._slowest_s)))
