@@ -30,8 +30,9 @@ FAULTS = {
     "kill node": 2,
     "kill two": 2,
 }
-BACK_S = 400.0
-"""Every request is answered, and the service runs, at most this long after the last fault: a hang costs a minute to notice."""
+BACK_S, POISONED_S = 400.0, 2000.0
+"""Every request is answered, and the service runs, at most this long after the last fault: a hang costs a minute to notice. With a
+request that kills ranks the service runs, or has given up."""
 END_S = 60.0
 """Told to end, everything has ended after this long."""
 
@@ -112,7 +113,8 @@ class _Schedule:
         self._tell("calm")
         service.calm()
         if ending == "quiet":
-            back = events.run_until(events.now + BACK_S, lambda: bool(service.ends) or (service.answered and service.whole), 20)
+            limit_s = POISONED_S if service.plan.poison else BACK_S
+            back = events.run_until(events.now + limit_s, lambda: bool(service.ends) or (service.answered and service.whole), 20)
             assert back, f"not back: {self._where()}"
             if not service.ends:
                 events.run_until(events.now + 2.0, lambda: service.schedulers[-1].idle)
@@ -124,11 +126,9 @@ class _Schedule:
         self._judge()
 
     def close(self) -> None:
-        """Close what the code itself has opened, and keep what is told of the schedule."""
+        """Keep what is told of the schedule."""
         story, service = self.story, self.service
-        for process in service.processes:
-            process.alive = False
-            process.incarnation.close()
+        service.close()
         story.end = str(service.ends[0]) if service.ends else "no end"
         story.num_events, story.num_messages = service.events.num_done, service.network.num_messages
         story.epochs, story.clients = len(service.epochs), len(service.clients)

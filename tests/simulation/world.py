@@ -45,7 +45,7 @@ class ServicePlan:
     collectives_hang: float = 0.0
     deaths_unseen: float = 0.0
     agent_kills_stopped: bool = True
-    """On the frontend's node. On other nodes nobody else can."""
+    """Else the frontend has to do it, on its own node."""
     engine_late_s: float = 0.01
     poison: bool = False
     form_timeout_s: float = 60.0
@@ -89,6 +89,12 @@ class SimulatedService:
     def next_number(self) -> int:
         return next(self._numbers)
 
+    def close(self) -> None:
+        """Close what the code itself has opened."""
+        for process in self.processes:
+            process.alive = False
+            process.incarnation.close()
+
     # What the parts tell
 
     def mesh_of(self, start: Start, incarnation: Incarnation) -> SimulatedMesh:
@@ -126,7 +132,7 @@ class SimulatedService:
         process.stop()
         if seconds < STOPPED_KILLED_S:
             self.events.after(seconds, process.go_on)
-        elif process.node or self.plan.agent_kills_stopped:
+        else:
             self.events.after(STOPPED_KILLED_S, self._kill_stopped, process)
 
     def kill_node(self, node: int) -> None:
@@ -136,8 +142,14 @@ class SimulatedService:
                 process.die("SIGKILL")
 
     def _kill_stopped(self, process: Process) -> None:
-        if process.stopped:
+        """By the agent, where the frontend cannot or would not."""
+        if not process.alive or not process.stopped:
+            return
+        watched = self.frontend.coordinator.is_current(process.incarnation.peer) and process.incarnation.phase != "preparing"
+        if self.plan.agent_kills_stopped or process.node or process.orphan or not watched:
             process.die("SIGKILL")
+        else:
+            self.events.after(STOPPED_KILLED_S, self._kill_stopped, process)
 
     def cut(self, node: int, seconds: float) -> None:
         """Cut the link to a node, unless it is the frontend's own."""
