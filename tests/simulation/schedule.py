@@ -31,8 +31,8 @@ FAULTS = {
     "kill two": 2,
 }
 BACK_S, POISONED_S = 400.0, 2000.0
-"""Every request is answered, and the service runs, at most this long after the last fault: a hang costs a minute to notice. With a
-request that kills ranks the service runs, or has given up."""
+"""Every request is answered, and the service runs, at most this long after the last fault: a hang costs a minute to notice. With
+a request that kills ranks the service runs, or has given up."""
 END_S = 60.0
 """Told to end, everything has ended after this long."""
 

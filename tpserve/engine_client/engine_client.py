@@ -209,7 +209,10 @@ class EngineClient:
     # The engine
 
     def _send_to_engine(self, inputs: list[EngineInput]) -> None:
-        """Raises FrameTooLarge for one request; the table fails it. Without an engine nothing is sent: the next one gets every open request (`Recovery`)."""
+        """Without an engine nothing is sent: the next one gets every open request (`Recovery`).
+
+        Raises FrameTooLarge when one request is too large; the request table fails it.
+        """
         try:
             self._engine.send(inputs)
         except EngineUnreachable as error:
