@@ -2,6 +2,7 @@
 
 `UserError`      the user can fix it: an HTTP 4xx with the OpenAI body, or one line on stderr and exit code 2.
 `EngineFailure`  a rank, a connection or a device failed: the coordinator decides what happens next.
+`PeerLost`       the same, where another rank is the cause: this one is sound and can take part in the next epoch.
 `assert`         a bug in tpserve.
 """
 
@@ -22,3 +23,7 @@ class UserError(Exception):
 
 class EngineFailure(Exception):
     """A rank, a connection or a device failed. Never the user's fault, never raised for one bad request."""
+
+
+class PeerLost(EngineFailure):
+    """A collective cannot complete: a peer has ended, has left the epoch, or cannot be reached."""

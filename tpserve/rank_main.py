@@ -29,6 +29,7 @@ from tpserve.models.load_config import load_model_config
 from tpserve.observe import log
 from tpserve.observe.start_timer import StartTimer
 from tpserve.process.process_utils import allow_many_files, die_with
+from tpserve.process.rank_agent import ENDED_CODE
 from tpserve.process.signals import block_signals
 from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
@@ -51,7 +52,8 @@ def run(argv: list[str]) -> int:
         logger.error("rank %d fails: %s", me.rank, reason)
         logger.debug("rank %d fails", me.rank, exc_info=True)
         _write_failure(me, AgentFailure(1, f"rank {me.rank} (pid {os.getpid()}): {reason}"))
-        return 1
+        first = me.runtime_dir is not None and me.restart_count == 0
+        return ENDED_CODE if first else 1  # a start that fails would fail again; a later one may find the frontend gone for now
 
 
 def _write_failure(me: env.RankEnv, failure: AgentFailure) -> None:

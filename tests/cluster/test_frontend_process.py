@@ -46,7 +46,8 @@ def config(model: Path, port: int) -> EngineConfig:
         allowed_origins=(), allowed_methods=("*",), allowed_headers=("*",), allow_credentials=False,
         max_num_seqs=8, max_num_batched_tokens=64, block_size=16, enable_prefix_caching=True, gpu_memory_utilization=0.9,
         num_gpu_blocks_override=None, max_queued_requests=8, host="127.0.0.1", port=port, api_key=None, log_level="info",
-        start_timeout=20.0, drain_timeout=5.0, interface=None, port_range=(0, 0), step_trace=None, verify_weights=False,
+        start_timeout=20.0, drain_timeout=5.0, recovery_timeout=20.0, interface=None, port_range=(0, 0), step_trace=None,
+        verify_weights=False,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tpserve.observe.log import LogRingBuffer
 from tpserve.process import rank_agent, signals
 from tpserve.process.orders import Stopped
 from tpserve.types.messages import (
+    RESTART_CODE,
     CoordinatorMessage,
     Drain,
     Fault,
@@ -306,7 +307,7 @@ def test_a_failure_whose_text_no_frame_can_hold_is_told_all_the_same(coordinator
     coordinator.fork(lambda rank: rank.fail(RuntimeError("\udcff" + "x" * (3 << 20))))
     fault = coordinator.hear(Fault)
     assert isinstance(fault, Fault) and fault.text.startswith("RuntimeError: ?xxx") and len(fault.text) < 3000
-    assert coordinator.code() == 1
+    assert coordinator.code() == RESTART_CODE
 
 
 def test_what_goes_on_beside_a_blocked_main_thread(coordinator: Coordinator) -> None:
@@ -337,7 +338,7 @@ def test_a_failure_is_told_and_the_verdict_is_the_exit_code(coordinator: Coordin
 def test_a_failure_nobody_answers_ends_all_the_same(coordinator: Coordinator) -> None:
     coordinator.fork(lambda rank: rank.fail(RuntimeError("boom")))
     assert coordinator.hear(Fault) == Fault(3, 0, "engine", "RuntimeError: boom")
-    assert coordinator.code() == 1
+    assert coordinator.code() == RESTART_CODE
 
 
 def test_a_coordinator_that_is_gone_ends_the_rank(coordinator: Coordinator) -> None:

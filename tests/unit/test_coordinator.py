@@ -1,19 +1,25 @@
 """The coordinator's transitions, one by one."""
 
+import msgspec
 import pytest
 
-from tpserve.coordinator.coordinator import (
-    Coordinator,
-    Draining,
-    EpochFailed,
-    EpochFinished,
-    EpochReady,
-    EpochState,
-    RankLost,
-    SendMessage,
-)
+from tpserve.coordinator.actions import Draining, EpochFailed, EpochFinished, EpochLost, EpochReady, RankLost, SendMessage
+from tpserve.coordinator.coordinator import Coordinator, EpochState
 from tpserve.coordinator.roster import Peer
-from tpserve.types.messages import Drain, Fault, Heartbeat, Hello, LogLines, MemoryLedger, Ready, Run, Start, Stop
+from tpserve.types.messages import (
+    RESTART_CODE,
+    Drain,
+    Fault,
+    Heartbeat,
+    Hello,
+    Leave,
+    LogLines,
+    MemoryLedger,
+    Ready,
+    Run,
+    Start,
+    Stop,
+)
 
 ENDPOINTS = {"store": "127.0.0.1:1"}
 
@@ -26,8 +32,8 @@ def up(rank: int, epoch: int = 1, num_blocks: int = 8) -> Ready:
     return Ready(rank, epoch, MemoryLedger(0, 0, 0, 0, 0, 0, 0, num_blocks, 16, 256), {"vocab_size": 320} if rank == 0 else {})
 
 
-def running(world_size: int = 2, *, survive: bool = False) -> Coordinator:
-    c = Coordinator(world_size, 0.0, survive=survive)
+def running(world_size: int = 2, *, restarts: bool = False) -> Coordinator:
+    c = Coordinator(world_size, 0.0, restarts=restarts)
     for rank in range(world_size):
         c.receive(Peer(rank, 1), hello(rank), 0.0)
     for rank in range(world_size):
@@ -140,7 +146,7 @@ def test_the_first_failure_is_the_reason() -> None:
 
 
 def test_a_user_fault_is_one_plain_line_and_code_2_even_when_surviving() -> None:
-    c = running(survive=True)
+    c = running(restarts=True)
     actions = c.receive(Peer(1, 1), Fault(1, 1, "user", "no file /x: give a directory"), 1.0)
     assert actions[-1] == EpochFailed(2, "no file /x: give a directory")
 
@@ -173,7 +179,7 @@ def test_a_difference_is_a_user_fault_that_names_both() -> None:
 @pytest.mark.parametrize("second", [4, 9])
 def test_incarnations_are_numbered_as_they_come(second: int) -> None:
     """Whatever number they call themselves: of a clock that was set back, it would be a lower one."""
-    c = Coordinator(2, 0.0, survive=True)
+    c = Coordinator(2, 0.0, restarts=True)
     c.receive(Peer(1, 5), hello(1, 5), 0.0)
     c.receive(Peer(1, second), hello(1, second), 1.0)
     (action,) = c.receive(Peer(1, 5), hello(1, 5), 1.1)
@@ -234,30 +240,116 @@ def test_a_rank_outside_the_world_is_sent_away() -> None:
     assert action == SendMessage(Peer(2, 1), Stop(2, "rank 2 is outside the world size of 2"))
 
 
+LEDGERS = [MemoryLedger(0, 0, 0, 0, 0, 0, 0, 10 - rank, 16, 256) for rank in range(3)]
+
+
 def test_surviving_a_death() -> None:
-    c = running(survive=True)
-    assert c.lost(Peer(1, 1), "died", 1.0) == []
-    assert (c.state, c.epoch) == (EpochState.FORMING, 1) and "died" in c.reason
-    assert c.receive(Peer(0, 1), hello(0), 1.0) == []  # a late Hello of the epoch that is over
-    assert c.receive(Peer(0, 1), Fault(0, 1, "engine", "peer closed"), 1.0) == [] and "died" in c.reason
+    c = running(restarts=True)
+    leave, lost = SendMessage(Peer(0, 1), Leave(1, "rank 1 on node1 (pid 101) died")), "rank 1 on node1 (pid 101) died"
+    assert c.lost(Peer(1, 1), "died", 1.0) == [leave, EpochLost(1, lost, own_cause=False)]
+    assert (c.state, c.epoch, c.recovering) == (EpochState.FORMING, 1, True)
+    assert c.receive(Peer(0, 1), hello(0), 1.0) == [leave]  # a late Hello of the epoch that is over
+    assert c.receive(Peer(0, 1), Fault(0, 1, "peer", "peer closed"), 1.0) == [leave] and "died" in c.reason
+    assert c.receive(Peer(0, 1), Heartbeat(0, 1, "", 0, 0), 1.0) == [leave], "the first may be lost"
     c.receive(Peer(1, 2), hello(1, 2), 1.1)
     assert c.state is EpochState.FORMING
     actions = c.receive(Peer(0, 2), hello(0, 2), 1.2)
-    assert SendMessage(Peer(0, 2), Start(2, ENDPOINTS)) in actions and c.epoch == 2
+    assert actions == [SendMessage(Peer(rank, 2), Start(2, ENDPOINTS, LEDGERS[rank])) for rank in range(2)] and c.epoch == 2
     c.receive(Peer(0, 2), up(0, 1), 1.3)  # of the old epoch: says nothing
     c.receive(Peer(1, 2), up(1, 2), 1.3)
-    assert c.state is EpochState.STARTING
+    assert c.state is EpochState.STARTING and c.facts == {"vocab_size": 320}, "what the model is stays known"
     assert c.receive(Peer(0, 2), up(0, 2), 1.3)[-1] == EpochReady(2)
+    assert c.recoveries == 1
 
 
-def test_who_is_blocked_in_a_failed_epoch_is_told_to_stop() -> None:
-    c = running(3, survive=True)
-    c.lost(Peer(1, 1), "died", 0.0)
-    c.receive(Peer(1, 2), hello(1, 2), 0.0)
-    c.receive(Peer(0, 2), hello(0, 2), 0.0)
-    actions = []
-    for i in range(1, 60):
-        c.receive(Peer(0, 2), Heartbeat(0, 0, "", 0, 0), i / 10)
-        c.receive(Peer(1, 2), Heartbeat(1, 0, "", 0, 0), i / 10)
-        actions += c.tick(i / 10)
-    assert {a.peer for a in actions if isinstance(a, SendMessage)} == {Peer(2, 1)}
+def test_a_rank_with_an_error_of_its_own_is_restarted_and_the_others_leave() -> None:
+    c = running(3, restarts=True)
+    actions = c.receive(Peer(1, 1), Fault(1, 1, "engine", "illegal instruction"), 1.0)
+    reason = "rank 1 on node1 (pid 101): illegal instruction"
+    assert actions == [
+        SendMessage(Peer(1, 1), Stop(RESTART_CODE, reason)),
+        *(SendMessage(Peer(rank, 1), Leave(1, reason)) for rank in (0, 2)),
+        EpochLost(1, reason, own_cause=True),
+    ]
+
+
+def test_a_rank_that_lost_a_peer_leaves_like_the_others() -> None:
+    c = running(restarts=True)
+    actions = c.receive(Peer(1, 1), Fault(1, 1, "peer", "connection reset"), 1.0)
+    assert [a.message for a in actions if isinstance(a, SendMessage)] == [Leave(1, c.reason)] * 2
+
+
+def test_before_the_first_run_an_error_ends_the_start_and_a_death_does_not() -> None:
+    def starting() -> Coordinator:
+        c = Coordinator(2, 0.0)
+        for rank in range(2):
+            c.receive(Peer(rank, 1), hello(rank), 0.0)
+        return c
+
+    c = starting()
+    assert c.receive(Peer(1, 1), Fault(1, 1, "engine", "no such kernel"), 1.0)[-1] == EpochFailed(
+        1, "rank 1 on node1 (pid 101): no such kernel", "--log-level debug shows where"
+    )
+    c = starting()
+    assert isinstance(c.lost(Peer(1, 1), "ended", 1.0)[-1], EpochLost) and not c.recovering
+
+
+def test_a_recovery_without_progress_ends_the_service() -> None:
+    c = Coordinator(2, 0.0, recovery_timeout_s=20.0)
+    for rank in range(2):
+        c.receive(Peer(rank, 1), hello(rank), 0.0)
+    for rank in range(2):
+        c.receive(Peer(rank, 1), up(rank), 0.0)
+    c.lost(Peer(1, 1), "died", 1.0)
+    c.receive(Peer(0, 2), hello(0, 2), 1.5)
+    actions: list[object] = []
+    for tenth in range(15, 400):
+        c.receive(Peer(0, 2), Heartbeat(0, 0, "", 0, -1), tenth / 10)
+        actions += c.tick(tenth / 10)
+    failed = next(a for a in actions if isinstance(a, EpochFailed))
+    assert failed.reason == "rank 1 did not come back within 20 s, after rank 1 on node1 (pid 101) died"
+
+
+def test_faults_of_their_own_without_a_token_end_the_service() -> None:
+    def fail_once(c: Coordinator, number: int, last_exit: str) -> list[object]:
+        now = float(number)
+        found: list[object] = [*c.lost(Peer(1, number), "ended", now)]
+        for rank in range(2):
+            again = msgspec.structs.replace(hello(rank, number + 1), last_exit=last_exit if rank else "")
+            found += c.receive(Peer(rank, number + 1), again, now)
+        for rank in range(2):
+            found += c.receive(Peer(rank, number + 1), up(rank, c.epoch), now)
+        return found
+
+    c = running(restarts=True)
+    assert not [a for number in range(1, 50) for a in fail_once(c, number, "SIGKILL") if isinstance(a, EpochFailed)]
+    c = running(restarts=True)
+    for number in range(1, 11):
+        assert not [a for a in fail_once(c, number, "SIGSEGV") if isinstance(a, EpochFailed)]
+    c.note_token()
+    assert not [a for number in range(11, 21) for a in fail_once(c, number, "SIGSEGV") if isinstance(a, EpochFailed)]
+    (failed,) = [a for a in fail_once(c, 21, "SIGSEGV") if isinstance(a, EpochFailed)]
+    assert failed.reason.startswith("11 faults within 60 s, the last: rank 1 on node1 (pid 101)") and failed.code == 1
+
+
+def test_a_drain_goes_on_after_a_recovery() -> None:
+    c = running(restarts=True)
+    c.drain(1.0)
+    c.lost(Peer(1, 1), "died", 2.0)
+    assert c.draining and c.recovering
+    for rank in range(2):
+        c.receive(Peer(rank, 2), hello(rank, 2), 2.1)
+    c.receive(Peer(0, 2), up(0, 2), 2.2)
+    actions = c.receive(Peer(1, 2), up(1, 2), 2.2)
+    assert EpochReady(2) in actions and actions[-1] == Draining() and c.state is EpochState.DRAINING
+    assert c.drained(3.0)[-1] == EpochFinished()
+    c = running(restarts=True)
+    c.lost(Peer(1, 1), "died", 2.0)
+    assert c.drain(2.5) == [] and c.drained(2.6)[-1] == EpochFinished(), "nothing is open, so nobody waits for the rank"
+
+
+def test_the_next_coordinator_learns_the_memory_from_a_survivor() -> None:
+    c = Coordinator(2, 0.0, epoch=7)
+    c.receive(Peer(0, 1), hello(0), 0.0)
+    actions = c.receive(Peer(1, 1), msgspec.structs.replace(hello(1), ledger=LEDGERS[1]), 0.0)
+    assert actions == [SendMessage(Peer(rank, 1), Start(8, ENDPOINTS, LEDGERS[1])) for rank in range(2)]

@@ -13,9 +13,22 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tpserve.coordinator.coordinator import Action, Coordinator, EpochFailed, EpochFinished, EpochReady, EpochState, SendMessage
+from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, EpochReady, SendMessage
+from tpserve.coordinator.coordinator import Coordinator, EpochState
 from tpserve.coordinator.roster import Peer
-from tpserve.types.messages import CoordinatorMessage, Fault, Heartbeat, Hello, MemoryLedger, RankMessage, Ready, Run, Start, Stop
+from tpserve.types.messages import (
+    CoordinatorMessage,
+    Fault,
+    Heartbeat,
+    Hello,
+    Leave,
+    MemoryLedger,
+    RankMessage,
+    Ready,
+    Run,
+    Start,
+    Stop,
+)
 
 LEDGER = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256)
 STEP_S = 0.05
@@ -56,7 +69,7 @@ class World:
 
     size: int
     seed: int
-    survive: bool
+    restarts: bool
     now: float = 0.0
     runs: list[int] = field(default_factory=list)
     ends: list[Action] = field(default_factory=list)
@@ -65,7 +78,7 @@ class World:
         self.random = random.Random(self.seed)
         self.loss = self.random.choice([0.0, 0.05, 0.3])
         self.late_s = self.random.choice([0.0, 0.2, 1.5])
-        self.coordinator = Coordinator(self.size, 0.0, survive=self.survive, form_timeout_s=60.0, drain_timeout_s=5.0)
+        self.coordinator = Coordinator(self.size, 0.0, restarts=self.restarts, form_timeout_s=60.0, drain_timeout_s=5.0)
         self.incarnations = 0
         self.processes: list[Process] = []
         self.mail: list[tuple[float, Peer, RankMessage | CoordinatorMessage, bool]] = []
@@ -117,9 +130,12 @@ class World:
                 others = {p.running for p in self.processes if p.alive and not p.orphan and p.running is not None}
                 assert others <= {epoch}, f"epoch {epoch} runs beside {others}"
                 process.running = epoch
+            case Leave():
+                process.alive = not process.blocked  # its control thread ends a process that is stuck
+                self.begin(process.rank)
             case Stop():
                 process.alive = False  # at the latest by os._exit
-                if self.survive and not process.orphan and self.coordinator.state is not EpochState.STOPPED:
+                if self.restarts and not process.orphan and self.coordinator.state is not EpochState.STOPPED:
                     self.begin(process.rank)
 
     def act(self, process: Process, trouble: float) -> None:
@@ -146,19 +162,19 @@ class World:
 
     def notice(self, process: Process) -> None:
         """A collective fails: take part again, or report it."""
-        if self.survive:
+        if self.restarts:
             self.begin(process.rank)
         else:
-            process.fault = Fault(process.rank, process.running or 0, "engine", "peer gone")
+            process.fault = Fault(process.rank, process.running or 0, "peer", "peer gone")
 
     def crash(self, process: Process, peer: Peer) -> None:
         if self.random.random() < 0.3:
             process.blocked = True  # hangs in C while its control thread goes on
             return
-        process.orphan = self.survive and self.random.random() < 0.3  # replaced, yet it lives on
+        process.orphan = self.restarts and self.random.random() < 0.3  # replaced, yet it lives on
         process.alive = process.orphan
         seen = not process.orphan and self.random.random() < 0.5
-        if self.survive:
+        if self.restarts:
             self.begin(process.rank)
         if seen:
             self.do(self.coordinator.lost(peer, "died", self.now))
@@ -179,7 +195,7 @@ class World:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_surviving_schedules(seed: int) -> None:
-    world = World(size=1 + seed % 4, seed=seed, survive=True)
+    world = World(size=1 + seed % 4, seed=seed, restarts=True)
     for _ in range(3):
         world.until(lambda: False, 4.0, trouble=0.01)
         assert world.until(world.runs_whole, 120.0), (world.coordinator.state, world.coordinator.phase)
@@ -190,7 +206,7 @@ def test_surviving_schedules(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_schedules_that_stop_at_the_first_fault(seed: int) -> None:
-    world = World(size=1 + seed % 4, seed=seed, survive=False)
+    world = World(size=1 + seed % 4, seed=seed, restarts=False)
     world.until(lambda: bool(world.ends), 30.0, trouble=random.Random(seed).choice([0.0, 0.002, 0.02]))
     finish(world)
     assert world.runs in ([], [1]) and world.coordinator.epoch <= 1

@@ -15,7 +15,7 @@ from tpserve.engine.watchdog import StepWatchdog
 from tpserve.observe.trace import Trace
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
-from tpserve.types.messages import Abort, Add, Delta, Done, Stop
+from tpserve.types.messages import Abort, Add, Delta, Done
 from tpserve.types.messages import EngineControl as Order
 from tpserve.types.packed import pack
 from tpserve.types.plan import StepPlan, StepResult
@@ -89,7 +89,7 @@ class NoCoordinator:
     """The part of RankAgent that the loop uses."""
 
     def __init__(self) -> None:
-        self.stop: Stop | None = None
+        self.over = False
         self._wake, self._write = os.pipe()
 
     def fileno(self) -> int:
@@ -105,7 +105,7 @@ class NoCoordinator:
         pass
 
     def end(self) -> None:
-        self.stop = Stop(0, "")
+        self.over = True
         os.write(self._write, b"x")
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from tpserve.coordinator.coordinator import Action, Coordinator, EpochFailed, EpochState
+from tpserve.coordinator.actions import Action, EpochFailed
+from tpserve.coordinator.coordinator import Coordinator, EpochState
 from tpserve.coordinator.rank_monitor import RankMonitor
 from tpserve.types.messages import CoordinatorMessage, Fault, Hello, MemoryLedger, RankMessage, Ready, Start, Stop
 from tpserve.wire import codec
@@ -80,9 +81,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(where: Path, size: int, *, survive: bool = False) -> AsyncIterator[Stage]:
+async def stage(where: Path, size: int, *, restarts: bool = False) -> AsyncIterator[Stage]:
     actions: list[Action] = []
-    coordinator = Coordinator(size, asyncio.get_running_loop().time(), survive=survive)
+    coordinator = Coordinator(size, asyncio.get_running_loop().time(), restarts=restarts)
     keyring = Keyring.open(None)
     curve_server = keyring.curve_server(FRONTEND, size)
     zap_authenticator = ZapAuthenticator(curve_server.allowed)
@@ -173,7 +174,7 @@ def test_who_comes_back_does_not_hide_who_died(tmp_path: Path) -> None:
     """Where the service goes on, ranks whose sum broke come back at once; and one whose sibling has died will soon have ended."""
 
     async def main(where: Path) -> None:
-        async with stage(where, 2, survive=True) as it:
+        async with stage(where, 2, restarts=True) as it:
             first, second = (subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2))
             await it.run(it.rank(0, pid=first.pid), it.rank(1, pid=second.pid))
             first.kill()
@@ -219,7 +220,7 @@ def test_a_rank_that_died_before_its_hello_was_read(tmp_path: Path) -> None:
 
 def test_who_came_before_is_sent_away_and_not_watched(tmp_path: Path) -> None:
     async def main(where: Path) -> None:
-        async with stage(where, 2, survive=True) as it:
+        async with stage(where, 2, restarts=True) as it:
             old, new = it.rank(1, incarnation=5), it.rank(1, incarnation=4)
             old.hello()
             await it.until(lambda: bool(it.coordinator.hellos))

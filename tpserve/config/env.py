@@ -7,6 +7,7 @@ GROUP_RANK GROUP_WORLD_SIZE           RankEnv.node_rank, .nnodes
 MASTER_ADDR MASTER_PORT               RankEnv.master_addr, .master_port
 TORCHELASTIC_RUN_ID                   RankEnv.run_id
 TORCHELASTIC_RESTART_COUNT            RankEnv.restart_count
+TORCHELASTIC_MAX_RESTARTS             ranks_restart()
 TORCHELASTIC_USE_AGENT_STORE          RankEnv.use_agent_store
 TORCHELASTIC_ERROR_FILE               RankEnv.error_file
 
@@ -51,7 +52,8 @@ set by `tpserve serve` for its ranks
 TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
 TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug
 
-TPSERVE_LAST_EXIT                     how the process that had this rank before ended
+set by `tpserve serve`'s agent for a rank that it starts again
+TPSERVE_LAST_EXIT                     RankEnv.last_exit
 
 set by a forkserver for itself while it imports torch
 OPENBLAS_NUM_THREADS                  1: NumPy's library, if there is one, would start a thread for each core
@@ -105,11 +107,18 @@ class RankEnv:
     error_file: str | None
     restart_count: int = 0
     job: str = ""
+    last_exit: str = ""
+    """How the process that was this rank before has ended, such as "SIGSEGV" or "exit code 1"; empty for the first one."""
 
 
 def under_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is a rank."""
     return "RANK" in environ
+
+
+def ranks_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether somebody starts dead ranks again: torchrun with --max-restarts, or the agent of `tpserve serve`."""
+    return not under_torchrun(environ) or environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
 
 
 def under_slurm(environ: Mapping[str, str] = os.environ) -> bool:
@@ -145,6 +154,7 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         error_file=environ.get("TORCHELASTIC_ERROR_FILE") or None,
         restart_count=number("TORCHELASTIC_RESTART_COUNT", 0),
         job=environ.get("TPSERVE_JOB", ""),
+        last_exit=environ.get("TPSERVE_LAST_EXIT", ""),
     )
 
 

@@ -78,6 +78,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         log_level=flags.log_level,
         start_timeout=flags.start_timeout,
         drain_timeout=flags.drain_timeout,
+        recovery_timeout=flags.recovery_timeout,
         interface=flags.interface,
         port_range=_port_range(flags.port_range),
         step_trace=flags.step_trace,

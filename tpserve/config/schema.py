@@ -341,6 +341,16 @@ class Flags(Struct, frozen=True, kw_only=True):
             at_least=0,
         ),
     ] = 25.0
+    recovery_timeout: Annotated[
+        float,
+        Flag(
+            OPERATION,
+            "Seconds without progress after which the service ends when a rank, an agent or a node was lost and is not back. "
+            "Requests wait meanwhile.",
+            "tpserve",
+            at_least=0,
+        ),
+    ] = 120.0
     interface: Annotated[
         str | None,
         Flag(
@@ -430,6 +440,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     log_level: Literal["debug", "info", "warning", "error"]
     start_timeout: float
     drain_timeout: float
+    recovery_timeout: float
     interface: str | None
     port_range: tuple[int, int]
     step_trace: str | None

@@ -4,12 +4,20 @@ Theory of operation. Each event is a method call that takes `now` (seconds of an
 carry out, in order. Nothing is awaited, opened or read here. The table `_NEXT` has every transition:
 
     FORMING   some ranks have not said Hello           -> STARTING   once all have: epoch + 1, Start to all
-    STARTING  ranks form the mesh and load             -> RUN        once all are Ready: Run to all, Ready
+    STARTING  ranks form the mesh and load             -> RUN        once all are Ready: Run to all, EpochReady
     RUN       plans flow                               -> DRAINING   on Drain from the frontend or from a rank that got a signal
     DRAINING  open requests finish                     -> STOPPED    once the request table is empty: Stop(0) to all, Finished
     STOPPED   the last state; every later message of a rank is answered with Stop
 
-A fault in any state leads to STOPPED: Stop(code) to all, Failed. With `survive`, a fault of the engine leads to FORMING.
+The one rule of recovery: a fault of a rank leads from STARTING, RUN and DRAINING back to FORMING. The rank that failed gets
+Stop(RESTART_CODE), or is dead; its agent starts it again. All others get Leave, keep their weights and say Hello once more. Open
+requests wait meanwhile, and are sent to the engine again after EpochReady. The service ends (Stop(code) to all, EpochFailed) when
+
+    the user can mend it       a rank reports a fault of kind user
+    it has never worked        before the first RUN, a rank reports an error of its own
+    it does not come back      no rank makes progress for `recovery_timeout_s`, before the first RUN for `form_timeout_s`
+    it fails again and again   more than `MAX_FAULTS` faults with a cause of their own in `FAULTS_S`, and no token in between
+    nobody restarts ranks      `restarts` is false: any fault
 
 Invariants
 - A process of a rank, or one attempt of it, is an *incarnation*. The roster numbers them in the order of arrival. Only the
@@ -17,28 +25,32 @@ Invariants
 - An incarnation takes part in at most one epoch: Start of epoch e + 1 needs, for every rank, an incarnation that was not part of
   e. So every rank has left an epoch before the next one runs.
 - Every message may be lost, repeated or late. Ranks repeat Hello until Start, Ready until Run, Drain until Drain, and each gets
-  an answer every time. A message of another epoch or of an older incarnation changes nothing.
+  an answer every time; a rank whose epoch is over gets Leave for every heartbeat. A message of another epoch or of an older
+  incarnation changes nothing.
 - The first failure is the reason. Its consequences (lost connections, more faults) do not replace it.
 - An overdue step is no fault while a rank reports that it compiles, for as long as a start may take.
 """
 
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from typing import Literal
 
-from msgspec import Struct
-
+from tpserve.coordinator.actions import Action, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady, RankLost, SendMessage
 from tpserve.coordinator.config_check import mismatch
 from tpserve.coordinator.roster import Peer, RankInfo, Roster
 from tpserve.observe.table import of_ranks
 from tpserve.types.messages import (
+    RESTART_CODE,
     CoordinatorMessage,
     Drain,
     ExpertLoad,
     Fault,
     Heartbeat,
     Hello,
+    Leave,
     LogLines,
+    MemoryLedger,
     RankMessage,
     Ready,
     Run,
@@ -52,49 +64,9 @@ LOST_STARTING_S = 30.0
 """The same while starting, where a long call into a library may delay heartbeats. A death is still noticed at once."""
 BLOCKED_S = 1.0
 """A coordinator that was itself blocked for this long cannot tell which ranks were silent, and resets all timers."""
-REJOIN_S = 5.0
-"""With `survive`: a rank that has not left a failed epoch after this long is blocked in it and gets Stop."""
-
-
-class SendMessage(Struct, frozen=True):
-    """Deliver `message` to `peer`. Delivery may fail silently, since ranks repeat what needs an answer."""
-
-    peer: Peer
-    message: CoordinatorMessage
-
-
-class EpochReady(Struct, frozen=True):
-    """Plans of `epoch` may flow."""
-
-    epoch: int
-
-
-class Draining(Struct, frozen=True):
-    """The service takes no new requests and lets the open ones finish."""
-
-
-class RankLost(Struct, frozen=True):
-    """This incarnation is silent and no longer counts: kill its process if it runs on this host."""
-
-    peer: Peer
-
-
-class EpochFailed(Struct, frozen=True):
-    """A fault ended the service: open requests get `reason`, and the process exits with `code` (1 engine, 2 user).
-
-    `advice` is what an operator can do.
-    """
-
-    code: int
-    reason: str
-    advice: str = ""
-
-
-class EpochFinished(Struct, frozen=True):
-    """The service ended on request: exit code 0."""
-
-
-Action = SendMessage | EpochReady | Draining | RankLost | EpochFailed | EpochFinished | ExpertLoad | LogLines
+MAX_FAULTS, FAULTS_S = 10, 60.0
+"""So many faults in so many seconds, without a token in between, end the service. A rank that was killed from outside (SIGKILL,
+SIGTERM) has no cause of its own and does not count."""
 
 
 class EpochState(Enum):
@@ -111,45 +83,60 @@ EpochEvent = Literal["all_joined", "all_ready", "drain", "drained", "fault", "fa
 
 _NEXT: dict[tuple[EpochState, EpochEvent], EpochState] = {
     (EpochState.FORMING, "all_joined"): EpochState.STARTING,
-    (EpochState.FORMING, "drain"): EpochState.STOPPED,
     (EpochState.STARTING, "all_ready"): EpochState.RUN,
-    (EpochState.STARTING, "drain"): EpochState.STOPPED,
+    (EpochState.STARTING, "fault"): EpochState.FORMING,
+    (EpochState.RUN, "fault"): EpochState.FORMING,
     (EpochState.RUN, "drain"): EpochState.DRAINING,
+    (EpochState.DRAINING, "fault"): EpochState.FORMING,
     (EpochState.DRAINING, "drained"): EpochState.STOPPED,
-    **{(state, "fault"): EpochState.STOPPED for state in EpochState},
+    (EpochState.FORMING, "drained"): EpochState.STOPPED,
+    (EpochState.STARTING, "drained"): EpochState.STOPPED,
     **{(state, "fatal"): EpochState.STOPPED for state in EpochState},
-}
-_NEXT_SURVIVING = _NEXT | {
-    (state, "fault"): EpochState.FORMING for state in (EpochState.FORMING, EpochState.STARTING, EpochState.RUN)
 }
 
 
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
 _SIBLING_ADVICE = "look at the last lines of its node's log"
+_OUTSIDE = ("", "SIGKILL", "SIGTERM")
+"""How a process ends that nobody but an operator, or the kernel for lack of memory, has ended."""
 
 
 class Coordinator:
     """See the module docstring. Call `tick` several times a second."""
 
     def __init__(
-        self, world_size: int, now: float, *, survive: bool = False, form_timeout_s: float = 600.0, drain_timeout_s: float = 25.0
+        self,
+        world_size: int,
+        now: float,
+        *,
+        restarts: bool = True,
+        form_timeout_s: float = 600.0,
+        recovery_timeout_s: float = 120.0,
+        drain_timeout_s: float = 25.0,
+        epoch: int = 0,
     ) -> None:
-        """`form_timeout_s` bounds FORMING, counted from the last progress of any rank (a rank may be downloading weights).
-
-        `drain_timeout_s` bounds DRAINING (torchrun kills its ranks 30 s after a SIGTERM). `survive`: a fault of the engine leads
-        back to FORMING instead of STOPPED.
+        """`restarts`: somebody starts dead ranks again. `form_timeout_s` bounds the first start and `recovery_timeout_s` a
+        recovery, counted from the last progress of any rank (it may be downloading weights). `drain_timeout_s` bounds DRAINING
+        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`: the last one of a coordinator before this one.
         """
         self.state = EpochState.FORMING
-        self.epoch = 0
+        self.epoch = epoch
         self.reason = self.advice = ""
         self.code = 0
-        self._next = _NEXT_SURVIVING if survive else _NEXT
+        self.restarts = restarts
+        self.facts: dict[str, int] = {}
+        """Facts of the loaded model, from rank 0's Ready; empty before the first RUN."""
+        self.recoveries = 0
+        """Epochs that ran after a fault."""
         self._roster = Roster(world_size)
-        self._form_timeout_s = form_timeout_s
+        self._ledgers: list[MemoryLedger] = []
+        """Of every rank, as the ranks agreed in the first epoch; empty before."""
+        self._faults: deque[float] = deque()
+        self._form_timeout_s, self._recovery_timeout_s = form_timeout_s, recovery_timeout_s
         self._drain_timeout_s = drain_timeout_s
-        self._entered_s = self._progress_s = now
-        self._ticked_s = now
+        self._draining_s: float | None = None
+        self._progress_s = self._ticked_s = now
         self._handlers: dict[type, Callable[..., list[Action]]] = {
             Hello: self._on_hello,
             Ready: self._on_ready,
@@ -163,6 +150,16 @@ class Coordinator:
     # What the frontend shows
 
     @property
+    def recovering(self) -> bool:
+        """Whether the ranks form an epoch after one that has run."""
+        return self.state in (EpochState.FORMING, EpochState.STARTING) and bool(self.facts)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the service takes no new requests, also while it recovers."""
+        return self._draining_s is not None
+
+    @property
     def phase(self) -> str:
         """What the start waits for, in a few words: the missing ranks while FORMING, the slowest rank's phase while STARTING."""
         if self.state is EpochState.FORMING:
@@ -172,22 +169,11 @@ class Coordinator:
         return {EpochState.RUN: "ready", EpochState.DRAINING: "draining"}.get(self.state, "stopped")
 
     @property
-    def survives_faults(self) -> bool:
-        """Whether the service continues after a fault of the engine."""
-        return self._next is _NEXT_SURVIVING
-
-    @property
     def percent(self) -> int:
         """The progress of the slowest rank's start, 0 to 100."""
         if self.state in (EpochState.FORMING, EpochState.STARTING):
             return self._roster.slowest(forming=self.state is EpochState.FORMING).percent
         return 100 if self.state in (EpochState.RUN, EpochState.DRAINING) else 0
-
-    @property
-    def facts(self) -> dict[str, int]:
-        """Facts of the loaded model, from rank 0's Ready; empty before."""
-        ready = self._roster[0].ready
-        return dict(ready.facts) if ready else {}
 
     @property
     def ranks(self) -> list[RankInfo]:
@@ -213,7 +199,7 @@ class Coordinator:
         actions: list[Action] = []
         if roster.is_new(peer):
             if roster[peer.rank].hello is not None:
-                actions = self._fail_epoch(1, f"{roster.describe(peer.rank)} is gone: a new process has taken its place", now)
+                actions = self._fail_epoch(f"{roster.describe(peer.rank)} is gone: a new process has taken its place", now)
             roster.register(peer)
         elif not roster.is_current(peer):
             return [SendMessage(peer, Stop(1, f"a newer process has taken the place of rank {peer.rank}"))]
@@ -234,10 +220,9 @@ class Coordinator:
             return []
         error = self._roster.recent_error(peer.rank, now)
         why = f"after the error: {error}" if error else unexplained
-        rank.over = True
-        actions = self._fail_epoch(1, " ".join(filter(None, (self._roster.describe(peer.rank), how, why))), now, advice)
-        rank.hello = None
-        return actions
+        reason = " ".join(filter(None, (self._roster.describe(peer.rank), how, why)))
+        rank.over, rank.hello = True, None
+        return self._fail_epoch(reason, now, advice)
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
@@ -246,45 +231,57 @@ class Coordinator:
             self._roster.reset_timers(now)
         if self.state is EpochState.STOPPED:
             return []
-        limit_s = LOST_S if self.state in (EpochState.RUN, EpochState.DRAINING) else LOST_STARTING_S
+        limit_s = LOST_S if self.state in (EpochState.RUN, EpochState.DRAINING) or self.recovering else LOST_STARTING_S
         for i, rank in enumerate(self._roster):
-            if rank.hello is not None and now - rank.last_message_s > limit_s:
+            if (rank.hello is not None or rank.over) and not rank.lost and now - rank.last_message_s > limit_s:
+                rank.lost = True
                 silent = self._roster.peer(i)
                 return [RankLost(silent), *self.lost(silent, f"has been silent for {limit_s:g} s", now, _SILENT_ADVICE)]
-        elapsed_s = now - self._entered_s
-        if self.state is EpochState.FORMING:
-            return self._tick_forming(elapsed_s, now)
-        if self.state is EpochState.DRAINING and elapsed_s > self._drain_timeout_s:
+        if self._draining_s is not None and now - self._draining_s > self._drain_timeout_s:
             self.reason = f"requests were still open after a drain of {self._drain_timeout_s:g} s"
             return self._enter_state("drained", now)
-        return []
+        return self._tick_forming(now) if self.state in (EpochState.FORMING, EpochState.STARTING) else []
 
     def drain(self, now: float) -> list[Action]:
         """Let open requests finish, then end the service."""
-        return self._enter_state("drain", now) if (self.state, "drain") in self._next else []
+        if self.state is EpochState.STOPPED or self._draining_s is not None:
+            return []
+        self._draining_s = now
+        if self.state is EpochState.RUN:
+            return self._enter_state("drain", now)
+        return [] if self.facts else self._enter_state("drained", now)
 
     def drained(self, now: float) -> list[Action]:
         """No request is open. Has no effect unless the service drains."""
-        return self._enter_state("drained", now) if self.state is EpochState.DRAINING else []
+        if self._draining_s is None or self.state is EpochState.STOPPED:
+            return []
+        return self._enter_state("drained", now)
+
+    def note_token(self) -> None:
+        """The engine has produced a token: faults before it do not count any more."""
+        if self._faults:
+            self._faults.clear()
 
     def fail(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
         """Something outside the ranks ends the service at once: the agent has ended, or a second signal came."""
-        return self._end("fatal", code, reason, now, advice)
+        return self._end(code, reason, now, advice)
 
     # One handler for each message type. The peer is the current incarnation of its rank; the state is not STOPPED
 
     def _on_hello(self, peer: Peer, message: Hello, now: float) -> list[Action]:
         rank = self._roster[peer.rank]
         if rank.over:
-            return []
+            return [self._leave(peer)]
         if self.state is not EpochState.FORMING:
             return [self._start(peer)] if rank.hello is not None and rank.ready is None else []
         if rank.hello is not None:
             return []
         why = mismatch(self.hellos, message)
-        rank.hello = message
+        rank.hello, self._progress_s = message, now
         if why:
-            return self._end("fatal", 2, why, now)
+            return self._end(2, why, now)
+        if message.last_exit not in _OUTSIDE and (actions := self._count_fault(now)):
+            return actions
         return [] if self._roster.missing else self._enter_state("all_joined", now)
 
     def _on_ready(self, peer: Peer, message: Ready, now: float) -> list[Action]:
@@ -297,10 +294,9 @@ class Coordinator:
         return [SendMessage(peer, Run(self.epoch))] if self.state in (EpochState.RUN, EpochState.DRAINING) else []
 
     def _on_heartbeat(self, peer: Peer, message: Heartbeat, now: float) -> list[Action]:
-        progressed = self._roster.record_heartbeat(peer.rank, message, now)
-        if self.state is EpochState.FORMING and progressed:
+        if self._roster.record_heartbeat(peer.rank, message, now):
             self._progress_s = now
-        return []
+        return [self._leave(peer)] if self._roster[peer.rank].over else []
 
     def _on_log_lines(self, peer: Peer, message: LogLines, now: float) -> list[Action]:
         self._roster.record_error(peer.rank, message.last_error, now)
@@ -309,14 +305,22 @@ class Coordinator:
     def _on_fault(self, peer: Peer, message: Fault, now: float) -> list[Action]:
         rank = self._roster[peer.rank]
         if message.kind == "user":
-            return self._end("fatal", 2, message.text, now)
-        if rank.over or (message.kind == "overdue" and self._roster.is_compiling(now, self._form_timeout_s)):
+            return self._end(2, message.text, now)
+        if rank.over:
+            return [self._leave(peer)]
+        if message.kind == "overdue" and self._roster.is_compiling(now, self._form_timeout_s):
             return []
-        rank.over = True
+        reason = f"{self._roster.describe(peer.rank)}: {message.text}"
         advice = _SIBLING_ADVICE if message.kind == "sibling" else _FAULT_ADVICE
-        actions = self._fail_epoch(1, f"{self._roster.describe(peer.rank)}: {message.text}", now, advice)
+        own_cause = message.kind in ("engine", "overdue")
+        if message.kind == "engine" and not self.facts:
+            return self._end(1, reason, now, advice)
+        rank.over, restart = True, list[Action]()
+        if message.kind == "engine" and self.restarts:
+            rank.hello, restart = None, [SendMessage(peer, Stop(RESTART_CODE, reason))]
+        actions = self._fail_epoch(reason, now, advice, own_cause=own_cause)
         rank.hello = None
-        return actions
+        return [*restart, *actions]
 
     def _on_drain(self, peer: Peer, message: Drain, now: float) -> list[Action]:
         if self.state is EpochState.DRAINING:
@@ -327,56 +331,93 @@ class Coordinator:
 
     def _enter_state(self, event: EpochEvent, now: float) -> list[Action]:
         """Follow the table and return the actions with which the new state begins."""
-        self.state = self._next[self.state, event]
-        self._entered_s = self._progress_s = now
+        self.state = self._next(event)
+        self._progress_s = now
         if event in ("all_ready", "drain"):
             self.reason = ""  # that of an earlier fault
         if self.state is EpochState.STARTING:
             self.epoch += 1
             return [self._start(peer) for peer in self._roster.peers]
         if self.state is EpochState.RUN:
-            return [*self._to_all(Run(self.epoch)), EpochReady(self.epoch)]
+            self._note_ready()
+            actions = [*self._to_all(Run(self.epoch)), EpochReady(self.epoch)]
+            return actions if self._draining_s is None else [*actions, *self._enter_state("drain", now)]
         if self.state is EpochState.DRAINING:
             return [*self._to_all(Drain()), Draining()]
         if self.state is EpochState.FORMING:
+            leaving = [peer for peer in self._roster.peers if self._roster[peer.rank].hello is not None]
             for rank in self._roster:
-                if rank.hello is not None:  # the state before was an epoch of all ranks
-                    rank.over, rank.hello = True, None
-                rank.ready = None
-            return []
+                rank.over, rank.hello, rank.ready = rank.over or rank.hello is not None, None, None
+            return [self._leave(peer) for peer in leaving]
         end = EpochFailed(self.code, self.reason, self.advice) if self.code else EpochFinished()
         return [*self._to_all(Stop(self.code, self.reason)), end]
 
-    def _fail_epoch(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
-        """A fault of one rank. Ends the service, or with `survive` the epoch."""
-        if self.state is EpochState.FORMING and self.survives_faults:
-            return []  # nothing runs yet; the failed rank is missing, as before
-        return self._end("fault", code, reason, now, advice)
+    def _next(self, event: EpochEvent) -> EpochState:
+        return _NEXT[self.state, event]
 
-    def _end(self, event: EpochEvent, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
-        """Take the transition of a fault and keep its reason."""
+    def _note_ready(self) -> None:
+        """Keep what later epochs and operators need of the ranks that are ready."""
+        readies = [rank.ready for rank in self._roster if rank.ready is not None]
+        self.recoveries += bool(self.facts)
+        self.facts, self._ledgers = dict(readies[0].facts), [ready.ledger for ready in readies]
+
+    def _fail_epoch(self, reason: str, now: float, advice: str = "", *, own_cause: bool = False) -> list[Action]:
+        """A fault of one rank. Ends the epoch, or the service where nobody restarts ranks."""
         if self.state is EpochState.STOPPED:
             return []
+        if not self.restarts:
+            return self._end(1, reason, now, advice)
+        if self.state is EpochState.FORMING:
+            return []  # nothing runs yet; the failed rank is missing, as before
         self.reason, self.advice = reason, advice
-        self.code = code if self._next[self.state, event] is EpochState.STOPPED else 0
-        return self._enter_state(event, now)
+        if own_cause and (actions := self._count_fault(now)):
+            return actions
+        epoch = self.epoch
+        return [*self._enter_state("fault", now), EpochLost(epoch, reason, own_cause)]
 
-    def _tick_forming(self, elapsed_s: float, now: float) -> list[Action]:
-        missing = self._roster.missing
-        if now - self._progress_s > self._form_timeout_s:
-            why = f"{of_ranks(missing)} did not come within {self._form_timeout_s:g} s"
-            return self._end("fatal", 1, why, now, "see what the log of each node says")
-        if self.epoch and elapsed_s > REJOIN_S:
-            stop = Stop(1, self.reason)
-            return [SendMessage(self._roster.peer(i), stop) for i in missing if self._roster[i].over]
-        return []
+    def _count_fault(self, now: float) -> list[Action]:
+        """Count a fault with a cause of its own, and end the service when there are too many."""
+        self._faults.append(now)
+        while now - self._faults[0] > FAULTS_S:
+            self._faults.popleft()
+        if len(self._faults) <= MAX_FAULTS:
+            return []
+        return self._end(1, f"{len(self._faults)} faults within {FAULTS_S:g} s, the last: {self.reason}", now, self.advice)
+
+    def _end(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
+        """End the service and keep the reason."""
+        if self.state is EpochState.STOPPED:
+            return []
+        self.reason, self.advice, self.code = reason, advice, code
+        return self._enter_state("fatal", now)
+
+    def _tick_forming(self, now: float) -> list[Action]:
+        """End a start that makes no progress."""
+        limit_s = self._recovery_timeout_s if self.recovering else self._form_timeout_s
+        if now - self._progress_s <= limit_s:
+            return []
+        waited_for = of_ranks(self._roster.missing or self._roster.loading)
+        why = f"{waited_for} did not come {'back ' * self.recovering}within {limit_s:g} s"
+        why = f"{why}, after {self.reason}" if self.recovering and self.reason else why
+        return self._end(1, why, now, self.advice or "see what the log of each node says")
 
     # Helpers
 
     def _start(self, peer: Peer) -> SendMessage:
         first = self._roster[0].hello
         assert first is not None
-        return SendMessage(peer, Start(self.epoch, first.endpoints))
+        return SendMessage(peer, Start(self.epoch, first.endpoints, self._ledger(peer.rank)))
+
+    def _ledger(self, rank: int) -> MemoryLedger | None:
+        """What an earlier epoch agreed on: as this coordinator knows it, or a rank that was part of it."""
+        if self._ledgers:
+            return self._ledgers[rank]
+        own = self._roster[rank].hello
+        survivors = [own, *self.hellos]
+        return next((hello.ledger for hello in survivors if hello is not None and hello.ledger is not None), None)
+
+    def _leave(self, peer: Peer) -> SendMessage:
+        return SendMessage(peer, Leave(self.epoch, self.reason))
 
     def _to_all(self, message: CoordinatorMessage) -> list[Action]:
         return [SendMessage(peer, message) for peer in self._roster.peers]

@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import zmq
 
-from tpserve.coordinator.coordinator import Action, Coordinator, RankLost, SendMessage
+from tpserve.coordinator.actions import Action, RankLost, SendMessage
+from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Peer
 from tpserve.errors import EngineFailure
 from tpserve.process.process_utils import has_ended, open_pidfd
@@ -159,7 +160,7 @@ class RankMonitor:
 
     def _receive_later(self, peer: Peer, fault: Fault, socket: "zmq.Socket[bytes]") -> None:
         """Give the death that explains a fault time to be seen first."""
-        if fault.kind == "sibling" and socket is self._local and not self.coordinator.survives_faults:
+        if fault.kind == "sibling" and socket is self._local and not self.coordinator.restarts:
             if peer not in self._waiting_for_agent:
                 self._waiting_for_agent.add(peer)
                 asyncio.get_running_loop().call_later(SIBLING_S, self._deliver_fault, peer, fault)

@@ -43,6 +43,8 @@ class Member:
     number: int = 0
     identity: int = -1
     over: bool = False
+    lost: bool = False
+    """It was silent for too long, and that is reported."""
     hello: Hello | None = None
     ready: Ready | None = None
     heartbeat: Heartbeat = NO_HEARTBEAT
@@ -153,6 +155,11 @@ class Roster:
     def missing(self) -> list[int]:
         """Ranks that do not take part yet."""
         return [rank for rank, member in enumerate(self._members) if member.hello is None]
+
+    @property
+    def loading(self) -> list[int]:
+        """Ranks that are not ready yet."""
+        return [rank for rank, member in enumerate(self._members) if member.ready is None]
 
     def slowest(self, *, forming: bool) -> Heartbeat:
         """The heartbeat of the slowest rank of a start.

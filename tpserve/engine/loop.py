@@ -75,8 +75,8 @@ class Engine:
         self._stats_at = 0.0
 
     def run(self) -> None:
-        """Serve until the coordinator sends Stop."""
-        while self._rank_agent.stop is None:
+        """Serve until the epoch is over or the coordinator sends Stop."""
+        while not self._rank_agent.over:
             if not self.step():
                 self._sleep()
 

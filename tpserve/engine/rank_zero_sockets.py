@@ -19,13 +19,14 @@ class RankZeroSockets:
     plans: PlanBroadcaster
     results: ResultReceiver
     endpoints: dict[str, str]
+    zap_authenticator: ZapAuthenticator | None = None
 
     @staticmethod
     def open(frontend_address: FrontendAddress, config: EngineConfig) -> "RankZeroSockets":
         """Open the store and the sockets; on TCP too when there are several nodes."""
         keyring, ports = frontend_address.keyring, config.port_range
         store, store_address = host_store(frontend_address.address, ports)
-        remote = None
+        remote = zap_authenticator = None
         if keyring is not None:
             curve_server = keyring.curve_server(rank_role(0), config.layout.world_size)
             remote = TcpEndpoint(tcp(frontend_address.address, ports), curve_server)
@@ -33,8 +34,15 @@ class RankZeroSockets:
         plans = PlanBroadcaster(frontend_address.endpoint("plan"), remote)
         results = ResultReceiver(frontend_address.endpoint("result"), remote)
         endpoints = {"store": store_address, "plan": plans.endpoint, "result": results.endpoint}
-        if keyring is not None:
+        if zap_authenticator is not None:
             endpoints |= {"plan-tcp": plans.remote_endpoint, "result-tcp": results.remote_endpoint}
             zap_authenticator.log_refusals_of(plans.socket)
             zap_authenticator.log_refusals_of(results.socket)
-        return RankZeroSockets(store, plans, results, endpoints)
+        return RankZeroSockets(store, plans, results, endpoints, zap_authenticator)
+
+    def close(self) -> None:
+        """Close the sockets; the store ends with its last reference."""
+        if self.zap_authenticator is not None:
+            self.zap_authenticator.close()
+        self.plans.close()
+        self.results.close()

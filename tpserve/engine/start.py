@@ -7,8 +7,7 @@ a node downloads missing weights.
 import logging
 import socket
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -17,60 +16,47 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 
 from tpserve.cluster.discovery import (
     FrontendAddress,
+    find_frontend,
     find_remote_frontend,
     is_frontend_alive,
     publish_frontend,
     remove_runtime_dir,
 )
-from tpserve.config import generation_config
-from tpserve.config.env import RankEnv, cache_dir, user_set_interface
+from tpserve.config.env import RankEnv, user_set_interface
 from tpserve.config.schema import EngineConfig
 from tpserve.engine import connectivity, verify
 from tpserve.engine.fingerprint import fingerprint, processor
 from tpserve.engine.frames import check_frames
+from tpserve.engine.loaded_model import LoadedModel
 from tpserve.engine.loop import Engine
 from tpserve.engine.rank_zero_sockets import RankZeroSockets
 from tpserve.engine.watchdog import StepWatchdog
 from tpserve.host.network import Interface, host_id
-from tpserve.host.resources import available_cores, cpu_model, visible_gpus
+from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.hub import download
 from tpserve.hub.locate import weights_of
-from tpserve.models import names_of
-from tpserve.models.decoder import Decoder
-from tpserve.models.whole_model import sources
 from tpserve.observe.log import LogRingBuffer
 from tpserve.observe.progress import ByteProgress
 from tpserve.observe.start_timer import StartTimer
 from tpserve.observe.trace import Trace
 from tpserve.parallel import mesh as meshes
 from tpserve.parallel.mesh import Mesh
-from tpserve.parallel.split import imbalance, split_heads
+from tpserve.parallel.split import split_heads
 from tpserve.parallel.store import agent_store, join_store
-from tpserve.process.orders import Stopped
+from tpserve.process.orders import EpochOver, Stopped
 from tpserve.process.process_utils import kill_stopped, kill_stopped_in_background, live_children
-from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
+from tpserve.process.rank_agent import ENDED_CODE, STOP_WAIT_S, RankAgent
 from tpserve.quant.int8 import check_available
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
-from tpserve.structured_output.compiler import vocabulary
-from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.messages import MemoryLedger, NodeInfo, Numerics, Start
+from tpserve.types.messages import MemoryLedger, NodeInfo, Start
 from tpserve.types.model_spec import ModelSpec
-from tpserve.weights import dummy
-from tpserve.weights.checkpoint import Checkpoint, weight_files
-from tpserve.weights.load import Loader
-from tpserve.weights.parameter import Parameter
-from tpserve.weights.unused_weights import checkpoint_notes
+from tpserve.weights.checkpoint import weight_files
 from tpserve.wire.channels import EngineLink, PlanReceiver, ResultSender
 from tpserve.wire.curve import FRONTEND, CurveClient, rank_role
 from tpserve.worker import device as devices
-from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.loop import serve_plans
-from tpserve.worker.memory import allocate, check_weights, measure, room_for
 from tpserve.worker.model_runner import ModelRunner
-from tpserve.worker.request_pool import RequestPool
-from tpserve.worker.self_test import self_test
-from tpserve.worker.sizing import report
 from tpserve_kernels.compiling import on_compile
 
 log = logging.getLogger(__name__)
@@ -100,31 +86,53 @@ def run_rank(
         frontend_address = find_remote_frontend(env, store, interface.address, config.start_timeout, config.cluster_secret_file)
     elif store is not None:
         publish_frontend(env, frontend_address, store)
+    node_address = None if user_set_interface(settings, config.all_reduce) else interface.address
+    node = NodeInfo(env.node_rank, interface.address, host_id(), settings, visible_gpus())
+    rank = _ServingRank(config, spec, env, node, node_address, start_timer)
+    while True:
+        code = _take_part(rank, frontend_address, log_buffer)
+        if code is not None:
+            return code
+        if env.node_rank == 0:  # the frontend may be another one by now
+            frontend_address = find_frontend(env, config, interface.address, config.recovery_timeout, start=False)
+        start_timer.restart()
+
+
+def _take_part(rank: "_ServingRank", frontend_address: FrontendAddress, log_buffer: LogRingBuffer) -> int | None:
+    """Be one incarnation. Returns the process's exit code; None: be another one."""
+    config, env = rank.config, rank.env
+    returns = env.runtime_dir is not None and not env.job  # `tpserve serve` starts another frontend
     rank_agent = RankAgent(
         env.rank,
         frontend_address.control,
         host=socket.gethostname(),
-        node=NodeInfo(env.node_rank, interface.address, host_id(), settings, visible_gpus()),
+        node=rank.node,
         curve_client=frontend_address.curve_client(env.rank, FRONTEND),
         frontend_pid=frontend_address.frontend_pid,
         agent_pid=env.agent_pid,
         local_ranks=1 if env.job else env.local_world_size,  # the rank is the only child of a torchrun script
         on_failure=partial(_clean_up, env, frontend_address),
+        failure_code=ENDED_CODE if env.runtime_dir is not None else 1,
+        frontend_returns_s=config.recovery_timeout if returns else None,
     )
     rank_agent.report_log(log_buffer)
     log_buffer.on_error = rank_agent.wake
     rank_agent.start()
-    if env.runtime_dir is None:
+    if env.runtime_dir is None and not rank.took_part:
         _end_stopped_neighbours(env, frontend_address, rank_agent)
+    rank.took_part = True
     try:
-        node_address = None if user_set_interface(settings, config.all_reduce) else interface.address
-        _ServingRank(config, spec, env, frontend_address, rank_agent, start_timer, node_address).serve()
+        rank.serve(rank_agent, frontend_address)
+        rank_agent.raise_if_over()
     except Stopped:
-        pass
+        return rank_agent.leave()
+    except EpochOver as over:
+        log.debug("rank %d leaves its epoch: %s", env.rank, over)
     except BaseException as error:  # the end of the process: report any error to the coordinator first
         log.debug("rank %d fails", env.rank, exc_info=True)
         return rank_agent.fail(error)
-    return rank_agent.leave()
+    rank_agent.close()
+    return None
 
 
 def _end_stopped_neighbours(env: RankEnv, frontend_address: FrontendAddress, rank_agent: RankAgent) -> None:
@@ -159,118 +167,135 @@ class _ServingRank:
         config: EngineConfig,
         spec: ModelSpec,
         env: RankEnv,
-        frontend_address: FrontendAddress,
-        rank_agent: RankAgent,
-        start_timer: StartTimer,
+        node: NodeInfo,
         node_address: str | None,
+        start_timer: StartTimer,
     ) -> None:
         """`node_address`: this node's address for gloo and NCCL; None when the user chose their interface."""
-        self._config = config
+        self.config = config
+        self.env = env
+        self.node = node
+        self.took_part = False
         self._spec = spec
-        self._env = env
-        self._frontend_address = frontend_address
-        self._rank_agent = rank_agent
-        self._start_timer = start_timer
         self._node_address = node_address
+        self._start_timer = start_timer
         self._trace = Trace(config.step_trace, env.rank)
+        self._device = torch.device("cpu")
+        self._model: LoadedModel | None = None
+        self._fingerprint: dict[str, str] = {}
+        self._traits: dict[str, str] = {}
+        self._rank_agent: RankAgent
+        self._frontend_address: FrontendAddress
 
-    def serve(self) -> None:
-        """Join an epoch and run it to its end. Raises Stopped when a Stop arrives before Run."""
-        config, rank_agent, env, start_timer = self._config, self._rank_agent, self._env, self._start_timer
+    def serve(self, rank_agent: RankAgent, frontend_address: FrontendAddress) -> None:
+        """Join an epoch and run it to its end. Raises Stopped or EpochOver when Stop or Leave arrives before Run."""
+        self._rank_agent, self._frontend_address = rank_agent, frontend_address
+        if self._model is None:
+            self._model = self._prepare()
+        with ExitStack() as epoch:
+            hosted = RankZeroSockets.open(frontend_address, self.config) if self.env.rank == 0 else None
+            if hosted is not None:
+                epoch.callback(hosted.close)
+            self._run_epoch(self._model, hosted, epoch)
+
+    def _prepare(self) -> LoadedModel:
+        """What comes before the first Hello: look at the device, get the weights."""
+        config, env, start_timer = self.config, self.env, self._start_timer
         check_frames(config, self._spec.vocab_size, len(self._spec.windows))
-        device = devices.choose(config.device, env.local_rank, env.local_world_size)
+        self._device = devices.choose(config.device, env.local_rank, env.local_world_size)
         if config.quantization is not None:
             check_available()
-        if config.binding and (bound := devices.bind(device)):
+        if config.binding and (bound := devices.bind(self._device)):
             log.info("rank %d %s", env.rank, bound)
         start_timer.mark("device")
         self._ensure_weights()  # before Hello, while the coordinator sees this rank's progress
         start_timer.mark("download")
-        hosted = RankZeroSockets.open(self._frontend_address, config) if env.rank == 0 else None
-        stage, (self._processor, traits) = config.layout.stage_of(env.rank), processor(device, config.dtype, self._spec)
+        stage_facts, self._traits = processor(self._device, config.dtype, self._spec)
+        self._fingerprint = fingerprint(config, self._spec)
+        return LoadedModel(config, self._spec, env, stage_facts, self._report_progress)
+
+    def _report_progress(self, phase: str, percent: int) -> None:
+        """To the coordinator, by the present incarnation."""
+        self._rank_agent.report_progress(phase, percent)
+
+    def _run_epoch(self, model: LoadedModel, hosted: RankZeroSockets | None, epoch: ExitStack) -> None:
+        """Say Hello, form the mesh, load what is missing, and run plans. `epoch` closes what belongs to it."""
+        config, rank_agent, env, start_timer = self.config, self._rank_agent, self.env, self._start_timer
         rank_agent.report_progress("waiting for all ranks", 0)
-        rank_agent.hello(hosted.endpoints if hosted else {}, fingerprint(config, self._spec), traits, stage, self._processor)
+        rank_agent.hello(
+            hosted.endpoints if hosted else {},
+            self._fingerprint,
+            self._traits,
+            config.layout.stage_of(env.rank),
+            model.processor,
+            model.ledger,
+            env.last_exit if start_timer.first else "",
+        )
         start = rank_agent.wait_start()
         start_timer.mark("all ranks")
         rank_agent.report_progress("forming the mesh", 5)
-        free = devices.free_memory(device)  # before the mesh forms, so no rank has loaded anything
+        free = devices.free_memory(self._device)  # before the mesh forms, so no rank has loaded anything
+        mesh = self._form_mesh(start, hosted)
+        epoch.callback(meshes.destroy_distributed, mesh)
+        plans = None
+        if hosted is None:
+            plans = PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
+            epoch.callback(plans.close)
+        start_timer.mark("mesh")
+        if self._device.type == "cuda":
+            on_compile(rank_agent.report_busy)
+        model_runner = model.join(mesh, start.ledger, free, start_timer)
+        self._count_experts(model, mesh)
+        assert model.ledger is not None
+        facts = {"max_model_len": model.ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()}
+        rank_agent.ready(model.ledger, facts, model.numerics)
+        number = rank_agent.wait_run()
+        if hosted:
+            start_timer.mark("other ranks")
+            log.info(start_timer.line())
+            self._lead(hosted, model_runner, model.ledger, number, epoch)
+        else:
+            assert plans is not None
+            results = None
+            if env.rank == config.layout.sampling_rank:
+                results = ResultSender(self._endpoint(start, "result"), self._leader_key)
+                epoch.callback(results.close)
+            serve_plans(plans, model_runner, results, rank_agent, self._trace)
+
+    def _form_mesh(self, start: Start, hosted: RankZeroSockets | None) -> Mesh:
+        """The groups of the epoch. PeerLost when another rank is lost meanwhile."""
+        config, env, rank_agent = self.config, self.env, self._rank_agent
         store = hosted.store if hosted else join_store(start.endpoints["store"])
         if env.nnodes > 1:
             remote = [address for name, address in hosted.endpoints.items() if name.endswith("-tcp")] if hosted else []
             connectivity.check_connectivity(env.rank, env.world_size, self._node_address, store, config.start_timeout, remote)
-        if config.verify_weights:
+        if config.verify_weights and start.ledger is None:
             self._verify_weights(store)
-            start_timer.mark("verify")
+            self._start_timer.mark("verify")
         mesh = meshes.init_distributed(
-            env.rank, config.layout, start.epoch, store, device, config.start_timeout, config.all_reduce, available_cores()
+            env.rank,
+            config.layout,
+            start.epoch,
+            store,
+            self._device,
+            config.start_timeout,
+            config.all_reduce,
+            available_cores(),
+            lambda: rank_agent.over,
         )
-        if agreed := devices.agree_on_isa(device, mesh.tp):
+        if (agreed := devices.agree_on_isa(self._device, mesh.tp)) and self._start_timer.first:
             log.info("rank %d %s", env.rank, agreed)
-        plans = None if hosted else PlanReceiver(self._endpoint(start, "plan"), start.epoch, self._leader_key)
-        start_timer.mark("mesh")
-        if device.type == "cuda":
-            on_compile(rank_agent.report_busy)
-        model_runner, ledger, numerics = self._build(mesh, free)
-        facts = {"max_model_len": ledger.max_model_len, "vocab_size": self._spec.vocab_size, **self._heads()}
-        rank_agent.ready(ledger, facts, numerics)
-        epoch = rank_agent.wait_run()
-        if hosted:
-            start_timer.mark("other ranks")
-            log.info(start_timer.line())
-            self._lead(hosted, model_runner, ledger, epoch)
-        else:
-            assert plans is not None
-            sampling = env.rank == config.layout.sampling_rank
-            results = ResultSender(self._endpoint(start, "result"), self._leader_key) if sampling else None
-            serve_plans(plans, model_runner, results, rank_agent, self._trace)
+        return mesh
 
-    def _build(self, mesh: Mesh, free: int) -> tuple[ModelRunner, MemoryLedger, Numerics | None]:
-        """Load this rank's shard, measure memory, allocate the KV cache. `free`: free bytes before any rank loads."""
-        config, env, start_timer = self._config, self._env, self._start_timer
-        compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
-        check_weights(mesh, self._spec, config, env.local_world_size, free)
-        with self._room_for("loading the model", mesh):
-            decoder, weights = self._load(mesh)
-        start_timer.mark("load")
-        if env.rank == 0 and decoder.device.type == "cpu":
-            log.info(f"the layers run as {decoder.form}")
-        numerics = self._self_test(decoder)
-        start_timer.mark("self-test")
-        self._rank_agent.report_progress("measuring memory", 90)
-        make_pool = partial(self._request_pool, mesh.device, compiled)
-        with self._room_for("measuring the largest steps", mesh):
-            kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, weights)
-        with self._room_for("making room for the KV cache", mesh):
-            request_pool = make_pool(kv_config.max_model_len)
-            caches = allocate(decoder, mesh, kv_config.num_blocks, config.block_size)
-        start_timer.mark("measure")
-        if env.rank == 0:
-            for line in report(ledgers, kv_config, self._spec, config):
-                log.info(line)
-            if (defaults := generation_config.log_line(config.sampling_defaults)) is not None:
-                log.info(defaults)
-        if (expert_load := decoder.expert_load) is not None and mesh.tp.rank == 0:  # the other ranks of a stage have equal counts
+    def _count_experts(self, model: LoadedModel, mesh: Mesh) -> None:
+        """Let the first rank of a stage, whose ranks have equal counts, report the tokens routed to each expert."""
+        if (expert_load := model.expert_load) is not None and mesh.tp.rank == 0:
             expert_load.clear()
             self._rank_agent.report_expert_load(expert_load.layers, expert_load.read)
-        return ModelRunner(mesh, decoder, request_pool, caches), ledgers[env.rank], numerics
-
-    def _compiled_grammars(self) -> CompiledGrammars | None:
-        """On ranks of the last stage, which sample; a thread begins to read the tokenizer."""
-        config, spec = self._config, self._spec
-        if config.layout.stage_of(self._env.rank) < config.layout.pp - 1:
-            return None
-        return CompiledGrammars(lambda: vocabulary(Tokenizer.load(config.tokenizer), spec.vocab_size, spec.eos_ids))
-
-    def _self_test(self, decoder: Decoder) -> Numerics | None:
-        """Test batch invariance of this processor's matrix products; None on CUDA, which does not promise it."""
-        if decoder.device.type != "cpu":
-            return None
-        machine, kernels = [cpu_model(), *self._processor.values()], devices.kernels_id(decoder.device)
-        return self_test(decoder.products(), machine, cache_dir(), kernels)
 
     def _ensure_weights(self) -> None:
         """For a repository: local rank 0 downloads the weights that the cache lacks, the other ranks wait for it."""
-        snapshot, env = self._config.snapshot, self._env
+        snapshot, env = self.config.snapshot, self.env
         if snapshot is None:
             return
         title = f"downloading {snapshot.repository}"
@@ -282,11 +307,11 @@ class _ServingRank:
                 self._rank_agent.report_progress(title, 100 * done // max(total, 1))
 
             fetch = download.download if first else download.wait_for_download
-            fetch(weights_of(snapshot), self._config.start_timeout, on_progress)
+            fetch(weights_of(snapshot), self.config.start_timeout, on_progress)
 
     def _verify_weights(self, store: Store) -> None:
         """Compare the weight files of all nodes, byte by byte."""
-        config, env = self._config, self._env
+        config, env = self.config, self.env
         if env.nnodes == 1 or config.load_format == "dummy":
             log.info("--verify-weights: one node or --load-format dummy, so nothing to compare")
             return
@@ -308,63 +333,20 @@ class _ServingRank:
     @property
     def _leader_key(self) -> CurveClient | None:
         """The CURVE key for rank 0's TCP sockets; None on rank 0's node."""
-        return self._frontend_address.curve_client(self._env.rank, rank_role(0))
-
-    def _load(self, mesh: Mesh) -> tuple[Decoder, int]:
-        """This rank's shard of the model, and its size in bytes."""
-        config, env = self._config, self._env
-        layout = config.layout
-        stage = layout.stage_of(env.rank)
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        kv_int8 = config.kv_cache_dtype == "int8"
-        decoder = Decoder(self._spec, layout, stage, mesh.tp, dtype, mesh.device, config.max_model_len, kv_int8)
-        if env.rank == 0:
-            shares = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)
-            if (uneven := imbalance([share.q for share in shares], "heads")) is not None:
-                log.info(uneven)
-        with ByteProgress("loading weights", visible=env.rank == 0) as progress:
-
-            def on_progress(done: int, total: int) -> None:
-                progress.update(done, total)
-                self._rank_agent.report_progress("loading weights", 10 + 80 * done // max(total, 1))
-
-            self._rank_agent.report_progress("loading weights", 10)
-            fill: Callable[[Parameter], None] = partial(dummy.fill, seed=config.seed)
-            if config.load_format != "dummy":
-                only_safetensors = config.load_format == "safetensors"
-                checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
-                if env.rank == 0:
-                    for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
-                        log.info(line)
-                fill = Loader(decoder.parameters(), checkpoint, on_progress).fill
-            return decoder, decoder.prepack(config.quantization, fill)
+        return self._frontend_address.curve_client(self.env.rank, rank_role(0))
 
     def _heads(self) -> dict[str, int]:
         """This rank's share of the attention heads, for Ready."""
-        layout = self._config.layout
-        share = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)[layout.tp_rank_of(self._env.rank)]
+        layout = self.config.layout
+        share = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)[layout.tp_rank_of(self.env.rank)]
         q, kv = share.q, share.kv
         return {"first_head": q.start, "end_head": q.stop, "first_kv_head": kv.start, "end_kv_head": kv.stop}
 
-    def _room_for(self, what: str, mesh: Mesh) -> AbstractContextManager[None]:
-        return room_for(what, mesh, self._spec, self._config, self._env.local_world_size)
-
-    def _request_pool(self, device: torch.device, compiled: CompiledGrammars | None, max_len: int) -> RequestPool:
-        config = self._config
-        return RequestPool(
-            config.max_num_seqs,
-            max_len,
-            config.block_size,
-            self._spec.windows,
-            device,
-            eos_ids=self._spec.eos_ids,
-            vocab_size=self._spec.vocab_size,
-            compiled=compiled,
-        )
-
-    def _lead(self, hosted: RankZeroSockets, model_runner: ModelRunner, ledger: MemoryLedger, epoch: int) -> None:
-        """Rank 0: serve requests with the engine loop until Stop."""
-        config, layout = self._config, self._config.layout
+    def _lead(
+        self, hosted: RankZeroSockets, model_runner: ModelRunner, ledger: MemoryLedger, number: int, epoch: ExitStack
+    ) -> None:
+        """Rank 0: serve requests with the engine loop until the epoch `number` is over, or until Stop."""
+        config, layout = self.config, self.config.layout
         scheduler_config = SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -378,11 +360,12 @@ class _ServingRank:
             prefix_caching=config.enable_prefix_caching,
             vocab_size=self._spec.vocab_size,
         )
+        hosted.plans.begin(number, layout.world_size - 1, config.start_timeout, lambda: self._rank_agent.over)
+        hosted.results.begin(number)
         link = EngineLink(self._frontend_address.engine, self._rank_agent.identity)
-        hosted.plans.begin(epoch, layout.world_size - 1, config.start_timeout)
-        hosted.results.begin(epoch)
+        epoch.callback(link.close)
         self._rank_agent.run_periodically(hosted.plans.resend_missed)
         results = None if layout.sampling_rank == 0 else hosted.results
         watchdog = StepWatchdog(first_s=config.start_timeout)
-        scheduler = Scheduler(scheduler_config, epoch)
+        scheduler = Scheduler(scheduler_config, number)
         Engine(scheduler, model_runner, link, hosted.plans, results, self._rank_agent, self._trace, watchdog).run()

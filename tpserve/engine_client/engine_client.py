@@ -18,8 +18,9 @@ import zmq
 
 from tpserve.cluster.discovery import AgentFailure, FrontendRecord, read_failure, write_frontend
 from tpserve.config.schema import EngineConfig
+from tpserve.coordinator.actions import Action, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
-from tpserve.coordinator.coordinator import Action, Coordinator, Draining, EpochFailed, EpochFinished, EpochReady, EpochState
+from tpserve.coordinator.coordinator import Coordinator, EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
@@ -43,14 +44,6 @@ NO_SECRET = (
     "the nodes share no --cluster-secret-file: the keys of this run travel over torchrun's store, and whoever can reach its port "
     "can take part (`tpserve secret FILE` makes a secret)"
 )
-_STATES: dict[EpochState, Literal["starting", "running", "draining", "stopped"]] = {
-    EpochState.FORMING: "starting",
-    EpochState.STARTING: "starting",
-    EpochState.RUN: "running",
-    EpochState.DRAINING: "draining",
-    EpochState.STOPPED: "stopped",
-}
-
 EpochNews = EpochReady | EpochFailed | EpochFinished
 
 
@@ -65,12 +58,14 @@ class EngineClient:
         started_s: float,
         on_epoch_news: Callable[[EpochNews], None],
         log_buffer: LogRingBuffer | None = None,
+        *,
+        restarts: bool = True,
     ) -> None:
         """Bind the sockets in `runtime_dir` and, for ranks of other nodes, on `remote_address`.
 
-        `on_epoch_news` gets EpochReady, and at the end EpochFailed or EpochFinished before any open request fails. `log_buffer`
-        holds this process's log lines for operators. `started_s` is a time of `time.monotonic`. EngineFailure when a socket
-        cannot be bound.
+        `on_epoch_news` gets every EpochReady, and at the end EpochFailed or EpochFinished before any open request fails.
+        `log_buffer` holds this process's log lines for operators. `started_s` is a time of `time.monotonic`. `restarts`: somebody
+        starts dead ranks again. EngineFailure when a socket cannot be bound.
         """
         self._config = config
         self._runtime_dir = runtime_dir
@@ -78,11 +73,15 @@ class EngineClient:
         self._on_epoch_news = on_epoch_news
         self._log_buffer = log_buffer
         self._parent: tuple[int, int] | None = None
+        self._lost_s: float | None = None
+        """When the last epoch ended by a fault; None while one runs."""
         self._rank_logs = [LogRingBuffer() for _ in range(config.layout.world_size)]
         self._coordinator = Coordinator(
             config.layout.world_size,
             time.monotonic(),
+            restarts=restarts,
             form_timeout_s=config.start_timeout,
+            recovery_timeout_s=config.recovery_timeout,
             drain_timeout_s=config.drain_timeout,
         )
         self._remote_address = remote_address
@@ -126,7 +125,7 @@ class EngineClient:
     def status(self) -> EngineStatus:
         """The engine's state now."""
         c, facts = self._coordinator, self._coordinator.facts
-        return EngineStatus(_STATES[c.state], c.phase, c.percent, c.reason, facts.get("max_model_len"), facts.get("vocab_size"))
+        return EngineStatus(_state(c), c.phase, c.percent, c.reason, facts.get("max_model_len"), facts.get("vocab_size"))
 
     def info(self) -> dict[str, Any]:
         """The JSON value of /server_info."""
@@ -211,12 +210,13 @@ class EngineClient:
     # The engine
 
     def _send_to_engine(self, inputs: list[EngineInput]) -> None:
+        """Without an engine nothing is sent: `RequestTable.resubmit` sends every open request to the next one."""
         try:
             self._engine.send(inputs)
         except FrameTooLarge:  # one request is too large; the request table fails it
             raise
-        except EngineFailure as error:
-            self.fail(1, str(error))
+        except EngineFailure as error:  # rank 0 is gone; the coordinator learns that by itself
+            logger.debug("%s", error)
         asyncio.get_running_loop().call_soon(self._receive_from_engine)  # a send may consume an edge of the descriptor
 
     def _receive_from_engine(self) -> None:
@@ -226,7 +226,8 @@ class EngineClient:
             self.fail(1, str(error))
             return
         try:
-            self.request_table.receive(outputs)
+            if self.request_table.receive(outputs):
+                self._coordinator.note_token()
         except Exception as error:  # not of one request; the loop would only log it, and clients would wait for ever
             logger.exception("the request table failed")
             self.fail(1, f"the frontend failed with {type(error).__name__}: {error}")
@@ -247,6 +248,9 @@ class EngineClient:
         match action:
             case EpochReady():
                 self._engine.attach(self._coordinator.hellos[0].identity)
+                if self._lost_s is not None:
+                    self._note_recovery(action.epoch, time.monotonic() - self._lost_s)
+                self.request_table.resubmit()
                 if (numerics_text := numerics(self._coordinator.ranks)) not in (INVARIANT, NOT_PROMISED):
                     broken = numerics_text is not None and numerics_text.startswith(BROKEN)
                     level = logging.WARNING if broken else logging.INFO
@@ -256,6 +260,11 @@ class EngineClient:
                 self.request_table.metrics.experts(layers, tokens)
             case LogLines(rank, start, lines, last_error) if 0 <= rank < len(self._rank_logs):
                 self._rank_logs[rank].take(start, lines, last_error)
+            case EpochLost(epoch, reason, own_cause):
+                self._engine.detach()
+                self._lost_s = self._lost_s or time.monotonic()
+                self.request_table.metrics.fault("error" if own_cause else "death")
+                logger.warning("%s; epoch %d is over, open requests: %d", reason, epoch, self.request_table.num_open)
             case Draining():
                 self._send_to_engine([EngineControl("drain")])
             case EpochFailed(code, reason, _):
@@ -265,8 +274,24 @@ class EngineClient:
             case EpochFinished():
                 self._end(action, 0, self._coordinator.reason or "the server is shutting down", 503)
 
+    def _note_recovery(self, epoch: int, took_s: float) -> None:
+        self._lost_s = None
+        self.request_table.metrics.recovered(took_s)
+        logger.info("recovered in %.2f s: epoch %d runs, open requests: %d", took_s, epoch, self.request_table.num_open)
+
     def _end(self, news: EpochFailed | EpochFinished, code: int, text: str, status: int) -> None:
         self._on_epoch_news(news)
         self.request_table.fail_all(text, status)
         if not self._exit_code.done():
             self._exit_code.set_result(code)
+
+
+def _state(coordinator: Coordinator) -> Literal["starting", "running", "recovering", "draining", "stopped"]:
+    """The coordinator's state as operators see it."""
+    if coordinator.state is EpochState.STOPPED:
+        return "stopped"
+    if coordinator.draining:
+        return "draining"
+    if coordinator.state is EpochState.RUN:
+        return "running"
+    return "recovering" if coordinator.recovering else "starting"

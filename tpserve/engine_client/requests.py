@@ -6,6 +6,7 @@ event loop only. Invariants:
     entry     a sequence is in the table from `open` until its end: Done, a stop string, an abort or a failure
     end       each sequence ends exactly once, and so does each handle; later messages of the engine about it are dropped
     delta     accepted only at the expected position; any other is dropped
+    recovery  the table outlives the engine: `resubmit` sends every open sequence to the next one, with its output so far
     scores    the same, and before the first delta; the engine may repeat scores that are known
     buffer    output that waits for a slow client merges into one `OutputDelta` a sequence, so the request's length bounds it
 
@@ -19,6 +20,8 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from tpserve.errors import UserError
 from tpserve.observe.metrics import Metrics
@@ -163,6 +166,14 @@ class RequestTable:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
         return handle
 
+    def resubmit(self) -> None:
+        """A new engine knows nothing: send it every open sequence, with its output so far, in the order of arrival."""
+        adds: list[EngineInput] = [
+            Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in self._open.values()
+        ]
+        if adds:
+            self._send(adds)
+
     def abort(self, handle: RequestHandle) -> None:
         """End the open sequences of a handle whose client has left, or of which one sequence has failed."""
         still_open = [sequence for sequence in handle.sequences if not sequence.closed]
@@ -177,8 +188,8 @@ class RequestTable:
         for sequence in list(self._open.values()):
             self._fail(sequence, text, status)
 
-    def receive(self, outputs: Sequence[EngineOutput]) -> None:
-        """Process one frame of the engine. A Done is in the same frame as its sequence's last tokens."""
+    def receive(self, outputs: Sequence[EngineOutput]) -> bool:
+        """Process one frame of the engine; whether it has a token. A Done is in the same frame as its sequence's last tokens."""
         stops = {
             message.id: message.num_tokens
             for message in outputs
@@ -196,6 +207,7 @@ class RequestTable:
                         sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500
                     )
                     self._send([Abort(message.id)])
+        return any(isinstance(message, Delta) for message in outputs)
 
     def _on_message(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:
         """Process one message. `stops_at`: the final length, if a Done of the same frame says that the sequence has stopped."""

@@ -8,10 +8,11 @@ from typing import Literal
 class EngineStatus:
     """A snapshot. `phase` and `percent` (0 to 100) show the progress of a start; `reason` says why the engine stopped.
 
-    `max_model_len` (tokens) and `vocab_size` are None until every rank has loaded its shard.
+    `max_model_len` (tokens) and `vocab_size` are None until every rank has loaded its shard. Requests are taken while "running"
+    and while "recovering": after a fault, before the next epoch runs.
     """
 
-    state: Literal["starting", "running", "draining", "stopped"]
+    state: Literal["starting", "running", "recovering", "draining", "stopped"]
     phase: str = ""
     percent: int = 0
     reason: str = ""

@@ -36,7 +36,7 @@ from tpserve.cluster.discovery import (
 )
 from tpserve.config import env
 from tpserve.config.schema import EngineConfig
-from tpserve.coordinator.coordinator import EpochFailed, EpochReady
+from tpserve.coordinator.actions import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
@@ -152,8 +152,15 @@ class FrontendServer:
         self._started_s = started_s
         self._first_signal_s: float | None = None
         self._final_reason = ""
+        self._was_ready = False
         self._engine_client = EngineClient(
-            config, runtime_dir, address if nnodes > 1 else None, started_s, self._on_epoch_news, log_buffer
+            config,
+            runtime_dir,
+            address if nnodes > 1 else None,
+            started_s,
+            self._on_epoch_news,
+            log_buffer,
+            restarts=env.ranks_restart(),
         )
         tokenizer = Tokenizer.load(config.tokenizer)
         template = ChatTemplate.load(config.tokenizer, tokenizer.special_tokens, config.chat_template)
@@ -219,7 +226,8 @@ class FrontendServer:
 
     def _on_epoch_news(self, news: EpochNews) -> None:
         match news:
-            case EpochReady():
+            case EpochReady() if not self._was_ready:
+                self._was_ready = True
                 logger.info(ready_line(self._config, self._nnodes, self._url, time.monotonic() - self._started_s))
             case EpochFailed(code, reason, _) if code == 2:
                 sys.stderr.write(log.user_error(reason) + "\n")

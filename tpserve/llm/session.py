@@ -21,7 +21,7 @@ import uvloop
 
 from tpserve.cluster.discovery import acquire_lock, make_runtime_dir, remove_runtime_dir
 from tpserve.config.schema import EngineConfig
-from tpserve.coordinator.coordinator import EpochFailed, EpochFinished, EpochReady
+from tpserve.coordinator.actions import EpochFailed, EpochFinished, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError
 from tpserve.llm.engine_process import EngineProcess

@@ -114,11 +114,20 @@ class Decoder:
         self._pack_head(packer, int8=quantization == "int8-head")
         if unfilled is not None:
             unfilled.fill_rest()
+        self._choose_form()
+        return held_bytes(self.held())
+
+    def rejoin(self, tp: Group) -> None:
+        """Compute with the same ranks in a later epoch: `tp` is their group there."""
+        self._tp.replace(tp)
+        self._native = None  # its operations have the addresses of the old group's memory
+        self._choose_form()
+
+    def _choose_form(self) -> None:
         if serves(self.device, self.dtype):
             reason = unserved(self._blocks, self._tp)
             self.runs_as_list = reason is None
             self.form = "one list of operations" if reason is None else f"one operation after the other: {reason}"
-        return held_bytes(self.held())
 
     def held(self) -> tuple[object, ...]:
         """Everything that holds weights."""

@@ -60,6 +60,9 @@ class Metrics:
         self._expert_totals: dict[int, array[int]] = {}
         success = Counter("tpserve:request_success", "Requests ended.", (*labels, "finished_reason"), registry=self.registry)
         self._ended = {reason: success.labels(**labels, finished_reason=reason) for reason in FINISH_REASONS}
+        faults = Counter("tpserve:faults", "Epochs ended by a fault of a rank.", (*labels, "cause"), registry=self.registry)
+        self._faults = {cause: faults.labels(**labels, cause=cause) for cause in ("death", "error")}
+        self._recovery = histogram("recovery_seconds", "From a fault to the next epoch that runs.", LATENCY_S)
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
         self._itl = histogram("inter_token_latency_seconds", "Between two consecutive outputs of a request.", ITL_S)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY_S)
@@ -93,6 +96,14 @@ class Metrics:
                 series = self._experts.labels(**self._labels, layer=layer, expert=expert)
                 series.inc(total - before if total >= before else total)  # a new epoch counts from 0
             self._expert_totals[layer] = now
+
+    def fault(self, cause: str) -> None:
+        """Record the end of an epoch by a fault. `cause`: "death", or "error" when a rank reported one."""
+        self._faults[cause].inc()
+
+    def recovered(self, took_s: float) -> None:
+        """Record the time from a fault to the next epoch that runs."""
+        self._recovery.observe(took_s)
 
     def first_token(self, since_arrival_s: float) -> None:
         """Record a sequence's time to first token."""

@@ -12,6 +12,8 @@ class StartTimer:
     """The phases of one process. The first two are over: the agent, until it started this process, and the interpreter."""
 
     def __init__(self, agent_pid: int) -> None:
+        self.first = True
+        """Whether this is the start of the process, and not a later recovery in it."""
         self._now_s = start_time_s(os.getpid())
         self._phases: list[tuple[str, float]] = []
         agent_s = start_time_s(agent_pid)
@@ -26,10 +28,15 @@ class StartTimer:
             self._phases.append((name, now_s - self._now_s))
         self._now_s = now_s
 
+    def restart(self) -> None:
+        """The phases of a recovery follow."""
+        self.first, self._phases = False, []
+        self._now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+
     def line(self) -> str:
         """The phases of at least `LEAST_S` in order, and the total of all."""
         parts = ", ".join(f"{name} {took_s:.1f}" for name, took_s in self._phases if took_s >= LEAST_S)
-        return f"start: {parts}, together {sum(took_s for _, took_s in self._phases):.1f} s"
+        return f"{'start' if self.first else 'recovery'}: {parts}, together {sum(took_s for _, took_s in self._phases):.1f} s"
 
 
 def start_time_s(pid: int) -> float | None:

@@ -3,17 +3,27 @@
 Invariants: every rank of a group calls the same methods in the same order. Sums are in rank order whatever the backend's
 algorithm, so that the bits of an element do not depend on its position in the tensor (docs/design.md, "Numerics").
 
-Errors: with a dead peer a collective raises EngineFailure (shared memory) or torch's RuntimeError (gloo), or blocks until the
-backend's timeout (NCCL).
+Errors: with a dead peer a collective raises PeerLost (shared memory, gloo), or blocks until the backend's timeout (NCCL).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from tpserve.errors import PeerLost
 from tpserve.parallel.shm import ShmAllReduce
 from tpserve_kernels.cpu.all_reduce import Page
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Turn gloo's errors, which are bare RuntimeErrors, into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"a collective failed: {str(error).partition(chr(10))[0]}") from error
 
 
 class Group:
@@ -51,7 +61,8 @@ class Group:
         if self._shm is not None:
             return self._shm.all_reduce(x)
         if x.is_cuda or self.size == 2:  # NCCL has one order per tensor size; two terms have only one order
-            dist.all_reduce(x, group=self._handle)
+            with lost_peers():
+                dist.all_reduce(x, group=self._handle)
             return x
         parts = self.all_gather(x)
         total = parts[0]
@@ -66,7 +77,8 @@ class Group:
         if self._shm is not None:
             return self._shm.all_gather(x)
         out = x.new_empty((self.size, *x.shape))
-        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self._handle)
+        with lost_peers():
+            dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self._handle)
         return out
 
     def all_reduce_min(self, value: int) -> int:
@@ -74,7 +86,8 @@ class Group:
         if self.size == 1:
             return value
         x = torch.tensor([value], dtype=torch.int64, device=self._device())
-        dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self._handle)
+        with lost_peers():
+            dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self._handle)
         return int(x.item())
 
     def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
@@ -83,8 +96,14 @@ class Group:
             return [list(values)]
         x = torch.tensor(values, dtype=torch.int64, device=self._device())
         gathered = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(gathered, x, group=self._handle)
+        with lost_peers():
+            dist.all_gather(gathered, x, group=self._handle)
         return [each.tolist() for each in gathered]
+
+    def replace(self, other: "Group") -> None:
+        """Become `other`, the same ranks in a later epoch. Layers hold on to this object as long as their weights live."""
+        assert (self.rank, self.size) == (other.rank, other.size), "a rank keeps its place in a group"
+        self._handle, self._shm = other._handle, other._shm
 
     def close(self) -> None:
         """Close the shared-memory page. The mesh owns the process group."""

@@ -2,7 +2,7 @@
 
 Owns creation and destruction of the groups; knows no model and no policy. Invariants: a mesh lives in one epoch, on a new store
 that rank 0 hosts on its own port. It never uses torchrun's store, which belongs to the agent, outlives the epoch and still has
-the addresses of dead ranks. Every wait is bounded, and a mesh that does not form raises EngineFailure.
+the addresses of dead ranks. Every wait is bounded, and a mesh that does not form raises PeerLost.
 
 This module does not detect dead ranks, nor does the backend, whose timeouts are long: the control thread ends a rank that is
 blocked in a collective.
@@ -11,6 +11,7 @@ blocked in a collective.
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed has them without their types
 
-from tpserve.errors import EngineFailure, UserError
+from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.parallel.shm import ShmAllReduce, create_shm_group, exchange_locations
@@ -53,15 +54,16 @@ def init_distributed(
     timeout_s: float,
     all_reduce: Literal["auto", "nccl", "gloo", "shm"] = "auto",
     cores: int | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Mesh:
     """Form the mesh with the other ranks of the epoch. All ranks call this with the same layout and epoch.
 
     `all_reduce`: the transport of the all-reduces of a stage. "auto" is NCCL on CUDA; on the CPU it is shared memory if the
     ranks of the stage are on one host, else gloo. `cores`: the number of cores that the ranks of this host share (default: the
-    cores that this process may use).
+    cores that this process may use). `is_over`: whether the epoch is over, which ends waits for other ranks.
 
-    Raises EngineFailure when not all ranks have come within `timeout_s` seconds, and UserError when "shm" is not possible. Both
-    leave no process group behind.
+    Raises PeerLost when not all ranks have come within `timeout_s` seconds, and UserError when "shm" is not possible. Both leave
+    no process group behind.
     """
     if layout.world_size == 1:
         return Mesh(0, layout, Group(), Group(), Pipeline(), device)
@@ -69,7 +71,8 @@ def init_distributed(
     store = PrefixStore(f"epoch{epoch}", store)
     shm = None
     try:
-        gather(store, "rank", rank, range(layout.world_size), b"", timeout_s)  # torch's own waits are long and name no rank
+        # first, for torch's own waits are long and name no rank
+        gather(store, "rank", rank, range(layout.world_size), b"", timeout_s, is_over)
         dist.init_process_group(
             backend,
             store=store,
@@ -79,7 +82,8 @@ def init_distributed(
             device_id=device if backend == "nccl" else None,
         )
         if all_reduce in ("auto", "shm") and device.type == "cpu" and layout.tp > 1:
-            shm = _shm_all_reduce(rank, layout, store, cores or len(os.sched_getaffinity(0)), timeout_s, all_reduce == "shm")
+            cores = cores or len(os.sched_getaffinity(0))
+            shm = _shm_all_reduce(rank, layout, store, cores, timeout_s, all_reduce == "shm", is_over)
         tp = _tensor_parallel_group(rank, layout, shm)
         mesh = Mesh(
             rank,
@@ -94,9 +98,7 @@ def init_distributed(
         if shm is not None:
             shm.close()
         _destroy()
-        raise EngineFailure(
-            f"rank {rank} could not form the mesh of epoch {epoch}: {str(error).partition(chr(10))[0]}"
-        ) from error
+        raise PeerLost(f"rank {rank} could not form the mesh of epoch {epoch}: {str(error).partition(chr(10))[0]}") from error
     except UserError:
         _destroy()
         raise
@@ -104,12 +106,18 @@ def init_distributed(
 
 
 def _shm_all_reduce(
-    rank: int, layout: ParallelLayout, store: Store, cores: int, timeout_s: float, required: bool
+    rank: int,
+    layout: ParallelLayout,
+    store: Store,
+    cores: int,
+    timeout_s: float,
+    required: bool,
+    is_over: Callable[[], bool],
 ) -> ShmAllReduce | None:
     """Shared memory for this rank's stage; None when it is not possible. UserError then if it is `required`."""
     first = layout.stage_of(rank) * layout.tp
-    locations = exchange_locations(store, rank, layout.world_size, timeout_s)
-    shm = create_shm_group(store, locations, range(first, first + layout.tp), rank, cores, timeout_s)
+    locations = exchange_locations(store, rank, layout.world_size, timeout_s, is_over)
+    shm = create_shm_group(store, locations, range(first, first + layout.tp), rank, cores, timeout_s, is_over)
     if isinstance(shm, ShmAllReduce):
         log.debug("rank %d: all-reduce through shared memory", rank)
         return shm

@@ -11,6 +11,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from tpserve.parallel.group import lost_peers
+
 
 class Pipeline:
     """One rank's neighbours in the pipeline. `previous` and `next` are global ranks, None at the ends.
@@ -39,10 +41,11 @@ class Pipeline:
         return self._next is None
 
     def receive(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Wait for the hidden states of the previous stage: [rows, width] on `device`. RuntimeError when gloo's peer is dead."""
+        """Wait for the hidden states of the previous stage: [rows, width] on `device`. PeerLost when gloo's peer is dead."""
         assert self._previous is not None
         hidden_TH = torch.empty((rows, width), dtype=dtype, device="cpu" if self._via_host else device)
-        dist.recv(hidden_TH, src=self._previous)
+        with lost_peers():
+            dist.recv(hidden_TH, src=self._previous)
         return hidden_TH.to(device)
 
     def send(self, hidden_TH: torch.Tensor) -> None:
@@ -51,6 +54,8 @@ class Pipeline:
         while len(self._sent) > self._in_flight:
             work, _ = self._sent.popleft()
             if work is not None:
-                work.wait()
+                with lost_peers():
+                    work.wait()
         hidden_TH = (hidden_TH.cpu() if self._via_host else hidden_TH).contiguous()
-        self._sent.append((dist.isend(hidden_TH, dst=self._next), hidden_TH))
+        with lost_peers():
+            self._sent.append((dist.isend(hidden_TH, dst=self._next), hidden_TH))

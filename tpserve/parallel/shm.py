@@ -11,7 +11,7 @@ n + 1 only after it has read round n. A tensor larger than a slot takes several 
 This relies on the memory order of x86: stores become visible in program order, loads are in program order, and an aligned
 counter is written and read whole. Other processors guarantee less, so they get no page.
 
-A waiting rank sees a peer's death through its pidfd and raises EngineFailure.
+A waiting rank sees a peer's death through its pidfd, asks whether the epoch is over, and raises PeerLost.
 
 Sums of float32, bfloat16 and int32 are the CPU library's where it is there (kernels/cpu/all_reduce.h), by the same protocol and
 with the same bits, so that ranks with and without it work together; what it has not got, and long waits, are done here.
@@ -23,7 +23,7 @@ import platform
 import secrets
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
-from tpserve.errors import EngineFailure
+from tpserve.errors import PeerLost
 from tpserve.parallel.store import gather
 from tpserve_kernels.cpu.all_reduce import Page, all_reduce_args
 from tpserve_kernels.cpu.library import SUM_DTYPES, Operation, calls_of, library
@@ -65,19 +65,28 @@ class _Half(NamedTuple):
     all_PN: torch.Tensor
 
 
-def exchange_locations(store: Store, rank: int, world_size: int, timeout_s: float) -> list[RankLocation]:
-    """The location of every rank of the world. All ranks call this. EngineFailure as of `store.gather`."""
-    values = gather(store, "place", rank, range(world_size), f"{_host()} {os.getpid()}".encode(), timeout_s)
+def exchange_locations(
+    store: Store, rank: int, world_size: int, timeout_s: float, is_over: Callable[[], bool] = lambda: False
+) -> list[RankLocation]:
+    """The location of every rank of the world. All ranks call this. Errors as of `store.gather`."""
+    values = gather(store, "place", rank, range(world_size), f"{_host()} {os.getpid()}".encode(), timeout_s, is_over)
     return [RankLocation(host, int(pid)) for host, pid in (each.decode().split() for each in values)]
 
 
 def create_shm_group(
-    store: Store, locations: Sequence[RankLocation], ranks: Sequence[int], rank: int, cores: int, timeout_s: float
+    store: Store,
+    locations: Sequence[RankLocation],
+    ranks: Sequence[int],
+    rank: int,
+    cores: int,
+    timeout_s: float,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> "ShmAllReduce | str":
     """Map one page for the group `ranks`, of which this rank is `rank`. Either all of them get it, or all get the reason why not.
 
     `store` must be new for these ranks. `locations`: of all ranks of the world. `cores`: the number of cores that the ranks of
-    this host share; with fewer cores than ranks no rank spins. EngineFailure when a rank does not come within `timeout_s`.
+    this host share; with fewer cores than ranks no rank spins. `is_over`: whether the epoch is over, which ends waits. PeerLost
+    when a rank does not come within `timeout_s`.
     """
     if len({locations[i].host for i in ranks}) > 1:
         return "the ranks do not share a host"
@@ -102,13 +111,13 @@ def create_shm_group(
             reason = f"rank {rank}: {error}"
             if rank == ranks[0] and not published:
                 store.set(name, "-1 -")  # no rank can open this, so the others fail at once
-        reasons = gather(store, f"{name}.", rank, ranks, reason.encode(), timeout_s)
+        reasons = gather(store, f"{name}.", rank, ranks, reason.encode(), timeout_s, is_over)
         if any(reasons):
             return next(filter(None, reasons)).decode()
         watches.pop_all()
     assert memory is not None
     local_ranks = sum(location.host == locations[rank].host for location in locations)
-    return ShmAllReduce(memory, ranks, ranks.index(rank), pidfds, spins=cores >= local_ranks)
+    return ShmAllReduce(memory, ranks, ranks.index(rank), pidfds, spins=cores >= local_ranks, is_over=is_over)
 
 
 def _host() -> str:
@@ -171,8 +180,18 @@ class ShmAllReduce:
     long waits `watch` takes over. `spins`: whether waits here may spin; for those of the library see `Library.allow_spinning`.
     """
 
-    def __init__(self, memory: mmap.mmap, ranks: Sequence[int], index: int, pidfds: Sequence[int], *, spins: bool) -> None:
+    def __init__(
+        self,
+        memory: mmap.mmap,
+        ranks: Sequence[int],
+        index: int,
+        pidfds: Sequence[int],
+        *,
+        spins: bool,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         size = len(ranks)
+        self._is_over = is_over
         self._ranks = tuple(ranks)
         self._index = index
         self._counters = memoryview(memory).cast("q")
@@ -194,7 +213,7 @@ class ShmAllReduce:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of `x` over the ranks, in rank order, each step rounded to the dtype of `x`. May overwrite `x`; use the result.
 
-        EngineFailure when a peer has ended or does not come within ten minutes.
+        PeerLost when a peer has ended, the epoch is over, or a peer does not come within ten minutes.
         """
         x = x.contiguous()
         lib = library()
@@ -277,7 +296,7 @@ class ShmAllReduce:
     def watch(self) -> None:
         """Wait up to a millisecond more for the present round, which some peer has not published yet.
 
-        EngineFailure when a peer has ended without it, or after ten minutes.
+        PeerLost when a peer has ended without it, when the epoch is over, or after ten minutes.
         """
         number, now_ns = self.page.round, time.monotonic_ns()
         if self._watched_round != number:
@@ -287,8 +306,10 @@ class ShmAllReduce:
         if dead and late:  # else all peers published their parts before one ended
             ended = {fd for fd, _ in dead}
             names = ", ".join(str(rank) for rank, pidfd in self._pidfds.items() if pidfd in ended)
-            raise EngineFailure(f"rank {names} has ended during a collective of rank {self._ranks[self._index]}")
+            raise PeerLost(f"rank {names} has ended during a collective of rank {self._ranks[self._index]}")
+        if late and self._is_over():
+            raise PeerLost(f"the epoch of rank {self._ranks[self._index]} is over")
         waited_ns = now_ns - self._watched_since_ns
         if late and waited_ns > _GIVE_UP_NS:
             late_rank = self._ranks[late[0] * 8 // _LINE - 1]
-            raise EngineFailure(f"rank {self._ranks[self._index]} has waited {waited_ns / 1e9:.0f} s for rank {late_rank}")
+            raise PeerLost(f"rank {self._ranks[self._index]} has waited {waited_ns / 1e9:.0f} s for rank {late_rank}")

@@ -7,17 +7,19 @@ while a rank creates or hosts a store, names resolve from /etc/hosts alone.
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed has them without their types
 
-from tpserve.errors import EngineFailure, UserError
+from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.host.network import disable_dns, host_port, listen, without_dns
 from tpserve.observe.table import of_ranks
 
 DIAL_TIMEOUT_S = 3.0
 """The time a dead store costs. The store of an epoch is up before its address is published."""
+WAIT_S = 0.25
+"""How often a wait for other ranks looks whether the epoch is over."""
 
 
 def host_store(address: str = "127.0.0.1", ports: tuple[int, int] = (0, 0)) -> tuple[TCPStore, str]:
@@ -44,7 +46,7 @@ def host_store(address: str = "127.0.0.1", ports: tuple[int, int] = (0, 0)) -> t
 
 
 def join_store(address: str, timeout_s: float = DIAL_TIMEOUT_S) -> TCPStore:
-    """Other ranks: connect to the store at "host:port". EngineFailure when it does not answer within `timeout_s` seconds."""
+    """Other ranks: connect to the store at "host:port". PeerLost when it does not answer within `timeout_s` seconds."""
     host, _, port = address.rpartition(":")
     return _connect(host, int(port), timeout_s, retry=False)
 
@@ -74,23 +76,46 @@ def _connect(host: str, port: int, timeout_s: float, *, retry: bool) -> TCPStore
                 return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
         except (OSError, RuntimeError) as error:
             if not retry or time.monotonic() > deadline_s:
-                raise EngineFailure(f"the store at {host_port(host, port)} does not answer: {_first_line(error)}") from error
+                raise PeerLost(f"the store at {host_port(host, port)} does not answer: {_first_line(error)}") from error
         time.sleep(0.2)
 
 
-def gather(store: Store, name: str, rank: int, ranks: Sequence[int], value: bytes, timeout_s: float) -> list[bytes]:
+def gather(
+    store: Store,
+    name: str,
+    rank: int,
+    ranks: Sequence[int],
+    value: bytes,
+    timeout_s: float,
+    is_over: Callable[[], bool] = lambda: False,
+) -> list[bytes]:
     """All-gather over the store: the UTF-8 values of `ranks`, in their order. Each of them calls this, once per `name`.
 
-    EngineFailure that names the ranks that have not called within `timeout_s` seconds.
+    PeerLost when the store is gone, when `is_over()` says that nobody waits for the result any more, and after `timeout_s`
+    seconds, with the ranks that have not called.
     """
     keys = [f"{name}{other}" for other in ranks]
+    deadline_s = time.monotonic() + timeout_s
     try:
         store.set(f"{name}{rank}", value.decode())
-        store.wait(keys, timedelta(seconds=timeout_s))
+        while not _wait(store, keys):
+            if is_over():
+                raise PeerLost("the epoch is over")
+            if time.monotonic() > deadline_s:
+                missing = [other for other, key in zip(ranks, keys, strict=True) if not store.check([key])]
+                raise PeerLost(f"{of_ranks(missing)} did not come within {timeout_s:g} s")
         return [store.get(key) for key in keys]
-    except RuntimeError as error:  # torch's error names no rank; a dead store fails in `check` with the same error
-        missing = [other for other, key in zip(ranks, keys, strict=True) if not store.check([key])]
-        raise EngineFailure(f"{of_ranks(missing)} did not come within {timeout_s:g} s") from error
+    except RuntimeError as error:
+        raise PeerLost(f"the store of rank 0 is gone: {_first_line(error)}") from error
+
+
+def _wait(store: Store, keys: list[str]) -> bool:
+    """Wait for `WAIT_S`; whether all keys are set. RuntimeError when the store is gone."""
+    try:
+        store.wait(keys, timedelta(seconds=WAIT_S))
+    except RuntimeError:  # a dead store fails in `check` with the same error
+        return store.check(keys)
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The state that a rank sends with every heartbeat. Unanswered messages are repeated.
 
-    Hello until Start, Ready until Run, Drain until Drain, Fault until Stop; a Heartbeat always
+    Hello until Start, Ready until Run, Drain until Drain, Fault until Leave or Stop; a Heartbeat always
 
 Owns the state and the messages made of it. Never touches a socket. The main thread writes the fields and the control thread reads
 them; each field is one reference, so no lock is needed.
@@ -32,7 +32,7 @@ class HeartbeatState:
         self.due: tuple[int, float] | None = None
         """The oldest plan in flight and its deadline (monotonic seconds)."""
 
-    def fail(self, kind: Literal["user", "engine", "sibling"], text: str) -> None:
+    def fail(self, kind: Literal["user", "engine", "peer", "sibling"], text: str) -> None:
         """Report an error that this rank cannot recover from. The first one counts."""
         self.fault = self.fault or Fault(self.rank, self._orders.epoch, kind, truncate_error(text))
 
@@ -51,9 +51,9 @@ class HeartbeatState:
         if self.drain_requested and self.fault is None and not orders.draining:
             messages.append(Drain(self.rank))
         due = self.due
-        if self.fault is not None:
+        if self.fault is not None and orders.leave is None:
             messages.append(self.fault)
-        elif due is not None and now >= due[1]:  # not a fault of this rank; it clears when the step finishes
+        elif due is not None and now >= due[1] and not orders.over:  # not a fault of this rank; it clears when the step finishes
             messages.append(Fault(self.rank, orders.epoch, "overdue", f"step {due[0]} does not come back: a rank hangs"))
         return [*messages, Heartbeat(self.rank, orders.epoch, self.phase, self.percent, self.step, self.busy)]
 

@@ -1,7 +1,8 @@
 """The coordinator's orders to one rank. The control thread applies them, and the main thread reads them or waits for them.
 
     Start   form the mesh        Drain   finish the open requests
-    Run     run plans            Stop    leave, with this exit code
+    Run     run plans            Leave   the epoch is over: take part in the next one
+                                 Stop    end, with this exit code
 
 Owns the state of the orders and the eventfd that signals a new one. Invariant: an order counts once. A repeated order, or one of
 another epoch, changes nothing.
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 from tpserve.errors import EngineFailure
-from tpserve.types.messages import CoordinatorMessage, Drain, Run, Start, Stop
+from tpserve.types.messages import CoordinatorMessage, Drain, Leave, Run, Start, Stop
 
 
 class Stopped(Exception):
@@ -25,6 +26,10 @@ class Stopped(Exception):
         self.reason = reason
 
 
+class EpochOver(Exception):
+    """Leave arrived: this rank is sound and takes part in the next epoch as a new incarnation."""
+
+
 class Orders:
     """The orders of one incarnation. Start is ignored until `hello_sent`: it answers this rank's Hello."""
 
@@ -33,6 +38,7 @@ class Orders:
         self.start: Start | None = None
         self.run: Run | None = None
         self.draining = False
+        self.leave: Leave | None = None
         self.stop: Stop | None = None
         self._changed = threading.Condition()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -52,6 +58,8 @@ class Orders:
                     self.run = message
                 case Drain() if not self.draining:
                     self.draining = True
+                case Leave() if self.leave is None:
+                    self.leave = message
                 case Stop() if self.stop is None:
                     self.stop = message
                 case _:
@@ -60,20 +68,30 @@ class Orders:
         os.eventfd_write(self._eventfd, 1)
         return True
 
-    def wait(self, condition: Callable[[], bool], timeout_s: float | None, what: str) -> None:
-        """Wait until `condition` holds. Raises Stopped, or EngineFailure after `timeout_s`, with `what` in its text."""
-        with self._changed:
-            in_time = self._changed.wait_for(lambda: self.stop is not None or condition(), timeout_s)
+    @property
+    def over(self) -> bool:
+        """Whether this incarnation has to end: Stop or Leave has arrived."""
+        return self.stop is not None or self.leave is not None
+
+    def raise_if_over(self) -> None:
+        """Raise Stopped or EpochOver when one of them has arrived."""
         if self.stop is not None:
             raise Stopped(self.stop.code, self.stop.reason)
+        if self.leave is not None:
+            raise EpochOver(self.leave.reason)
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float | None, what: str) -> None:
+        """Wait until `condition` holds. Raises Stopped, EpochOver, or after `timeout_s` EngineFailure that names `what`."""
+        with self._changed:
+            in_time = self._changed.wait_for(lambda: self.over or condition(), timeout_s)
+        self.raise_if_over()
         if not in_time:
             raise EngineFailure(f"waited {timeout_s:g} s for {what}")
 
-    def wait_stop(self, timeout_s: float) -> Stop | None:
-        """Wait for Stop. None after `timeout_s`."""
+    def wait_over(self, timeout_s: float) -> None:
+        """Wait for Stop or Leave, at most `timeout_s`."""
         with self._changed:
-            self._changed.wait_for(lambda: self.stop is not None, timeout_s)
-        return self.stop
+            self._changed.wait_for(lambda: self.over, timeout_s)
 
     def fileno(self) -> int:
         """A descriptor that is readable from a new order until `clear`."""

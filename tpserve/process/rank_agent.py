@@ -1,6 +1,6 @@
 """A rank's control thread. It sends heartbeats, receives orders, takes signals and ends the process.
 
-    main thread      hello -> wait_start -> ready -> wait_run -> check `stop` and `draining` between plans -> leave
+    main thread      hello -> wait_start -> ready -> wait_run -> check `over` between plans -> leave, or the next incarnation
     control thread   heartbeat   the rank's state, every 0.5 s and at once after a change
                      orders      messages from the coordinator
                      telemetry   log lines and expert counts, for operators
@@ -13,7 +13,8 @@ Signals are blocked in all threads (`block_signals`, the first call in main) and
 until the main thread returns from C. The first signal requests a drain from the coordinator. If another rank of the node is dead,
 the agent is already stopping the group, so the rank reports that and exits instead. A second signal ends the service at once.
 
-Invariant: a rank exits when the coordinator sends Stop, when the frontend is gone, and when its agent is gone.
+Invariant: a rank exits when the coordinator sends Stop and when its agent is gone. When the frontend is gone it exits too, or
+takes part again under the next frontend where there will be one.
 """
 
 import contextlib
@@ -29,13 +30,26 @@ from typing import NoReturn
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tpserve.errors import EngineFailure, UserError
+from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.process.heartbeat import HeartbeatState, truncate_error
 from tpserve.process.orders import Orders, drain_eventfd
 from tpserve.process.process_utils import die_with, exit_now, live_children, log_error_from_thread, open_pidfd
 from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, take_over
 from tpserve.process.telemetry import LogSource, Telemetry
-from tpserve.types.messages import UNKNOWN_NODE, Fault, Hello, MemoryLedger, NodeInfo, Numerics, RankMessage, Ready, Start, Stop
+from tpserve.types.messages import (
+    RESTART_CODE,
+    UNKNOWN_NODE,
+    Fault,
+    Hello,
+    Leave,
+    MemoryLedger,
+    NodeInfo,
+    Numerics,
+    RankMessage,
+    Ready,
+    Start,
+    Stop,
+)
 from tpserve.wire import codec
 from tpserve.wire.channels import connect, open_socket
 from tpserve.wire.curve import CurveClient
@@ -54,7 +68,14 @@ GONE_S = 5.0
 CONNECT_S = 30.0
 """How long the first connection may take."""
 STOP_WAIT_S = 3.0
-"""How long a failed rank waits for Stop."""
+"""How long a failed rank waits for Stop or Leave."""
+BLOCKED_S = 3.0
+"""How long the main thread may take to leave an epoch that is over. It may be in a collective that never ends."""
+ENDED_CODE = 3
+"""The exit code after Stop(1) where an agent of ours reads it: the service has failed, so nobody is started again."""
+
+
+_FRONTEND = "the frontend"
 
 
 class RankAgent:
@@ -73,17 +94,21 @@ class RankAgent:
         agent_pid: int | None = None,
         local_ranks: int = 1,
         on_failure: Callable[[], None] = lambda: None,
+        failure_code: int = 1,
+        frontend_returns_s: float | None = None,
     ) -> None:
         """`address`: the coordinator's endpoint. `curve_client`: the keys for it, for TCP.
 
         `identity`: distinguishes this incarnation from others; random by default. `frontend_pid`: set when the frontend runs on
         this host. `agent_pid`: the parent process, which started `local_ranks` ranks on this host. `on_failure`: called on the
-        control thread before a failure ends this process.
+        control thread before a failure ends this process. `failure_code`: the exit code for Stop(1). `frontend_returns_s`: how
+        long to wait for another frontend when this one is gone; None: end.
         """
         self.rank = rank
         self.identity = secrets.randbits(63) if identity is None else identity
         self._address, self._curve_client = address, curve_client
         self._host, self._node, self._on_failure = host, node, on_failure
+        self._failure_code, self._frontend_returns_s = failure_code, frontend_returns_s
         self._frontend_pid, self._agent_pid, self._local_ranks = frontend_pid, agent_pid, local_ranks
         self._orders = Orders()
         self._heartbeat = HeartbeatState(rank, self._orders)
@@ -93,7 +118,7 @@ class RankAgent:
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._left = False
         # used by the control thread only
-        self._stopped_s, self._ends_s = 0.0, math.inf
+        self._over_s, self._ends_s = 0.0, math.inf
         self._signalled_s: float | None = None
         self._away_s: float | None = time.monotonic()
         self._connected = False
@@ -153,11 +178,13 @@ class RankAgent:
         traits: dict[str, str],
         stage: int = 0,
         processor: dict[str, str] | None = None,
+        ledger: MemoryLedger | None = None,
+        last_exit: str = "",
     ) -> None:
         """Ask the coordinator to include this rank in the next epoch. The arguments are the fields of `Hello`."""
         self._orders.hello_sent = True
         me = (self.rank, self.identity, os.getpid(), self._host)
-        hello = Hello(*me, endpoints, fingerprint, self._node, traits, stage, processor or {})
+        hello = Hello(*me, endpoints, fingerprint, self._node, traits, stage, processor or {}, ledger, last_exit)
         self._heartbeat.hello = hello
         self.wake()
 
@@ -175,6 +202,15 @@ class RankAgent:
         return self._orders.stop
 
     @property
+    def over(self) -> bool:
+        """Whether this incarnation has to end: Stop or Leave has arrived."""
+        return self._orders.over
+
+    def raise_if_over(self) -> None:
+        """Raise Stopped or EpochOver when one of them has arrived."""
+        self._orders.raise_if_over()
+
+    @property
     def draining(self) -> bool:
         """Whether Drain has arrived."""
         return self._orders.draining
@@ -188,7 +224,7 @@ class RankAgent:
         self._orders.clear()
 
     def wait_start(self, timeout_s: float | None = None) -> Start:
-        """Wait for Start, which comes once all ranks have sent Hello. Raises Stopped, or EngineFailure after `timeout_s`."""
+        """Wait for Start, which comes once all ranks have sent Hello. Raises as `Orders.wait` does."""
         self._orders.wait(lambda: self._orders.start is not None, timeout_s, "the other ranks")
         assert self._orders.start is not None
         return self._orders.start
@@ -200,23 +236,30 @@ class RankAgent:
 
     # The main thread's side: the end
 
-    def fail(self, error: BaseException) -> int:
-        """Report `error`, wait for Stop, and leave. Returns the exit code."""
-        by_user = isinstance(error, UserError)
-        self._heartbeat.fail("user" if by_user else "engine", str(error) if by_user else f"{type(error).__name__}: {error}")
+    def fail(self, error: BaseException) -> int | None:
+        """Report `error`, wait for Leave or Stop, and leave. Returns the exit code; None: take part in the next epoch."""
+        by_user, by_peer = isinstance(error, UserError), isinstance(error, PeerLost)
+        text = str(error) if by_user or by_peer else f"{type(error).__name__}: {error}"
+        self._heartbeat.fail("user" if by_user else "peer" if by_peer else "engine", text)
         self.wake()
-        stop = self._orders.wait_stop(STOP_WAIT_S)
-        self.leave()
-        return stop.code if stop is not None else (2 if by_user else 1)
+        self._orders.wait_over(STOP_WAIT_S)
+        if by_peer and self.stop is None and self._orders.leave is not None:
+            self.close()
+            return None
+        code = self.leave()
+        return code if self.stop is not None else (2 if by_user else RESTART_CODE)
 
     def leave(self) -> int:
-        """Close, and give the process `LEAVE_S` to end. Returns the exit code of Stop, or 0."""
+        """Close, and give the process `LEAVE_S` to end. Returns the exit code for Stop, or 0."""
         self.close()
-        code = self.stop.code if self.stop is not None else 0
+        code = self._exit_code(self.stop) if self.stop is not None else 0
         timer = threading.Timer(LEAVE_S, os._exit, (code,))
         timer.daemon = True
         timer.start()
         return code
+
+    def _exit_code(self, stop: Stop) -> int:
+        return self._failure_code if stop.code == 1 else stop.code
 
     def close(self) -> None:
         """End the thread. The process continues and may rejoin as a new incarnation."""
@@ -278,7 +321,7 @@ class RankAgent:
                     os.close(fd)
 
     def _watched_processes(self) -> list[tuple[int | None, str]]:
-        return [(self._frontend_pid, "the frontend"), (self._agent_pid, "the agent that started this rank")]
+        return [(self._frontend_pid, _FRONTEND), (self._agent_pid, "the agent that started this rank")]
 
     def _send_reports(self, socket: zmq.Socket[bytes], messages: list[RankMessage]) -> None:
         frame = codec.RANK.encode(messages)
@@ -296,15 +339,15 @@ class RankAgent:
             except EngineFailure as error:
                 self._exit_on_error(socket, f"it does not understand the coordinator: {error}")
             for message in messages:
-                if self._orders.apply(message) and isinstance(message, Stop):
-                    self._note_stop(message, now)
+                if self._orders.apply(message) and isinstance(message, Stop | Leave):
+                    self._note_over(message, now)
 
-    def _note_stop(self, stop: Stop, now: float) -> None:
-        self._stopped_s = now
-        if stop.code:
+    def _note_over(self, order: Stop | Leave, now: float) -> None:
+        self._over_s = now
+        if isinstance(order, Stop) and order.code:
             self._on_failure()
             if self._frontend_pid is None:
-                log_error_from_thread(stop.reason)  # on its own host the frontend logs it
+                log_error_from_thread(order.reason)  # on its own host the frontend logs it
 
     def _note_connection(self, monitor: zmq.Socket[bytes], now: float) -> None:
         """Track whether the coordinator is connected."""
@@ -341,17 +384,25 @@ class RankAgent:
     def _exit_if_due(self, gone: str, now: float) -> None:
         """End the process when a grace period is over or a watched process is gone."""
         stop = self.stop
-        if stop is not None and now - self._stopped_s > (FAILED_GRACE_S if stop.code else GRACE_S):
-            exit_now(stop.code)
+        if stop is not None and now - self._over_s > (FAILED_GRACE_S if stop.code else GRACE_S):
+            exit_now(self._exit_code(stop))
         if now >= self._ends_s:
             exit_now(1)
         if stop is not None:
             return
-        if gone:
+        if gone and (gone != _FRONTEND or self._frontend_returns_s is None):
             self._on_failure()
             exit_now(1, f"rank {self.rank} ends: {gone} is gone")
-        if self._away_s is not None and now - self._away_s > (GONE_S if self._connected else CONNECT_S):
+        away_s = 0.0 if self._away_s is None else now - self._away_s
+        if gone or (away_s > GONE_S and self._connected):
+            if self._frontend_returns_s is None:
+                exit_now(1, f"rank {self.rank} ends: the coordinator at {self._address} cannot be reached")
+            if self._orders.apply(Leave(self._orders.epoch, f"{gone or 'the coordinator'} cannot be reached")):
+                self._over_s = now
+        elif away_s > (CONNECT_S if self._frontend_returns_s is None else self._frontend_returns_s):
             exit_now(1, f"rank {self.rank} ends: the coordinator at {self._address} cannot be reached")
+        if self._orders.leave is not None and now - self._over_s > BLOCKED_S:
+            exit_now(RESTART_CODE, f"rank {self.rank} is stuck in an epoch that is over: it starts again")
 
     def _exit_on_error(self, socket: zmq.Socket[bytes], why: str) -> NoReturn:
         """Report an error of this thread, give the coordinator time to answer with Stop, and end the process."""

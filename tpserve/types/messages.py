@@ -3,7 +3,7 @@
     frontend -> engine    Add, Abort, Truncate, EngineControl
     engine -> frontend    PromptLogprobsChunk, Delta, Done, Stats
     rank -> coordinator   Hello, Ready, Heartbeat, ExpertLoad, LogLines, Fault, Drain
-    coordinator -> rank   Start, Run, Drain, Stop
+    coordinator -> rank   Start, Run, Drain, Leave, Stop
 
 Each direction is one tagged union; a frame on the wire is a msgpack list of messages of one direction.
 
@@ -146,28 +146,6 @@ class NodeInfo(Struct, frozen=True, array_like=True):
 UNKNOWN_NODE = NodeInfo(0, "", "", {})
 
 
-class Hello(Message, frozen=True):
-    """A rank registers with the coordinator.
-
-    `identity`: a random number for this process, or for this attempt to join; the last Hello of a rank to arrive is its newest.
-    `endpoints`: on rank 0 the addresses that it hosts for this identity: "store" (host:port of a fresh TCPStore), "plan" and
-    "result" (ZeroMQ endpoints); empty on other ranks.
-    `fingerprint`: facts that must be equal on all ranks. `processor`: facts that must be equal on the ranks of one `stage`, which
-    compute the same rows. `traits`: facts that may differ; the log shows differences.
-    """
-
-    rank: int
-    identity: int
-    pid: int
-    host: str
-    endpoints: dict[str, str]
-    fingerprint: dict[str, str]
-    node: NodeInfo = UNKNOWN_NODE
-    traits: dict[str, str] = {}
-    stage: int = 0
-    processor: dict[str, str] = {}
-
-
 class MemoryLedger(Struct, frozen=True, array_like=True):
     """A rank's memory in bytes, as measured, and the KV blocks that fill the rest.
 
@@ -187,6 +165,32 @@ class MemoryLedger(Struct, frozen=True, array_like=True):
     block_size: int
     max_model_len: int
     """The longest sequence: the configured length, or under `--max-model-len auto` the length that fits."""
+
+
+class Hello(Message, frozen=True):
+    """A rank registers with the coordinator.
+
+    `identity`: a random number for this process, or for this attempt to join; the last Hello of a rank to arrive is its newest.
+    `endpoints`: on rank 0 the addresses that it hosts for this identity: "store" (host:port of a fresh TCPStore), "plan" and
+    "result" (ZeroMQ endpoints); empty on other ranks.
+    `fingerprint`: facts that must be equal on all ranks. `processor`: facts that must be equal on the ranks of one `stage`, which
+    compute the same rows. `traits`: facts that may differ; the log shows differences. `ledger`: of a rank that was ready in an
+    earlier epoch and still has its weights. `last_exit`: how the process before this one ended, such as "SIGSEGV" or "exit code
+    1"; empty for a first process and for a survivor.
+    """
+
+    rank: int
+    identity: int
+    pid: int
+    host: str
+    endpoints: dict[str, str]
+    fingerprint: dict[str, str]
+    node: NodeInfo = UNKNOWN_NODE
+    traits: dict[str, str] = {}
+    stage: int = 0
+    processor: dict[str, str] = {}
+    ledger: MemoryLedger | None = None
+    last_exit: str = ""
 
 
 class Numerics(Struct, frozen=True, array_like=True):
@@ -255,14 +259,15 @@ class Fault(Message, frozen=True):
     """The rank reports a problem. `kind`:
 
     user      the user can fix it (exit code 2)
-    engine    a failure (exit code 1)
-    sibling   another rank of the node has ended, and its reason explains more (exit code 1)
+    engine    a failure of this rank
+    peer      a collective failed: the cause is another rank, and this one is sound
+    sibling   another rank of the node has ended, and its reason explains more
     overdue   a step takes too long; repeated with each heartbeat, and no failure while a rank is `busy`
     """
 
     rank: int
     epoch: int
-    kind: Literal["user", "engine", "sibling", "overdue"]
+    kind: Literal["user", "engine", "peer", "sibling", "overdue"]
     text: str
 
 
@@ -278,16 +283,29 @@ RankMessage = Hello | Ready | Heartbeat | ExpertLoad | LogLines | Fault | Drain
 
 
 class Start(Message, frozen=True):
-    """Form the mesh of `epoch`. `endpoints`: from rank 0's Hello."""
+    """Form the mesh of `epoch`. `endpoints`: from rank 0's Hello. `ledger`: this rank's memory as an earlier epoch agreed on it;
+    None: the ranks measure and agree now."""
 
     epoch: int
     endpoints: dict[str, str]
+    ledger: MemoryLedger | None = None
 
 
 class Run(Message, frozen=True):
     """Every rank is ready: rank 0 may send plans of `epoch`."""
 
     epoch: int
+
+
+class Leave(Message, frozen=True):
+    """The epoch is over: leave its mesh, keep the weights and say Hello as a new incarnation. `reason`: for the log."""
+
+    epoch: int
+    reason: str
+
+
+RESTART_CODE = 75
+"""The exit code with which a rank asks to be started again (EX_TEMPFAIL)."""
 
 
 class Stop(Message, frozen=True):
@@ -297,4 +315,4 @@ class Stop(Message, frozen=True):
     reason: str
 
 
-CoordinatorMessage = Start | Run | Drain | Stop
+CoordinatorMessage = Start | Run | Drain | Leave | Stop

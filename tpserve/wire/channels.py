@@ -17,13 +17,13 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from socket import socket as Listener
 from typing import NamedTuple, Protocol
 
 import zmq
 
-from tpserve.errors import EngineFailure, UserError
+from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.host.network import listen
 from tpserve.types.messages import EngineInput, EngineOutput
 from tpserve.types.plan import StepPlan, StepResult
@@ -35,6 +35,7 @@ HEARTBEAT_TIMEOUT_MS = 5000
 """With 1.5 s, a network cut of 2 s loses plans; with 5 s it does not."""
 RESEND_AFTER_S = 1.0
 """A receiver that gets nothing for this long requests the plans that it may have missed."""
+BEGIN_POLL_S = 0.1
 GAP_S = 5.0
 """A plan that is still missing this long after a later one arrived is lost."""
 
@@ -183,15 +184,19 @@ class PlanBroadcaster(Channel):
         self._lock = threading.Lock()
         """Guards the socket and `_in_flight` from `begin` on. Nothing blocks while it is locked."""
 
-    def begin(self, epoch: int, num_subscribers: int, timeout_s: float) -> None:
-        """Wait until all receivers have subscribed; an earlier plan would reach only some. EngineFailure after `timeout_s`."""
+    def begin(self, epoch: int, num_subscribers: int, timeout_s: float, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Wait until all receivers have subscribed; an earlier plan would reach only some.
+
+        PeerLost after `timeout_s`, or when the epoch `is_over`.
+        """
         self._epoch = epoch
         deadline_s = time.monotonic() + timeout_s
         subscribed = 0
         while subscribed < num_subscribers:
-            if not self.wait(deadline_s - time.monotonic()):
-                raise EngineFailure(f"{subscribed} of {num_subscribers} ranks listened for plans within {timeout_s:g} s")
-            subscribed += self.socket.recv() == _SUBSCRIBE
+            if self.wait(min(BEGIN_POLL_S, deadline_s - time.monotonic())):
+                subscribed += self.socket.recv() == _SUBSCRIBE
+            elif is_over() or time.monotonic() > deadline_s:
+                raise PeerLost(f"{subscribed} of {num_subscribers} ranks listened for plans within {timeout_s:g} s")
 
     def send(self, plan: StepPlan) -> None:
         """Send the next plan to all receivers. It can be resent until `retire`."""
@@ -202,6 +207,11 @@ class PlanBroadcaster(Channel):
             self._in_flight.append((plan.step, frame))
             self.socket.send(frame)
 
+    def close(self) -> None:
+        """Close at once. Thread-safe: a later `resend_missed` does nothing."""
+        with self._lock:
+            super().close()
+
     def retire(self, step: int) -> None:
         """Forget the plans up to `step`. Its result is applied, so every rank has received them."""
         with self._lock:
@@ -211,6 +221,8 @@ class PlanBroadcaster(Channel):
     def resend_missed(self) -> None:
         """Resend the plans that a receiver requests. All receivers get them and drop duplicates. Thread-safe, never blocks."""
         with self._lock:
+            if self.socket.closed:
+                return
             first_step = self._next
             for request in self._receive_available():
                 if len(request) == _RESEND.size:
@@ -355,13 +367,19 @@ class EngineServer(Channel):
         self._connected &= {self._engine}
         self._unsent.clear()
 
+    def detach(self) -> None:
+        """The epoch is over: what is sent from now on is dropped, and what its engine has still sent is not received."""
+        self._engine = b""
+        self._unsent.clear()
+
     def send(self, inputs: list[EngineInput]) -> None:
         """Send inputs to the engine, in one frame if they fit. They wait here until the engine has connected.
 
         Raises EngineFailure when the engine is gone. FrameTooLarge for an input that fits no frame; nothing is sent then.
         """
         if inputs:
-            self._unsent += codec.ENGINE_INPUT.frames(inputs)
+            frames = codec.ENGINE_INPUT.frames(inputs)
+            self._unsent += frames if self._engine else []
             self._flush()
 
     def receive(self) -> list[EngineOutput]:

@@ -43,6 +43,11 @@ class CompiledGrammars:
         """Forget a grammar."""
         self._compiled.pop(number).cancel()
 
+    def clear(self) -> None:
+        """Forget all grammars, and keep the vocabulary: rank 0 begins to number anew."""
+        for number in list(self._compiled):
+            self.drop(number)
+
     def state(self, number: int) -> GrammarState:
         """How far a grammar is."""
         compiled = self._compiled[number]

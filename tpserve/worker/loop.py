@@ -14,9 +14,9 @@ IDLE_S = 1.0
 def serve_plans(
     plans: PlanReceiver, model_runner: ModelRunner, results: ResultSender | None, rank_agent: RankAgent, trace: Trace
 ) -> None:
-    """Run plans in the order of arrival until the coordinator sends Stop. `results`: on the sampling rank only, else None."""
+    """Run plans in the order of arrival until the epoch is over, or Stop. `results`: on the sampling rank only, else None."""
     pending: deque[PendingStep] = deque()
-    while rank_agent.stop is None:
+    while not rank_agent.over:
         plan = plans.receive(0 if pending else IDLE_S, wake=(rank_agent.fileno(),))
         if plan is not None:
             with trace.span("run", plan.step):

@@ -69,9 +69,9 @@ class OpenAIServing:
         return {name: value for name, value in self.defaults.specified().items() if name != "max_tokens"}
 
     def limits(self) -> ModelLimits:
-        """The limits of the running engine. UserError 503 unless it runs."""
+        """The limits of the engine. UserError 503 unless it runs or recovers from a fault."""
         status = self.status()
-        if status.state == "running" and status.max_model_len is not None and status.vocab_size is not None:
+        if status.state in ("running", "recovering") and status.max_model_len is not None and status.vocab_size is not None:
             return ModelLimits(status.max_model_len, status.vocab_size)
         raise not_ready(status)
 
@@ -95,6 +95,8 @@ class OpenAIServing:
 
 def not_ready(status: EngineStatus) -> UserError:
     """The error 503 of an engine that does not run."""
+    if status.state == "recovering":
+        return UserError(f"the server recovers from a fault: {status.phase}", code="recovering", status=503)
     if status.state in ("starting", "running"):
         where = f": {status.phase}" if status.phase else ""
         return UserError(f"the server is starting{where} ({status.percent}%); try again", code="starting", status=503)

@@ -1,0 +1,58 @@
+"""What the coordinator orders: its methods return these, and its owner carries them out in order."""
+
+from msgspec import Struct
+
+from tpserve.coordinator.roster import Peer
+from tpserve.types.messages import CoordinatorMessage, ExpertLoad, LogLines
+
+
+class SendMessage(Struct, frozen=True):
+    """Deliver `message` to `peer`. Delivery may fail silently, since ranks repeat what needs an answer."""
+
+    peer: Peer
+    message: CoordinatorMessage
+
+
+class EpochReady(Struct, frozen=True):
+    """Plans of `epoch` may flow."""
+
+    epoch: int
+
+
+class Draining(Struct, frozen=True):
+    """The service takes no new requests and lets the open ones finish."""
+
+
+class RankLost(Struct, frozen=True):
+    """This incarnation is silent and no longer counts: kill its process if it runs on this host."""
+
+    peer: Peer
+
+
+class EpochLost(Struct, frozen=True):
+    """A fault ended the epoch, and the ranks form the next one. Open requests wait.
+
+    `own_cause`: a rank reported an error, so nobody has killed it from outside.
+    """
+
+    epoch: int
+    reason: str
+    own_cause: bool
+
+
+class EpochFailed(Struct, frozen=True):
+    """A fault ended the service: open requests get `reason`, and the process exits with `code` (1 engine, 2 user).
+
+    `advice` is what an operator can do.
+    """
+
+    code: int
+    reason: str
+    advice: str = ""
+
+
+class EpochFinished(Struct, frozen=True):
+    """The service ended on request: exit code 0."""
+
+
+Action = SendMessage | EpochReady | Draining | RankLost | EpochLost | EpochFailed | EpochFinished | ExpertLoad | LogLines

@@ -1,0 +1,186 @@
+"""What a rank keeps from epoch to epoch: its weights, the result of their self-test, the KV caches and the request pool.
+
+The first epoch loads, tests, measures and allocates, together with the other ranks. In a later one a survivor only takes the new
+groups, and a rank that was started again loads its shard and allocates what was agreed before, without the others.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+
+from tpserve.attention.paged import KVCache
+from tpserve.config import generation_config
+from tpserve.config.env import RankEnv, cache_dir
+from tpserve.config.schema import EngineConfig
+from tpserve.host.resources import cpu_model
+from tpserve.layers.expert_load import ExpertLoadCounter
+from tpserve.models import names_of
+from tpserve.models.decoder import Decoder
+from tpserve.models.whole_model import sources
+from tpserve.observe.progress import ByteProgress
+from tpserve.observe.start_timer import StartTimer
+from tpserve.parallel.mesh import Mesh
+from tpserve.parallel.split import imbalance, split_heads
+from tpserve.structured_output.compiler import vocabulary
+from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.messages import MemoryLedger, Numerics
+from tpserve.types.model_spec import ModelSpec
+from tpserve.weights import dummy
+from tpserve.weights.checkpoint import Checkpoint
+from tpserve.weights.load import Loader
+from tpserve.weights.parameter import Parameter
+from tpserve.weights.unused_weights import checkpoint_notes
+from tpserve.worker import device as devices
+from tpserve.worker.grammars import CompiledGrammars
+from tpserve.worker.memory import allocate, check_weights, measure, room_for
+from tpserve.worker.model_runner import ModelRunner
+from tpserve.worker.request_pool import RequestPool
+from tpserve.worker.self_test import self_test
+from tpserve.worker.sizing import report
+
+log = logging.getLogger(__name__)
+
+
+class LoadedModel:
+    """One rank's part of the model; empty until the first `join`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        env: RankEnv,
+        processor: dict[str, str],
+        report: Callable[[str, int], None],
+    ) -> None:
+        """`processor`: the facts about it that a stage shares. `report` takes the phase and the percentage of the start."""
+        self._config = config
+        self._spec = spec
+        self._env = env
+        self.processor = processor
+        self._report = report
+        self._compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
+        self._decoder: Decoder | None = None
+        self._weights = 0
+        self._caches: list[KVCache] = []
+        self._request_pool: RequestPool | None = None
+        self.ledger: MemoryLedger | None = None
+        """This rank's memory, once it is allocated."""
+        self.numerics: Numerics | None = None
+
+    def join(self, mesh: Mesh, agreed: MemoryLedger | None, free: int, start_timer: StartTimer) -> ModelRunner:
+        """Be ready to run plans with the groups of `mesh`. UserError when something does not fit.
+
+        `agreed`: this rank's memory as an earlier epoch agreed on it; None: all ranks measure and agree now. `free`: bytes that
+        were free before the mesh formed.
+        """
+        if self._decoder is None:
+            if agreed is None:
+                check_weights(mesh, self._spec, self._config, self._env.local_world_size, free)
+            with self._room_for("loading the model", mesh):
+                self._decoder, self._weights = self._load(mesh)
+            start_timer.mark("load")
+            if self._env.rank == 0 and self._decoder.device.type == "cpu":
+                log.info(f"the layers run as {self._decoder.form}")
+            self.numerics = self._self_test(self._decoder)
+            start_timer.mark("self-test")
+        else:
+            if agreed is None:
+                check_weights(mesh, self._spec, self._config, self._env.local_world_size, free)
+            self._decoder.rejoin(mesh.tp)
+        if agreed is None:
+            self._measure(self._decoder, mesh)
+        elif self.ledger is None:
+            self._allocate(self._decoder, mesh, agreed)
+        start_timer.mark("measure")
+        assert self._request_pool is not None
+        if self._compiled is not None:
+            self._compiled.clear()
+        return ModelRunner(mesh, self._decoder, self._request_pool, self._caches)
+
+    @property
+    def expert_load(self) -> ExpertLoadCounter | None:
+        """The tokens routed to each expert since the epoch began; None without experts."""
+        return None if self._decoder is None else self._decoder.expert_load
+
+    def _measure(self, decoder: Decoder, mesh: Mesh) -> None:
+        """Run the largest steps, agree with the other ranks on what fits, and allocate it."""
+        config, env = self._config, self._env
+        self._caches, self._request_pool, self.ledger = [], None, None  # of an epoch that failed while it started
+        self._report("measuring memory", 90)
+        with self._room_for("measuring the largest steps", mesh):
+            make_pool = partial(self._make_pool, mesh.device)
+            kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, self._weights)
+        self._allocate(decoder, mesh, ledgers[env.rank])
+        if env.rank == 0:
+            for line in report(ledgers, kv_config, self._spec, config):
+                log.info(line)
+            if (defaults := generation_config.log_line(config.sampling_defaults)) is not None:
+                log.info(defaults)
+
+    def _allocate(self, decoder: Decoder, mesh: Mesh, ledger: MemoryLedger) -> None:
+        with self._room_for("making room for the KV cache", mesh):
+            self._request_pool = self._make_pool(mesh.device, ledger.max_model_len)
+            self._caches = allocate(decoder, mesh, ledger.num_blocks, self._config.block_size)
+        self.ledger = ledger
+
+    def _load(self, mesh: Mesh) -> tuple[Decoder, int]:
+        """This rank's shard of the model, and its size in bytes."""
+        config, env = self._config, self._env
+        layout = config.layout
+        stage = layout.stage_of(env.rank)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        kv_int8 = config.kv_cache_dtype == "int8"
+        decoder = Decoder(self._spec, layout, stage, mesh.tp, dtype, mesh.device, config.max_model_len, kv_int8)
+        if env.rank == 0:
+            shares = split_heads(self._spec.num_heads, self._spec.num_kv_heads, layout.tp)
+            if (uneven := imbalance([share.q for share in shares], "heads")) is not None:
+                log.info(uneven)
+        with ByteProgress("loading weights", visible=env.rank == 0) as progress:
+
+            def on_progress(done: int, total: int) -> None:
+                progress.update(done, total)
+                self._report("loading weights", 10 + 80 * done // max(total, 1))
+
+            self._report("loading weights", 10)
+            fill: Callable[[Parameter], None] = partial(dummy.fill, seed=config.seed)
+            if config.load_format != "dummy":
+                only_safetensors = config.load_format == "safetensors"
+                checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
+                if env.rank == 0:
+                    for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
+                        log.info(line)
+                fill = Loader(decoder.parameters(), checkpoint, on_progress).fill
+            return decoder, decoder.prepack(config.quantization, fill)
+
+    def _self_test(self, decoder: Decoder) -> Numerics | None:
+        """Test batch invariance of this processor's matrix products; None on CUDA, which does not promise it."""
+        if decoder.device.type != "cpu":
+            return None
+        machine, kernels = [cpu_model(), *self.processor.values()], devices.kernels_id(decoder.device)
+        return self_test(decoder.products(), machine, cache_dir(), kernels)
+
+    def _compiled_grammars(self) -> CompiledGrammars | None:
+        """On ranks of the last stage, which sample; a thread begins to read the tokenizer."""
+        config, spec = self._config, self._spec
+        if config.layout.stage_of(self._env.rank) < config.layout.pp - 1:
+            return None
+        return CompiledGrammars(lambda: vocabulary(Tokenizer.load(config.tokenizer), spec.vocab_size, spec.eos_ids))
+
+    def _make_pool(self, device: torch.device, max_len: int) -> RequestPool:
+        config = self._config
+        return RequestPool(
+            config.max_num_seqs,
+            max_len,
+            config.block_size,
+            self._spec.windows,
+            device,
+            eos_ids=self._spec.eos_ids,
+            vocab_size=self._spec.vocab_size,
+            compiled=self._compiled,
+        )
+
+    def _room_for(self, what: str, mesh: Mesh) -> AbstractContextManager[None]:
+        return room_for(what, mesh, self._spec, self._config, self._env.local_world_size)
