@@ -13,6 +13,12 @@ class SendMessage(Struct, frozen=True):
     message: CoordinatorMessage
 
 
+class EpochStarting(Struct, frozen=True):
+    """Start of `epoch` is about to be sent. The number must be kept where the next coordinator finds it."""
+
+    epoch: int
+
+
 class EpochReady(Struct, frozen=True):
     """Plans of `epoch` may flow."""
 
@@ -55,4 +61,15 @@ class EpochFinished(Struct, frozen=True):
     """The service ended on request: exit code 0."""
 
 
-Action = SendMessage | EpochReady | Draining | RankLost | EpochLost | EpochFailed | EpochFinished | ExpertLoad | LogLines
+Action = (
+    SendMessage
+    | EpochStarting
+    | EpochReady
+    | Draining
+    | RankLost
+    | EpochLost
+    | EpochFailed
+    | EpochFinished
+    | ExpertLoad
+    | LogLines
+)

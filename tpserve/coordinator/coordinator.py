@@ -36,7 +36,17 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Literal
 
-from tpserve.coordinator.actions import Action, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady, RankLost, SendMessage
+from tpserve.coordinator.actions import (
+    Action,
+    Draining,
+    EpochFailed,
+    EpochFinished,
+    EpochLost,
+    EpochReady,
+    EpochStarting,
+    RankLost,
+    SendMessage,
+)
 from tpserve.coordinator.config_check import mismatch
 from tpserve.coordinator.roster import Peer, RankInfo, Roster
 from tpserve.observe.table import of_ranks
@@ -337,7 +347,7 @@ class Coordinator:
             self.reason = ""  # that of an earlier fault
         if self.state is EpochState.STARTING:
             self.epoch += 1
-            return [self._start(peer) for peer in self._roster.peers]
+            return [EpochStarting(self.epoch), *(self._start(peer) for peer in self._roster.peers)]
         if self.state is EpochState.RUN:
             self._note_ready()
             actions = [*self._to_all(Run(self.epoch)), EpochReady(self.epoch)]

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import zmq
+from msgspec.structs import replace
 
 from tpserve.cluster.discovery import AgentFailure, FrontendRecord, read_failure, write_frontend
+from tpserve.cluster.run_record import read_run, write_run
 from tpserve.config.schema import EngineConfig
-from tpserve.coordinator.actions import Action, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady
+from tpserve.coordinator.actions import Action, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady, EpochStarting
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
 from tpserve.coordinator.coordinator import Coordinator, EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
@@ -76,9 +78,11 @@ class EngineClient:
         self._lost_s: float | None = None
         """When the last epoch ended by a fault; None while one runs."""
         self._rank_logs = [LogRingBuffer() for _ in range(config.layout.world_size)]
+        self._run = read_run(runtime_dir)
         self._coordinator = Coordinator(
             config.layout.world_size,
             time.monotonic(),
+            epoch=self._run.epoch,
             restarts=restarts,
             form_timeout_s=config.start_timeout,
             recovery_timeout_s=config.recovery_timeout,
@@ -86,14 +90,19 @@ class EngineClient:
         )
         self._remote_address = remote_address
         if remote_address is not None:
-            self._keyring = Keyring.open(config.cluster_secret_file)
+            earlier = self._run.remote
+            if earlier is None:
+                self._keyring = Keyring.open(config.cluster_secret_file)
+            else:
+                self._keyring = earlier.keyring(config.cluster_secret_file)
             self._curve_server = self._keyring.curve_server(FRONTEND, config.layout.world_size)
             self._zap_authenticator = ZapAuthenticator(self._curve_server.allowed)
             if config.cluster_secret_file is None:
                 logger.warning(NO_SECRET)
         self._rank_monitor = RankMonitor(
-            self._coordinator, f"ipc://{runtime_dir}/control", self.tcp_endpoint(), self._on_action, self._check_parent
+            self._coordinator, f"ipc://{runtime_dir}/control", self._control_endpoint(), self._on_action, self._check_parent
         )
+        self._run = replace(self._run, remote=self.connect_info(self._rank_monitor.remote_endpoint))
         if (locked := self._rank_monitor.remote_socket) is not None:
             self._zap_authenticator.log_refusals_of(locked)
         self._engine = EngineServer(f"ipc://{runtime_dir}/engine")
@@ -107,6 +116,11 @@ class EngineClient:
             if self._remote_address is None
             else TcpEndpoint(tcp(self._remote_address, self._config.port_range), self._curve_server)
         )
+
+    def _control_endpoint(self) -> TcpEndpoint | None:
+        """The TCP endpoint of the coordinator: where ranks of other nodes dial already, if there was a frontend before."""
+        endpoint, earlier = self.tcp_endpoint(), self._run.remote
+        return endpoint if endpoint is None or earlier is None else endpoint._replace(endpoint=earlier.endpoint)
 
     def connect_info(self, endpoint: str) -> ConnectInfo | None:
         """What a process of another node needs to connect to `endpoint`, a bound `tcp_endpoint`; None on a single node."""
@@ -246,6 +260,9 @@ class EngineClient:
 
     def _on_action(self, action: Action) -> None:
         match action:
+            case EpochStarting(epoch):
+                self._run = replace(self._run, epoch=epoch)
+                write_run(self._runtime_dir, self._run)
             case EpochReady():
                 self._engine.attach(self._coordinator.hellos[0].identity)
                 if self._lost_s is not None:
