@@ -6,7 +6,7 @@ event loop only. Invariants:
     entry     a sequence is in the table from `open` until its end: Done, a stop string, an abort or a failure
     end       each sequence ends exactly once, and so does each handle; later messages of the engine about it are dropped
     delta     accepted only at the expected position; any other is dropped
-    recovery  the table outlives the engine: `resubmit` sends every open sequence to the next one, with its output so far
+    recovery  the table outlives the engine: `resubmission` has every open sequence for the next one, with its output so far
     scores    the same, and before the first delta; the engine may repeat scores that are known
     buffer    output that waits for a slow client merges into one `OutputDelta` a sequence, so the request's length bounds it
     stepwise  the deltas of such a handle depend on the tokens and their order alone, not on frames or on when a reader takes
@@ -179,13 +179,9 @@ class RequestTable:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
         return handle
 
-    def resubmit(self) -> None:
-        """A new engine knows nothing: send it every open sequence, with its output so far, in the order of arrival."""
-        adds: list[EngineInput] = [
-            Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in self._open.values()
-        ]
-        if adds:
-            self._send(adds)
+    def resubmission(self) -> list[EngineInput]:
+        """What a new engine has to know: every open sequence with its output so far, in the order of arrival."""
+        return [Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in self._open.values()]
 
     def abort(self, handle: RequestHandle) -> None:
         """End the open sequences of a handle whose client has left, or of which one sequence has failed."""
