@@ -271,7 +271,7 @@ class EngineClient:
                 self.request_table.metrics.experts(layers, tokens)
             case LogLines(rank, start, lines, last_error) if 0 <= rank < len(self._rank_logs):
                 self._rank_logs[rank].take(start, lines, last_error)
-            case EpochLost(epoch, reason, _):
+            case EpochLost(epoch, reason):
                 logger.warning("%s; epoch %d is over, open requests: %d", reason, epoch, self.request_table.num_open)
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
             case _:

@@ -1,7 +1,7 @@
 """The coordinator and the request table as one state machine: what an epoch means for the open requests. Sans-I/O.
 
     event                        the engine                             the open requests
-    EpochReady                   rank 0's new incarnation is the engine  are sent to it, with their output so far
+    EpochReady                   rank 0's new incarnation is the engine  are sent to it as `Quarantine` orders
     EpochLost                    there is none                           wait
     Draining                     refuses new requests                    finish
     EpochFailed, EpochFinished   -                                       fail with the reason
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from tpserve.coordinator.actions import Action, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady
+from tpserve.coordinator.actions import Action, Cause, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.engine_client.requests import RequestTable
 from tpserve.types.messages import EngineControl, EngineInput, EngineOutput
@@ -64,11 +64,11 @@ class Recovery:
         """The coordinator has decided `action`."""
         table = self._request_table
         match action:
-            case EpochReady(epoch):
-                return [Attach(self._coordinator.hellos[0].identity), *self._recovered(epoch, now), *self._resubmit()]
-            case EpochLost(_, _, own_cause):
+            case EpochReady():
+                recovered = self._recovered(action, now)
+                return [Attach(self._coordinator.hellos[0].identity), *recovered, *self._resubmit(action.cause)]
+            case EpochLost():
                 self._lost_s = now if self._lost_s is None else self._lost_s
-                table.metrics.fault("error" if own_cause else "death")
                 return [Detach()]
             case Draining():
                 return [SendInputs([EngineControl("drain")])]
@@ -88,14 +88,14 @@ class Recovery:
         """What no event reports: a drain is over when no request is open."""
         return self._coordinator.drained(now) if self._request_table.num_open == 0 else []
 
-    def _recovered(self, epoch: int, now: float) -> list[EngineAction]:
+    def _recovered(self, ready: EpochReady, now: float) -> list[EngineAction]:
         if self._lost_s is None:
             return []
         took_s, self._lost_s = now - self._lost_s, None
-        self._request_table.metrics.recovered(took_s)
-        return [Recovered(epoch, took_s)]
+        self._request_table.metrics.recovered(ready.cause, took_s)
+        return [Recovered(ready.epoch, took_s)]
 
-    def _resubmit(self) -> list[EngineAction]:
+    def _resubmit(self, cause: Cause) -> list[EngineAction]:
         """A new engine knows nothing."""
-        inputs = self._request_table.resubmission()
+        inputs = self._request_table.resubmission(cause)
         return [SendInputs(inputs)] if inputs else []
