@@ -141,6 +141,7 @@ class Coordinator:
         self.restarts = restarts
         self.facts: dict[str, int] = {}
         """Facts of the loaded model, from rank 0's Ready; empty before the first RUN."""
+        self.last_fault = ""
         self.recoveries = 0
         """Epochs that ran after a fault."""
         self._roster = Roster(world_size)
@@ -388,7 +389,7 @@ class Coordinator:
             return self._end(1, reason, now, advice)
         if self.state is EpochState.FORMING:
             return []  # nothing runs yet; the failed rank is missing, as before
-        self.reason, self.advice = reason, advice
+        self.reason, self.advice, self.last_fault = reason, advice, reason
         if cause != "outside" and (actions := self._count_fault(cause, now)):
             return actions
         epoch = self.epoch

@@ -24,7 +24,7 @@ from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, Epoc
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
 from tpserve.coordinator.coordinator import Coordinator, EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
-from tpserve.engine_client.recovery import Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
+from tpserve.engine_client.recovery import SEAMLESS, Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
 from tpserve.engine_client.status import EngineStatus
@@ -139,7 +139,17 @@ class EngineClient:
     def status(self) -> EngineStatus:
         """The engine's state now."""
         c, facts = self._coordinator, self._coordinator.facts
-        return EngineStatus(_state(c), c.phase, c.percent, c.reason, facts.get("max_model_len"), facts.get("vocab_size"))
+        return EngineStatus(
+            _state(c),
+            c.phase,
+            c.percent,
+            c.reason,
+            facts.get("max_model_len"),
+            facts.get("vocab_size"),
+            self._recovery.resumption,
+            c.recoveries,
+            c.last_fault,
+        )
 
     def info(self) -> dict[str, Any]:
         """The JSON value of /server_info."""
@@ -295,6 +305,8 @@ class EngineClient:
             broken = numerics_text is not None and numerics_text.startswith(BROKEN)
             level = logging.WARNING if broken else logging.INFO
             logger.log(level, "a request's bits may depend on the batch: %s (docs/numerics.md)", numerics_text)
+        if self._coordinator.recoveries and self._recovery.resumption == SEAMLESS:
+            logger.warning("answers that were open go on %s: the processors promise no more (docs/reliability.md)", SEAMLESS)
 
     def _end(self, news: EpochFailed | EpochFinished) -> None:
         if isinstance(news, EpochFailed):
