@@ -138,6 +138,7 @@ class Config:
     drain_timeout: float = 25.0
     max_num_seqs: int = 8
     max_queued_requests: int = 56
+    resume_window: float = 300.0
 
 
 @dataclass
@@ -156,7 +157,12 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, step_s: float = 0.001, exposed: bool = False, kind: Callable[[], RustTokenizer] = byte_level, **config: Any
+    directory: Path,
+    step_s: float = 0.001,
+    exposed: bool = False,
+    kind: Callable[[], RustTokenizer] = byte_level,
+    answers: ChatAnswers | None = None,
+    **config: Any,
 ) -> Iterator[Server]:
     """Serve on a loopback port until the block ends; `exposed`: as if others could reach it. `server.states[-1]` is what the
     application sees as the engine's state."""
@@ -174,7 +180,7 @@ def serving(
         template = ChatTemplate.load(directory, tokenizer.special_tokens)
         info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
         app = create_app(
-            settings, request_table, lambda: states[-1], tokenizer, template, ChatAnswers(), info=info, exposed=exposed
+            settings, request_table, lambda: states[-1], tokenizer, template, answers or ChatAnswers(), info=info, exposed=exposed
         )
         site_runner = runner(app)
         await site_runner.setup()

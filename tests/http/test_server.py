@@ -17,7 +17,7 @@ from tests.http.inprocess import MAX_MODEL_LEN, Server, serving, until
 from tests.http.tiny_tokenizer import EOS
 from tests.scheduling.simulator import continuation
 from tpserve.engine_client.status import EngineStatus
-from tpserve.frontend.openai import responses
+from tpserve.frontend.openai import sse
 from tpserve.types.packed import unpack
 from tpserve.types.sampling import EngineSamplingParams, SamplingDefaults
 
@@ -191,7 +191,7 @@ def test_leaving_frees_the_blocks_within_a_step(tmp_path: Path) -> None:
 
 
 def test_keep_alive_while_nothing_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responses, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
     with serving(tmp_path) as server:
         server.engine.paused = True
         stream = checks.open_stream(server.url, prompt="The", max_tokens=2)

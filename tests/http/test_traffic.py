@@ -35,9 +35,19 @@ def test_throughput_is_what_came_since_the_last_line() -> None:
     match = LINE.fullmatch(throughput.line(24.0) or "")
     assert match is not None and match.groups()[:3] == ("0.0", "5.0", "0")
     assert throughput.line(34.0) is None
-    metrics.engine(Stats(1, 0, 1, 50, 0, 1, prompt_tokens=10, generation_tokens=0))  # ranks that were started again count from 0
+    metrics.engine(Stats(1, 0, 1, 50, 0, 1, prompt_tokens=10, generation_tokens=0, epoch=1))  # a new epoch counts from 0
     match = LINE.fullmatch(throughput.line(44.0) or "")
     assert match is not None and match[1] == "1.0"
+
+
+def test_totals_of_every_epoch_add_up() -> None:
+    """Also where the first that is heard of an epoch is as much as the last of the one before."""
+    metrics = Metrics("m")
+    for epoch, resumed in ((1, 0), (2, 0), (2, 5), (3, 5), (3, 5), (4, 7)):
+        metrics.engine(Stats(0, 0, 0, 50, 0, 9, 0, 0, epoch=epoch, resumed=resumed, resume_mismatches=epoch))
+    text = metrics.render().decode()
+    assert 'tpserve:resumed_requests_total{model_name="m"} 17.0' in text
+    assert 'tpserve:resume_mismatch_total{model_name="m"} 10.0' in text
 
 
 def test_a_line_for_each_request_and_nothing_of_its_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,9 +4,10 @@
 
 DIRECTORY holds models.json: {"layouts": [[tp, pp], ...], "models": {name: {"sequences": [...], "prompts": [...],
 "thorough": [[tp, pp], ...]}}, "shared": {"layouts": [...], "models": [name, ...]}, "experts" and "int8": like shared,
-"scored": {"models": [name, ...], "sequences": [...]}}. The layouts run over gloo, those of "shared" through shared memory as
-well, those of "experts" with expert parallelism too, those of "int8" in int8 (three ranks through shared memory); the thorough
-ones in bfloat16 and with each sequence in one chunk as well.
+"scored": {"models": [name, ...], "sequences": [...]}, "resumed": {way: [name, ...]}}. The layouts run over gloo, those of
+"shared" through shared memory as well, those of "experts" with expert parallelism too, those of "int8" in int8 (three ranks
+through shared memory); the thorough ones in bfloat16 and with each sequence in one chunk as well. Requests are resumed on two
+ranks, over gloo (way "") and through shared memory ("-shm").
 """
 
 import json
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from runner import Runner, Scorer, load_decoder, mixed, whole
+from msgspec.structs import replace
+from runner import Runner, Scorer, load_decoder, mixed, serve, whole
 from safetensors.torch import save_file
 
 from tpserve.config.schema import Quantization
@@ -25,6 +27,11 @@ from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
 from tpserve.parallel.shm import ShmAllReduce, create_shm_group, exchange_locations
+from tpserve.scheduling.scheduler_config import SchedulerConfig
+from tpserve.types.messages import Delta
+from tpserve.types.packed import pack
+from tpserve.types.request import Request
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker import logits_chunking
 
 SIZES = (17, 100, 5, 1, 33)
@@ -73,6 +80,8 @@ def main(rank: int, world_size: int, directory: Path) -> None:
                 mesh = Mesh(rank, layout, group, Group(), pipeline, torch.device("cpu"))
                 scored = score(decoder, mesh, work["scored"]["sequences"])
                 results |= {f"{name}.{key}": x for key, x in scored.items()}
+        if way in ("", "-shm") and [tp, pp] == [2, 1]:
+            results |= resume_all(directory, work["resumed"][way], rank, group)
         if rank == tp * (pp - 1):
             save_file(results, directory / f"tp{tp}pp{pp}{way}.safetensors")
     dist.barrier()
@@ -92,6 +101,44 @@ def score(decoder: Decoder, mesh: Mesh, sequences: list[list[int]]) -> dict[str,
             results |= {f"scored.{kind}.{i}.{what}": x for what, x in zip(("chosen", "ids", "top"), scores, strict=True)}
     logits_chunking.HEAD_BYTES = most
     return results
+
+
+def resume_all(directory: Path, names: list[str], rank: int, tp: Group) -> dict[str, torch.Tensor]:
+    """`resume` on two ranks in both types."""
+    results = {}
+    for name in names:
+        for dtype in (torch.float32, torch.bfloat16):
+            decoder, layout = load_decoder(directory / name, 2, 1, rank, tp, dtype)
+            results[f"{name}.resumed.{dtype}"] = resume(decoder, Mesh(rank, layout, tp, Group(), Pipeline(), decoder.device))
+    return results
+
+
+def resume(decoder: Decoder, mesh: Mesh) -> torch.Tensor:
+    """Requests interrupted after 20 tokens and resumed: tokens drawn again, those that differ, and new tokens that differ."""
+    asked = [
+        EngineSamplingParams(temperature=0.0, logprobs=2),
+        EngineSamplingParams(temperature=0.9, top_p=0.8),
+        EngineSamplingParams(temperature=0.7, frequency_penalty=0.3, repetition_penalty=1.2, bad_words=((7,), (8, 9))),
+        EngineSamplingParams(temperature=1.2, min_p=0.05, logprobs=0),
+        EngineSamplingParams(),
+    ]
+    fresh = [
+        Request(i, pack(range(i, 5 + 13 * i)), replace(params, max_tokens=26), seed=i, choice=i) for i, params in enumerate(asked)
+    ]
+    limits = SchedulerConfig(
+        max_num_seqs=5, max_num_batched_tokens=64, max_model_len=300, num_blocks=100, block_size=16, depth=2,
+        sync_sampling=False, eos_ids=(), windows=decoder.spec.windows,
+    )  # fmt: skip
+    whole, rest = [list[int]() for _ in fresh], [list[int]() for _ in fresh]
+    for output in serve(decoder, mesh, fresh, limits).outputs:
+        if isinstance(output, Delta):
+            whole[output.id].extend(output.tokens)
+    served = serve(decoder, mesh, [replace(r, output=pack(whole[r.id][:20])) for r in fresh], limits)
+    for output in served.outputs:
+        if isinstance(output, Delta):
+            rest[output.id].extend(output.tokens)
+    new = sum(a != b for tokens, more in zip(whole, rest, strict=True) for a, b in zip(tokens[20:], more, strict=True))
+    return torch.tensor([sum(sum(step.redraw) for step in served.plans), served.scheduler.stats().resume_mismatches, new])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
-"""Drives a Decoder, or an Executor that scores prompts, over whole sequences: the caller says which chunks make a step."""
+"""Drives a Decoder, or a ModelRunner that scores prompts, over whole sequences: the caller says which chunks make a step.
 
+`serve` is an engine without messages: a scheduler and a model runner in one process.
+"""
+
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,16 +21,21 @@ from tpserve.models.whole_model import sources
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.pipeline import Pipeline
+from tpserve.scheduling.scheduler import Scheduler
+from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types import plan
 from tpserve.types.layout import ParallelLayout, even_layers
+from tpserve.types.messages import EngineOutput
 from tpserve.types.packed import pack
+from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.types.window import first_block
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.load import load
 from tpserve.weights.unused_weights import unused_tensors
+from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.memory import allocate
-from tpserve.worker.model_runner import ModelRunner
+from tpserve.worker.model_runner import ModelRunner, PendingStep
 from tpserve.worker.request_pool import RequestPool
 
 BLOCK_SIZE = 16
@@ -167,6 +176,42 @@ class Scorer:
         firsts = [(i * self._num_groups + group) * self._widest for group in range(self._num_groups)]
         blocks = tuple(pack(reversed(range(first, first + self._widest))) for first in firsts)
         return plan.NewSequence(i, pack(tokens), len(tokens), EngineSamplingParams(prompt_logprobs=num_top), 0, 0, blocks)
+
+
+class Served(NamedTuple):
+    """What an engine did until it was idle."""
+
+    outputs: list[EngineOutput]
+    plans: list[plan.StepPlan]
+    scheduler: Scheduler
+
+
+def serve(
+    decoder: Decoder,
+    mesh: Mesh,
+    requests: Sequence[Request],
+    limits: SchedulerConfig,
+    compiled: CompiledGrammars | None = None,
+) -> Served:
+    """Everything at once through a fresh engine; the order is that of rank 0's loop.
+
+    The ranks of a stage make the same calls, each with a scheduler of its own, which decides alike.
+    """
+    sizes = (limits.max_num_seqs, limits.max_model_len, limits.block_size, limits.windows)
+    vocab_size = decoder.spec.vocab_size
+    request_pool = RequestPool(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=vocab_size, compiled=compiled)
+    model_runner = ModelRunner(mesh, decoder, request_pool, allocate(decoder, mesh, limits.num_blocks, limits.block_size))
+    served = Served([], [], Scheduler(limits))
+    scheduler, launched = served.scheduler, deque[PendingStep]()
+    for request in requests:
+        scheduler.add(request, 0.0)
+    while not scheduler.idle:
+        while (step := scheduler.schedule(0.0)) is not None:
+            served.plans.append(step)
+            launched.append(model_runner.launch(step))
+        scheduler.apply(launched.popleft().wait(), 0.0)
+        served.outputs.extend(scheduler.take_outputs())
+    return served
 
 
 def scores(entries: Sequence[plan.PromptLogprobs], num_top: int) -> Scores:

@@ -42,6 +42,8 @@ NEW_TOKENS = 10
 SCORED = (1, 2, 33, 64, 129, 200)
 """Lengths of prompts that are scored."""
 SCORED_MODELS = ("llama-old", "qwen2", "qwen2-moe")
+RESUMED = {"": ["qwen2"], "-shm": ["llama-old"]}
+"""Models whose requests are interrupted and resumed; one has windows."""
 SIZES = {"vocab_size": 517, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "max_position_embeddings": 400}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -167,6 +169,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[torch
     experts = {"layouts": EXPERT_PARALLEL, "models": list(EXPERTS)}
     int8 = {"layouts": IN_INT8 if library() is not None else [], "models": INT8_MODELS}
     jobs = {"layouts": LAYOUTS, "models": work, "shared": shared, "experts": experts, "int8": int8, "scored": scored}
+    jobs["resumed"] = RESUMED
     (directory / "models.json").write_text(json.dumps(jobs))
     world_size = max(tp * pp for tp, pp in LAYOUTS)
     run_ranks(directory, world_size)
@@ -276,6 +279,13 @@ def test_scored_prompts(runs: Runs, layout: tuple[int, int], name: str) -> None:
             assert torch.equal(results[layout][f"{name}.scored.mixed.{i}.{what}"], x)
 
 
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+@pytest.mark.parametrize(("layout", "name"), [((2, 1), "qwen2"), ((2, 1, "shm"), "llama-old")], ids=str)
+def test_resumed_requests_draw_their_last_tokens_alike(runs: Runs, layout: tuple[int | str, ...], name: str, dtype: str) -> None:
+    _, results = runs
+    assert results[layout][f"{name}.resumed.{dtype}"].tolist() == [5 * 16, 0, 0]
+
+
 @pytest.mark.parametrize("pp", [2, 3])
 def test_stages_change_no_bit(runs: Runs, pp: int) -> None:
     _, results = runs
@@ -287,7 +297,7 @@ def test_stages_change_no_bit(runs: Runs, pp: int) -> None:
 def test_shared_memory_changes_no_bit(runs: Runs, layout: tuple[int, int]) -> None:
     _, results = runs
     shared = results[*layout, "shm"]
-    assert len(shared) == 4 * len(PROMPTS)
+    assert sum("resumed" not in key for key in shared) == 4 * len(PROMPTS)
     for key, logits in shared.items():
         assert torch.equal(logits, results[layout][key]), key
 

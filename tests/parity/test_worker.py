@@ -1,6 +1,5 @@
 """Scheduler and model runner in one process: what a request gets does not depend on how it was batched, chunked or preempted."""
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 from msgspec import structs
 
+from tests.parity import runner
 from tests.specs import small
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
@@ -17,15 +17,12 @@ from tpserve.parallel.pipeline import Pipeline
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.layout import ParallelLayout
-from tpserve.types.messages import Delta, Done
+from tpserve.types.messages import Delta, Done, EngineOutput
 from tpserve.types.packed import pack
 from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.weights.dummy import dummy
 from tpserve.worker.grammars import CompiledGrammars
-from tpserve.worker.memory import allocate
-from tpserve.worker.model_runner import ModelRunner, PendingStep
-from tpserve.worker.request_pool import RequestPool
 
 # An inner size, that of `down`, at which the libraries' paths differ by the number of rows.
 SPEC = small(num_layers=3, num_heads=4, head_dim=16, intermediate_size=1408, max_position=1024)
@@ -73,28 +70,23 @@ def serve(
     threads: int = 1,
     compiled: CompiledGrammars | None = None,
 ) -> tuple[dict[int, Answer], Scheduler]:
-    """Everything at once through a fresh engine; the order is that of rank 0's loop."""
+    """Everything at once through a fresh engine."""
     torch.set_num_threads(threads)
     mesh = Mesh(0, ParallelLayout(1, 1, (decoder.spec.num_layers,)), Group(), Group(), Pipeline(), torch.device("cpu"))
-    sizes = (limits.max_num_seqs, limits.max_model_len, limits.block_size, limits.windows)
-    request_pool = RequestPool(*sizes, mesh.device, eos_ids=limits.eos_ids, vocab_size=SPEC.vocab_size, compiled=compiled)
-    model_runner = ModelRunner(mesh, decoder, request_pool, allocate(decoder, mesh, limits.num_blocks, limits.block_size))
-    scheduler = Scheduler(limits)
+    outputs, _, scheduler = runner.serve(decoder, mesh, requests, limits, compiled)
+    return collect(requests, outputs), scheduler
+
+
+def collect(requests: list[Request], outputs: list[EngineOutput]) -> dict[int, Answer]:
+    """What each request got; it must have ended well."""
     answers = {r.id: Answer() for r in requests}
-    for request in requests:
-        scheduler.add(request, 0.0)
-    launched: deque[PendingStep] = deque()
-    while not scheduler.idle:
-        while (plan := scheduler.schedule(0.0)) is not None:
-            launched.append(model_runner.launch(plan))
-        scheduler.apply(launched.popleft().wait(), 0.0)
-        for output in scheduler.take_outputs():
-            if isinstance(output, Delta):
-                answers[output.id].tokens.extend(output.tokens)
-                answers[output.id].logprobs.extend(entry.chosen for entry in output.logprobs)
-            elif isinstance(output, Done):
-                assert output.finish in ("length", "stop"), output
-    return answers, scheduler
+    for output in outputs:
+        if isinstance(output, Delta):
+            answers[output.id].tokens.extend(output.tokens)
+            answers[output.id].logprobs.extend(entry.chosen for entry in output.logprobs)
+        elif isinstance(output, Done):
+            assert output.finish in ("length", "stop"), output
+    return answers
 
 
 def make_requests() -> list[Request]:

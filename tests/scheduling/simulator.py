@@ -5,7 +5,8 @@ serves. With each chunk it reads back, through the block tables, all that the ch
 window) and compares it with the sequence. A wrong table, an aliased block, a block freed too early or a position computed twice
 fails at the first token. Several slots may hold a block when all of it was written before, for their group; then no slot writes
 it. No slot holds a block before its window. Tokens and scores are pure functions of the prefix, the seed and the choice:
-`continuation` and `score` give what a request produces alone, and no batch may change that.
+`continuation` and `score` give what a request produces alone, and no batch may change that. Known tokens are drawn again only
+where they are output that came with the admission, among the last `MAX_REDRAWN` of it.
 
 `SimulatedDevice` runs the worker asynchronously over pipeline stages on a virtual clock and records what ran when. It asserts
 what only the order of sends and results can break: no plan releases a slot or allocates a block that a plan in flight uses (in a
@@ -22,7 +23,7 @@ from msgspec import msgpack
 
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Chunk, NewSequence, PromptLogprobs, StepPlan, StepResult
+from tpserve.types.plan import MAX_REDRAWN, Chunk, NewSequence, PromptLogprobs, StepPlan, StepResult
 from tpserve.types.request import Request
 from tpserve.types.window import first_block
 
@@ -41,6 +42,14 @@ def continuation(request: Request, count: int, vocab_size: int) -> list[int]:
     while len(tokens) < goal:
         tokens.append(draw(tokens, request.seed, request.choice, vocab_size))
     return tokens[len(unpack(request.prompt)) : goal]
+
+
+def num_different(request: Request, vocab_size: int) -> int:
+    """How many of the last `MAX_REDRAWN` tokens that a request was resubmitted with are not those of its true context."""
+    prompt, output = unpack(request.prompt), unpack(request.output)
+    tokens = [*prompt, *output]
+    positions = range(max(len(prompt), len(tokens) - MAX_REDRAWN), len(tokens))
+    return sum(tokens[at] != draw(tokens[:at], request.seed, request.choice, vocab_size) for at in positions)
 
 
 def score(prompt: Sequence[int], position: int) -> float:
@@ -89,7 +98,8 @@ class SimulatedWorker:
         self._check_bytes(plan)
         tokens = [self._run(chunk) for chunk in chunks]
         scores = tuple((index, self._score(chunk)) for index, chunk in enumerate(chunks) if chunk.score)
-        return StepResult(plan.epoch, plan.step, pack(tokens), prompt_logprobs=scores)
+        redrawn = tuple((index, pack(self._redraw(chunk))) for index, chunk in enumerate(chunks) if chunk.redraw)
+        return StepResult(plan.epoch, plan.step, pack(tokens), prompt_logprobs=scores, redrawn=redrawn)
 
     def _check_bytes(self, plan: StepPlan) -> None:
         """New sequences, and the rest of the plan, stay within their shares of a frame when encoded."""
@@ -179,6 +189,16 @@ class SimulatedWorker:
         prompt = state.tokens[: state.new_sequence.prompt_len]
         values = array("f", [score(prompt, position) for position in range(chunk.start + 1, last + 1)])
         return PromptLogprobs(0, values.tobytes(), b"", b"")
+
+    def _redraw(self, chunk: Chunk) -> list[int]:
+        """Draw the chunk's last known tokens again, each from the tokens before it."""
+        state = self._slots[chunk.slot]
+        new_sequence, last = state.new_sequence, chunk.start + chunk.count - chunk.sample
+        positions = range(last - chunk.redraw + 1, last + 1)
+        assert chunk.start < positions[0], "a token is drawn from a position of the chunk"
+        first = max(new_sequence.prompt_len, state.num_admitted - MAX_REDRAWN)
+        assert first <= positions[0] and last < state.num_admitted, "only the last output that an admission sent is drawn again"
+        return [draw(state.tokens[:at], new_sequence.seed, new_sequence.choice, self._vocab_size) for at in positions]
 
     def _sample(self, state: _SimulatedSlot) -> int:
         """Draw the next token."""

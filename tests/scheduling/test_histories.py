@@ -18,12 +18,12 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scheduling.simulator import SimulatedDevice, continuation, score
+from tests.scheduling.simulator import SimulatedDevice, continuation, num_different, score
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import MAX_ADMISSION_BYTES, SchedulerConfig
 from tpserve.types.messages import Delta, Done, EngineOutput, PromptLogprobsChunk
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import NewSequence, StepPlan
+from tpserve.types.plan import MAX_REDRAWN, NewSequence, StepPlan
 from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.types.window import first_block, max_length
@@ -47,6 +47,7 @@ class History:
     dones: dict[int, Done] = field(default_factory=dict)
     cuts: dict[int, int] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
+    mismatches: list[tuple[int, int, int]] = field(default_factory=list)
     events: list[StepPlan | EngineOutput] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -88,6 +89,7 @@ class History:
             return False
         result = self.device.collect(self._tick())
         self.scheduler.apply(result, self.now)
+        self.mismatches += self.scheduler.take_mismatches()
         self._take()
         return True
 
@@ -112,6 +114,27 @@ class History:
         free_slots = self.scheduler._free_slots
         assert sorted(free_slots) == list(range(self.config.max_num_seqs))
         assert not self.scheduler._blocks._pending_prefixes, "a promise outlives who gave it"
+        self._check_redraws()
+
+    def _check_redraws(self) -> None:
+        """The last tokens of every resubmitted request that went on were drawn again, once, and the different ones counted."""
+        resumed = [request for request in self.requests.values() if request.output]
+        ended_early = self.aborted | self.cuts.keys()
+        went_on = [r for r in resumed if self.dones[r.id].num_tokens > len(unpack(r.output)) and r.id not in ended_early]
+        redrawn = sum(sum(event.redraw) for event in self.events if isinstance(event, StepPlan))
+        assert self.scheduler.stats().resumed == len(resumed)
+        told = {id: (different, count) for id, different, count in self.mismatches}
+        assert len(told) == len(self.mismatches), "a request is told once"
+        for request in went_on:
+            different = num_different(request, VOCAB)
+            assert told.pop(request.id, (0, 0))[0] == different
+        assert told.keys() <= ended_early
+        counted = self.scheduler.stats().resume_mismatches
+        least = sum(num_different(request, VOCAB) for request in went_on)
+        if not ended_early:
+            assert redrawn == sum(min(MAX_REDRAWN, len(unpack(request.output))) for request in went_on)
+            assert counted == least
+        assert least <= counted <= sum(num_different(request, VOCAB) for request in resumed)
 
     def _check_request(self, request: Request, output: list[int], done: Done) -> None:
         assert output == continuation(request, len(output), VOCAB), "batching changed a token"
@@ -215,7 +238,10 @@ def a_request(random: Random, id: int, capacity: int) -> Request:
     priority, salt = random.choice([0, 0, 0, 1, -1]), random.choice(["", "", "", "salt"])
     fresh = Request(id, prompt, params, random.getrandbits(64), random.randint(0, 3), priority=priority, cache_salt=salt)
     resumed = random.randint(1, params.max_tokens) if params.max_tokens and random.random() < 0.2 else 0
-    return msgspec.structs.replace(fresh, output=pack(continuation(fresh, resumed, VOCAB))) if prompt_len else fresh
+    output = continuation(fresh, resumed, VOCAB) if prompt_len else []
+    if output and random.random() < 0.3:  # corrupted on the way
+        output[random.randrange(resumed)] = random.randrange(VOCAB)
+    return msgspec.structs.replace(fresh, output=pack(output))
 
 
 def choices_of(random: Random, request: Request) -> list[Request]:
@@ -285,9 +311,14 @@ def test_the_histories_reach_every_corner() -> None:
         seen["scored"] += sum(len(scores) > 0 for scores in history.scores.values())
         if history.config.max_admission_bytes != MAX_ADMISSION_BYTES:
             seen["few bytes"] += play(seed, max_admission_bytes=MAX_ADMISSION_BYTES).events != history.events
+        resumed = [r for r in history.requests.values() if r.output]
+        seen["redrawn in parts"] += sum(0 < sum(p.redraw) != sum(p.redraw[i] for i, s in enumerate(p.sample) if s) for p in plans)
+        seen["mismatch"] += len(history.mismatches)
+        seen["resumed and preempted"] += bool(resumed) * history.scheduler.stats().preemptions
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
     corners = (
         *("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "cached", "scored", "late"),
         *("window preemption", "window hit", "smaller chunk", "few bytes"),
+        *("redrawn in parts", "mismatch", "resumed and preempted"),
     )
     assert min(seen[corner] for corner in corners) > 20, seen

@@ -77,6 +77,19 @@ def test_a_fully_cached_prompt_computes_its_last_block_again() -> None:
     assert engine.computed() == 4 + 3
 
 
+def test_what_is_drawn_again_is_computed_again() -> None:
+    engine, fresh = Engine(), structs.replace(request(1), prompt=pack(range(6)), params=EngineSamplingParams(max_tokens=30))
+    engine.serve(fresh)
+    resumed = structs.replace(fresh, output=pack(continuation(fresh, 24, 1000)))
+    engine.serve(resumed)
+    assert engine.plans[0].chunks()[0] == Chunk(engine.plans[0].chunks()[0].slot, 12, 18, True, redraw=16), "of 30 tokens"
+    assert engine.computed() == 18 + 5 and engine.scheduler.stats().resume_mismatches == 0
+    engine = Engine()
+    short = structs.replace(resumed, prompt=pack(range(4)), output=pack(range(12)))
+    engine.serve(*(structs.replace(short, id=id) for id in range(3)))
+    assert len(engine.plans[0].new_sequences) == 3, "nobody waits for a block that it computes anyway"
+
+
 def test_different_cache_salts_share_nothing() -> None:
     engine = Engine()
     assert engine.cached(prompt(1, range(9), cache_salt="a")) == [0]

@@ -4,6 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from tests.scheduling.simulator import SimulatedDevice, SimulatedWorker, continuation
 from tests.scheduling.small import config, plan_of, request, run, slots, step_result
@@ -271,6 +272,37 @@ def test_a_resubmitted_request_continues_its_counts() -> None:
     *deltas, done = scheduler.take_outputs()
     assert deltas == [Delta(1, 3, (output[3],)), Delta(1, 4, (output[4],))]
     assert isinstance(done, Done) and (done.finish, done.num_tokens) == ("length", 5)
+
+
+def resumed(id: int, prompt_len: int, num_output: int) -> Request:
+    fresh = request(id, prompt_len=prompt_len, max_tokens=30)
+    return structs.replace(fresh, output=pack(continuation(fresh, num_output, 1000)))
+
+
+def test_the_last_tokens_of_a_resumed_request_are_drawn_again() -> None:
+    sizes = config(max_num_batched_tokens=10)
+    scheduler, device = Scheduler(sizes), SimulatedDevice(sizes)
+    scheduler.add(resumed(1, prompt_len=4, num_output=20), 0.0)
+    plans = run(scheduler, device)
+    assert [(chunk.start, chunk.count, chunk.redraw, chunk.sample) for plan in plans[:4] for chunk in plan.chunks()] == [
+        (0, 10, 3, False), (10, 10, 10, False), (20, 4, 3, True), (24, 1, 0, True),
+    ], "those of positions 8 to 23"  # fmt: skip
+    assert not any(plan.redraw for plan in plans[3:])
+    assert (scheduler.stats().resumed, scheduler.stats().resume_mismatches, scheduler.take_mismatches()) == (1, 0, [])
+
+
+def test_a_known_token_that_differs_is_counted_and_stays() -> None:
+    wrong = resumed(1, prompt_len=4, num_output=20)
+    wrong = structs.replace(wrong, output=wrong.output[:-4] + pack([1000]))
+    scheduler, device = Scheduler(config()), SimulatedDevice(config())
+    scheduler.add(wrong, 0.0)
+    scheduler.add(resumed(2, prompt_len=4, num_output=3), 0.0)
+    (first, *_) = run(scheduler, device)
+    assert unpack(first.new_sequences[0].tokens)[-1] == 1000
+    assert (scheduler.stats().resumed, scheduler.stats().resume_mismatches) == (2, 1)
+    assert scheduler.take_mismatches() == [(1, 1, 16)] and scheduler.take_mismatches() == []
+    deltas = [output for output in scheduler.take_outputs() if isinstance(output, Delta) and output.id == 1]
+    assert [delta.tokens[0] for delta in deltas] == continuation(wrong, 30, 1000)[20:], "it goes on from the known tokens"
 
 
 def test_phase_times_and_totals() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from tests.scheduling.simulator import SimulatedWorker, continuation
 from tpserve.engine.loop import Engine
@@ -131,7 +132,8 @@ class Bench:
     device: AsyncDevice
     trace: Log
 
-    def until_done(self, ids: set[int], timeout_s: float = 20.0) -> tuple[dict[int, list[int]], dict[int, Done]]:
+    def until_done(self, ids: set[int], timeout_s: float = 20.0, start: int = 0) -> tuple[dict[int, list[int]], dict[int, Done]]:
+        """The tokens of each request after the first `start`, and its end."""
         tokens: dict[int, list[int]] = {id: [] for id in ids}
         dones: dict[int, Done] = {}
         deadline = time.monotonic() + timeout_s
@@ -140,7 +142,7 @@ class Bench:
             self.server.wait(1.0)
             for output in self.server.receive():
                 if isinstance(output, Delta):
-                    assert output.start == len(tokens[output.id])
+                    assert output.start == start + len(tokens[output.id])
                     tokens[output.id].extend(output.tokens)
                 elif isinstance(output, Done):
                     assert output.id not in dones, "one Done for each Add"
@@ -196,6 +198,16 @@ def test_a_request_that_cannot_be_read_fails_alone_and_is_named_in_the_log(
     tokens, dones = bench.until_done({1, 2})
     assert dones[1].finish == "error" and "ValueError" in dones[1].error and "request 1" in caplog.text
     assert dones[2].finish == "length" and tokens[2] == continuation(make(2, 5, 6), 6, 1000)
+
+
+def test_a_resumed_request_whose_tokens_differ_is_named_in_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    right, wrong = (structs.replace(make(id, 5, 9), output=pack(continuation(make(id, 5, 9), 6, 1000))) for id in (1, 2))
+    wrong = structs.replace(wrong, output=wrong.output[:-4] + pack([1001]))
+    bench.server.send([Add(right), Add(wrong)])
+    tokens, _ = bench.until_done({1, 2}, start=6)
+    assert [tokens[r.id] for r in (right, wrong)] == [continuation(r, 9, 1000)[6:] for r in (right, wrong)]
+    lines = [record.getMessage() for record in caplog.records if "resumed" in record.getMessage()]
+    assert lines == ["request 2 is resumed: of its last 6 tokens, drawn again, 1 differ"]
 
 
 def test_abort_frees_and_drain_refuses(bench: Bench) -> None:

@@ -28,7 +28,7 @@ def test_what_could_not_be_sent_is_refused_by_its_flag(change: dict[str, int], f
 def test_the_bounds_hold_for_the_largest_steps() -> None:
     most, num_seqs, num_tokens = (1 << 31) - 1, 64, 512
     blocks = tuple((most,) * (num_tokens // num_seqs) for _ in range(2))
-    chunks = [Chunk(most, most, 8, True, (most,) * 8, blocks, True) for _ in range(num_seqs)]
+    chunks = [Chunk(most, most, 8, True, (most,) * 8, blocks, True, 16) for _ in range(num_seqs)]
     plan = StepPlan.of(1 << 40, 1 << 40, chunks, releases=[most] * num_seqs)
     assert len(codec.PLAN.encode([plan])) <= StepPlan.max_bytes(num_seqs, num_tokens, 2)
     new_sequence = NewSequence(
@@ -41,6 +41,11 @@ def test_the_bounds_hold_for_the_largest_steps() -> None:
     scores = PromptLogprobs(MAX_LOGPROBS, floats, floats * MAX_LOGPROBS, floats * MAX_LOGPROBS)
     numbered = range(num_seqs)
     result = StepResult(
-        1 << 40, 1 << 40, pack([most] * num_seqs), tuple((i, entry) for i in numbered), tuple((i, scores) for i in numbered)
+        1 << 40,
+        1 << 40,
+        pack([most] * num_seqs),
+        tuple((i, entry) for i in numbered),
+        tuple((i, scores) for i in numbered),
+        redrawn=tuple((i, pack([most] * 8)) for i in numbered),
     )
     assert len(codec.RESULT.encode([result])) <= StepResult.max_bytes(num_seqs, num_tokens)

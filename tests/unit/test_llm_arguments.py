@@ -112,7 +112,8 @@ def test_sampling_params_have_vllms_defaults() -> None:
 
 
 ONLY_OVER_HTTP = {"model", "prompt", "suffix", "echo", "add_special_tokens", "return_token_ids", "priority", "cache_salt",
-                  "stream", "stream_options", "request_id", "response_format", "guided_json", "guided_regex", "guided_choice",
+                  "stream", "stream_options", "background", "request_id",
+                  "response_format", "guided_json", "guided_regex", "guided_choice",
                   "guided_grammar", "return_tokens_as_token_ids", "truncate_prompt_tokens", "truncation_side"}  # fmt: skip
 
 

@@ -303,7 +303,7 @@ def test_metrics_of_a_request() -> None:
         [Done(0, "length", 2, times=PhaseTimes(0.5, 1.0, 0.25)), Stats(1, 2, 3, 4, 0, 9, 20, 10, 30, 16)]
     )
     harness.request_table.receive([Stats(0, 0, 0, 4, 1, 9, 25, 12, 30, 16)])
-    harness.request_table.receive([Stats(0, 0, 0, 4, 0, 1, 5, 1, 8, 0)])
+    harness.request_table.receive([Stats(0, 0, 0, 4, 0, 1, 5, 1, 8, 0, epoch=1)])
     sums = {"time_to_first_token_seconds": 1.5, "inter_token_latency_seconds": 0.25, "e2e_request_latency_seconds": 2.0}
     sums |= {"request_queue_time_seconds": 0.5, "request_generation_tokens": 2, "request_prompt_tokens": 2}
     assert {name: harness.value(f"{name}_sum") for name in sums} == sums

@@ -74,6 +74,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         allow_credentials=flags.allow_credentials,
         log_requests=flags.log_requests,
         log_stats=flags.log_stats,
+        resume_window=flags.resume_window,
         cluster_secret_file=_secret_file(flags, machine),
         log_level=flags.log_level,
         start_timeout=flags.start_timeout,

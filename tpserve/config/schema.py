@@ -284,6 +284,16 @@ class Flags(Struct, frozen=True, kw_only=True):
     allowed_methods: Annotated[tuple[str, ...], Flag(HTTP, "Methods that pages of other origins may use; * for all.")] = ("*",)
     allowed_headers: Annotated[tuple[str, ...], Flag(HTTP, "Headers that pages of other origins may send; * for all.")] = ("*",)
     allow_credentials: Annotated[bool, Flag(HTTP, "Let pages of other origins send cookies.")] = False
+    resume_window: Annotated[
+        float,
+        Flag(
+            HTTP,
+            "Seconds that an answer to a request with X-Resumable or background runs on without a reader, and is kept after its "
+            "end; 0 keeps none.",
+            "tpserve",
+            at_least=0,
+        ),
+    ] = 300.0
     log_requests: Annotated[
         bool,
         Flag(
@@ -434,6 +444,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     allowed_methods: tuple[str, ...]
     allowed_headers: tuple[str, ...]
     allow_credentials: bool
+    resume_window: float
     log_requests: bool
     log_stats: bool
     cluster_secret_file: str | None
@@ -459,5 +470,5 @@ _LOCAL = {
     *("sampling_defaults", "snapshot", "served_model_name"),
     *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
     *("interface", "port_range", "allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials", "log_requests"),
-    "log_stats",
+    *("log_stats", "resume_window"),
 }

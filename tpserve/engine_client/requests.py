@@ -6,9 +6,10 @@ event loop only. Invariants:
     entry     a sequence is in the table from `open` until its end: Done, a stop string, an abort or a failure
     end       each sequence ends exactly once, and so does each handle; later messages of the engine about it are dropped
     delta     accepted only at the expected position; any other is dropped
-    recovery  the table outlives the engine: `resubmit` sends every open sequence to the next one, with its output so far
+    recovery  the table outlives the engine: `resubmission` has every open sequence for the next one, with its output so far
     scores    the same, and before the first delta; the engine may repeat scores that are known
     buffer    output that waits for a slow client merges into one `OutputDelta` a sequence, so the request's length bounds it
+    stepwise  the deltas of such a handle depend on the tokens and their order alone, not on frames or on when a reader takes
 
 A `RequestHandle` is one client's request: n choices of m prompts are n * m sequences, numbered by `index`.
 """
@@ -23,6 +24,8 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from tpserve.coordinator.actions import Cause
+from tpserve.engine_client.quarantine import Quarantine
 from tpserve.errors import UserError
 from tpserve.observe.metrics import Metrics
 from tpserve.text.assembler import Assembler, OutputDelta
@@ -44,6 +47,8 @@ from tpserve.types.packed import INT32_BYTES
 from tpserve.types.request import Request
 
 log = logging.getLogger(__name__)
+
+QUARANTINED = "the request has ended the engine twice and is not tried again; the others go on"
 
 
 @dataclass(eq=False)
@@ -77,14 +82,17 @@ class RequestState:
 class RequestHandle:
     """A client's request. One reader waits and takes; the request table writes.
 
-    `streaming`: the reader wakes for output, not only for the end.
+    `streaming`: the reader wakes for output, not only for the end. `stepwise`: `take` returns a delta of its own for each token
+    that shows something, in the order of arrival.
     """
 
-    def __init__(self, streaming: bool) -> None:
+    def __init__(self, streaming: bool, stepwise: bool = False) -> None:
         self.sequences: list[RequestState] = []
         self.failure: UserError | None = None
         """Set when the request fails; its `status` is the HTTP status."""
+        self.stepwise = stepwise
         self._streaming = streaming
+        self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
         self._wake = asyncio.Event()
 
@@ -103,9 +111,12 @@ class RequestHandle:
         self._wake.set()
 
     def take(self) -> list[tuple[RequestState, OutputDelta]]:
-        """The output since the last call, at most one delta per sequence. Raises the failure of a failed request."""
+        """The output since the last call, unless stepwise at most one delta per sequence. Raises a failed request's failure."""
         if self.failure is not None:
             raise self.failure
+        if self.stepwise:
+            steps, self._steps = self._steps, []
+            return steps
         return [(sequence, delta) for sequence in self.sequences if (delta := sequence.assembler.take()) is not None]
 
     def _add(self, sequence: RequestState) -> None:
@@ -121,6 +132,12 @@ class RequestHandle:
         if self._streaming:
             self._wake.set()
 
+    def _step(self, sequence: RequestState) -> None:
+        """Keep what a sequence shows as a delta of its own, if the handle is stepwise."""
+        if self.stepwise and self.failure is None and (delta := sequence.assembler.take()) is not None:
+            self._steps.append((sequence, delta))
+            self._notify()
+
 
 class RequestTable:
     """All open sequences. `send` passes messages to the engine and never blocks; `clock` returns seconds."""
@@ -133,6 +150,7 @@ class RequestTable:
         self._clock = clock
         self._open: dict[int, RequestState] = {}
         self._ids = itertools.count()
+        self._quarantine = Quarantine()
 
     @property
     def num_open(self) -> int:
@@ -148,30 +166,40 @@ class RequestTable:
         """A new request id; none is used twice."""
         return next(self._ids)
 
-    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool) -> RequestHandle:
+    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool, stepwise: bool = False) -> RequestHandle:
         """Admit a client's request: all its sequences in the order of their indices, each with the assembler of its output.
 
         With `params.prompt_logprobs` the assembler has `scores` to fill. When the request cannot be sent, the handle fails.
         """
-        handle, now = RequestHandle(streaming), self._clock()
+        handle, now = RequestHandle(streaming, stepwise), self._clock()
         for index, (request, assembler) in enumerate(requests):
             sequence = RequestState(request, index, assembler, handle, now)
             self._open[request.id] = sequence
             handle._add(sequence)
         try:
-            self._send([Add(request) for request, _ in requests])
+            self._submit(self._quarantine.admit([request.id for request, _ in requests]))
         except Exception as error:  # it cannot be encoded; nothing was sent, and no other request is affected
             log.exception("requests %s cannot be sent to the engine", [request.id for request, _ in requests])
             for sequence in handle.sequences:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
         return handle
 
-    def resubmit(self) -> None:
-        """A new engine knows nothing: send it every open sequence, with its output so far, in the order of arrival."""
-        adds: list[EngineInput] = [
-            Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in self._open.values()
-        ]
-        if adds:
+    def resubmission(self, cause: Cause) -> list[EngineInput]:
+        """What a new engine has to know first. `cause`: of the faults before it. Fails requests that kill engines."""
+        for id in self._quarantine.judge(cause):
+            if (sequence := self._open.get(id)) is not None:
+                log.error("request %d has killed the engine again and again: it is ended", id)
+                self.metrics.quarantined()
+                self._fail_handle(sequence, QUARANTINED, 500, "request_quarantined")
+        return self._adds(self._quarantine.resend())
+
+    def _adds(self, ids: Sequence[int]) -> list[EngineInput]:
+        """The open sequences of `ids`, with their output so far."""
+        found = [self._open[id] for id in ids if id in self._open]
+        return [Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in found]
+
+    def _submit(self, ids: Sequence[int]) -> None:
+        if ids and (adds := self._adds(ids)):
             self._send(adds)
 
     def abort(self, handle: RequestHandle) -> None:
@@ -185,6 +213,7 @@ class RequestTable:
 
     def fail_all(self, text: str, status: int) -> None:
         """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
+        self._quarantine = Quarantine()  # nothing is sent any more
         for sequence in list(self._open.values()):
             self._fail(sequence, text, status)
 
@@ -207,6 +236,7 @@ class RequestTable:
                         sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500
                     )
                     self._send([Abort(message.id)])
+                self._submit(self._quarantine.prove(message.id))
         return any(isinstance(message, Delta) for message in outputs)
 
     def _on_message(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:
@@ -219,10 +249,10 @@ class RequestTable:
             case Done():
                 self._on_done(sequence, message)
 
-    def _fail_handle(self, sequence: RequestState, text: str, status: int) -> None:
+    def _fail_handle(self, sequence: RequestState, text: str, status: int, code: str = "") -> None:
         """Fail the whole handle of a sequence: a client gets all choices or an error."""
         if not sequence.closed:
-            self._fail(sequence, text, status)
+            self._fail(sequence, text, status, code)
         self.abort(sequence.handle)
 
     def _on_prompt_logprobs(self, sequence: RequestState, chunk: PromptLogprobsChunk) -> None:
@@ -230,7 +260,9 @@ class RequestTable:
         if scores is None or not scores.push(chunk.start, chunk.logprobs):
             log.warning("scores of sequence %d at %d dropped", chunk.id, chunk.start)
         elif scores.complete:
-            sequence.handle._notify()  # the other choices of the prompt show them too
+            for other in sequence.handle.sequences:  # the other choices of the prompt show them too
+                sequence.handle._step(other)
+            sequence.handle._notify()
 
     def _on_delta(self, sequence: RequestState, delta: Delta, stops: bool) -> None:
         if delta.start != len(sequence.tokens) or sequence.missing_scores is not None:
@@ -243,7 +275,12 @@ class RequestTable:
         else:
             self.metrics.next_token(now - sequence.token_s[-1])
         sequence.tokens.extend(delta.tokens)
-        sequence.assembler.push(delta.tokens, delta.logprobs, stops=stops)
+        size = 1 if sequence.handle.stepwise else max(1, len(delta.tokens))
+        for begin in range(0, len(delta.tokens), size):
+            end = begin + size
+            last = end >= len(delta.tokens)
+            sequence.assembler.push(delta.tokens[begin:end], delta.logprobs[begin:end], stops=stops and last)
+            sequence.handle._step(sequence)
         sequence.token_s.extend([now] * (sequence.assembler.num_tokens - len(sequence.token_s)))
         if sequence.assembler.finish is not None:  # a stop string; the client gets its answer before the engine stops
             self._close(sequence, sequence.assembler.finish)
@@ -264,15 +301,17 @@ class RequestTable:
         status = 503 if done.finish == "abort" else 400 if done.by_grammar else 500
         self._fail_handle(sequence, error or "the engine aborted the request", status)
 
-    def _fail(self, sequence: RequestState, text: str, status: int) -> None:
-        code = {400: "invalid_grammar", 500: "engine_error"}.get(status, "engine_unavailable")
+    def _fail(self, sequence: RequestState, text: str, status: int, code: str = "") -> None:
+        code = code or {400: "invalid_grammar", 500: "engine_error"}.get(status, "engine_unavailable")
         sequence.handle.failure = sequence.handle.failure or UserError(text, code=code, status=status)
         sequence.assembler.abandon("error")
         self._close(sequence, "error")
 
     def _close(self, sequence: RequestState, reason: FinishReason, times: PhaseTimes | None = None) -> None:
         sequence.closed = True
+        sequence.handle._step(sequence)
         del self._open[sequence.request.id]
         since_s = self._clock() - sequence.arrived_s
         self.metrics.ended(reason, since_s, sequence.prompt_tokens, sequence.assembler.num_tokens, times)
         sequence.handle._close()
+        self._submit(self._quarantine.end(sequence.request.id))

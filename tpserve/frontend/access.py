@@ -29,7 +29,7 @@ OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/ping"})
 ADMIN_PATHS = frozenset({"/server_info"})
 """For operators only: they show the configuration of the server."""
 METRICS_PATH = "/metrics"
-METHODS = ("GET", "HEAD", "OPTIONS", "POST")
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "POST")
 MAX_PREFLIGHT_AGE_S = 600
 
 
@@ -83,9 +83,13 @@ def require_key(settings: AccessSettings, exposed: bool) -> Middleware:
 
 def has_key(request: web.Request, key: str) -> bool:
     """Whether a request has the key as its Bearer token. The scheme is case-insensitive (RFC 9110)."""
+    return hmac.compare_digest(bearer_token(request).encode(errors="surrogateescape"), key.encode())
+
+
+def bearer_token(request: web.Request) -> str:
+    """The key that a client sent as its Bearer token; empty when it sent none."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    same = hmac.compare_digest(token.strip(" ").encode(errors="surrogateescape"), key.encode())
-    return same and scheme.lower() == "bearer"
+    return token.strip(" ") if scheme.lower() == "bearer" else ""
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class Origins:
         if origin is None or not self.allows(origin):
             return
         response.headers["Access-Control-Allow-Origin"] = origin
-        response.headers["Access-Control-Expose-Headers"] = "x-request-id, Retry-After"
+        response.headers["Access-Control-Expose-Headers"] = "x-request-id, X-Stream-Id, Location, Retry-After"
         if self.settings.allow_credentials:
             response.headers["Access-Control-Allow-Credentials"] = "true"
 

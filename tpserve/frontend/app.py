@@ -22,11 +22,12 @@ from tpserve.errors import UserError
 from tpserve.frontend import traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.http_errors import JsonErrorRunner
-from tpserve.frontend.openai import routes
+from tpserve.frontend.openai import resumable, routes
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.routes import REQUEST_ID
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
+from tpserve.frontend.streams import StreamTable
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
@@ -62,6 +63,8 @@ class Settings(AccessSettings, Protocol):
     def max_num_seqs(self) -> int: ...
     @property
     def max_queued_requests(self) -> int: ...
+    @property
+    def resume_window(self) -> float: ...
 
 
 def create_app(
@@ -96,11 +99,14 @@ def create_app(
         defaults=settings.sampling_defaults,
         grammars=grammars,
         answers=answers,
+        streams=StreamTable(settings.resume_window),
     )
     app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(origins.on_prepare)
     app.cleanup_ctx.append(traffic.log_traffic(request_table, status, settings.drain_timeout, settings.log_stats))
+    app.on_shutdown.append(forget_answers)
     routes.add_routes(app)
+    resumable.add_routes(app)
     app.router.add_get("/health", ready)
     app.router.add_get("/readyz", ready)
     app.router.add_get("/livez", alive)
@@ -124,6 +130,11 @@ def is_server_error(record: logging.LogRecord) -> bool:
     """A log filter that drops aiohttp's tracebacks about malformed requests and lost clients, which get status 400 or nothing."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, HttpProcessingError | web.RequestPayloadError | ConnectionError)
+
+
+async def forget_answers(app: web.Application) -> None:
+    """End what runs without a client, at the end of the server."""
+    app[SERVICE].streams.close()
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -168,7 +179,7 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except ConnectionError:
         raise  # the client has left
     except Exception:  # a defect of the server: the client gets 500, the log the traceback
-        log.exception("request %s to %s failed", request[REQUEST_ID], request.path)
+        log.exception("request %s to %s failed", request[REQUEST_ID], traffic.route_of(request))
         return error_response(internal_error(request[REQUEST_ID]))
 
 

@@ -139,10 +139,15 @@ async def log_request(request: web.Request, handler: Handler) -> web.StreamRespo
         log.info(request_line(request, status, time.monotonic() - began_s))
 
 
+def route_of(request: web.Request) -> str:
+    """The route of a request, for the log: a path may have an id that is a secret."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "(no such route)"
+
+
 def request_line(request: web.Request, status: int, took_s: float) -> str:
     """The log line of a finished request, without any of its content."""
-    resource = request.match_info.route.resource
-    route = f"{request.method} {resource.canonical if resource is not None else '(no such route)'}"
+    route = f"{request.method} {route_of(request)}"
     if (admitted := request.get(ADMITTED)) is None:
         return f"request {request[REQUEST_ID]}: {route}, status {status}, {took_s:.3f} s"
     sequences = admitted.handle.sequences

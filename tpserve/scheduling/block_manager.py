@@ -132,14 +132,17 @@ class BlockManager:
     # prefix cache
 
     def match(self, sequence: Sequence) -> PrefixMatch:
-        """The cached prefix of a waiting sequence. It never includes the last token: its logits give the next token."""
+        """The cached prefix of a waiting sequence. It never includes the last token: its logits give the next token.
+
+        Nor the tokens of which the logits give a known token again.
+        """
         if not self._config.prefix_caching or sequence.needs_scores:
             return PrefixMatch()
         if self._is_pending(sequence, sequence.pending_prefix):
             return PrefixMatch(next_hash=sequence.pending_prefix, pending=True)
-        length = len(sequence.tokens)
-        hashes = self._block_hashes(sequence, length // self._size)
-        shared = self._num_cached_in_windows(hashes, self._num_cached(hashes, (length - 1) // self._size))
+        most = sequence.first_logits // self._size
+        hashes = self._block_hashes(sequence, most if sequence.redrawing else len(sequence.tokens) // self._size)
+        shared = self._num_cached_in_windows(hashes, self._num_cached(hashes, most))
         free = sum(self._pool.is_free(block) for _, block in self._shared_blocks(hashes, shared))
         if shared == len(hashes) or self._is_cached(hashes[shared]):
             return PrefixMatch(shared, free)

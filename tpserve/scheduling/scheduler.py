@@ -18,11 +18,14 @@ A plan is in flight from `schedule` until its result is applied. At most `depth`
     windows           a block that no later position sees is freed when the result that proves it is applied
     grammars          a sequence with a grammar waits, without a slot, until all ranks have compiled it; plans ask for that, one
                       without chunks when there is nothing else to plan
+    resumption        a request that comes with output was interrupted by a fault. The prefill that recomputes it draws its last
+                      tokens again, and those that differ are counted; the known ones stay. A preempted sequence draws none again
     prefix cache      a block can be shared once the result of the plan that filled it is applied; a sequence that needs a block
                       which is being computed waits for it, and others overtake it
 """
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from tpserve.scheduling.block_manager import BlockManager
@@ -33,7 +36,7 @@ from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.scheduling.sequence import Sequence
 from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, PromptLogprobsChunk, Stats
 from tpserve.types.packed import pack, unpack
-from tpserve.types.plan import Chunk, NewSequence, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
+from tpserve.types.plan import MAX_REDRAWN, Chunk, NewSequence, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from tpserve.types.request import Request, content_error
 
 
@@ -67,6 +70,9 @@ class Scheduler:
         self._generation_tokens = 0
         self._prefix_cache_queries = 0
         self._prefix_cache_hits = 0
+        self._resumed = 0
+        self._resume_mismatches = 0
+        self._mismatched: list[tuple[int, int, int]] = []
         self._arrivals = 0
 
     # requests
@@ -76,6 +82,7 @@ class Scheduler:
         assert not self._find(request.id), f"request {request.id} was added twice"
         sequence = Sequence.of(request, self.config.max_model_len, now, self._arrivals)
         self._arrivals += 1
+        self._resumed += bool(request.output)
         if refusal := self._refusal(sequence):
             self._end(sequence, "error", now, error=refusal)
         elif not self._already_complete(sequence, now) and not self._grammars.hold(sequence):
@@ -117,7 +124,7 @@ class Scheduler:
         step = self._in_flight.popleft()
         assert (result.epoch, result.step) == (self.epoch, step.step), "results are applied in step order"
         tokens, logprobs, scores = unpack(result.tokens), dict(result.logprobs), dict(result.prompt_logprobs)
-        grammar_ends = dict(result.grammar_ends)
+        grammar_ends, redrawn = dict(result.grammar_ends), dict(result.redrawn)
         assert len(tokens) == len(step.rows), "a result has one token per chunk of its plan"
         for index, (sequence, chunk) in enumerate(step.rows):
             sequence.in_flight -= 1
@@ -127,6 +134,8 @@ class Scheduler:
             self._blocks.commit(sequence, chunk.start + chunk.count)
             if chunk.score:
                 self._emit_prompt_logprobs(sequence, chunk, scores[index])
+            if chunk.redraw:
+                self._compare(sequence, unpack(redrawn[index]))
             if chunk.sample:
                 self._append_token(sequence, tokens[index], logprobs.get(index), grammar_ends.get(index), now)
             elif len(sequence.tokens) == sequence.end and not sequence.needs_scores:
@@ -138,6 +147,11 @@ class Scheduler:
         """The outputs since the last call: deltas, prompt logprobs, Dones."""
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def take_mismatches(self) -> list[tuple[int, int, int]]:
+        """(request id, different tokens, tokens drawn again) of resumed requests since the last call, where any differs."""
+        mismatched, self._mismatched = self._mismatched, []
+        return mismatched
 
     def stats(self) -> Stats:
         """Gauges and running totals; `steps` counts plans."""
@@ -152,6 +166,9 @@ class Scheduler:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=self._prefix_cache_queries,
             prefix_cache_hits=self._prefix_cache_hits,
+            epoch=self.epoch,
+            resumed=self._resumed,
+            resume_mismatches=self._resume_mismatches,
         )
 
     @property
@@ -177,7 +194,8 @@ class Scheduler:
                 blocks = self._blocks.grow(sequence, sequence.planned + count)
             start, sample = sequence.planned, count == sequence.num_to_compute and sequence.length < sequence.end
             input_ids = sequence.input_ids(start, count) if self.config.sync_sampling else ()
-            chunks.append(Chunk(sequence.slot, start, count, sample, input_ids, blocks, sequence.scores(start, count)))
+            score, redraw = sequence.scores(start, count), sequence.redraws(start, count)
+            chunks.append(Chunk(sequence.slot, start, count, sample, input_ids, blocks, score, redraw))
             sequence.planned += count
             sequence.pending_draws += sample
             sequence.in_flight += 1
@@ -252,6 +270,17 @@ class Scheduler:
         new = logprobs.after(sequence.num_scored - chunk.start - 1)
         self._outputs.append(PromptLogprobsChunk(sequence.request.id, sequence.num_scored, new))
         sequence.num_scored += new.num_tokens
+
+    def _compare(self, sequence: Sequence, drawn: Collection[int]) -> None:
+        """Compare known tokens with those that were drawn again in their places."""
+        first, last = sequence.next_redraw, sequence.next_redraw + len(drawn)
+        different = sum(token != known for token, known in zip(drawn, sequence.tokens[first:last], strict=True))
+        sequence.next_redraw = last
+        sequence.mismatches += different
+        self._resume_mismatches += different
+        if sequence.mismatches and not sequence.redrawing:
+            count = min(MAX_REDRAWN, last - sequence.prompt_len)
+            self._mismatched.append((sequence.request.id, sequence.mismatches, count))
 
     def _append_token(
         self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, grammar_end: str | None, now: float

@@ -3,6 +3,7 @@
     tokens     [0, len(tokens)) known | [len(tokens), length) sampled by plans in flight
     positions  [0, computed) in the KV cache | [computed, planned) computed by plans in flight | [planned, length) to compute
     scores     prompt logprobs: tokens [1, num_scored) are sent | [num_scored, prompt_len) are missing, if the request wants them
+    resumed    output from before a fault: its last tokens, [next_redraw, end_redraw), are still to be drawn again and compared
 
 A sequence waits (no slot, no blocks, nothing planned), runs (a slot and blocks), or has ended. An ended sequence keeps its slot
 and blocks until no plan in flight names it. `length` never passes `end`: the token at end - 1 is the last, and its own
@@ -16,6 +17,7 @@ from msgspec import msgpack
 from msgspec.structs import replace
 
 from tpserve.types.messages import PhaseTimes
+from tpserve.types.plan import MAX_REDRAWN
 from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
 
@@ -36,6 +38,8 @@ class Sequence:
     num_scored: int
     params_bytes: int
     """Size of the encoded params."""
+    next_redraw: int
+    end_redraw: int
     slot: int = -1
     grammar: int = -1
     """The number of its grammar; -1 for none."""
@@ -54,6 +58,8 @@ class Sequence:
     pending_draws: int = 0
     in_flight: int = 0
     ended: bool = False
+    mismatches: int = 0
+    """Tokens that were drawn again and differ."""
     started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
@@ -70,7 +76,8 @@ class Sequence:
         scored = prompt_len if request.params.prompt_logprobs is None or request.output else min(1, prompt_len)
         params = replace(request.params, grammar="") if request.params.grammar else request.params
         order, params_bytes = (request.priority, number), len(msgpack.encode(params))
-        return Sequence(request, params, tokens, prompt_len, end, now, order, scored, params_bytes)
+        redraw, length = max(prompt_len, len(tokens) - MAX_REDRAWN), len(tokens)
+        return Sequence(request, params, tokens, prompt_len, end, now, order, scored, params_bytes, redraw, length)
 
     @property
     def length(self) -> int:
@@ -96,6 +103,16 @@ class Sequence:
         return self.num_scored < self.prompt_len
 
     @property
+    def first_logits(self) -> int:
+        """The first position that must be computed though its keys and values may be known: its logits give a token."""
+        return (self.next_redraw if self.redrawing else len(self.tokens)) - 1
+
+    @property
+    def redrawing(self) -> bool:
+        """Whether known tokens are still to be drawn again."""
+        return self.next_redraw < self.end_redraw
+
+    @property
     def num_output(self) -> int:
         """Number of generated tokens that are known."""
         return len(self.tokens) - self.prompt_len
@@ -103,6 +120,10 @@ class Sequence:
     def scores(self, start: int, count: int) -> bool:
         """Whether positions [start, start + count) give prompt logprobs that are still missing."""
         return self.needs_scores and start + 1 < self.prompt_len and self.num_scored <= start + count
+
+    def redraws(self, start: int, count: int) -> int:
+        """How many tokens positions [start, start + count) draw again: all that are missing of [start + 1, start + count]."""
+        return max(0, min(self.end_redraw, start + count + 1) - max(self.next_redraw, start + 1))
 
     def input_ids(self, start: int, count: int) -> tuple[int, ...]:
         """Input ids of positions [start, start + count); () when the admission sent them."""

@@ -125,6 +125,11 @@ class Stats(Message, frozen=True):
     """Prompt tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0
     """Prompt tokens found in the prefix cache."""
+    epoch: int = 0
+    resumed: int = 0
+    """Requests that came with the output of an earlier epoch."""
+    resume_mismatches: int = 0
+    """Tokens of such output that were drawn again and differ."""
 
 
 EngineOutput = PromptLogprobsChunk | Delta | Done | Stats

@@ -3,7 +3,8 @@
 A step has no prefill phase and no decode phase: it is a list of chunks `(slot, start, count)`. A chunk computes the KV
 entries of positions [start, start + count) of one sequence and, if `sample` is set, draws the token of position
 start + count. If `score` is set, the step also returns the log probabilities of the prompt's tokens among the positions
-[start + 1, start + count].
+[start + 1, start + count]. With `redraw` it also draws so many known tokens again and returns them: the last ones among the
+positions [start + 1, start + count], without the one that it samples. They change nothing; rank 0 compares.
 
     tokens[slot]    [0, start) in the KV cache | [start, start + count) computed by this chunk | start + count drawn
     block table     one per cache group, extended by NewSequence.tables and Chunk.blocks; position p is in table[p // block_size].
@@ -22,6 +23,8 @@ from tpserve.types.sampling import MAX_LOGPROBS, EngineSamplingParams
 
 NEW_GRAMMAR_BYTES = 4 << 20
 """The grammars of one plan: texts of at most so many bytes together."""
+MAX_REDRAWN = 16
+"""The most known tokens of a sequence that are drawn again."""
 NEW_SEQUENCE_HEADER_BYTES = 57
 """Upper bound of the fixed-size fields: four numbers of at most 9 bytes, a seed, and msgpack's headers."""
 
@@ -59,6 +62,7 @@ class Chunk(Struct, frozen=True, array_like=True):
     tokens: tuple[int, ...] = ()
     blocks: tuple[tuple[int, ...], ...] = ()
     score: bool = False
+    redraw: int = 0
 
 
 class GrammarOrders(Struct, frozen=True, array_like=True):
@@ -100,6 +104,8 @@ class StepPlan(Struct, frozen=True, array_like=True):
     score: bytes = b""
     """One byte per chunk: 1 where prompt tokens are scored; empty when no chunk scores."""
     grammars: GrammarOrders = GrammarOrders()
+    redraw: bytes = b""
+    """One byte per chunk: the number of tokens to draw again; empty when no chunk does."""
 
     @staticmethod
     def of(
@@ -136,15 +142,16 @@ class StepPlan(Struct, frozen=True, array_like=True):
             blocks=pack(blocks),
             score=bytes(c.score for c in chunks) if any(c.score for c in chunks) else b"",
             grammars=grammars,
+            redraw=bytes(c.redraw for c in chunks) if any(c.redraw for c in chunks) else b"",
         )
 
     @staticmethod
     def max_bytes(num_seqs: int, num_tokens: int, num_groups: int) -> int:
         """An upper bound in bytes of a plan without new sequences: `num_seqs` chunks with `num_tokens` positions in all.
 
-        A chunk has 3 numbers and 3 flags, a number for each position and, in each group, a run and a block for each position.
+        A chunk has 3 numbers and 4 bytes, a number for each position and, in each group, a run and a block for each position.
         """
-        return 128 + num_seqs * (5 + 15 + 12 * num_groups) + 4 * num_tokens * (1 + num_groups)
+        return 128 + num_seqs * (5 + 16 + 12 * num_groups) + 4 * num_tokens * (1 + num_groups)
 
     def num_tokens(self) -> int:
         """Number of positions the plan computes."""
@@ -169,8 +176,8 @@ class StepPlan(Struct, frozen=True, array_like=True):
             tokens: tuple[int, ...] = ()
             if has_tokens:
                 tokens, at = tuple(input_ids[at : at + count]), at + count
-            score = bool(self.score) and bool(self.score[index])
-            result.append(Chunk(slot, start, count, bool(sample), tokens, tuple(blocks.get(index, ())), score))
+            score, redraw = bool(self.score) and bool(self.score[index]), self.redraw[index] if self.redraw else 0
+            result.append(Chunk(slot, start, count, bool(sample), tokens, tuple(blocks.get(index, ())), score, redraw))
         return result
 
 
@@ -211,7 +218,8 @@ class StepResult(Struct, frozen=True, array_like=True):
     `logprobs`: (chunk index, entry) for the chunks whose request wants them. `prompt_logprobs`: (chunk index, entries) for the
     chunks that score at least one prompt token. `grammar_ends`: (chunk index, error) of the chunks whose token ends a grammar;
     an error, mostly empty, says that the grammar could not be followed. `compiled`: (number, error) of grammars of `asked` that
-    all ranks have compiled, or that one of them could not.
+    all ranks have compiled, or that one of them could not. `redrawn`: (chunk index, packed tokens) of the chunks that draw known
+    tokens again, in order of position.
     """
 
     epoch: int
@@ -221,11 +229,12 @@ class StepResult(Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[tuple[int, PromptLogprobs], ...] = ()
     grammar_ends: tuple[tuple[int, str], ...] = ()
     compiled: tuple[tuple[int, str], ...] = ()
+    redrawn: tuple[tuple[int, bytes], ...] = ()
 
     @staticmethod
     def max_bytes(num_seqs: int, num_tokens: int) -> int:
         """An upper bound in bytes of a result, and of the messages to the frontend that it becomes.
 
-        All of `num_tokens` positions may be scored, and all of `num_seqs` sequences may want log probabilities.
+        All of `num_tokens` positions may be scored and drawn again, and all of `num_seqs` sequences may want log probabilities.
         """
-        return 256 + num_seqs * (192 + 14 * MAX_LOGPROBS) + num_tokens * (4 + 8 * MAX_LOGPROBS)
+        return 256 + num_seqs * (208 + 14 * MAX_LOGPROBS) + num_tokens * (8 + 8 * MAX_LOGPROBS)

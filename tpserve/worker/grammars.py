@@ -100,21 +100,26 @@ class SlotGrammar:
     """The grammar of one sequence, between its tokens.
 
     A draw is followed when the next mask is needed or the step's result is, whichever comes first: on a card the next forward is
-    queued by then.
+    queued by then. So are the tokens that the sequence brought along, of which some may be drawn again.
     """
 
     def __init__(self, matcher: LLMatcher, num_words: int, output: list[int]) -> None:
         """`num_words`: W of a mask. `output`: the tokens that the sequence has already."""
         self._matcher, self.num_words = matcher, num_words
+        self._output, self._followed = output, 0
         self._draw: GrammarDraw | None = None
         self.ended = False
         """No token can follow, or the matcher has failed."""
         self.error = ""
-        if output and not matcher.consume_tokens(output):
-            self._fail()
 
-    def write_mask(self, row_W: torch.Tensor) -> None:
-        """Write the bits of the ids that may come next: int32 [W], id 32 w + i is bit i of word w. All, once it has ended."""
+    def write_mask(self, row_W: torch.Tensor, num_output: int) -> None:
+        """Write the bits of the ids that may follow `num_output` output tokens; the number never falls.
+
+        `row_W`: int32 [W], id 32 w + i is bit i of word w. All, once the grammar has ended.
+        """
+        known, self._followed = self._output[self._followed : num_output], max(self._followed, num_output)
+        if known and not self.ended and not self._matcher.consume_tokens(known):
+            self._fail()
         self.follow()
         if not self.ended:
             self._matcher.unsafe_compute_mask_ptr(row_W.data_ptr(), row_W.numel() * 4)

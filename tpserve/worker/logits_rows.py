@@ -1,13 +1,14 @@
 """Selects the rows of a step that need logits, and groups them. On the last stage only; reads the plan and the request pool.
 
-`LogitsChunking` limits the rows of one group. Rows with filters, rows without, and prompt tokens to score are in separate groups.
+`LogitsChunking` limits the rows of one group. Rows with filters, rows without, prompt tokens to score and known tokens to draw
+again are in separate groups.
 
-S: sampled rows of a group, N: scored rows of the step, C: chunks that score.
+S: drawn rows of a group, N: scored rows of the step, C: chunks that score.
 """
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -25,21 +26,23 @@ from tpserve.worker.sampling_metadata import SamplingMetadata, filters
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Chunks that sample together. Tensors are on the device with S entries each."""
+    """Rows that are drawn together. Tensors are on the device with S entries each."""
 
     chunks: tuple[int, ...]
-    """Indices of the chunks in the plan"""
+    """For each row the index of its chunk in the plan"""
+    positions: tuple[int, ...]
+    """For each row the position of the token that it draws"""
     rows: torch.Tensor
-    """[S] int64: rows of the step, the last one of each chunk"""
+    """[S] int64: rows of the step; where the next token is sampled, the last one of the chunk"""
     slots: torch.Tensor
     """[S] int64"""
     draw: DrawParams
     all_greedy: bool
     filters: Filters | None
     """None: the rows have no sampling parameters but a temperature."""
-    num_logprobs: tuple[int | None, ...]
+    num_logprobs: tuple[int | None, ...] = ()
     """Number of top logprobs of each request, None without logprobs; () when no request has any."""
-    grammars: tuple[SlotGrammar | None, ...]
+    grammars: tuple[SlotGrammar | None, ...] = ()
     """The grammar of each sequence; () when none has one."""
 
 
@@ -61,58 +64,96 @@ class PromptLogprobsBatch:
     """[N] int64: the position of the token to score"""
 
 
+@dataclass
+class _Rows:
+    """Rows to draw: those without filters, and those with what filters each. A row is (chunk, position of the token)."""
+
+    plain: list[tuple[int, int]] = field(default_factory=list)
+    filtered: list[tuple[int, int]] = field(default_factory=list)
+    metadata: list[SamplingMetadata] = field(default_factory=list)
+
+    def add(self, chunk: int, position: int, metadata: SamplingMetadata | None) -> None:
+        if metadata is not None and metadata.needs_filters(position):
+            self.filtered.append((chunk, position))
+            self.metadata.append(metadata)
+        else:
+            self.plain.append((chunk, position))
+
+    def batches(self, chunks: ChunkArrays, request_pool: RequestPool, max_plain: int, max_filtered: int) -> list[SampleBatch]:
+        """Each row in exactly one batch, in order of the plan among the plain ones and among the others."""
+        plain = [self.plain[at : at + max_plain] for at in range(0, len(self.plain), max_plain)]
+        filtered = [slice(at, at + max_filtered) for at in range(0, len(self.filtered), max_filtered)]
+        return [_draw_batch(rows, chunks, request_pool, ()) for rows in plain] + [
+            _draw_batch(self.filtered[part], chunks, request_pool, self.metadata[part]) for part in filtered
+        ]
+
+
 def sample_batches(
     plan: StepPlan, chunks: ChunkArrays, request_pool: RequestPool, logits_chunking: LogitsChunking
 ) -> list[SampleBatch]:
     """The chunks that sample, each in exactly one batch."""
-    plain: list[int] = []
-    filtered: list[tuple[int, SamplingMetadata]] = []
+    rows = _Rows()
     for chunk, (sample, slot, end) in enumerate(zip(plan.sample, chunks.slots, chunks.ends, strict=True)):
         if sample:
-            metadata = request_pool.sampling_metadata[slot]
-            if metadata is not None and metadata.needs_filters(end):
-                filtered.append((chunk, metadata))
-            else:
-                plain.append(chunk)
-    batches = [
-        _sample_batch(plain[at : at + logits_chunking.plain], chunks, request_pool, ())
-        for at in range(0, len(plain), logits_chunking.plain)
-    ]
-    for at in range(0, len(filtered), logits_chunking.filtered):
-        indices, metadata_S = zip(*filtered[at : at + logits_chunking.filtered], strict=True)
-        batches.append(_sample_batch(indices, chunks, request_pool, metadata_S))
-    return batches
+            rows.add(chunk, end, request_pool.sampling_metadata[slot])
+    batches = rows.batches(chunks, request_pool, logits_chunking.plain, logits_chunking.filtered)
+    return [_with_extras(batch, chunks, request_pool) for batch in batches]
 
 
-def _sample_batch(
-    indices: Sequence[int], chunks: ChunkArrays, request_pool: RequestPool, filtered: Sequence[SamplingMetadata]
+def redraw_batches(
+    plan: StepPlan, chunks: ChunkArrays, request_pool: RequestPool, logits_chunking: LogitsChunking
+) -> list[SampleBatch]:
+    """The rows that draw known tokens again, with all filters of the draw. With filters no more at once than may sample.
+
+    A grammar follows the tokens of a sequence in order, so these batches are made before those that sample.
+    """
+    rows = _Rows()
+    for chunk, count in enumerate(plan.redraw):
+        last = chunks.ends[chunk] - plan.sample[chunk]
+        for position in range(last - count + 1, last + 1):
+            rows.add(chunk, position, request_pool.sampling_metadata[chunks.slots[chunk]])
+    max_filtered = min(logits_chunking.filtered, len(request_pool.params))
+    return rows.batches(chunks, request_pool, logits_chunking.plain, max_filtered)
+
+
+def _draw_batch(
+    rows: Sequence[tuple[int, int]], chunks: ChunkArrays, request_pool: RequestPool, filtered: Sequence[SamplingMetadata]
 ) -> SampleBatch:
-    """The chunks of these indices. `filtered`: what filters each of them, or empty when none needs any."""
+    """These rows. `filtered`: what filters each of them, or empty when none needs any."""
+    indices, ends = zip(*rows, strict=True)
     slots, device = [chunks.slots[i] for i in indices], request_pool.tokens.device
-    row_filters, grammars = None, tuple[SlotGrammar | None, ...]()
+    row_filters = None
     if filtered:
-        grammars = tuple(request_pool.grammars[slot] for slot in slots)
         move = partial(to_device, device=device)
-        row_filters = filters(filtered, [chunks.ends[i] for i in indices], move, grammars)
-    params = [request_pool.params[slot] for slot in slots]
-    temperature = array("f", [each.temperature for each in params])
+        row_filters = filters(filtered, ends, move, [request_pool.grammars[slot] for slot in slots])
+    temperature = array("f", [request_pool.params[slot].temperature for slot in slots])
     arrays: list[array[int] | array[float]] = [
-        array("q", [chunks.query_starts[i + 1] - 1 for i in indices]),
+        array("q", [chunks.query_starts[i] + end - 1 - chunks.starts[i] for i, end in rows]),
         array("q", slots),
         array("q", [request_pool.seed[slot] for slot in slots]),
-        array("q", [chunks.ends[i] for i in indices]),
+        array("q", ends),
         array("q", [request_pool.choice[slot] for slot in slots]),
         temperature,
     ]
-    rows, slots_S, seed, positions, choice, temperature_S = copy_arrays(arrays, device)
-    num_logprobs = tuple(each.logprobs for each in params)
+    rows_S, slots_S, seed, positions, choice, temperature_S = copy_arrays(arrays, device)
     return SampleBatch(
-        chunks=tuple(indices),
-        rows=rows,
+        chunks=indices,
+        positions=ends,
+        rows=rows_S,
         slots=slots_S,
         draw=DrawParams(temperature_S, seed, positions, choice, not all(temperature)),
         all_greedy=not any(temperature),
         filters=row_filters,
+    )
+
+
+def _with_extras(batch: SampleBatch, chunks: ChunkArrays, request_pool: RequestPool) -> SampleBatch:
+    """With what a new token needs beside its draw: log probabilities, and grammars that follow it."""
+    slots = [chunks.slots[i] for i in batch.chunks]
+    num_logprobs = tuple(request_pool.params[slot].logprobs for slot in slots)
+    grammars = tuple(request_pool.grammars[slot] for slot in slots)
+    return replace(
+        batch,
         num_logprobs=num_logprobs if any(n is not None for n in num_logprobs) else (),
         grammars=grammars if any(grammar is not None for grammar in grammars) else (),
     )

@@ -23,7 +23,7 @@ from tpserve.parallel.mesh import Mesh
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
 from tpserve.types.packed import pack
-from tpserve.types.plan import Chunk, NewSequence, StepPlan
+from tpserve.types.plan import MAX_REDRAWN, Chunk, NewSequence, StepPlan
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker import device as devices
 from tpserve.worker import sizing
@@ -219,9 +219,9 @@ class _ProfileRun:
 
     @torch.inference_mode()
     def head(self) -> None:
-        """Score prompt tokens, then sample without filters, then with all of them."""
+        """Score prompt tokens, draw known tokens again, then sample without filters, then with all of them."""
         if self._sampler_stage is not None:
-            for plan in (self._scoring_plan(), self._sampling_plan(PLAIN), self._sampling_plan(FILTERED)):
+            for plan in (self._scoring_plan(), self._redraw_plan(), self._sampling_plan(PLAIN), self._sampling_plan(FILTERED)):
                 chunks = self._update(plan)
                 self._sampler_stage.run(self._hidden(chunks.num_rows), plan, chunks)
 
@@ -244,6 +244,13 @@ class _ProfileRun:
         counts = [min(longest, self._num_rows - at) for at in range(0, self._num_rows, longest)]
         params = EngineSamplingParams(prompt_logprobs=20)
         return self._plan([Chunk(slot, 0, count, sample=False, score=True) for slot, count in enumerate(counts)], params)
+
+    def _redraw_plan(self) -> StepPlan:
+        """The largest number of rows that draw known tokens again; with filters no more of them are drawn at once than sample."""
+        most = min(MAX_REDRAWN, self._config.max_model_len)
+        counts = [min(most, self._num_rows - at) for at in range(0, self._num_rows, most)][: self._config.max_num_seqs]
+        chunks = [Chunk(slot, 0, count, sample=False, redraw=count) for slot, count in enumerate(counts)]
+        return self._plan(chunks, EngineSamplingParams())
 
     def _sampling_plan(self, params: EngineSamplingParams) -> StepPlan:
         """The last token of the largest number of sequences."""

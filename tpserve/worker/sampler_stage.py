@@ -1,12 +1,14 @@
 """The end of a step on the last stage: hidden states to logits, logits to tokens and logprobs.
 
 Owns the order of the collectives, which is equal on all ranks of the stage: first the rows to score in slices, then each batch of
-`sample_batches`. Invariant: `LogitsChunking` bounds the rows of logits in memory at any time. A prompt token's logprob takes the
-same path as a sampled token's and has the same bits.
+`redraw_batches`, then each of `sample_batches`. Invariant: `LogitsChunking` bounds the rows of logits in memory at any time. A
+prompt token's logprob takes the same path as a sampled token's and has the same bits; so does a token that is drawn again.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -22,7 +24,7 @@ from tpserve.worker.grammars import GrammarDraw, GrammarState, SlotGrammar
 from tpserve.worker.host_arrays import to_device
 from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
-from tpserve.worker.logits_rows import PromptLogprobsBatch, SampleBatch, prompt_logprobs_batch, sample_batches
+from tpserve.worker.logits_rows import PromptLogprobsBatch, SampleBatch, prompt_logprobs_batch, redraw_batches, sample_batches
 from tpserve.worker.request_pool import RequestPool
 
 GrammarRow = tuple[int, SlotGrammar, GrammarDraw]
@@ -82,6 +84,8 @@ class ModelOutput:
 
     sampled: tuple[SamplerOutput, ...] = ()
     scores: PromptLogprobsOutput | None = None
+    redrawn: tuple[tuple[SampleBatch, torch.Tensor], ...] = ()
+    """Known tokens that were drawn again, [S] of each batch, in host memory."""
     compiled: Callable[[], tuple[tuple[int, str], ...]] = tuple
     """`StepResult.compiled`."""
 
@@ -100,7 +104,16 @@ class ModelOutput:
             tuple(self.scores.entries()) if self.scores else (),
             tuple(entry for part in self.sampled for entry in part.grammar_ends()),
             self.compiled(),
+            self._redrawn(),
         )
+
+    def _redrawn(self) -> tuple[tuple[int, bytes], ...]:
+        """`StepResult.redrawn`."""
+        drawn: list[tuple[int, int, int]] = []
+        for batch, on_host_S in self.redrawn:
+            drawn.extend(zip(batch.chunks, batch.positions, on_host_S.tolist(), strict=True))
+        drawn.sort()
+        return tuple((chunk, pack(token for _, _, token in rows)) for chunk, rows in groupby(drawn, key=itemgetter(0)))
 
 
 class SamplerStage:
@@ -117,10 +130,10 @@ class SamplerStage:
         compiled = self._ask_ranks(plan) if plan.grammars.asked else tuple
         to_score = prompt_logprobs_batch(plan, chunks, self._request_pool)
         scores = None if to_score is None else self._score(hidden_TH, to_score)  # first: sampling writes the slots' tokens
-        sampled = tuple(
-            self._sample(hidden_TH, batch) for batch in sample_batches(plan, chunks, self._request_pool, self.logits_chunking)
-        )
-        return ModelOutput(sampled, scores, compiled)
+        inputs = plan, chunks, self._request_pool, self.logits_chunking
+        redrawn = tuple((batch, self._redraw(hidden_TH, batch)) for batch in redraw_batches(*inputs)) if plan.redraw else ()
+        sampled = tuple(self._sample(hidden_TH, batch) for batch in sample_batches(*inputs))
+        return ModelOutput(sampled, scores, redrawn, compiled)
 
     def _ask_ranks(self, plan: StepPlan) -> Callable[[], tuple[tuple[int, str], ...]]:
         """Ask all ranks of the stage whether they have compiled the grammars in question; the answer, once the device has it.
@@ -145,14 +158,20 @@ class SamplerStage:
 
         return compiled
 
-    def _sample(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
-        """Sample one batch: logits, filters, draw, logprobs. Without filters and logprobs, logits may stay unwritten."""
+    def _redraw(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> torch.Tensor:
+        """Draw known tokens again, [S] on their way to the host; nothing else keeps them."""
+        return _to_host(self._draw(self._logits(hidden_TH, batch), batch))
+
+    def _logits(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> Logits:
+        """The logits of a batch's rows. Without filters and logprobs they may stay unwritten."""
         hidden_SH = hidden_TH if len(hidden_TH) == len(batch.chunks) else hidden_TH[batch.rows]
-        logits: Logits
         if batch.filters is None and not batch.num_logprobs:
-            logits = self._decoder.head(hidden_SH)
-        else:
-            logits = WrittenLogits(self._decoder.logits(hidden_SH))
+            return self._decoder.head(hidden_SH)
+        return WrittenLogits(self._decoder.logits(hidden_SH))
+
+    def _sample(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
+        """Sample one batch: logits, filters, draw, logprobs."""
+        logits = self._logits(hidden_TH, batch)
         tokens_S = self._draw(logits, batch)
         self._request_pool.tokens[batch.slots, batch.draw.position_S] = tokens_S.int()
         entries: LogprobTensors | None = None

@@ -84,7 +84,7 @@ def sampling_metadata(
 def filters(
     rows: Sequence[SamplingMetadata], positions: Sequence[int], move: ToDevice, grammars: Sequence[SlotGrammar | None] = ()
 ) -> Filters:
-    """The filters for R rows that each need one; `positions` are of the tokens to sample, `grammars` of the rows' sequences.
+    """The filters for R rows that each need one; `positions` are of the tokens to draw, `grammars` of the rows' sequences.
 
     Tensor suffixes: R rows, N (row, token id) pairs, W words, E tokens of a word before its last.
     """
@@ -121,7 +121,7 @@ def filters(
     return Filters(
         prompt_R=move(torch.tensor([row.prompt_len for row in rows])),
         history=max(positions) if penalties is not None or longest > 1 else 0,
-        grammar=_grammar_mask(grammars, move),
+        grammar=_grammar_mask(rows, positions, grammars, move),
         allowed=_allowed(rows, move),
         bad_words=bans,
         bias=_bias(rows, move),
@@ -132,13 +132,15 @@ def filters(
     )
 
 
-def _grammar_mask(grammars: Sequence[SlotGrammar | None], move: ToDevice) -> GrammarMask | None:
+def _grammar_mask(
+    rows: Sequence[SamplingMetadata], positions: Sequence[int], grammars: Sequence[SlotGrammar | None], move: ToDevice
+) -> GrammarMask | None:
     found = [(i, grammar) for i, grammar in enumerate(grammars) if grammar is not None]
     if not found:
         return None
     bits_GW = torch.empty(len(found), found[0][1].num_words, dtype=torch.int32)
-    for bits_W, (_, grammar) in zip(bits_GW, found, strict=True):
-        grammar.write_mask(bits_W)
+    for bits_W, (i, grammar) in zip(bits_GW, found, strict=True):
+        grammar.write_mask(bits_W, positions[i] - rows[i].prompt_len)
     return GrammarMask(move(torch.tensor([i for i, _ in found])), move(bits_GW))
 
 

@@ -6,7 +6,7 @@
 import dataclasses
 import secrets
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -134,13 +134,20 @@ def _off(field: str, reason: str) -> UserError:
 
 
 class AnswerReader:
-    """Reads one choice. `tail`: the end of the prompt that belongs to the answer.
+    """Reads one choice. `tail`: the end of the prompt that belongs to the answer. `call_ids`: an id for the call of a number.
 
     Attributes: `tokens` and `entries` of deltas that showed nothing yet, and `num_calls`.
     """
 
-    def __init__(self, answers: ChatAnswers, call: ChatCompletionRequest, use: ToolUse, tail: str) -> None:
-        self._form, self._use, self._call = answers.messages, use, call
+    def __init__(
+        self,
+        answers: ChatAnswers,
+        call: ChatCompletionRequest,
+        use: ToolUse,
+        tail: str,
+        call_ids: Callable[[int], str] = lambda _number: random_call_id(),
+    ) -> None:
+        self._form, self._use, self._call, self._call_ids = answers.messages, use, call, call_ids
         self._parser: ResponseParser | None = None
         if answers.template is not None:
             self._parser = ResponseParser(answers.template, tail, use.schemas, reads_calls=use.choice != "none")
@@ -212,4 +219,9 @@ class AnswerReader:
         return merged(events)
 
     def _identity(self, name: str, id: str | None) -> Json:
-        return {"id": id or call_id(self._form, name, self.num_calls, f"call_{secrets.token_hex(12)}"), "type": "function"}
+        return {"id": id or call_id(self._form, name, self.num_calls, self._call_ids(self.num_calls)), "type": "function"}
+
+
+def random_call_id() -> str:
+    """The id of a tool call."""
+    return f"call_{secrets.token_hex(12)}"

@@ -74,17 +74,32 @@ class ResponseBuilder(Protocol):
         """The number of output tokens so far that are reasoning."""
 
 
-def usage(prompts: Sequence[Prompt], sequences: Sequence[RequestState], reasoning_tokens: int) -> Json:
-    """Token counts so far. A prompt counts once for all its choices."""
-    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-    completion_tokens = sum(sequence.assembler.num_tokens for sequence in sequences)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in sequences if s.request.choice == 0)},
-        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
-    }
+class UsageCounter:
+    """Token counts of the deltas so far. A prompt counts once for all its choices."""
+
+    def __init__(self, prompts: Sequence[Prompt], builder: ResponseBuilder) -> None:
+        self._prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self._builder = builder
+        self._tokens: dict[int, int] = {}
+        self._cached: dict[int, int] = {}
+        self.output_tokens = 0
+
+    def add(self, sequence: RequestState, delta: OutputDelta) -> None:
+        """Count a delta."""
+        self.output_tokens += delta.num_tokens - self._tokens.get(sequence.index, 0)
+        self._tokens[sequence.index] = delta.num_tokens
+        if sequence.request.choice == 0:
+            self._cached[sequence.index] = sequence.cached_tokens
+
+    def usage(self) -> Json:
+        """The counts as the API shows them."""
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": self._prompt_tokens + self.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+            "completion_tokens_details": {"reasoning_tokens": self._builder.reasoning_tokens},
+        }
 
 
 def finish_fields(delta: OutputDelta) -> Json:

@@ -1,43 +1,25 @@
 """The HTTP handlers of the OpenAI API, of /tokenize and of /detokenize. Owns no state."""
 
-import asyncio
 import time
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 from aiohttp import web
 
 from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import UserError
+from tpserve.frontend.access import bearer_token
 from tpserve.frontend.openai.body import parse, read_object
-from tpserve.frontend.openai.chat_answer import AnswerReader
+from tpserve.frontend.openai.chat_answer import random_call_id
 from tpserve.frontend.openai.errors import Json, json_response
-from tpserve.frontend.openai.grammar import describes_output, grammar_of
-from tpserve.frontend.openai.params import refuse_contradictions
-from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, in_thread, max_new_tokens, refuse_too_long
-from tpserve.frontend.openai.response_builder import (
-    ChatResponseBuilder,
-    CompletionResponseBuilder,
-    ResponseBuilder,
-    ResponseMeta,
-)
+from tpserve.frontend.openai.preparation import CHAT_COMPLETIONS, COMPLETIONS, Arrival, Endpoint
+from tpserve.frontend.openai.prompts import chat_prompt, completion_prompts, in_thread, refuse_too_long
 from tpserve.frontend.openai.responses import send_stream, send_whole
-from tpserve.frontend.openai.schema import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    StreamOptions,
-    TokenizeChatRequest,
-    TokenizeRequest,
-)
-from tpserve.frontend.openai.sequences import params_of, requests_of
+from tpserve.frontend.openai.resumable import STREAM_ID, call_ids_of, digest_of, outlives, produce, repeated, send_answer
+from tpserve.frontend.openai.schema import CompletionRequest, DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from tpserve.frontend.openai.sequences import requests_of
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids
-from tpserve.frontend.openai.tools import ToolUse, tool_use
-from tpserve.response_template.parser import Place
-from tpserve.types.sampling import EngineSamplingParams
+from tpserve.frontend.streams import new_stream_id
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """The id of a request: the client's, or a random one."""
@@ -53,95 +35,43 @@ class Admitted:
 
 
 ADMITTED = web.RequestKey("admitted", Admitted)
-DEFAULT_COMPLETION_TOKENS = 16
-"""`max_tokens` of a completion without one, as in OpenAI's API."""
 MAX_COUNTED_TOKENS = 1 << 18
 """The most tokens that /tokenize counts and /detokenize takes, unless a sequence may have more."""
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions: one or several prompts, whole or as a stream."""
-    service = request.app[SERVICE]
-    call, warnings = parse(
-        await read_object(request, service.large_bodies), CompletionRequest, service.logged_fields, service.sampling()
-    )
-    meta = response_meta(request, service, call, warnings, "cmpl", "text_completion", "text_completion")
-    limits = service.limits()
-    prompts = await completion_prompts(service, call, limits)
-    sizes = [max_new_tokens(prompt, call.max_tokens, DEFAULT_COMPLETION_TOKENS, limits, "prompt") for prompt in prompts]
-    grammar = await asyncio.to_thread(grammar_of, call) if describes_output(call) else ""
-    params = await params_of(service, call, prompts, sizes, limits, grammar)
-    builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
-    return await answer(request, service, call, params, builder, meta, prompts)
+    return await generate(request, COMPLETIONS)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions: a conversation through the chat template, whole or as a stream."""
+    return await generate(request, CHAT_COMPLETIONS)
+
+
+async def generate(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
+    """Check the request, admit it and send its response."""
     service = request.app[SERVICE]
-    call, warnings = parse(
-        await read_object(request, service.large_bodies), ChatCompletionRequest, service.logged_fields, service.sampling()
-    )
-    warnings += service.answers.unheeded(call, service.chat_template.source or "")
-    meta = response_meta(request, service, call, warnings, "chatcmpl", "chat.completion", "chat.completion.chunk")
-    limits = service.limits()
-    use = tool_use(call)
-    service.answers.refuse_tools(use)
-    prompt = await chat_prompt(service, call, limits)
-    tail, place = service.answers.tail(prompt.text)
-    requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
-    size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")
-    params = await params_of(service, call, [prompt], [size], limits, await chat_grammar(service, call, use, place))
-    readers = [AnswerReader(service.answers, call, use, tail) for _ in range(call.n)]
-    builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)
-    return await answer(request, service, call, params, builder, meta, [prompt], service.answers.shown(use))
-
-
-async def chat_grammar(service: OpenAIServing, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
-    """The grammar of a chat's answer, the first that compiles. UserError of the last."""
-    grammars = partial(service.answers.grammars, call, use, place)
-    constrained = describes_output(call) or use.choice != "none"
-    *better, last = await asyncio.to_thread(grammars) if constrained else grammars()
-    for grammar in better:
-        with suppress(UserError):
-            await service.grammars.check(grammar)
-            return grammar
-    return last
-
-
-async def answer(
-    request: web.Request,
-    service: OpenAIServing,
-    call: CompletionRequest | ChatCompletionRequest,
-    params: Sequence[EngineSamplingParams],
-    builder: ResponseBuilder,
-    meta: ResponseMeta,
-    prompts: Sequence[Prompt],
-    shown: frozenset[int] = frozenset(),
-) -> web.StreamResponse:
-    """Admit the request and send its response. `shown`: special tokens that outputs show."""
-    handle = service.open(requests_of(service, call, prompts, params, shown), streaming=call.stream)
-    request[ADMITTED] = Admitted(meta.id, meta.model, handle)
-    if call.stream:
-        options = call.stream_options or StreamOptions()
-        return await send_stream(request, service.request_table, handle, builder, meta, prompts, options)
-    return await send_whole(service.request_table, handle, builder, meta, prompts)
-
-
-def response_meta(
-    request: web.Request,
-    service: OpenAIServing,
-    call: CompletionRequest | ChatCompletionRequest,
-    warnings: list[str],
-    prefix: str,
-    kind: str,
-    chunk_kind: str,
-) -> ResponseMeta:
-    """Check the fields that both request types share, and return the fields that all chunks of the response share."""
+    body = await read_object(request, service.large_bodies)
+    if STREAM_ID in request.headers:
+        return await repeated(request, await request.read())
+    call, warnings = parse(body, endpoint.schema, service.logged_fields, service.sampling())
     if call.request_id is not None:
         request[REQUEST_ID] = call.request_id
-    model = service.served_name(call.model)
-    refuse_contradictions(call)
-    return ResponseMeta(f"{prefix}-{request[REQUEST_ID]}", kind, chunk_kind, model, int(time.time()), warnings)
+    stream_id = new_stream_id() if outlives(request, call, warnings) else None
+    call_ids = call_ids_of(stream_id) if stream_id else lambda _choice, _number: random_call_id()
+    arrival = Arrival(request[REQUEST_ID], int(time.time()), service.limits, call_ids)
+    prepared = await endpoint.prepare(service, call, warnings, arrival)
+    requests = requests_of(service, call, prepared.prompts, prepared.params, prepared.shown)
+    handle = service.open(requests, streaming=call.stream, stepwise=stream_id is not None and call.stream)
+    request[ADMITTED] = Admitted(prepared.meta.id, prepared.meta.model, handle)
+    if stream_id is not None:
+        answer = service.streams.open(stream_id, bearer_token(request), digest_of(await request.read()), call.stream)
+        answer.run(produce(answer, service.request_table, handle, prepared))
+        return await send_answer(request, answer, None)
+    if call.stream:
+        return await send_stream(request, service.request_table, handle, prepared)
+    return await send_whole(service.request_table, handle, prepared)
 
 
 async def models(request: web.Request) -> web.Response:

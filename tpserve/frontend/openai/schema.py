@@ -69,6 +69,7 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     priority: Priority = 0
     cache_salt: CacheSalt | None = None
     stream: bool = False
+    background: bool = False
     stream_options: StreamOptions | None = None
     request_id: RequestId | None = None
     response_format: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
 from tpserve.frontend.openai.chat_answer import ChatAnswers
+from tpserve.frontend.streams import StreamTable
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
@@ -46,6 +47,7 @@ class OpenAIServing:
     defaults: SamplingDefaults
     grammars: GrammarChecker
     answers: ChatAnswers = field(default_factory=ChatAnswers)
+    streams: StreamTable = field(default_factory=lambda: StreamTable(0))
     logged_fields: set[str] = field(default_factory=set)
     large_bodies: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a large body is decoded."""
@@ -83,14 +85,14 @@ class OpenAIServing:
                 param=field,
             )
 
-    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool) -> RequestHandle:
+    def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool, stepwise: bool = False) -> RequestHandle:
         """Admit a client's request. UserError 429 when the queue is full, 503 when the engine does not run."""
         if self.request_table.num_open + len(requests) > self.max_open:
             raise UserError(
                 f"the queue is full: {self.request_table.num_open} of {self.max_open} sequences are open; try again", status=429
             )
         self.limits()  # the engine may have stopped while the prompt was tokenized
-        return self.request_table.open(requests, streaming=streaming)
+        return self.request_table.open(requests, streaming=streaming, stepwise=stepwise)
 
 
 def not_ready(status: EngineStatus) -> UserError:

@@ -1,0 +1,197 @@
+"""The HTTP side of answers that outlive a connection: how they are asked for, read, asked for again and ended.
+
+A task of its own reads the handle of such an answer and writes events, or one JSON text, into a `ResumableAnswer`; every client,
+also the first one, is a reader of it. Owns no state.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+
+from aiohttp import web
+
+from tpserve.engine_client.requests import RequestHandle, RequestTable
+from tpserve.errors import UserError
+from tpserve.frontend.access import bearer_token
+from tpserve.frontend.openai.errors import error_object, internal_error, json_response, shown
+from tpserve.frontend.openai.preparation import PreparedRequest
+from tpserve.frontend.openai.prompts import in_thread
+from tpserve.frontend.openai.responses import EventEncoder, num_values, whole_answer
+from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
+from tpserve.frontend.openai.service import SERVICE
+from tpserve.frontend.openai.sse import END, KEEP_ALIVE_COMMENT, SSE_HEADERS, IdleTimer, event
+from tpserve.frontend.streams import BEGINNING, Position, ResumableAnswer, parsed_position
+
+log = logging.getLogger(__name__)
+
+RESUMABLE, STREAM_ID, LAST_EVENT_ID = "X-Resumable", "X-Stream-Id", "Last-Event-ID"
+ON, OFF = frozenset({"1", "true"}), frozenset({"", "0", "false"})
+STREAM_ROUTE = "/v1/streams/{id}"
+NO_EFFECT = "X-Resumable has no effect without stream: the answer's id would come with the answer; use background"
+
+
+def outlives(request: web.Request, call: CompletionRequest | ChatCompletionRequest, warnings: list[str]) -> bool:
+    """Whether the client asks for an answer that outlives its connection. UserError when this server keeps none."""
+    value, window_s = request.headers.get(RESUMABLE, "").strip().lower(), request.app[SERVICE].streams.window_s
+    if value not in ON | OFF:
+        raise UserError(f"the header {RESUMABLE} is 1 or 0, got {shown(value)}", param=RESUMABLE, code="invalid_value")
+    if call.background and not window_s:
+        raise UserError(
+            "background is not supported by this server: it keeps no answers (--resume-window 0)",
+            param="background",
+            code="unsupported_parameter",
+        )
+    if value in ON and not call.stream and not call.background:
+        warnings.append(NO_EFFECT)
+    return call.background or (value in ON and call.stream and window_s > 0)
+
+
+def call_ids_of(stream_id: str) -> Callable[[int, int], str]:
+    """Ids of tool calls that are the same whenever the answer is written, and unlike those of any other answer."""
+    key = stream_id.encode()
+
+    def call_id(choice: int, number: int) -> str:
+        return f"call_{hashlib.blake2b(f'{choice}.{number}'.encode(), key=key, digest_size=12).hexdigest()}"
+
+    return call_id
+
+
+def digest_of(body: bytes) -> bytes:
+    """The digest by which a repeated request is recognized."""
+    return hashlib.sha256(body).digest()
+
+
+async def produce(answer: ResumableAnswer, request_table: RequestTable, handle: RequestHandle, prepared: PreparedRequest) -> None:
+    """Write the output of `handle` into `answer` until its end. Cancelled, it aborts what is left."""
+    try:
+        if answer.streamed:
+            await produce_events(answer, handle, prepared)
+            answer.finish()
+        else:
+            answer.finish(await whole_answer(handle, prepared))
+    except UserError as error:
+        answer.fail(error)
+    except Exception:  # a defect of the server
+        log.exception("the answer to request %s failed", prepared.meta.id)
+        answer.fail(internal_error(prepared.meta.id))
+    finally:
+        request_table.abort(handle)
+
+
+async def produce_events(answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest) -> None:
+    """Write all events of a stream. Raises the handle's failure."""
+    encoder, ended = EventEncoder(prepared), False
+
+    def encode() -> list[tuple[int, bytes]]:
+        return [(encoder.output_tokens, data) for output in outputs for data in encoder.deltas(*output)]
+
+    for data in encoder.opening():
+        answer.append(0, data)
+    while not ended:
+        await handle.wait()
+        ended = handle.ended
+        outputs = handle.take()
+        for num_tokens, data in await in_thread(encode, num_values(outputs)):
+            answer.append(num_tokens, data)
+    for data in encoder.closing():
+        answer.append(encoder.output_tokens, data)
+
+
+async def send_answer(request: web.Request, answer: ResumableAnswer, position: Position | None) -> web.StreamResponse:
+    """What a client gets that attaches behind `position` (None: at the beginning): events, an answer, or how far it is."""
+    headers = {STREAM_ID: answer.id}
+    if answer.gone is not None:
+        raise answer.gone
+    if answer.streamed:
+        if answer.ended and answer.after(position or BEGINNING) == answer.num_events:
+            return web.Response(status=204, headers=headers)  # which also tells an EventSource not to come again
+        return await send_events(request, answer, position or BEGINNING)
+    if position is not None:
+        raise UserError("this answer has no events: leave out from and Last-Event-ID", param="from", code="invalid_value")
+    if answer.error is not None:
+        raise answer.error
+    if answer.ended:
+        return web.Response(body=answer.body, content_type="application/json", headers=headers)
+    answer.touch()
+    place = STREAM_ROUTE.format(id=answer.id)
+    status = {"id": answer.id, "object": "stream.status", "status": "in_progress" if answer.begun else "queued"}
+    return json_response(status, 202, headers | {"Location": place, "Retry-After": "1"})
+
+
+async def send_events(request: web.Request, answer: ResumableAnswer, position: Position) -> web.StreamResponse:
+    """Send the events behind `position` as they come, until the last."""
+    response, index = web.StreamResponse(headers=SSE_HEADERS | {STREAM_ID: answer.id}), 0
+    try:
+        with answer.reader() as news, IdleTimer(news.set) as idle:
+            await response.prepare(request)
+            while answer.gone is None:
+                data, index = answer.read(max(index, answer.after(position)))
+                if data:
+                    idle.restart()
+                    await response.write(data)
+                elif answer.ended:
+                    break
+                else:
+                    if idle.due():
+                        await response.write(KEEP_ALIVE_COMMENT)
+                    await news.wait()
+                    news.clear()
+            if answer.gone is not None:
+                await response.write(event(error_object(answer.gone)) + END)
+            await response.write_eof()
+    except ConnectionError:
+        log.debug("a reader of the answer %s left", answer.name)
+    return response
+
+
+def asked_position(request: web.Request) -> Position | None:
+    """The position behind which a client goes on; None when it says none. UserError when it is none.
+
+    Last-Event-ID wins over `from`: a browser that connects again repeats the URL.
+    """
+    header, query = request.headers.get(LAST_EVENT_ID), request.query.get("from")
+    text, name = (query, "from") if header is None else (header, LAST_EVENT_ID)
+    if text is None:
+        return None
+    if (position := parsed_position(text)) is None:
+        raise UserError(
+            f"{name} must be the id of an event of this stream, such as 17 or 17.1, got {shown(text)}",
+            param=name,
+            code="invalid_value",
+        )
+    return position
+
+
+def asked_answer(request: web.Request, id: str) -> ResumableAnswer:
+    """The answer `id`. UserError 404 when the client has none of it."""
+    return request.app[SERVICE].streams.find(id, bearer_token(request))
+
+
+async def repeated(request: web.Request, body: bytes) -> web.StreamResponse:
+    """The response to a POST that names an earlier answer: that answer, if the request is the same."""
+    answer = asked_answer(request, request.headers[STREAM_ID])
+    if answer.request_digest != digest_of(body):
+        raise UserError(
+            f"the body is not that of the request whose {STREAM_ID} this is; leave the header out for a new request",
+            param=STREAM_ID,
+            code="invalid_value",
+        )
+    return await send_answer(request, answer, asked_position(request))
+
+
+async def get_stream(request: web.Request) -> web.StreamResponse:
+    """GET /v1/streams/{id}: the rest of an answer."""
+    return await send_answer(request, asked_answer(request, request.match_info["id"]), asked_position(request))
+
+
+async def delete_stream(request: web.Request) -> web.Response:
+    """DELETE /v1/streams/{id}: end an answer and forget it."""
+    answer = asked_answer(request, request.match_info["id"])
+    request.app[SERVICE].streams.remove(answer)
+    return json_response({"id": answer.id, "object": "stream.deleted", "deleted": True})
+
+
+def add_routes(app: web.Application) -> None:
+    """Add the routes of this module."""
+    app.router.add_get(STREAM_ROUTE, get_stream, allow_head=False)
+    app.router.add_delete(STREAM_ROUTE, delete_stream)
