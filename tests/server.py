@@ -145,8 +145,9 @@ class Server:
         return started + [pid for agent in self._agents for pid in pids_with(f"\0{agent}\0", "tpserve.frontend")]
 
     def rank_pids(self) -> list[int]:
-        """Process ids of the ranks, agents and supervisors excluded."""
-        return [p for p in pids_with(f"--port\0{self.port}") if environment(p).get("RANK") is not None]
+        """Process ids of the ranks in their order, agents and supervisors excluded."""
+        ranks = {rank: pid for pid in pids_with(f"--port\0{self.port}") if (rank := rank_of(pid)) is not None}
+        return [ranks[rank] for rank in sorted(ranks)]
 
     def assert_nothing_left(self, timeout_s: float = 10.0) -> None:
         """No process of this server, no open port, no file in /dev/shm."""
@@ -201,6 +202,35 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of a process, of all its threads, and theirs."""
+    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    found = [int(child) for text in lists for child in text.split()]
+    return [*found, *(below for child in found for below in descendants(child))]
+
+
+def comm(pid: int) -> str:
+    """A process's name, which tpserve sets for what a forkserver forks; empty when it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def arguments(pid: int) -> list[str]:
+    """A process's command line."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return []
+
+
+def rank_of(pid: int) -> int | None:
+    """The rank of a process: by its name when a forkserver has forked it, by its environment under bare torchrun."""
+    with suppress(OSError):
+        program, _, rank = comm(pid).rpartition(" rank ")
+        return int(rank) if program else int(environment(pid)["RANK"]) if "RANK" in environment(pid) else None
+    return None
 
 
 def environment(pid: int) -> dict[str, str]:

@@ -47,7 +47,8 @@ class ServicePlan:
     agent_kills_stopped: bool = True
     """Else the frontend has to do it, on its own node."""
     engine_late_s: float = 0.01
-    poison: bool = False
+    poison: str = ""
+    """How a request that is poison ends a rank: "error" of the rank's own, a signal, or an exit code; empty: there is none."""
     form_timeout_s: float = 60.0
     recovery_timeout_s: float = 120.0
     drain_timeout_s: float = 25.0
@@ -81,6 +82,7 @@ class SimulatedService:
         self.ends: list[EpochFailed | EpochFinished] = []
         self.epochs: list[int] = []
         self.clients: list[SimulatedClient] = []
+        self.num_poisoned = 0
         self._meshes: dict[str, SimulatedMesh] = {}
         self._numbers = count(1)
         self.frontend = SimulatedFrontend(self)
@@ -140,6 +142,14 @@ class SimulatedService:
         for process in self.running:
             if process.node == node:
                 process.die("SIGKILL")
+
+    def poison(self, victim: Incarnation) -> None:
+        """A request ends a rank."""
+        self.num_poisoned += 1
+        if self.plan.poison == "error":
+            victim.raise_error()
+        else:
+            victim.process.die(self.plan.poison, 1 if "code" in self.plan.poison else None)
 
     def _kill_stopped(self, process: Process) -> None:
         """By the agent, where the frontend cannot or would not."""

@@ -121,7 +121,7 @@ class _Node:
 
     def on_terminate(self, number: int, frame: FrameType | None) -> None:
         """Forward SIGTERM to the ranks; without any, exit."""
-        if self._processes is None or not self._processes.signal(signal.SIGTERM):
+        if self._processes is None or not self._processes.terminate():
             os._exit(0)
 
 

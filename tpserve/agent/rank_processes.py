@@ -2,7 +2,8 @@
 
     exit code 0      the rank has drained, and so has the service
     2, 3             an error of the user; the end that the coordinator ordered: all ranks of this node end
-    anything else    the rank starts again; from the third early death in a row on after a pause (`RestartBackoff`)
+    anything else    the rank starts again; from the third early death in a row on after a pause (`RestartBackoff`), and not at
+                     all when this node has been told to end
 
 Owns the processes and the forkserver. Decides nothing about the service: whether it can recover the coordinator knows, and how
 long it may take. Invariants: at most one process a rank is asked for at a time; once a rank has left with 0 none starts again,
@@ -47,7 +48,7 @@ class RankProcess:
 
 
 class RankProcesses:
-    """All ranks of this node. Used by one thread; `signal` also by a signal handler."""
+    """All ranks of this node. Used by one thread; `terminate` also by a signal handler."""
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class RankProcesses:
         self._restart = restart
         self._asked: list[RankProcess] = []
         """Ranks in the order of the requests without a reply."""
+        self._terminating = False
         self._kill_s: float | None = None
         """When to kill what is left; set once no rank starts again."""
 
@@ -136,6 +138,11 @@ class RankProcesses:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, number)
         return bool(living)
+
+    def terminate(self) -> bool:
+        """Tell all ranks to drain; returns whether there are any."""
+        self._terminating = True
+        return self.signal(signal.SIGTERM)
 
     def _start_no_more(self, kill_after_s: float) -> None:
         if self._kill_s is None:
@@ -206,9 +213,12 @@ class RankProcesses:
             if code == DRAINED and self._restart:
                 self._start_no_more(FOLLOW_S)
             return
+        delay_s = rank.backoff.delay_s(now - rank.started_s)
+        if self._terminating and delay_s:
+            rank.exit_code = code
+            return
         rank.restarts += 1
         rank.last_exit = exit_cause(code)
-        delay_s = rank.backoff.delay_s(now - rank.started_s)
         rank.due_s = now + delay_s
         when = f" in {delay_s:g} s" if delay_s else ""
         logger.warning("rank %d (pid %d) %s: starting it again%s", rank.rank, pid, exit_text(code), when)

@@ -1,9 +1,15 @@
 """What the coordinator orders: its methods return these, and its owner carries them out in order."""
 
+from typing import Literal
+
 from msgspec import Struct
 
 from tpserve.coordinator.roster import Peer
 from tpserve.types.messages import CoordinatorMessage, ExpertLoad, LogLines
+
+Cause = Literal["outside", "unclear", "error"]
+"""What ended an epoch. outside: a process was killed or cut off. unclear: it crashed, or a step did not end. error: a rank
+reported an error, or exited by itself."""
 
 
 class SendMessage(Struct, frozen=True):
@@ -13,10 +19,17 @@ class SendMessage(Struct, frozen=True):
     message: CoordinatorMessage
 
 
-class EpochReady(Struct, frozen=True):
-    """Plans of `epoch` may flow."""
+class EpochStarting(Struct, frozen=True):
+    """Start of `epoch` is about to be sent. The number must be kept where the next coordinator finds it."""
 
     epoch: int
+
+
+class EpochReady(Struct, frozen=True):
+    """Plans of `epoch` may flow. `cause`: the worst of the faults since the last epoch that ran."""
+
+    epoch: int
+    cause: Cause = "outside"
 
 
 class Draining(Struct, frozen=True):
@@ -30,14 +43,10 @@ class RankLost(Struct, frozen=True):
 
 
 class EpochLost(Struct, frozen=True):
-    """A fault ended the epoch, and the ranks form the next one. Open requests wait.
-
-    `own_cause`: a rank reported an error, so nobody has killed it from outside.
-    """
+    """A fault ended the epoch, and the ranks form the next one. Open requests wait."""
 
     epoch: int
     reason: str
-    own_cause: bool
 
 
 class EpochFailed(Struct, frozen=True):
@@ -55,4 +64,15 @@ class EpochFinished(Struct, frozen=True):
     """The service ended on request: exit code 0."""
 
 
-Action = SendMessage | EpochReady | Draining | RankLost | EpochLost | EpochFailed | EpochFinished | ExpertLoad | LogLines
+Action = (
+    SendMessage
+    | EpochStarting
+    | EpochReady
+    | Draining
+    | RankLost
+    | EpochLost
+    | EpochFailed
+    | EpochFinished
+    | ExpertLoad
+    | LogLines
+)

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import zmq
+from msgspec.structs import replace
 
 from tpserve.cluster.discovery import AgentFailure, FrontendRecord, read_failure, write_frontend
+from tpserve.cluster.run_record import read_run, write_run
 from tpserve.config.schema import EngineConfig
-from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, EpochLost, EpochReady
+from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, EpochLost, EpochReady, EpochStarting
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
 from tpserve.coordinator.coordinator import Coordinator, EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
-from tpserve.engine_client.recovery import Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
+from tpserve.engine_client.recovery import SEAMLESS, Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
 from tpserve.engine_client.status import EngineStatus
@@ -75,9 +77,11 @@ class EngineClient:
         self._log_buffer = log_buffer
         self._parent: tuple[int, int] | None = None
         self._rank_logs = [LogRingBuffer() for _ in range(config.layout.world_size)]
+        self._run = read_run(runtime_dir)
         self._coordinator = Coordinator(
             config.layout.world_size,
             time.monotonic(),
+            epoch=self._run.epoch,
             restarts=restarts,
             form_timeout_s=config.start_timeout,
             recovery_timeout_s=config.recovery_timeout,
@@ -85,14 +89,19 @@ class EngineClient:
         )
         self._remote_address = remote_address
         if remote_address is not None:
-            self._keyring = Keyring.open(config.cluster_secret_file)
+            earlier = self._run.remote
+            if earlier is None:
+                self._keyring = Keyring.open(config.cluster_secret_file)
+            else:
+                self._keyring = earlier.keyring(config.cluster_secret_file)
             self._curve_server = self._keyring.curve_server(FRONTEND, config.layout.world_size)
             self._zap_authenticator = ZapAuthenticator(self._curve_server.allowed)
             if config.cluster_secret_file is None:
                 logger.warning(NO_SECRET)
         self._rank_monitor = RankMonitor(
-            self._coordinator, f"ipc://{runtime_dir}/control", self.tcp_endpoint(), self._on_action, self._check_parent
+            self._coordinator, f"ipc://{runtime_dir}/control", self._control_endpoint(), self._on_action, self._check_parent
         )
+        self._run = replace(self._run, remote=self.connect_info(self._rank_monitor.remote_endpoint))
         if (locked := self._rank_monitor.remote_socket) is not None:
             self._zap_authenticator.log_refusals_of(locked)
         self._engine = EngineServer(f"ipc://{runtime_dir}/engine")
@@ -107,6 +116,11 @@ class EngineClient:
             if self._remote_address is None
             else TcpEndpoint(tcp(self._remote_address, self._config.port_range), self._curve_server)
         )
+
+    def _control_endpoint(self) -> TcpEndpoint | None:
+        """The TCP endpoint of the coordinator: where ranks of other nodes dial already, if there was a frontend before."""
+        endpoint, earlier = self.tcp_endpoint(), self._run.remote
+        return endpoint if endpoint is None or earlier is None else endpoint._replace(endpoint=earlier.endpoint)
 
     def connect_info(self, endpoint: str) -> ConnectInfo | None:
         """What a process of another node needs to connect to `endpoint`, a bound `tcp_endpoint`; None on a single node."""
@@ -125,7 +139,17 @@ class EngineClient:
     def status(self) -> EngineStatus:
         """The engine's state now."""
         c, facts = self._coordinator, self._coordinator.facts
-        return EngineStatus(_state(c), c.phase, c.percent, c.reason, facts.get("max_model_len"), facts.get("vocab_size"))
+        return EngineStatus(
+            _state(c),
+            c.phase,
+            c.percent,
+            c.reason,
+            facts.get("max_model_len"),
+            facts.get("vocab_size"),
+            self._recovery.resumption,
+            c.recoveries,
+            c.last_fault,
+        )
 
     def info(self) -> dict[str, Any]:
         """The JSON value of /server_info."""
@@ -209,10 +233,7 @@ class EngineClient:
     # The engine
 
     def _send_to_engine(self, inputs: list[EngineInput]) -> None:
-        """Without an engine nothing is sent: the next one gets every open request (`Recovery`).
-
-        Raises FrameTooLarge when one request is too large; the request table fails it.
-        """
+        """FrameTooLarge for one request, which the table fails. Without an engine nothing is sent: the next one gets it all."""
         try:
             self._engine.send(inputs)
         except EngineUnreachable as error:
@@ -245,6 +266,9 @@ class EngineClient:
 
     def _on_action(self, action: Action) -> None:
         match action:
+            case EpochStarting(epoch):
+                self._run = replace(self._run, epoch=epoch)
+                write_run(self._runtime_dir, self._run)
             case EpochReady():
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
                 self._log_numerics()
@@ -255,7 +279,7 @@ class EngineClient:
                 self.request_table.metrics.experts(layers, tokens)
             case LogLines(rank, start, lines, last_error) if 0 <= rank < len(self._rank_logs):
                 self._rank_logs[rank].take(start, lines, last_error)
-            case EpochLost(epoch, reason, _):
+            case EpochLost(epoch, reason):
                 logger.warning("%s; epoch %d is over, open requests: %d", reason, epoch, self.request_table.num_open)
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
             case _:
@@ -279,6 +303,8 @@ class EngineClient:
             broken = numerics_text is not None and numerics_text.startswith(BROKEN)
             level = logging.WARNING if broken else logging.INFO
             logger.log(level, "a request's bits may depend on the batch: %s (docs/numerics.md)", numerics_text)
+        if self._coordinator.recoveries and self._recovery.resumption == SEAMLESS:
+            logger.warning("answers that were open go on %s: the processors promise no more (docs/reliability.md)", SEAMLESS)
 
     def _end(self, news: EpochFailed | EpochFinished) -> None:
         if isinstance(news, EpochFailed):

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from tpserve.coordinator.actions import Cause
+from tpserve.engine_client.quarantine import Quarantine
 from tpserve.errors import UserError
 from tpserve.observe.metrics import Metrics
 from tpserve.text.assembler import Assembler, OutputDelta
@@ -45,6 +47,8 @@ from tpserve.types.packed import INT32_BYTES
 from tpserve.types.request import Request
 
 log = logging.getLogger(__name__)
+
+QUARANTINED = "the request has ended the engine twice and is not tried again; the others go on"
 
 
 @dataclass(eq=False)
@@ -149,6 +153,7 @@ class RequestTable:
         self._clock = clock
         self._open: dict[int, RequestState] = {}
         self._ids = itertools.count()
+        self._quarantine = Quarantine()
 
     @property
     def num_open(self) -> int:
@@ -175,16 +180,34 @@ class RequestTable:
             self._open[request.id] = sequence
             handle._add(sequence)
         try:
-            self._send([Add(request) for request, _ in requests])
+            self._submit(self._quarantine.admit([request.id for request, _ in requests]))
         except Exception as error:  # it cannot be encoded; nothing was sent, and no other request is affected
             log.exception("requests %s cannot be sent to the engine", [request.id for request, _ in requests])
             for sequence in handle.sequences:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
         return handle
 
-    def resubmission(self) -> list[EngineInput]:
-        """What a new engine has to know: every open sequence with its output so far, in the order of arrival."""
-        return [Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in self._open.values()]
+    def suspend(self) -> None:
+        """There is no engine until `resubmission`."""
+        self._quarantine.suspend()
+
+    def resubmission(self, cause: Cause) -> list[EngineInput]:
+        """What a new engine has to know first. `cause`: of the faults before it. Fails requests that kill engines."""
+        for id in self._quarantine.judge(cause):
+            if (sequence := self._open.get(id)) is not None:
+                log.error("request %d has killed the engine again and again: it is ended", id)
+                self.metrics.quarantined()
+                self._fail_handle(sequence, QUARANTINED, 500, "request_quarantined")
+        return self._adds(self._quarantine.resend())
+
+    def _adds(self, ids: Sequence[int]) -> list[EngineInput]:
+        """The open sequences of `ids`, with their output so far."""
+        found = [self._open[id] for id in ids if id in self._open]
+        return [Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in found]
+
+    def _submit(self, ids: Sequence[int]) -> None:
+        if ids and (adds := self._adds(ids)):
+            self._send(adds)
 
     def abort(self, handle: RequestHandle) -> None:
         """End the open sequences of a handle whose client has left, or of which one sequence has failed."""
@@ -197,6 +220,7 @@ class RequestTable:
 
     def fail_all(self, text: str, status: int) -> None:
         """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
+        self._quarantine = Quarantine()  # nothing is sent any more
         for sequence in list(self._open.values()):
             self._fail(sequence, text, status)
 
@@ -219,6 +243,7 @@ class RequestTable:
                         sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500
                     )
                     self._send([Abort(message.id)])
+                self._submit(self._quarantine.prove(message.id))
         return any(isinstance(message, Delta) for message in outputs)
 
     def _on_message(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:
@@ -231,10 +256,10 @@ class RequestTable:
             case Done():
                 self._on_done(sequence, message)
 
-    def _fail_handle(self, sequence: RequestState, text: str, status: int) -> None:
+    def _fail_handle(self, sequence: RequestState, text: str, status: int, code: str = "") -> None:
         """Fail the whole handle of a sequence: a client gets all choices or an error."""
         if not sequence.closed:
-            self._fail(sequence, text, status)
+            self._fail(sequence, text, status, code)
         self.abort(sequence.handle)
 
     def _on_prompt_logprobs(self, sequence: RequestState, chunk: PromptLogprobsChunk) -> None:
@@ -283,8 +308,8 @@ class RequestTable:
         status = 503 if done.finish == "abort" else 400 if done.by_grammar else 500
         self._fail_handle(sequence, error or "the engine aborted the request", status)
 
-    def _fail(self, sequence: RequestState, text: str, status: int) -> None:
-        code = {400: "invalid_grammar", 500: "engine_error"}.get(status, "engine_unavailable")
+    def _fail(self, sequence: RequestState, text: str, status: int, code: str = "") -> None:
+        code = code or {400: "invalid_grammar", 500: "engine_error"}.get(status, "engine_unavailable")
         sequence.handle.failure = sequence.handle.failure or UserError(text, code=code, status=status)
         sequence.assembler.abandon("error")
         self._close(sequence, "error")
@@ -296,3 +321,4 @@ class RequestTable:
         since_s = self._clock() - sequence.arrived_s
         self.metrics.ended(reason, since_s, sequence.prompt_tokens, sequence.assembler.num_tokens, times)
         sequence.handle._close()
+        self._submit(self._quarantine.end(sequence.request.id))
