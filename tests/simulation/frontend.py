@@ -100,6 +100,10 @@ class SimulatedFrontend:
             self._carry_out(self.recovery.on_outputs(outputs))
             self.service.take_all()
 
+    def watches(self, peer: Peer) -> bool:
+        """Whether it has the pidfd of an incarnation."""
+        return self._tracked.get(peer.rank) == peer
+
     def block(self, seconds: float) -> None:
         """The event loop is held up."""
         self.blocked_until_s = self.service.events.now + seconds
