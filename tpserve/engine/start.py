@@ -62,6 +62,9 @@ from tpserve_kernels.compiling import on_compile
 
 log = logging.getLogger(__name__)
 
+LEAST_STEP_S, LEAST_STEP_ON_CPU_S = 60.0, 10.0
+"""The shortest time after which a step counts as one that never ends. On CUDA a kernel may have to be compiled first."""
+
 
 def run_rank(
     config: EngineConfig,
@@ -367,6 +370,7 @@ class _ServingRank:
         epoch.callback(link.close)
         self._rank_agent.run_periodically(hosted.plans.resend_missed)
         results = None if layout.sampling_rank == 0 else hosted.results
-        watchdog = StepWatchdog(first_s=config.start_timeout)
+        least_s = LEAST_STEP_S if self._device.type == "cuda" else LEAST_STEP_ON_CPU_S
+        watchdog = StepWatchdog(config.start_timeout, least_s)
         scheduler = Scheduler(scheduler_config, number)
         Engine(scheduler, model_runner, link, hosted.plans, results, self._rank_agent, self._trace, watchdog).run()
