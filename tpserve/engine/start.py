@@ -27,7 +27,6 @@ from tpserve.config.schema import EngineConfig
 from tpserve.engine import connectivity, verify
 from tpserve.engine.fingerprint import fingerprint, processor
 from tpserve.engine.frames import check_frames
-from tpserve.engine.loaded_model import LoadedModel
 from tpserve.engine.loop import Engine
 from tpserve.engine.rank_zero_sockets import RankZeroSockets
 from tpserve.engine.watchdog import StepWatchdog
@@ -56,6 +55,7 @@ from tpserve.weights.checkpoint import weight_files
 from tpserve.wire.channels import EngineLink, PlanReceiver, ResultSender
 from tpserve.wire.curve import FRONTEND, CurveClient, rank_role
 from tpserve.worker import device as devices
+from tpserve.worker.loaded_model import LoadedModel
 from tpserve.worker.loop import serve_plans
 from tpserve.worker.model_runner import ModelRunner
 from tpserve_kernels.compiling import on_compile
