@@ -284,7 +284,7 @@ class Incarnation:
         if self.rank == 0:
             self._engine_side = EngineSide(self.service.router, self.identity, self.main)
             scheduler = Scheduler(self.service.scheduler_config, self.orders.epoch)
-            watchdog = StepWatchdog(first_s=self.service.plan.form_timeout_s)
+            watchdog = StepWatchdog(self.service.plan.form_timeout_s, 60.0)
             parts = (self, self._engine_side, self, self, self)
             self._engine = Engine(scheduler, *parts, TRACE, watchdog, lambda: self.service.events.now)  # type: ignore[arg-type]
             self.service.schedulers.append(scheduler)

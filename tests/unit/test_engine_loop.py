@@ -160,7 +160,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path):
     plans = PlanBroadcaster(f"ipc://{tmp_path}/plan")
     plans.begin(0, 0, 1.0)
     control, device, trace = NoCoordinator(), request.param(), Log()
-    engine = Engine(Scheduler(LIMITS), device, link, plans, None, control, trace, StepWatchdog(60.0))  # type: ignore[arg-type]
+    engine = Engine(Scheduler(LIMITS), device, link, plans, None, control, trace, StepWatchdog(60.0, 60.0))  # type: ignore[arg-type]
     thread = threading.Thread(target=engine.run, daemon=True)
     thread.start()
     yield Bench(server, device, trace)
