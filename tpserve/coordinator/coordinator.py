@@ -225,8 +225,7 @@ class Coordinator:
         return actions + self._handlers[type(message)](peer, message, now)
 
     def _register(self, peer: Peer, now: float) -> list[Action]:
-        """The first message of an incarnation. The one before it gets Stop, not Leave: both would take each other's place for ever
-        if it said Hello again."""
+        """The first message of an incarnation. The one before it gets Stop: after Leave it would take the place again."""
         roster, old = self._roster, self._roster.peer(peer.rank)
         took_part, name = roster[peer.rank].hello is not None, roster.describe(peer.rank)
         roster.register(peer)
