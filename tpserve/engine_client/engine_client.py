@@ -141,6 +141,11 @@ class EngineClient:
         c, facts = self._coordinator, self._coordinator.facts
         return EngineStatus(_state(c), c.phase, c.percent, c.reason, facts.get("max_model_len"), facts.get("vocab_size"))
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether the numerics promise that what is computed again has the same bits."""
+        return numerics(self._coordinator.ranks) == INVARIANT
+
     def info(self) -> dict[str, Any]:
         """The JSON value of /server_info."""
         c = self._coordinator

@@ -79,7 +79,8 @@ class RequestHandle:
     """A client's request. One reader waits and takes; the request table writes.
 
     `streaming`: the reader wakes for output, not only for the end. `stepwise`: `take` returns a delta of its own for each token
-    that shows something, in the order of arrival.
+    that shows something, in the order of arrival. `keep` gets the engine's messages about the sequences, frame by frame, with
+    their indices for ids; fed to another table they have the same effect.
     """
 
     def __init__(self, streaming: bool, stepwise: bool = False) -> None:
@@ -87,6 +88,7 @@ class RequestHandle:
         self.failure: UserError | None = None
         """Set when the request fails; its `status` is the HTTP status."""
         self.stepwise = stepwise
+        self.keep: Callable[[list[EngineOutput]], None] | None = None
         self._streaming = streaming
         self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
@@ -171,13 +173,23 @@ class RequestTable:
             sequence = RequestState(request, index, assembler, handle, now)
             self._open[request.id] = sequence
             handle._add(sequence)
-        try:
-            self._send([Add(request) for request, _ in requests])
-        except Exception as error:  # it cannot be encoded; nothing was sent, and no other request is affected
-            log.exception("requests %s cannot be sent to the engine", [request.id for request, _ in requests])
-            for sequence in handle.sequences:
-                self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
+        self._submit(handle.sequences)
         return handle
+
+    def adopt(self, past: "RequestTable") -> None:
+        """Take over the open sequences of another table, whose ids are unknown here, and send them with their output so far."""
+        sequences, past._open = past.open_sequences, {}
+        self._open.update({sequence.request.id: sequence for sequence in sequences})
+        if sequences:
+            self._submit(sequences)
+
+    def _submit(self, sequences: Sequence[RequestState]) -> None:
+        try:
+            self._send([Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in sequences])
+        except Exception as error:  # it cannot be encoded; nothing was sent, and no other request is affected
+            log.exception("requests %s cannot be sent to the engine", [sequence.request.id for sequence in sequences])
+            for sequence in sequences:
+                self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
 
     def resubmit(self) -> None:
         """A new engine knows nothing: send it every open sequence, with its output so far, in the order of arrival."""
@@ -208,10 +220,13 @@ class RequestTable:
             for message in outputs
             if isinstance(message, Done) and message.finish == "stop" and not message.by_grammar
         }
+        kept: dict[RequestHandle, list[EngineOutput]] = {}
         for message in outputs:
             if isinstance(message, Stats):
                 self.metrics.engine(message)
             elif (sequence := self._open.get(message.id)) is not None:
+                if sequence.handle.keep is not None:
+                    kept.setdefault(sequence.handle, []).append(replace(message, id=sequence.index))
                 try:
                     self._on_message(sequence, message, stops.get(message.id))
                 except Exception as error:  # a defect in the text or the log probabilities of one request
@@ -220,6 +235,9 @@ class RequestTable:
                         sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500
                     )
                     self._send([Abort(message.id)])
+        for handle, messages in kept.items():
+            assert handle.keep is not None
+            handle.keep(messages)
         return any(isinstance(message, Delta) for message in outputs)
 
     def _on_message(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:
