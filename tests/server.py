@@ -145,8 +145,9 @@ class Server:
         return started + [pid for agent in self._agents for pid in pids_with(f"\0{agent}\0", "tpserve.frontend")]
 
     def rank_pids(self) -> list[int]:
-        """Process ids of the ranks, agents and supervisors excluded."""
-        return [p for p in pids_with(f"--port\0{self.port}") if environment(p).get("RANK") is not None]
+        """Process ids of the ranks in their order, agents and supervisors excluded."""
+        ranks = {rank: pid for pid in pids_with(f"--port\0{self.port}") if (rank := rank_of(pid)) is not None}
+        return [ranks[rank] for rank in sorted(ranks)]
 
     def assert_nothing_left(self, timeout_s: float = 10.0) -> None:
         """No process of this server, no open port, no file in /dev/shm."""
@@ -201,6 +202,14 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def rank_of(pid: int) -> int | None:
+    """The rank of a process: by its name when a forkserver has forked it, by its environment under bare torchrun."""
+    with suppress(OSError):
+        program, _, rank = Path(f"/proc/{pid}/comm").read_text().strip().rpartition(" rank ")
+        return int(rank) if program else int(environment(pid)["RANK"]) if "RANK" in environment(pid) else None
+    return None
 
 
 def environment(pid: int) -> dict[str, str]:

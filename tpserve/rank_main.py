@@ -28,8 +28,8 @@ from tpserve.hub.locate import locate
 from tpserve.models.load_config import load_model_config
 from tpserve.observe import log
 from tpserve.observe.start_timer import StartTimer
+from tpserve.process.exit_rules import ENDED_CODE
 from tpserve.process.process_utils import allow_many_files, die_with
-from tpserve.process.rank_agent import ENDED_CODE
 from tpserve.process.signals import block_signals
 from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__

@@ -201,8 +201,8 @@ class _Supervisor:
         if self._forks is not None and self._agent.pid == 0 and self._forkserver.pid:
             poll.register(self._forks, select.POLLIN)
         now = time.monotonic()
-        startable = [child for child in children if child is not self._agent or self._forks is not None]
-        times = [child.due_s - now for child in startable if child.due_s is not None and not ending]
+        waiting = [child for child in children if child is not self._agent or self._forks is not None]
+        times = [child.due_s - now for child in waiting if child.due_s is not None and not ending]
         if self._starting:
             times.append(START_POLL_S)
         if self._url or ending:

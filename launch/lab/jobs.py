@@ -94,11 +94,21 @@ class Jobs:
 def rank_of(pid: int) -> int | None:
     """The rank of a process; None when it is no rank or has ended."""
     with suppress(OSError):
+        program, _, rank = name_of(pid).rpartition(" rank ")
+        if program:  # a forkserver has forked it
+            return int(rank)
         for pair in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             if pair.startswith(b"RANK="):
                 own = b"tpserve.frontend" not in command_of(pid)  # rank 0's child under bare torchrun
                 return int(pair.removeprefix(b"RANK=")) if own else None
     return None
+
+
+def name_of(pid: int) -> str:
+    """A process's name, which tpserve sets for what a forkserver forks; empty when it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def command_of(pid: int) -> bytes:
@@ -109,10 +119,12 @@ def command_of(pid: int) -> bytes:
 
 
 def what(pid: int) -> str:
-    """The part of a server that a process is: rank N, frontend, agent, torchrun, serve, or else its program."""
+    """The part of a server that a process is: rank N, frontend, agent, forkserver, torchrun, serve, or else its program."""
     rank, command = rank_of(pid), command_of(pid)
     if rank is not None:
         return f"rank {rank}"
+    if (forked := {"tpserve agent": "agent", "tpserve forks": "forkserver"}.get(name_of(pid))) is not None:
+        return forked
     parts = {b"tpserve.frontend": "frontend", b"tpserve.agent": "agent", b"torchrun": "torchrun", b"\0serve\0": "serve"}
     return next((name for mark, name in parts.items() if mark in command), command.partition(b"\0")[0].decode(errors="replace"))
 

@@ -13,7 +13,7 @@ import zmq
 
 from tpserve.errors import UserError
 from tpserve.observe.log import LogRingBuffer
-from tpserve.process import rank_agent, signals
+from tpserve.process import exit_rules, rank_agent, signals
 from tpserve.process.orders import Stopped
 from tpserve.types.messages import (
     RESTART_CODE,
@@ -94,7 +94,9 @@ class Coordinator:
 @pytest.fixture
 def coordinator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
     for name, seconds in {"GRACE_S": 0.6, "STOP_WAIT_S": 0.6, "SAME_SIGNAL_S": 0.6, "HEARTBEAT_S": 0.1, "GONE_S": 0.5}.items():
-        monkeypatch.setattr(rank_agent, name, seconds)  # the rank is a fork and inherits them
+        for module in (rank_agent, exit_rules):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, seconds)  # the rank is a fork and inherits them
     it = Coordinator(tmp_path)
     yield it
     it.socket.close(linger=0)
@@ -227,7 +229,7 @@ def test_a_blocked_main_thread_is_ended_with_the_code_of_stop(coordinator: Coord
     coordinator.say(Stop(2, "no such model"))
     asked_s = time.monotonic()
     assert coordinator.code() == 2
-    assert rank_agent.FAILED_GRACE_S - 0.2 < time.monotonic() - asked_s < rank_agent.FAILED_GRACE_S + 1
+    assert exit_rules.FAILED_GRACE_S - 0.2 < time.monotonic() - asked_s < exit_rules.FAILED_GRACE_S + 1
 
 
 def test_a_step_that_does_not_come_back_is_a_fault(coordinator: Coordinator) -> None:

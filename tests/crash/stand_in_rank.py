@@ -36,12 +36,13 @@ def main(argv: list[str]) -> int:
     descriptors = {}
     for link in Path("/proc/self/fd").iterdir():
         try:
-            descriptors[int(link.name)] = os.readlink(link)
+            descriptors[int(link.name)] = str(link.readlink())
         except OSError:  # the listing's own
             continue
     handlers = {int(n): str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    threads = len(list(Path("/proc/self/task").iterdir()))
     found = Found(
-        os.getpid(), os.getppid(), os.getsid(0), len(os.listdir("/proc/self/task")), descriptors, dict(os.environ), sys.argv,
+        os.getpid(), os.getppid(), os.getsid(0), threads, descriptors, dict(os.environ), sys.argv,
         Path("/proc/self/comm").read_text().strip(), time.monotonic(), "torch" in sys.modules, handlers,
     )  # fmt: skip
     draft = directory / f"draft.{os.getpid()}"

@@ -256,7 +256,7 @@ LEDGERS = [MemoryLedger(0, 0, 0, 0, 0, 0, 0, 10 - rank, 16, 256) for rank in ran
 def test_surviving_a_death() -> None:
     c = running(restarts=True)
     leave, lost = SendMessage(Peer(0, 1), Leave(1, "rank 1 on node1 (pid 101) died")), "rank 1 on node1 (pid 101) died"
-    assert c.lost(Peer(1, 1), "died", 1.0) == [leave, EpochLost(1, lost, own_cause=False)]
+    assert c.lost(Peer(1, 1), "died", 1.0) == [leave, EpochLost(1, lost)]
     assert (c.state, c.epoch, c.recovering) == (EpochState.FORMING, 1, True)
     assert c.receive(Peer(0, 1), hello(0), 1.0) == [leave]  # a late Hello of the epoch that is over
     assert c.receive(Peer(0, 1), Fault(0, 1, "peer", "peer closed"), 1.0) == [leave] and "died" in c.reason
@@ -279,7 +279,7 @@ def test_a_rank_with_an_error_of_its_own_is_restarted_and_the_others_leave() -> 
     assert actions == [
         SendMessage(Peer(1, 1), Stop(RESTART_CODE, reason)),
         *(SendMessage(Peer(rank, 1), Leave(1, reason)) for rank in (0, 2)),
-        EpochLost(1, reason, own_cause=True),
+        EpochLost(1, reason),
     ]
 
 

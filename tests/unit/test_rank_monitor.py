@@ -124,8 +124,8 @@ def test_a_death_is_reported_before_the_complaint_about_it(tmp_path: Path) -> No
             child.kill()
             near.say(Fault(0, 1, "engine", "connection closed by peer"))
             child.wait()
-            await it.until(lambda: bool(it.actions[1:]))
-            assert [type(action) for action in it.actions[1:]] == [EpochFailed]
+            await it.until(lambda: bool(it.actions[2:]))
+            assert [type(action) for action in it.actions[2:]] == [EpochFailed]
             assert it.coordinator.reason.startswith(f"rank 1 on h (pid {child.pid}) ended without a word")
             assert await it.rank_monitor.wait_exited(0.05) is False  # this process stands for rank 0
 

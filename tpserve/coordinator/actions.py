@@ -1,9 +1,15 @@
 """What the coordinator orders: its methods return these, and its owner carries them out in order."""
 
+from typing import Literal
+
 from msgspec import Struct
 
 from tpserve.coordinator.roster import Peer
 from tpserve.types.messages import CoordinatorMessage, ExpertLoad, LogLines
+
+Cause = Literal["outside", "unclear", "error"]
+"""What ended an epoch. outside: a process was killed or cut off. unclear: it crashed, or a step did not end. error: a rank
+reported an error, or exited by itself."""
 
 
 class SendMessage(Struct, frozen=True):
@@ -20,9 +26,10 @@ class EpochStarting(Struct, frozen=True):
 
 
 class EpochReady(Struct, frozen=True):
-    """Plans of `epoch` may flow."""
+    """Plans of `epoch` may flow. `cause`: the worst of the faults since the last epoch that ran."""
 
     epoch: int
+    cause: Cause = "outside"
 
 
 class Draining(Struct, frozen=True):
@@ -36,14 +43,10 @@ class RankLost(Struct, frozen=True):
 
 
 class EpochLost(Struct, frozen=True):
-    """A fault ended the epoch, and the ranks form the next one. Open requests wait.
-
-    `own_cause`: a rank reported an error, so nobody has killed it from outside.
-    """
+    """A fault ended the epoch, and the ranks form the next one. Open requests wait."""
 
     epoch: int
     reason: str
-    own_cause: bool
 
 
 class EpochFailed(Struct, frozen=True):

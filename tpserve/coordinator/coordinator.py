@@ -38,6 +38,7 @@ from typing import Literal
 
 from tpserve.coordinator.actions import (
     Action,
+    Cause,
     Draining,
     EpochFailed,
     EpochFinished,
@@ -108,8 +109,11 @@ _NEXT: dict[tuple[EpochState, EpochEvent], EpochState] = {
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
 _SIBLING_ADVICE = "look at the last lines of its node's log"
-_OUTSIDE = ("", "SIGKILL", "SIGTERM")
-"""How a process ends that nobody but an operator, or the kernel for lack of memory, has ended."""
+_OUTSIDE = ("", "SIGKILL", "SIGTERM", f"exit code {RESTART_CODE}")
+"""How a process ends that an operator ended, or the kernel for lack of memory, or that has said why before."""
+_CAUSE_OF_FAULT: dict[str, Cause] = {"engine": "error", "overdue": "unclear"}
+_CAUSES: tuple[Cause, ...] = ("outside", "unclear", "error")
+"""From the least to the worst."""
 
 
 class Coordinator:
@@ -142,6 +146,8 @@ class Coordinator:
         self._roster = Roster(world_size)
         self._ledgers: list[MemoryLedger] = []
         """Of every rank, as the ranks agreed in the first epoch; empty before."""
+        self._cause: Cause = "outside"
+        """The worst cause of a fault since the last epoch that ran."""
         self._faults: deque[float] = deque()
         self._form_timeout_s, self._recovery_timeout_s = form_timeout_s, recovery_timeout_s
         self._drain_timeout_s = drain_timeout_s
@@ -290,7 +296,9 @@ class Coordinator:
         rank.hello, self._progress_s = message, now
         if why:
             return self._end(2, why, now)
-        if message.last_exit not in _OUTSIDE and (actions := self._count_fault(now)):
+        if message.last_exit not in _OUTSIDE and (
+            actions := self._count_fault("error" if message.last_exit.startswith("exit") else "unclear", now)
+        ):
             return actions
         return [] if self._roster.missing else self._enter_state("all_joined", now)
 
@@ -322,13 +330,13 @@ class Coordinator:
             return []
         reason = f"{self._roster.describe(peer.rank)}: {message.text}"
         advice = _SIBLING_ADVICE if message.kind == "sibling" else _FAULT_ADVICE
-        own_cause = message.kind in ("engine", "overdue")
+        cause = _CAUSE_OF_FAULT.get(message.kind, "outside")
         if message.kind == "engine" and not self.facts:
             return self._end(1, reason, now, advice)
         rank.over, restart = True, list[Action]()
         if message.kind == "engine" and self.restarts:
             rank.hello, restart = None, [SendMessage(peer, Stop(RESTART_CODE, reason))]
-        actions = self._fail_epoch(reason, now, advice, own_cause=own_cause)
+        actions = self._fail_epoch(reason, now, advice, cause)
         rank.hello = None
         return [*restart, *actions]
 
@@ -350,7 +358,8 @@ class Coordinator:
             return [EpochStarting(self.epoch), *(self._start(peer) for peer in self._roster.peers)]
         if self.state is EpochState.RUN:
             self._note_ready()
-            actions = [*self._to_all(Run(self.epoch)), EpochReady(self.epoch)]
+            actions = [*self._to_all(Run(self.epoch)), EpochReady(self.epoch, self._cause)]
+            self._cause = "outside"
             return actions if self._draining_s is None else [*actions, *self._enter_state("drain", now)]
         if self.state is EpochState.DRAINING:
             return [*self._to_all(Drain()), Draining()]
@@ -371,7 +380,7 @@ class Coordinator:
         self.recoveries += bool(self.facts)
         self.facts, self._ledgers = dict(readies[0].facts), [ready.ledger for ready in readies]
 
-    def _fail_epoch(self, reason: str, now: float, advice: str = "", *, own_cause: bool = False) -> list[Action]:
+    def _fail_epoch(self, reason: str, now: float, advice: str = "", cause: Cause = "outside") -> list[Action]:
         """A fault of one rank. Ends the epoch, or the service where nobody restarts ranks."""
         if self.state is EpochState.STOPPED:
             return []
@@ -380,13 +389,14 @@ class Coordinator:
         if self.state is EpochState.FORMING:
             return []  # nothing runs yet; the failed rank is missing, as before
         self.reason, self.advice = reason, advice
-        if own_cause and (actions := self._count_fault(now)):
+        if cause != "outside" and (actions := self._count_fault(cause, now)):
             return actions
         epoch = self.epoch
-        return [*self._enter_state("fault", now), EpochLost(epoch, reason, own_cause)]
+        return [*self._enter_state("fault", now), EpochLost(epoch, reason)]
 
-    def _count_fault(self, now: float) -> list[Action]:
+    def _count_fault(self, cause: Cause, now: float) -> list[Action]:
         """Count a fault with a cause of its own, and end the service when there are too many."""
+        self._cause = max(self._cause, cause, key=_CAUSES.index)
         self._faults.append(now)
         while now - self._faults[0] > FAULTS_S:
             self._faults.popleft()

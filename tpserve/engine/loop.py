@@ -13,6 +13,7 @@ inside `launch` (the CPU) delays no token.
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from tpserve.engine.watchdog import StepWatchdog
@@ -60,6 +61,7 @@ class Engine:
         rank_agent: RankAgent,
         trace: Trace,
         watchdog: StepWatchdog,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -69,6 +71,7 @@ class Engine:
         self._rank_agent = rank_agent
         self._trace = trace
         self._watchdog = watchdog
+        self._clock = clock
         self._queue: deque[StepPlan] = deque()
         self._launched: deque[LaunchedStep] = deque()
         self._stats: Stats | None = None
@@ -84,9 +87,9 @@ class Engine:
         """One pass: receive, plan ahead, launch one plan, apply results, send outputs. False when there was nothing to do."""
         for message in self._link.poll(0):
             self._handle(message)
-        while (plan := self._scheduler.schedule(time.monotonic())) is not None:
+        while (plan := self._scheduler.schedule(self._clock())) is not None:
             self._plans.send(plan)
-            self._watchdog.sent(plan.step, plan.num_tokens(), time.monotonic())
+            self._watchdog.sent(plan.step, plan.num_tokens(), self._clock())
             self._trace.event("sent", plan.step)
             self._queue.append(plan)
         self._rank_agent.set_step_deadline(self._watchdog.deadline)
@@ -104,7 +107,7 @@ class Engine:
         self._rank_agent.clear()
 
     def _handle(self, message: EngineInput) -> None:
-        now = time.monotonic()
+        now = self._clock()
         match message:
             case Add(request):
                 try:
@@ -135,8 +138,8 @@ class Engine:
         else:
             results = []
         for result in results:
-            self._scheduler.apply(result, time.monotonic())
-            self._watchdog.applied(time.monotonic())
+            self._scheduler.apply(result, self._clock())
+            self._watchdog.applied(self._clock())
             self._plans.retire(result.step)
             self._trace.event("applied", result.step)
         return bool(results)
@@ -148,7 +151,7 @@ class Engine:
                 log.warning("request %d fails: %s", output.id, output.error)
         for id, different, count in self._scheduler.take_mismatches():
             log.warning("request %d is resumed: of its last %d tokens, drawn again, %d differ", id, count, different)
-        now = time.monotonic()
+        now = self._clock()
         if now - self._stats_at >= STATS_EVERY_S or self._scheduler.idle:
             stats = self._scheduler.stats()
             if stats != self._stats:

@@ -43,9 +43,10 @@ from tpserve.parallel import mesh as meshes
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import split_heads
 from tpserve.parallel.store import agent_store, join_store
+from tpserve.process.exit_rules import ENDED_CODE
 from tpserve.process.orders import EpochOver, Stopped
 from tpserve.process.process_utils import kill_stopped, kill_stopped_in_background, live_children
-from tpserve.process.rank_agent import ENDED_CODE, STOP_WAIT_S, RankAgent
+from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
 from tpserve.quant.int8 import check_available
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig

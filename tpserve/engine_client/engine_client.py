@@ -20,17 +20,18 @@ from msgspec.structs import replace
 from tpserve.cluster.discovery import AgentFailure, FrontendRecord, read_failure, write_frontend
 from tpserve.cluster.run_record import read_run, write_run
 from tpserve.config.schema import EngineConfig
-from tpserve.coordinator.actions import Action, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady, EpochStarting
+from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, EpochLost, EpochReady, EpochStarting
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
 from tpserve.coordinator.coordinator import Coordinator, EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
+from tpserve.engine_client.recovery import Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import EngineFailure
 from tpserve.observe.log import LogRingBuffer
 from tpserve.process.process_utils import has_ended, open_pidfd
-from tpserve.types.messages import EngineControl, EngineInput, ExpertLoad, LogLines
+from tpserve.types.messages import EngineInput, ExpertLoad, LogLines
 from tpserve.wire.channels import EngineServer, TcpEndpoint, tcp
 from tpserve.wire.codec import FrameTooLarge
 from tpserve.wire.curve import FRONTEND, ConnectInfo, Keyring, ZapAuthenticator
@@ -75,8 +76,6 @@ class EngineClient:
         self._on_epoch_news = on_epoch_news
         self._log_buffer = log_buffer
         self._parent: tuple[int, int] | None = None
-        self._lost_s: float | None = None
-        """When the last epoch ended by a fault; None while one runs."""
         self._rank_logs = [LogRingBuffer() for _ in range(config.layout.world_size)]
         self._run = read_run(runtime_dir)
         self._coordinator = Coordinator(
@@ -107,6 +106,7 @@ class EngineClient:
             self._zap_authenticator.log_refusals_of(locked)
         self._engine = EngineServer(f"ipc://{runtime_dir}/engine")
         self.request_table = RequestTable(self._send_to_engine, (config.served_model_name or (config.model,))[0])
+        self._recovery = Recovery(self._coordinator, self.request_table)
         self._exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def tcp_endpoint(self) -> TcpEndpoint | None:
@@ -212,8 +212,7 @@ class EngineClient:
         logged_phase, compared = "", False
         while True:
             self._receive_from_engine()
-            if self.request_table.num_open == 0:
-                self._rank_monitor.perform(self._coordinator.drained(time.monotonic()))
+            self._rank_monitor.perform(self._recovery.poll(time.monotonic()))
             slow = self._coordinator.state is EpochState.FORMING and time.monotonic() > self._started_s + SLOW_S
             if self._coordinator.state is not EpochState.FORMING and not compared:
                 compared = True
@@ -229,7 +228,7 @@ class EngineClient:
     # The engine
 
     def _send_to_engine(self, inputs: list[EngineInput]) -> None:
-        """Without an engine nothing is sent: `RequestTable.resubmit` sends every open request to the next one."""
+        """Without an engine nothing is sent: the next one gets every open request (`Recovery`)."""
         try:
             self._engine.send(inputs)
         except FrameTooLarge:  # one request is too large; the request table fails it
@@ -245,8 +244,7 @@ class EngineClient:
             self.fail(1, str(error))
             return
         try:
-            if self.request_table.receive(outputs):
-                self._coordinator.note_token()
+            self._carry_out(self._recovery.on_outputs(outputs))
         except Exception as error:  # not of one request; the loop would only log it, and clients would wait for ever
             logger.exception("the request table failed")
             self.fail(1, f"the frontend failed with {type(error).__name__}: {error}")
@@ -269,43 +267,48 @@ class EngineClient:
                 self._run = replace(self._run, epoch=epoch)
                 write_run(self._runtime_dir, self._run)
             case EpochReady():
-                self._engine.attach(self._coordinator.hellos[0].identity)
-                if self._lost_s is not None:
-                    self._note_recovery(action.epoch, time.monotonic() - self._lost_s)
-                self.request_table.resubmit()
-                if (numerics_text := numerics(self._coordinator.ranks)) not in (INVARIANT, NOT_PROMISED):
-                    broken = numerics_text is not None and numerics_text.startswith(BROKEN)
-                    level = logging.WARNING if broken else logging.INFO
-                    logger.log(level, "a request's bits may depend on the batch: %s (docs/numerics.md)", numerics_text)
+                self._carry_out(self._recovery.on_action(action, time.monotonic()))
+                self._log_numerics()
                 self._on_epoch_news(action)
+            case EpochFailed() | EpochFinished():
+                self._end(action)
             case ExpertLoad(_, _, layers, tokens):
                 self.request_table.metrics.experts(layers, tokens)
             case LogLines(rank, start, lines, last_error) if 0 <= rank < len(self._rank_logs):
                 self._rank_logs[rank].take(start, lines, last_error)
-            case EpochLost(epoch, reason, own_cause):
-                self._engine.detach()
-                self._lost_s = self._lost_s or time.monotonic()
-                self.request_table.metrics.fault("error" if own_cause else "death")
+            case EpochLost(epoch, reason):
                 logger.warning("%s; epoch %d is over, open requests: %d", reason, epoch, self.request_table.num_open)
-            case Draining():
-                self._send_to_engine([EngineControl("drain")])
-            case EpochFailed(code, reason, _):
-                for line in required_mismatches(self._coordinator.hellos):
-                    logger.error(line)
-                self._end(action, code, reason, 500)
-            case EpochFinished():
-                self._end(action, 0, self._coordinator.reason or "the server is shutting down", 503)
+                self._carry_out(self._recovery.on_action(action, time.monotonic()))
+            case _:
+                self._carry_out(self._recovery.on_action(action, time.monotonic()))
 
-    def _note_recovery(self, epoch: int, took_s: float) -> None:
-        self._lost_s = None
-        self.request_table.metrics.recovered(took_s)
-        logger.info("recovered in %.2f s: epoch %d runs, open requests: %d", took_s, epoch, self.request_table.num_open)
+    def _carry_out(self, actions: list[EngineAction]) -> None:
+        for action in actions:
+            match action:
+                case Attach(identity):
+                    self._engine.attach(identity)
+                case Detach():
+                    self._engine.detach()
+                case SendInputs(inputs):
+                    self._send_to_engine(inputs)
+                case Recovered(epoch, took_s):
+                    num_open = self.request_table.num_open
+                    logger.info("recovered in %.2f s: epoch %d runs, open requests: %d", took_s, epoch, num_open)
 
-    def _end(self, news: EpochFailed | EpochFinished, code: int, text: str, status: int) -> None:
+    def _log_numerics(self) -> None:
+        if (numerics_text := numerics(self._coordinator.ranks)) not in (INVARIANT, NOT_PROMISED):
+            broken = numerics_text is not None and numerics_text.startswith(BROKEN)
+            level = logging.WARNING if broken else logging.INFO
+            logger.log(level, "a request's bits may depend on the batch: %s (docs/numerics.md)", numerics_text)
+
+    def _end(self, news: EpochFailed | EpochFinished) -> None:
+        if isinstance(news, EpochFailed):
+            for line in required_mismatches(self._coordinator.hellos):
+                logger.error(line)
         self._on_epoch_news(news)
-        self.request_table.fail_all(text, status)
+        self._carry_out(self._recovery.on_action(news, time.monotonic()))
         if not self._exit_code.done():
-            self._exit_code.set_result(code)
+            self._exit_code.set_result(news.code if isinstance(news, EpochFailed) else 0)
 
 
 def _state(coordinator: Coordinator) -> Literal["starting", "running", "recovering", "draining", "stopped"]:

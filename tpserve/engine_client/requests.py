@@ -6,7 +6,7 @@ event loop only. Invariants:
     entry     a sequence is in the table from `open` until its end: Done, a stop string, an abort or a failure
     end       each sequence ends exactly once, and so does each handle; later messages of the engine about it are dropped
     delta     accepted only at the expected position; any other is dropped
-    recovery  the table outlives the engine: `resubmit` sends every open sequence to the next one, with its output so far
+    recovery  the table outlives the engine: `resubmission` has every open sequence for the next one, with its output so far
     scores    the same, and before the first delta; the engine may repeat scores that are known
     buffer    output that waits for a slow client merges into one `OutputDelta` a sequence, so the request's length bounds it
     stepwise  the deltas of such a handle depend on the tokens and their order alone, not on frames or on when a reader takes
@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from tpserve.coordinator.actions import Cause
+from tpserve.engine_client.quarantine import Quarantine
 from tpserve.errors import UserError
 from tpserve.observe.metrics import Metrics
 from tpserve.text.assembler import Assembler, OutputDelta
@@ -45,6 +47,8 @@ from tpserve.types.packed import INT32_BYTES
 from tpserve.types.request import Request
 
 log = logging.getLogger(__name__)
+
+QUARANTINED = "the request has ended the engine twice and is not tried again; the others go on"
 
 
 @dataclass(eq=False)
@@ -148,6 +152,7 @@ class RequestTable:
         self._clock = clock
         self._open: dict[int, RequestState] = {}
         self._ids = itertools.count()
+        self._quarantine = Quarantine()
 
     @property
     def num_open(self) -> int:
@@ -173,30 +178,40 @@ class RequestTable:
             sequence = RequestState(request, index, assembler, handle, now)
             self._open[request.id] = sequence
             handle._add(sequence)
-        self._submit(handle.sequences)
+        self._admit(handle.sequences)
         return handle
 
     def adopt(self, past: "RequestTable") -> None:
         """Take over the open sequences of another table, whose ids are unknown here, and send them with their output so far."""
         sequences, past._open = past.open_sequences, {}
         self._open.update({sequence.request.id: sequence for sequence in sequences})
-        if sequences:
-            self._submit(sequences)
+        self._admit(sequences)
 
-    def _submit(self, sequences: Sequence[RequestState]) -> None:
+    def _admit(self, sequences: Sequence[RequestState]) -> None:
+        ids = [sequence.request.id for sequence in sequences]
         try:
-            self._send([Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in sequences])
+            self._submit(self._quarantine.admit(ids))
         except Exception as error:  # it cannot be encoded; nothing was sent, and no other request is affected
-            log.exception("requests %s cannot be sent to the engine", [sequence.request.id for sequence in sequences])
+            log.exception("requests %s cannot be sent to the engine", ids)
             for sequence in sequences:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
 
-    def resubmit(self) -> None:
-        """A new engine knows nothing: send it every open sequence, with its output so far, in the order of arrival."""
-        adds: list[EngineInput] = [
-            Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in self._open.values()
-        ]
-        if adds:
+    def resubmission(self, cause: Cause) -> list[EngineInput]:
+        """What a new engine has to know first. `cause`: of the faults before it. Fails requests that kill engines."""
+        for id in self._quarantine.judge(cause):
+            if (sequence := self._open.get(id)) is not None:
+                log.error("request %d has killed the engine again and again: it is ended", id)
+                self.metrics.quarantined()
+                self._fail_handle(sequence, QUARANTINED, 500, "request_quarantined")
+        return self._adds(self._quarantine.resend())
+
+    def _adds(self, ids: Sequence[int]) -> list[EngineInput]:
+        """The open sequences of `ids`, with their output so far."""
+        found = [self._open[id] for id in ids if id in self._open]
+        return [Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in found]
+
+    def _submit(self, ids: Sequence[int]) -> None:
+        if ids and (adds := self._adds(ids)):
             self._send(adds)
 
     def abort(self, handle: RequestHandle) -> None:
@@ -210,6 +225,7 @@ class RequestTable:
 
     def fail_all(self, text: str, status: int) -> None:
         """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
+        self._quarantine = Quarantine()  # nothing is sent any more
         for sequence in list(self._open.values()):
             self._fail(sequence, text, status)
 
@@ -235,6 +251,7 @@ class RequestTable:
                         sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500
                     )
                     self._send([Abort(message.id)])
+                self._submit(self._quarantine.prove(message.id))
         for handle, messages in kept.items():
             assert handle.keep is not None
             handle.keep(messages)
@@ -250,10 +267,10 @@ class RequestTable:
             case Done():
                 self._on_done(sequence, message)
 
-    def _fail_handle(self, sequence: RequestState, text: str, status: int) -> None:
+    def _fail_handle(self, sequence: RequestState, text: str, status: int, code: str = "") -> None:
         """Fail the whole handle of a sequence: a client gets all choices or an error."""
         if not sequence.closed:
-            self._fail(sequence, text, status)
+            self._fail(sequence, text, status, code)
         self.abort(sequence.handle)
 
     def _on_prompt_logprobs(self, sequence: RequestState, chunk: PromptLogprobsChunk) -> None:
@@ -302,8 +319,8 @@ class RequestTable:
         status = 503 if done.finish == "abort" else 400 if done.by_grammar else 500
         self._fail_handle(sequence, error or "the engine aborted the request", status)
 
-    def _fail(self, sequence: RequestState, text: str, status: int) -> None:
-        code = {400: "invalid_grammar", 500: "engine_error"}.get(status, "engine_unavailable")
+    def _fail(self, sequence: RequestState, text: str, status: int, code: str = "") -> None:
+        code = code or {400: "invalid_grammar", 500: "engine_error"}.get(status, "engine_unavailable")
         sequence.handle.failure = sequence.handle.failure or UserError(text, code=code, status=status)
         sequence.assembler.abandon("error")
         self._close(sequence, "error")
@@ -315,3 +332,4 @@ class RequestTable:
         since_s = self._clock() - sequence.arrived_s
         self.metrics.ended(reason, since_s, sequence.prompt_tokens, sequence.assembler.num_tokens, times)
         sequence.handle._close()
+        self._submit(self._quarantine.end(sequence.request.id))

@@ -6,6 +6,7 @@ The engine sends totals that start at 0 in every epoch; the counters here only g
 
 from array import array
 from collections.abc import Sequence
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,6 +16,7 @@ TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2
 ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 LATENCY_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+CAUSES: tuple[Literal["outside", "unclear", "error"], ...] = ("outside", "unclear", "error")
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -62,8 +64,9 @@ class Metrics:
         self._expert_totals: dict[int, array[int]] = {}
         success = Counter("tpserve:request_success", "Requests ended.", (*labels, "finished_reason"), registry=self.registry)
         self._ended = {reason: success.labels(**labels, finished_reason=reason) for reason in FINISH_REASONS}
-        faults = Counter("tpserve:faults", "Epochs ended by a fault of a rank.", (*labels, "cause"), registry=self.registry)
-        self._faults = {cause: faults.labels(**labels, cause=cause) for cause in ("death", "error")}
+        recoveries = Counter("tpserve:recoveries", "Epochs that ran after a fault.", (*labels, "cause"), registry=self.registry)
+        self._recoveries = {cause: recoveries.labels(**labels, cause=cause) for cause in CAUSES}
+        self._quarantined = counter("requests_quarantined", "Requests ended because they kill the engine.")
         self._recovery = histogram("recovery_seconds", "From a fault to the next epoch that runs.", LATENCY_S)
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
         self._itl = histogram("inter_token_latency_seconds", "Between two consecutive outputs of a request.", ITL_S)
@@ -99,13 +102,14 @@ class Metrics:
                 series.inc(total - before if total >= before else total)  # a new epoch counts from 0
             self._expert_totals[layer] = now
 
-    def fault(self, cause: str) -> None:
-        """Record the end of an epoch by a fault. `cause`: "death", or "error" when a rank reported one."""
-        self._faults[cause].inc()
-
-    def recovered(self, took_s: float) -> None:
+    def recovered(self, cause: Literal["outside", "unclear", "error"], took_s: float) -> None:
         """Record the time from a fault to the next epoch that runs."""
+        self._recoveries[cause].inc()
         self._recovery.observe(took_s)
+
+    def quarantined(self) -> None:
+        """Record a request that was ended because it kills the engine."""
+        self._quarantined.inc()
 
     def first_token(self, since_arrival_s: float) -> None:
         """Record a sequence's time to first token."""

@@ -18,7 +18,6 @@ takes part again under the next frontend where there will be one.
 """
 
 import contextlib
-import math
 import os
 import secrets
 import signal
@@ -31,6 +30,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from tpserve.errors import EngineFailure, PeerLost, UserError
+from tpserve.process.exit_rules import AGENT, FRONTEND, GONE_S, SIBLING_REPORT_S, ExitRules
 from tpserve.process.heartbeat import HeartbeatState, truncate_error
 from tpserve.process.orders import Orders, drain_eventfd
 from tpserve.process.process_utils import die_with, exit_now, live_children, log_error_from_thread, open_pidfd
@@ -57,25 +57,10 @@ from tpserve.wire.curve import CurveClient
 HEARTBEAT_S = 0.5
 POLL_MS = 100
 """How often the thread checks for signals."""
-GRACE_S, FAILED_GRACE_S = 2.0, 0.5
-"""How long the main thread may take to leave after Stop. After a failure it has nothing to finish."""
-SIBLING_REPORT_S = 0.5
-"""How long a rank that ends may take to report why."""
 LEAVE_S = 10.0
 """How long the process may take to end after `leave`. Destructors of a broken mesh can hang."""
-GONE_S = 5.0
-"""The coordinator is gone when it is out of reach for this long. ZeroMQ reports a dead connection after 5 s of silence."""
-CONNECT_S = 30.0
-"""How long the first connection may take."""
 STOP_WAIT_S = 3.0
 """How long a failed rank waits for Stop or Leave."""
-BLOCKED_S = 3.0
-"""How long the main thread may take to leave an epoch that is over. It may be in a collective that never ends."""
-ENDED_CODE = 3
-"""The exit code after Stop(1) where an agent of ours reads it: the service has failed, so nobody is started again."""
-
-
-_FRONTEND = "the frontend"
 
 
 class RankAgent:
@@ -108,9 +93,9 @@ class RankAgent:
         self.identity = secrets.randbits(63) if identity is None else identity
         self._address, self._curve_client = address, curve_client
         self._host, self._node, self._on_failure = host, node, on_failure
-        self._failure_code, self._frontend_returns_s = failure_code, frontend_returns_s
         self._frontend_pid, self._agent_pid, self._local_ranks = frontend_pid, agent_pid, local_ranks
         self._orders = Orders()
+        self._exit_rules = ExitRules(rank, address, self._orders, time.monotonic(), failure_code, frontend_returns_s)
         self._heartbeat = HeartbeatState(rank, self._orders)
         self._telemetry = Telemetry(rank, self._orders)
         self._periodic: Callable[[], None] = lambda: None
@@ -118,10 +103,7 @@ class RankAgent:
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._left = False
         # used by the control thread only
-        self._over_s, self._ends_s = 0.0, math.inf
         self._signalled_s: float | None = None
-        self._away_s: float | None = time.monotonic()
-        self._connected = False
 
     # The main thread's side: reports
 
@@ -252,14 +234,11 @@ class RankAgent:
     def leave(self) -> int:
         """Close, and give the process `LEAVE_S` to end. Returns the exit code for Stop, or 0."""
         self.close()
-        code = self._exit_code(self.stop) if self.stop is not None else 0
+        code = self._exit_rules.stop_code
         timer = threading.Timer(LEAVE_S, os._exit, (code,))
         timer.daemon = True
         timer.start()
         return code
-
-    def _exit_code(self, stop: Stop) -> int:
-        return self._failure_code if stop.code == 1 else stop.code
 
     def close(self) -> None:
         """End the thread. The process continues and may rejoin as a new incarnation."""
@@ -321,7 +300,7 @@ class RankAgent:
                     os.close(fd)
 
     def _watched_processes(self) -> list[tuple[int | None, str]]:
-        return [(self._frontend_pid, _FRONTEND), (self._agent_pid, "the agent that started this rank")]
+        return [(self._frontend_pid, FRONTEND), (self._agent_pid, AGENT)]
 
     def _send_reports(self, socket: zmq.Socket[bytes], messages: list[RankMessage]) -> None:
         frame = codec.RANK.encode(messages)
@@ -343,7 +322,7 @@ class RankAgent:
                     self._note_over(message, now)
 
     def _note_over(self, order: Stop | Leave, now: float) -> None:
-        self._over_s = now
+        self._exit_rules.note_over(now)
         if isinstance(order, Stop) and order.code:
             self._on_failure()
             if self._frontend_pid is None:
@@ -353,8 +332,7 @@ class RankAgent:
         """Track whether the coordinator is connected."""
         while monitor.poll(0):
             event = recv_monitor_message(monitor)["event"]
-            self._away_s = None if event == zmq.EVENT_HANDSHAKE_SUCCEEDED else (self._away_s or now)
-            self._connected = self._connected or self._away_s is None
+            self._exit_rules.note_connection(event == zmq.EVENT_HANDSHAKE_SUCCEEDED, now)
 
     def _take_signal(self, now: float) -> None:
         if signal.sigtimedwait(SIGNALS, 0) is None:
@@ -364,7 +342,7 @@ class RankAgent:
             self._heartbeat.drain_requested = True
             if self._sibling_is_dead():  # the other rank's error is the cause; the frontend reports it
                 self._heartbeat.fail("sibling", "another rank of this node has ended")
-                self._ends_s = now + SIBLING_REPORT_S
+                self._exit_rules.note_sibling_dead(now)
             self.wake()
         elif now - self._signalled_s > SAME_SIGNAL_S and self._heartbeat.fault is None:
             self.report_fault("ended at once by a second signal")
@@ -377,32 +355,15 @@ class RankAgent:
 
     def _discount_own_delay(self, now: float) -> None:
         """This thread itself was suspended or starved: reset the deadlines of others, for silence in that time proves nothing."""
-        if self._away_s is not None:
-            self._away_s = now
+        self._exit_rules.discount_delay(now)
         self._heartbeat.extend_deadline(now + GONE_S)
 
     def _exit_if_due(self, gone: str, now: float) -> None:
         """End the process when a grace period is over or a watched process is gone."""
-        stop = self.stop
-        if stop is not None and now - self._over_s > (FAILED_GRACE_S if stop.code else GRACE_S):
-            exit_now(self._exit_code(stop))
-        if now >= self._ends_s:
-            exit_now(1)
-        if stop is not None:
-            return
-        if gone and (gone != _FRONTEND or self._frontend_returns_s is None):
-            self._on_failure()
-            exit_now(1, f"rank {self.rank} ends: {gone} is gone")
-        away_s = 0.0 if self._away_s is None else now - self._away_s
-        if gone or (away_s > GONE_S and self._connected):
-            if self._frontend_returns_s is None:
-                exit_now(1, f"rank {self.rank} ends: the coordinator at {self._address} cannot be reached")
-            if self._orders.apply(Leave(self._orders.epoch, f"{gone or 'the coordinator'} cannot be reached")):
-                self._over_s = now
-        elif away_s > (CONNECT_S if self._frontend_returns_s is None else self._frontend_returns_s):
-            exit_now(1, f"rank {self.rank} ends: the coordinator at {self._address} cannot be reached")
-        if self._orders.leave is not None and now - self._over_s > BLOCKED_S:
-            exit_now(RESTART_CODE, f"rank {self.rank} is stuck in an epoch that is over: it starts again")
+        if (exit := self._exit_rules.due(gone, now)) is not None:
+            if exit.failed:
+                self._on_failure()
+            exit_now(exit.code, exit.why)
 
     def _exit_on_error(self, socket: zmq.Socket[bytes], why: str) -> NoReturn:
         """Report an error of this thread, give the coordinator time to answer with Stop, and end the process."""

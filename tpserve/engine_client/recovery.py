@@ -1,0 +1,101 @@
+"""The coordinator and the request table as one state machine: what an epoch means for the open requests. Sans-I/O.
+
+    event                        the engine                             the open requests
+    EpochReady                   rank 0's new incarnation is the engine  are sent to it as `Quarantine` orders
+    EpochLost                    there is none                           wait
+    Draining                     refuses new requests                    finish
+    EpochFailed, EpochFinished   -                                       fail with the reason
+    outputs                      -                                       grow; a token forgives earlier faults
+
+Each method takes an event and returns what its owner has to carry out, in order. Never touches a socket or a clock. Called from
+one event loop, and every other writer of the coordinator and of the table is on the same one.
+
+Invariant: an engine gets requests only after its epoch is ready, and each of them at most once.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from tpserve.coordinator.actions import Action, Cause, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady
+from tpserve.coordinator.coordinator import Coordinator
+from tpserve.engine_client.requests import RequestTable
+from tpserve.types.messages import EngineControl, EngineInput, EngineOutput
+
+SHUTTING_DOWN = "the server is shutting down"
+
+
+class Attach(Struct, frozen=True):
+    """Rank 0's incarnation `identity` is the engine from now on; nothing that another one sends counts."""
+
+    identity: int
+
+
+class Detach(Struct, frozen=True):
+    """There is no engine: what is sent meanwhile is dropped, and what the last one has still sent does not count."""
+
+
+class SendInputs(Struct, frozen=True):
+    """Send `inputs` to the engine."""
+
+    inputs: list[EngineInput]
+
+
+class Recovered(Struct, frozen=True):
+    """`epoch` runs after a fault, `took_s` seconds later."""
+
+    epoch: int
+    took_s: float
+
+
+EngineAction = Attach | Detach | SendInputs | Recovered
+
+
+class Recovery:
+    """See the module."""
+
+    def __init__(self, coordinator: Coordinator, request_table: RequestTable) -> None:
+        self._coordinator = coordinator
+        self._request_table = request_table
+        self._lost_s: float | None = None
+        """When the last epoch ended by a fault; None while one runs."""
+
+    def on_action(self, action: Action, now: float) -> list[EngineAction]:
+        """The coordinator has decided `action`."""
+        table = self._request_table
+        match action:
+            case EpochReady():
+                recovered = self._recovered(action, now)
+                return [Attach(self._coordinator.hellos[0].identity), *recovered, *self._resubmit(action.cause)]
+            case EpochLost():
+                self._lost_s = now if self._lost_s is None else self._lost_s
+                return [Detach()]
+            case Draining():
+                return [SendInputs([EngineControl("drain")])]
+            case EpochFailed(_, reason, _):
+                table.fail_all(reason, 500)
+            case EpochFinished():
+                table.fail_all(self._coordinator.reason or SHUTTING_DOWN, 503)
+        return []
+
+    def on_outputs(self, outputs: Sequence[EngineOutput]) -> list[EngineAction]:
+        """The engine has sent one frame."""
+        if self._request_table.receive(outputs):
+            self._coordinator.note_token()
+        return []
+
+    def poll(self, now: float) -> list[Action]:
+        """What no event reports: a drain is over when no request is open."""
+        return self._coordinator.drained(now) if self._request_table.num_open == 0 else []
+
+    def _recovered(self, ready: EpochReady, now: float) -> list[EngineAction]:
+        if self._lost_s is None:
+            return []
+        took_s, self._lost_s = now - self._lost_s, None
+        self._request_table.metrics.recovered(ready.cause, took_s)
+        return [Recovered(ready.epoch, took_s)]
+
+    def _resubmit(self, cause: Cause) -> list[EngineAction]:
+        """A new engine knows nothing."""
+        inputs = self._request_table.resubmission(cause)
+        return [SendInputs(inputs)] if inputs else []
