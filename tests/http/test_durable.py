@@ -24,6 +24,7 @@ from tpserve.frontend.openai import rebuild
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.journal import directory, journal
 from tpserve.response_template.template import ResponseTemplate
+from tpserve.types.messages import Done
 
 Serving = Callable[..., AbstractContextManager[Server]]
 PROMPT = ("/v1/completions", {"prompt": "The red fox", "max_tokens": 60, "seed": None})
@@ -91,7 +92,15 @@ def test_an_answer_goes_on_to_the_byte(
 
 def test_answers_in_the_background_and_calls(serve: Serving) -> None:
     answers = ChatAnswers(template=ResponseTemplate.load(SPEC | {"start_anchor": "<|assistant|>"}))
-    body = {"messages": checks.MESSAGES, "tools": [F], "max_tokens": 50, "background": True, "temperature": 1, "n": 2}
+    body = {
+        "messages": checks.MESSAGES,
+        "tools": [F],
+        "max_tokens": 50,
+        "background": True,
+        "temperature": 1,
+        "n": 2,
+        "ignore_eos": True,
+    }
     with serve(answers=answers, step_s=0.003) as server:
         first = Connection(server.url, "POST", "/v1/chat/completions", body, X_Request_Id="mine", Authorization="Bearer k")
         assert first.status == 202
@@ -109,12 +118,13 @@ def test_answers_in_the_background_and_calls(serve: Serving) -> None:
         assert again(server, first.id, key="k").status == 404
 
 
-def test_a_server_that_ends_leaves_what_is_open(serve: Serving) -> None:
+@pytest.mark.parametrize("status", [503, 500])
+def test_a_server_that_ends_leaves_what_is_open(serve: Serving, status: int) -> None:
     """Its readers are told, but the error is no event of the answer."""
     with serve(step_s=0.003) as server:
         stream = post(server, *PROMPT)
         begin = stream.read(1500)
-        server.loop.call_soon_threadsafe(server.request_table.fail_all, "the server is shutting down", 503)
+        server.loop.call_soon_threadsafe(server.request_table.fail_all, "the server is shutting down", status)
         begin += stream.read()
         *events, error, done = begin.split(b"\n\n")[:-1]
         assert error.startswith(b"data: ") and b"shutting down" in error and done == b"data: [DONE]"
@@ -127,11 +137,24 @@ def test_an_error_is_kept_and_nothing_goes_on(serve: Serving) -> None:
     with serve(step_s=0.003) as server:
         stream = post(server, *PROMPT)
         stream.read(500)
-        server.loop.call_soon_threadsafe(server.request_table.fail_all, "out of luck", 500)
+        (sequence,) = server.request_table.open_sequences
+        server.loop.call_soon_threadsafe(server.request_table.receive, [Done(sequence.request.id, "error", 0, error="no luck")])
         stream.read()
     with serve() as server:
         answer = again(server, stream.id)
-        assert answer.status == 500 and b"out of luck" in answer.read() and not server.engine.requests
+        assert answer.status == 500 and b"no luck" in answer.read() and not server.engine.requests
+
+
+def test_an_answer_that_waits_while_one_engine_after_the_other_fails_is_given_up(serve: Serving) -> None:
+    id = ""
+    for _ in range(rebuild.MAX_TRIES):
+        with serve(step_s=10) as server:
+            id = id or post(server, *PROMPT).id
+            until(lambda: server.request_table.num_open == 1)
+            server.loop.call_soon_threadsafe(server.request_table.fail_all, "rank 0 was killed", 500)
+            until(lambda: server.request_table.num_open == 0)
+    with serve() as server:
+        assert again(server, id).status == 500
 
 
 def test_another_model_refuses_and_says_so(serve: Serving, caplog: pytest.LogCaptureFixture) -> None:
@@ -177,7 +200,7 @@ def test_an_answer_that_ends_the_server_each_time_is_given_up(serve: Serving, mo
                 kill(server)
     with serve() as server:
         answer = again(server, stream.id)
-        assert answer.status == 500 and b"each time" in answer.read() and not server.engine.requests
+        assert answer.status == 500 and b"each time that" in answer.read() and not server.engine.requests
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -228,6 +251,7 @@ def test_the_directory_is_private_local_and_of_one_server(
         post(server, *PROMPT).read()
         assert stat.S_IMODE(state.stat().st_mode) == 0o700
         assert {stat.S_IMODE(path.stat().st_mode) for path in state.iterdir()} == {0o600}
+        monkeypatch.setattr(directory, "LOCK_S", 0.1)
         with pytest.raises(UserError, match="in use by another server"):
             directory.open_directory(state)
     os.close(directory.open_directory(state))

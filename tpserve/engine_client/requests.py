@@ -91,6 +91,8 @@ class RequestHandle:
         self.sequences: list[RequestState] = []
         self.failure: UserError | None = None
         """Set when the request fails; its `status` is the HTTP status."""
+        self.cut_off = False
+        """Set when it fails only because the engine has ended."""
         self.stepwise = stepwise
         self.keep: Callable[[list[EngineOutput]], None] | None = None
         self._streaming = streaming
@@ -227,6 +229,7 @@ class RequestTable:
         """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
         self._quarantine = Quarantine()  # nothing is sent any more
         for sequence in list(self._open.values()):
+            sequence.handle.cut_off = sequence.handle.cut_off or sequence.handle.failure is None
             self._fail(sequence, text, status)
 
     def receive(self, outputs: Sequence[EngineOutput]) -> bool:

@@ -219,9 +219,11 @@ class ResumableAnswer:
         self.reduce_to(error)
 
     def suspend(self, error: UserError) -> None:
-        """The server ends before the answer: readers are told why, and the next server goes on with the record."""
-        self.record = None
-        self.release(error)
+        """The engine has ended before the answer. With a record the next server goes on, so that the error is no event."""
+        if self.record is not None:
+            self.record.leave(failed=error.status != 503)
+            self.record = None
+            self.release(error)
         self.fail(error)
 
     def reduce_to(self, error: UserError) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import os
 import stat
+import time
 from pathlib import Path
 
 from tpserve.errors import UserError
@@ -20,6 +21,8 @@ NETWORK_FILE_SYSTEMS = {
 }
 """By the numbers that statfs(2) reports. Their locks and their shared memory are not those that SQLite needs."""
 LOCK = "lock"
+LOCK_S, LOCK_POLL_S = 5.0, 0.02
+"""A frontend whose server was killed ends by itself within this time."""
 
 
 def open_directory(where: Path) -> int:
@@ -42,12 +45,16 @@ def open_directory(where: Path) -> int:
         lock = os.open(where / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise refused(f"cannot write into {where}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise refused(f"{where} is in use by another server: each needs one of its own") from None
-    return lock
+    deadline_s = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline_s:
+                os.close(lock)
+                raise refused(f"{where} is in use by another server: each needs one of its own") from None
+        time.sleep(LOCK_POLL_S)
 
 
 def refused(why: str) -> UserError:

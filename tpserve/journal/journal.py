@@ -35,6 +35,7 @@ FILE = "answers.db"
 BATCH_S = 0.05
 STALL_S = 5.0
 """A write that takes longer is a failure: clients wait for it."""
+SET_TRIES = "UPDATE answers SET tries = ? WHERE number = ?"
 ALIVE_S = 10.0
 """How often the time is noted, by which the next server knows for how long none was there."""
 
@@ -71,8 +72,8 @@ class StoredError(Struct, frozen=True, array_like=True):
 
 @dataclass
 class EarlierAnswer:
-    """An answer of an earlier process. `owner`: the digest of its client's key. `tries`: how often a process has
-    ended while it rebuilt the answer."""
+    """An answer of an earlier process. `owner`: the digest of its client's key. `tries`: how often in a
+    row a server has ended while it rebuilt the answer, or by a failure before the answer got anything."""
 
     number: int
     id: str
@@ -91,15 +92,18 @@ _frame_decoder = msgspec.msgpack.Decoder(list[EngineOutput])
 class JournalRecord:
     """One answer in the journal. The ids of its messages are the indices of its sequences."""
 
-    def __init__(self, journal: "Journal", number: int, num_sequences: int) -> None:
-        self._journal, self._number = journal, number
+    def __init__(self, journal: "Journal", number: int, num_sequences: int, tries: int = 0) -> None:
+        self._journal, self._number, self._tries = journal, number, tries
         self._single = num_sequences == 1
         self._begun = self._begin_committed = False
         self._ended = False
 
     def append(self, messages: Sequence[EngineOutput]) -> None:
         """Keep the messages of one frame."""
-        self._begun = self._begun or any(isinstance(message, Delta) for message in messages)
+        if not self._begun and any(isinstance(message, Delta) for message in messages):
+            self._begun = True
+            if self._tries:
+                self._journal.write(SET_TRIES, 0, self._number)
         self._journal.write("INSERT INTO frames VALUES (?, ?)", self._number, _frame_encoder.encode(messages))
 
     async def settled(self) -> None:
@@ -123,6 +127,13 @@ class JournalRecord:
         stored = None if error is None else msgspec.msgpack.encode(StoredError(str(error), error.param, error.code, error.status))
         sql = "UPDATE answers SET ended_s = ?, error = ? WHERE number = ? AND ended_s IS NULL"
         self._journal.write(sql, time.time(), stored, self._number)
+
+    def leave(self, *, failed: bool) -> None:
+        """The server ends before the answer; `failed`: because the engine has, which this answer may have caused if it has got
+        nothing from it."""
+        self._ended = True
+        if failed and not self._begun:
+            self._journal.write(SET_TRIES, self._tries + 1, self._number)
 
     def forget(self) -> None:
         """Delete the answer."""
@@ -190,13 +201,13 @@ class Journal:
 
     async def resume(self, answer: EarlierAnswer) -> JournalRecord:
         """Go on with the record of an earlier answer; the attempt is noted first, for it may end this process."""
-        self.write("UPDATE answers SET tries = tries + 1 WHERE number = ?", answer.number)
+        self.write(SET_TRIES, answer.tries + 1, answer.number)
         await self.committed()
-        return JournalRecord(self, answer.number, answer.num_sequences)
+        return JournalRecord(self, answer.number, answer.num_sequences, answer.tries)
 
     def rebuilt(self, answer: EarlierAnswer) -> None:
         """The answer is one of this process now."""
-        self.write("UPDATE answers SET tries = 0 WHERE number = ?", answer.number)
+        self.write(SET_TRIES, answer.tries, answer.number)
         if self.earlier.pop(answer.id, None) is not None and not answer.ended:
             self.num_waiting -= answer.num_sequences
 

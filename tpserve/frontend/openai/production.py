@@ -81,7 +81,7 @@ async def produce(answer: ResumableAnswer, request_table: RequestTable, handle: 
                 await answer.record.committed()
             answer.finish(body)
     except UserError as error:
-        if error.status == 503 and answer.record is not None:  # of the server, not of the answer
+        if handle.cut_off:
             answer.suspend(error)
         else:
             answer.fail(error)

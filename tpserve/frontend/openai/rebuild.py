@@ -55,7 +55,7 @@ async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
         prepared, handle, past = None, None, RequestTable(lambda _: None)
         error = None if earlier.error is None else earlier.error.as_error()
         if error is None and earlier.tries >= MAX_TRIES:
-            error = UserError("the server ended each time that it rebuilt this answer", code="stream_refused", status=500)
+            error = UserError("the server failed each time that it went on with this answer", code="stream_refused", status=500)
         if error is None:
             try:
                 prepared, handle = await replay(service, earlier.id, stored, frames, past)
