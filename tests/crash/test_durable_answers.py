@@ -18,13 +18,13 @@ from tests.http.test_resumable import said
 from tests.server import Server, children, free_port, running, serve
 
 Json = dict[str, Any]
-ASK: Json = {"max_tokens": 600, "ignore_eos": True, "temperature": 1, "stream": True}
+ASK: Json = {"max_tokens": 300, "ignore_eos": True, "temperature": 1, "stream": True}
 CHAT = [{"role": "user", "content": "Tell me a long story about a fox."}]
 CALLS: list[tuple[str, Json]] = [
     ("/v1/completions", {"prompt": "Once upon a time", "seed": 1, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {"prompt": "The old mill", "n": 2, "logprobs": 2, "seed": 2, "presence_penalty": 0.5}),
     ("/v1/completions", {"prompt": ["The red", "A dog"], "echo": True, "logprobs": 1, "temperature": 0}),
-    ("/v1/chat/completions", {"messages": CHAT, "seed": 4, "logprobs": True, "max_tokens": 1000}),
+    ("/v1/chat/completions", {"messages": CHAT, "seed": 4, "logprobs": True}),
 ]
 COME_BACK_S = 60.0
 
@@ -89,7 +89,7 @@ def frontend_pid(server: Server) -> int:
 def until_some(clients: list[Client]) -> None:
     """Wait until every open stream has got more."""
     before = [len(client.data) for client in clients]
-    while any(client.is_alive() and len(client.data) < size + 2000 for client, size in zip(clients, before, strict=True)):
+    while any(client.is_alive() and len(client.data) < size + 1000 for client, size in zip(clients, before, strict=True)):
         time.sleep(0.02)
 
 

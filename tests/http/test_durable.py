@@ -128,6 +128,7 @@ def test_a_server_that_ends_leaves_what_is_open(serve: Serving, status: int) -> 
         begin += stream.read()
         *events, error, done = begin.split(b"\n\n")[:-1]
         assert error.startswith(b"data: ") and b"shutting down" in error and done == b"data: [DONE]"
+        assert again(server, stream.id).status == 503
     with serve() as server:
         whole = again(server, stream.id).read()
         assert whole.startswith(b"\n\n".join(events)) and len(parsed(whole)) > len(events)
@@ -265,3 +266,17 @@ def test_the_directory_is_private_local_and_of_one_server(
     assert directory.file_system(tmp_path / "none") == 0
     with pytest.raises(UserError, match="no directory"):
         directory.open_directory(state / "lock")
+
+
+def test_what_nobody_asks_for_again_is_deleted_after_its_window(serve: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "ALIVE_S", 0.05)
+    with serve(resume_window=0.5) as server:
+        id = post(server, "/v1/completions", {"prompt": "a", "max_tokens": 2, "background": True}).id
+        until(lambda: server.request_table.num_open == 0)
+    with serve(resume_window=0.5) as server:
+        kept = server.journal
+        assert kept is not None and list(kept.earlier) == [id]
+        until(lambda: not kept.earlier)
+        assert again(server, id).status == 404
+    with serve() as server:
+        assert server.journal is not None and not server.journal.earlier

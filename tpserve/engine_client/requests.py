@@ -40,6 +40,7 @@ from tpserve.types.messages import (
     FinishReason,
     PhaseTimes,
     PromptLogprobsChunk,
+    RequestOutput,
     Stats,
     Truncate,
 )
@@ -94,7 +95,7 @@ class RequestHandle:
         self.cut_off = False
         """Set when it fails only because the engine has ended."""
         self.stepwise = stepwise
-        self.keep: Callable[[list[EngineOutput]], None] | None = None
+        self.keep: Callable[[list[RequestOutput]], None] | None = None
         self._streaming = streaming
         self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
@@ -239,7 +240,7 @@ class RequestTable:
             for message in outputs
             if isinstance(message, Done) and message.finish == "stop" and not message.by_grammar
         }
-        kept: dict[RequestHandle, list[EngineOutput]] = {}
+        kept: dict[RequestHandle, list[RequestOutput]] = {}
         for message in outputs:
             if isinstance(message, Stats):
                 self.metrics.engine(message)

@@ -223,7 +223,7 @@ class ResumableAnswer:
         if self.record is not None:
             self.record.leave(failed=error.status != 503)
             self.record = None
-            self.release(error)
+            self.release(UserError(f"{error}; the next server goes on: ask again", code="engine_unavailable", status=503))
         self.fail(error)
 
     def reduce_to(self, error: UserError) -> None:

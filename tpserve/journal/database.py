@@ -90,7 +90,7 @@ class Database:
 
         def answer(set_it: Callable[[Any], None], value: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(lambda: future.done() or set_it(value))
+                loop.call_soon_threadsafe(lambda: None if future.done() else set_it(value))
 
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)

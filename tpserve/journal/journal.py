@@ -27,7 +27,7 @@ from msgspec import Struct
 from tpserve.errors import UserError
 from tpserve.journal.database import Database, Statement, delete
 from tpserve.journal.directory import open_directory
-from tpserve.types.messages import Delta, EngineOutput
+from tpserve.types.messages import Delta, RequestOutput
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +79,19 @@ class EarlierAnswer:
     id: str
     owner: bytes
     num_sequences: int
-    ended: bool
+    ended_s: float | None
     error: StoredError | None
     tries: int
     rebuilding: "asyncio.Task[None] | None" = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, complete or with `error`."""
+        return self.ended_s is not None
+
 
 _frame_encoder = msgspec.msgpack.Encoder()
-_frame_decoder = msgspec.msgpack.Decoder(list[EngineOutput])
+_frame_decoder = msgspec.msgpack.Decoder(list[RequestOutput])
 
 
 class JournalRecord:
@@ -98,7 +103,7 @@ class JournalRecord:
         self._begun = self._begin_committed = False
         self._ended = False
 
-    def append(self, messages: Sequence[EngineOutput]) -> None:
+    def append(self, messages: Sequence[RequestOutput]) -> None:
         """Keep the messages of one frame."""
         if not self._begun and any(isinstance(message, Delta) for message in messages):
             self._begun = True
@@ -190,10 +195,11 @@ class Journal:
         answer = self.earlier.get(id)
         return answer if answer is not None and hmac.compare_digest(answer.owner, owner) else None
 
-    async def read(self, answer: EarlierAnswer) -> tuple[StoredRequest, list[list[EngineOutput]]]:
+    async def read(self, answer: EarlierAnswer) -> tuple[StoredRequest, list[list[RequestOutput]]]:
         """The request of an answer and the frames that have come. UserError when they cannot be read."""
         try:
-            request, frames = await self._submit(partial(read_answer, self._database, answer.number))
+            database = self._live_database()
+            request, frames = await database.submit(partial(read_answer, database, answer.number))
             return msgspec.msgpack.decode(request, type=StoredRequest), [_frame_decoder.decode(frame) for frame in frames]
         except (sqlite3.Error, msgspec.DecodeError) as error:
             self._turn_off(str(error))
@@ -255,16 +261,15 @@ class Journal:
         if self._batch_timer is not None:
             self._batch_timer.cancel()
             self._batch_timer = None
-        if self._pending and not self.reason:
-            assert self._database is not None
+        if self._pending and self._database is not None:
             statements, self._pending = self._pending, []
-            self._last_write = self._submit(partial(self._database.write, statements))
+            self._last_write = self._database.submit(partial(self._database.write, statements))
             self._last_write.add_done_callback(self._on_written)
 
-    def _submit(self, work: Any) -> "asyncio.Future[Any]":
+    def _live_database(self) -> Database:
         if self._database is None:
             raise UserError(f"the state directory is off: {self.reason}", code="stream_lost", status=500)
-        return self._database.submit(work)
+        return self._database
 
     def _on_written(self, write: "asyncio.Future[None]") -> None:
         if not write.cancelled() and (error := write.exception()) is not None:
@@ -289,6 +294,11 @@ class Journal:
 
     def _note_alive(self) -> None:
         self._write_alive()
+        oldest_s = time.time() - self._window_s
+        for answer in [each for each in self.earlier.values() if each.ended_s is not None and each.ended_s < oldest_s]:
+            if answer.rebuilding is None:
+                self.delete(answer.number)
+                del self.earlier[answer.id]
         self._alive_timer = self._loop.call_later(ALIVE_S, self._note_alive)
 
     # Reading
@@ -320,11 +330,11 @@ class Journal:
                 log.warning("%d answers in %s are refused: they belong to another model or configuration", count, self.directory)
         execute("INSERT OR REPLACE INTO facts VALUES ('digest', ?)", (digest,))
         execute("COMMIT")
-        columns = "number, id, owner, num_sequences, ended_s IS NOT NULL, error, tries"
-        for number, id, owner, count, ended, error_data, tries in execute(f"SELECT {columns} FROM answers ORDER BY number"):
+        columns = "number, id, owner, num_sequences, ended_s, error, tries"
+        for number, id, owner, count, ended_s, error_data, tries in execute(f"SELECT {columns} FROM answers ORDER BY number"):
             stored = None if error_data is None else msgspec.msgpack.decode(error_data, type=StoredError)
-            self.earlier[id] = EarlierAnswer(number, id, owner, count, bool(ended), stored, tries)
-            self.num_waiting += 0 if ended else count
+            self.earlier[id] = EarlierAnswer(number, id, owner, count, ended_s, stored, tries)
+            self.num_waiting += count if ended_s is None else 0
         self._next_number = max((answer.number for answer in self.earlier.values()), default=0) + 1
 
 

@@ -19,7 +19,7 @@ from tpserve.frontend.openai.sequences import requests_of
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.journal.journal import EarlierAnswer, StoredRequest
 from tpserve.text.assembler import Assembler
-from tpserve.types.messages import EngineOutput
+from tpserve.types.messages import RequestOutput
 from tpserve.types.request import Request
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
 
 
 async def replay(
-    service: OpenAIServing, stream_id: str, stored: StoredRequest, frames: Sequence[list[EngineOutput]], past: RequestTable
+    service: OpenAIServing, stream_id: str, stored: StoredRequest, frames: Sequence[list[RequestOutput]], past: RequestTable
 ) -> tuple[PreparedRequest, RequestHandle]:
     """Prepare a request again and give it in the table `past` what has come of it. UserError when it is another one now."""
     endpoint, limits = ENDPOINTS[stored.path], ModelLimits(stored.max_model_len, stored.vocab_size)
@@ -101,7 +101,7 @@ async def replay(
 
 
 async def replayed(
-    requests: Sequence[tuple[Request, Assembler]], streaming: bool, frames: Sequence[list[EngineOutput]], past: RequestTable
+    requests: Sequence[tuple[Request, Assembler]], streaming: bool, frames: Sequence[list[RequestOutput]], past: RequestTable
 ) -> RequestHandle:
     """The handle of requests that have got `frames`."""
     handle = past.open(requests, streaming=streaming, stepwise=streaming)
