@@ -204,24 +204,27 @@ def test_an_answer_that_ends_the_server_each_time_is_given_up(serve: Serving, mo
         assert answer.status == 500 and b"each time that" in answer.read() and not server.engine.requests
 
 
-@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("how", ["full", "no such table", "takes more than"])
 def test_a_failing_disk_turns_it_off_and_serving_goes_on(
-    serve: Serving, full: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    serve: Serving, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve(step_s=0.003) as server:
         stream = post(server, *PROMPT)
         assert server.journal is not None and server.journal._database is not None
         connection = server.journal._database.connection
-        if full:
+        if how == "full":
             server.call(run(server, lambda: connection.execute("PRAGMA max_page_count=1")))
-        else:
+        elif how == "no such table":
             server.call(run(server, lambda: connection.execute("DROP TABLE frames")))
+        else:
+            monkeypatch.setattr(journal, "STALL_S", 0.3)
+            server.loop.call_soon_threadsafe(server.journal._database.submit, lambda: time.sleep(1))
         second = post(server, "/v1/completions", {"prompt": "b" * 20, "n": 4, "max_tokens": 200, "logprobs": 5})
         assert stream.read().endswith(b"data: [DONE]\n\n") and b"error" not in second.read()
         until(lambda: bool(server.journal and server.journal.reason))
         assert caplog.text.count("is off") == 1
         info = checks.Client(server.url).get("/server_info").json["state_dir"]
-        assert info["state"] == "off" and ("full" if full else "no such table") in info["reason"]
+        assert info["state"] == "off" and how in info["reason"]
         assert again(server, stream.id).status == 200, "in memory it stays"
         until(lambda: not (tmp_path / "state" / journal.FILE).exists())
         assert post(server, *PROMPT).read().endswith(b"[DONE]\n\n")

@@ -15,6 +15,7 @@ import logging
 import os
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -168,7 +169,8 @@ class Journal:
         self._pending: list[Statement] = []
         self._batch_timer: asyncio.TimerHandle | None = None
         self._alive_timer: asyncio.TimerHandle | None = None
-        self._last_write: asyncio.Future[None] | None = None
+        self._writes: deque[asyncio.Event] = deque()
+        """Set when the write is committed, or nothing is kept any more. In order; those that are not."""
         self._lock = open_directory(self.directory)
         self._next_number = 1
         self._database: Database | None = None
@@ -235,12 +237,8 @@ class Journal:
     async def committed(self) -> None:
         """Until all statements so far are committed, or nothing is kept any more."""
         self._flush()
-        write = self._last_write
-        if self.reason or write is None:
-            return
-        done, _ = await asyncio.wait([write], timeout=STALL_S)
-        if not done:
-            self._turn_off(f"a write takes more than {STALL_S:g} s")
+        if self._writes:
+            await self._writes[-1].wait()
 
     def info(self) -> dict[str, Any]:
         """For /server_info."""
@@ -263,17 +261,21 @@ class Journal:
             self._batch_timer = None
         if self._pending and self._database is not None:
             statements, self._pending = self._pending, []
-            self._last_write = self._database.submit(partial(self._database.write, statements))
-            self._last_write.add_done_callback(self._on_written)
+            self._writes.append(asyncio.Event())
+            stall = self._loop.call_later(STALL_S, self._turn_off, f"a write takes more than {STALL_S:g} s")
+            self._database.submit(partial(self._database.write, statements)).add_done_callback(partial(self._on_written, stall))
 
     def _live_database(self) -> Database:
         if self._database is None:
             raise UserError(f"the state directory is off: {self.reason}", code="stream_lost", status=500)
         return self._database
 
-    def _on_written(self, write: "asyncio.Future[None]") -> None:
+    def _on_written(self, stall: asyncio.TimerHandle, write: "asyncio.Future[None]") -> None:
+        stall.cancel()
         if not write.cancelled() and (error := write.exception()) is not None:
             self._turn_off(str(error))
+        elif self._writes:  # they end in the order in which they began
+            self._writes.popleft().set()
 
     def _turn_off(self, reason: str) -> None:
         """Keep nothing any more: what would be found later is not what clients have seen."""
@@ -284,6 +286,8 @@ class Journal:
         self.earlier.clear()
         self.num_waiting = 0
         self._pending.clear()
+        while self._writes:
+            self._writes.popleft().set()
         if self._database is not None:
             self._database.submit(self._database.discard)
             self._database.close(wait_s=0)
