@@ -16,7 +16,7 @@ import pytest
 
 from tests.cluster import tiny_model
 from tests.cluster.conftest import assert_nothing_left, of_place
-from tests.server import BIN, Server, free_port, running, serve, torchrun
+from tests.server import BIN, Server, arguments, comm, descendants, free_port, running, serve, torchrun
 from tpserve_kernels.cpu.library import Isa, library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,14 +103,62 @@ def test_a_rank_that_wakes_up_as_an_orphan_ends(model: str, place: Path) -> None
     assert subprocess.run(command, env=environ, timeout=20, check=False).returncode == 1
 
 
-def test_a_killed_rank_is_a_failure(model: str, place: Path) -> None:
+def test_a_killed_rank_is_started_again_and_answers_go_on(model: str, place: Path) -> None:
     port = free_port()
     with started(place, serve(model, *DUMMY, "-tp", "2", port=port), port=port) as server:
-        os.kill(server.rank_pids()[1], signal.SIGKILL)
-        assert server.wait() == [1]
+        body = {"prompt": "The cat", "max_tokens": 200, "ignore_eos": True, "temperature": 1.0, "seed": 3, "logprobs": 1}
+        whole = server.complete(**body)
+        for rank in (1, 0):
+            events = server.stream("/v1/completions", body | {"stream": True})
+            tokens = [next(events)]
+            os.kill(server.rank_pids()[rank], signal.SIGKILL)
+            tokens += events
+            choices = [event["choices"][0] for event in tokens]
+            assert "".join(choice["text"] for choice in choices) == whole["text"] and choices[-1]["finish_reason"] == "length"
+        assert server.stop() == [0]
         assert_nothing_left(place)
-    assert "ended without a word" in server.log and "was killed by SIGKILL" in server.log
+    assert "ended without a word" in server.log and "recovered in" in server.log
     assert "Traceback" not in server.log
+
+
+def test_whoever_is_killed_is_started_again(model: str, place: Path) -> None:
+    """A rank, the agent, both forkservers, the frontend; and nobody who connects meanwhile is refused."""
+    port = free_port()
+    with started(place, serve(model, *DUMMY, "-tp", "2", port=port), port=port) as server:
+        supervisor = server.processes[0].pid
+        asked = {"prompt": "The cat", "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+        calm = server.complete(**asked)["text"]
+        for name in ("tpserve rank 1", "tpserve agent", "tpserve forks", "tpserve.frontend"):
+            before = [pid for pid in descendants(supervisor) if name in (comm(pid), *arguments(pid))]
+            assert len(before) == (2 if name == "tpserve forks" else 1)
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+            assert server.get("/livez")[0] == 200  # during a restart of the frontend the connection waits in the backlog
+            server.wait_ready()
+            assert server.complete(**asked)["text"] == calm
+        assert server.stop() == [0]
+        assert_nothing_left(place)
+    killed = "was killed by SIGKILL: starting"
+    for who in ("rank 1", "the agent of node 0", "the forkserver", "the frontend"):
+        assert re.search(rf"WARN  {who} \(pid \d+\) {killed}", server.log), server.log
+    assert "Traceback" not in server.log
+
+
+def test_a_rank_that_does_not_come_back_ends_the_service(model: str, place: Path) -> None:
+    """Its weights are gone, so it cannot be started again: the reason is told to clients and is the last line of the log."""
+    port = free_port()
+    copy = place / "model"
+    shutil.copytree(model, copy)
+    with started(place, serve(str(copy), *DUMMY, "-tp", "2", "--recovery-timeout", "3", port=port), port=port) as server:
+        events = server.stream("/v1/completions", {"prompt": "x", "max_tokens": 230, "ignore_eos": True, "stream": True})
+        next(events)
+        (copy / "config.json").unlink()
+        os.kill(server.rank_pids()[1], signal.SIGKILL)
+        assert any("error" in event for event in events), "or it ended before"
+        assert server.wait() == [2]
+        shutil.rmtree(copy)
+        assert_nothing_left(place)
+    assert "config.json" in server.log.splitlines()[-1]
 
 
 def test_two_nodes(model: str, place: Path) -> None:
@@ -249,8 +297,8 @@ def test_two_nodes_script(model: str, place: Path) -> None:
 
 
 def test_two_nodes_script_tells_how_it_is_used(place: Path) -> None:
-    for arguments in ([], ["head", "2", "8"], ["head", "0", "x"]):
-        done = run([str(ROOT / "launch" / "two_nodes.sh"), *arguments], place)
+    for line in ([], ["head", "2", "8"], ["head", "0", "x"]):
+        done = run([str(ROOT / "launch" / "two_nodes.sh"), *line], place)
         assert done.returncode == 2 and "launch/two_nodes.sh HEAD NODE_RANK NPROC" in done.stderr
 
 

@@ -21,7 +21,7 @@ import aiohttp
 from tests.crash.mixed import Body, Call, answer, calls
 from tests.server import Server, children, rank_of
 
-TIMEOUT_S = 180.0
+TIMEOUT_S = 900.0
 Target = Callable[[Server, random.Random], int | None]
 
 

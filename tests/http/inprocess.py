@@ -28,6 +28,7 @@ from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.journal.journal import Journal
+from tpserve.observe.metrics import Metrics
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.text.chat import ChatTemplate
@@ -181,7 +182,7 @@ def serving(
     journals: list[Journal | None] = []
 
     async def start() -> tuple[web.AppRunner, asyncio.Task[None], RequestTable, int]:
-        request_table = RequestTable(engine.send, settings.served_model_name[0])
+        request_table = RequestTable(engine.send, Metrics(settings.served_model_name[0]))
         template = ChatTemplate.load(directory, tokenizer.special_tokens)
         info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
         journal = None if settings.state_dir is None else Journal(settings.state_dir, settings.digest, settings.resume_window)

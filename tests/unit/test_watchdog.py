@@ -1,6 +1,6 @@
 """When a step counts as hanging."""
 
-from tpserve.engine.watchdog import LEAST_S, RECENT, StepWatchdog
+from tpserve.engine.watchdog import LEAST_S, NO_STEP, RECENT, StepWatchdog
 
 
 def steps(watchdog: StepWatchdog, count: int, num_tokens: int, took_s: float, now: float) -> float:
@@ -15,22 +15,22 @@ def steps(watchdog: StepWatchdog, count: int, num_tokens: int, took_s: float, no
 def allowed_s(watchdog: StepWatchdog, num_tokens: int, now: float) -> float:
     """For a step that is sent now."""
     watchdog.sent(99, num_tokens, now)
-    due = watchdog.deadline
-    assert due is not None and due[0] == 99
+    due = watchdog.deadline(now)
+    assert due[0] == 99
     return due[1] - now
 
 
-def test_nothing_is_due_without_plans() -> None:
-    assert StepWatchdog(600.0).deadline is None
+def test_without_plans_the_loop_has_to_come_back() -> None:
+    assert StepWatchdog(600.0).deadline(5.0) == (NO_STEP, 5.0 + LEAST_S)
 
 
 def test_the_first_step_has_the_time_of_the_start() -> None:
     watchdog = StepWatchdog(600.0)
     watchdog.sent(0, 16, 10.0)
     watchdog.sent(1, 1, 10.0)
-    assert watchdog.deadline == (0, 610.0)
+    assert watchdog.deadline(10.0) == (0, 610.0)
     watchdog.applied(12.0)
-    assert watchdog.deadline == (1, 12.0 + LEAST_S), "the second counts from the end of the first"
+    assert watchdog.deadline(12.0) == (1, 12.0 + LEAST_S), "the second counts from the end of the first"
 
 
 def test_the_allowance_follows_the_slowest_recent_cost_a_token() -> None:
@@ -49,7 +49,7 @@ def test_one_slow_step_allows_no_days_and_is_forgotten() -> None:
     now = steps(watchdog, 40, 1, 0.02, 0.0)
     now = steps(watchdog, 1, 1, 5.0, now)  # a kernel was compiled
     watchdog.sent(99, 8192, now)
-    assert watchdog.deadline == (99, now + 600.0), "not ten times 5 s a token, which would be four days"
+    assert watchdog.deadline(now) == (99, now + 600.0), "not ten times 5 s a token, which would be four days"
     watchdog.applied(now + 1.0)
     now = steps(watchdog, RECENT, 1, 0.02, now + 1.0)
     assert allowed_s(watchdog, 100, now) == LEAST_S

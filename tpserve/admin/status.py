@@ -52,9 +52,19 @@ def status_lines(facts: ServerFacts) -> list[str]:
     ]
     if info["reason"]:
         lines.append(info["reason"])
+    lines.append(_epochs(info))
     heads = ("node", "host", "GPUs used/visible", "rank", "pid", "layers", "heads", "memory", "state")
     lines += ["", *table([heads, *(_row(rank, ranks, config["device"]) for rank in ranks)]), ""]
     return [*lines, _queue(facts.metrics)]
+
+
+def _epochs(info: Json) -> str:
+    """The epoch, how often the ranks have recovered, and from what the last time."""
+    recoveries = info["recoveries"]
+    if not recoveries:
+        return f"epoch {info['epoch']}, no recoveries"
+    times = f"recovered {recoveries} time{'s' * (recoveries != 1)}, answers {info['resumption']}"
+    return f"epoch {info['epoch']}, {times}; last fault: {info['last_fault']}"
 
 
 def _row(rank: Json, ranks: Sequence[Json], device: str) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ result does not arrive.
               at least a minute;
               at most the start timeout, or ten times the duration of the slowest recent step if that is longer
 
+With nothing in flight the loop itself has to come back, within `LEAST_S`: it looks around every second.
+
 So one slow step (a kernel was compiled, a disk was slow) counts for `RECENT` further steps only, and its seconds a token do not
 allow days for a step of many tokens. Before the first result the start timeout is the limit. A rank that compiles reports it
 in its heartbeats, and the coordinator then waits longer (`coordinator/coordinator.py`).
@@ -16,6 +18,7 @@ from collections import deque
 from typing import NamedTuple
 
 LEAST_S = 60.0
+NO_STEP = -1
 MARGIN = 10.0
 RECENT = 32
 """Number of steps that count as recent."""
@@ -34,6 +37,8 @@ class StepWatchdog:
         self._first_s = first_s
         self._in_flight: deque[tuple[int, int, float]] = deque()
         self._recent: deque[_Step] = deque(maxlen=RECENT)
+        self._token_s = self._slowest_s = 0.0
+        """Of the recent steps: the seconds a token of the slowest, and the seconds of the longest."""
         self._applied_s = 0.0
 
     def sent(self, step: int, num_tokens: int, now: float) -> None:
@@ -45,19 +50,18 @@ class StepWatchdog:
         _, num_tokens, sent_s = self._in_flight.popleft()
         if num_tokens:  # a plan without chunks tells nothing about steps
             self._recent.append(_Step(num_tokens, now - max(sent_s, self._applied_s)))
+            self._token_s = max(took_s / tokens for tokens, took_s in self._recent)
+            self._slowest_s = max(took_s for _, took_s in self._recent)
         self._applied_s = now
 
-    @property
-    def deadline(self) -> tuple[int, float] | None:
-        """(step, time) of the oldest plan in flight and its deadline; None with nothing in flight."""
+    def deadline(self, now: float) -> tuple[int, float]:
+        """(step, time) of the oldest plan in flight and its deadline; step `NO_STEP` with nothing in flight."""
         if not self._in_flight:
-            return None
+            return NO_STEP, now + LEAST_S
         step, num_tokens, sent_s = self._in_flight[0]
         return step, max(sent_s, self._applied_s) + self._allowed_s(num_tokens)
 
     def _allowed_s(self, num_tokens: int) -> float:
         if not self._recent:
             return self._first_s
-        by_tokens_s = MARGIN * num_tokens * max(took_s / tokens for tokens, took_s in self._recent)
-        slowest_s = MARGIN * max(took_s for _, took_s in self._recent)
-        return max(LEAST_S, min(by_tokens_s, max(self._first_s, slowest_s)))
+        return max(LEAST_S, min(MARGIN * num_tokens * self._token_s, max(self._first_s, MARGIN * self._slowest_s)))

@@ -3,7 +3,7 @@
     event                        the engine                             the open requests
     EpochReady                   rank 0's new incarnation is the engine  are sent to it as `Quarantine` orders
     EpochLost                    there is none                           wait
-    Draining                     refuses new requests                    finish
+    Draining                     -                                       finish; HTTP takes no new ones
     EpochFailed, EpochFinished   -                                       fail with the reason
     outputs                      -                                       grow; a token forgives earlier faults
 
@@ -14,15 +14,22 @@ Invariant: an engine gets requests only after its epoch is ready, and each of th
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from msgspec import Struct
 
-from tpserve.coordinator.actions import Action, Cause, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady
+from tpserve.coordinator.actions import Action, Cause, EpochFailed, EpochFinished, EpochLost, EpochReady
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.engine_client.requests import RequestTable
-from tpserve.types.messages import EngineControl, EngineInput, EngineOutput
+from tpserve.engine_client.server_info import INVARIANT, numerics
+from tpserve.types.messages import EngineInput, EngineOutput
 
 SHUTTING_DOWN = "the server is shutting down"
+
+
+Resumption = Literal["exact", "seamless, not identical"]
+EXACT: Resumption = "exact"
+SEAMLESS: Resumption = "seamless, not identical"
 
 
 class Attach(Struct, frozen=True):
@@ -59,19 +66,23 @@ class Recovery:
         self._request_table = request_table
         self._lost_s: float | None = None
         """When the last epoch ended by a fault; None while one runs."""
+        self._processors: list[object] = []
+        """What the ranks of the first epoch computed with."""
+        self.resumption: Resumption | None = None
+        """How an answer that a fault interrupts goes on; None before the first epoch runs."""
 
     def on_action(self, action: Action, now: float) -> list[EngineAction]:
         """The coordinator has decided `action`."""
         table = self._request_table
         match action:
             case EpochReady():
+                self._note_processors()
                 recovered = self._recovered(action, now)
                 return [Attach(self._coordinator.hellos[0].identity), *recovered, *self._resubmit(action.cause)]
             case EpochLost():
                 self._lost_s = now if self._lost_s is None else self._lost_s
+                table.suspend()
                 return [Detach()]
-            case Draining():
-                return [SendInputs([EngineControl("drain")])]
             case EpochFailed(_, reason, _):
                 table.fail_all(reason, 500)
             case EpochFinished():
@@ -87,6 +98,14 @@ class Recovery:
     def poll(self, now: float) -> list[Action]:
         """What no event reports: a drain is over when no request is open."""
         return self._coordinator.drained(now) if self._request_table.num_open == 0 else []
+
+    def _note_processors(self) -> None:
+        """An answer goes on exactly where a row's bits do not depend on its company, on the processors with which it began."""
+        ranks = self._coordinator.ranks
+        now = [(rank.hello.processor if rank.hello else None, rank.ready.numerics if rank.ready else None) for rank in ranks]
+        self._processors = self._processors or list(now)
+        exact = numerics(ranks) == INVARIANT and self._processors == now
+        self.resumption = EXACT if exact else SEAMLESS
 
     def _recovered(self, ready: EpochReady, now: float) -> list[EngineAction]:
         if self._lost_s is None:

@@ -148,9 +148,12 @@ class RequestTable:
     """All open sequences. `send` passes messages to the engine and never blocks; `clock` returns seconds."""
 
     def __init__(
-        self, send: Callable[[list[EngineInput]], None], model_name: str = "model", clock: Callable[[], float] = time.monotonic
+        self,
+        send: Callable[[list[EngineInput]], None],
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.metrics = Metrics(model_name)
+        self.metrics = Metrics("model") if metrics is None else metrics
         self._send = send
         self._clock = clock
         self._open: dict[int, RequestState] = {}
@@ -183,6 +186,10 @@ class RequestTable:
             handle._add(sequence)
         self._admit(handle.sequences)
         return handle
+
+    def suspend(self) -> None:
+        """There is no engine until `resubmission`."""
+        self._quarantine.suspend()
 
     def adopt(self, past: "RequestTable") -> None:
         """Take over the open sequences of another table, whose ids are unknown here, and send them with their output so far."""

@@ -18,3 +18,8 @@ class EngineStatus:
     reason: str = ""
     max_model_len: int | None = None
     vocab_size: int | None = None
+    resumption: str | None = None
+    """How an answer that a fault interrupts goes on: "exact", or "seamless, not identical"."""
+    recoveries: int = 0
+    """Epochs that ran after a fault."""
+    last_fault: str = ""

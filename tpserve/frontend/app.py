@@ -17,6 +17,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from tpserve.engine_client.recovery import SEAMLESS
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
@@ -207,6 +208,8 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Set the headers that every response has."""
     response.headers["Server"] = f"tpserve/{__version__}"
+    if request.method == "POST" and request.app[SERVICE].status().resumption == SEAMLESS:
+        response.headers["X-Resumption"] = SEAMLESS
     response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(16)
 
 

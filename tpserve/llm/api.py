@@ -82,7 +82,12 @@ class LLM:
         self._load_template = partial(ChatTemplate.load, config.tokenizer, self._tokenizer.special_tokens)
         self._template = self._load_template(config.chat_template)
         session = Session(
-            config, launcher.runtime_dir, launcher.start, remote=launcher.remote, num_followers=launcher.num_followers
+            config,
+            launcher.runtime_dir,
+            launcher.start,
+            remote=launcher.remote,
+            num_followers=launcher.num_followers,
+            restarts=launcher.restarts,
         )
         self._session = session
         self._finalizer = weakref.finalize(self, session.close)

@@ -43,6 +43,8 @@ class LocalLauncher:
 
     remote: str | None = None
     num_followers = 0
+    restarts = True
+    """The agent starts a dead rank again."""
 
     def __init__(self, flags: Flags) -> None:
         self._flags = flags
@@ -80,6 +82,9 @@ class LocalLauncher:
 
 class TorchrunLauncher:
     """For one of the scripts of `torchrun script.py`. `job` names this LLM among those that the scripts make."""
+
+    restarts = False
+    """Each script has one rank and ends with it."""
 
     def __init__(self, rank_env: RankEnv, job: str, flags: Flags) -> None:
         self._rank_env = rank_env

@@ -54,14 +54,17 @@ class Session:
         *,
         remote: str | None = None,
         num_followers: int = 0,
+        restarts: bool = True,
     ) -> None:
         """Starts nothing yet. `runtime_dir`: the directory to create. `remote`: this host's address for ranks of other nodes.
-        `num_followers`: scripts of the same torchrun job that fetch their replies here."""
+        `num_followers`: scripts of the same torchrun job that fetch their replies here. `restarts`: an agent starts dead ranks
+        again, which a script under torchrun does not do for its rank."""
         self._config = config
         self._runtime_dir = runtime_dir
         self._start_ranks = start_ranks
         self._remote = remote
         self._num_followers = num_followers
+        self._restarts = restarts
         self._owner_pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine_client: EngineClient | None = None
@@ -188,9 +191,10 @@ class Session:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        with contextlib.closing(
-            EngineClient(self._config, self._runtime_dir, self._remote, time.monotonic(), self._on_news)
-        ) as self._engine_client:
+        client = EngineClient(
+            self._config, self._runtime_dir, self._remote, time.monotonic(), self._on_news, restarts=self._restarts
+        )
+        with contextlib.closing(client) as self._engine_client:
             if not self._num_followers:
                 await self._serve_ranks(self._engine_client)
                 return
