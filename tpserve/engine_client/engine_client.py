@@ -151,11 +151,6 @@ class EngineClient:
             c.last_fault,
         )
 
-    @property
-    def is_batch_invariant(self) -> bool:
-        """Whether the numerics promise that what is computed again has the same bits."""
-        return numerics(self._coordinator.ranks) == INVARIANT
-
     def info(self) -> dict[str, Any]:
         """The JSON value of /server_info."""
         c = self._coordinator

@@ -38,6 +38,7 @@ from tpserve.config import env
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.actions import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
+from tpserve.engine_client.recovery import EXACT
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
@@ -231,7 +232,7 @@ class FrontendServer:
 
     def _on_epoch_news(self, news: EpochNews) -> None:
         if self._journal is not None and isinstance(news, EpochReady):
-            self._journal.exact = self._engine_client.is_batch_invariant
+            self._journal.exact = self._engine_client.status().resumption == EXACT
         match news:
             case EpochReady() if not self._was_ready:
                 self._was_ready = True
