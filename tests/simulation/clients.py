@@ -100,6 +100,10 @@ class SimulatedClient:
         self.handle: RequestHandle = table.open(requests, streaming=True)
 
     @property
+    def quarantined(self) -> bool:
+        return self.failure is not None and self.failure.code == "request_quarantined"
+
+    @property
     def done(self) -> bool:
         return self.left or self.failure is not None or all(answer.ended for answer in self.answers)
 
@@ -117,7 +121,7 @@ class SimulatedClient:
         try:
             deltas = self.handle.take()
         except UserError as error:
-            assert self.service.ends or self.poison, f"a client gets an error while the service runs: {error}"
+            assert self.service.ends or error.code == "request_quarantined", f"a client gets an error: {error}"
             self.failure = error
             return
         for sequence, delta in deltas:

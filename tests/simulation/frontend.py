@@ -1,7 +1,8 @@
 """The frontend: coordinator, request table and recovery as they are, and what `RankMonitor` and `EngineClient` do around them."""
 
 from collections import deque
-from time import perf_counter
+from collections.abc import Callable
+from time import process_time
 from typing import TYPE_CHECKING
 
 from tests.simulation.links import SimulatedEngineServer
@@ -9,6 +10,7 @@ from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, Epoc
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.rank_monitor import CAUSE_S, PROBE_S, SETTLE_S
 from tpserve.coordinator.roster import Peer
+from tpserve.engine_client.engine_client import LEAVE_S
 from tpserve.engine_client.recovery import Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
 from tpserve.engine_client.requests import RequestTable
 from tpserve.observe.metrics import Metrics
@@ -78,10 +80,7 @@ class SimulatedFrontend:
         is_hello = isinstance(message, Hello)
         if is_hello:
             self._probe(peer)
-        begin = perf_counter()
-        actions = self.coordinator.receive(peer, message, now)
-        self.busy_s += perf_counter() - begin
-        self.perform(actions)
+        self._tell(self.coordinator.receive, peer, message, now)
         if is_hello and self.coordinator.is_current(peer):
             self._track(peer)
 
@@ -106,7 +105,7 @@ class SimulatedFrontend:
         self.blocked_until_s = self.service.events.now + seconds
 
     def drain(self) -> None:
-        self.perform(self.coordinator.drain(self.service.events.now))
+        self._tell(self.coordinator.drain, self.service.events.now)
 
     def _tick(self) -> None:
         events = self.service.events
@@ -119,10 +118,7 @@ class SimulatedFrontend:
             for peer, message in waiting:
                 self.receive(peer, message)
         self.receive_from_engine()
-        begin = perf_counter()
-        actions = self.coordinator.tick(events.now)
-        self.busy_s += perf_counter() - begin
-        self.perform(actions)
+        self._tell(self.coordinator.tick, events.now)
         self.perform(self.recovery.poll(events.now))
 
     # What is behind a message
@@ -130,7 +126,7 @@ class SimulatedFrontend:
     def _deliver_fault(self, peer: Peer, fault: Fault) -> None:
         self._faults.pop(peer, None)
         self._probe(peer)
-        self.perform(self.coordinator.receive(peer, fault, self.service.events.now))
+        self._tell(self.coordinator.receive, peer, fault, self.service.events.now)
 
     def _track(self, peer: Peer) -> None:
         self._dead.discard(self._tracked.get(peer.rank, peer))
@@ -151,10 +147,17 @@ class SimulatedFrontend:
             return  # the closed connection is seen once the link is back, or another incarnation has come
         self._dead.discard(peer)
         if (fault := self._faults.pop(peer, None)) is not None:
-            self.perform(self.coordinator.receive(peer, fault, self.service.events.now))
-        self.perform(self.coordinator.lost(peer, "ended", self.service.events.now))
+            self._tell(self.coordinator.receive, peer, fault, self.service.events.now)
+        self._tell(self.coordinator.lost, peer, "ended", self.service.events.now)
 
     # Actions
+
+    def _tell(self, event: Callable[..., list[Action]], *arguments: object) -> None:
+        """Tell the coordinator of an event, and carry out what it decides."""
+        begin_s = process_time()
+        actions = event(*arguments)
+        self.busy_s += process_time() - begin_s
+        self.perform(actions)
 
     def perform(self, actions: list[Action]) -> None:
         """Carry out what the coordinator has decided."""
@@ -173,9 +176,17 @@ class SimulatedFrontend:
                     service.on_epoch_ready(action.epoch)
                 elif isinstance(action, EpochFailed | EpochFinished):
                     service.ends.append(action)
+                    service.events.after(LEAVE_S, self._kill)
                 self._carry_out(self.recovery.on_action(action, service.events.now))
                 if service.ends:
                     service.take_all()
+
+    def _kill(self) -> None:
+        """The service has ended: kill the ranks on this node that have not."""
+        for peer in list(self._tracked.values()):
+            process = self.service.incarnations[peer.identity].process
+            if process.node == 0:
+                process.die("SIGKILL")
 
     def _carry_out(self, actions: list[EngineAction]) -> None:
         for action in actions:

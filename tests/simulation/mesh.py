@@ -91,7 +91,7 @@ class SimulatedMesh:
             return
         plan = self._plans[0]
         if (victim := self._poisoned(plan)) is not None:
-            victim.process.die("SIGSEGV")
+            service.poison(victim)
             return
         if self._worker is None:
             self._worker = SimulatedWorker(service.scheduler_config, service.vocab_size, self.epoch)

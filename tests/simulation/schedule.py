@@ -30,6 +30,9 @@ FAULTS = {
     "kill node": 2,
     "kill two": 2,
 }
+POISONS = ("SIGSEGV", "error", "exit code 1", "SIGKILL")
+STRAYS = ("crash", "error", "hang")
+"""Faults of which a request is suspected that happens to be alone."""
 BACK_S = 400.0
 """Every request is answered, and the service runs, at most this long after the last fault: a hang costs a minute to notice."""
 END_S = 60.0
@@ -80,7 +83,7 @@ def _plan(random: Random, size: int | None) -> ServicePlan:
         deaths_unseen=random.choice([0.0, 0.0, 0.5]),
         agent_kills_stopped=random.random() < 0.5,
         engine_late_s=random.choice([0.01, 0.01, 1.0]),
-        poison=random.random() < 0.05,
+        poison=random.choice(POISONS) if random.random() < 0.1 else "",
         num_blocks=random.choice([14, 24, 60]),
     )
 
@@ -124,11 +127,9 @@ class _Schedule:
         self._judge()
 
     def close(self) -> None:
-        """Close what the code itself has opened, and keep what is told of the schedule."""
+        """Keep what is told of the schedule."""
         story, service = self.story, self.service
-        for process in service.processes:
-            process.alive = False
-            process.incarnation.close()
+        service.close()
         story.end = str(service.ends[0]) if service.ends else "no end"
         story.num_events, story.num_messages = service.events.num_done, service.network.num_messages
         story.epochs, story.clients = len(service.epochs), len(service.clients)
@@ -137,13 +138,23 @@ class _Schedule:
     def _judge(self) -> None:
         """The service may end only as it should."""
         end, plan = self.service.ends[0], self.service.plan
-        if plan.restarts and not plan.poison:
+        if plan.restarts:
             assert isinstance(end, EpochFinished), end
+            self._judge_quarantine()
         if isinstance(end, EpochFinished):
             asked = {code for _, code in self.service.exits[-1:]}
             assert asked <= {0, 75}, self.service.exits
         if not plan.restarts:
             assert self.service.epochs in ([], [1]), self.service.epochs
+
+    def _judge_quarantine(self) -> None:
+        """A request that ends ranks does so twice, and no other is taken for one without at least two strays."""
+        service, faults = self.service, [kind.partition(" of ")[0] for _, kind in self.story.faults]
+        innocent = [client.answers for client in service.clients if client.quarantined and not client.poison]
+        strays = sum(kind in STRAYS for kind in faults) + bool(service.plan.poison)
+        assert not innocent or strays >= 2, f"quarantined: {innocent}"
+        deaths = 15 if service.plan.poison == "SIGKILL" else 2
+        assert service.num_poisoned <= deaths + len(faults), f"{service.num_poisoned} deaths of one request"
 
     # Faults
 

@@ -3,7 +3,7 @@
 The mutants are defects put into the code on purpose: a simulation that does not notice them would prove nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from msgspec.structs import replace
@@ -13,7 +13,7 @@ from tpserve.coordinator import coordinator
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Member, Roster
 from tpserve.engine.watchdog import StepWatchdog
-from tpserve.engine_client import recovery
+from tpserve.engine_client import quarantine, recovery
 from tpserve.engine_client.requests import RequestState, RequestTable
 from tpserve.process import exit_rules
 from tpserve.types.messages import Add, Delta, EngineOutput, Stop
@@ -62,16 +62,16 @@ def an_incarnation_takes_part_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def resubmitted_without_output(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RequestTable, "resubmission", lambda self: [Add(sequence.request) for sequence in self._open.values()])
+    patch.setattr(RequestTable, "_adds", lambda self, ids: [Add(self._open[id].request) for id in ids if id in self._open])
 
 
 def resubmitted_with_too_little(patch: pytest.MonkeyPatch) -> None:
-    real = RequestTable.resubmission
+    real = RequestTable._adds
 
-    def resubmission(self: RequestTable) -> list[Add]:
-        return [Add(replace(add.request, output=add.request.output[:-4])) for add in real(self)]  # type: ignore[union-attr]
+    def adds(self: RequestTable, ids: Sequence[int]) -> list[Add]:
+        return [Add(replace(add.request, output=add.request.output[:-4])) for add in real(self, ids)]  # type: ignore[union-attr]
 
-    patch.setattr(RequestTable, "resubmission", resubmission)
+    patch.setattr(RequestTable, "_adds", adds)
 
 
 def tokens_of_an_old_engine_count_at_any_position(patch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def start_is_said_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def requests_are_not_sent_again(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(recovery.Recovery, "_resubmit", lambda self: [])
+    patch.setattr(recovery.Recovery, "_resubmit", lambda self, cause: [])
 
 
 def stuck_ranks_live_on(patch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def a_replaced_rank_ends_its_node(patch: pytest.MonkeyPatch) -> None:
 
 
 def asking_for_a_restart_counts_as_a_fault(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(coordinator, "_NO_CAUSE", coordinator._NO_CAUSE[:3])
+    patch.setattr(coordinator, "_OUTSIDE", coordinator._OUTSIDE[:2])
 
 
 def an_engine_that_ends_while_it_is_greeted_fails_the_service(patch: pytest.MonkeyPatch) -> None:
@@ -152,6 +152,26 @@ def a_loop_may_hang(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StepWatchdog, "deadline", lambda self, now: real(self, now) if self._in_flight else (-1, 1e9))
 
 
+def nobody_is_condemned(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(quarantine, "STRIKES", 1e9)
+
+
+def a_first_fault_condemns(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(quarantine, "STRIKES", 1.0)
+
+
+def quarantine_forgets_new_requests(patch: pytest.MonkeyPatch) -> None:
+    """Those that come while others are under suspicion."""
+    patch.setattr(quarantine.Quarantine, "_release", lambda self: [])
+
+
+def requests_are_sent_twice(patch: pytest.MonkeyPatch) -> None:
+    """Also to an engine whose epoch has ended, as far as the frontend knows."""
+    patch.setattr(quarantine.Quarantine, "suspend", lambda self: None)
+    patch.setattr(EngineServer, "detach", lambda self: None)
+    patch.setattr(EngineServer, "attach", lambda self, identity: setattr(self, "_engine", b"engine-%d" % identity))
+
+
 MUTANTS: tuple[Patch, ...] = (
     old_incarnations_count,
     an_incarnation_takes_part_twice,
@@ -167,6 +187,10 @@ MUTANTS: tuple[Patch, ...] = (
     asking_for_a_restart_counts_as_a_fault,
     an_engine_that_ends_while_it_is_greeted_fails_the_service,
     a_loop_may_hang,
+    nobody_is_condemned,
+    a_first_fault_condemns,
+    quarantine_forgets_new_requests,
+    requests_are_sent_twice,
 )
 
 

@@ -45,9 +45,10 @@ class ServicePlan:
     collectives_hang: float = 0.0
     deaths_unseen: float = 0.0
     agent_kills_stopped: bool = True
-    """On the frontend's node. On other nodes nobody else can."""
+    """Else the frontend has to do it, on its own node."""
     engine_late_s: float = 0.01
-    poison: bool = False
+    poison: str = ""
+    """How a request that is poison ends a rank: "error" of the rank's own, a signal, or an exit code; empty: there is none."""
     form_timeout_s: float = 60.0
     recovery_timeout_s: float = 120.0
     drain_timeout_s: float = 25.0
@@ -81,6 +82,7 @@ class SimulatedService:
         self.ends: list[EpochFailed | EpochFinished] = []
         self.epochs: list[int] = []
         self.clients: list[SimulatedClient] = []
+        self.num_poisoned = 0
         self._meshes: dict[str, SimulatedMesh] = {}
         self._numbers = count(1)
         self.frontend = SimulatedFrontend(self)
@@ -88,6 +90,12 @@ class SimulatedService:
 
     def next_number(self) -> int:
         return next(self._numbers)
+
+    def close(self) -> None:
+        """Close what the code itself has opened."""
+        for process in self.processes:
+            process.alive = False
+            process.incarnation.close()
 
     # What the parts tell
 
@@ -126,7 +134,7 @@ class SimulatedService:
         process.stop()
         if seconds < STOPPED_KILLED_S:
             self.events.after(seconds, process.go_on)
-        elif process.node or self.plan.agent_kills_stopped:
+        else:
             self.events.after(STOPPED_KILLED_S, self._kill_stopped, process)
 
     def kill_node(self, node: int) -> None:
@@ -135,9 +143,23 @@ class SimulatedService:
             if process.node == node:
                 process.die("SIGKILL")
 
+    def poison(self, victim: Incarnation) -> None:
+        """A request ends a rank."""
+        self.num_poisoned += 1
+        if self.plan.poison == "error":
+            victim.raise_error()
+        else:
+            victim.process.die(self.plan.poison, 1 if "code" in self.plan.poison else None)
+
     def _kill_stopped(self, process: Process) -> None:
-        if process.stopped:
+        """By the agent, where the frontend cannot or would not."""
+        if not process.alive or not process.stopped:
+            return
+        watched = self.frontend.coordinator.is_current(process.incarnation.peer) and process.incarnation.phase != "preparing"
+        if self.plan.agent_kills_stopped or process.node or process.orphan or not watched:
             process.die("SIGKILL")
+        else:
+            self.events.after(STOPPED_KILLED_S, self._kill_stopped, process)
 
     def cut(self, node: int, seconds: float) -> None:
         """Cut the link to a node, unless it is the frontend's own."""
