@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,9 +79,10 @@ def test_kills_while_forming(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             while forming < 200:
                 pid = rank(server, rng)
                 state = (await asyncio.to_thread(server.get, "/readyz"))[1]["state"]
-                if pid is not None:
-                    os.kill(pid, signal.SIGKILL)
-                    killed, forming = killed + 1, forming + (state == "recovering")
+                with suppress(ProcessLookupError):
+                    if pid is not None:
+                        os.kill(pid, signal.SIGKILL)
+                        killed, forming = killed + 1, forming + (state == "recovering")
                 await asyncio.sleep(rng.uniform(0.0, 0.25))
             assert await answers == expected
             return killed
