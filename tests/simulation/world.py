@@ -155,7 +155,7 @@ class SimulatedService:
         """By the agent, where the frontend cannot or would not."""
         if not process.alive or not process.stopped:
             return
-        watched = self.frontend.coordinator.is_current(process.incarnation.peer) and process.incarnation.phase != "preparing"
+        watched = self.frontend.watches(process.incarnation.peer)
         if self.plan.agent_kills_stopped or process.node or process.orphan or not watched:
             process.die("SIGKILL")
         else:

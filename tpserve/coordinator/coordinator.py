@@ -217,16 +217,22 @@ class Coordinator:
             return [SendMessage(peer, Stop(2, f"rank {peer.rank} is outside the world size of {len(roster)}"))]
         actions: list[Action] = []
         if roster.is_new(peer):
-            if roster[peer.rank].hello is not None:
-                actions = self._fail_epoch(f"{roster.describe(peer.rank)} is gone: a new process has taken its place", now)
-            roster.register(peer)
+            actions = self._register(peer, now)
         elif not roster.is_current(peer):
-            code = RESTART_CODE if self.restarts else 1  # it may be the newer one after all, if messages have overtaken others
-            return [SendMessage(peer, Stop(code, f"a newer process has taken the place of rank {peer.rank}"))]
+            return [self._stop_replaced(peer)]
         roster[peer.rank].last_message_s = now
         if self.state is EpochState.STOPPED:
             return [*actions, SendMessage(peer, Stop(self.code, self.reason))]
         return actions + self._handlers[type(message)](peer, message, now)
+
+    def _register(self, peer: Peer, now: float) -> list[Action]:
+        """The first message of an incarnation. The one before it gets Stop: after Leave it would take the place again."""
+        roster, old = self._roster, self._roster.peer(peer.rank)
+        took_part, name = roster[peer.rank].hello is not None, roster.describe(peer.rank)
+        roster.register(peer)
+        if not took_part:
+            return []
+        return [self._stop_replaced(old), *self._fail_epoch(f"{name} is gone: a new process has taken its place", now)]
 
     def lost(self, peer: Peer, how: str, now: float, advice: str = "", unexplained: str = "") -> list[Action]:
         """The process of an incarnation has ended, or its connection has. `how` completes "rank 1 on host (pid 7) ...".
@@ -438,6 +444,11 @@ class Coordinator:
         own = self._roster[rank].hello
         survivors = [own, *self.hellos]
         return next((hello.ledger for hello in survivors if hello is not None and hello.ledger is not None), None)
+
+    def _stop_replaced(self, peer: Peer) -> SendMessage:
+        """The code asks for a restart: it may be the newer one after all, if messages have overtaken others."""
+        code = RESTART_CODE if self.restarts else 1
+        return SendMessage(peer, Stop(code, f"a newer process has taken the place of rank {peer.rank}"))
 
     def _leave(self, peer: Peer) -> SendMessage:
         return SendMessage(peer, Leave(self.epoch, self.reason))
