@@ -130,17 +130,18 @@ class Coordinator:
         recovery_timeout_s: float = 120.0,
         drain_timeout_s: float = 25.0,
         epoch: int = 0,
+        facts: dict[str, int] | None = None,
     ) -> None:
         """`restarts`: somebody starts dead ranks again. `form_timeout_s` bounds the first start and `recovery_timeout_s` a
         recovery, counted from the last progress of any rank (it may be downloading weights). `drain_timeout_s` bounds DRAINING
-        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`: the last one of a coordinator before this one.
+        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`, `facts`: of a coordinator before this one.
         """
         self.state = EpochState.FORMING
         self.epoch = epoch
         self.reason = self.advice = ""
         self.code = 0
         self.restarts = restarts
-        self.facts: dict[str, int] = {}
+        self.facts = facts or {}
         """Facts of the loaded model, from rank 0's Ready; empty before the first RUN."""
         self.last_fault = ""
         self.recoveries = 0
