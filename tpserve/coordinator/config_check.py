@@ -35,7 +35,7 @@ def mismatch(known: Iterable[Hello], hello: Hello) -> str:
 
 
 def _representatives(known: Iterable[Hello], hello: Hello) -> tuple[Hello | None, Hello | None, Hello | None]:
-    """Of the known ranks the first, the first of `hello`'s stage, and the first with its address: the others are equal to them."""
+    """Of the known ranks the first, the first of `hello`'s stage and the first with its address: the others equal them."""
     first = of_stage = of_address = None
     for other in known:
         first = other if first is None else first
