@@ -11,10 +11,11 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 
@@ -23,6 +24,29 @@ from tests.server import Server, children, rank_of
 
 TIMEOUT_S = 900.0
 Target = Callable[[Server, random.Random], int | None]
+Act = Callable[[Server, random.Random], Awaitable[bool]]
+
+
+class Trouble(NamedTuple):
+    """A kind of fault. `weight`: how often of all. `act` does it; False: there is nothing to do it to."""
+
+    name: str
+    weight: int
+    act: Act
+
+
+def signalled(number: signal.Signals, target: Target, weight: int) -> Trouble:
+    """A signal to the process that `target` names."""
+
+    async def act(server: Server, rng: random.Random) -> bool:
+        if (pid := target(server, rng)) is None:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+            return True
+        return False
+
+    return Trouble(f"{number.name} {target.__name__}", weight, act)
 
 
 def supervisor(server: Server) -> int:
@@ -55,15 +79,14 @@ def forkserver(server: Server, rng: random.Random) -> int | None:
     return rng.choice(found) if found else None
 
 
-FAULTS: tuple[tuple[signal.Signals, Target, int], ...] = (
-    (signal.SIGKILL, rank, 6),
-    (signal.SIGSEGV, rank, 2),
-    (signal.SIGSTOP, rank, 1),
-    (signal.SIGKILL, agent, 3),
-    (signal.SIGSTOP, agent, 1),
-    (signal.SIGKILL, forkserver, 2),
+FAULTS = (
+    signalled(signal.SIGKILL, rank, 6),
+    signalled(signal.SIGSEGV, rank, 2),
+    signalled(signal.SIGSTOP, rank, 1),
+    signalled(signal.SIGKILL, agent, 3),
+    signalled(signal.SIGSTOP, agent, 1),
+    signalled(signal.SIGKILL, forkserver, 2),
 )
-"""Signal, target and how often of all."""
 
 
 @dataclass
@@ -91,7 +114,13 @@ async def baseline(url: str, todo: list[Call]) -> list[Body]:
 
 
 async def chaos(
-    server: Server, todo: list[Call], expected: list[Body], seconds: float, seed: int, pause_s: tuple[float, float] = (1.0, 4.0)
+    server: Server,
+    todo: list[Call],
+    expected: list[Body],
+    seconds: float,
+    seed: int,
+    faults: Sequence[Trouble] = FAULTS,
+    pause_s: tuple[float, float] = (1.0, 4.0),
 ) -> Report:
     """Ask all of `todo` at once, each again when it is answered, while faults come every `pause_s` seconds."""
     report, end_s = Report(), time.monotonic() + seconds
@@ -110,23 +139,26 @@ async def chaos(
                     report.errors.append(difference)
 
         clients = [asyncio.create_task(client(*pair)) for pair in zip(todo, expected, strict=True)]
-        await trouble(server, report, random.Random(seed), end_s - 3.0, pause_s)
+        await trouble(server, report, random.Random(seed), end_s - 3.0, faults, pause_s)
         await asyncio.gather(*clients)
     report.outages_s = [float(took) for took in re.findall(r"recovered in ([\d.]+) s", server.log)]
     return report
 
 
-async def trouble(server: Server, report: Report, rng: random.Random, end_s: float, pause_s: tuple[float, float]) -> None:
+async def trouble(
+    server: Server,
+    report: Report,
+    rng: random.Random,
+    end_s: float,
+    faults: Sequence[Trouble],
+    pause_s: tuple[float, float],
+) -> None:
     """One fault after the other; one time in four the next one follows before the ranks are back."""
-    weights = [weight for _, _, weight in FAULTS]
     while time.monotonic() < end_s:
         await asyncio.sleep(rng.uniform(0.0, 0.5) if rng.random() < 0.25 else rng.uniform(*pause_s))
-        ((number, target, _),) = rng.choices(FAULTS, weights)
-        if (pid := target(server, rng)) is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-                name = f"{number.name} {target.__name__}"
-                report.faults[name] = report.faults.get(name, 0) + 1
+        (fault,) = rng.choices(faults, [fault.weight for fault in faults])
+        if await fault.act(server, rng):
+            report.faults[fault.name] = report.faults.get(fault.name, 0) + 1
 
 
 def differs(call: Call, got: Body, wanted: Body) -> str:
@@ -170,4 +202,4 @@ def _state_letter(pid: int) -> str:
     return ""
 
 
-__all__ = ["Report", "baseline", "calls", "chaos", "memory_mib", "state"]
+__all__ = ["Report", "Trouble", "baseline", "calls", "chaos", "memory_mib", "signalled", "state"]
