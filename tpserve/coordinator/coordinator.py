@@ -75,7 +75,7 @@ LOST_STARTING_S = 30.0
 """The same while starting, where a long call into a library may delay heartbeats. A death is still noticed at once."""
 BLOCKED_S = 1.0
 """A coordinator that was itself blocked for this long cannot tell which ranks were silent, and resets all timers."""
-MAX_FAULTS, FAULTS_S = 10, 60.0
+MAX_FAULTS, FAULTS_S = 10, 300.0
 """So many faults in so many seconds, without a token in between, end the service. A rank that was killed from outside (SIGKILL,
 SIGTERM) has no cause of its own and does not count."""
 
@@ -109,8 +109,9 @@ _NEXT: dict[tuple[EpochState, EpochEvent], EpochState] = {
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
 _SIBLING_ADVICE = "look at the last lines of its node's log"
-_OUTSIDE = ("", "SIGKILL", "SIGTERM", f"exit code {RESTART_CODE}")
-"""How a process ends that an operator ended, or the kernel for lack of memory, or that has said why before."""
+_OUTSIDE = ("SIGKILL", "SIGTERM", f"exit code {RESTART_CODE}")
+"""How a process ends that an operator has ended, or the kernel for lack of memory, or that asked to be started again: it has
+reported its own error, or was stuck after that of another rank."""
 _CAUSE_OF_FAULT: dict[str, Cause] = {"engine": "error", "overdue": "unclear"}
 _CAUSES: tuple[Cause, ...] = ("outside", "unclear", "error")
 """From the least to the worst."""
@@ -129,17 +130,18 @@ class Coordinator:
         recovery_timeout_s: float = 120.0,
         drain_timeout_s: float = 25.0,
         epoch: int = 0,
+        facts: dict[str, int] | None = None,
     ) -> None:
         """`restarts`: somebody starts dead ranks again. `form_timeout_s` bounds the first start and `recovery_timeout_s` a
         recovery, counted from the last progress of any rank (it may be downloading weights). `drain_timeout_s` bounds DRAINING
-        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`: the last one of a coordinator before this one.
+        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`, `facts`: of a coordinator before this one.
         """
         self.state = EpochState.FORMING
         self.epoch = epoch
         self.reason = self.advice = ""
         self.code = 0
         self.restarts = restarts
-        self.facts: dict[str, int] = {}
+        self.facts = facts or {}
         """Facts of the loaded model, from rank 0's Ready; empty before the first RUN."""
         self.last_fault = ""
         self.recoveries = 0
@@ -215,15 +217,22 @@ class Coordinator:
             return [SendMessage(peer, Stop(2, f"rank {peer.rank} is outside the world size of {len(roster)}"))]
         actions: list[Action] = []
         if roster.is_new(peer):
-            if roster[peer.rank].hello is not None:
-                actions = self._fail_epoch(f"{roster.describe(peer.rank)} is gone: a new process has taken its place", now)
-            roster.register(peer)
+            actions = self._register(peer, now)
         elif not roster.is_current(peer):
-            return [SendMessage(peer, Stop(1, f"a newer process has taken the place of rank {peer.rank}"))]
+            return [self._stop_replaced(peer)]
         roster[peer.rank].last_message_s = now
         if self.state is EpochState.STOPPED:
             return [*actions, SendMessage(peer, Stop(self.code, self.reason))]
         return actions + self._handlers[type(message)](peer, message, now)
+
+    def _register(self, peer: Peer, now: float) -> list[Action]:
+        """The first message of an incarnation. The one before it gets Stop: after Leave it would take the place again."""
+        roster, old = self._roster, self._roster.peer(peer.rank)
+        took_part, name = roster[peer.rank].hello is not None, roster.describe(peer.rank)
+        roster.register(peer)
+        if not took_part:
+            return []
+        return [self._stop_replaced(old), *self._fail_epoch(f"{name} is gone: a new process has taken its place", now)]
 
     def lost(self, peer: Peer, how: str, now: float, advice: str = "", unexplained: str = "") -> list[Action]:
         """The process of an incarnation has ended, or its connection has. `how` completes "rank 1 on host (pid 7) ...".
@@ -297,9 +306,8 @@ class Coordinator:
         rank.hello, self._progress_s = message, now
         if why:
             return self._end(2, why, now)
-        if message.last_exit not in _OUTSIDE and (
-            actions := self._count_fault("error" if message.last_exit.startswith("exit") else "unclear", now)
-        ):
+        cause = _cause_of_exit(message.last_exit)
+        if cause != "outside" and (actions := self._count_fault(cause, now)):
             return actions
         return [] if self._roster.missing else self._enter_state("all_joined", now)
 
@@ -437,8 +445,20 @@ class Coordinator:
         survivors = [own, *self.hellos]
         return next((hello.ledger for hello in survivors if hello is not None and hello.ledger is not None), None)
 
+    def _stop_replaced(self, peer: Peer) -> SendMessage:
+        """The code asks for a restart: it may be the newer one after all, if messages have overtaken others."""
+        code = RESTART_CODE if self.restarts else 1
+        return SendMessage(peer, Stop(code, f"a newer process has taken the place of rank {peer.rank}"))
+
     def _leave(self, peer: Peer) -> SendMessage:
         return SendMessage(peer, Leave(self.epoch, self.reason))
 
     def _to_all(self, message: CoordinatorMessage) -> list[Action]:
         return [SendMessage(peer, message) for peer in self._roster.peers]
+
+
+def _cause_of_exit(last_exit: str) -> Cause:
+    """What the end of a process says about its cause."""
+    if not last_exit or last_exit.endswith(_OUTSIDE):
+        return "outside"
+    return "error" if "exit code" in last_exit else "unclear"

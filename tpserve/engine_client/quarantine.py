@@ -1,6 +1,7 @@
 """Which open requests may have killed the engine, and in which order they are sent to the next one. Pure.
 
-A sequence is *proven* in an epoch once the engine has sent something about it. When an epoch ends, its *suspects* are the
+A sequence is *proven* in an epoch once the engine has sent `PROOF` messages about it: what it had drawn when it ended a rank may
+not have arrived, so it may draw that again before it does the same. When an epoch ends, its *suspects* are the
 sequences that it was sent and that are not proven; without any of these, all that it was sent. The cause decides what happens:
 
     outside   a process was killed (SIGKILL, SIGTERM), stopped, or cut off: everything is sent again at once
@@ -23,23 +24,27 @@ from tpserve.coordinator.actions import Cause
 STRIKES = 2.0
 STALLS = 3
 OUTSIDE_SHARE = 0.25
+PROOF = 3
+"""More than the plans in flight. More would take longer, and so would a stray signal find a suspect alone more often."""
 
 
 class Quarantine:
     """The open sequences of a request table, by ids that grow. Methods that return ids return those to send to the engine now."""
 
     def __init__(self) -> None:
-        self._unproven: dict[int, None] = {}
+        self._unproven: dict[int, int] = {}
+        """And how many messages are missing."""
         self._proven: dict[int, None] = {}
         self._batches: deque[list[int]] = deque()
         """What is not sent yet. The next batch is sent once all before it are proven."""
+        self._suspended = False
         self._strikes: dict[int, float] = {}
         self._stalls: dict[int, int] = {}
 
     def admit(self, ids: Sequence[int]) -> list[int]:
         """New sequences."""
-        if not self._batches:
-            self._unproven.update(dict.fromkeys(ids))
+        if not self._batches and not self._suspended:
+            self._unproven.update(dict.fromkeys(ids, PROOF))
             return list(ids)
         self._batches.append(list(ids))
         return []
@@ -48,7 +53,11 @@ class Quarantine:
         """The engine has sent something about a sequence."""
         if id not in self._unproven:
             return []
-        self._proven[id] = self._unproven.pop(id)
+        self._unproven[id] -= 1
+        if self._unproven[id]:
+            return []
+        self._proven[id] = None
+        del self._unproven[id]
         self._forget(id)
         return self._release()
 
@@ -62,8 +71,13 @@ class Quarantine:
                 batch.remove(id)
         return self._release()
 
+    def suspend(self) -> None:
+        """There is no engine: nothing is sent until `resend`."""
+        self._suspended = True
+
     def judge(self, cause: Cause) -> list[int]:
         """The next epoch runs after a fault: returns the condemned, which the caller ends. `resend` follows."""
+        self._suspended = True
         suspects, alone = self._suspects(cause)
         for id in suspects:
             if alone or cause == "error":
@@ -80,6 +94,7 @@ class Quarantine:
 
     def resend(self) -> list[int]:
         """The sequences to send first."""
+        self._suspended = False
         return self._release()
 
     def _suspects(self, cause: Cause) -> tuple[list[int], bool]:
@@ -92,14 +107,14 @@ class Quarantine:
         return candidates, len(candidates) == 1
 
     def _release(self) -> list[int]:
-        if self._unproven:
+        if self._unproven or self._suspended:
             return []
         while self._batches and not self._batches[0]:
             self._batches.popleft()
         if not self._batches:
             return []
         ids = self._batches.popleft()
-        self._unproven.update(dict.fromkeys(ids))
+        self._unproven.update(dict.fromkeys(ids, PROOF))
         return ids
 
     def _forget(self, id: int) -> None:
