@@ -219,7 +219,7 @@ def survive(hosts: list[Host], model: str, place: Path, part: str, how: str, mom
         errors: list[str] = []
         if moment != "draining":
             wait(lambda: part == LINK or find(server, part) not in (None, before))
-            server.wait_ready()
+            wait(lambda: phase(server) == "ready")
             if server.post("/v1/completions", QUESTION)[1]["choices"][0]["token_ids"] != calm:
                 errors.append("another answer after the fault")
         took_s = time.monotonic() - began_s
