@@ -3,8 +3,9 @@
     python -m tpserve.forkserver DESCRIPTOR PARENT_PID [SHOWN ...]       a caller's `ForkClient.spawn`; SHOWN has no effect
     fork_here()                                                           in a process that has imported everything already
 
-    forkserver --fork--> (intermediate) --fork--> new process
-                         replies, ends            waits for its adoption by the caller, becomes what the request says
+    forkserver --fork--> (intermediate) --fork--> new process, adopted by the caller once the intermediate one has ended
+    replies, then says "go"                       becomes what the request says; without a "go" it ends: whoever was killed,
+                                                  no process runs of which the caller does not know
 
 Owns one end of a socket pair, and nothing else. Never makes a thread, a CUDA call, a ZeroMQ context, a tokenizer or a parallel
 region, and never loads the library of CPU kernels: what a fork inherits of these does not work. It dies with its caller.
@@ -20,7 +21,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +34,6 @@ from tpserve.process.process_utils import die_with
 PRELOADED = ("tpserve.__main__", "tpserve.rank_main", "tpserve.agent.elastic_agent", "tpserve.engine.start")
 """What an agent or a rank imports. The last ones load torch."""
 MAX_DESCRIPTORS = 16
-_ADOPTION_POLL_S = 0.0005
 _PR_SET_NAME = 15
 _COMM_BYTES = 15
 
@@ -94,42 +93,61 @@ def serve_forks(connection: socket.socket) -> None:
         try:
             with open(descriptors[0], "rb", closefd=False) as file:
                 request = msgspec.msgpack.decode(file.read(), type=ForkRequest)
-            if error := _fork_twice(request, descriptors[1:], connection):
-                connection.send(msgspec.msgpack.encode(ForkReply(error=error)))
+            _fork_twice(request, descriptors[1:], connection)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
 
-def _fork_twice(request: ForkRequest, descriptors: list[int], connection: socket.socket) -> str:
-    """Fork a process that is no child of this one; the intermediate process sends the reply. Returns an error or ""."""
+def _fork_twice(request: ForkRequest, descriptors: list[int], connection: socket.socket) -> None:
+    """Fork a process that is no child of this one, and reply."""
+    (reply_end, reply_pipe), (go_end, go_pipe) = os.pipe(), os.pipe()
     try:
         intermediate = os.fork()
-    except OSError as error:
-        return f"cannot fork: {error.strerror}"
-    if intermediate:
+        if intermediate == 0:
+            _fork_once(request, descriptors, reply_pipe, go_end)
+        os.close(reply_pipe)
         _, status = os.waitpid(intermediate, 0)
-        return "" if status == 0 else f"the intermediate process ended with {os.waitstatus_to_exitcode(status)}"
-    intermediate = os.getpid()
+        reply = os.read(reply_end, 4096)
+    except OSError as error:
+        reply, status = _fork_error(error), 0
+        with contextlib.suppress(OSError):
+            os.close(reply_pipe)
+    why = f"the intermediate process ended with {os.waitstatus_to_exitcode(status)}"
+    connection.send(reply or msgspec.msgpack.encode(ForkReply(error=why)))
+    if reply:
+        with contextlib.suppress(BrokenPipeError):  # killed meanwhile
+            os.write(go_pipe, b"1")
+    for descriptor in (reply_end, go_end, go_pipe):
+        os.close(descriptor)
+
+
+def _fork_once(request: ForkRequest, descriptors: list[int], reply_pipe: int, go_end: int) -> NoReturn:
+    """The intermediate process."""
     try:
         pid = os.fork()
         if pid == 0:
-            _become(request, descriptors, intermediate)
-        connection.send(msgspec.msgpack.encode(ForkReply(pid)))
+            _become(request, descriptors, go_end)
+        os.write(reply_pipe, msgspec.msgpack.encode(ForkReply(pid)))
     except OSError as error:
-        connection.send(msgspec.msgpack.encode(ForkReply(error=f"cannot fork: {error.strerror}")))
+        os.write(reply_pipe, _fork_error(error))
     finally:
         os._exit(0)
 
 
-def _become(request: ForkRequest, descriptors: list[int], intermediate: int) -> NoReturn:
+def _fork_error(error: OSError) -> bytes:
+    return msgspec.msgpack.encode(ForkReply(error=f"cannot fork: {error.strerror}"))
+
+
+def _become(request: ForkRequest, descriptors: list[int], go_end: int) -> NoReturn:
     """In the new process: be what `python -m MODULE ARGV` would be. Never returns."""
     code = 1
     try:
-        while os.getppid() == intermediate:
-            time.sleep(_ADOPTION_POLL_S)
+        _close_all_but(go_end, *descriptors)  # the other ends, so that the end of a process is seen
+        if not os.read(go_end, 1):
+            os._exit(1)
         os.setsid()
-        die_with(request.parent_pid)  # only now: adoption would trigger it
+        die_with(request.parent_pid)  # which has adopted this process; before, adoption would trigger it
         _place(descriptors)
         env.replace_all(request.variables)
         _reset_signals()

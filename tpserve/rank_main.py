@@ -21,7 +21,7 @@ from tpserve.cluster.local_leader import LocalLeader, ask_local_leader
 from tpserve.config import env
 from tpserve.config.resolve import resolve
 from tpserve.config.schema import EngineConfig, Flags
-from tpserve.errors import EngineFailure, UserError
+from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.host import resources
 from tpserve.host.network import Interface, choose_interface, kernel_ports
 from tpserve.hub.locate import locate
@@ -31,6 +31,7 @@ from tpserve.observe.start_timer import StartTimer
 from tpserve.process.exit_rules import ENDED_CODE
 from tpserve.process.process_utils import allow_many_files, die_with
 from tpserve.process.signals import block_signals
+from tpserve.types.messages import RESTART_CODE
 from tpserve.types.model_files import ModelFiles
 from tpserve.version import __version__
 from tpserve.wire.curve import Keyring
@@ -52,8 +53,11 @@ def run(argv: list[str]) -> int:
         logger.error("rank %d fails: %s", me.rank, reason)
         logger.debug("rank %d fails", me.rank, exc_info=True)
         _write_failure(me, AgentFailure(1, f"rank {me.rank} (pid {os.getpid()}): {reason}"))
-        first = me.runtime_dir is not None and me.restart_count == 0
-        return ENDED_CODE if first else 1  # a start that fails would fail again; a later one may find the frontend gone for now
+        if me.runtime_dir is None:
+            return 1
+        if isinstance(error, PeerLost):  # node 0's agent was lost meanwhile
+            return RESTART_CODE
+        return 1 if me.restart_count else ENDED_CODE  # a first start would fail again; a later one may find the frontend gone
 
 
 def _write_failure(me: env.RankEnv, failure: AgentFailure) -> None:

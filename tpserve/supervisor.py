@@ -264,6 +264,7 @@ class _Supervisor:
             world_size=config.layout.world_size,
             run_id=f"tpserve-{flags.master_port}" if flags.nnodes > 1 else uuid.uuid4().hex,
             start_timeout_s=config.start_timeout,
+            recovery_timeout_s=config.recovery_timeout,
             runtime_dir=str(self._runtime_dir),
             log_level=config.log_level,
             argv=self._rank_argv(),

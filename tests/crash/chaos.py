@@ -11,10 +11,11 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 
@@ -23,7 +24,29 @@ from tests.server import Server, children, rank_of
 
 TIMEOUT_S = 900.0
 Target = Callable[[Server, random.Random], int | None]
-Fault = tuple[signal.Signals, Target, int]
+Act = Callable[[Server, random.Random], Awaitable[bool]]
+
+
+class Trouble(NamedTuple):
+    """A kind of fault. `weight`: how often of all. `act` does it; False: there is nothing to do it to."""
+
+    name: str
+    weight: int
+    act: Act
+
+
+def signalled(number: signal.Signals, target: Target, weight: int) -> Trouble:
+    """A signal to the process that `target` names."""
+
+    async def act(server: Server, rng: random.Random) -> bool:
+        if (pid := target(server, rng)) is None:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+            return True
+        return False
+
+    return Trouble(f"{number.name} {target.__name__}", weight, act)
 
 
 def supervisor(server: Server) -> int:
@@ -60,16 +83,15 @@ def frontend(server: Server, _: random.Random) -> int | None:
     return next((pid for pid in children(supervisor(server)) if "tpserve.frontend" in _command(pid)), None)
 
 
-FAULTS: tuple[Fault, ...] = (
-    (signal.SIGKILL, rank, 6),
-    (signal.SIGSEGV, rank, 2),
-    (signal.SIGSTOP, rank, 1),
-    (signal.SIGKILL, agent, 3),
-    (signal.SIGSTOP, agent, 1),
-    (signal.SIGKILL, forkserver, 2),
+FAULTS = (
+    signalled(signal.SIGKILL, rank, 6),
+    signalled(signal.SIGSEGV, rank, 2),
+    signalled(signal.SIGSTOP, rank, 1),
+    signalled(signal.SIGKILL, agent, 3),
+    signalled(signal.SIGSTOP, agent, 1),
+    signalled(signal.SIGKILL, forkserver, 2),
 )
-"""Signal, target and how often of all."""
-OF_THE_FRONTEND = (signal.SIGKILL, frontend, 3)
+OF_THE_FRONTEND = signalled(signal.SIGKILL, frontend, 3)
 """With --state-dir, for clients that come back."""
 
 
@@ -103,13 +125,14 @@ async def chaos(
     expected: list[Body],
     seconds: float,
     seed: int,
+    faults: Sequence[Trouble] = FAULTS,
     pause_s: tuple[float, float] = (1.0, 4.0),
     *,
-    durable: bool = False,
+    come_back: bool = False,
 ) -> Report:
     """Ask all of `todo` at once, each again when it is answered, while faults come every `pause_s` seconds.
 
-    `durable`: the frontend is killed, too, and clients come back.
+    `come_back`: clients of streams that break off go on from where they were.
     """
     report, end_s = Report(), time.monotonic() + seconds
     connector = aiohttp.TCPConnector(limit=0)
@@ -118,7 +141,7 @@ async def chaos(
         async def client(call: Call, wanted: Body) -> None:
             while time.monotonic() < end_s:
                 try:
-                    got = await answer(session, server.url, call, again=durable)
+                    got = await answer(session, server.url, call, again=come_back)
                 except Exception as error:
                     report.errors.append(f"{type(error).__name__}: {error} for {call}")
                     continue
@@ -127,8 +150,7 @@ async def chaos(
                     report.errors.append(difference)
 
         clients = [asyncio.create_task(client(*pair)) for pair in zip(todo, expected, strict=True)]
-        faults = (*FAULTS, OF_THE_FRONTEND) if durable else FAULTS
-        await trouble(server, report, random.Random(seed), end_s - 3.0, pause_s, faults)
+        await trouble(server, report, random.Random(seed), end_s - 3.0, faults, pause_s)
         await asyncio.gather(*clients)
     report.outages_s = [float(took) for took in re.findall(r"recovered in ([\d.]+) s", server.log)]
     return report
@@ -139,19 +161,15 @@ async def trouble(
     report: Report,
     rng: random.Random,
     end_s: float,
+    faults: Sequence[Trouble],
     pause_s: tuple[float, float],
-    faults: Sequence[Fault],
 ) -> None:
     """One fault after the other; one time in four the next one follows before the ranks are back."""
-    weights = [weight for _, _, weight in faults]
     while time.monotonic() < end_s:
         await asyncio.sleep(rng.uniform(0.0, 0.5) if rng.random() < 0.25 else rng.uniform(*pause_s))
-        ((number, target, _),) = rng.choices(faults, weights)
-        if (pid := target(server, rng)) is not None:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-                name = f"{number.name} {target.__name__}"
-                report.faults[name] = report.faults.get(name, 0) + 1
+        (fault,) = rng.choices(faults, [fault.weight for fault in faults])
+        if await fault.act(server, rng):
+            report.faults[fault.name] = report.faults.get(fault.name, 0) + 1
 
 
 def differs(call: Call, got: Body, wanted: Body) -> str:
@@ -195,4 +213,4 @@ def _state_letter(pid: int) -> str:
     return ""
 
 
-__all__ = ["Report", "baseline", "calls", "chaos", "memory_mib", "state"]
+__all__ = ["Report", "Trouble", "baseline", "calls", "chaos", "memory_mib", "signalled", "state"]

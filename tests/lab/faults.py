@@ -1,5 +1,9 @@
-"""One fault done to a real cluster, and what it looks like from outside: how long everything took to end, what clients, /readyz
-and the log said, what is left. `test_failures` judges it and prints the times that docs/reliability.md shows.
+"""One fault done to a real cluster, and what it looks like from outside.
+
+    survive    the service goes on: how long it took until the part was back and answered, and what clients got meanwhile
+    happen     the service ends: how long everything took to end, what clients, /readyz and the log said, what is left
+
+`test_failures` judges it and prints the times that docs/reliability.md shows.
 """
 
 import http.client
@@ -24,9 +28,12 @@ from tests.server import ReadyWatch
 FLAGS = ("--load-format", "dummy", "-tp", "2", "-pp", "2", "--max-model-len", "8192")
 KILL, STOP, CUT, SILENCE = "kill", "stop", "cut", "silence"
 LINK = "link"
+CUTS = {"cut for 2 s": 2.0, "cut for 10 s": 10.0}
+"""The link is silent for so long, and then as before."""
 PARTS = ("rank 0", "rank 1", "rank 2", "rank 3", "frontend", "agent 0", "agent 1", "serve 0", "serve 1")
 """What runs; a number behind `agent` and `serve` is the node's. Two ranks a node. Under bare torchrun that is the agent."""
 GIVE_UP_S = 40.0
+QUESTION = {"prompt": "The cat", "max_tokens": 60, "ignore_eos": True, "temperature": 0.9, "seed": 5, "return_token_ids": True}
 
 
 @dataclass
@@ -78,6 +85,47 @@ class Client(threading.Thread):
                 self.events.append(type(error).__name__)
             finally:
                 connection.close()
+
+
+@dataclass
+class Survival:
+    """Of one fault."""
+
+    took_s: float
+    """From the fault until the part was back, another process than before, and a new request was answered"""
+    errors: list[str]
+    """What differed from the undisturbed answer"""
+    answers: int
+    codes: list[int]
+    log: str
+
+
+class Reader(threading.Thread):
+    """One stream after the other until `enough`; each has the tokens `calm`."""
+
+    def __init__(self, server: Cluster, calm: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._server, self._calm = server, calm
+        self.enough = False
+        self.answers = 0
+        self.errors: list[str] = []
+        self.begun = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.enough:
+            tokens: list[int] = []
+            try:
+                for event in self._server.stream("/v1/completions", QUESTION | {"stream": True}):
+                    tokens += event["choices"][0]["token_ids"]
+                    self.begun.set()
+            except Exception as error:
+                self.errors.append(f"{type(error).__name__}: {error}")
+                return
+            self.answers += 1
+            if tokens != self._calm:
+                self.errors.append(f"{tokens} instead of {self._calm}")
+                return
 
 
 def find(server: Cluster, part: str) -> int | None:
@@ -147,9 +195,55 @@ def save(directory: Path) -> str:
     return str(directory)
 
 
-def happen(hosts: list[Host], model: str, place: Path, part: str, how: str, moment: str, *, torchrun: bool = False) -> Outcome:
+def survive(hosts: list[Host], model: str, place: Path, part: str, how: str, moment: str, calm: list[int]) -> Survival:
+    """Bring a cluster to the moment, do it to the part, and see it come back. `calm`: the undisturbed answer's tokens.
+
+    Streams are open while `running` and `draining`, but for a fault of the frontend, which owns them. Somebody starts
+    `tpserve serve` of node 1 again.
+    """
+    with cluster(hosts, [], place, start=[], lines=commands(hosts, [model, *FLAGS], [2])) as server:
+        MOMENTS[moment](server)
+        readers = [Reader(server, calm) for _ in range(3 * (moment in ("running", "draining") and part != "frontend"))]
+        assert all(reader.begun.wait(20.0) for reader in readers)
+        if moment == "draining":
+            for reader in readers:
+                reader.enough = True
+            server.processes[0].terminate()
+            wait(lambda: phase(server) == "draining")
+        before = None if part == LINK else wait(lambda: find(server, part))
+        began_s = time.monotonic()
+        _do(server, part, how)
+        if part == "serve 1":
+            server.processes[1].wait(20.0)
+            server.start(1)
+        errors: list[str] = []
+        if moment != "draining":
+            wait(lambda: part == LINK or find(server, part) not in (None, before))
+            wait(lambda: phase(server) == "ready")
+            if server.post("/v1/completions", QUESTION)[1]["choices"][0]["token_ids"] != calm:
+                errors.append("another answer after the fault")
+        took_s = time.monotonic() - began_s
+        for reader in readers:
+            reader.enough = True
+            reader.join(60.0)
+            errors += reader.errors + ["it never ended"] * reader.is_alive()
+        server.processes[0].terminate()
+        codes = server.wait()
+        return Survival(took_s, errors, sum(reader.answers for reader in readers), codes, server.log)
+
+
+def happen(
+    hosts: list[Host],
+    model: str,
+    place: Path,
+    part: str,
+    how: str,
+    moment: str,
+    *flags: str,
+    torchrun: bool = False,
+) -> Outcome:
     """Bring a cluster to the moment, do it to the part, and see it end. CUT and SILENCE are done to the LINK."""
-    lines = commands(hosts, [model, *FLAGS], [2], torchrun=torchrun)
+    lines = commands(hosts, [model, *FLAGS, *flags], [2], torchrun=torchrun)
     with cluster(hosts, [], place, start=[], lines=lines) as server:
         MOMENTS[moment](server)
         clients = [Client(server) for _ in range(3)] if moment in ("running", "draining") else []
@@ -178,6 +272,11 @@ def happen(hosts: list[Host], model: str, place: Path, part: str, how: str, mome
 
 def _do(server: Cluster, part: str, how: str) -> int | None:
     """Do it; the process that may stay stopped, if it does."""
+    if how in CUTS:
+        links.cut(server.hosts[1], server.hosts[0], silent=True)
+        time.sleep(CUTS[how])
+        links.heal(server.hosts[1], [server.hosts[0]])
+        return None
     if how in (CUT, SILENCE):
         links.cut(server.hosts[1], server.hosts[0], silent=how == SILENCE)
         return None

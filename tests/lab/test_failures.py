@@ -1,4 +1,4 @@
-"""What fails on one host ends everything on all of them within ten seconds, and the last line says what failed and what to do."""
+"""What fails on one host is back within seconds, and no client sees it. What cannot come back ends all, with the reason."""
 
 import http.client
 import json
@@ -15,18 +15,24 @@ from launch.lab import links
 from launch.lab.hosts import Host
 from launch.lab.jobs import commands, environment
 from tests.lab.cluster import PORT, Cluster, cluster
-from tests.lab.faults import CUT, FLAGS, KILL, LINK, PARTS, SILENCE, STOP, Outcome, alone, happen, save
+from tests.lab.faults import CUT, CUTS, FLAGS, KILL, LINK, PARTS, QUESTION, SILENCE, STOP, Outcome, alone, happen, save, survive
 from tests.server import ReadyWatch
 
 END_S = 10.0
-CASES = [
-    *(("running", how, part) for how in (KILL, STOP) for part in PARTS),
-    *((moment, how, LINK) for moment, how in (("running", CUT), ("running", SILENCE), ("forming", CUT), ("draining", SILENCE))),
-    *(("alone", how, part) for how, part in ((KILL, "frontend"), (STOP, "agent 0"), (STOP, "serve 0"))),
+BACK_S = {KILL: 15.0, STOP: 20.0, **{how: 15.0 + seconds for how, seconds in CUTS.items()}}
+"""How long a part may be away. Starting `tpserve serve` again, with torch's import, is in it."""
+HEAD = "serve 0"
+SURVIVED = [
+    *(("running", how, part) for how in (KILL, STOP) for part in PARTS if part != HEAD),
+    *(("running", how, LINK) for how in CUTS),
     *(("forming", how, part) for how in (KILL, STOP) for part in ("rank 0", "rank 3", "frontend", "agent 1", "serve 1")),
     *(("loading", how, part) for how, part in ((KILL, "rank 1"), (STOP, "rank 2"))),
     *(("idle", how, part) for how, part in ((KILL, "rank 3"), (STOP, "frontend"))),
-    *(("draining", how, part) for how, part in ((KILL, "rank 2"), (STOP, "rank 1"), (KILL, "agent 0"), (STOP, "serve 1"))),
+    *(("draining", how, part) for how, part in ((KILL, "rank 2"), (STOP, "rank 1"), (KILL, "agent 0"), (KILL, "agent 1"))),
+]
+ENDED = [
+    *((moment, how, HEAD) for moment, how in (("running", KILL), ("running", STOP), ("alone", STOP), ("forming", KILL))),
+    *((moment, how, LINK) for moment, how in (("running", CUT), ("running", SILENCE))),
 ]
 
 
@@ -35,25 +41,44 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(tmp_path_factory.mktemp("failing"))
 
 
+@pytest.fixture(scope="session")
+def calm(lab: Any, model: str, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """The tokens of an undisturbed answer."""
+    with cluster(lab(2), [model, *FLAGS], tmp_path_factory.mktemp("calm"), [2]) as server:
+        server.wait_ready()
+        return list(server.post("/v1/completions", QUESTION)[1]["choices"][0]["token_ids"])
+
+
 @pytest.mark.lab
-@pytest.mark.parametrize(("moment", "how", "part"), CASES)
-def test_a_fault(hosts: list[Host], model: str, place: Path, moment: str, how: str, part: str) -> None:
-    outcome = happen(hosts, model, place, part, how, moment)
+@pytest.mark.parametrize(("moment", "how", "part"), SURVIVED)
+def test_the_service_goes_on(
+    hosts: list[Host], model: str, place: Path, calm: list[int], moment: str, how: str, part: str
+) -> None:
+    survival = survive(hosts, model, place, part, how, moment, calm)
+    print(f"{moment}, {how} {part}: {survival.took_s:.1f} s, {survival.answers} answers")
+    assert not survival.errors, (survival.errors, survival.log)
+    assert survival.took_s < BACK_S[how], (survival.took_s, survival.log)
+    wanted = [0, -9, 0] if part == "serve 1" else [0, 0]
+    assert survival.codes == wanted and "Traceback" not in survival.log, survival.log
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize(("moment", "how", "part"), ENDED)
+def test_the_service_ends(hosts: list[Host], model: str, place: Path, moment: str, how: str, part: str) -> None:
+    """With node 0's `tpserve serve`, and when a link stays cut for longer than --recovery-timeout."""
+    outcome = happen(hosts, model, place, part, how, moment, "--recovery-timeout", "8")
     print(f"{moment}, {how} {part}: {outcome.ended_s:.1f} s")
-    check(outcome)
-    _check_codes(outcome, part)
-    if part != "frontend":
-        check_word(outcome, reason(part, how, moment))
-    else:
-        why = r"was killed by SIGKILL; look at `dmesg`.*" if how == KILL else r"has been stopped for 4\.5 s"
-        assert re.fullmatch(rf"\[n0 serve\] \S+ ERROR ended: the frontend \(pid \d+\) {why}", outcome.last(0)), outcome.log
+    check(outcome, END_S + 8.0 * (part == LINK) + 5.0 * (part == LINK))
+    wanted = [-9 if part == HEAD else 1, 1]
+    assert all(code == each for code, each in zip(outcome.codes, wanted, strict=False)), outcome.codes
+    check_word(outcome, reason(part, how, moment))
 
 
 @pytest.mark.lab
 @pytest.mark.parametrize("part", ["rank 2", "frontend", "agent 0", "agent 1"])
 @pytest.mark.parametrize("how", [KILL, STOP])
-def test_under_bare_torchrun(hosts: list[Host], model: str, place: Path, part: str, how: str) -> None:
-    """As quick. What torchrun itself leaves behind and prints is its own."""
+def test_under_bare_torchrun_without_restarts(hosts: list[Host], model: str, place: Path, part: str, how: str) -> None:
+    """What torchrun itself leaves behind and prints is its own."""
     outcome = happen(hosts, model, place, part, how, "running", torchrun=True)
     outcome.files = [name for name in outcome.files if not name.startswith("torchelastic_")]
     check(outcome, tracebacks=True)
@@ -66,7 +91,7 @@ def reason(part: str, how: str, moment: str) -> str:
     """What the last line of node 0 says, as far as the moment lets it be known."""
     name, _, number = part.partition(" ")
     if how in (CUT, SILENCE):
-        return r"(rank [23] on node1 \(pid \d+\) has been silent for 4 s|node 1 .* cannot be reached: .*); (it hangs|look at)"
+        return r"ranks 2-3 did not come back within 8 s, after rank [23] on node1 \(pid \d+\) .*"
     if part in ("rank 2", "rank 3", "agent 1", "serve 1"):
         words = (
             "closed its connection without a word|another rank of this node has ended|has been silent for 4 s|has been stopped"
@@ -74,14 +99,16 @@ def reason(part: str, how: str, moment: str) -> str:
         return rf"(rank [23] on node1 \(pid \d+\):? .*({words}).*|node 1 \(node1, .*\) has ended)"
     if name == "rank":
         return rf"rank {number}( on node0)? \(pid \d+\) (ended without a word|was killed|has been silent for 4 s)"
+    if how == KILL and part == HEAD:
+        return r"`tpserve serve` \(pid \d+\) of node 0 has ended: it was killed"
     if how == KILL:
         return r"the agent \(pid \d+\) that started the ranks has ended: .*; look at"
-    return r"(the agent of node 0|`tpserve serve` of node 0|torchrun) \(pid \d+\) has been stopped for 4\.5 s"
+    return r"(`tpserve serve` of node 0|torchrun) \(pid \d+\) has been stopped for 4\.5 s"
 
 
-def check(outcome: Outcome, *, tracebacks: bool = False) -> None:
+def check(outcome: Outcome, end_s: float = END_S, *, tracebacks: bool = False) -> None:
     """Whatever failed."""
-    assert outcome.ended_s < END_S and outcome.left == [], (outcome.left, outcome.log)
+    assert outcome.ended_s < end_s and outcome.left == [], (outcome.ended_s, outcome.left, outcome.log)
     assert (outcome.ports, outcome.files) == ([], [])
     assert tracebacks or "Traceback" not in outcome.log, outcome.log
     statuses = "".join({200: "r", 503: "n"}[status] for status, _ in outcome.ready)
@@ -94,34 +121,23 @@ def check(outcome: Outcome, *, tracebacks: bool = False) -> None:
 
 
 def check_word(outcome: Outcome, why: str) -> None:
-    """The reason: the log's last line, what clients hear, and what /readyz says if it could still be asked."""
+    """The reason: the log's last line, and what clients hear."""
     last = outcome.last(0)
     assert re.search(rf"^\[frontend\] \S+ ERROR ended: {why}", last), outcome.log
     said = last.partition("ended: ")[2].partition("; ")[0]
-    reasons = {body["reason"] for status, body in outcome.ready if status == 503 and body["reason"]}
-    assert reasons <= {said}, reasons
     assert all(events[-1] == "[DONE]" and said in events[-2] for events in outcome.streams), (said, outcome.streams)
 
 
-def _check_codes(outcome: Outcome, part: str) -> None:
-    wanted = [{1}, {1, 2} if part == LINK else {1}]  # 2: a rank that looks for its way to node 0 finds none
-    if part.startswith("serve"):
-        wanted[int(part[-1])] = {-9}
-    assert all(code in each for code, each in zip(outcome.codes, wanted, strict=False)), outcome.codes
-
-
 @pytest.mark.lab
-def test_a_cut_of_two_seconds_is_not_noticed(hosts: list[Host], model: str, place: Path) -> None:
+def test_a_cut_of_two_seconds_is_not_noticed(hosts: list[Host], model: str, place: Path, calm: list[int]) -> None:
     with cluster(hosts, [model, *FLAGS], place, [2]) as server:
         server.wait_ready()
-        body = {"prompt": "The cat", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
-        calm = server.post("/v1/completions", body)[1]["choices"][0]["token_ids"]
         watch = ReadyWatch(server)
         time.sleep(0.5)
         links.cut(hosts[1], silent=True)
         time.sleep(2.0)
         links.heal(hosts[1], [hosts[0]])
-        assert server.post("/v1/completions", body)[1]["choices"][0]["token_ids"] == calm
+        assert server.post("/v1/completions", QUESTION)[1]["choices"][0]["token_ids"] == calm
         assert {status for status, _ in watch.end()} == {200}
         assert set(server.stop()) == {0}
 

@@ -382,3 +382,12 @@ def test_the_next_coordinator_learns_the_memory_from_a_survivor() -> None:
     actions = c.receive(Peer(1, 1), msgspec.structs.replace(hello(1), ledger=LEDGERS[1]), 0.0)
     assert actions[0] == EpochStarting(8)
     assert actions[1:] == [SendMessage(Peer(rank, 1), Start(8, ENDPOINTS, LEDGERS[1])) for rank in range(2)]
+
+
+def test_ranks_of_an_epoch_of_the_coordinator_before_are_told_to_leave_it() -> None:
+    """On another host they may not even notice that there is another: they reach it at the same address."""
+    c = Coordinator(2, 0.0, epoch=7)
+    assert c.receive(Peer(1, 5), Heartbeat(1, 0, "", 0, 0), 0.0) == [], "it has just begun, and its Hello follows"
+    assert c.receive(Peer(0, 5), Heartbeat(0, 7, "", 0, 0), 0.0) == [SendMessage(Peer(0, 5), Leave(7, ""))]
+    c.receive(Peer(0, 6), hello(0), 0.1)
+    assert c.receive(Peer(0, 6), Heartbeat(0, 0, "", 0, 0), 0.1) == []

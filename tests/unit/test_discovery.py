@@ -14,7 +14,7 @@ import pytest
 from tpserve.cluster import discovery
 from tpserve.cluster.discovery import FrontendAddress, FrontendRecord
 from tpserve.config.env import RankEnv
-from tpserve.errors import EngineFailure, UserError
+from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.wire.curve import FRONTEND, Keyring
 
 ENV = RankEnv(
@@ -35,13 +35,14 @@ class Dictionary:
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
+        self.timeout_s = 0.15
 
     def set(self, key: str, value: str, /) -> None:
         self.values[key] = value.encode()
 
     def get(self, key: str, /) -> bytes:
         if key not in self.values:
-            time.sleep(0.01)
+            time.sleep(self.timeout_s)
             raise RuntimeError("wait timeout")
         return self.values[key]
 
@@ -119,6 +120,8 @@ def test_ranks_of_other_nodes_wait_for_an_address_that_answers() -> None:
     store = Dictionary()
     with pytest.raises(EngineFailure, match="rank 2 waited 0.1 s .* rank 0 has not published its address"):
         discovery.find_remote_frontend(ENV, store, "127.0.0.1", 0.1)
+    with pytest.raises(PeerLost, match="the agents' store at 127.0.0.1:1 is gone"):
+        discovery.find_remote_frontend(ENV, store, "127.0.0.1", 60.0)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         told = f"tcp://127.0.0.1:{listener.getsockname()[1]}"

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from tpserve.cluster import rendezvous, retry_log
-from tpserve.cluster.node_monitor import JoinRequest, NodeExit, wait_head_exit, wait_node_exit
+from tpserve.cluster.node_monitor import JoinRequest, wait_head_exit
 from tpserve.cluster.rendezvous import Rendezvous, RendezvousInfo
 from tpserve.cluster.retry_log import RetryLog, missing_ranks
 from tpserve.errors import EngineFailure, UserError
@@ -39,9 +39,10 @@ class Head(threading.Thread):
         self.meet = RendezvousInfo("127.0.0.1", self._store.getsockname()[1])
         self._rendezvous = Rendezvous(HEAD, listener, 6, timeout_s, key)
 
-    @property
-    def joined(self) -> dict[socket.socket, JoinRequest]:
-        return self._rendezvous.joined
+    def serve(self) -> None:
+        """Go on listening, until `close`."""
+        with suppress(OSError, ValueError):  # its sockets are closed
+            self._rendezvous.serve()
 
     def close(self) -> None:
         self._rendezvous.close()
@@ -52,6 +53,7 @@ class Head(threading.Thread):
             self._rendezvous.wait_for_all()
             self._rendezvous.send_store(self.meet.host, self.meet.port)
             self.outcome = "met"
+            threading.Thread(target=self.serve, daemon=True).start()
         except (UserError, EngineFailure) as error:
             self.outcome = error
 
@@ -68,15 +70,16 @@ def head(timeout_s: float = 20.0, key: bytes = b"") -> Iterator[Head]:
 class Node(threading.Thread):
     """Another node, joining."""
 
-    def __init__(self, me: JoinRequest, port: int, timeout_s: float = 20.0, key: bytes = b"") -> None:
+    def __init__(self, me: JoinRequest, port: int, timeout_s: float = 20.0, key: bytes = b"", again: bool = False) -> None:
         super().__init__(daemon=True)
+        self._again = again
         self._args = (me, "127.0.0.1", port, 6, timeout_s, key)
         self.outcome: Any = None
         self.start()
 
     def run(self) -> None:
         try:
-            met, self.line = rendezvous.join_rendezvous(*self._args)
+            met, self.line = rendezvous.join_rendezvous(*self._args, again=self._again)
             self.outcome = replace(met, proof="", first_rank=0)
             self.first_rank = met.first_rank
         except (UserError, EngineFailure) as error:
@@ -105,17 +108,50 @@ def test_all_meet_and_strangers_do_not_matter() -> None:
         for stranger in crowd:
             stranger.close()
     assert first.outcome == "met"
-    seen: list[NodeExit] = []
-    watch = threading.Thread(target=lambda: seen.append(wait_node_exit(first.joined)))
-    watch.start()
     assert not select.select([node.line for node in nodes], [], [], 0.3)[0], "node 0 lives"
-    assert not seen
-    nodes[0].line.close()
-    watch.join(5.0)
-    assert seen == [NodeExit("node 2 (second, 127.0.0.1)", "has ended", lost=False)]
     first.close()
-    del nodes[0]
-    assert [wait_head_exit(node.line) for node in nodes] == ["node 0 has ended"]
+    assert [wait_head_exit(node.line) for node in nodes] == ["node 0 has ended"] * 2
+
+
+def test_a_node_comes_back_after_all_have_met() -> None:
+    """Once its agent has ended, or before node 0 has noticed; as the same node, and from elsewhere with the secret."""
+    with head(key=KEY) as first:
+        nodes = [Node(join, first.port, key=KEY) for join in (FIRST, SECOND)]
+        assert [node.ended() for node in nodes] == [first.meet] * 2
+    nodes[0].line.close()
+    again = Node(FIRST, first.port, key=KEY)
+    assert (again.ended(), again.first_rank) == (first.meet, 2)
+    third = Node(FIRST, first.port, key=KEY)
+    assert third.ended() == first.meet and wait_head_exit(again.line) == "node 0 has ended", "the new connection counts"
+    twin = Node(replace(FIRST, machine="machine-b", address="127.0.0.2"), first.port, key=KEY).ended()
+    assert isinstance(twin, UserError) and "is another machine: see its --interface" in str(twin)
+    other = Node(replace(FIRST, nproc=3), first.port, key=KEY).ended()
+    assert isinstance(other, UserError) and "comes back with 3 ranks, and had 2: see its --nproc-per-node" in str(other)
+    third.line.close()
+    moved = Node(replace(FIRST, address="127.0.0.2", derived=False), first.port, key=KEY)
+    assert moved.ended() == first.meet and first.outcome == "met"
+    first.close()
+
+
+def test_a_node_that_has_moved_needs_the_secret() -> None:
+    with head() as first:
+        nodes = [Node(join, first.port) for join in (FIRST, SECOND)]
+        assert [node.ended() for node in nodes] == [first.meet] * 2
+    nodes[0].line.close()
+    moved = Node(replace(FIRST, address="127.0.0.2", derived=False), first.port).ended()
+    assert isinstance(moved, UserError) and "node 1 (first, 127.0.0.2) comes back, and was at 127.0.0.1: a node may" in str(moved)
+    assert Node(FIRST, first.port).ended() == first.meet
+    first.close()
+
+
+def test_whoever_dials_again_learns_of_node_0s_end() -> None:
+    """And waits while nobody is there who could tell: the next agent of node 0 takes the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        node = Node(FIRST, port, again=True)
+        time.sleep(0.3)
+        assert node.is_alive()
+    assert str(node.ended()) == "node 0 has ended"
 
 
 def test_a_node_that_leaves_is_waited_for_again() -> None:

@@ -20,7 +20,7 @@ from types import FrameType
 import msgspec
 
 from tpserve.agent.job import AgentJob
-from tpserve.agent.nodes import MeetingResult, log_failure, meet_nodes
+from tpserve.agent.nodes import Meeting, log_failure, meet_nodes
 from tpserve.agent.rank_processes import RankProcess, RankProcesses, rank_name
 from tpserve.cluster.discovery import AgentFailure, clear_failure, write_failure
 from tpserve.config import env
@@ -48,12 +48,12 @@ def main(arguments: Sequence[str] = ()) -> int:
     signal.signal(signal.SIGTERM, node.on_terminate)
     kill_stopped_in_background(node.pids, partial(_report_stopped, job))
     try:
-        met = meet_nodes(job)
+        meeting = meet_nodes(job)
         disable_dns()  # torch's store and agent look names up only to log them
     except (UserError, EngineFailure) as error:
         return _report_start_error(job, error)
     try:
-        return node.run(met)
+        return node.run(meeting)
     except Exception as error:  # the edge of the process: torch raises many types for store errors
         logger.error("the ranks of this node could not be started: %s", error, exc_info=job.log_level == "debug")
         return 1
@@ -69,7 +69,7 @@ class _Node:
         self._forkserver = forkserver
         self._processes: RankProcesses | None = None
 
-    def run(self, met: MeetingResult) -> int:
+    def run(self, meeting: Meeting) -> int:
         """Run torch's elastic agent until all ranks have ended; returns the exit code."""
         from torch._C._distributed_c10d import TCPStore  # torch.distributed exports it without types
 
@@ -78,24 +78,28 @@ class _Node:
         job = self._job
         if job.log_level != "debug":
             _quiet_loggers("torch.distributed.elastic", "torch.distributed.launcher")
-        listener, timeout = met.listener, timedelta(seconds=int(job.start_timeout_s) + 1)
+        listener, timeout = meeting.listener, timedelta(seconds=int(job.start_timeout_s) + 1)
         descriptor = None if listener is None else listener.detach()
-        store = TCPStore(met.host, met.port, job.nnodes, listener is not None, timeout, False, master_listen_fd=descriptor)
-        RestartingAgent(job, MetNodes(job, met.host, met.port, store), met.first_rank, self._make_processes).run()
+        host, port = meeting.store
+        store = TCPStore(host, port, job.nnodes, listener is not None, timeout, False, master_listen_fd=descriptor)
+        make_processes = partial(self._make_processes, meeting)
+        RestartingAgent(job, MetNodes(job, host, port, store), meeting.first_rank, make_processes).run()
         assert self._processes is not None
         code = self._processes.result
         if code != 0:
             self._report_failure()
         return 1 if code is None else code
 
-    def _make_processes(self, variables: dict[int, dict[str, str]]) -> RankProcesses:
+    def _make_processes(self, meeting: Meeting, variables: dict[int, dict[str, str]]) -> RankProcesses:
         job = self._job
 
         def make_request(rank: RankProcess) -> ForkRequest:
             restarts = job.restarts + rank.restarts
             if restarts and job.node_rank == 0:
                 clear_failure(Path(job.runtime_dir))  # that of the process before
-            environ = env.of_rank(variables[rank.rank - first], restarts, rank.last_exit)
+            host, port = meeting.store  # another one when node 0's agent was replaced
+            own = variables[rank.rank - first] | {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+            environ = env.of_rank(own, restarts, rank.last_exit)
             return ForkRequest.of(job.module, job.argv, environ, rank_name(rank.rank))
 
         first = int(variables[0]["RANK"])

@@ -1,51 +1,58 @@
-"""How the agents of several nodes meet, and what one does when another is gone."""
+"""How the agents of several nodes meet, and how they find each other again.
 
-import contextlib
+    node 0's agent loses a node      it says so, and lets the node in again at any time; how long the service waits is the
+                                     coordinator's decision
+    a node's agent loses node 0's    its ranks go on; it dials again, and ranks that it starts from then on get the address of
+                                     the present store. It ends its ranks and itself when node 0 has ended (whose `tpserve serve`
+                                     listens as long as it lives), or does not come back within `--recovery-timeout`
+
+Before all nodes have met once, an error on one of them ends all.
+"""
+
 import logging
 import os
-import signal
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tpserve.agent.job import AgentJob
 from tpserve.cluster.discovery import AgentFailure, write_failure
-from tpserve.cluster.node_monitor import JoinRequest, wait_head_exit, wait_node_exit
+from tpserve.cluster.node_monitor import JoinRequest, wait_head_exit
 from tpserve.cluster.rendezvous import Rendezvous, join_rendezvous
+from tpserve.errors import EngineFailure, UserError
 from tpserve.host.network import host_id, listen
-from tpserve.process.process_utils import live_children
 from tpserve.version import __version__
 
 logger = logging.getLogger("tpserve.agent")
 
 LEAVE_S = 1.0
-"""How long ranks may outlive node 0's agent (which ends after its own ranks), and then how long this agent outlives its ranks."""
-FOLLOW_S = 2.5
-"""How long ranks of node 0 may outlive another node's agent. All ranks get Stop at the same time and have two seconds to exit."""
-ADVICE_KILLED = "see the last lines of its log, and `dmesg` there for a kernel that was out of memory"
-ADVICE_LOST = "look at that node and the network between them"
+"""How long ranks may outlive node 0, which ends after its own ranks."""
 
 
-class MeetingResult(NamedTuple):
-    """The address of the agents' store, on node 0 its listening socket, and this node's first rank."""
+@dataclass
+class Meeting:
+    """The agents' store, which changes with node 0's agent. On node 0 `listener` is its socket. `first_rank`: of this node."""
 
-    host: str
-    port: int
+    store: tuple[str, int]
     listener: socket.socket | None
     first_rank: int
 
 
-def meet_nodes(job: AgentJob) -> MeetingResult:
+def meet_nodes(job: AgentJob) -> Meeting:
     """Wait until all nodes are connected. Raises UserError or EngineFailure."""
     host = socket.gethostname()
     me = JoinRequest(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.address_derived)
     key = bytes.fromhex(job.rendezvous_key)
     if job.node_rank > 0:
-        store, connection = join_rendezvous(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s, key)
-        threading.Thread(target=_exit_with_head, args=(connection,), name="connection to node 0", daemon=True).start()
-        return MeetingResult(store.host, store.port, None, store.first_rank)
+        info, connection = join_rendezvous(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s, key)
+        meeting = Meeting((info.host, info.port), None, info.first_rank)
+        follow = threading.Thread(
+            target=_follow_head, args=(job, me, connection, meeting), name="connection to node 0", daemon=True
+        )
+        follow.start()
+        return meeting
     rendezvous = None
     if job.nnodes > 1:
         rendezvous = Rendezvous(me, socket.socket(fileno=job.listener), job.world_size, job.start_timeout_s, key)
@@ -54,28 +61,33 @@ def meet_nodes(job: AgentJob) -> MeetingResult:
     port = listener.getsockname()[1]
     if rendezvous is not None:
         rendezvous.send_store(job.address, port)
-        threading.Thread(target=_exit_with_nodes, args=(job, rendezvous), name="connections to the nodes", daemon=True).start()
-    return MeetingResult(job.address, port, listener, 0)
+        threading.Thread(target=rendezvous.serve, name="connections to the nodes", daemon=True).start()
+    return Meeting((job.address, port), listener, 0)
 
 
-def _exit_with_head(connection: socket.socket) -> None:
-    """Wait until node 0 ends, then kill the ranks that are still alive: stopped ones, or ones that Stop did not reach."""
-    why = wait_head_exit(connection)
+def _follow_head(job: AgentJob, me: JoinRequest, connection: socket.socket, meeting: Meeting) -> None:
+    """Keep in touch with node 0, and note where the agents' store is. When node 0 is gone for good, end this node."""
+    while True:
+        why = wait_head_exit(connection)
+        connection.close()
+        logger.warning("%s: waiting up to %g s for it", why.replace("node 0 has", "node 0's agent has"), job.recovery_timeout_s)
+        try:
+            info, connection = join_rendezvous(
+                me, job.master_addr, job.master_port, job.world_size, job.recovery_timeout_s, bytes.fromhex(job.rendezvous_key),
+                again=True,
+            )  # fmt: skip
+        except (UserError, EngineFailure) as error:
+            _end(str(error))
+        if info.first_rank != meeting.first_rank:
+            _end(f"node 0 now counts this node's ranks from {info.first_rank}, before from {meeting.first_rank}")
+        meeting.store = info.host, info.port
+        logger.info("node 0's agent is back")
+
+
+def _end(why: str) -> None:
+    """End this process. The kernel kills the ranks that are still alive: stopped ones, or ones that Stop did not reach."""
     time.sleep(LEAVE_S)
-    logger.error("%s: killing the ranks of this node", why)
-    for pid in live_children(os.getpid()) or ():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    time.sleep(LEAVE_S)  # gives the main thread time to log how the ranks ended
-    os._exit(1)
-
-
-def _exit_with_nodes(job: AgentJob, rendezvous: Rendezvous) -> None:
-    """Fail when another node ends. The coordinator monitors only ranks that have sent Hello; this covers the time before."""
-    end = wait_node_exit(rendezvous.joined)
-    if not end.lost:
-        time.sleep(FOLLOW_S)
-    log_failure(job, f"{end.who} {end.why}", ADVICE_LOST if end.lost else ADVICE_KILLED)
+    logger.error("%s: this node ends", why)
     os._exit(1)
 
 

@@ -32,8 +32,8 @@ from msgspec import Struct
 from tpserve.cluster.retry_log import RETRY_S, RetryLog
 from tpserve.config.env import RankEnv
 from tpserve.config.schema import EngineConfig
-from tpserve.errors import EngineFailure, UserError
-from tpserve.host.network import host_id, interfaces, os_error_text
+from tpserve.errors import EngineFailure, PeerLost, UserError
+from tpserve.host.network import host_id, host_port, interfaces, os_error_text
 from tpserve.wire.curve import ConnectInfo, CurveClient, Keyring
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Store(Protocol):
         """As in torch."""
 
     def get(self, key: str, /) -> bytes:
-        """As in torch: waits, and raises RuntimeError after the store's own timeout."""
+        """As in torch: waits, and raises RuntimeError after the store's own timeout, or at once when the store is gone."""
 
 
 @dataclass(frozen=True)
@@ -132,17 +132,20 @@ def find_remote_frontend(
     """On other nodes: wait until rank 0 has published the coordinator's address and the coordinator accepts a connection.
 
     Raises UserError when this node's secret differs from node 0's, or node 0's address is unusable here. EngineFailure after
-    `timeout_s`.
+    `timeout_s`, which is the store's own timeout, too; PeerLost when the store is gone: that of node 0's next agent is another.
     """
     retry_log = RetryLog(timeout_s, logger)
     status = "rank 0 has not published its address"
     while not retry_log.timed_out:
         try:
             connect_info = msgspec.json.decode(store.get(_KEY + env.job), type=ConnectInfo)
-        except RuntimeError:  # the key was not set within the store's own timeout
-            continue
+            machine = store.get(_MACHINE + env.job).decode()
+        except RuntimeError as error:
+            if retry_log.timed_out:
+                break
+            raise PeerLost(f"the agents' store at {host_port(env.master_addr, env.master_port)} is gone") from error
         host, _, port = connect_info.endpoint.removeprefix("tcp://").rpartition(":")
-        _check_address(host.strip("[]"), store.get(_MACHINE + env.job).decode())
+        _check_address(host.strip("[]"), machine)
         try:
             socket.create_connection((host.strip("[]"), int(port)), retry_log.connect_s).close()
         except OSError as error:  # a closed port; or the frontend has gone, and the next one's address follows

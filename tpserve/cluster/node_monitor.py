@@ -6,8 +6,6 @@ effect. Owns no socket.
 
 import select
 import socket
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -35,31 +33,6 @@ class JoinRequest(Struct, frozen=True, tag=True):
     derived: bool
     nonce: str = ""
     proof: str = ""
-
-
-class NodeExit(NamedTuple):
-    """A node that is gone. `who`: "node 1 (host, address)". `lost`: it is out of reach, and may still run."""
-
-    who: str
-    why: str
-    lost: bool
-
-
-def wait_node_exit(nodes: Mapping[socket.socket, JoinRequest]) -> NodeExit:
-    """On node 0: wait without a timeout until another node's agent ends or is out of reach."""
-    while True:
-        for connection in select.select(list(nodes), [], [])[0]:
-            node = nodes[connection]
-            who = f"node {node.node} ({node.host}, {node.address})"
-            try:
-                if not connection.recv(_CHUNK):
-                    return NodeExit(who, "has ended", lost=False)
-            except BlockingIOError:
-                continue
-            except ConnectionResetError:
-                return NodeExit(who, "has ended", lost=False)
-            except OSError as error:
-                return NodeExit(who, f"cannot be reached: {os_error_text(error)}", lost=True)
 
 
 def wait_head_exit(connection: socket.socket) -> str:

@@ -7,14 +7,18 @@
                                              -> RendezvousInfo  all nodes have joined; the address of the agents' store
 
 Each message is one line of JSON. The connections stay open afterwards, so that each side sees the other's end (`node_monitor`).
-Owns the sockets of the rendezvous and its log lines. Knows the number of ranks, but no ranks.
+Node 0 goes on listening: a node that comes back is told the present store at once. Owns the sockets of the rendezvous and its log
+lines. Knows the number of ranks, but no ranks.
 
 Invariants:
 - Node 0 admits each node rank once, and with a secret only nodes that know it. JoinRequest and RendezvousInfo carry an
   HMAC-SHA256 of the message and the other side's nonce. HKDF derives its key from a secret of 32 random bytes. So recorded
   traffic cannot be replayed, and does not reveal the secret.
-- A node that leaves, or is silent for five seconds, before all have joined is missing again.
-- No side waits longer than `--start-timeout`. A connection that sends anything else is closed.
+- A node that leaves, or is silent for five seconds, is missing again, and nothing else: before all have joined node 0 waits for
+  it, later it may come back at any time. It comes back with as many ranks, and without a secret from the same address.
+- No side waits longer than `--start-timeout`, for node 0's return no longer than `--recovery-timeout`. A connection that sends
+  anything else is closed.
+- Once all have met, nothing that another node sends ends node 0.
 """
 
 import hmac
@@ -28,6 +32,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NoReturn
 
 import msgspec
 from msgspec import Struct
@@ -131,7 +136,7 @@ class Rendezvous:
     """Node 0's side of the rendezvous."""
 
     def __init__(self, me: JoinRequest, listener: socket.socket, world_size: int, timeout_s: float, key: bytes) -> None:
-        """`me`: node 0 itself. `listener`: listens at the master address; closed here. `world_size`: the ranks of all nodes.
+        """`me`: node 0. `listener`: listens at the master address; `close` closes it. `world_size`: the ranks of all nodes.
 
         `key`: `Keyring.rendezvous_key`; empty without a secret.
         """
@@ -144,6 +149,9 @@ class Rendezvous:
         self._address = host_port(*listener.getsockname()[:2])
         self._peers: list[_PeerConnection] = []
         self._warned: set[str] = set()
+        self._met: dict[int, JoinRequest] = {}
+        """The other nodes, once all have met; each as it came last."""
+        self._store = ("", 0)
 
     def wait_for_all(self) -> None:
         """Wait until all nodes have joined. Sends a UserError or EngineFailure to all connections before it raises it."""
@@ -168,25 +176,31 @@ class Rendezvous:
             raise
 
     def send_store(self, host: str, port: int) -> None:
-        """Send the store's address to all nodes. Their connections stay open, without further messages."""
-        self._listener.close()
-        for peer in self._peers:
+        """All have met: send the store's address to all nodes. Their connections stay open, without further messages."""
+        self._met = {peer.join.node: peer.join for peer in self._peers if peer.join is not None}
+        self._store = host, port
+        for peer in list(self._peers):
             if peer.join is None:
-                peer.socket.close()
+                self._drop(peer)
             else:
-                info = RendezvousInfo(host, port, sum(size for node, size in self._sizes().items() if node < peer.join.node))
-                peer.send(replace(info, proof=sign(self._key, peer.join.nonce, info)))
+                self._send_info(peer)
 
-    @property
-    def joined(self) -> dict[socket.socket, JoinRequest]:
-        """The other nodes that have joined, by connection."""
-        return {peer.socket: peer.join for peer in self._peers if peer.join is not None}
+    def serve(self) -> NoReturn:
+        """After `send_store`: let nodes that come back in, for ever."""
+        while True:
+            self._read(1.0)
 
     def close(self) -> None:
         """Close all connections and the listener."""
         for peer in self._peers:
             peer.socket.close()
         self._listener.close()
+
+    def _send_info(self, peer: _PeerConnection) -> None:
+        if peer.join is not None:
+            first_rank = self._me.nproc + sum(join.nproc for node, join in self._met.items() if node < peer.join.node)
+            info = RendezvousInfo(*self._store, first_rank)
+            peer.send(replace(info, proof=sign(self._key, peer.join.nonce, info)))
 
     def _sizes(self) -> dict[int, int]:
         return {self._me.node: self._me.nproc} | {peer.join.node: peer.join.nproc for peer in self._peers if peer.join}
@@ -222,6 +236,11 @@ class Rendezvous:
         try:
             for text in lines or ():
                 self._admit(peer, _JOIN.decode(text))
+        except UserError as error:
+            if not self._met:
+                raise
+            logger.warning("%s", error)
+            peer.send(Refused(2, str(error)))
         except msgspec.DecodeError:
             if peer.address not in self._warned:
                 self._warned.add(peer.address)
@@ -230,11 +249,14 @@ class Rendezvous:
         if lines is None:
             if peer.join is not None:
                 logger.info("node %d (%s) has gone", peer.join.node, peer.join.host)
-            peer.socket.close()
-            self._peers.remove(peer)
+            self._drop(peer)
+
+    def _drop(self, peer: _PeerConnection) -> None:
+        peer.socket.close()
+        self._peers.remove(peer)
 
     def _admit(self, peer: _PeerConnection, join: JoinRequest) -> None:
-        """Admit a node, or refuse it alone. Raises UserError, which ends the rendezvous, for an error that waiting cannot fix."""
+        """Admit a node, or refuse it alone. Raises UserError for an error that waiting cannot fix: it ends the rendezvous."""
         if not is_signed(self._key, peer.nonce, join):
             who = f"node {join.node} ({join.host}) has another --cluster-secret-file than node 0 ({self._me.host})"
             self._reject(peer, join, f"{who}, or one of them has none: give every node the same")
@@ -246,6 +268,8 @@ class Rendezvous:
             raise UserError(f"{who} was started with --nnodes {join.nnodes}, {head} with --nnodes {me.nnodes}")
         if ipaddress.ip_address(join.address).is_loopback and join.machine != me.machine:
             raise UserError(f"{who} calls itself by a loopback address, and {head} is another machine: see its --interface")
+        if self._met:
+            self._check_return(join, who)
         if (taken := next((one for one in self._joined() if one.node == join.node), None)) is not None:
             why = f"--node-rank {join.node} is taken by {taken.host} ({taken.address}): "
             self._reject(peer, join, f"{why}give each node its own, from 0 to {me.nnodes - 1}")
@@ -263,7 +287,26 @@ class Rendezvous:
             )
         peer.join = join
         enable_keepalive(peer.socket)  # a node that vanishes silently must free its node rank for its successor
-        peer.send(StillWaiting(self._missing()))
+        if not self._met:
+            peer.send(StillWaiting(self._missing()))
+            return
+        logger.info("%s is back", who)
+        self._met[join.node] = join
+        self._send_info(peer)
+
+    def _check_return(self, join: JoinRequest, who: str) -> None:
+        """Raise UserError for a node that differs from the one that was here; else make room for it on the same machine."""
+        known = self._met.get(join.node)
+        if known is not None and join.nproc != known.nproc:
+            raise UserError(f"{who} comes back with {join.nproc} ranks, and had {known.nproc}: see its --nproc-per-node")
+        if known is not None and join.address != known.address and not self._key:
+            raise UserError(
+                f"{who} comes back, and was at {known.address}: a node may change its address where all nodes share a "
+                "--cluster-secret-file (`tpserve secret FILE` makes one)"
+            )
+        for peer in list(self._peers):
+            if peer.join is not None and (peer.join.node, peer.join.machine) == (join.node, join.machine):
+                self._drop(peer)  # of an agent that has ended, or from before a cut of the network
 
     def _reject(self, peer: _PeerConnection, join: JoinRequest, why: str) -> None:
         logger.warning("%s (%s) wants in, but %s", join.host, join.address, why)
@@ -274,12 +317,13 @@ class Rendezvous:
 
 
 def join_rendezvous(
-    me: JoinRequest, master_addr: str, port: int, world_size: int, timeout_s: float, key: bytes
+    me: JoinRequest, master_addr: str, port: int, world_size: int, timeout_s: float, key: bytes, *, again: bool = False
 ) -> tuple[RendezvousInfo, socket.socket]:
     """Another node's side: wait until all nodes have joined and the agents' store accepts a connection.
 
     Returns the store's address and the open connection to node 0 (for `wait_head_exit`). Raises UserError or EngineFailure with
-    node 0's reason, and EngineFailure after `timeout_s`.
+    node 0's reason, and EngineFailure after `timeout_s`. With `again` node 0's agent was lost: its supervisor, as long as it
+    lives, listens, so that a refused connection is its end.
     """
     retry_log, where = RetryLog(timeout_s, logger), host_port(master_addr, port)
     why = ""
@@ -287,6 +331,8 @@ def join_rendezvous(
         try:
             connection = socket.create_connection((master_addr, port), retry_log.connect_s)
         except OSError as error:
+            if again and isinstance(error, ConnectionRefusedError):
+                raise EngineFailure("node 0 has ended") from error
             why = os_error_text(error)
             retry_log.log_if_due(f"node 0 of {me.nnodes} at {where}", why)
             time.sleep(RETRY_S)
@@ -295,8 +341,15 @@ def join_rendezvous(
         if isinstance(answer, RendezvousInfo):
             enable_keepalive(connection)
             give_up = partial(head_exit, connection)
-            connect_with_retry(answer.host, answer.port, "node 0's store", timeout_s - retry_log.waited_s, logger, give_up)
-            return answer, connection
+            try:
+                connect_with_retry(answer.host, answer.port, "node 0's store", timeout_s - retry_log.waited_s, logger, give_up)
+                return answer, connection
+            except EngineFailure:
+                connection.close()
+                if not again or retry_log.timed_out:
+                    raise
+            time.sleep(RETRY_S)
+            continue
         connection.close()
         if answer is not None:
             raise UserError(answer.why) if answer.code == 2 else EngineFailure(answer.why)

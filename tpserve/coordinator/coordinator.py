@@ -323,7 +323,9 @@ class Coordinator:
     def _on_heartbeat(self, peer: Peer, message: Heartbeat, now: float) -> list[Action]:
         if self._roster.record_heartbeat(peer.rank, message, now):
             self._progress_s = now
-        return [self._leave(peer)] if self._roster[peer.rank].over else []
+        rank = self._roster[peer.rank]
+        earlier = message.epoch > 0 and rank.hello is None  # in an epoch of the coordinator before this one, which was killed
+        return [self._leave(peer)] if rank.over or earlier else []
 
     def _on_log_lines(self, peer: Peer, message: LogLines, now: float) -> list[Action]:
         self._roster.record_error(peer.rank, message.last_error, now)

@@ -84,7 +84,8 @@ def run_rank(
     """
     store = None
     if env.nnodes > 1 and (frontend_address is None or env.rank == 0):
-        store = agent_store(env.master_addr, env.master_port, env.rank, env.use_agent_store, config.start_timeout)
+        where, supervised = (env.master_addr, env.master_port, env.rank, env.use_agent_store), env.runtime_dir is not None
+        store = agent_store(*where, config.start_timeout, listens=supervised)  # the agent has reached it
     if frontend_address is None:
         assert store is not None
         frontend_address = find_remote_frontend(env, store, interface.address, config.start_timeout, config.cluster_secret_file)
@@ -114,7 +115,8 @@ def _take_part(rank: "_ServingRank", frontend_address: FrontendAddress, log_buff
         curve_client=frontend_address.curve_client(env.rank, FRONTEND),
         frontend_pid=frontend_address.frontend_pid,
         agent_pid=env.agent_pid,
-        local_ranks=1 if env.job else env.local_world_size,  # the rank is the only child of a torchrun script
+        # torchrun ends all ranks when one has died; but a rank is the only child of a torchrun script
+        local_ranks=env.local_world_size if env.runtime_dir is None and not env.job else 1,
         on_failure=partial(_clean_up, env, frontend_address),
         failure_code=ENDED_CODE if env.runtime_dir is not None else 1,
         frontend_returns_s=config.recovery_timeout if returns else None,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import zmq
 from msgspec.structs import replace
 
-from tpserve.cluster.discovery import AgentFailure, FrontendRecord, read_failure, write_frontend
+from tpserve.cluster.discovery import AgentFailure, FrontendRecord, has_agent_ended, read_failure, write_frontend
 from tpserve.cluster.run_record import read_run, write_run
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, EpochLost, EpochReady, EpochStarting
@@ -76,6 +76,7 @@ class EngineClient:
         self._on_epoch_news = on_epoch_news
         self._log_buffer = log_buffer
         self._parent: tuple[int, int] | None = None
+        self._supervised = False
         self._rank_logs = [LogRingBuffer() for _ in range(config.layout.world_size)]
         self._run = read_run(runtime_dir)
         self._coordinator = Coordinator(
@@ -157,11 +158,13 @@ class EngineClient:
         c = self._coordinator
         return server_info(self._config, self.status(), c.epoch, c.ranks, time.monotonic(), self._log_buffer, self._rank_logs)
 
-    async def serve(self, watch_pid: int) -> int:
+    async def serve(self, watch_pid: int, *, supervised: bool = False) -> int:
         """Run until the service and the ranks on this host have ended; returns the exit code.
 
-        The ranks on this host die with the process `watch_pid`, so its end ends the service.
+        The ranks on this host die with the process `watch_pid`, so its end ends the service. `supervised`: it is `tpserve serve`,
+        which starts a killed agent again and says when one has ended for good; else it is the agent.
         """
+        self._supervised = supervised
         loop = asyncio.get_running_loop()
         pidfd = open_pidfd(watch_pid)
         if pidfd is None:
@@ -214,10 +217,12 @@ class EngineClient:
         return self._exit_code.result()
 
     async def _poll(self) -> None:
-        """Poll for what no event reports: the end of a drain, messages left in a socket, missing ranks, differing ranks."""
+        """Poll for what no event reports: the agent's end, a drain's, messages left in a socket, missing or differing ranks."""
         logged_phase, compared = "", False
         while True:
             self._receive_from_engine()
+            if self._supervised and has_agent_ended(self._runtime_dir):
+                self._fail_with(AgentFailure(1, "the agent that started the ranks has ended"))
             self._rank_monitor.perform(self._recovery.poll(time.monotonic()))
             slow = self._coordinator.state is EpochState.FORMING and time.monotonic() > self._started_s + SLOW_S
             if self._coordinator.state is not EpochState.FORMING and not compared:
@@ -261,8 +266,16 @@ class EngineClient:
             self._parent_gone(self._parent[0])
 
     def _parent_gone(self, pid: int) -> None:
-        why = f"the agent (pid {pid}) that started the ranks has ended: it, or a rank without a connection, was killed or crashed"
-        failure = read_failure(self._runtime_dir) or AgentFailure(1, why, KILLED_ADVICE)
+        if self._supervised:
+            why = f"`tpserve serve` (pid {pid}) of node 0 has ended: it was killed"
+        else:
+            how = "it, or a rank without a connection, was killed or crashed"
+            why = f"the agent (pid {pid}) that started the ranks has ended: {how}"
+        self._fail_with(AgentFailure(1, why, KILLED_ADVICE))
+
+    def _fail_with(self, default: AgentFailure) -> None:
+        """Fail with the reason that the agent has left, or with `default`."""
+        failure = read_failure(self._runtime_dir) or default
         self.fail(failure.code, failure.why, failure.advice)
 
     def _on_action(self, action: Action) -> None:

@@ -25,15 +25,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from tpserve.cluster.discovery import (
-    AgentFailure,
-    FrontendRecord,
-    acquire_lock,
-    has_agent_ended,
-    read_failure,
-    remove_runtime_dir,
-    write_frontend,
-)
+from tpserve.cluster.discovery import FrontendRecord, acquire_lock, remove_runtime_dir, write_frontend
 from tpserve.config import env
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.actions import EpochFailed, EpochReady
@@ -61,7 +53,6 @@ ANSWER_S = 2.0
 """The time that the last answers have to reach their clients."""
 AGENT_EXIT_S = 2.0
 """The time that the agent has for its own last lines, so that the reason of a failure is the last line of the log."""
-AGENT_POLL_S = 0.1
 
 
 def main(arguments: list[str]) -> int:
@@ -201,22 +192,12 @@ class FrontendServer:
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         agent = None if supervised else open_pidfd(watch_pid)
-        watch = asyncio.create_task(self._fail_with_agent()) if supervised else None
-        code = await self._engine_client.serve(watch_pid)
-        if watch is not None:
-            watch.cancel()
+        code = await self._engine_client.serve(watch_pid, supervised=supervised)
         if self._final_reason:
             if agent is not None:
                 await asyncio.to_thread(select.select, [agent], [], [], AGENT_EXIT_S)
             logger.error(self._final_reason)
         return code
-
-    async def _fail_with_agent(self) -> None:
-        """Wait until the agent has ended for good, and end the service with its reason."""
-        while not has_agent_ended(self._runtime_dir):
-            await asyncio.sleep(AGENT_POLL_S)
-        failure = read_failure(self._runtime_dir) or AgentFailure(1, "the agent that started the ranks has ended")
-        self._engine_client.fail(failure.code, failure.why, failure.advice)
 
     def close(self) -> None:
         """Close the sockets."""

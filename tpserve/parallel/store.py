@@ -51,31 +51,37 @@ def join_store(address: str, timeout_s: float = DIAL_TIMEOUT_S) -> TCPStore:
     return _connect(host, int(port), timeout_s, retry=False)
 
 
-def agent_store(master_addr: str, master_port: int, rank: int, hosted_by_agent: bool, timeout_s: float) -> TCPStore:
-    """torchrun's own store, used only to publish the frontend's address to the ranks of other nodes.
+def agent_store(
+    master_addr: str, master_port: int, rank: int, hosted_by_agent: bool, timeout_s: float, *, listens: bool = False
+) -> TCPStore:
+    """The agents' store, used only to publish the frontend's address to the ranks of other nodes.
 
-    `hosted_by_agent`: the agent of node 0 hosts it (the usual case); else rank 0 does. EngineFailure when it does not answer
-    within `timeout_s` seconds.
+    `hosted_by_agent`: the agent of node 0 hosts it (the usual case); else rank 0 does. `listens`: the store has been reached
+    before, so that a refused connection is its end. PeerLost then, or when it does not answer within `timeout_s` seconds.
     """
     if rank == 0 and not hosted_by_agent:
         with without_dns():
             return TCPStore(
                 master_addr, master_port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
             )
-    return _connect(master_addr, master_port, timeout_s, retry=True)
+    return _connect(master_addr, master_port, timeout_s, retry=True, listens=listens)
 
 
-def _connect(host: str, port: int, timeout_s: float, *, retry: bool) -> TCPStore:
-    """Connect as a client. `retry`: the host may not listen yet. A plain socket tries first, since torch logs each retry."""
+def _connect(host: str, port: int, timeout_s: float, *, retry: bool, listens: bool = False) -> TCPStore:
+    """Connect as a client. `retry`: the host may be out of reach for a while; unless it `listens`, it may not listen yet.
+
+    A plain socket tries first, since torch logs each retry.
+    """
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            with socket.create_connection((host, port), timeout_s) as probe:
+            with socket.create_connection((host, port), min(timeout_s, DIAL_TIMEOUT_S)) as probe:
                 address: str = probe.getpeername()[0]
             with without_dns():
                 return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
         except (OSError, RuntimeError) as error:
-            if not retry or time.monotonic() > deadline_s:
+            gone = not retry or (listens and isinstance(error, ConnectionRefusedError))
+            if gone or time.monotonic() > deadline_s:
                 raise PeerLost(f"the store at {host_port(host, port)} does not answer: {_first_line(error)}") from error
         time.sleep(0.2)
 
