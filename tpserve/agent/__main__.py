@@ -28,7 +28,7 @@ from tpserve.errors import EngineFailure, UserError
 from tpserve.forkserver import fork_here, preload
 from tpserve.host.network import disable_dns
 from tpserve.observe import log
-from tpserve.process.fork_client import ForkClient, ForkRequest, adopt_orphans
+from tpserve.process.fork_client import FIRST_DESCRIPTOR, ForkClient, ForkRequest, adopt_orphans
 from tpserve.process.process_utils import die_with, end_all_children, exit_text, kill_stopped_in_background
 
 logger = logging.getLogger("tpserve.agent")
@@ -95,7 +95,9 @@ class _Node:
             restarts = job.restarts + rank.restarts
             if restarts and job.node_rank == 0:
                 clear_failure(Path(job.runtime_dir))  # that of the process before
-            environ = env.of_rank(variables[rank.rank - first], restarts, rank.last_exit)
+            environ = env.of_rank(
+                variables[rank.rank - first], restarts, rank.last_exit, FIRST_DESCRIPTOR if job.restart else None
+            )
             return ForkRequest.of(job.module, job.argv, environ, rank_name(rank.rank))
 
         first = int(variables[0]["RANK"])

@@ -15,6 +15,7 @@ from tpserve.attention.paged import KVCache
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, cache_dir
 from tpserve.config.schema import EngineConfig
+from tpserve.engine.kept_weights import KeptByAgent
 from tpserve.host.resources import cpu_model
 from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.models import names_of
@@ -53,14 +54,19 @@ class LoadedModel:
         spec: ModelSpec,
         env: RankEnv,
         processor: dict[str, str],
+        fingerprint: dict[str, str],
         report: Callable[[str, int], None],
     ) -> None:
-        """`processor`: the facts about it that a stage shares. `report` takes the phase and the percentage of the start."""
+        """`processor`: the facts about it that a stage shares; `fingerprint`: those that all ranks share.
+
+        `report` takes the phase and the percentage of the start.
+        """
         self._config = config
         self._spec = spec
         self._env = env
         self.processor = processor
         self._report = report
+        self._kept = KeptByAgent(env.rank, env.weights_socket, fingerprint)
         self._compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
         self._decoder: Decoder | None = None
         self._weights = 0
@@ -145,15 +151,18 @@ class LoadedModel:
                 self._report("loading weights", 10 + 80 * done // max(total, 1))
 
             self._report("loading weights", 10)
+            memory = self._kept.memory(decoder.parameters(), decoder.device, dtype)
             fill: Callable[[Parameter], None] = partial(dummy.fill, seed=config.seed)
-            if config.load_format != "dummy":
+            if config.load_format != "dummy" and not memory.packed:
                 only_safetensors = config.load_format == "safetensors"
                 checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
                 if env.rank == 0:
                     for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
                         log.info(line)
                 fill = Loader(decoder.parameters(), checkpoint, on_progress).fill
-            return decoder, decoder.prepack(config.quantization, fill)
+            weights = decoder.prepack(config.quantization, fill, memory)
+        self._kept.leave()
+        return decoder, weights
 
     def _self_test(self, decoder: Decoder) -> Numerics | None:
         """Test batch invariance of this processor's matrix products; None on CUDA, which does not promise it."""

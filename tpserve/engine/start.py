@@ -213,7 +213,7 @@ class _ServingRank:
         start_timer.mark("download")
         stage_facts, self._traits = processor(self._device, config.dtype, self._spec)
         self._fingerprint = fingerprint(config, self._spec)
-        return LoadedModel(config, self._spec, env, stage_facts, self._report_progress)
+        return LoadedModel(config, self._spec, env, stage_facts, self._fingerprint, self._report_progress)
 
     def _report_progress(self, phase: str, percent: int) -> None:
         """To the coordinator, by the present incarnation."""
