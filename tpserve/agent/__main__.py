@@ -95,9 +95,8 @@ class _Node:
             restarts = job.restarts + rank.restarts
             if restarts and job.node_rank == 0:
                 clear_failure(Path(job.runtime_dir))  # that of the process before
-            environ = env.of_rank(
-                variables[rank.rank - first], restarts, rank.last_exit, FIRST_DESCRIPTOR if job.restart else None
-            )
+            weights_socket = FIRST_DESCRIPTOR if job.restart else None
+            environ = env.of_rank(variables[rank.rank - first], restarts, rank.last_exit, weights_socket)
             return ForkRequest.of(job.module, job.argv, environ, rank_name(rank.rank))
 
         first = int(variables[0]["RANK"])

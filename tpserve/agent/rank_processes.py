@@ -5,9 +5,10 @@
     anything else    the rank starts again; from the third early death in a row on after a pause (`RestartBackoff`), and not at
                      all when this node has been told to end
 
-Owns the processes, the forkserver and, between two processes of a rank, its packed weights. Decides nothing about the service: whether it can recover the coordinator knows, and how
-long it may take. Invariants: at most one process a rank is asked for at a time; once a rank has left with 0 none starts again,
-and what still runs three seconds later is killed; every orphan of a rank, which this process adopts, is waited for.
+Owns the processes, the forkserver and, from one process of a rank to the next, its packed weights. Decides nothing about the
+service: whether it can recover the coordinator knows, and how long it may take. Invariants: at most one process a rank is asked
+for at a time; once a rank has left with 0 none starts again, and what still runs three seconds later is killed; every orphan of
+a rank, which this process adopts, is waited for.
 """
 
 import contextlib

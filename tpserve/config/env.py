@@ -52,10 +52,9 @@ set by `tpserve serve` for its ranks
 TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
 TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug
 
-set by `tpserve serve`'s agent for a rank that it starts again
+set by `tpserve serve`'s agent for ranks that it starts again
 TPSERVE_LAST_EXIT                     RankEnv.last_exit
-TPSERVE_WEIGHTS_SOCKET                RankEnv.weights_socket: the descriptor of the socket for the rank's packed weights; for every
-                                      rank that the agent would start again
+TPSERVE_WEIGHTS_SOCKET                RankEnv.weights_socket: the descriptor of the socket for the rank's packed weights
 
 set by a forkserver for itself while it imports torch
 OPENBLAS_NUM_THREADS                  1: NumPy's library, if there is one, would start a thread for each core

@@ -24,7 +24,7 @@ class KeptByAgent:
     """`memory` for this rank's weights: `memory.packed` says that the process before has left them."""
 
     def __init__(self, rank: int, weights_socket: int, facts: dict[str, str]) -> None:
-        """`weights_socket`: to the agent, -1 for none. `facts`: all that decides the weights and their layout, besides the rank."""
+        """`weights_socket`: to the agent, -1 for none. `facts`: what decides the weights, besides the rank."""
         self._rank = rank
         self._facts = facts
         self._keeper = WeightsKeeper(weights_socket) if weights_socket >= 0 else None
