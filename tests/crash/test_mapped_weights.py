@@ -29,9 +29,10 @@ def test_a_killed_rank_maps_its_weights(flags: tuple[str, ...], tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     port, answers = free_port(), []
     command = serve(
-        str(tmp_path), "--tokenizer", str(builtin.path()), "--load-format", "dummy", "--nproc-per-node", "2", "--log-level", "debug",
-        *flags, port=port,
-    )  # fmt: skip
+        *(str(tmp_path), "--tokenizer", str(builtin.path()), "--load-format", "dummy", "--nproc-per-node", "2"),
+        *("--log-level", "debug", *flags),
+        port=port,
+    )
     with running([command], port, tmp_path / "log") as server:
 
         def ask() -> Any:
