@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(or $(PYTHON),python3))
 
-.PHONY: help serve check test test-clients format native kernels sanitize gpu-check matrix model chaos schemas fuzz-structured lab lab-sixteen clean
+.PHONY: help serve check test test-clients format native kernels sanitize gpu-check matrix model chaos simulation schemas fuzz-structured lab lab-sixteen clean
 
 help:
 	@echo "make serve        serve the built-in model on all GPUs, or on two CPU ranks; ARGS=\"--port 9000\" adds flags"
@@ -23,7 +23,7 @@ help:
 	@echo "make gpu-check    the tests that need a GPU"
 	@echo "make matrix       the bare and the parity tests on other versions of Python and torch: MATRIX=\"3.12=2.14.1 3.13=2.14.1\""
 	@echo "make clean        remove .venv and what was built"
-	@echo "make model, chaos, schemas, fuzz-structured, lab, lab-sixteen: see CONTRIBUTING.md"
+	@echo "make model, chaos, simulation, schemas, fuzz-structured, lab, lab-sixteen: see CONTRIBUTING.md"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv, TORCH=torch==2.12.0 the torch that is installed."
 
@@ -74,6 +74,10 @@ model: $(VENV)/test.stamp
 # Killing ranks and agents at random for a long time.
 chaos: $(VENV)/test.stamp
 	$(PY) -m pytest tests/crash -m long
+
+# The whole service on a simulated clock under random faults: COUNT schedules (100000) from SEED (0); SIZE=1024 COUNT=100 for many ranks.
+simulation: $(VENV)/test.stamp
+	$(PY) -m tests.simulation.schedule --seed $(or $(SEED),0) --count $(or $(COUNT),100000) $(if $(SIZE),--size $(SIZE))
 
 # A directory of JSON schemas with valid and invalid instances: no invalid one is in the language of a grammar (docs/structured-output.md).
 schemas: $(VENV)/test.stamp

@@ -26,7 +26,7 @@ LINT = (
     ("mypy",),
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "unit": (620, ("unit", "scheduling", "architecture")),
+    "unit": (660, ("unit", "scheduling", "simulation", "architecture")),
     "parity": (450, ("parity",)),
     "kernels": (300, ("kernels",)),
     "http": (155, ("http",)),

@@ -204,10 +204,31 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def descendants(pid: int) -> list[int]:
+    """The children of a process, of all its threads, and theirs."""
+    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    found = [int(child) for text in lists for child in text.split()]
+    return [*found, *(below for child in found for below in descendants(child))]
+
+
+def comm(pid: int) -> str:
+    """A process's name, which tpserve sets for what a forkserver forks; empty when it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def arguments(pid: int) -> list[str]:
+    """A process's command line."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return []
+
+
 def rank_of(pid: int) -> int | None:
     """The rank of a process: by its name when a forkserver has forked it, by its environment under bare torchrun."""
     with suppress(OSError):
-        program, _, rank = Path(f"/proc/{pid}/comm").read_text().strip().rpartition(" rank ")
+        program, _, rank = comm(pid).rpartition(" rank ")
         return int(rank) if program else int(environment(pid)["RANK"]) if "RANK" in environment(pid) else None
     return None
 

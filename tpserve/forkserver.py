@@ -131,7 +131,7 @@ def _become(request: ForkRequest, descriptors: list[int], intermediate: int) -> 
         os.setsid()
         die_with(request.parent_pid)  # only now: adoption would trigger it
         _place(descriptors)
-        env.replace_all(request.environ)
+        env.replace_all(request.variables)
         _reset_signals()
         set_name(request.name)
         module = importlib.import_module(request.module)

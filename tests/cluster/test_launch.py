@@ -16,7 +16,7 @@ import pytest
 
 from tests.cluster import tiny_model
 from tests.cluster.conftest import assert_nothing_left, of_place
-from tests.server import BIN, Server, free_port, running, serve, torchrun
+from tests.server import BIN, Server, arguments, comm, descendants, free_port, running, serve, torchrun
 from tpserve_kernels.cpu.library import Isa, library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +118,29 @@ def test_a_killed_rank_is_started_again_and_answers_go_on(model: str, place: Pat
         assert server.stop() == [0]
         assert_nothing_left(place)
     assert "ended without a word" in server.log and "recovered in" in server.log
+    assert "Traceback" not in server.log
+
+
+def test_whoever_is_killed_is_started_again(model: str, place: Path) -> None:
+    """A rank, the agent, both forkservers, the frontend; and nobody who connects meanwhile is refused."""
+    port = free_port()
+    with started(place, serve(model, *DUMMY, "-tp", "2", port=port), port=port) as server:
+        supervisor = server.processes[0].pid
+        asked = {"prompt": "The cat", "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+        calm = server.complete(**asked)["text"]
+        for name in ("tpserve rank 1", "tpserve agent", "tpserve forks", "tpserve.frontend"):
+            before = [pid for pid in descendants(supervisor) if name in (comm(pid), *arguments(pid))]
+            assert len(before) == (2 if name == "tpserve forks" else 1)
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+            assert server.get("/livez")[0] == 200  # during a restart of the frontend the connection waits in the backlog
+            server.wait_ready()
+            assert server.complete(**asked)["text"] == calm
+        assert server.stop() == [0]
+        assert_nothing_left(place)
+    killed = "was killed by SIGKILL: starting"
+    for who in ("rank 1", "the agent of node 0", "the forkserver", "the frontend"):
+        assert re.search(rf"WARN  {who} \(pid \d+\) {killed}", server.log), server.log
     assert "Traceback" not in server.log
 
 
@@ -274,8 +297,8 @@ def test_two_nodes_script(model: str, place: Path) -> None:
 
 
 def test_two_nodes_script_tells_how_it_is_used(place: Path) -> None:
-    for arguments in ([], ["head", "2", "8"], ["head", "0", "x"]):
-        done = run([str(ROOT / "launch" / "two_nodes.sh"), *arguments], place)
+    for line in ([], ["head", "2", "8"], ["head", "0", "x"]):
+        done = run([str(ROOT / "launch" / "two_nodes.sh"), *line], place)
         assert done.returncode == 2 and "launch/two_nodes.sh HEAD NODE_RANK NPROC" in done.stderr
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import BIN, Server, free_port, running
+from tests.server import BIN, Server, free_port, running, serve
 from tpserve.cli import server_flags
 from tpserve.config.resolve import num_local_ranks, resolve
 from tpserve.models import model_spec
 from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 8192,
@@ -34,7 +35,8 @@ def lines(start: str) -> list[str]:
 
 
 TWO_NODES = [line for line in lines("torchrun") if "127.0.0.1" in line]
-INSTALLS = ("git clone", ". .venv")
+INSTALLS = ("git clone", ". .venv", "python3 launch/kill_a_rank.py")
+"""In the clone, or with a server of its own."""
 PASTED = [block for block in BLOCKS if "MODEL" not in block and "torchrun" not in block and not block.startswith(INSTALLS)]
 """What runs as it stands, beside the server of the two nodes."""
 
@@ -83,6 +85,17 @@ def test_what_is_pasted_into_a_fresh_shell(block: str, server: Server, tmp_path:
         assert '"text":"' in done.stdout
 
 
+def test_a_stream_goes_on_while_a_rank_is_killed(tmp_path: Path) -> None:
+    port = free_port()
+    with running([serve("--nproc-per-node", "2", port=port)], port, tmp_path / "log") as server:
+        [line] = lines("python3 launch/kill_a_rank.py")
+        command = [*shlex.split(line), server.url]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "that was rank 1" in done.stdout and done.stdout.splitlines()[-1].startswith("the same text as without the kill")
+        assert server.stop() == [0]
+
+
 def test_every_block_is_run_or_understood() -> None:
     understood = ("torchrun", "tpserve serve", "tpserve plan", "tpserve doctor", *INSTALLS)
     assert [block for block in BLOCKS if block not in PASTED and not block.startswith(understood)] == []
@@ -104,24 +117,24 @@ def test_the_doctor_is_understood() -> None:
 @pytest.mark.parametrize("line", [*lines("torchrun"), *lines("tpserve serve")])
 def test_every_command_is_understood(line: str) -> None:
     launcher, _, rest = line.partition("tpserve serve" if "tpserve serve" in line else "-m tpserve")
-    serve = "tpserve serve" in line
-    flags = server_flags.parse(["--model", "MODEL", *shlex.split(rest)], launch=serve)
+    served = "tpserve serve" in line
+    flags = server_flags.parse(["--model", "MODEL", *shlex.split(rest)], launch=served)
     words = shlex.split(launcher.replace("-", "_"))
 
     def said(name: str, default: int) -> int:
         return int(words[words.index(name) + 1]) if name in words else default
 
-    local = num_local_ranks(flags, 8) if serve else said("__nproc_per_node", 1)
-    nodes = flags.nnodes if serve else said("__nnodes", 1)
+    local = num_local_ranks(flags, 8) if served else said("__nproc_per_node", 1)
+    nodes = flags.nnodes if served else said("__nnodes", 1)
     config = resolve(
         flags,
         ModelFiles("m", "m"),
         model_spec(LLAMA_70B, "config.json"),
-        Machine(local * nodes, local, nodes, 8, 64, "serve" if serve else "torchrun"),
+        Machine(local * nodes, local, nodes, 8, 64, "serve" if served else "torchrun"),
     )
     assert config.layout.world_size == local * nodes
 
 
 def test_every_document_exists() -> None:
     for target in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (Path(__file__).resolve().parents[2] / target).is_file(), target
+        assert (ROOT / target).is_file(), target

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from tests.crash.stand_in_rank import Found
-from tests.server import children
+from tests.server import children, comm
 from tpserve.agent.job import AGENT_MODULE, AgentJob
 from tpserve.cluster.discovery import read_failure
 from tpserve.config import env
@@ -38,10 +38,6 @@ def wait(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         assert time.monotonic() < deadline_s, "it never came"
         time.sleep(0.002)
     return found
-
-
-def comm(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 class Agent:

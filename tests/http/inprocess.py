@@ -27,6 +27,7 @@ from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
+from tpserve.observe.metrics import Metrics
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.text.chat import ChatTemplate
@@ -176,7 +177,7 @@ def serving(
     settings = Config(**config)
 
     async def start() -> tuple[web.AppRunner, asyncio.Task[None], RequestTable, int]:
-        request_table = RequestTable(engine.send, settings.served_model_name[0])
+        request_table = RequestTable(engine.send, Metrics(settings.served_model_name[0]))
         template = ChatTemplate.load(directory, tokenizer.special_tokens)
         info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
         app = create_app(

@@ -239,19 +239,6 @@ def test_invalid_content_is_refused_before_it_is_planned(name: str) -> None:
     assert scheduler.idle
 
 
-def test_drain_finishes_what_was_added_and_refuses_the_rest() -> None:
-    scheduler = Scheduler(config(max_num_seqs=1))
-    device = SimulatedDevice(config(max_num_seqs=1))
-    scheduler.add(request(1), 0.0)
-    scheduler.add(request(2), 0.0)
-    scheduler.drain()
-    scheduler.add(request(3), 0.0)
-    run(scheduler, device)
-    dones = [o for o in scheduler.take_outputs() if isinstance(o, Done)]
-    assert [(d.id, d.finish, d.num_tokens) for d in dones] == [(3, "error", 0), (1, "length", 4), (2, "length", 4)]
-    assert "shutting down" in dones[0].error
-
-
 @pytest.mark.parametrize(
     ("prompt_len", "max_tokens", "word"), [(0, 4, "no tokens"), (64, 1, "max_model_len 64"), (30, 4, "KV blocks")]
 )

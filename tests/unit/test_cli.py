@@ -193,7 +193,7 @@ def test_what_ends_a_rank_before_anybody_knows_it_is_left_for_the_frontend(tmp_p
         env={**os.environ, **ranks, "TPSERVE_RUNTIME_DIR": str(where)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     failure = read_failure(where)
-    assert ended.returncode == 1 and failure is not None and failure.code == 1
+    assert ended.returncode == 3 and failure is not None and failure.code == 1
     assert "rank 1 (pid " in failure.why and "the frontend was not ready within" in failure.why
     assert "Traceback" not in ended.stderr and "ERROR rank 1 fails: the frontend was not ready" in ended.stderr
 

@@ -77,7 +77,8 @@ class Node(threading.Thread):
     def run(self) -> None:
         try:
             met, self.line = rendezvous.join_rendezvous(*self._args)
-            self.outcome = replace(met, proof="")
+            self.outcome = replace(met, proof="", first_rank=0)
+            self.first_rank = met.first_rank
         except (UserError, EngineFailure) as error:
             self.outcome = error
 
@@ -99,6 +100,7 @@ def test_all_meet_and_strangers_do_not_matter() -> None:
                 endless.sendall(b"x" * 65536)
         nodes = [Node(join, first.port) for join in (SECOND, FIRST)]
         assert [node.ended() for node in nodes] == [first.meet] * 2
+        assert [node.first_rank for node in nodes] == [4, 2]
         assert {silent.recv(1), silent.recv(1000)[-2:]} == {b"{", b"}\n"} and silent.recv(1) == b"", "the challenge, and no more"
         for stranger in crowd:
             stranger.close()
@@ -180,7 +182,7 @@ def test_a_head_that_does_not_know_the_secret_is_not_believed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         node = Node(FIRST, server.getsockname()[1], key=KEY)
         with server.accept()[0] as connection:
-            connection.sendall(msgspec.json.encode(RendezvousInfo("127.0.0.1", 1, "0" * 64)) + b"\n")
+            connection.sendall(msgspec.json.encode(RendezvousInfo("127.0.0.1", 1, proof="0" * 64)) + b"\n")
             assert "does not know the secret of --cluster-secret-file" in str(node.ended())
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.http.tiny_tokenizer import EOS, byte_level
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.errors import UserError
+from tpserve.observe.metrics import Metrics
 from tpserve.text.assembler import Assembler, OutputDelta
 from tpserve.text.logprob_entries import PromptScores
 from tpserve.text.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class Harness:
     def __init__(self) -> None:
         self.sent: list[EngineInput] = []
         self.now = 0.0
-        self.request_table = RequestTable(self.sent.extend, "tiny", clock=lambda: self.now)
+        self.request_table = RequestTable(self.sent.extend, Metrics("tiny"), clock=lambda: self.now)
 
     def open(self, n: int = 1, stop: Sequence[str] = (), streaming: bool = True, seed: int = 1) -> RequestHandle:
         requests = [(self.request([1, 2], choice=choice, seed=seed), Assembler(TOKENIZER, stop=stop)) for choice in range(n)]
@@ -254,7 +255,7 @@ def test_a_request_that_cannot_be_sent_fails_and_is_not_left_open() -> None:
     def send(inputs: Sequence[EngineInput]) -> None:
         harness.sent.extend(codec.ENGINE_INPUT.decode(codec.ENGINE_INPUT.encode(inputs)))
 
-    harness.request_table = RequestTable(send, "tiny")
+    harness.request_table = RequestTable(send, Metrics("tiny"))
     handle = harness.open(seed=2**70)
     with pytest.raises(UserError, match="cannot be sent"):
         handle.take()

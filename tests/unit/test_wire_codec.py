@@ -14,7 +14,6 @@ from tpserve.types.messages import (
     Delta,
     Done,
     Drain,
-    EngineControl,
     Fault,
     Heartbeat,
     Hello,
@@ -34,7 +33,7 @@ from tpserve.wire import codec
 
 PARAMS = EngineSamplingParams(temperature=0.5, max_tokens=7, stop_token_ids=(3,), logprobs=2)
 SAMPLES = {
-    codec.ENGINE_INPUT: [Add(Request(1, pack([1, 2]), PARAMS, 2**64 - 1)), Abort(1), Truncate(1, 5), EngineControl("drain")],
+    codec.ENGINE_INPUT: [Add(Request(1, pack([1, 2]), PARAMS, 2**64 - 1)), Abort(1), Truncate(1, 5)],
     codec.ENGINE_OUTPUT: [
         Delta(1, 0, (4, 5), (TokenLogprobs(-0.5, (4, 9), (-0.5, -1.5)),) * 2),
         Done(1, "stop", 2, stop_id=3),

@@ -75,7 +75,7 @@ LOST_STARTING_S = 30.0
 """The same while starting, where a long call into a library may delay heartbeats. A death is still noticed at once."""
 BLOCKED_S = 1.0
 """A coordinator that was itself blocked for this long cannot tell which ranks were silent, and resets all timers."""
-MAX_FAULTS, FAULTS_S = 10, 60.0
+MAX_FAULTS, FAULTS_S = 10, 300.0
 """So many faults in so many seconds, without a token in between, end the service. A rank that was killed from outside (SIGKILL,
 SIGTERM) has no cause of its own and does not count."""
 
@@ -109,8 +109,9 @@ _NEXT: dict[tuple[EpochState, EpochEvent], EpochState] = {
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
 _SIBLING_ADVICE = "look at the last lines of its node's log"
-_OUTSIDE = ("", "SIGKILL", "SIGTERM", f"exit code {RESTART_CODE}")
-"""How a process ends that an operator ended, or the kernel for lack of memory, or that has said why before."""
+_OUTSIDE = ("SIGKILL", "SIGTERM", f"exit code {RESTART_CODE}")
+"""How a process ends that an operator has ended, or the kernel for lack of memory, or that asked to be started again: it has
+reported its own error, or was stuck after that of another rank."""
 _CAUSE_OF_FAULT: dict[str, Cause] = {"engine": "error", "overdue": "unclear"}
 _CAUSES: tuple[Cause, ...] = ("outside", "unclear", "error")
 """From the least to the worst."""
@@ -219,7 +220,8 @@ class Coordinator:
                 actions = self._fail_epoch(f"{roster.describe(peer.rank)} is gone: a new process has taken its place", now)
             roster.register(peer)
         elif not roster.is_current(peer):
-            return [SendMessage(peer, Stop(1, f"a newer process has taken the place of rank {peer.rank}"))]
+            code = RESTART_CODE if self.restarts else 1  # it may be the newer one after all, if messages have overtaken others
+            return [SendMessage(peer, Stop(code, f"a newer process has taken the place of rank {peer.rank}"))]
         roster[peer.rank].last_message_s = now
         if self.state is EpochState.STOPPED:
             return [*actions, SendMessage(peer, Stop(self.code, self.reason))]
@@ -297,9 +299,8 @@ class Coordinator:
         rank.hello, self._progress_s = message, now
         if why:
             return self._end(2, why, now)
-        if message.last_exit not in _OUTSIDE and (
-            actions := self._count_fault("error" if message.last_exit.startswith("exit") else "unclear", now)
-        ):
+        cause = _cause_of_exit(message.last_exit)
+        if cause != "outside" and (actions := self._count_fault(cause, now)):
             return actions
         return [] if self._roster.missing else self._enter_state("all_joined", now)
 
@@ -442,3 +443,10 @@ class Coordinator:
 
     def _to_all(self, message: CoordinatorMessage) -> list[Action]:
         return [SendMessage(peer, message) for peer in self._roster.peers]
+
+
+def _cause_of_exit(last_exit: str) -> Cause:
+    """What the end of a process says about its cause."""
+    if not last_exit or last_exit.endswith(_OUTSIDE):
+        return "outside"
+    return "error" if "exit code" in last_exit else "unclear"

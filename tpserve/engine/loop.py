@@ -20,7 +20,6 @@ from tpserve.engine.watchdog import StepWatchdog
 from tpserve.observe.trace import Trace
 from tpserve.process.rank_agent import RankAgent
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types import messages
 from tpserve.types.messages import Abort, Add, Done, EngineInput, EngineOutput, Stats, Truncate
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, ResultReceiver, wait
@@ -92,7 +91,7 @@ class Engine:
             self._watchdog.sent(plan.step, plan.num_tokens(), self._clock())
             self._trace.event("sent", plan.step)
             self._queue.append(plan)
-        self._rank_agent.set_step_deadline(self._watchdog.deadline)
+        self._rank_agent.set_step_deadline(self._watchdog.deadline(self._clock()))
         launched = bool(self._queue)
         if launched:
             self._launch(self._queue.popleft())
@@ -119,8 +118,6 @@ class Engine:
                 self._scheduler.abort(id, now)
             case Truncate(id, length):
                 self._scheduler.truncate(id, length, now)
-            case messages.EngineControl(action="drain"):
-                self._scheduler.drain()
 
     def _launch(self, plan: StepPlan) -> None:
         with self._trace.span("run", plan.step):

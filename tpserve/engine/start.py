@@ -27,7 +27,6 @@ from tpserve.config.schema import EngineConfig
 from tpserve.engine import connectivity, verify
 from tpserve.engine.fingerprint import fingerprint, processor
 from tpserve.engine.frames import check_frames
-from tpserve.engine.loaded_model import LoadedModel
 from tpserve.engine.loop import Engine
 from tpserve.engine.rank_zero_sockets import RankZeroSockets
 from tpserve.engine.watchdog import StepWatchdog
@@ -56,11 +55,15 @@ from tpserve.weights.checkpoint import weight_files
 from tpserve.wire.channels import EngineLink, PlanReceiver, ResultSender
 from tpserve.wire.curve import FRONTEND, CurveClient, rank_role
 from tpserve.worker import device as devices
+from tpserve.worker.loaded_model import LoadedModel
 from tpserve.worker.loop import serve_plans
 from tpserve.worker.model_runner import ModelRunner
 from tpserve_kernels.compiling import on_compile
 
 log = logging.getLogger(__name__)
+
+LEAST_STEP_S, LEAST_STEP_ON_CPU_S = 60.0, 10.0
+"""The shortest time after which a step counts as one that never ends. On CUDA a kernel may have to be compiled first."""
 
 
 def run_rank(
@@ -367,6 +370,7 @@ class _ServingRank:
         epoch.callback(link.close)
         self._rank_agent.run_periodically(hosted.plans.resend_missed)
         results = None if layout.sampling_rank == 0 else hosted.results
-        watchdog = StepWatchdog(first_s=config.start_timeout)
+        least_s = LEAST_STEP_S if self._device.type == "cuda" else LEAST_STEP_ON_CPU_S
+        watchdog = StepWatchdog(config.start_timeout, least_s)
         scheduler = Scheduler(scheduler_config, number)
         Engine(scheduler, model_runner, link, hosted.plans, results, self._rank_agent, self._trace, watchdog).run()

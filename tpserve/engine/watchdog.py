@@ -4,8 +4,10 @@ A rank whose main thread hangs still sends heartbeats, and a collective waits fo
 result does not arrive.
 
     allowed   ten times the step's number of tokens, times the seconds a token of the slowest recent step;
-              at least a minute;
+              at least `least_s`: a minute where kernels may have to be compiled, ten seconds on the CPU;
               at most the start timeout, or ten times the duration of the slowest recent step if that is longer
+
+With nothing in flight the loop itself has to come back, within `least_s`: it looks around every second.
 
 So one slow step (a kernel was compiled, a disk was slow) counts for `RECENT` further steps only, and its seconds a token do not
 allow days for a step of many tokens. Before the first result the start timeout is the limit. A rank that compiles reports it
@@ -15,7 +17,7 @@ in its heartbeats, and the coordinator then waits longer (`coordinator/coordinat
 from collections import deque
 from typing import NamedTuple
 
-LEAST_S = 60.0
+NO_STEP = -1
 MARGIN = 10.0
 RECENT = 32
 """Number of steps that count as recent."""
@@ -29,11 +31,13 @@ class _Step(NamedTuple):
 class StepWatchdog:
     """The plans in flight, oldest first, and when the oldest is overdue."""
 
-    def __init__(self, first_s: float) -> None:
-        """`first_s`: the limit until the first result, in seconds (the start timeout)."""
-        self._first_s = first_s
+    def __init__(self, first_s: float, least_s: float) -> None:
+        """`first_s`: the limit until the first result, in seconds (the start timeout). `least_s`: the shortest limit after it."""
+        self._first_s, self._least_s = first_s, least_s
         self._in_flight: deque[tuple[int, int, float]] = deque()
         self._recent: deque[_Step] = deque(maxlen=RECENT)
+        self._token_s = self._slowest_s = 0.0
+        """Of the recent steps: the seconds a token of the slowest, and the seconds of the longest."""
         self._applied_s = 0.0
 
     def sent(self, step: int, num_tokens: int, now: float) -> None:
@@ -45,19 +49,18 @@ class StepWatchdog:
         _, num_tokens, sent_s = self._in_flight.popleft()
         if num_tokens:  # a plan without chunks tells nothing about steps
             self._recent.append(_Step(num_tokens, now - max(sent_s, self._applied_s)))
+            self._token_s = max(took_s / tokens for tokens, took_s in self._recent)
+            self._slowest_s = max(took_s for _, took_s in self._recent)
         self._applied_s = now
 
-    @property
-    def deadline(self) -> tuple[int, float] | None:
-        """(step, time) of the oldest plan in flight and its deadline; None with nothing in flight."""
+    def deadline(self, now: float) -> tuple[int, float]:
+        """(step, time) of the oldest plan in flight and its deadline; step `NO_STEP` with nothing in flight."""
         if not self._in_flight:
-            return None
+            return NO_STEP, now + self._least_s
         step, num_tokens, sent_s = self._in_flight[0]
         return step, max(sent_s, self._applied_s) + self._allowed_s(num_tokens)
 
     def _allowed_s(self, num_tokens: int) -> float:
         if not self._recent:
             return self._first_s
-        by_tokens_s = MARGIN * num_tokens * max(took_s / tokens for tokens, took_s in self._recent)
-        slowest_s = MARGIN * max(took_s for _, took_s in self._recent)
-        return max(LEAST_S, min(by_tokens_s, max(self._first_s, slowest_s)))
+        return max(self._least_s, min(MARGIN * num_tokens * self._token_s, max(self._first_s, MARGIN * self._slowest_s)))

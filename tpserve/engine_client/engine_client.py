@@ -30,10 +30,10 @@ from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, n
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import EngineFailure
 from tpserve.observe.log import LogRingBuffer
+from tpserve.observe.metrics import Metrics
 from tpserve.process.process_utils import has_ended, open_pidfd
 from tpserve.types.messages import EngineInput, ExpertLoad, LogLines
-from tpserve.wire.channels import EngineServer, TcpEndpoint, tcp
-from tpserve.wire.codec import FrameTooLarge
+from tpserve.wire.channels import EngineServer, EngineUnreachable, TcpEndpoint, tcp
 from tpserve.wire.curve import FRONTEND, ConnectInfo, Keyring, ZapAuthenticator
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class EngineClient:
         if (locked := self._rank_monitor.remote_socket) is not None:
             self._zap_authenticator.log_refusals_of(locked)
         self._engine = EngineServer(f"ipc://{runtime_dir}/engine")
-        self.request_table = RequestTable(self._send_to_engine, (config.served_model_name or (config.model,))[0])
+        self.request_table = RequestTable(self._send_to_engine, Metrics((config.served_model_name or (config.model,))[0]))
         self._recovery = Recovery(self._coordinator, self.request_table)
         self._exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -233,12 +233,10 @@ class EngineClient:
     # The engine
 
     def _send_to_engine(self, inputs: list[EngineInput]) -> None:
-        """Without an engine nothing is sent: the next one gets every open request (`Recovery`)."""
+        """FrameTooLarge for one request, which the table fails. Without an engine nothing is sent: the next one gets it all."""
         try:
             self._engine.send(inputs)
-        except FrameTooLarge:  # one request is too large; the request table fails it
-            raise
-        except EngineFailure as error:  # rank 0 is gone; the coordinator learns that by itself
+        except EngineUnreachable as error:
             logger.debug("%s", error)
         asyncio.get_running_loop().call_soon(self._receive_from_engine)  # a send may consume an edge of the descriptor
 

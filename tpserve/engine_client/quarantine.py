@@ -33,12 +33,13 @@ class Quarantine:
         self._proven: dict[int, None] = {}
         self._batches: deque[list[int]] = deque()
         """What is not sent yet. The next batch is sent once all before it are proven."""
+        self._suspended = False
         self._strikes: dict[int, float] = {}
         self._stalls: dict[int, int] = {}
 
     def admit(self, ids: Sequence[int]) -> list[int]:
         """New sequences."""
-        if not self._batches:
+        if not self._batches and not self._suspended:
             self._unproven.update(dict.fromkeys(ids))
             return list(ids)
         self._batches.append(list(ids))
@@ -62,8 +63,13 @@ class Quarantine:
                 batch.remove(id)
         return self._release()
 
+    def suspend(self) -> None:
+        """There is no engine: nothing is sent until `resend`."""
+        self._suspended = True
+
     def judge(self, cause: Cause) -> list[int]:
         """The next epoch runs after a fault: returns the condemned, which the caller ends. `resend` follows."""
+        self._suspended = True
         suspects, alone = self._suspects(cause)
         for id in suspects:
             if alone or cause == "error":
@@ -80,6 +86,7 @@ class Quarantine:
 
     def resend(self) -> list[int]:
         """The sequences to send first."""
+        self._suspended = False
         return self._release()
 
     def _suspects(self, cause: Cause) -> tuple[list[int], bool]:
@@ -92,7 +99,7 @@ class Quarantine:
         return candidates, len(candidates) == 1
 
     def _release(self) -> list[int]:
-        if self._unproven:
+        if self._unproven or self._suspended:
             return []
         while self._batches and not self._batches[0]:
             self._batches.popleft()

@@ -3,7 +3,7 @@
     event                        the engine                             the open requests
     EpochReady                   rank 0's new incarnation is the engine  are sent to it as `Quarantine` orders
     EpochLost                    there is none                           wait
-    Draining                     refuses new requests                    finish
+    Draining                     -                                       finish; HTTP takes no new ones
     EpochFailed, EpochFinished   -                                       fail with the reason
     outputs                      -                                       grow; a token forgives earlier faults
 
@@ -18,11 +18,11 @@ from typing import Literal
 
 from msgspec import Struct
 
-from tpserve.coordinator.actions import Action, Cause, Draining, EpochFailed, EpochFinished, EpochLost, EpochReady
+from tpserve.coordinator.actions import Action, Cause, EpochFailed, EpochFinished, EpochLost, EpochReady
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import INVARIANT, numerics
-from tpserve.types.messages import EngineControl, EngineInput, EngineOutput
+from tpserve.types.messages import EngineInput, EngineOutput
 
 SHUTTING_DOWN = "the server is shutting down"
 
@@ -81,9 +81,8 @@ class Recovery:
                 return [Attach(self._coordinator.hellos[0].identity), *recovered, *self._resubmit(action.cause)]
             case EpochLost():
                 self._lost_s = now if self._lost_s is None else self._lost_s
+                table.suspend()
                 return [Detach()]
-            case Draining():
-                return [SendInputs([EngineControl("drain")])]
             case EpochFailed(_, reason, _):
                 table.fail_all(reason, 500)
             case EpochFinished():

@@ -143,9 +143,12 @@ class RequestTable:
     """All open sequences. `send` passes messages to the engine and never blocks; `clock` returns seconds."""
 
     def __init__(
-        self, send: Callable[[list[EngineInput]], None], model_name: str = "model", clock: Callable[[], float] = time.monotonic
+        self,
+        send: Callable[[list[EngineInput]], None],
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.metrics = Metrics(model_name)
+        self.metrics = Metrics("model") if metrics is None else metrics
         self._send = send
         self._clock = clock
         self._open: dict[int, RequestState] = {}
@@ -183,6 +186,10 @@ class RequestTable:
             for sequence in handle.sequences:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
         return handle
+
+    def suspend(self) -> None:
+        """There is no engine until `resubmission`."""
+        self._quarantine.suspend()
 
     def resubmission(self, cause: Cause) -> list[EngineInput]:
         """What a new engine has to know first. `cause`: of the faults before it. Fails requests that kill engines."""

@@ -26,11 +26,11 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class ForkRequest(Struct, frozen=True):
-    """Run `module.main(argv)` in a new process. `environ`: all of its environment. `name`: what `ps -o comm` shows."""
+    """Run `module.main(argv)` in a new process. `variables`: all of its environment. `name`: what `ps -o comm` shows."""
 
     module: str
     argv: list[str]
-    environ: dict[bytes, bytes]
+    variables: dict[bytes, bytes]
     parent_pid: int
     name: str
 

@@ -30,7 +30,7 @@ class HeartbeatState:
         self.busy = ""
         """Long work inside a step, such as compiling a kernel; empty when there is none."""
         self.due: tuple[int, float] | None = None
-        """The oldest plan in flight and its deadline (monotonic seconds)."""
+        """The oldest plan in flight and its deadline (monotonic seconds); step -1: none, and the loop's own deadline."""
 
     def fail(self, kind: Literal["user", "engine", "peer", "sibling"], text: str) -> None:
         """Report an error that this rank cannot recover from. The first one counts."""
@@ -54,7 +54,8 @@ class HeartbeatState:
         if self.fault is not None and orders.leave is None:
             messages.append(self.fault)
         elif due is not None and now >= due[1] and not orders.over:  # not a fault of this rank; it clears when the step finishes
-            messages.append(Fault(self.rank, orders.epoch, "overdue", f"step {due[0]} does not come back: a rank hangs"))
+            what = f"step {due[0]} does not come back: a rank hangs" if due[0] >= 0 else "its loop does not come back: it hangs"
+            messages.append(Fault(self.rank, orders.epoch, "overdue", what))
         return [*messages, Heartbeat(self.rank, orders.epoch, self.phase, self.percent, self.step, self.busy)]
 
 

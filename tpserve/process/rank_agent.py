@@ -133,7 +133,7 @@ class RankAgent:
         self._heartbeat.step, self._heartbeat.busy = step, ""
 
     def set_step_deadline(self, due: tuple[int, float] | None) -> None:
-        """Rank 0: set the oldest plan in flight and its deadline (monotonic seconds), or None when no plan is in flight."""
+        """Rank 0: set the oldest plan in flight and its deadline (monotonic seconds). Step -1: the loop must come back."""
         self._heartbeat.due = due
 
     def report_expert_load(self, layers: tuple[int, ...], read: Callable[[], bytes]) -> None:

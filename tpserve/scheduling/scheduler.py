@@ -64,7 +64,6 @@ class Scheduler:
         self._releases: list[int] = []
         self._outputs: list[EngineOutput] = []
         self._step = 0
-        self._draining = False
         self._preemptions = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -101,10 +100,6 @@ class Scheduler:
         """End a request at `length` output tokens (the frontend found a stop string). Unknown and finished ids are ignored."""
         if sequence := self._find(id):
             self._end(sequence, "stop", now, num_tokens=min(length, sequence.num_output))
-
-    def drain(self) -> None:
-        """Refuse new requests from now on and finish the others."""
-        self._draining = True
 
     # steps
 
@@ -242,8 +237,6 @@ class Scheduler:
     def _refusal(self, sequence: Sequence) -> str:
         """Why a request can never be served; "" when it can. The frontend checks first, in terms of the API."""
         config, prompt_len = self.config, sequence.prompt_len
-        if self._draining:
-            return "the server is shutting down and takes no new requests"
         if wrong := content_error(sequence.request, config.vocab_size):
             return wrong
         if not prompt_len:

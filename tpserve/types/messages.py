@@ -1,6 +1,6 @@
 """All messages between processes.
 
-    frontend -> engine    Add, Abort, Truncate, EngineControl
+    frontend -> engine    Add, Abort, Truncate
     engine -> frontend    PromptLogprobsChunk, Delta, Done, Stats
     rank -> coordinator   Hello, Ready, Heartbeat, ExpertLoad, LogLines, Fault, Drain
     coordinator -> rank   Start, Run, Drain, Leave, Stop
@@ -50,13 +50,7 @@ class Truncate(Message, frozen=True):
     length: int
 
 
-class EngineControl(Message, frozen=True):
-    """A command to the whole engine. `drain`: admit no more requests and finish the open ones."""
-
-    action: Literal["drain"]
-
-
-EngineInput = Add | Abort | Truncate | EngineControl
+EngineInput = Add | Abort | Truncate
 
 # engine -> frontend
 

@@ -12,6 +12,7 @@ Invariants:
   thread resends them. A plan that stays missing, or a message of another epoch, raises `EngineFailure`.
 """
 
+import contextlib
 import math
 import struct
 import threading
@@ -350,6 +351,10 @@ class EngineLink(Channel):
             self._send(codec.ENGINE_OUTPUT.encode(outputs))
 
 
+class EngineUnreachable(EngineFailure):
+    """Rank 0 has ended, or its connection has. The coordinator learns that by itself."""
+
+
 class EngineServer(Channel):
     """The frontend's end. Talks to the engine of the running epoch only and drops messages of others."""
 
@@ -375,7 +380,7 @@ class EngineServer(Channel):
     def send(self, inputs: list[EngineInput]) -> None:
         """Send inputs to the engine, in one frame if they fit. They wait here until the engine has connected.
 
-        Raises EngineFailure when the engine is gone. FrameTooLarge for an input that fits no frame; nothing is sent then.
+        Raises EngineUnreachable when the engine is gone. FrameTooLarge for an input that fits no frame; nothing is sent then.
         """
         if inputs:
             frames = codec.ENGINE_INPUT.frames(inputs)
@@ -383,7 +388,7 @@ class EngineServer(Channel):
             self._flush()
 
     def receive(self) -> list[EngineOutput]:
-        """The engine's messages that have arrived. Never blocks."""
+        """The engine's messages that have arrived. Never blocks. Raises EngineFailure for what cannot be read."""
         outputs: list[EngineOutput] = []
         while True:
             try:
@@ -392,7 +397,8 @@ class EngineServer(Channel):
                 return outputs
             self._connected.add(address)
             if address == self._engine:
-                self._flush()
+                with contextlib.suppress(EngineUnreachable):  # it has ended since; what it has sent still counts
+                    self._flush()
                 outputs += [message for frame in frames for message in codec.ENGINE_OUTPUT.decode(frame)]
 
     def _flush(self) -> None:
@@ -402,7 +408,7 @@ class EngineServer(Channel):
             try:
                 self.socket.send_multipart([self._engine, frame])
             except zmq.ZMQError as error:
-                raise EngineFailure(f"rank 0's engine cannot be reached: {error.strerror}") from error
+                raise EngineUnreachable(f"rank 0's engine cannot be reached: {error.strerror}") from error
         self._unsent.clear()
 
 
