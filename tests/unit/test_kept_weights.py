@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from tests.specs import EXPERTS, LATENTS, small
 from tests.unit.weights_case import decoder
 from tpserve.config.schema import Quantization
-from tpserve.engine.kept_weights import KeptByAgent
+from tpserve.worker.kept_weights import KeptByAgent
 from tpserve.models.decoder import Decoder
 from tpserve.models.held_bytes import held_tensors
 from tpserve.process.weights_keeper import KeptWeights

@@ -15,7 +15,7 @@ from tpserve.attention.paged import KVCache
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, cache_dir
 from tpserve.config.schema import EngineConfig
-from tpserve.engine.kept_weights import KeptByAgent
+from tpserve.worker.kept_weights import KeptByAgent
 from tpserve.host.resources import cpu_model
 from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.models import names_of
