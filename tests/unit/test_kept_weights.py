@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from tests.specs import EXPERTS, LATENTS, small
 from tests.unit.weights_case import decoder
 from tpserve.config.schema import Quantization
-from tpserve.worker.kept_weights import KeptByAgent
 from tpserve.models.decoder import Decoder
 from tpserve.models.held_bytes import held_tensors
 from tpserve.process.weights_keeper import KeptWeights
@@ -23,6 +22,7 @@ from tpserve.types.model_spec import ModelSpec
 from tpserve.weights import dummy
 from tpserve.weights.parameter import Parameter
 from tpserve.weights.shared_memory import Index, MappedMemory, WrittenMemory
+from tpserve.worker.kept_weights import KeptByAgent
 from tpserve_kernels.cpu.library import load
 
 CPU, FACTS = torch.device("cpu"), {"model config": "1"}

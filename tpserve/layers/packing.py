@@ -59,7 +59,13 @@ class Packer:
 
     def table(self, table_VH: Table) -> Table:
         """A table whose rows are looked up, and which is not packed."""
-        return self._packed(table_VH, lambda: self.memory.keep(table_VH) if isinstance(table_VH, torch.Tensor) else table_VH)
+        if not isinstance(table_VH, torch.Tensor):
+            return table_VH
+        self.plain.fill(table_VH)
+        kept = self.memory.keep(table_VH)
+        if kept is not table_VH and _owns_storage(table_VH):
+            table_VH.untyped_storage().resize_(0)
+        return kept
 
     def stack(self, stack_ENK: Stack) -> Stack:
         """`pack_stack`; a stack that is a parameter is filled matrix by matrix, too."""

@@ -23,8 +23,6 @@ from tpserve.weights.parameter import Parameter
 ALIGNMENT = 64
 SAMPLES, SAMPLE_BYTES = 256, 4096
 _SLACK = 64 << 20
-_LARGE = 1 << 20
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 _FUTURE_WRITE_SEAL = 0x10  # F_SEAL_FUTURE_WRITE, Linux 5.1; Python does not name it
 _NORESERVE = 0x4000  # MAP_NORESERVE, which Python 3.13 names
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -55,7 +53,6 @@ class _Memory:
         if num_bytes == 0 or self._end > len(self._map):
             assert num_bytes == 0 or not self.packed, "the digest decides the sizes of all pieces"
             return torch.empty(shape, dtype=torch.uint8)
-        self._prepare(first, num_bytes)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=first).view(shape)
 
     def keep(self, plain: torch.Tensor) -> torch.Tensor:
@@ -65,16 +62,11 @@ class _Memory:
             kept.copy_(plain)
         return kept
 
-    def _prepare(self, first: int, num_bytes: int) -> None:
-        """Make a piece ready for use."""
-
     def _make_read_only(self) -> None:
         """So that a stray write ends this process, and not what the next one maps. Raises OSError."""
-        if _LIBC.mprotect(ctypes.c_void_p(self._address()), ctypes.c_size_t(len(self._map)), mmap.PROT_READ):
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        if _LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(self._map)), mmap.PROT_READ):
             raise OSError(ctypes.get_errno(), "mprotect")
-
-    def _address(self) -> int:
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def _sample(self, num_bytes: int) -> int:
         step = max(SAMPLE_BYTES, num_bytes // SAMPLES)
@@ -104,13 +96,6 @@ class WrittenMemory(_Memory):
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _FUTURE_WRITE_SEAL
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
         return Index(digest, self._end, self._sample(self._end))
-
-    def _prepare(self, first: int, num_bytes: int) -> None:
-        """Get the pages all at once, which is faster; kernels before 5.14 refuse."""
-        if num_bytes >= _LARGE:
-            start = first // mmap.PAGESIZE * mmap.PAGESIZE
-            length = ctypes.c_size_t(first + num_bytes - start)
-            _LIBC.madvise(ctypes.c_void_p(self._address() + start), length, _POPULATE_WRITE)
 
     def close(self) -> None:
         """Let go of the descriptor; this process's mapping stays."""

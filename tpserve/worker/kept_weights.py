@@ -28,13 +28,19 @@ class KeptByAgent:
         self._rank = rank
         self._facts = facts
         self._keeper = WeightsKeeper(weights_socket) if weights_socket >= 0 else None
+        self._kept = None if self._keeper is None else self._keeper.kept()
         self._written: WrittenMemory | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What the process before has left and `memory` has not been asked for. It counts as memory in use."""
+        return 0 if self._kept is None else os.fstat(self._kept[1]).st_size
 
     def memory(self, parameters: Iterable[Parameter], device: torch.device, dtype: torch.dtype) -> WeightMemory:
         """Where the packed form of these parameters lies, or is to lie."""
         if self._keeper is None:
             return PRIVATE
-        kept = self._keeper.kept()
+        kept, self._kept = self._kept, None
         mapped = None if kept is None else self._map(*kept)
         if mapped is not None:
             return mapped

@@ -15,7 +15,6 @@ from tpserve.attention.paged import KVCache
 from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, cache_dir
 from tpserve.config.schema import EngineConfig
-from tpserve.worker.kept_weights import KeptByAgent
 from tpserve.host.resources import cpu_model
 from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.models import names_of
@@ -36,6 +35,7 @@ from tpserve.weights.parameter import Parameter
 from tpserve.weights.unused_weights import checkpoint_notes
 from tpserve.worker import device as devices
 from tpserve.worker.grammars import CompiledGrammars
+from tpserve.worker.kept_weights import KeptByAgent
 from tpserve.worker.memory import allocate, check_weights, measure, room_for
 from tpserve.worker.model_runner import ModelRunner
 from tpserve.worker.request_pool import RequestPool
@@ -82,9 +82,11 @@ class LoadedModel:
         `agreed`: this rank's memory as an earlier epoch agreed on it; None: all ranks measure and agree now. `free`: bytes that
         were free before the mesh formed.
         """
+        if agreed is None:
+            ours = self._kept.num_bytes if self._decoder is None else self._weights  # taken already, and not to be taken again
+            sharers = self._env.local_world_size
+            check_weights(mesh, self._spec, self._config, sharers, free + sharers * ours)
         if self._decoder is None:
-            if agreed is None:
-                check_weights(mesh, self._spec, self._config, self._env.local_world_size, free)
             with self._room_for("loading the model", mesh):
                 self._decoder, self._weights = self._load(mesh)
             start_timer.mark("load")
@@ -93,8 +95,6 @@ class LoadedModel:
             self.numerics = self._self_test(self._decoder)
             start_timer.mark("self-test")
         else:
-            if agreed is None:
-                check_weights(mesh, self._spec, self._config, self._env.local_world_size, free)
             self._decoder.rejoin(mesh.tp)
         if agreed is None:
             self._measure(self._decoder, mesh)
