@@ -36,9 +36,10 @@ SPECS = {
 
 
 @pytest.fixture
-def agent() -> Iterator[KeptWeights]:
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeptWeights]:
     if load()[0] is None:
         pytest.skip("no library of CPU kernels")
+    monkeypatch.setattr("tpserve.weights.shared_memory.HUGE_PAGES", tmp_path)  # a system without huge pages
     kept, threads = KeptWeights(), torch.get_num_threads()
     torch.set_num_threads(1)
     yield kept
@@ -136,6 +137,19 @@ def test_without_memfd_weights_are_loaded(agent: KeptWeights, monkeypatch: pytes
     for _ in range(2):
         rank = Rank(agent)
         assert rank.memory is PRIVATE and rank.filled
+
+
+def test_a_memfd_may_not_cost_huge_pages(agent: KeptWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpserve.weights.shared_memory.HUGE_PAGES", tmp_path)
+    shmem, private = tmp_path / "shmem_enabled", tmp_path / "enabled"
+    for chosen, for_shmem, shared in [
+        ("[always] madvise never", "always within_size advise [never] deny force", False),
+        ("[always] madvise never", "always within_size [advise] never deny force", True),
+        ("always [madvise] never", "always within_size advise [never] deny force", True),
+    ]:
+        private.write_text(chosen)
+        shmem.write_text(for_shmem)
+        assert isinstance(Rank(agent, facts={"case": chosen + for_shmem}).memory, WrittenMemory) == shared
 
 
 def test_what_does_not_fit_is_packed_all_the_same(agent: KeptWeights, monkeypatch: pytest.MonkeyPatch) -> None:
