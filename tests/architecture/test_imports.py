@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {*FLOOR_0, "config", "host", "wire"},
     "observe": FLOOR_0,
     "hub": {*FLOOR_0, "config"},
+    "journal": FLOOR_0,
     # floor 2
     "structured_output": {*FLOOR_0, "text"},
     "response_template": {*FLOOR_0, "structured_output", "text"},
@@ -55,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "process",
         "coordinator",
         "engine_client",
+        "journal",
         "observe",
         "structured_output",
         "response_template",
@@ -192,6 +194,7 @@ TORCH_FREE = [
     "cli.server_flags",
     "host.resources",
     "hub.locate",
+    "journal.journal",
     "supervisor",
     "agent.__main__",
     "forkserver",

@@ -11,7 +11,7 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from tests.server import Server, children, rank_of
 
 TIMEOUT_S = 900.0
 Target = Callable[[Server, random.Random], int | None]
+Fault = tuple[signal.Signals, Target, int]
 
 
 def supervisor(server: Server) -> int:
@@ -55,7 +56,11 @@ def forkserver(server: Server, rng: random.Random) -> int | None:
     return rng.choice(found) if found else None
 
 
-FAULTS: tuple[tuple[signal.Signals, Target, int], ...] = (
+def frontend(server: Server, _: random.Random) -> int | None:
+    return next((pid for pid in children(supervisor(server)) if "tpserve.frontend" in _command(pid)), None)
+
+
+FAULTS: tuple[Fault, ...] = (
     (signal.SIGKILL, rank, 6),
     (signal.SIGSEGV, rank, 2),
     (signal.SIGSTOP, rank, 1),
@@ -64,6 +69,8 @@ FAULTS: tuple[tuple[signal.Signals, Target, int], ...] = (
     (signal.SIGKILL, forkserver, 2),
 )
 """Signal, target and how often of all."""
+OF_THE_FRONTEND = (signal.SIGKILL, frontend, 3)
+"""With --state-dir, for clients that come back."""
 
 
 @dataclass
@@ -91,9 +98,19 @@ async def baseline(url: str, todo: list[Call]) -> list[Body]:
 
 
 async def chaos(
-    server: Server, todo: list[Call], expected: list[Body], seconds: float, seed: int, pause_s: tuple[float, float] = (1.0, 4.0)
+    server: Server,
+    todo: list[Call],
+    expected: list[Body],
+    seconds: float,
+    seed: int,
+    pause_s: tuple[float, float] = (1.0, 4.0),
+    *,
+    durable: bool = False,
 ) -> Report:
-    """Ask all of `todo` at once, each again when it is answered, while faults come every `pause_s` seconds."""
+    """Ask all of `todo` at once, each again when it is answered, while faults come every `pause_s` seconds.
+
+    `durable`: the frontend is killed, too, and clients come back.
+    """
     report, end_s = Report(), time.monotonic() + seconds
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(TIMEOUT_S)) as session:
@@ -101,7 +118,7 @@ async def chaos(
         async def client(call: Call, wanted: Body) -> None:
             while time.monotonic() < end_s:
                 try:
-                    got = await answer(session, server.url, call)
+                    got = await answer(session, server.url, call, again=durable)
                 except Exception as error:
                     report.errors.append(f"{type(error).__name__}: {error} for {call}")
                     continue
@@ -110,18 +127,26 @@ async def chaos(
                     report.errors.append(difference)
 
         clients = [asyncio.create_task(client(*pair)) for pair in zip(todo, expected, strict=True)]
-        await trouble(server, report, random.Random(seed), end_s - 3.0, pause_s)
+        faults = (*FAULTS, OF_THE_FRONTEND) if durable else FAULTS
+        await trouble(server, report, random.Random(seed), end_s - 3.0, pause_s, faults)
         await asyncio.gather(*clients)
     report.outages_s = [float(took) for took in re.findall(r"recovered in ([\d.]+) s", server.log)]
     return report
 
 
-async def trouble(server: Server, report: Report, rng: random.Random, end_s: float, pause_s: tuple[float, float]) -> None:
+async def trouble(
+    server: Server,
+    report: Report,
+    rng: random.Random,
+    end_s: float,
+    pause_s: tuple[float, float],
+    faults: Sequence[Fault],
+) -> None:
     """One fault after the other; one time in four the next one follows before the ranks are back."""
-    weights = [weight for _, _, weight in FAULTS]
+    weights = [weight for _, _, weight in faults]
     while time.monotonic() < end_s:
         await asyncio.sleep(rng.uniform(0.0, 0.5) if rng.random() < 0.25 else rng.uniform(*pause_s))
-        ((number, target, _),) = rng.choices(FAULTS, weights)
+        ((number, target, _),) = rng.choices(faults, weights)
         if (pid := target(server, rng)) is not None:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)

@@ -27,6 +27,7 @@ from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
+from tpserve.journal.journal import Journal
 from tpserve.observe.metrics import Metrics
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
@@ -140,6 +141,8 @@ class Config:
     max_num_seqs: int = 8
     max_queued_requests: int = 56
     resume_window: float = 300.0
+    state_dir: Path | None = None
+    digest: bytes = b""
 
 
 @dataclass
@@ -150,6 +153,7 @@ class Server:
     tokenizer: Tokenizer
     loop: asyncio.AbstractEventLoop
     states: list[EngineStatus] = field(default_factory=list)
+    journal: Journal | None = None
 
     def call(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run something in the server's loop."""
@@ -175,14 +179,18 @@ def serving(
     thread.start()
     states = [EngineStatus("running", "serving", 100, "", MAX_MODEL_LEN, tokenizer.vocab_size)]
     settings = Config(**config)
+    journals: list[Journal | None] = []
 
     async def start() -> tuple[web.AppRunner, asyncio.Task[None], RequestTable, int]:
         request_table = RequestTable(engine.send, Metrics(settings.served_model_name[0]))
         template = ChatTemplate.load(directory, tokenizer.special_tokens)
         info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
+        journal = None if settings.state_dir is None else Journal(settings.state_dir, settings.digest, settings.resume_window)
+        journals.append(journal)
         app = create_app(
-            settings, request_table, lambda: states[-1], tokenizer, template, answers or ChatAnswers(), info=info, exposed=exposed
-        )
+            settings, request_table, lambda: states[-1], tokenizer, template, answers or ChatAnswers(),
+            journal=journal, info=info, exposed=exposed,
+        )  # fmt: skip
         site_runner = runner(app)
         await site_runner.setup()
         site = web.TCPSite(site_runner, "127.0.0.1", 0)
@@ -190,7 +198,7 @@ def serving(
         return site_runner, loop.create_task(engine.run(request_table)), request_table, site_runner.addresses[0][1]
 
     site_runner, task, request_table, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    server = Server(f"http://127.0.0.1:{port}", engine, request_table, tokenizer, loop, states)
+    server = Server(f"http://127.0.0.1:{port}", engine, request_table, tokenizer, loop, states, journals[0])
     try:
         yield server
     finally:

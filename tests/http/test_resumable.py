@@ -426,7 +426,7 @@ def test_positions_are_those_of_the_events() -> None:
     async def check() -> None:
         chance, table = random.Random(2), streams.StreamTable(60)
         for _ in range(30):
-            answer, ids, tokens = table.open(streams.new_stream_id(), "", b"", streamed=True), list[tuple[int, int]](), 0
+            answer, ids, tokens = table.open(streams.new_stream_id(), b"", b"", streamed=True), list[tuple[int, int]](), 0
             for _ in range(chance.randrange(1, 40)):
                 more = chance.choice((0, 0, 1, 1, 2))
                 ids.append((tokens + more, 0) if more else (tokens, ids[-1][1] + 1 if ids else 1))

@@ -286,7 +286,7 @@ def test_what_is_for_operators_is_closed_to_others(tmp_path: Path) -> None:
     with serving(tmp_path, exposed=True, api_key="s3cret", admin_api_key="root") as server:
         for key in (None, "s3cret", "rootx"):
             checks.is_error(asked(server, key), 401, code="invalid_api_key", says="admin key")
-        assert asked(server, "root").json == {"state": "running"}
+        assert asked(server, "root").json == {"state": "running", "state_dir": None}
         checks.is_error(
             checks.Client(server.url, {"Authorization": "Bearer root"}).get("/v1/models"), 401, code="invalid_api_key"
         )

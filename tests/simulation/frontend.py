@@ -1,7 +1,7 @@
 """The frontend: coordinator, request table and recovery as they are, and what `RankMonitor` and `EngineClient` do around them."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import process_time
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from tpserve.engine_client.engine_client import LEAVE_S
 from tpserve.engine_client.recovery import Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
 from tpserve.engine_client.requests import RequestTable
 from tpserve.observe.metrics import Metrics
-from tpserve.types.messages import EngineInput, Fault, Hello, RankMessage
+from tpserve.types.messages import Delta, EngineInput, EngineOutput, Fault, Hello, RankMessage
 from tpserve.wire.channels import EngineUnreachable
 
 if TYPE_CHECKING:
@@ -97,8 +97,21 @@ class SimulatedFrontend:
         if self.service.events.now < self.blocked_until_s or not self.service.router.has_arrived:
             return
         if outputs := self.engine.receive():
+            self._check_positions(outputs)
             self._carry_out(self.recovery.on_outputs(outputs))
             self.service.take_all()
+
+    def _check_positions(self, outputs: Sequence[EngineOutput]) -> None:
+        """An engine goes on where the request table is."""
+        known = {sequence.request.id: len(sequence.tokens) for sequence in self.table.open_sequences}
+        for output in outputs:
+            if isinstance(output, Delta) and output.id in known:
+                assert output.start == known[output.id], f"tokens at {output.start}, and {known[output.id]} are known"
+                known[output.id] += len(output.tokens)
+
+    def watches(self, peer: Peer) -> bool:
+        """Whether it has the pidfd of an incarnation."""
+        return self._tracked.get(peer.rank) == peer
 
     def block(self, seconds: float) -> None:
         """The event loop is held up."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from tests.simulation.events import Weather
-from tests.simulation.world import ServicePlan, SimulatedService
+from tests.simulation.world import ServicePlan, SimulatedService, quiet
 from tpserve.coordinator.actions import EpochFailed, EpochFinished
 
 SIZES, SIZE_WEIGHTS = (2, 3, 4, 6, 8, 12, 16), (46, 24, 16, 6, 4, 2, 2)
@@ -70,6 +70,7 @@ def run_schedule(seed: int, size: int | None = None, *, verbose: bool = False) -
 def _plan(random: Random, size: int | None) -> ServicePlan:
     """A service at random. Large ones have a mild network and small models, for the sake of time."""
     size = size or random.choices(SIZES, SIZE_WEIGHTS)[0]
+    poison = random.choice(POISONS) if random.random() < 0.1 else ""
     weather = random.choice([Weather(), Weather(0.05, 0.1, 0.05), Weather(0.3, 0.2, 0.3), Weather(0.1, 0.3, 1.5)])
     return ServicePlan(
         size=size,
@@ -82,8 +83,8 @@ def _plan(random: Random, size: int | None) -> ServicePlan:
         collectives_hang=random.choice([0.0, 0.0, 0.3, 1.0]),
         deaths_unseen=random.choice([0.0, 0.0, 0.5]),
         agent_kills_stopped=random.random() < 0.5,
-        engine_late_s=random.choice([0.01, 0.01, 1.0]),
-        poison=random.choice(POISONS) if random.random() < 0.1 else "",
+        engine_late_s=0.01 if poison else random.choice([0.01, 1.0]),
+        poison=poison,
         num_blocks=random.choice([14, 24, 60]),
     )
 
@@ -231,6 +232,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--size", type=int, default=None, help="number of ranks; at random without it")
     options = parser.parse_args()
+    quiet()
     begin_s, totals, failed = time.monotonic(), Counter[str](), list[int]()
     for seed in range(options.seed, options.seed + options.count):
         try:

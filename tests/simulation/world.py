@@ -28,7 +28,11 @@ VOCAB = 100
 CALM = Weather(late_s=0.002)
 STOPPED_KILLED_S = 4.5
 """A stopped process is killed by its node's agent after this long."""
-logging.getLogger("tpserve").setLevel(logging.CRITICAL)
+
+
+def quiet(on: bool = True) -> None:
+    """Without the log of the code under test, which would be most of a schedule's time."""
+    logging.getLogger("tpserve").setLevel(logging.CRITICAL if on else logging.NOTSET)
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class SimulatedService:
         """By the agent, where the frontend cannot or would not."""
         if not process.alive or not process.stopped:
             return
-        watched = self.frontend.coordinator.is_current(process.incarnation.peer) and process.incarnation.phase != "preparing"
+        watched = self.frontend.watches(process.incarnation.peer)
         if self.plan.agent_kills_stopped or process.node or process.orphan or not watched:
             process.die("SIGKILL")
         else:

@@ -358,6 +358,12 @@ def test_a_drain_goes_on_after_a_recovery() -> None:
     assert c.drain(2.5) == [] and c.drained(2.6)[-1] == EpochFinished(), "nothing is open, so nobody waits for the rank"
 
 
+def test_a_coordinator_that_follows_another_recovers() -> None:
+    c = Coordinator(2, 0.0, epoch=7, facts={"vocab_size": 320}, recovery_timeout_s=5.0)
+    assert c.recovering and c.facts == {"vocab_size": 320}
+    assert [type(a) for tenth in range(60) for a in c.tick(tenth / 10)] == [EpochFailed], "it waits as for a recovery"
+
+
 def test_the_next_coordinator_learns_the_memory_from_a_survivor() -> None:
     c = Coordinator(2, 0.0, epoch=7)
     c.receive(Peer(0, 1), hello(0), 0.0)

@@ -14,9 +14,11 @@ from tpserve.wire.curve import ConnectInfo
 
 
 class RunRecord(Struct, frozen=True):
-    """`epoch`: the last one that was started. `remote`: the coordinator's address for other nodes; None on a single node."""
+    """`epoch`: the last one that was started. `facts`: of the loaded model, empty before one has run. `remote`: the coordinator's
+    address for other nodes; None on a single node."""
 
     epoch: int = 0
+    facts: dict[str, int] = {}
     remote: ConnectInfo | None = None
 
 

@@ -75,6 +75,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         log_requests=flags.log_requests,
         log_stats=flags.log_stats,
         resume_window=flags.resume_window,
+        state_dir=_state_dir(flags),
         cluster_secret_file=_secret_file(flags, machine),
         log_level=flags.log_level,
         start_timeout=flags.start_timeout,
@@ -84,6 +85,13 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         port_range=_port_range(flags.port_range),
         step_trace=flags.step_trace,
     )
+
+
+def _state_dir(flags: Flags) -> str | None:
+    """The directory for answers. Raises UserError when none are kept at all."""
+    if flags.state_dir is not None and not flags.resume_window:
+        raise UserError("--state-dir needs a --resume-window above 0: with 0 no answers are kept", param="state_dir")
+    return flags.state_dir
 
 
 def _list(name: str, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -294,6 +294,15 @@ class Flags(Struct, frozen=True, kw_only=True):
             at_least=0,
         ),
     ] = 300.0
+    state_dir: Annotated[
+        str | None,
+        Flag(
+            HTTP,
+            "Directory on a local disk where such answers are kept, so that they go on when the frontend or the whole server was "
+            "killed and is started again; it holds prompts and outputs. Default: in memory only.",
+            "tpserve",
+        ),
+    ] = None
     log_requests: Annotated[
         bool,
         Flag(
@@ -445,6 +454,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     allowed_headers: tuple[str, ...]
     allow_credentials: bool
     resume_window: float
+    state_dir: str | None
     log_requests: bool
     log_stats: bool
     cluster_secret_file: str | None
@@ -460,15 +470,23 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
         """The fields that must be equal on all ranks: otherwise their tokens differ or their collectives hang."""
         return {name: value for name, value in to_builtins(self).items() if name not in _LOCAL}
 
+    def of_answers(self) -> dict[str, Any]:
+        """The fields that decide which answer a request gets, with all its bits."""
+        return {name: value for name, value in to_builtins(self).items() if name in _OF_ANSWERS}
+
     def redacted(self) -> dict[str, Any]:
         """All fields, for operators; a secret that is set becomes "***"."""
         return {name: "***" if name in SECRETS and value is not None else value for name, value in to_builtins(self).items()}
 
 
+_OF_ANSWERS = {
+    *("vocab_size", "eos_ids", "chat_template", "tool_call_parser", "reasoning_parser", "tool_strict_level", "sampling_defaults"),
+    *("served_model_name", "dtype", "quantization", "load_format", "seed", "layout", "device", "all_reduce", "kv_cache_dtype"),
+}
 _LOCAL = {
     *("model", "tokenizer", "chat_template", "tool_call_parser", "reasoning_parser", "tool_strict_level"),
     *("sampling_defaults", "snapshot", "served_model_name"),
     *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
     *("interface", "port_range", "allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials", "log_requests"),
-    *("log_stats", "resume_window"),
+    *("log_stats", "resume_window", "state_dir"),
 }

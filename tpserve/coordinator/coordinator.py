@@ -130,17 +130,18 @@ class Coordinator:
         recovery_timeout_s: float = 120.0,
         drain_timeout_s: float = 25.0,
         epoch: int = 0,
+        facts: dict[str, int] | None = None,
     ) -> None:
         """`restarts`: somebody starts dead ranks again. `form_timeout_s` bounds the first start and `recovery_timeout_s` a
         recovery, counted from the last progress of any rank (it may be downloading weights). `drain_timeout_s` bounds DRAINING
-        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`: the last one of a coordinator before this one.
+        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`, `facts`: of a coordinator before this one.
         """
         self.state = EpochState.FORMING
         self.epoch = epoch
         self.reason = self.advice = ""
         self.code = 0
         self.restarts = restarts
-        self.facts: dict[str, int] = {}
+        self.facts = facts or {}
         """Facts of the loaded model, from rank 0's Ready; empty before the first RUN."""
         self.last_fault = ""
         self.recoveries = 0
@@ -216,16 +217,22 @@ class Coordinator:
             return [SendMessage(peer, Stop(2, f"rank {peer.rank} is outside the world size of {len(roster)}"))]
         actions: list[Action] = []
         if roster.is_new(peer):
-            if roster[peer.rank].hello is not None:
-                actions = self._fail_epoch(f"{roster.describe(peer.rank)} is gone: a new process has taken its place", now)
-            roster.register(peer)
+            actions = self._register(peer, now)
         elif not roster.is_current(peer):
-            code = RESTART_CODE if self.restarts else 1  # it may be the newer one after all, if messages have overtaken others
-            return [SendMessage(peer, Stop(code, f"a newer process has taken the place of rank {peer.rank}"))]
+            return [self._stop_replaced(peer)]
         roster[peer.rank].last_message_s = now
         if self.state is EpochState.STOPPED:
             return [*actions, SendMessage(peer, Stop(self.code, self.reason))]
         return actions + self._handlers[type(message)](peer, message, now)
+
+    def _register(self, peer: Peer, now: float) -> list[Action]:
+        """The first message of an incarnation. The one before it gets Stop: after Leave it would take the place again."""
+        roster, old = self._roster, self._roster.peer(peer.rank)
+        took_part, name = roster[peer.rank].hello is not None, roster.describe(peer.rank)
+        roster.register(peer)
+        if not took_part:
+            return []
+        return [self._stop_replaced(old), *self._fail_epoch(f"{name} is gone: a new process has taken its place", now)]
 
     def lost(self, peer: Peer, how: str, now: float, advice: str = "", unexplained: str = "") -> list[Action]:
         """The process of an incarnation has ended, or its connection has. `how` completes "rank 1 on host (pid 7) ...".
@@ -295,14 +302,14 @@ class Coordinator:
             return [self._start(peer)] if rank.hello is not None and rank.ready is None else []
         if rank.hello is not None:
             return []
-        why = mismatch(self.hellos, message)
+        why = mismatch(self._roster.taking_part(), message)
         rank.hello, self._progress_s = message, now
         if why:
             return self._end(2, why, now)
         cause = _cause_of_exit(message.last_exit)
         if cause != "outside" and (actions := self._count_fault(cause, now)):
             return actions
-        return [] if self._roster.missing else self._enter_state("all_joined", now)
+        return self._enter_state("all_joined", now) if self._roster.complete else []
 
     def _on_ready(self, peer: Peer, message: Ready, now: float) -> list[Action]:
         rank = self._roster[peer.rank]
@@ -437,6 +444,11 @@ class Coordinator:
         own = self._roster[rank].hello
         survivors = [own, *self.hellos]
         return next((hello.ledger for hello in survivors if hello is not None and hello.ledger is not None), None)
+
+    def _stop_replaced(self, peer: Peer) -> SendMessage:
+        """The code asks for a restart: it may be the newer one after all, if messages have overtaken others."""
+        code = RESTART_CODE if self.restarts else 1
+        return SendMessage(peer, Stop(code, f"a newer process has taken the place of rank {peer.rank}"))
 
     def _leave(self, peer: Peer) -> SendMessage:
         return SendMessage(peer, Leave(self.epoch, self.reason))

@@ -82,6 +82,7 @@ class EngineClient:
             config.layout.world_size,
             time.monotonic(),
             epoch=self._run.epoch,
+            facts=self._run.facts,
             restarts=restarts,
             form_timeout_s=config.start_timeout,
             recovery_timeout_s=config.recovery_timeout,
@@ -267,9 +268,9 @@ class EngineClient:
     def _on_action(self, action: Action) -> None:
         match action:
             case EpochStarting(epoch):
-                self._run = replace(self._run, epoch=epoch)
-                write_run(self._runtime_dir, self._run)
+                self._keep(epoch=epoch)
             case EpochReady():
+                self._keep(facts=self._coordinator.facts)
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
                 self._log_numerics()
                 self._on_epoch_news(action)
@@ -284,6 +285,11 @@ class EngineClient:
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
             case _:
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
+
+    def _keep(self, **fields: Any) -> None:
+        """Write down what the next frontend needs."""
+        self._run = replace(self._run, **fields)
+        write_run(self._runtime_dir, self._run)
 
     def _carry_out(self, actions: list[EngineAction]) -> None:
         for action in actions:

@@ -1,6 +1,7 @@
 """Which open requests may have killed the engine, and in which order they are sent to the next one. Pure.
 
-A sequence is *proven* in an epoch once the engine has sent something about it. When an epoch ends, its *suspects* are the
+A sequence is *proven* in an epoch once the engine has sent `PROOF` messages about it: what it had drawn when it ended a rank may
+not have arrived, so it may draw that again before it does the same. When an epoch ends, its *suspects* are the
 sequences that it was sent and that are not proven; without any of these, all that it was sent. The cause decides what happens:
 
     outside   a process was killed (SIGKILL, SIGTERM), stopped, or cut off: everything is sent again at once
@@ -23,13 +24,16 @@ from tpserve.coordinator.actions import Cause
 STRIKES = 2.0
 STALLS = 3
 OUTSIDE_SHARE = 0.25
+PROOF = 3
+"""More than the plans in flight. More would take longer, and so would a stray signal find a suspect alone more often."""
 
 
 class Quarantine:
     """The open sequences of a request table, by ids that grow. Methods that return ids return those to send to the engine now."""
 
     def __init__(self) -> None:
-        self._unproven: dict[int, None] = {}
+        self._unproven: dict[int, int] = {}
+        """And how many messages are missing."""
         self._proven: dict[int, None] = {}
         self._batches: deque[list[int]] = deque()
         """What is not sent yet. The next batch is sent once all before it are proven."""
@@ -40,7 +44,7 @@ class Quarantine:
     def admit(self, ids: Sequence[int]) -> list[int]:
         """New sequences."""
         if not self._batches and not self._suspended:
-            self._unproven.update(dict.fromkeys(ids))
+            self._unproven.update(dict.fromkeys(ids, PROOF))
             return list(ids)
         self._batches.append(list(ids))
         return []
@@ -49,7 +53,11 @@ class Quarantine:
         """The engine has sent something about a sequence."""
         if id not in self._unproven:
             return []
-        self._proven[id] = self._unproven.pop(id)
+        self._unproven[id] -= 1
+        if self._unproven[id]:
+            return []
+        self._proven[id] = None
+        del self._unproven[id]
         self._forget(id)
         return self._release()
 
@@ -106,7 +114,7 @@ class Quarantine:
         if not self._batches:
             return []
         ids = self._batches.popleft()
-        self._unproven.update(dict.fromkeys(ids))
+        self._unproven.update(dict.fromkeys(ids, PROOF))
         return ids
 
     def _forget(self, id: int) -> None:

@@ -70,6 +70,7 @@ class Recovery:
         """What the ranks of the first epoch computed with."""
         self.resumption: Resumption | None = None
         """How an answer that a fault interrupts goes on; None before the first epoch runs."""
+        request_table.suspend()  # requests of an earlier frontend may come before the first engine
 
     def on_action(self, action: Action, now: float) -> list[EngineAction]:
         """The coordinator has decided `action`."""

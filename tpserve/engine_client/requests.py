@@ -40,6 +40,7 @@ from tpserve.types.messages import (
     FinishReason,
     PhaseTimes,
     PromptLogprobsChunk,
+    RequestOutput,
     Stats,
     Truncate,
 )
@@ -83,14 +84,18 @@ class RequestHandle:
     """A client's request. One reader waits and takes; the request table writes.
 
     `streaming`: the reader wakes for output, not only for the end. `stepwise`: `take` returns a delta of its own for each token
-    that shows something, in the order of arrival.
+    that shows something, in the order of arrival. `keep` gets the engine's messages about the sequences, frame by frame, with
+    their indices for ids; fed to another table they have the same effect.
     """
 
     def __init__(self, streaming: bool, stepwise: bool = False) -> None:
         self.sequences: list[RequestState] = []
         self.failure: UserError | None = None
         """Set when the request fails; its `status` is the HTTP status."""
+        self.cut_off = False
+        """Set when it fails only because the engine has ended."""
         self.stepwise = stepwise
+        self.keep: Callable[[list[RequestOutput]], None] | None = None
         self._streaming = streaming
         self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
@@ -179,17 +184,27 @@ class RequestTable:
             sequence = RequestState(request, index, assembler, handle, now)
             self._open[request.id] = sequence
             handle._add(sequence)
-        try:
-            self._submit(self._quarantine.admit([request.id for request, _ in requests]))
-        except Exception as error:  # it cannot be encoded; nothing was sent, and no other request is affected
-            log.exception("requests %s cannot be sent to the engine", [request.id for request, _ in requests])
-            for sequence in handle.sequences:
-                self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
+        self._admit(handle.sequences)
         return handle
 
     def suspend(self) -> None:
         """There is no engine until `resubmission`."""
         self._quarantine.suspend()
+
+    def adopt(self, past: "RequestTable") -> None:
+        """Take over the open sequences of another table, whose ids are unknown here, and send them with their output so far."""
+        sequences, past._open = past.open_sequences, {}
+        self._open.update({sequence.request.id: sequence for sequence in sequences})
+        self._admit(sequences)
+
+    def _admit(self, sequences: Sequence[RequestState]) -> None:
+        ids = [sequence.request.id for sequence in sequences]
+        try:
+            self._submit(self._quarantine.admit(ids))
+        except Exception as error:  # it cannot be encoded; nothing was sent, and no other request is affected
+            log.exception("requests %s cannot be sent to the engine", ids)
+            for sequence in sequences:
+                self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
 
     def resubmission(self, cause: Cause) -> list[EngineInput]:
         """What a new engine has to know first. `cause`: of the faults before it. Fails requests that kill engines."""
@@ -222,6 +237,7 @@ class RequestTable:
         """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
         self._quarantine = Quarantine()  # nothing is sent any more
         for sequence in list(self._open.values()):
+            sequence.handle.cut_off = sequence.handle.cut_off or sequence.handle.failure is None
             self._fail(sequence, text, status)
 
     def receive(self, outputs: Sequence[EngineOutput]) -> bool:
@@ -231,10 +247,13 @@ class RequestTable:
             for message in outputs
             if isinstance(message, Done) and message.finish == "stop" and not message.by_grammar
         }
+        kept: dict[RequestHandle, list[RequestOutput]] = {}
         for message in outputs:
             if isinstance(message, Stats):
                 self.metrics.engine(message)
             elif (sequence := self._open.get(message.id)) is not None:
+                if sequence.handle.keep is not None:
+                    kept.setdefault(sequence.handle, []).append(replace(message, id=sequence.index))
                 try:
                     self._on_message(sequence, message, stops.get(message.id))
                 except Exception as error:  # a defect in the text or the log probabilities of one request
@@ -244,6 +263,9 @@ class RequestTable:
                     )
                     self._send([Abort(message.id)])
                 self._submit(self._quarantine.prove(message.id))
+        for handle, messages in kept.items():
+            assert handle.keep is not None
+            handle.keep(messages)
         return any(isinstance(message, Delta) for message in outputs)
 
     def _on_message(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:

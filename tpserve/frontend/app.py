@@ -4,11 +4,12 @@ Owns no state but that of `OpenAIServing`. Never opens sockets (`process` does),
 x-request-id header; every error has the OpenAI body.
 """
 
+import asyncio
 import logging
 import secrets
 import string
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -26,9 +27,11 @@ from tpserve.frontend.http_errors import JsonErrorRunner
 from tpserve.frontend.openai import resumable, routes
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
+from tpserve.frontend.openai.rebuild import rebuild_running
 from tpserve.frontend.openai.routes import REQUEST_ID
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
 from tpserve.frontend.streams import StreamTable
+from tpserve.journal.journal import Journal
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
@@ -76,6 +79,7 @@ def create_app(
     chat_template: ChatTemplate,
     answers: ChatAnswers,
     *,
+    journal: Journal | None = None,
     info: Callable[[], dict[str, Any]],
     exposed: bool,
 ) -> web.Application:
@@ -101,10 +105,13 @@ def create_app(
         grammars=grammars,
         answers=answers,
         streams=StreamTable(settings.resume_window),
+        journal=journal,
     )
     app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(origins.on_prepare)
     app.cleanup_ctx.append(traffic.log_traffic(request_table, status, settings.drain_timeout, settings.log_stats))
+    if journal is not None:
+        app.cleanup_ctx.append(go_on)
     app.on_shutdown.append(forget_answers)
     routes.add_routes(app)
     resumable.add_routes(app)
@@ -131,6 +138,19 @@ def is_server_error(record: logging.LogRecord) -> bool:
     """A log filter that drops aiohttp's tracebacks about malformed requests and lost clients, which get status 400 or nothing."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, HttpProcessingError | web.RequestPayloadError | ConnectionError)
+
+
+async def go_on(app: web.Application) -> AsyncGenerator[None, None]:
+    """Go on with the answers of the server before this one; at the end leave what is open to the next."""
+    service = app[SERVICE]
+    assert service.journal is not None
+    running = asyncio.get_running_loop().create_task(rebuild_running(service))
+    yield
+    tasks = [running, *(earlier.rebuilding for earlier in service.journal.earlier.values() if earlier.rebuilding is not None)]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    service.journal.close()
 
 
 async def forget_answers(app: web.Application) -> None:
@@ -162,7 +182,8 @@ async def metrics(request: web.Request) -> web.Response:
 
 async def server_info(request: web.Request) -> web.Response:
     """GET /server_info: the configuration and the ranks, also during a start."""
-    return json_response(request.app[INFO]())
+    journal = request.app[SERVICE].journal
+    return json_response(request.app[INFO]() | {"state_dir": journal.info() if journal is not None else None})
 
 
 @web.middleware

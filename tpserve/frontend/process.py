@@ -38,10 +38,13 @@ from tpserve.config import env
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.actions import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
+from tpserve.engine_client.recovery import EXACT
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.host.network import host_port, listen_http
+from tpserve.journal.identity import answer_digest
+from tpserve.journal.journal import Journal
 from tpserve.observe import log
 from tpserve.process.process_utils import open_pidfd
 from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
@@ -50,6 +53,7 @@ from tpserve.response_template.lark import SpecialTokens
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
 from tpserve.text.tokenizer_config import CONFIG, read_json
+from tpserve.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +175,7 @@ class FrontendServer:
         )
         tokens = SpecialTokens.of(tokenizer, config.eos_ids, config.vocab_size)
         answers = ChatAnswers.of(found, tokenizer, tokens, config.tool_strict_level)
+        self._journal = open_journal(config)
         engine_client = self._engine_client
         self.app = create_app(
             config,
@@ -179,6 +184,7 @@ class FrontendServer:
             tokenizer,
             template,
             answers,
+            journal=self._journal,
             info=engine_client.info,
             exposed=exposed,
         )
@@ -225,6 +231,8 @@ class FrontendServer:
             self._engine_client.fail(1, "ended at once by a second signal")
 
     def _on_epoch_news(self, news: EpochNews) -> None:
+        if self._journal is not None and isinstance(news, EpochReady):
+            self._journal.exact = self._engine_client.status().resumption == EXACT
         match news:
             case EpochReady() if not self._was_ready:
                 self._was_ready = True
@@ -234,6 +242,18 @@ class FrontendServer:
             case EpochFailed(_, reason, advice):
                 logger.error(reason)
                 self._final_reason = "; ".join(filter(None, (f"ended: {reason}", advice)))
+
+
+def open_journal(config: EngineConfig) -> Journal | None:
+    """The durable table of answers; None without --state-dir. UserError when the directory cannot be used."""
+    if config.state_dir is None:
+        return None
+    facts, model, tokenizer = {"version": __version__, **config.of_answers()}, Path(config.model), Path(config.tokenizer)
+    directories = [tokenizer] if tokenizer == model else [tokenizer, model]
+    if config.snapshot is not None:  # its weights may still be on their way
+        facts["commit"] = f"{config.snapshot.repository}@{config.snapshot.commit}"
+        directories = [directory for directory in directories if directory != model]
+    return Journal(Path(config.state_dir), answer_digest(facts, directories), config.resume_window)
 
 
 def http_url(host: str, port: int) -> str:

@@ -7,6 +7,7 @@ Invariants:
     order      events are numbered as they come, and what is kept never changes: every reader sees the same bytes
     end        each answer ends exactly once: complete, with an error, or because nobody came for it
     window     an answer that nobody reads ends `window_s` after the last reader has left, and is kept `window_s` after its end
+    journal    an answer with a `record` is deleted there with the answer, but not at the end of the server
     memory     an answer above `MAX_ANSWER_BYTES` ends; above `MAX_KEPT_BYTES` those that ended first are forgotten first
 
 The position of an event is (T, K): the output tokens, of all choices, that the stream has after it, and for an event that adds
@@ -27,6 +28,7 @@ from typing import Any
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import error_object
 from tpserve.frontend.openai.sse import END, event
+from tpserve.journal.journal import JournalRecord
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class ResumableAnswer:
         self.body = b""
         self.error: UserError | None = None
         self.gone: UserError | None = None
+        self.record: JournalRecord | None = None
         self.begun = self.ended = False
         self.num_bytes = OVERHEAD_BYTES
         self._table = table
@@ -98,6 +101,11 @@ class ResumableAnswer:
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Let `work` produce the answer; `stop` cancels it."""
         self._task = asyncio.get_running_loop().create_task(work)
+
+    async def produced(self) -> None:
+        """Until the work for the answer has ended."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     def append(self, num_tokens: int, data: bytes) -> None:
         """Keep the next event, after which the stream has `num_tokens` output tokens."""
@@ -201,14 +209,32 @@ class ResumableAnswer:
         if self.num_bytes > MAX_ANSWER_BYTES and not self.ended:
             self.give_up(larger_than_kept())
 
+    def count(self, num_bytes: int) -> None:
+        """The answer takes so many bytes elsewhere, which its bounds count, too."""
+        self._grow(num_bytes)
+
     def give_up(self, error: UserError) -> None:
         """End a running answer that takes too much memory; only the error stays."""
         log.warning("the resumable answer %s is ended: %s", self.name, error)
+        self.reduce_to(error)
+
+    def suspend(self, error: UserError) -> None:
+        """The engine has ended before the answer. With a record the next server goes on, so that the error is no event."""
+        if self.record is not None:
+            self.record.leave(failed=error.status != 503)
+            self.record = None
+            self.release(UserError(f"{error}; the next server goes on: ask again", code="engine_unavailable", status=503))
+        self.fail(error)
+
+    def reduce_to(self, error: UserError) -> None:
+        """End the answer; who reads it and who asks for it gets the error, which is no event of it."""
         self.release(error)
         self.stop(error)
 
     def _end(self, error: UserError | None = None) -> None:
         self.ended, self.error = True, error
+        if self.record is not None:
+            self.record.end(error)
         self._wake()
         self._start_timer()
         self._table.ended(self)
@@ -249,9 +275,9 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def open(self, id: str, key: str, request_digest: bytes, streamed: bool) -> ResumableAnswer:
-        """A new answer for the client that sent `key`, empty for none."""
-        answer = ResumableAnswer(self, id, key_digest(id, key), request_digest, streamed)
+    def open(self, id: str, owner: bytes, request_digest: bytes, streamed: bool) -> ResumableAnswer:
+        """A new answer; `owner`: the `key_digest` of its client."""
+        answer = ResumableAnswer(self, id, owner, request_digest, streamed)
         self._answers[id] = answer
         self.grown(answer.num_bytes)
         return answer
@@ -272,6 +298,8 @@ class StreamTable:
         if self._answers.pop(answer.id, None) is None:
             return
         gone = UserError("the answer is no longer kept", code="stream_not_found", status=404)
+        if answer.record is not None:
+            answer.record.forget()
         answer.stop(gone)
         self._ended.pop(answer.id, None)
         answer.release(gone)
@@ -279,8 +307,9 @@ class StreamTable:
         self.num_bytes -= answer.num_bytes
 
     def close(self) -> None:
-        """Forget all answers."""
+        """Forget all answers, but leave their records to the next server."""
         for answer in list(self._answers.values()):
+            answer.record = None
             self.remove(answer)
 
     # Called by answers

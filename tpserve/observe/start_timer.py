@@ -35,8 +35,9 @@ class StartTimer:
 
     def line(self) -> str:
         """The phases of at least `LEAST_S` in order, and the total of all."""
-        parts = ", ".join(f"{name} {took_s:.1f}" for name, took_s in self._phases if took_s >= LEAST_S)
-        return f"{'start' if self.first else 'recovery'}: {parts}, together {sum(took_s for _, took_s in self._phases):.1f} s"
+        parts = [f"{name} {took_s:.1f}" for name, took_s in self._phases if took_s >= LEAST_S]
+        parts.append(f"together {sum(took_s for _, took_s in self._phases):.1f} s")
+        return f"{'start' if self.first else 'recovery'}: {', '.join(parts)}"
 
 
 def start_time_s(pid: int) -> float | None:

@@ -89,8 +89,10 @@ class ChatTemplate:
         variables: Mapping[str, Any] = MappingProxyType({}),
         documents: Sequence[Mapping[str, Any]] = (),
         tools: Sequence[Mapping[str, Any]] = (),
+        now_s: float | None = None,
     ) -> str:
-        """Render `messages` to a prompt. `variables`: further names for the template. `documents`: for retrieval.
+        """Render `messages` to a prompt. `variables`: further names for the template. `documents`: for retrieval. `now_s`: the
+        time that the template sees, if not the present.
 
         `tools`: the functions that the model may call, each as {"type": "function", "function": {name, description, parameters}}.
 
@@ -106,7 +108,9 @@ class ChatTemplate:
                 f"chat_template_kwargs must not set {taken[0]}: the server gives it to the template", param="chat_template_kwargs"
             )
         # Some templates test whether tools is none without testing whether it is defined.
-        always = {"tools": list(tools) or None, "documents": list(documents) or None}
+        always: dict[str, Any] = {"tools": list(tools) or None, "documents": list(documents) or None}
+        if now_s is not None:
+            always["strftime_now"] = datetime.fromtimestamp(now_s).strftime
         names = {**self._special, **always, **variables, "add_generation_prompt": add_generation_prompt}
         prompt = self._render_parts(names, messages) if any(isinstance(each.get("content"), list) for each in messages) else None
         if prompt is None:

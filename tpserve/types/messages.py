@@ -126,7 +126,8 @@ class Stats(Message, frozen=True):
     """Tokens of such output that were drawn again and differ."""
 
 
-EngineOutput = PromptLogprobsChunk | Delta | Done | Stats
+RequestOutput = PromptLogprobsChunk | Delta | Done
+EngineOutput = RequestOutput | Stats
 
 # rank -> coordinator
 

@@ -37,6 +37,11 @@ async def read_object(request: web.Request, large: asyncio.Lock) -> dict[str, An
         data = await request.read()
     except web.RequestPayloadError as error:
         raise UserError(f"the body cannot be read: {error}") from error
+    return await decode_object(data, large)
+
+
+async def decode_object(data: bytes, large: asyncio.Lock) -> dict[str, Any]:
+    """The same of a body that has been read."""
     if not data:
         raise UserError("the body is empty; send a JSON object")
     if len(data) <= SLICE:

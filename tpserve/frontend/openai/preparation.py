@@ -23,7 +23,7 @@ from tpserve.frontend.openai.response_builder import (
     ResponseMeta,
 )
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
-from tpserve.frontend.openai.sequences import params_of
+from tpserve.frontend.openai.sequences import params_of, random_seed
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.openai.tools import ToolUse, tool_use
 from tpserve.response_template.parser import Place
@@ -38,12 +38,13 @@ GenerationRequest = CompletionRequest | ChatCompletionRequest
 @dataclass(frozen=True)
 class Arrival:
     """What belongs to a request beside its body. `limits`: UserError 503 unless the engine runs. `call_ids`: the id of a tool
-    call by the index of its choice and its number there."""
+    call by the index of its choice and its number there. `draw_seed`: the seed of a sequence whose request has none."""
 
     request_id: str
     created_s: int
     limits: Callable[[], ModelLimits]
     call_ids: Callable[[int, int], str]
+    draw_seed: Callable[[], int] = random_seed
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ async def prepare_chat(
     limits = arrival.limits()
     use = tool_use(call)
     service.answers.refuse_tools(use)
-    prompt = await chat_prompt(service, call, limits)
+    prompt = await chat_prompt(service, call, limits, arrived_s=arrival.created_s)
     tail, place = service.answers.tail(prompt.text)
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")

@@ -117,8 +117,9 @@ async def chat_prompt(
     call: ChatCompletionRequest | TokenizeChatRequest,
     limits: ModelLimits,
     max_prompt_tokens: int | None = None,
+    arrived_s: float | None = None,
 ) -> Prompt:
-    """The prompt that the chat template makes of the messages.
+    """The prompt that the chat template makes of the messages. `arrived_s`: the time that it sees; None is now.
 
     UserError when it has more than `max_prompt_tokens` tokens (default: the maximum length of a sequence).
     """
@@ -144,6 +145,7 @@ async def chat_prompt(
             variables=variables,
             documents=documents,
             tools=declared,
+            now_s=arrived_s,
         )
         ids = encode(tokenizer, text, call.add_special_tokens, limits, max_prompt_tokens, "messages")
         if cut is not None and len(ids) > cut:

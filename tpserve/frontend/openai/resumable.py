@@ -1,26 +1,21 @@
 """The HTTP side of answers that outlive a connection: how they are asked for, read, asked for again and ended.
 
-A task of its own reads the handle of such an answer and writes events, or one JSON text, into a `ResumableAnswer`; every client,
-also the first one, is a reader of it. Owns no state.
+Every client, also the first one, is a reader of a `ResumableAnswer`, into which `production` writes. Owns no state.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable
 
 from aiohttp import web
 
-from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.errors import UserError
 from tpserve.frontend.access import bearer_token
-from tpserve.frontend.openai.errors import error_object, internal_error, json_response, shown
-from tpserve.frontend.openai.preparation import PreparedRequest
-from tpserve.frontend.openai.prompts import in_thread
-from tpserve.frontend.openai.responses import EventEncoder, num_values, whole_answer
+from tpserve.frontend.openai.errors import error_object, json_response, shown
+from tpserve.frontend.openai.production import digest_of
+from tpserve.frontend.openai.rebuild import rebuilt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.service import SERVICE
 from tpserve.frontend.openai.sse import END, KEEP_ALIVE_COMMENT, SSE_HEADERS, IdleTimer, event
-from tpserve.frontend.streams import BEGINNING, Position, ResumableAnswer, parsed_position
+from tpserve.frontend.streams import BEGINNING, Position, ResumableAnswer, key_digest, parsed_position
 
 log = logging.getLogger(__name__)
 
@@ -44,57 +39,6 @@ def outlives(request: web.Request, call: CompletionRequest | ChatCompletionReque
     if value in ON and not call.stream and not call.background:
         warnings.append(NO_EFFECT)
     return call.background or (value in ON and call.stream and window_s > 0)
-
-
-def call_ids_of(stream_id: str) -> Callable[[int, int], str]:
-    """Ids of tool calls that are the same whenever the answer is written, and unlike those of any other answer."""
-    key = stream_id.encode()
-
-    def call_id(choice: int, number: int) -> str:
-        return f"call_{hashlib.blake2b(f'{choice}.{number}'.encode(), key=key, digest_size=12).hexdigest()}"
-
-    return call_id
-
-
-def digest_of(body: bytes) -> bytes:
-    """The digest by which a repeated request is recognized."""
-    return hashlib.sha256(body).digest()
-
-
-async def produce(answer: ResumableAnswer, request_table: RequestTable, handle: RequestHandle, prepared: PreparedRequest) -> None:
-    """Write the output of `handle` into `answer` until its end. Cancelled, it aborts what is left."""
-    try:
-        if answer.streamed:
-            await produce_events(answer, handle, prepared)
-            answer.finish()
-        else:
-            answer.finish(await whole_answer(handle, prepared))
-    except UserError as error:
-        answer.fail(error)
-    except Exception:  # a defect of the server
-        log.exception("the answer to request %s failed", prepared.meta.id)
-        answer.fail(internal_error(prepared.meta.id))
-    finally:
-        request_table.abort(handle)
-
-
-async def produce_events(answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest) -> None:
-    """Write all events of a stream. Raises the handle's failure."""
-    encoder, ended = EventEncoder(prepared), False
-
-    def encode() -> list[tuple[int, bytes]]:
-        return [(encoder.output_tokens, data) for output in outputs for data in encoder.deltas(*output)]
-
-    for data in encoder.opening():
-        answer.append(0, data)
-    while not ended:
-        await handle.wait()
-        ended = handle.ended
-        outputs = handle.take()
-        for num_tokens, data in await in_thread(encode, num_values(outputs)):
-            answer.append(num_tokens, data)
-    for data in encoder.closing():
-        answer.append(encoder.output_tokens, data)
 
 
 async def send_answer(request: web.Request, answer: ResumableAnswer, position: Position | None) -> web.StreamResponse:
@@ -162,14 +106,17 @@ def asked_position(request: web.Request) -> Position | None:
     return position
 
 
-def asked_answer(request: web.Request, id: str) -> ResumableAnswer:
+async def asked_answer(request: web.Request, id: str) -> ResumableAnswer:
     """The answer `id`. UserError 404 when the client has none of it."""
-    return request.app[SERVICE].streams.find(id, bearer_token(request))
+    service, key = request.app[SERVICE], bearer_token(request)
+    if service.journal is not None and (earlier := service.journal.find(id, key_digest(id, key))) is not None:
+        await rebuilt(service, earlier)
+    return service.streams.find(id, key)
 
 
 async def repeated(request: web.Request, body: bytes) -> web.StreamResponse:
     """The response to a POST that names an earlier answer: that answer, if the request is the same."""
-    answer = asked_answer(request, request.headers[STREAM_ID])
+    answer = await asked_answer(request, request.headers[STREAM_ID])
     if answer.request_digest != digest_of(body):
         raise UserError(
             f"the body is not that of the request whose {STREAM_ID} this is; leave the header out for a new request",
@@ -181,12 +128,12 @@ async def repeated(request: web.Request, body: bytes) -> web.StreamResponse:
 
 async def get_stream(request: web.Request) -> web.StreamResponse:
     """GET /v1/streams/{id}: the rest of an answer."""
-    return await send_answer(request, asked_answer(request, request.match_info["id"]), asked_position(request))
+    return await send_answer(request, await asked_answer(request, request.match_info["id"]), asked_position(request))
 
 
 async def delete_stream(request: web.Request) -> web.Response:
     """DELETE /v1/streams/{id}: end an answer and forget it."""
-    answer = asked_answer(request, request.match_info["id"])
+    answer = await asked_answer(request, request.match_info["id"])
     request.app[SERVICE].streams.remove(answer)
     return json_response({"id": answer.id, "object": "stream.deleted", "deleted": True})
 

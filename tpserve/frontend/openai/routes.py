@@ -12,14 +12,15 @@ from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.chat_answer import random_call_id
 from tpserve.frontend.openai.errors import Json, json_response
 from tpserve.frontend.openai.preparation import CHAT_COMPLETIONS, COMPLETIONS, Arrival, Endpoint
+from tpserve.frontend.openai.production import call_ids_of, digest_of, produce, record
 from tpserve.frontend.openai.prompts import chat_prompt, completion_prompts, in_thread, refuse_too_long
 from tpserve.frontend.openai.responses import send_stream, send_whole
-from tpserve.frontend.openai.resumable import STREAM_ID, call_ids_of, digest_of, outlives, produce, repeated, send_answer
+from tpserve.frontend.openai.resumable import STREAM_ID, outlives, repeated, send_answer
 from tpserve.frontend.openai.schema import CompletionRequest, DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from tpserve.frontend.openai.sequences import requests_of
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids
-from tpserve.frontend.streams import new_stream_id
+from tpserve.frontend.streams import key_digest, new_stream_id
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """The id of a request: the client's, or a random one."""
@@ -62,12 +63,16 @@ async def generate(request: web.Request, endpoint: Endpoint) -> web.StreamRespon
     call_ids = call_ids_of(stream_id) if stream_id else lambda _choice, _number: random_call_id()
     arrival = Arrival(request[REQUEST_ID], int(time.time()), service.limits, call_ids)
     prepared = await endpoint.prepare(service, call, warnings, arrival)
-    requests = requests_of(service, call, prepared.prompts, prepared.params, prepared.shown)
+    requests = requests_of(service, call, prepared.prompts, prepared.params, prepared.shown, arrival.draw_seed)
     handle = service.open(requests, streaming=call.stream, stepwise=stream_id is not None and call.stream)
     request[ADMITTED] = Admitted(prepared.meta.id, prepared.meta.model, handle)
     if stream_id is not None:
-        answer = service.streams.open(stream_id, bearer_token(request), digest_of(await request.read()), call.stream)
+        text = await request.read()  # it has been read
+        answer = service.streams.open(stream_id, key_digest(stream_id, bearer_token(request)), digest_of(text), call.stream)
+        record(service, answer, endpoint.path, text, arrival, handle)
         answer.run(produce(answer, service.request_table, handle, prepared))
+        if answer.record is not None:
+            await answer.record.committed()
         return await send_answer(request, answer, None)
     if call.stream:
         return await send_stream(request, service.request_table, handle, prepared)

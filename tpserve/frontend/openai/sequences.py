@@ -6,7 +6,7 @@ checks, so its result can be admitted.
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -70,14 +70,20 @@ async def params_of(
     return [with_length(params, size) for size in sizes]
 
 
+def random_seed() -> int:
+    """A seed of 64 random bits."""
+    return secrets.randbits(64)
+
+
 def requests_of(
     service: OpenAIServing,
     call: CompletionRequest | ChatCompletionRequest,
     prompts: Sequence[Prompt],
     params: Sequence[EngineSamplingParams],
     shown: frozenset[int] = frozenset(),
+    draw_seed: Callable[[], int] = random_seed,
 ) -> list[tuple[Request, Assembler]]:
-    """All choices of all prompts, in order, each with the assembler of its output. Without a seed each gets a random one.
+    """All choices of all prompts, in order, each with the assembler of its output. Without a seed each draws one.
 
     `shown`: special tokens that outputs show all the same.
     """
@@ -89,7 +95,7 @@ def requests_of(
                 id=service.request_table.next_id(),
                 prompt=packed,
                 params=params if choice == 0 else replace(params, prompt_logprobs=None),
-                seed=secrets.randbits(64) if call.seed is None else call.seed % 2**64,
+                seed=draw_seed() if call.seed is None else call.seed % 2**64,
                 choice=choice,
                 priority=call.priority,
                 cache_salt=call.cache_salt or "",

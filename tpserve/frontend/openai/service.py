@@ -16,6 +16,7 @@ from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.streams import StreamTable
+from tpserve.journal.journal import Journal
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
@@ -48,6 +49,7 @@ class OpenAIServing:
     grammars: GrammarChecker
     answers: ChatAnswers = field(default_factory=ChatAnswers)
     streams: StreamTable = field(default_factory=lambda: StreamTable(0))
+    journal: Journal | None = None
     logged_fields: set[str] = field(default_factory=set)
     large_bodies: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a large body is decoded."""
@@ -87,10 +89,9 @@ class OpenAIServing:
 
     def open(self, requests: Sequence[tuple[Request, Assembler]], *, streaming: bool, stepwise: bool = False) -> RequestHandle:
         """Admit a client's request. UserError 429 when the queue is full, 503 when the engine does not run."""
-        if self.request_table.num_open + len(requests) > self.max_open:
-            raise UserError(
-                f"the queue is full: {self.request_table.num_open} of {self.max_open} sequences are open; try again", status=429
-            )
+        num_open = self.request_table.num_open + (self.journal.num_waiting if self.journal is not None else 0)
+        if num_open + len(requests) > self.max_open:
+            raise UserError(f"the queue is full: {num_open} of {self.max_open} sequences are open; try again", status=429)
         self.limits()  # the engine may have stopped while the prompt was tokenized
         return self.request_table.open(requests, streaming=streaming, stepwise=stepwise)
 

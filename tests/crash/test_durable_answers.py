@@ -1,0 +1,121 @@
+"""Real servers that are killed while answers are open: the frontend alone, then all of `tpserve serve`.
+
+Clients that come again get the rest of the same answer, to the byte.
+"""
+
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tests.http.test_resumable import said
+from tests.server import Server, children, free_port, running, serve
+
+Json = dict[str, Any]
+ASK: Json = {"max_tokens": 300, "ignore_eos": True, "temperature": 1, "stream": True}
+CHAT = [{"role": "user", "content": "Tell me a long story about a fox."}]
+CALLS: list[tuple[str, Json]] = [
+    ("/v1/completions", {"prompt": "Once upon a time", "seed": 1, "stream_options": {"include_usage": True}}),
+    ("/v1/completions", {"prompt": "The old mill", "n": 2, "logprobs": 2, "seed": 2, "presence_penalty": 0.5}),
+    ("/v1/completions", {"prompt": ["The red", "A dog"], "echo": True, "logprobs": 1, "temperature": 0}),
+    ("/v1/chat/completions", {"messages": CHAT, "seed": 4, "logprobs": True}),
+]
+COME_BACK_S = 60.0
+
+
+class Client(threading.Thread):
+    """Reads a stream to its end, whatever happens to the server; `data` is all events."""
+
+    def __init__(self, port: int, path: str, body: Json) -> None:
+        super().__init__(daemon=True)
+        self.data, self.id, self.attached, self.error = b"", "", 0, ""
+        self._port, self._path, self._body = port, path, body
+        self.start()
+
+    def run(self) -> None:
+        deadline_s = time.monotonic() + COME_BACK_S
+        while not self.data.endswith(b"data: [DONE]\n\n") and not self.error:
+            if time.monotonic() > deadline_s:
+                self.error = "too late"
+            with suppress(OSError, http.client.HTTPException):
+                self._read()
+            time.sleep(0.05)
+
+    def _read(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=COME_BACK_S)
+        if not self.id:
+            connection.request("POST", self._path, json.dumps(self._body), {"X-Resumable": "1"})
+        else:
+            last = self.data[:-2].rsplit(b"\n\n", 1)[-1].split(b"\n")[0].removeprefix(b"id: ").decode()
+            connection.request("GET", f"/v1/streams/{self.id}", headers={"Last-Event-ID": last or "0"})
+        answer = connection.getresponse()
+        if answer.status not in (200, 503):
+            self.error = f"{answer.status}: {answer.read()!r}"
+        if answer.status != 200:
+            return
+        self.id, rest = answer.headers["X-Stream-Id"], b""
+        self.attached += 1
+        while piece := answer.read1(1 << 16):
+            *events, rest = (rest + piece).split(b"\n\n")
+            self.data += b"".join(event + b"\n\n" for event in events if event.startswith(b"id: "))
+
+
+def get(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=COME_BACK_S)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def undisturbed(port: int, path: str, body: Json) -> list[str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=COME_BACK_S)
+    connection.request("POST", path, json.dumps(body))
+    text = connection.getresponse().read().decode()
+    return [part.removeprefix("data: ") for part in text.split("\n\n")[:-1]]
+
+
+def frontend_pid(server: Server) -> int:
+    found = [pid for pid in children(server.processes[0].pid) if "tpserve.frontend" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(found) == 1
+    return found[0]
+
+
+def until_some(clients: list[Client]) -> None:
+    """Wait until every open stream has got more."""
+    before = [len(client.data) for client in clients]
+    while any(client.is_alive() and len(client.data) < size + 1000 for client, size in zip(clients, before, strict=True)):
+        time.sleep(0.02)
+
+
+def test_answers_outlive_the_frontend_and_the_server(tmp_path: Path) -> None:
+    port = free_port()
+    command = serve("--nproc-per-node", "1", "--state-dir", str(tmp_path / "state"), port=port)
+    with running([command], port, tmp_path / "log") as server:
+        with ThreadPoolExecutor(len(CALLS)) as pool:
+            expected = list(pool.map(lambda call: undisturbed(port, call[0], ASK | call[1]), CALLS))
+        clients = [Client(port, path, ASK | body) for path, body in CALLS]
+        until_some(clients)
+        os.kill(frontend_pid(server), signal.SIGKILL)
+        until_some(clients)
+        assert any(client.is_alive() for client in clients), "the answers are too short for this test"
+        server.processes[0].kill()
+        server.wait()
+        server.assert_nothing_left()
+        assert any(client.is_alive() for client in clients)
+    with running([command], port, tmp_path / "log2", ready=False) as server:
+        for client, (path, body), plain in zip(clients, CALLS, expected, strict=True):
+            client.join(COME_BACK_S)
+            assert not client.is_alive() and not client.error, f"{path} {body}: {client.error}\n{server.log}"
+            assert client.attached >= 2
+            assert get(port, f"/v1/streams/{client.id}") == (200, client.data)
+            events = [part.split("\ndata: ", 1)[1] for part in client.data.decode().split("\n\n")[:-1]]
+            assert said(events) == said(plain)
+        assert "go on" in server.log and server.get("/server_info")[1]["state_dir"]["state"] == "on"
+        assert server.stop() == [0]
+        server.assert_nothing_left()

@@ -1,0 +1,112 @@
+"""Answers that a killed frontend has left in the journal: the same path as the first time, fed with what the engine has sent.
+
+Owns no state. What is running goes on at once, what has ended is rebuilt when somebody asks for it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from tpserve.engine_client.requests import RequestHandle, RequestTable
+from tpserve.errors import UserError
+from tpserve.frontend.openai.body import decode_object, parse
+from tpserve.frontend.openai.errors import internal_error
+from tpserve.frontend.openai.preparation import ENDPOINTS, Arrival, PreparedRequest
+from tpserve.frontend.openai.production import call_ids_of, digest_of, digest_of_requests, produce
+from tpserve.frontend.openai.sequences import requests_of
+from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
+from tpserve.journal.journal import EarlierAnswer, StoredRequest
+from tpserve.text.assembler import Assembler
+from tpserve.types.messages import RequestOutput
+from tpserve.types.request import Request
+
+log = logging.getLogger(__name__)
+
+MAX_TRIES = 3
+FRAMES_AT_ONCE = 32
+
+
+async def rebuild_running(service: OpenAIServing) -> None:
+    """Rebuild every answer that an earlier process has begun and not ended, in the order in which they came."""
+    assert service.journal is not None
+    running = [answer for answer in service.journal.earlier.values() if not answer.ended]
+    for answer in running:
+        await rebuilt(service, answer)
+    if running:
+        log.info("%d answers of the server before this one go on", len(running))
+
+
+async def rebuilt(service: OpenAIServing, earlier: EarlierAnswer) -> None:
+    """Until an answer is in the table of streams; several may wait for it."""
+    if earlier.rebuilding is None:
+        earlier.rebuilding = asyncio.get_running_loop().create_task(rebuild(service, earlier))
+    await asyncio.shield(earlier.rebuilding)
+
+
+async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
+    """Make an answer what it was, and go on with it. One that cannot be rebuilt ends with an error."""
+    journal = service.journal
+    assert journal is not None
+    try:
+        stored, frames = await journal.read(earlier)
+        record = await journal.resume(earlier)
+        prepared, handle, past = None, None, RequestTable(lambda _: None)
+        error = None if earlier.error is None else earlier.error.as_error()
+        if error is None and earlier.tries >= MAX_TRIES:
+            error = UserError("the server failed each time that it went on with this answer", code="stream_refused", status=500)
+        if error is None:
+            try:
+                prepared, handle = await replay(service, earlier.id, stored, frames, past)
+            except UserError as refused:
+                error = refused
+            except Exception:  # a defect of the server
+                log.exception("the answer to request %s cannot be rebuilt", stored.request_id)
+                error = internal_error(stored.request_id)
+    except UserError as lost:  # the journal is off, and knows no answers any more
+        log.debug("%s", lost)
+        return
+    journal.rebuilt(earlier)
+    streamed = prepared is not None and prepared.call.stream
+    answer = service.streams.open(earlier.id, earlier.owner, digest_of(stored.body), streamed)
+    answer.record = record
+    answer.count(len(stored.body))
+    if error is not None:
+        answer.reduce_to(error)
+    elif prepared is not None and handle is not None:
+        handle.keep = record.append
+        service.request_table.adopt(past)
+        answer.run(produce(answer, service.request_table, handle, prepared))
+        if handle.ended:
+            await answer.produced()
+
+
+async def replay(
+    service: OpenAIServing, stream_id: str, stored: StoredRequest, frames: Sequence[list[RequestOutput]], past: RequestTable
+) -> tuple[PreparedRequest, RequestHandle]:
+    """Prepare a request again and give it in the table `past` what has come of it. UserError when it is another one now."""
+    endpoint, limits = ENDPOINTS[stored.path], ModelLimits(stored.max_model_len, stored.vocab_size)
+    body = await decode_object(stored.body, service.large_bodies)
+    call, warnings = parse(body, endpoint.schema, service.logged_fields, service.sampling())
+    seeds = iter(stored.seeds)
+    arrival = Arrival(stored.request_id, stored.created_s, lambda: limits, call_ids_of(stream_id), lambda: next(seeds))
+    prepared = await endpoint.prepare(service, call, warnings, arrival)
+    requests = requests_of(service, call, prepared.prompts, prepared.params, prepared.shown, arrival.draw_seed)
+    if digest_of_requests([request for request, _ in requests]) != stored.digest:
+        raise UserError(
+            "the answer was begun by a server that made another request of the same body", code="stream_refused", status=410
+        )
+    return prepared, await replayed(requests, call.stream, frames, past)
+
+
+async def replayed(
+    requests: Sequence[tuple[Request, Assembler]], streaming: bool, frames: Sequence[list[RequestOutput]], past: RequestTable
+) -> RequestHandle:
+    """The handle of requests that have got `frames`."""
+    handle = past.open(requests, streaming=streaming, stepwise=streaming)
+    for number, frame in enumerate(frames, 1):
+        past.receive([replace(message, id=requests[message.id][0].id) for message in frame])
+        if number % FRAMES_AT_ONCE == 0:
+            await asyncio.sleep(0)  # let other tasks run
+    return handle
