@@ -29,23 +29,30 @@ class KeptByAgent:
         self._facts = facts
         self._keeper = WeightsKeeper(weights_socket) if weights_socket >= 0 else None
         self._kept = None if self._keeper is None else self._keeper.kept()
+        self._mapped: MappedMemory | None = None
         self._written: WrittenMemory | None = None
 
     @property
     def num_bytes(self) -> int:
-        """What the process before has left and `memory` has not been asked for. It counts as memory in use."""
+        """What the process before has left, until `find` or `memory` takes it. It counts as memory in use."""
         return 0 if self._kept is None else os.fstat(self._kept[1]).st_size
+
+    def find(self) -> bool:
+        """Map what the process before has left, if it fits; whether `memory` has the weights."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            self._mapped = self._map(*kept)
+        return self._mapped is not None
 
     def memory(self, parameters: Iterable[Parameter], device: torch.device, dtype: torch.dtype) -> WeightMemory:
         """Where the packed form of these parameters lies, or is to lie."""
+        if self.find():
+            mapped, self._mapped = self._mapped, None
+            assert mapped is not None
+            return mapped
         if self._keeper is None:
             return PRIVATE
-        kept, self._kept = self._kept, None
-        mapped = None if kept is None else self._map(*kept)
-        if mapped is not None:
-            return mapped
-        if kept is not None:
-            self._keeper.forget()  # before loading: there may not be memory for both
+        self._keeper.forget()  # before loading: there may not be memory for both
         if not serves(device, dtype):
             return PRIVATE
         try:

@@ -86,6 +86,10 @@ class LoadedModel:
             ours = self._kept.num_bytes if self._decoder is None else self._weights  # taken already, and not to be taken again
             sharers = self._env.local_world_size
             check_weights(mesh, self._spec, self._config, sharers, free + sharers * ours)
+        if self._config.quantization is not None and mesh.tp.size > 1:
+            has_weights = self._decoder is not None or self._kept.find()
+            if not mesh.tp.all_reduce_min(int(has_weights)):
+                self._decoder = None  # int8 needs scales of all ranks, so all of them load again
         if self._decoder is None:
             with self._room_for("loading the model", mesh):
                 self._decoder, self._weights = self._load(mesh)
