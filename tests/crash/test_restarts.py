@@ -101,7 +101,8 @@ def test_a_forked_rank_is_like_a_new_program(agent: Callable[..., Agent]) -> Non
     found = [ours.found(rank, 0) for rank in range(RANKS)]
     for rank, one in enumerate(found):
         assert (one.parent, one.session, one.threads, one.torch_loaded) == (ours.pid, one.pid, 1, True)
-        assert sorted(one.descriptors) == [0, 1, 2] and one.descriptors[0] == "/dev/null"
+        assert sorted(one.descriptors) == [0, 1, 2, 3] and one.descriptors[0] == "/dev/null"
+        assert one.descriptors[3].startswith("socket:") and one.environ["TPSERVE_WEIGHTS_SOCKET"] == "3"
         assert one.name == f"tpserve rank {rank}"
         assert one.argv[0].endswith("stand_in_rank.py") and one.argv[1:] == [str(ours.place)]
         assert one.handlers[signal.SIGTERM] == one.handlers[signal.SIGUSR2] == str(signal.Handlers.SIG_DFL)
@@ -175,7 +176,7 @@ def test_ranks_survive_the_forkserver_and_not_the_agent(agent: Callable[..., Age
     os.kill(forkserver, signal.SIGKILL)
     os.kill(first[0], signal.SIGKILL)
     again = ours.found(0, 1)  # a new forkserver has imported everything
-    assert again.parent == ours.pid and sorted(again.descriptors) == [0, 1, 2] and again.threads == 1
+    assert again.parent == ours.pid and sorted(again.descriptors) == [0, 1, 2, 3] and again.threads == 1
     assert Path(f"/proc/{first[1]}").exists() and not Path(f"/proc/{forkserver}").exists()
     living = children(ours.pid)
     assert len(living) == 3

@@ -28,7 +28,7 @@ from tpserve.errors import EngineFailure, UserError
 from tpserve.forkserver import fork_here, preload
 from tpserve.host.network import disable_dns
 from tpserve.observe import log
-from tpserve.process.fork_client import ForkClient, ForkRequest, adopt_orphans
+from tpserve.process.fork_client import FIRST_DESCRIPTOR, ForkClient, ForkRequest, adopt_orphans
 from tpserve.process.process_utils import die_with, end_all_children, exit_text, kill_stopped_in_background
 
 logger = logging.getLogger("tpserve.agent")
@@ -99,7 +99,8 @@ class _Node:
                 clear_failure(Path(job.runtime_dir))  # that of the process before
             host, port = meeting.store  # another one when node 0's agent was replaced
             own = variables[rank.rank - first] | {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
-            environ = env.of_rank(own, restarts, rank.last_exit)
+            weights_socket = FIRST_DESCRIPTOR if job.restart else None
+            environ = env.of_rank(own, restarts, rank.last_exit, weights_socket)
             return ForkRequest.of(job.module, job.argv, environ, rank_name(rank.rank))
 
         first = int(variables[0]["RANK"])

@@ -5,9 +5,10 @@
     anything else    the rank starts again; from the third early death in a row on after a pause (`RestartBackoff`), and not at
                      all when this node has been told to end
 
-Owns the processes and the forkserver. Decides nothing about the service: whether it can recover the coordinator knows, and how
-long it may take. Invariants: at most one process a rank is asked for at a time; once a rank has left with 0 none starts again,
-and what still runs three seconds later is killed; every orphan of a rank, which this process adopts, is waited for.
+Owns the processes, the forkserver and, from one process of a rank to the next, its packed weights. Decides nothing about the
+service: whether it can recover the coordinator knows, and how long it may take. Invariants: at most one process a rank is asked
+for at a time; once a rank has left with 0 none starts again, and what still runs three seconds later is killed; every orphan of
+a rank, which this process adopts, is waited for.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from tpserve.process.fork_client import ForkClient, ForkReply, ForkRequest, ForkserverLost
 from tpserve.process.process_utils import exit_text, open_pidfd, reap_children
 from tpserve.process.restart_backoff import RestartBackoff
+from tpserve.process.weights_keeper import KeptWeights
 
 logger = logging.getLogger("tpserve.agent")
 
@@ -45,6 +47,7 @@ class RankProcess:
     exit_code: int | None = None
     """Set once the rank has ended for good."""
     backoff: RestartBackoff = field(default_factory=RestartBackoff)
+    weights: KeptWeights = field(default_factory=KeptWeights)
 
 
 class RankProcesses:
@@ -95,6 +98,8 @@ class RankProcesses:
             self.signal(signal.SIGKILL)
             self._kill_s = now + POLL_S
         self._wait(min([timeout_s, *(due_s - now for due_s in self._due())]))
+        for rank in self.ranks:
+            rank.weights.take()
         exits = reap_children()
         self._take_replies()  # now: a process has its reply sent before it runs, so that of one in `exits` has come
         for pid, code in exits.items():
@@ -106,6 +111,8 @@ class RankProcesses:
         self.signal(number)
         while self.living():
             self.poll(POLL_S)
+        for rank in self.ranks:
+            rank.weights.close()
         if self._forkserver is not None:
             self._forkserver.close()
             self._forkserver = None
@@ -157,7 +164,11 @@ class RankProcesses:
         if self._forkserver is None:
             return
         try:
-            self._forkserver.request(self._make_request(rank))
+            if self._restart:
+                with rank.weights.offer() as theirs:
+                    self._forkserver.request(self._make_request(rank), descriptors=[theirs.fileno()])
+            else:
+                self._forkserver.request(self._make_request(rank))
         except ForkserverLost:
             return  # `_take_exit` sees its end
         rank.due_s = None
@@ -214,6 +225,8 @@ class RankProcesses:
                 self._start_no_more(FOLLOW_S)
             return
         delay_s = rank.backoff.delay_s(now - rank.started_s)
+        if delay_s:
+            rank.weights.drop()  # in case they are the reason
         if self._terminating and delay_s:
             rank.exit_code = code
             return
@@ -236,8 +249,9 @@ class RankProcesses:
     def _wait(self, timeout_s: float) -> None:
         poll = select.poll()
         for rank in self.living():
-            if rank.pidfd is not None:
-                poll.register(rank.pidfd, select.POLLIN)
+            for descriptor in (rank.pidfd, rank.weights.fileno()):
+                if descriptor is not None:
+                    poll.register(descriptor, select.POLLIN)
         if self._forkserver is not None:
             poll.register(self._forkserver, select.POLLIN)
         poll.poll(max(0.0, timeout_s) * 1000)

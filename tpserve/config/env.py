@@ -52,8 +52,9 @@ set by `tpserve serve` for its ranks
 TPSERVE_RUNTIME_DIR                   RankEnv.runtime_dir
 TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level debug
 
-set by `tpserve serve`'s agent for a rank that it starts again
+set by `tpserve serve`'s agent for ranks that it starts again
 TPSERVE_LAST_EXIT                     RankEnv.last_exit
+TPSERVE_WEIGHTS_SOCKET                RankEnv.weights_socket: the descriptor of the socket for the rank's packed weights
 
 set by a forkserver for itself while it imports torch
 OPENBLAS_NUM_THREADS                  1: NumPy's library, if there is one, would start a thread for each core
@@ -108,6 +109,7 @@ class RankEnv:
     restart_count: int = 0
     job: str = ""
     last_exit: str = ""
+    weights_socket: int = -1
     """How the process that was this rank before has ended, such as "SIGSEGV" or "exit code 1"; empty for the first one."""
 
 
@@ -155,6 +157,7 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         restart_count=number("TORCHELASTIC_RESTART_COUNT", 0),
         job=environ.get("TPSERVE_JOB", ""),
         last_exit=environ.get("TPSERVE_LAST_EXIT", ""),
+        weights_socket=number("TPSERVE_WEIGHTS_SOCKET", -1),
     )
 
 
@@ -282,12 +285,17 @@ def replace_all(variables: Mapping[bytes, bytes], environ: MutableMapping[bytes,
 
 
 def of_rank(
-    torch_variables: Mapping[str, str], restarts: int, last_exit: str, environ: Mapping[str, str] = os.environ
+    torch_variables: Mapping[str, str],
+    restarts: int,
+    last_exit: str,
+    weights_socket: int | None,
+    environ: Mapping[str, str] = os.environ,
 ) -> dict[str, str]:
-    """The environment of a rank: the agent's, what torchrun sets, and how the process before it ended."""
+    """The environment of a rank: the agent's, what torchrun sets, how the process before it ended, where its weights are."""
     defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}  # as torchrun
     counted = {"TORCHELASTIC_RESTART_COUNT": str(restarts), "TPSERVE_LAST_EXIT": last_exit}
-    return {**defaults, **environ, **torch_variables, **counted}
+    where = {} if weights_socket is None else {"TPSERVE_WEIGHTS_SOCKET": str(weights_socket)}
+    return {**defaults, **environ, **torch_variables, **counted, **where}
 
 
 def of_agent(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

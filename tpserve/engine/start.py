@@ -49,12 +49,15 @@ from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
 from tpserve.quant.int8 import check_available
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
+from tpserve.structured_output.compiler import vocabulary
+from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import MemoryLedger, NodeInfo, Start
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.checkpoint import weight_files
 from tpserve.wire.channels import EngineLink, PlanReceiver, ResultSender
 from tpserve.wire.curve import FRONTEND, CurveClient, rank_role
 from tpserve.worker import device as devices
+from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.loaded_model import LoadedModel
 from tpserve.worker.loop import serve_plans
 from tpserve.worker.model_runner import ModelRunner
@@ -218,7 +221,15 @@ class _ServingRank:
         start_timer.mark("download")
         stage_facts, self._traits = processor(self._device, config.dtype, self._spec)
         self._fingerprint = fingerprint(config, self._spec)
-        return LoadedModel(config, self._spec, env, stage_facts, self._report_progress)
+        compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
+        return LoadedModel(config, self._spec, env, stage_facts, self._fingerprint, compiled, self._report_progress)
+
+    def _compiled_grammars(self) -> CompiledGrammars | None:
+        """On ranks of the last stage, which sample; a thread begins to read the tokenizer."""
+        config, spec = self.config, self._spec
+        if config.layout.stage_of(self.env.rank) < config.layout.pp - 1:
+            return None
+        return CompiledGrammars(lambda: vocabulary(Tokenizer.load(config.tokenizer), spec.vocab_size, spec.eos_ids))
 
     def _report_progress(self, phase: str, percent: int) -> None:
         """To the coordinator, by the present incarnation."""
@@ -295,7 +306,8 @@ class _ServingRank:
 
     def _count_experts(self, model: LoadedModel, mesh: Mesh) -> None:
         """Let the first rank of a stage, whose ranks have equal counts, report the tokens routed to each expert."""
-        if (expert_load := model.expert_load) is not None and mesh.tp.rank == 0:
+        assert model.decoder is not None
+        if (expert_load := model.decoder.expert_load) is not None and mesh.tp.rank == 0:
             expert_load.clear()
             self._rank_agent.report_expert_load(expert_load.layers, expert_load.read)
 

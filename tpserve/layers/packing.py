@@ -12,7 +12,8 @@ import torch
 
 from tpserve.layers.row_parallel import pack_row_parallel
 from tpserve.parallel.group import Group
-from tpserve.quant.packed import Stack, Weight, can_pack, pack, pack_stack
+from tpserve.quant.packed import Stack, Table, Weight, can_pack, pack, pack_stack
+from tpserve.quant.weight_memory import PRIVATE, WeightMemory
 
 
 class PlainWeights(Protocol):
@@ -38,31 +39,43 @@ class LoadedWeights:
 
 @dataclass(frozen=True)
 class Packer:
-    """How weights are packed. `int8`: the layers' matrices are quantized.
+    """How weights are packed. `int8`: the layers' matrices are quantized. `memory`: where they lie afterwards.
 
     A plain tensor must not be read after it was packed: its memory is gone. All ranks of a stage pack in the same order.
     """
 
     int8: bool = False
     plain: PlainWeights = field(default_factory=LoadedWeights)
+    memory: WeightMemory = PRIVATE
 
     def matrix(self, weight_NK: Weight, *, int8: bool | None = None) -> Weight:
         """`pack`. `int8`: instead of the packer's."""
-        return self._packed(weight_NK, lambda: pack(weight_NK, int8=self.int8 if int8 is None else int8))
+        int8 = self.int8 if int8 is None else int8
+        return self._packed(weight_NK, lambda: pack(weight_NK, int8=int8, memory=self.memory))
 
     def row_parallel(self, weight_NK: Weight, tp: Group) -> Weight:
         """`pack_row_parallel`."""
-        return self._packed(weight_NK, lambda: pack_row_parallel(weight_NK, tp, int8=self.int8))
+        return self._packed(weight_NK, lambda: pack_row_parallel(weight_NK, tp, int8=self.int8, memory=self.memory))
+
+    def table(self, table_VH: Table) -> Table:
+        """A table whose rows are looked up, and which is not packed."""
+        if not isinstance(table_VH, torch.Tensor):
+            return table_VH
+        self.plain.fill(table_VH)
+        kept = self.memory.keep(table_VH)
+        if kept is not table_VH and _owns_storage(table_VH):
+            table_VH.untyped_storage().resize_(0)
+        return kept
 
     def stack(self, stack_ENK: Stack) -> Stack:
         """`pack_stack`; a stack that is a parameter is filled matrix by matrix, too."""
         if not isinstance(stack_ENK, torch.Tensor):
             return stack_ENK
-        if not can_pack(stack_ENK) or not _owns_storage(stack_ENK):
+        if self.memory.packed or not can_pack(stack_ENK) or not _owns_storage(stack_ENK):
             self.plain.fill(stack_ENK)
-            return pack_stack(stack_ENK, int8=self.int8)
+            return pack_stack(stack_ENK, int8=self.int8, memory=self.memory)
         matrices = (self.plain.matrix(stack_ENK, index) for index in range(len(stack_ENK)))
-        return pack_stack(stack_ENK, int8=self.int8, matrices=matrices)
+        return pack_stack(stack_ENK, int8=self.int8, matrices=matrices, memory=self.memory)
 
     def _packed(self, plain: Weight, pack_plain: Callable[[], Weight]) -> Weight:
         if not isinstance(plain, torch.Tensor):

@@ -12,6 +12,7 @@ from tpserve.parallel.group import Group
 from tpserve.quant.int8 import Int8Weight, check_inner, row_scales
 from tpserve.quant.matmul import matmul
 from tpserve.quant.packed import Weight, can_pack, pack
+from tpserve.quant.weight_memory import PRIVATE, WeightMemory
 
 
 def row_parallel(x_TK: torch.Tensor, weight_NK: Weight, bias_N: torch.Tensor | None, tp: Group) -> torch.Tensor:
@@ -25,15 +26,17 @@ def row_parallel(x_TK: torch.Tensor, weight_NK: Weight, bias_N: torch.Tensor | N
     return out_TN if bias_N is None else out_TN + bias_N
 
 
-def pack_row_parallel(weight_NK: Weight, tp: Group, *, int8: bool) -> Weight:
-    """`pack`; in int8 with scales that hold for all ranks, which call this together.
+def pack_row_parallel(weight_NK: Weight, tp: Group, *, int8: bool, memory: WeightMemory = PRIVATE) -> Weight:
+    """`pack`; in int8 with scales that hold for all ranks, which call this together unless `memory` has the packed weight.
 
     UserError when a sum over the channels of all ranks might not fit an int32.
     """
     if not int8 or not isinstance(weight_NK, torch.Tensor) or not can_pack(weight_NK):
-        return pack(weight_NK)
+        return pack(weight_NK, memory=memory)
+    if memory.packed:
+        return Int8Weight.of(weight_NK, memory=memory)
     check_inner(sum(inner for (inner,) in tp.all_gather_ints([weight_NK.shape[1]])))
-    return Int8Weight.of(weight_NK, _max_over(tp, row_scales(weight_NK)))
+    return Int8Weight.of(weight_NK, _max_over(tp, row_scales(weight_NK)), memory)
 
 
 def _max_over(tp: Group, x_T: torch.Tensor) -> torch.Tensor:

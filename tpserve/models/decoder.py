@@ -34,6 +34,7 @@ from tpserve.quant.int8 import Int8Weight
 from tpserve.quant.matmul import matmul, pad_rows
 from tpserve.quant.packed import PackedWeight, Table, Weight, pack
 from tpserve.quant.product import Product, of_weight
+from tpserve.quant.weight_memory import PRIVATE, WeightMemory
 from tpserve.sampler.logits import Logits, UnwrittenLogits, WrittenLogits
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
@@ -97,21 +98,30 @@ class Decoder:
         """The parameters that a loader must fill; `prepack` empties the list."""
         return self._parameters
 
-    def prepack(self, quantization: Quantization | None = None, fill: Callable[[Parameter], None] | None = None) -> int:
+    def prepack(
+        self,
+        quantization: Quantization | None = None,
+        fill: Callable[[Parameter], None] | None = None,
+        memory: WeightMemory = PRIVATE,
+    ) -> int:
         """Pack the weights for their matrix products, quantized if asked; return the bytes that they occupy afterwards.
 
         All ranks of the stage call this together. `fill` fills a parameter, or a matrix of a stack, just before it is packed;
         None: all are loaded. Plain tensors go one by one, so a load needs the packed model and one parameter. An embedding that
         is also the LM head is read from its packed form; oneDNN's form has no rows, so there the plain one stays, too.
+
+        `memory`: where the weights lie afterwards. From one that has them already they are taken as they are, without the other
+        ranks; it must be of this rank's share of the same model.
         """
-        unfilled = None if fill is None else UnfilledWeights(self._parameters, fill)
+        unfilled = None if fill is None else UnfilledWeights(self._parameters, fill, memory)
         self._parameters.clear()  # the loader has the same list, which would keep the plain weights alive
-        packer = Packer(quantization is not None, unfilled or LoadedWeights())
+        packer = Packer(quantization is not None, unfilled or LoadedWeights(), memory)
         for i in range(len(self._blocks)):
             self._blocks[i] = self._blocks[i].packed(packer)
         self._project_in = None if self._project_in is None else packer.matrix(self._project_in, int8=False)
         self._project_out = None if self._project_out is None else packer.matrix(self._project_out, int8=False)
         self._pack_head(packer, int8=quantization == "int8-head")
+        self._embedding = None if self._embedding is None else packer.table(self._embedding)
         if unfilled is not None:
             unfilled.fill_rest()
         self._choose_form()
@@ -137,7 +147,7 @@ class Decoder:
         plain = self._head
         if isinstance(plain, torch.Tensor):
             packer.plain.fill(plain)
-            self._head = pack(plain, int8=int8)
+            self._head = pack(plain, int8=int8, memory=packer.memory)
             if plain is self._embedding and isinstance(self._head, Table):
                 self._embedding = self._head
 

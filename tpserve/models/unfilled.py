@@ -4,21 +4,28 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from tpserve.quant.weight_memory import PRIVATE, WeightMemory
 from tpserve.weights.parameter import Parameter
 
 
 class UnfilledWeights:
-    """`fill` fills a parameter; it is called once for each, or once for each matrix of a stack."""
+    """`fill` fills a parameter; it is called once for each, or once for each matrix of a stack.
 
-    def __init__(self, parameters: Iterable[Parameter], fill: Callable[[Parameter], None]) -> None:
+    With a `memory` that has the packed weights, nothing is filled: the few tensors that stay plain are copied from there.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Parameter], fill: Callable[[Parameter], None], memory: WeightMemory = PRIVATE
+    ) -> None:
         self._parameters = {_address(parameter.tensor): parameter for parameter in parameters}
         self._left = dict(self._parameters)
         self._fill = fill
+        self._memory = memory
 
     def fill(self, part: torch.Tensor) -> None:
         """See `PlainWeights`."""
         parameter = self._left.pop(_address(part), None)
-        if parameter is not None:
+        if parameter is not None and not self._memory.packed:
             self._fill(parameter)
 
     def matrix(self, stack_ENK: torch.Tensor, index: int) -> torch.Tensor:
@@ -32,7 +39,12 @@ class UnfilledWeights:
     def fill_rest(self) -> None:
         """Fill what nobody has asked for, in the order of declaration."""
         while self._left:
-            self._fill(self._left.pop(next(iter(self._left))))
+            parameter = self._left.pop(next(iter(self._left)))
+            if self._memory.packed:
+                parameter.tensor.copy_(self._memory.keep(parameter.tensor))
+            else:
+                self._fill(parameter)
+                self._memory.keep(parameter.tensor)
 
 
 def _address(x: torch.Tensor) -> int:

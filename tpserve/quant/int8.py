@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tpserve.errors import UserError
+from tpserve.quant.weight_memory import PRIVATE, WeightMemory
 from tpserve_kernels.cpu import int8
 from tpserve_kernels.cpu.library import ISA_VARIABLE, load
 
@@ -29,9 +30,12 @@ class Int8Weight:
     dtype: torch.dtype
 
     @staticmethod
-    def of(weight_NK: torch.Tensor, scale_N: torch.Tensor | None = None) -> "Int8Weight":
+    def of(weight_NK: torch.Tensor, scale_N: torch.Tensor | None = None, memory: WeightMemory = PRIVATE) -> "Int8Weight":
         """Quantize a float32 or bfloat16 matrix. `scale_N`: those of `row_scales` by default, and nowhere below."""
-        return Int8Weight(int8.pack(weight_NK, scale_N), weight_NK.shape, weight_NK.dtype)
+        blob = memory.take(int8.packed_bytes(*weight_NK.shape))
+        if not memory.packed:
+            int8.pack(weight_NK, scale_N, blob)
+        return Int8Weight(blob, weight_NK.shape, weight_NK.dtype)
 
     def product(
         self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
@@ -67,12 +71,15 @@ class Int8Stack:
     """Of the plain tensor."""
 
     @staticmethod
-    def of(matrices: Iterable[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> "Int8Stack":
-        """Quantize float32 or bfloat16 matrices, one after another."""
+    def of(
+        matrices: Iterable[torch.Tensor], shape: torch.Size, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> "Int8Stack":
+        """Quantize float32 or bfloat16 matrices into `memory`, one after another."""
         count, outputs, inner = shape
-        blob_EB = torch.empty(count, int8.packed_bytes(outputs, inner), dtype=torch.uint8)
-        for weight_NK, blob in zip(matrices, blob_EB, strict=True):
-            int8.pack(weight_NK, blob=blob)
+        blob_EB = memory.take(count, int8.packed_bytes(outputs, inner))
+        if not memory.packed:
+            for weight_NK, blob in zip(matrices, blob_EB, strict=True):
+                int8.pack(weight_NK, blob=blob)
         return Int8Stack(blob_EB, shape, dtype)
 
     def __getitem__(self, matrices: slice) -> "Int8Stack":

@@ -14,6 +14,7 @@ import torch
 from tpserve.quant import onednn
 from tpserve.quant.int8 import Int8Stack, Int8Weight
 from tpserve.quant.onednn import OneDNNWeight
+from tpserve.quant.weight_memory import PRIVATE, WeightMemory
 from tpserve_kernels.cpu import product
 from tpserve_kernels.cpu.library import is_native
 
@@ -50,12 +51,15 @@ class PackedStack:
     dtype: torch.dtype
 
     @staticmethod
-    def of(matrices: Iterable[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> "PackedStack":
-        """Pack plain matrices, one after another."""
+    def of(
+        matrices: Iterable[torch.Tensor], shape: torch.Size, dtype: torch.dtype, memory: WeightMemory = PRIVATE
+    ) -> "PackedStack":
+        """Pack plain matrices into `memory`, one after another."""
         count, outputs, inner = shape
-        blob_EB = torch.empty(count, product.packed_bytes(dtype, outputs, inner), dtype=torch.uint8)
-        for weight_NK, blob in zip(matrices, blob_EB, strict=True):
-            product.pack(weight_NK.contiguous(), blob)
+        blob_EB = memory.take(count, product.packed_bytes(dtype, outputs, inner))
+        if not memory.packed:
+            for weight_NK, blob in zip(matrices, blob_EB, strict=True):
+                product.pack(weight_NK.contiguous(), blob)
         return PackedStack(blob_EB, shape, dtype)
 
     def __getitem__(self, matrices: slice) -> "PackedStack":
@@ -76,15 +80,21 @@ def can_pack(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and (is_native(weight) or onednn.can_pack(weight.dtype))
 
 
-def pack(weight: Weight, *, int8: bool = False) -> Weight:
-    """The weight [N, K], packed if this processor has a packed product of its dtype, else unchanged. `int8`: quantized."""
+def pack(weight: Weight, *, int8: bool = False, memory: WeightMemory = PRIVATE) -> Weight:
+    """The weight [N, K], packed if this processor has a packed product of its dtype, else unchanged. `int8`: quantized.
+
+    `memory`: where the library's packed form lies. One that is packed already has it, and the plain numbers are not read.
+    """
     if not isinstance(weight, torch.Tensor) or not can_pack(weight):
         return weight
     if int8:
-        return Int8Weight.of(weight)
+        return Int8Weight.of(weight, memory=memory)
     if not is_native(weight):
         return onednn.pack(weight)
-    return PackedWeight(product.pack(weight.contiguous()), weight.shape, weight.dtype)
+    blob = memory.take(product.packed_bytes(weight.dtype, *weight.shape))
+    if not memory.packed:
+        product.pack(weight.contiguous(), blob)
+    return PackedWeight(blob, weight.shape, weight.dtype)
 
 
 def stack_shape(stack: Stack) -> tuple[int, int, int]:
@@ -95,8 +105,10 @@ def stack_shape(stack: Stack) -> tuple[int, int, int]:
     return count, outputs, inner
 
 
-def pack_stack(stack: Stack, *, int8: bool = False, matrices: Iterable[torch.Tensor] | None = None) -> Stack:
-    """The stack with each matrix packed, if `pack` packs its dtype, else unchanged. `int8`: quantized.
+def pack_stack(
+    stack: Stack, *, int8: bool = False, matrices: Iterable[torch.Tensor] | None = None, memory: WeightMemory = PRIVATE
+) -> Stack:
+    """The stack with each matrix packed, if `pack` packs its dtype, else unchanged. `int8`, `memory`: see `pack`.
 
     `matrices`: those of the stack, each taken when it is packed; by default the stack's own. When the stack owns its whole
     storage, packing frees it at once, and it must not be read afterwards.
@@ -106,7 +118,7 @@ def pack_stack(stack: Stack, *, int8: bool = False, matrices: Iterable[torch.Ten
     packed: Stack
     matrices = stack if matrices is None else matrices
     if is_native(stack):
-        packed = (Int8Stack if int8 else PackedStack).of(matrices, stack.shape, stack.dtype)
+        packed = (Int8Stack if int8 else PackedStack).of(matrices, stack.shape, stack.dtype, memory)
     else:
         packed = tuple(pack(weight) for weight in matrices)
     storage = stack.untyped_storage()

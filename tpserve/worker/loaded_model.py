@@ -16,7 +16,6 @@ from tpserve.config import generation_config
 from tpserve.config.env import RankEnv, cache_dir
 from tpserve.config.schema import EngineConfig
 from tpserve.host.resources import cpu_model
-from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.models import names_of
 from tpserve.models.decoder import Decoder
 from tpserve.models.whole_model import sources
@@ -24,8 +23,6 @@ from tpserve.observe.progress import ByteProgress
 from tpserve.observe.start_timer import StartTimer
 from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import imbalance, split_heads
-from tpserve.structured_output.compiler import vocabulary
-from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.messages import MemoryLedger, Numerics
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights import dummy
@@ -35,6 +32,7 @@ from tpserve.weights.parameter import Parameter
 from tpserve.weights.unused_weights import checkpoint_notes
 from tpserve.worker import device as devices
 from tpserve.worker.grammars import CompiledGrammars
+from tpserve.worker.kept_weights import KeptByAgent
 from tpserve.worker.memory import allocate, check_weights, measure, room_for
 from tpserve.worker.model_runner import ModelRunner
 from tpserve.worker.request_pool import RequestPool
@@ -53,16 +51,23 @@ class LoadedModel:
         spec: ModelSpec,
         env: RankEnv,
         processor: dict[str, str],
+        fingerprint: dict[str, str],
+        compiled: CompiledGrammars | None,
         report: Callable[[str, int], None],
     ) -> None:
-        """`processor`: the facts about it that a stage shares. `report` takes the phase and the percentage of the start."""
+        """`processor`: the facts about it that a stage shares; `fingerprint`: those that all ranks share.
+
+        `compiled`: on ranks of the last stage. `report` takes the phase and the percentage of the start.
+        """
         self._config = config
         self._spec = spec
         self._env = env
         self.processor = processor
         self._report = report
-        self._compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
-        self._decoder: Decoder | None = None
+        self._kept = KeptByAgent(env.rank, env.weights_socket, fingerprint)
+        self._compiled = compiled
+        self.decoder: Decoder | None = None
+        """Once it is loaded."""
         self._weights = 0
         self._caches: list[KVCache] = []
         self._request_pool: RequestPool | None = None
@@ -76,34 +81,33 @@ class LoadedModel:
         `agreed`: this rank's memory as an earlier epoch agreed on it; None: all ranks measure and agree now. `free`: bytes that
         were free before the mesh formed.
         """
-        if self._decoder is None:
-            if agreed is None:
-                check_weights(mesh, self._spec, self._config, self._env.local_world_size, free)
+        if agreed is None:
+            ours = self._kept.num_bytes if self.decoder is None else self._weights  # taken already, and not to be taken again
+            sharers = self._env.local_world_size
+            check_weights(mesh, self._spec, self._config, sharers, free + sharers * ours)
+        if self._config.quantization is not None and mesh.tp.size > 1:
+            has_weights = self.decoder is not None or self._kept.find()
+            if not mesh.tp.all_reduce_min(int(has_weights)):
+                self.decoder = None  # int8 needs scales of all ranks, so all of them load again
+        if self.decoder is None:
             with self._room_for("loading the model", mesh):
-                self._decoder, self._weights = self._load(mesh)
+                self.decoder, self._weights = self._load(mesh)
             start_timer.mark("load")
-            if self._env.rank == 0 and self._decoder.device.type == "cpu":
-                log.info(f"the layers run as {self._decoder.form}")
-            self.numerics = self._self_test(self._decoder)
+            if self._env.rank == 0 and self.decoder.device.type == "cpu":
+                log.info(f"the layers run as {self.decoder.form}")
+            self.numerics = self._self_test(self.decoder)
             start_timer.mark("self-test")
         else:
-            if agreed is None:
-                check_weights(mesh, self._spec, self._config, self._env.local_world_size, free)
-            self._decoder.rejoin(mesh.tp)
+            self.decoder.rejoin(mesh.tp)
         if agreed is None:
-            self._measure(self._decoder, mesh)
+            self._measure(self.decoder, mesh)
         elif self.ledger is None:
-            self._allocate(self._decoder, mesh, agreed)
+            self._allocate(self.decoder, mesh, agreed)
         start_timer.mark("measure")
         assert self._request_pool is not None
         if self._compiled is not None:
             self._compiled.clear()
-        return ModelRunner(mesh, self._decoder, self._request_pool, self._caches)
-
-    @property
-    def expert_load(self) -> ExpertLoadCounter | None:
-        """The tokens routed to each expert since the epoch began; None without experts."""
-        return None if self._decoder is None else self._decoder.expert_load
+        return ModelRunner(mesh, self.decoder, self._request_pool, self._caches)
 
     def _measure(self, decoder: Decoder, mesh: Mesh) -> None:
         """Run the largest steps, agree with the other ranks on what fits, and allocate it."""
@@ -145,15 +149,18 @@ class LoadedModel:
                 self._report("loading weights", 10 + 80 * done // max(total, 1))
 
             self._report("loading weights", 10)
+            memory = self._kept.memory(decoder.parameters(), decoder.device, dtype)
             fill: Callable[[Parameter], None] = partial(dummy.fill, seed=config.seed)
-            if config.load_format != "dummy":
+            if config.load_format != "dummy" and not memory.packed:
                 only_safetensors = config.load_format == "safetensors"
                 checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
                 if env.rank == 0:
                     for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
                         log.info(line)
                 fill = Loader(decoder.parameters(), checkpoint, on_progress).fill
-            return decoder, decoder.prepack(config.quantization, fill)
+            weights = decoder.prepack(config.quantization, fill, memory)
+        self._kept.leave()
+        return decoder, weights
 
     def _self_test(self, decoder: Decoder) -> Numerics | None:
         """Test batch invariance of this processor's matrix products; None on CUDA, which does not promise it."""
@@ -161,13 +168,6 @@ class LoadedModel:
             return None
         machine, kernels = [cpu_model(), *self.processor.values()], devices.kernels_id(decoder.device)
         return self_test(decoder.products(), machine, cache_dir(), kernels)
-
-    def _compiled_grammars(self) -> CompiledGrammars | None:
-        """On ranks of the last stage, which sample; a thread begins to read the tokenizer."""
-        config, spec = self._config, self._spec
-        if config.layout.stage_of(self._env.rank) < config.layout.pp - 1:
-            return None
-        return CompiledGrammars(lambda: vocabulary(Tokenizer.load(config.tokenizer), spec.vocab_size, spec.eos_ids))
 
     def _make_pool(self, device: torch.device, max_len: int) -> RequestPool:
         config = self._config
