@@ -79,6 +79,10 @@ def forkserver(server: Server, rng: random.Random) -> int | None:
     return rng.choice(found) if found else None
 
 
+def frontend(server: Server, _: random.Random) -> int | None:
+    return next((pid for pid in children(supervisor(server)) if "tpserve.frontend" in _command(pid)), None)
+
+
 FAULTS = (
     signalled(signal.SIGKILL, rank, 6),
     signalled(signal.SIGSEGV, rank, 2),
@@ -87,6 +91,8 @@ FAULTS = (
     signalled(signal.SIGSTOP, agent, 1),
     signalled(signal.SIGKILL, forkserver, 2),
 )
+OF_THE_FRONTEND = signalled(signal.SIGKILL, frontend, 3)
+"""With --state-dir, for clients that come back."""
 
 
 @dataclass
@@ -121,8 +127,13 @@ async def chaos(
     seed: int,
     faults: Sequence[Trouble] = FAULTS,
     pause_s: tuple[float, float] = (1.0, 4.0),
+    *,
+    come_back: bool = False,
 ) -> Report:
-    """Ask all of `todo` at once, each again when it is answered, while faults come every `pause_s` seconds."""
+    """Ask all of `todo` at once, each again when it is answered, while faults come every `pause_s` seconds.
+
+    `come_back`: clients of streams that break off go on from where they were.
+    """
     report, end_s = Report(), time.monotonic() + seconds
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(TIMEOUT_S)) as session:
@@ -130,7 +141,7 @@ async def chaos(
         async def client(call: Call, wanted: Body) -> None:
             while time.monotonic() < end_s:
                 try:
-                    got = await answer(session, server.url, call)
+                    got = await answer(session, server.url, call, again=come_back)
                 except Exception as error:
                     report.errors.append(f"{type(error).__name__}: {error} for {call}")
                     continue

@@ -1,5 +1,6 @@
 """Requests of every kind, and their answers in a form that two runs must have alike."""
 
+import asyncio
 import json
 import random
 from collections.abc import AsyncIterator
@@ -72,8 +73,13 @@ def _json_schema() -> Body:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}}
 
 
-async def answer(session: aiohttp.ClientSession, url: str, call: Call) -> Body:
-    """The answer: for each choice its text, log probabilities, calls and finish reason, and the usage. Raises on any error."""
+async def answer(session: aiohttp.ClientSession, url: str, call: Call, *, again: bool = False) -> Body:
+    """The answer: for each choice its text, log probabilities, calls and finish reason, and the usage. Raises on any error.
+
+    `again`: the request is a stream that outlives its connection; come back when that breaks.
+    """
+    if again:
+        return await _joined(_events_of_all(session, url, call))
     async with session.post(url + call.path, json=call.body) as response:
         if response.status != 200:
             raise AssertionError(f"status {response.status}: {await response.text()}")
@@ -94,6 +100,33 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Body]:
             yield event
     if not ended:
         raise AssertionError("the stream broke off")
+
+
+async def _events_of_all(session: aiohttp.ClientSession, url: str, call: Call) -> AsyncIterator[Body]:
+    """The events over as many connections as it takes."""
+    stream_id, last, ended = "", "0", False
+    while not ended:
+        try:
+            if stream_id:
+                asked = session.get(f"{url}/v1/streams/{stream_id}", headers={"Last-Event-ID": last})
+            else:
+                asked = session.post(url + call.path, json=call.body, headers={"X-Resumable": "1"})
+            async with asked as response:
+                if response.status != 503:
+                    assert response.status == 200, f"status {response.status}: {await response.text()}"
+                    stream_id, event_id = response.headers["X-Stream-Id"], ""
+                    async for line in response.content:
+                        if line.startswith(b"id: "):
+                            event_id = line[4:].strip().decode()
+                        elif line.startswith(b"data: [DONE]"):
+                            ended = True
+                        elif line.startswith(b"data: ") and event_id:
+                            yield json.loads(line[6:])
+                            last, event_id = event_id, ""
+        except (aiohttp.ClientError, ConnectionError):
+            pass
+        if not ended:
+            await asyncio.sleep(0.1)
 
 
 async def _joined(events: AsyncIterator[Body]) -> Body:

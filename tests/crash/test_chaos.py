@@ -14,20 +14,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.chaos import FAULTS, Report, baseline, calls, chaos, memory_mib, rank, state
+from tests.crash.chaos import FAULTS, OF_THE_FRONTEND, Report, baseline, calls, chaos, memory_mib, rank, state
 from tests.server import Server, free_port, running, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def play(place: Path, streams: int, seconds: float, seed: int, max_tokens: int) -> Report:
-    """One run on one host, TP 2."""
+def play(place: Path, streams: int, seconds: float, seed: int, max_tokens: int, *, durable: bool = False) -> Report:
+    """One run on one host, TP 2. `durable`: the frontend is killed, too."""
     port = free_port()
-    with running([serve("--nproc-per-node", "2", port=port)], port, place / "log") as server:
-        todo = calls(streams, seed, max_tokens)
+    state_dir = ["--state-dir", str(place / "state")] if durable else []
+    with running([serve("--nproc-per-node", "2", *state_dir, port=port)], port, place / "log") as server:
+        todo = [call for call in calls(streams, seed, max_tokens) if call.body.get("stream") or not durable]
         expected = asyncio.run(baseline(server.url, todo))
         before, memory = state(server), memory_mib(server)
-        report = asyncio.run(chaos(server, todo, expected, seconds, seed))
+        faults = (*FAULTS, OF_THE_FRONTEND) if durable else FAULTS
+        report = asyncio.run(chaos(server, todo, expected, seconds, seed, faults, come_back=durable))
         assert not report.errors, f"{len(report.errors)} errors, the first: {report.errors[0]}\n{server.log[-3000:]}"
         settle(server, before)
         assert memory_mib(server) < memory + 64, "memory has grown"
@@ -62,6 +64,14 @@ def test_faults_for_half_an_hour(tmp_path: Path, capsys: pytest.CaptureFixture[s
     report = play(tmp_path, streams=64, seconds=seconds, seed=seed, max_tokens=400)
     with capsys.disabled():
         print(f"\nTP 2 on one host: {report}")
+
+
+@pytest.mark.long
+def test_faults_of_the_frontend_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds, seed = float(os.environ.get("CHAOS_SECONDS", "600")), int(os.environ.get("SEED", "0"))
+    report = play(tmp_path, streams=64, seconds=seconds, seed=seed, max_tokens=300, durable=True)
+    with capsys.disabled():
+        print(f"\nTP 2 on one host with --state-dir: {report}")
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from tests.simulation.world import ServicePlan, SimulatedService
+from tests.simulation.world import ServicePlan, SimulatedService, quiet
 from tpserve.bench.plot import PANEL, TOP, document, line, panel, text, tick_x, tick_y
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -83,6 +83,7 @@ def picture(costs: list[Cost]) -> str:
 
 
 def main() -> None:
+    quiet()
     costs = [measure(size) for size in SIZES]
     print(table(costs))
     for path in sys.argv[1:]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from tests.simulation.events import Weather
-from tests.simulation.world import ServicePlan, SimulatedService
+from tests.simulation.world import ServicePlan, SimulatedService, quiet
 from tpserve.coordinator.actions import EpochFailed, EpochFinished
 
 SIZES, SIZE_WEIGHTS = (2, 3, 4, 6, 8, 12, 16), (46, 24, 16, 6, 4, 2, 2)
@@ -232,6 +232,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--size", type=int, default=None, help="number of ranks; at random without it")
     options = parser.parse_args()
+    quiet()
     begin_s, totals, failed = time.monotonic(), Counter[str](), list[int]()
     for seed in range(options.seed, options.seed + options.count):
         try:

@@ -3,12 +3,13 @@
 The mutants are defects put into the code on purpose: a simulation that does not notice them would prove nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from msgspec.structs import replace
 
 from tests.simulation.schedule import run_schedule
+from tests.simulation.world import quiet
 from tpserve.coordinator import coordinator
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Member, Roster
@@ -22,6 +23,13 @@ from tpserve.wire.channels import EngineServer
 NUM_SCHEDULES, BLOCK = 2000, 100
 MUTANT_SCHEDULES = 300
 Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(autouse=True)
+def without_a_log() -> Iterator[None]:
+    quiet()
+    yield
+    quiet(False)
 
 
 @pytest.mark.parametrize("first", range(0, NUM_SCHEDULES, BLOCK))

@@ -28,7 +28,11 @@ VOCAB = 100
 CALM = Weather(late_s=0.002)
 STOPPED_KILLED_S = 4.5
 """A stopped process is killed by its node's agent after this long."""
-logging.getLogger("tpserve").setLevel(logging.CRITICAL)
+
+
+def quiet(on: bool = True) -> None:
+    """Without the log of the code under test, which would be most of a schedule's time."""
+    logging.getLogger("tpserve").setLevel(logging.CRITICAL if on else logging.NOTSET)
 
 
 @dataclass(frozen=True)

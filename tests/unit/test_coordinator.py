@@ -320,6 +320,16 @@ def test_a_recovery_without_progress_ends_the_service() -> None:
     assert failed.reason == "rank 1 did not come back within 20 s, after rank 1 on node1 (pid 101) died"
 
 
+def test_who_is_replaced_starts_again_and_does_not_say_hello_again() -> None:
+    c = running(restarts=True)
+    stop = SendMessage(Peer(1, 1), Stop(RESTART_CODE, "a newer process has taken the place of rank 1"))
+    actions = c.receive(Peer(1, 2), hello(1, 2), 1.0)
+    assert stop in actions and [a.peer for a in actions if isinstance(a, SendMessage) and isinstance(a.message, Leave)] == [
+        Peer(0, 1)
+    ]
+    assert c.receive(Peer(1, 1), Heartbeat(1, 1, "", 0, 0), 1.1) == [stop]
+
+
 def test_faults_of_their_own_without_a_token_end_the_service() -> None:
     def fail_once(c: Coordinator, number: int, last_exit: str) -> list[object]:
         now = float(number)
@@ -333,6 +343,8 @@ def test_faults_of_their_own_without_a_token_end_the_service() -> None:
 
     c = running(restarts=True)
     assert not [a for number in range(1, 50) for a in fail_once(c, number, "SIGKILL") if isinstance(a, EpochFailed)]
+    c = running(restarts=True)
+    assert not [a for number in range(1, 50) for a in fail_once(c, number, "exit code 75") if isinstance(a, EpochFailed)]
     c = running(restarts=True)
     for number in range(1, 11):
         assert not [a for a in fail_once(c, number, "SIGSEGV") if isinstance(a, EpochFailed)]

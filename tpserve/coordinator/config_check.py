@@ -25,14 +25,25 @@ _MAX_FILES = 4
 
 
 def mismatch(known: Iterable[Hello], hello: Hello) -> str:
-    """A sentence that says why `hello`'s rank cannot work with the known ones; empty when it can."""
-    others = list(known)
-    stage_ranks = [other for other in others if other.stage == hello.stage]
+    """A sentence that says why `hello`'s rank cannot work with the known ones, which can work together; empty when it can."""
+    first, of_stage, of_address = _representatives(known, hello)
     return (
-        (_difference(others[0], hello, _fingerprint, REMEDY) if others else "")
-        or (_difference(stage_ranks[0], hello, _processor, REMEDY_PROCESSOR) if stage_ranks else "")
-        or _address_conflict(others, hello)
+        (_difference(first, hello, _fingerprint, REMEDY) if first is not None else "")
+        or (_difference(of_stage, hello, _processor, REMEDY_PROCESSOR) if of_stage is not None else "")
+        or (_address_conflict(of_address, hello) if of_address is not None else "")
     )
+
+
+def _representatives(known: Iterable[Hello], hello: Hello) -> tuple[Hello | None, Hello | None, Hello | None]:
+    """Of the known ranks the first, the first of `hello`'s stage and the first with its address: the others equal them."""
+    first = of_stage = of_address = None
+    for other in known:
+        first = other if first is None else first
+        of_stage = other if of_stage is None and other.stage == hello.stage else of_stage
+        of_address = other if of_address is None and other.node.address == hello.node.address else of_address
+        if of_stage is not None and of_address is not None:
+            break
+    return first, of_stage, of_address
 
 
 def required_mismatches(hellos: Sequence[Hello]) -> list[str]:
@@ -100,12 +111,11 @@ def _difference(first: Hello, hello: Hello, facts: Callable[[Hello], Mapping[str
     return ""
 
 
-def _address_conflict(others: Iterable[Hello], hello: Hello) -> str:
-    """A sentence about two machines with the same address; empty when there are none."""
-    for other in others:
-        if other.node.address == hello.node.address and other.node.machine != hello.node.machine:
-            return (
-                f"rank {other.rank} on {other.host} and rank {hello.rank} on {hello.host} both call themselves "
-                f"{hello.node.address}: pass --interface with a network that the nodes share, such as --interface 10.0.0.0/24"
-            )
-    return ""
+def _address_conflict(other: Hello, hello: Hello) -> str:
+    """A sentence about two machines with the same address; empty when they are one."""
+    if other.node.machine == hello.node.machine:
+        return ""
+    return (
+        f"rank {other.rank} on {other.host} and rank {hello.rank} on {hello.host} both call themselves "
+        f"{hello.node.address}: pass --interface with a network that the nodes share, such as --interface 10.0.0.0/24"
+    )

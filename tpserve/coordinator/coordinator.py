@@ -302,14 +302,14 @@ class Coordinator:
             return [self._start(peer)] if rank.hello is not None and rank.ready is None else []
         if rank.hello is not None:
             return []
-        why = mismatch(self.hellos, message)
+        why = mismatch(self._roster.taking_part(), message)
         rank.hello, self._progress_s = message, now
         if why:
             return self._end(2, why, now)
         cause = _cause_of_exit(message.last_exit)
         if cause != "outside" and (actions := self._count_fault(cause, now)):
             return actions
-        return [] if self._roster.missing else self._enter_state("all_joined", now)
+        return self._enter_state("all_joined", now) if self._roster.complete else []
 
     def _on_ready(self, peer: Peer, message: Ready, now: float) -> list[Action]:
         rank = self._roster[peer.rank]

@@ -149,7 +149,16 @@ class Roster:
     @property
     def hellos(self) -> list[Hello]:
         """The Hello of every rank that takes part, in rank order."""
-        return [member.hello for member in self._members if member.hello]
+        return list(self.taking_part())
+
+    def taking_part(self) -> Iterator[Hello]:
+        """The same, one by one: a caller that stops early looks at few of a thousand."""
+        return (member.hello for member in self._members if member.hello)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all ranks take part."""
+        return all(member.hello is not None for member in self._members)
 
     @property
     def missing(self) -> list[int]:

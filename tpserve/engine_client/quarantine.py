@@ -1,8 +1,9 @@
 """Which open requests may have killed the engine, and in which order they are sent to the next one. Pure.
 
-A sequence is *proven* in an epoch once the engine has sent `PROOF` messages about it: what it had drawn when it ended a rank may
-not have arrived, so it may draw that again before it does the same. When an epoch ends, its *suspects* are the
-sequences that it was sent and that are not proven; without any of these, all that it was sent. The cause decides what happens:
+A sequence is *proven* in an epoch once the engine has sent something about it; one that was a suspect, after `PROOF` messages:
+what it had drawn when it ended a rank may not have arrived, so it may draw that again before it does the same. When an epoch
+ends, its *suspects* are the sequences that it was sent and that are not proven; without any of these, all that it was sent. The
+cause decides what happens:
 
     outside   a process was killed (SIGKILL, SIGTERM), stopped, or cut off: everything is sent again at once
     unclear   a signal that crashes raise (SIGSEGV, SIGABRT ...), or a step that never ended: all but the suspects are sent first;
@@ -38,13 +39,14 @@ class Quarantine:
         self._batches: deque[list[int]] = deque()
         """What is not sent yet. The next batch is sent once all before it are proven."""
         self._suspended = False
+        self._suspected: set[int] = set()
         self._strikes: dict[int, float] = {}
         self._stalls: dict[int, int] = {}
 
     def admit(self, ids: Sequence[int]) -> list[int]:
         """New sequences."""
         if not self._batches and not self._suspended:
-            self._unproven.update(dict.fromkeys(ids, PROOF))
+            self._unproven.update(dict.fromkeys(ids, 1))
             return list(ids)
         self._batches.append(list(ids))
         return []
@@ -82,6 +84,7 @@ class Quarantine:
         for id in suspects:
             if alone or cause == "error":
                 self._strikes[id] = self._strikes.get(id, 0.0) + (OUTSIDE_SHARE if cause == "outside" else 1.0)
+        self._suspected.update(suspects)
         suspects.sort(key=lambda id: (self._strikes.get(id, 0.0), id))
         sent = sorted(id for id in (*self._proven, *self._unproven) if id not in set(suspects))
         never_sent = sorted(id for batch in self._batches for id in batch)
@@ -114,10 +117,11 @@ class Quarantine:
         if not self._batches:
             return []
         ids = self._batches.popleft()
-        self._unproven.update(dict.fromkeys(ids, PROOF))
+        self._unproven.update((id, PROOF if id in self._suspected else 1) for id in ids)
         return ids
 
     def _forget(self, id: int) -> None:
+        self._suspected.discard(id)
         self._strikes.pop(id, None)
         self._stalls.pop(id, None)
 
