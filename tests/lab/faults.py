@@ -227,7 +227,8 @@ def survive(hosts: list[Host], model: str, place: Path, part: str, how: str, mom
             reader.enough = True
             reader.join(60.0)
             errors += reader.errors + ["it never ended"] * reader.is_alive()
-        server.processes[0].terminate()
+        if moment != "draining":
+            server.processes[0].terminate()
         codes = server.wait()
         return Survival(took_s, errors, sum(reader.answers for reader in readers), codes, server.log)
 

@@ -87,7 +87,7 @@ def play(hosts: list[Host], place: Path, streams: int, seconds: float, seed: int
 
 
 def test_a_few_faults(hosts: list[Host], place: Path) -> None:
-    report = play(hosts, place, streams=13, seconds=15.0, seed=1, max_tokens=120)
+    report = play(hosts, place, streams=13, seconds=12.0, seed=1, max_tokens=120)
     assert report.answers >= 13 and sum(report.faults.values()) >= 3
 
 

@@ -46,7 +46,10 @@ def meet_nodes(job: AgentJob) -> Meeting:
     me = JoinRequest(job.node_rank, job.nnodes, job.nproc, __version__, host, host_id(), job.address, job.address_derived)
     key = bytes.fromhex(job.rendezvous_key)
     if job.node_rank > 0:
-        info, connection = join_rendezvous(me, job.master_addr, job.master_port, job.world_size, job.start_timeout_s, key)
+        again = job.restarts > 0  # the agent before was killed: node 0 was there, and may have ended since
+        timeout_s = job.recovery_timeout_s if again else job.start_timeout_s
+        where = job.master_addr, job.master_port
+        info, connection = join_rendezvous(me, *where, job.world_size, timeout_s, key, again=again)
         meeting = Meeting((info.host, info.port), None, info.first_rank)
         follow = threading.Thread(
             target=_follow_head, args=(job, me, connection, meeting), name="connection to node 0", daemon=True
