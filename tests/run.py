@@ -31,7 +31,7 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "kernels": (300, ("kernels",)),
     "http": (155, ("http",)),
     "cluster": (1000, ("cluster",)),
-    "crash": (30, ("crash",)),
+    "crash": (110, ("crash",)),
     "lab": (130, ("lab",)),
     "bare": (95, ("bare",)),
 }

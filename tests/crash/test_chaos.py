@@ -54,7 +54,7 @@ def test_the_table_of_the_docs_is_what_is_tried() -> None:
 
 
 def test_a_few_faults(tmp_path: Path) -> None:
-    report = play(tmp_path, streams=13, seconds=18.0, seed=7, max_tokens=160)
+    report = play(tmp_path, streams=13, seconds=12.0, seed=7, max_tokens=160)
     assert report.answers >= 13 and sum(report.faults.values()) >= 3
 
 
