@@ -81,11 +81,19 @@ def test_answers_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2040 tokens in and 20 out do not fit the context, 8 came out: lower --input-len" in said.err
 
 
-def test_a_rank_that_dies(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_agent_that_dies(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The death of a rank would change nothing."""
+
     def strike() -> None:
-        while not (ranks := [pid for pid in pids_with("--seed\x007704") if "RANK" in environment(pid)]):
+        def parent(pid: int) -> int:
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+        agents: list[int] = []
+        while not any(environment(pid).get("TPSERVE_RUNTIME_DIR") for pid in agents):
+            agents = [pid for pid in pids_with("tpserve.agent") if parent(pid) == os.getpid()]
             time.sleep(0.01)
-        os.kill(ranks[0], signal.SIGKILL)
+        time.sleep(1.0)
+        os.kill(agents[0], signal.SIGKILL)
 
     output.write_text("of an earlier run")
     threading.Thread(target=strike).start()

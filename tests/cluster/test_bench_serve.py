@@ -110,14 +110,14 @@ def test_chat_and_a_dataset(server: Server, output: Path, tmp_path: Path) -> Non
 
 
 def test_a_server_that_dies(output: Path, tmp_path: Path) -> None:
-    """The first rank is killed while streams are open: each of those ends with an error, and the rest meets nobody."""
+    """It is killed while streams are open: each of those ends with an error, and the rest meets nobody."""
     port = free_port()
     with running([serve("--nproc-per-node", "1", port=port)], port, tmp_path / "log") as server:
 
         def strike() -> None:
             while 'num_requests_running{model_name="tidewick"} 4.0' not in server.get("/metrics")[1]:
                 time.sleep(0.01)
-            kill(server.rank_pids()[0], SIGKILL)
+            kill(server.processes[0].pid, SIGKILL)
 
         threading.Thread(target=strike, daemon=True).start()
         load = ["--num-prompts", "8", "--max-concurrency", "4", "--input-len", "8", "--output-len", "1900", "--num-warmups", "0"]
