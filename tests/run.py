@@ -30,7 +30,7 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "parity": (450, ("parity",)),
     "kernels": (300, ("kernels",)),
     "http": (155, ("http",)),
-    "cluster": (1000, ("cluster",)),
+    "cluster": (900, ("cluster",)),
     "crash": (110, ("crash",)),
     "lab": (130, ("lab",)),
     "bare": (95, ("bare",)),

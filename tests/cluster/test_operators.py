@@ -50,8 +50,9 @@ def test_status_and_report(tmp_path: Path) -> None:
         assert (code, error) == (0, "")
         for other in (f"http://127.0.0.1:{port}/v1", f"127.0.0.1:{port}/", f"http://127.0.0.1:{port}/v1/"):
             assert tpserve("status", "--url", other, **keys)[0] == 0, "as clients of the API are given it"
-        first, second, _, head, *ranks, _, queue = page.splitlines()
+        first, second, epochs, _, head, *ranks, _, queue = page.splitlines()
         assert first.endswith(f"127.0.0.1:{port}: ready") and "TP 2 x PP 1 on cpu" in second
+        assert epochs == "epoch 1, no recoveries"
         assert head.split()[:4] == ["node", "host", "GPUs", "used/visible"] and len(ranks) == 2
         assert all(re.search(rf"^0 +{socket.gethostname()} +0/\d+ +{i} +\d+ .* weights, .* KV of .*running$", line)
                    for i, line in enumerate(ranks)), page  # fmt: skip

@@ -1,4 +1,4 @@
-"""How long a start may take, against what the machine needs for the imports alone. The best of three counts."""
+"""How long a start may take, against what the machine needs for the imports alone. The best of five counts."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.server import free_port, running, serve
 
-LIVE, READY = 4.0, 3.5
+LIVE, READY = 4.0, 2.5
 """In times of an import: until the frontend answers (aiohttp, ZeroMQ), and until the built-in model on two ranks does (torch)."""
 
 
@@ -34,7 +34,7 @@ def one_start(log: Path) -> tuple[float, float]:
 
 def test_a_start_takes_a_few_times_its_imports(tmp_path: Path) -> None:
     starts = []
-    for attempt in range(3):
+    for attempt in range(5):
         live_s, ready_s = one_start(tmp_path / f"log{attempt}")
         starts.append((live_s / import_s("aiohttp, zmq, msgspec, uvloop"), ready_s / import_s("torch")))
         if min(live for live, _ in starts) < LIVE and min(ready for _, ready in starts) < READY:
