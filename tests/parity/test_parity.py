@@ -297,9 +297,10 @@ def test_stages_change_no_bit(runs: Runs, pp: int) -> None:
 def test_shared_memory_changes_no_bit(runs: Runs, layout: tuple[int, int]) -> None:
     _, results = runs
     shared = results[*layout, "shm"]
-    assert sum("resumed" not in key for key in shared) == 4 * len(PROMPTS)
-    for key, logits in shared.items():
-        assert torch.equal(logits, results[layout][key]), key
+    compared = [key for key in shared if "resumed" not in key]  # not every model is resumed in both
+    assert len(compared) == 4 * len(PROMPTS)
+    for key in compared:
+        assert torch.equal(shared[key], results[layout][key]), key
 
 
 @needs_library

@@ -144,14 +144,17 @@ class SamplerStage:
         assert own is not None, "only the last stage has grammars"
         if not plan.slots:
             own.wait_for_any(asked, COMPILE_WAIT_S)
-        states_N = to_device(torch.tensor([own.state(number) for number in asked]), self._request_pool.tokens.device)
+        states = [own.state(number) for number in asked]
+        errors = {number: own.error(number) for number, state in zip(asked, states, strict=True) if state is GrammarState.FAILED}
+        states_N = to_device(torch.tensor(states), self._request_pool.tokens.device)
         states_PN = _to_host(self._tp.all_gather(states_N) if self._tp.size > 1 else states_N[None])
 
         def compiled() -> tuple[tuple[int, str], ...]:
             answers = []
             for number, of_ranks in zip(asked, states_PN.T.tolist(), strict=True):
                 if GrammarState.FAILED in of_ranks:
-                    answers.append((number, own.error(number) or "another rank says so, and its log why"))
+                    # taken above: by now a later plan may have dropped the grammar
+                    answers.append((number, errors.get(number) or "another rank says so, and its log why"))
                 elif GrammarState.COMPILING not in of_ranks:
                     answers.append((number, ""))
             return tuple(answers)
