@@ -127,6 +127,7 @@ class _Supervisor:
         self._listener: socket.socket | None = None
         """On node 0 of several, the socket to which the other nodes connect."""
         self._signalled_s: list[float] = []
+        self._began_s = time.monotonic()
         self._stopped: dict[int, str] = {}
         self._starting = True
         self._forwarded = False
@@ -264,6 +265,7 @@ class _Supervisor:
             world_size=config.layout.world_size,
             run_id=f"tpserve-{flags.master_port}" if flags.nnodes > 1 else uuid.uuid4().hex,
             start_timeout_s=config.start_timeout,
+            began_s=self._began_s if agent.restarts == 0 else None,
             recovery_timeout_s=config.recovery_timeout,
             runtime_dir=str(self._runtime_dir),
             log_level=config.log_level,

@@ -37,6 +37,8 @@ class AgentJob(Struct, frozen=True, kw_only=True):
     world_size: int
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     start_timeout_s: float
+    began_s: float | None = None
+    """Since when the start of this node takes, a time of `time.monotonic`; the agent's own start by default."""
     recovery_timeout_s: float = 0.0
     """How long another node waits for node 0 when it has lost it. Used with several nodes only."""
     runtime_dir: str

@@ -49,7 +49,7 @@ def meet_nodes(job: AgentJob) -> Meeting:
         again = job.restarts > 0  # the agent before was killed: node 0 was there, and may have ended since
         timeout_s = job.recovery_timeout_s if again else job.start_timeout_s
         where = job.master_addr, job.master_port
-        info, connection = join_rendezvous(me, *where, job.world_size, timeout_s, key, again=again)
+        info, connection = join_rendezvous(me, *where, job.world_size, timeout_s, key, again=again, began_s=job.began_s)
         meeting = Meeting((info.host, info.port), None, info.first_rank)
         follow = threading.Thread(
             target=_follow_head, args=(job, me, connection, meeting), name="connection to node 0", daemon=True
@@ -58,7 +58,8 @@ def meet_nodes(job: AgentJob) -> Meeting:
         return meeting
     rendezvous = None
     if job.nnodes > 1:
-        rendezvous = Rendezvous(me, socket.socket(fileno=job.listener), job.world_size, job.start_timeout_s, key)
+        listener = socket.socket(fileno=job.listener)
+        rendezvous = Rendezvous(me, listener, job.world_size, job.start_timeout_s, key, job.began_s)
         rendezvous.wait_for_all()
     listener = listen(job.address, job.port_range)  # before its port is sent to the nodes
     port = listener.getsockname()[1]

@@ -135,15 +135,23 @@ class _PeerConnection:
 class Rendezvous:
     """Node 0's side of the rendezvous."""
 
-    def __init__(self, me: JoinRequest, listener: socket.socket, world_size: int, timeout_s: float, key: bytes) -> None:
+    def __init__(
+        self,
+        me: JoinRequest,
+        listener: socket.socket,
+        world_size: int,
+        timeout_s: float,
+        key: bytes,
+        began_s: float | None = None,
+    ) -> None:
         """`me`: node 0. `listener`: listens at the master address; `close` closes it. `world_size`: the ranks of all nodes.
 
-        `key`: `Keyring.rendezvous_key`; empty without a secret.
+        `key`: `Keyring.rendezvous_key`; empty without a secret. `began_s`: since when the wait takes (`RetryLog`).
         """
         self._me = me
         self._key = key
         self._world_size = world_size
-        self._retry_log = RetryLog(timeout_s, logger)
+        self._retry_log = RetryLog(timeout_s, logger, began_s)
         self._timeout_s = timeout_s
         self._listener = listener
         self._address = host_port(*listener.getsockname()[:2])
@@ -317,7 +325,15 @@ class Rendezvous:
 
 
 def join_rendezvous(
-    me: JoinRequest, master_addr: str, port: int, world_size: int, timeout_s: float, key: bytes, *, again: bool = False
+    me: JoinRequest,
+    master_addr: str,
+    port: int,
+    world_size: int,
+    timeout_s: float,
+    key: bytes,
+    *,
+    again: bool = False,
+    began_s: float | None = None,
 ) -> tuple[RendezvousInfo, socket.socket]:
     """Another node's side: wait until all nodes have joined and the agents' store accepts a connection.
 
@@ -325,7 +341,7 @@ def join_rendezvous(
     node 0's reason, and EngineFailure after `timeout_s`. With `again` node 0's agent was lost: its supervisor, as long as it
     lives, listens, so that a refused connection is its end.
     """
-    retry_log, where = RetryLog(timeout_s, logger), host_port(master_addr, port)
+    retry_log, where = RetryLog(timeout_s, logger, began_s), host_port(master_addr, port)
     why = ""
     while not retry_log.timed_out:
         try:

@@ -20,12 +20,12 @@ RETRY_S = 0.2
 
 
 class RetryLog:
-    """Decides when to log a wait again, and measures it. The wait begins with the constructor."""
+    """Decides when to log a wait again, and measures it."""
 
-    def __init__(self, timeout_s: float, logger: logging.Logger) -> None:
-        """`logger`: gets the lines."""
+    def __init__(self, timeout_s: float, logger: logging.Logger, began_s: float | None = None) -> None:
+        """`logger`: gets the lines. `began_s`: the beginning of the wait, a time of `time.monotonic`; by default now."""
         self._logger = logger
-        self._began_s = time.monotonic()
+        self._began_s = time.monotonic() if began_s is None else began_s
         self._timeout_s = timeout_s
         self._due_s = SLOW_S
         self._last_why = ""
