@@ -28,7 +28,7 @@ def one_start(log: Path) -> tuple[float, float]:
         ready_s = time.monotonic() - began_s
         server.stop()
         timer = [line for line in server.log.splitlines() if " start: agent " in line]
-        assert len(timer) == 1 and "[n0 r0 s0]" in timer[0] and ", all ranks " in timer[0] and timer[0].endswith(" s")
+        assert len(timer) == 1 and "[n0 r0 s0]" in timer[0] and ", together " in timer[0] and timer[0].endswith(" s")
     return live_s, ready_s
 
 
