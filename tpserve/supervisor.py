@@ -11,7 +11,7 @@ Owns the lifetime of the children, the HTTP listening socket and the exit code. 
 
 Invariants:
 - Wrong input is refused before a child starts.
-- A child that was killed by a signal is started again, after a pause from the third early death in a row on. Until a frontend
+- A child that was killed by a signal is started again, after a pause from the fourth early death in a row on. Until a frontend
   accepts them again, clients wait in the backlog of the listening socket. A child that ended with an exit code has meant it.
 - When this process has ended, none of its descendants is alive (it adopts orphans), and the runtime directory, which only node 0
   has, is deleted.

@@ -2,7 +2,7 @@
 
     exit code 0      the rank has drained, and so has the service
     2, 3             an error of the user; the end that the coordinator ordered: all ranks of this node end
-    anything else    the rank starts again; from the third early death in a row on after a pause (`RestartBackoff`), and not at
+    anything else    the rank starts again; from the fourth early death in a row on after a pause (`RestartBackoff`), and not at
                      all when this node has been told to end
 
 Owns the processes, the forkserver and, from one process of a rank to the next, its packed weights. Decides nothing about the
