@@ -118,7 +118,7 @@ def test_a_forked_rank_is_like_a_new_program(agent: Callable[..., Agent]) -> Non
 
 
 def test_one_rank_starts_again(agent: Callable[..., Agent]) -> None:
-    """Whatever ended it; at once twice, then after a pause. The other rank goes on."""
+    """Whatever ended it; at once three times, then after a pause. The other rank goes on."""
     ours = agent(restarts=4)
     other = ours.found(1, 0).pid
     ends = [
@@ -136,8 +136,8 @@ def test_one_rank_starts_again(agent: Callable[..., Agent]) -> None:
         took_s.append(after.at_s - ended_s)
         assert (after.environ["TPSERVE_LAST_EXIT"], after.environ["TORCHELASTIC_RESTART_COUNT"]) == (said, str(number + 5))
     assert ours.found(1, 0).pid == other and not (ours.place / "rank1.1").exists()
-    assert min(took_s[:2]) < 0.5, "an import of torch takes longer"
-    assert took_s[2] > 0.1 and took_s[3] > 0.2
+    assert min(took_s[:3]) < 0.5, "an import of torch takes longer"
+    assert took_s[3] > 0.1
     os.kill(ours.pid, signal.SIGTERM)
     assert ours.wait() == 0
     print("from a rank's death to the main function of the next:", *(f"{1000 * s:.0f} ms" for s in took_s))
