@@ -166,7 +166,7 @@ class Rendezvous:
         try:
             next_s = 0.0
             while missing := self._missing():
-                if self._retry_log.timed_out:
+                if self._retry_log.timed_out and next_s:  # who waits already is let in first
                     ranks = missing_ranks(missing, self._sizes(), self._world_size, self._me.nnodes)
                     raise EngineFailure(
                         f"{name_nodes(missing, self._me.nnodes)} did not come to {self._address} within {self._timeout_s:g} s, "
@@ -343,7 +343,7 @@ def join_rendezvous(
     """
     retry_log, where = RetryLog(timeout_s, logger, began_s), host_port(master_addr, port)
     why = ""
-    while not retry_log.timed_out:
+    while not (why and retry_log.timed_out):  # once at least
         try:
             connection = socket.create_connection((master_addr, port), retry_log.connect_s)
         except OSError as error:
