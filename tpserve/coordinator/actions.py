@@ -32,10 +32,6 @@ class EpochReady(Struct, frozen=True):
     cause: Cause = "outside"
 
 
-class Draining(Struct, frozen=True):
-    """The service takes no new requests and lets the open ones finish."""
-
-
 class RankLost(Struct, frozen=True):
     """This incarnation is silent and no longer counts: kill its process if it runs on this host."""
 
@@ -64,15 +60,4 @@ class EpochFinished(Struct, frozen=True):
     """The service ended on request: exit code 0."""
 
 
-Action = (
-    SendMessage
-    | EpochStarting
-    | EpochReady
-    | Draining
-    | RankLost
-    | EpochLost
-    | EpochFailed
-    | EpochFinished
-    | ExpertLoad
-    | LogLines
-)
+Action = SendMessage | EpochStarting | EpochReady | RankLost | EpochLost | EpochFailed | EpochFinished | ExpertLoad | LogLines

@@ -39,7 +39,6 @@ from typing import Literal
 from tpserve.coordinator.actions import (
     Action,
     Cause,
-    Draining,
     EpochFailed,
     EpochFinished,
     EpochLost,
@@ -373,7 +372,7 @@ class Coordinator:
             self._cause = "outside"
             return actions if self._draining_s is None else [*actions, *self._enter_state("drain", now)]
         if self.state is EpochState.DRAINING:
-            return [*self._to_all(Drain()), Draining()]
+            return self._to_all(Drain())
         if self.state is EpochState.FORMING:
             leaving = [peer for peer in self._roster.peers if self._roster[peer.rank].hello is not None]
             for rank in self._roster:

@@ -3,7 +3,6 @@
     event                        the engine                             the open requests
     EpochReady                   rank 0's new incarnation is the engine  are sent to it as `Quarantine` orders
     EpochLost                    there is none                           wait
-    Draining                     -                                       finish; HTTP takes no new ones
     EpochFailed, EpochFinished   -                                       fail with the reason
     outputs                      -                                       grow; a token forgives earlier faults
 
