@@ -103,6 +103,7 @@ class DecodeGraphs:
         graph.replay()
         return graph.outputs[-1]
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture all graphs, the largest first, whose memory the others share."""
         for bucket in reversed(self.buckets):
