@@ -119,13 +119,10 @@ class DecodeGraphs:
     def _arrays(self, chunks: ChunkArrays) -> "list[array[int] | array[float]]":
         """The packet of a plan."""
         pool, slots = self._request_pool, chunks.slots
-        return [
-            *step_integers(chunks, pool),
-            array("q", [pool.seed[slot] for slot in slots]),
-            array("q", chunks.ends),
-            array("q", [pool.choice[slot] for slot in slots]),
-            array("f", [pool.params[slot].temperature for slot in slots]),
-        ]
+        seeds, choices = array("q", [pool.seed[slot] for slot in slots]), array("q", [pool.choice[slot] for slot in slots])
+        temperatures = array("f", [pool.params[slot].temperature for slot in slots])
+        arrays: list[array[int] | array[float]] = [*step_integers(chunks, pool)]
+        return [*arrays, seeds, array("q", chunks.ends), choices, temperatures]
 
     def _packet(self, bucket: int) -> Packet:
         """Where the arrays of `_arrays` go, with what padding has."""
@@ -162,17 +159,18 @@ class CudaCapture:
     """`Capture` on a card. Its graphs share one pool of memory."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()  # kernels are compiled, and libraries make their buffers, before the capture
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # The errors of other threads, which read device memory beside the capture, are not this one's.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        pool = self._graphs[0].pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work()
-        self._pool = graph.pool()
+        self._graphs.append(graph)
         return graph.replay
