@@ -132,6 +132,8 @@ class SamplerStage:
         self._decoder = decoder
         self._request_pool = request_pool
         self._tp = tp
+        self.num_logits = len(decoder.vocab_shards[tp.rank])
+        """In a row, on this rank."""
         self.logits_chunking = LogitsChunking.of(decoder.vocab_shards, request_pool.tokens.shape[1])
 
     def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
