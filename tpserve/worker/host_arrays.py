@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-DTYPES = {"q": torch.int64, "i": torch.int32, "f": torch.float32}
+DTYPES = {"q": torch.int64, "i": torch.int32, "f": torch.float32, "d": torch.float64}
 """The tensor dtype of each typecode of `array` in use."""
 
 

@@ -14,9 +14,9 @@ import torch
 
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
-from tpserve.sampler.draw import draw, gather_logits
+from tpserve.sampler.draw import draw_rows, gather_logits
 from tpserve.sampler.filters import apply
-from tpserve.sampler.logits import Logits, WrittenLogits
+from tpserve.sampler.logits import CardLogits, Logits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
 from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
@@ -26,6 +26,7 @@ from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
 from tpserve.worker.logits_rows import PromptLogprobsBatch, SampleBatch, prompt_logprobs_batch, redraw_batches, sample_batches
 from tpserve.worker.request_pool import RequestPool
+from tpserve_kernels.sampler_types import RawLogits, Target
 
 GrammarRow = tuple[int, SlotGrammar, GrammarDraw]
 """(chunk index, grammar, token) of a sequence with a grammar."""
@@ -123,7 +124,9 @@ class SamplerStage:
         self._decoder = decoder
         self._request_pool = request_pool
         self._tp = tp
-        self.logits_chunking = LogitsChunking.of(decoder.vocab_shards, request_pool.tokens.shape[1])
+        self.logits_chunking = LogitsChunking.of(
+            decoder.vocab_shards, request_pool.tokens.shape[1], on_card=request_pool.tokens.is_cuda
+        )
 
     def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
         """Queue sampling and scoring for `hidden_TH` [T, hidden_size]; sampled tokens also go into the request pool."""
@@ -163,39 +166,45 @@ class SamplerStage:
 
     def _redraw(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> torch.Tensor:
         """Draw known tokens again, [S] on their way to the host; nothing else keeps them."""
-        return _to_host(self._draw(self._logits(hidden_TH, batch), batch))
+        return _to_host(self._draw(self._logits(hidden_TH, batch), batch, keep=False))
 
     def _logits(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> Logits:
-        """The logits of a batch's rows. Without filters and logprobs they may stay unwritten."""
+        """The logits of a batch's rows. On the CPU they may stay unwritten without filters and logprobs."""
         hidden_SH = hidden_TH if len(hidden_TH) == len(batch.chunks) else hidden_TH[batch.rows]
-        if batch.filters is None and not batch.num_logprobs:
-            return self._decoder.head(hidden_SH)
-        return WrittenLogits(self._decoder.logits(hidden_SH))
+        logits = self._decoder.head(hidden_SH)
+        read_again = batch.filters is not None or batch.num_logprobs
+        return WrittenLogits(logits.written()) if read_again and not isinstance(logits, CardLogits) else logits
 
     def _sample(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
         """Sample one batch: logits, filters, draw, logprobs."""
         logits = self._logits(hidden_TH, batch)
-        tokens_S = self._draw(logits, batch)
-        self._request_pool.tokens[batch.slots, batch.draw.position_S] = tokens_S.int()
+        tokens_S = self._draw(logits, batch, keep=True)
         entries: LogprobTensors | None = None
         if batch.num_logprobs:
             most = max(n for n in batch.num_logprobs if n is not None)
-            logits_SV, shards = logits.written(), self._decoder.vocab_shards
-            chosen_S, ids_Sn, top_Sn = logprobs(logits_SV, shards, tokens_S, most, self._tp)
+            chosen_S, ids_Sn, top_Sn = logprobs(logits, self._decoder.vocab_shards, tokens_S, most, self._tp)
             entries = _to_host(chosen_S), _to_host(ids_Sn), _to_host(top_Sn)
         on_host_S = _to_host(tokens_S)
         return SamplerOutput(batch, on_host_S, entries, _grammar_draws(batch, on_host_S, tokens_S.is_cuda))
 
-    def _draw(self, logits: Logits, batch: SampleBatch) -> torch.Tensor:
-        """Token ids [S]. With filters the full rows are gathered, and every rank draws the same tokens from them."""
-        shards, tp = self._decoder.vocab_shards, self._tp
+    def _draw(self, logits: Logits, batch: SampleBatch, *, keep: bool) -> torch.Tensor:
+        """Token ids [S], also written to the request pool if it should `keep` them.
+
+        With filters the full rows are gathered, and every rank draws the same tokens from them.
+        """
+        shards, tp, tokens_XL = self._decoder.vocab_shards, self._tp, self._request_pool.tokens
         if batch.filters is not None:
-            logits_SV = gather_logits(logits.written(), shards, tp)
-            tokens_SL = self._request_pool.tokens[batch.slots, : batch.filters.history]
+            logits_SV = logits.written()
+            if tp.size > 1 or not logits_SV.is_cuda:  # on a card they are a copy already
+                logits_SV = gather_logits(logits_SV, shards, tp)
             temperature_S, position_S = batch.draw.temperature_S, batch.draw.position_S
-            logits = WrittenLogits(apply(logits_SV, batch.filters, temperature_S, position_S, tokens_SL))
+            logits_SV = apply(logits_SV, batch.filters, temperature_S, position_S, tokens_XL, batch.slots)
+            logits = CardLogits(RawLogits(logits_SV)) if logits_SV.is_cuda else WrittenLogits(logits_SV)
             shards, tp = (range(logits_SV.shape[1]),), Group()
-        return draw(logits, shards, None if batch.all_greedy else batch.draw, tp)
+        out_S = torch.empty(len(batch.chunks), dtype=torch.int64, device=tokens_XL.device)
+        target = Target(out_S, batch.slots, tokens_XL) if keep else Target(out_S)
+        draw_rows(logits, shards, batch.draw, tp, target, all_greedy=batch.all_greedy)
+        return out_S
 
     def _score(self, hidden_TH: torch.Tensor, batch: PromptLogprobsBatch) -> PromptLogprobsOutput:
         """Prompt logprobs, in slices of rows that `LogitsChunking` allows."""
@@ -204,8 +213,8 @@ class SamplerStage:
         slices = []
         for at in range(0, len(tokens_N), self.logits_chunking.plain):
             rows = slice(at, at + self.logits_chunking.plain)
-            logits_SV = self._decoder.logits(hidden_TH[batch.rows[rows]])
-            slices.append(logprobs(logits_SV, shards, tokens_N[rows], most, self._tp))
+            logits = self._decoder.head(hidden_TH[batch.rows[rows]])
+            slices.append(logprobs(logits, shards, tokens_N[rows], most, self._tp))
         chosen_N, ids_Nn, top_Nn = (torch.cat(parts) for parts in zip(*slices, strict=True))
         return PromptLogprobsOutput(batch, (_to_host(chosen_N), _to_host(ids_Nn.int()), _to_host(top_Nn)))
 
