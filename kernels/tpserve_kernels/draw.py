@@ -111,7 +111,7 @@ def _check(logits: RawLogits, noise: Noise, target: Target) -> None:
     assert noise.temperature_S.dtype == torch.float32 and all(x.dtype == torch.int64 for x in noise[1:])
     of_rows = [*noise, target.out_S] + ([] if target.slot_S is None else [target.slot_S])
     assert all(x.shape == (rows,) and x.is_contiguous() for x in of_rows)
-    assert target.slot_S is None or target.slot_S.dtype == torch.int64
+    assert target.slot_S is None or target.slot_S.dtype in (torch.int64, torch.int32)
     if target.tokens_XL is not None:
         assert target.slot_S is not None and target.tokens_XL.dtype == torch.int32 and target.tokens_XL.stride(1) == 1
 
@@ -149,7 +149,7 @@ def _drawn(slot_ptr, row, SLOTS: tl.constexpr):
     """The row's slot; 0 where no row has one."""
     slot = row * 0
     if SLOTS:
-        slot = tl.load(slot_ptr + row)
+        slot = tl.load(slot_ptr + row).to(tl.int64)
     return slot
 
 

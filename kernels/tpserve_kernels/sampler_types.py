@@ -36,7 +36,7 @@ class Target(NamedTuple):
     out_S: torch.Tensor
     """int64 or int32, contiguous"""
     slot_S: torch.Tensor | None = None
-    """int64, contiguous; negative: the row is padding. None: no row is."""
+    """int64 or int32, contiguous; negative: the row is padding. None: no row is."""
     tokens_XL: torch.Tensor | None = None
     """int32, the entries of a slot adjacent; with `slot_S` only. None: tokens are written to `out_S` alone."""
 

@@ -66,8 +66,8 @@ def test_exponentials_and_logarithms_are_those_of_torch_but_for_the_last_bits() 
     ("rows", "vocab", "dtype", "cap"),
     [
         (6, 300, torch.float32, None),
-        (6, 1, torch.float32, None),
-        (5, 4500, torch.bfloat16, 30.0),
+        (3, 1, torch.float32, None),
+        (4, 4500, torch.bfloat16, 30.0),
         (3, 130_001, torch.float16, None),
     ],
 )
@@ -88,8 +88,8 @@ def test_a_draw_is_its_reference(rows: int, vocab: int, dtype: torch.dtype, cap:
     best_S2 = drawing.best(logits, of, 0, slot_S)
     real_S = slot_S >= 0
     assert torch.equal(best_S2[real_S, 0], value_S[real_S]) and torch.equal(best_S2[real_S, 1].long(), token_S[real_S])
-    alone = RawLogits(logits.values_SV[rows - 1 :], 0.7, cap)
-    assert torch.equal(drawn(alone, Noise(*(x[rows - 1 :] for x in of))), token_S[rows - 1 :])
+    alone = RawLogits(logits.values_SV[2:3], 0.7, cap)
+    assert torch.equal(drawn(alone, Noise(*(x[2:3] for x in of))), token_S[2:3])
 
 
 def test_greedy_rows_are_the_lowest_id_of_the_largest() -> None:
@@ -111,7 +111,7 @@ def test_shards_of_whole_blocks_draw_what_the_whole_draws(cuts: tuple[int, ...])
     assert torch.equal(tokens_XL[slot_S[real_S], of.position_S[real_S]].long(), expected_S[real_S])
 
 
-@pytest.mark.parametrize(("vocab", "ties"), [(1, False), (7, True), (300, True), (9001, False)])
+@pytest.mark.parametrize(("vocab", "ties"), [(1, False), (300, True), (5003, False)])
 def test_truncation(vocab: int, ties: bool) -> None:
     """All three at once are the reference, and the functions of the sampler one after another; a row alone is the same."""
     rows = 9
@@ -135,10 +135,10 @@ def test_truncation(vocab: int, ties: bool) -> None:
 def test_thresholds_of_numbers_of_all_sizes() -> None:
     """Extremes, denormal numbers and gaps neither stop the search nor mislead it."""
     x = torch.tensor([[3e38, 1e30, 5.0, 1e-40, 0.0, -0.0, -1e-42, -2.0, -3e38, OUT]], device=DEVICE)
-    for k in range(1, 10):
+    none = torch.tensor([OUT], dtype=torch.float64, device=DEVICE)
+    for k in range(1, 10, 2):
         got = x.clone()
-        truncate(got, torch.ones(1, device=DEVICE), *(torch.full((1,), v, dtype=torch.float64, device=DEVICE) for v in (OUT,)),
-                 torch.tensor([k], device=DEVICE), torch.ones(1, dtype=torch.float64, device=DEVICE))  # fmt: skip
+        truncate(got, torch.ones(1, device=DEVICE), none, torch.tensor([k], device=DEVICE), -none)
         assert got.isfinite().nonzero()[:, 1].tolist() == list(range(k))
 
 

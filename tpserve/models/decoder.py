@@ -220,6 +220,10 @@ class Decoder:
             return logits
         return WrittenLogits(logits.written().div_(cap).tanh_().mul_(cap))
 
+    def of_raw(self, values_SV: torch.Tensor) -> CardLogits:
+        """The logits that the head's `values_SV` stand for."""
+        return CardLogits(RawLogits(values_SV, self.spec.logits_scale, self.spec.logits_cap))
+
     def _logits(self, hidden_SH: torch.Tensor) -> Logits:
         """The logits, on the CPU before their cap. The library of CPU kernels does not round them to the model's dtype."""
         assert self._head is not None, "only the last stage has logits"
@@ -234,7 +238,7 @@ class Decoder:
         else:
             logits_SV = matmul(hidden_SH, self._head)
         if logits_SV.is_cuda:
-            return CardLogits(RawLogits(logits_SV, self.spec.logits_scale, self.spec.logits_cap))
+            return self.of_raw(logits_SV)
         logits_SV = logits_SV.float()
         return WrittenLogits(logits_SV * self.spec.logits_scale if self.spec.logits_scale != 1 else logits_SV)
 

@@ -14,7 +14,7 @@ import torch
 
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
-from tpserve.sampler.draw import draw_rows, gather_logits
+from tpserve.sampler.draw import DrawParams, draw_rows, gather_logits
 from tpserve.sampler.filters import apply
 from tpserve.sampler.logits import CardLogits, Logits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
@@ -24,7 +24,14 @@ from tpserve.worker.grammars import GrammarDraw, GrammarState, SlotGrammar
 from tpserve.worker.host_arrays import to_device
 from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
-from tpserve.worker.logits_rows import PromptLogprobsBatch, SampleBatch, prompt_logprobs_batch, redraw_batches, sample_batches
+from tpserve.worker.logits_rows import (
+    PromptLogprobsBatch,
+    SampleBatch,
+    prompt_logprobs_batch,
+    redraw_batches,
+    rows_left,
+    sample_batches,
+)
 from tpserve.worker.request_pool import RequestPool
 from tpserve_kernels.sampler_types import RawLogits, Target
 
@@ -89,10 +96,12 @@ class ModelOutput:
     """Known tokens that were drawn again, [S] of each batch, in host memory."""
     compiled: Callable[[], tuple[tuple[int, str], ...]] = tuple
     """`StepResult.compiled`."""
+    drawn: torch.Tensor | None = None
+    """A graph's token of each chunk, in host memory. `sampled` has what is to be taken in their place."""
 
     def result(self, plan: StepPlan) -> StepResult:
         """The message for rank 0."""
-        tokens = [-1] * (len(plan.slots) // 4)
+        tokens = [-1] * (len(plan.slots) // 4) if self.drawn is None else self.drawn.tolist()
         for part in self.sampled:
             for chunk, token in zip(part.batch.chunks, part.tokens_S.tolist(), strict=True):
                 tokens[chunk] = token
@@ -128,6 +137,11 @@ class SamplerStage:
             decoder.vocab_shards, request_pool.tokens.shape[1], on_card=request_pool.tokens.is_cuda
         )
 
+    @property
+    def vocab(self) -> range:
+        """The ids of this rank's logits."""
+        return self._decoder.vocab_shards[self._tp.rank]
+
     def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
         """Queue sampling and scoring for `hidden_TH` [T, hidden_size]; sampled tokens also go into the request pool."""
         compiled = self._ask_ranks(plan) if plan.grammars.asked else tuple
@@ -135,8 +149,30 @@ class SamplerStage:
         scores = None if to_score is None else self._score(hidden_TH, to_score)  # first: sampling writes the slots' tokens
         inputs = plan, chunks, self._request_pool, self.logits_chunking
         redrawn = tuple((batch, self._redraw(hidden_TH, batch)) for batch in redraw_batches(*inputs)) if plan.redraw else ()
-        sampled = tuple(self._sample(hidden_TH, batch) for batch in sample_batches(*inputs))
+        sampled = tuple(self._sample(self._logits(hidden_TH, batch), batch) for batch in sample_batches(*inputs))
         return ModelOutput(sampled, scores, redrawn, compiled)
+
+    def draw_all(
+        self, hidden_BH: torch.Tensor, params: DrawParams, slots_B: torch.Tensor, logits_BV: torch.Tensor
+    ) -> torch.Tensor:
+        """For a graph: write what the head gives each row, and return its token [B] without filters, also in the request pool.
+
+        `slots_B`: int32; a row with a negative one is padding, and its token is left as it was allocated.
+        """
+        logits = self._decoder.head(hidden_BH)
+        assert isinstance(logits, CardLogits) and logits.raw.values_SV.dtype == logits_BV.dtype
+        logits_BV.copy_(logits.raw.values_SV)
+        tokens_B = torch.empty(len(hidden_BH), dtype=torch.int64, device=logits_BV.device)
+        target = Target(tokens_B, slots_B, self._request_pool.tokens)
+        draw_rows(self._decoder.of_raw(logits_BV), self._decoder.vocab_shards, params, self._tp, target)
+        return tokens_B
+
+    def finish(self, logits_BV: torch.Tensor, drawn_B: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
+        """Queue what a graph has left to do: rows with filters, grammars or logprobs are drawn again from its logits."""
+        compiled = self._ask_ranks(plan) if plan.grammars.asked else tuple
+        batches = rows_left(chunks, self._request_pool, self.logits_chunking)
+        left = tuple(self._sample(self._decoder.of_raw(logits_BV[batch.rows]), batch) for batch in batches)
+        return ModelOutput(left, compiled=compiled, drawn=_to_host(drawn_B[: len(chunks.slots)]))
 
     def _ask_ranks(self, plan: StepPlan) -> Callable[[], tuple[tuple[int, str], ...]]:
         """Ask all ranks of the stage whether they have compiled the grammars in question; the answer, once the device has it.
@@ -175,9 +211,8 @@ class SamplerStage:
         read_again = batch.filters is not None or batch.num_logprobs
         return WrittenLogits(logits.written()) if read_again and not isinstance(logits, CardLogits) else logits
 
-    def _sample(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
-        """Sample one batch: logits, filters, draw, logprobs."""
-        logits = self._logits(hidden_TH, batch)
+    def _sample(self, logits: Logits, batch: SampleBatch) -> SamplerOutput:
+        """Sample one batch: filters, draw, logprobs."""
         tokens_S = self._draw(logits, batch, keep=True)
         entries: LogprobTensors | None = None
         if batch.num_logprobs:
