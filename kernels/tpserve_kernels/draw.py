@@ -31,9 +31,11 @@ from tpserve_kernels.sampler_types import Noise, RawLogits, Target
 
 BLOCKS_AT_ONCE = 32
 """Blocks per program of the first launch."""
+PICKS_AT_ONCE = 32
+"""Rows per program that picks among shards."""
 SUM_ONE = 2.0**44
 """An exponential of 1 as an integer."""
-UNALIGNED = ["temperature_ptr", "seed_ptr", "position_ptr", "choice_ptr", "slot_ptr", "out_ptr"]
+COLUMNS = ["temperature_ptr", "seed_ptr", "position_ptr", "choice_ptr", "slot_ptr", "out_ptr"]
 """Columns of a batch lie one behind another in memory. A kernel per alignment would be compiled in the middle of a step."""
 
 
@@ -69,9 +71,10 @@ def pick(best_PS2: torch.Tensor, position_S: torch.Tensor, target: Target) -> No
     ranks, rows, _ = best_PS2.shape
     assert best_PS2.dtype == torch.float64 and best_PS2.is_contiguous()
     slot_S, tokens_XL = _slots(target)
-    _pick_kernel[(rows,)](
+    _pick_kernel[(triton.cdiv(rows, PICKS_AT_ONCE),)](
         best_PS2, position_S, slot_S, target.out_S, tokens_XL, rows, ranks, tokens_XL.stride(0), SLOTS=target.slot_S is not None,
-        STORED=target.tokens_XL is not None, RANKS=triton.next_power_of_2(ranks), num_warps=1, enable_fp_fusion=False,
+        STORED=target.tokens_XL is not None, RANKS=triton.next_power_of_2(ranks), ROWS=PICKS_AT_ONCE, num_warps=1,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -130,120 +133,129 @@ def _draw(logits: RawLogits, noise: Noise, first: int, target: Target, best_S2: 
     top_SB = torch.empty(rows, num_blocks, device=values_SV.device)
     sum_SB = torch.empty(rows, num_blocks, dtype=torch.int64, device=values_SV.device)
     slot_S, tokens_XL = _slots(target)
-    form = {"CAPPED": cap is not None, "SLOTS": target.slot_S is not None, "BLOCK": BLOCK, "enable_fp_fusion": False}
+    form = {"CAPPED": cap is not None, "SLOTS": target.slot_S is not None, "BLOCK": BLOCK, "SUM_ONE": SUM_ONE}
     cap = cap or 0.0
-    _blocks_kernel[(rows, triton.cdiv(num_blocks, BLOCKS_AT_ONCE))](
-        values_SV, noise.temperature_S, slot_S, top_SB, sum_SB, values_SV.stride(0), width, num_blocks, scale, cap,
-        SUM_ONE=SUM_ONE, BLOCKS=BLOCKS_AT_ONCE, num_warps=8, **form,
+    _blocks_kernel[(triton.cdiv(rows * num_blocks, BLOCKS_AT_ONCE),)](
+        values_SV, noise.temperature_S, slot_S, top_SB, sum_SB, values_SV.stride(0), rows, width, num_blocks, scale, cap,
+        BLOCKS=BLOCKS_AT_ONCE, num_warps=8, enable_fp_fusion=False, **form,
     )  # fmt: skip
-    _draw_kernel[(rows,)](
+    compiled = isinstance(_draw_kernel, triton.JITFunction)
+    rows_at_once = 1 if compiled else 16  # the interpreter takes as long for one row as for several
+    _draw_kernel[(triton.cdiv(rows, rows_at_once),)](
         values_SV, top_SB, sum_SB, *noise, slot_S, target.out_S, tokens_XL, top_SB if best_S2 is None else best_S2,
-        values_SV.stride(0), tokens_XL.stride(0), width, num_blocks, first, scale, cap, SUM_ONE=SUM_ONE,
-        STORED=target.tokens_XL is not None, SHARD=best_S2 is not None, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
-        **form,
+        values_SV.stride(0), tokens_XL.stride(0), rows, width, num_blocks, first, scale, cap, STORED=target.tokens_XL is not None,
+        SHARD=best_S2 is not None, ROWS=rows_at_once, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
+        enable_fp_fusion=False, **form,
     )  # fmt: skip
 
 
 @triton.jit
-def _drawn(slot_ptr, row, SLOTS: tl.constexpr):
-    """The row's slot; 0 where no row has one."""
-    slot = row * 0
+def _slot(slot_ptr, row, rows, SLOTS: tl.constexpr):
+    """The slot of each row; negative: the row is padding or beyond the last one."""
+    slot = tl.where(row < rows, row, -1)
     if SLOTS:
-        slot = tl.load(slot_ptr + row).to(tl.int64)
+        slot = tl.load(slot_ptr + row, mask=row < rows, other=-1).to(tl.int64)
     return slot
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "slot_ptr"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["temperature_ptr", "slot_ptr"])
 def _blocks_kernel(
-    logits_ptr, temperature_ptr, slot_ptr, top_ptr, sum_ptr, logits_stride, width, num_blocks, scale, cap,
+    logits_ptr, temperature_ptr, slot_ptr, top_ptr, sum_ptr, logits_stride, rows, width, num_blocks, scale, cap,
     CAPPED: tl.constexpr, SLOTS: tl.constexpr, SUM_ONE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCKS blocks of one row: the largest logit and the sum of exponentials of each.
-
-    Greedy rows have no sums.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    if _drawn(slot_ptr, row, SLOTS) >= 0:
-        block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-        id = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        inside = id < width
-        x = finish(tl.load(logits_ptr + row * logits_stride + id, mask=inside, other=0.0), scale, cap, CAPPED)
-        x = tl.where(inside, x, float("-inf"))
-        top = tl.max(x, 1)
-        tl.store(top_ptr + row * num_blocks + block, top, mask=block < num_blocks)
-        temperature = tl.load(temperature_ptr + row)
-        if temperature != 0:
-            peak = tl.maximum(top, -3.4028234663852886e38)  # for a block of -inf
-            term = as_integer(exp32(tl.div_rn(x - peak[:, None], temperature)), SUM_ONE)
-            tl.store(sum_ptr + row * num_blocks + block, tl.sum(term, 1), mask=block < num_blocks)
+    """One program per BLOCKS blocks, row after row: the largest logit of each, and the sum of exponentials if any is random."""
+    number = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    row = number // num_blocks
+    mine = _slot(slot_ptr, row, rows, SLOTS) >= 0
+    id = (number % num_blocks)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = mine[:, None] & (id < width)
+    x = finish(tl.load(logits_ptr + row[:, None] * logits_stride + id, mask=inside, other=0.0), scale, cap, CAPPED)
+    x = tl.where(inside, x, float("-inf"))
+    top = tl.max(x, 1)
+    tl.store(top_ptr + number, top, mask=mine)
+    temperature = tl.load(temperature_ptr + row, mask=mine, other=0.0)
+    if tl.max(temperature, 0) > 0:
+        peak = tl.maximum(top, -3.4028234663852886e38)  # for a block of -inf
+        divisor = tl.where(temperature == 0, 1.0, temperature)
+        term = as_integer(exp32(tl.div_rn(x - peak[:, None], divisor[:, None])), SUM_ONE)
+        tl.store(sum_ptr + number, tl.sum(term, 1), mask=mine)
 
 
 @triton.jit
 def _gumbel(id, seed, position, choice, LEVEL: tl.constexpr):
-    """Standard Gumbel noise of ids, float64."""
+    """Standard Gumbel noise of each row's ids, float64."""
     zero = id * 0
-    word, _, _, _ = tl.philox(seed, id, zero + position.to(tl.int32), zero + choice.to(tl.int32), zero + LEVEL)
-    u = ((word >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07  # 2^-23
+    words = zero + position.to(tl.int32)[:, None], zero + choice.to(tl.int32)[:, None], zero + LEVEL
+    bits, _, _, _ = tl.philox(seed[:, None], id, words[0], words[1], words[2])
+    u = ((bits >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07  # 2^-23
     return -log64(-log64(u))
 
 
 @triton.jit
 def _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, token, STORED: tl.constexpr):
-    tl.store(out_ptr + row, token.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + row, token.to(out_ptr.dtype.element_ty), mask=slot >= 0)
     if STORED:
-        tl.store(tokens_ptr + slot * tokens_stride + tl.load(position_ptr + row), token.to(tl.int32))
+        position = tl.load(position_ptr + row, mask=slot >= 0, other=0)
+        tl.store(tokens_ptr + slot * tokens_stride + position, token.to(tl.int32), mask=slot >= 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=COLUMNS)
 def _draw_kernel(
     logits_ptr, top_ptr, sum_ptr, temperature_ptr, seed_ptr, position_ptr, choice_ptr, slot_ptr, out_ptr, tokens_ptr, best_ptr,
-    logits_stride, tokens_stride, width, num_blocks, first, scale, cap,
+    logits_stride, tokens_stride, rows, width, num_blocks, first, scale, cap,
     CAPPED: tl.constexpr, SLOTS: tl.constexpr, STORED: tl.constexpr, SHARD: tl.constexpr, SUM_ONE: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: its best block, and the best id of that."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = _drawn(slot_ptr, row, SLOTS)
-    if slot >= 0:
-        temperature = tl.load(temperature_ptr + row)
-        scale64 = temperature.to(tl.float64)
-        seed, position, choice = tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.load(choice_ptr + row)
-        block = tl.arange(0, BLOCKS)
-        known = block < num_blocks
-        top = tl.load(top_ptr + row * num_blocks + block, mask=known, other=float("-inf"))
-        value = top.to(tl.float64)
-        if temperature != 0:
-            total = tl.load(sum_ptr + row * num_blocks + block, mask=known, other=0)
-            log = tl.where(total == 0, float("-inf"), log64(total.to(tl.float64) * (1.0 / SUM_ONE)))
-            peak = tl.maximum(top, -3.4028234663852886e38).to(tl.float64)
-            value = peak / scale64 + log + _gumbel(first // BLOCK + block, seed, position, choice, 0)
-        highest, at = tl.max(value, 0, return_indices=True)
-        id = tl.minimum(at, num_blocks - 1) * BLOCK + tl.arange(0, BLOCK)  # NaN among the logits might lead elsewhere
-        inside = id < width
-        x = finish(tl.load(logits_ptr + row * logits_stride + id, mask=inside, other=0.0), scale, cap, CAPPED)
-        inner = tl.where(inside, x, float("-inf")).to(tl.float64)
-        if temperature != 0:
-            inner = inner / scale64 + _gumbel(first + id, seed, position, choice, 1)
-        _, lane = tl.max(inner, 0, return_indices=True)
-        token = first + tl.minimum(tl.minimum(at, num_blocks - 1) * BLOCK + lane, width - 1)
-        if SHARD:
-            tl.store(best_ptr + row * 2, highest)
-            tl.store(best_ptr + row * 2 + 1, token.to(tl.float64))
-        else:
-            _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, token, STORED)
+    """One program per ROWS rows: the best block of each, and the best id of that."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    slot = _slot(slot_ptr, row, rows, SLOTS)
+    mine = slot >= 0
+    temperature = tl.load(temperature_ptr + row, mask=mine, other=0.0)
+    greedy = (temperature == 0)[:, None]
+    divisor = tl.where(greedy, 1.0, temperature[:, None]).to(tl.float64)
+    seed, choice = tl.load(seed_ptr + row, mask=mine, other=0), tl.load(choice_ptr + row, mask=mine, other=0)
+    position = tl.load(position_ptr + row, mask=mine, other=0)
+    some_random = tl.max(temperature, 0) > 0
+
+    block = tl.arange(0, BLOCKS)[None, :]
+    at = row[:, None] * num_blocks + block
+    known = mine[:, None] & (block < num_blocks)
+    top = tl.load(top_ptr + at, mask=known, other=float("-inf"))
+    value = top.to(tl.float64)
+    if some_random:
+        total = tl.load(sum_ptr + at, mask=known, other=0)
+        log = tl.where(total == 0, float("-inf"), log64(total.to(tl.float64) * (1.0 / SUM_ONE)))
+        peak = tl.maximum(top, -3.4028234663852886e38).to(tl.float64)
+        random = peak / divisor + log + _gumbel(first // BLOCK + block, seed, position, choice, 0)
+        value = tl.where(greedy, value, random)
+    highest, best = tl.max(value, 1, return_indices=True)
+
+    start = tl.minimum(best, num_blocks - 1) * BLOCK  # NaN among the logits might lead elsewhere
+    id = start[:, None] + tl.arange(0, BLOCK)[None, :]
+    inside = mine[:, None] & (id < width)
+    x = finish(tl.load(logits_ptr + row[:, None] * logits_stride + id, mask=inside, other=0.0), scale, cap, CAPPED)
+    inner = tl.where(inside, x, float("-inf")).to(tl.float64)
+    if some_random:
+        inner = tl.where(greedy, inner, inner / divisor + _gumbel(first + id, seed, position, choice, 1))
+    _, lane = tl.max(inner, 1, return_indices=True)
+    token = first + tl.minimum(start + lane, width - 1)
+    if SHARD:
+        tl.store(best_ptr + row * 2, highest, mask=mine)
+        tl.store(best_ptr + row * 2 + 1, token.to(tl.float64), mask=mine)
+    else:
+        _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, token, STORED)
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["position_ptr", "slot_ptr", "out_ptr"])
 def _pick_kernel(
     best_ptr, position_ptr, slot_ptr, out_ptr, tokens_ptr, rows, ranks, tokens_stride,
-    SLOTS: tl.constexpr, STORED: tl.constexpr, RANKS: tl.constexpr,
+    SLOTS: tl.constexpr, STORED: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program per row."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = _drawn(slot_ptr, row, SLOTS)
-    if slot >= 0:
-        rank = tl.arange(0, RANKS)
-        value = tl.load(best_ptr + (rank * rows + row) * 2, mask=rank < ranks, other=float("-inf"))
-        _, winner = tl.max(value, 0, return_indices=True)
-        token = tl.load(best_ptr + (tl.minimum(winner, ranks - 1) * rows + row) * 2 + 1).to(tl.int64)
-        _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, token, STORED)
+    """One program per ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    slot = _slot(slot_ptr, row, rows, SLOTS)
+    mine, rank = slot >= 0, tl.arange(0, RANKS)[None, :]
+    value = tl.load(best_ptr + (rank * rows + row[:, None]) * 2, mask=mine[:, None] & (rank < ranks), other=float("-inf"))
+    _, winner = tl.max(value, 1, return_indices=True)
+    token = tl.load(best_ptr + (tl.minimum(winner, ranks - 1) * rows + row) * 2 + 1, mask=mine, other=0.0).to(tl.int64)
+    _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, token, STORED)
