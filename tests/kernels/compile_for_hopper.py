@@ -1,7 +1,8 @@
 """Compile every kernel for Hopper with no card at hand, by calling the ops with a driver that only names the target.
 
 Run as a process of its own (without TRITON_INTERPRET): the interpreter accepts programs that the compiler refuses. Prints one
-JSON line a compiled kernel: name, dtype, bytes of shared memory, and whether it uses the warp-group matrix unit.
+JSON line a compiled kernel: name, dtype, bytes of shared memory, whether it uses the warp-group matrix unit, and whether it
+consists of operations of IEEE 754 alone.
 """
 
 import json
@@ -13,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tpserve_kernels import activation, attention, grouped, kv, norm, rope
+from tpserve_kernels import activation, attention, draw, grouped, kv, logits, logprobs, masks, norm, rope, truncate
+from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, Target
 
 
 class Hopper:
@@ -33,8 +35,10 @@ def compile_instead_of_launch(self: Any, grid: tuple[int, ...]) -> Callable[...,
     def call(*args: Any, **options: Any) -> None:
         kernel = self.run(*args, grid=grid, warmup=True, **options)
         dtype = str(args[0].dtype).removeprefix("torch.")
-        wgmma = "wgmma" in kernel.asm["ptx"]
-        print(json.dumps({"name": self.__name__, "dtype": dtype, "shared": kernel.metadata.shared, "wgmma": wgmma}), flush=True)
+        ptx = kernel.asm["ptx"]
+        exact = not any(word in ptx for word in (".approx", ".ftz", "fma.", ".full"))
+        found = {"shared": kernel.metadata.shared, "wgmma": "wgmma" in ptx, "exact": exact}
+        print(json.dumps({"name": self.__name__, "dtype": dtype, **found}), flush=True)
 
     return call
 
@@ -48,6 +52,27 @@ def attend(
     tables = torch.zeros(2, 64, dtype=torch.int32)
     starts, contexts = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([1, 1000], dtype=torch.int32)
     attention.paged_attention(q, k, v, tables, starts, contexts, longest, head_dim**-0.5, **options)
+
+
+def sample(vocab: int, rows: int = 4) -> None:
+    """The sampler's kernels, of the whole vocabulary and of shards."""
+    numbers, columns = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
+    noise, tokens = Noise(torch.ones(rows), numbers, numbers, numbers), torch.zeros(8, 100, dtype=torch.int32)
+    target, target_of_graph = Target(numbers), Target(numbers, numbers.int(), tokens)
+    written, raw = torch.zeros(rows, vocab), RawLogits(torch.zeros(rows, vocab, dtype=torch.bfloat16), 0.5, 30.0)
+    logits.write_logits(raw)
+    draw.draw(RawLogits(written), noise, target)
+    draw.draw(raw, noise, target_of_graph)
+    draw.pick(draw.best(raw, noise, 128)[None], numbers, target_of_graph)
+    truncate.truncate(written, noise.temperature_S, columns, numbers, columns)
+    sequences = Sequences(tokens, numbers, numbers, numbers)
+    masks.mask_bits(written, numbers, torch.zeros(rows, -(-vocab // 32), dtype=torch.int32))
+    masks.allow(written, numbers, numbers)
+    masks.ban(written, numbers, torch.zeros(rows, 2, dtype=torch.int32), numbers, numbers, sequences)
+    masks.add_bias(written, numbers, numbers, torch.ones(rows))
+    masks.penalize(written, numbers, torch.ones(rows), torch.ones(rows), torch.ones(rows), sequences)
+    keys = logprobs.best_keys(raw, 0, -(-vocab // logprobs.PART), 20)[None]
+    logprobs.from_parts(keys, logprobs.masses(raw, 0, numbers, keys)[None], 20)
 
 
 def main() -> None:
@@ -81,6 +106,7 @@ def main() -> None:
         torch.zeros(8, 96, dtype=dtype), weight, torch.zeros(60, dtype=torch.int32), weight[..., 0].contiguous()
     )
     grouped.grouped_matmul(torch.zeros(8, 96), weight.float(), torch.zeros(60, dtype=torch.int32))
+    sample(128_256)
 
 
 if __name__ == "__main__":
