@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-
 from tpserve.attention.metadata import AttentionMetadata, ModelInput
 from tpserve.types.packed import unpack
 from tpserve.types.plan import StepPlan
@@ -61,7 +59,6 @@ def build_model_input(chunks: ChunkArrays, request_pool: RequestPool) -> ModelIn
         arrays += _write_slots(tables, chunks), tables.rows(chunks.slots, width)
     positions_T, row_slots_T, query_starts, context_lens, *of_groups = copy_arrays(arrays, request_pool.tokens.device)
     query_lens_host, context_lens_host = tuple(chunks.counts), tuple(chunks.ends)
-    table_rows = torch.arange(len(chunks.slots), dtype=torch.int32, device=context_lens.device) if context_lens.is_cuda else None
     groups = tuple(
         AttentionMetadata(
             query_starts=query_starts,
@@ -71,7 +68,6 @@ def build_model_input(chunks: ChunkArrays, request_pool: RequestPool) -> ModelIn
             query_lens_host=query_lens_host,
             context_lens_host=context_lens_host,
             window=window,
-            table_rows=table_rows,
         )
         for group, window in enumerate(request_pool.windows)
     )
