@@ -179,7 +179,8 @@ class Decoder:
         if self.runs_as_list:
             return self._native_stage(caches)(x_TH, self._rotary(batch.positions_T), batch.groups)
         rows, x_TH = len(x_TH), pad_rows(x_TH)
-        rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
+        padding = len(x_TH) - rows
+        rotary = self._rotary(F.pad(batch.positions_T, (0, padding)) if padding else batch.positions_T)
         groups = [build_metadata(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
