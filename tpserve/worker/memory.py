@@ -26,8 +26,8 @@ from tpserve.types.packed import pack
 from tpserve.types.plan import MAX_REDRAWN, Chunk, NewSequence, StepPlan
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker import device as devices
-from tpserve.worker import sizing
-from tpserve.worker.input_batch import ChunkArrays, build_model_input
+from tpserve.worker import device_input, sizing
+from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.sampler_stage import SamplerStage
 from tpserve.worker.sizing import KVCacheConfig, MemoryProfile
@@ -215,7 +215,7 @@ class _ProfileRun:
         """Run the layers on the largest batch."""
         chunks = self._update(self._scoring_plan())
         caches = allocate(self._decoder, self._mesh, 1, self._config.block_size)
-        self._decoder.forward(build_model_input(chunks, self._request_pool), self._hidden(self._num_rows), caches)
+        self._decoder.forward(device_input.build(chunks, self._request_pool), self._hidden(self._num_rows), caches)
 
     @torch.inference_mode()
     def head(self) -> None:
