@@ -75,7 +75,7 @@ def _gated(
     return y_TI
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_rows_ptr"])
 def _gated_kernel(
     gate_up_ptr, y_ptr, num_rows_ptr, gate_up_stride, alpha, limit,
     INTERMEDIATE: tl.constexpr, KIND: tl.constexpr, PARTIAL: tl.constexpr, BLOCK: tl.constexpr,

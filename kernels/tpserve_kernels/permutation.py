@@ -52,7 +52,7 @@ def permute_reference(
     return tokens_R, rows_TA, torch.tensor(ends, dtype=torch.int32, device=experts_TA.device)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "first", "num_local"])
+@triton.jit(do_not_specialize=["num_pairs", "first", "num_local"], do_not_specialize_on_alignment=["load_ptr"])
 def _permute_kernel(
     experts_ptr, load_ptr, tokens_ptr, rows_ptr, ends_ptr, num_pairs, first, num_local,
     EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr,

@@ -27,7 +27,7 @@ def route(
     group_best: int = 1,
     renormalise: bool = False,
     scale: float = 1.0,
-    num_rows: torch.Tensor | None = None,
+    slots_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Weights and ids of each token's experts, best first, and the shared expert's gate: float32 [T, A], int32 [T, A], [T].
 
@@ -38,15 +38,15 @@ def route(
     equal scores, so it may differ only where two scores differ by that rounding.
 
     terms_CTN: float32 [C, T, N], contiguous; N is E, or E + 1 with the gate's logit, whose sigmoid is returned (None without).
-    bias_E: float32 [E], None exactly if `bias` is. num_rows: int32 [1] on the device, the rows that count, None for all; rows
-    from there on have ids -1, weights 0 and gate 0. A is at most the number of experts in `num_top_groups` groups.
+    bias_E: float32 [E], None exactly if `bias` is. slots_T: integers [T], contiguous; where they are negative the row is padding
+    and has ids -1, weights 0 and gate 0; None: no padding. A is at most the number of experts in `num_top_groups` groups.
     Errors: AssertionError when shapes, dtypes or layouts differ from this.
     """
     num_terms, rows, columns = terms_CTN.shape
     assert columns - num_experts in (0, 1) and terms_CTN.dtype == torch.float32 and terms_CTN.is_contiguous()
     assert (bias is None) == (bias_E is None) and num_experts % num_groups == 0
     assert bias_E is None or (bias_E.shape == (num_experts,) and bias_E.dtype == torch.float32 and bias_E.is_contiguous())
-    assert num_rows is None or (num_rows.numel() == 1 and num_rows.dtype == torch.int32)
+    assert slots_T is None or (slots_T.shape == (rows,) and slots_T.is_contiguous() and not slots_T.is_floating_point())
     size = num_experts // num_groups
     assert 1 <= num_top_groups <= num_groups and 1 <= group_best <= size and 1 <= num_active <= size * num_top_groups
     weights_TA = torch.empty(rows, num_active, dtype=torch.float32, device=terms_CTN.device)
@@ -54,10 +54,10 @@ def route(
     gate_T = torch.empty(rows, dtype=torch.float32, device=terms_CTN.device) if columns > num_experts else None
     groups = 1 if num_top_groups == num_groups else num_groups
     _route_kernel[(rows,)](
-        terms_CTN, terms_CTN if bias_E is None else bias_E, experts_TA if num_rows is None else num_rows,
+        terms_CTN, terms_CTN if bias_E is None else bias_E, experts_TA if slots_T is None else slots_T,
         weights_TA, experts_TA, weights_TA if gate_T is None else gate_T, scale,
         TERMS=num_terms, EXPERTS=num_experts, COLUMNS=columns, ACTIVE=num_active, SLOTS=triton.next_power_of_2(num_active),
-        SIGMOID=scores == "sigmoid", BIAS=bias or "none", PADDED=num_rows is not None, RENORMALISE=renormalise,
+        SIGMOID=scores == "sigmoid", BIAS=bias or "none", PADDED=slots_T is not None, RENORMALISE=renormalise,
         GROUPS=groups, TOP_GROUPS=num_top_groups, GROUP_BEST=group_best,
         GROUPS_BLOCK=triton.next_power_of_2(groups), SIZE_BLOCK=triton.next_power_of_2(num_experts // groups),
         num_warps=1, enable_fp_fusion=False,
@@ -78,7 +78,7 @@ def route_reference(
     group_best: int = 1,
     renormalise: bool = False,
     scale: float = 1.0,
-    num_rows: torch.Tensor | None = None,
+    slots_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`route` in plain torch, on any device."""
     logits_TN = terms_CTN[0]
@@ -98,7 +98,7 @@ def route_reference(
     weights_TA = scores_TE.gather(1, experts_TA)
     if renormalise:
         weights_TA = weights_TA / (weights_TA.sum(1, keepdim=True) + 1e-20)
-    padding_T1 = torch.arange(len(merits_TE), device=merits_TE.device)[:, None] >= (len(merits_TE) if num_rows is None else num_rows)
+    padding_T1 = torch.zeros_like(weights_TA[:, :1], dtype=torch.bool) if slots_T is None else slots_T[:, None] < 0
     weights_TA = (weights_TA * scale).masked_fill(padding_T1, 0)
     gate_T = torch.sigmoid(gate_Tg).masked_fill(padding_T1, 0)[:, 0] if gate_Tg.shape[1] else None
     return weights_TA, experts_TA.int().masked_fill(padding_T1, -1), gate_T
@@ -123,9 +123,9 @@ def _value(key):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _route_kernel(
-    terms_ptr, bias_ptr, num_rows_ptr, weights_ptr, experts_ptr, gate_ptr, scale,
+    terms_ptr, bias_ptr, slots_ptr, weights_ptr, experts_ptr, gate_ptr, scale,
     TERMS: tl.constexpr, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVE: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr, RENORMALISE: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr,
@@ -172,7 +172,7 @@ def _route_kernel(
         weights = _value(chosen)
     if RENORMALISE:
         weights = weights / (tl.sum(weights) + 1e-20)  # scores of a sigmoid may all be 0
-    real = row < tl.load(num_rows_ptr) if PADDED else True
+    real = tl.load(slots_ptr + row) >= 0 if PADDED else True
     tl.store(weights_ptr + row * ACTIVE + slot, tl.where(real, weights * scale, 0.0), mask=slot < ACTIVE)
     tl.store(experts_ptr + row * ACTIVE + slot, tl.where(real, experts, -1), mask=slot < ACTIVE)
     if COLUMNS > EXPERTS:

@@ -83,7 +83,7 @@ def main() -> None:
 
 def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
     """A layer with experts: Qwen3's 128, gpt-oss's 32 with biases, DeepSeek's 256 with groups, a shared expert and padding."""
-    count = torch.zeros(1, dtype=torch.int32)
+    slots = torch.arange(4)
     qwen = {"renormalise": True}
     gpt_oss = {"bias": "logits", "bias_E": torch.zeros(32), "renormalise": True}
     deepseek = {
@@ -95,8 +95,8 @@ def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
             continue
         x = torch.zeros(4, hidden, dtype=dtype)
         terms = router.router_logits(x, torch.zeros(experts + shared, hidden))
-        padding = count if shared else None
-        weights, ids, gate = routing.route(terms, experts, active, **kind, num_rows=padding)  # type: ignore[arg-type]
+        padding = slots if shared else None
+        weights, ids, gate = routing.route(terms, experts, active, **kind, slots_T=padding)  # type: ignore[arg-type]
         tokens, rows, ends = permutation.permute(ids, range(experts // 2), torch.zeros(experts, dtype=torch.int64))
         up = torch.zeros(experts // 2, 96, 64, dtype=dtype)
         bias = None if shared else up[..., 0].contiguous()

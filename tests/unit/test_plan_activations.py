@@ -97,7 +97,7 @@ def mixtures_allocate_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permutation, "permute", permute)
     monkeypatch.setattr(moe, "grouped_matmul", grouped)
     monkeypatch.setattr(combination, "combine", lambda out, rows, *_: out.new_empty(len(rows), out.shape[1]))
-    monkeypatch.setattr(moe.MoE, "__call__", lambda layer, x, rows: layer.kernels_sum(x, None))
+    monkeypatch.setattr(moe.MoE, "__call__", lambda layer, x, slots_T: layer.kernels_sum(x, slots_T))
 
 
 def batch() -> ModelInput:

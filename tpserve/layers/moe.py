@@ -106,14 +106,15 @@ class MoE:
     expert_load: torch.Tensor
     tp: Group
 
-    def __call__(self, x_TH: torch.Tensor, rows: int, num_rows: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, H] -> [T, H] in the dtype of `x`, summed over ranks. Rows from `rows` on are padding, and zero in the result.
+    def __call__(self, x_TH: torch.Tensor, slots_T: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H] in the dtype of `x`, summed over ranks. Padding rows go to no expert, and are zero in the result.
 
-        On CUDA `num_rows` says so, int32 [1] on the device (None: no padding), and `rows` is T.
+        `slots_T`: where each row's key goes (`AttentionMetadata.write_slots`). On the CPU it has no entries for padding rows, which
+        are the last ones; on CUDA negative ones.
         """
         if x_TH.is_cuda:
-            assert rows == len(x_TH), "on CUDA the device knows how many rows are padding"
-            return self.tp.all_reduce(self.kernels_sum(x_TH, num_rows))
+            return self.tp.all_reduce(self.kernels_sum(x_TH, slots_T))
+        rows = len(slots_T)
         padding, x_TH = len(x_TH) - rows, x_TH[:rows]
         logits_TE = matmul(x_TH.float(), self.router)
         weights_TA, experts_TA = self.routing(logits_TE[:, : self.experts.count])
@@ -126,19 +127,19 @@ class MoE:
             out_TH += shared_TH / (1 + torch.exp(-gate_Tg)) if gate_Tg.shape[1] else shared_TH
         return self.tp.all_reduce(F.pad(out_TH.to(x_TH.dtype), (0, 0, 0, padding)))
 
-    def kernels_sum(self, x_TH: torch.Tensor, num_rows: torch.Tensor | None) -> torch.Tensor:
+    def kernels_sum(self, x_TH: torch.Tensor, slots_T: torch.Tensor) -> torch.Tensor:
         """This rank's term of the result, on CUDA: [T, H] in the dtype of `x`."""
         from tpserve_kernels import combination, permutation, router
 
         experts = self.experts
         assert isinstance(self.router, torch.Tensor), "nothing is packed on CUDA"
         terms_CTN = router.router_logits(x_TH, self.router)
-        weights_TA, experts_TA, gate_T = self.routing.from_terms(terms_CTN, experts.count, num_rows)
+        weights_TA, experts_TA, gate_T = self.routing.from_terms(terms_CTN, experts.count, slots_T)
         del terms_CTN
         tokens_R, rows_TA, ends_E = permutation.permute(experts_TA, experts.local_experts, self.expert_load)
         out_RH = experts.rows(x_TH, tokens_R, ends_E)
         shared_TH = None if self.shared is None else self.shared.partial_sum(x_TH)
-        return combination.combine(out_RH, rows_TA, weights_TA, shared_TH, gate_T, num_rows)
+        return combination.combine(out_RH, rows_TA, weights_TA, shared_TH, gate_T, slots_T)
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
         """The matrix products of this layer, for the self-test: the router's in float32, the others with weights of `dtype`."""

@@ -38,11 +38,11 @@ class Routing:
         return weights_TA if spec.scale == 1 else weights_TA * spec.scale, experts_TA
 
     def from_terms(
-        self, terms_CTN: torch.Tensor, num_experts: int, num_rows: torch.Tensor | None
+        self, terms_CTN: torch.Tensor, num_experts: int, slots_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Weights and ids (float32 and int32 [T, A]) as of `__call__`, and the shared expert's gate (float32 [T]), if any.
 
-        `terms_CTN`: of `router_logits`, on CUDA. `num_rows`: int32 [1] on the device, None for all; the other rows get ids of -1.
+        `terms_CTN`: of `router_logits`, on CUDA. `slots_T`: negative for padding, which gets ids of -1.
         """
         from tpserve_kernels import routing
 
@@ -50,7 +50,7 @@ class Routing:
         return routing.route(
             terms_CTN, num_experts, spec.num_active, scores=spec.scores, bias=spec.bias, bias_E=self.bias_E,
             num_groups=spec.num_groups, num_top_groups=spec.num_top_groups, group_best=spec.group_best,
-            renormalise=spec.renormalise, scale=spec.scale, num_rows=num_rows,
+            renormalise=spec.renormalise, scale=spec.scale, slots_T=slots_T,
         )  # fmt: skip
 
     def _within_groups(self, merits_TE: torch.Tensor) -> torch.Tensor:
