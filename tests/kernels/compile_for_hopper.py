@@ -21,7 +21,22 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tpserve_kernels import activation, attention, draw, grouped, heads, logits, logprobs, masks, norm, truncate
+from tpserve_kernels import (
+    activation,
+    attention,
+    combination,
+    draw,
+    grouped,
+    heads,
+    logits,
+    logprobs,
+    masks,
+    norm,
+    permutation,
+    router,
+    routing,
+    truncate,
+)
 from tpserve_kernels.attention_plan import PagedRequests, plan_attention
 from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
 from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, Target
@@ -168,17 +183,41 @@ def main() -> None:
         attend(16, 1, 576, torch.bfloat16, longest, latent=512)
     attend(128, 1, 576, torch.bfloat16, 3, latent=512)
 
-    weight = torch.zeros(60, 512, 96, dtype=dtype)
-    grouped.grouped_matmul(
-        torch.zeros(8, 96, dtype=dtype), weight, torch.zeros(60, dtype=torch.int32), weight[..., 0].contiguous()
-    )
-    grouped.grouped_matmul(torch.zeros(8, 96), weight.float(), torch.zeros(60, dtype=torch.int32))
+    mixtures(dtype, {128, 32, 256})
+    mixtures(torch.float32, {256})
+    mixtures(torch.float16, {128})
     sample(128_256)
 
     global only_sizes_differ
     only_sizes_differ = True
     for num_requests, width in product(SIZES, SIZES):
         decode(num_requests, width)
+
+
+def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
+    """A layer with experts: Qwen3's 128, gpt-oss's 32 with biases, DeepSeek's 256 with groups, a shared expert and padding."""
+    slots = torch.arange(4)
+    qwen = {"renormalise": True}
+    gpt_oss = {"bias": "logits", "bias_E": torch.zeros(32), "renormalise": True}
+    deepseek = {
+        "scores": "sigmoid", "bias": "choice", "bias_E": torch.zeros(256), "num_groups": 8, "num_top_groups": 4,
+        "group_best": 2, "renormalise": True, "scale": 2.5,
+    }  # fmt: skip
+    for experts, active, hidden, kind, shared in ((128, 8, 2048, qwen, 0), (32, 4, 2880, gpt_oss, 0), (256, 8, 7168, deepseek, 1)):
+        if experts not in counts:
+            continue
+        x = torch.zeros(4, hidden, dtype=dtype)
+        terms = router.router_logits(x, torch.zeros(experts + shared, hidden))
+        padding = slots if shared else None
+        weights, ids, gate = routing.route(terms, experts, active, **kind, slots_T=padding)  # type: ignore[arg-type]
+        tokens, rows, ends = permutation.permute(ids, range(experts // 2), torch.zeros(experts, dtype=torch.int64))
+        up = torch.zeros(experts // 2, 96, 64, dtype=dtype)
+        bias = None if shared else up[..., 0].contiguous()
+        gate_up = grouped.grouped_matmul(x[:, :64], up, ends, bias, tokens)
+        activation.silu_mul(gate_up, ends[-1:])
+        grouped.grouped_matmul(gate_up[:, :64], up, ends, bias)
+        beside = (x, gate) if shared else (None, None)
+        combination.combine(torch.zeros(4 * active, hidden, dtype=dtype), rows, weights, *beside, padding)
 
 
 if __name__ == "__main__":
