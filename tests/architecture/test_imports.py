@@ -124,6 +124,8 @@ ALLOWED: dict[str, set[str]] = {
         "llm",
     },
     "planner": {*FLOOR_0, "config", "cli", "hub", "parallel", "models", "worker"},
+    "chat": {*FLOOR_0, "config", "host", "cli", "observe"},
+    "completion_command": {*FLOOR_0, "cli", "config", "bench", "planner", "doctor", "admin", "chat", "template_command"},
     "admin": {*FLOOR_0, "config", "host", "cli", "observe"},
     "doctor": {
         *FLOOR_0,
@@ -179,6 +181,8 @@ ALLOWED: dict[str, set[str]] = {
         "planner",
         "doctor",
         "admin",
+        "chat",
+        "completion_command",
         "template_command",
     },
 }
@@ -207,6 +211,8 @@ TORCH_FREE = [
     "admin.status",
     "admin.report",
     "template_command",
+    "chat.command",
+    "completion_command",
     "rank_main",
     "__main__",
     "llm.api",

@@ -4,8 +4,8 @@
         tab = browser.open(url)
         tab.click("#send"); tab.wait("document.title === 'x'"); tab.screenshot(path)
 
-A tab keeps what went wrong in it (`problems`) and every URL that it asked for (`requests`). Input is that of a device: real key and
-mouse events, which only reach what is visible.
+A tab keeps what went wrong in it (`problems`) and every URL that it asked for (`requests`). Input is that of a device: real key
+and mouse events, which only reach what is visible.
 """
 
 import asyncio
@@ -119,8 +119,8 @@ class Tab:
     def place(self, selector: str) -> tuple[float, float]:
         """The middle of a visible element, in CSS pixels."""
         found = self.js(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); if (!e) return null; e.scrollIntoView({{block: 'nearest'}});"
-            " const r = e.getBoundingClientRect(); return r.width ? [r.left + r.width / 2, r.top + r.height / 2] : null; })()"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e?.scrollIntoView({{block: 'nearest'}});"
+            " const r = e?.getBoundingClientRect(); return r?.width ? [r.left + r.width / 2, r.top + r.height / 2] : null; })()"
         )
         assert found, f"{selector} is not visible"
         return found[0], found[1]
