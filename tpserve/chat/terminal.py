@@ -68,7 +68,6 @@ class Terminal:
         readline.set_completer(self._complete)
         readline.set_completer_delims(" \n")
         readline.parse_and_bind("tab: complete")
-        readline.parse_and_bind("set enable-bracketed-paste on")
         directory = env.state_dir()
         if not history or directory is None:
             return
