@@ -166,8 +166,8 @@ def test_a_conversation_on_a_terminal(server: Server, tmp_path: Path) -> None:
     assert stat.S_IMODE(history.stat().st_mode) == 0o600 and stat.S_IMODE(history.parent.stat().st_mode) == 0o700
     assert "The red fox\n" in history.read_text()
     again = Session(server.url, tmp_path)
-    again.keys("\x1b[A\x1b[A")
-    again.wait_for("/retry")
+    again.keys("\x1b[A")
+    again.wait_for("/quit")
     again.keys("\x15\x04")
     assert again.exit_code() == 0
 

@@ -22,7 +22,7 @@ from tpserve.coordinator.actions import Action, Cause, EpochFailed, EpochFinishe
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import INVARIANT, numerics
-from tpserve.engine_client.status import Fault
+from tpserve.engine_client.status import FaultRecord
 from tpserve.types.messages import EngineInput, EngineOutput
 
 SHUTTING_DOWN = "the server is shutting down"
@@ -72,7 +72,7 @@ class Recovery:
         """What the ranks of the first epoch computed with."""
         self.resumption: Resumption | None = None
         """How an answer that a fault interrupts goes on; None before the first epoch runs."""
-        self.faults: deque[Fault] = deque(maxlen=MAX_FAULTS)
+        self.faults: deque[FaultRecord] = deque(maxlen=MAX_FAULTS)
         """The last faults, oldest first."""
         request_table.suspend()  # requests of an earlier frontend may come before the first engine
 
@@ -87,7 +87,7 @@ class Recovery:
             case EpochLost(epoch, reason):
                 if self._lost_s is None:
                     self._lost_s = now
-                    self.faults.append(Fault(epoch, reason, now))
+                    self.faults.append(FaultRecord(epoch, reason, now))
                 table.suspend()
                 return [Detach()]
             case EpochFailed(_, reason, _):

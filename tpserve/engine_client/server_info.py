@@ -7,7 +7,7 @@ from msgspec.structs import asdict
 
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.roster import RankInfo
-from tpserve.engine_client.status import EngineStatus, Fault
+from tpserve.engine_client.status import EngineStatus, FaultRecord
 from tpserve.observe.log import LogRingBuffer
 from tpserve.types.layout import ParallelLayout
 from tpserve.version import __version__
@@ -24,7 +24,7 @@ def server_info(
     now: float,
     log_buffer: LogRingBuffer | None,
     rank_logs: Sequence[LogRingBuffer],
-    faults: Collection[Fault] = (),
+    faults: Collection[FaultRecord] = (),
 ) -> Json:
     """`now` is a time of the coordinator's clock. `log_buffer` has this process's log lines, `rank_logs` those of each rank."""
     return {
@@ -51,7 +51,7 @@ def server_info(
     }
 
 
-def _fault(fault: Fault, now: float) -> Json:
+def _fault(fault: FaultRecord, now: float) -> Json:
     """`took_s`: from the fault to the next epoch that ran; None before it runs."""
     took_s = None if fault.took_s is None else round(fault.took_s, 3)
     return {"epoch": fault.epoch, "reason": fault.reason, "ago_s": round(now - fault.lost_s, 3), "took_s": took_s}

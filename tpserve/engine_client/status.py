@@ -26,7 +26,7 @@ class EngineStatus:
 
 
 @dataclass
-class Fault:
+class FaultRecord:
     """A fault that ended an epoch: when, by the coordinator's clock, and how long it took until the next epoch ran."""
 
     epoch: int

@@ -21,14 +21,14 @@ SCRIPTS = ("dom", "client", "markdown", "tokens", "request", "chat", "charts", "
 PATH = "/"
 
 
-class Page(NamedTuple):
+class PageDocument(NamedTuple):
     """The document in UTF-8, and the headers that it is served with."""
 
     document: bytes
     headers: dict[str, str]
 
 
-def build() -> Page:
+def build() -> PageDocument:
     """Put the page together from the files of this package."""
     style = (HERE / "style.css").read_text()
     script = "\n".join((HERE / f"{name}.js").read_text() for name in SCRIPTS)
@@ -43,7 +43,7 @@ def build() -> Page:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-    return Page(document.encode(), headers)
+    return PageDocument(document.encode(), headers)
 
 
 def _digest(text: str) -> str:

@@ -1,6 +1,7 @@
 // Live charts as SVG, and Prometheus' text format read into them.
 
-const POINTS = 150;
+const POINTS = 150; // five minutes; a young chart shows its first minute
+const FIRST_POINTS = 30;
 const [WIDTH, HEIGHT] = [300, 80];
 
 class Chart {
@@ -34,8 +35,9 @@ class Chart {
       return text;
     });
     this.points.forEach((points, at) => {
-      const step = WIDTH / (POINTS - 1);
-      const from = POINTS - points.length;
+      const span = Math.max(FIRST_POINTS, points.length);
+      const step = WIDTH / (span - 1);
+      const from = span - points.length;
       const places = points.map((value, i) => value === null ? "" : `${((from + i) * step).toFixed(1)},${(HEIGHT - 2 - value * scale).toFixed(1)}`);
       this.picture.children[at].setAttribute("points", places.filter(Boolean).join(" "));
     });

@@ -149,7 +149,7 @@ async function pollMetrics() {
     if (error.status === 401) setText($("charts-title"), "The charts need the metrics key: see Keys");
     return;
   }
-  setText($("charts-title"), "The last five minutes");
+  setText($("charts-title"), "Load");
   const now = { metrics: parseMetrics(text), at: performance.now() };
   if (before) showMetrics(now, before);
   before = now;
