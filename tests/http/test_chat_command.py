@@ -20,7 +20,10 @@ from typing import Any
 import pytest
 
 from tests.http.inprocess import Server, serving, until
+from tpserve.chat.command import ChatFlags
 from tpserve.chat.conversation import Conversation
+from tpserve.chat.slash_commands import SLASH_COMMANDS
+from tpserve.cli.option import options_of
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
 from tpserve.types.packed import unpack
@@ -285,3 +288,10 @@ def test_fields_of_a_conversation() -> None:
         conversation.load('{"messages": 3}')
     with pytest.raises(UserError, match="no question"):
         conversation.undo()
+
+
+def test_the_page_of_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "page.md").read_text().split("## tpserve chat")[1].split("## Completion")[0]
+    assert set(re.findall(r"`(/\w+)", page)) | {"/exit"} == set(SLASH_COMMANDS)
+    flags = {name for option in options_of(ChatFlags).values() for name in (*option.names, *option.off_names)}
+    assert set(re.findall(r"(?<![\w-])-{1,2}[a-z][\w-]*", page)) <= flags

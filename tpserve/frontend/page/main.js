@@ -28,6 +28,7 @@ function openSnippet(title, text) {
   setText($("snippet-copy"), "Copy");
   $("snippet").showModal();
   $("snippet-text").select();
+  $("snippet-text").scrollTop = 0;
 }
 
 /** The request that the page sends next: the draft, or the last answer's once more. */

@@ -1,6 +1,7 @@
-// The status view: /readyz, /server_info and /metrics, read every two seconds while it is shown, /readyz in the chat too.
+// The status view: /readyz, /server_info and /metrics, read every two seconds while it is shown (more often while the server loads), /readyz in the chat too.
 
 const PERIOD_MS = 2000;
+const LOADING_PERIOD_MS = 500; // phases are short
 const SILENT_S = 2;
 const charts = {
   tokens: new Chart("Tokens a second", ["generated", "prompt"], value => value.toFixed(value < 10 ? 1 : 0)),
@@ -18,7 +19,7 @@ async function poll() {
   ready = answer?.body ?? null;
   showState();
   if (!$("view-status").hidden && document.visibilityState === "visible") await Promise.all([pollInfo(), pollMetrics()]);
-  setTimeout(poll, PERIOD_MS);
+  setTimeout(poll, $("loading").hidden ? PERIOD_MS : LOADING_PERIOD_MS);
 }
 
 function showState() {
