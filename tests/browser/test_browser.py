@@ -130,6 +130,12 @@ def test_an_answer_comes_in_pieces_and_can_be_stopped(tab: Tab, server: Server) 
         time.sleep(0.1)
     spoken = tab.js("document.querySelector('#announcer').innerText")
     assert "Stopped." in spoken
+    tab.click(".message.assistant [aria-label=Regenerate]")
+    tab.wait("document.querySelector('.message[data-running] > .text').textContent.length > 5")
+    tab.send("Page.reload")
+    tab.wait("document.querySelector('.message.assistant .note')?.textContent === 'stopped by a reload'")
+    assert not tab.js("document.querySelector('[data-running]')")
+    tab.click("#prompt")
     tab.key("Enter", SHIFT)
     assert tab.js("document.querySelector('#prompt').value") == "\n", "Shift+Enter is a line break"
 

@@ -1,6 +1,7 @@
 """`tpserve chat` as a process: through pipes, and on a terminal with keys, against a server and against a hostile one."""
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.http.inprocess import Server, serving, until
+from tpserve.__main__ import main
 from tpserve.chat.command import ChatFlags
 from tpserve.chat.conversation import Conversation
 from tpserve.chat.slash_commands import SLASH_COMMANDS
@@ -52,21 +54,27 @@ def test_one_question_through_a_pipe(server: Server) -> None:
     assert "You know." in asked and "Where does the red fox live?" in asked
 
 
-def test_what_goes_wrong_is_one_line(server: Server) -> None:
-    wrong = piped(server.url, "hi", key="no")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "TPSERVE_API_KEY" in wrong.stderr
-    assert piped(server.url, "hi", "--api-key", "k3y", key="no").returncode == 0
-    nobody = piped("http://127.0.0.1:9", "hi")
-    assert nobody.returncode == 2 and "no server answers at http://127.0.0.1:9" in nobody.stderr
-    nothing = piped(server.url, " \n")
-    assert nothing.returncode == 2 and "nothing to ask" in nothing.stderr
-    model = piped(server.url, "hi", "--model", "gpt")
-    assert model.returncode == 2 and "gpt" in model.stderr and model.stdout == ""
-
-
-def test_no_torch() -> None:
-    code = "import sys, tpserve.chat.command, tpserve.__main__; sys.exit('torch' in sys.modules or 'aiohttp' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("arguments", "key", "code", "said"),
+    [
+        (["-q", "hi"], "no", 2, "TPSERVE_API_KEY"),
+        (["-q", "hi", "--api-key", "k3y", "--system", "s"], "no", 0, ""),
+        (["-q", "hi", "--url", "http://127.0.0.1:9"], "k3y", 2, "no server answers at http://127.0.0.1:9: Connection refused"),
+        ([], "k3y", 2, "nothing to ask"),
+        (["-q", "hi", "--model", "gpt"], "k3y", 2, "gpt"),
+        (["-q", "hi", "--urll", "x"], "k3y", 2, "did you mean --url?"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(
+    server: Server, arguments: list[str], key: str, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("TPSERVE_API_KEY", key)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))
+    assert main(["chat", "--url", server.url, *arguments]) == code
+    shown = capsys.readouterr()
+    assert said in shown.err and (code == 0) == bool(shown.out)
+    assert code == 0 or (shown.err.startswith("tpserve: error: ") and shown.err.count("\n") == 1)
 
 
 def test_it_waits_while_the_server_starts(server: Server) -> None:

@@ -15,7 +15,13 @@ function announce(text) {
 }
 
 function keepMessages() {
-  stored.set("messages", messages.map(({ node, tokens, ...message }) => message));
+  stored.set("messages", messages.map(({ node, tokens, scheduled, ...message }) => message));
+}
+
+/** The conversation of this tab before a reload, which has ended an answer that was being written. */
+function restoreMessages() {
+  for (const message of messages.filter(each => each.running)) Object.assign(message, { running: false, note: "stopped by a reload" });
+  setMessages(messages);
 }
 
 function setMessages(list) {
@@ -48,6 +54,7 @@ function renderMessage(message) {
   else if (role === "assistant") renderMarkdown(parts.content, message.content);
   else setText(parts.content, message.content);
   show(parts.switch, message.tokens?.length);
+  setText(parts.switch, message.plain ? "Show tokens" : "Show as text");
   renderCalls(message, parts.calls);
   setText(parts.error, message.error ?? "");
   show(parts.error, message.error);
@@ -71,7 +78,7 @@ function messageParts(message) {
   const button = (text, action, label = text) => el("button", { type: "button", "aria-label": label, onclick: () => action(message) }, text);
   const actions = role === "tool" ? [] : [button("Edit", editMessage, `Edit: ${NAMES[role]}`)];
   if (role === "assistant") actions.push(button("Regenerate", regenerate), button("Copy", copyMessage, "Copy the answer"));
-  parts.switch = button("Text or tokens", switchTokens);
+  parts.switch = button("", switchTokens, null);
   const title = role === "tool" ? `${NAMES.tool}: ${message.name}` : NAMES[role];
   node.append(el("h3", null, title), parts.thoughts, parts.content, parts.calls, parts.error, el("footer", null, ...actions, parts.switch, parts.note));
   return parts;

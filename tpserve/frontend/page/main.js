@@ -143,7 +143,7 @@ function start() {
   });
   keepSettings();
   openSettings(innerWidth > 1000);
-  setMessages(messages);
+  restoreMessages();
   showView(location.hash === "#status" ? "status" : "chat");
   addEventListener("hashchange", () => showView(location.hash === "#status" ? "status" : "chat"));
   loadModels();
