@@ -6,7 +6,7 @@ const SILENT_S = 2;
 const charts = {
   tokens: new Chart("Tokens a second", ["generated", "prompt"], value => value.toFixed(value < 10 ? 1 : 0)),
   ttft: new Chart("Time to first token", ["median", "95%"], secondsText),
-  itl: new Chart("Between two tokens", ["median", "95%"], secondsText),
+  itl: new Chart("Between tokens", ["median", "95%"], secondsText),
   queue: new Chart("Requests", ["running", "waiting"], value => value.toFixed(0), 1),
   cache: new Chart("KV cache in use", [""], value => `${(100 * value).toFixed(1)}%`, 1),
 };
@@ -15,11 +15,14 @@ let before = null; // {metrics, at}: the reading before
 let ready = null; // the last body of /readyz
 
 async function poll() {
-  const answer = await getJson("readyz");
-  ready = answer?.body ?? null;
-  showState();
-  if (!$("view-status").hidden && document.visibilityState === "visible") await Promise.all([pollInfo(), pollMetrics()]);
-  setTimeout(poll, $("loading").hidden ? PERIOD_MS : LOADING_PERIOD_MS);
+  try {
+    const answer = await getJson("readyz");
+    ready = answer?.body ?? null;
+    showState();
+    if (!$("view-status").hidden && document.visibilityState === "visible") await Promise.all([pollInfo(), pollMetrics()]);
+  } finally {
+    setTimeout(poll, $("loading").hidden ? PERIOD_MS : LOADING_PERIOD_MS);
+  }
 }
 
 function showState() {
