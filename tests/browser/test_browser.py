@@ -12,9 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
@@ -324,12 +323,21 @@ def test_a_server_with_a_key(browser: Browser, tmp_path: Path) -> None:
     with serving(tmp_path, api_key="s3cret") as server:
         tab = browser.open(server.url + "/")
         tab.wait("document.querySelector('#keys').open")
+        tab.key("Escape")
+        time.sleep(0.3)
+        assert not tab.js("document.querySelector('#keys').open"), "who closes it without a key is left alone"
+        tab.type("Hello", "#prompt")
+        tab.key("Enter")
+        tab.wait("document.querySelector('#keys').open")
+        tab.type("wrong", "#api-key")
+        tab.key("Enter")
+        tab.wait("document.querySelector('#keys').open && document.querySelector('#api-key').value === 'wrong'")
         tab.type("s3cret", "#api-key")
         tab.key("Enter")
         tab.wait("document.querySelector('#model').options.length === 2")
-        tab.type("Hello", "#prompt")
-        tab.key("Enter")
-        tab.wait(f"document.querySelector('{ANSWERS}')")
+        assert "missing or wrong" in tab.js(f"{LAST}.querySelector('.error').textContent")
+        tab.click(".message.assistant [aria-label=Regenerate]")
+        tab.wait(f"{LAST}.querySelector('.error').hidden && document.querySelector('{ANSWERS}')")
         assert answer_text(tab) and not tab.js(f"{LAST}.querySelector('.error').textContent")
         tab.click("#copy-curl")
         assert "$TPSERVE_API_KEY" in (text := tab.js("document.querySelector('#snippet-text').value")) and "s3cret" not in text
@@ -346,6 +354,20 @@ def test_behind_a_proxy_with_a_prefix(browser: Browser, server: Server) -> None:
             tab.wait("document.querySelectorAll('.shard').length === 2")
             assert tab.problems == [] and all(each.startswith((url + "/llm", "data:")) for each in tab.requests[1:])
             tab.close()
+
+
+def test_an_answer_that_it_cannot_read_does_not_end_the_status(tab: Tab) -> None:
+    tab.answer("server_info", "{}")
+    tab.click("#tab-status")
+    tab.wait("true")
+    count = len([url for url in tab.requests if "readyz" in url])
+    deadline = time.monotonic() + 30
+    while len([url for url in tab.requests if "readyz" in url]) < count + 3:
+        assert time.monotonic() < deadline, "the page has stopped asking"
+        tab.js("1")
+        time.sleep(0.1)
+    assert tab.problems and tab.js("document.querySelector('#state').textContent") == "ready"
+    tab.problems.clear()
 
 
 @contextmanager
@@ -416,13 +438,11 @@ def test_the_status_of_a_start_and_of_a_recovery(browser: Browser, tmp_path: Pat
 
 
 def wait_for_port(server: Server) -> None:
+    """Wait until the frontend answers, which it does long before a rank is there."""
     deadline = time.monotonic() + 60
     while True:
-        with_port: Any = None
-        try:
-            with_port = server.get("/livez", 5.0)
-        except OSError:
-            assert time.monotonic() < deadline, server.log
-            time.sleep(0.02)
-        if with_port is not None:
+        with suppress(OSError):
+            server.get("/livez", 5.0)
             return
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.02)

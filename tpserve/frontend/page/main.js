@@ -134,7 +134,9 @@ function start() {
   });
   $("open-keys").addEventListener("click", openKeys);
   $("keys").addEventListener("close", () => {
-    Object.assign(keys, { api: $("api-key").value, admin: $("admin-key").value, metrics: $("metrics-key").value });
+    const typed = { api: $("api-key").value, admin: $("admin-key").value, metrics: $("metrics-key").value };
+    if (Object.keys(typed).every(name => typed[name] === keys[name])) return;
+    Object.assign(keys, typed);
     stored.set("keys", keys);
     loadModels();
   });
