@@ -34,6 +34,7 @@ class Record:
     launches: list[str] = field(default_factory=list)
     """An operator of several kernels is there several times."""
     allocations: list[str] = field(default_factory=list)
+    collectives: list[str] = field(default_factory=list)
     to_device: list[str] = field(default_factory=list)
     to_host: list[str] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
@@ -149,6 +150,8 @@ class SimulatedCard:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         on_card = any(isinstance(x, DeviceTensor) for x in tensors)
         target = _target(name, args, kwargs)
+        if func.namespace == "c10d" and on_card:
+            return self._communicate(func, name, args, kwargs)
         if name in ("to", "_to_copy") and target is not None and (target.type == "cuda") != on_card:
             return self._transfer(args[0], target, kwargs)
         if name == "copy_":
@@ -215,6 +218,22 @@ class SimulatedCard:
             return wrappers[id(x)] if id(x) in wrappers else DeviceTensor(x)
 
         return tree_map(wrapped, out)
+
+    def _communicate(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """A collective or a message: the other ranks' cards are simulated, too, and gloo carries the bytes."""
+        own_args, own_kwargs = tree_map(_host_of, (args, kwargs))
+        if name in ("send", "recv_"):
+            self._forbid_in_graph(name)
+        wrappers = {id(x.host): x for x in tree_leaves(args) if isinstance(x, DeviceTensor)}
+
+        def again() -> Any:
+            with _disable_current_modes():
+                return func(*own_args, **own_kwargs)
+
+        self.record.collectives.append(name)
+        if self._graph is not None:
+            self._graph.append(lambda: _finished(again()))
+        return tree_map(lambda x: wrappers.get(id(x), x), _finished(again()) if self._graph is not None else again())
 
     def _keep(self, func: Any, name: str, args: Any, kwargs: Any, made: list[torch.Tensor], *, any_in_place: bool) -> None:
         """Count the new memory, and add the operator to the graph under capture."""
@@ -320,6 +339,13 @@ class _Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._card.dispatch(func, args, kwargs or {})
+
+
+def _finished(out: Any) -> Any:
+    """The result of a collective, which the card's next launch waits for."""
+    work = out[-1] if isinstance(out, tuple) else out
+    work.wait()
+    return out
 
 
 def _again(func: Any, args: Any, kwargs: Any, made: list[torch.Tensor]) -> Replayed:
