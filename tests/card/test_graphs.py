@@ -28,7 +28,7 @@ def test_replay_equals_eager(seed: int) -> None:
 
 
 def test_a_steady_decode_step() -> None:
-    with SimulatedCard() as card:
+    with SimulatedCard(computes=False) as card:
         engine = CardEngine(capture=card.capture, num_blocks=64)
         for number in range(3):
             params = EngineSamplingParams(max_tokens=40, temperature=0.8)
