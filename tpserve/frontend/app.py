@@ -25,10 +25,10 @@ from tpserve.frontend import traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.http_errors import JsonErrorRunner
 from tpserve.frontend.openai import resumable, routes
+from tpserve.frontend.openai.admission import REQUEST_ID
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.rebuild import rebuild_running
-from tpserve.frontend.openai.routes import REQUEST_ID
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
 from tpserve.frontend.streams import StreamTable
 from tpserve.journal.journal import Journal

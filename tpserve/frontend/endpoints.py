@@ -1,0 +1,5 @@
+"""The routes that generate, by their paths: those whose answers may be asked for after a restart."""
+
+from tpserve.frontend.openai.preparation import CHAT_COMPLETIONS, COMPLETIONS
+
+ENDPOINTS = {endpoint.path: endpoint for endpoint in (COMPLETIONS, CHAT_COMPLETIONS)}
