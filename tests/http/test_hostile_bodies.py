@@ -20,7 +20,7 @@ import pytest
 from tests.http import checks
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving
 from tpserve.engine_client.status import EngineStatus
-from tpserve.frontend.app import MAX_BODY_BYTES
+from tpserve.frontend.openai.body import MAX_BODY_BYTES
 from tpserve.frontend.openai.json_scan import MAX_WEIGHT
 
 MAX_GAP_S = 0.1

@@ -89,7 +89,7 @@ def has_key(request: web.Request, key: str) -> bool:
 
 
 def client_key(request: web.Request) -> str:
-    """The key that a client sent: a Bearer token (its scheme is case-insensitive, RFC 9110), or Anthropic's header; else empty."""
+    """The key that a client sent: a Bearer token (the scheme in any case, RFC 9110), or Anthropic's header; else empty."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     return token.strip(" ") if scheme.lower() == "bearer" else request.headers.get(KEY_HEADER, "").strip(" ")
 

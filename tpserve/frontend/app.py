@@ -26,10 +26,12 @@ from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.http_errors import JsonErrorRunner
 from tpserve.frontend.openai import resumable, routes
 from tpserve.frontend.openai.admission import REQUEST_ID
+from tpserve.frontend.openai.body import MAX_BODY_BYTES
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.rebuild import rebuild_running
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
+from tpserve.frontend.responses import routes as responses
 from tpserve.frontend.streams import StreamTable
 from tpserve.journal.journal import Journal
 from tpserve.structured_output.checker import GrammarChecker
@@ -41,8 +43,6 @@ from tpserve.version import __version__
 log = logging.getLogger(__name__)
 http_log = logging.getLogger(f"{__name__}.http")
 
-MAX_BODY_BYTES = 8 << 20
-"""A text of this size has about 2 million tokens and takes about 50 ms to decode."""
 INFO: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("info")
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 MAX_ID_CHARS = 128
@@ -115,6 +115,7 @@ def create_app(
     app.on_shutdown.append(forget_answers)
     routes.add_routes(app)
     resumable.add_routes(app)
+    responses.add_routes(app)
     app.router.add_get("/health", ready)
     app.router.add_get("/readyz", ready)
     app.router.add_get("/livez", alive)

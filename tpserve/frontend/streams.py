@@ -11,8 +11,8 @@ Invariants:
     memory     an answer above `MAX_ANSWER_BYTES` ends; above `MAX_KEPT_BYTES` those that ended first are forgotten first
 
 The position of an event is (T, K): the output tokens, of all choices, that the stream has after it, and for an event that adds
-none to those before it a number from 1 on. It is written `T`, or `T.K`. In a `numbered` answer it is (N, 0), the event's number from
-0 on, which its data have, too.
+none to those before it a number from 1 on. It is written `T`, or `T.K`. In a `numbered` answer it is (N, 0), the event's
+number from 0 on, which its data have, too.
 """
 
 import asyncio

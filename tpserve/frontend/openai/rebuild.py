@@ -90,12 +90,13 @@ async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
 
 def show_end(answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest, error: UserError) -> None:
     """What an answer that has ended with an error was until then, in an API that shows that."""
-    answer.describe(prepared.encoder, prepared.context)
-    for data in prepared.encoder.opening():
-        answer.append(0, data)
-    for sequence, delta in handle.take():
-        for data in prepared.encoder.deltas(sequence, delta):
-            answer.append(prepared.encoder.output_tokens, data)
+    encoder, handle.failure = prepared.encoder, None
+    answer.describe(encoder, prepared.context)
+    events = [(0, data) for data in encoder.opening()]
+    for output in handle.take():
+        events += [(encoder.output_tokens, data) for data in encoder.deltas(*output)]
+    for num_tokens, data in events if answer.streamed else ():
+        answer.append(num_tokens, data)
     answer.fail(error)
 
 

@@ -1,0 +1,281 @@
+"""The HTTP handlers of the Responses API. A response that is stored is an answer of `frontend/streams.py`. Owns no state."""
+
+from typing import Any, cast
+
+import msgspec
+from aiohttp import web
+
+from tpserve.errors import UserError
+from tpserve.frontend.openai.admission import admit, arrival_of, checked_call, keep, read_again, send
+from tpserve.frontend.openai.body import MAX_BODY_BYTES, decode_object, parse, read_object
+from tpserve.frontend.openai.errors import Json, json_response, shown
+from tpserve.frontend.openai.resumable import LAST_EVENT_ID, STREAM_ID, asked_answer, asked_position, outlives, send_events
+from tpserve.frontend.openai.routes import MAX_COUNTED_TOKENS
+from tpserve.frontend.openai.service import SERVICE
+from tpserve.frontend.responses.encoder import CANCELLED
+from tpserve.frontend.responses.items import answer_of_item, references
+from tpserve.frontend.responses.preparation import (
+    RESPONSES,
+    History,
+    ResponseContext,
+    counted_prompt,
+    keeps,
+    response_id,
+)
+from tpserve.frontend.responses.schema import RULES, InputFields, ResponseRequest
+from tpserve.frontend.streams import Position, ResumableAnswer, new_stream_id
+
+PREFIX = "resp_"
+ROUTE = "/v1/responses/{id}"
+MAX_LISTED = 100
+ENDED = ("completed", "incomplete")
+"""The states of a response that another one may continue."""
+
+
+async def create(request: web.Request) -> web.StreamResponse:
+    """POST /v1/responses: the answer, its events, or with background at once how far it is."""
+    if STREAM_ID in request.headers:
+        return await read_again(request)
+    checked, warnings = await checked_call(request, RESPONSES)
+    call = cast(ResponseRequest, checked)
+    lives_on, is_kept = outlives(request, call, warnings), stored(request, call)
+    arrival = arrival_of(request, new_stream_id(), await history_of(request, call))
+    prepared, handle = await admit(request, RESPONSES, call, warnings, arrival, stepwise=is_kept or lives_on)
+    if not (is_kept or lives_on):
+        return await send(request, prepared, handle)
+    answer = await keep(request, RESPONSES, prepared, handle, arrival)
+    if call.background and not call.stream:
+        return show(answer)
+    try:
+        if call.stream:
+            return await send_events(request, answer, None)
+        await until_ended(answer)
+        if answer.error is not None:
+            raise answer.error
+        return show(answer)
+    finally:
+        if not lives_on and not answer.ended:  # the client has left
+            request.app[SERVICE].streams.remove(answer)
+
+
+async def retrieve(request: web.Request) -> web.StreamResponse:
+    """GET /v1/responses/{id}: the response as far as it is; with stream its events, behind `starting_after`."""
+    answer, _ = await asked_response(request)
+    value = request.query.get("stream", "false").lower()
+    if value not in ("true", "false", "1", "0"):
+        raise UserError(f"stream is true or false, got {shown(value)}", param="stream", code="invalid_value")
+    position = starting_after(request)
+    if value in ("false", "0"):
+        if "starting_after" in request.query:
+            raise UserError("starting_after needs stream true", param="starting_after", code="invalid_value")
+        return show(answer)
+    if not answer.streamed:
+        raise UserError(
+            "this response has no events: it was created without stream and without background",
+            param="stream",
+            code="invalid_value",
+        )
+    return await send_events(request, answer, position)
+
+
+async def delete(request: web.Request) -> web.Response:
+    """DELETE /v1/responses/{id}: end a response and forget it."""
+    answer, _ = await asked_response(request)
+    request.app[SERVICE].streams.remove(answer)
+    return json_response({"id": response_id(answer.id), "object": "response", "deleted": True})
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """POST /v1/responses/{id}/cancel: end a response in the background. One that has ended stays as it is."""
+    answer, context = await asked_response(request)
+    if context is not None and not context.background:
+        raise UserError(
+            "only a response that was created with background can be cancelled; close the connection of another one",
+            param="id",
+            code="invalid_value",
+        )
+    if not answer.ended:
+        answer.stop(UserError("the response was cancelled", code=CANCELLED, status=409))
+    return show(answer)
+
+
+async def list_input(request: web.Request) -> web.Response:
+    """GET /v1/responses/{id}/input_items: what the response answers, with the conversation before it, a page at a time."""
+    answer, context = await asked_response(request)
+    if context is None:
+        raise answer.error or no_response(request.match_info["id"])
+    limit, order, after = request.query.get("limit", "20"), request.query.get("order", "desc"), request.query.get("after")
+    if not limit.isdecimal() or not 1 <= int(limit[:4]) <= MAX_LISTED:
+        raise UserError(f"limit is 1 to {MAX_LISTED}, got {shown(limit)}", param="limit", code="invalid_value")
+    if order not in ("asc", "desc"):
+        raise UserError(f"order is asc or desc, got {shown(order)}", param="order", code="invalid_value")
+    items = await decoded(request, b'{"items":' + context.items + b"}")
+    if order == "desc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise UserError(f"after: the response has no input item {shown(after)}", param="after", code="invalid_value")
+    begin = ids.index(after) + 1 if after is not None else 0
+    page = items[begin : begin + int(limit)]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return json_response({"object": "list", "data": page, **ends, "has_more": begin + len(page) < len(items)})
+
+
+async def count_input(request: web.Request) -> web.Response:
+    """POST /v1/responses/input_tokens: how many tokens the prompt of such a request has."""
+    service = request.app[SERVICE]
+    call, warnings = parse(
+        await read_object(request, service.large_bodies), InputFields, service.logged_fields, service.sampling(), RULES
+    )
+    service.served_name(call.model)
+    max_tokens = max(MAX_COUNTED_TOKENS, service.limits().max_model_len)
+    prompt = await counted_prompt(service, call, await history_of(request, call), max_tokens)
+    answer: Json = {"object": "response.input_tokens", "input_tokens": len(prompt.ids)}
+    return json_response(answer | ({"warnings": warnings} if warnings else {}))
+
+
+def stored(request: web.Request, call: ResponseRequest) -> bool:
+    """Whether the response is kept. UserError for what a server that keeps nothing cannot do."""
+    service = request.app[SERVICE]
+    if call.store and not service.streams.window_s:
+        raise UserError(
+            "store is not supported by this server: it keeps no answers (--resume-window 0); set it to false",
+            param="store",
+            code="unsupported_parameter",
+        )
+    if call.background and call.store is False:
+        raise UserError("background needs store true", param="background", code="invalid_value")
+    return keeps(service, call)
+
+
+async def asked_response(request: web.Request) -> tuple[ResumableAnswer, ResponseContext | None]:
+    """The response of the URL; no context when nothing but an error is kept. UserError 404 when the client has none."""
+    return await found(request, request.match_info["id"])
+
+
+async def found(request: web.Request, id: str) -> tuple[ResumableAnswer, ResponseContext | None]:
+    """The response `id`."""
+    if not id.startswith(PREFIX):
+        raise no_response(id)
+    try:
+        answer = await asked_answer(request, id.removeprefix(PREFIX))
+    except UserError as error:
+        raise no_response(id) if error.status == 404 else error from error
+    context = answer.context
+    if answer.gone is None and not isinstance(context, ResponseContext):  # an answer of another API
+        raise no_response(id)
+    return answer, context if isinstance(context, ResponseContext) else None
+
+
+async def until_ended(answer: ResumableAnswer) -> None:
+    """Read an answer until its end."""
+    with answer.reader() as news:
+        while not answer.ended and answer.gone is None:
+            await news.wait()
+            news.clear()
+
+
+def show(answer: ResumableAnswer) -> web.Response:
+    """The response object as far as it is. Raises the error of an answer of which nothing else is kept."""
+    if answer.gone is not None:
+        raise answer.gone
+    answer.touch()
+    body = answer.body if answer.form is None else answer.form.body()
+    return web.Response(body=body, content_type="application/json", headers={STREAM_ID: answer.id})
+
+
+def starting_after(request: web.Request) -> Position | None:
+    """The number behind which the events are asked for, in the URL or as Last-Event-ID."""
+    text = request.query.get("starting_after")
+    if text is None or LAST_EVENT_ID in request.headers:
+        return asked_position(request)
+    if not text.isdecimal() or len(text) > 12:
+        raise UserError(
+            f"starting_after is the sequence_number of an event, got {shown(text)}", param="starting_after", code="invalid_value"
+        )
+    return int(text), 0
+
+
+async def history_of(request: web.Request, call: InputFields) -> bytes:
+    """JSON of the `History` that a request names. UserError when it is not to be had."""
+    items: list[Json] = []
+    if call.previous_response_id is not None:
+        items = await continued(request, call.previous_response_id)
+    referenced: dict[str, Json] = {}
+    for id in references(call.input):
+        answer_id = answer_of_item(id)
+        if id not in referenced and answer_id is not None:
+            try:
+                own = await conversation_of(request, PREFIX + answer_id)
+            except UserError:
+                continue  # the item is missing, which says more
+            referenced |= {item["id"]: item for item in own}
+    if not items and not referenced:
+        return b""
+    named = {id: item for id, item in referenced.items() if id in set(references(call.input))}
+    data = msgspec.json.encode(History(items, named))
+    if len(data) > MAX_BODY_BYTES:
+        raise UserError(
+            f"the conversation before this request has {len(data)} bytes, this server takes {MAX_BODY_BYTES}",
+            param="previous_response_id",
+            code="context_length_exceeded",
+        )
+    return data
+
+
+async def continued(request: web.Request, id: str) -> list[Json]:
+    """The conversation that ends with the response `id`."""
+    try:
+        return await conversation_of(request, id)
+    except UserError as error:
+        if error.status != 404:
+            raise
+        raise UserError(
+            f"Previous response with id {shown(id)!r} not found: it is unknown, belongs to another key, was not stored, or has "
+            "been forgotten (--resume-window)",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        ) from error
+
+
+async def conversation_of(request: web.Request, id: str) -> list[Json]:
+    """The items of a response: its input and its output. UserError unless it has come to its end."""
+    answer, context = await found(request, id)
+    if context is None:
+        raise no_response(id)
+    response = await decode_object(answer.body, request.app[SERVICE].large_bodies) if answer.ended else {"status": "in_progress"}
+    if response["status"] not in ENDED:
+        raise UserError(
+            f"the response {shown(id)} is {response['status']}: only one that has come to its end can be continued",
+            param="previous_response_id",
+            code="invalid_value",
+        )
+    return [*await decoded(request, b'{"items":' + context.items + b"}"), *response["output"]]
+
+
+async def decoded(request: web.Request, data: bytes) -> list[Json]:
+    """The items of a JSON text, which no other request waits for."""
+    body: dict[str, Any] = await decode_object(data, request.app[SERVICE].large_bodies)
+    items: list[Json] = body["items"]
+    return items
+
+
+def no_response(id: str) -> UserError:
+    """The error 404 of a response that the client has not."""
+    return UserError(
+        f"Response with id {shown(id)!r} not found: it is unknown, belongs to another key, was not stored, or has been forgotten "
+        "(--resume-window)",
+        param="id",
+        code="response_not_found",
+        status=404,
+    )
+
+
+def add_routes(app: web.Application) -> None:
+    """Add the routes of this module."""
+    app.router.add_post(RESPONSES.path, create)
+    app.router.add_post("/v1/responses/input_tokens", count_input)
+    app.router.add_get(ROUTE, retrieve, allow_head=False)
+    app.router.add_delete(ROUTE, delete)
+    app.router.add_post(ROUTE + "/cancel", cancel)
+    app.router.add_get(ROUTE + "/input_items", list_input, allow_head=False)
