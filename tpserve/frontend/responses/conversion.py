@@ -1,6 +1,6 @@
-"""A Responses request as the chat request that answers it, and errors about the one in the words of the other. Pure."""
+"""A Responses request as the chat request that answers it. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tpserve.errors import UserError
@@ -42,20 +42,6 @@ def chat_request(call: InputFields, items: Sequence[Json]) -> ChatCompletionRequ
         response_format=_format(call.text.format),
         **more,
     )
-
-
-def renamed(error: UserError, names: Mapping[str, str]) -> UserError:
-    """An error about a chat request with the names of another API's fields."""
-    param, text = error.param, str(error)
-    for old, new in names.items():
-        if param is not None and (param == old or param.startswith((f"{old}.", f"{old}["))):
-            text = text.replace(param, new + param[len(old) :]) if param in text else text.replace(old, new, 1)
-            param = new + param[len(old) :]
-            break
-    if param is not None and param.startswith("tools["):
-        text, param = text.replace(".function.", "."), param.replace(".function.", ".")
-    text = text.replace("lower max_tokens", f"lower {names.get('max_tokens', 'max_tokens')}")
-    return UserError(text, param=param, code=error.code, status=error.status)
 
 
 def _tool(tool: Json, where: str) -> Json:

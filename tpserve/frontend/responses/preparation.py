@@ -14,9 +14,10 @@ from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import Json
 from tpserve.frontend.openai.preparation import Arrival, Endpoint, PreparedRequest, prepare_conversation
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt
+from tpserve.frontend.openai.renaming import renamed
 from tpserve.frontend.openai.response_builder import ChatResponseBuilder
 from tpserve.frontend.openai.service import OpenAIServing
-from tpserve.frontend.responses.conversion import NAMES, chat_request, renamed
+from tpserve.frontend.responses.conversion import NAMES, chat_request
 from tpserve.frontend.responses.encoder import ResponseEncoder
 from tpserve.frontend.responses.items import input_items, without_beginning
 from tpserve.frontend.responses.schema import RULES, InputFields, ResponseRequest
