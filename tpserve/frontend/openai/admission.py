@@ -11,7 +11,7 @@ from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.chat_answer import random_call_id
 from tpserve.frontend.openai.preparation import Arrival, Endpoint, PreparedRequest
 from tpserve.frontend.openai.production import call_ids_of, digest_of, record, start
-from tpserve.frontend.openai.resumable import STREAM_ID, outlives, repeated, send_answer
+from tpserve.frontend.openai.resumable import STREAM_ID, asked_position, outlives, repeated_answer, send_answer
 from tpserve.frontend.openai.schema import GenerationFields
 from tpserve.frontend.openai.sender import send_stream, send_whole
 from tpserve.frontend.openai.sequences import requests_of
@@ -50,7 +50,7 @@ async def generate(request: web.Request, endpoint: Endpoint) -> web.StreamRespon
 async def read_again(request: web.Request) -> web.StreamResponse:
     """The response to a repeated request that names its answer."""
     await read_object(request, request.app[SERVICE].large_bodies)
-    return await repeated(request, await request.read())
+    return await send_answer(request, await repeated_answer(request, await request.read()), asked_position(request))
 
 
 async def checked_call(request: web.Request, endpoint: Endpoint) -> tuple[GenerationFields, list[str]]:

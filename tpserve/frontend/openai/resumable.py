@@ -114,8 +114,8 @@ async def asked_answer(request: web.Request, id: str) -> ResumableAnswer:
     return service.streams.find(id, key)
 
 
-async def repeated(request: web.Request, body: bytes) -> web.StreamResponse:
-    """The response to a POST that names an earlier answer: that answer, if the request is the same."""
+async def repeated_answer(request: web.Request, body: bytes) -> ResumableAnswer:
+    """The earlier answer that a POST names. UserError unless the request is the same."""
     answer = await asked_answer(request, request.headers[STREAM_ID])
     if answer.request_digest != digest_of(body):
         raise UserError(
@@ -123,7 +123,7 @@ async def repeated(request: web.Request, body: bytes) -> web.StreamResponse:
             param=STREAM_ID,
             code="invalid_value",
         )
-    return await send_answer(request, answer, asked_position(request))
+    return answer
 
 
 async def get_stream(request: web.Request) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""The HTTP handlers of the OpenAI API, of /tokenize and of /detokenize. Owns no state."""
+"""The HTTP handlers of completions, chat completions, models, tokens and load. Owns no state."""
 
 from aiohttp import web
 
@@ -99,6 +99,19 @@ async def detokenize(request: web.Request) -> web.Response:
     return json_response({"prompt": text} | ({"warnings": warnings} if warnings else {}))
 
 
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """GET /tokenizer_info: tokenizer_config.json as the server reads it, in vLLM's form."""
+    service = request.app[SERVICE]
+    tokenizer = service.tokenizer
+    facts = {"vocab_size": tokenizer.vocab_size, "chat_template": service.chat_template.source}
+    return json_response({**tokenizer.config, **tokenizer.special_tokens, **facts})
+
+
+async def load(request: web.Request) -> web.Response:
+    """GET /load: the number of open sequences, running or waiting, in vLLM's form."""
+    return json_response({"server_load": request.app[SERVICE].request_table.num_open})
+
+
 def add_routes(app: web.Application) -> None:
     """Add the routes of this module."""
     app.router.add_post("/v1/completions", completions)
@@ -107,3 +120,5 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get("/v1/models/{id:.+}", model)  # names may contain slashes
     app.router.add_post("/tokenize", tokenize)
     app.router.add_post("/detokenize", detokenize)
+    app.router.add_get("/tokenizer_info", tokenizer_info)
+    app.router.add_get("/load", load)

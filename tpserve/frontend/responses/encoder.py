@@ -58,17 +58,16 @@ class ResponseEncoder:
 
     def deltas(self, sequence: RequestState, delta: OutputDelta) -> list[bytes]:
         self._counter.add(sequence, delta)
-        events, entries = list[bytes](), [*self._reader.entries, *delta.entries]
-        for part in self._reader.deltas(delta):
+        events, parts = list[bytes](), list(self._reader.deltas(delta))
+        logprobs = self._logprobs_of(delta, parts)
+        for part in parts:
             if "reasoning" in part:
                 events += self._text("reasoning", part["reasoning"], [])
             elif "content" in part:
-                logprobs = chat_logprobs(entries, self._builder.tokenizer)["content"] if entries else []
                 events += self._text("message", part["content"], logprobs)
+                logprobs = []
             for call in part.get("tool_calls", ()):
                 events += self._call(call)
-            entries = []
-        self._reader.entries = entries
         if delta.finish is not None:
             self._status = "incomplete" if delta.finish == "length" else "completed"
             self._usage = self._shown_usage()
@@ -95,6 +94,16 @@ class ResponseEncoder:
 
     def body(self) -> bytes:
         return msgspec.json.encode(self._object())
+
+    def _logprobs_of(self, delta: OutputDelta, parts: Sequence[Json]) -> list[Json]:
+        """Those of the content of a delta, and of tokens before it that have shown nothing."""
+        entries = [*self._reader.entries, *delta.entries]
+        self._reader.entries = [] if parts else entries
+        said = [entry for entry in entries if not self._reader.is_reasoning(entry.offset)]
+        if not said or not any("content" in part for part in parts):
+            return []
+        shown: list[Json] = chat_logprobs(said, self._builder.tokenizer)["content"]
+        return shown
 
     def _text(self, kind: str, text: str, logprobs: list[Json]) -> list[bytes]:
         """What a piece of text adds to a message or to reasoning."""

@@ -23,6 +23,7 @@ from tpserve.frontend.responses.items import input_items, without_beginning
 from tpserve.frontend.responses.schema import RULES, InputFields, ResponseRequest
 
 T = TypeVar("T")
+PREFIX = "resp_"
 TOO_LONG = "context_length_exceeded"
 
 
@@ -145,7 +146,7 @@ def fixed_fields(call: ResponseRequest, arrival: Arrival, builder: ChatResponseB
 
 def response_id(answer_id: str) -> str:
     """The id of a response, whose answer has this id."""
-    return f"resp_{answer_id}"
+    return PREFIX + answer_id
 
 
 RESPONSES = Endpoint("/v1/responses", ResponseRequest, prepare_response, RULES, numbered=True, shows_failures=True)
