@@ -78,14 +78,14 @@ class ResponseEncoder:
         return [self._event(f"response.{self._status}", response=self._object())]
 
     def failed(self, error: UserError) -> list[bytes]:
-        self._close("incomplete")
+        events, kind = self._close("incomplete"), "response.failed"
         self._usage = self._shown_usage()
         if error.code == CANCELLED:
-            self._status = "cancelled"
-            return [self._event("response.incomplete", response=self._object())]
-        self._status = "failed"
-        self._error = {"code": "invalid_prompt" if error.status == 400 else "server_error", "message": str(error)}
-        return [self._event("response.failed", response=self._object())]
+            self._status, kind = "cancelled", "response.incomplete"
+        else:
+            self._status = "failed"
+            self._error = {"code": "invalid_prompt" if error.status == 400 else "server_error", "message": str(error)}
+        return [*events, self._event(kind, response=self._object())]
 
     def whole(self, outputs: Sequence[Output]) -> bytes:
         for sequence, delta in outputs:

@@ -99,6 +99,8 @@ async def cancel(request: web.Request) -> web.Response:
         )
     if not answer.ended:
         answer.stop(UserError("the response was cancelled", code=CANCELLED, status=409))
+        if answer.record is not None:
+            await answer.record.committed()
     return show(answer)
 
 
