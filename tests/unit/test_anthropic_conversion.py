@@ -13,6 +13,7 @@ from tpserve.frontend.anthropic.schema import MessageRequest
 
 HI = {"role": "user", "content": "Hi"}
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
+FUNCTION = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}}
 
 
@@ -57,7 +58,7 @@ def test_an_answer_that_is_begun_is_continued() -> None:
     ("fields", "name", "value"),
     [
         ({}, "max_completion_tokens", 9),
-        ({"tools": [TOOL]}, "tools", [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]),
+        ({"tools": [TOOL]}, "tools", [FUNCTION]),
         ({"tool_choice": {"type": "any"}}, "tool_choice", "required"),
         ({"tool_choice": {"type": "none"}}, "tool_choice", "none"),
         ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice", {"type": "function", "function": {"name": "f"}}),
