@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.server import free_port, running, serve  # noqa: E402
 
+MODEL = "builtin"
 CLIENTS = ("openai", "anthropic", "langchain-openai", "litellm", "pydantic-ai-slim")
 
 
@@ -25,7 +26,7 @@ def main() -> int:
             [serve("--device", "cpu", "-tp", "2", "--served-model-name", "builtin", port=port)], port, Path(directory) / "log"
         ),
     ):
-        environment = {**os.environ, "TPSERVE_URL": f"http://127.0.0.1:{port}/v1", "TPSERVE_MODEL": "builtin"}
+        environment = {**os.environ, "TPSERVE_URL": f"http://127.0.0.1:{port}/v1", "TPSERVE_MODEL": MODEL}
         tests = [
             python,
             "-m",

@@ -23,7 +23,7 @@ MORE: Any = {"extra_body": {"seed": 1}}
 
 
 def test_a_message() -> None:
-    message = client.messages.create(model=MODEL, max_tokens=12, messages=ASK, system="Be brief.", temperature=0)
+    message = client.messages.create(model=MODEL, max_tokens=12, messages=ASK, system="Be brief.", extra_body={"temperature": 0})
     assert message.content[0].type == "text" and message.content[0].text
     assert message.stop_reason in ("end_turn", "max_tokens") and message.usage.output_tokens <= 12
     counted = client.messages.count_tokens(model=MODEL, messages=ASK, system="Be brief.")
@@ -68,7 +68,7 @@ def test_what_is_wrong_is_said() -> None:
 def test_async() -> None:
     async def ask() -> list[Any]:
         async with anthropic.AsyncAnthropic(base_url=URL, auth_token="none") as own:
-            calls = [own.messages.create(model=MODEL, max_tokens=8, messages=ASK, top_k=40) for _ in range(3)]
+            calls = [own.messages.create(model=MODEL, max_tokens=8, messages=ASK, extra_body={"top_k": 40}) for _ in range(3)]
             return list(await asyncio.gather(*calls))
 
     assert all(message.type == "message" for message in asyncio.run(ask()))
