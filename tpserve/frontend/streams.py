@@ -64,8 +64,8 @@ def key_digest(id: str, key: str) -> bytes:
 class AnswerForm(Protocol):
     """How an answer is written that ends early, and in an API that shows it beside its events, at any time."""
 
-    def failed(self, error: UserError) -> list[bytes]:
-        """The last events of a stream that ends with an error."""
+    def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
+        """The last events of a stream that ends with an error, after `num_events` others."""
 
     def body(self) -> bytes:
         """The JSON of the answer as far as it is; empty in other APIs."""
@@ -153,7 +153,7 @@ class ResumableAnswer:
         """The answer ends with an error, which a stream shows as its last event."""
         if self.ended:
             return
-        events = [event(error_object(error)), END] if self.form is None else self.form.failed(error)
+        events = [event(error_object(error)), END] if self.form is None else self.form.failed(error, self.num_events)
         self.body = b"" if self.form is None or self.gone is not None else self.form.body()
         self._end(error)
         num_tokens = self._tokens[-1] if self._tokens else 0

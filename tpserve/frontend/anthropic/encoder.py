@@ -66,7 +66,7 @@ class MessageEncoder:
     def closing(self) -> list[bytes]:
         return [sent("message_delta", delta=self._ending, usage=self._usage()), sent("message_stop")]
 
-    def failed(self, error: UserError) -> list[bytes]:
+    def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
         return [b"event: error\ndata: " + msgspec.json.encode(anthropic_error(error, self._request_id)) + b"\n\n"]
 
     def whole(self, outputs: Sequence[Output]) -> bytes:

@@ -6,7 +6,7 @@ from tpserve.frontend.anthropic.encoder import MessageEncoder
 from tpserve.frontend.anthropic.errors import PATH
 from tpserve.frontend.anthropic.schema import RULES, MessageInput, MessageRequest
 from tpserve.frontend.openai.preparation import Arrival, Endpoint, PreparedRequest, prepare_conversation
-from tpserve.frontend.openai.prompts import Prompt, chat_prompt
+from tpserve.frontend.openai.prompts import Prompt, chat_prompt, in_thread, message_cost
 from tpserve.frontend.openai.renaming import renamed
 from tpserve.frontend.openai.response_builder import ChatResponseBuilder
 from tpserve.frontend.openai.service import OpenAIServing
@@ -19,7 +19,8 @@ async def prepare_message(service: OpenAIServing, call: MessageRequest, warnings
         return MessageEncoder(builder, arrival.request_id)
 
     try:
-        return await prepare_conversation(service, chat_request(call), warnings, arrival, encoder, "msg")
+        chat = await in_thread(lambda: chat_request(call), sum(map(message_cost, call.messages)))
+        return await prepare_conversation(service, chat, warnings, arrival, encoder, "msg")
     except UserError as error:
         raise renamed(error, NAMES) from error
 
@@ -27,7 +28,8 @@ async def prepare_message(service: OpenAIServing, call: MessageRequest, warnings
 async def counted_message(service: OpenAIServing, call: MessageInput, max_tokens: int) -> Prompt:
     """The prompt of a request that is not answered. UserError for one of more than `max_tokens`."""
     try:
-        return await chat_prompt(service, chat_request(call), service.limits(), max_tokens)
+        chat = await in_thread(lambda: chat_request(call), sum(map(message_cost, call.messages)))
+        return await chat_prompt(service, chat, service.limits(), max_tokens)
     except UserError as error:
         raise renamed(error, NAMES) from error
 

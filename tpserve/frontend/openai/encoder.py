@@ -36,8 +36,8 @@ class AnswerEncoder(Protocol):
     def closing(self) -> list[bytes]:
         """The events after the end of all choices."""
 
-    def failed(self, error: UserError) -> list[bytes]:
-        """The events that end a stream with an error."""
+    def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
+        """The events that end a stream with an error. `num_events`: those that readers have; None for all."""
 
     def whole(self, outputs: Sequence[Output]) -> bytes:
         """The JSON of the whole answer, from one final delta or all deltas of each choice."""
@@ -73,7 +73,7 @@ class ChunkEncoder:
             return [event(self._meta.chunk() | {"usage": self._counter.usage()}), END]
         return [END]
 
-    def failed(self, error: UserError) -> list[bytes]:
+    def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
         return [event(error_object(error)), END]
 
     def whole(self, outputs: Sequence[Output]) -> bytes:

@@ -16,6 +16,8 @@ from tpserve.frontend.openai.body import decode_object, parse
 from tpserve.frontend.openai.errors import internal_error
 from tpserve.frontend.openai.preparation import Arrival, PreparedRequest
 from tpserve.frontend.openai.production import call_ids_of, digest_of, digest_of_requests, start
+from tpserve.frontend.openai.prompts import in_thread
+from tpserve.frontend.openai.sender import num_values
 from tpserve.frontend.openai.sequences import requests_of
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.streams import ResumableAnswer
@@ -79,7 +81,7 @@ async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
     if prepared is None or handle is None:
         answer.reduce_to(error or internal_error(stored.request_id))
     elif error is not None:
-        show_end(answer, handle, prepared, error)
+        await show_end(answer, handle, prepared, error)
     else:
         handle.keep = record.append
         service.request_table.adopt(past)
@@ -88,13 +90,16 @@ async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
             await answer.produced()
 
 
-def show_end(answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest, error: UserError) -> None:
+async def show_end(answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest, error: UserError) -> None:
     """What an answer that has ended with an error was until then, in an API that shows that."""
     encoder, handle.failure = prepared.encoder, None
     answer.describe(encoder, prepared.context)
-    events = [(0, data) for data in encoder.opening()]
-    for output in handle.take():
-        events += [(encoder.output_tokens, data) for data in encoder.deltas(*output)]
+    outputs = handle.take()
+
+    def encode() -> list[tuple[int, bytes]]:
+        return [(encoder.output_tokens, data) for output in outputs for data in encoder.deltas(*output)]
+
+    events = [(0, data) for data in encoder.opening()] + await in_thread(encode, num_values(outputs))
     for num_tokens, data in events if answer.streamed else ():
         answer.append(num_tokens, data)
     answer.fail(error)

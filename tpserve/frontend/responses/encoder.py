@@ -11,6 +11,7 @@
 of an answer that is made again are the same.
 """
 
+import threading
 from collections.abc import Sequence
 
 import msgspec
@@ -45,6 +46,8 @@ class ResponseEncoder:
         self._logprobs: list[Json] = []
         self._is_open = False
         self._num_events = 0
+        self._lock = threading.Lock()
+        """A large delta is encoded in a thread, meanwhile the response may be cancelled."""
 
     @property
     def output_tokens(self) -> int:
@@ -57,6 +60,10 @@ class ResponseEncoder:
         return [*events, self._event("response.in_progress", response=self._object())]
 
     def deltas(self, sequence: RequestState, delta: OutputDelta) -> list[bytes]:
+        with self._lock:
+            return self._deltas(sequence, delta) if self._status == "in_progress" else []
+
+    def _deltas(self, sequence: RequestState, delta: OutputDelta) -> list[bytes]:
         self._counter.add(sequence, delta)
         events, parts = list[bytes](), list(self._reader.deltas(delta))
         logprobs = self._logprobs_of(delta, parts)
@@ -77,7 +84,12 @@ class ResponseEncoder:
     def closing(self) -> list[bytes]:
         return [self._event(f"response.{self._status}", response=self._object())]
 
-    def failed(self, error: UserError) -> list[bytes]:
+    def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
+        with self._lock:
+            return self._failed(error, self._num_events if num_events is None else num_events)
+
+    def _failed(self, error: UserError, num_events: int) -> list[bytes]:
+        self._num_events = num_events
         events, kind = self._close("incomplete"), "response.failed"
         self._usage = self._shown_usage()
         if error.code == CANCELLED:
@@ -143,9 +155,8 @@ class ResponseEncoder:
         """The end of the last item, if it is open."""
         if not self._is_open:
             return []
-        self._fill()
-        self._is_open, item = False, self._items[-1]
-        item["status"] = status
+        self._items[-1] = item = self._filled() | {"status": status}
+        self._is_open = False
         if item["type"] == "function_call":
             events = [self._item_event("response.function_call_arguments.done", name=item["name"], arguments=item["arguments"])]
         else:
@@ -158,17 +169,13 @@ class ResponseEncoder:
         self._pieces, self._logprobs = [], []
         return [*events, self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)]
 
-    def _fill(self) -> None:
-        """Write into the open item what has come of it."""
-        if self._is_open:
-            item, text = self._items[-1], "".join(self._pieces)
-            self._pieces = [text]
-            if item["type"] == "function_call":
-                item["arguments"] = text
-            else:
-                item["content"][0]["text"] = text
-                if item["type"] == "message":
-                    item["content"][0]["logprobs"] = list(self._logprobs)
+    def _filled(self) -> Json:
+        """The open item with what has come of it."""
+        item, text = self._items[-1], "".join(self._pieces)
+        if item["type"] == "function_call":
+            return item | {"arguments": text}
+        more: Json = {"logprobs": list(self._logprobs)} if item["type"] == "message" else {}
+        return item | {"content": [part | {"text": text} | more for part in item["content"]]}
 
     def _event(self, kind: str, **fields: object) -> bytes:
         data = msgspec.json.encode({"type": kind, "sequence_number": self._num_events, **fields})
@@ -183,14 +190,13 @@ class ResponseEncoder:
         return self._item_event(kind, content_index=0, **fields)
 
     def _object(self) -> Json:
-        self._fill()
         incomplete = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
         return {
             **self._fields,
             "status": self._status,
             "error": self._error,
             "incomplete_details": incomplete,
-            "output": self._items,
+            "output": [*self._items[:-1], self._filled()] if self._is_open else self._items,
             "usage": self._usage,
         }
 

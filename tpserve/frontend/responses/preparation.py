@@ -13,7 +13,7 @@ from msgspec import Struct
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import Json
 from tpserve.frontend.openai.preparation import Arrival, Endpoint, PreparedRequest, prepare_conversation
-from tpserve.frontend.openai.prompts import Prompt, chat_prompt
+from tpserve.frontend.openai.prompts import Prompt, chat_prompt, in_thread, message_cost
 from tpserve.frontend.openai.renaming import renamed
 from tpserve.frontend.openai.response_builder import ChatResponseBuilder
 from tpserve.frontend.openai.service import OpenAIServing
@@ -50,15 +50,17 @@ async def prepare_response(
     service: OpenAIServing, call: ResponseRequest, warnings: list[str], arrival: Arrival
 ) -> PreparedRequest:
     """A Responses request. UserError for what is wrong with it."""
-    items = conversation(call, arrival.history, arrival.answer_id)
+    items = await conversation(call, arrival.history, arrival.answer_id)
     is_kept = keeps(service, call)
+    size = sum(map(message_cost, items))
 
     async def attempt(kept: Sequence[Json]) -> PreparedRequest:
         def encoder(builder: ChatResponseBuilder) -> ResponseEncoder:
             fields = fixed_fields(call, arrival, builder, is_kept=is_kept)
             return ResponseEncoder(builder, fields, arrival.answer_id, background=call.background)
 
-        return await prepare_conversation(service, chat_request(call, kept), warnings, arrival, encoder, "resp")
+        chat = await in_thread(lambda: chat_request(call, kept), size)
+        return await prepare_conversation(service, chat, warnings, arrival, encoder, "resp")
 
     prepared = await fitting(call, items, attempt)
     context = ResponseContext(msgspec.json.encode(items), call.background) if is_kept else None
@@ -69,7 +71,7 @@ async def prepare_response(
 
 async def counted_prompt(service: OpenAIServing, call: InputFields, history: bytes, max_tokens: int) -> Prompt:
     """The prompt of a request that is not answered. UserError for one of more than `max_tokens`."""
-    items = conversation(call, history, "")
+    items = await conversation(call, history, "")
     try:
         return await chat_prompt(service, chat_request(call, items), service.limits(), max_tokens)
     except UserError as error:
@@ -81,10 +83,14 @@ def keeps(service: OpenAIServing, call: ResponseRequest) -> bool:
     return service.streams.window_s > 0 and call.store is not False
 
 
-def conversation(call: InputFields, history: bytes, answer_id: str) -> list[Json]:
+async def conversation(call: InputFields, history: bytes, answer_id: str) -> list[Json]:
     """All items that a request is about. UserError names the wrong one."""
-    before = msgspec.json.decode(history, type=History) if history else History()
-    return [*before.items, *input_items(call.input, answer_id, before.referenced)]
+
+    def build() -> list[Json]:
+        before = msgspec.json.decode(history, type=History) if history else History()
+        return [*before.items, *input_items(call.input, answer_id, before.referenced)]
+
+    return await in_thread(build, len(history) + (0 if isinstance(call.input, str) else sum(map(message_cost, call.input))))
 
 
 async def fitting(call: InputFields, items: list[Json], attempt: Callable[[Sequence[Json]], Awaitable[T]]) -> T:
