@@ -1,5 +1,8 @@
 """Earlier responses that a request names: found by their ids and the client's key, and read as a conversation. Owns no state."""
 
+import asyncio
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -15,6 +18,7 @@ from tpserve.frontend.responses.preparation import PREFIX, History, ResponseCont
 from tpserve.frontend.responses.schema import InputFields
 from tpserve.frontend.streams import ResumableAnswer
 
+MAX_REFERENCED = 256
 ENDED = ("completed", "incomplete")
 """The states of a response that another one may continue."""
 
@@ -38,19 +42,10 @@ async def history_of(request: web.Request, call: InputFields) -> bytes:
     items: list[Json] = []
     if call.previous_response_id is not None:
         items = await continued(request, call.previous_response_id)
-    referenced: dict[str, Json] = {}
-    for id in references(call.input):
-        answer_id = answer_of_item(id)
-        if id not in referenced and answer_id is not None:
-            try:
-                own = await conversation_of(request, PREFIX + answer_id)
-            except UserError:
-                continue  # the item is missing, which says more
-            referenced |= {item["id"]: item for item in own}
+    referenced = await items_named(request, set(references(call.input)))
     if not items and not referenced:
         return b""
-    named = {id: item for id, item in referenced.items() if id in set(references(call.input))}
-    data = msgspec.json.encode(History(items, named))
+    data = msgspec.json.encode(History(items, referenced))
     if len(data) > MAX_BODY_BYTES:
         raise UserError(
             f"the conversation before this request has {len(data)} bytes, this server takes {MAX_BODY_BYTES}",
@@ -58,6 +53,23 @@ async def history_of(request: web.Request, call: InputFields) -> bytes:
             code="context_length_exceeded",
         )
     return data
+
+
+async def items_named(request: web.Request, ids: Collection[str]) -> dict[str, Json]:
+    """Those of the items that the client has in earlier responses. UserError for those of too many."""
+    found: dict[str, Json] = {}
+    answers = {answer_id for id in ids if (answer_id := answer_of_item(id)) is not None}
+    if len(answers) > MAX_REFERENCED:
+        raise UserError(
+            f"input: items of {len(answers)} responses are named, this server takes {MAX_REFERENCED}; send the items themselves",
+            param="input",
+            code="invalid_value",
+        )
+    for answer_id in answers:
+        await asyncio.sleep(0)  # let other tasks run
+        with suppress(UserError):  # the item is missing then, which says more
+            found |= {item["id"]: item for item in await conversation_of(request, PREFIX + answer_id) if item["id"] in ids}
+    return found
 
 
 async def continued(request: web.Request, id: str) -> list[Json]:
