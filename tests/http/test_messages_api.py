@@ -10,7 +10,7 @@ import pytest
 
 from tests.http import checks
 from tests.http.checks import Json
-from tests.http.inprocess import Server, serving, until
+from tests.http.inprocess import MAX_MODEL_LEN, Server, serving, until
 from tests.http.test_responses_api import ANSWERS, fed, prompt
 from tests.http.test_resumable import Connection
 from tests.unit.test_chat_tools import TEXT
@@ -86,6 +86,10 @@ def test_a_message_is_that_of_chat(server: Server) -> None:
     assert (whole["type"], whole["stop_reason"], whole["model"]) == ("message", "max_tokens", "tiny")
     usage = whole["usage"]
     assert usage["input_tokens"] + usage["cache_read_input_tokens"] == chat["usage"]["prompt_tokens"]
+    long = [post(server, system="Be brief. " * 10).json["usage"] for _ in range(2)]
+    assert (long[0]["cache_read_input_tokens"], long[1]["cache_read_input_tokens"] % 16) == (0, 0)
+    assert long[1]["cache_read_input_tokens"] > 0 and long[1]["input_tokens"] > 0
+    assert sum(long[1].values()) == sum(long[0].values())
     counted = checks.Client(server.url).post(f"{ROUTE}/count_tokens", messages=ASK["messages"], system="Be brief.").json
     assert counted == {"input_tokens": chat["usage"]["prompt_tokens"]}
 
@@ -96,6 +100,12 @@ def test_an_end_is_named(server: Server) -> None:
     stopped = post(server, max_tokens=40, stop_sequences=["not this", stop]).json
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", stop)
     assert stopped["content"][0]["text"] == text[: text.index(stop)]
+    full = post(server, max_tokens=10_000).json
+    assert full["stop_reason"] == "model_context_window_exceeded"
+    assert (
+        full["usage"]["input_tokens"] + full["usage"]["cache_read_input_tokens"] + full["usage"]["output_tokens"] == MAX_MODEL_LEN
+    )
+    assert post(server, context_management={"edits": []}).status == 200
     begun = post(server, messages=[*ASK["messages"], {"role": "assistant", "content": "The red fox"}])
     assert begun.status == 200 and server.tokenizer.decode(prompt(server)).endswith("The red fox")
 
@@ -113,7 +123,8 @@ def test_keys_come_in_either_header(tmp_path: Path) -> None:
 def test_errors_have_the_form_of_this_api(server: Server) -> None:
     is_error(post(server, max_tokens=None), 400, "invalid_request_error", "max_tokens is required")
     is_error(post(server, model="none"), 404, "not_found_error", "none")
-    is_error(post(server, max_tokens=1000), 400, "invalid_request_error", "maximum context length")
+    long = [{"role": "user", "content": "word " * 900}]
+    is_error(post(server, messages=long), 400, "invalid_request_error", "maximum context length")
     image = [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "x"}}]}]
     is_error(post(server, messages=image), 400, "invalid_request_error", "messages[0].content[0].type is image")
     is_error(post(server, container="x"), 400, "invalid_request_error", "container")

@@ -26,10 +26,11 @@ DELTAS = {
 
 
 class MessageEncoder:
-    """One message. `builder`: of the chat answer that it is made of."""
+    """One message. `builder`: of the chat answer that it is made of. `max_tokens`: asked for; less may be left of the context."""
 
-    def __init__(self, builder: ChatResponseBuilder, request_id: str) -> None:
+    def __init__(self, builder: ChatResponseBuilder, request_id: str, max_tokens: int) -> None:
         self._builder, self._reader, self._request_id = builder, builder.readers[0], request_id
+        self._max_tokens = max_tokens
         self._counter = UsageCounter([builder.prompt], builder)
         self._blocks: list[Json] = []
         self._pieces: list[str] = []
@@ -106,7 +107,8 @@ class MessageEncoder:
 
     def _end_of(self, delta: OutputDelta) -> Json:
         if delta.finish == "length":
-            return {"stop_reason": "max_tokens", "stop_sequence": None}
+            is_full = self.output_tokens < self._max_tokens
+            return {"stop_reason": "model_context_window_exceeded" if is_full else "max_tokens", "stop_sequence": None}
         if isinstance(delta.stop_reason, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": delta.stop_reason}
         return {"stop_reason": "tool_use" if self._reader.num_calls else "end_turn", "stop_sequence": None}

@@ -16,11 +16,11 @@ async def prepare_message(service: OpenAIServing, call: MessageRequest, warnings
     """A Messages request. UserError for what is wrong with it."""
 
     def encoder(builder: ChatResponseBuilder) -> MessageEncoder:
-        return MessageEncoder(builder, arrival.request_id)
+        return MessageEncoder(builder, arrival.request_id, call.max_tokens)
 
     try:
         chat = await in_thread(lambda: chat_request(call), sum(map(message_cost, call.messages)))
-        return await prepare_conversation(service, chat, warnings, arrival, encoder, "msg")
+        return await prepare_conversation(service, chat, warnings, arrival, encoder, prefix="msg", cuts_length=True)
     except UserError as error:
         raise renamed(error, NAMES) from error
 

@@ -49,7 +49,7 @@ RULES = FieldRules(
     neutral={
         **NEUTRAL,
         "container": (),
-        "context_management": (),
+        "context_management": ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
         "diagnostics": (),
         "inference_geo": (),
         "max_completion_tokens": (),

@@ -97,9 +97,12 @@ async def prepare_conversation(
     warnings: list[str],
     arrival: Arrival,
     encoder: Callable[[ChatResponseBuilder], AnswerEncoder],
+    *,
     prefix: str = "chatcmpl",
+    cuts_length: bool = False,
 ) -> PreparedRequest:
-    """A chat completions request whose answer has the form of `encoder`. `prefix`: of its id. UserError for what is wrong."""
+    """A chat completions request whose answer has the form of `encoder`. `prefix`: of its id. `cuts_length`: a length beyond the
+    context is cut, not refused. UserError for what is wrong."""
     warnings = warnings + service.answers.unheeded(call, service.chat_template.source or "")
     meta = response_meta(service, call, warnings, arrival, prefix, "chat.completion", "chat.completion.chunk")
     limits = arrival.limits()
@@ -108,7 +111,8 @@ async def prepare_conversation(
     prompt = await chat_prompt(service, call, limits, arrived_s=arrival.created_s)
     tail, place = service.answers.tail(prompt.text)
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
-    size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")
+    default = requested if cuts_length else service.defaults.max_tokens
+    size = max_new_tokens(prompt, None if cuts_length else requested, default, limits, "messages")
     params = await params_of(service, call, [prompt], [size], limits, await chat_grammar(service, call, use, place))
     readers = [AnswerReader(service.answers, call, use, tail, partial(arrival.call_ids, index)) for index in range(call.n)]
     builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)

@@ -60,7 +60,7 @@ async def prepare_response(
             return ResponseEncoder(builder, fields, arrival.answer_id, background=call.background)
 
         chat = await in_thread(lambda: chat_request(call, kept), size)
-        return await prepare_conversation(service, chat, warnings, arrival, encoder, "resp")
+        return await prepare_conversation(service, chat, warnings, arrival, encoder, prefix="resp")
 
     prepared = await fitting(call, items, attempt)
     context = ResponseContext(msgspec.json.encode(items), call.background) if is_kept else None
