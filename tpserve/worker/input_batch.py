@@ -1,7 +1,7 @@
-"""Builds the model's input from a plan. Reads the plan and the request pool and changes neither.
+"""Builds the model's input from a plan on the CPU; `device_input` does on a card. Changes neither plan nor request pool.
 
-R: chunks of the step, T: rows (positions) of the step. Index arithmetic is plain Python on the host, where the plan is: a tensor
-operation costs as much as dozens of integers. What the model reads goes to the device in one copy.
+R: chunks of the step, T: rows (positions) of the step. Index arithmetic is plain Python, where the plan is: a tensor operation
+costs as much as dozens of integers.
 """
 
 from array import array
@@ -44,7 +44,7 @@ class ChunkArrays:
 
 
 def build_model_input(chunks: ChunkArrays, request_pool: RequestPool) -> ModelInput:
-    """The model's input for a plan that `request_pool.update` has applied already."""
+    """The model's input on the CPU for a plan that `request_pool.update` has applied already."""
     if chunks.num_rows == len(chunks.slots):  # all decode: one row a chunk
         positions, row_slots = array("q", chunks.starts), array("q", chunks.slots)
     else:
@@ -55,6 +55,7 @@ def build_model_input(chunks: ChunkArrays, request_pool: RequestPool) -> ModelIn
     width = -(-max(chunks.ends) // request_pool.block_size)
     arrays: list[array[int]] = [positions, row_slots, array("i", chunks.query_starts), array("i", chunks.ends)]
     for tables in request_pool.tables:
+        assert isinstance(tables, BlockTables), "a request pool on the CPU"
         arrays += _write_slots(tables, chunks), tables.rows(chunks.slots, width)
     positions_T, row_slots_T, query_starts, context_lens, *of_groups = copy_arrays(arrays, request_pool.tokens.device)
     query_lens_host, context_lens_host = tuple(chunks.counts), tuple(chunks.ends)

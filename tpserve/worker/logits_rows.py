@@ -100,6 +100,18 @@ def sample_batches(
     return [_with_extras(batch, chunks, request_pool) for batch in batches]
 
 
+def rows_left(chunks: ChunkArrays, request_pool: RequestPool, logits_chunking: LogitsChunking) -> list[SampleBatch]:
+    """The chunks of a decode step, one row each, that a draw without filters does not serve: those with filters or logprobs."""
+    rows = _Rows()
+    for chunk, (slot, end) in enumerate(zip(chunks.slots, chunks.ends, strict=True)):
+        metadata = request_pool.sampling_metadata[slot]
+        filtered = metadata is not None and metadata.needs_filters(end)
+        if filtered or request_pool.params[slot].logprobs is not None:
+            rows.add(chunk, end, metadata)
+    batches = rows.batches(chunks, request_pool, logits_chunking.plain, logits_chunking.filtered)
+    return [_with_extras(batch, chunks, request_pool) for batch in batches]
+
+
 def redraw_batches(
     plan: StepPlan, chunks: ChunkArrays, request_pool: RequestPool, logits_chunking: LogitsChunking
 ) -> list[SampleBatch]:

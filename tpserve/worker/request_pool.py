@@ -3,6 +3,8 @@
 No policy: a slot holds what its last admission wrote. Only plans change it, in the order admissions, new blocks, input ids; a
 released slot keeps its contents until the next admission. Admissions, `Chunk.tokens` and the sampler write tokens.
 
+On a card the tables lie beside the tokens, and a plan's changes are `Edits`, which go there with the step's integers.
+
     tokens[slot]    [0, known) written | the sampler of the plan that samples position `known` writes it
 """
 
@@ -15,15 +17,64 @@ from tpserve.types.packed import unpack
 from tpserve.types.plan import NewSequence, StepPlan
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker.grammars import CompiledGrammars, SlotGrammar
-from tpserve.worker.host_arrays import copy_arrays
 from tpserve.worker.sampling_metadata import SamplingMetadata, sampling_metadata
+
+
+class Edits:
+    """Integers to write to the request pool on a card: `values[i]` to entry `columns[i]` of row `rows[i]`.
+
+    Row g * slots + slot is the block table of a slot in cache group g, row groups * slots + slot its tokens.
+    """
+
+    def __init__(self) -> None:
+        self.rows, self.columns, self.values = array("i"), array("i"), array("i")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, row: int, column: int, values: Sequence[int]) -> None:
+        """Write `values` to the entries of a row from `column` on."""
+        self.rows.extend([row] * len(values))
+        self.columns.extend(range(column, column + len(values)))
+        self.values.extend(values)
+
+    def extend(self, rows: Sequence[int], columns: Sequence[int], values: Sequence[int]) -> None:
+        """Several edits, one at each index."""
+        self.rows.extend(rows)
+        self.columns.extend(columns)
+        self.values.extend(values)
+
+    def take(self) -> "tuple[array[int], array[int], array[int]]":
+        """Rows, columns and values so far; the next edits are others."""
+        taken = self.rows, self.columns, self.values
+        self.rows, self.columns, self.values = array("i"), array("i"), array("i")
+        return taken
+
+
+class DeviceBlockTables:
+    """The block tables of one cache group on a card, changed by edits. `first_row`: that of slot 0."""
+
+    def __init__(self, edits: Edits, num_slots: int, first_row: int) -> None:
+        self._edits = edits
+        self._first_row = first_row
+        self._lens = [0] * num_slots
+
+    def set(self, slot: int, ids: bytes) -> None:
+        """Begin a slot's table with these packed block ids."""
+        self._lens[slot] = 0
+        self.append(slot, unpack(ids))
+
+    def append(self, slot: int, ids: Sequence[int]) -> None:
+        """Add blocks to a slot's table."""
+        self._edits.add(self._first_row + slot, self._lens[slot], ids)
+        self._lens[slot] += len(ids)
 
 
 class BlockTables:
     """The block tables of one cache group: `num_slots` rows of `width` block ids, on the host.
 
-    They are small, come from plans, and go to the device with each batch. Entries before the group's window stay, though the
-    blocks may belong to other sequences by then.
+    They are small, come from plans, and are gathered for each batch. Entries before the group's window stay, though the blocks
+    may belong to other sequences by then.
     """
 
     def __init__(self, num_slots: int, width: int, block_size: int) -> None:
@@ -57,6 +108,8 @@ class RequestPool:
     `tokens` [num_slots, max_len + 1] int32 is on the device: the sampler writes it and the next plan reads it without the host.
     `tables`: one for each of `windows` (`CacheGroup.window`). `min_tokens` needs the model's `eos_ids` and `vocab_size`.
     `compiled`: on ranks of the last stage; None: no sequence has a grammar.
+
+    On a card `device_tables` [groups, num_slots, blocks] int32 are there, too, and `edits` wait for the next step.
     """
 
     def __init__(
@@ -76,7 +129,16 @@ class RequestPool:
         self._eos_ids, self._vocab_size = eos_ids, vocab_size
         self.tokens = torch.zeros((num_slots, max_len + 1), dtype=torch.int32, device=device)
         self.windows = windows
-        self.tables = [BlockTables(num_slots, -(-max_len // block_size), block_size) for _ in windows]
+        width = -(-max_len // block_size)
+        self._tokens_row = 0
+        """The row of slot 0's tokens, as edits count rows."""
+        self.edits = Edits()
+        self.device_tables: torch.Tensor | None = None
+        self.tables: list[BlockTables | DeviceBlockTables] = [BlockTables(num_slots, width, block_size) for _ in windows]
+        if self.tokens.is_cuda:
+            self._tokens_row = len(windows) * num_slots
+            self.device_tables = torch.zeros((len(windows), num_slots, width), dtype=torch.int32, device=device)
+            self.tables = [DeviceBlockTables(self.edits, num_slots, group * num_slots) for group in range(len(windows))]
         self.params = [EngineSamplingParams()] * num_slots
         self.seed = [0] * num_slots
         """The bits of an unsigned seed as a signed integer."""
@@ -104,8 +166,11 @@ class RequestPool:
     def _admit(self, new_sequence: NewSequence) -> None:
         """Fill a slot."""
         slot, params = new_sequence.slot, new_sequence.params
-        (tokens,) = copy_arrays([array("i", new_sequence.tokens)], self.tokens.device)
-        self.tokens[slot, : len(tokens)] = tokens
+        ids = unpack(new_sequence.tokens)
+        if self.device_tables is not None:
+            self.edits.add(self._tokens_row + slot, 0, ids)
+        elif ids:
+            self.tokens[slot, : len(ids)] = _tensor(ids)
         for tables, ids in zip(self.tables, new_sequence.tables, strict=True):
             tables.set(slot, ids)
         self.params[slot] = params
@@ -122,12 +187,18 @@ class RequestPool:
 
     def _write_input_ids(self, plan: StepPlan) -> None:
         """Write `Chunk.tokens`, so that every chunk reads its input from `tokens` alone."""
-        slots, positions = array("q"), array("q")
+        rows, columns = array("i"), array("i")
         for slot, start, count, has_ids in zip(
             unpack(plan.slots), unpack(plan.starts), unpack(plan.counts), plan.input_ids, strict=True
         ):
             if has_ids:
-                slots.extend([slot] * count)
-                positions.extend(range(start, start + count))
-        slots_N, positions_N, ids_N = copy_arrays([slots, positions, array("i", plan.tokens)], self.tokens.device)
-        self.tokens[slots_N, positions_N] = ids_N
+                rows.extend([self._tokens_row + slot] * count)
+                columns.extend(range(start, start + count))
+        if self.device_tables is not None:
+            self.edits.extend(rows, columns, unpack(plan.tokens))
+        else:
+            self.tokens[_tensor(rows), _tensor(columns)] = _tensor(unpack(plan.tokens))
+
+
+def _tensor(values: Sequence[int]) -> torch.Tensor:
+    return torch.frombuffer(array("i", values), dtype=torch.int32)

@@ -14,7 +14,7 @@ import torch
 
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
-from tpserve.sampler.draw import draw, gather_logits
+from tpserve.sampler.draw import DrawParams, draw, gather_logits
 from tpserve.sampler.filters import apply
 from tpserve.sampler.logits import Logits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
@@ -24,7 +24,14 @@ from tpserve.worker.grammars import GrammarDraw, GrammarState, SlotGrammar
 from tpserve.worker.host_arrays import to_device
 from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
-from tpserve.worker.logits_rows import PromptLogprobsBatch, SampleBatch, prompt_logprobs_batch, redraw_batches, sample_batches
+from tpserve.worker.logits_rows import (
+    PromptLogprobsBatch,
+    SampleBatch,
+    prompt_logprobs_batch,
+    redraw_batches,
+    rows_left,
+    sample_batches,
+)
 from tpserve.worker.request_pool import RequestPool
 
 GrammarRow = tuple[int, SlotGrammar, GrammarDraw]
@@ -88,10 +95,12 @@ class ModelOutput:
     """Known tokens that were drawn again, [S] of each batch, in host memory."""
     compiled: Callable[[], tuple[tuple[int, str], ...]] = tuple
     """`StepResult.compiled`."""
+    drawn: torch.Tensor | None = None
+    """A graph's token of each chunk, in host memory. `sampled` has what is to be taken in their place."""
 
     def result(self, plan: StepPlan) -> StepResult:
         """The message for rank 0."""
-        tokens = [-1] * (len(plan.slots) // 4)
+        tokens = [-1] * (len(plan.slots) // 4) if self.drawn is None else self.drawn.tolist()
         for part in self.sampled:
             for chunk, token in zip(part.batch.chunks, part.tokens_S.tolist(), strict=True):
                 tokens[chunk] = token
@@ -123,6 +132,8 @@ class SamplerStage:
         self._decoder = decoder
         self._request_pool = request_pool
         self._tp = tp
+        self.num_logits = len(decoder.vocab_shards[tp.rank])
+        """In a row, on this rank."""
         self.logits_chunking = LogitsChunking.of(decoder.vocab_shards, request_pool.tokens.shape[1])
 
     def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
@@ -132,8 +143,29 @@ class SamplerStage:
         scores = None if to_score is None else self._score(hidden_TH, to_score)  # first: sampling writes the slots' tokens
         inputs = plan, chunks, self._request_pool, self.logits_chunking
         redrawn = tuple((batch, self._redraw(hidden_TH, batch)) for batch in redraw_batches(*inputs)) if plan.redraw else ()
-        sampled = tuple(self._sample(hidden_TH, batch) for batch in sample_batches(*inputs))
+        sampled = tuple(self._sample(self._logits(hidden_TH, batch), batch) for batch in sample_batches(*inputs))
         return ModelOutput(sampled, scores, redrawn, compiled)
+
+    def draw_all(
+        self, hidden_BH: torch.Tensor, params: DrawParams, slots_B: torch.Tensor, logits_BV: torch.Tensor
+    ) -> torch.Tensor:
+        """For a graph: write the logits of every row, and return its token [B] without filters, written to the request pool, too.
+
+        A negative slot is padding.
+        """
+        logits_BV.copy_(self._decoder.logits(hidden_BH))
+        tokens_B = draw(WrittenLogits(logits_BV), self._decoder.vocab_shards, params, self._tp)
+        tokens_XL, padding_B = self._request_pool.tokens, slots_B < 0
+        position_B = params.position_S.masked_fill(padding_B, tokens_XL.shape[1] - 1)
+        tokens_XL[slots_B.clamp(min=0), position_B] = tokens_B.int()
+        return tokens_B
+
+    def finish(self, logits_BV: torch.Tensor, drawn_B: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
+        """Queue what a graph has left to do: rows with filters, grammars or logprobs are drawn again from its logits."""
+        compiled = self._ask_ranks(plan) if plan.grammars.asked else tuple
+        batches = rows_left(chunks, self._request_pool, self.logits_chunking)
+        left = tuple(self._sample(WrittenLogits(logits_BV[batch.rows]), batch) for batch in batches)
+        return ModelOutput(left, compiled=compiled, drawn=_to_host(drawn_B[: len(chunks.slots)]))
 
     def _ask_ranks(self, plan: StepPlan) -> Callable[[], tuple[tuple[int, str], ...]]:
         """Ask all ranks of the stage whether they have compiled the grammars in question; the answer, once the device has it.
@@ -172,9 +204,8 @@ class SamplerStage:
             return self._decoder.head(hidden_SH)
         return WrittenLogits(self._decoder.logits(hidden_SH))
 
-    def _sample(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
-        """Sample one batch: logits, filters, draw, logprobs."""
-        logits = self._logits(hidden_TH, batch)
+    def _sample(self, logits: Logits, batch: SampleBatch) -> SamplerOutput:
+        """Sample one batch: filters, draw, logprobs."""
         tokens_S = self._draw(logits, batch)
         self._request_pool.tokens[batch.slots, batch.draw.position_S] = tokens_S.int()
         entries: LogprobTensors | None = None
