@@ -1,17 +1,12 @@
-"""The Responses and the Messages API of a real server with the built-in model: calls there and back, and kills."""
+"""The Responses and the Messages API of a real server with the built-in model: calls there and back."""
 
 import json
-import os
-import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.test_tools import CITY, MARKED
-from tests.crash.test_durable_answers import frontend_pid
-from tests.http import checks
 from tests.http.checks import Json
 from tests.http.test_responses_api import events
 from tests.http.test_resumable import Connection
@@ -23,16 +18,10 @@ CALL: Json = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls":
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    state = str(tmp_path_factory.mktemp("kept") / "state")
-    return serve(
-        "--nproc-per-node", "1", "--device", "cpu", "--chat-template", MARKED, "--state-dir", state, port=free_port()
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running([command], int(command[-1]), tmp_path_factory.mktemp("log") / "log") as one:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port = free_port()
+    command = serve("--nproc-per-node", "1", "--device", "cpu", "--chat-template", MARKED, port=port)
+    with running([command], port, tmp_path_factory.mktemp("served") / "log") as one:
         yield one
 
 
@@ -80,36 +69,3 @@ def test_messages_call_and_go_on(server: Server) -> None:
     history = [question, {"role": "assistant", "content": first["content"]}, result]
     status, second = server.post("/v1/messages", body | {"messages": history, "tool_choice": {"type": "auto"}, "max_tokens": 8})
     assert status == 200 and second["usage"]["output_tokens"] <= 8, second
-
-
-def test_responses_outlive_the_frontend_and_the_server(command: list[str], server: Server, tmp_path: Path) -> None:
-    """Runs last: it ends the server."""
-    body = {"input": "Tell me a story.", "stream": True, "background": True, "max_output_tokens": 200, "ignore_eos": True}
-    stream = Connection(server.url, "POST", "/v1/responses", body)
-    data = b""
-    while len(data) < 5000:
-        data += stream.read(5000)
-    os.kill(frontend_pid(server), signal.SIGKILL)
-    id = events(data[: data.rfind(b"\n\n") + 2])[0]["response"]["id"]
-    data = goes_on(server, id, data, 20_000)
-    server.processes[0].kill()
-    server.wait()
-    server.assert_nothing_left()
-    with running([command], int(command[-1]), tmp_path / "log") as other:
-        whole = events(goes_on(other, id, data, 1 << 30))
-        assert whole[-1]["response"]["usage"]["output_tokens"] == 200
-        assert checks.Client(other.url).get(f"/v1/responses/{id}").json == whole[-1]["response"]
-        assert respond(other, input="Why?", previous_response_id=id, max_output_tokens=4)["previous_response_id"] == id
-
-
-def goes_on(server: Server, id: str, data: bytes, at_least: int) -> bytes:
-    """The whole events of `data`, and what a client that comes again gets behind them."""
-    data = data[: data.rfind(b"\n\n") + 2]
-    last = events(data)[-1]["sequence_number"]
-    server.wait_ready()
-    again = Connection(server.url, "GET", f"/v1/responses/{id}?stream=true&starting_after={last}")
-    assert again.status == 200
-    while len(data) < at_least and (piece := again.read(1 << 16)):
-        data += piece
-    again.cut()
-    return data
