@@ -129,6 +129,11 @@ class ResumableAnswer:
         """Let `work` produce the answer; `stop` cancels it."""
         self._task = asyncio.get_running_loop().create_task(work)
 
+    async def recorded(self) -> None:
+        """Until what has come so far is in the journal, if there is one."""
+        if self.record is not None:
+            await self.record.committed()
+
     async def produced(self) -> None:
         """Until the work for the answer has ended."""
         if self._task is not None:

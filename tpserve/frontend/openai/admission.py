@@ -43,7 +43,9 @@ async def generate(request: web.Request, endpoint: Endpoint) -> web.StreamRespon
     arrival = arrival_of(request, stream_id)
     prepared, handle = await admit(request, endpoint, call, warnings, arrival, stepwise=bool(stream_id))
     if stream_id:
-        return await send_answer(request, await keep(request, endpoint, prepared, handle, arrival), None)
+        answer = await keep(request, endpoint, prepared, handle, arrival)
+        await answer.recorded()
+        return await send_answer(request, answer, None)
     return await send(request, prepared, handle)
 
 
@@ -95,15 +97,13 @@ async def admit(
 async def keep(
     request: web.Request, endpoint: Endpoint, prepared: PreparedRequest, handle: RequestHandle, arrival: Arrival
 ) -> ResumableAnswer:
-    """The answer as one that outlives its connection; it is under way, and in the journal if there is one."""
+    """The answer as one that outlives its connection. It is under way; its client may know of it once it is `recorded`."""
     service, id = request.app[SERVICE], arrival.answer_id
     text = await request.read()  # it has been read
     owner = key_digest(id, client_key(request))
     answer = service.streams.open(id, owner, digest_of(text), prepared.call.stream, endpoint.numbered)
     record(service, answer, endpoint.path, text, arrival, handle)
     start(service, answer, handle, prepared)
-    if answer.record is not None:
-        await answer.record.committed()
     return answer
 
 

@@ -49,7 +49,10 @@ def digest_of_requests(requests: Sequence[Request]) -> bytes:
 def start(service: OpenAIServing, answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest) -> None:
     """Let a task write the output of `handle` into `answer`."""
     answer.describe(prepared.encoder, prepared.context)
-    answer.run(produce(answer, service.request_table, handle, prepared))
+    if answer.ended:  # it is larger than what is kept, before anything has come
+        service.request_table.abort(handle)
+    else:
+        answer.run(produce(answer, service.request_table, handle, prepared))
 
 
 def record(
@@ -84,8 +87,7 @@ async def produce(answer: ResumableAnswer, request_table: RequestTable, handle: 
             answer.finish(prepared.encoder.body())
         else:
             body = await whole_answer(handle, prepared)
-            if answer.record is not None:
-                await answer.record.committed()
+            await answer.recorded()
             answer.finish(body)
     except UserError as error:
         if handle.cut_off:

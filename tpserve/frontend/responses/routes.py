@@ -47,9 +47,10 @@ async def create(request: web.Request) -> web.StreamResponse:
     if not (is_kept or lives_on):
         return await send(request, prepared, handle)
     answer = await keep(request, RESPONSES, prepared, handle, arrival)
-    if call.background and not call.stream:
-        return show(answer)
     try:
+        await answer.recorded()
+        if call.background and not call.stream:
+            return show(answer)
         if call.stream:
             return await send_events(request, answer, None)
         await until_ended(answer)
@@ -99,8 +100,7 @@ async def cancel(request: web.Request) -> web.Response:
         )
     if not answer.ended:
         answer.stop(UserError("the response was cancelled", code=CANCELLED, status=409))
-        if answer.record is not None:
-            await answer.record.committed()
+        await answer.recorded()
     return show(answer)
 
 
