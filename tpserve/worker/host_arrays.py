@@ -7,7 +7,7 @@ import torch
 
 ALIGNMENT = 16
 """Bytes: where arrays begin on a card. Triton compiles a kernel once more for addresses that are no multiples of this."""
-DTYPES = {"q": torch.int64, "i": torch.int32, "f": torch.float32}
+DTYPES = {"q": torch.int64, "i": torch.int32, "f": torch.float32, "d": torch.float64}
 """The tensor dtype of each typecode of `array` in use."""
 
 
