@@ -45,6 +45,8 @@ def test_blocks_are_messages() -> None:
         {"role": "user", "content": "And?"},
         {"role": "assistant", "tool_calls": [function]},
     ]
+    begun = request({"role": "system", "content": "a"}, {"role": "system", "content": [text("b")]}, HI, system="Be")
+    assert chat_messages(begun) == [{"role": "system", "content": "Be\n\na\n\nb"}, HI]
     assert chat_request(call).add_generation_prompt, "a call is no beginning of an answer"
 
 

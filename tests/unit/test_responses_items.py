@@ -55,6 +55,10 @@ def test_reasoning_begins_a_turn_and_may_be_all_of_it() -> None:
     assert [message["content"] for message in got] == ["A", "", "B", ""]
     summed = THOUGHT | {"summary": [{"type": "summary_text", "text": "Short"}], "content": None}
     assert messages(summed)[0]["reasoning"] == "Short"
+    encrypted = {"type": "reasoning", "summary": [], "encrypted_content": "x"}
+    assert messages(said("A"), encrypted, {"role": "user", "content": "B"}) == messages(
+        said("A"), {"role": "user", "content": "B"}
+    )
 
 
 def test_instructions_come_first_and_join_a_system_message() -> None:

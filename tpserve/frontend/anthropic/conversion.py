@@ -78,14 +78,19 @@ def chat_messages(call: MessageInput) -> list[Message]:
             raise _wrong(f"{where}.content must be a text or a list of blocks", f"{where}.content")
         if role == "assistant":
             messages.append(_said(blocks, f"{where}.content"))
-        elif role in ("user", "system"):
-            messages += _asked(role, blocks, f"{where}.content")
+        elif role == "user":
+            messages += _asked(blocks, f"{where}.content")
+        elif role == "system":
+            text = SYSTEM_SEPARATOR.join(_texts(blocks, f"{where}.content"))
+            if messages and messages[-1]["role"] == "system":  # many chat templates know one at most
+                text = f"{messages.pop()['content']}{SYSTEM_SEPARATOR}{text}"
+            messages.append({"role": "system", "content": text})
         else:
             raise _wrong(f"{where}.role is {shown(role)}; known are user and assistant", f"{where}.role")
     return messages
 
 
-def _asked(role: str, blocks: Sequence[Json], where: str) -> list[Message]:
+def _asked(blocks: Sequence[Json], where: str) -> list[Message]:
     """What a user's blocks are: texts, and between them results of tools."""
     messages: list[Message] = []
     for number, block in enumerate(blocks):
@@ -98,12 +103,12 @@ def _asked(role: str, blocks: Sequence[Json], where: str) -> list[Message]:
         else:
             (text,) = _texts([block], where, number)
             if not messages or messages[-1]["role"] == "tool":
-                messages.append({"role": role, "content": []})
+                messages.append({"role": "user", "content": []})
             messages[-1]["content"].append(text)
     for message in messages:
         if message["role"] != "tool":
             message["content"] = _content(message["content"])
-    return messages or [{"role": role, "content": ""}]
+    return messages or [{"role": "user", "content": ""}]
 
 
 def _said(blocks: Sequence[Json], where: str) -> Message:

@@ -52,8 +52,9 @@ def messages_of(items: Sequence[Json], instructions: str | None) -> list[Message
     for item in items:
         match item["type"]:
             case "reasoning":
-                turn = _turn(messages, "content", "tool_calls")
-                turn["reasoning"] = turn.get("reasoning", "") + _joined(item["content"] or item["summary"])
+                if text := _joined(item["content"] or item["summary"]):  # none where another server has encrypted it
+                    turn = _turn(messages, "content", "tool_calls")
+                    turn["reasoning"] = turn.get("reasoning", "") + text
             case "message" if item["role"] == "assistant":
                 _turn(messages, "content", "tool_calls")["content"] = _joined(item["content"])
             case "message":

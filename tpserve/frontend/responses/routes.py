@@ -48,9 +48,10 @@ async def create(request: web.Request) -> web.StreamResponse:
         return await send(request, prepared, handle)
     answer = await keep(request, RESPONSES, prepared, handle, arrival)
     try:
+        begun = show(answer)  # before the answer goes on while the journal writes
         await answer.recorded()
         if call.background and not call.stream:
-            return show(answer)
+            return begun
         if call.stream:
             return await send_events(request, answer, None)
         await until_ended(answer)
@@ -94,7 +95,7 @@ async def cancel(request: web.Request) -> web.Response:
     answer, context = await asked_response(request)
     if context is not None and not context.background:
         raise UserError(
-            "only a response that was created with background can be cancelled; close the connection of another one",
+            "Cannot cancel a synchronous response. Close its connection, or create it with background",
             param="id",
             code="invalid_value",
         )
@@ -149,7 +150,9 @@ def stored(request: web.Request, call: ResponseRequest) -> bool:
             code="unsupported_parameter",
         )
     if call.background and call.store is False:
-        raise UserError("background needs store true", param="background", code="invalid_value")
+        raise UserError(
+            "background can only be used when `store` is true; leave store out", param="background", code="invalid_value"
+        )
     return keeps(service, call)
 
 
