@@ -1,5 +1,7 @@
 """Messages requests as those of chat."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from tpserve.frontend.anthropic.conversion import chat_messages, chat_request
 from tpserve.frontend.anthropic.encoder import arguments
 from tpserve.frontend.anthropic.errors import anthropic_error, is_anthropic
 from tpserve.frontend.anthropic.schema import MessageRequest
+from tpserve.frontend.openai.schema import GenerationFields
 
 HI = {"role": "user", "content": "Hi"}
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
@@ -139,3 +142,9 @@ def test_paths_and_arguments() -> None:
         False,
     ]
     assert [arguments(value) for value in ('{"a": 1}', '{"a": ', "[1]", "")] == [{"a": 1}, {}, {}, {}]
+
+
+def test_the_documentation_lists_every_field() -> None:
+    section = (Path(__file__).parents[2] / "docs" / "http.md").read_text().split("## Messages")[1].split("## Errors")[0]
+    fields = {*MessageRequest.__struct_fields__} - {*GenerationFields.__struct_fields__}
+    assert not fields - {"chat_template_kwargs"} - set(re.findall(r"`(\w+)[`.]", section))

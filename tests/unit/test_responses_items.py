@@ -1,5 +1,7 @@
 """Items of the Responses API as messages of a conversation, and requests as those of chat."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ from msgspec import convert
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.renaming import renamed
+from tpserve.frontend.openai.schema import GenerationFields
 from tpserve.frontend.responses.conversion import NAMES, chat_request
 from tpserve.frontend.responses.items import answer_of_item, input_items, messages_of, without_beginning
 from tpserve.frontend.responses.schema import ResponseRequest
@@ -129,3 +132,9 @@ def test_errors_name_the_fields_of_this_api(text: str, param: str, expected: str
     error = renamed(UserError(text, param=param, code="c", status=418), NAMES)
     assert (str(error), error.code, error.status) == (expected, "c", 418)
     assert error.param == {"messages": "input"}.get(param, expected.split(":")[0].split(" ")[0])
+
+
+def test_the_documentation_lists_every_field() -> None:
+    section = (Path(__file__).parents[2] / "docs" / "http.md").read_text().split("## Responses")[1].split("## Messages")[0]
+    fields = {*ResponseRequest.__struct_fields__} - {*GenerationFields.__struct_fields__}
+    assert not fields - set(re.findall(r"`(\w+)[`.]", section))
