@@ -96,7 +96,9 @@ def main(other: str) -> None:
             else:
                 torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
                 with ExitStack() as stack:
-                    of_experts = [stack.enter_context(patch.object(room, op, wraps=getattr(room, op))) for room, op in MIXTURE_OPS]
+                    of_experts = [
+                        stack.enter_context(patch.object(room, op, wraps=getattr(room, op))) for room, op in MIXTURE_OPS
+                    ]
                     got = logits(model)
                 del torch.Tensor.is_cuda
                 assert {op.called for op in of_experts} == {spec(family, dtype).experts is not None}, "experts have kernels, too"
