@@ -11,6 +11,7 @@ import pytest
 from tests.http import checks
 from tests.http.checks import Json
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving, until
+from tests.http.test_durable import kill, read_some
 from tests.http.test_responses_api import ANSWERS, fed, prompt
 from tests.http.test_resumable import Connection
 from tests.unit.test_chat_tools import TEXT
@@ -159,6 +160,20 @@ def test_a_stream_may_outlive_its_connection(server: Server) -> None:
     last = parts[3].split(b"\n")[0].removeprefix(b"id: ").decode()
     rest = Connection(server.url, "GET", f"/v1/streams/{first.id}", Last_Event_ID=last).read()
     assert rest == b"\n\n".join(parts[4:])
+
+
+def test_a_message_outlives_the_server(tmp_path: Path) -> None:
+    body = ASK | {"stream": True, "max_tokens": 60, "temperature": 1, "seed": None}
+    with serving(tmp_path, state_dir=tmp_path / "state", step_s=0.003) as server:
+        first = Connection(server.url, "POST", ROUTE, body, X_Resumable="1", X_Request_Id="mine")
+        begin = read_some(first, 3000)
+        kill(server)
+    last = begin.split(b"\n\n")[-2].split(b"\n")[0].removeprefix(b"id: ").decode()
+    with serving(tmp_path, state_dir=tmp_path / "state") as server:
+        rest = Connection(server.url, "GET", f"/v1/streams/{first.id}", Last_Event_ID=last).read()
+        whole = events(begin + rest)
+        assert whole[0]["message"]["id"] == "msg_mine" and whole[-1]["type"] == "message_stop"
+        assert whole[-2]["usage"]["output_tokens"] == 60
 
 
 def test_tokenizer_and_load_are_told(server: Server) -> None:
