@@ -16,7 +16,7 @@ help:
 	@echo "make serve        serve the built-in model on all GPUs, or on two CPU ranks; ARGS=\"--port 9000\" adds flags"
 	@echo "make check        lint, types and the unit tests: three minutes"
 	@echo "make test         all tests, with a table of the time they took: 25 minutes on two cores"
-	@echo "make test-clients openai, langchain-openai, LiteLLM and pydantic-ai against a server (docs/clients.md)"
+	@echo "make test-clients openai, anthropic, langchain-openai, LiteLLM and pydantic-ai against a server (docs/clients.md)"
 	@echo "make test-page    the page at / in headless Chromium; skipped where there is none"
 	@echo "make format       put the sources in order"
 	@echo "make native       build the library of CPU kernels anew, with the compiler's warnings as errors"
@@ -40,7 +40,7 @@ test: $(VENV)/test.stamp kernels
 # The clients have an environment of their own, in .tmp/clients.
 test-clients: $(VENV)/test.stamp kernels
 	@test -x .tmp/clients/bin/python || $(PY) -m venv .tmp/clients
-	@.tmp/clients/bin/python -m pip --disable-pip-version-check install -q pytest openai langchain-openai litellm "pydantic-ai-slim[openai]"
+	@.tmp/clients/bin/python -m pip --disable-pip-version-check install -q pytest openai anthropic langchain-openai litellm "pydantic-ai-slim[openai]"
 	@$(PY) tests/clients/run.py .tmp/clients/bin/python
 
 test-page: $(VENV)/test.stamp kernels
