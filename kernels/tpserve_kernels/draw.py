@@ -35,8 +35,6 @@ PICKS_AT_ONCE = 32
 """Rows per program that picks among shards."""
 SUM_ONE = 2.0**44
 """An exponential of 1 as an integer."""
-COLUMNS = ["temperature_ptr", "seed_ptr", "position_ptr", "choice_ptr", "slot_ptr", "out_ptr"]
-"""Columns of a batch lie one behind another in memory. A kernel per alignment would be compiled in the middle of a step."""
 
 
 def draw(logits: RawLogits, noise: Noise, target: Target) -> None:
@@ -139,12 +137,11 @@ def _draw(logits: RawLogits, noise: Noise, first: int, target: Target, best_S2: 
         values_SV, noise.temperature_S, slot_S, top_SB, sum_SB, values_SV.stride(0), rows, width, num_blocks, scale, cap,
         BLOCKS=BLOCKS_AT_ONCE, num_warps=8, enable_fp_fusion=False, **form,
     )  # fmt: skip
-    compiled = isinstance(_draw_kernel, triton.JITFunction)
-    rows_at_once = 1 if compiled else 16  # the interpreter takes as long for one row as for several
-    _draw_kernel[(triton.cdiv(rows, rows_at_once),)](
+    interpreted = not isinstance(_draw_kernel, triton.JITFunction)  # it takes as long for one row as for several
+    _draw_kernel[(triton.cdiv(rows, 16 if interpreted else 1),)](
         values_SV, top_SB, sum_SB, *noise, slot_S, target.out_S, tokens_XL, top_SB if best_S2 is None else best_S2,
         values_SV.stride(0), tokens_XL.stride(0), rows, width, num_blocks, first, scale, cap, STORED=target.tokens_XL is not None,
-        SHARD=best_S2 is not None, ROWS=rows_at_once, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
+        SHARD=best_S2 is not None, INTERPRETED=interpreted, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
         enable_fp_fusion=False, **form,
     )  # fmt: skip
 
@@ -158,7 +155,7 @@ def _slot(slot_ptr, row, rows, SLOTS: tl.constexpr):
     return slot
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["temperature_ptr", "slot_ptr"])
+@triton.jit(do_not_specialize=["rows"])
 def _blocks_kernel(
     logits_ptr, temperature_ptr, slot_ptr, top_ptr, sum_ptr, logits_stride, rows, width, num_blocks, scale, cap,
     CAPPED: tl.constexpr, SLOTS: tl.constexpr, SUM_ONE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -199,14 +196,15 @@ def _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, to
         tl.store(tokens_ptr + slot * tokens_stride + position, token.to(tl.int32), mask=slot >= 0)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=COLUMNS)
+@triton.jit(do_not_specialize=["rows"])
 def _draw_kernel(
     logits_ptr, top_ptr, sum_ptr, temperature_ptr, seed_ptr, position_ptr, choice_ptr, slot_ptr, out_ptr, tokens_ptr, best_ptr,
     logits_stride, tokens_stride, rows, width, num_blocks, first, scale, cap,
     CAPPED: tl.constexpr, SLOTS: tl.constexpr, STORED: tl.constexpr, SHARD: tl.constexpr, SUM_ONE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS rows: the best block of each, and the best id of that."""
+    """One program per row, or per 16: the best block of each, and the best id of that."""
+    ROWS: tl.constexpr = 16 if INTERPRETED else 1
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = _slot(slot_ptr, row, rows, SLOTS)
     mine = slot >= 0
@@ -246,7 +244,7 @@ def _draw_kernel(
         _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, token, STORED)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["position_ptr", "slot_ptr", "out_ptr"])
+@triton.jit(do_not_specialize=["rows"])
 def _pick_kernel(
     best_ptr, position_ptr, slot_ptr, out_ptr, tokens_ptr, rows, ranks, tokens_stride,
     SLOTS: tl.constexpr, STORED: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,

@@ -82,7 +82,7 @@ class DecodeGraphs:
         self.buckets = buckets_up_to(len(request_pool.params))
         most, hidden, device = self.buckets[-1], decoder.spec.hidden_size, request_pool.tokens.device
         self._hidden_BH = None if first_stage else torch.zeros(most, hidden, dtype=decoder.dtype, device=device)
-        vocab = 0 if sampler_stage is None else len(sampler_stage.vocab)
+        vocab = 0 if sampler_stage is None else sampler_stage.num_logits
         self._logits_BV = torch.empty(most, vocab, dtype=decoder.dtype, device=device)
         """Shared by the graphs: each would keep its own."""
         self._graphs: dict[int, _Graph] = {}
@@ -119,19 +119,24 @@ class DecodeGraphs:
     def _arrays(self, chunks: ChunkArrays) -> "list[array[int] | array[float]]":
         """The packet of a plan."""
         pool, slots = self._request_pool, chunks.slots
-        seeds, choices = array("q", [pool.seed[slot] for slot in slots]), array("q", [pool.choice[slot] for slot in slots])
-        temperatures = array("f", [pool.params[slot].temperature for slot in slots])
-        arrays: list[array[int] | array[float]] = [*step_integers(chunks, pool)]
-        return [*arrays, seeds, array("q", chunks.ends), choices, temperatures]
+        arrays: list[array[int] | array[float]] = []
+        arrays.extend(step_integers(chunks, pool))
+        arrays.append(array("q", [pool.seed[slot] for slot in slots]))
+        arrays.append(array("q", chunks.ends))
+        arrays.append(array("q", [pool.choice[slot] for slot in slots]))
+        arrays.append(array("f", [pool.params[slot].temperature for slot in slots]))
+        return arrays
 
     def _packet(self, bucket: int) -> Packet:
         """Where the arrays of `_arrays` go, with what padding has."""
         none, zeros = array("i", [-1]), array("i", [0])
         edits, query_starts = self._max_edits(bucket), array("i", range(bucket + 1))
-        integers = [none * bucket, zeros * bucket, query_starts, zeros * bucket, zeros * bucket]
-        integers += [none * edits, zeros * edits, zeros * edits]
-        draws = [array("q", [0]) * bucket, array("q", [0]) * bucket, array("q", [0]) * bucket, array("f", [0]) * bucket]
-        return Packet([*integers, *draws], PACKET_COPIES, self._request_pool.tokens.device)
+        padding: list[array[int] | array[float]] = []
+        padding.extend([none * bucket, zeros * bucket, query_starts, zeros * bucket, zeros * bucket])
+        padding.extend([none * edits, zeros * edits, zeros * edits])
+        padding.extend([array("q", [0]) * bucket] * 3)
+        padding.append(array("f", [0]) * bucket)
+        return Packet(padding, PACKET_COPIES, self._request_pool.tokens.device)
 
     def _graph(self, bucket: int) -> _Graph:
         if bucket not in self._graphs:
