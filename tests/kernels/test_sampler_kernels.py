@@ -8,8 +8,8 @@ import torch
 from tests.kernels.device import DEVICE
 from tpserve.parallel.group import Group
 from tpserve.sampler import filters
-from tpserve.sampler.draw import gumbel
-from tpserve.sampler.logits import WrittenLogits
+from tpserve.sampler.draw import DrawParams, draw_rows, gumbel
+from tpserve.sampler.logits import CardLogits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
 from tpserve_kernels import draw as drawing
 from tpserve_kernels import logprobs as scoring
@@ -226,3 +226,35 @@ def test_logprobs(vocab: int, num_top: int, cuts: tuple[int, ...]) -> None:
     assert torch.equal(got[1], in_torch[1])
     torch.testing.assert_close((got[0], got[2]), (in_torch[0], in_torch[2]), rtol=3e-6, atol=1e-6)
     assert torch.equal(write_logits(whole), finish_reference(*whole))
+
+
+class InTurn(Group):
+    """A rank whose peers run before and after it: `gathered[call]` has what each has passed to a call of `all_gather`."""
+
+    def __init__(self, rank: int, size: int, gathered: list[list[torch.Tensor]]) -> None:
+        super().__init__()
+        self.rank, self.size, self._gathered, self._call = rank, size, gathered, 0
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        ranks, self._call = self._gathered[self._call], self._call + 1
+        ranks[self.rank] = x
+        return torch.stack([part if part.shape == x.shape else torch.zeros_like(x) for part in ranks])
+
+
+@pytest.mark.parametrize("cuts", [(0, 256, 300), (0, 3, 100)], ids=["blocks", "inside a block"])
+def test_ranks_draw_and_score_what_one_rank_does(cuts: tuple[int, ...]) -> None:
+    x, of = random(4, cuts[-1]), noise(4)
+    x[:, 5] = 2.0
+    shards = tuple(range(a, b) for a, b in pairwise(cuts))
+    token_S, params = torch.full((4,), 5, device=DEVICE), DrawParams(*of)
+    expected = drawn(RawLogits(x, 0.5, 30.0), of)
+    whole = logprobs(CardLogits(RawLogits(x, 0.5, 30.0)), (range(cuts[-1]),), token_S, 2, Group())
+    gathered = [[torch.empty(0)] * len(shards) for _ in range(3)]
+    for _ in range(3):  # by then each knows what all have said
+        for rank, shard in enumerate(shards):
+            tp, out_S = InTurn(rank, len(shards), gathered), torch.empty(4, dtype=torch.int64, device=DEVICE)
+            logits = CardLogits(RawLogits(x[:, shard.start : shard.stop], 0.5, 30.0))
+            draw_rows(logits, shards, params, tp, Target(out_S))
+            scores = logprobs(logits, shards, token_S, 2, tp)
+    assert torch.equal(out_S, expected)
+    assert all(torch.equal(one, other) for one, other in zip(scores, whole, strict=True))
