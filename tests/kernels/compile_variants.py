@@ -1,7 +1,7 @@
 """Compile kernels for cards with none at hand: python -m tests.kernels.compile_variants 80 90 100 < VARIANTS
 
-Reads `tests.card.variants.Variant`s as JSON lines. Prints, for each variant and target, a JSON line: kernel, target, registers of
-a thread, bytes of its stack and of local memory (spills), and bytes of shared memory. Run as a process of its own, without
+Reads `tests.card.variants.Variant`s as JSON lines. Prints a JSON line for each variant and target: kernel, target, registers of a
+thread, bytes of its stack and of local memory (spills), and bytes of shared memory. Run as a process of its own, without
 TRITON_INTERPRET: the interpreter accepts programs that the compiler refuses.
 """
 

@@ -22,7 +22,6 @@ from tpserve.config.schema import Quantization
 from tpserve.errors import UserError
 from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter
-from tpserve.layers.moe import MoE
 from tpserve.layers.packing import LoadedWeights, Packer
 from tpserve.layers.rope import RotaryPositions, tables
 from tpserve.models.held_bytes import held_bytes
@@ -82,7 +81,9 @@ class Decoder:
         self._embedding: Table | None = shard.optional(outer.embedding)
         self._project_in: Weight | None = shard.optional(outer.project_in)
         self._positions = shard.optional(outer.positions)
-        self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
+        expert_load = _expert_load(spec, layout.layers_of(stage), device)
+        self.expert_load = expert_load if expert_load.layers else None
+        self._blocks = [shard.block(layer, expert_load) for layer in layout.layers_of(stage)]
         self._cache_groups = [_cache_group(spec, layer) for layer in layout.layers_of(stage)]
         self._norm = shard.norm(outer.final_norm)
         self._project_out: Weight | None = shard.optional(outer.project_out)
@@ -91,9 +92,6 @@ class Decoder:
         self._parameters = shard.parameters
         self._native: NativeStage | None = None
         self.runs_as_list, self.form = False, "operations of torch"
-        layers = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
-        counts = {layer: mlp.expert_load for layer, mlp in layers if isinstance(mlp, MoE)}
-        self.expert_load = ExpertLoadCounter(list(counts), list(counts.values())) if counts else None
 
     def parameters(self) -> list[Parameter]:
         """The parameters that a loader must fill; `prepack` empties the list."""
@@ -179,7 +177,8 @@ class Decoder:
         if self.runs_as_list:
             return self._native_stage(caches)(x_TH, self._rotary(batch.positions_T), batch.groups)
         rows, x_TH = len(x_TH), pad_rows(x_TH)
-        rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
+        padding = len(x_TH) - rows
+        rotary = self._rotary(F.pad(batch.positions_T, (0, padding)) if padding else batch.positions_T)
         groups = [build_metadata(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
@@ -241,6 +240,14 @@ class Decoder:
             return self.of_raw(logits_SV)
         logits_SV = logits_SV.float()
         return WrittenLogits(logits_SV * self.spec.logits_scale if self.spec.logits_scale != 1 else logits_SV)
+
+
+def _expert_load(spec: ModelSpec, layers: range, device: torch.device) -> ExpertLoadCounter:
+    """A counter for those of `layers` that have experts."""
+    experts = spec.experts
+    if experts is None:
+        return ExpertLoadCounter((), 0, device)
+    return ExpertLoadCounter([layer for layer in layers if layer in experts.layers], experts.count, device)
 
 
 def _cache_group(spec: ModelSpec, layer: int) -> int:

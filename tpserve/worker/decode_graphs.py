@@ -82,7 +82,7 @@ class DecodeGraphs:
         self.buckets = buckets_up_to(len(request_pool.params))
         most, hidden, device = self.buckets[-1], decoder.spec.hidden_size, request_pool.tokens.device
         self._hidden_BH = None if first_stage else torch.zeros(most, hidden, dtype=decoder.dtype, device=device)
-        vocab = 0 if sampler_stage is None else sampler_stage.num_logits
+        vocab = 0 if sampler_stage is None else len(sampler_stage.vocab)
         self._logits_BV = torch.empty(most, vocab, dtype=decoder.dtype, device=device)
         """Shared by the graphs: each would keep its own."""
         self._graphs: dict[int, _Graph] = {}

@@ -133,11 +133,14 @@ class SamplerStage:
         self._decoder = decoder
         self._request_pool = request_pool
         self._tp = tp
-        self.num_logits = len(decoder.vocab_shards[tp.rank])
-        """In a row, on this rank."""
         self.logits_chunking = LogitsChunking.of(
             decoder.vocab_shards, request_pool.tokens.shape[1], on_card=request_pool.tokens.is_cuda
         )
+
+    @property
+    def vocab(self) -> range:
+        """The ids of this rank's logits."""
+        return self._decoder.vocab_shards[self._tp.rank]
 
     def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
         """Queue sampling and scoring for `hidden_TH` [T, hidden_size]; sampled tokens also go into the request pool."""
