@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def test_a_gpu_draws_the_same_never_waits_and_replays() -> None:
     x, rest = logits(60, 1000), columns(60)
-    params = DrawParams(*(column.cuda() for column in (rest.temperature_S, *rest.counters)))
+    temperature_S, seed_S, position_S, choice_S = (column.cuda() for column in (rest.temperature_S, *rest.counters))
+    params = DrawParams(temperature_S, seed_S, position_S, choice_S)
     on_card, out_S = CardLogits(RawLogits(x.cuda())), torch.empty(60, dtype=torch.int64, device="cuda")
     slot_S, tokens_XL = torch.arange(60, device="cuda"), torch.zeros(60, 10_001, dtype=torch.int32, device="cuda")
 
