@@ -27,7 +27,7 @@ from tpserve_kernels.arithmetic import (
 )
 from tpserve_kernels.cpu.head import BLOCK, LOWEST
 from tpserve_kernels.philox import WORD, philox4x32
-from tpserve_kernels.sampler_types import Noise, RawLogits, Target
+from tpserve_kernels.sampler_types import Noise, RawLogits, DrawTarget
 
 BLOCKS_AT_ONCE = 32
 """Blocks per program of the first launch."""
@@ -37,7 +37,7 @@ SUM_ONE = 2.0**44
 """An exponential of 1 as an integer."""
 
 
-def draw(logits: RawLogits, noise: Noise, target: Target) -> None:
+def draw(logits: RawLogits, noise: Noise, target: DrawTarget) -> None:
     """Draw one token of each row, whose logits are here whole. Two launches.
 
     Errors: AssertionError when shapes, dtypes or layouts differ from what is said above.
@@ -55,13 +55,13 @@ def best(logits: RawLogits, noise: Noise, first: int, slot_S: torch.Tensor | Non
     rows = len(logits.values_SV)
     best_S2 = torch.empty(rows, 2, dtype=torch.float64, device=logits.values_SV.device)
     assert first % BLOCK == 0
-    target = Target(noise.position_S, slot_S)
+    target = DrawTarget(noise.position_S, slot_S)
     _check(logits, noise, target)
     _draw(logits, noise, first, target, best_S2)
     return best_S2
 
 
-def pick(best_PS2: torch.Tensor, position_S: torch.Tensor, target: Target) -> None:
+def pick(best_PS2: torch.Tensor, position_S: torch.Tensor, target: DrawTarget) -> None:
     """Write the token with the highest value among the shards of each row. One launch.
 
     `best_PS2`: what `best` gave each rank, in ascending order of ids: the first wins a tie. `position_S`: as of `Noise`.
@@ -105,7 +105,7 @@ def gumbel_reference(id_SN: torch.Tensor, noise: Noise, level: int) -> torch.Ten
     return -log64_reference(-log64_reference(((bits_SN >> 9).double() + 0.5) * 2.0**-23))
 
 
-def _check(logits: RawLogits, noise: Noise, target: Target) -> None:
+def _check(logits: RawLogits, noise: Noise, target: DrawTarget) -> None:
     values_SV = logits.values_SV
     rows = len(values_SV)
     assert values_SV.stride(1) == 1 and values_SV.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -117,13 +117,13 @@ def _check(logits: RawLogits, noise: Noise, target: Target) -> None:
         assert target.slot_S is not None and target.tokens_XL.dtype == torch.int32 and target.tokens_XL.stride(1) == 1
 
 
-def _slots(target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+def _slots(target: DrawTarget) -> tuple[torch.Tensor, torch.Tensor]:
     """The slots and tokens of a target, or any tensor in their place, which is not read."""
     slot_S = target.out_S if target.slot_S is None else target.slot_S
     return slot_S, target.out_S if target.tokens_XL is None else target.tokens_XL
 
 
-def _draw(logits: RawLogits, noise: Noise, first: int, target: Target, best_S2: torch.Tensor | None) -> None:
+def _draw(logits: RawLogits, noise: Noise, first: int, target: DrawTarget, best_S2: torch.Tensor | None) -> None:
     """Both launches: the best pairs of each row to `best_S2`, or without it tokens to `target`."""
     values_SV, scale, cap = logits
     rows, width = values_SV.shape

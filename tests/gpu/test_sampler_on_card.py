@@ -11,7 +11,7 @@ from tpserve.parallel.group import Group
 from tpserve.sampler.draw import DrawParams, draw_rows
 from tpserve.sampler.logits import CardLogits
 from tpserve.worker.host_arrays import copy_arrays
-from tpserve_kernels.sampler_types import RawLogits, Target
+from tpserve_kernels.sampler_types import RawLogits, DrawTarget
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -24,7 +24,7 @@ def test_a_gpu_draws_the_same_never_waits_and_replays() -> None:
     slot_S, tokens_XL = torch.arange(60, device="cuda"), torch.zeros(60, 10_001, dtype=torch.int32, device="cuda")
 
     def run() -> None:
-        draw_rows(on_card, (range(1000),), params, Group(), Target(out_S, slot_S, tokens_XL))
+        draw_rows(on_card, (range(1000),), params, Group(), DrawTarget(out_S, slot_S, tokens_XL))
 
     run()
     torch.cuda.set_sync_debug_mode("error")

@@ -16,7 +16,7 @@ from tpserve_kernels import logprobs as scoring
 from tpserve_kernels import masks
 from tpserve_kernels.arithmetic import exp32_reference, finish_reference, log64_reference
 from tpserve_kernels.logits import write_logits
-from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, Target
+from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, DrawTarget
 from tpserve_kernels.truncate import truncate, truncate_reference
 
 OUT = float("-inf")
@@ -46,7 +46,7 @@ def noise(rows: int, temperatures: tuple[float, ...] = (0.7, 0.0, 1.0, 1.9, 1e-3
 
 def drawn(logits: RawLogits, of: Noise) -> torch.Tensor:
     out_S = torch.empty(len(logits.values_SV), dtype=torch.int64, device=DEVICE)
-    drawing.draw(logits, of, Target(out_S))
+    drawing.draw(logits, of, DrawTarget(out_S))
     return out_S
 
 
@@ -78,7 +78,7 @@ def test_a_draw_is_its_reference(rows: int, vocab: int, dtype: torch.dtype, cap:
     slot_S = (torch.arange(rows) + 1).to(DEVICE)
     slot_S[1] = -1
     out_S, tokens_XL = (torch.full(shape, -7, dtype=torch.int32, device=DEVICE) for shape in ((rows,), (rows + 2, 50)))
-    drawing.draw(logits, of, Target(out_S, slot_S, tokens_XL))
+    drawing.draw(logits, of, DrawTarget(out_S, slot_S, tokens_XL))
     token_S[1] = -7
     assert torch.equal(out_S.long(), token_S)
     expected_XL = torch.full_like(tokens_XL, -7)
@@ -103,7 +103,7 @@ def test_shards_of_whole_blocks_draw_what_the_whole_draws(cuts: tuple[int, ...])
     parts = [drawing.best(RawLogits(x[:, first:end]), of, first) for first, end in pairwise(cuts)]
     slot_S = torch.tensor([2, -1, 0, 1, 3], device=DEVICE)
     out_S, tokens_XL = torch.full((5,), -7, device=DEVICE), torch.zeros(4, 50, dtype=torch.int32, device=DEVICE)
-    drawing.pick(torch.stack(parts), of.position_S, Target(out_S, slot_S, tokens_XL))
+    drawing.pick(torch.stack(parts), of.position_S, DrawTarget(out_S, slot_S, tokens_XL))
     expected_S = drawing.best_reference(RawLogits(x), of, 0)[1]
     expected_S[1] = -7
     real_S = slot_S >= 0
@@ -254,7 +254,7 @@ def test_ranks_draw_and_score_what_one_rank_does(cuts: tuple[int, ...]) -> None:
         for rank, shard in enumerate(shards):
             tp, out_S = InTurn(rank, len(shards), gathered), torch.empty(4, dtype=torch.int64, device=DEVICE)
             logits = CardLogits(RawLogits(x[:, shard.start : shard.stop], 0.5, 30.0))
-            draw_rows(logits, shards, params, tp, Target(out_S))
+            draw_rows(logits, shards, params, tp, DrawTarget(out_S))
             scores = logprobs(logits, shards, token_S, 2, tp)
     assert torch.equal(out_S, expected)
     assert all(torch.equal(one, other) for one, other in zip(scores, whole, strict=True))
