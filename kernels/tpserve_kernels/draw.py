@@ -27,7 +27,7 @@ from tpserve_kernels.arithmetic import (
 )
 from tpserve_kernels.cpu.head import BLOCK, LOWEST
 from tpserve_kernels.philox import WORD, philox4x32
-from tpserve_kernels.sampler_types import Noise, RawLogits, DrawTarget
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits
 
 BLOCKS_AT_ONCE = 32
 """Blocks per program of the first launch."""

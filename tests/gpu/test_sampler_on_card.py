@@ -11,7 +11,7 @@ from tpserve.parallel.group import Group
 from tpserve.sampler.draw import DrawParams, draw_rows
 from tpserve.sampler.logits import CardLogits
 from tpserve.worker.host_arrays import copy_arrays
-from tpserve_kernels.sampler_types import RawLogits, DrawTarget
+from tpserve_kernels.sampler_types import DrawTarget, RawLogits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

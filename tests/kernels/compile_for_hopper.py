@@ -39,7 +39,7 @@ from tpserve_kernels import (
 )
 from tpserve_kernels.attention_plan import PagedRequests, plan_attention
 from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
-from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, DrawTarget
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits, Sequences
 
 SIZES = (1, 16, 17)
 """Triton makes other variants for 1 and for multiples of 16, unless it is told not to."""

@@ -16,7 +16,7 @@ from tpserve_kernels import logprobs as scoring
 from tpserve_kernels import masks
 from tpserve_kernels.arithmetic import exp32_reference, finish_reference, log64_reference
 from tpserve_kernels.logits import write_logits
-from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, DrawTarget
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits, Sequences
 from tpserve_kernels.truncate import truncate, truncate_reference
 
 OUT = float("-inf")

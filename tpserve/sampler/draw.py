@@ -31,7 +31,7 @@ from tpserve_kernels.cpu import gumbel as native
 from tpserve_kernels.cpu.head import BLOCK
 from tpserve_kernels.cpu.library import library
 from tpserve_kernels.philox import WORD, philox4x32
-from tpserve_kernels.sampler_types import Noise, RawLogits, DrawTarget
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits
 
 
 class DrawParams(NamedTuple):

@@ -33,7 +33,7 @@ from tpserve.worker.logits_rows import (
     sample_batches,
 )
 from tpserve.worker.request_pool import RequestPool
-from tpserve_kernels.sampler_types import RawLogits, DrawTarget
+from tpserve_kernels.sampler_types import DrawTarget, RawLogits
 
 GrammarRow = tuple[int, SlotGrammar, GrammarDraw]
 """(chunk index, grammar, token) of a sequence with a grammar."""
