@@ -241,7 +241,7 @@ class InTurn(Group):
         return torch.stack([part if part.shape == x.shape else torch.zeros_like(x) for part in ranks])
 
 
-@pytest.mark.parametrize("cuts", [(0, 256, 300), (0, 3, 100)], ids=["blocks", "inside a block"])
+@pytest.mark.parametrize("cuts", [(0, 128, 300), (0, 3, 100)], ids=["blocks", "inside a block"])
 def test_ranks_draw_and_score_what_one_rank_does(cuts: tuple[int, ...]) -> None:
     x, of = random(4, cuts[-1]), noise(4)
     x[:, 5] = 2.0
