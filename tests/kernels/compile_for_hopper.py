@@ -39,7 +39,7 @@ from tpserve_kernels import (
 )
 from tpserve_kernels.attention_plan import PagedRequests, plan_attention
 from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
-from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, Target
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits, Sequences
 
 SIZES = (1, 16, 17)
 """Triton makes other variants for 1 and for multiples of 16, unless it is told not to."""
@@ -140,7 +140,7 @@ def sample(vocab: int, rows: int = 4) -> None:
     """The sampler's kernels, of the whole vocabulary and of shards."""
     numbers, columns = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
     noise, tokens = Noise(torch.ones(rows), numbers, numbers, numbers), torch.zeros(8, 100, dtype=torch.int32)
-    target, target_of_graph = Target(numbers), Target(numbers, numbers.int(), tokens)
+    target, target_of_graph = DrawTarget(numbers), DrawTarget(numbers, numbers.int(), tokens)
     written, raw = torch.zeros(rows, vocab), RawLogits(torch.zeros(rows, vocab, dtype=torch.bfloat16), 0.5, 30.0)
     logits.write_logits(raw)
     draw.draw(RawLogits(written), noise, target)
