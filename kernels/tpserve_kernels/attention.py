@@ -16,8 +16,8 @@ the chunking, the page size, or the split of the context over programs. Therefor
   - `Tile` is a function of head size and dtype, never of T, R or a length: decode and prefill rows use one tile shape;
   - there are no atomics and no fused multiply-adds, so the same source in two kernels is the same arithmetic.
 
-So the split affects speed only. `attention_plan` decides it: a program walks all segments of a tile of rows and merges them, or it
-computes one segment, and `merge_kernel` merges them.
+So the split affects speed only. `attention_plan` decides it: a program walks all segments of a tile of rows and merges them, or
+it computes one segment, and `merge_kernel` merges them.
 """
 
 import math

@@ -100,7 +100,7 @@ class AttentionPlan:
     items_I4: torch.Tensor
     """int32 rows (request, tile of the request, segment of the tile or -1 for all, its state if it is split)"""
     split_C4: torch.Tensor
-    """int32 rows (request, tile of the request, the state of its first segment, undefined); C is 0 when no context can be split"""
+    """int32 rows (request, tile of the request, the state of its first segment, undefined); C is 0 when no context is long"""
     acc: torch.Tensor
     """float32, C x N x tile_tokens x E: the weighted values of each split item, written and read by each layer in turn"""
     state: torch.Tensor

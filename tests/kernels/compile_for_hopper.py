@@ -97,7 +97,9 @@ def decode(num_requests: int, width: int) -> None:
     attention.paged_attention(q, *caches, plan_attention(requests, num_heads, caches[1]), 0.1)
 
 
-def place(num_heads: int, num_kv: int, dim: int, dtype: torch.dtype, angles: int, *, bias: bool = False, norm: bool = False) -> None:
+def place(
+    num_heads: int, num_kv: int, dim: int, dtype: torch.dtype, angles: int, *, bias: bool = False, norm: bool = False
+) -> None:
     qkv = torch.zeros(4, num_heads + 2 * num_kv, dim, dtype=dtype)
     caches = [torch.zeros(64, num_kv, dim, dtype=dtype) for _ in range(2)]
     rotation = Rotation(torch.arange(4), torch.zeros(64, angles), torch.zeros(64, angles)) if angles else None

@@ -40,7 +40,9 @@ def test_norms(dtype: torch.dtype, hidden: int, offset: float) -> None:
         assert torch.equal(total, reference_total)
 
 
-@pytest.mark.parametrize(("dtype", "hidden", "affine"), [(torch.float32, 100, "wb"), (torch.float16, 64, "w"), (torch.bfloat16, 513, "")])
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "affine"), [(torch.float32, 100, "wb"), (torch.float16, 64, "w"), (torch.bfloat16, 513, "")]
+)
 def test_layer_norms(dtype: torch.dtype, hidden: int, affine: str) -> None:
     x, residual = random(5, 2 * hidden, dtype=dtype)[:, :hidden] + 3, random(5, hidden, dtype=dtype, seed=1)
     weight, bias = (random(hidden, dtype=dtype, seed=2) if name in affine else None for name in "wb")
