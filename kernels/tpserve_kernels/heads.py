@@ -232,8 +232,8 @@ def _place_heads_kernel(
     else:
         _place(
             v_ptr + row * v_stride, DIM, v_cache_ptr + slot * K_HEADS * DIM, DIM, bias_ptr + (Q_HEADS + K_HEADS) * DIM,
-            k_norm_ptr, cos_ptr, sin_ptr, position, (block - Q_BLOCKS - K_BLOCKS) * BLOCK, eps, offset, K_HEADS, DIM, DIM // 2, BIAS, False,
-            False, False, BLOCK, BLOCK_V, 1,
+            k_norm_ptr, cos_ptr, sin_ptr, position, (block - Q_BLOCKS - K_BLOCKS) * BLOCK, eps, offset, K_HEADS, DIM, DIM // 2,
+            BIAS, False, False, False, BLOCK, BLOCK_V, 1,
         )  # fmt: skip
 
 

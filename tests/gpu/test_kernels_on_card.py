@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.device import DEVICE
-from tests.kernels.paged_case import PagedCase, attend, paged_requests
+from tests.kernels.paged_case import PagedCase, attend, listed, paged_requests
 from tpserve_kernels import activation, attention, attention_plan, heads, norm
 from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
 
@@ -80,10 +80,8 @@ def test_attention_bits_in_any_chunk(case: PagedCase, dtype: torch.dtype) -> Non
         assert torch.equal(attend(q, k_cache, v_cache, together, SCALE, **scoring), expected), chunk
         for first, last in list(pairwise(edges))[-3:]:
             alone = paged_requests(tables, row, [last - first], [700 + last], case.window)
-            assert torch.equal(attend(q[first:last], k_cache, v_cache, alone, SCALE, **scoring), expected[first:last]), (
-                chunk,
-                first,
-            )
+            actual = attend(q[first:last], k_cache, v_cache, alone, SCALE, **scoring)
+            assert torch.equal(actual, expected[first:last]), (chunk, first)
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, SINGLE])
@@ -101,12 +99,7 @@ def test_attention_bits_in_any_batch_and_page(dtype: torch.dtype, monkeypatch: p
         monkeypatch.setattr(attention_plan, "num_processors", lambda _, n=processors: n)
         monkeypatch.setattr(attention_plan, "MAX_STATE_BYTES", state_bytes)
         plan = attention_plan.plan_attention(requests, 8, v_cache)
-        items, split = plan.counts_2.tolist()
-        listed = (
-            [tuple(row[:3]) for row in plan.items_I4[:items].tolist()],
-            [tuple(row[:3]) for row in plan.split_C4[:split].tolist()],
-        )
-        assert listed == attention_plan.plan_reference(plan)
+        assert listed(plan) == attention_plan.plan_reference(plan)
         assert torch.equal(attention.paged_attention(q, k_cache, v_cache, plan, SCALE), expected), processors
 
 
@@ -167,9 +160,10 @@ def test_row_kernels(dtype: torch.dtype, num_rows: int, hidden: int) -> None:
     assert torch.equal(total, expected_total)
 
 
-def qkv_of(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def qkv_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value heads of 128 channels: all but two, one, one."""
-    return x.view(len(x), -1, 128).tensor_split((-2, -1), dim=1)
+    q, k, v = x.view(len(x), -1, 128).tensor_split((-2, -1), dim=1)
+    return q, k, v
 
 
 def turning(rows: slice | int, interleaved: bool = False) -> Rotation:
@@ -184,8 +178,9 @@ def test_heads_are_placed(dtype: torch.dtype, num_rows: int, hidden: int, interl
     norms, slots = HeadNorms(weight[:128], weight[128:256], 1e-5), torch.randperm(640, device=DEVICE)[:num_rows]
     results = []
     for place in (heads.place_heads, heads.place_heads_reference):
-        caches = [torch.zeros(640, 1, 128, dtype=dtype, device=DEVICE) for _ in range(2)]
-        results.append((place(*qkv, *caches, slots, norms, turning(num_rows, interleaved), weight), *caches))
+        k_cache, v_cache = (torch.zeros(640, 1, 128, dtype=dtype, device=DEVICE) for _ in range(2))
+        q = place(*qkv, k_cache, v_cache, slots, norms, turning(num_rows, interleaved), weight)
+        results.append((q, k_cache, v_cache))
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected)
 
@@ -196,10 +191,10 @@ def test_row_kernels_have_the_bits_of_a_row_alone(dtype: torch.dtype) -> None:
     norms = HeadNorms(weight[:128], weight[128:256], 1e-5)
 
     def outputs(rows: slice) -> list[torch.Tensor]:
-        caches = [torch.zeros(600, 1, 128, dtype=dtype, device=DEVICE) for _ in range(2)]
+        k_cache, v_cache = (torch.zeros(600, 1, 128, dtype=dtype, device=DEVICE) for _ in range(2))
         slots = torch.arange(600, device=DEVICE)
-        q = heads.place_heads(*qkv_of(x[rows]), *caches, slots[rows], norms, turning(rows), weight)
-        placed = [q, *(cache[rows] for cache in caches)]
+        q = heads.place_heads(*qkv_of(x[rows]), k_cache, v_cache, slots[rows], norms, turning(rows), weight)
+        placed = [q, k_cache[rows], v_cache[rows]]
         fused = norm.add_rms_norm(x[rows], x[rows], weight, 1e-5)
         gated = [activation.silu_mul(x[rows]), activation.gelu_tanh_mul(x[rows]), activation.clamped_swiglu(x[rows], 1.7, 1.0)]
         return [norm.rms_norm(x[rows], weight, 1e-5), norm.layer_norm(x[rows], weight, None, 1e-5), *fused, *gated, *placed]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.device import DEVICE
-from tests.kernels.paged_case import NOBODY, PagedCase, attend, paged_requests
+from tests.kernels.paged_case import NOBODY, PagedCase, attend, listed, paged_requests
 from tpserve_kernels import attention, attention_plan
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -159,17 +159,10 @@ def test_bits_do_not_depend_on_the_split_or_the_grid(case: PagedCase, monkeypatc
         monkeypatch.setattr(attention_plan, "num_processors", lambda _, n=processors: n)
         monkeypatch.setattr(attention_plan, "MAX_STATE_BYTES", state_bytes)
         plan = attention_plan.plan_attention(arguments[3], case.num_heads, arguments[2])
-        assert as_listed(plan) == attention_plan.plan_reference(plan)
+        assert listed(plan) == attention_plan.plan_reference(plan)
         splits.add(int(plan.counts_2[1]))
         assert torch.equal(attention.paged_attention(*arguments[:3], plan, 0.25, **scoring), expected), (processors, state_bytes)
     assert len(splits) > 1 and 0 in splits
-
-
-def as_listed(plan: attention_plan.AttentionPlan) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    num_items, num_split = plan.counts_2.tolist()
-    return [tuple(row[:3]) for row in plan.items_I4[:num_items].tolist()], [
-        tuple(row[:3]) for row in plan.split_C4[:num_split].tolist()
-    ]
 
 
 @pytest.mark.parametrize("window", [None, 1000])
@@ -184,7 +177,7 @@ def test_the_plan_is_that_of_plain_python(window: int | None, monkeypatch: pytes
     for processors, heads in ((1, 128), (132, 8)):
         monkeypatch.setattr(attention_plan, "num_processors", lambda _, n=processors: n)
         plan = attention_plan.plan_attention(requests, heads, cache)
-        items, split = as_listed(plan)
+        items, split = listed(plan)
         assert (items, split) == attention_plan.plan_reference(plan)
         assert len(items) <= len(plan.items_I4) and len(split) <= len(plan.split_C4)
         assert {request for request, _, _ in items} == {r for r, length in enumerate(lens) if length}
