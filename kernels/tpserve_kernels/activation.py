@@ -14,14 +14,15 @@ BLOCK = 1024
 """Channels per program."""
 
 
-def silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate_up_TI2: torch.Tensor, num_rows: torch.Tensor | None = None) -> torch.Tensor:
     """y[t, i] = silu(gate_up[t, i]) * gate_up[t, I + i], computed in float32 and rounded once.
 
     gate_up_TI2: [T, 2 I] float32, float16 or bfloat16; the 2 I values of a row are adjacent. First half gate, second half up.
+    num_rows: int32 [1] on the device, the rows that count, None for all; the others are neither read nor written.
     Returns [T, I], the same dtype, contiguous.
-    Errors: AssertionError when a row's length is odd or its values are not adjacent.
+    Errors: AssertionError when a row's length is odd or its values are not adjacent, or `num_rows` is not as above.
     """
-    return _gated(gate_up_TI2, "silu")
+    return _gated(gate_up_TI2, "silu", num_rows)
 
 
 def silu_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
@@ -30,9 +31,9 @@ def silu_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate_TI) * up_TI).to(gate_up_TI2.dtype)
 
 
-def gelu_tanh_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
+def gelu_tanh_mul(gate_up_TI2: torch.Tensor, num_rows: torch.Tensor | None = None) -> torch.Tensor:
     """y[t, i] = gelu(gate_up[t, i]) * gate_up[t, I + i], GELU in its approximation by tanh; the rest as for `silu_mul`."""
-    return _gated(gate_up_TI2, "gelu_tanh")
+    return _gated(gate_up_TI2, "gelu_tanh", num_rows)
 
 
 def gelu_tanh_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
@@ -41,11 +42,11 @@ def gelu_tanh_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.gelu(gate_TI, approximate="tanh") * up_TI).to(gate_up_TI2.dtype)
 
 
-def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float, num_rows: torch.Tensor | None = None) -> torch.Tensor:
     """y[t, i] = gate * sigmoid(alpha * gate) * (up + 1) with gate = min(gate_up[t, i], limit) and up = gate_up[t, I + i]
     clamped to [-limit, limit]; the rest as for `silu_mul`.
     """
-    return _gated(gate_up_TI2, "clamped", alpha, limit)
+    return _gated(gate_up_TI2, "clamped", num_rows, alpha, limit)
 
 
 def clamped_swiglu_reference(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
@@ -56,29 +57,34 @@ def clamped_swiglu_reference(gate_up_TI2: torch.Tensor, alpha: float, limit: flo
     return y_TI.to(gate_up_TI2.dtype)
 
 
-def _gated(gate_up_TI2: torch.Tensor, kind: str, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
+def _gated(
+    gate_up_TI2: torch.Tensor, kind: str, num_rows: torch.Tensor | None, alpha: float = 0.0, limit: float = 0.0
+) -> torch.Tensor:
     """Launch the kernel. `alpha` and `limit` are for "clamped" only."""
-    num_rows, width = gate_up_TI2.shape
+    rows, width = gate_up_TI2.shape
     assert width % 2 == 0 and gate_up_TI2.stride(1) == 1
+    assert num_rows is None or (num_rows.numel() == 1 and num_rows.dtype == torch.int32)
     intermediate = width // 2
-    y_TI = torch.empty(num_rows, intermediate, dtype=gate_up_TI2.dtype, device=gate_up_TI2.device)
-    grid = (num_rows, triton.cdiv(intermediate, BLOCK))
-    _gated_kernel[grid](
-        gate_up_TI2, y_TI, gate_up_TI2.stride(0), alpha, limit,
-        INTERMEDIATE=intermediate, KIND=kind, BLOCK=BLOCK, enable_fp_fusion=False,
+    y_TI = torch.empty(rows, intermediate, dtype=gate_up_TI2.dtype, device=gate_up_TI2.device)
+    _gated_kernel[(rows, triton.cdiv(intermediate, BLOCK))](
+        gate_up_TI2, y_TI, y_TI if num_rows is None else num_rows, gate_up_TI2.stride(0), alpha, limit,
+        INTERMEDIATE=intermediate, KIND=kind, PARTIAL=num_rows is not None, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return y_TI
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_rows_ptr"])
 def _gated_kernel(
-    gate_up_ptr, y_ptr, gate_up_stride, alpha, limit,
-    INTERMEDIATE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up_ptr, y_ptr, num_rows_ptr, gate_up_stride, alpha, limit,
+    INTERMEDIATE: tl.constexpr, KIND: tl.constexpr, PARTIAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK channels of one row."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < INTERMEDIATE
+    intermediate = INTERMEDIATE
+    if PARTIAL:
+        intermediate = tl.where(row < tl.load(num_rows_ptr), INTERMEDIATE, 0)
+    inside = channel < intermediate
     gate_ptr = gate_up_ptr + row * gate_up_stride + channel
     gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + INTERMEDIATE, mask=inside, other=0.0).to(tl.float32)

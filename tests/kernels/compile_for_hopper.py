@@ -2,7 +2,8 @@
 
 Run as a process of its own (without TRITON_INTERPRET): the interpreter accepts programs that the compiler refuses. Prints one
 JSON line a launch: name, dtype, the compiled variant, bytes of shared memory, registers and bytes of stack (spills) of a thread,
-whether it uses the warp-group matrix unit, and whether it is one of the launches that differ in the sizes of the step alone.
+whether it uses the warp-group matrix unit, whether it consists of operations of IEEE 754 alone, and whether it is one of the
+launches that differ in the sizes of the step alone.
 """
 
 import functools
@@ -20,9 +21,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tpserve_kernels import activation, attention, grouped, heads, norm
+from tpserve_kernels import (
+    activation,
+    attention,
+    combination,
+    draw,
+    grouped,
+    heads,
+    logits,
+    logprobs,
+    masks,
+    norm,
+    permutation,
+    router,
+    routing,
+    truncate,
+)
 from tpserve_kernels.attention_plan import PagedRequests, plan_attention
 from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
+from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, Target
 
 SIZES = (1, 16, 17)
 """Triton makes other variants for 1 and for multiples of 16, unless it is told not to."""
@@ -47,9 +64,11 @@ def compile_instead_of_launch(self: Any, grid: tuple[int, ...]) -> Callable[...,
         kernel = self.run(*args, grid=grid, warmup=True, **options)
         dtype = str(args[0].dtype).removeprefix("torch.")
         registers, stack = resources(kernel.asm["cubin"])
+        ptx = kernel.asm["ptx"]
         line = {
             "name": self.__name__, "dtype": dtype, "variant": kernel.hash, "shared": kernel.metadata.shared,
-            "registers": registers, "stack": stack, "wgmma": "wgmma" in kernel.asm["ptx"], "sizes": only_sizes_differ,
+            "registers": registers, "stack": stack, "wgmma": "wgmma" in ptx, "sizes": only_sizes_differ,
+            "exact": not any(word in ptx for word in (".approx", ".ftz", "fma.", ".full")),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 
@@ -119,6 +138,27 @@ def place_latents(num_heads: int, dtype: torch.dtype) -> None:
     heads.place_latents(*places, torch.arange(4), down[0, :512], 1e-6, 0.0, rotation)
 
 
+def sample(vocab: int, rows: int = 4) -> None:
+    """The sampler's kernels, of the whole vocabulary and of shards."""
+    numbers, columns = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
+    noise, tokens = Noise(torch.ones(rows), numbers, numbers, numbers), torch.zeros(8, 100, dtype=torch.int32)
+    target, target_of_graph = Target(numbers), Target(numbers, numbers.int(), tokens)
+    written, raw = torch.zeros(rows, vocab), RawLogits(torch.zeros(rows, vocab, dtype=torch.bfloat16), 0.5, 30.0)
+    logits.write_logits(raw)
+    draw.draw(RawLogits(written), noise, target)
+    draw.draw(raw, noise, target_of_graph)
+    draw.pick(draw.best(raw, noise, 128)[None], numbers, target_of_graph)
+    truncate.truncate(written, noise.temperature_S, columns, numbers, columns)
+    sequences = Sequences(tokens, numbers, numbers, numbers)
+    masks.mask_bits(written, numbers, torch.zeros(rows, -(-vocab // 32), dtype=torch.int32))
+    masks.allow(written, numbers, numbers)
+    masks.ban(written, numbers, torch.zeros(rows, 2, dtype=torch.int32), numbers, numbers, sequences)
+    masks.add_bias(written, numbers, numbers, torch.ones(rows))
+    masks.penalize(written, numbers, torch.ones(rows), torch.ones(rows), torch.ones(rows), sequences)
+    keys = logprobs.best_keys(raw, 0, -(-vocab // logprobs.PART), 20)[None]
+    logprobs.from_parts(keys, logprobs.masses(raw, 0, numbers, keys)[None], 20)
+
+
 def main() -> None:
     driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_instead_of_launch
@@ -147,16 +187,45 @@ def main() -> None:
         attend(16, 1, 576, torch.bfloat16, longest, latent=512)
     attend(128, 1, 576, torch.bfloat16, 3, latent=512)
 
-    weight = torch.zeros(60, 512, 96, dtype=dtype)
-    grouped.grouped_matmul(
-        torch.zeros(8, 96, dtype=dtype), weight, torch.zeros(60, dtype=torch.int32), weight[..., 0].contiguous()
-    )
-    grouped.grouped_matmul(torch.zeros(8, 96), weight.float(), torch.zeros(60, dtype=torch.int32))
+    mixtures(dtype, {128, 32, 256})
+    mixtures(torch.float32, {256})
+    mixtures(torch.float16, {128})
+    sample(128_256)
 
     global only_sizes_differ
     only_sizes_differ = True
     for num_requests, width in product(SIZES, SIZES):
         decode(num_requests, width)
+
+
+def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
+    """A layer with experts: Qwen3's 128, gpt-oss's 32 with biases, DeepSeek's 256 with groups, a shared expert and padding."""
+    slots = torch.arange(4)
+    qwen = {"renormalise": True}
+    gpt_oss = {"bias": "logits", "bias_E": torch.zeros(32), "renormalise": True}
+    deepseek = {
+        "scores": "sigmoid", "bias": "choice", "bias_E": torch.zeros(256), "num_groups": 8, "num_top_groups": 4,
+        "group_best": 2, "renormalise": True, "scale": 2.5,
+    }  # fmt: skip
+    for experts, active, hidden, kind, shared in (
+        (128, 8, 2048, qwen, 0),
+        (32, 4, 2880, gpt_oss, 0),
+        (256, 8, 7168, deepseek, 1),
+    ):
+        if experts not in counts:
+            continue
+        x = torch.zeros(4, hidden, dtype=dtype)
+        terms = router.router_logits(x, torch.zeros(experts + shared, hidden))
+        padding = slots if shared else None
+        weights, ids, gate = routing.route(terms, experts, active, **kind, slots_T=padding)  # type: ignore[arg-type]
+        tokens, rows, ends = permutation.permute(ids, range(experts // 2), torch.zeros(experts, dtype=torch.int64))
+        up = torch.zeros(experts // 2, 96, 64, dtype=dtype)
+        bias = None if shared else up[..., 0].contiguous()
+        gate_up = grouped.grouped_matmul(x[:, :64], up, ends, bias, tokens)
+        activation.silu_mul(gate_up, ends[-1:])
+        grouped.grouped_matmul(gate_up[:, :64], up, ends, bias)
+        beside = (x, gate) if shared else (None, None)
+        combination.combine(torch.zeros(4 * active, hidden, dtype=dtype), rows, weights, *beside, padding)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The experts' product: parity with the reference for any deal of rows, and bits that depend on the row and its expert only."""
 
-import numpy as np
 import pytest
 import torch
 
 from tests.kernels.device import DEVICE
 from tpserve_kernels import grouped
 
+pytestmark = pytest.mark.usefixtures("every_row_alike")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DEALS = {
     "one row": [0, 1, 0],
@@ -15,14 +15,6 @@ DEALS = {
     "around a tile": [15, 16, 17, 0, 63, 64, 65],
     "each alone": [1] * 9,
 }
-
-
-@pytest.fixture(autouse=True)
-def every_row_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's BLAS rounds a row by its place in the tile, as matrix units do not: have it multiply row by row."""
-    matmul = np.matmul
-    if DEVICE == "cpu":
-        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.concatenate([matmul(row[None], b, dtype=dtype) for row in a]))
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -67,6 +59,19 @@ def test_a_row_does_not_depend_on_the_deal(dtype: torch.dtype) -> None:
         assert torch.equal(grouped.grouped_matmul(x[row : row + 1], weight, ends_of(counts))[0], together[row])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_by_token(dtype: torch.dtype) -> None:
+    """A token may have several experts, some none here; no copy of its row is made."""
+    x, weight = random(6, 40, dtype=dtype), random(3, 24, 40, dtype=dtype, seed=1) / 6
+    tokens = torch.tensor([5, 0, 3, 3, 2, 5, 99, -7], dtype=torch.int32, device=DEVICE)  # the last two are of no expert
+    ends = ends_of([3, 0, 3])
+    actual = grouped.grouped_matmul(x, weight, ends, None, tokens)[:6]
+    assert torch.equal(actual, grouped.grouped_matmul(x[tokens[:6]], weight, ends))
+    expected = grouped.grouped_matmul_reference(x, weight, ends, None, tokens)
+    assert expected.shape == (8, 24) and not expected[6:].any()
+    torch.testing.assert_close(actual, expected[:6], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, weight = random(4, 8, dtype=torch.float32), random(2, 6, 8, dtype=torch.float32)
     ends = ends_of([2, 2])
@@ -75,3 +80,5 @@ def test_what_does_not_fit_is_refused() -> None:
             grouped.grouped_matmul(*arguments)
     with pytest.raises(AssertionError):
         grouped.grouped_matmul(x, weight, ends, weight[:, 0])
+    with pytest.raises(AssertionError):
+        grouped.grouped_matmul(x, weight, ends, None, ends.long())

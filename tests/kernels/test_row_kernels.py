@@ -1,6 +1,7 @@
 """Norms and gated activations: each kernel against its reference, the references against torch's own."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -63,6 +64,15 @@ def test_gated_activations(dtype: torch.dtype, intermediate: int) -> None:
     clamped = activation.clamped_swiglu(gate_up, 1.7, 2.5)
     assert_close(clamped, activation.clamped_swiglu_reference(gate_up, 1.7, 2.5))
     assert not torch.equal(clamped, activation.clamped_swiglu(gate_up, 1.7, 7.0)), "some were beyond the limit"
+
+
+def test_a_gated_activation_of_the_rows_that_count() -> None:
+    gate_up, count = random(5, 48), torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    gate_up[3:] = torch.nan
+    for op in (activation.silu_mul, activation.gelu_tanh_mul, partial(activation.clamped_swiglu, alpha=1.7, limit=2.5)):
+        assert torch.equal(op(gate_up, num_rows=count)[:3], op(gate_up[:3]))
+    with pytest.raises(AssertionError):
+        activation.silu_mul(gate_up, count.long())
 
 
 def test_the_clamped_reference_is_what_it_says() -> None:

@@ -5,10 +5,12 @@ python -m tests.parity.two_forms interpreter     the CPU against the kernels in 
 """
 
 import sys
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from msgspec.structs import replace
 
 from tests.parity.runner import Runner, mixed
 from tests.specs import LATENTS, small
@@ -18,13 +20,16 @@ from tpserve.parallel.pipeline import Pipeline
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import CacheGroup, ClampedSwiglu, ExpertsSpec, LatentSpec, ModelSpec, RopeSpec, RoutingSpec
 from tpserve.weights.dummy import dummy
-from tpserve_kernels import grouped
+from tpserve_kernels import combination, grouped, permutation, router, routing
 
+MIXTURE_OPS = (
+    (router, "router_logits"), (routing, "route"), (permutation, "permute"), (grouped, "grouped_matmul"), (combination, "combine"),
+)  # fmt: skip
 MIXTURE = ExpertsSpec(
     5, 48, RoutingSpec(2, bias="logits", renormalise=True), layers=(0, 1), bias=True, clamped=ClampedSwiglu(alpha=1.3, limit=0.7)
 )
-ALL = ExpertsSpec(4, 48, RoutingSpec(4, "sigmoid", "choice", renormalise=True, scale=2.5), layers=(1,), shared_size=48)
-"""Every expert for every token: in bfloat16 a near tie of experts would fall to either side."""
+GROUPS = RoutingSpec(3, "sigmoid", "choice", num_groups=3, num_top_groups=2, group_best=2, renormalise=True, scale=2.5)
+GROUPED = ExpertsSpec(6, 48, GROUPS, layers=(1,), shared_size=48, shared_gate=True)
 NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
 LENGTHS, PROMPTS, SIZES = (4, 20, 40), (3, 19, 38), (17, 40, 5)
 
@@ -38,7 +43,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {"sinks": True, "cache": (CacheGroup((0,)), CacheGroup((1,), window=21)), "experts": MIXTURE},
     "deepseek_v3": {
-        **LATENTS, "num_heads": 4, "num_kv_heads": 4, "head_dim": 28, "rope": RopeSpec(interleaved=True), "experts": ALL,
+        **LATENTS, "num_heads": 4, "num_kv_heads": 4, "head_dim": 28, "rope": RopeSpec(interleaved=True), "experts": GROUPED,
         "latent": LatentSpec(kv_rank=32, rope_dim=16, nope_dim=12, v_dim=20, q_rank=28), **NO_BIAS,
     },
     "gpt2": {"norm": "layer", "rope": None, "gated": False, "activation": "gelu_tanh"},
@@ -46,7 +51,11 @@ OWN: dict[str, dict[str, Any]] = {
 """What each family has beside all biases, or without them."""
 
 
-def spec(family: str) -> ModelSpec:
+def spec(family: str, dtype: torch.dtype) -> ModelSpec:
+    own = dict(OWN[family])
+    if (experts := own.get("experts")) is not None and dtype == torch.bfloat16:  # a near tie would fall to either side
+        routing = replace(experts.routing, num_active=experts.count, num_top_groups=experts.routing.num_groups)
+        own["experts"] = replace(experts, routing=routing)
     shape = {
         "family": family,
         "vocab_size": 300,
@@ -61,11 +70,11 @@ def spec(family: str) -> ModelSpec:
         "out_bias": True,
         "mlp_bias": True,
     }
-    return small(**{**shape, **OWN[family]})
+    return small(**{**shape, **own})
 
 
 def runner(family: str, dtype: torch.dtype, device: str) -> Runner:
-    decoder = Decoder(spec(family), ParallelLayout(1, 1, (2,)), 0, Group(), dtype, torch.device(device), 64)
+    decoder = Decoder(spec(family, dtype), ParallelLayout(1, 1, (2,)), 0, Group(), dtype, torch.device(device), 64)
     dummy(decoder.parameters())
     return Runner(decoder, Group(), Pipeline(), 2)
 
@@ -86,10 +95,13 @@ def main(other: str) -> None:
                 got = logits(runner(family, dtype, "cuda"))
             else:
                 torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
-                with patch.object(grouped, "grouped_matmul", wraps=grouped.grouped_matmul) as of_experts:
+                with ExitStack() as stack:
+                    of_experts = [
+                        stack.enter_context(patch.object(room, op, wraps=getattr(room, op))) for room, op in MIXTURE_OPS
+                    ]
                     got = logits(model)
                 del torch.Tensor.is_cuda
-                assert of_experts.called == (spec(family).experts is not None), "experts have a form of their own, too"
+                assert {op.called for op in of_experts} == {spec(family, dtype).experts is not None}, "experts have kernels, too"
             print(family, dtype, float((got - expected).abs().max()))
 
 

@@ -1,6 +1,7 @@
 """Activations of the feed-forward block, computed in float32 and rounded once to the dtype of the input.
 
-The gated ones are SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202). Inputs are float32, float16 or bfloat16.
+The gated ones are SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202). Inputs are float32, float16 or bfloat16. `num_rows` (CUDA):
+int32 [1] on the device, the number of rows that count; the others are undefined in the result.
 
 Invariant on the CPU: the bits of an element do not depend on its position (docs/numerics.md). F.silu and F.gelu break this:
 their vector and scalar paths give different bits, and the other rows decide which path an element takes.
@@ -21,29 +22,29 @@ CHUNK_ELEMENTS = 1 << 17
 """Elements per pass on the CPU: intermediate results stay in its caches."""
 
 
-def silu_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate_up_TI2: torch.Tensor, num_rows: torch.Tensor | None = None) -> torch.Tensor:
     """SwiGLU without its matrices: silu(first half) * second half, [T, 2 I] -> [T, I], contiguous."""
     if gate_up_TI2.is_cuda:
         from tpserve_kernels import activation
 
-        return activation.silu_mul(gate_up_TI2)
+        return activation.silu_mul(gate_up_TI2, num_rows)
     if is_native(gate_up_TI2):
         return rows.activation(gate_up_TI2, ActivationKind.SILU_MUL)
     return _gated(gate_up_TI2, torch.neg)
 
 
-def gelu_tanh_mul(gate_up_TI2: torch.Tensor) -> torch.Tensor:
+def gelu_tanh_mul(gate_up_TI2: torch.Tensor, num_rows: torch.Tensor | None = None) -> torch.Tensor:
     """GEGLU without its matrices: gelu_tanh(first half) * second half, [T, 2 I] -> [T, I], contiguous."""
     if gate_up_TI2.is_cuda:
         from tpserve_kernels import activation
 
-        return activation.gelu_tanh_mul(gate_up_TI2)
+        return activation.gelu_tanh_mul(gate_up_TI2, num_rows)
     if is_native(gate_up_TI2):
         return rows.activation(gate_up_TI2, ActivationKind.GELU_TANH_MUL)
     return _gated(gate_up_TI2, _gelu_exponent)
 
 
-def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float, num_rows: torch.Tensor | None = None) -> torch.Tensor:
     """SwiGLU of gpt-oss (model card 2025, arXiv:2508.10925): gate / (1 + exp(-alpha gate)) * (up + 1), [T, 2 I] -> [T, I].
 
     The first half of a row is the gate, at most `limit`; the second is up, clamped to [-limit, limit].
@@ -51,7 +52,7 @@ def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float) -> tor
     if gate_up_TI2.is_cuda:
         from tpserve_kernels import activation
 
-        return activation.clamped_swiglu(gate_up_TI2, alpha, limit)
+        return activation.clamped_swiglu(gate_up_TI2, alpha, limit, num_rows)
     if is_native(gate_up_TI2):
         return rows.activation(gate_up_TI2, ActivationKind.CLAMPED_SWIGLU, alpha, limit)
     gate_TI, up_TI = gate_up_TI2.chunk(2, dim=-1)

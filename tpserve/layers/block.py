@@ -53,7 +53,7 @@ class Block:
         norms = self.attention_norm, self.attention_out_norm
         x_TH, residual_TH = self._add(lambda x: self.attention(x, rotary, batch, cache), norms, x_TH, residual_TH)
         # Padding rows would run experts that no token needs.
-        mlp = self.mlp if isinstance(self.mlp, MLP) else partial(self.mlp, rows=len(batch.write_slots))
+        mlp = self.mlp if isinstance(self.mlp, MLP) else partial(self.mlp, slots_T=batch.write_slots)
         return self._add(mlp, (self.mlp_norm, self.mlp_out_norm), x_TH, residual_TH)
 
     def _add(

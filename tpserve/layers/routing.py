@@ -1,9 +1,10 @@
 """MoE routing: the experts of each token and their weights. Softmax with top-k as in Mixtral (arXiv:2401.04088); sigmoid scores,
 a bias for the choice alone and groups as in DeepSeek-V3 (arXiv:2412.19437).
 
-All in float32. Invariants: a row's choice and weights depend on that row alone; ties go to the lower id.
+All in float32. Invariants: a row's choice and weights depend on that row alone; ties go to the lower id. `__call__` defines both;
+`from_terms` is the same on CUDA, in one launch.
 
-Legend: T rows, E experts in G groups of e, A experts per token.
+Legend: T rows, E experts in G groups of e, A experts per token, C terms of each logit, N = E, or E + 1 with the shared expert's gate.
 """
 
 from dataclasses import dataclass
@@ -35,6 +36,22 @@ class Routing:
         if spec.renormalise:
             weights_TA = weights_TA / (weights_TA.sum(1, keepdim=True) + 1e-20)  # scores of a sigmoid may all be 0
         return weights_TA if spec.scale == 1 else weights_TA * spec.scale, experts_TA
+
+    def from_terms(
+        self, terms_CTN: torch.Tensor, num_experts: int, slots_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Weights and ids (float32 and int32 [T, A]) as of `__call__`, and the shared expert's gate (float32 [T]), if any.
+
+        `terms_CTN`: of `router_logits`, on CUDA. `slots_T`: negative for padding, which gets ids of -1.
+        """
+        from tpserve_kernels import routing
+
+        spec = self.spec
+        return routing.route(
+            terms_CTN, num_experts, spec.num_active, scores=spec.scores, bias=spec.bias, bias_E=self.bias_E,
+            num_groups=spec.num_groups, num_top_groups=spec.num_top_groups, group_best=spec.group_best,
+            renormalise=spec.renormalise, scale=spec.scale, slots_T=slots_T,
+        )  # fmt: skip
 
     def _within_groups(self, merits_TE: torch.Tensor) -> torch.Tensor:
         """The merits, with -inf for the experts of groups that are not chosen: float32 [T, E]."""

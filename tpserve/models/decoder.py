@@ -22,7 +22,6 @@ from tpserve.config.schema import Quantization
 from tpserve.errors import UserError
 from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter
-from tpserve.layers.moe import MoE
 from tpserve.layers.packing import LoadedWeights, Packer
 from tpserve.layers.rope import RotaryPositions, tables
 from tpserve.models.held_bytes import held_bytes
@@ -35,11 +34,12 @@ from tpserve.quant.matmul import matmul, pad_rows
 from tpserve.quant.packed import PackedWeight, Table, Weight, pack
 from tpserve.quant.product import Product, of_weight
 from tpserve.quant.weight_memory import PRIVATE, WeightMemory
-from tpserve.sampler.logits import Logits, UnwrittenLogits, WrittenLogits
+from tpserve.sampler.logits import CardLogits, Logits, UnwrittenLogits, WrittenLogits
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter
 from tpserve_kernels.cpu.library import serves
+from tpserve_kernels.sampler_types import RawLogits
 
 
 class Decoder:
@@ -81,7 +81,9 @@ class Decoder:
         self._embedding: Table | None = shard.optional(outer.embedding)
         self._project_in: Weight | None = shard.optional(outer.project_in)
         self._positions = shard.optional(outer.positions)
-        self._blocks = [shard.block(layer) for layer in layout.layers_of(stage)]
+        expert_load = _expert_load(spec, layout.layers_of(stage), device)
+        self.expert_load = expert_load if expert_load.layers else None
+        self._blocks = [shard.block(layer, expert_load) for layer in layout.layers_of(stage)]
         self._cache_groups = [_cache_group(spec, layer) for layer in layout.layers_of(stage)]
         self._norm = shard.norm(outer.final_norm)
         self._project_out: Weight | None = shard.optional(outer.project_out)
@@ -90,9 +92,6 @@ class Decoder:
         self._parameters = shard.parameters
         self._native: NativeStage | None = None
         self.runs_as_list, self.form = False, "operations of torch"
-        layers = zip(layout.layers_of(stage), (block.mlp for block in self._blocks), strict=True)
-        counts = {layer: mlp.expert_load for layer, mlp in layers if isinstance(mlp, MoE)}
-        self.expert_load = ExpertLoadCounter(list(counts), list(counts.values())) if counts else None
 
     def parameters(self) -> list[Parameter]:
         """The parameters that a loader must fill; `prepack` empties the list."""
@@ -211,15 +210,21 @@ class Decoder:
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Last stage: the logits of `hidden_SH` over this rank's vocabulary shard, float32 [S, V]."""
-        logits_SV, cap = self._logits(hidden_SH).written(), self.spec.logits_cap
-        return logits_SV if cap is None else logits_SV.div_(cap).tanh_().mul_(cap)
+        return self.head(hidden_SH).written()
 
     def head(self, hidden_SH: torch.Tensor) -> Logits:
         """Last stage: the same logits for a draw, which need not be written."""
-        return self._logits(hidden_SH) if self.spec.logits_cap is None else WrittenLogits(self.logits(hidden_SH))
+        logits, cap = self._logits(hidden_SH), self.spec.logits_cap
+        if cap is None or isinstance(logits, CardLogits):
+            return logits
+        return WrittenLogits(logits.written().div_(cap).tanh_().mul_(cap))
+
+    def of_raw(self, values_SV: torch.Tensor) -> CardLogits:
+        """The logits that the head's `values_SV` stand for."""
+        return CardLogits(RawLogits(values_SV, self.spec.logits_scale, self.spec.logits_cap))
 
     def _logits(self, hidden_SH: torch.Tensor) -> Logits:
-        """The logits before their cap. The library of CPU kernels does not round them to the model's dtype."""
+        """The logits, on the CPU before their cap. The library of CPU kernels does not round them to the model's dtype."""
         assert self._head is not None, "only the last stage has logits"
         if self._norm is not None:
             hidden_SH = self._norm(hidden_SH)
@@ -230,8 +235,19 @@ class Decoder:
         if isinstance(self._head, Int8Weight):
             logits_SV = self._head.product(hidden_SH, out_dtype=torch.float32)
         else:
-            logits_SV = matmul(hidden_SH, self._head).float()
+            logits_SV = matmul(hidden_SH, self._head)
+        if logits_SV.is_cuda:
+            return self.of_raw(logits_SV)
+        logits_SV = logits_SV.float()
         return WrittenLogits(logits_SV * self.spec.logits_scale if self.spec.logits_scale != 1 else logits_SV)
+
+
+def _expert_load(spec: ModelSpec, layers: range, device: torch.device) -> ExpertLoadCounter:
+    """A counter for those of `layers` that have experts."""
+    experts = spec.experts
+    if experts is None:
+        return ExpertLoadCounter((), 0, device)
+    return ExpertLoadCounter([layer for layer in layers if layer in experts.layers], experts.count, device)
 
 
 def _cache_group(spec: ModelSpec, layer: int) -> int:

@@ -8,6 +8,7 @@ from tpserve.attention.paged import AttentionParams, KVLayout
 from tpserve.layers import activation
 from tpserve.layers.attention import Attention
 from tpserve.layers.block import Block
+from tpserve.layers.expert_load import ExpertLoadCounter
 from tpserve.layers.mla import LatentAttention, QueryUpProj
 from tpserve.layers.mlp import MLP
 from tpserve.layers.moe import Experts, MoE
@@ -59,8 +60,8 @@ class Shard:
         """A norm of the residual stream where one is declared."""
         return None if declared is None else self._norm(declared)
 
-    def block(self, layer: int) -> Block:
-        """Layer number `layer` of the whole model."""
+    def block(self, layer: int, expert_load: ExpertLoadCounter) -> Block:
+        """Layer number `layer` of the whole model. Its experts count their tokens in `expert_load`."""
         declared = self.weights.layer(layer)
         attention, mlp = declared.attention, declared.mlp
         return Block(
@@ -68,7 +69,7 @@ class Shard:
             attention_norm=self._norm(declared.attention_norm),
             attention=self._attention(attention) if isinstance(attention, AttentionWeights) else self._latent(attention),
             mlp_norm=self._norm(declared.mlp_norm),
-            mlp=self._mlp(mlp) if isinstance(mlp, MLPWeights) else self._moe(mlp),
+            mlp=self._mlp(mlp) if isinstance(mlp, MLPWeights) else self._moe(mlp, expert_load.of(layer)),
             residual_scale=self.spec.residual_scale,
             attention_out_norm=self.norm(declared.attention_out_norm),
             mlp_out_norm=self.norm(declared.mlp_out_norm),
@@ -147,7 +148,7 @@ class Shard:
             tp=self._tp,
         )
 
-    def _moe(self, declared: MoEWeights) -> MoE:
+    def _moe(self, declared: MoEWeights, expert_load_E: torch.Tensor) -> MoE:
         experts = self.spec.experts
         assert experts is not None, "a layer with experts"
         return MoE(
@@ -155,7 +156,7 @@ class Shard:
             routing=Routing(experts.routing, self.optional(declared.router_bias, torch.float32)),
             experts=self._experts(declared, experts),
             shared=None if declared.shared is None else self._mlp(declared.shared),
-            expert_load=torch.zeros(experts.count, dtype=torch.int64, device=self._device),
+            expert_load=expert_load_E,
             tp=self._tp,
         )
 

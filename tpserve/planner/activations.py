@@ -17,6 +17,8 @@ STATE_BYTES = 64 << 20
 """The most that a cache group's plan keeps of contexts that several programs walk: `MAX_STATE_BYTES` of the kernels."""
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
+ROUTER_SEGMENT = 512
+"""Channels of a term of the router's logits (`tpserve_kernels.router.SEGMENT`)."""
 
 
 def activation_bytes(spec: ModelSpec, layout: ParallelLayout, rank: int, rows: int, item: int) -> int:
@@ -61,10 +63,12 @@ def _feed_forward(spec: ModelSpec, layout: ParallelLayout, tp_rank: int, item: i
     if experts is None:
         return mlp(spec.intermediate_size)
     size = experts.size if layout.expert_parallel else len(split(experts.size, layout.tp, MLP_UNIT, what="MLP channels")[tp_rank])
-    pair = max(3 * size * item, 2 * size * item + spec.hidden_size * (item + FLOAT_BYTES)) + spec.hidden_size * item
-    mixture = (
-        experts.routing.num_active * (pair + 6 * INDEX_BYTES) + experts.count * 6 * FLOAT_BYTES + spec.hidden_size * FLOAT_BYTES
+    num_active, stream = experts.routing.num_active, spec.hidden_size * item
+    outputs = num_active * stream
+    routed = -(-spec.hidden_size // ROUTER_SEGMENT) * (experts.count + experts.shared_gate) * FLOAT_BYTES
+    shared = mlp(experts.shared_size) if experts.shared_size else 0
+    mixture = num_active * 4 * FLOAT_BYTES + max(
+        routed, num_active * 3 * size * item, num_active * size * item + outputs, outputs + max(shared, 2 * stream)
     )
-    shared = mlp(experts.shared_size) + 2 * spec.hidden_size * FLOAT_BYTES if experts.shared_size else 0
     dense = mlp(spec.intermediate_size) if len(experts.layers) < spec.num_layers else 0
-    return max(mixture, shared, dense)
+    return max(mixture, dense)

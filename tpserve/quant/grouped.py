@@ -3,7 +3,7 @@
 One kernel on CUDA and in the library of CPU kernels; without that one product per matrix.
 Invariant on the CPU: the bits of a row do not depend on the other rows, of its own group or others (docs/numerics.md).
 
-Legend: R or T rows, E groups or heads, K inner channels, N outputs.
+Legend: T rows, R rows sorted by group, E groups or heads, K inner channels, N outputs.
 """
 
 import torch
@@ -15,18 +15,24 @@ from tpserve_kernels.cpu import product
 
 
 def grouped_matmul(
-    x_RK: torch.Tensor, stack_ENK: Stack, ends_E: torch.Tensor, bias_EN: torch.Tensor | None = None
+    x_TK: torch.Tensor,
+    stack_ENK: Stack,
+    ends_E: torch.Tensor,
+    bias_EN: torch.Tensor | None = None,
+    tokens_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x[r] @ stack[e].T + bias[e], where e is the group of row r: [R, N] in the dtype of `x`.
+    """x[tokens[r]] @ stack[e].T + bias[e], where e is the group of row r: [R, N] in the dtype of `x`.
 
     Source: MegaBlocks (Gale et al. 2022, arXiv:2211.15841). `x` and `stack` have one dtype. `ends_E`: int32, ascending; group e
-    has the rows [ends_E[e - 1], ends_E[e]). Rows from ends_E[-1] on are undefined. AssertionError for a packed stack on CUDA.
+    has the rows [ends_E[e - 1], ends_E[e]). Rows from ends_E[-1] on are undefined. `tokens_R`: integers (int32 on CUDA), None for
+    row r of `x`. AssertionError for a packed stack on CUDA.
     """
-    if x_RK.is_cuda:
+    if x_TK.is_cuda:
         from tpserve_kernels import grouped
 
         assert isinstance(stack_ENK, torch.Tensor), "nothing is packed on CUDA"
-        return grouped.grouped_matmul(x_RK, stack_ENK, ends_E, bias_EN)
+        return grouped.grouped_matmul(x_TK, stack_ENK, ends_E, bias_EN, tokens_R)
+    x_RK = x_TK if tokens_R is None else x_TK[tokens_R]
     if isinstance(stack_ENK, PackedStack):
         bias_EN = None if bias_EN is None else bias_EN.float()
         return product.grouped_product(x_RK, stack_ENK.blob_EB, stack_ENK.shape[1], ends_E, bias_EN)

@@ -49,7 +49,7 @@ class GraphOutput:
     hidden_BH: torch.Tensor
     """The residual stream"""
     logits_BV: torch.Tensor | None
-    """Of this rank's vocabulary, on the last stage"""
+    """What the LM head gave, of this rank's vocabulary, on the last stage"""
     drawn_B: torch.Tensor | None
     """The tokens, on the last stage"""
 
@@ -82,8 +82,8 @@ class DecodeGraphs:
         self.buckets = buckets_up_to(len(request_pool.params))
         most, hidden, device = self.buckets[-1], decoder.spec.hidden_size, request_pool.tokens.device
         self._hidden_BH = None if first_stage else torch.zeros(most, hidden, dtype=decoder.dtype, device=device)
-        vocab = 0 if sampler_stage is None else max(len(shard) for shard in decoder.vocab_shards)
-        self._logits_BV = torch.empty(most, vocab, dtype=torch.float32, device=device)
+        vocab = 0 if sampler_stage is None else len(sampler_stage.vocab)
+        self._logits_BV = torch.empty(most, vocab, dtype=decoder.dtype, device=device)
         """Shared by the graphs: each would keep its own."""
         self._graphs: dict[int, _Graph] = {}
 

@@ -1,0 +1,93 @@
+"""Mixtures on the simulated card: the launches of a layer, and graphs of it, whose padding goes to no expert."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from tests.card.engine import CARD, TINY
+from tests.card.simulated import SimulatedCard
+from tests.card.tensors import DeviceTensor
+from tpserve.layers.moe import MoE
+from tpserve.models.decoder import Decoder
+from tpserve.parallel.group import Group
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.model_spec import CacheGroup, ExpertsSpec, RoutingSpec
+from tpserve.weights.dummy import dummy
+
+QWEN = ExpertsSpec(5, 16, RoutingSpec(2, renormalise=True), layers=(0,))
+DEEPSEEK = ExpertsSpec(
+    6, 16, RoutingSpec(3, "sigmoid", "choice", num_groups=3, num_top_groups=2, group_best=2, scale=2.5), (0,), shared_size=16
+)
+LAUNCHES = ["_router_kernel", "_route_kernel", "_permute_kernel", "_grouped_kernel", "_gated_kernel", "_grouped_kernel"]
+SHARED = ["mm", "_gated_kernel", "mm"]
+
+
+@pytest.fixture
+def card() -> Iterator[SimulatedCard]:
+    with SimulatedCard() as card:
+        yield card
+
+
+def mixture(experts: ExpertsSpec) -> MoE:
+    spec = replace(TINY, num_layers=1, experts=experts, cache=(CacheGroup((0,)),))
+    decoder = Decoder(spec, ParallelLayout(1, 1, (1,)), 0, Group(), torch.float32, CARD, 64)
+    dummy(decoder.parameters())
+    (block,) = decoder._blocks
+    assert isinstance(block.mlp, MoE)
+    return block.mlp
+
+
+def host(x: torch.Tensor) -> torch.Tensor:
+    assert isinstance(x, DeviceTensor)
+    return x.host.clone()
+
+
+@pytest.mark.parametrize(("experts", "shared"), [(QWEN, []), (DEEPSEEK, SHARED)], ids=["qwen", "deepseek"])
+def test_launches_of_a_layer(card: SimulatedCard, experts: ExpertsSpec, shared: list[str]) -> None:
+    """Seven beside those of attention, the norms and a shared expert, of one row and of many."""
+    layer = mixture(experts)
+    for rows in (1, 3):
+        x_TH, slots_T = torch.ones(rows, 32, device=CARD), torch.arange(rows, device=CARD)
+        with card.recording() as record:
+            layer(x_TH, slots_T)
+        assert record.launches == [*LAUNCHES, *shared, "_combine_kernel"]
+        assert not record.waits and not record.to_device and not record.to_host
+
+
+def test_the_counts_of_all_layers_are_one_copy(card: SimulatedCard) -> None:
+    spec = replace(TINY, experts=replace(QWEN, layers=(0, 1)))
+    counts = Decoder(spec, ParallelLayout(1, 1, (2,)), 0, Group(), torch.float32, CARD, 64).expert_load
+    assert counts is not None
+    counts.of(1)[3] += 7
+    with card.recording() as record:
+        counts.publish()
+    assert record.to_host == ["pinned"] and not record.launches and not record.allocations
+    card.finish()
+    assert counts.read() == bytes(8 * 8) + (7).to_bytes(8, "little") + bytes(8)
+
+
+@pytest.mark.parametrize("experts", [QWEN, DEEPSEEK], ids=["qwen", "deepseek"])
+def test_a_replay_routes_what_is_there_now(card: SimulatedCard, experts: ExpertsSpec) -> None:
+    """A replay equals an eager step of the real rows alone, in its rows and in what it counts; padding counts nothing."""
+    layer, bucket, results = mixture(experts), 3, []
+    x_TH, slots_T = torch.zeros(bucket, 32, device=CARD), torch.full((bucket,), -1, device=CARD)
+    replay = card.capture(lambda: results.append(layer(x_TH, slots_T)))
+    assert not host(layer.expert_load).any(), "a capture has padding alone"
+    for seed, rows in enumerate((2, 0, 3)):
+        x = torch.randn(bucket, 32, generator=torch.Generator().manual_seed(seed))
+        x[rows:] = torch.nan
+        x_TH.copy_(x.pin_memory(), non_blocking=True)
+        slots_T.copy_(torch.tensor([16 * row if row < rows else -1 for row in range(bucket)]).pin_memory(), non_blocking=True)
+        before = host(layer.expert_load)
+        replay()
+        counted = host(layer.expert_load) - before
+        assert counted.sum() == rows * experts.routing.num_active and not host(results[0])[rows:].any()
+        if rows:
+            alone = layer(x_TH[:rows], slots_T[:rows])
+            if layer.shared is None:
+                assert torch.equal(host(alone), host(results[0])[:rows])
+            else:  # whose products are the library's
+                torch.testing.assert_close(host(alone), host(results[0])[:rows])
+            assert torch.equal(host(layer.expert_load) - before, 2 * counted)
