@@ -8,7 +8,7 @@ from pathlib import Path
 
 HOPPER_SHARED_BYTES = 227 * 1024
 PRODUCTS = ("attention_kernel", "_grouped_kernel")
-STACK_BYTES = {"attention_kernel": 1100}
+STACK_BYTES = {"attention_kernel": 1100, "_router_kernel": 8}
 """Of a thread. Attention keeps its state there while it walks a segment (latents: 1080), not in the loop over tiles."""
 OF_A_DECODE_STEP = {"_place_heads_kernel", "plan_kernel", "attention_kernel", "merge_kernel"}
 EXACT = {
