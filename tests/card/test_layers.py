@@ -16,8 +16,8 @@ from tpserve.types.model_spec import CacheGroup, LatentSpec, RopeSpec
 from tpserve.weights.dummy import dummy
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
-    "max_position": 4096,
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+    "head_dim": 16, "max_position": 4096,
 }  # fmt: skip
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 ATTEND = ["attention_kernel", "merge_kernel"]
