@@ -114,12 +114,12 @@ class AttentionPlan:
     @property
     def parts(self) -> int:
         """Tiles that share the query heads of a key head."""
-        return triton.cdiv(self.num_heads // self.num_kv_heads, self.tile.m)
+        return int(triton.cdiv(self.num_heads // self.num_kv_heads, self.tile.m))
 
     @property
     def share(self) -> int:
         """Query heads of a tile."""
-        return triton.cdiv(self.num_heads // self.num_kv_heads, self.parts)
+        return int(triton.cdiv(self.num_heads // self.num_kv_heads, self.parts))
 
     @property
     def tile_tokens(self) -> int:

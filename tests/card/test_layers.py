@@ -70,7 +70,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize(("fields", "layer"), FAMILIES.values(), ids=FAMILIES.keys())
 def test_launches_of_a_layer(fields: dict[str, Any], layer: list[str]) -> None:
-    found = launches((1, 1, 1), **fields)
+    found = launches((1, 1), **fields)
     plan = found.index("plan_kernel")
     assert found[plan + 1 :] == [*layer, *layer, "add"] and found.count("plan_kernel") == 1
     assert len(layer) <= (10 if layer is not LATENT else 14)

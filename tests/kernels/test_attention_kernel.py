@@ -149,10 +149,9 @@ SPLITS = {
 }
 
 
-@pytest.mark.usefixtures("every_row_alike")
 @pytest.mark.parametrize("case", SPLITS.values(), ids=SPLITS.keys())
 def test_bits_do_not_depend_on_the_split_or_the_grid(case: PagedCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No room for states, room for some, other grids: other items, one result."""
+    """No room for states, room for some, other grids: other items, one result. A row keeps its place in its tile."""
     arguments, scoring = case.arguments(DEVICE), case.scoring(DEVICE)
     expected, splits = attend(*arguments, **scoring), set()
     for processors, state_bytes in ((30, 64 << 20), (30, 0), (30, 4000)):
