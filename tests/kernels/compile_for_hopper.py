@@ -66,8 +66,8 @@ def compile_instead_of_launch(self: Any, grid: tuple[int, ...]) -> Callable[...,
         registers, stack = resources(kernel.asm["cubin"])
         ptx = kernel.asm["ptx"]
         line = {
-            "name": self.__name__, "dtype": dtype, "variant": kernel.hash, "shared": kernel.metadata.shared, "registers": registers,
-            "stack": stack, "wgmma": "wgmma" in ptx, "sizes": only_sizes_differ,
+            "name": self.__name__, "dtype": dtype, "variant": kernel.hash, "shared": kernel.metadata.shared,
+            "registers": registers, "stack": stack, "wgmma": "wgmma" in ptx, "sizes": only_sizes_differ,
             "exact": not any(word in ptx for word in (".approx", ".ftz", "fma.", ".full")),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
@@ -102,29 +102,31 @@ def attend(
 
 
 def decode(num_requests: int, width: int) -> None:
-    """What stands between the products of a layer in a decode step, as its metadata has it in one packed buffer, at any offset."""
+    """What stands between the products of a layer in a decode step. Integers are in packed buffers, at any offset."""
     dtype, (num_heads, num_kv, dim) = torch.bfloat16, (32, 8, 128)
     integers = torch.zeros(1 + 3 * num_requests + num_requests * width, dtype=torch.int32)
     rows, starts, contexts, tables = integers.split((num_requests, num_requests + 1, num_requests, num_requests * width))
     longs = torch.zeros(1 + 2 * num_requests, dtype=torch.int64)[1:]
-    qkv = torch.zeros(num_requests, num_heads + 2 * num_kv, dim, dtype=dtype).tensor_split((num_heads, num_heads + num_kv), dim=1)
-    caches = [torch.zeros(128, 64, num_kv, dim, dtype=dtype) for _ in range(2)]
+    qkv = torch.zeros(num_requests, num_heads + 2 * num_kv, dim, dtype=dtype)
+    q, k, v = qkv.tensor_split((num_heads, num_heads + num_kv), dim=1)
+    k_cache, v_cache = (torch.zeros(128, 64, num_kv, dim, dtype=dtype) for _ in range(2))
+    slots_of = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     angles = torch.zeros(64, 64)
     slots, positions = longs.split(num_requests)
-    q = heads.place_heads(*qkv, *(cache.flatten(0, 1) for cache in caches), slots, rotation=Rotation(positions, angles, angles))
+    q = heads.place_heads(q, k, v, *slots_of, slots, rotation=Rotation(positions, angles, angles))
     requests = PagedRequests(tables.view(num_requests, width), rows, starts, contexts, num_requests, 1)
-    attention.paged_attention(q, *caches, plan_attention(requests, num_heads, caches[1]), 0.1)
+    attention.paged_attention(q, k_cache, v_cache, plan_attention(requests, num_heads, v_cache), 0.1)
 
 
 def place(
     num_heads: int, num_kv: int, dim: int, dtype: torch.dtype, angles: int, *, bias: bool = False, norm: bool = False
 ) -> None:
     qkv = torch.zeros(4, num_heads + 2 * num_kv, dim, dtype=dtype)
-    caches = [torch.zeros(64, num_kv, dim, dtype=dtype) for _ in range(2)]
+    cache = torch.zeros(64, num_kv, dim, dtype=dtype)
     rotation = Rotation(torch.arange(4), torch.zeros(64, angles), torch.zeros(64, angles)) if angles else None
     norms = HeadNorms(qkv[0, 0], qkv[0, 1], 1e-5) if norm else None
-    rows = qkv.tensor_split((num_heads, num_heads + num_kv), dim=1)
-    heads.place_heads(*rows, *caches, torch.arange(4), norms, rotation, qkv[0].flatten() if bias else None)
+    q, k, v = qkv.tensor_split((num_heads, num_heads + num_kv), dim=1)
+    heads.place_heads(q, k, v, cache, cache, torch.arange(4), norms, rotation, qkv[0].flatten() if bias else None)
 
 
 def place_latents(num_heads: int, dtype: torch.dtype) -> None:
