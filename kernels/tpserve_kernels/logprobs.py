@@ -28,6 +28,8 @@ from tpserve_kernels.sampler_types import RawLogits
 
 PART = 4096
 """Vocabulary ids of a part."""
+FEW_KEYS = 20
+"""Up to so many keys of a part are read by one compiled kernel."""
 NO_KEY = -(1 << 63)
 """A key below every real one."""
 MASS_ONE = 2.0**40
@@ -78,7 +80,7 @@ def from_parts(
     id_Sn = torch.empty(rows, num_top, dtype=torch.int64, device=device)
     _from_parts_kernel[(rows,)](
         keys_PSCn, masses_PSC2, chosen_S, id_Sn, top_Sn, rows, parts, num_parts, num_keys, num_top, NO_KEY=NO_KEY,
-        MASS_ONE=MASS_ONE, PARTS=triton.next_power_of_2(parts), KEYS=triton.next_power_of_2(parts * num_keys), num_warps=4,
+        MASS_ONE=MASS_ONE, PARTS=triton.next_power_of_2(parts), KEYS=triton.next_power_of_2(parts * max(num_keys, FEW_KEYS)), num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     return chosen_S, id_Sn, top_Sn
@@ -157,7 +159,7 @@ def _from_parts_kernel(
     mass = tl.sum(tl.load(masses_ptr + at * 2, mask=part < parts, other=0), 0)
     chosen = _logit(tl.max(tl.load(masses_ptr + at * 2 + 1, mask=part < parts, other=NO_KEY), 0))
     number = tl.arange(0, KEYS)
-    part = number // num_keys
+    part = number // num_keys  # from `parts` on there are none
     at = ((part // num_parts * rows + row) * num_parts + part % num_parts) * num_keys + number % num_keys
     key = tl.load(keys_ptr + at, mask=part < parts, other=NO_KEY)
     lse = _logit(tl.max(key, 0)).to(tl.float64) + log64(mass.to(tl.float64) * (1.0 / MASS_ONE))

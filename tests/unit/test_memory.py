@@ -46,9 +46,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryLedger]:
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: HELD + CACHED)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: HELD)
         monkeypatch.setattr(devices, "describe_memory", lambda _: "")
-        mesh = SimpleNamespace(device=torch.device("cuda", 0), rank=0, layout=ParallelLayout(1, 1, (4,)), world=Group())
+        mesh = SimpleNamespace(device=torch.device("cuda", 0), rank=0, layout=ParallelLayout(1, 1, (4,)), world=Group(), tp=Group())
         decoder = SimpleNamespace(spec=SPEC, dtype=torch.bfloat16, kv_layout=KVLayout(2, 8, 8))
         monkeypatch.setattr(memory, "_ProfileRun", lambda *_: None)
+        monkeypatch.setattr(memory, "_graph_bytes", lambda _: 0)
         no_slots = cast(Any, lambda _: None)
         found = memory.measure(cast(Any, decoder), cast(Any, mesh), no_slots, resolved(line), sharers, weights=20_000_000)
         return found[1][0]

@@ -20,6 +20,7 @@ from tpserve.models.decoder import Decoder
 from tpserve.models.param_count import cache_arrays_of, num_arrays
 from tpserve.models.weight_bytes import weight_bytes
 from tpserve.parallel.mesh import Mesh
+from tpserve.sampler.filters import Filters, GrammarMask, apply
 from tpserve.types.messages import MemoryLedger
 from tpserve.types.model_spec import ModelSpec
 from tpserve.types.packed import pack
@@ -246,6 +247,14 @@ class _ProfileRun:
             for plan in (self._scoring_plan(), self._redraw_plan(), self._sampling_plan(PLAIN), self._sampling_plan(FILTERED)):
                 chunks = self._update(plan)
                 self._sampler_stage.run(self._hidden(chunks.num_rows), plan, chunks)
+            self._mask()
+
+    def _mask(self) -> None:
+        """The mask of a grammar, of which this run has none."""
+        device, width = self._mesh.device, self._decoder.vocab_shards[-1].stop
+        bits = torch.full((1, -(-width // 32)), -1, dtype=torch.int32, device=device)
+        zero, logits = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, width, device=device)
+        apply(logits, Filters(zero, grammar=GrammarMask(zero, bits)), logits[:, 0], zero, self._request_pool.tokens, zero)
 
     @torch.inference_mode()
     def graphs(self, capture: Capture) -> DecodeGraphs:
