@@ -42,9 +42,7 @@ def gelu_tanh_mul_reference(gate_up_TI2: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.gelu(gate_TI, approximate="tanh") * up_TI).to(gate_up_TI2.dtype)
 
 
-def clamped_swiglu(
-    gate_up_TI2: torch.Tensor, alpha: float, limit: float, num_rows: torch.Tensor | None = None
-) -> torch.Tensor:
+def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float, num_rows: torch.Tensor | None = None) -> torch.Tensor:
     """y[t, i] = gate * sigmoid(alpha * gate) * (up + 1) with gate = min(gate_up[t, i], limit) and up = gate_up[t, I + i]
     clamped to [-limit, limit]; the rest as for `silu_mul`.
     """

@@ -90,7 +90,8 @@ def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
         "scores": "sigmoid", "bias": "choice", "bias_E": torch.zeros(256), "num_groups": 8, "num_top_groups": 4,
         "group_best": 2, "renormalise": True, "scale": 2.5,
     }  # fmt: skip
-    for experts, active, hidden, kind, shared in ((128, 8, 2048, qwen, 0), (32, 4, 2880, gpt_oss, 0), (256, 8, 7168, deepseek, 1)):
+    layers = ((128, 8, 2048, qwen, 0), (32, 4, 2880, gpt_oss, 0), (256, 8, 7168, deepseek, 1))
+    for experts, active, hidden, kind, shared in layers:
         if experts not in counts:
             continue
         x = torch.zeros(4, hidden, dtype=dtype)
@@ -103,8 +104,8 @@ def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
         gate_up = grouped.grouped_matmul(x[:, :64], up, ends, bias, tokens)
         activation.silu_mul(gate_up, ends[-1:])
         grouped.grouped_matmul(gate_up[:, :64], up, ends, bias)
-        beside = (x, gate) if shared else (None, None)
-        combination.combine(torch.zeros(4 * active, hidden, dtype=dtype), rows, weights, *beside, padding)
+        out = torch.zeros(4 * active, hidden, dtype=dtype)
+        combination.combine(out, rows, weights, x if shared else None, gate if shared else None, padding)
 
 
 if __name__ == "__main__":

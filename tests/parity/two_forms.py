@@ -23,8 +23,12 @@ from tpserve.weights.dummy import dummy
 from tpserve_kernels import combination, grouped, permutation, router, routing
 
 MIXTURE_OPS = (
-    (router, "router_logits"), (routing, "route"), (permutation, "permute"), (grouped, "grouped_matmul"), (combination, "combine"),
-)  # fmt: skip
+    (router, "router_logits"),
+    (routing, "route"),
+    (permutation, "permute"),
+    (grouped, "grouped_matmul"),
+    (combination, "combine"),
+)
 MIXTURE = ExpertsSpec(
     5, 48, RoutingSpec(2, bias="logits", renormalise=True), layers=(0, 1), bias=True, clamped=ClampedSwiglu(alpha=1.3, limit=0.7)
 )
@@ -96,7 +100,8 @@ def main(other: str) -> None:
             else:
                 torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
                 with ExitStack() as stack:
-                    of_experts = [stack.enter_context(patch.object(room, op, wraps=getattr(room, op))) for room, op in MIXTURE_OPS]
+                    spies = [patch.object(room, op, wraps=getattr(room, op)) for room, op in MIXTURE_OPS]
+                    of_experts = [stack.enter_context(spy) for spy in spies]
                     got = logits(model)
                 del torch.Tensor.is_cuda
                 assert {op.called for op in of_experts} == {spec(family, dtype).experts is not None}, "experts have kernels, too"

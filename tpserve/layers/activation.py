@@ -44,9 +44,7 @@ def gelu_tanh_mul(gate_up_TI2: torch.Tensor, num_rows: torch.Tensor | None = Non
     return _gated(gate_up_TI2, _gelu_exponent)
 
 
-def clamped_swiglu(
-    gate_up_TI2: torch.Tensor, alpha: float, limit: float, num_rows: torch.Tensor | None = None
-) -> torch.Tensor:
+def clamped_swiglu(gate_up_TI2: torch.Tensor, alpha: float, limit: float, num_rows: torch.Tensor | None = None) -> torch.Tensor:
     """SwiGLU of gpt-oss (model card 2025, arXiv:2508.10925): gate / (1 + exp(-alpha gate)) * (up + 1), [T, 2 I] -> [T, I].
 
     The first half of a row is the gate, at most `limit`; the second is up, clamped to [-limit, limit].
