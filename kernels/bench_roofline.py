@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 import triton
 
-from tpserve_kernels import activation, attention, kv, norm, rope
+from tpserve_kernels import activation, attention, heads, norm
+from tpserve_kernels.attention_plan import PagedRequests, plan_attention
+from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
 
 DTYPE = torch.bfloat16
 HIDDEN, INTERMEDIATE, PAGE = 4096, 14336, 16
@@ -82,10 +84,11 @@ def random(device: str, *shape: int) -> torch.Tensor:
 def row_cases(device: str, num_rows: int) -> list[Case]:
     """The kernels that work row by row, on bfloat16."""
     num_heads, num_kv_heads, head_dim = HEADS
-    num_qkv = (num_heads + num_kv_heads) * head_dim
+    num_qkv = (num_heads + 2 * num_kv_heads) * head_dim
     weight = random(device, HIDDEN)
     cos, sin = torch.rand(2, 4096, head_dim // 2, device=device)
-    positions = torch.arange(num_rows, device=device) % 4096
+    rotation = Rotation(torch.arange(num_rows, device=device) % 4096, cos, sin)
+    norms = HeadNorms(weight[:head_dim], weight[:head_dim], 1e-5)
     slots = torch.randperm(-(-num_rows // PAGE) * PAGE, device=device)[:num_rows]
 
     def rms_norm() -> Call:
@@ -100,22 +103,18 @@ def row_cases(device: str, num_rows: int) -> list[Case]:
         x = random(device, num_rows, 2 * INTERMEDIATE)
         return lambda: activation.silu_mul(x)
 
-    def apply_rope() -> Call:
-        q, k = random(device, num_rows, num_heads, head_dim), random(device, num_rows, num_kv_heads, head_dim)
-        return lambda: rope.apply_rope(q, k, cos, sin, positions)
-
-    def write_kv() -> Call:
-        k, v = random(device, num_rows, num_kv_heads, head_dim), random(device, num_rows, num_kv_heads, head_dim)
-        caches = [random(device, -(-num_rows // PAGE), PAGE, num_kv_heads, head_dim) for _ in range(2)]
-        return lambda: kv.write_kv(k, v, caches[0], caches[1], slots)
+    def place_heads() -> Call:
+        packed = random(device, num_rows, num_heads + 2 * num_kv_heads, head_dim)
+        qkv = packed.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
+        caches = [random(device, -(-num_rows // PAGE) * PAGE, num_kv_heads, head_dim) for _ in range(2)]
+        return lambda: heads.place_heads(*qkv, *caches, slots, norms, rotation)
 
     row = 2 * num_rows
     return [
         Case("rms_norm", f"{num_rows} x {HIDDEN}", row * 2 * HIDDEN, 0, rms_norm),
         Case("add_rms_norm", f"{num_rows} x {HIDDEN}", row * 4 * HIDDEN, 0, add_rms_norm),
         Case("silu_mul", f"{num_rows} x 2 x {INTERMEDIATE}", row * 3 * INTERMEDIATE, 0, silu_mul),
-        Case("apply_rope", f"{num_rows} x {num_heads}+{num_kv_heads} x {head_dim}", row * 2 * num_qkv, 0, apply_rope),
-        Case("write_kv", f"{num_rows} x 2 x {num_kv_heads} x {head_dim}", row * 4 * num_kv_heads * head_dim, 0, write_kv),
+        Case("place_heads", f"{num_rows} x {num_heads}+2x{num_kv_heads} x {head_dim}", row * 2 * num_qkv, 0, place_heads),
     ]
 
 
@@ -137,6 +136,7 @@ def attention_case(
     num_rows = sum(query_lens)
     starts = torch.tensor([0, *itertools.accumulate(query_lens)], dtype=torch.int32, device=device)
     contexts = torch.tensor(context_lens, dtype=torch.int32, device=device)
+    table_rows = torch.arange(len(requests), dtype=torch.int32, device=device)
 
     def make() -> Call:
         tables = torch.zeros(len(requests), max(num_blocks), dtype=torch.int32, device=device)
@@ -146,9 +146,10 @@ def attention_case(
         q = random(device, num_rows, num_heads, head_dim)
         k_cache = random(device, sum(num_blocks), PAGE, num_kv_heads, head_dim)
         v_cache = torch.randn_like(k_cache) if latent is None else k_cache[..., :latent]
-        args = (q, k_cache, v_cache, tables, starts, contexts, max(query_lens), head_dim**-0.5)
+        where = PagedRequests(tables, table_rows, starts, contexts, num_rows, max(query_lens), window)
+        plan = plan_attention(where, num_heads, v_cache)  # once for all layers: not a part of a call
         sinks = None if window is None else torch.randn(num_heads, device=device)
-        return lambda: attention.paged_attention(*args, window=window, sinks_N=sinks)
+        return lambda: attention.paged_attention(q, k_cache, v_cache, plan, head_dim**-0.5, sinks_N=sinks)
 
     if window is None:
         pairs = sum(query * context - query * (query - 1) // 2 for query, context in requests)  # of row and position
@@ -175,6 +176,7 @@ def cases(device: str, smoke: bool) -> list[Case]:
         *(case for num_rows in (1, 256, 8192) for case in row_cases(device, num_rows)),
         attention_case(device, "decode 1 at 8k", HEADS, [(1, 8192)]),
         attention_case(device, "decode 1 at 128k", HEADS, [(1, 131072)]),
+        attention_case(device, "decode 64 at 1k with 1 at 128k", HEADS, [*[(1, 1024)] * 64, (1, 131072)]),
         attention_case(device, "decode 64 at 2k", HEADS, [(1, 2048)] * 64),
         attention_case(device, "decode 256 at 1k", HEADS, [(1, 1024)] * 256),
         attention_case(device, "decode 64 at 4k, 1 of 8 ranks", RANK_HEADS, [(1, 4096)] * 64),

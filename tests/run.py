@@ -26,9 +26,9 @@ LINT = (
     ("mypy",),
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "unit": (660, ("unit", "scheduling", "simulation", "architecture")),
+    "unit": (630, ("unit", "scheduling", "simulation", "architecture")),
     "parity": (450, ("parity",)),
-    "kernels": (300, ("kernels",)),
+    "kernels": (330, ("kernels", "card")),
     "http": (155, ("http",)),
     "cluster": (900, ("cluster",)),
     "crash": (110, ("crash",)),

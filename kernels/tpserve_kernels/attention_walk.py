@@ -30,7 +30,7 @@ def _output(peak, total, acc, sinks_ptr, head, HEADS: tl.constexpr, SINKS: tl.co
         decay = tl.exp2(peak - higher)
         total = total * decay + tl.exp2(sink - higher)
         acc = acc * tl.expand_dims(decay, -1)
-    return acc / tl.expand_dims(total, -1)
+    return tl.where(tl.expand_dims(total, -1) > 0, acc / tl.expand_dims(total, -1), 0.0)  # nothing seen: zeros
 
 
 @triton.jit
@@ -92,124 +92,118 @@ def _segment(
     return peak, total, acc
 
 
-@triton.jit
-def _tile_of_request(query_starts_ptr, num_requests, ONE_TILE: tl.constexpr, TOKENS: tl.constexpr):
-    """The request of this program, and the first token of that request in this program's tile."""
-    tile = tl.program_id(0)
-    if ONE_TILE:
-        return tile, 0
-    low = 0  # binary search for the last request whose first tile, starts[r] // TOKENS + r, is not after this one
-    high = num_requests
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_starts_ptr + middle) // TOKENS + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low, (tile - tl.load(query_starts_ptr + low) // TOKENS - low) * TOKENS
-
-
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tile_tokens", "table_stride"],
+    do_not_specialize_on_alignment=["tables_ptr", "table_rows_ptr", "query_starts_ptr", "context_lens_ptr"],
+)
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, query_starts_ptr, context_lens_ptr, sinks_ptr, out_ptr, partial_ptr, state_ptr,
-    num_requests, table_width, scale_log2, cap_log2, q_stride, q_head_stride, block_stride, entry_stride, head_stride,
+    q_ptr, k_ptr, v_ptr, counts_ptr, items_ptr, tables_ptr, table_rows_ptr, query_starts_ptr, context_lens_ptr, sinks_ptr,
+    out_ptr, acc_ptr, state_ptr, tile_tokens, table_stride, scale_log2, cap_log2,
+    q_stride, q_head_stride, block_stride, entry_stride, head_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr,
     V_IN_K: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    ONE_TILE: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one request's rows with one key head: over the whole context that they see, or (SPLIT) over one segment.
+    """The plan's items with each key head, in turn: a tile's rows over their whole context, or over one segment of it.
 
     The GROUP query heads of a key head are split over several tiles if necessary, SHARE heads in each.
     """
     TOKENS: tl.constexpr = BLOCK_M // SHARE
     PARTS: tl.constexpr = (GROUP + SHARE - 1) // SHARE
-    request, first_token = _tile_of_request(query_starts_ptr, num_requests, ONE_TILE, TOKENS)
-    kv_head = tl.program_id(1) // PARTS
-    query_start = tl.load(query_starts_ptr + request)
-    query_len = tl.load(query_starts_ptr + request + 1) - query_start
-    context_before = tl.load(context_lens_ptr + request) - query_len
-    begin = _first_seen(context_before + first_token, WINDOW)  # no row of this tile sees a position before this
-    stop = context_before + tl.minimum(first_token + TOKENS, query_len)  # nor from this one on
-    walk = (begin // SEGMENT + tl.program_id(2)) * SEGMENT
-    if (first_token >= query_len) | (walk >= stop):
-        return
-
-    # Tile rows are (token, query head) pairs, heads fastest; rows past the last token or head are computed but not stored.
+    HEAD_BLOCKS: tl.constexpr = HEADS // GROUP * PARTS
     m = tl.arange(0, BLOCK_M)
-    token = first_token + m // SHARE
-    of_group = tl.program_id(1) % PARTS * SHARE + m % SHARE
-    head = kv_head * GROUP + of_group
-    stored = (m < TOKENS * SHARE) & (token < query_len) & (of_group < GROUP)
-    row = (query_start + token).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)[None, :]
-    inside = stored[:, None] & (channel < HEAD_DIM)
-    q_row_ptr = q_ptr + (row * q_stride + head * q_head_stride)[:, None]
-    q = tl.load(q_row_ptr + channel, mask=inside, other=0.0)
-    q_tail = q
-    if TAIL:
-        tail = tl.arange(0, BLOCK_TAIL)[None, :]
-        q_tail = tl.load(q_row_ptr + HEAD_DIM + tail, mask=stored[:, None] & (tail < TAIL), other=0.0)
-    if WIDEN:
-        q = q.to(tl.float32)
-        q_tail = q_tail.to(tl.float32)
-    row_position = context_before + token
-    k_ptr += kv_head * head_stride
-    v_ptr += kv_head * head_stride
-    table_ptr = tables_ptr + tl.cast(request, tl.int64) * table_width
+    tail = tl.arange(0, BLOCK_TAIL)[None, :]
+    for work in range(tl.program_id(0), tl.load(counts_ptr) * HEAD_BLOCKS, tl.num_programs(0)):
+        item = work // HEAD_BLOCKS
+        head_block = work % HEAD_BLOCKS
+        request = tl.load(items_ptr + 4 * item)
+        first_token = tl.load(items_ptr + 4 * item + 1) * TOKENS
+        segment = tl.load(items_ptr + 4 * item + 2)
+        query_start = tl.load(query_starts_ptr + request)
+        query_len = tl.load(query_starts_ptr + request + 1) - query_start
+        context_before = tl.load(context_lens_ptr + request) - query_len
+        begin = _first_seen(context_before + first_token, WINDOW)  # no row of this tile sees a position before this
+        stop = context_before + tl.minimum(first_token + TOKENS, query_len)  # nor from this one on
 
-    if SPLIT:
-        peak, total, acc = _segment(
-            q, q_tail, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, cap_log2,
-            walk, begin, stop, HEAD_DIM, TAIL, V_IN_K, WINDOW, CAP, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_TAIL, SEGMENT, WIDEN,
-        )  # fmt: skip
-        place = (row * HEADS + head) * tl.num_programs(2) + tl.program_id(2)
-        tl.store(partial_ptr + place[:, None] * HEAD_DIM + channel, acc, mask=inside)
-        tl.store(state_ptr + place * 2, peak, mask=stored)
-        tl.store(state_ptr + place * 2 + 1, total, mask=stored)
-    else:
+        # Tile rows are (token, query head) pairs, heads fastest; rows past the last token or head are computed but not stored.
+        kv_head = head_block // PARTS
+        token = first_token + m // SHARE
+        of_group = head_block % PARTS * SHARE + m % SHARE
+        head = kv_head * GROUP + of_group
+        stored = (m < TOKENS * SHARE) & (token < query_len) & (of_group < GROUP)
+        row = (query_start + token).to(tl.int64)
+        inside = stored[:, None] & (channel < HEAD_DIM)
+        q_row_ptr = q_ptr + (row * q_stride + head * q_head_stride)[:, None]
+        q = tl.load(q_row_ptr + channel, mask=inside, other=0.0)
+        q_tail = q
+        if TAIL:
+            q_tail = tl.load(q_row_ptr + HEAD_DIM + tail, mask=stored[:, None] & (tail < TAIL), other=0.0)
+        if WIDEN:
+            q = q.to(tl.float32)
+            q_tail = q_tail.to(tl.float32)
+        row_position = context_before + token
+        table_ptr = tables_ptr + tl.load(table_rows_ptr + request).to(tl.int64) * table_stride
+
+        walk = (begin // SEGMENT + tl.maximum(segment, 0)) * SEGMENT
+        end = tl.where(segment < 0, stop, tl.minimum(walk + SEGMENT, stop))
         peak = tl.full([BLOCK_M], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(walk, stop, SEGMENT):
+        for start in range(walk, end, SEGMENT):
             peak_b, total_b, acc_b = _segment(
-                q, q_tail, row_position, k_ptr, v_ptr, table_ptr, block_stride, entry_stride, scale_log2, cap_log2,
-                start, begin, stop, HEAD_DIM, TAIL, V_IN_K, WINDOW, CAP, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_TAIL, SEGMENT,
-                WIDEN,
+                q, q_tail, row_position, k_ptr + kv_head * head_stride, v_ptr + kv_head * head_stride, table_ptr, block_stride,
+                entry_stride, scale_log2, cap_log2, start, begin, stop, HEAD_DIM, TAIL, V_IN_K, WINDOW, CAP, PAGE, BLOCK_M,
+                BLOCK_N, BLOCK_D, BLOCK_TAIL, SEGMENT, WIDEN,
             )  # fmt: skip
-            peak, total, acc = _merge(peak, total, acc, peak_b, total_b, acc_b)
-        out = _output(peak, total, acc, sinks_ptr, head, HEADS, SINKS).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + ((row * HEADS + head) * HEAD_DIM)[:, None] + channel, out, mask=inside)
+            if segment >= 0:
+                place = (tl.load(items_ptr + 4 * item + 3) * HEADS + head) * tile_tokens + m // SHARE
+                tl.store(acc_ptr + place[:, None] * HEAD_DIM + channel, acc_b, mask=inside)
+                tl.store(state_ptr + place * 2, peak_b, mask=stored)
+                tl.store(state_ptr + place * 2 + 1, total_b, mask=stored)
+            else:
+                peak, total, acc = _merge(peak, total, acc, peak_b, total_b, acc_b)
+        if segment < 0:
+            out = _output(peak, total, acc, sinks_ptr, head, HEADS, SINKS).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + ((row * HEADS + head) * HEAD_DIM)[:, None] + channel, out, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tile_tokens"], do_not_specialize_on_alignment=["query_starts_ptr", "context_lens_ptr"]
+)
 def merge_kernel(
-    partial_ptr, state_ptr, query_starts_ptr, context_lens_ptr, sinks_ptr, out_ptr, num_segments,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SEGMENT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    acc_ptr, state_ptr, counts_ptr, split_ptr, query_starts_ptr, context_lens_ptr, sinks_ptr, out_ptr, tile_tokens,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merge the segments of one (row, head) in order, with the same operations as `attention_kernel` without SPLIT."""
-    request = tl.program_id(0)
-    head = tl.program_id(1)
-    token = tl.program_id(2)
-    query_start = tl.load(query_starts_ptr + request)
-    query_len = tl.load(query_starts_ptr + request + 1) - query_start
-    if token >= query_len:
-        return
-    context_before = tl.load(context_lens_ptr + request) - query_len
-    first = _first_seen(context_before, WINDOW) // SEGMENT
+    """The outputs of split tiles: each program merges the segments of some (row, head) pairs in order, as `attention_kernel`."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     inside = channel < HEAD_DIM
     one = tl.arange(0, 1)
-    peak = tl.full([1], LOWEST, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_D], tl.float32)
-    pair = (query_start + token).to(tl.int64) * HEADS + head
-    for segment in range((context_before + token) // SEGMENT + 1 - first):
-        place = pair * num_segments + segment
-        peak_b = tl.load(state_ptr + place * 2 + one)
-        total_b = tl.load(state_ptr + place * 2 + 1 + one)
-        acc_b = tl.load(partial_ptr + place * HEAD_DIM + channel, mask=inside, other=0.0)
-        peak, total, acc = _merge(peak, total, acc, peak_b, total_b, acc_b)
-    out = _output(peak, total, acc, sinks_ptr, head + one, HEADS, SINKS).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + pair * HEAD_DIM + channel, out, mask=inside)
+    for work in range(tl.program_id(0), tl.load(counts_ptr + 1) * tile_tokens * HEADS, tl.num_programs(0)):
+        head = work % HEADS
+        of_tile = work // HEADS % tile_tokens
+        tile_ptr = split_ptr + work // HEADS // tile_tokens * 4
+        request = tl.load(tile_ptr)
+        first_token = tl.load(tile_ptr + 1) * TOKENS
+        first_state = tl.load(tile_ptr + 2)
+        query_start = tl.load(query_starts_ptr + request)
+        query_len = tl.load(query_starts_ptr + request + 1) - query_start
+        context_before = tl.load(context_lens_ptr + request) - query_len
+        token = first_token + of_tile
+        if token < query_len:
+            first = _first_seen(context_before + first_token, WINDOW) // SEGMENT
+            num_segments = (context_before + token) // SEGMENT + 1 - first
+            peak = tl.full([1], LOWEST, tl.float32)
+            total = tl.zeros([1], tl.float32)
+            acc = tl.zeros([1, BLOCK_D], tl.float32)
+            for segment in tl.range(num_segments, num_stages=4):
+                place = ((first_state + segment) * HEADS + head) * tile_tokens + of_tile
+                peak_b = tl.load(state_ptr + place * 2 + one)
+                total_b = tl.load(state_ptr + place * 2 + 1 + one)
+                acc_b = tl.load(acc_ptr + place * HEAD_DIM + channel, mask=inside, other=0.0)
+                peak, total, acc = _merge(peak, total, acc, peak_b, total_b, acc_b)
+            out = _output(peak, total, acc, sinks_ptr, head + one, HEADS, SINKS).to(out_ptr.dtype.element_ty)
+            pair = (query_start + token).to(tl.int64) * HEADS + head
+            tl.store(out_ptr + pair * HEAD_DIM + channel, out, mask=inside)

@@ -1,6 +1,7 @@
-"""Root-mean-square norm, alone and fused with the residual addition before it.
+"""Root-mean-square norm and layer norm, alone and fused with the residual addition before them.
 
-Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467.
+Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467; Ba, Kiros and Hinton, "Layer
+Normalization" (2016), https://arxiv.org/abs/1607.06450.
 
 Legend: T rows, H hidden channels. One program owns one row, so a row's bits never depend on the other rows.
 """
@@ -49,19 +50,59 @@ def add_rms_norm_reference(
     return rms_norm_reference(sum_TH, weight_H, eps, offset), sum_TH
 
 
+def layer_norm(x_TH: torch.Tensor, weight_H: torch.Tensor | None, bias_H: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """y[t] = (x[t] - mean(x[t])) / sqrt(variance(x[t]) + eps) * weight + bias, computed in float32 and rounded once.
+
+    x_TH and the result as for `rms_norm`. weight_H, bias_H: [H], any of its dtypes, or None.
+    Errors: AssertionError when a shape or layout is not as above.
+    """
+    return _norm(x_TH, None, weight_H, eps, bias_H=bias_H, center=True)[0]
+
+
+def layer_norm_reference(
+    x_TH: torch.Tensor, weight_H: torch.Tensor | None, bias_H: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """`layer_norm` in plain torch, on any device."""
+    weight, bias = (None if w_H is None else w_H.float() for w_H in (weight_H, bias_H))
+    return torch.nn.functional.layer_norm(x_TH.float(), x_TH.shape[1:], weight, bias, eps).to(x_TH.dtype)
+
+
+def add_layer_norm(
+    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor | None, bias_H: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layer_norm(sum), sum) where sum = x + residual, as `add_rms_norm`."""
+    assert residual_TH.shape == x_TH.shape and residual_TH.dtype == x_TH.dtype and residual_TH.stride(1) == 1
+    return _norm(x_TH, residual_TH, weight_H, eps, bias_H=bias_H, center=True)
+
+
+def add_layer_norm_reference(
+    x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor | None, bias_H: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_layer_norm` in plain torch, on any device."""
+    sum_TH = x_TH + residual_TH
+    return layer_norm_reference(sum_TH, weight_H, bias_H, eps), sum_TH
+
+
 def _norm(
-    x_TH: torch.Tensor, residual_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float, offset: float
+    x_TH: torch.Tensor,
+    residual_TH: torch.Tensor | None,
+    weight_H: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    bias_H: torch.Tensor | None = None,
+    center: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel. Without a residual the second result is x itself."""
     num_rows, hidden = x_TH.shape
-    assert weight_H.shape == (hidden,) and weight_H.stride(0) == 1 and x_TH.stride(1) == 1
+    assert x_TH.stride(1) == 1 and all(w is None or (w.shape == (hidden,) and w.stride(0) == 1) for w in (weight_H, bias_H))
     y_TH = torch.empty(num_rows, hidden, dtype=x_TH.dtype, device=x_TH.device)
     sum_TH = x_TH if residual_TH is None else torch.empty_like(y_TH)
     other_TH = x_TH if residual_TH is None else residual_TH
     block = triton.next_power_of_2(hidden)
     _norm_kernel[(num_rows,)](
-        x_TH, other_TH, weight_H, y_TH, sum_TH, x_TH.stride(0), other_TH.stride(0), eps, offset,
-        HIDDEN=hidden, BLOCK=block, ADD=residual_TH is not None,
+        x_TH, other_TH, x_TH if weight_H is None else weight_H, x_TH if bias_H is None else bias_H, y_TH, sum_TH,
+        x_TH.stride(0), other_TH.stride(0), eps, offset,
+        HIDDEN=hidden, BLOCK=block, ADD=residual_TH is not None, WEIGHT=weight_H is not None, BIAS=bias_H is not None, CENTER=center,
         num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
     return y_TH, sum_TH
@@ -69,8 +110,8 @@ def _norm(
 
 @triton.jit
 def _norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, x_stride, residual_stride, eps, offset,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, x_stride, residual_stride, eps, offset,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
     """One program per row."""
     row = tl.program_id(0).to(tl.int64)
@@ -82,6 +123,11 @@ def _norm_kernel(
         total = (x + residual).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * HIDDEN + channel, total, mask=inside)
         x = total.to(tl.float32)  # the rounded sum, as the next layer reads it
-    weight = offset + tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps) * weight
+    if CENTER:
+        x = tl.where(inside, x - tl.sum(x, axis=0) / HIDDEN, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
+    if WEIGHT:
+        y = y * (offset + tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32))
+    if BIAS:
+        y = y + tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + row * HIDDEN + channel, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -43,7 +43,7 @@ def apply_edits_reference(
 def expand_rows(
     tables_GXW: torch.Tensor, tokens_XL: torch.Tensor, slots_T: torch.Tensor, positions_T: torch.Tensor, block_size: int
 ) -> torch.Tensor:
-    """The integers that each row of a step needs: int64 [2 + G, T].
+    """The integers that each row of a step needs: int64 [2 + G, T], rows strided.
 
     Row 0: the token tokens_XL[slot, position]; row 1: the position; row 2 + g: where the row's key goes in group g,
     tables_GXW[g, slot, position // block_size] * block_size + position % block_size. Padding has token 0, and -1 for the key.
@@ -52,9 +52,10 @@ def expand_rows(
     num_rows = len(slots_T)
     assert tables_GXW.is_contiguous() and tokens_XL.is_contiguous() and slots_T.shape == positions_T.shape == (num_rows,)
     groups, slots, width = tables_GXW.shape
-    out = torch.empty(2 + groups, num_rows, dtype=torch.int64, device=tokens_XL.device)
+    stride = num_rows + num_rows % 2  # each row begins at a multiple of 16 bytes
+    out = torch.empty(2 + groups, stride, dtype=torch.int64, device=tokens_XL.device)[:, :num_rows]
     _rows_kernel[(triton.cdiv(num_rows, BLOCK),)](
-        tables_GXW, tokens_XL, slots_T, positions_T, out, num_rows, slots, width, tokens_XL.shape[1],
+        tables_GXW, tokens_XL, slots_T, positions_T, out, num_rows, stride, slots, width, tokens_XL.shape[1],
         GROUPS=groups, PAGE=block_size, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -85,9 +86,9 @@ def _edits_kernel(
     tl.store(tokens_ptr + (row - of_tables) * length + column, value, mask=row >= of_tables)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_slots", "width", "length"])
+@triton.jit(do_not_specialize=["num_rows", "stride", "num_slots", "width", "length"])
 def _rows_kernel(
-    tables_ptr, tokens_ptr, slots_ptr, positions_ptr, out_ptr, num_rows, num_slots, width, length,
+    tables_ptr, tokens_ptr, slots_ptr, positions_ptr, out_ptr, num_rows, stride, num_slots, width, length,
     GROUPS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK rows."""
@@ -98,9 +99,9 @@ def _rows_kernel(
     real = slot >= 0
     token = tl.load(tokens_ptr + slot * length + position, mask=real, other=0)
     tl.store(out_ptr + row, token.to(tl.int64), mask=known)
-    tl.store(out_ptr + num_rows + row, position.to(tl.int64), mask=known)
+    tl.store(out_ptr + stride + row, position.to(tl.int64), mask=known)
     for group in tl.static_range(GROUPS):
         entry = (group * num_slots + slot) * width + position // PAGE
         block = tl.load(tables_ptr + entry, mask=real, other=0).to(tl.int64)
         key = tl.where(real, block * PAGE + position % PAGE, -1)
-        tl.store(out_ptr + (2 + group) * num_rows + row, key, mask=known)
+        tl.store(out_ptr + (2 + group) * stride + row, key, mask=known)

@@ -4,6 +4,7 @@ import random
 from collections import deque
 
 import torch
+import torch.distributed as dist
 
 from tests.specs import small
 from tpserve.models.decoder import Decoder
@@ -16,7 +17,7 @@ from tpserve.types.layout import ParallelLayout
 from tpserve.types.messages import EngineOutput
 from tpserve.types.model_spec import CacheGroup, ModelSpec
 from tpserve.types.packed import pack
-from tpserve.types.plan import StepPlan
+from tpserve.types.plan import StepPlan, StepResult
 from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.weights.dummy import dummy
@@ -36,15 +37,22 @@ class CardEngine:
     """Runs requests on the card. With little memory, so that sequences are preempted."""
 
     def __init__(
-        self, spec: ModelSpec = TINY, capture: Capture | None = None, max_num_seqs: int = 4, num_blocks: int = 16
+        self,
+        spec: ModelSpec = TINY,
+        capture: Capture | None = None,
+        max_num_seqs: int = 4,
+        num_blocks: int = 16,
+        dtype: torch.dtype = torch.float32,
+        mesh: Mesh | None = None,
     ) -> None:
-        layout = ParallelLayout(1, 1, (spec.num_layers,))
-        mesh = Mesh(0, layout, Group(), Group(), Pipeline(), CARD)
-        decoder = Decoder(spec, layout, 0, Group(), torch.float32, CARD, 64)
+        layout = ParallelLayout(1, 1, (spec.num_layers,)) if mesh is None else mesh.layout
+        mesh = mesh or Mesh(0, layout, Group(), Group(), Pipeline(), CARD)
+        self._mesh = mesh
+        decoder = Decoder(spec, layout, layout.stage_of(mesh.rank), mesh.tp, dtype, CARD, 64)
         dummy(decoder.parameters())
         limits = SchedulerConfig(
             max_num_seqs=max_num_seqs, max_num_batched_tokens=24, max_model_len=64, num_blocks=num_blocks, block_size=16, depth=2,
-            sync_sampling=False, eos_ids=(), windows=spec.windows,
+            sync_sampling=layout.pp > 1, eos_ids=(), windows=spec.windows,
         )  # fmt: skip
         request_pool = RequestPool(max_num_seqs, 64, 16, spec.windows, CARD, eos_ids=(), vocab_size=spec.vocab_size)
         caches = allocate(decoder, mesh, num_blocks, 16)
@@ -65,9 +73,19 @@ class CardEngine:
         """Launch what can be launched, and wait for the oldest."""
         plans = self.fill()
         if self._launched:
-            self.scheduler.apply(self._launched.popleft().wait(), 0.0)
+            self.scheduler.apply(self._result(self._launched.popleft()), 0.0)
         self.outputs.extend(self.scheduler.take_outputs())
         return plans
+
+    def _result(self, step: PendingStep) -> StepResult:
+        """With a pipeline every rank has a scheduler, and the last stage tells the result to all."""
+        layout = self._mesh.layout
+        if layout.pp == 1:
+            return step.wait()
+        results = [step.wait() if self._mesh.pipeline.last else None]
+        dist.broadcast_object_list(results, src=layout.world_size - 1)
+        assert results[0] is not None
+        return results[0]
 
 
 def random_request(number: int, rng: random.Random) -> Request:

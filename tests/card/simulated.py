@@ -22,6 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from tests.card.operators import ALLOCATIONS, VIEWS, WAITS, launches
 from tests.card.tensors import CopiesUnderWay, DeviceTensor, HostRead, PinnedTensor
+from tests.card.variants import Variant, variant_of
 
 CUDA = torch.device("cuda", 0)
 
@@ -33,12 +34,13 @@ class Record:
     launches: list[str] = field(default_factory=list)
     """An operator of several kernels is there several times."""
     allocations: list[str] = field(default_factory=list)
+    collectives: list[str] = field(default_factory=list)
     to_device: list[str] = field(default_factory=list)
     to_host: list[str] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
     replays: int = 0
-    kernels: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
-    """Triton's, with their grids."""
+    variants: set[Variant] = field(default_factory=set)
+    """Compilations that the launches of Triton's kernels need."""
 
     def counted(self) -> dict[str, int]:
         """How often each launch occurs."""
@@ -72,7 +74,10 @@ class SimulatedCard:
 
     current: "SimulatedCard | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, computes: bool = True) -> None:
+        """`computes` false: tensors have shapes only, so that models of any size run; what is read of them is zero."""
+        self.computes = computes
+        self._memory = torch.device("cpu" if computes else "meta")
         self.record = Record()
         self.queued = self.done = 0
         """Copies between host and card: begun, and known to be complete."""
@@ -145,6 +150,8 @@ class SimulatedCard:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         on_card = any(isinstance(x, DeviceTensor) for x in tensors)
         target = _target(name, args, kwargs)
+        if func.namespace == "c10d" and on_card:
+            return self._communicate(func, name, args, kwargs)
         if name in ("to", "_to_copy") and target is not None and (target.type == "cuda") != on_card:
             return self._transfer(args[0], target, kwargs)
         if name == "copy_":
@@ -171,7 +178,9 @@ class SimulatedCard:
                 return x.host
             return x
 
-        out = func(*tree_map(plain, args), **tree_map(plain, {k: v for k, v in kwargs.items() if k != "device"}))
+        if _is_layout_only(func):
+            kwargs["device"] = torch.device("cpu")
+        out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
         def wrapped(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
@@ -194,13 +203,13 @@ class SimulatedCard:
         wrappers = {id(x.host): x for x in tensors if isinstance(x, DeviceTensor)}
         own_args, own_kwargs = tree_map(_host_of, (args, {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}))
         if "device" in kwargs:
-            own_kwargs["device"] = torch.device("cpu")
+            own_kwargs["device"] = self._memory
         out = func(*own_args, **own_kwargs)
         self.record.launches.extend([name] * launches(name))
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and id(x) not in wrappers]
         if name not in VIEWS:
-            memory = {x.host.untyped_storage().data_ptr() for x in wrappers.values()}
-            made = [x for x in made if x.untyped_storage().data_ptr() not in memory]
+            memory = {x.host.untyped_storage()._cdata for x in wrappers.values()}
+            made = [x for x in made if x.untyped_storage()._cdata not in memory]
             self._keep(func, name, own_args, own_kwargs, made, any_in_place=not made)
 
         def wrapped(x: Any) -> Any:
@@ -209,6 +218,22 @@ class SimulatedCard:
             return wrappers[id(x)] if id(x) in wrappers else DeviceTensor(x)
 
         return tree_map(wrapped, out)
+
+    def _communicate(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """A collective or a message: the other ranks' cards are simulated, too, and gloo carries the bytes."""
+        own_args, own_kwargs = tree_map(_host_of, (args, kwargs))
+        if name in ("send", "recv_"):
+            self._forbid_in_graph(name)
+        wrappers = {id(x.host): x for x in tree_leaves(args) if isinstance(x, DeviceTensor)}
+
+        def again() -> Any:
+            with _disable_current_modes():
+                return func(*own_args, **own_kwargs)
+
+        self.record.collectives.append(name)
+        if self._graph is not None:
+            self._graph.append(lambda: _finished(again()))
+        return tree_map(lambda x: wrappers.get(id(x), x), _finished(again()) if self._graph is not None else again())
 
     def _keep(self, func: Any, name: str, args: Any, kwargs: Any, made: list[torch.Tensor], *, any_in_place: bool) -> None:
         """Count the new memory, and add the operator to the graph under capture."""
@@ -228,7 +253,7 @@ class SimulatedCard:
         if target.type != "cuda":
             raise HostRead("a copy to the host that the host waits for")
         self.record.allocations.append("copy to the card")
-        there = DeviceTensor(torch.empty_like(_host_of(x), dtype=dtype, device="cpu"))
+        there = DeviceTensor(torch.empty_like(_host_of(x), dtype=dtype, device=self._memory))
         self._copy(there, x, non_blocking=True)
         return there
 
@@ -260,7 +285,7 @@ class SimulatedCard:
             if not isinstance(there, PinnedTensor) or not non_blocking:
                 raise HostRead("a copy to the host that the host waits for")
             self.record.to_host.append("pinned")
-            now, state = source.clone(), there.under_way
+            now, state = source.clone() if self.computes else torch.zeros_like(destination), there.under_way
             state.count += 1
 
             def arrive() -> None:
@@ -291,11 +316,13 @@ class SimulatedCard:
             own = tuple(_host_of(x) for x in args)
 
             def again() -> None:
-                with _disable_current_modes():
-                    run(kernel, *own, grid=grid, warmup=warmup, **options)
+                if card.computes:
+                    with _disable_current_modes():
+                        run(kernel, *own, grid=grid, warmup=warmup, **options)
 
             card.record.launches.append(name)
-            card.record.kernels.append((name, grid if isinstance(grid, tuple) else ()))
+            addresses = {id(x.host): x.data_ptr() for x in args if isinstance(x, DeviceTensor)}
+            card.record.variants.add(variant_of(kernel, own, options, addresses))
             again()
             if card._graph is not None:
                 card._graph.append(again)
@@ -314,14 +341,21 @@ class _Mode(TorchDispatchMode):
         return self._card.dispatch(func, args, kwargs or {})
 
 
+def _finished(out: Any) -> Any:
+    """The result of a collective, which the card's next launch waits for."""
+    work = out[-1] if isinstance(out, tuple) else out
+    work.wait()
+    return out
+
+
 def _again(func: Any, args: Any, kwargs: Any, made: list[torch.Tensor]) -> Replayed:
     """The operator once more, its results written where they were."""
-    memory = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+    memory = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
 
     def again() -> None:
         out = func(*args, **kwargs)
         new = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        new = [x for x in new if x.untyped_storage().data_ptr() not in memory]
+        new = [x for x in new if x.untyped_storage()._cdata not in memory]
         for old, x in zip(made, new, strict=True):
             old.copy_(x)
 
@@ -372,5 +406,5 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 def _spoil(x: torch.Tensor) -> None:
     """What memory holds that nobody has written."""
-    if x.numel():
+    if x.numel() and not x.is_meta:
         x.fill_(torch.nan if x.is_floating_point() else 1 if x.dtype == torch.bool else 0x55)

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+PAGE = 512
+"""Memory that no tensor has yet begins at a multiple of so many bytes, on a card."""
+
 
 class HostRead(AssertionError):
     """The host wants a value that the card may not have computed yet."""
@@ -34,7 +37,9 @@ class DeviceTensor(torch.Tensor):
         return torch.device("cuda", 0)
 
     def data_ptr(self) -> int:
-        return self.host.data_ptr()
+        if not self.host.is_meta:
+            return self.host.data_ptr()
+        return self.host.untyped_storage()._cdata * PAGE + self.host.storage_offset() * self.host.itemsize
 
     def tolist(self) -> Any:
         raise HostRead("tolist() of a tensor on the card")

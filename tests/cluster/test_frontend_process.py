@@ -39,7 +39,7 @@ def config(model: Path, port: int) -> EngineConfig:
     return EngineConfig(
         model=str(model), tokenizer=str(model), chat_template=None, snapshot=None, served_model_name=("fake",), dtype="float32",
         quantization=None, vocab_size=259, eos_ids=(), tool_call_parser=None, reasoning_parser=None, tool_strict_level="auto",
-        sampling_defaults=SamplingDefaults(), cluster_secret_file=None, binding=True,
+        sampling_defaults=SamplingDefaults(), cluster_secret_file=None, binding=True, enforce_eager=False,
         load_format="dummy", seed=0, layout=ParallelLayout(2, 1, (1,)), device="cpu", all_reduce="auto", max_model_len=256,
         fit_max_model_len=False, kv_cache_dtype="float32", kv_cache_memory=None, admin_api_key=None, metrics_key=None,
         log_requests=False, log_stats=True, resume_window=300.0, state_dir=None,

@@ -1,11 +1,17 @@
 """Inputs of `paged_attention` for any mix of requests, with NaN wherever nothing may be read."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-PagedArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+from tpserve_kernels.attention import paged_attention
+from tpserve_kernels.attention_plan import PagedRequests, plan_attention
+
+PagedArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, PagedRequests]
+NOBODY = 1 << 28
+"""A block that there is not: in rows of the tables that are no request's, and behind what a request has."""
 
 
 @dataclass(frozen=True)
@@ -24,34 +30,48 @@ class PagedCase:
     sinks: bool = False
 
     def arguments(self, device: str, seed: int = 0) -> PagedArguments:
-        """q, k_cache, v_cache, tables, query_starts, context_lens. Blocks are dealt at random; block 0 is nobody's."""
+        """q, k_cache, v_cache, requests. Blocks are dealt at random; block 0 is nobody's, nor are two rows of the tables."""
         generator = torch.Generator().manual_seed(seed)
         query_lens, context_lens = zip(*self.requests, strict=True)
         num_blocks = [-(-context // self.page) for context in context_lens]
-        tables_RB = torch.zeros(len(num_blocks), max(num_blocks) + 1, dtype=torch.int32)
+        tables_XB = torch.full((len(num_blocks) + 2, max(num_blocks) + 1), NOBODY, dtype=torch.int32)
+        table_rows = torch.randperm(len(num_blocks) + 2, generator=generator)[: len(num_blocks)].int()
         shuffled = (1 + torch.randperm(sum(num_blocks), generator=generator)).int()
-        for row_B, blocks in zip(tables_RB, shuffled.split(num_blocks), strict=True):
-            row_B[: len(blocks)] = blocks
+        for row, blocks in zip(table_rows, shuffled.split(num_blocks), strict=True):
+            tables_XB[row, : len(blocks)] = blocks
         shape = (sum(num_blocks) + 1, self.page, self.num_kv_heads, self.head_dim)
         caches = [torch.full(shape, float("nan")) for _ in range(2)]
         for cache_BSKD in caches:
-            for row_B, (count, context) in zip(tables_RB, self.requests, strict=True):
+            for row, (count, context) in zip(table_rows, self.requests, strict=True):
                 values = torch.randn(context, *shape[2:], generator=generator)
                 position_P = torch.arange(max(0, context - count + 1 - self.window) if self.window else 0, context)
-                cache_BSKD[row_B[position_P // self.page].long(), position_P % self.page] = values[position_P]
+                cache_BSKD[tables_XB[row, position_P // self.page].long(), position_P % self.page] = values[position_P]
         q_TND = torch.randn(sum(query_lens), self.num_heads, self.head_dim, generator=generator)
-        starts = torch.tensor([0, *query_lens]).cumsum(0).int()
         q, k, v = (x.to(device, self.dtype) for x in (q_TND, *caches))
-        tables, query_starts, contexts = (
-            x.to(device) for x in (tables_RB, starts, torch.tensor(context_lens, dtype=torch.int32))
-        )
-        return q, k, v if self.latent is None else k[..., : self.latent], tables, query_starts, contexts
+        requests = paged_requests(tables_XB.to(device), table_rows.to(device), query_lens, context_lens, self.window)
+        return q, k, v if self.latent is None else k[..., : self.latent], requests
 
     def scoring(self, device: str) -> dict[str, Any]:
-        """What `paged_attention` is told of windows, the cap and sinks."""
+        """What `paged_attention` is told of the cap and sinks."""
         sinks = torch.linspace(-1, 5, self.num_heads, device=device) if self.sinks else None
-        return {"window": self.window, "cap": self.cap, "sinks_N": sinks}
+        return {"cap": self.cap, "sinks_N": sinks}
 
-    @property
-    def max_query_len(self) -> int:
-        return max(query_len for query_len, _ in self.requests)
+
+def paged_requests(
+    tables_XB: torch.Tensor, table_rows_R: torch.Tensor, query_lens: Any, context_lens: Any, window: int | None = None
+) -> PagedRequests:
+    """Requests of these lengths, on the tables' device."""
+    starts, contexts = (torch.tensor(x, dtype=torch.int32, device=tables_XB.device) for x in (lens_to_starts(query_lens), context_lens))
+    return PagedRequests(tables_XB, table_rows_R, starts, contexts, sum(query_lens), max(query_lens), window)
+
+
+def lens_to_starts(query_lens: Any) -> list[int]:
+    return list(accumulate(query_lens, initial=0))
+
+
+def attend(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, requests: PagedRequests, scale: float = 0.25, **scoring: Any
+) -> torch.Tensor:
+    """Attention under a plan of its own."""
+    plan = plan_attention(requests, q.shape[1], v_cache)
+    return paged_attention(q, k_cache, v_cache, plan, scale, **scoring)

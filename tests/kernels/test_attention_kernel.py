@@ -1,15 +1,15 @@
 """Paged attention: parity with the reference, one case a boundary, and bits that depend on a row's own context only."""
 
+import random
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.kernels.device import DEVICE
-from tests.kernels.paged_case import PagedCase
-from tpserve_kernels import attention
+from tests.kernels.paged_case import NOBODY, PagedCase, attend, paged_requests
+from tpserve_kernels import attention, attention_plan
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -56,37 +56,39 @@ CASES = {
 def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel reads before it is written, or never writes, must show."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+
+    def unwritten(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return empty(*shape, dtype=dtype, device=device).fill_(float("nan") if dtype.is_floating_point else NOBODY)
+
+    monkeypatch.setattr(torch, "empty", unwritten)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_parity(case: PagedCase) -> None:
     arguments = case.arguments(DEVICE)
-    rest = (case.max_query_len, case.head_dim**-0.5)
-    actual = attention.paged_attention(*arguments, *rest, **case.scoring(DEVICE))
-    expected = attention.paged_attention_reference(*arguments, *rest, **case.scoring(DEVICE))
+    scale, scoring = case.head_dim**-0.5, case.scoring(DEVICE)
+    actual = attend(*arguments, scale, **scoring)
+    expected = attention.paged_attention_reference(*arguments, scale, **scoring)
     assert actual.dtype == expected.dtype == case.dtype
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype])
 
 
 def test_reference_is_scaled_dot_product_attention() -> None:
-    case = PagedCase(requests=((20, 20),), page=32)
-    q, k_cache, v_cache, tables, *_ = arguments = case.arguments(DEVICE)
-    k, v = (cache[tables[0, 0].long(), :20].transpose(0, 1) for cache in (k_cache, v_cache))
+    q, k_cache, v_cache, requests = arguments = PagedCase(requests=((20, 20),), page=32).arguments(DEVICE)
+    block = requests.tables_XB[requests.table_rows_R[0], 0].long()
+    k, v = (cache[block, :20].transpose(0, 1) for cache in (k_cache, v_cache))
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k[None], v[None], is_causal=True, scale=0.3, enable_gqa=True
     )
-    torch.testing.assert_close(attention.paged_attention_reference(*arguments, 20, 0.3), expected[0].transpose(0, 1))
+    torch.testing.assert_close(attention.paged_attention_reference(*arguments, 0.3), expected[0].transpose(0, 1))
 
 
 def test_packed_queries_and_caches_that_keep_heads_first() -> None:
-    case = PagedCase(requests=((3, 20),))
-    q, k_cache, v_cache, tables, starts, contexts = case.arguments(DEVICE)
+    q, k_cache, v_cache, requests = arguments = PagedCase(requests=((3, 20),)).arguments(DEVICE)
     packed = torch.cat([q.flatten(1), torch.full_like(q.flatten(1), float("nan"))], dim=1)
     heads_first = torch.stack([k_cache, v_cache], dim=1).transpose(2, 3).contiguous().transpose(2, 3)
-    strided = (packed[:, : q[0].numel()].view(q.shape), heads_first[:, 0], heads_first[:, 1], tables, starts, contexts)
-    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 3, 0.25)
-    assert torch.equal(attention.paged_attention(*strided, 3, 0.25), expected)
+    strided = (packed[:, : q[0].numel()].view(q.shape), heads_first[:, 0], heads_first[:, 1], requests)
+    assert torch.equal(attend(*strided), attend(*arguments))
 
 
 @pytest.fixture
@@ -99,29 +101,26 @@ def every_row_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attend_in_chunks(case: PagedCase, cuts: list[int], together: bool) -> torch.Tensor:
     """The rows of the case's only request, cut into chunks at `cuts`, the chunks in one step or in steps of their own."""
-    q, k_cache, v_cache, tables, _, _ = case.arguments(DEVICE)
+    q, k_cache, v_cache, requests = case.arguments(DEVICE)
     num_rows, context = case.requests[0]
     edges = [0, *cuts, num_rows]
     steps = [edges] if together else [list(pair) for pair in pairwise(edges)]
     outputs = []
     for step in steps:
-        starts = torch.tensor(step, dtype=torch.int32, device=DEVICE) - step[0]
-        context_lens = torch.tensor(step[1:], dtype=torch.int32, device=DEVICE) + (context - num_rows)
-        longest = max(b - a for a, b in pairwise(step))
-        rows = q[step[0] : step[-1]]
-        repeated = tables.repeat(len(step) - 1, 1)
-        place = (rows, k_cache, v_cache, repeated, starts, context_lens, longest)
-        outputs.append(attention.paged_attention(*place, 0.25, **case.scoring(DEVICE)))
+        lens = [b - a for a, b in pairwise(step)]
+        contexts = [end + context - num_rows for end in step[1:]]
+        chunks = paged_requests(requests.tables_XB, requests.table_rows_R.repeat(len(lens)), lens, contexts, case.window)
+        outputs.append(attend(q[step[0] : step[-1]], k_cache, v_cache, chunks, **case.scoring(DEVICE)))
     return torch.cat(outputs)
 
 
 @pytest.mark.usefixtures("every_row_alike")
 @pytest.mark.parametrize(("dtype", "group"), [(torch.float32, 2), (HALF, 4)])
 def test_bits_do_not_depend_on_chunking_or_batch(dtype: torch.dtype, group: int) -> None:
-    """Rows at positions 500 to 524, over the edge of two segments at 512, walked whole (long chunks) and split (short ones)."""
-    case = PagedCase(requests=((25, 525),), num_heads=group, num_kv_heads=1, dtype=dtype)
+    """Rows at positions 500 to 518, over the edge of two segments at 512."""
+    case = PagedCase(requests=((19, 519),), num_heads=group, num_kv_heads=1, dtype=dtype)
     one_chunk = attend_in_chunks(case, [], together=True)
-    for cuts, together in (([24], True), ([1, 2, 11, 13], True), ([1, 2, 11, 13], False), ([4, 8, 12, 16, 20], True)):
+    for cuts, together in (([18], True), ([1, 2, 11, 13], False), ([4, 8, 12, 16], True)):
         assert torch.equal(attend_in_chunks(case, cuts, together), one_chunk), (cuts, together)
 
 
@@ -141,39 +140,90 @@ def test_bits_of_windows_and_latents_do_not_depend_on_chunking_or_batch(case: Pa
         assert torch.equal(attend_in_chunks(case, cuts, together), one_chunk), (cuts, together)
 
 
+LONG_AND_SHORT = ((1, 2300), *((1, 1 + 9 * r) for r in range(5)), (1, 0), (1, 600))
+SPLITS = {
+    "one long among short ones": PagedCase(LONG_AND_SHORT, 3, 1, dtype=HALF),
+    "drafts and prompts": PagedCase(((1, 1100), (2, 513), (0, 5), (22, 530)), 3, 1, dtype=HALF),
+    "window, cap and sinks": PagedCase(((1, 1100), (22, 1030), (1, 0)), 3, 1, dtype=HALF, window=515, cap=2.0, sinks=True),
+    "latents": PagedCase(((1, 1100), (2, 20)), 5, 1, head_dim=48, latent=32, dtype=HALF),
+}
+
+
 @pytest.mark.usefixtures("every_row_alike")
-@pytest.mark.parametrize("options", [{}, {"window": 700, "sinks": True}], ids=str)
-def test_bits_do_not_depend_on_the_split(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    case = PagedCase(requests=((1, 1100), (2, 513), (1, 40)), num_heads=3, num_kv_heads=1, dtype=HALF, **options)
-    arguments = case.arguments(DEVICE)
-    split = attention.paged_attention(*arguments, 2, 0.25, **case.scoring(DEVICE))
-    monkeypatch.setattr(attention, "MAX_PARTIAL_BYTES", 0)
-    assert torch.equal(attention.paged_attention(*arguments, 2, 0.25, **case.scoring(DEVICE)), split)
+@pytest.mark.parametrize("case", SPLITS.values(), ids=SPLITS.keys())
+def test_bits_do_not_depend_on_the_split_or_the_grid(case: PagedCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for states, room for some, other grids: other items, one result."""
+    arguments, scoring = case.arguments(DEVICE), case.scoring(DEVICE)
+    expected, splits = attend(*arguments, **scoring), set()
+    for processors, state_bytes in ((30, 64 << 20), (30, 0), (30, 4000)):
+        monkeypatch.setattr(attention_plan, "num_processors", lambda _, n=processors: n)
+        monkeypatch.setattr(attention_plan, "MAX_STATE_BYTES", state_bytes)
+        plan = attention_plan.plan_attention(arguments[3], case.num_heads, arguments[2])
+        assert as_listed(plan) == attention_plan.plan_reference(plan)
+        splits.add(int(plan.counts_2[1]))
+        assert torch.equal(attention.paged_attention(*arguments[:3], plan, 0.25, **scoring), expected), (processors, state_bytes)
+    assert len(splits) > 1 and 0 in splits
+
+
+def as_listed(plan: attention_plan.AttentionPlan) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    num_items, num_split = plan.counts_2.tolist()
+    return [tuple(row[:3]) for row in plan.items_I4[:num_items].tolist()], [tuple(row[:3]) for row in plan.split_C4[:num_split].tolist()]
+
+
+@pytest.mark.parametrize("window", [None, 1000])
+def test_the_plan_is_that_of_plain_python(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over more requests than the kernel sums at a time; only those much longer than the others are split."""
+    generator = random.Random(0)
+    lens = [generator.choice((1, 1, 1, 0, 3, 70)) for _ in range(300)]
+    contexts = [length + generator.choice((0, 40, 600)) if length else 0 for length in lens]
+    contexts[7], contexts[290], lens[7], lens[290] = 130_000, 90_000, 1, 40
+    cache, tables = torch.zeros(1, 16, 2, 16, dtype=HALF, device=DEVICE), torch.zeros(1, 9000, dtype=torch.int32, device=DEVICE)
+    requests = paged_requests(tables, torch.zeros(300, dtype=torch.int32, device=DEVICE), lens, contexts, window)
+    for processors, heads in ((1, 128), (132, 8)):
+        monkeypatch.setattr(attention_plan, "num_processors", lambda _, n=processors: n)
+        plan = attention_plan.plan_attention(requests, heads, cache)
+        items, split = as_listed(plan)
+        assert (items, split) == attention_plan.plan_reference(plan)
+        assert len(items) <= len(plan.items_I4) and len(split) <= len(plan.split_C4)
+        assert {request for request, _, _ in items} == {r for r, length in enumerate(lens) if length}
+    assert window or {request for request, _, _ in split} == {7, 290}
+
+
+def test_rows_that_pad_a_graph_are_zeros_and_read_nothing() -> None:
+    """Their row of the tables names blocks that there are not."""
+    q, k_cache, v_cache, requests = PagedCase(((1, 33), (1, 0), (1, 0)), sinks=True).arguments(DEVICE)
+    requests.tables_XB[requests.table_rows_R[1:].long()] = NOBODY
+    for sinks in (None, torch.ones(4, device=DEVICE)):
+        out = attend(q, k_cache, v_cache, requests, sinks_N=sinks)
+        assert (out[1:] == 0).all() and (out[0] != 0).all()
 
 
 def test_bits_do_not_depend_on_the_page_size() -> None:
-    q, k_cache, v_cache, tables, starts, contexts = PagedCase(requests=((9, 64), (1, 128)), page=64).arguments(DEVICE)
+    q, k_cache, v_cache, requests = arguments = PagedCase(requests=((9, 64), (1, 128)), page=64).arguments(DEVICE)
     small_k, small_v = (cache.unflatten(1, (4, 16)).flatten(0, 1) for cache in (k_cache, v_cache))  # block b is 4 b ... 4 b + 3
-    small_tables = (4 * tables.unsqueeze(2) + torch.arange(4, dtype=torch.int32, device=DEVICE)).flatten(1)
-    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 9, 0.25)
-    assert torch.equal(attention.paged_attention(q, small_k, small_v, small_tables, starts, contexts, 9, 0.25), expected)
+    small_tables = (4 * requests.tables_XB.unsqueeze(2) + torch.arange(4, dtype=torch.int32, device=DEVICE)).flatten(1)
+    assert torch.equal(attend(q, small_k, small_v, requests._replace(tables_XB=small_tables)), attend(*arguments))
 
 
 def test_shapes_outside_the_contract_are_refused() -> None:
-    q, k_cache, v_cache, tables, starts, contexts = PagedCase(requests=((2, 3),), head_dim=32).arguments(DEVICE)
+    q, k_cache, v_cache, requests = PagedCase(requests=((2, 3),), head_dim=32).arguments(DEVICE)
     refused = [
-        (q[..., :24], k_cache[..., :24], v_cache[..., :24], tables, starts, contexts),
-        (q, k_cache[:, :8], v_cache[:, :8], tables, starts, contexts),
-        (q[:, :3], k_cache, v_cache, tables, starts, contexts),
-        (q.half(), k_cache, v_cache, tables, starts, contexts),
-        (q, k_cache, v_cache, tables.long(), starts, contexts),
-        (q, k_cache, v_cache, tables, starts[:1], contexts),
-        (q, k_cache, v_cache[..., :16], tables, starts, contexts),
-        (q[..., :16], k_cache[..., :16], v_cache, tables, starts, contexts),
+        (q[..., :24], k_cache[..., :24], v_cache[..., :24], requests),
+        (q, k_cache[:, :8], v_cache[:, :8], requests),
+        (q[:, :3], k_cache, v_cache, requests),
+        (q.half(), k_cache, v_cache, requests),
+        (q, k_cache, v_cache, requests._replace(tables_XB=requests.tables_XB.long())),
+        (q, k_cache, v_cache, requests._replace(query_starts_R1=requests.query_starts_R1[:1])),
+        (q, k_cache, v_cache, requests._replace(table_rows_R=requests.query_starts_R1)),
+        (q, k_cache, v_cache[..., :16], requests),
+        (q[..., :16], k_cache[..., :16], v_cache, requests),
     ]
     for arguments in refused:
         with pytest.raises(AssertionError):
-            attention.paged_attention(*arguments, 2, 0.25)
+            attend(*arguments)
+    plan = attention_plan.plan_attention(requests, 8, v_cache)
+    with pytest.raises(AssertionError):
+        attention.paged_attention(q, k_cache, v_cache, plan, 0.25)
     for sinks in (torch.zeros(3, device=DEVICE), torch.zeros(4, dtype=HALF, device=DEVICE)):
         with pytest.raises(AssertionError):
-            attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 2, 0.25, sinks_N=sinks)
+            attend(q, k_cache, v_cache, requests, sinks_N=sinks)

@@ -15,7 +15,7 @@ def test_smoke(tmp_path: Path) -> None:
     run = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     report = json.loads(output.read_text())
-    kernels = {"rms_norm", "add_rms_norm", "silu_mul", "apply_rope", "write_kv", "paged_attention"}
+    kernels = {"rms_norm", "add_rms_norm", "silu_mul", "place_heads", "paged_attention"}
     assert {row["kernel"] for row in report["rows"]} == kernels
     for row in report["rows"]:
         assert row["us"] > 0 and row["share_of_floor"] > 0 and row["kernel"] in run.stdout

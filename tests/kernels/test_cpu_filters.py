@@ -55,12 +55,7 @@ def test_truncation(vocab: int) -> None:
     top_k = torch.tensor([0, 1, 5, 40])[row % 4].clamp(max=vocab - 1)
     top_p = torch.tensor([1.0, 0.9, 0.31, 1e-9], dtype=torch.float64)[row // 4 % 4]
     expected, got = x.clone(), x.clone()
-    with_k, with_p = (top_k > 0).nonzero().flatten(), (top_p < 1).nonzero().flatten()
-    with_min_p = log_min_p.isfinite().nonzero().flatten()
-    reference.apply_min_p(expected, reference.MinPFilter(with_min_p, log_min_p[with_min_p]), temperature)
-    if len(with_k):
-        reference.apply_top_k(expected, reference.TopKFilter(with_k, top_k[with_k], int(top_k.max())))
-    reference.apply_top_p(expected, reference.TopPFilter(with_p, top_p[with_p], None), temperature)
+    reference.apply_truncation(expected, reference.Truncation(log_min_p, top_k, top_p), temperature)
     native.truncate(got, row, temperature, log_min_p, top_k, top_p)
     assert torch.equal(got, expected)
     before = torch.get_num_threads()

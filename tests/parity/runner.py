@@ -237,6 +237,7 @@ def step_batch(
 
     def batch(group: Table) -> AttentionMetadata:
         slots = [int(group.ids[i, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for i, p in positions]
+        rows = torch.arange(len(lens), device=device)
         return AttentionMetadata(
             query_starts=torch.tensor([0, *lens], device=device).cumsum(0).int(),
             context_lens=torch.tensor(ends, device=device).int(),
@@ -245,6 +246,7 @@ def step_batch(
             query_lens_host=lens,
             context_lens_host=ends,
             window=group.window,
+            table_rows=rows.int() if rows.is_cuda else None,
         )
 
     rows_T = torch.tensor([p for _, p in positions], device=device)

@@ -139,13 +139,13 @@ def test_a_gguf_says_what_is_served(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_what_holds_anyway_is_one_line_of_the_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(supervisor, "serve", lambda *_: 0)
-    assert main(["serve", "--enforce-eager", "--swap-space", "0"]) == 0
+    assert main(["serve", "--use-v2-block-manager", "--swap-space", "0"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "INFO  these flags change nothing here: --enforce-eager (" in line and "--swap-space 0 (" in line
+    assert "INFO  these flags change nothing here: --use-v2-block-manager (" in line and "--swap-space 0 (" in line
 
 
 def test_a_terminal_has_colors_and_a_pipe_none() -> None:
-    command = [sys.executable, "-m", "tpserve", "serve", "/nowhere", "--enforce-eager"]
+    command = [sys.executable, "-m", "tpserve", "serve", "/nowhere", "--use-v2-block-manager"]
     environ = {name: text for name, text in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "RANK")}
     ours, theirs = os.openpty()
     subprocess.run(command, stderr=theirs, env=environ | {"TERM": "xterm"}, check=False, timeout=60)

@@ -72,25 +72,27 @@ def test_what_is_pointed_to_is_there() -> None:
 
 def test_a_line_of_vllms_that_asks_for_what_holds_is_told_of_once() -> None:
     line = (
-        "m --enforce-eager --enable-chunked-prefill --disable-log-requests --no-enable-log-requests --swap-space 0 "
+        "m --use-v2-block-manager --enable-chunked-prefill --disable-log-requests --no-enable-log-requests --swap-space 0 "
         "--trust-remote-code --generation-config auto --dtype auto --distributed-executor-backend mp --api-server-count 1 -tp 2"
     )
     read = read_line(line.split())
     assert read.flags == parse(["m", "-tp", "2"])
-    assert read.notice.startswith("these flags change nothing here: --enforce-eager (") and "\n" not in read.notice
+    assert read.notice.startswith("these flags change nothing here: --use-v2-block-manager (") and "\n" not in read.notice
     assert "--swap-space 0 (" in read.notice and "--distributed-executor-backend mp (" in read.notice
     assert read_line(["m", "-tp", "2"]).notice == ""
 
 
 def test_all_that_cannot_be_honoured_is_in_one_message() -> None:
-    line = "m --lora-dtype x --enforce-eager --port x --ctx-size 4096 --enable-lora --nod-rank 1 --swap-space 4 --dtype int8"
+    line = (
+        "m --lora-dtype x --use-v2-block-manager --port x --ctx-size 4096 --enable-lora --nod-rank 1 --swap-space 4 --dtype int8"
+    )
     with pytest.raises(UserError) as refused:
         parse(line.split(), {"prt": "1"})
     for said in ("--lora-dtype is refused", "--port must be", "--ctx-size: use --max-model-len", "--enable-lora is refused",
                  "--nod-rank: did you mean --node-rank", "--swap-space is refused", "--dtype must be",
                  "TPSERVE_ARG_PRT"):  # fmt: skip
         assert said in str(refused.value)
-    assert "--enforce-eager" not in str(refused.value) and "\n" not in str(refused.value)
+    assert "--use-v2-block-manager" not in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ served-model-name: [a, b]
 enable-prefix-caching: false
 pipeline-layer-map: [3, 2]
 override-generation-config: {temperature: 0.5}
-enforce-eager: true
+use-v2-block-manager: true
 download-dir: null
 """
 
@@ -287,7 +289,7 @@ def test_the_order_of_strength(tmp_path: Path) -> None:
     assert (flags.model, flags.port, flags.max_model_len, flags.served_model_name) == ("from-file", 1, 32_000, ("a", "b"))
     assert (flags.enable_prefix_caching, flags.pipeline_layer_map) == (False, (3, 2))
     assert flags.override_generation_config == {"temperature": 0.5} and flags.download_dir is None
-    assert "--enforce-eager (" in line.notice
+    assert "--use-v2-block-manager (" in line.notice
     environ = {"port": "2", "max_model_len": "16", "model": "from-environment"}
     flags = parse(["--config", str(path), "--port", "3"], environ)
     assert (flags.port, flags.max_model_len, flags.model, flags.block_size) == (3, 16, "from-environment", 16)

@@ -198,7 +198,7 @@ def test_unwritten_logits_are_the_written_ones(dtype: torch.dtype, two_threads: 
     written = WrittenLogits(logits.written())
     torch.testing.assert_close(written.values_SV, x.float() @ weight.float().T * 0.5, atol=1e-4, rtol=1e-4)
     for first in (0, 256):
-        got, expected = (module._draw_rows(of, columns(9), first) for of in (logits, written))
+        got, expected = (module._draw_shard(of, columns(9), first) for of in (logits, written))
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert torch.equal(logits.blocks(None).best_id_S, written.blocks(None).best_id_S)
 
@@ -207,12 +207,12 @@ def test_unwritten_logits_are_the_written_ones(dtype: torch.dtype, two_threads: 
 def test_a_row_does_not_see_the_others(vocab: int, two_threads: None) -> None:
     """Values and tokens bit for bit, for 1 to 17 rows, for one and two threads."""
     x, rest = logits(17, vocab), columns(17)
-    values, tokens = module._draw_rows(WrittenLogits(x), rest, 0)
+    values, tokens = module._draw_shard(WrittenLogits(x), rest, 0)
     for rows in range(1, 18):
         torch.set_num_threads(1 + rows % 2)
-        got_values, got_tokens = module._draw_rows(WrittenLogits(x[:rows]), some(rest, slice(rows)), 0)
+        got_values, got_tokens = module._draw_shard(WrittenLogits(x[:rows]), some(rest, slice(rows)), 0)
         assert torch.equal(got_values, values[:rows]) and torch.equal(got_tokens, tokens[:rows])
-        last = module._draw_rows(WrittenLogits(x[rows - 1 : rows]), some(rest, slice(rows - 1, rows)), 0)
+        last = module._draw_shard(WrittenLogits(x[rows - 1 : rows]), some(rest, slice(rows - 1, rows)), 0)
         assert torch.equal(last[0], values[rows - 1 : rows])
 
 
@@ -238,8 +238,8 @@ def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
 def test_a_shard_has_the_whole_vocabularys_values() -> None:
     """Not only the winners agree: the values that are compared do, to the bit."""
     x, rest = logits(40, 1024), columns(40)
-    values, tokens = module._draw_rows(WrittenLogits(x), rest, 0)
-    first, second = (module._draw_rows(WrittenLogits(x[:, s : s + 512]), rest, s) for s in (0, 512))
+    values, tokens = module._draw_shard(WrittenLogits(x), rest, 0)
+    first, second = (module._draw_shard(WrittenLogits(x[:, s : s + 512]), rest, s) for s in (0, 512))
     assert torch.equal(torch.maximum(first[0], second[0]), values)
     assert torch.equal(torch.where(first[0] >= second[0], first[1], second[1]), tokens)
 

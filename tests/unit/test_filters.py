@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations, pairwise
 
 import pytest
@@ -17,7 +16,6 @@ from tpserve.sampler import filters as module
 from tpserve.sampler.draw import gather_logits
 from tpserve.sampler.filters import AllowedIds, BadWords, Filters, GrammarMask, apply
 from tpserve.types.sampling import EngineSamplingParams
-from tpserve.worker.host_arrays import to_device
 from tpserve.worker.sampling_metadata import filters, sampling_metadata
 
 VOCAB = 300
@@ -85,12 +83,13 @@ def filtered(rows: Sequence[Row], device: str = "cpu") -> torch.Tensor:
         one = sampling_metadata(row.params, len(row.prompt), EOS, VOCAB)
         assert one is not None
         wanted.append(one)
-    made = filters(wanted, position.tolist(), partial(to_device, device=torch.device(device)))
+    made = filters(wanted, position.tolist(), torch.device(device))
     logits, temperature, position, tokens = (
-        x.to(device) for x in (torch.stack([row.logits for row in rows]), temperature, position, tokens[:, : made.history])
+        x.to(device) for x in (torch.stack([row.logits for row in rows]), temperature, position, tokens)
     )
+    slots = torch.arange(len(rows), device=device)
     with no_waiting(device):
-        return apply(logits, made, temperature, position, tokens)
+        return apply(logits, made, temperature, position, tokens, slots)
 
 
 @contextmanager
@@ -274,11 +273,13 @@ def test_a_grammar_is_a_hard_mask_and_others_yield_where_they_leave_nothing() ->
     logits = torch.randn(3, 70)
     bits = torch.tensor([[0b1010, 0, 0], [0, 0, 1 << 5]], dtype=torch.int32)  # ids 1 and 3; id 69
     mask = GrammarMask(torch.tensor([0, 2]), bits)
-    allowed = AllowedIds(torch.tensor([0, 2]), torch.tensor([0, 0, 2]), torch.tensor([3, 9, 8]))
-    bans = BadWords(torch.tensor([0]), torch.tensor([3]), torch.zeros(1, 0, dtype=torch.int32), torch.tensor([0]))
+    allowed = AllowedIds(torch.tensor([0, 2]), torch.tensor([0, 0, 2]), torch.tensor([3, 9, 8]), torch.tensor([2, 2, 3]))
+    bans = BadWords(
+        torch.tensor([0]), torch.tensor([3]), torch.zeros(1, 0, dtype=torch.int32), torch.tensor([0]), torch.tensor([1, 1, 1])
+    )
     got = apply(
         logits.clone(), Filters(torch.ones(3, dtype=torch.int64), grammar=mask, allowed=allowed, bad_words=bans),
-        torch.ones(3), torch.ones(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64),
+        torch.ones(3), torch.ones(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int32), torch.arange(3),
     )  # fmt: skip
     left = [row.isfinite().nonzero().flatten().tolist() for row in got]
     assert left == [[3], list(range(70)), [69]]

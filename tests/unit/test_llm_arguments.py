@@ -42,11 +42,11 @@ def test_what_is_said_to_be_off_is_off() -> None:
 
 
 def test_what_asks_for_what_holds_is_accepted_and_told_of() -> None:
-    said = {"enforce_eager": True, "swap_space": 0, "trust_remote_code": True, "async_scheduling": True,
+    said = {"use_v2_block_manager": True, "swap_space": 0, "trust_remote_code": True, "async_scheduling": True,
             "distributed_executor_backend": "mp", "limit_mm_per_prompt": {"image": 0}}  # fmt: skip
     flags, notice = keywords.read_kwargs({"model": "m", **said})
     assert flags == read({"model": "m"})
-    assert notice.startswith("these flags change nothing here: enforce_eager (steps are never")
+    assert notice.startswith("these flags change nothing here: use_v2_block_manager (there is one")
     assert all(name in notice for name in said)
     assert read({"model": "m", "disable_log_stats": True, "disable_log_requests": True}) == flags
 
@@ -63,7 +63,7 @@ def test_keywords_by_another_name() -> None:
     [
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill is refused: prompts are always computed in chunks"),
         ({"tensor_paralel_size": 2}, "unknown keyword tensor_paralel_size: did you mean tensor_parallel_size?"),
-        ({"lora_dtype": "x", "port": 1, "enforce_eager": True}, "lora_dtype is refused: it is planned"),
+        ({"lora_dtype": "x", "port": 1, "use_v2_block_manager": True}, "lora_dtype is refused: it is planned"),
         (
             {"lora_dtype": "x", "swap_space": 4},
             "lora_dtype is refused: it is planned and not supported yet: leave it out; swap_space is refused: ",

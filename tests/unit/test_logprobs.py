@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tpserve.parallel.group import Group
+from tpserve.sampler.logits import WrittenLogits
 from tpserve.sampler.logprobs import logprobs
 
 
@@ -31,7 +32,7 @@ def sharded(
     for _ in range(3):
         for rank, shard in enumerate(shards):
             tp = Rank(rank, len(shards), history)
-            result = logprobs(x[:, shard.start : shard.stop], shards, tokens, num_top, tp)
+            result = logprobs(WrittenLogits(x[:, shard.start : shard.stop]), shards, tokens, num_top, tp)
     return result
 
 

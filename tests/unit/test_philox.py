@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tpserve.sampler.philox import philox4x32
+from tpserve_kernels.philox import philox4x32
 
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

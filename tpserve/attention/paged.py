@@ -90,11 +90,18 @@ def no_library() -> str:
 
 
 def build_metadata(batch: AttentionMetadata, num_heads: int, cache: KVCache) -> AttentionMetadata:
-    """The metadata with torch's attention plan, computed once per step for all layers of a cache group; unchanged for kernels.
+    """The metadata with the attention plan, made once per step for all layers of a cache group; the CPU's kernels need none.
 
     `num_heads`: N. `cache`: the cache of any layer of the group; only its shape and dtype matter.
     """
-    if cache.k.is_cuda or is_native(cache.k) or cache.k.dtype == torch.int8:
+    if cache.k.is_cuda:
+        from tpserve_kernels.attention_plan import PagedRequests, plan_attention
+
+        assert batch.table_rows is not None
+        where = batch.tables, batch.table_rows, batch.query_starts, batch.context_lens
+        requests = PagedRequests(*where, len(batch.write_slots), max(batch.query_lens_host), batch.window)
+        return replace(batch, plan=plan_attention(requests, num_heads, cache.v))
+    if is_native(cache.k) or cache.k.dtype == torch.int8:
         return batch
     _, block_size, num_kv, k_dim = cache.k.shape
     heads = cpu_plan.HeadShape(num_kv, num_heads // num_kv, k_dim, cache.v.shape[3])
@@ -106,14 +113,9 @@ def write_kv(k_TKD: torch.Tensor, v_TKE: torch.Tensor | None, cache: KVCache, ba
     """Write each row's key and value to its slot, in place. Rows past `batch.write_slots` are padding.
 
     Keys and values have the dtype of the cache, or are quantized for one of int8. `v_TKE` is None if and only if `cache.v_in_k`,
-    else AssertionError.
+    else AssertionError. On the CPU: on CUDA the kernels that rotate keys write them.
     """
     assert (v_TKE is None) == cache.v_in_k
-    if k_TKD.is_cuda:
-        from tpserve_kernels import kv
-
-        kv.write_kv(k_TKD, v_TKE, cache.k, cache.v, batch.write_slots)
-        return
     k_cache_SKD, v_cache_SKE = cache.slots()
     if is_native(k_TKD):
         qkv_heads.write_kv(k_TKD, v_TKE, k_cache_SKD, v_cache_SKE, batch.write_slots)
@@ -140,7 +142,5 @@ def attend(q_TND: torch.Tensor, cache: KVCache, batch: AttentionMetadata, attent
         )  # fmt: skip
     from tpserve_kernels import attention
 
-    return attention.paged_attention(
-        q_TND, cache.k, cache.v, batch.tables, batch.query_starts, batch.context_lens, max(batch.query_lens_host),
-        scale, batch.window, cap, sinks,
-    )  # fmt: skip
+    assert batch.plan is not None
+    return attention.paged_attention(q_TND, cache.k, cache.v, batch.plan, scale, cap, sinks)

@@ -79,7 +79,7 @@ def _planned(why: str = "", *accepts: str, kind: FlagKind = "value") -> VllmFlag
     return VllmFlag("Planned", kind, why, (*accepts, OFF) if kind == "switch" else accepts)
 
 
-_NO_GRAPHS = "steps are never captured in graphs"
+_GRAPHS = "on GPUs decode steps are graphs of up to 512 rows, unless --enforce-eager"
 _CHUNKS = "prompts are always computed in chunks"
 _ONE_BACKEND = "there is one for each kind of device"
 _NEVER_LOGGED = "the text of a request is never logged"
@@ -101,11 +101,10 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "--num-scheduler-steps": value_of("plans are sent ahead of results", ANY),
     "--stream-interval": value_of("the tokens of a step are sent as soon as it ends", "1"),
     "--use-v2-block-manager": switch("there is one"),
-    "--enforce-eager": switch(_NO_GRAPHS),
-    "--max-seq-len-to-capture": value_of(_NO_GRAPHS, "0"),
-    "--cuda-graph-sizes": VllmFlag("Built in", "many", _NO_GRAPHS),
-    "--cudagraph-capture-sizes": VllmFlag("Built in", "many", _NO_GRAPHS),
-    "--max-cudagraph-capture-size": value_of(_NO_GRAPHS, "0"),
+    "--max-seq-len-to-capture": value_of("graphs serve every length", ANY),
+    "--cuda-graph-sizes": VllmFlag("Built in", "many", _GRAPHS),
+    "--cudagraph-capture-sizes": VllmFlag("Built in", "many", _GRAPHS),
+    "--max-cudagraph-capture-size": value_of(_GRAPHS, "512"),
     "--compilation-config": value_of("nothing is compiled", "0", '{"level": 0}', '{"mode": 0}', '{"cudagraph_mode": "NONE"}'),
     "--optimization-level": value_of("nothing is compiled", "0"),
     "--performance-mode": value_of("there is one", "balanced"),

@@ -50,6 +50,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         seed=flags.seed,
         layout=_layout(flags, spec, machine),
         device=device,
+        enforce_eager=flags.enforce_eager,
         binding=flags.binding,
         all_reduce=_all_reduce(flags, machine, device),
         max_model_len=(max_model_len := _max_model_len(flags, spec)),

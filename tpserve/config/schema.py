@@ -186,6 +186,7 @@ class Flags(Struct, frozen=True, kw_only=True):
         Literal["auto", "cuda", "cpu"],
         Flag(LAYOUT, "Where ranks run. auto: on GPUs if one is visible. cuda: ranks may share a GPU."),
     ] = "auto"
+    enforce_eager: Annotated[bool, Flag(ENGINE, "On GPUs: launch each step kernel by kernel, without CUDA graphs.")] = False
     binding: Annotated[
         bool,
         Flag(
@@ -431,6 +432,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     seed: int
     layout: ParallelLayout
     device: Literal["cuda", "cpu"]
+    enforce_eager: bool
     binding: bool
     all_reduce: Literal["auto", "nccl", "gloo", "shm"]
     max_model_len: int

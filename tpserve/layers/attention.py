@@ -49,7 +49,8 @@ class Attention:
 
         `rotary` None: the layer has no positions. Rows past the batch are padding.
         """
-        qkv = matmul(x_TH, self.qkv, self.qkv_bias)
+        fuses_bias = x_TH.is_cuda and not isinstance(self.qk_norm, AllHeadsNorm)
+        qkv = matmul(x_TH, self.qkv, None if fuses_bias else self.qkv_bias)
         heads_TAD = qkv.view(len(x_TH), -1, self.head_dim)
         q_TND, k_TKD, v_TKD = heads_TAD.tensor_split((self.num_heads, self.num_heads + self.num_kv_heads), dim=1)
         q_TND = self._place(q_TND, k_TKD, v_TKD, rotary, batch, cache)
@@ -65,13 +66,23 @@ class Attention:
         batch: AttentionMetadata,
         cache: KVCache,
     ) -> torch.Tensor:
-        """Write the keys, normed and rotated, and the values to the cache; returns such queries. May overwrite `q`."""
-        if is_native(q_TND) and not isinstance(self.qk_norm, AllHeadsNorm):
-            norms = None if self.qk_norm is None else self.qk_norm.weights
-            rotation = None if rotary is None else rotary.rotation
+        """Write the keys, normed and rotated, and the values to the cache; returns such queries. May overwrite `q`.
+
+        On CUDA the bias is added first, except before a norm over all heads.
+        """
+        norm, bias = self.qk_norm, self.qkv_bias
+        if isinstance(norm, AllHeadsNorm):
+            (q_TND, k_TKD), norm, bias = norm(q_TND, k_TKD), None, None
+        norms = None if norm is None else norm.weights
+        rotation = None if rotary is None else rotary.rotation
+        if q_TND.is_cuda:
+            from tpserve_kernels import heads
+
+            return heads.place_heads(q_TND, k_TKD, v_TKD, *cache.slots(), batch.write_slots, norms, rotation, bias)
+        if is_native(q_TND):
             return qkv_heads.place_heads(q_TND, k_TKD, v_TKD, *cache.slots(), batch.write_slots, norms, rotation)
-        if self.qk_norm is not None:
-            q_TND, k_TKD = self.qk_norm(q_TND, k_TKD)
+        if norm is not None:
+            q_TND, k_TKD = norm(q_TND, k_TKD)
         if rotary is not None:
             q_TND, k_TKD = rotary(q_TND, k_TKD)
         write_kv(k_TKD, v_TKD, cache, batch)

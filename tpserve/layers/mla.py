@@ -69,6 +69,20 @@ class LatentAttention:
         query, latent_TL, key_TR = down.tensor_split((query_dim, query_dim + latent_dim), dim=1)
         q = query if self.query_up is None else self.query_up(query)
         q_TNP, q_TNR = q.view(len(x_TH), num_heads, plain_dim + rope_dim).tensor_split((plain_dim,), dim=2)
+        if x_TH.is_cuda:
+            from tpserve_kernels import heads
+
+            q_TND = q_TNP.new_empty(len(x_TH), num_heads, latent_dim + rope_dim)
+            _write_per_head(q_TNP, self.key_up_NLP, q_TND[..., :latent_dim])
+            norm, cache_SD = self.latent_norm, cache.k.view(-1, latent_dim + rope_dim)
+            heads.place_latents(
+                latent_TL, key_TR, q_TNR, q_TND[..., latent_dim:], cache_SD, batch.write_slots, norm.weight_H, norm.eps, norm.offset,
+                rotary.rotation,
+            )  # fmt: skip
+            mixed_TNL = attend(q_TND, cache, batch, self.attention_params)
+            mixed_TNV = mixed_TNL.new_empty(len(x_TH), num_heads, stack_shape(self.value_up_NVL)[1])
+            _write_per_head(mixed_TNL, self.value_up_NVL, mixed_TNV)
+            return row_parallel(mixed_TNV.flatten(1), self.out, None, self.tp)
         q_TNR, key_T1R = rotary(q_TNR, key_TR.unsqueeze(1))
         write_kv(torch.cat((self.latent_norm(latent_TL).unsqueeze(1), key_T1R), dim=2), None, cache, batch)
         q_TND = torch.cat((per_head(q_TNP, self.key_up_NLP), q_TNR), dim=2)
@@ -94,3 +108,9 @@ class LatentAttention:
             value_up_NVL=packer.stack(self.value_up_NVL),
             out=packer.row_parallel(self.out, self.tp),
         )
+
+
+def _write_per_head(x_TEK: torch.Tensor, stack_ENK: Stack, out_TEN: torch.Tensor) -> None:
+    """`per_head` on CUDA, into strided memory: nothing is copied before or after the product."""
+    assert isinstance(stack_ENK, torch.Tensor), "nothing is packed on CUDA"
+    torch.bmm(x_TEK.transpose(0, 1), stack_ENK.transpose(1, 2), out=out_TEN.transpose(0, 1))

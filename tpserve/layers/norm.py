@@ -73,12 +73,20 @@ class LayerNorm:
 
     def __call__(self, x_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
+        if x_TH.is_cuda:
+            from tpserve_kernels import norm
+
+            return norm.layer_norm(x_TH, self.weight_H, self.bias_H, self.eps)
         if is_native(x_TH):
             return rows.layer_norm(x_TH, self.weight_H, self.bias_H, self.eps)
         return F.layer_norm(x_TH, x_TH.shape[-1:], self.weight_H, self.bias_H, self.eps)
 
     def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of the sum, the sum), both [T, H]."""
+        if x_TH.is_cuda:
+            from tpserve_kernels import norm
+
+            return norm.add_layer_norm(x_TH, residual_TH, self.weight_H, self.bias_H, self.eps)
         if is_native(x_TH):
             return rows.add_layer_norm(x_TH, residual_TH, self.weight_H, self.bias_H, self.eps)
         sum_TH = x_TH + residual_TH
@@ -103,7 +111,7 @@ class HeadNorm:
 
     @property
     def weights(self) -> qkv_heads.HeadNorms:
-        """The same for the CPU's kernels."""
+        """The same for kernels."""
         return qkv_heads.HeadNorms(self.q_D, self.k_D, self.eps, self.offset)
 
 

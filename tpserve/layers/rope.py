@@ -28,20 +28,16 @@ class RotaryPositions:
     positions_T: torch.Tensor
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotated queries [T, N, D] and keys [T, K, D], computed in float32, in the dtype of the input."""
+        """Rotated queries [T, N, D] and keys [T, K, D], computed in float32, in the dtype of the input. On the CPU."""
         if is_native(q_TND):
             return qkv_heads.rotate(q_TND, k_TKD, self.rotation)
         if self.rope.interleaved:
             q_TND, k_TKD = _halves(q_TND), _halves(k_TKD)
-        if not q_TND.is_cuda:
-            return _rotate(q_TND, *self._waves), _rotate(k_TKD, *self._waves)
-        from tpserve_kernels import rope
-
-        return rope.apply_rope(q_TND, k_TKD, self.rope.cos_PE, self.rope.sin_PE, self.positions_T)
+        return _rotate(q_TND, *self._waves), _rotate(k_TKD, *self._waves)
 
     @property
     def rotation(self) -> qkv_heads.Rotation:
-        """The same for the CPU's kernels."""
+        """The same for kernels."""
         return qkv_heads.Rotation(self.positions_T, self.rope.cos_PE, self.rope.sin_PE, self.rope.interleaved)
 
     @cached_property

@@ -34,11 +34,12 @@ from tpserve.quant.matmul import matmul, pad_rows
 from tpserve.quant.packed import PackedWeight, Table, Weight, pack
 from tpserve.quant.product import Product, of_weight
 from tpserve.quant.weight_memory import PRIVATE, WeightMemory
-from tpserve.sampler.logits import Logits, UnwrittenLogits, WrittenLogits
+from tpserve.sampler.logits import CardLogits, Logits, UnwrittenLogits, WrittenLogits
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.parameter import Parameter
 from tpserve_kernels.cpu.library import serves
+from tpserve_kernels.sampler_types import RawLogits
 
 
 class Decoder:
@@ -176,7 +177,8 @@ class Decoder:
         if self.runs_as_list:
             return self._native_stage(caches)(x_TH, self._rotary(batch.positions_T), batch.groups)
         rows, x_TH = len(x_TH), pad_rows(x_TH)
-        rotary = self._rotary(F.pad(batch.positions_T, (0, len(x_TH) - rows)))
+        padding = len(x_TH) - rows
+        rotary = self._rotary(F.pad(batch.positions_T, (0, padding)) if padding else batch.positions_T)
         groups = [build_metadata(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
@@ -208,15 +210,21 @@ class Decoder:
 
     def logits(self, hidden_SH: torch.Tensor) -> torch.Tensor:
         """Last stage: the logits of `hidden_SH` over this rank's vocabulary shard, float32 [S, V]."""
-        logits_SV, cap = self._logits(hidden_SH).written(), self.spec.logits_cap
-        return logits_SV if cap is None else logits_SV.div_(cap).tanh_().mul_(cap)
+        return self.head(hidden_SH).written()
 
     def head(self, hidden_SH: torch.Tensor) -> Logits:
         """Last stage: the same logits for a draw, which need not be written."""
-        return self._logits(hidden_SH) if self.spec.logits_cap is None else WrittenLogits(self.logits(hidden_SH))
+        logits, cap = self._logits(hidden_SH), self.spec.logits_cap
+        if cap is None or isinstance(logits, CardLogits):
+            return logits
+        return WrittenLogits(logits.written().div_(cap).tanh_().mul_(cap))
+
+    def of_raw(self, values_SV: torch.Tensor) -> CardLogits:
+        """The logits that the head's `values_SV` stand for."""
+        return CardLogits(RawLogits(values_SV, self.spec.logits_scale, self.spec.logits_cap))
 
     def _logits(self, hidden_SH: torch.Tensor) -> Logits:
-        """The logits before their cap. The library of CPU kernels does not round them to the model's dtype."""
+        """The logits, on the CPU before their cap. The library of CPU kernels does not round them to the model's dtype."""
         assert self._head is not None, "only the last stage has logits"
         if self._norm is not None:
             hidden_SH = self._norm(hidden_SH)
@@ -227,7 +235,10 @@ class Decoder:
         if isinstance(self._head, Int8Weight):
             logits_SV = self._head.product(hidden_SH, out_dtype=torch.float32)
         else:
-            logits_SV = matmul(hidden_SH, self._head).float()
+            logits_SV = matmul(hidden_SH, self._head)
+        if logits_SV.is_cuda:
+            return self.of_raw(logits_SV)
+        logits_SV = logits_SV.float()
         return WrittenLogits(logits_SV * self.spec.logits_scale if self.spec.logits_scale != 1 else logits_SV)
 
 

@@ -45,6 +45,11 @@ class Group:
         return self._shm is not None
 
     @property
+    def can_be_captured(self) -> bool:
+        """Whether the collectives on a card can be part of a CUDA graph."""
+        return self.size == 1 or dist.get_backend(self._handle) == "nccl"
+
+    @property
     def page(self) -> Page | None:
         """The shared memory as the CPU kernels use it, None without."""
         return None if self._shm is None else self._shm.page

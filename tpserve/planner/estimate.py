@@ -185,7 +185,7 @@ def memory_profile(spec: ModelSpec, config: EngineConfig, gpus: GpuCluster, rank
     head = 0
     if layout.stage_of(rank) == layout.pp - 1:
         shards = split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")
-        logits_chunking = LogitsChunking.of(shards, config.max_model_len + 1)
+        logits_chunking = LogitsChunking.of(shards, config.max_model_len + 1, on_card=not gpus.is_cpu)
         head = logits_chunking.most_bytes(config.max_num_seqs, config.max_num_batched_tokens)
     block = sizing.position_bytes(count_params(spec, layout, rank), config) * config.block_size
     if gpus.is_cpu:

@@ -21,7 +21,9 @@ def matmul(x_TK: torch.Tensor, weight_NK: Weight, bias_N: torch.Tensor | None = 
     """x @ weight.T + bias: [T, N] in the dtype of `x`, that of the plain weight. RuntimeError of torch when they differ."""
     if isinstance(weight_NK, PackedWeight | Int8Weight):
         return weight_NK.product(x_TK, bias_N)
-    rows, x_TK = len(x_TK), x_TK if x_TK.is_cuda else _padded(x_TK)
+    if x_TK.is_cuda and isinstance(weight_NK, torch.Tensor):
+        return F.linear(x_TK, weight_NK, bias_N)
+    rows, x_TK = len(x_TK), _padded(x_TK)
     out_TN = F.linear(x_TK, weight_NK) if isinstance(weight_NK, torch.Tensor) else weight_NK.product(x_TK)
     if rows < len(x_TK):
         out_TN = out_TN[:rows]

@@ -14,7 +14,11 @@ else is elementwise. So a vocabulary shard of whole blocks finds the same best b
 and the best of the gathered (value, id) pairs is the unsharded draw, bit for bit. With shards that start inside a block (tiny
 vocabularies) each rank gathers the logits and draws from all of them.
 
-Legend: S sampled rows, B blocks, E the 128 ids of a block.
+On a card two launches of `tpserve_kernels.draw` do all of it, and a third one picks among the shards. There, exponentials and
+logarithms consist of additions and multiplications whose bits no device changes. Those of the CPU may differ in the last bit;
+the noise of the library of CPU kernels does not.
+
+Legend: S sampled rows, B blocks, E the 128 ids of a block, X slots, L positions of a slot.
 """
 
 from typing import NamedTuple
@@ -22,11 +26,12 @@ from typing import NamedTuple
 import torch
 
 from tpserve.parallel.group import Group
-from tpserve.sampler.logits import Logits, WrittenLogits
-from tpserve.sampler.philox import WORD, philox4x32
+from tpserve.sampler.logits import CardLogits, HostLogits, Logits, WrittenLogits
 from tpserve_kernels.cpu import gumbel as native
 from tpserve_kernels.cpu.head import BLOCK
 from tpserve_kernels.cpu.library import library
+from tpserve_kernels.philox import WORD, philox4x32
+from tpserve_kernels.sampler_types import Noise, RawLogits, Target
 
 
 class DrawParams(NamedTuple):
@@ -49,12 +54,41 @@ class DrawParams(NamedTuple):
         return self.seed_S, self.position_S, self.choice_S
 
 
-def draw(logits: Logits, shards: tuple[range, ...], params: DrawParams | None, tp: Group) -> torch.Tensor:
-    """Draw one token per row: [S] int64, equal on all ranks of `tp`.
+def draw_rows(
+    logits: Logits, shards: tuple[range, ...], params: DrawParams, tp: Group, target: Target, *, all_greedy: bool = False
+) -> None:
+    """Draw one token per row into `target`, equal on all ranks of `tp`.
 
-    `logits`: of this rank's shard of the vocabulary; `shards`: the ids of every rank, ascending, without gaps.
-    `params`: None when every temperature is 0; then no random number is computed.
+    `logits`: of this rank's shard of the vocabulary; `shards`: the ids of every rank, ascending, without gaps. `params`: columns
+    without gaps. On a card no launch depends on the values of a tensor, so that a graph may capture all of it. There a row whose
+    slot is negative is padding: nothing is written for it. `all_greedy`: the caller knows that every temperature is 0; then the
+    CPU computes no random number.
     """
+    if isinstance(logits, CardLogits):
+        _draw_on_card(logits, shards, params, tp, target)
+        return
+    token_S = draw(logits, shards, None if all_greedy else params, tp)
+    target.out_S.copy_(token_S)
+    if target.tokens_XL is not None:
+        target.tokens_XL[target.slot_S, params.position_S] = token_S.int()
+
+
+def _draw_on_card(logits: CardLogits, shards: tuple[range, ...], params: DrawParams, tp: Group, target: Target) -> None:
+    from tpserve_kernels import draw as kernels
+
+    noise = Noise(params.temperature_S, *params.counters)
+    if tp.size == 1:
+        kernels.draw(logits.raw, noise, target)
+    elif all(shard.start % BLOCK == 0 for shard in shards):
+        best_PS2 = tp.all_gather(kernels.best(logits.raw, noise, shards[tp.rank].start, target.slot_S))
+        kernels.pick(best_PS2, noise.position_S, target)
+    else:
+        values_SV, scale, cap = logits.raw
+        kernels.draw(RawLogits(gather_logits(values_SV, shards, tp), scale, cap), noise, target)
+
+
+def draw(logits: HostLogits, shards: tuple[range, ...], params: DrawParams | None, tp: Group) -> torch.Tensor:
+    """`draw_rows` on the CPU: [S] int64. `params`: None when every temperature is 0."""
     first = shards[tp.rank].start
     if params is None:
         best = logits.blocks(None)
@@ -62,7 +96,7 @@ def draw(logits: Logits, shards: tuple[range, ...], params: DrawParams | None, t
     aligned = all(shard.start % BLOCK == 0 for shard in shards)
     if not aligned:
         logits, first = WrittenLogits(gather_logits(logits.written(), shards, tp)), 0
-    value_S, token_S = _draw_rows(logits, params, first)
+    value_S, token_S = _draw_shard(logits, params, first)
     return _winner(value_S, token_S, tp) if aligned else token_S
 
 
@@ -74,7 +108,7 @@ def gumbel_max(
     `x_SN`: float32; `sum_SN`: float64, None for no logarithm; the id of number n is first + first_S + n. Temperature 0 counts
     as 1. The CPU library's noise may differ from torch's in the last bit; the ranks of a stage have the same form.
     """
-    if x_SN.is_cuda or library() is None:
+    if library() is None:
         return gumbel_max_reference(x_SN, sum_SN, params, first, first_S, level)
     return native.gumbel_max(x_SN, sum_SN, params.temperature_S, params.counters, first, first_S, level)
 
@@ -104,7 +138,7 @@ def gumbel(
     return -torch.log(-torch.log(u_SN))
 
 
-def _draw_rows(logits: Logits, params: DrawParams, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_shard(logits: HostLogits, params: DrawParams, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best (value, token) of each row in this shard. Values are comparable between shards of one row only."""
     blocks = logits.blocks(params.temperature_S)
     value_S, block_S = gumbel_max(blocks.top_SB, blocks.sum_SB, params, first // BLOCK, None, level=0)
@@ -132,6 +166,6 @@ def gather_logits(logits_SV: torch.Tensor, shards: tuple[range, ...], tp: Group)
     """The logits of the whole vocabulary, [S, all ids], a copy. Shards are padded to the largest for the all-gather."""
     if tp.size == 1:
         return logits_SV.clone()
-    widest = max(len(shard) for shard in shards)
-    parts_PSV = tp.all_gather(torch.nn.functional.pad(logits_SV, (0, widest - logits_SV.shape[1])))
+    missing = max(len(shard) for shard in shards) - logits_SV.shape[1]
+    parts_PSV = tp.all_gather(torch.nn.functional.pad(logits_SV, (0, missing)) if missing else logits_SV)
     return torch.cat([part[:, : len(shard)] for part, shard in zip(parts_PSV, shards, strict=True)], dim=1)

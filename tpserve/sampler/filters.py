@@ -8,7 +8,8 @@ One function per filter, applied in this order to rows that hold the whole vocab
     penalties   `apply_penalties`: repetition (prompt and output), then frequency and presence (output)
     truncation  `apply_min_p`, `apply_top_k`, `apply_top_p`, of the distribution with temperature; `draw` applies the temperature
 
-On the CPU the library of kernels does the masks of grammars, penalties and truncation; the functions here are what they must do.
+On a card kernels in Triton do all of it, a launch for each kind, without a sort. On the CPU the library of kernels does the masks
+of grammars, penalties and truncation. The functions here are what they must do; an exponential may differ in the last bit.
 Filtered ids become -inf. Invariants: a row's bits depend only on the row, its tokens and its request; thresholds are exact
 (values are compared, weights are summed as integers); ties go to the lowest id.
 
@@ -26,9 +27,10 @@ import torch
 
 from tpserve_kernels.cpu import filters as native
 from tpserve_kernels.cpu.library import is_native
+from tpserve_kernels.sampler_types import Sequences
 
 CANDIDATES = 1024
-"""Top-p on the CPU tries this many ids before it sorts the whole vocabulary."""
+"""Top-p tries this many ids before it sorts the whole vocabulary."""
 WEIGHT_ONE = 2.0**40
 """A weight of 1 as an integer: sums over 2**22 ids are exact in 64 bits."""
 
@@ -48,6 +50,8 @@ class AllowedIds:
     rows_A: torch.Tensor
     row_N: torch.Tensor
     id_N: torch.Tensor
+    ends_R: torch.Tensor
+    """The pairs of row r are [ends_R[r - 1], ends_R[r])."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class BadWords:
     last_W: torch.Tensor
     prefix_WE: torch.Tensor
     length_W: torch.Tensor
+    ends_R: torch.Tensor
+    """The words of row r are [ends_R[r - 1], ends_R[r])."""
 
 
 @dataclass(frozen=True)
@@ -80,33 +86,15 @@ class Penalties:
 
 
 @dataclass(frozen=True)
-class MinPFilter:
-    """Min-p of the rows `rows_K`."""
+class Truncation:
+    """Min-p, top-k and top-p of all rows."""
 
-    rows_K: torch.Tensor
-    log_K: torch.Tensor
-    """float64: log(min_p), where min_p is relative to the probability of the best id"""
-
-
-@dataclass(frozen=True)
-class TopKFilter:
-    """Top-k of the rows `rows_K`. `max_k`: the largest of `k_K`, on the host. Every k is below the vocabulary size."""
-
-    rows_K: torch.Tensor
-    k_K: torch.Tensor
-    max_k: int
-
-
-@dataclass(frozen=True)
-class TopPFilter:
-    """Top-p of the rows `rows_K`, `p_K` float64.
-
-    `max_ids`: the most ids that top-k leaves in any of the rows, on the host; None when top-k does not bound all rows.
-    """
-
-    rows_K: torch.Tensor
-    p_K: torch.Tensor
-    max_ids: int | None
+    log_min_p_R: torch.Tensor
+    """float64: log(min_p), where min_p is relative to the probability of the best id; -inf for none"""
+    top_k_R: torch.Tensor
+    """int64, below the vocabulary size; 0 for none"""
+    top_p_R: torch.Tensor
+    """float64; 1 for none"""
 
 
 @dataclass(frozen=True)
@@ -123,19 +111,22 @@ class Filters:
     bad_words: BadWords | None = None
     bias: LogitBias | None = None
     penalties: Penalties | None = None
-    min_p: MinPFilter | None = None
-    top_k: TopKFilter | None = None
-    top_p: TopPFilter | None = None
+    truncation: Truncation | None = None
 
 
 def apply(
-    logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_RL: torch.Tensor
-) -> torch.Tensor:
+    logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_XL: torch.Tensor,
+    slot_R: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Apply all filters: the logits to draw from, float32 [R, V]. Overwrites `logits_RV`.
 
     `temperature_R`: float32, positive for rows with top-p. `position_R`: int64, the number of tokens of each row's sequence.
-    `tokens_RL`: its token ids, int32 or int64; the entries from `position_R` on are ignored, but must be valid ids.
+    `tokens_XL`: the token ids of all slots, int32; `slot_R`: int64, the slot of each row.
     """
+    if logits_RV.is_cuda:
+        _apply_on_card(logits_RV, filters, temperature_R, position_R, tokens_XL, slot_R)
+        return logits_RV
+    tokens_RL = tokens_XL[slot_R, : filters.history]
     library = is_native(logits_RV)
     if filters.grammar is not None and library:
         native.mask_bits(logits_RV, filters.grammar.rows_G, filters.grammar.bits_GW)
@@ -151,34 +142,38 @@ def apply(
     if filters.penalties is not None and library:
         p, rows_P = filters.penalties, filters.penalties.rows_P
         penalties = p.presence_P, p.frequency_P, p.repetition_P
-        native.penalize(logits_RV, rows_P, tokens_RL.int(), position_R[rows_P], filters.prompt_R[rows_P], penalties)
+        native.penalize(logits_RV, rows_P, tokens_RL, position_R[rows_P], filters.prompt_R[rows_P], penalties)
     elif filters.penalties is not None:
         apply_penalties(logits_RV, filters.penalties, tokens_RL, position_R, filters.prompt_R)
-    if library:
-        _truncate(logits_RV, filters, temperature_R)
-        return logits_RV
-    if filters.min_p is not None:
-        apply_min_p(logits_RV, filters.min_p, temperature_R)
-    if filters.top_k is not None:
-        apply_top_k(logits_RV, filters.top_k)
-    if filters.top_p is not None:
-        apply_top_p(logits_RV, filters.top_p, temperature_R)
+    if filters.truncation is not None and library:
+        t, row_R = filters.truncation, torch.arange(len(logits_RV))
+        native.truncate(logits_RV, row_R, temperature_R.contiguous(), t.log_min_p_R, t.top_k_R, t.top_p_R)
+    elif filters.truncation is not None:
+        apply_truncation(logits_RV, filters.truncation, temperature_R)
     return logits_RV
 
 
-def _truncate(logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor) -> None:
-    """Min-p, top-k and top-p with the library of CPU kernels, in place; its exp may differ from torch's in the last bit."""
-    rows = len(logits_RV)
-    log_min_p_R, top_p_R = torch.full((rows,), float("-inf"), dtype=torch.float64), torch.ones(rows, dtype=torch.float64)
-    top_k_R, row_R = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
-    if filters.min_p is not None:
-        log_min_p_R[filters.min_p.rows_K] = filters.min_p.log_K
-    if filters.top_k is not None:
-        top_k_R[filters.top_k.rows_K] = filters.top_k.k_K
-    if filters.top_p is not None:
-        top_p_R[filters.top_p.rows_K] = filters.top_p.p_K
-    if filters.min_p is not None or filters.top_k is not None or filters.top_p is not None:
-        native.truncate(logits_RV, row_R, temperature_R.contiguous(), log_min_p_R, top_k_R, top_p_R)
+def _apply_on_card(
+    logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_XL: torch.Tensor,
+    slot_R: torch.Tensor,
+) -> None:  # fmt: skip
+    """`apply` in Triton, in place, a launch for each kind of filter. Nothing waits for the device."""
+    from tpserve_kernels import masks
+    from tpserve_kernels.truncate import truncate
+
+    sequences = Sequences(tokens_XL, slot_R, position_R, filters.prompt_R)
+    if (grammar := filters.grammar) is not None:
+        masks.mask_bits(logits_RV, grammar.rows_G, grammar.bits_GW)
+    if (allowed := filters.allowed) is not None:
+        masks.allow(logits_RV, allowed.id_N, allowed.ends_R)
+    if (words := filters.bad_words) is not None:
+        masks.ban(logits_RV, words.last_W, words.prefix_WE, words.length_W, words.ends_R, sequences)
+    if (bias := filters.bias) is not None:
+        masks.add_bias(logits_RV, bias.row_N, bias.id_N, bias.value_N)
+    if (p := filters.penalties) is not None:
+        masks.penalize(logits_RV, p.rows_P, p.presence_P, p.frequency_P, p.repetition_P, sequences)
+    if (t := filters.truncation) is not None:
+        truncate(logits_RV, temperature_R, t.log_min_p_R, t.top_k_R, t.top_p_R)
 
 
 def apply_grammar(logits_RV: torch.Tensor, params: GrammarMask) -> None:
@@ -245,38 +240,51 @@ def apply_penalties(
     logits_RV[rows] = x_PV - params.frequency_P[:, None] * count_PV - params.presence_P[:, None] * (count_PV > 0)
 
 
-def apply_min_p(logits_RV: torch.Tensor, params: MinPFilter, temperature_R: torch.Tensor) -> None:
+def apply_truncation(logits_RV: torch.Tensor, params: Truncation, temperature_R: torch.Tensor) -> None:
+    """Min-p, then top-k, then top-p, in place."""
+    apply_min_p(logits_RV, params.log_min_p_R, temperature_R)
+    apply_top_k(logits_RV, params.top_k_R)
+    apply_top_p(logits_RV, params.top_p_R, params.top_k_R, temperature_R)
+
+
+def apply_min_p(logits_RV: torch.Tensor, log_min_p_R: torch.Tensor, temperature_R: torch.Tensor) -> None:
     """Keep the ids whose probability is at least min_p times that of the most likely id, in place."""
-    x_KV = logits_RV[params.rows_K]
-    least_K = x_KV.amax(dim=1).double() + temperature_R[params.rows_K].double() * params.log_K
-    logits_RV[params.rows_K] = x_KV.masked_fill(x_KV < least_K[:, None], float("-inf"))
+    rows = (log_min_p_R > float("-inf")).nonzero().flatten()
+    x_KV = logits_RV[rows]
+    least_K = x_KV.amax(dim=1).double() + temperature_R[rows].double() * log_min_p_R[rows]
+    logits_RV[rows] = x_KV.masked_fill(x_KV < least_K[:, None], float("-inf"))
 
 
-def apply_top_k(logits_RV: torch.Tensor, params: TopKFilter) -> None:
+def apply_top_k(logits_RV: torch.Tensor, top_k_R: torch.Tensor) -> None:
     """Keep the k largest logits, in place."""
-    x_KV = logits_RV[params.rows_K]
-    best_KC = x_KV.topk(params.max_k, dim=1).values
-    logits_RV[params.rows_K] = _keep_largest(x_KV, best_KC, params.k_K)
+    rows = top_k_R.nonzero().flatten()
+    if len(rows):
+        x_KV, k_K = logits_RV[rows], top_k_R[rows]
+        best_KC = x_KV.topk(int(k_K.max()), dim=1).values
+        logits_RV[rows] = _keep_largest(x_KV, best_KC, k_K)
 
 
-def apply_top_p(logits_RV: torch.Tensor, params: TopPFilter, temperature_R: torch.Tensor) -> None:
-    """Keep the smallest set of most likely ids whose total probability is at least p, in place."""
-    x_KV = logits_RV[params.rows_K]
-    top_K1 = x_KV.amax(dim=1, keepdim=True)
-    temperature_K1 = temperature_R[params.rows_K, None]
-    num_ids = x_KV.shape[1]
-    # On CUDA a check that CANDIDATES ids suffice would wait for the device, and a sort is cheap there.
-    candidates = num_ids if x_KV.is_cuda else CANDIDATES
-    size = min(candidates if params.max_ids is None else params.max_ids, num_ids)
+def apply_top_p(logits_RV: torch.Tensor, top_p_R: torch.Tensor, top_k_R: torch.Tensor, temperature_R: torch.Tensor) -> None:
+    """Keep the smallest set of most likely ids whose total probability is at least p, in place.
+
+    `top_k_R`: how many ids top-k has left, 0 for all.
+    """
+    rows = (top_p_R < 1).nonzero().flatten()
+    if not len(rows):
+        return
+    x_KV, temperature_K1 = logits_RV[rows], temperature_R[rows, None]
+    top_K1, num_ids = x_KV.amax(dim=1, keepdim=True), x_KV.shape[1]
+    bounded = bool(top_k_R[rows].all())
+    size = min(int(top_k_R[rows].max()) if bounded else CANDIDATES, num_ids)
     best_KC = x_KV.topk(size, dim=1).values
     sum_KC = _weights(best_KC, top_K1, temperature_K1).cumsum(dim=1)
     # Ids that top-k has removed weigh nothing, so the sum of the best is the sum of all.
-    total_K = sum_KC[:, -1] if params.max_ids is not None else _weights(x_KV, top_K1, temperature_K1).sum(dim=1)
-    target_K1 = (total_K.double() * params.p_K).ceil().long().clamp(min=1).minimum(total_K)[:, None]
-    if params.max_ids is None and size < num_ids and bool((sum_KC[:, -1:] < target_K1).any()):
+    total_K = sum_KC[:, -1] if bounded else _weights(x_KV, top_K1, temperature_K1).sum(dim=1)
+    target_K1 = (total_K.double() * top_p_R[rows]).ceil().long().clamp(min=1).minimum(total_K)[:, None]
+    if not bounded and size < num_ids and bool((sum_KC[:, -1:] < target_K1).any()):
         best_KC = x_KV.sort(dim=1, descending=True).values
         sum_KC = _weights(best_KC, top_K1, temperature_K1).cumsum(dim=1)
-    logits_RV[params.rows_K] = _keep_largest(x_KV, best_KC, 1 + (sum_KC < target_K1).sum(dim=1))
+    logits_RV[rows] = _keep_largest(x_KV, best_KC, 1 + (sum_KC < target_K1).sum(dim=1))
 
 
 def _weights(x_KN: torch.Tensor, top_K1: torch.Tensor, temperature_K1: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 The ranks first agree on the maximum of each row. Then each rank reduces its vocabulary shard to (sum of exponentials, logit of
 the chosen token, best n tokens), and one all-gather of those gives every rank the result. Exponentials are relative to the
-maximum and summed as integers, which is exact in any order, so the result does not depend on shards, batch or threads.
+maximum and summed as integers, which is exact in any order, so the result does not depend on shards, batch or threads. On a card
+three launches of `tpserve_kernels.logprobs` do the same; their exponentials may differ from torch's in the last bit.
 
 Legend: S rows, V vocabulary ids of this rank in B blocks of E, P ranks, n most likely tokens.
 """
@@ -10,6 +11,7 @@ Legend: S rows, V vocabulary ids of this rank in B blocks of E, P ranks, n most 
 import torch
 
 from tpserve.parallel.group import Group
+from tpserve.sampler.logits import CardLogits, Logits
 
 BLOCK = 128
 """Vocabulary ids per block of the search for the n best."""
@@ -20,13 +22,15 @@ MASS_ONE = 2.0**40
 
 
 def logprobs(
-    logits_SV: torch.Tensor, shards: tuple[range, ...], tokens_S: torch.Tensor, num_top: int, tp: Group
+    logits: Logits, shards: tuple[range, ...], tokens_S: torch.Tensor, num_top: int, tp: Group
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (chosen_S, top_ids_Sn, top_Sn): float32, int64, float32; best first, ties by id; n = min(num_top, vocabulary).
 
-    `logits_SV`: float32, this rank's shard; `shards`: the ids of every rank. `tokens_S`: int64, the drawn tokens.
+    `logits`: of this rank's shard; `shards`: the ids of every rank. `tokens_S`: int64, the drawn tokens.
     """
-    shard = shards[tp.rank]
+    if isinstance(logits, CardLogits):
+        return _on_card(logits, shards, tokens_S, num_top, tp)
+    logits_SV, shard = logits.written(), shards[tp.rank]
     top_S = tp.all_gather(logits_SV.amax(dim=1)).amax(dim=0)
     mass_S = (logits_SV - top_S[:, None]).exp_().double().mul_(MASS_ONE).round_().long().sum(dim=1)
     inside_S = (tokens_S >= shard.start) & (tokens_S < shard.stop)
@@ -42,6 +46,17 @@ def logprobs(
     best_Sn = keys_SN.topk(min(num_top, shards[-1].stop), dim=1).values
     ids_Sn, values_Sn = _unkey(best_Sn)
     return (chosen_PS.amax(dim=0) - lse_S).float(), ids_Sn, (values_Sn.double() - lse_S[:, None]).float()
+
+
+def _on_card(
+    logits: CardLogits, shards: tuple[range, ...], tokens_S: torch.Tensor, num_top: int, tp: Group
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from tpserve_kernels import logprobs as kernels
+
+    first, num_parts = shards[tp.rank].start, -(-max(len(shard) for shard in shards) // kernels.PART)
+    keys_PSCn = tp.all_gather(kernels.best_keys(logits.raw, first, num_parts, num_top))
+    masses_PSC2 = tp.all_gather(kernels.masses(logits.raw, first, tokens_S, keys_PSCn))
+    return kernels.from_parts(keys_PSCn, masses_PSC2, min(num_top, shards[-1].stop))
 
 
 def _best_keys(logits_SV: torch.Tensor, first: int, num_top: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ class GraphOutput:
     hidden_BH: torch.Tensor
     """The residual stream"""
     logits_BV: torch.Tensor | None
-    """Of this rank's vocabulary, on the last stage"""
+    """What the LM head gave, of this rank's vocabulary, on the last stage"""
     drawn_B: torch.Tensor | None
     """The tokens, on the last stage"""
 
@@ -82,8 +82,8 @@ class DecodeGraphs:
         self.buckets = buckets_up_to(len(request_pool.params))
         most, hidden, device = self.buckets[-1], decoder.spec.hidden_size, request_pool.tokens.device
         self._hidden_BH = None if first_stage else torch.zeros(most, hidden, dtype=decoder.dtype, device=device)
-        vocab = 0 if sampler_stage is None else max(len(shard) for shard in decoder.vocab_shards)
-        self._logits_BV = torch.empty(most, vocab, dtype=torch.float32, device=device)
+        vocab = 0 if sampler_stage is None else len(sampler_stage.vocab)
+        self._logits_BV = torch.empty(most, vocab, dtype=decoder.dtype, device=device)
         """Shared by the graphs: each would keep its own."""
         self._graphs: dict[int, _Graph] = {}
 
@@ -103,6 +103,7 @@ class DecodeGraphs:
         graph.replay()
         return graph.outputs[-1]
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture all graphs, the largest first, whose memory the others share."""
         for bucket in reversed(self.buckets):
@@ -118,22 +119,24 @@ class DecodeGraphs:
     def _arrays(self, chunks: ChunkArrays) -> "list[array[int] | array[float]]":
         """The packet of a plan."""
         pool, slots = self._request_pool, chunks.slots
-        return [
-            *step_integers(chunks, pool),
-            array("q", [pool.seed[slot] for slot in slots]),
-            array("q", chunks.ends),
-            array("q", [pool.choice[slot] for slot in slots]),
-            array("f", [pool.params[slot].temperature for slot in slots]),
-        ]
+        arrays: list[array[int] | array[float]] = []
+        arrays.extend(step_integers(chunks, pool))
+        arrays.append(array("q", [pool.seed[slot] for slot in slots]))
+        arrays.append(array("q", chunks.ends))
+        arrays.append(array("q", [pool.choice[slot] for slot in slots]))
+        arrays.append(array("f", [pool.params[slot].temperature for slot in slots]))
+        return arrays
 
     def _packet(self, bucket: int) -> Packet:
         """Where the arrays of `_arrays` go, with what padding has."""
         none, zeros = array("i", [-1]), array("i", [0])
         edits, query_starts = self._max_edits(bucket), array("i", range(bucket + 1))
-        integers = [none * bucket, zeros * bucket, query_starts, zeros * bucket, zeros * bucket]
-        integers += [none * edits, zeros * edits, zeros * edits]
-        draws = [array("q", [0]) * bucket, array("q", [0]) * bucket, array("q", [0]) * bucket, array("f", [0]) * bucket]
-        return Packet([*integers, *draws], PACKET_COPIES, self._request_pool.tokens.device)
+        padding: list[array[int] | array[float]] = []
+        padding.extend([none * bucket, zeros * bucket, query_starts, zeros * bucket, zeros * bucket])
+        padding.extend([none * edits, zeros * edits, zeros * edits])
+        padding.extend([array("q", [0]) * bucket] * 3)
+        padding.append(array("f", [0]) * bucket)
+        return Packet(padding, PACKET_COPIES, self._request_pool.tokens.device)
 
     def _graph(self, bucket: int) -> _Graph:
         if bucket not in self._graphs:
@@ -161,17 +164,18 @@ class CudaCapture:
     """`Capture` on a card. Its graphs share one pool of memory."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()  # kernels are compiled, and libraries make their buffers, before the capture
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # The errors of other threads, which read device memory beside the capture, are not this one's.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        pool = self._graphs[0].pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work()
-        self._pool = graph.pool()
+        self._graphs.append(graph)
         return graph.replay

@@ -55,11 +55,12 @@ def model_input(
         AttentionMetadata(
             query_starts=query_starts_R1,
             context_lens=context_lens_R,
-            tables=tables[group].index_select(0, slots_R),
+            tables=tables[group],
             write_slots=write_slots[group],
             query_lens_host=query_lens,
             context_lens_host=context_lens,
             window=window,
+            table_rows=slots_R,
         )
         for group, window in enumerate(request_pool.windows)
     )

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-DTYPES = {"q": torch.int64, "i": torch.int32, "f": torch.float32}
+ALIGNMENT = 16
+"""Bytes: where arrays begin on a card. Triton compiles a kernel once more for addresses that are no multiples of this."""
+DTYPES = {"q": torch.int64, "i": torch.int32, "f": torch.float32, "d": torch.float64}
 """The tensor dtype of each typecode of `array` in use."""
 
 
@@ -23,7 +25,7 @@ def copy_arrays(arrays: Sequence["array[int] | array[float]"], device: torch.dev
     for data in arrays:
         joined += data.tobytes()
         ends.append(len(joined))
-        joined += bytes(-len(joined) % 8)  # the next array begins at a multiple of its item size
+        joined += bytes(-len(joined) % ALIGNMENT)
     on_device = to_device(torch.frombuffer(joined, dtype=torch.uint8), device)
     sizes = (len(data) * data.itemsize for data in arrays)
     return [on_device[end - size : end].view(DTYPES[data.typecode]) for data, end, size in zip(arrays, ends, sizes, strict=True)]

@@ -31,6 +31,7 @@ from tpserve.weights.load import Loader
 from tpserve.weights.parameter import Parameter
 from tpserve.weights.unused_weights import checkpoint_notes
 from tpserve.worker import device as devices
+from tpserve.worker.decode_graphs import Capture, CudaCapture
 from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.kept_weights import KeptByAgent
 from tpserve.worker.memory import allocate, check_weights, measure, room_for
@@ -107,7 +108,18 @@ class LoadedModel:
         assert self._request_pool is not None
         if self._compiled is not None:
             self._compiled.clear()
-        return ModelRunner(mesh, self.decoder, self._request_pool, self._caches)
+        model_runner = ModelRunner(mesh, self.decoder, self._request_pool, self._caches, self._capture(mesh))
+        if model_runner.graphs is not None and agreed is None:  # in a later epoch each is captured when it is needed
+            self._report("capturing graphs", 95)
+            with self._room_for("capturing graphs", mesh):
+                model_runner.graphs.warm_up()
+            start_timer.mark("graphs")
+        return model_runner
+
+    def _capture(self, mesh: Mesh) -> Capture | None:
+        """What makes the graphs of decode steps; None where every step is eager."""
+        on_card = mesh.device.type == "cuda" and mesh.tp.can_be_captured
+        return CudaCapture() if on_card and not self._config.enforce_eager else None
 
     def _measure(self, decoder: Decoder, mesh: Mesh) -> None:
         """Run the largest steps, agree with the other ranks on what fits, and allocate it."""

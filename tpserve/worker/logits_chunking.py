@@ -14,6 +14,10 @@ FILTERED_BYTES = 64
 """Bytes for each logit of the whole vocabulary: copies and sums of top-p, and masks over all ids."""
 HISTORY_BYTES = 16
 """Bytes for each token of the longest sequence: penalties read all of it."""
+CARD_PLAIN_BYTES = 8
+"""On a card, whose kernels make no temporaries of a vocabulary: what the LM head gives, and the best of blocks and parts."""
+CARD_FILTERED_BYTES = 24
+"""On a card: what the head gives, the logits written, gathered twice among ranks, and those that a truncation copies together."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,12 @@ class LogitsChunking:
     filtered_bytes: int
 
     @staticmethod
-    def of(shards: Sequence[range], max_len: int) -> "LogitsChunking":
+    def of(shards: Sequence[range], max_len: int, *, on_card: bool = False) -> "LogitsChunking":
         """`shards`: every rank's range of the vocabulary; `max_len`: length of the longest sequence in tokens."""
-        plain = max(len(shard) for shard in shards) * PLAIN_BYTES
+        plain = max(len(shard) for shard in shards) * (CARD_PLAIN_BYTES if on_card else PLAIN_BYTES)
         filtered = shards[-1].stop * FILTERED_BYTES + max_len * HISTORY_BYTES
+        if on_card:
+            filtered = shards[-1].stop * CARD_FILTERED_BYTES
         return LogitsChunking(max(1, HEAD_BYTES // plain), max(1, HEAD_BYTES // filtered), plain, filtered)
 
     def most_bytes(self, max_sampled: int, max_scored: int) -> int:

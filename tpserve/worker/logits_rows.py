@@ -9,7 +9,6 @@ S: drawn rows of a group, N: scored rows of the step, C: chunks that score.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
@@ -17,7 +16,7 @@ from tpserve.sampler.draw import DrawParams
 from tpserve.sampler.filters import Filters
 from tpserve.types.plan import StepPlan
 from tpserve.worker.grammars import SlotGrammar
-from tpserve.worker.host_arrays import copy_arrays, to_device
+from tpserve.worker.host_arrays import copy_arrays
 from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.logits_chunking import LogitsChunking
 from tpserve.worker.request_pool import RequestPool
@@ -136,8 +135,7 @@ def _draw_batch(
     slots, device = [chunks.slots[i] for i in indices], request_pool.tokens.device
     row_filters = None
     if filtered:
-        move = partial(to_device, device=device)
-        row_filters = filters(filtered, ends, move, [request_pool.grammars[slot] for slot in slots])
+        row_filters = filters(filtered, ends, device, [request_pool.grammars[slot] for slot in slots])
     temperature = array("f", [request_pool.params[slot].temperature for slot in slots])
     arrays: list[array[int] | array[float]] = [
         array("q", [chunks.query_starts[i] + end - 1 - chunks.starts[i] for i, end in rows]),

@@ -27,6 +27,7 @@ from tpserve.types.plan import MAX_REDRAWN, Chunk, NewSequence, StepPlan
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker import device as devices
 from tpserve.worker import device_input, sizing
+from tpserve.worker.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.sampler_stage import SamplerStage
@@ -169,7 +170,11 @@ def _profile_cuda(
     block_bytes: int,
 ) -> MemoryProfile:
     """Peaks of the largest steps, and this rank's share of its GPU."""
-    activations, head = _peaks(make_run(config.max_num_batched_tokens))
+    profile_run = make_run(config.max_num_batched_tokens)
+    activations, head = _peaks(profile_run)
+    if mesh.tp.can_be_captured and not config.enforce_eager:
+        activations += _graph_bytes(profile_run)
+    del profile_run
     torch.cuda.empty_cache()
     mesh.world.all_reduce_min(0)  # barrier: ranks that share the GPU have loaded and freed their profile runs
     free, total = torch.cuda.mem_get_info()
@@ -198,6 +203,17 @@ def _peaks(profile_run: "_ProfileRun") -> tuple[int, int]:
     return peak(profile_run.layers), peak(profile_run.head)
 
 
+def _graph_bytes(profile_run: "_ProfileRun") -> int:
+    """The memory that the graphs of decode steps take, beside what is reserved for activations."""
+    torch.cuda.synchronize()
+    free, _ = torch.cuda.mem_get_info()
+    graphs = profile_run.graphs(CudaCapture())
+    graphs.warm_up()
+    torch.cuda.synchronize()
+    taken = free - torch.cuda.mem_get_info()[0]
+    return max(0, taken)
+
+
 class _ProfileRun:
     """The largest steps of this stage on dummy data, without other stages. They are measured, and they warm up the libraries.
 
@@ -224,6 +240,12 @@ class _ProfileRun:
             for plan in (self._scoring_plan(), self._redraw_plan(), self._sampling_plan(PLAIN), self._sampling_plan(FILTERED)):
                 chunks = self._update(plan)
                 self._sampler_stage.run(self._hidden(chunks.num_rows), plan, chunks)
+
+    @torch.inference_mode()
+    def graphs(self, capture: Capture) -> DecodeGraphs:
+        """The graphs of decode steps, on a cache of one block."""
+        caches, first = allocate(self._decoder, self._mesh, 1, self._config.block_size), self._mesh.pipeline.first
+        return DecodeGraphs(self._decoder, self._request_pool, caches, self._sampler_stage, capture, first_stage=first)
 
     def max_head_bytes(self) -> int:
         """A computed bound for the LM head's rows in steps of the configured size, in bytes; 0 before the last stage."""

@@ -6,10 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from tpserve.worker.host_arrays import DTYPES
-
-ALIGNMENT = 8
-"""Bytes; no item of an array is larger."""
+from tpserve.worker.host_arrays import ALIGNMENT, DTYPES
 
 
 class Packet:

@@ -14,9 +14,9 @@ import torch
 
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
-from tpserve.sampler.draw import DrawParams, draw, gather_logits
+from tpserve.sampler.draw import DrawParams, draw_rows, gather_logits
 from tpserve.sampler.filters import apply
-from tpserve.sampler.logits import Logits, WrittenLogits
+from tpserve.sampler.logits import CardLogits, Logits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
 from tpserve.types.packed import pack
 from tpserve.types.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
@@ -33,6 +33,7 @@ from tpserve.worker.logits_rows import (
     sample_batches,
 )
 from tpserve.worker.request_pool import RequestPool
+from tpserve_kernels.sampler_types import RawLogits, Target
 
 GrammarRow = tuple[int, SlotGrammar, GrammarDraw]
 """(chunk index, grammar, token) of a sequence with a grammar."""
@@ -132,7 +133,14 @@ class SamplerStage:
         self._decoder = decoder
         self._request_pool = request_pool
         self._tp = tp
-        self.logits_chunking = LogitsChunking.of(decoder.vocab_shards, request_pool.tokens.shape[1])
+        self.logits_chunking = LogitsChunking.of(
+            decoder.vocab_shards, request_pool.tokens.shape[1], on_card=request_pool.tokens.is_cuda
+        )
+
+    @property
+    def vocab(self) -> range:
+        """The ids of this rank's logits."""
+        return self._decoder.vocab_shards[self._tp.rank]
 
     def run(self, hidden_TH: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
         """Queue sampling and scoring for `hidden_TH` [T, hidden_size]; sampled tokens also go into the request pool."""
@@ -147,22 +155,23 @@ class SamplerStage:
     def draw_all(
         self, hidden_BH: torch.Tensor, params: DrawParams, slots_B: torch.Tensor, logits_BV: torch.Tensor
     ) -> torch.Tensor:
-        """For a graph: write the logits of every row, and return its token [B] without filters, written to the request pool, too.
+        """For a graph: write what the head gives each row, and return its token [B] without filters, also in the request pool.
 
-        A negative slot is padding.
+        `slots_B`: int32; a row with a negative one is padding, and its token is left as it was allocated.
         """
-        logits_BV.copy_(self._decoder.logits(hidden_BH))
-        tokens_B = draw(WrittenLogits(logits_BV), self._decoder.vocab_shards, params, self._tp)
-        tokens_XL, padding_B = self._request_pool.tokens, slots_B < 0
-        position_B = params.position_S.masked_fill(padding_B, tokens_XL.shape[1] - 1)
-        tokens_XL[slots_B.clamp(min=0), position_B] = tokens_B.int()
+        logits = self._decoder.head(hidden_BH)
+        assert isinstance(logits, CardLogits) and logits.raw.values_SV.dtype == logits_BV.dtype
+        logits_BV.copy_(logits.raw.values_SV)
+        tokens_B = torch.empty(len(hidden_BH), dtype=torch.int64, device=logits_BV.device)
+        target = Target(tokens_B, slots_B, self._request_pool.tokens)
+        draw_rows(self._decoder.of_raw(logits_BV), self._decoder.vocab_shards, params, self._tp, target)
         return tokens_B
 
     def finish(self, logits_BV: torch.Tensor, drawn_B: torch.Tensor, plan: StepPlan, chunks: ChunkArrays) -> ModelOutput:
         """Queue what a graph has left to do: rows with filters, grammars or logprobs are drawn again from its logits."""
         compiled = self._ask_ranks(plan) if plan.grammars.asked else tuple
         batches = rows_left(chunks, self._request_pool, self.logits_chunking)
-        left = tuple(self._sample(WrittenLogits(logits_BV[batch.rows]), batch) for batch in batches)
+        left = tuple(self._sample(self._decoder.of_raw(logits_BV[batch.rows]), batch) for batch in batches)
         return ModelOutput(left, compiled=compiled, drawn=_to_host(drawn_B[: len(chunks.slots)]))
 
     def _ask_ranks(self, plan: StepPlan) -> Callable[[], tuple[tuple[int, str], ...]]:
@@ -193,38 +202,44 @@ class SamplerStage:
 
     def _redraw(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> torch.Tensor:
         """Draw known tokens again, [S] on their way to the host; nothing else keeps them."""
-        return _to_host(self._draw(self._logits(hidden_TH, batch), batch))
+        return _to_host(self._draw(self._logits(hidden_TH, batch), batch, keep=False))
 
     def _logits(self, hidden_TH: torch.Tensor, batch: SampleBatch) -> Logits:
-        """The logits of a batch's rows. Without filters and logprobs they may stay unwritten."""
+        """The logits of a batch's rows. On the CPU they may stay unwritten without filters and logprobs."""
         hidden_SH = hidden_TH if len(hidden_TH) == len(batch.chunks) else hidden_TH[batch.rows]
-        if batch.filters is None and not batch.num_logprobs:
-            return self._decoder.head(hidden_SH)
-        return WrittenLogits(self._decoder.logits(hidden_SH))
+        logits = self._decoder.head(hidden_SH)
+        read_again = batch.filters is not None or batch.num_logprobs
+        return WrittenLogits(logits.written()) if read_again and not isinstance(logits, CardLogits) else logits
 
     def _sample(self, logits: Logits, batch: SampleBatch) -> SamplerOutput:
         """Sample one batch: filters, draw, logprobs."""
-        tokens_S = self._draw(logits, batch)
-        self._request_pool.tokens[batch.slots, batch.draw.position_S] = tokens_S.int()
+        tokens_S = self._draw(logits, batch, keep=True)
         entries: LogprobTensors | None = None
         if batch.num_logprobs:
             most = max(n for n in batch.num_logprobs if n is not None)
-            logits_SV, shards = logits.written(), self._decoder.vocab_shards
-            chosen_S, ids_Sn, top_Sn = logprobs(logits_SV, shards, tokens_S, most, self._tp)
+            chosen_S, ids_Sn, top_Sn = logprobs(logits, self._decoder.vocab_shards, tokens_S, most, self._tp)
             entries = _to_host(chosen_S), _to_host(ids_Sn), _to_host(top_Sn)
         on_host_S = _to_host(tokens_S)
         return SamplerOutput(batch, on_host_S, entries, _grammar_draws(batch, on_host_S, tokens_S.is_cuda))
 
-    def _draw(self, logits: Logits, batch: SampleBatch) -> torch.Tensor:
-        """Token ids [S]. With filters the full rows are gathered, and every rank draws the same tokens from them."""
-        shards, tp = self._decoder.vocab_shards, self._tp
+    def _draw(self, logits: Logits, batch: SampleBatch, *, keep: bool) -> torch.Tensor:
+        """Token ids [S], also written to the request pool if it should `keep` them.
+
+        With filters the full rows are gathered, and every rank draws the same tokens from them.
+        """
+        shards, tp, tokens_XL = self._decoder.vocab_shards, self._tp, self._request_pool.tokens
         if batch.filters is not None:
-            logits_SV = gather_logits(logits.written(), shards, tp)
-            tokens_SL = self._request_pool.tokens[batch.slots, : batch.filters.history]
+            logits_SV = logits.written()
+            if tp.size > 1 or not logits_SV.is_cuda:  # on a card they are a copy already
+                logits_SV = gather_logits(logits_SV, shards, tp)
             temperature_S, position_S = batch.draw.temperature_S, batch.draw.position_S
-            logits = WrittenLogits(apply(logits_SV, batch.filters, temperature_S, position_S, tokens_SL))
+            logits_SV = apply(logits_SV, batch.filters, temperature_S, position_S, tokens_XL, batch.slots)
+            logits = CardLogits(RawLogits(logits_SV)) if logits_SV.is_cuda else WrittenLogits(logits_SV)
             shards, tp = (range(logits_SV.shape[1]),), Group()
-        return draw(logits, shards, None if batch.all_greedy else batch.draw, tp)
+        out_S = torch.empty(len(batch.chunks), dtype=torch.int64, device=tokens_XL.device)
+        target = Target(out_S, batch.slots, tokens_XL) if keep else Target(out_S)
+        draw_rows(logits, shards, batch.draw, tp, target, all_greedy=batch.all_greedy)
+        return out_S
 
     def _score(self, hidden_TH: torch.Tensor, batch: PromptLogprobsBatch) -> PromptLogprobsOutput:
         """Prompt logprobs, in slices of rows that `LogitsChunking` allows."""
@@ -233,8 +248,8 @@ class SamplerStage:
         slices = []
         for at in range(0, len(tokens_N), self.logits_chunking.plain):
             rows = slice(at, at + self.logits_chunking.plain)
-            logits_SV = self._decoder.logits(hidden_TH[batch.rows[rows]])
-            slices.append(logprobs(logits_SV, shards, tokens_N[rows], most, self._tp))
+            logits = self._decoder.head(hidden_TH[batch.rows[rows]])
+            slices.append(logprobs(logits, shards, tokens_N[rows], most, self._tp))
         chosen_N, ids_Nn, top_Nn = (torch.cat(parts) for parts in zip(*slices, strict=True))
         return PromptLogprobsOutput(batch, (_to_host(chosen_N), _to_host(ids_Nn.int()), _to_host(top_Nn)))
 

@@ -4,38 +4,31 @@ A request without such parameters has no entry. Parameters that cannot change th
 min-p, top-k and top-p, so greedy requests need none of them.
 """
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from itertools import accumulate
+from math import inf, log
 
 import torch
 
-from tpserve.sampler.filters import (
-    AllowedIds,
-    BadWords,
-    Filters,
-    GrammarMask,
-    LogitBias,
-    MinPFilter,
-    Penalties,
-    TopKFilter,
-    TopPFilter,
-)
+from tpserve.sampler.filters import AllowedIds, BadWords, Filters, GrammarMask, LogitBias, Penalties, Truncation
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker.grammars import SlotGrammar
+from tpserve.worker.host_arrays import copy_arrays, to_device
 
-ToDevice = Callable[[torch.Tensor], torch.Tensor]
-"""Copies a host tensor to the device of the filters."""
+Arrays = Sequence["array[int] | array[float]"]
+"""The fields of one of the filters on the host; empty when no row has it."""
 
 
 @dataclass(frozen=True)
 class SamplingMetadata:
-    """One sequence's filters. `allowed_N`, `bias_N`: token ids [N] int64 on the host. `ends`: banned before `min_tokens`."""
+    """One sequence's filters. `allowed`, `biased`: token ids on the host. `ends`: banned before `min_tokens`."""
 
     params: EngineSamplingParams
     prompt_len: int
-    allowed_N: torch.Tensor
-    bias_N: torch.Tensor
+    allowed: "array[int]"
+    biased: "array[int]"
     ends: tuple[tuple[int, ...], ...]
     min_p: bool
     top_k: bool
@@ -56,8 +49,7 @@ class SamplingMetadata:
 
     def needs_filters(self, position: int) -> bool:
         """Whether the draw of the token at `position` needs any filter."""
-        pairs = len(self.allowed_N) or len(self.bias_N)
-        always = self.constrained or pairs or self.penalties or self.min_p or self.top_k or self.top_p
+        always = self.constrained or self.allowed or self.biased or self.penalties or self.min_p or self.top_k or self.top_p
         return bool(always or self.banned_words(position))
 
 
@@ -70,8 +62,8 @@ def sampling_metadata(
     metadata = SamplingMetadata(
         params,
         prompt_len,
-        allowed_N=torch.tensor(params.allowed_token_ids, dtype=torch.int64),
-        bias_N=torch.tensor([id for id, _ in params.logit_bias], dtype=torch.int64),
+        allowed=array("q", params.allowed_token_ids),
+        biased=array("q", [id for id, _ in params.logit_bias]),
         ends=tuple((id,) for id in ends if id < vocab_size) if params.min_tokens else (),
         min_p=random and params.min_p > 0,
         top_k=random and 0 < params.top_k < vocab_size,
@@ -82,58 +74,44 @@ def sampling_metadata(
 
 
 def filters(
-    rows: Sequence[SamplingMetadata], positions: Sequence[int], move: ToDevice, grammars: Sequence[SlotGrammar | None] = ()
+    rows: Sequence[SamplingMetadata], positions: Sequence[int], device: torch.device, grammars: Sequence[SlotGrammar | None] = ()
 ) -> Filters:
     """The filters for R rows that each need one; `positions` are of the tokens to draw, `grammars` of the rows' sequences.
 
+    Everything but the masks of grammars goes to the device in one copy.
+
     Tensor suffixes: R rows, N (row, token id) pairs, W words, E tokens of a word before its last.
     """
-
-    def select(has: Callable[[SamplingMetadata], bool]) -> tuple[torch.Tensor, list[EngineSamplingParams]] | None:
-        found = [i for i, row in enumerate(rows) if has(row)]
-        return (move(torch.tensor(found)), [rows[i].params for i in found]) if found else None
-
-    def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-        return move(torch.tensor(values, dtype=dtype))
-
-    bans, longest = _bans(rows, positions, move)
-    penalties = min_p = top_k = top_p = None
-    if (selected := select(lambda row: row.penalties)) is not None:
-        row_index, params = selected
-        penalties = Penalties(
-            row_index,
-            column([p.presence_penalty for p in params], torch.float32),
-            column([p.frequency_penalty for p in params], torch.float32),
-            column([p.repetition_penalty for p in params], torch.float32),
-        )
-    if (selected := select(lambda row: row.min_p)) is not None:
-        row_index, params = selected
-        min_p = MinPFilter(row_index, column([log(p.min_p) for p in params], torch.float64))
-    if (selected := select(lambda row: row.top_k)) is not None:
-        row_index, params = selected
-        top_k = TopKFilter(row_index, column([p.top_k for p in params], torch.int64), max(p.top_k for p in params))
-    if (selected := select(lambda row: row.top_p)) is not None:
-        row_index, params = selected
-        bounded = all(row.top_k for row in rows if row.top_p)
-        top_p = TopPFilter(
-            row_index, column([p.top_p for p in params], torch.float64), max(p.top_k for p in params) if bounded else None
-        )
+    words = [row.banned_words(position) for row, position in zip(rows, positions, strict=True)]
+    longest = max((len(word) for of_row in words for word in of_row), default=0)
+    parts = {
+        "prompt": [array("q", [row.prompt_len for row in rows])],
+        "allowed": _allowed(rows),
+        "words": _words(words, longest),
+        "bias": _bias(rows),
+        "penalties": _penalties(rows),
+        "truncation": _truncation(rows),
+    }
+    moved = iter(copy_arrays([each for arrays in parts.values() for each in arrays], device))
+    of = {name: [next(moved) for _ in arrays] for name, arrays in parts.items()}
+    bad_words = None
+    if of["words"]:
+        row_W, last_W, prefix_WE, length_W, ends_R = of["words"]
+        bad_words = BadWords(row_W, last_W, prefix_WE.view(len(row_W), longest - 1), length_W, ends_R)
     return Filters(
-        prompt_R=move(torch.tensor([row.prompt_len for row in rows])),
-        history=max(positions) if penalties is not None or longest > 1 else 0,
-        grammar=_grammar_mask(rows, positions, grammars, move),
-        allowed=_allowed(rows, move),
-        bad_words=bans,
-        bias=_bias(rows, move),
-        penalties=penalties,
-        min_p=min_p,
-        top_k=top_k,
-        top_p=top_p,
+        prompt_R=of["prompt"][0],
+        history=max(positions) if of["penalties"] or longest > 1 else 0,
+        grammar=_grammar_mask(rows, positions, grammars, device),
+        allowed=AllowedIds(*of["allowed"]) if of["allowed"] else None,
+        bad_words=bad_words,
+        bias=LogitBias(*of["bias"]) if of["bias"] else None,
+        penalties=Penalties(*of["penalties"]) if of["penalties"] else None,
+        truncation=Truncation(*of["truncation"]) if of["truncation"] else None,
     )
 
 
 def _grammar_mask(
-    rows: Sequence[SamplingMetadata], positions: Sequence[int], grammars: Sequence[SlotGrammar | None], move: ToDevice
+    rows: Sequence[SamplingMetadata], positions: Sequence[int], grammars: Sequence[SlotGrammar | None], device: torch.device
 ) -> GrammarMask | None:
     found = [(i, grammar) for i, grammar in enumerate(grammars) if grammar is not None]
     if not found:
@@ -141,42 +119,61 @@ def _grammar_mask(
     bits_GW = torch.empty(len(found), found[0][1].num_words, dtype=torch.int32)
     for bits_W, (i, grammar) in zip(bits_GW, found, strict=True):
         grammar.write_mask(bits_W, positions[i] - rows[i].prompt_len)
-    return GrammarMask(move(torch.tensor([i for i, _ in found])), move(bits_GW))
+    return GrammarMask(to_device(torch.tensor([i for i, _ in found]), device), to_device(bits_GW, device))
 
 
-def _allowed(rows: Sequence[SamplingMetadata], move: ToDevice) -> AllowedIds | None:
-    found = [i for i, row in enumerate(rows) if len(row.allowed_N)]
-    if not found:
-        return None
-    row_N, id_N = _pairs(found, [rows[i].allowed_N for i in found])
-    return AllowedIds(move(torch.tensor(found)), move(row_N), move(id_N))
+def _allowed(rows: Sequence[SamplingMetadata]) -> Arrays:
+    """The fields of `AllowedIds`, or nothing when no row has any."""
+    found = [i for i, row in enumerate(rows) if row.allowed]
+    return [array("q", found), *_pairs([row.allowed for row in rows])] if found else []
 
 
-def _bias(rows: Sequence[SamplingMetadata], move: ToDevice) -> LogitBias | None:
-    found = [i for i, row in enumerate(rows) if len(row.bias_N)]
-    if not found:
-        return None
-    row_N, id_N = _pairs(found, [rows[i].bias_N for i in found])
-    values = [value for i in found for _, value in rows[i].params.logit_bias]
-    return LogitBias(move(row_N), move(id_N), move(torch.tensor(values, dtype=torch.float32)))
+def _bias(rows: Sequence[SamplingMetadata]) -> Arrays:
+    """The fields of `LogitBias`, or nothing."""
+    row, id, _ = _pairs([of_row.biased for of_row in rows])
+    return [row, id, array("f", [value for of_row in rows for _, value in of_row.params.logit_bias])] if row else []
 
 
-def _pairs(found: Sequence[int], ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.repeat_interleave(torch.tensor(found), torch.tensor([len(part) for part in ids])), torch.cat(list(ids))
+def _pairs(ids: "Sequence[array[int]]") -> "list[array[int]]":
+    """(row, id) of each pair, and where each row's pairs end."""
+    row, id = array("q"), array("q")
+    for i, of_row in enumerate(ids):
+        row.extend(array("q", [i]) * len(of_row))
+        id.extend(of_row)
+    return [row, id, array("q", accumulate(map(len, ids)))]
 
 
-def _bans(rows: Sequence[SamplingMetadata], positions: Sequence[int], move: ToDevice) -> tuple[BadWords | None, int]:
-    """The rows' banned words and the length of the longest; (None, 0) without any."""
-    words = [
-        (i, word) for i, (row, position) in enumerate(zip(rows, positions, strict=True)) for word in row.banned_words(position)
+def _words(words: Sequence[Sequence[Sequence[int]]], longest: int) -> Arrays:
+    """The fields of `BadWords`, or nothing."""
+    row, last, prefix, length = array("q"), array("q"), array("i"), array("q")
+    for i, of_row in enumerate(words):
+        row.extend([i] * len(of_row))
+        for word in of_row:
+            last.append(word[-1])
+            prefix.extend([-1] * (longest - len(word)))
+            prefix.extend(word[:-1])
+            length.append(len(word) - 1)
+    return [row, last, prefix, length, array("q", accumulate(map(len, words)))] if row else []
+
+
+def _penalties(rows: Sequence[SamplingMetadata]) -> Arrays:
+    """The fields of `Penalties`, or nothing."""
+    found = [i for i, row in enumerate(rows) if row.penalties]
+    params = [rows[i].params for i in found]
+    columns = [
+        array("f", [p.presence_penalty for p in params]),
+        array("f", [p.frequency_penalty for p in params]),
+        array("f", [p.repetition_penalty for p in params]),
     ]
-    if not words:
-        return None, 0
-    longest = max(len(word) for _, word in words)
-    prefix_WE = torch.tensor([(-1,) * (longest - len(word)) + word[:-1] for _, word in words], dtype=torch.int32)
-    return BadWords(
-        row_W=move(torch.tensor([i for i, _ in words])),
-        last_W=move(torch.tensor([word[-1] for _, word in words])),
-        prefix_WE=move(prefix_WE.view(len(words), longest - 1)),
-        length_W=move(torch.tensor([len(word) - 1 for _, word in words])),
-    ), longest
+    return [array("q", found), *columns] if found else []
+
+
+def _truncation(rows: Sequence[SamplingMetadata]) -> Arrays:
+    """The fields of `Truncation`, or nothing."""
+    if not any(row.min_p or row.top_k or row.top_p for row in rows):
+        return []
+    return [
+        array("d", [log(row.params.min_p) if row.min_p else -inf for row in rows]),
+        array("q", [row.params.top_k if row.top_k else 0 for row in rows]),
+        array("d", [row.params.top_p if row.top_p else 1 for row in rows]),
+    ]
