@@ -6,7 +6,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from tests.card.engine import CARD, TINY
+from tests.card.engine import CARD, TINY, CardEngine
 from tests.card.simulated import SimulatedCard
 from tests.card.tensors import DeviceTensor
 from tpserve.layers.moe import MoE
@@ -14,6 +14,9 @@ from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import CacheGroup, ExpertsSpec, RoutingSpec
+from tpserve.types.packed import pack
+from tpserve.types.request import Request
+from tpserve.types.sampling import EngineSamplingParams
 from tpserve.weights.dummy import dummy
 
 QWEN = ExpertsSpec(5, 16, RoutingSpec(2, renormalise=True), layers=(0,))
@@ -21,7 +24,6 @@ DEEPSEEK = ExpertsSpec(
     6, 16, RoutingSpec(3, "sigmoid", "choice", num_groups=3, num_top_groups=2, group_best=2, scale=2.5), (0,), shared_size=16
 )
 LAUNCHES = ["_router_kernel", "_route_kernel", "_permute_kernel", "_grouped_kernel", "_gated_kernel", "_grouped_kernel"]
-SHARED = ["mm", "_gated_kernel", "mm"]
 
 
 @pytest.fixture
@@ -44,14 +46,24 @@ def host(x: torch.Tensor) -> torch.Tensor:
     return x.host.clone()
 
 
-@pytest.mark.parametrize(("experts", "shared", "rows"), [(QWEN, [], 3), (DEEPSEEK, SHARED, 1)], ids=["qwen", "deepseek"])
-def test_launches_of_a_layer(card: SimulatedCard, experts: ExpertsSpec, shared: list[str], rows: int) -> None:
-    """Seven beside those of attention, the norms and a shared expert."""
-    layer = mixture(experts)
-    x_TH, slots_T = torch.ones(rows, 32, device=CARD), torch.arange(rows, device=CARD)
+def test_launches_of_a_layer_in_a_decode_step(card: SimulatedCard) -> None:
+    """The seven of the mixture, six of attention and the norms, and one where attention is split."""
+    engine = CardEngine(replace(TINY, num_layers=1, experts=QWEN, cache=(CacheGroup((0,)),)))
+    engine.scheduler.add(Request(0, pack(range(1, 4)), EngineSamplingParams(max_tokens=8), seed=1), 0.0)
+    engine.step()
+    with card.recording() as record:
+        assert len(engine.fill()) == 1
+    launches = record.launches
+    layer = launches[launches.index("_norm_kernel") : launches.index("_combine_kernel") + 1]
+    assert layer[-7:] == [*LAUNCHES, "_combine_kernel"] and len(layer) <= 13
+
+
+def test_launches_with_a_shared_expert(card: SimulatedCard) -> None:
+    layer = mixture(DEEPSEEK)
+    x_TH, slots_T = torch.ones(2, 32, device=CARD), torch.arange(2, device=CARD)
     with card.recording() as record:
         layer(x_TH, slots_T)
-    assert record.launches == [*LAUNCHES, *shared, "_combine_kernel"]
+    assert record.launches == [*LAUNCHES, "mm", "_gated_kernel", "mm", "_combine_kernel"]
     assert not record.waits and not record.to_device and not record.to_host
 
 
