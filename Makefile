@@ -10,13 +10,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(or $(PYTHON),python3))
 
-.PHONY: help serve check test test-clients format native kernels sanitize gpu-check matrix model chaos simulation schemas fuzz-structured lab lab-sixteen clean
+.PHONY: help serve check test test-clients test-page format native kernels sanitize gpu-check matrix model chaos simulation schemas fuzz-structured lab lab-sixteen clean
 
 help:
 	@echo "make serve        serve the built-in model on all GPUs, or on two CPU ranks; ARGS=\"--port 9000\" adds flags"
 	@echo "make check        lint, types and the unit tests: three minutes"
 	@echo "make test         all tests, with a table of the time they took: 25 minutes on two cores"
 	@echo "make test-clients openai, langchain-openai, LiteLLM and pydantic-ai against a server (docs/clients.md)"
+	@echo "make test-page    the page at / in headless Chromium; skipped where there is none"
 	@echo "make format       put the sources in order"
 	@echo "make native       build the library of CPU kernels anew, with the compiler's warnings as errors"
 	@echo "make sanitize     the tests of the CPU kernels under the address and undefined behaviour sanitizers"
@@ -41,6 +42,9 @@ test-clients: $(VENV)/test.stamp kernels
 	@test -x .tmp/clients/bin/python || $(PY) -m venv .tmp/clients
 	@.tmp/clients/bin/python -m pip --disable-pip-version-check install -q pytest openai langchain-openai litellm "pydantic-ai-slim[openai]"
 	@$(PY) tests/clients/run.py .tmp/clients/bin/python
+
+test-page: $(VENV)/test.stamp kernels
+	@$(PY) -m pytest tests/browser -q -rs -o addopts="--strict-markers --tb=short"
 
 format: $(VENV)/test.stamp
 	$(PY) -m ruff check --fix .

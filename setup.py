@@ -71,7 +71,12 @@ setup(
     # `kernels/` is only a folder: an installed package named `kernels` would shadow Hugging Face's.
     packages=[*find_packages(include=["tpserve", "tpserve.*"]), "tpserve_kernels", "tpserve_kernels.cpu"],
     package_dir={"tpserve_kernels": "kernels/tpserve_kernels"},
-    package_data={"tpserve.builtin": ["model/*"], "tpserve": ["py.typed"], "tpserve_kernels": ["py.typed"]},
+    package_data={
+        "tpserve.builtin": ["model/*"],
+        "tpserve": ["py.typed"],
+        "tpserve.frontend.page": ["*.html", "*.css", "*.js"],
+        "tpserve_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11,<2.16",
         "triton>=3.6; platform_system == 'Linux'",

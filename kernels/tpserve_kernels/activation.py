@@ -1,12 +1,16 @@
-"""Gated activations of an MLP.
+"""Activations of an MLP, gated and plain.
 
 Shazeer, "GLU Variants Improve Transformer" (2020), https://arxiv.org/abs/2002.05202 (there: SwiGLU, GEGLU). The clamped form is
-that of the gpt-oss model card (2025), https://arxiv.org/abs/2508.10925.
+that of the gpt-oss model card (2025), https://arxiv.org/abs/2508.10925. GELU: Hendrycks and Gimpel (2016),
+https://arxiv.org/abs/1606.08415.
 
 Legend: T rows, I intermediate channels (gate_up rows hold 2 I). Elementwise: no value depends on another row.
 """
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -57,6 +61,25 @@ def clamped_swiglu_reference(gate_up_TI2: torch.Tensor, alpha: float, limit: flo
     return y_TI.to(gate_up_TI2.dtype)
 
 
+def plain(x_TI: torch.Tensor, kind: str) -> torch.Tensor:
+    """y[t, i] = f(x[t, i]) with f "silu", "gelu", "gelu_tanh" or "relu", computed in float32 and rounded once.
+
+    x_TI: [T, I] float32, float16 or bfloat16, contiguous. Returns the same. AssertionError when it is not contiguous.
+    """
+    assert x_TI.is_contiguous()
+    y_TI = torch.empty_like(x_TI)
+    rows, width = x_TI.shape
+    _plain_kernel[(rows, triton.cdiv(width, BLOCK))](x_TI, y_TI, WIDTH=width, KIND=kind, BLOCK=BLOCK, enable_fp_fusion=False)
+    return y_TI
+
+
+def plain_reference(x_TI: torch.Tensor, kind: str) -> torch.Tensor:
+    """`plain` in plain torch, on any device."""
+    functions = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+    y_TI: torch.Tensor = functions[kind](x_TI.float())
+    return y_TI.to(x_TI.dtype)
+
+
 def _gated(
     gate_up_TI2: torch.Tensor, kind: str, num_rows: torch.Tensor | None, alpha: float = 0.0, limit: float = 0.0
 ) -> torch.Tensor:
@@ -97,3 +120,21 @@ def _gated_kernel(
         up = tl.minimum(tl.maximum(up, -limit), limit)
         y = gate * tl.sigmoid(alpha * gate) * (up + 1.0)
     tl.store(y_ptr + row * INTERMEDIATE + channel, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _plain_kernel(x_ptr, y_ptr, WIDTH: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per BLOCK channels of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < WIDTH
+    x = tl.load(x_ptr + row * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
+    if KIND == "silu":
+        y = x * tl.sigmoid(x)
+    elif KIND == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    elif KIND == "gelu_tanh":
+        y = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    else:
+        y = tl.maximum(x, 0.0)
+    tl.store(y_ptr + row * WIDTH + channel, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -169,9 +169,7 @@ def attention_kernel(
             tl.store(out_ptr + ((row * HEADS + head) * HEAD_DIM)[:, None] + channel, out, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["tile_tokens"], do_not_specialize_on_alignment=["query_starts_ptr", "context_lens_ptr"]
-)
+@triton.jit(do_not_specialize=["tile_tokens"], do_not_specialize_on_alignment=["query_starts_ptr", "context_lens_ptr"])
 def merge_kernel(
     acc_ptr, state_ptr, counts_ptr, split_ptr, query_starts_ptr, context_lens_ptr, sinks_ptr, out_ptr, tile_tokens,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,

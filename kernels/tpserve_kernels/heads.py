@@ -175,7 +175,9 @@ def _place(
         rests = (head < HEADS) & (rest_at < DIM)
         rest = tl.load(x_ptr + head * head_stride + rest_at, mask=rests, other=0.0).to(tl.float32)
         if BIAS:
-            rest = (rest + tl.load(bias_ptr + head * DIM + rest_at, mask=rests, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+            rest = (
+                (rest + tl.load(bias_ptr + head * DIM + rest_at, mask=rests, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+            )
     if NORM:
         squares = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
         if 2 * ANGLES < DIM:

@@ -124,6 +124,8 @@ ALLOWED: dict[str, set[str]] = {
         "llm",
     },
     "planner": {*FLOOR_0, "config", "cli", "hub", "parallel", "models", "worker"},
+    "chat": {*FLOOR_0, "config", "host", "cli", "observe"},
+    "completion_command": {*FLOOR_0, "cli", "config", "bench", "planner", "doctor", "admin", "chat", "template_command"},
     "admin": {*FLOOR_0, "config", "host", "cli", "observe"},
     "doctor": {
         *FLOOR_0,
@@ -179,6 +181,8 @@ ALLOWED: dict[str, set[str]] = {
         "planner",
         "doctor",
         "admin",
+        "chat",
+        "completion_command",
         "template_command",
     },
 }
@@ -207,6 +211,8 @@ TORCH_FREE = [
     "admin.status",
     "admin.report",
     "template_command",
+    "chat.command",
+    "completion_command",
     "rank_main",
     "__main__",
     "llm.api",
@@ -334,7 +340,7 @@ def test_every_folder_of_tests_has_a_share_of_25_minutes() -> None:
     tests = ROOT / "tests"
     folders = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py")}
     shares = [folder for _, folders in run.SHARES.values() for folder in folders]
-    assert sorted([*shares, "gpu", "clients"]) == sorted(folders)
+    assert sorted([*shares, "gpu", "clients", "browser"]) == sorted(folders)
     computing = sum(run.SHARES[name][0] for name in run.BESIDE)
     others = sum(budget_s for name, (budget_s, _) in run.SHARES.items() if name not in run.BESIDE)
     assert run.INSTALL_S + max(computing, others) <= 25 * 60 + 150

@@ -116,7 +116,9 @@ def decode(num_requests: int, width: int) -> None:
     attention.paged_attention(q, *caches, plan_attention(requests, num_heads, caches[1]), 0.1)
 
 
-def place(num_heads: int, num_kv: int, dim: int, dtype: torch.dtype, angles: int, *, bias: bool = False, norm: bool = False) -> None:
+def place(
+    num_heads: int, num_kv: int, dim: int, dtype: torch.dtype, angles: int, *, bias: bool = False, norm: bool = False
+) -> None:
     qkv = torch.zeros(4, num_heads + 2 * num_kv, dim, dtype=dtype)
     caches = [torch.zeros(64, num_kv, dim, dtype=dtype) for _ in range(2)]
     rotation = Rotation(torch.arange(4), torch.zeros(64, angles), torch.zeros(64, angles)) if angles else None
@@ -203,8 +205,16 @@ def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
         "scores": "sigmoid", "bias": "choice", "bias_E": torch.zeros(256), "num_groups": 8, "num_top_groups": 4,
         "group_best": 2, "renormalise": True, "scale": 2.5,
     }  # fmt: skip
+<<<<<<< HEAD
     layers = ((128, 8, 2048, qwen, 0), (32, 4, 2880, gpt_oss, 0), (256, 8, 7168, deepseek, 1))
     for experts, active, hidden, kind, shared in layers:
+=======
+    for experts, active, hidden, kind, shared in (
+        (128, 8, 2048, qwen, 0),
+        (32, 4, 2880, gpt_oss, 0),
+        (256, 8, 7168, deepseek, 1),
+    ):
+>>>>>>> main
         if experts not in counts:
             continue
         x = torch.zeros(4, hidden, dtype=dtype)

@@ -61,7 +61,9 @@ def paged_requests(
     tables_XB: torch.Tensor, table_rows_R: torch.Tensor, query_lens: Any, context_lens: Any, window: int | None = None
 ) -> PagedRequests:
     """Requests of these lengths, on the tables' device."""
-    starts, contexts = (torch.tensor(x, dtype=torch.int32, device=tables_XB.device) for x in (lens_to_starts(query_lens), context_lens))
+    starts, contexts = (
+        torch.tensor(x, dtype=torch.int32, device=tables_XB.device) for x in (lens_to_starts(query_lens), context_lens)
+    )
     return PagedRequests(tables_XB, table_rows_R, starts, contexts, sum(query_lens), max(query_lens), window)
 
 

@@ -167,7 +167,9 @@ def test_bits_do_not_depend_on_the_split_or_the_grid(case: PagedCase, monkeypatc
 
 def as_listed(plan: attention_plan.AttentionPlan) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     num_items, num_split = plan.counts_2.tolist()
-    return [tuple(row[:3]) for row in plan.items_I4[:num_items].tolist()], [tuple(row[:3]) for row in plan.split_C4[:num_split].tolist()]
+    return [tuple(row[:3]) for row in plan.items_I4[:num_items].tolist()], [
+        tuple(row[:3]) for row in plan.split_C4[:num_split].tolist()
+    ]
 
 
 @pytest.mark.parametrize("window", [None, 1000])

@@ -84,7 +84,9 @@ def test_a_row_alone_has_the_same_bits(dtype: torch.dtype) -> None:
     rows, turn = qkv(9, 2, 16, dtype), rotation(8)
     options = {"norms": HeadNorms(rows[1][0, 0], rows[1][1, 1], 1e-5), "bias_AD": random(13 * 16, dtype=dtype)}
     together = placed(heads.place_heads, rows, rotation=turn, **options)
-    alone = placed(heads.place_heads, tuple(x[:1] for x in rows), rotation=turn._replace(positions_T=turn.positions_T[:1]), **options)
+    alone = placed(
+        heads.place_heads, tuple(x[:1] for x in rows), rotation=turn._replace(positions_T=turn.positions_T[:1]), **options
+    )
     assert torch.equal(alone[0][0], together[0][0]) and all(torch.equal(alone[i][47], together[i][47]) for i in (1, 2))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.device import DEVICE
-from tpserve_kernels import activation, norm
+from tpserve_kernels import across_heads, activation, norm
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 FLOATS = list(TOLERANCE)
@@ -41,7 +41,9 @@ def test_norms(dtype: torch.dtype, hidden: int, offset: float) -> None:
         assert torch.equal(total, reference_total)
 
 
-@pytest.mark.parametrize(("dtype", "hidden", "affine"), [(torch.float32, 100, "wb"), (torch.float16, 64, "w"), (torch.bfloat16, 513, "")])
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "affine"), [(torch.float32, 100, "wb"), (torch.float16, 64, "w"), (torch.bfloat16, 513, "")]
+)
 def test_layer_norms(dtype: torch.dtype, hidden: int, affine: str) -> None:
     x, residual = random(5, 2 * hidden, dtype=dtype)[:, :hidden] + 3, random(5, hidden, dtype=dtype, seed=1)
     weight, bias = (random(hidden, dtype=dtype, seed=2) if name in affine else None for name in "wb")
@@ -62,6 +64,27 @@ def test_gated_activations(dtype: torch.dtype, intermediate: int) -> None:
     clamped = activation.clamped_swiglu(gate_up, 1.7, 2.5)
     assert_close(clamped, activation.clamped_swiglu_reference(gate_up, 1.7, 2.5))
     assert not torch.equal(clamped, activation.clamped_swiglu(gate_up, 1.7, 7.0)), "some were beyond the limit"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_across_heads(dtype: torch.dtype) -> None:
+    qkv = random(5, 200, dtype=dtype, seed=3)
+    q, k, weight, counts = qkv[:, :96], qkv[:, 96:130], random(130, seed=5), (192, 68)
+    sums = across_heads.squares(q, k)
+    assert_close(sums, across_heads.squares_reference(q, k))
+    normed = across_heads.scale(q, k, sums, weight[:96], weight[96:], counts, 1e-5)
+    for actual, expected in zip(
+        normed, across_heads.scale_reference(q, k, sums, weight[:96], weight[96:], counts, 1e-5), strict=True
+    ):
+        assert_close(actual, expected)
+    assert torch.equal(across_heads.squares(q[2:3], k[2:3]), sums[2:3]), "a row's bits are its own"
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_plain_activations(kind: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = random(3, 1030, dtype=dtype, seed=4)
+        assert_close(activation.plain(x, kind), activation.plain_reference(x, kind))
 
 
 def test_a_gated_activation_of_the_rows_that_count() -> None:

@@ -23,12 +23,8 @@ from tpserve.weights.dummy import dummy
 from tpserve_kernels import combination, grouped, permutation, router, routing
 
 MIXTURE_OPS = (
-    (router, "router_logits"),
-    (routing, "route"),
-    (permutation, "permute"),
-    (grouped, "grouped_matmul"),
-    (combination, "combine"),
-)
+    (router, "router_logits"), (routing, "route"), (permutation, "permute"), (grouped, "grouped_matmul"), (combination, "combine"),
+)  # fmt: skip
 MIXTURE = ExpertsSpec(
     5, 48, RoutingSpec(2, bias="logits", renormalise=True), layers=(0, 1), bias=True, clamped=ClampedSwiglu(alpha=1.3, limit=0.7)
 )
@@ -100,8 +96,9 @@ def main(other: str) -> None:
             else:
                 torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
                 with ExitStack() as stack:
-                    spies = [patch.object(room, op, wraps=getattr(room, op)) for room, op in MIXTURE_OPS]
-                    of_experts = [stack.enter_context(spy) for spy in spies]
+                    of_experts = [
+                        stack.enter_context(patch.object(room, op, wraps=getattr(room, op))) for room, op in MIXTURE_OPS
+                    ]
                     got = logits(model)
                 del torch.Tensor.is_cuda
                 assert {op.called for op in of_experts} == {spec(family, dtype).experts is not None}, "experts have kernels, too"

@@ -9,11 +9,15 @@ from msgspec.structs import replace
 from tests.specs import small
 from tpserve.cli.server_flags import parse
 from tpserve.config.resolve import resolve
+from tpserve.coordinator.actions import EpochLost, EpochReady
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Peer, RankInfo
+from tpserve.engine_client.recovery import MAX_FAULTS, Recovery
+from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import cpu_kernels, numerics, server_info
 from tpserve.engine_client.status import EngineStatus
 from tpserve.observe.log import LogRingBuffer
+from tpserve.observe.metrics import Metrics
 from tpserve.types.machine import Machine
 from tpserve.types.messages import Heartbeat, Hello, MemoryLedger, Numerics, Ready
 from tpserve.types.model_files import ModelFiles
@@ -43,6 +47,23 @@ def test_while_starting_what_is_known_so_far() -> None:
     }  # fmt: skip
     assert info["numerics"] is None
     assert (info["ranks"][0]["pid"], info["ranks"][0]["silent_s"]) == (None, None)
+
+
+def test_faults_and_how_long_each_took() -> None:
+    c = Coordinator(1, 0.0)
+    recovery = Recovery(c, RequestTable(lambda inputs: None, Metrics("m")))
+    c.receive(Peer(0, 1), Hello(0, 1, 77, "node1", {}, {}), 1.0)
+    for at in (10.0, 11.0):  # the second loss is of the epoch that was to replace the first
+        recovery.on_action(EpochLost(1, f"rank 1 ended at {at}"), at)
+    assert server_info(CONFIG, EngineStatus("recovering"), 2, [], 12.0, None, [], recovery.faults)["faults"] == [
+        {"epoch": 1, "reason": "rank 1 ended at 10.0", "ago_s": 2.0, "took_s": None}
+    ]
+    recovery.on_action(EpochReady(2), 12.5)
+    for at in range(100, 100 + 2 * MAX_FAULTS):
+        recovery.on_action(EpochLost(3, "again"), float(at))
+        recovery.on_action(EpochReady(4), at + 0.25)
+    faults = server_info(CONFIG, EngineStatus("running"), 4, [], 200.0, None, [], recovery.faults)["faults"]
+    assert len(faults) == MAX_FAULTS and faults[-1] == {"epoch": 3, "reason": "again", "ago_s": 61.0, "took_s": 0.25}
 
 
 def test_the_first_and_the_last_lines_of_the_log() -> None:

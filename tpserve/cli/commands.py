@@ -8,9 +8,11 @@ ABOUT = {
     "plan": "which layouts hold a model on which GPUs, without having them",
     "doctor": "check whether these machines can serve a model together, and how well",
     "bench": "measure: serve (a running server), latency, throughput, step",
+    "chat": "talk to a running server in the terminal, or through a pipe",
     "status": "a running server's nodes, ranks, memory and queue",
     "report": "write one file about a server and this host, for a ticket",
     "template": "how a model's reasoning and tool calls are read, and whether that holds",
+    "completion": "the script with which bash, zsh or fish completes tpserve's commands and flags",
     "secret": "make a secret that the nodes of a server share",
     "version": "the version of tpserve; --version is the same",
     "help": "this page, or `tpserve help COMMAND`",
@@ -18,7 +20,8 @@ ABOUT = {
 
 COMMAND_ALIASES = {
     **dict.fromkeys(("run", "start", "launch", "launch-server", "launch_server", "server", "up", "api-server", "api_server",
-                     "chat", "complete", "generate", "load"), "serve"),
+                     "load"), "serve"),
+    **dict.fromkeys(("complete", "generate", "ask", "prompt", "repl"), "chat"),
     **dict.fromkeys(("ps", "ls", "list", "info", "show", "health"), "status"),
     **dict.fromkeys(("collect-env", "collect_env", "env"), "report"),
     **dict.fromkeys(("benchmark", "perf"), "bench"),
@@ -41,7 +44,7 @@ repository ORG/NAME of Hugging Face. Flags: `tpserve serve --help`."""
 
 def overview() -> str:
     """The text of `tpserve --help`: a line for each command."""
-    return _OVERVIEW.format("\n".join(f"  {name:<10}{about}" for name, about in ABOUT.items()))
+    return _OVERVIEW.format("\n".join(f"  {name:<12}{about}" for name, about in ABOUT.items()))
 
 
 def suggest_command(name: str, commands: Collection[str]) -> str:

@@ -29,6 +29,7 @@ HF_ENDPOINT HF_TOKEN                  the hub's URL, and the user's token
 
 set by the user or the system
 XDG_CACHE_HOME HOME                   cache_dir(): results of the processor tests of earlier starts
+XDG_STATE_HOME HOME                   state_dir(): the history of `tpserve chat`
 
 set by the user, read by torch's libraries, compared between ranks
 ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA MKL_ENABLE_INSTRUCTIONS MKL_CBWR
@@ -212,10 +213,19 @@ def cpu_kernels_allowed(environ: Mapping[str, str] = os.environ) -> bool:
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
     """tpserve's cache directory of this user (XDG); None for a user without a home."""
-    if (chosen := environ.get("XDG_CACHE_HOME", "")).startswith("/"):
+    return _user_dir("XDG_CACHE_HOME", ".cache", environ)
+
+
+def state_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """tpserve's directory of this user for what outlives a process (XDG); None for a user without a home."""
+    return _user_dir("XDG_STATE_HOME", ".local/state", environ)
+
+
+def _user_dir(variable: str, default: str, environ: Mapping[str, str]) -> Path | None:
+    if (chosen := environ.get(variable, "")).startswith("/"):
         return Path(chosen) / "tpserve"
     home = environ.get("HOME", "")
-    return Path(home) / ".cache" / "tpserve" if home.startswith("/") else None
+    return Path(home) / default / "tpserve" if home.startswith("/") else None
 
 
 def vllm_variables(environ: Mapping[str, str] = os.environ) -> list[str]:

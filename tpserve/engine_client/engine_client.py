@@ -156,7 +156,8 @@ class EngineClient:
     def info(self) -> dict[str, Any]:
         """The JSON value of /server_info."""
         c = self._coordinator
-        return server_info(self._config, self.status(), c.epoch, c.ranks, time.monotonic(), self._log_buffer, self._rank_logs)
+        logs, faults = (self._log_buffer, self._rank_logs), self._recovery.faults
+        return server_info(self._config, self.status(), c.epoch, c.ranks, time.monotonic(), *logs, faults)
 
     async def serve(self, watch_pid: int, *, supervised: bool = False) -> int:
         """Run until the service and the ranks on this host have ended; returns the exit code.

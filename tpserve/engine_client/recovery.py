@@ -12,6 +12,7 @@ one event loop, and every other writer of the coordinator and of the table is on
 Invariant: an engine gets requests only after its epoch is ready, and each of them at most once.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,9 +22,11 @@ from tpserve.coordinator.actions import Action, Cause, EpochFailed, EpochFinishe
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import INVARIANT, numerics
+from tpserve.engine_client.status import FaultRecord
 from tpserve.types.messages import EngineInput, EngineOutput
 
 SHUTTING_DOWN = "the server is shutting down"
+MAX_FAULTS = 20
 
 
 Resumption = Literal["exact", "seamless, not identical"]
@@ -69,6 +72,8 @@ class Recovery:
         """What the ranks of the first epoch computed with."""
         self.resumption: Resumption | None = None
         """How an answer that a fault interrupts goes on; None before the first epoch runs."""
+        self.faults: deque[FaultRecord] = deque(maxlen=MAX_FAULTS)
+        """The last faults, oldest first."""
         request_table.suspend()  # requests of an earlier frontend may come before the first engine
 
     def on_action(self, action: Action, now: float) -> list[EngineAction]:
@@ -79,8 +84,10 @@ class Recovery:
                 self._note_processors()
                 recovered = self._recovered(action, now)
                 return [Attach(self._coordinator.hellos[0].identity), *recovered, *self._resubmit(action.cause)]
-            case EpochLost():
-                self._lost_s = now if self._lost_s is None else self._lost_s
+            case EpochLost(epoch, reason):
+                if self._lost_s is None:
+                    self._lost_s = now
+                    self.faults.append(FaultRecord(epoch, reason, now))
                 table.suspend()
                 return [Detach()]
             case EpochFailed(_, reason, _):
@@ -111,6 +118,7 @@ class Recovery:
         if self._lost_s is None:
             return []
         took_s, self._lost_s = now - self._lost_s, None
+        self.faults[-1].took_s = took_s
         self._request_table.metrics.recovered(ready.cause, took_s)
         return [Recovered(ready.epoch, took_s)]
 

@@ -1,13 +1,13 @@
 """The JSON value of /server_info: the resolved configuration and every rank as it is known. Pure; shows no secret."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from msgspec.structs import asdict
 
 from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.roster import RankInfo
-from tpserve.engine_client.status import EngineStatus
+from tpserve.engine_client.status import EngineStatus, FaultRecord
 from tpserve.observe.log import LogRingBuffer
 from tpserve.types.layout import ParallelLayout
 from tpserve.version import __version__
@@ -24,6 +24,7 @@ def server_info(
     now: float,
     log_buffer: LogRingBuffer | None,
     rank_logs: Sequence[LogRingBuffer],
+    faults: Collection[FaultRecord] = (),
 ) -> Json:
     """`now` is a time of the coordinator's clock. `log_buffer` has this process's log lines, `rank_logs` those of each rank."""
     return {
@@ -35,6 +36,7 @@ def server_info(
         "epoch": epoch,
         "recoveries": status.recoveries,
         "last_fault": status.last_fault,
+        "faults": [_fault(fault, now) for fault in faults],
         "resumption": status.resumption,
         "max_model_len": status.max_model_len,
         "numerics": numerics(ranks),
@@ -47,6 +49,12 @@ def server_info(
         ],
         "log": (log_buffer or LogRingBuffer()).shown(),
     }
+
+
+def _fault(fault: FaultRecord, now: float) -> Json:
+    """`took_s`: from the fault to the next epoch that ran; None before it runs."""
+    took_s = None if fault.took_s is None else round(fault.took_s, 3)
+    return {"epoch": fault.epoch, "reason": fault.reason, "ago_s": round(now - fault.lost_s, 3), "took_s": took_s}
 
 
 def numerics(ranks: Sequence[RankInfo]) -> str | None:

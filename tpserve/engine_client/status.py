@@ -23,3 +23,13 @@ class EngineStatus:
     recoveries: int = 0
     """Epochs that ran after a fault."""
     last_fault: str = ""
+
+
+@dataclass
+class FaultRecord:
+    """A fault that ended an epoch: when, by the coordinator's clock, and how long it took until the next epoch ran."""
+
+    epoch: int
+    reason: str
+    lost_s: float
+    took_s: float | None = None

@@ -24,8 +24,8 @@ from aiohttp.typedefs import Handler, Middleware
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import shown
 
-OPEN_PATHS = frozenset({"/health", "/readyz", "/livez", "/ping"})
-"""Served without a key and under any host name, since probes have neither."""
+OPEN_PATHS = frozenset({"/", "/health", "/readyz", "/livez", "/ping"})
+"""Served without a key and under any host name: probes have neither, and the page is where a key is typed."""
 ADMIN_PATHS = frozenset({"/server_info"})
 """For operators only: they show the configuration of the server."""
 METRICS_PATH = "/metrics"

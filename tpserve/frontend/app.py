@@ -21,7 +21,7 @@ from tpserve.engine_client.recovery import SEAMLESS
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
-from tpserve.frontend import traffic
+from tpserve.frontend import page, traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.http_errors import JsonErrorRunner
 from tpserve.frontend.openai import resumable, routes
@@ -115,6 +115,7 @@ def create_app(
     app.on_shutdown.append(forget_answers)
     routes.add_routes(app)
     resumable.add_routes(app)
+    page.add_routes(app)
     app.router.add_get("/health", ready)
     app.router.add_get("/readyz", ready)
     app.router.add_get("/livez", alive)

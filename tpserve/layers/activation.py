@@ -87,6 +87,8 @@ def _gelu_exponent(x: torch.Tensor) -> torch.Tensor:
 
 def gelu(x_TI: torch.Tensor) -> torch.Tensor:
     """GELU, x times the normal distribution function of x (Hendrycks and Gimpel 2016, arXiv:1606.08415): [T, I]."""
+    if x_TI.is_cuda:
+        return _on_card(x_TI, "gelu")
     if is_native(x_TI):
         return rows.activation(x_TI, ActivationKind.GELU)
     x = x_TI.float()
@@ -95,6 +97,8 @@ def gelu(x_TI: torch.Tensor) -> torch.Tensor:
 
 def gelu_tanh(x_TI: torch.Tensor) -> torch.Tensor:
     """GELU's tanh approximation (same paper), written with the logistic function: x / (1 + exp(-2 u)), [T, I]."""
+    if x_TI.is_cuda:
+        return _on_card(x_TI, "gelu_tanh")
     if is_native(x_TI):
         return rows.activation(x_TI, ActivationKind.GELU_TANH)
     x = x_TI.float()
@@ -103,6 +107,8 @@ def gelu_tanh(x_TI: torch.Tensor) -> torch.Tensor:
 
 def silu(x_TI: torch.Tensor) -> torch.Tensor:
     """SiLU, x times the logistic function of x (Elfwing et al. 2017, arXiv:1702.03118): [T, I]."""
+    if x_TI.is_cuda:
+        return _on_card(x_TI, "silu")
     if is_native(x_TI):
         return rows.activation(x_TI, ActivationKind.SILU)
     x = x_TI.float()
@@ -112,6 +118,12 @@ def silu(x_TI: torch.Tensor) -> torch.Tensor:
 def relu(x_TI: torch.Tensor) -> torch.Tensor:
     """x where it is positive, else 0: [T, I]."""
     return rows.activation(x_TI, ActivationKind.RELU) if is_native(x_TI) else x_TI.relu()
+
+
+def _on_card(x_TI: torch.Tensor, kind: str) -> torch.Tensor:
+    from tpserve_kernels import activation
+
+    return activation.plain(x_TI, kind)
 
 
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}

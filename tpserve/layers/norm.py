@@ -134,6 +134,8 @@ class AllHeadsNorm:
 
     def __call__(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normed queries [T, N, D] and keys [T, K, D]."""
+        if q_TND.is_cuda:
+            return self._on_card(q_TND, k_TKD)
         q_TQ, k_TK = q_TND.flatten(1).float(), k_TKD.flatten(1).float()
         squares_T2 = torch.stack((q_TQ.square().sum(1), k_TK.square().sum(1) * self.counts_k), dim=1)
         q_T, k_T = self.tp.all_reduce(squares_T2).unbind(1)
@@ -141,6 +143,17 @@ class AllHeadsNorm:
             _scale_by_rms(q_TQ, q_T / self.num_q, self.q_Q, self.eps).to(q_TND.dtype).view(q_TND.shape),
             _scale_by_rms(k_TK, k_T / self.num_k, self.k_K, self.eps).to(k_TKD.dtype).view(k_TKD.shape),
         )
+
+    def _on_card(self, q_TND: torch.Tensor, k_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from tpserve_kernels import across_heads
+
+        q_TQ, k_TK = q_TND.flatten(1), k_TKD.flatten(1)
+        sums_T2 = across_heads.squares(q_TQ, k_TK)
+        if not self.counts_k:
+            sums_T2[:, 1].zero_()
+        sums_T2, counts = self.tp.all_reduce(sums_T2), (self.num_q, self.num_k)
+        q_TQ, k_TK = across_heads.scale(q_TQ, k_TK, sums_T2, self.q_Q, self.k_K, counts, self.eps)
+        return q_TQ.view(q_TND.shape), k_TK.view(k_TKD.shape)
 
 
 def _scale_by_rms(x_TH: torch.Tensor, mean_T: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
