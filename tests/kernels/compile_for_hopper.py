@@ -39,7 +39,7 @@ from tpserve_kernels import (
 )
 from tpserve_kernels.attention_plan import PagedRequests, plan_attention
 from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
-from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, Target
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits, Sequences
 
 SIZES = (1, 16, 17)
 """Triton makes other variants for 1 and for multiples of 16, unless it is told not to."""
@@ -66,8 +66,8 @@ def compile_instead_of_launch(self: Any, grid: tuple[int, ...]) -> Callable[...,
         registers, stack = resources(kernel.asm["cubin"])
         ptx = kernel.asm["ptx"]
         line = {
-            "name": self.__name__, "dtype": dtype, "variant": kernel.hash, "shared": kernel.metadata.shared, "registers": registers,
-            "stack": stack, "wgmma": "wgmma" in ptx, "sizes": only_sizes_differ,
+            "name": self.__name__, "dtype": dtype, "variant": kernel.hash, "shared": kernel.metadata.shared,
+            "registers": registers, "stack": stack, "wgmma": "wgmma" in ptx, "sizes": only_sizes_differ,
             "exact": not any(word in ptx for word in (".approx", ".ftz", "fma.", ".full")),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
@@ -102,29 +102,31 @@ def attend(
 
 
 def decode(num_requests: int, width: int) -> None:
-    """What stands between the products of a layer in a decode step, as its metadata has it in one packed buffer, at any offset."""
+    """What stands between the products of a layer in a decode step. Integers are in packed buffers, at any offset."""
     dtype, (num_heads, num_kv, dim) = torch.bfloat16, (32, 8, 128)
     integers = torch.zeros(1 + 3 * num_requests + num_requests * width, dtype=torch.int32)
     rows, starts, contexts, tables = integers.split((num_requests, num_requests + 1, num_requests, num_requests * width))
     longs = torch.zeros(1 + 2 * num_requests, dtype=torch.int64)[1:]
-    qkv = torch.zeros(num_requests, num_heads + 2 * num_kv, dim, dtype=dtype).tensor_split((num_heads, num_heads + num_kv), dim=1)
-    caches = [torch.zeros(128, 64, num_kv, dim, dtype=dtype) for _ in range(2)]
+    qkv = torch.zeros(num_requests, num_heads + 2 * num_kv, dim, dtype=dtype)
+    q, k, v = qkv.tensor_split((num_heads, num_heads + num_kv), dim=1)
+    k_cache, v_cache = (torch.zeros(128, 64, num_kv, dim, dtype=dtype) for _ in range(2))
+    slots_of = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     angles = torch.zeros(64, 64)
     slots, positions = longs.split(num_requests)
-    q = heads.place_heads(*qkv, *(cache.flatten(0, 1) for cache in caches), slots, rotation=Rotation(positions, angles, angles))
+    q = heads.place_heads(q, k, v, *slots_of, slots, rotation=Rotation(positions, angles, angles))
     requests = PagedRequests(tables.view(num_requests, width), rows, starts, contexts, num_requests, 1)
-    attention.paged_attention(q, *caches, plan_attention(requests, num_heads, caches[1]), 0.1)
+    attention.paged_attention(q, k_cache, v_cache, plan_attention(requests, num_heads, v_cache), 0.1)
 
 
 def place(
     num_heads: int, num_kv: int, dim: int, dtype: torch.dtype, angles: int, *, bias: bool = False, norm: bool = False
 ) -> None:
     qkv = torch.zeros(4, num_heads + 2 * num_kv, dim, dtype=dtype)
-    caches = [torch.zeros(64, num_kv, dim, dtype=dtype) for _ in range(2)]
+    cache = torch.zeros(64, num_kv, dim, dtype=dtype)
     rotation = Rotation(torch.arange(4), torch.zeros(64, angles), torch.zeros(64, angles)) if angles else None
     norms = HeadNorms(qkv[0, 0], qkv[0, 1], 1e-5) if norm else None
-    rows = qkv.tensor_split((num_heads, num_heads + num_kv), dim=1)
-    heads.place_heads(*rows, *caches, torch.arange(4), norms, rotation, qkv[0].flatten() if bias else None)
+    q, k, v = qkv.tensor_split((num_heads, num_heads + num_kv), dim=1)
+    heads.place_heads(q, k, v, cache, cache, torch.arange(4), norms, rotation, qkv[0].flatten() if bias else None)
 
 
 def place_latents(num_heads: int, dtype: torch.dtype) -> None:
@@ -140,7 +142,7 @@ def sample(vocab: int, rows: int = 4) -> None:
     """The sampler's kernels, of the whole vocabulary and of shards."""
     numbers, columns = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.float64)
     noise, tokens = Noise(torch.ones(rows), numbers, numbers, numbers), torch.zeros(8, 100, dtype=torch.int32)
-    target, target_of_graph = Target(numbers), Target(numbers, numbers.int(), tokens)
+    target, target_of_graph = DrawTarget(numbers), DrawTarget(numbers, numbers.int(), tokens)
     written, raw = torch.zeros(rows, vocab), RawLogits(torch.zeros(rows, vocab, dtype=torch.bfloat16), 0.5, 30.0)
     logits.write_logits(raw)
     draw.draw(RawLogits(written), noise, target)
@@ -205,16 +207,11 @@ def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
         "scores": "sigmoid", "bias": "choice", "bias_E": torch.zeros(256), "num_groups": 8, "num_top_groups": 4,
         "group_best": 2, "renormalise": True, "scale": 2.5,
     }  # fmt: skip
-<<<<<<< HEAD
-    layers = ((128, 8, 2048, qwen, 0), (32, 4, 2880, gpt_oss, 0), (256, 8, 7168, deepseek, 1))
-    for experts, active, hidden, kind, shared in layers:
-=======
     for experts, active, hidden, kind, shared in (
         (128, 8, 2048, qwen, 0),
         (32, 4, 2880, gpt_oss, 0),
         (256, 8, 7168, deepseek, 1),
     ):
->>>>>>> main
         if experts not in counts:
             continue
         x = torch.zeros(4, hidden, dtype=dtype)
@@ -227,8 +224,8 @@ def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
         gate_up = grouped.grouped_matmul(x[:, :64], up, ends, bias, tokens)
         activation.silu_mul(gate_up, ends[-1:])
         grouped.grouped_matmul(gate_up[:, :64], up, ends, bias)
-        out = torch.zeros(4 * active, hidden, dtype=dtype)
-        combination.combine(out, rows, weights, x if shared else None, gate if shared else None, padding)
+        beside = (x, gate) if shared else (None, None)
+        combination.combine(torch.zeros(4 * active, hidden, dtype=dtype), rows, weights, *beside, padding)
 
 
 if __name__ == "__main__":
