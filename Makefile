@@ -10,13 +10,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CARD_PY ?= $(if $(wildcard $(PY)),$(PY),$(or $(PYTHON),python3))
 
-.PHONY: help serve check test test-clients test-page format native kernels sanitize gpu-check matrix model chaos simulation schemas fuzz-structured lab lab-sixteen clean
+.PHONY: help serve check test test-clients test-page format native kernels sanitize gpu-check matrix model card chaos simulation schemas fuzz-structured lab lab-sixteen clean
 
 help:
 	@echo "make serve        serve the built-in model on all GPUs, or on two CPU ranks; ARGS=\"--port 9000\" adds flags"
 	@echo "make check        lint, types and the unit tests: three minutes"
 	@echo "make test         all tests, with a table of the time they took: 25 minutes on two cores"
-	@echo "make test-clients openai, langchain-openai, LiteLLM and pydantic-ai against a server (docs/clients.md)"
+	@echo "make test-clients openai, anthropic, langchain-openai, LiteLLM and pydantic-ai against a server (docs/clients.md)"
 	@echo "make test-page    the page at / in headless Chromium; skipped where there is none"
 	@echo "make format       put the sources in order"
 	@echo "make native       build the library of CPU kernels anew, with the compiler's warnings as errors"
@@ -24,7 +24,7 @@ help:
 	@echo "make gpu-check    the tests that need a GPU"
 	@echo "make matrix       the bare and the parity tests on other versions of Python and torch: MATRIX=\"3.12=2.14.1 3.13=2.14.1\""
 	@echo "make clean        remove .venv and what was built"
-	@echo "make model, chaos, simulation, schemas, fuzz-structured, lab, lab-sixteen: see CONTRIBUTING.md"
+	@echo "make model, card, chaos, simulation, schemas, fuzz-structured, lab, lab-sixteen: see CONTRIBUTING.md"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv, TORCH=torch==2.12.0 the torch that is installed."
 
@@ -40,7 +40,7 @@ test: $(VENV)/test.stamp kernels
 # The clients have an environment of their own, in .tmp/clients.
 test-clients: $(VENV)/test.stamp kernels
 	@test -x .tmp/clients/bin/python || $(PY) -m venv .tmp/clients
-	@.tmp/clients/bin/python -m pip --disable-pip-version-check install -q pytest openai langchain-openai litellm "pydantic-ai-slim[openai]"
+	@.tmp/clients/bin/python -m pip --disable-pip-version-check install -q pytest openai anthropic langchain-openai litellm "pydantic-ai-slim[openai]"
 	@$(PY) tests/clients/run.py .tmp/clients/bin/python
 
 test-page: $(VENV)/test.stamp kernels
@@ -70,6 +70,10 @@ gpu-check:
 # An environment for each pair PYTHON=TORCH, in .tmp/matrix.
 matrix: $(VENV)/test.stamp
 	@$(PY) tests/matrix.py $(MATRIX)
+
+# Simulated cards in several ranks, and every kernel compiled for three generations of cards. Half an hour on two cores.
+card: $(VENV)/test.stamp
+	$(PY) -m pytest tests/card -m long -rs
 
 # The built-in model anew, from nothing but the script that generates its text. The result is committed.
 model: $(VENV)/test.stamp

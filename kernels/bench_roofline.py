@@ -105,9 +105,9 @@ def row_cases(device: str, num_rows: int) -> list[Case]:
 
     def place_heads() -> Call:
         packed = random(device, num_rows, num_heads + 2 * num_kv_heads, head_dim)
-        qkv = packed.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
-        caches = [random(device, -(-num_rows // PAGE) * PAGE, num_kv_heads, head_dim) for _ in range(2)]
-        return lambda: heads.place_heads(*qkv, *caches, slots, norms, rotation)
+        q, k, v = packed.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
+        k_cache, v_cache = (random(device, -(-num_rows // PAGE) * PAGE, num_kv_heads, head_dim) for _ in range(2))
+        return lambda: heads.place_heads(q, k, v, k_cache, v_cache, slots, norms, rotation)
 
     row = 2 * num_rows
     return [

@@ -29,7 +29,7 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "unit": (630, ("unit", "scheduling", "simulation", "architecture")),
     "parity": (450, ("parity",)),
     "kernels": (330, ("kernels", "card")),
-    "http": (155, ("http",)),
+    "http": (175, ("http",)),
     "cluster": (900, ("cluster",)),
     "crash": (110, ("crash",)),
     "lab": (130, ("lab",)),

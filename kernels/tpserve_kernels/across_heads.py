@@ -77,7 +77,7 @@ def scale_reference(
 
 def _block(q_TQ: torch.Tensor, k_TK: torch.Tensor) -> int:
     assert len(q_TQ) == len(k_TK) and q_TQ.dtype == k_TK.dtype and q_TQ.stride(1) == k_TK.stride(1) == 1
-    return triton.next_power_of_2(max(q_TQ.shape[1], k_TK.shape[1]))
+    return int(triton.next_power_of_2(max(q_TQ.shape[1], k_TK.shape[1])))
 
 
 @triton.jit

@@ -7,6 +7,7 @@ https://arxiv.org/abs/1606.08415.
 Legend: T rows, I intermediate channels (gate_up rows hold 2 I). Elementwise: no value depends on another row.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -75,9 +76,8 @@ def plain(x_TI: torch.Tensor, kind: str) -> torch.Tensor:
 
 def plain_reference(x_TI: torch.Tensor, kind: str) -> torch.Tensor:
     """`plain` in plain torch, on any device."""
-    functions = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
-    y_TI: torch.Tensor = functions[kind](x_TI.float())
-    return y_TI.to(x_TI.dtype)
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+    return functions[kind](x_TI.float()).to(x_TI.dtype)
 
 
 def _gated(

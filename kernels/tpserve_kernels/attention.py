@@ -16,8 +16,8 @@ the chunking, the page size, or the split of the context over programs. Therefor
   - `Tile` is a function of head size and dtype, never of T, R or a length: decode and prefill rows use one tile shape;
   - there are no atomics and no fused multiply-adds, so the same source in two kernels is the same arithmetic.
 
-So the split affects speed only. `attention_plan` decides it: a program walks all segments of a tile of rows and merges them, or it
-computes one segment, and `merge_kernel` merges them.
+So the split affects speed only. `attention_plan` decides it: a program walks all segments of a tile of rows and merges them, or
+it computes one segment, and `merge_kernel` merges them.
 """
 
 import math
@@ -27,9 +27,6 @@ import triton
 
 from tpserve_kernels.attention_plan import SEGMENT, AttentionPlan, PagedRequests
 from tpserve_kernels.attention_walk import attention_kernel, merge_kernel
-
-MERGING = 8
-"""Programs of `merge_kernel` per program of `attention_kernel`."""
 
 
 def paged_attention(
@@ -80,7 +77,7 @@ def paged_attention(
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
     if len(plan.split_C4):
-        merge_kernel[(MERGING * plan.num_programs,)](
+        merge_kernel[(plan.num_mergers,)](
             plan.acc, plan.state, plan.counts_2, plan.split_C4, requests.query_starts_R1, requests.context_lens_R, sinks, out_TNE,
             plan.tile_tokens, **of_model, TOKENS=tile.m // plan.share, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip

@@ -32,6 +32,9 @@ MAX_STATE_BYTES = 64 << 20
 SHARE = tl.constexpr(4)
 """A tile stays whole while it takes at most one SHARE-th of an average program's work."""
 
+MERGERS = 8
+"""Programs of `merge_kernel`, which are small, for each that a card holds of `attention_kernel`."""
+
 WITHOUT_CARD = 2
 """Multiprocessors where there are none: in Triton's interpreter."""
 
@@ -100,22 +103,23 @@ class AttentionPlan:
     items_I4: torch.Tensor
     """int32 rows (request, tile of the request, segment of the tile or -1 for all, its state if it is split)"""
     split_C4: torch.Tensor
-    """int32 rows (request, tile of the request, the state of its first segment, undefined); C is 0 when no context can be split"""
+    """int32 rows (request, tile of the request, the state of its first segment, undefined); C is 0 when no context is long"""
     acc: torch.Tensor
     """float32, C x N x tile_tokens x E: the weighted values of each split item, written and read by each layer in turn"""
     state: torch.Tensor
     """float32, C x N x tile_tokens x 2: the largest score and the sum of exponentials"""
     num_programs: int
+    num_mergers: int
 
     @property
     def parts(self) -> int:
         """Tiles that share the query heads of a key head."""
-        return triton.cdiv(self.num_heads // self.num_kv_heads, self.tile.m)
+        return int(triton.cdiv(self.num_heads // self.num_kv_heads, self.tile.m))
 
     @property
     def share(self) -> int:
         """Query heads of a tile."""
-        return triton.cdiv(self.num_heads // self.num_kv_heads, self.parts)
+        return int(triton.cdiv(self.num_heads // self.num_kv_heads, self.parts))
 
     @property
     def tile_tokens(self) -> int:
@@ -155,11 +159,12 @@ def plan_attention(requests: PagedRequests, num_heads: int, v_cache_BSKE: torch.
         TOKENS=tokens, HEAD_BLOCKS=head_blocks, WINDOW=window or 0, MOST=_segments_of_window(window, tokens) or 0,
         SEGMENT=SEGMENT, BLOCK=64, STEPS=32, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+    num_mergers = MERGERS * programs
     if max_query_len > 1:  # outside graphs: as many programs as items may be, dealt by the card as they end
         programs = max(programs, num_tiles * head_blocks)
     return AttentionPlan(
         requests, num_heads, num_kv_heads, v_dim, v_cache_BSKE.dtype, tile, counts_2[:2], items.view(-1, 4), split.view(-1, 4),
-        acc, state, programs,
+        acc, state, programs, num_mergers,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from tpserve_kernels.arithmetic import (
 )
 from tpserve_kernels.cpu.head import BLOCK, LOWEST
 from tpserve_kernels.philox import WORD, philox4x32
-from tpserve_kernels.sampler_types import Noise, RawLogits, Target
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits
 
 BLOCKS_AT_ONCE = 32
 """Blocks per program of the first launch."""
@@ -35,11 +35,9 @@ PICKS_AT_ONCE = 32
 """Rows per program that picks among shards."""
 SUM_ONE = 2.0**44
 """An exponential of 1 as an integer."""
-COLUMNS = ["temperature_ptr", "seed_ptr", "position_ptr", "choice_ptr", "slot_ptr", "out_ptr"]
-"""Columns of a batch lie one behind another in memory. A kernel per alignment would be compiled in the middle of a step."""
 
 
-def draw(logits: RawLogits, noise: Noise, target: Target) -> None:
+def draw(logits: RawLogits, noise: Noise, target: DrawTarget) -> None:
     """Draw one token of each row, whose logits are here whole. Two launches.
 
     Errors: AssertionError when shapes, dtypes or layouts differ from what is said above.
@@ -57,13 +55,13 @@ def best(logits: RawLogits, noise: Noise, first: int, slot_S: torch.Tensor | Non
     rows = len(logits.values_SV)
     best_S2 = torch.empty(rows, 2, dtype=torch.float64, device=logits.values_SV.device)
     assert first % BLOCK == 0
-    target = Target(noise.position_S, slot_S)
+    target = DrawTarget(noise.position_S, slot_S)
     _check(logits, noise, target)
     _draw(logits, noise, first, target, best_S2)
     return best_S2
 
 
-def pick(best_PS2: torch.Tensor, position_S: torch.Tensor, target: Target) -> None:
+def pick(best_PS2: torch.Tensor, position_S: torch.Tensor, target: DrawTarget) -> None:
     """Write the token with the highest value among the shards of each row. One launch.
 
     `best_PS2`: what `best` gave each rank, in ascending order of ids: the first wins a tie. `position_S`: as of `Noise`.
@@ -107,7 +105,7 @@ def gumbel_reference(id_SN: torch.Tensor, noise: Noise, level: int) -> torch.Ten
     return -log64_reference(-log64_reference(((bits_SN >> 9).double() + 0.5) * 2.0**-23))
 
 
-def _check(logits: RawLogits, noise: Noise, target: Target) -> None:
+def _check(logits: RawLogits, noise: Noise, target: DrawTarget) -> None:
     values_SV = logits.values_SV
     rows = len(values_SV)
     assert values_SV.stride(1) == 1 and values_SV.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -119,13 +117,13 @@ def _check(logits: RawLogits, noise: Noise, target: Target) -> None:
         assert target.slot_S is not None and target.tokens_XL.dtype == torch.int32 and target.tokens_XL.stride(1) == 1
 
 
-def _slots(target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+def _slots(target: DrawTarget) -> tuple[torch.Tensor, torch.Tensor]:
     """The slots and tokens of a target, or any tensor in their place, which is not read."""
     slot_S = target.out_S if target.slot_S is None else target.slot_S
     return slot_S, target.out_S if target.tokens_XL is None else target.tokens_XL
 
 
-def _draw(logits: RawLogits, noise: Noise, first: int, target: Target, best_S2: torch.Tensor | None) -> None:
+def _draw(logits: RawLogits, noise: Noise, first: int, target: DrawTarget, best_S2: torch.Tensor | None) -> None:
     """Both launches: the best pairs of each row to `best_S2`, or without it tokens to `target`."""
     values_SV, scale, cap = logits
     rows, width = values_SV.shape
@@ -139,12 +137,11 @@ def _draw(logits: RawLogits, noise: Noise, first: int, target: Target, best_S2: 
         values_SV, noise.temperature_S, slot_S, top_SB, sum_SB, values_SV.stride(0), rows, width, num_blocks, scale, cap,
         BLOCKS=BLOCKS_AT_ONCE, num_warps=8, enable_fp_fusion=False, **form,
     )  # fmt: skip
-    compiled = isinstance(_draw_kernel, triton.JITFunction)
-    rows_at_once = 1 if compiled else 16  # the interpreter takes as long for one row as for several
-    _draw_kernel[(triton.cdiv(rows, rows_at_once),)](
+    interpreted = not isinstance(_draw_kernel, triton.JITFunction)  # it takes as long for one row as for several
+    _draw_kernel[(triton.cdiv(rows, 16 if interpreted else 1),)](
         values_SV, top_SB, sum_SB, *noise, slot_S, target.out_S, tokens_XL, top_SB if best_S2 is None else best_S2,
         values_SV.stride(0), tokens_XL.stride(0), rows, width, num_blocks, first, scale, cap, STORED=target.tokens_XL is not None,
-        SHARD=best_S2 is not None, ROWS=rows_at_once, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
+        SHARD=best_S2 is not None, INTERPRETED=interpreted, BLOCKS=triton.next_power_of_2(num_blocks), num_warps=8,
         enable_fp_fusion=False, **form,
     )  # fmt: skip
 
@@ -158,7 +155,7 @@ def _slot(slot_ptr, row, rows, SLOTS: tl.constexpr):
     return slot
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["temperature_ptr", "slot_ptr"])
+@triton.jit(do_not_specialize=["rows"])
 def _blocks_kernel(
     logits_ptr, temperature_ptr, slot_ptr, top_ptr, sum_ptr, logits_stride, rows, width, num_blocks, scale, cap,
     CAPPED: tl.constexpr, SLOTS: tl.constexpr, SUM_ONE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -199,14 +196,15 @@ def _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, to
         tl.store(tokens_ptr + slot * tokens_stride + position, token.to(tl.int32), mask=slot >= 0)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=COLUMNS)
+@triton.jit(do_not_specialize=["rows"])
 def _draw_kernel(
     logits_ptr, top_ptr, sum_ptr, temperature_ptr, seed_ptr, position_ptr, choice_ptr, slot_ptr, out_ptr, tokens_ptr, best_ptr,
     logits_stride, tokens_stride, rows, width, num_blocks, first, scale, cap,
     CAPPED: tl.constexpr, SLOTS: tl.constexpr, STORED: tl.constexpr, SHARD: tl.constexpr, SUM_ONE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS rows: the best block of each, and the best id of that."""
+    """One program per row, or per 16: the best block of each, and the best id of that."""
+    ROWS: tl.constexpr = 16 if INTERPRETED else 1
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = _slot(slot_ptr, row, rows, SLOTS)
     mine = slot >= 0
@@ -246,7 +244,7 @@ def _draw_kernel(
         _store_token(out_ptr, tokens_ptr, position_ptr, row, slot, tokens_stride, token, STORED)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["position_ptr", "slot_ptr", "out_ptr"])
+@triton.jit(do_not_specialize=["rows"])
 def _pick_kernel(
     best_ptr, position_ptr, slot_ptr, out_ptr, tokens_ptr, rows, ranks, tokens_stride,
     SLOTS: tl.constexpr, STORED: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr,

@@ -1,11 +1,11 @@
 """The query, key and value heads of a step's rows: bias, norm, rotation and the write to the KV cache in one launch.
 
-The norm is that of `norm`, over a head (QK norm); Su et al., "RoFormer" (2021), https://arxiv.org/abs/2104.09864, for the rotation;
-Kwon et al., "PagedAttention" (2023), https://arxiv.org/abs/2309.06180, for the cache. Each stage is computed in float32 and rounded
-to the rows' dtype, as if it were a kernel of its own.
+The norm is that of `norm`, over a head (QK norm); Su et al., "RoFormer" (2021), https://arxiv.org/abs/2104.09864, for the
+rotation; Kwon et al., "PagedAttention" (2023), https://arxiv.org/abs/2309.06180, for the cache. Each stage is computed in float32
+and rounded to the rows' dtype, as if it were a kernel of its own.
 
-Legend: T rows, N query heads, K key/value heads, A = N + 2 K, D channels of a head, of which 2 E rotate, P positions, S slots of the
-cache (block * entries + entry), L channels of a latent, R of the key beside it. One program computes some heads of one row.
+Legend: T rows, N query heads, K key/value heads, A = N + 2 K, D channels of a head, of which 2 E rotate, P positions, S slots of
+the cache (block * entries + entry), L channels of a latent, R of the key beside it. One program computes some heads of one row.
 """
 
 import torch
@@ -226,14 +226,14 @@ def _place_heads_kernel(
     if block < Q_BLOCKS + K_BLOCKS:
         _place(
             k_ptr + row * k_stride, DIM, k_cache_ptr + slot * K_HEADS * DIM, DIM, bias_ptr + Q_HEADS * DIM, k_norm_ptr, cos_ptr,
-            sin_ptr, position, (block - Q_BLOCKS) * BLOCK, eps, offset, K_HEADS, DIM, ANGLES, BIAS, NORM, ROTATE, INTERLEAVED, BLOCK,
-            BLOCK_E, BLOCK_REST,
+            sin_ptr, position, (block - Q_BLOCKS) * BLOCK, eps, offset, K_HEADS, DIM, ANGLES, BIAS, NORM, ROTATE, INTERLEAVED,
+            BLOCK, BLOCK_E, BLOCK_REST,
         )  # fmt: skip
     else:
         _place(
-            v_ptr + row * v_stride, DIM, v_cache_ptr + slot * K_HEADS * DIM, DIM, bias_ptr + (Q_HEADS + K_HEADS) * DIM, k_norm_ptr,
-            cos_ptr, sin_ptr, position, (block - Q_BLOCKS - K_BLOCKS) * BLOCK, eps, offset, K_HEADS, DIM, DIM // 2, BIAS, False,
-            False, False, BLOCK, BLOCK_V, 1,
+            v_ptr + row * v_stride, DIM, v_cache_ptr + slot * K_HEADS * DIM, DIM, bias_ptr + (Q_HEADS + K_HEADS) * DIM,
+            k_norm_ptr, cos_ptr, sin_ptr, position, (block - Q_BLOCKS - K_BLOCKS) * BLOCK, eps, offset, K_HEADS, DIM, DIM // 2,
+            BIAS, False, False, False, BLOCK, BLOCK_V, 1,
         )  # fmt: skip
 
 
@@ -250,8 +250,9 @@ def _place_latents_kernel(
     position = tl.load(positions_ptr + row).to(tl.int64)
     if block > 0:
         _place(
-            q_ptr + row * q_stride, q_head_stride, q_out_ptr + row * q_out_stride, q_out_head_stride, q_ptr, q_ptr, cos_ptr, sin_ptr,
-            position, (block - 1) * BLOCK, eps, 0.0, HEADS, 2 * ANGLES, ANGLES, False, False, True, INTERLEAVED, BLOCK, BLOCK_E, 1,
+            q_ptr + row * q_stride, q_head_stride, q_out_ptr + row * q_out_stride, q_out_head_stride, q_ptr, q_ptr, cos_ptr,
+            sin_ptr, position, (block - 1) * BLOCK, eps, 0.0, HEADS, 2 * ANGLES, ANGLES, False, False, True, INTERLEAVED, BLOCK,
+            BLOCK_E, 1,
         )  # fmt: skip
         return
     slot = tl.load(slots_ptr + row)

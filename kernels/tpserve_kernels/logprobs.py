@@ -126,7 +126,7 @@ def _best_keys_kernel(
         key = tl.where(key == best, NO_KEY, key)
 
 
-@triton.jit(do_not_specialize=["rows", "num_keys"], do_not_specialize_on_alignment=["token_ptr"])
+@triton.jit(do_not_specialize=["rows", "num_keys"])
 def _masses_kernel(
     logits_ptr, keys_ptr, token_ptr, masses_ptr, logits_stride, width, first, rows, parts, num_keys, scale, cap,
     CAPPED: tl.constexpr, NO_KEY: tl.constexpr, MASS_ONE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,

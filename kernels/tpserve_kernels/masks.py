@@ -20,8 +20,6 @@ IDS_AT_ONCE = 1024
 """Tokens or pairs that a program reads at once."""
 WORDS_AT_ONCE = 128
 """Banned words that a program reads at once."""
-SEQUENCE_COLUMNS = ["slot_ptr", "position_ptr", "prompt_ptr"]
-"""These and other columns of a batch lie one behind another in memory: no kernel is specialized on their alignment."""
 OUT = float("-inf")
 
 
@@ -179,7 +177,7 @@ def _spans(ends_R: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-@triton.jit(do_not_specialize_on_alignment=["row_ptr"])
+@triton.jit
 def _mask_bits_kernel(logits_ptr, row_ptr, bits_ptr, logits_stride, bits_stride, width, BLOCK: tl.constexpr):
     """One program per BLOCK ids of one row."""
     number = tl.program_id(0).to(tl.int64)
@@ -205,7 +203,7 @@ def _largest(row_ptr, width, BLOCK: tl.constexpr):
     return tl.max(best, 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["id_ptr", "ends_ptr"])
+@triton.jit
 def _allow_kernel(logits_ptr, id_ptr, ends_ptr, kept_ptr, logits_stride, width, BLOCK: tl.constexpr, IDS: tl.constexpr):
     """One program per row: keeps the logits of the allowed ids, fills the row with -inf, puts them back."""
     row = tl.program_id(0).to(tl.int64)
@@ -243,10 +241,7 @@ def _complete(word, end, prefix_ptr, length_ptr, own_ptr, position, prompt, long
     return same
 
 
-@triton.jit(
-    do_not_specialize=["longest"],
-    do_not_specialize_on_alignment=["last_ptr", "prefix_ptr", "length_ptr", "ends_ptr", *SEQUENCE_COLUMNS],
-)
+@triton.jit(do_not_specialize=["longest"])
 def _ban_kernel(
     logits_ptr, last_ptr, prefix_ptr, length_ptr, ends_ptr, tokens_ptr, slot_ptr, position_ptr, prompt_ptr, before_ptr,
     logits_stride, tokens_stride, width, longest, BLOCK: tl.constexpr, WORDS: tl.constexpr,
@@ -277,7 +272,7 @@ def _ban_kernel(
                 tl.store(row_ptr + last, tl.load(before_ptr + word, mask=word < end, other=0.0), mask=word < end)
 
 
-@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["row_ptr", "id_ptr", "value_ptr"])
+@triton.jit(do_not_specialize=["pairs"])
 def _bias_kernel(logits_ptr, row_ptr, id_ptr, value_ptr, logits_stride, pairs, BLOCK: tl.constexpr):
     """One program per BLOCK pairs."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -299,7 +294,7 @@ def _count(own_ptr, start, end, first, BLOCK: tl.constexpr, IDS: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize_on_alignment=["row_ptr", "presence_ptr", "frequency_ptr", "repetition_ptr", *SEQUENCE_COLUMNS])
+@triton.jit
 def _penalize_kernel(
     logits_ptr, row_ptr, presence_ptr, frequency_ptr, repetition_ptr, tokens_ptr, slot_ptr, position_ptr, prompt_ptr,
     logits_stride, tokens_stride, width, BLOCK: tl.constexpr, IDS: tl.constexpr,

@@ -102,7 +102,8 @@ def _norm(
     _norm_kernel[(num_rows,)](
         x_TH, other_TH, x_TH if weight_H is None else weight_H, x_TH if bias_H is None else bias_H, y_TH, sum_TH,
         x_TH.stride(0), other_TH.stride(0), eps, offset,
-        HIDDEN=hidden, BLOCK=block, ADD=residual_TH is not None, WEIGHT=weight_H is not None, BIAS=bias_H is not None, CENTER=center,
+        HIDDEN=hidden, BLOCK=block, ADD=residual_TH is not None, WEIGHT=weight_H is not None, BIAS=bias_H is not None,
+        CENTER=center,
         num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
     return y_TH, sum_TH

@@ -30,7 +30,7 @@ class Noise(NamedTuple):
     """int64, below 2^32"""
 
 
-class Target(NamedTuple):
+class DrawTarget(NamedTuple):
     """Where drawn tokens go: row s to out[s], and to tokens[slot[s], position[s]] where there are slots."""
 
     out_S: torch.Tensor

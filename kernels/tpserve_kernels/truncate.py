@@ -212,7 +212,7 @@ def _keep(x_ptr, size, low, ties, BLOCK: tl.constexpr):
         seen += tl.sum(equal, 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature_ptr", "log_min_p_ptr", "top_k_ptr", "top_p_ptr"])
+@triton.jit
 def _truncate_kernel(
     logits_ptr, temperature_ptr, log_min_p_ptr, top_k_ptr, top_p_ptr, together_ptr, logits_stride, width,
     WEIGHT_ONE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,

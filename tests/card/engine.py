@@ -6,6 +6,7 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from tests.card.simulated import SimulatedCard
 from tests.specs import small
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
@@ -44,17 +45,20 @@ class CardEngine:
         num_blocks: int = 16,
         dtype: torch.dtype = torch.float32,
         mesh: Mesh | None = None,
+        max_len: int = 64,
+        max_num_batched_tokens: int = 24,
     ) -> None:
         layout = ParallelLayout(1, 1, (spec.num_layers,)) if mesh is None else mesh.layout
         mesh = mesh or Mesh(0, layout, Group(), Group(), Pipeline(), CARD)
         self._mesh = mesh
-        decoder = Decoder(spec, layout, layout.stage_of(mesh.rank), mesh.tp, dtype, CARD, 64)
-        dummy(decoder.parameters())
+        decoder = Decoder(spec, layout, layout.stage_of(mesh.rank), mesh.tp, dtype, CARD, max_len)
+        if SimulatedCard.current is not None and SimulatedCard.current.computes:
+            dummy(decoder.parameters())
         limits = SchedulerConfig(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=24, max_model_len=64, num_blocks=num_blocks, block_size=16, depth=2,
-            sync_sampling=layout.pp > 1, eos_ids=(), windows=spec.windows,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_len,
+            num_blocks=num_blocks, block_size=16, depth=2, sync_sampling=layout.pp > 1, eos_ids=(), windows=spec.windows,
         )  # fmt: skip
-        request_pool = RequestPool(max_num_seqs, 64, 16, spec.windows, CARD, eos_ids=(), vocab_size=spec.vocab_size)
+        request_pool = RequestPool(max_num_seqs, max_len, 16, spec.windows, CARD, eos_ids=(), vocab_size=spec.vocab_size)
         caches = allocate(decoder, mesh, num_blocks, 16)
         self.runner = ModelRunner(mesh, decoder, request_pool, caches, capture)
         self.scheduler = Scheduler(limits)
@@ -91,14 +95,14 @@ class CardEngine:
 def random_request(number: int, rng: random.Random) -> Request:
     """With sampling parameters of any kind."""
     params = EngineSamplingParams(
-        max_tokens=rng.randint(1, 30),
+        max_tokens=rng.randint(1, 10),
         temperature=rng.choice((0.0, 0.7, 1.5)),
         top_k=rng.choice((0, 0, 5)),
         top_p=rng.choice((1.0, 1.0, 0.8)),
         frequency_penalty=rng.choice((0.0, 0.0, 0.0, 0.5)),
         logprobs=rng.choice((None, None, None, 2)),
     )
-    tokens = [rng.randrange(300) for _ in range(rng.randint(1, 30))]
+    tokens = [rng.randrange(300) for _ in range(rng.randint(1, 18))]
     return Request(number, pack(tokens), params, seed=rng.getrandbits(64))
 
 

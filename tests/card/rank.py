@@ -1,6 +1,6 @@
 """One rank of a layout of simulated cards: python -m tests.card.rank RANK TP PP STORE
 
-Runs a random history launch by launch and as graphs; the outputs must be equal. Prints the collectives of a graph's replay.
+Runs a random history launch by launch and as graphs; the outputs must be equal.
 """
 
 import sys
@@ -39,11 +39,11 @@ def main(rank: int, tp: int, pp: int, store: str) -> None:
         return Mesh(rank, layout, group, Group(), pipeline, CARD)
 
     with SimulatedCard():
-        expected = history(CardEngine(capture=run, mesh=mesh()), 2, 4)
+        expected = history(CardEngine(capture=run, mesh=mesh()), 2, 3)
     with SimulatedCard() as card:
         engine = CardEngine(capture=card.capture, mesh=mesh())
-        assert history(engine, 2, 4) == expected, "a replay is not what it replays"
-        assert card.record.replays > 10
+        assert history(engine, 2, 3) == expected, "a replay is not what it replays"
+        assert card.record.replays > 4
     dist.barrier()
     dist.destroy_process_group()
 

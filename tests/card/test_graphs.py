@@ -21,14 +21,14 @@ def test_replay_equals_eager(seed: int) -> None:
         return work
 
     with SimulatedCard():
-        expected = history(CardEngine(capture=run), seed, 7)
+        expected = history(CardEngine(capture=run), seed, 3)
     with SimulatedCard() as card:
-        assert history(CardEngine(capture=card.capture), seed, 7) == expected
-        assert card.record.replays > 20
+        assert history(CardEngine(capture=card.capture), seed, 3) == expected
+        assert card.record.replays > 5
 
 
 def test_a_steady_decode_step() -> None:
-    with SimulatedCard() as card:
+    with SimulatedCard(computes=False) as card:
         engine = CardEngine(capture=card.capture, num_blocks=64)
         for number in range(3):
             params = EngineSamplingParams(max_tokens=40, temperature=0.8)

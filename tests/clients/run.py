@@ -14,16 +14,19 @@ sys.path.insert(0, str(ROOT))
 
 from tests.server import free_port, running, serve  # noqa: E402
 
-CLIENTS = ("openai", "langchain-openai", "litellm", "pydantic-ai-slim")
+MODEL = "builtin"
+CLIENTS = ("openai", "anthropic", "langchain-openai", "litellm", "pydantic-ai-slim")
 
 
 def main() -> int:
     python, port = sys.argv[1], free_port()
     with (
         tempfile.TemporaryDirectory() as directory,
-        running([serve("--device", "cpu", "-tp", "2", port=port)], port, Path(directory) / "log"),
+        running(
+            [serve("--device", "cpu", "-tp", "2", "--served-model-name", "builtin", port=port)], port, Path(directory) / "log"
+        ),
     ):
-        environment = {**os.environ, "TPSERVE_URL": f"http://127.0.0.1:{port}/v1"}
+        environment = {**os.environ, "TPSERVE_URL": f"http://127.0.0.1:{port}/v1", "TPSERVE_MODEL": MODEL}
         tests = [
             python,
             "-m",

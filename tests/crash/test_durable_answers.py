@@ -14,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.http.test_resumable import said
+from tests.http.test_durable import read_some
+from tests.http.test_responses_api import events as numbered_events
+from tests.http.test_resumable import Connection, said
 from tests.server import Server, children, free_port, running, serve
 
 Json = dict[str, Any]
@@ -26,6 +28,7 @@ CALLS: list[tuple[str, Json]] = [
     ("/v1/completions", {"prompt": ["The red", "A dog"], "echo": True, "logprobs": 1, "temperature": 0}),
     ("/v1/chat/completions", {"messages": CHAT, "seed": 4, "logprobs": True}),
 ]
+STORY: Json = {"input": "A long story.", "stream": True, "background": True, "max_output_tokens": 300, "ignore_eos": True}
 COME_BACK_S = 60.0
 
 
@@ -93,6 +96,20 @@ def until_some(clients: list[Client]) -> None:
         time.sleep(0.02)
 
 
+def check_response(port: int, begun: bytes) -> None:
+    """A response whose first events are these has gone on, and can be continued."""
+    seen = numbered_events(begun)
+    path = f"/v1/responses/{seen[0]['response']['id']}"
+    status, rest = get(port, f"{path}?stream=true&starting_after={seen[-1]['sequence_number']}")
+    assert status == 200
+    response = numbered_events(begun + rest)[-1]["response"]
+    assert response["usage"]["output_tokens"] == STORY["max_output_tokens"]
+    assert json.loads(get(port, path)[1]) == response
+    body = {"input": "And then?", "previous_response_id": response["id"], "max_output_tokens": 2}
+    answer = json.loads(Connection(f"http://127.0.0.1:{port}", "POST", "/v1/responses", body).read())
+    assert answer["usage"]["input_tokens"] > STORY["max_output_tokens"]
+
+
 def test_answers_outlive_the_frontend_and_the_server(tmp_path: Path) -> None:
     port = free_port()
     command = serve("--nproc-per-node", "1", "--state-dir", str(tmp_path / "state"), port=port)
@@ -100,6 +117,7 @@ def test_answers_outlive_the_frontend_and_the_server(tmp_path: Path) -> None:
         with ThreadPoolExecutor(len(CALLS)) as pool:
             expected = list(pool.map(lambda call: undisturbed(port, call[0], ASK | call[1]), CALLS))
         clients = [Client(port, path, ASK | body) for path, body in CALLS]
+        begun = read_some(Connection(server.url, "POST", "/v1/responses", STORY), 3000)
         until_some(clients)
         os.kill(frontend_pid(server), signal.SIGKILL)
         until_some(clients)
@@ -116,6 +134,7 @@ def test_answers_outlive_the_frontend_and_the_server(tmp_path: Path) -> None:
             assert get(port, f"/v1/streams/{client.id}") == (200, client.data)
             events = [part.split("\ndata: ", 1)[1] for part in client.data.decode().split("\n\n")[:-1]]
             assert said(events) == said(plain)
+        check_response(port, begun)
         assert "go on" in server.log and server.get("/server_info")[1]["state_dir"]["state"] == "on"
         assert server.stop() == [0]
         server.assert_nothing_left()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.kernels.device import DEVICE
-from tests.kernels.paged_case import PagedCase
-from tpserve_kernels import activation, attention, kv, norm, rope
+from tests.kernels.paged_case import PagedCase, attend, listed, paged_requests
+from tpserve_kernels import activation, attention, attention_plan, heads, norm
+from tpserve_kernels.cpu.qkv_heads import HeadNorms, Rotation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")]
 
@@ -49,10 +50,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_attention_parity(case: PagedCase) -> None:
-    arguments = case.arguments(DEVICE)
-    rest, scoring = (case.max_query_len, SCALE), case.scoring(DEVICE)
-    actual = attention.paged_attention(*arguments, *rest, **scoring)
-    assert_close(actual, attention.paged_attention_reference(*arguments, *rest, **scoring))
+    arguments, scoring = case.arguments(DEVICE), case.scoring(DEVICE)
+    actual = attend(*arguments, SCALE, **scoring)
+    assert_close(actual, attention.paged_attention_reference(*arguments, SCALE, **scoring))
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, SINGLE])
@@ -70,67 +70,73 @@ def test_attention_parity(case: PagedCase) -> None:
 )
 def test_attention_bits_in_any_chunk(case: PagedCase, dtype: torch.dtype) -> None:
     """The last 600 positions of a context of 1300, in chunks of every size: whole walks and split ones."""
-    q, k_cache, v_cache, tables, starts, contexts = replace(case, dtype=dtype).arguments(DEVICE)
-    scoring = case.scoring(DEVICE)
-    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 600, SCALE, **scoring)
+    q, k_cache, v_cache, requests = replace(case, dtype=dtype).arguments(DEVICE)
+    scoring, (tables, row) = case.scoring(DEVICE), requests[:2]
+    expected = attend(q, k_cache, v_cache, requests, SCALE, **scoring)
     for chunk in CHUNKS:
         edges = [*range(0, 600, chunk), 600]
-        chunk_starts = torch.tensor(edges, dtype=torch.int32, device=DEVICE)
-        together = (tables.repeat(len(edges) - 1, 1), chunk_starts, chunk_starts[1:] + 700)
-        assert torch.equal(attention.paged_attention(q, k_cache, v_cache, *together, chunk, SCALE, **scoring), expected), chunk
+        lens = [last - first for first, last in pairwise(edges)]
+        together = paged_requests(tables, row.repeat(len(lens)), lens, [700 + last for last in edges[1:]], case.window)
+        assert torch.equal(attend(q, k_cache, v_cache, together, SCALE, **scoring), expected), chunk
         for first, last in list(pairwise(edges))[-3:]:
-            alone = (tables, torch.tensor([0, last - first], device=DEVICE).int(), contexts - 600 + last)
-            actual = attention.paged_attention(q[first:last], k_cache, v_cache, *alone, chunk, SCALE, **scoring)
+            alone = paged_requests(tables, row, [last - first], [700 + last], case.window)
+            actual = attend(q[first:last], k_cache, v_cache, alone, SCALE, **scoring)
             assert torch.equal(actual, expected[first:last]), (chunk, first)
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, SINGLE])
 def test_attention_bits_in_any_batch_and_page(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = PagedCase(tuple((1, 1 + 29 * r) for r in range(60)), 8, 2, 128, page=64, dtype=dtype)
-    q, k_cache, v_cache, tables, starts, contexts = arguments = case.arguments(DEVICE)
-    expected = attention.paged_attention(*arguments, 1, SCALE)
+    case = PagedCase((*((1, 1 + 29 * r) for r in range(60)), (1, 9000)), 8, 2, 128, page=64, dtype=dtype)
+    q, k_cache, v_cache, requests = arguments = case.arguments(DEVICE)
+    expected = attend(*arguments, SCALE)
     small_k, small_v = (cache.unflatten(1, (4, 16)).flatten(0, 1) for cache in (k_cache, v_cache))
-    small_tables = (4 * tables.unsqueeze(2) + torch.arange(4, dtype=torch.int32, device=DEVICE)).flatten(1)
-    assert torch.equal(attention.paged_attention(q, small_k, small_v, small_tables, starts, contexts, 1, SCALE), expected)
-    one = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
-    for r in range(60):
-        alone = (q[r : r + 1], k_cache, v_cache, tables[r : r + 1], one, contexts[r : r + 1])
-        assert torch.equal(attention.paged_attention(*alone, 1, SCALE)[0], expected[r]), r
-    monkeypatch.setattr(attention, "MAX_PARTIAL_BYTES", 0)
-    assert torch.equal(attention.paged_attention(*arguments, 1, SCALE), expected)
+    small_tables = (4 * requests.tables_XB.unsqueeze(2) + torch.arange(4, dtype=torch.int32, device=DEVICE)).flatten(1)
+    assert torch.equal(attend(q, small_k, small_v, requests._replace(tables_XB=small_tables), SCALE), expected)
+    for r, (_, context) in enumerate(case.requests):
+        alone = paged_requests(requests.tables_XB, requests.table_rows_R[r : r + 1], [1], [context])
+        assert torch.equal(attend(q[r : r + 1], k_cache, v_cache, alone, SCALE)[0], expected[r]), r
+    for processors, state_bytes in ((1, 0), (1000, 0), (1000, 64 << 20)):
+        monkeypatch.setattr(attention_plan, "num_processors", lambda _, n=processors: n)
+        monkeypatch.setattr(attention_plan, "MAX_STATE_BYTES", state_bytes)
+        plan = attention_plan.plan_attention(requests, 8, v_cache)
+        assert listed(plan) == attention_plan.plan_reference(plan)
+        assert torch.equal(attention.paged_attention(q, k_cache, v_cache, plan, SCALE), expected), processors
 
 
 def test_attention_in_a_captured_graph() -> None:
-    case = PagedCase(((1, 2000), (1, 30)), 32, 8, 128, dtype=BRAIN)
-    q, k_cache, v_cache, tables, starts, contexts = case.arguments(DEVICE)
-    expected = attention.paged_attention(q, k_cache, v_cache, tables, starts, contexts, 1, SCALE)
-    static_q = torch.zeros_like(q)
-    attention.paged_attention(static_q, k_cache, v_cache, tables, starts, contexts, 1, SCALE)
+    """Its plan, too: the lengths change between replays, and one request becomes padding."""
+    case = PagedCase(((1, 2000), (1, 30), (1, 700)), 32, 8, 128, dtype=BRAIN)
+    q, k_cache, v_cache, requests = case.arguments(DEVICE)
+    contexts = requests.context_lens_R.clone()
+    static_q, static = torch.zeros_like(q), requests._replace(context_lens_R=torch.zeros_like(contexts))
+    attend(static_q, k_cache, v_cache, static, SCALE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention.paged_attention(static_q, k_cache, v_cache, tables, starts, contexts, 1, SCALE)
+        out = attend(static_q, k_cache, v_cache, static, SCALE)
     static_q.copy_(q)
-    graph.replay()
-    assert torch.equal(out, expected)
+    for lens in (contexts, contexts // 2, contexts * torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)):
+        static.context_lens_R.copy_(lens)
+        graph.replay()
+        assert torch.equal(out, attend(q, k_cache, v_cache, requests._replace(context_lens_R=lens), SCALE))
+    assert (out[1] == 0).all()
 
 
 def test_a_cache_of_more_than_two_to_the_31_values() -> None:
-    page, heads, head_dim = 64, 8, 128
-    num_blocks = 2**31 // (page * heads * head_dim) + 2
+    page, num_kv, head_dim = 64, 8, 128
+    num_blocks = 2**31 // (page * num_kv * head_dim) + 2
     if torch.cuda.mem_get_info()[0] < 10 << 30:
         pytest.skip("needs 10 GiB of free memory on the card")
-    cache = torch.empty(num_blocks, page, heads, head_dim, dtype=BRAIN, device=DEVICE)
-    k, v = random(40, heads, head_dim, dtype=BRAIN), random(40, heads, head_dim, dtype=BRAIN, seed=1)
-    values = torch.empty_like(cache)
-    last_block = num_blocks - 1
-    kv.write_kv(k, v, cache, values, last_block * page + torch.arange(40, device=DEVICE))
-    assert torch.equal(cache[last_block, :40], k) and torch.equal(values[last_block, :40], v)
+    cache = torch.empty(num_blocks, page, num_kv, head_dim, dtype=BRAIN, device=DEVICE)
+    values, last_block = torch.empty_like(cache), num_blocks - 1
+    k, v = random(40, num_kv, head_dim, dtype=BRAIN), random(40, num_kv, head_dim, dtype=BRAIN, seed=1)
     q = random(40, 32, head_dim, dtype=BRAIN, seed=2)
-    starts, contexts = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 40], [40]))
-    table = torch.tensor([[last_block]], dtype=torch.int32, device=DEVICE)
-    actual = attention.paged_attention(q, cache, values, table, starts, contexts, 40, SCALE)
-    first = (cache[last_block:], values[last_block:], torch.zeros_like(table))
-    assert torch.equal(actual, attention.paged_attention(q, *first, starts, contexts, 40, SCALE))
+    slots = last_block * page + torch.arange(40, device=DEVICE)
+    assert torch.equal(heads.place_heads(q, k, v, cache.flatten(0, 1), values.flatten(0, 1), slots), q)
+    assert torch.equal(cache[last_block, :40], k) and torch.equal(values[last_block, :40], v)
+    row, table = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0], [[last_block]]))
+    actual = attend(q, cache, values, paged_requests(table, row, [40], [40]), SCALE)
+    first = cache[last_block:], values[last_block:], paged_requests(torch.zeros_like(table), row, [40], [40])
+    assert torch.equal(actual, attend(q, *first, SCALE))
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, SINGLE])
@@ -147,26 +153,51 @@ def test_row_kernels(dtype: torch.dtype, num_rows: int, hidden: int) -> None:
     assert_close(activation.silu_mul(x), activation.silu_mul_reference(x))
     assert_close(activation.gelu_tanh_mul(x), activation.gelu_tanh_mul_reference(x))
     assert_close(activation.clamped_swiglu(x, 1.702, 1.0), activation.clamped_swiglu_reference(x, 1.702, 1.0))
-    heads = x.view(num_rows, -1, 128)
-    q, k = heads[:, :-1], heads[:, -1:]
-    angle = random(1000, 64, dtype=SINGLE)
-    positions = torch.randint(1000, (num_rows,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    turned = (q, k, angle.cos(), angle.sin(), positions)
-    for actual, expected in zip(rope.apply_rope(*turned), rope.apply_rope_reference(*turned), strict=True):
+    assert_close(norm.layer_norm(x, weight, weight, 1e-5), norm.layer_norm_reference(x, weight, weight, 1e-5))
+    y, total = norm.add_layer_norm(x, residual, weight, None, 1e-5)
+    expected_y, expected_total = norm.add_layer_norm_reference(x, residual, weight, None, 1e-5)
+    assert_close(y, expected_y)
+    assert torch.equal(total, expected_total)
+
+
+def qkv_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value heads of 128 channels: all but two, one, one."""
+    q, k, v = x.view(len(x), -1, 128).tensor_split((-2, -1), dim=1)
+    return q, k, v
+
+
+def turning(rows: slice | int, interleaved: bool = False) -> Rotation:
+    angle, positions = random(1000, 64, dtype=SINGLE), torch.randint(1000, (600,), generator=torch.Generator().manual_seed(3))
+    return Rotation(positions.to(DEVICE)[rows if isinstance(rows, slice) else slice(rows)], angle.cos(), angle.sin(), interleaved)
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, SINGLE])
+@pytest.mark.parametrize(("num_rows", "hidden", "interleaved"), [(1, 4096, False), (600, 4096, True), (33, 896, False)])
+def test_heads_are_placed(dtype: torch.dtype, num_rows: int, hidden: int, interleaved: bool) -> None:
+    qkv, weight = qkv_of(random(num_rows, hidden, dtype=dtype)), random(hidden, dtype=dtype, seed=2)
+    norms, slots = HeadNorms(weight[:128], weight[128:256], 1e-5), torch.randperm(640, device=DEVICE)[:num_rows]
+    results = []
+    for place in (heads.place_heads, heads.place_heads_reference):
+        k_cache, v_cache = (torch.zeros(640, 1, 128, dtype=dtype, device=DEVICE) for _ in range(2))
+        q = place(*qkv, k_cache, v_cache, slots, norms, turning(num_rows, interleaved), weight)
+        results.append((q, k_cache, v_cache))
+    for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, SINGLE])
 def test_row_kernels_have_the_bits_of_a_row_alone(dtype: torch.dtype) -> None:
     x, weight = random(600, 4096, dtype=dtype), random(4096, dtype=dtype, seed=1)
-    angle, positions = random(600, 64, dtype=SINGLE), torch.arange(600, device=DEVICE)
+    norms = HeadNorms(weight[:128], weight[128:256], 1e-5)
 
     def outputs(rows: slice) -> list[torch.Tensor]:
-        heads = x[rows].view(-1, 32, 128)
-        turned = rope.apply_rope(heads, heads, angle.cos(), angle.sin(), positions[rows])
+        k_cache, v_cache = (torch.zeros(600, 1, 128, dtype=dtype, device=DEVICE) for _ in range(2))
+        slots = torch.arange(600, device=DEVICE)
+        q = heads.place_heads(*qkv_of(x[rows]), k_cache, v_cache, slots[rows], norms, turning(rows), weight)
+        placed = [q, k_cache[rows], v_cache[rows]]
         fused = norm.add_rms_norm(x[rows], x[rows], weight, 1e-5)
         gated = [activation.silu_mul(x[rows]), activation.gelu_tanh_mul(x[rows]), activation.clamped_swiglu(x[rows], 1.7, 1.0)]
-        return [norm.rms_norm(x[rows], weight, 1e-5), *fused, *gated, *turned]
+        return [norm.rms_norm(x[rows], weight, 1e-5), norm.layer_norm(x[rows], weight, None, 1e-5), *fused, *gated, *placed]
 
     together = outputs(slice(None))
     for chunk in CHUNKS:

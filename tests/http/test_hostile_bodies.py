@@ -20,7 +20,7 @@ import pytest
 from tests.http import checks
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving
 from tpserve.engine_client.status import EngineStatus
-from tpserve.frontend.app import MAX_BODY_BYTES
+from tpserve.frontend.openai.body import MAX_BODY_BYTES
 from tpserve.frontend.openai.json_scan import MAX_WEIGHT
 
 MAX_GAP_S = 0.1
@@ -28,6 +28,7 @@ TRIES = 3
 T = TypeVar("T")
 ROOM = MAX_BODY_BYTES - 100
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 LONG_MODEL = 1 << 20
 
 
@@ -84,6 +85,7 @@ def keys(head: str, tail: str, count: int) -> bytes:
 
 
 MESSAGE = '{"role":"user","content":"a"}'
+PART = '{"type":"text","text":"a"}'
 HOSTILE: dict[str, tuple[str, bytes]] = {
     "lists of 0.6 MB": (COMPLETIONS, many('{"prompt":[', "[]", "]}", 200_000)),
     "lists": (COMPLETIONS, many('{"prompt":[', "[]", "]}")),
@@ -117,6 +119,13 @@ HOSTILE: dict[str, tuple[str, bytes]] = {
     "a long role": (CHAT, b'{"messages":[{"role":"' + b"a" * 5_000_000 + b'","content":"a"}]}'),
     "parts": (CHAT, many('{"messages":[{"role":"user","content":[', '{"type":"x"}', "]}]}", 20_000)),
     "template names": (CHAT, keys('{"messages":[' + MESSAGE + '],"chat_template_kwargs":{', "}}", 500_000)),
+    "items": (RESPONSES, many('{"input":[', MESSAGE, "]}", 8192)),
+    "empty items": (RESPONSES, many('{"input":[', "{}", "]}")),
+    "parts of an item": (RESPONSES, many('{"input":[{"role":"user","content":[', PART, "]}]}", MAX_WEIGHT // 54)),
+    "references": (
+        RESPONSES,
+        ('{"input":[' + ",".join(f'{{"type":"item_reference","id":"msg_{n:032}_0"}}' for n in range(8192)) + "]}").encode(),
+    ),
     "ids to detokenize": (DETOKENIZE, many('{"tokens":[', "5", "]}", 2_000_000)),
     "ids that pass the scan to detokenize": (DETOKENIZE, many('{"tokens":[', "5", "]}", MAX_WEIGHT - 100)),
     "a long name of a model": (TOKENIZE, b'{"prompt":"a","model":"' + b"a" * 5_000_000 + b'"}'),
@@ -132,6 +141,15 @@ def test_a_hostile_body_is_refused_while_others_are_served(server: Server, name:
     reply = without_gap(server, lambda: client.send("POST", path, body))
     assert 400 <= reply.status < 500 and len(reply.body) < 1500, reply.body[:1500]
     checks.is_error(reply, reply.status)
+
+
+@pytest.mark.parametrize(
+    "message", [MESSAGE, '{"role":"user","content":[' + ",".join([PART] * 14_000) + "]}"], ids=["many", "long"]
+)
+def test_messages_are_read_while_others_are_served(server: Server, message: str) -> None:
+    body = many('{"max_tokens":5,"messages":[', message, "]}", 8192 if message == MESSAGE else 1)
+    reply = without_gap(server, lambda: checks.Client(server.url).send("POST", MESSAGES, body))
+    assert reply.status == 400 and reply.json["error"]["type"] == "invalid_request_error"
 
 
 def test_honest_bodies_are_not_refused(server: Server) -> None:

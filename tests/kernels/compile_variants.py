@@ -42,8 +42,8 @@ class Target:
 
 def argument(name: str, known: str) -> Any:
     """A value of which the compiler knows just this."""
-    if name == "WIDEN":
-        return False  # the interpreter's way
+    if name in ("WIDEN", "INTERPRETED"):
+        return False  # the interpreter's ways
     if known.startswith("= "):
         return ast.literal_eval(known[2:])
     if known.startswith("*"):

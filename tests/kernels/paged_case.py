@@ -1,5 +1,6 @@
 """Inputs of `paged_attention` for any mix of requests, with NaN wherever nothing may be read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from tpserve_kernels.attention import paged_attention
-from tpserve_kernels.attention_plan import PagedRequests, plan_attention
+from tpserve_kernels.attention_plan import AttentionPlan, PagedRequests, plan_attention
 
 PagedArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, PagedRequests]
 NOBODY = 1 << 28
@@ -58,17 +59,16 @@ class PagedCase:
 
 
 def paged_requests(
-    tables_XB: torch.Tensor, table_rows_R: torch.Tensor, query_lens: Any, context_lens: Any, window: int | None = None
+    tables_XB: torch.Tensor,
+    table_rows_R: torch.Tensor,
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    window: int | None = None,
 ) -> PagedRequests:
     """Requests of these lengths, on the tables' device."""
-    starts, contexts = (
-        torch.tensor(x, dtype=torch.int32, device=tables_XB.device) for x in (lens_to_starts(query_lens), context_lens)
-    )
+    lens = list(accumulate(query_lens, initial=0)), list(context_lens)
+    starts, contexts = (torch.tensor(x, dtype=torch.int32, device=tables_XB.device) for x in lens)
     return PagedRequests(tables_XB, table_rows_R, starts, contexts, sum(query_lens), max(query_lens), window)
-
-
-def lens_to_starts(query_lens: Any) -> list[int]:
-    return list(accumulate(query_lens, initial=0))
 
 
 def attend(
@@ -77,3 +77,13 @@ def attend(
     """Attention under a plan of its own."""
     plan = plan_attention(requests, q.shape[1], v_cache)
     return paged_attention(q, k_cache, v_cache, plan, scale, **scoring)
+
+
+def listed(plan: AttentionPlan) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The items and the split tiles, as `plan_reference` lists them."""
+    counts = plan.counts_2.tolist()
+    items, split = (
+        [tuple(row[:3]) for row in rows[:count].tolist()]
+        for rows, count in zip((plan.items_I4, plan.split_C4), counts, strict=True)
+    )
+    return items, split

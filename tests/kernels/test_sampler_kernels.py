@@ -8,15 +8,15 @@ import torch
 from tests.kernels.device import DEVICE
 from tpserve.parallel.group import Group
 from tpserve.sampler import filters
-from tpserve.sampler.draw import gumbel
-from tpserve.sampler.logits import WrittenLogits
+from tpserve.sampler.draw import DrawParams, draw_rows, gumbel
+from tpserve.sampler.logits import CardLogits, WrittenLogits
 from tpserve.sampler.logprobs import logprobs
 from tpserve_kernels import draw as drawing
 from tpserve_kernels import logprobs as scoring
 from tpserve_kernels import masks
 from tpserve_kernels.arithmetic import exp32_reference, finish_reference, log64_reference
 from tpserve_kernels.logits import write_logits
-from tpserve_kernels.sampler_types import Noise, RawLogits, Sequences, Target
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits, Sequences
 from tpserve_kernels.truncate import truncate, truncate_reference
 
 OUT = float("-inf")
@@ -46,7 +46,7 @@ def noise(rows: int, temperatures: tuple[float, ...] = (0.7, 0.0, 1.0, 1.9, 1e-3
 
 def drawn(logits: RawLogits, of: Noise) -> torch.Tensor:
     out_S = torch.empty(len(logits.values_SV), dtype=torch.int64, device=DEVICE)
-    drawing.draw(logits, of, Target(out_S))
+    drawing.draw(logits, of, DrawTarget(out_S))
     return out_S
 
 
@@ -78,7 +78,7 @@ def test_a_draw_is_its_reference(rows: int, vocab: int, dtype: torch.dtype, cap:
     slot_S = (torch.arange(rows) + 1).to(DEVICE)
     slot_S[1] = -1
     out_S, tokens_XL = (torch.full(shape, -7, dtype=torch.int32, device=DEVICE) for shape in ((rows,), (rows + 2, 50)))
-    drawing.draw(logits, of, Target(out_S, slot_S, tokens_XL))
+    drawing.draw(logits, of, DrawTarget(out_S, slot_S, tokens_XL))
     token_S[1] = -7
     assert torch.equal(out_S.long(), token_S)
     expected_XL = torch.full_like(tokens_XL, -7)
@@ -103,7 +103,7 @@ def test_shards_of_whole_blocks_draw_what_the_whole_draws(cuts: tuple[int, ...])
     parts = [drawing.best(RawLogits(x[:, first:end]), of, first) for first, end in pairwise(cuts)]
     slot_S = torch.tensor([2, -1, 0, 1, 3], device=DEVICE)
     out_S, tokens_XL = torch.full((5,), -7, device=DEVICE), torch.zeros(4, 50, dtype=torch.int32, device=DEVICE)
-    drawing.pick(torch.stack(parts), of.position_S, Target(out_S, slot_S, tokens_XL))
+    drawing.pick(torch.stack(parts), of.position_S, DrawTarget(out_S, slot_S, tokens_XL))
     expected_S = drawing.best_reference(RawLogits(x), of, 0)[1]
     expected_S[1] = -7
     real_S = slot_S >= 0
@@ -226,3 +226,35 @@ def test_logprobs(vocab: int, num_top: int, cuts: tuple[int, ...]) -> None:
     assert torch.equal(got[1], in_torch[1])
     torch.testing.assert_close((got[0], got[2]), (in_torch[0], in_torch[2]), rtol=3e-6, atol=1e-6)
     assert torch.equal(write_logits(whole), finish_reference(*whole))
+
+
+class InTurn(Group):
+    """A rank whose peers run before and after it: `gathered[call]` has what each has passed to a call of `all_gather`."""
+
+    def __init__(self, rank: int, size: int, gathered: list[list[torch.Tensor]]) -> None:
+        super().__init__()
+        self.rank, self.size, self._gathered, self._call = rank, size, gathered, 0
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        ranks, self._call = self._gathered[self._call], self._call + 1
+        ranks[self.rank] = x
+        return torch.stack([part if part.shape == x.shape else torch.zeros_like(x) for part in ranks])
+
+
+@pytest.mark.parametrize("cuts", [(0, 128, 300), (0, 3, 100)], ids=["blocks", "inside a block"])
+def test_ranks_draw_and_score_what_one_rank_does(cuts: tuple[int, ...]) -> None:
+    x, of = random(4, cuts[-1]), noise(4)
+    x[:, 5] = 2.0
+    shards = tuple(range(a, b) for a, b in pairwise(cuts))
+    token_S, params = torch.full((4,), 5, device=DEVICE), DrawParams(*of)
+    expected = drawn(RawLogits(x, 0.5, 30.0), of)
+    whole = logprobs(CardLogits(RawLogits(x, 0.5, 30.0)), (range(cuts[-1]),), token_S, 2, Group())
+    gathered = [[torch.empty(0)] * len(shards) for _ in range(3)]
+    for _ in range(3):  # by then each knows what all have said
+        for rank, shard in enumerate(shards):
+            tp, out_S = InTurn(rank, len(shards), gathered), torch.empty(4, dtype=torch.int64, device=DEVICE)
+            logits = CardLogits(RawLogits(x[:, shard.start : shard.stop], 0.5, 30.0))
+            draw_rows(logits, shards, params, tp, DrawTarget(out_S))
+            scores = logprobs(logits, shards, token_S, 2, tp)
+    assert torch.equal(out_S, expected)
+    assert all(torch.equal(one, other) for one, other in zip(scores, whole, strict=True))

@@ -95,16 +95,16 @@ def best(found: dict[str, Any]) -> tuple[int, int]:
 def test_70b_does_not_fit_one_card(plan: Any) -> None:
     code, text = plan("llama-70b --gpus 1 --gpu-memory 80GB")
     assert code == 1
-    assert "TP 1 x PP 1 does not fit: rank 0 needs 136.6 GiB (weights 131.4 GiB) for one sequence of 8,192 tokens" in text
-    assert "and may take 71.0 GiB: 65.6 GiB too much" in text
+    assert "TP 1 x PP 1 does not fit: rank 0 needs 136.7 GiB (weights 131.4 GiB) for one sequence of 8,192 tokens" in text
+    assert "and may take 71.0 GiB: 65.7 GiB too much" in text
     assert "No layout fits 1 GPU. 2 such GPUs would do: TP 2 x PP 1" in text
 
 
 def test_70b_on_two_cards_fits_and_is_short_of_cache(plan: Any) -> None:
     code, text = plan("llama-70b --gpus 2 --gpu-memory 80GB --concurrency 64")
     assert code == 0 and "TP 2 x PP 1, to paste:" in text
-    assert "Warning: KV cache for 2.6 sequences of 8,192 tokens of the 64 wanted" in text
-    assert "Warning: KV cache for 2.6 sequences of 8,192 tokens at once" in plan("llama-70b --gpus 2 --gpu-memory 80GB")[1]
+    assert "Warning: KV cache for 2.5 sequences of 8,192 tokens of the 64 wanted" in text
+    assert "Warning: KV cache for 2.5 sequences of 8,192 tokens at once" in plan("llama-70b --gpus 2 --gpu-memory 80GB")[1]
     found = layouts(plan, "llama-70b --gpus 2 --gpu-memory 80GB --concurrency 64")
     rank = found["by_name"]["2x1"]["ranks"][0]
     assert rank["weights"] == found["parameters"] + 2 * (80 * 2 + 1) * 8192 // 2, "norms are held twice"

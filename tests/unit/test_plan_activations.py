@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from tests.specs import ROUTING, small
 from tests.unit.test_weights import Seat
 from tpserve.attention.metadata import AttentionMetadata, ModelInput
-from tpserve.layers import activation, attention, mla, mlp, moe, norm, rope, row_parallel
+from tpserve.layers import activation, attention, mla, mlp, moe, norm, row_parallel
 from tpserve.models import decoder as decoders
 from tpserve.models.decoder import Decoder
-from tpserve.planner.activations import ROUTER_SEGMENT, WORKSPACE_BYTES, activation_bytes
+from tpserve.planner.activations import ROUTER_SEGMENT, STATE_BYTES, WORKSPACE_BYTES, activation_bytes
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ExpertsSpec, LatentSpec, RopeSpec
 
@@ -46,9 +46,14 @@ def attended(width: int, q_TND: torch.Tensor, *_: Any) -> torch.Tensor:
     return q_TND.new_empty((*q_TND.shape[:2], width))
 
 
-def heads_apart(x_TNK: torch.Tensor, weight_NMK: torch.Tensor) -> torch.Tensor:
-    rows, num_heads, _ = x_TNK.shape
-    return x_TNK.new_empty((num_heads, rows, weight_NMK.shape[1])).transpose(0, 1)
+def queries_placed(layer: attention.Attention, q_TND: torch.Tensor, k_TKD: torch.Tensor, *_: Any) -> torch.Tensor:
+    if isinstance(layer.qk_norm, norm.AllHeadsNorm):
+        q_TND, k_TKD = layer.qk_norm(q_TND, k_TKD)
+    return q_TND.new_empty(q_TND.shape)
+
+
+def by_head(x_TNK: torch.Tensor, weight_NMK: torch.Tensor) -> torch.Tensor:
+    return x_TNK.new_empty((*x_TNK.shape[:2], weight_NMK.shape[1]))
 
 
 @pytest.fixture(autouse=True)
@@ -59,18 +64,18 @@ def kernels_allocate_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     for room in (attention, mla, mlp, moe, row_parallel, decoders):
         monkeypatch.setattr(room, "matmul", product)
     for room, width in ((attention, 128), (mla, LATENT.kv_rank)):
-        monkeypatch.setattr(room, "write_kv", lambda *_: None)
         monkeypatch.setattr(room, "attend", partial(attended, width))
-    for room in (attention, activation):
-        monkeypatch.setattr(room, "is_native", lambda x: False)  # nothing of the CPU kernels
-    monkeypatch.setattr(mla, "per_head", heads_apart)
+    monkeypatch.setattr(attention.Attention, "_place", queries_placed)
+    cached = LATENT.kv_rank + LATENT.rope_dim
+    monkeypatch.setattr(mla.LatentAttention, "_place", lambda self, q_TNP, *_: q_TNP.new_empty((*q_TNP.shape[:2], cached)))
+    monkeypatch.setattr(activation, "is_native", lambda x: False)  # nothing of the CPU kernels
+    monkeypatch.setattr(mla, "per_head", by_head)
     mixtures_allocate_their_results(monkeypatch)
     monkeypatch.setattr(norm, "rms_norm", lambda x, *_: torch.empty_like(x))
     monkeypatch.setattr(norm, "add_rms_norm", lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
     halve = lambda x, num_rows=None: result(x, x.shape[1] // 2)  # noqa: E731
     for name in activation.GATED_ACTIVATIONS:
         monkeypatch.setitem(activation.GATED_ACTIVATIONS, name, halve)
-    monkeypatch.setattr(rope.Rope, "at", lambda self, positions: lambda q, k: (q.new_empty(q.shape), k.new_empty(k.shape)))
     monkeypatch.setattr(decoders, "build_metadata", lambda group, *_: group)
 
 
@@ -152,5 +157,5 @@ def test_the_bound_holds_and_is_close(fields: dict[str, Any], least: float, tp: 
     decoder = Decoder(spec, layout, 0, Alone(0, tp), torch.bfloat16, torch.device("cpu"), ROWS)
     for parameter in decoder.parameters():
         parameter.tensor.zero_()
-    measured, bound = peak(decoder, spec.hidden_size), activation_bytes(spec, layout, 0, ROWS, 2) - WORKSPACE_BYTES
+    measured, bound = peak(decoder, spec.hidden_size), activation_bytes(spec, layout, 0, ROWS, 2) - WORKSPACE_BYTES - STATE_BYTES
     assert least * bound <= measured <= bound

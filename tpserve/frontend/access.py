@@ -29,6 +29,7 @@ OPEN_PATHS = frozenset({"/", "/health", "/readyz", "/livez", "/ping"})
 ADMIN_PATHS = frozenset({"/server_info"})
 """For operators only: they show the configuration of the server."""
 METRICS_PATH = "/metrics"
+KEY_HEADER = "x-api-key"
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "POST")
 MAX_PREFLIGHT_AGE_S = 600
 
@@ -75,21 +76,22 @@ def require_key(settings: AccessSettings, exposed: bool) -> Middleware:
         if request.path == METRICS_PATH:
             key, name = settings.metrics_key, "metrics key"
         if key is not None and request.path not in OPEN_PATHS and not has_key(request, key):
-            raise UserError(f"the {name} is missing or wrong; send it as 'Authorization: Bearer KEY'", status=401)
+            how = f"'Authorization: Bearer KEY' or '{KEY_HEADER}: KEY'"
+            raise UserError(f"the {name} is missing or wrong; send it as {how}", status=401)
         return await handler(request)
 
     return check
 
 
 def has_key(request: web.Request, key: str) -> bool:
-    """Whether a request has the key as its Bearer token. The scheme is case-insensitive (RFC 9110)."""
-    return hmac.compare_digest(bearer_token(request).encode(errors="surrogateescape"), key.encode())
+    """Whether a client sent the key."""
+    return hmac.compare_digest(client_key(request).encode(errors="surrogateescape"), key.encode())
 
 
-def bearer_token(request: web.Request) -> str:
-    """The key that a client sent as its Bearer token; empty when it sent none."""
+def client_key(request: web.Request) -> str:
+    """The key that a client sent: a Bearer token (the scheme in any case, RFC 9110), or Anthropic's header; else empty."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    return token.strip(" ") if scheme.lower() == "bearer" else ""
+    return token.strip(" ") if scheme.lower() == "bearer" else request.headers.get(KEY_HEADER, "").strip(" ")
 
 
 @dataclass(frozen=True)

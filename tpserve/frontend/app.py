@@ -23,13 +23,17 @@ from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
 from tpserve.frontend import page, traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
+from tpserve.frontend.anthropic import routes as anthropic
+from tpserve.frontend.anthropic.errors import ID_HEADER, anthropic_response, is_anthropic
 from tpserve.frontend.http_errors import JsonErrorRunner
 from tpserve.frontend.openai import resumable, routes
+from tpserve.frontend.openai.admission import REQUEST_ID
+from tpserve.frontend.openai.body import MAX_BODY_BYTES
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.rebuild import rebuild_running
-from tpserve.frontend.openai.routes import REQUEST_ID
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
+from tpserve.frontend.responses import routes as responses
 from tpserve.frontend.streams import StreamTable
 from tpserve.journal.journal import Journal
 from tpserve.structured_output.checker import GrammarChecker
@@ -41,8 +45,6 @@ from tpserve.version import __version__
 log = logging.getLogger(__name__)
 http_log = logging.getLogger(f"{__name__}.http")
 
-MAX_BODY_BYTES = 8 << 20
-"""A text of this size has about 2 million tokens and takes about 50 ms to decode."""
 INFO: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("info")
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 MAX_ID_CHARS = 128
@@ -115,6 +117,8 @@ def create_app(
     app.on_shutdown.append(forget_answers)
     routes.add_routes(app)
     resumable.add_routes(app)
+    responses.add_routes(app)
+    anthropic.add_routes(app)
     page.add_routes(app)
     app.router.add_get("/health", ready)
     app.router.add_get("/readyz", ready)
@@ -196,14 +200,21 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except UserError as error:
-        return error_response(error)
+        return error_answer(request, error)
     except web.HTTPException as error:
-        return error_response(to_http_error(error, request), headers=allow_header(error))
+        return error_answer(request, to_http_error(error, request), allow_header(error))
     except ConnectionError:
         raise  # the client has left
     except Exception:  # a defect of the server: the client gets 500, the log the traceback
         log.exception("request %s to %s failed", request[REQUEST_ID], traffic.route_of(request))
-        return error_response(internal_error(request[REQUEST_ID]))
+        return error_answer(request, internal_error(request[REQUEST_ID]))
+
+
+def error_answer(request: web.Request, error: UserError, headers: dict[str, str] | None = None) -> web.Response:
+    """The response for an error, in the form of the API that was asked."""
+    if is_anthropic(request.path):
+        return anthropic_response(error, request[REQUEST_ID], headers)
+    return error_response(error, headers)
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -212,6 +223,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     if request.method == "POST" and request.app[SERVICE].status().resumption == SEAMLESS:
         response.headers["X-Resumption"] = SEAMLESS
     response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(16)
+    if is_anthropic(request.path):
+        response.headers[ID_HEADER] = response.headers["x-request-id"]
 
 
 def to_http_error(error: web.HTTPException, request: web.Request) -> UserError:

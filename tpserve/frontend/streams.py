@@ -11,7 +11,8 @@ Invariants:
     memory     an answer above `MAX_ANSWER_BYTES` ends; above `MAX_KEPT_BYTES` those that ended first are forgotten first
 
 The position of an event is (T, K): the output tokens, of all choices, that the stream has after it, and for an event that adds
-none to those before it a number from 1 on. It is written `T`, or `T.K`.
+none to those before it a number from 1 on. It is written `T`, or `T.K`. In a `numbered` answer it is (N, 0), the event's
+number from 0 on, which its data have, too.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import error_object
@@ -41,7 +42,6 @@ READ_BYTES = 64 << 10
 """What a reader takes at once, unless a single event is longer."""
 
 Position = tuple[int, int]
-BEGINNING: Position = (0, 0)
 POSITION = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,12}))?")
 
 
@@ -61,16 +61,38 @@ def key_digest(id: str, key: str) -> bytes:
     return hmac.digest(id.encode(), key.encode(errors="surrogateescape"), "sha256")
 
 
+class AnswerForm(Protocol):
+    """How an answer is written that ends early, and in an API that shows it beside its events, at any time."""
+
+    def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
+        """The last events of a stream that ends with an error, after `num_events` others."""
+
+    def body(self) -> bytes:
+        """The JSON of the answer as far as it is; empty in other APIs."""
+
+
+class AnswerContext(Protocol):
+    """What an API keeps beside an answer, as long as the answer."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it takes."""
+
+
 class ResumableAnswer:
-    """One answer: events (`streamed`), or one JSON text in `body`. `error`: why it ended early.
+    """One answer: events (`streamed`), a JSON text in `body`, or both. `error`: why it ended early. `form`: until its end.
 
     `owner`: the digest of its client's key; `request_digest`: of the request. `begun`: whether there is output, for those who ask
     how far it is. `gone`: why nothing is kept any more.
     """
 
-    def __init__(self, table: "StreamTable", id: str, owner: bytes, request_digest: bytes, streamed: bool) -> None:
-        self.id, self.owner, self.request_digest, self.streamed = id, owner, request_digest, streamed
+    def __init__(
+        self, table: "StreamTable", id: str, owner: bytes, request_digest: bytes, streamed: bool, numbered: bool = False
+    ) -> None:
+        self.id, self.owner, self.request_digest, self.streamed, self.numbered = id, owner, request_digest, streamed, numbered
         self.body = b""
+        self.form: AnswerForm | None = None
+        self.context: AnswerContext | None = None
         self.error: UserError | None = None
         self.gone: UserError | None = None
         self.record: JournalRecord | None = None
@@ -98,9 +120,19 @@ class ResumableAnswer:
 
     # What comes
 
+    def describe(self, form: AnswerForm, context: AnswerContext | None) -> None:
+        """How the answer is written, and what is kept beside it."""
+        self.form, self.context = form, context
+        self._grow(context.num_bytes if context is not None else 0)
+
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Let `work` produce the answer; `stop` cancels it."""
         self._task = asyncio.get_running_loop().create_task(work)
+
+    async def recorded(self) -> None:
+        """Until what has come so far is in the journal, if there is one."""
+        if self.record is not None:
+            await self.record.committed()
 
     async def produced(self) -> None:
         """Until the work for the answer has ended."""
@@ -123,14 +155,16 @@ class ResumableAnswer:
             self._grow(len(body))
 
     def fail(self, error: UserError) -> None:
-        """The answer ends with an error, which a stream shows as its last event before [DONE]."""
+        """The answer ends with an error, which a stream shows as its last event."""
         if self.ended:
             return
+        events = [event(error_object(error)), END] if self.form is None else self.form.failed(error, self.num_events)
+        self.body = b"" if self.form is None or self.gone is not None else self.form.body()
         self._end(error)
-        if self.streamed:
-            num_tokens = self._tokens[-1] if self._tokens else 0
-            self._add(num_tokens, event(error_object(error)))
-            self._add(num_tokens, END)
+        num_tokens = self._tokens[-1] if self._tokens else 0
+        for data in events if self.streamed else ():
+            self._add(num_tokens, data)
+        self._grow(len(self.body))
 
     def stop(self, error: UserError) -> None:
         """End the answer and the work for it, unless it has ended."""
@@ -158,9 +192,13 @@ class ResumableAnswer:
         if not self._readers and not self.ended:
             self._start_timer()
 
-    def after(self, position: Position) -> int:
-        """The index of the first event after `position`."""
+    def after(self, position: Position | None) -> int:
+        """The index of the first event after `position`; of the first one without."""
+        if position is None:
+            return 0
         tokens, number = position
+        if self.numbered:
+            return min(tokens + 1, len(self._ends))
         first, end = bisect_left(self._tokens, tokens), bisect_right(self._tokens, tokens)
         return min(first + number + (tokens > 0), end)
 
@@ -183,6 +221,7 @@ class ResumableAnswer:
         """Keep nothing any more but the reason, which readers get."""
         self.gone = gone
         self._data, self._ends, self._tokens, self.body = bytearray(), array("q"), array("q"), b""
+        self.form = self.context = None
         self._table.grown(OVERHEAD_BYTES - self.num_bytes)
         self.num_bytes = OVERHEAD_BYTES
         self._wake()
@@ -197,6 +236,8 @@ class ResumableAnswer:
         self._tokens.append(num_tokens)
         number = index - bisect_left(self._tokens, num_tokens) + (num_tokens == 0)
         before = len(self._data)
+        if self.numbered:
+            num_tokens, number = index, 0
         self._data += b"id: %d.%d\n" % (num_tokens, number) if number else b"id: %d\n" % num_tokens
         self._data += data
         self._ends.append(len(self._data))
@@ -232,7 +273,7 @@ class ResumableAnswer:
         self.stop(error)
 
     def _end(self, error: UserError | None = None) -> None:
-        self.ended, self.error = True, error
+        self.ended, self.error, self.form = True, error, None
         if self.record is not None:
             self.record.end(error)
         self._wake()
@@ -275,9 +316,9 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def open(self, id: str, owner: bytes, request_digest: bytes, streamed: bool) -> ResumableAnswer:
+    def open(self, id: str, owner: bytes, request_digest: bytes, streamed: bool, numbered: bool = False) -> ResumableAnswer:
         """A new answer; `owner`: the `key_digest` of its client."""
-        answer = ResumableAnswer(self, id, owner, request_digest, streamed)
+        answer = ResumableAnswer(self, id, owner, request_digest, streamed, numbered)
         self._answers[id] = answer
         self.grown(answer.num_bytes)
         return answer

@@ -16,7 +16,7 @@ from aiohttp.typedefs import Handler
 from tpserve.engine_client.requests import RequestState, RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.access import METRICS_PATH, OPEN_PATHS
-from tpserve.frontend.openai.routes import ADMITTED, REQUEST_ID
+from tpserve.frontend.openai.admission import ADMITTED, REQUEST_ID
 from tpserve.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -46,6 +46,7 @@ class StoredRequest(Struct, frozen=True, array_like=True):
 
     `path`: the endpoint. `body`: as the client sent it. `request_id`: the id in its log lines and chunks. `seeds`: of each
     sequence. `max_model_len`, `vocab_size`: the limits under which it was checked. `digest`: of the engine requests.
+    `history`: the conversation before it, which the body names by the id of an answer.
     """
 
     path: str
@@ -56,6 +57,7 @@ class StoredRequest(Struct, frozen=True, array_like=True):
     max_model_len: int
     vocab_size: int
     digest: bytes
+    history: bytes = b""
 
 
 class StoredError(Struct, frozen=True, array_like=True):

@@ -69,26 +69,42 @@ class LatentAttention:
         query, latent_TL, key_TR = down.tensor_split((query_dim, query_dim + latent_dim), dim=1)
         q = query if self.query_up is None else self.query_up(query)
         q_TNP, q_TNR = q.view(len(x_TH), num_heads, plain_dim + rope_dim).tensor_split((plain_dim,), dim=2)
-        if x_TH.is_cuda:
-            from tpserve_kernels import heads
-
-            q_TND = q_TNP.new_empty(len(x_TH), num_heads, latent_dim + rope_dim)
-            _write_per_head(q_TNP, self.key_up_NLP, q_TND[..., :latent_dim])
-            norm, cache_SD = self.latent_norm, cache.k.view(-1, latent_dim + rope_dim)
-            heads.place_latents(
-                latent_TL, key_TR, q_TNR, q_TND[..., latent_dim:], cache_SD, batch.write_slots, norm.weight_H, norm.eps, norm.offset,
-                rotary.rotation,
-            )  # fmt: skip
-            mixed_TNL = attend(q_TND, cache, batch, self.attention_params)
-            mixed_TNV = mixed_TNL.new_empty(len(x_TH), num_heads, stack_shape(self.value_up_NVL)[1])
-            _write_per_head(mixed_TNL, self.value_up_NVL, mixed_TNV)
-            return row_parallel(mixed_TNV.flatten(1), self.out, None, self.tp)
-        q_TNR, key_T1R = rotary(q_TNR, key_TR.unsqueeze(1))
-        write_kv(torch.cat((self.latent_norm(latent_TL).unsqueeze(1), key_T1R), dim=2), None, cache, batch)
-        q_TND = torch.cat((per_head(q_TNP, self.key_up_NLP), q_TNR), dim=2)
+        q_TND = self._place(q_TNP, q_TNR, latent_TL, key_TR, rotary, batch, cache)
         mixed_TNL = attend(q_TND, cache, batch, self.attention_params)
-        mixed_TNV = per_head(mixed_TNL, self.value_up_NVL)
-        return row_parallel(mixed_TNV.flatten(1), self.out, None, self.tp)
+        return row_parallel(self._values(mixed_TNL).flatten(1), self.out, None, self.tp)
+
+    def _place(
+        self,
+        q_TNP: torch.Tensor,
+        q_TNR: torch.Tensor,
+        latent_TL: torch.Tensor,
+        key_TR: torch.Tensor,
+        rotary: RotaryPositions,
+        batch: AttentionMetadata,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """Write the latents, normed, and the keys, rotated, to the cache; returns the queries, [T, N, D]."""
+        norm, latent_dim = self.latent_norm, latent_TL.shape[1]
+        if not q_TNP.is_cuda:
+            q_TNR, key_T1R = rotary(q_TNR, key_TR.unsqueeze(1))
+            write_kv(torch.cat((norm(latent_TL).unsqueeze(1), key_T1R), dim=2), None, cache, batch)
+            return torch.cat((per_head(q_TNP, self.key_up_NLP), q_TNR), dim=2)
+        from tpserve_kernels import heads
+
+        q_TND = q_TNP.new_empty(*q_TNP.shape[:2], latent_dim + self.rope_dim)
+        _write_per_head(q_TNP, self.key_up_NLP, q_TND[..., :latent_dim])
+        cache_SD, q_out_TNR = cache.k.view(-1, q_TND.shape[2]), q_TND[..., latent_dim:]
+        places = latent_TL, key_TR, q_TNR, q_out_TNR, cache_SD, batch.write_slots
+        heads.place_latents(*places, norm.weight_H, norm.eps, norm.offset, rotary.rotation)
+        return q_TND
+
+    def _values(self, mixed_TNL: torch.Tensor) -> torch.Tensor:
+        """The heads' values of weighted latents, [T, N, V]."""
+        if not mixed_TNL.is_cuda:
+            return per_head(mixed_TNL, self.value_up_NVL)
+        mixed_TNV = mixed_TNL.new_empty(*mixed_TNL.shape[:2], stack_shape(self.value_up_NVL)[1])
+        _write_per_head(mixed_TNL, self.value_up_NVL, mixed_TNV)
+        return mixed_TNV
 
     def products(self, dtype: torch.dtype) -> Iterator[Product]:
         """The matrix products of this layer with weights of `dtype`, for the self-test."""

@@ -13,6 +13,8 @@ from tpserve.types.model_spec import ModelSpec
 
 WORKSPACE_BYTES = 32 << 20
 """cuBLAS's, on Hopper."""
+STATE_BYTES = 64 << 20
+"""The most that a cache group's plan keeps of contexts that several programs walk: `MAX_STATE_BYTES` of the kernels."""
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
 ROUTER_SEGMENT = 512
@@ -25,7 +27,7 @@ def activation_bytes(spec: ModelSpec, layout: ParallelLayout, rank: int, rows: i
     heads = split_heads(spec.num_heads, spec.num_kv_heads, layout.tp)[tp_rank]
     stream = spec.hidden_size * item
     widest = max(5 * stream + _attention(spec, heads, item), 7 * stream + _feed_forward(spec, layout, tp_rank, item))
-    return rows * (widest + 4 * INDEX_BYTES) + WORKSPACE_BYTES
+    return rows * (widest + 4 * INDEX_BYTES) + len(spec.cache) * STATE_BYTES + WORKSPACE_BYTES
 
 
 def rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:
@@ -40,15 +42,13 @@ def _attention(spec: ModelSpec, heads: HeadShare, item: int) -> int:
     num_heads, latent = len(heads.q), spec.latent
     if latent is None:
         q, kv = num_heads * spec.head_dim, len(heads.kv) * spec.head_dim
-        placed = (q + kv) * item  # rotated queries and keys
         mixed = (2 * q + spec.hidden_size) * item  # rotated queries, attention output, output projection
-        normed = {None: 0, "head": 2 * (q + kv) * item, "all": (3 * q + kv) * FLOAT_BYTES}[spec.qk_norm]
-        return (q + 2 * kv) * item + max(placed, mixed, normed)
+        normed = (3 * q + kv) * FLOAT_BYTES if spec.qk_norm == "all" else 0
+        return (q + 2 * kv) * item + max(mixed, normed)
     q, cached, taken = num_heads * spec.head_dim, latent.kv_rank + latent.rope_dim, num_heads * latent.kv_rank
     projected = (latent.q_rank or 0) + cached + q
-    queries = num_heads * (latent.rope_dim + cached)
-    mixed = taken + 2 * num_heads * latent.v_dim + spec.hidden_size
-    return (projected + latent.rope_dim + queries + max(taken, mixed)) * item
+    queries, values = num_heads * cached, num_heads * latent.v_dim
+    return (projected + queries + taken + values + spec.hidden_size) * item
 
 
 def _feed_forward(spec: ModelSpec, layout: ParallelLayout, tp_rank: int, item: int) -> int:

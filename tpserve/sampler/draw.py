@@ -31,7 +31,7 @@ from tpserve_kernels.cpu import gumbel as native
 from tpserve_kernels.cpu.head import BLOCK
 from tpserve_kernels.cpu.library import library
 from tpserve_kernels.philox import WORD, philox4x32
-from tpserve_kernels.sampler_types import Noise, RawLogits, Target
+from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits
 
 
 class DrawParams(NamedTuple):
@@ -55,7 +55,7 @@ class DrawParams(NamedTuple):
 
 
 def draw_rows(
-    logits: Logits, shards: tuple[range, ...], params: DrawParams, tp: Group, target: Target, *, all_greedy: bool = False
+    logits: Logits, shards: tuple[range, ...], params: DrawParams, tp: Group, target: DrawTarget, *, all_greedy: bool = False
 ) -> None:
     """Draw one token per row into `target`, equal on all ranks of `tp`.
 
@@ -73,7 +73,7 @@ def draw_rows(
         target.tokens_XL[target.slot_S, params.position_S] = token_S.int()
 
 
-def _draw_on_card(logits: CardLogits, shards: tuple[range, ...], params: DrawParams, tp: Group, target: Target) -> None:
+def _draw_on_card(logits: CardLogits, shards: tuple[range, ...], params: DrawParams, tp: Group, target: DrawTarget) -> None:
     from tpserve_kernels import draw as kernels
 
     noise = Noise(params.temperature_S, *params.counters)

@@ -7,10 +7,11 @@ each with the tokens that the directory's JSON files add. Never knows requests, 
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
@@ -39,10 +40,12 @@ class TooManyTokens(Exception):
 class Tokenizer:
     """A loaded tokenizer. Immutable; `encode` releases the interpreter lock."""
 
-    def __init__(self, rust: RustTokenizer, special: dict[str, str]) -> None:
+    def __init__(self, rust: RustTokenizer, special: dict[str, str], config: Mapping[str, Any] = MappingProxyType({})) -> None:
         self._rust = rust
         self.special_tokens = special
         """Special tokens by their role ("bos_token": "<s>"), as chat templates see them."""
+        self.config = config
+        """What tokenizer_config.json says."""
         self.longest_token_chars = max((len(piece) for piece in rust.get_vocab()), default=1)
         decoders = decoder_types(rust)
         self._byte_level = "ByteLevel" in decoders
@@ -63,7 +66,7 @@ class Tokenizer:
         _add_tokens(vocabulary.rust, tokenizer_config, roles)
         if vocabulary.add_bos is not None:
             _add_bos_and_eos(vocabulary.rust, tokenizer_config, roles, vocabulary.add_bos)
-        return Tokenizer(vocabulary.rust, roles)
+        return Tokenizer(vocabulary.rust, roles, tokenizer_config.config)
 
     @property
     def vocab_size(self) -> int:

@@ -39,7 +39,13 @@ log = logging.getLogger(__name__)
 CPU_WARM_UP_ROWS = 16
 PLAIN = EngineSamplingParams(logprobs=20)
 FILTERED = EngineSamplingParams(
-    logprobs=20, top_p=0.99, min_p=1e-6, repetition_penalty=1.1, logit_bias=((0, 1.0),), bad_words=((0, 0),)
+    logprobs=20,
+    top_p=0.99,
+    min_p=1e-6,
+    repetition_penalty=1.1,
+    logit_bias=((0, 1.0),),
+    bad_words=((0, 0),),
+    allowed_token_ids=(0, 1),
 )
 """The largest sampling step: it needs the temporaries of every filter, and top-p without top-k sorts the vocabulary."""
 

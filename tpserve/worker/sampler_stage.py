@@ -33,7 +33,7 @@ from tpserve.worker.logits_rows import (
     sample_batches,
 )
 from tpserve.worker.request_pool import RequestPool
-from tpserve_kernels.sampler_types import RawLogits, Target
+from tpserve_kernels.sampler_types import DrawTarget, RawLogits
 
 GrammarRow = tuple[int, SlotGrammar, GrammarDraw]
 """(chunk index, grammar, token) of a sequence with a grammar."""
@@ -163,7 +163,7 @@ class SamplerStage:
         assert isinstance(logits, CardLogits) and logits.raw.values_SV.dtype == logits_BV.dtype
         logits_BV.copy_(logits.raw.values_SV)
         tokens_B = torch.empty(len(hidden_BH), dtype=torch.int64, device=logits_BV.device)
-        target = Target(tokens_B, slots_B, self._request_pool.tokens)
+        target = DrawTarget(tokens_B, slots_B, self._request_pool.tokens)
         draw_rows(self._decoder.of_raw(logits_BV), self._decoder.vocab_shards, params, self._tp, target)
         return tokens_B
 
@@ -237,7 +237,7 @@ class SamplerStage:
             logits = CardLogits(RawLogits(logits_SV)) if logits_SV.is_cuda else WrittenLogits(logits_SV)
             shards, tp = (range(logits_SV.shape[1]),), Group()
         out_S = torch.empty(len(batch.chunks), dtype=torch.int64, device=tokens_XL.device)
-        target = Target(out_S, batch.slots, tokens_XL) if keep else Target(out_S)
+        target = DrawTarget(out_S, batch.slots, tokens_XL) if keep else DrawTarget(out_S)
         draw_rows(logits, shards, batch.draw, tp, target, all_greedy=batch.all_greedy)
         return out_S
 

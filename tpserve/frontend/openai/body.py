@@ -6,7 +6,7 @@ Nothing here blocks the event loop for long: a body is scanned in slices before 
 import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -16,11 +16,13 @@ from aiohttp import web
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import shown
 from tpserve.frontend.openai.json_scan import SLICE, scan
-from tpserve.frontend.openai.schema import ALIASES, LABELS, NEUTRAL
+from tpserve.frontend.openai.schema import OPENAI_RULES, FieldRules
 
 log = logging.getLogger(__name__)
 
 ApiRequest = TypeVar("ApiRequest", bound=msgspec.Struct)
+MAX_BODY_BYTES = 8 << 20
+"""A text of this size has about 2 million tokens and takes about 50 ms to decode."""
 MAX_WARNINGS = 16
 MAX_LOGGED_NAMES = 256
 ERROR_PATH = re.compile(r"(?s)(.*) - at `(?:key` in `)?\$\.?(.*)`$")
@@ -68,22 +70,27 @@ def decode(data: bytes) -> Any:
 
 
 def parse(
-    body: dict[str, Any], schema: type[ApiRequest], logged: set[str], defaults: Mapping[str, Any] = MappingProxyType({})
+    body: dict[str, Any],
+    schema: type[ApiRequest],
+    logged: set[str],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    rules: FieldRules = OPENAI_RULES,
 ) -> tuple[ApiRequest, list[str]]:
     """The request and its warnings. UserError for a field that is not supported or out of range.
 
     `defaults`: values of fields that the body leaves out, in place of the schema's.
     `logged`: unknown field names that have been logged. Each is logged once, up to `MAX_LOGGED_NAMES`, since clients choose them.
     """
-    fields = {ALIASES.get(name, name): value for name, value in body.items() if value is not None}
+    fields = {rules.aliases.get(name, name): value for name, value in body.items() if value is not None}
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = {name: value for name, value in options.items() if value is not None}
     known = {field.encode_name for field in msgspec.structs.fields(schema)}
-    unknown = [name for name in fields if name not in known and not is_neutral(name, fields)]
+    unknown = [name for name in fields if name not in known and not is_neutral(name, fields, rules)]
     for name in unknown:
-        if name in NEUTRAL:
+        if name in rules.neutral:
+            hint = neutral_hint(rules.neutral[name])
             raise UserError(
-                f"{name} is not supported by this server; leave it out{hint(name)}", param=name, code="unsupported_parameter"
+                f"{name} is not supported by this server; leave it out{hint}", param=name, code="unsupported_parameter"
             )
     try:
         call = msgspec.convert({**defaults, **fields}, schema, str_keys=True)  # the keys of logit_bias are strings in JSON
@@ -96,14 +103,13 @@ def parse(
     return call, [f"unknown field {name[:64]!r} ignored" for name in unknown[:MAX_WARNINGS]]
 
 
-def is_neutral(name: str, fields: dict[str, Any]) -> bool:
+def is_neutral(name: str, fields: dict[str, Any], rules: FieldRules) -> bool:
     """Whether a field that is not supported has a value without effect."""
-    return name in LABELS or fields[name] in NEUTRAL.get(name, ())
+    return name in rules.labels or fields[name] in rules.neutral.get(name, ())
 
 
-def hint(name: str) -> str:
+def neutral_hint(allowed: Sequence[Any]) -> str:
     """The end of an error about an unsupported field: a value that is accepted, if there is one."""
-    allowed = NEUTRAL[name]
     return f" or set it to {msgspec.json.encode(allowed[0]).decode()}" if allowed else ""
 
 

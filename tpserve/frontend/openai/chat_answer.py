@@ -164,6 +164,10 @@ class AnswerReader:
         ranges = self._parser.reasoning if self._parser is not None else []
         return sum(bisect_left(self._offsets, end) - bisect_left(self._offsets, begin) for begin, end in ranges)
 
+    def is_reasoning(self, offset: int) -> bool:
+        """Whether the character of this index in the output is reasoning, of what has been read."""
+        return any(begin <= offset < end for begin, end in (self._parser.reasoning if self._parser is not None else ()))
+
     def deltas(self, delta: OutputDelta) -> Iterator[Json]:
         """The parts of a message that an output delta adds, none of them empty."""
         for event in self._events(delta):

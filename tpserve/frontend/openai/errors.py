@@ -42,10 +42,12 @@ def error_object(error: UserError) -> dict[str, Any]:
 
 def error_response(error: UserError, headers: dict[str, str] | None = None, **extra: Any) -> web.Response:
     """The HTTP response for `error`. `extra`: more members of the body."""
-    headers = dict(headers or {})
-    if error.status in RETRY_AFTER_S:
-        headers["Retry-After"] = str(RETRY_AFTER_S[error.status])
-    return json_response(extra | error_object(error), error.status, headers)
+    return json_response(extra | error_object(error), error.status, retry_header(error) | (headers or {}))
+
+
+def retry_header(error: UserError) -> dict[str, str]:
+    """When to try again, for an error after which that may help."""
+    return {"Retry-After": str(RETRY_AFTER_S[error.status])} if error.status in RETRY_AFTER_S else {}
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -13,19 +13,22 @@ from typing import Any
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.chat_answer import AnswerReader
+from tpserve.frontend.openai.encoder import AnswerEncoder, ChunkEncoder
 from tpserve.frontend.openai.grammar import describes_output, grammar_of
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
-from tpserve.frontend.openai.response_builder import (
-    ChatResponseBuilder,
-    CompletionResponseBuilder,
-    ResponseBuilder,
-    ResponseMeta,
+from tpserve.frontend.openai.response_builder import ChatResponseBuilder, CompletionResponseBuilder, ResponseMeta
+from tpserve.frontend.openai.schema import (
+    OPENAI_RULES,
+    ChatCompletionRequest,
+    CompletionRequest,
+    FieldRules,
+    GenerationFields,
 )
-from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
 from tpserve.frontend.openai.sequences import params_of, random_seed
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.openai.tools import ToolUse, tool_use
+from tpserve.frontend.streams import AnswerContext
 from tpserve.response_template.parser import Place
 from tpserve.types.sampling import EngineSamplingParams
 
@@ -38,25 +41,29 @@ GenerationRequest = CompletionRequest | ChatCompletionRequest
 @dataclass(frozen=True)
 class Arrival:
     """What belongs to a request beside its body. `limits`: UserError 503 unless the engine runs. `call_ids`: the id of a tool
-    call by the index of its choice and its number there. `draw_seed`: the seed of a sequence whose request has none."""
+    call by the index of its choice and its number there. `draw_seed`: the seed of a sequence whose request has none.
+    `answer_id`: by which the answer may be asked for. `history`: JSON of the conversation before it, for APIs that keep one."""
 
     request_id: str
     created_s: int
     limits: Callable[[], ModelLimits]
     call_ids: Callable[[int, int], str]
     draw_seed: Callable[[], int] = random_seed
+    answer_id: str = ""
+    history: bytes = b""
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """`params`: of each prompt. `shown`: special tokens that outputs show."""
+    """`params`: of each prompt. `shown`: special tokens that outputs show. `context`: what the API keeps beside the answer."""
 
     call: GenerationRequest
     meta: ResponseMeta
     prompts: Sequence[Prompt]
     params: Sequence[EngineSamplingParams]
-    builder: ResponseBuilder
+    encoder: AnswerEncoder
     shown: frozenset[int] = frozenset()
+    context: AnswerContext | None = None
 
 
 async def prepare_completion(
@@ -70,26 +77,46 @@ async def prepare_completion(
     grammar = await asyncio.to_thread(grammar_of, call) if describes_output(call) else ""
     params = await params_of(service, call, prompts, sizes, limits, grammar)
     builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
-    return PreparedRequest(call, meta, prompts, params, builder)
+    return PreparedRequest(call, meta, prompts, params, ChunkEncoder(builder, meta, prompts, call.stream_options))
 
 
 async def prepare_chat(
     service: OpenAIServing, call: ChatCompletionRequest, warnings: list[str], arrival: Arrival
 ) -> PreparedRequest:
     """A chat completions request. UserError for what is wrong with it."""
+
+    def encoder(builder: ChatResponseBuilder) -> AnswerEncoder:
+        return ChunkEncoder(builder, builder.meta, [builder.prompt], call.stream_options)
+
+    return await prepare_conversation(service, call, warnings, arrival, encoder)
+
+
+async def prepare_conversation(
+    service: OpenAIServing,
+    call: ChatCompletionRequest,
+    warnings: list[str],
+    arrival: Arrival,
+    encoder: Callable[[ChatResponseBuilder], AnswerEncoder],
+    *,
+    prefix: str = "chatcmpl",
+    cuts_length: bool = False,
+) -> PreparedRequest:
+    """A chat completions request whose answer has the form of `encoder`. `prefix`: of its id. `cuts_length`: a length beyond the
+    context is cut, not refused. UserError for what is wrong."""
     warnings = warnings + service.answers.unheeded(call, service.chat_template.source or "")
-    meta = response_meta(service, call, warnings, arrival, "chatcmpl", "chat.completion", "chat.completion.chunk")
+    meta = response_meta(service, call, warnings, arrival, prefix, "chat.completion", "chat.completion.chunk")
     limits = arrival.limits()
     use = tool_use(call)
     service.answers.refuse_tools(use)
     prompt = await chat_prompt(service, call, limits, arrived_s=arrival.created_s)
     tail, place = service.answers.tail(prompt.text)
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
-    size = max_new_tokens(prompt, requested, service.defaults.max_tokens, limits, "messages")
+    default = requested if cuts_length else service.defaults.max_tokens
+    size = max_new_tokens(prompt, None if cuts_length else requested, default, limits, "messages")
     params = await params_of(service, call, [prompt], [size], limits, await chat_grammar(service, call, use, place))
     readers = [AnswerReader(service.answers, call, use, tail, partial(arrival.call_ids, index)) for index in range(call.n)]
     builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)
-    return PreparedRequest(call, meta, [prompt], params, builder, service.answers.shown(use))
+    return PreparedRequest(call, meta, [prompt], params, encoder(builder), service.answers.shown(use))
 
 
 async def chat_grammar(service: OpenAIServing, call: ChatCompletionRequest, use: ToolUse, place: Place) -> str:
@@ -121,13 +148,16 @@ def response_meta(
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A route that generates: the schema of its body, and what prepares a request of that schema."""
+    """A route that generates: the schema of its body, and what prepares a request of that schema. `numbered`: whether the ids of
+    a stream's events are their numbers, not positions in tokens. `shows_failures`: whether a failed answer has a JSON form."""
 
     path: str
-    schema: type[GenerationRequest]
+    schema: type[GenerationFields]
     prepare: Callable[[OpenAIServing, Any, list[str], Arrival], Coroutine[Any, Any, PreparedRequest]]
+    rules: FieldRules = OPENAI_RULES
+    numbered: bool = False
+    shows_failures: bool = False
 
 
 COMPLETIONS = Endpoint("/v1/completions", CompletionRequest, prepare_completion)
 CHAT_COMPLETIONS = Endpoint("/v1/chat/completions", ChatCompletionRequest, prepare_chat)
-ENDPOINTS = {endpoint.path: endpoint for endpoint in (COMPLETIONS, CHAT_COMPLETIONS)}

@@ -14,7 +14,7 @@ from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import internal_error
 from tpserve.frontend.openai.preparation import Arrival, PreparedRequest
 from tpserve.frontend.openai.prompts import in_thread
-from tpserve.frontend.openai.responses import EventEncoder, num_values, whole_answer
+from tpserve.frontend.openai.sender import num_values, whole_answer
 from tpserve.frontend.openai.service import OpenAIServing
 from tpserve.frontend.streams import ResumableAnswer
 from tpserve.journal.journal import StoredRequest
@@ -46,6 +46,15 @@ def digest_of_requests(requests: Sequence[Request]) -> bytes:
     return digest.digest()
 
 
+def start(service: OpenAIServing, answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest) -> None:
+    """Let a task write the output of `handle` into `answer`."""
+    answer.describe(prepared.encoder, prepared.context)
+    if answer.ended:  # it is larger than what is kept, before anything has come
+        service.request_table.abort(handle)
+    else:
+        answer.run(produce(answer, service.request_table, handle, prepared))
+
+
 def record(
     service: OpenAIServing, answer: ResumableAnswer, path: str, body: bytes, arrival: Arrival, handle: RequestHandle
 ) -> None:
@@ -63,9 +72,10 @@ def record(
         max_model_len=limits.max_model_len,
         vocab_size=limits.vocab_size,
         digest=digest_of_requests(requests),
+        history=arrival.history,
     )
     answer.record = journal.open(answer.id, answer.owner, stored)
-    answer.count(len(body))
+    answer.count(len(body) + len(arrival.history))
     handle.keep = answer.record.append
 
 
@@ -74,11 +84,10 @@ async def produce(answer: ResumableAnswer, request_table: RequestTable, handle: 
     try:
         if answer.streamed:
             await produce_events(answer, handle, prepared)
-            answer.finish()
+            answer.finish(prepared.encoder.body())
         else:
             body = await whole_answer(handle, prepared)
-            if answer.record is not None:
-                await answer.record.committed()
+            await answer.recorded()
             answer.finish(body)
     except UserError as error:
         if handle.cut_off:
@@ -94,7 +103,7 @@ async def produce(answer: ResumableAnswer, request_table: RequestTable, handle: 
 
 async def produce_events(answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest) -> None:
     """Write all events of a stream. Raises the handle's failure."""
-    encoder, ended = EventEncoder(prepared), False
+    encoder, ended = prepared.encoder, False
 
     def encode() -> list[tuple[int, bytes]]:
         return [(encoder.output_tokens, data) for output in outputs for data in encoder.deltas(*output)]

@@ -11,12 +11,16 @@ from msgspec.structs import replace
 
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.errors import UserError
+from tpserve.frontend.endpoints import ENDPOINTS
 from tpserve.frontend.openai.body import decode_object, parse
 from tpserve.frontend.openai.errors import internal_error
-from tpserve.frontend.openai.preparation import ENDPOINTS, Arrival, PreparedRequest
-from tpserve.frontend.openai.production import call_ids_of, digest_of, digest_of_requests, produce
+from tpserve.frontend.openai.preparation import Arrival, PreparedRequest
+from tpserve.frontend.openai.production import call_ids_of, digest_of, digest_of_requests, start
+from tpserve.frontend.openai.prompts import in_thread
+from tpserve.frontend.openai.sender import num_values
 from tpserve.frontend.openai.sequences import requests_of
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
+from tpserve.frontend.streams import ResumableAnswer
 from tpserve.journal.journal import EarlierAnswer, StoredRequest
 from tpserve.text.assembler import Assembler
 from tpserve.types.messages import RequestOutput
@@ -25,6 +29,7 @@ from tpserve.types.request import Request
 log = logging.getLogger(__name__)
 
 MAX_TRIES = 3
+REFUSED = "stream_refused"
 FRAMES_AT_ONCE = 32
 
 
@@ -55,31 +60,49 @@ async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
         prepared, handle, past = None, None, RequestTable(lambda _: None)
         error = None if earlier.error is None else earlier.error.as_error()
         if error is None and earlier.tries >= MAX_TRIES:
-            error = UserError("the server failed each time that it went on with this answer", code="stream_refused", status=500)
-        if error is None:
+            error = UserError("the server failed each time that it went on with this answer", code=REFUSED, status=500)
+        if error is None or (ENDPOINTS[stored.path].shows_failures and error.code != REFUSED):
             try:
                 prepared, handle = await replay(service, earlier.id, stored, frames, past)
             except UserError as refused:
-                error = refused
+                error = error or refused
             except Exception:  # a defect of the server
                 log.exception("the answer to request %s cannot be rebuilt", stored.request_id)
-                error = internal_error(stored.request_id)
+                error = error or internal_error(stored.request_id)
     except UserError as lost:  # the journal is off, and knows no answers any more
         log.debug("%s", lost)
         return
     journal.rebuilt(earlier)
     streamed = prepared is not None and prepared.call.stream
-    answer = service.streams.open(earlier.id, earlier.owner, digest_of(stored.body), streamed)
+    numbered = ENDPOINTS[stored.path].numbered
+    answer = service.streams.open(earlier.id, earlier.owner, digest_of(stored.body), streamed, numbered)
     answer.record = record
-    answer.count(len(stored.body))
-    if error is not None:
-        answer.reduce_to(error)
-    elif prepared is not None and handle is not None:
+    answer.count(len(stored.body) + len(stored.history))
+    if prepared is None or handle is None:
+        answer.reduce_to(error or internal_error(stored.request_id))
+    elif error is not None:
+        await show_end(answer, handle, prepared, error)
+    else:
         handle.keep = record.append
         service.request_table.adopt(past)
-        answer.run(produce(answer, service.request_table, handle, prepared))
+        start(service, answer, handle, prepared)
         if handle.ended:
             await answer.produced()
+
+
+async def show_end(answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest, error: UserError) -> None:
+    """What an answer that has ended with an error was until then, in an API that shows that."""
+    encoder, handle.failure = prepared.encoder, None
+    answer.describe(encoder, prepared.context)
+    outputs = handle.take()
+
+    def encode() -> list[tuple[int, bytes]]:
+        return [(encoder.output_tokens, data) for output in outputs for data in encoder.deltas(*output)]
+
+    events = [(0, data) for data in encoder.opening()] + await in_thread(encode, num_values(outputs))
+    for num_tokens, data in events if answer.streamed else ():
+        answer.append(num_tokens, data)
+    answer.fail(error)
 
 
 async def replay(
@@ -88,16 +111,22 @@ async def replay(
     """Prepare a request again and give it in the table `past` what has come of it. UserError when it is another one now."""
     endpoint, limits = ENDPOINTS[stored.path], ModelLimits(stored.max_model_len, stored.vocab_size)
     body = await decode_object(stored.body, service.large_bodies)
-    call, warnings = parse(body, endpoint.schema, service.logged_fields, service.sampling())
+    call, warnings = parse(body, endpoint.schema, service.logged_fields, service.sampling(), endpoint.rules)
     seeds = iter(stored.seeds)
-    arrival = Arrival(stored.request_id, stored.created_s, lambda: limits, call_ids_of(stream_id), lambda: next(seeds))
+    arrival = Arrival(
+        stored.request_id,
+        stored.created_s,
+        lambda: limits,
+        call_ids_of(stream_id),
+        lambda: next(seeds),
+        answer_id=stream_id,
+        history=stored.history,
+    )
     prepared = await endpoint.prepare(service, call, warnings, arrival)
-    requests = requests_of(service, call, prepared.prompts, prepared.params, prepared.shown, arrival.draw_seed)
+    requests = requests_of(service, prepared.call, prepared.prompts, prepared.params, prepared.shown, arrival.draw_seed)
     if digest_of_requests([request for request, _ in requests]) != stored.digest:
-        raise UserError(
-            "the answer was begun by a server that made another request of the same body", code="stream_refused", status=410
-        )
-    return prepared, await replayed(requests, call.stream, frames, past)
+        raise UserError("the answer was begun by a server that made another request of the same body", code=REFUSED, status=410)
+    return prepared, await replayed(requests, prepared.call.stream, frames, past)
 
 
 async def replayed(

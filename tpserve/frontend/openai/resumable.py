@@ -8,14 +8,14 @@ import logging
 from aiohttp import web
 
 from tpserve.errors import UserError
-from tpserve.frontend.access import bearer_token
+from tpserve.frontend.access import client_key
 from tpserve.frontend.openai.errors import error_object, json_response, shown
 from tpserve.frontend.openai.production import digest_of
 from tpserve.frontend.openai.rebuild import rebuilt
-from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
+from tpserve.frontend.openai.schema import GenerationFields
 from tpserve.frontend.openai.service import SERVICE
 from tpserve.frontend.openai.sse import END, KEEP_ALIVE_COMMENT, SSE_HEADERS, IdleTimer, event
-from tpserve.frontend.streams import BEGINNING, Position, ResumableAnswer, key_digest, parsed_position
+from tpserve.frontend.streams import Position, ResumableAnswer, key_digest, parsed_position
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ STREAM_ROUTE = "/v1/streams/{id}"
 NO_EFFECT = "X-Resumable has no effect without stream: the answer's id would come with the answer; use background"
 
 
-def outlives(request: web.Request, call: CompletionRequest | ChatCompletionRequest, warnings: list[str]) -> bool:
+def outlives(request: web.Request, call: GenerationFields, warnings: list[str]) -> bool:
     """Whether the client asks for an answer that outlives its connection. UserError when this server keeps none."""
     value, window_s = request.headers.get(RESUMABLE, "").strip().lower(), request.app[SERVICE].streams.window_s
     if value not in ON | OFF:
@@ -47,9 +47,9 @@ async def send_answer(request: web.Request, answer: ResumableAnswer, position: P
     if answer.gone is not None:
         raise answer.gone
     if answer.streamed:
-        if answer.ended and answer.after(position or BEGINNING) == answer.num_events:
+        if answer.ended and answer.after(position) == answer.num_events:
             return web.Response(status=204, headers=headers)  # which also tells an EventSource not to come again
-        return await send_events(request, answer, position or BEGINNING)
+        return await send_events(request, answer, position)
     if position is not None:
         raise UserError("this answer has no events: leave out from and Last-Event-ID", param="from", code="invalid_value")
     if answer.error is not None:
@@ -62,7 +62,7 @@ async def send_answer(request: web.Request, answer: ResumableAnswer, position: P
     return json_response(status, 202, headers | {"Location": place, "Retry-After": "1"})
 
 
-async def send_events(request: web.Request, answer: ResumableAnswer, position: Position) -> web.StreamResponse:
+async def send_events(request: web.Request, answer: ResumableAnswer, position: Position | None) -> web.StreamResponse:
     """Send the events behind `position` as they come, until the last."""
     response, index = web.StreamResponse(headers=SSE_HEADERS | {STREAM_ID: answer.id}), 0
     try:
@@ -108,14 +108,14 @@ def asked_position(request: web.Request) -> Position | None:
 
 async def asked_answer(request: web.Request, id: str) -> ResumableAnswer:
     """The answer `id`. UserError 404 when the client has none of it."""
-    service, key = request.app[SERVICE], bearer_token(request)
+    service, key = request.app[SERVICE], client_key(request)
     if service.journal is not None and (earlier := service.journal.find(id, key_digest(id, key))) is not None:
         await rebuilt(service, earlier)
     return service.streams.find(id, key)
 
 
-async def repeated(request: web.Request, body: bytes) -> web.StreamResponse:
-    """The response to a POST that names an earlier answer: that answer, if the request is the same."""
+async def repeated_answer(request: web.Request, body: bytes) -> ResumableAnswer:
+    """The earlier answer that a POST names. UserError unless the request is the same."""
     answer = await asked_answer(request, request.headers[STREAM_ID])
     if answer.request_digest != digest_of(body):
         raise UserError(
@@ -123,7 +123,7 @@ async def repeated(request: web.Request, body: bytes) -> web.StreamResponse:
             param=STREAM_ID,
             code="invalid_value",
         )
-    return await send_answer(request, answer, asked_position(request))
+    return answer
 
 
 async def get_stream(request: web.Request) -> web.StreamResponse:

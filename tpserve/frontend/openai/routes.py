@@ -1,41 +1,17 @@
-"""The HTTP handlers of the OpenAI API, of /tokenize and of /detokenize. Owns no state."""
-
-import time
-from dataclasses import dataclass
+"""The HTTP handlers of completions, chat completions, models, tokens and load. Owns no state."""
 
 from aiohttp import web
 
-from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import UserError
-from tpserve.frontend.access import bearer_token
+from tpserve.frontend.openai.admission import generate
 from tpserve.frontend.openai.body import parse, read_object
-from tpserve.frontend.openai.chat_answer import random_call_id
 from tpserve.frontend.openai.errors import Json, json_response
-from tpserve.frontend.openai.preparation import CHAT_COMPLETIONS, COMPLETIONS, Arrival, Endpoint
-from tpserve.frontend.openai.production import call_ids_of, digest_of, produce, record
+from tpserve.frontend.openai.preparation import CHAT_COMPLETIONS, COMPLETIONS
 from tpserve.frontend.openai.prompts import chat_prompt, completion_prompts, in_thread, refuse_too_long
-from tpserve.frontend.openai.responses import send_stream, send_whole
-from tpserve.frontend.openai.resumable import STREAM_ID, outlives, repeated, send_answer
 from tpserve.frontend.openai.schema import CompletionRequest, DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
-from tpserve.frontend.openai.sequences import requests_of
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing
 from tpserve.frontend.openai.token_ids import check_ids
-from tpserve.frontend.streams import key_digest, new_stream_id
 
-REQUEST_ID = web.RequestKey("request_id", str)
-"""The id of a request: the client's, or a random one."""
-
-
-@dataclass(frozen=True)
-class Admitted:
-    """An admitted request, for its log line."""
-
-    id: str
-    model: str
-    handle: RequestHandle
-
-
-ADMITTED = web.RequestKey("admitted", Admitted)
 MAX_COUNTED_TOKENS = 1 << 18
 """The most tokens that /tokenize counts and /detokenize takes, unless a sequence may have more."""
 
@@ -48,35 +24,6 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions: a conversation through the chat template, whole or as a stream."""
     return await generate(request, CHAT_COMPLETIONS)
-
-
-async def generate(request: web.Request, endpoint: Endpoint) -> web.StreamResponse:
-    """Check the request, admit it and send its response."""
-    service = request.app[SERVICE]
-    body = await read_object(request, service.large_bodies)
-    if STREAM_ID in request.headers:
-        return await repeated(request, await request.read())
-    call, warnings = parse(body, endpoint.schema, service.logged_fields, service.sampling())
-    if call.request_id is not None:
-        request[REQUEST_ID] = call.request_id
-    stream_id = new_stream_id() if outlives(request, call, warnings) else None
-    call_ids = call_ids_of(stream_id) if stream_id else lambda _choice, _number: random_call_id()
-    arrival = Arrival(request[REQUEST_ID], int(time.time()), service.limits, call_ids)
-    prepared = await endpoint.prepare(service, call, warnings, arrival)
-    requests = requests_of(service, call, prepared.prompts, prepared.params, prepared.shown, arrival.draw_seed)
-    handle = service.open(requests, streaming=call.stream, stepwise=stream_id is not None and call.stream)
-    request[ADMITTED] = Admitted(prepared.meta.id, prepared.meta.model, handle)
-    if stream_id is not None:
-        text = await request.read()  # it has been read
-        answer = service.streams.open(stream_id, key_digest(stream_id, bearer_token(request)), digest_of(text), call.stream)
-        record(service, answer, endpoint.path, text, arrival, handle)
-        answer.run(produce(answer, service.request_table, handle, prepared))
-        if answer.record is not None:
-            await answer.record.committed()
-        return await send_answer(request, answer, None)
-    if call.stream:
-        return await send_stream(request, service.request_table, handle, prepared)
-    return await send_whole(service.request_table, handle, prepared)
 
 
 async def models(request: web.Request) -> web.Response:
@@ -152,6 +99,19 @@ async def detokenize(request: web.Request) -> web.Response:
     return json_response({"prompt": text} | ({"warnings": warnings} if warnings else {}))
 
 
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """GET /tokenizer_info: tokenizer_config.json as the server reads it, in vLLM's form."""
+    service = request.app[SERVICE]
+    tokenizer = service.tokenizer
+    facts = {"vocab_size": tokenizer.vocab_size, "chat_template": service.chat_template.source}
+    return json_response({**tokenizer.config, **tokenizer.special_tokens, **facts})
+
+
+async def load(request: web.Request) -> web.Response:
+    """GET /load: the number of open sequences, running or waiting, in vLLM's form."""
+    return json_response({"server_load": request.app[SERVICE].request_table.num_open})
+
+
 def add_routes(app: web.Application) -> None:
     """Add the routes of this module."""
     app.router.add_post("/v1/completions", completions)
@@ -160,3 +120,5 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get("/v1/models/{id:.+}", model)  # names may contain slashes
     app.router.add_post("/tokenize", tokenize)
     app.router.add_post("/detokenize", detokenize)
+    app.router.add_get("/tokenizer_info", tokenizer_info)
+    app.router.add_get("/load", load)

@@ -4,6 +4,8 @@ Every field of a struct here is supported. `NEUTRAL` has the known fields that a
 other value is an error that names the field. An unknown field is a warning, since clients send extras.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -38,8 +40,8 @@ class StreamOptions(Struct, frozen=True):
     continuous_usage_stats: bool = False
 
 
-class SamplingFields(Struct, frozen=True, kw_only=True):
-    """The fields that completions and chat completions share. `frontend/openai/grammar.py` reads those of structured output."""
+class GenerationFields(Struct, frozen=True, kw_only=True):
+    """The fields that all APIs share. `frontend/openai/grammar.py` reads those of structured output."""
 
     model: str | None = None
     temperature: Temperature = 1.0
@@ -53,36 +55,41 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
     bad_words: Annotated[list[Annotated[str, Meta(min_length=1, max_length=128)]], Meta(max_length=MAX_BAD_WORDS)] = []
     min_tokens: Annotated[int, Meta(ge=0)] = 0
-    n: Choices = 1
     seed: int | None = None
-    max_tokens: Count | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
-    truncation_side: Literal["left", "right"] = "left"
-    prompt_logprobs: NumLogprobs | None = None
     priority: Priority = 0
     cache_salt: CacheSalt | None = None
     stream: bool = False
     background: bool = False
-    stream_options: StreamOptions | None = None
     request_id: RequestId | None = None
-    response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class SamplingFields(GenerationFields, frozen=True, kw_only=True):
+    """The fields that completions and chat completions share."""
+
+    n: Choices = 1
+    max_tokens: Count | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] = "left"
+    prompt_logprobs: NumLogprobs | None = None
+    stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True):
@@ -242,3 +249,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
 }
 """Known fields that are not supported, and their values without effect. null has no effect for any field."""
+
+
+@dataclass(frozen=True)
+class FieldRules:
+    """How an API treats the names of fields beyond its schema. `aliases`: other spellings. `neutral`: the known fields that are
+    not supported. `labels`: of a client's own traffic."""
+
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    labels: frozenset[str] = frozenset()
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+OPENAI_RULES = FieldRules(ALIASES, LABELS, NEUTRAL)

@@ -1,0 +1,1 @@
+"""Anthropic's Messages API over the same preparation and production as chat completions."""

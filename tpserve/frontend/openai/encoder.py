@@ -1,0 +1,99 @@
+"""What makes the bytes of an answer out of the outputs of its sequences: JSON of the whole answer, or the events of a stream.
+
+`AnswerEncoder` is what each API brings; `ChunkEncoder` is that of completions and chat completions. Pure: never touches sockets.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from tpserve.engine_client.requests import RequestState
+from tpserve.errors import UserError
+from tpserve.frontend.openai.errors import Json, error_object
+from tpserve.frontend.openai.prompts import Prompt
+from tpserve.frontend.openai.response_builder import ResponseBuilder, ResponseMeta, UsageCounter
+from tpserve.frontend.openai.schema import StreamOptions
+from tpserve.frontend.openai.sse import END, event
+from tpserve.text.assembler import OutputDelta
+
+Output = tuple[RequestState, OutputDelta]
+
+
+class AnswerEncoder(Protocol):
+    """One answer: `whole`, or the events `opening`, `deltas` of each output, and `closing` or `failed`."""
+
+    @property
+    def output_tokens(self) -> int:
+        """The number of output tokens, of all choices, in the deltas so far."""
+
+    def opening(self) -> list[bytes]:
+        """The events before any token."""
+
+    def deltas(self, sequence: RequestState, delta: OutputDelta) -> list[bytes]:
+        """The events of one delta, perhaps none."""
+
+    def closing(self) -> list[bytes]:
+        """The events after the end of all choices."""
+
+    def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
+        """The events that end a stream with an error. `num_events`: those that readers have; None for all."""
+
+    def whole(self, outputs: Sequence[Output]) -> bytes:
+        """The JSON of the whole answer, from one final delta or all deltas of each choice."""
+
+    def body(self) -> bytes:
+        """The JSON of the answer as far as it is, where an API shows it beside the events; else empty."""
+
+
+class ChunkEncoder:
+    """An answer of completions or chat completions. A stream is chunks, and ends with [DONE]."""
+
+    def __init__(
+        self, builder: ResponseBuilder, meta: ResponseMeta, prompts: Sequence[Prompt], options: StreamOptions | None
+    ) -> None:
+        self._meta, self._builder = meta, builder
+        self._options = options or StreamOptions()
+        self._warnings = list(meta.warnings)
+        self._counter = UsageCounter(prompts, builder)
+
+    @property
+    def output_tokens(self) -> int:
+        return self._counter.output_tokens
+
+    def opening(self) -> list[bytes]:
+        return list(self._events(self._builder.opening()))
+
+    def deltas(self, sequence: RequestState, delta: OutputDelta) -> list[bytes]:
+        self._counter.add(sequence, delta)
+        return list(self._events(self._builder.deltas(sequence.index, delta)))
+
+    def closing(self) -> list[bytes]:
+        if self._options.include_usage:
+            return [event(self._meta.chunk() | {"usage": self._counter.usage()}), END]
+        return [END]
+
+    def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
+        return [event(error_object(error)), END]
+
+    def whole(self, outputs: Sequence[Output]) -> bytes:
+        for sequence, delta in outputs:
+            self._counter.add(sequence, delta)
+        answer = self._builder.answer([(sequence.index, delta) for sequence, delta in outputs])
+        answer["usage"] = self._counter.usage()
+        if self._meta.warnings:
+            answer["warnings"] = self._meta.warnings
+        return msgspec.json.encode(answer)
+
+    def body(self) -> bytes:
+        return b""
+
+    def _events(self, chunks: Sequence[Json]) -> Iterator[bytes]:
+        if chunks and self._warnings:
+            chunks[0]["warnings"] = self._warnings
+            self._warnings = []
+        for chunk in chunks:
+            if self._options.continuous_usage_stats:
+                yield event(chunk | {"usage": self._counter.usage()})
+            else:
+                yield event(chunk | {"usage": None} if self._options.include_usage else chunk)
