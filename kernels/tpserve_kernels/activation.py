@@ -76,7 +76,9 @@ def plain(x_TI: torch.Tensor, kind: str) -> torch.Tensor:
 
 def plain_reference(x_TI: torch.Tensor, kind: str) -> torch.Tensor:
     """`plain` in plain torch, on any device."""
-    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu,
+    }  # fmt: skip
     return functions[kind](x_TI.float()).to(x_TI.dtype)
 
 

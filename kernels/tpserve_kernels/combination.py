@@ -24,8 +24,8 @@ def combine(
     A pair with a negative row adds nothing. Without `gate_T` the shared expert's term has weight 1.
 
     out_RH: [R, H] float32, float16 or bfloat16, contiguous. rows_TA: int32 [T, A], each below R. weights_TA: float32 [T, A].
-    shared_TH: [T, H], the dtype of `out`, contiguous, None for no such term. gate_T: float32 [T]. slots_T: integers [T], contiguous;
-    where they are negative the row is padding, and zero in the result, whatever the other inputs have; None: no padding.
+    shared_TH: [T, H], the dtype of `out`, contiguous, None for no such term. gate_T: float32 [T]. slots_T: integers [T],
+    contiguous; where they are negative the row is padding, and zero in the result whatever else it has; None: no padding.
     Returns [T, H] in the dtype of `out`.
     Errors: AssertionError when shapes, dtypes or layouts differ from this.
     """

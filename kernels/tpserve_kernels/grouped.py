@@ -2,8 +2,9 @@
 
 Gale et al., "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts" (2022), https://arxiv.org/abs/2211.15841.
 
-Legend: T tokens, R rows sorted by expert, E experts of this rank, K inner, N outputs. A tile is BLOCK_M rows of one expert by BLOCK_N outputs. Its shape depends on
-the dtype alone and the sum over K has one order, so the bits of a row do not depend on the number of rows of an expert.
+Legend: T tokens, R rows sorted by expert, E experts of this rank, K inner, N outputs. A tile is BLOCK_M rows of one expert by
+BLOCK_N outputs. Its shape depends on the dtype alone and the sum over K has one order, so the bits of a row do not depend on the
+number of rows of an expert.
 """
 
 import torch

@@ -32,7 +32,7 @@ def router_logits(x_TH: torch.Tensor, weight_NH: torch.Tensor) -> torch.Tensor:
     terms_CTN = torch.empty(num_segments, num_rows, outputs, dtype=torch.float32, device=x_TH.device)
     block_m, block_n = 32, 16
     _router_kernel[(triton.cdiv(outputs, block_n), triton.cdiv(num_rows, block_m), num_segments)](
-        x_TH, weight_NH, terms_CTN, num_rows, x_TH.stride(0), outputs, HIDDEN=hidden, SEGMENT=SEGMENT,
+        x_TH, weight_NH, terms_CTN, num_rows, x_TH.stride(0), outputs, HIDDEN=hidden, SEGMENT=min(SEGMENT, hidden),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64, num_warps=4, num_stages=4, enable_fp_fusion=False,
     )  # fmt: skip
     return terms_CTN

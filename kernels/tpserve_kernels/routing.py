@@ -85,10 +85,10 @@ def route_reference(
     for term_TN in terms_CTN[1:]:
         logits_TN = logits_TN + term_TN
     logits_TE, gate_Tg = logits_TN.tensor_split((num_experts,), dim=1)
-    if bias == "logits":
+    if bias == "logits" and bias_E is not None:
         logits_TE = logits_TE + bias_E
     scores_TE = torch.softmax(logits_TE, dim=1) if scores == "softmax" else torch.sigmoid(logits_TE)
-    merits_TE = scores_TE + bias_E if bias == "choice" else scores_TE
+    merits_TE = scores_TE + bias_E if bias == "choice" and bias_E is not None else scores_TE
     if num_top_groups < num_groups:
         merits_TGS = merits_TE.view(len(merits_TE), num_groups, -1)
         worth_TG = merits_TGS.topk(group_best, dim=2).values.sum(2)

@@ -23,7 +23,8 @@ from tpserve.weights.dummy import dummy
 from tpserve_kernels import combination, grouped, permutation, router, routing
 
 MIXTURE_OPS = (
-    (router, "router_logits"), (routing, "route"), (permutation, "permute"), (grouped, "grouped_matmul"), (combination, "combine"),
+    (router, "router_logits"), (routing, "route"), (permutation, "permute"), (grouped, "grouped_matmul"),
+    (combination, "combine"),
 )  # fmt: skip
 MIXTURE = ExpertsSpec(
     5, 48, RoutingSpec(2, bias="logits", renormalise=True), layers=(0, 1), bias=True, clamped=ClampedSwiglu(alpha=1.3, limit=0.7)

@@ -109,8 +109,8 @@ class MoE:
     def __call__(self, x_TH: torch.Tensor, slots_T: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H] in the dtype of `x`, summed over ranks. Padding rows go to no expert, and are zero in the result.
 
-        `slots_T`: where each row's key goes (`AttentionMetadata.write_slots`). On the CPU it has no entries for padding rows, which
-        are the last ones; on CUDA negative ones.
+        `slots_T`: where each row's key goes (`AttentionMetadata.write_slots`). Padding rows have negative entries on CUDA; on the
+        CPU, where they are the last ones, none.
         """
         if x_TH.is_cuda:
             return self.tp.all_reduce(self.kernels_sum(x_TH, slots_T))

@@ -4,7 +4,8 @@ a bias for the choice alone and groups as in DeepSeek-V3 (arXiv:2412.19437).
 All in float32. Invariants: a row's choice and weights depend on that row alone; ties go to the lower id. `__call__` defines both;
 `from_terms` is the same on CUDA, in one launch.
 
-Legend: T rows, E experts in G groups of e, A experts per token, C terms of each logit, N = E, or E + 1 with the shared expert's gate.
+Legend: T rows, E experts in G groups of e, A experts per token, C terms of each logit, N = E, or E + 1 with the shared expert's
+gate.
 """
 
 from dataclasses import dataclass
