@@ -26,13 +26,15 @@ def variant_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], addr
     named = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in options.items() if k in kernel.arg_names}
     constants = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
     not_looked_at = set(kernel.kwargs.get("do_not_specialize") or ())
+    any_address = set(kernel.kwargs.get("do_not_specialize_on_alignment") or ())
     arguments = []
     for name, value in named.items():
         if name in constants:
             known = f"= {value!r}"
         elif isinstance(value, torch.Tensor):
             address = addresses.get(id(value), value.data_ptr())
-            known = f"*{str(value.dtype).removeprefix('torch.')}" + (" % 16" if address % ALIGNMENT == 0 else "")
+            aligned = address % ALIGNMENT == 0 and name not in any_address
+            known = f"*{str(value.dtype).removeprefix('torch.')}" + (" % 16" if aligned else "")
         elif isinstance(value, bool) or value is None:
             known = f"= {value!r}"
         elif isinstance(value, int):

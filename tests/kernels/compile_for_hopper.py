@@ -224,8 +224,8 @@ def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
         gate_up = grouped.grouped_matmul(x[:, :64], up, ends, bias, tokens)
         activation.silu_mul(gate_up, ends[-1:])
         grouped.grouped_matmul(gate_up[:, :64], up, ends, bias)
-        beside = (x, gate) if shared else (None, None)
-        combination.combine(torch.zeros(4 * active, hidden, dtype=dtype), rows, weights, *beside, padding)
+        shared_x, gate = (x, gate) if shared else (None, None)
+        combination.combine(torch.zeros(4 * active, hidden, dtype=dtype), rows, weights, shared_x, gate, padding)
 
 
 if __name__ == "__main__":

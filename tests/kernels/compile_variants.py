@@ -24,7 +24,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
-class Target:
+class CompileTarget:
     """What compiling asks of a driver."""
 
     def __init__(self, capability: int) -> None:
@@ -77,7 +77,7 @@ def compile_for(target: int, variant: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     variants = [json.loads(line) for line in sys.stdin]
     for target in map(int, sys.argv[1:]):
-        driver.set_active(Target(target))
+        driver.set_active(CompileTarget(target))
         for variant in variants:
             print(json.dumps(compile_for(target, variant)), flush=True)
 
