@@ -78,9 +78,10 @@ def from_parts(
     device, parts = keys_PSCn.device, ranks * num_parts
     chosen_S, top_Sn = torch.empty(rows, device=device), torch.empty(rows, num_top, device=device)
     id_Sn = torch.empty(rows, num_top, dtype=torch.int64, device=device)
+    most_keys = triton.next_power_of_2(parts * max(num_keys, FEW_KEYS))
     _from_parts_kernel[(rows,)](
         keys_PSCn, masses_PSC2, chosen_S, id_Sn, top_Sn, rows, parts, num_parts, num_keys, num_top, NO_KEY=NO_KEY,
-        MASS_ONE=MASS_ONE, PARTS=triton.next_power_of_2(parts), KEYS=triton.next_power_of_2(parts * max(num_keys, FEW_KEYS)), num_warps=4,
+        MASS_ONE=MASS_ONE, PARTS=triton.next_power_of_2(parts), KEYS=most_keys, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     return chosen_S, id_Sn, top_Sn
