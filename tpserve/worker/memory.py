@@ -213,6 +213,7 @@ def _peaks(profile_run: "_ProfileRun") -> tuple[int, int]:
 def _graph_bytes(profile_run: "_ProfileRun") -> int:
     """The memory that the graphs of decode steps take, beside what is reserved for activations."""
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what is kept for later tensors would hide what the graphs' buffers take
     free, _ = torch.cuda.mem_get_info()
     graphs = profile_run.graphs(CudaCapture())
     graphs.warm_up()
