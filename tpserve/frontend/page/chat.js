@@ -50,7 +50,10 @@ function renderMessage(message) {
     setText(parts.summary, message.content || message.finish ? "Reasoning" : "Reasoning ...");
     renderMarkdown(parts.reasoning, message.reasoning);
   }
-  if (message.tokens?.length && !message.plain) renderTokens(parts.content, message.tokens);
+  if (message.tokens?.length && !message.plain) {
+    renderTokens(parts.content, message.tokens);
+    if (message.finish) dimBeyond(parts.content, message.content);
+  }
   else if (role === "assistant") renderMarkdown(parts.content, message.content);
   else setText(parts.content, message.content);
   show(parts.switch, message.tokens?.length);

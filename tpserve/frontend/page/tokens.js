@@ -32,6 +32,15 @@ function renderTokens(node, tokens) {
   }
 }
 
+/** Dim the tokens that are not in the text of an answer, such as the one that ends it. */
+function dimBeyond(node, text) {
+  let length = 0;
+  for (const span of node.children) {
+    length += span.textContent.length;
+    span.classList.toggle("beyond", length > text.length);
+  }
+}
+
 function stepThroughTokens(node, event) {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (event.key === "Escape") hideTip();
