@@ -52,9 +52,8 @@ function renderMessage(message) {
   }
   if (message.tokens?.length && !message.plain) {
     renderTokens(parts.content, message.tokens);
-    if (message.finish) dimBeyond(parts.content, message.content);
-  }
-  else if (role === "assistant") renderMarkdown(parts.content, message.content);
+    if (message.finish && !message.reasoning) dimBeyond(parts.content, message.content);
+  } else if (role === "assistant") renderMarkdown(parts.content, message.content);
   else setText(parts.content, message.content);
   show(parts.switch, message.tokens?.length);
   setText(parts.switch, message.plain ? "Show tokens" : "Show as text");
