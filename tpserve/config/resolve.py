@@ -69,6 +69,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         api_key=flags.api_key,
         admin_api_key=flags.admin_api_key,
         metrics_key=flags.metrics_key,
+        metrics_compat=flags.metrics_compat,
         allowed_origins=_origins(flags.allowed_origins),
         allowed_methods=_list("allowed_methods", flags.allowed_methods),
         allowed_headers=_list("allowed_headers", flags.allowed_headers),

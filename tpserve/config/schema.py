@@ -274,6 +274,10 @@ class Flags(Struct, frozen=True, kw_only=True):
         str | None,
         Flag(HTTP, "Key for /metrics. Without it /metrics is open. Also TPSERVE_METRICS_KEY.", "tpserve"),
     ] = None
+    metrics_compat: Annotated[
+        Literal["vllm"] | None,
+        Flag(HTTP, "vllm: /metrics has vLLM's metrics under their own names, too, for routers and dashboards.", "tpserve"),
+    ] = None
     allowed_origins: Annotated[
         tuple[str, ...],
         Flag(
@@ -451,6 +455,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     api_key: str | None
     admin_api_key: str | None
     metrics_key: str | None
+    metrics_compat: Literal["vllm"] | None
     allowed_origins: tuple[str, ...]
     allowed_methods: tuple[str, ...]
     allowed_headers: tuple[str, ...]

@@ -107,7 +107,9 @@ class EngineClient:
         if (locked := self._rank_monitor.remote_socket) is not None:
             self._zap_authenticator.log_refusals_of(locked)
         self._engine = EngineServer(f"ipc://{runtime_dir}/engine")
-        self.request_table = RequestTable(self._send_to_engine, Metrics((config.served_model_name or (config.model,))[0]))
+        name = (config.served_model_name or (config.model,))[0]
+        metrics = Metrics(name, config.block_size, vllm_names=config.metrics_compat == "vllm")
+        self.request_table = RequestTable(self._send_to_engine, metrics)
         self._recovery = Recovery(self._coordinator, self.request_table)
         self._exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 

@@ -1,14 +1,16 @@
 """Prometheus metrics with the names, labels and buckets of vLLM's dashboards, and the prefix `tpserve:`.
 
 Each `Metrics` owns its registry, so two servers in one process do not collide. Never reads a clock: durations come in seconds.
-The engine sends totals that start at 0 in every epoch; the counters here only grow.
+The engine sends totals that start at 0 in every epoch; the counters here only grow. With `vllm_names` the metrics that vLLM has
+are there once more with its prefix, for routers, autoscalers and dashboards that were made for it.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from tpserve.types.messages import FinishReason, PhaseTimes, Stats
 
@@ -18,14 +20,27 @@ LATENCY_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 
 TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
 CAUSES: tuple[Literal["outside", "unclear", "error"], ...] = ("outside", "unclear", "error")
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
+ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+VLLM_NAMES = frozenset((
+    "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info", "prompt_tokens",
+    "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "request_success", "time_to_first_token_seconds",
+    "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
+    "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds",
+    "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total",
+))  # fmt: skip
+"""What vLLM's dashboards read, without the prefix."""
 NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Metrics:
     """All metrics of one server. Series exist from the start, so a scrape before the first request shows zeros."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, block_size: int = 0, *, vllm_names: bool = False) -> None:
+        self._block_size = block_size
         self.registry = CollectorRegistry()
+        self._renamed = CollectorRegistry()
+        if vllm_names:
+            self._renamed.register(_VllmNames(self.registry))
         labels = {"model_name": model_name}
 
         def gauge(name: str, text: str) -> Gauge:
@@ -74,6 +89,13 @@ class Metrics:
         self._queue = histogram("request_queue_time_seconds", "Waiting for a slot.", LATENCY_S)
         self._prefill = histogram("request_prefill_time_seconds", "From the slot to the first token.", LATENCY_S)
         self._decode = histogram("request_decode_time_seconds", "From the first token to the last.", LATENCY_S)
+        self._inference = histogram("request_inference_time_seconds", "From the slot to the last token.", LATENCY_S)
+        self._per_token = histogram("request_time_per_output_token_seconds", "Mean time between tokens of a request.", ITL_S)
+        self._iteration = histogram("iteration_tokens_total", "Tokens of a step, prompts and outputs.", ITERATION_TOKENS)
+        self._config = Gauge(
+            "tpserve:cache_config_info", "1, labelled with the size of the KV cache.", (*labels, "block_size", "num_gpu_blocks"),
+            registry=self.registry,
+        )  # fmt: skip
         self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
         self._generation = histogram("request_generation_tokens", "Generated tokens of a request.", TOKENS)
 
@@ -88,6 +110,13 @@ class Metrics:
             counter.inc(total - before)
             self.totals[name] += total - before
             self._last[name] = total
+        before = self.stats if stats.epoch == self.stats.epoch else NO_STATS
+        if stats.steps > before.steps:
+            computed = stats.prompt_tokens + stats.generation_tokens - before.prompt_tokens - before.generation_tokens
+            self._iteration.observe(computed)
+        if stats.blocks_total != self.stats.blocks_total:
+            self._config.clear()
+            self._config.labels(**self._labels, block_size=self._block_size, num_gpu_blocks=stats.blocks_total).set(1)
         self.stats = stats
 
     def experts(self, layers: Sequence[int], tokens: bytes) -> None:
@@ -131,7 +160,24 @@ class Metrics:
             self._queue.observe(times.queue_s)
             self._prefill.observe(times.prefill_s)
             self._decode.observe(times.decode_s)
+            self._inference.observe(times.prefill_s + times.decode_s)
+            if generation_tokens > 1:
+                self._per_token.observe(times.decode_s / (generation_tokens - 1))
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + generate_latest(self._renamed)
+
+
+class _VllmNames(Collector):
+    """The metrics of `registry` that vLLM has, with its prefix."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            if metric.name.removeprefix("tpserve:") in VLLM_NAMES:
+                renamed = Metric(metric.name.replace("tpserve:", "vllm:"), metric.documentation, metric.type)
+                renamed.samples = [sample._replace(name=sample.name.replace("tpserve:", "vllm:")) for sample in metric.samples]
+                yield renamed
