@@ -23,10 +23,11 @@ FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 VLLM_NAMES = frozenset((
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info", "prompt_tokens",
-    "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "request_success", "time_to_first_token_seconds",
-    "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
-    "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds",
-    "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total",
+    "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "request_success",
+    "time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds",
+    "request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens", "request_generation_tokens",
+    "iteration_tokens_total",
 ))  # fmt: skip
 """What vLLM's dashboards read, without the prefix."""
 NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, 0)
@@ -110,10 +111,10 @@ class Metrics:
             counter.inc(total - before)
             self.totals[name] += total - before
             self._last[name] = total
-        before = self.stats if stats.epoch == self.stats.epoch else NO_STATS
-        if stats.steps > before.steps:
-            computed = stats.prompt_tokens + stats.generation_tokens - before.prompt_tokens - before.generation_tokens
-            self._iteration.observe(computed)
+        earlier = self.stats if stats.epoch == self.stats.epoch else NO_STATS
+        if stats.steps > earlier.steps:
+            tokens = stats.prompt_tokens + stats.generation_tokens - earlier.prompt_tokens - earlier.generation_tokens
+            self._iteration.observe(tokens)
         if stats.blocks_total != self.stats.blocks_total:
             self._config.clear()
             self._config.labels(**self._labels, block_size=self._block_size, num_gpu_blocks=stats.blocks_total).set(1)
