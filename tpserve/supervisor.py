@@ -34,6 +34,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import time
@@ -365,8 +366,12 @@ class _Supervisor:
             logger.error("ended: %s", self._stopped.get(last.killed_pid, killed))
 
     def _is_ready(self) -> bool:
-        host, _, port = self._url.removeprefix("http://").rpartition(":")
+        scheme, _, address = self._url.partition("://")
+        host, _, port = address.rpartition(":")
         connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=READY_POLL_S)
+        if scheme == "https":  # our own socket, on this host: whose name the certificate has does not matter
+            context = ssl._create_unverified_context()
+            connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=READY_POLL_S, context=context)
         try:
             connection.request("GET", "/readyz")
             return connection.getresponse().status == 200

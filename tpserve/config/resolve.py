@@ -66,6 +66,8 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         max_queued_requests=flags.max_queued_requests,
         host=flags.host,
         port=flags.port,
+        ssl_certfile=flags.ssl_certfile,
+        ssl_keyfile=flags.ssl_keyfile,
         api_key=flags.api_key,
         admin_api_key=flags.admin_api_key,
         metrics_key=flags.metrics_key,

@@ -259,6 +259,12 @@ class Flags(Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, Flag(HTTP, "Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     port: Annotated[int, Flag(HTTP, "Port to listen on; 0 takes a free one.", at_least=0, at_most=65535)] = 8000
+    ssl_certfile: Annotated[
+        str | None, Flag(HTTP, "Certificate, with its chain, in PEM format: the server then speaks HTTPS alone.", metavar="FILE")
+    ] = None
+    ssl_keyfile: Annotated[
+        str | None, Flag(HTTP, "Its key, unencrypted. Default: it is in the file of the certificate.", metavar="FILE")
+    ] = None
     api_key: Annotated[
         str | None, Flag(HTTP, "Key that clients must send. Prefer TPSERVE_API_KEY, which `ps` does not show.")
     ] = None
@@ -452,6 +458,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     max_queued_requests: int
     host: str
     port: int
+    ssl_certfile: str | None
+    ssl_keyfile: str | None
     api_key: str | None
     admin_api_key: str | None
     metrics_key: str | None

@@ -34,6 +34,7 @@ from tpserve.engine_client.recovery import EXACT
 from tpserve.errors import EngineFailure, UserError
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
+from tpserve.frontend.tls import server_context
 from tpserve.host.network import host_port, listen_http
 from tpserve.journal.identity import answer_digest
 from tpserve.journal.journal import Journal
@@ -103,12 +104,13 @@ async def _run(
     """`inherited`: the descriptor of the HTTP socket, if the parent is `tpserve serve`, which listens already."""
     with listen_http(config.host, config.port) if inherited is None else socket.socket(fileno=inherited) as listener:
         listener.setblocking(False)
-        url = http_url(config.host, listener.getsockname()[1])
+        tls = server_context(config.ssl_certfile, config.ssl_keyfile)
+        url = http_url(config.host, listener.getsockname()[1], "http" if tls is None else "https")
         exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
         service = FrontendServer(config, runtime_dir, nnodes, address, url, started_s, exposed, log_buffer)
         server = runner(service.app)
         await server.setup()
-        await web.SockSite(server, listener).start()
+        await web.SockSite(server, listener, ssl_context=tls).start()
         if config.api_key is None and exposed:
             address_and_port = host_port(*listener.getsockname()[:2])
             logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", address_and_port)
@@ -237,10 +239,10 @@ def open_journal(config: EngineConfig) -> Journal | None:
     return Journal(Path(config.state_dir), answer_digest(facts, directories), config.resume_window)
 
 
-def http_url(host: str, port: int) -> str:
+def http_url(host: str, port: int, scheme: str = "http") -> str:
     """The URL for clients on this host."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    return f"{scheme}://{shown}:{port}"
 
 
 def ready_line(config: EngineConfig, nnodes: int, url: str, took_s: float) -> str:
