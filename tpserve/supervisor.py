@@ -383,7 +383,8 @@ class _Supervisor:
     def _print_curl(self) -> None:
         """Print a first request once, when the server is ready."""
         with contextlib.suppress(OSError):  # stdout is closed
-            sys.stdout.write(curl_line(self._url, keyed=self._config.api_key is not None) + "\n")
+            keyed = self._config.api_key is not None or self._config.api_key_file is not None
+            sys.stdout.write(curl_line(self._url, keyed=keyed) + "\n")
             sys.stdout.flush()
         self._url = ""
 

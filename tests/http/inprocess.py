@@ -25,6 +25,7 @@ from tests.http.tiny_tokenizer import EOS, byte_level, save
 from tests.scheduling.simulator import SimulatedDevice
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineStatus
+from tpserve.frontend.api_keys import ApiKeys
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.journal.journal import Journal
@@ -128,6 +129,7 @@ class Config:
     served_model_name: tuple[str, ...] = ("tiny", "org/tiny")
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     api_key: str | None = None
+    api_key_file: str | None = None
     admin_api_key: str | None = None
     metrics_key: str | None = None
     host: str = "127.0.0.1"
@@ -189,7 +191,7 @@ def serving(
         journals.append(journal)
         app = create_app(
             settings, request_table, lambda: states[-1], tokenizer, template, answers or ChatAnswers(),
-            journal=journal, info=info, exposed=exposed,
+            journal=journal, info=info, api_keys=ApiKeys(settings.api_key, settings.api_key_file), exposed=exposed,
         )  # fmt: skip
         site_runner = runner(app)
         await site_runner.setup()

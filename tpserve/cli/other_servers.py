@@ -36,7 +36,6 @@ EQUIVALENT_FLAGS = {
     "-sm": f"{_TP} or --pipeline-parallel-size",
     "--split-mode": f"{_TP} or --pipeline-parallel-size",
     "--chat-template-file": "--chat-template",
-    "--api-key-file": "--api-key, or better TPSERVE_API_KEY in the environment",
     "--cache-reuse": "--enable-prefix-caching, which is on by default",
     # SGLang
     "--model-path": "--model",

@@ -69,6 +69,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         ssl_certfile=flags.ssl_certfile,
         ssl_keyfile=flags.ssl_keyfile,
         api_key=flags.api_key,
+        api_key_file=flags.api_key_file,
         admin_api_key=flags.admin_api_key,
         metrics_key=flags.metrics_key,
         metrics_compat=flags.metrics_compat,

@@ -268,6 +268,15 @@ class Flags(Struct, frozen=True, kw_only=True):
     api_key: Annotated[
         str | None, Flag(HTTP, "Key that clients must send. Prefer TPSERVE_API_KEY, which `ps` does not show.")
     ] = None
+    api_key_file: Annotated[
+        str | None,
+        Flag(
+            HTTP,
+            "File with a key on each line, any of which clients may send; it is read again when it changes.",
+            "tpserve",
+            metavar="FILE",
+        ),
+    ] = None
     admin_api_key: Annotated[
         str | None,
         Flag(
@@ -461,6 +470,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     ssl_certfile: str | None
     ssl_keyfile: str | None
     api_key: str | None
+    api_key_file: str | None
     admin_api_key: str | None
     metrics_key: str | None
     metrics_compat: Literal["vllm"] | None

@@ -12,7 +12,6 @@ With a key neither check is needed: no page knows the key, and browsers do not a
 may also read answers (CORS).
 """
 
-import hmac
 import ipaddress
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +21,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from tpserve.errors import UserError
+from tpserve.frontend.api_keys import ApiKeys, same_key
 from tpserve.frontend.openai.errors import shown
 
 OPEN_PATHS = frozenset({"/", "/health", "/readyz", "/livez", "/ping"})
@@ -40,8 +40,6 @@ class AccessSettings(Protocol):
     @property
     def host(self) -> str: ...
     @property
-    def api_key(self) -> str | None: ...
-    @property
     def admin_api_key(self) -> str | None: ...
     @property
     def metrics_key(self) -> str | None: ...
@@ -55,37 +53,36 @@ class AccessSettings(Protocol):
     def allow_credentials(self) -> bool: ...
 
 
-def require_key(settings: AccessSettings, exposed: bool) -> Middleware:
-    """A middleware: 401 for a request without the key, where one is set.
+def require_key(settings: AccessSettings, api_keys: ApiKeys, exposed: bool) -> Middleware:
+    """A middleware: 401 for a request without a key, where one is needed.
 
     Paths for operators have a key of their own; a server that is `exposed` beyond loopback closes them (403) without one.
     """
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        key, name = settings.api_key, "API key"
+        if request.path in OPEN_PATHS:
+            return await handler(request)
+        sent = client_key(request)
         if request.path in ADMIN_PATHS and (exposed or settings.admin_api_key is not None):
-            key, name = settings.admin_api_key, "admin key"
-            if key is None:
+            if settings.admin_api_key is None:
                 raise UserError(
                     f"{request.path} is closed: this server does not listen on loopback alone and has no admin key; start it "
                     "with --admin-api-key or TPSERVE_ADMIN_API_KEY",
                     code="admin_key_not_set",
                     status=403,
                 )
-        if request.path == METRICS_PATH:
-            key, name = settings.metrics_key, "metrics key"
-        if key is not None and request.path not in OPEN_PATHS and not has_key(request, key):
+            name, opened = "admin key", same_key(sent, settings.admin_api_key)
+        elif request.path == METRICS_PATH:
+            name, opened = "metrics key", settings.metrics_key is None or same_key(sent, settings.metrics_key)
+        else:
+            name, opened = "API key", not api_keys.required or api_keys.has(sent)
+        if not opened:
             how = f"'Authorization: Bearer KEY' or '{KEY_HEADER}: KEY'"
             raise UserError(f"the {name} is missing or wrong; send it as {how}", status=401)
         return await handler(request)
 
     return check
-
-
-def has_key(request: web.Request, key: str) -> bool:
-    """Whether a client sent the key."""
-    return hmac.compare_digest(client_key(request).encode(errors="surrogateescape"), key.encode())
 
 
 def client_key(request: web.Request) -> str:
@@ -96,9 +93,10 @@ def client_key(request: web.Request) -> str:
 
 @dataclass(frozen=True)
 class Origins:
-    """Which web pages may use the server. `exposed`: the server listens beyond loopback."""
+    """Which web pages may use the server. `keyed`: it needs a key; `exposed`: it listens beyond loopback."""
 
     settings: AccessSettings
+    keyed: bool
     exposed: bool
 
     def middleware(self) -> Middleware:
@@ -107,7 +105,7 @@ class Origins:
         @web.middleware
         async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
             origin = request.headers.get("Origin")
-            if self.settings.api_key is None and request.path not in OPEN_PATHS:
+            if not self.keyed and request.path not in OPEN_PATHS:
                 self.check_host(request)
                 if origin is not None and not self.allows(origin) and not self.is_same_origin(origin, request):
                     raise UserError(

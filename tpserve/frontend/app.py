@@ -25,6 +25,7 @@ from tpserve.frontend import page, traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.anthropic import routes as anthropic
 from tpserve.frontend.anthropic.errors import ID_HEADER, anthropic_response, is_anthropic
+from tpserve.frontend.api_keys import ApiKeys
 from tpserve.frontend.http_errors import JsonErrorRunner
 from tpserve.frontend.openai import resumable, routes
 from tpserve.frontend.openai.admission import REQUEST_ID
@@ -83,11 +84,12 @@ def create_app(
     *,
     journal: Journal | None = None,
     info: Callable[[], dict[str, Any]],
+    api_keys: ApiKeys,
     exposed: bool,
 ) -> web.Application:
     """The application; serve it through `runner`. `info` returns the body of /server_info. `exposed`: listens beyond loopback."""
-    origins = Origins(settings, exposed)
-    middlewares = [report_errors, origins.middleware(), require_key(settings, exposed)]
+    origins = Origins(settings, api_keys.required, exposed)
+    middlewares = [report_errors, origins.middleware(), require_key(settings, api_keys, exposed)]
     if settings.log_requests:
         middlewares.insert(0, traffic.log_request)
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)

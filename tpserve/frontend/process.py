@@ -32,6 +32,7 @@ from tpserve.coordinator.actions import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.engine_client.recovery import EXACT
 from tpserve.errors import EngineFailure, UserError
+from tpserve.frontend.api_keys import ApiKeys
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.tls import server_context
@@ -111,7 +112,7 @@ async def _run(
         server = runner(service.app)
         await server.setup()
         await web.SockSite(server, listener, ssl_context=tls).start()
-        if config.api_key is None and exposed:
+        if not service.keyed and exposed:
             address_and_port = host_port(*listener.getsockname()[:2])
             logger.warning("anyone who can reach %s may use it: set --api-key, or listen on 127.0.0.1", address_and_port)
         gc.collect()
@@ -147,6 +148,7 @@ class FrontendServer:
         self._nnodes = nnodes
         self._url = url
         self._started_s = started_s
+        api_keys = ApiKeys(config.api_key, config.api_key_file)
         self._first_signal_s: float | None = None
         self._final_reason = ""
         self._was_ready = False
@@ -179,8 +181,11 @@ class FrontendServer:
             answers,
             journal=self._journal,
             info=engine_client.info,
+            api_keys=api_keys,
             exposed=exposed,
         )
+        self.keyed = api_keys.required
+        """Whether clients need a key."""
 
     def announce(self) -> None:
         """Write frontend.json, by which the ranks find this process."""
