@@ -21,7 +21,7 @@ from tpserve.engine_client.recovery import SEAMLESS
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
-from tpserve.frontend import page, traffic
+from tpserve.frontend import openapi, page, traffic
 from tpserve.frontend.access import AccessSettings, Origins, require_key
 from tpserve.frontend.anthropic import routes as anthropic
 from tpserve.frontend.anthropic.errors import ID_HEADER, anthropic_response, is_anthropic
@@ -129,6 +129,7 @@ def create_app(
     app.router.add_get("/version", version)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/server_info", server_info)
+    openapi.add_routes(app)
     return app
 
 

@@ -56,6 +56,7 @@ def add_routes(app: web.Application) -> None:
     page = build()
 
     async def serve_page(_request: web.Request) -> web.Response:
+        """GET /: a page for people, to chat and to watch the server."""
         return web.Response(body=page.document, content_type="text/html", charset="utf-8", headers=page.headers)
 
     app.router.add_get(PATH, serve_page)
