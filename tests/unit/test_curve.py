@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -39,12 +40,13 @@ def tcp_endpoint(keyring: Keyring) -> Iterator[ResultReceiver]:
 
 
 def knock(tcp_endpoint: ResultReceiver, curve_client: CurveClient | None) -> "zmq.Socket[bytes]":
-    """Send a word to the endpoint."""
+    """Send a word to the endpoint, unless it has refused already: then the socket has no peer to send it to."""
     push = open_socket(zmq.PUSH, codec.RESULT.max_bytes)
     if curve_client is not None:
         curve_client.apply(push)
     push.connect(tcp_endpoint.remote_endpoint)
-    push.send(b"a word")
+    with suppress(zmq.Again):
+        push.send(b"a word")
     return push
 
 
