@@ -107,7 +107,8 @@ def check_response(port: int, begun: bytes) -> None:
     assert json.loads(get(port, path)[1]) == response
     body = {"input": "And then?", "previous_response_id": response["id"], "max_output_tokens": 2}
     answer = json.loads(Connection(f"http://127.0.0.1:{port}", "POST", "/v1/responses", body).read())
-    assert answer["usage"]["input_tokens"] > STORY["max_output_tokens"]
+    # read again, the text has fewer tokens than were drawn: drawing may choose a longer spelling
+    assert answer["usage"]["input_tokens"] > STORY["max_output_tokens"] // 2
 
 
 def test_answers_outlive_the_frontend_and_the_server(tmp_path: Path) -> None:
