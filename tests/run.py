@@ -27,8 +27,8 @@ LINT = (
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "unit": (630, ("unit", "scheduling", "simulation", "architecture")),
-    "parity": (450, ("parity",)),
-    "kernels": (330, ("kernels", "card")),
+    "parity": (480, ("parity",)),
+    "kernels": (300, ("kernels", "card")),
     "http": (175, ("http",)),
     "cluster": (900, ("cluster",)),
     "crash": (110, ("crash",)),

@@ -32,7 +32,7 @@ MIXTURE = ExpertsSpec(
 GROUPS = RoutingSpec(3, "sigmoid", "choice", num_groups=3, num_top_groups=2, group_best=2, renormalise=True, scale=2.5)
 GROUPED = ExpertsSpec(6, 48, GROUPS, layers=(1,), shared_size=48, shared_gate=True)
 NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
-LENGTHS, PROMPTS, SIZES = (4, 20, 40), (3, 19, 38), (17, 40, 5)
+LENGTHS, PROMPTS, SIZES = (3, 18, 34), (2, 17, 32), (17, 34, 5)
 
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -87,9 +87,15 @@ def logits(model: Runner) -> torch.Tensor:
     return torch.cat(model.run(sequences, mixed(LENGTHS, PROMPTS, SIZES))).cpu()
 
 
+def dtypes(family: str, other: str) -> tuple[torch.dtype, ...]:
+    """Those to compare. The interpreter is slow: there bfloat16 is for what differs most."""
+    both = other == "cuda" or family in ("qwen3", "gemma3", "deepseek_v3")
+    return (torch.float32, torch.bfloat16) if both else (torch.float32,)
+
+
 def main(other: str) -> None:
     for family in OWN:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes(family, other):
             model = runner(family, dtype, "cpu")
             expected = logits(model)
             if other == "cuda":
