@@ -71,7 +71,7 @@ gpu-check:
 matrix: $(VENV)/test.stamp
 	@$(PY) tests/matrix.py $(MATRIX)
 
-# Simulated cards in several ranks, and every kernel compiled for three generations of cards. Half an hour on two cores.
+# Simulated cards in several ranks, and every kernel compiled for three generations of cards: minutes a model.
 card: $(VENV)/test.stamp
 	$(PY) -m pytest tests/card -m long -rs
 

@@ -4,6 +4,7 @@ A body's schema is what msgspec accepts, and null for every field, as the API do
 `additionalProperties` is open; known fields that are refused are in docs/http.md. Answers have no schema but the error's.
 """
 
+import functools
 import html
 import json
 import re
@@ -128,14 +129,17 @@ def page(document: Json) -> str:
 def add_routes(app: web.Application) -> None:
     """Add GET /openapi.json and GET /docs; after all other routes."""
 
-    async def openapi(request: web.Request) -> web.Response:
-        """GET /openapi.json: this document."""
-        return web.Response(body=msgspec.json.encode(specification(request.app)), content_type="application/json")
+    @functools.cache
+    def document() -> Json:
+        return specification(app)
 
-    async def docs(request: web.Request) -> web.Response:
+    async def openapi(_request: web.Request) -> web.Response:
+        """GET /openapi.json: this document."""
+        return web.Response(body=msgspec.json.encode(document()), content_type="application/json")
+
+    async def docs(_request: web.Request) -> web.Response:
         """GET /docs: the routes, for people."""
-        text = page(specification(request.app))
-        return web.Response(text=text, content_type="text/html", headers={"Content-Security-Policy": POLICY})
+        return web.Response(text=page(document()), content_type="text/html", headers={"Content-Security-Policy": POLICY})
 
     app.router.add_get("/openapi.json", openapi)
     app.router.add_get("/docs", docs)

@@ -40,7 +40,7 @@ class Packet:
         turn = self._turn = (self._turn + 1) % len(self._on_host)
         sent = self._sent[turn]
         if sent is not None and not sent.query():
-            sent.synchronize()  # never with as many copies as plans in flight
+            sent.synchronize()  # the card still reads this buffer
         self._on_host[turn].copy_(torch.frombuffer(joined, dtype=torch.uint8))
         self._buffer.copy_(self._on_host[turn], non_blocking=True)
         event = self._sent[turn] = torch.Event("cuda")
