@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tpserve.config import env
 from tpserve.errors import UserError
-from tpserve.host.network import os_error_text
+from tpserve.host.network import unreachable_text
 from tpserve.version import __version__
 
 TIMEOUT_S = 10.0
@@ -64,10 +64,7 @@ def _get(url: str, path: str, key: str | None) -> tuple[int, bytes]:
         response = connection.getresponse()
         body = response.read()
     except OSError as error:
-        raise Unreachable(
-            f"no server answers at {url}: {os_error_text(error)}; give its address with --url",
-            param="url",
-        ) from error
+        raise Unreachable(unreachable_text(url, error), param="url") from error
     except http.client.HTTPException as error:
         raise _not_tpserve(url) from error
     finally:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, Literal, NamedTuple
 
 from tpserve.errors import UserError
-from tpserve.host.network import os_error_text
+from tpserve.host.network import unreachable_text
 
 CONNECT_S = 10.0
 SILENCE_S = 300.0
@@ -99,8 +99,7 @@ class ChatClient:
         return OpenResponse(connection, response)
 
     def _lost(self, error: Exception) -> UserError:
-        reason = os_error_text(error) if isinstance(error, OSError) else str(error) or type(error).__name__
-        return UserError(f"no server answers at {self.url}: {reason}; give its address with --url", param="url")
+        return UserError(unreachable_text(self.url, error), param="url")
 
     def _refused(self, status: int, body: bytes) -> UserError:
         way_out = "; give the key with --api-key or TPSERVE_API_KEY" if status == 401 else ""

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -144,6 +145,14 @@ def os_error_text(error: OSError) -> str:
     if error.errno is None:  # a timeout from Python itself
         error = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
     return f"{error.strerror} (errno {error.errno})"
+
+
+def unreachable_text(url: str, error: Exception) -> str:
+    """Why no server answers at `url`, and what to do about it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate of {url} is not trusted: {error.verify_message}; SSL_CERT_FILE=FILE names one to trust"
+    reason = os_error_text(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+    return f"no server answers at {url}: {reason}; give its address with --url"
 
 
 _no_dns: list[None] = []
