@@ -139,7 +139,7 @@ class KeyUsage(Collector):
             for name, limit in ((TOKENS, limits.tokens_per_minute), (TOKENS_DAY, limits.tokens_per_day))
             if limit is not None
         ]
-        headers = {}
+        headers: dict[str, str] = {}
         if limits.requests_per_minute is not None:
             headers |= _headers("requests", usage.state(REQUESTS, limits.requests_per_minute, now_s))
         if tokens:
