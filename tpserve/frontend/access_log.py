@@ -106,7 +106,7 @@ class AccessLogFile:
         data = memoryview((b"\n" if self._is_torn else b"") + b"".join(line + b"\n" for line in lines))
         while data:
             written = os.write(self._file, data)
-            self._is_torn = data[written - 1 : written] != b"\n"
+            self._is_torn = data[written - 1] != ord("\n")
             data = data[written:]
 
     def _lost(self, count: int, why: str) -> None:
