@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import tiny_model
+from tests.http import checks
 from tests.server import BIN, Server, free_port, running, serve
 
-KEY, ADMIN, PASSWORD = "k3y-of-clients", "k3y-of-operators", "hunter2-and-3"
+KEY, TEAM, ADMIN, PASSWORD = "k3y-of-clients", "k3y-of-team-a", "k3y-of-operators", "hunter2-and-3"
 CALM = {"OMP_NUM_THREADS": "1"}
 
 
@@ -36,7 +37,9 @@ def test_status_and_report(tmp_path: Path) -> None:
     port = free_port()
     keys = {"TPSERVE_API_KEY": KEY, "TPSERVE_ADMIN_API_KEY": ADMIN}
     url = ("--url", f"http://127.0.0.1:{port}")
-    command = serve("-tp", "2", "--device", "cpu", "--access-log", str(tmp_path / "access"), port=port)
+    (tmp_path / "keys").write_text(f"{TEAM} name=team-a requests_per_minute=2\n")
+    files = ("--access-log", str(tmp_path / "access"), "--api-key-file", str(tmp_path / "keys"))
+    command = serve("-tp", "2", "--device", "cpu", *files, port=port)
     with running(
         [command], port, tmp_path / "log", ready=False, env=CALM | keys | {"NCCL_IB_HCA": "mlx5", "NCCL_HOSTID": PASSWORD}
     ) as server:
@@ -67,7 +70,7 @@ def test_status_and_report(tmp_path: Path) -> None:
         text = (tmp_path / "ticket.json").read_text()
         assert server.stop() == [0]
     assert code == 0 and said.startswith("wrote ticket.json: ")
-    assert not [secret for secret in (KEY, ADMIN, PASSWORD) if secret in text]
+    assert not [secret for secret in (KEY, TEAM, ADMIN, PASSWORD) if secret in text]
     assert json.loads(text)["here"]["nccl_and_gloo"] == {"NCCL_HOSTID": "***"}
     info = json.loads(text)["server"]["server_info"]
     assert info["config"]["api_key"] == info["config"]["admin_api_key"] == "***" and info["layout"]["tp"] == 2
@@ -100,6 +103,20 @@ def check_operators_commands(server: Server, url: tuple[str, str], keys: dict[st
     asked = [(line["path"], line["status"]) for line in lines if line["method"] == "POST"]
     paths = ["/pause", "/pause", "/resume", "/reset_prefix_cache", "/abort_request"]
     assert asked == [*((path, 200) for path in paths), ("/abort_request", 404), ("/resume", 401)]
+    check_limits(server)
+
+
+def check_limits(server: Server) -> None:
+    """A key's limit, its name in /metrics, and a deadline."""
+    team = checks.Client(server.url, {"Authorization": f"Bearer {TEAM}"})
+    assert [team.completion(max_tokens=1).status for _ in range(3)] == [200, 200, 429]
+    refused = 'tpserve:key_requests_refused_total{api_key_name="team-a",limit="requests_per_minute",'
+    metrics = team.get("/metrics").body.decode()
+    assert any(line.startswith(refused) and line.endswith(" 1.0") for line in metrics.splitlines()) and TEAM not in metrics
+    quick = checks.Client(server.url, {"Authorization": f"Bearer {KEY}", "X-Request-Timeout": "0.05"})
+    checks.is_error(quick.completion(max_tokens=900, ignore_eos=True), 504, code="request_timeout")
+    lines = [json.loads(line) for line in (server.log_path.parent / "access").read_text().splitlines()]
+    assert [line["status"] for line in lines if line["key"] == "team-a"] == [200, 200, 429]
 
 
 def test_errors_of_one_line(tmp_path: Path) -> None:
