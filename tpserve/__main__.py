@@ -116,6 +116,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume": _deferred("tpserve.admin.control", "resume"),
     "abort": _deferred("tpserve.admin.control", "abort"),
     "reset-prefix-cache": _deferred("tpserve.admin.control", "reset_prefix_cache"),
+    "reload": _deferred("tpserve.admin.reload"),
     "template": _deferred("tpserve.template_command"),
     "completion": _deferred("tpserve.completion_command"),
     "secret": _secret,

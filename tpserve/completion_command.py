@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpserve import template_command
-from tpserve.admin import control, report, status
+from tpserve.admin import control, reload, report, status
 from tpserve.bench.command import BENCHMARKS
 from tpserve.chat import command as chat
 from tpserve.cli.command import Command, HelpWanted, wants_help
@@ -36,6 +36,7 @@ COMMANDS: tuple[Command[Any], ...] = (
     status.COMMAND,
     report.COMMAND,
     *control.COMMANDS,
+    reload.COMMAND,
     template_command.COMMAND,
 )
 OTHERS: dict[str, Values] = {"completion": tuple(SHELLS), "secret": "files", "version": (), "help": tuple(ABOUT)}

@@ -12,6 +12,9 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from tpserve.cli import server_flags
 from tpserve.cli.command import HelpWanted
@@ -21,6 +24,7 @@ from tpserve.cluster.local_leader import LocalLeader, ask_local_leader
 from tpserve.config import env
 from tpserve.config.engine_config import EngineConfig
 from tpserve.config.flags import Flags
+from tpserve.config.reload import RankConfiguration, with_changes
 from tpserve.config.resolve import resolve
 from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.host import resources
@@ -30,10 +34,12 @@ from tpserve.models.load_config import load_model_config
 from tpserve.observe import log
 from tpserve.observe.start_timer import StartTimer
 from tpserve.process.exit_rules import ENDED_CODE
+from tpserve.process.node_configuration import read_configuration
 from tpserve.process.process_utils import allow_many_files, die_with
 from tpserve.process.signals import block_signals
 from tpserve.types.messages import RESTART_CODE
 from tpserve.types.model_files import ModelFiles
+from tpserve.types.model_spec import ModelSpec
 from tpserve.version import __version__
 from tpserve.wire.curve import Keyring
 
@@ -78,8 +84,7 @@ def _run_rank(me: env.RankEnv, argv: list[str]) -> int:
         log.setup(flags.log_level, f"n{me.node_rank} r{me.rank}", lead=me.local_rank == 0, color=color)
         if notice and me.rank == 0:
             logger.info("%s", notice)
-        flags, files, spec = load_model_config(flags, lambda flags: _locate_once_per_node(me, flags))
-        config = resolve(flags, files, spec, resources.of_rank(me))
+        config, spec, configuration = _configure(me, flags)
         interface = _interface(me, config)
     except UserError as error:
         return _report_user_error(me, error, print_it=me.local_rank == 0)
@@ -110,12 +115,37 @@ def _run_rank(me: env.RankEnv, argv: list[str]) -> int:
     gc.enable()
     start_timer.mark("torch")
     try:
-        code = run_rank(config, spec, me, interface, settings, frontend_address, start_timer, log_buffer)
+        code = run_rank(config, spec, me, interface, settings, frontend_address, start_timer, log_buffer, configuration)
     except UserError as error:  # raised before the rank can report it to the coordinator
         code = _report_user_error(me, error, print_it=me.local_rank == 0)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # shutting the interpreter down takes seconds, and destructors of a broken mesh can hang
+
+
+def _configure(me: env.RankEnv, flags: Flags) -> tuple[EngineConfig, ModelSpec, RankConfiguration]:
+    """Resolve the flags, as the last reload has changed them. Raises UserError.
+
+    With flags that cannot be had on this node the rank comes with those of before, and says so in its Hello.
+    """
+    order = read_configuration(me.configuration)
+    if order is None:
+        return (*_resolve(me, flags), RankConfiguration())
+    try:
+        return (*_resolve(me, _changed(flags, order.changes)), RankConfiguration(order.number))
+    except UserError as error:
+        if order.fallback is None:
+            raise
+        return (*_resolve(me, _changed(flags, order.fallback)), RankConfiguration(order.number, str(error)))
+
+
+def _changed(flags: Flags, changes: bytes) -> Flags:
+    return with_changes(flags, msgspec.json.decode(changes, type=dict[str, Any]))
+
+
+def _resolve(me: env.RankEnv, flags: Flags) -> tuple[EngineConfig, ModelSpec]:
+    flags, files, spec = load_model_config(flags, lambda flags: _locate_once_per_node(me, flags))
+    return resolve(flags, files, spec, resources.of_rank(me)), spec
 
 
 def _interface(me: env.RankEnv, config: EngineConfig) -> Interface:

@@ -52,12 +52,14 @@ from tpserve.cluster.retry_log import RetryLog
 from tpserve.config import env
 from tpserve.config.engine_config import EngineConfig
 from tpserve.config.flags import Flags
+from tpserve.config.reload import FrontendJob, Launched
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host.launch import node_interface, rendezvous_address
 from tpserve.host.network import LOOPBACK, Interface, listen, listen_http, os_error_text
 from tpserve.host.resources import available_cores, visible_gpus
 from tpserve.process.fork_client import FIRST_DESCRIPTOR, ForkClient, ForkReply, ForkRequest, ForkserverLost, adopt_orphans
+from tpserve.process.node_configuration import make_configuration_memory
 from tpserve.process.process_utils import end_all_children, exit_text, kill_stopped_in_background, reap_children
 from tpserve.process.signals import SAME_SIGNAL_S
 from tpserve.process.watched_child import WatchedChild
@@ -81,6 +83,7 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     nproc = num_local_ranks(flags, num_gpus)
     machine = Machine(num_all_ranks(flags, nproc), nproc, flags.nnodes, num_gpus, available_cores(), "serve")
     config = resolve(flags, files, spec, machine)
+    launched = Launched(replace(flags, served_model_name=config.served_model_name), spec, machine)
     _wait_for_master_name(flags)
     interface = node_interface(flags)
     if flags.node_rank == 0:
@@ -88,7 +91,7 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     else:  # only a unique name, by which the ranks of this node find each other
         runtime_dir = Path(f"/nowhere/tpserve-{uuid.uuid4().hex}")
     try:
-        return _Supervisor(flags, config, nproc, runtime_dir, interface).run()
+        return _Supervisor(launched, config, nproc, runtime_dir, interface).run()
     finally:
         for directory in (runtime_dir, *runtime_dir.parent.glob(f"{runtime_dir.name}.*")):
             shutil.rmtree(directory, ignore_errors=True)
@@ -119,8 +122,9 @@ class _ExitNow(BaseException):
 class _Supervisor:
     """Starts and watches the children of one node."""
 
-    def __init__(self, flags: Flags, config: EngineConfig, nproc: int, runtime_dir: Path, interface: Interface) -> None:
-        self._flags = flags
+    def __init__(self, launched: Launched, config: EngineConfig, nproc: int, runtime_dir: Path, interface: Interface) -> None:
+        self._launched = launched
+        self._flags = flags = launched.flags
         self._config = config
         self._nproc = nproc
         self._runtime_dir = runtime_dir
@@ -139,6 +143,7 @@ class _Supervisor:
         self._forkserver = WatchedChild("the forkserver")
         self._forks: ForkClient | None = None
         self._url = ""
+        self._configuration = make_configuration_memory()
 
     def run(self) -> int:
         """Start the children, watch them and end them; returns the exit code. Raises UserError before a child is started."""
@@ -226,7 +231,8 @@ class _Supervisor:
         if self._frontend.due_s is not None and self._frontend.due_s <= now:
             assert self._http is not None
             address, nnodes = self._interface.address, self._flags.nnodes
-            process = spawn_frontend(self._runtime_dir, self._config, os.getpid(), nnodes, address, self._http)
+            started = FrontendJob(self._config, self._launched)
+            process = spawn_frontend(self._runtime_dir, started, os.getpid(), nnodes, address, self._http)
             self._frontend.begin(process.pid, process)
 
     def _check_start(self) -> None:
@@ -259,7 +265,8 @@ class _Supervisor:
             nproc=self._nproc,
             master_addr=flags.master_addr or LOOPBACK,
             master_port=flags.master_port,
-            listener=-1 if self._listener is None else FIRST_DESCRIPTOR,
+            listener=-1 if self._listener is None else FIRST_DESCRIPTOR + 1,
+            configuration=FIRST_DESCRIPTOR,
             address=self._interface.address,
             address_derived=flags.interface is None,
             rendezvous_key=key.hex(),
@@ -277,7 +284,7 @@ class _Supervisor:
         )
         environ = env.for_ranks(str(self._runtime_dir), quiet=config.log_level != "debug")
         request = ForkRequest.of(AGENT_MODULE, [], environ, "tpserve agent")
-        descriptors = [] if self._listener is None else [self._listener.fileno()]
+        descriptors = [self._configuration, *([] if self._listener is None else [self._listener.fileno()])]
         with contextlib.suppress(ForkserverLost):  # `_take_exit` sees its end
             forks.request(request, msgspec.json.encode(job), descriptors)
             agent.due_s = None

@@ -100,13 +100,15 @@ class _Node:
             host, port = meeting.store  # another one when node 0's agent was replaced
             own = variables[rank.rank - first] | {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
             weights_socket = FIRST_DESCRIPTOR if job.restart else None
-            environ = env.of_rank(own, restarts, rank.last_exit, weights_socket)
+            configuration = FIRST_DESCRIPTOR + 1 if job.configuration >= 0 else None
+            environ = env.of_rank(own, restarts, rank.last_exit, weights_socket, configuration)
             return ForkRequest.of(job.module, job.argv, environ, rank_name(rank.rank))
 
         first = int(variables[0]["RANK"])
         ranks = [RankProcess(first + local_rank, last_exit=job.last_exit) for local_rank in variables]
+        shared = [job.configuration] if job.configuration >= 0 else []
         new_forkserver = partial(ForkClient.spawn, env.of_agent(), job.argv)
-        self._processes = RankProcesses(self._forkserver, new_forkserver, make_request, ranks, job.restart)
+        self._processes = RankProcesses(self._forkserver, new_forkserver, make_request, ranks, job.restart, shared)
         return self._processes
 
     def _report_failure(self) -> None:

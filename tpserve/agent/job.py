@@ -27,6 +27,8 @@ class AgentJob(Struct, frozen=True, kw_only=True):
     master_port: int = 0
     listener: int = -1
     """On node 0 of several, the descriptor of the socket to which the other nodes connect; else -1."""
+    configuration: int = -1
+    """The descriptor of the memory with the flags of the last reload (`process/node_configuration`); -1 without reloads."""
     address: str = LOOPBACK
     """This node's address, as other nodes use it."""
     address_derived: bool = True

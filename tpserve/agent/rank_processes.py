@@ -17,7 +17,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tpserve.process.fork_client import ForkClient, ForkReply, ForkRequest, ForkserverLost
@@ -60,10 +60,12 @@ class RankProcesses:
         make_request: Callable[[RankProcess], ForkRequest],
         ranks: list[RankProcess],
         restart: bool = True,
+        shared: Sequence[int] = (),
     ) -> None:
         """`make_request`: the request for the next process of a rank. `new_forkserver`: starts one in place of one that died.
 
-        Without `restart` every exit code but 0 ends all ranks.
+        Without `restart` every exit code but 0 ends all ranks; else a rank has the socket of its weights as its first descriptor
+        and `shared` as the next ones.
         """
         self.ranks = ranks
         self._forkserver: ForkClient | None = forkserver
@@ -73,6 +75,7 @@ class RankProcesses:
         self._forkserver_backoff = RestartBackoff()
         self._make_request = make_request
         self._restart = restart
+        self._shared = shared
         self._asked: list[RankProcess] = []
         """Ranks in the order of the requests without a reply."""
         self._terminating = False
@@ -166,7 +169,7 @@ class RankProcesses:
         try:
             if self._restart:
                 with rank.weights.offer() as theirs:
-                    self._forkserver.request(self._make_request(rank), descriptors=[theirs.fileno()])
+                    self._forkserver.request(self._make_request(rank), descriptors=[theirs.fileno(), *self._shared])
             else:
                 self._forkserver.request(self._make_request(rank))
         except ForkserverLost:

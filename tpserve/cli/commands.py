@@ -15,6 +15,7 @@ ABOUT = {
     "resume": "end a pause",
     "abort": "end open requests of a running server, by their ids or all",
     "reset-prefix-cache": "let a running server forget what later requests would find computed",
+    "reload": "let a running server take over other flags, or weights of the same shape, without losing a stream",
     "template": "how a model's reasoning and tool calls are read, and whether that holds",
     "completion": "the script with which bash, zsh or fish completes tpserve's commands and flags",
     "secret": "make a secret that the nodes of a server share",

@@ -30,7 +30,7 @@ def read_kwargs(kwargs: Mapping[str, Any]) -> CommandLine:
         given = vllm.from_keyword(name, value)
         try:
             if given is None and not _is_noop(name, value):
-                values[name] = _read_value(_option(name), value)
+                values[name] = read_value(_option(name), value)
         except UserError as error:
             errors.append(error)
         if given is not None and given.is_accepted:
@@ -107,7 +107,7 @@ def _is_for_llm(option: Option) -> bool:
     return option.about.group not in (HTTP, LAUNCH) and option.name not in _SERVER_ONLY
 
 
-def _read_value(option: Option, value: Any) -> Any:
+def read_value(option: Option, value: Any) -> Any:
     """The checked value. It goes through the command line's text, so that there is one set of bounds."""
     if option.kind is bool or isinstance(value, bool):
         if option.kind is not bool or not isinstance(value, bool):

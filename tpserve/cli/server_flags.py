@@ -87,6 +87,13 @@ def read_line(argv: Sequence[str], overrides: Mapping[str, str] | None = None, *
     return CommandLine(Flags(**values), vllm.accepted_line(accepted))
 
 
+def given_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """The flags that a command line names, by field name, for a server that runs. Raises one UserError with every mistake."""
+    line = _parse_line(normalize_dashes(argv))
+    raise_all(line.errors)
+    return line.values
+
+
 class _ParsedLine(NamedTuple):
     """One command line or --config file: values by field name, errors, and accepted vLLM flags."""
 

@@ -32,6 +32,7 @@ from msgspec import Struct
 from tpserve.cluster.retry_log import RETRY_S, RetryLog
 from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import RankEnv
+from tpserve.config.reload import FrontendJob
 from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.host.network import host_id, host_port, interfaces, os_error_text
 from tpserve.wire.curve import ConnectInfo, CurveClient, Keyring
@@ -114,7 +115,7 @@ def find_frontend(env: RankEnv, config: EngineConfig, address: str, timeout_s: f
             time.sleep(_POLL_S)  # it is starting, or ending after an error
         if not is_frontend_alive(where):
             make_runtime_dir(where)  # a frontend that ended removed it
-            child = spawn_frontend(where, config, env.agent_pid, env.nnodes, address)
+            child = spawn_frontend(where, FrontendJob(config), env.agent_pid, env.nnodes, address)
     found = wait_ready(where, child, deadline_s - time.monotonic())
     keyring = None if found.remote is None else found.remote.keyring(config.cluster_secret_file)
     return FrontendAddress(found.control, address, keyring, found.remote, found.engine, found.pid, where)
@@ -275,7 +276,7 @@ def has_agent_ended(where: Path) -> bool:
 
 
 def spawn_frontend(
-    where: Path, config: EngineConfig, watch_pid: int, nnodes: int, address: str, listener: socket.socket | None = None
+    where: Path, job: FrontendJob, watch_pid: int, nnodes: int, address: str, listener: socket.socket | None = None
 ) -> "subprocess.Popen[bytes]":
     """Start a frontend in its own session. It ends when the process `watch_pid` ends.
 
@@ -288,7 +289,7 @@ def spawn_frontend(
     assert child.stdin is not None
     try:
         with child.stdin:
-            child.stdin.write(msgspec.json.encode(config))
+            child.stdin.write(msgspec.json.encode(job))
     except BrokenPipeError:
         pass  # it ended at once; its record has the reason
     return child

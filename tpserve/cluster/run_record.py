@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from tpserve.config.reload import Candidate
 from tpserve.types.messages import PauseMode
 from tpserve.wire.curve import ConnectInfo
 
@@ -22,6 +23,10 @@ class RunRecord(Struct, frozen=True):
     facts: dict[str, int] = {}
     remote: ConnectInfo | None = None
     pause: PauseMode | None = None
+    configuration: int = 0
+    """The number of the configuration that ranks shall have."""
+    reloaded: Candidate | None = None
+    """What the last reload has changed."""
 
 
 def read_run(where: Path) -> RunRecord:

@@ -56,6 +56,7 @@ TORCH_CPP_LOG_LEVEL                   ERROR, unless set already or --log-level d
 set by `tpserve serve`'s agent for ranks that it starts again
 TPSERVE_LAST_EXIT                     RankEnv.last_exit
 TPSERVE_WEIGHTS_SOCKET                RankEnv.weights_socket: the descriptor of the socket for the rank's packed weights
+TPSERVE_CONFIGURATION                 RankEnv.configuration: the descriptor of the memory with the flags of the last reload
 
 set by a forkserver for itself while it imports torch
 OPENBLAS_NUM_THREADS                  1: NumPy's library, if there is one, would start a thread for each core
@@ -110,8 +111,9 @@ class RankEnv:
     restart_count: int = 0
     job: str = ""
     last_exit: str = ""
-    weights_socket: int = -1
     """How the process that was this rank before has ended, such as "SIGSEGV" or "exit code 1"; empty for the first one."""
+    weights_socket: int = -1
+    configuration: int = -1
 
 
 def under_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
@@ -159,6 +161,7 @@ def rank_env(environ: Mapping[str, str] = os.environ) -> RankEnv:
         job=environ.get("TPSERVE_JOB", ""),
         last_exit=environ.get("TPSERVE_LAST_EXIT", ""),
         weights_socket=number("TPSERVE_WEIGHTS_SOCKET", -1),
+        configuration=number("TPSERVE_CONFIGURATION", -1),
     )
 
 
@@ -299,12 +302,17 @@ def of_rank(
     restarts: int,
     last_exit: str,
     weights_socket: int | None,
+    configuration: int | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> dict[str, str]:
-    """The environment of a rank: the agent's, what torchrun sets, how the process before it ended, where its weights are."""
+    """The environment of a rank: the agent's, what torchrun sets, how the process before it ended, where its weights are.
+
+    `weights_socket`, `configuration`: numbers of descriptors in the rank; None without one.
+    """
     defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}  # as torchrun
     counted = {"TORCHELASTIC_RESTART_COUNT": str(restarts), "TPSERVE_LAST_EXIT": last_exit}
-    where = {} if weights_socket is None else {"TPSERVE_WEIGHTS_SOCKET": str(weights_socket)}
+    descriptors = {"TPSERVE_WEIGHTS_SOCKET": weights_socket, "TPSERVE_CONFIGURATION": configuration}
+    where = {name: str(number) for name, number in descriptors.items() if number is not None}
     return {**defaults, **environ, **torch_variables, **counted, **where}
 
 

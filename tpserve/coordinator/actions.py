@@ -4,6 +4,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from tpserve.coordinator.configurations import Configuration
 from tpserve.coordinator.roster import Peer
 from tpserve.types.messages import CoordinatorMessage, ExpertLoad, LogLines
 
@@ -39,9 +40,23 @@ class RankLost(Struct, frozen=True):
 
 
 class EpochLost(Struct, frozen=True):
-    """A fault ended the epoch, and the ranks form the next one. Open requests wait."""
+    """A fault ended the epoch, and the ranks form the next one. Open requests wait. `planned`: no fault, but a reload."""
 
     epoch: int
+    reason: str
+    planned: bool = False
+
+
+class Reloaded(Struct, frozen=True):
+    """An epoch is about to run with another configuration. EpochReady follows."""
+
+    configuration: Configuration
+
+
+class ReloadFailed(Struct, frozen=True):
+    """The ranks could not start with another configuration, for this `reason`: the one before comes back, under a new number."""
+
+    configuration: Configuration
     reason: str
 
 
@@ -60,4 +75,16 @@ class EpochFinished(Struct, frozen=True):
     """The service ended on request: exit code 0."""
 
 
-Action = SendMessage | EpochStarting | EpochReady | RankLost | EpochLost | EpochFailed | EpochFinished | ExpertLoad | LogLines
+Action = (
+    SendMessage
+    | EpochStarting
+    | EpochReady
+    | RankLost
+    | EpochLost
+    | Reloaded
+    | ReloadFailed
+    | EpochFailed
+    | EpochFinished
+    | ExpertLoad
+    | LogLines
+)

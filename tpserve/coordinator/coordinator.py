@@ -9,6 +9,9 @@ carry out, in order. Nothing is awaited, opened or read here. The table `NEXT_ST
     DRAINING  open requests finish                     -> STOPPED    once the request table is empty: Stop(0) to all, Finished
     STOPPED   the last state; every later message of a rank is answered with Stop
 
+A reload is a planned recovery: from RUN to FORMING with Reconfigure in place of Leave, so that every rank starts again with other
+flags. Until an epoch has run with them they are on trial: any failure takes them back, and Reconfigure says the flags of before.
+
 The one rule of recovery: a fault of a rank leads from STARTING, RUN and DRAINING back to FORMING. The rank that failed gets
 Stop(RESTART_CODE), or is dead; its agent starts it again. All others get Leave, keep their weights and say Hello once more. Open
 requests wait meanwhile, and are sent to the engine again after EpochReady. The service ends (Stop(code) to all, EpochFailed) when
@@ -42,12 +45,15 @@ from tpserve.coordinator.actions import (
     EpochReady,
     EpochStarting,
     RankLost,
+    Reloaded,
+    ReloadFailed,
     SendMessage,
 )
 from tpserve.coordinator.config_check import mismatch
+from tpserve.coordinator.configurations import Configuration, Configurations
 from tpserve.coordinator.epoch_state import NEXT_STATE, EpochEvent, EpochState
 from tpserve.coordinator.restart_intensity import RestartIntensity, cause_of_exit
-from tpserve.coordinator.roster import Peer, RankInfo, Roster
+from tpserve.coordinator.roster import Member, Peer, RankInfo, Roster
 from tpserve.observe.table import of_ranks
 from tpserve.types.messages import (
     RESTART_CODE,
@@ -93,10 +99,12 @@ class Coordinator:
         drain_timeout_s: float = 25.0,
         epoch: int = 0,
         facts: dict[str, int] | None = None,
+        configuration: Configuration | None = None,
     ) -> None:
         """`restarts`: somebody starts dead ranks again. `form_timeout_s` bounds the first start and `recovery_timeout_s` a
         recovery, counted from the last progress of any rank (it may be downloading weights). `drain_timeout_s` bounds DRAINING
-        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`, `facts`: of a coordinator before this one.
+        (torchrun kills its ranks 30 s after a SIGTERM). `epoch`, `facts`, `configuration`: of a coordinator before this
+        one.
         """
         self.state = EpochState.FORMING
         self.epoch = epoch
@@ -109,6 +117,10 @@ class Coordinator:
         self.recoveries = 0
         """Epochs that ran after a fault."""
         self._roster = Roster(world_size)
+        self.configurations = Configurations(configuration or Configuration())
+        self._before_reload: tuple[dict[str, int], list[MemoryLedger]] = {}, []
+        self._planned = False
+        """Whether the ranks form an epoch because of a reload, and not of a fault."""
         self._ledgers: list[MemoryLedger] = []
         """Of every rank, as the ranks agreed in the first epoch; empty before."""
         self._intensity = RestartIntensity()
@@ -217,7 +229,8 @@ class Coordinator:
             self._roster.reset_timers(now)
         if self.state is EpochState.STOPPED:
             return []
-        limit_s = LOST_S if self.state in (EpochState.RUN, EpochState.DRAINING) or self.recovering else LOST_STARTING_S
+        serving = self.state in (EpochState.RUN, EpochState.DRAINING) or self.recovering
+        limit_s = LOST_S if serving and not self.configurations.on_trial else LOST_STARTING_S
         for i, rank in enumerate(self._roster):
             if (rank.hello is not None or rank.over) and not rank.lost and now - rank.last_message_s > limit_s:
                 rank.lost = True
@@ -243,6 +256,23 @@ class Coordinator:
             return []
         return self._enter_state("drained", now)
 
+    def reload(self, changes: bytes, now: float) -> list[Action]:
+        """Start all ranks again with other flags: a JSON object of those that differ from the flags of the start.
+
+        No effect unless RUN.
+        """
+        if self.state is not EpochState.RUN or not self.restarts:
+            return []
+        epoch, self._before_reload = self.epoch, (self.facts, self._ledgers)
+        self.configurations.begin(changes)
+        self.reason, self._ledgers, self._planned = "an operator reloads", [], True
+        return [*self._enter_state("reload", now), EpochLost(epoch, self.reason, planned=True)]
+
+    def set_timeouts(self, form_timeout_s: float, recovery_timeout_s: float, drain_timeout_s: float) -> None:
+        """Change what the constructor has got."""
+        self._form_timeout_s, self._recovery_timeout_s = form_timeout_s, recovery_timeout_s
+        self._drain_timeout_s = drain_timeout_s
+
     def note_token(self) -> None:
         """The engine has produced a token: faults before it do not count any more."""
         self._intensity.note_token()
@@ -255,8 +285,11 @@ class Coordinator:
 
     def _on_hello(self, peer: Peer, message: Hello, now: float) -> list[Action]:
         rank = self._roster[peer.rank]
-        if rank.over:
+        rank.configuration = message.configuration
+        if rank.over or self._is_outdated(rank):
             return [self._leave(peer)]
+        if message.refused:
+            return self._give_up(2, f"rank {peer.rank} on {message.host}: {message.refused}", now)
         if self.state is not EpochState.FORMING:
             return [self._start(peer)] if rank.hello is not None and rank.ready is None else []
         if rank.hello is not None:
@@ -264,7 +297,7 @@ class Coordinator:
         why = mismatch(self._roster.taking_part(), message)
         rank.hello, self._progress_s = message, now
         if why:
-            return self._end(2, why, now)
+            return self._give_up(2, why, now)
         if too_many := self._intensity.note_fault(cause_of_exit(message.last_exit), now):
             return self._end_after(too_many, now)
         return self._enter_state("all_joined", now) if self._roster.complete else []
@@ -275,7 +308,7 @@ class Coordinator:
             return []
         if self.state is EpochState.STARTING:
             rank.ready = message
-            return self._enter_state("all_ready", now) if all(r.ready for r in self._roster) else []
+            return self._all_ready(now) if all(r.ready for r in self._roster) else []
         return [SendMessage(peer, Run(self.epoch))] if self.state in (EpochState.RUN, EpochState.DRAINING) else []
 
     def _on_heartbeat(self, peer: Peer, message: Heartbeat, now: float) -> list[Action]:
@@ -291,6 +324,11 @@ class Coordinator:
 
     def _on_fault(self, peer: Peer, message: Fault, now: float) -> list[Action]:
         rank = self._roster[peer.rank]
+        if self._is_outdated(rank):
+            return [self._leave(peer)]
+        if self.configurations.on_trial:
+            rank.configuration = self.configurations.current.number  # it may have failed before its Hello
+            return self._take_back(f"{self._roster.describe(peer.rank)}: {message.text}", now)
         if message.kind == "user":
             return self._end(2, message.text, now)
         if rank.over:
@@ -326,8 +364,9 @@ class Coordinator:
             self.epoch += 1
             return [EpochStarting(self.epoch), *(self._start(peer) for peer in self._roster.peers)]
         if self.state is EpochState.RUN:
+            changed = [Reloaded(self.configurations.current)] if self.configurations.on_trial else []
             self._note_ready()
-            actions = [*self._to_all(Run(self.epoch)), EpochReady(self.epoch, self._intensity.take_worst())]
+            actions = [*self._to_all(Run(self.epoch)), *changed, EpochReady(self.epoch, self._intensity.take_worst())]
             return actions if self._draining_s is None else [*actions, *self._enter_state("drain", now)]
         if self.state is EpochState.DRAINING:
             return self._to_all(Drain())
@@ -345,7 +384,9 @@ class Coordinator:
     def _note_ready(self) -> None:
         """Keep what later epochs and operators need of the ranks that are ready."""
         readies = [rank.ready for rank in self._roster if rank.ready is not None]
-        self.recoveries += bool(self.facts)
+        self.recoveries += bool(self.facts) and not self._planned
+        self._planned = False
+        self.configurations.accept()
         self.facts, self._ledgers = dict(readies[0].facts), [ready.ledger for ready in readies]
 
     def _fail_epoch(self, reason: str, now: float, advice: str = "", cause: Cause = "outside") -> list[Action]:
@@ -354,6 +395,8 @@ class Coordinator:
             return []
         if not self.restarts:
             return self._end(1, reason, now, advice)
+        if self.configurations.on_trial:
+            return self._take_back(reason, now)
         if self.state is EpochState.FORMING:
             return []  # nothing runs yet; the failed rank is missing, as before
         self.reason, self.advice, self.last_fault = reason, advice, reason
@@ -363,7 +406,27 @@ class Coordinator:
         return [*self._enter_state("fault", now), EpochLost(epoch, reason)]
 
     def _end_after(self, faults: str, now: float) -> list[Action]:
-        return self._end(1, f"{faults}, the last: {self.reason}", now, self.advice)
+        return self._give_up(1, f"{faults}, the last: {self.reason}", now, self.advice)
+
+    def _give_up(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
+        """The ranks cannot start: end the service, or take back what is on trial."""
+        return self._take_back(reason, now) if self.configurations.on_trial else self._end(code, reason, now, advice)
+
+    def _take_back(self, reason: str, now: float) -> list[Action]:
+        """The configuration on trial has failed: all ranks start again with the one before."""
+        self.configurations.take_back()
+        self.facts, self._ledgers = self._before_reload
+        self.reason = reason
+        return [*self._enter_state("reload", now), ReloadFailed(self.configurations.current, reason)]
+
+    def _all_ready(self, now: float) -> list[Action]:
+        """Every rank can run plans. A reload may not shorten sequences: open requests may be as long as before."""
+        first = self._roster[0].ready
+        assert first is not None
+        length, before = (facts.get("max_model_len", 0) for facts in (first.facts, self.facts))
+        if self.configurations.on_trial and length < before:
+            return self._take_back(f"sequences could have {length:,} tokens, before {before:,}", now)
+        return self._enter_state("all_ready", now)
 
     def _end(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
         """End the service and keep the reason."""
@@ -380,7 +443,7 @@ class Coordinator:
         waited_for = of_ranks(self._roster.missing or self._roster.loading)
         why = f"{waited_for} did not come {'back ' * self.recovering}within {limit_s:g} s"
         why = f"{why}, after {self.reason}" if self.recovering and self.reason else why
-        return self._end(1, why, now, self.advice or "see what the log of each node says")
+        return self._give_up(1, why, now, self.advice or "see what the log of each node says")
 
     # Helpers
 
@@ -403,7 +466,13 @@ class Coordinator:
         return SendMessage(peer, Stop(code, f"a newer process has taken the place of rank {peer.rank}"))
 
     def _leave(self, peer: Peer) -> SendMessage:
+        """The answer to a rank whose epoch is over, or whose configuration is."""
+        if self._is_outdated(self._roster[peer.rank]):
+            return SendMessage(peer, self.configurations.order(self.reason))
         return SendMessage(peer, Leave(self.epoch, self.reason))
+
+    def _is_outdated(self, rank: Member) -> bool:
+        return rank.configuration is not None and rank.configuration != self.configurations.current.number
 
     def _to_all(self, message: CoordinatorMessage) -> list[Action]:
         return [SendMessage(peer, message) for peer in self._roster.peers]

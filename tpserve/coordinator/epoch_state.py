@@ -14,7 +14,7 @@ class EpochState(Enum):
     STOPPED = "stopped"
 
 
-EpochEvent = Literal["all_joined", "all_ready", "drain", "drained", "fault", "fatal"]
+EpochEvent = Literal["all_joined", "all_ready", "drain", "drained", "fault", "reload", "fatal"]
 
 NEXT_STATE: dict[tuple[EpochState, EpochEvent], EpochState] = {
     (EpochState.FORMING, "all_joined"): EpochState.STARTING,
@@ -23,6 +23,9 @@ NEXT_STATE: dict[tuple[EpochState, EpochEvent], EpochState] = {
     (EpochState.RUN, "fault"): EpochState.FORMING,
     (EpochState.RUN, "drain"): EpochState.DRAINING,
     (EpochState.DRAINING, "fault"): EpochState.FORMING,
+    (EpochState.RUN, "reload"): EpochState.FORMING,
+    (EpochState.FORMING, "reload"): EpochState.FORMING,
+    (EpochState.STARTING, "reload"): EpochState.FORMING,
     (EpochState.DRAINING, "drained"): EpochState.STOPPED,
     (EpochState.FORMING, "drained"): EpochState.STOPPED,
     (EpochState.STARTING, "drained"): EpochState.STOPPED,

@@ -43,6 +43,8 @@ class Member:
     number: int = 0
     identity: int = -1
     over: bool = False
+    configuration: int | None = None
+    """Of its Hello; None before."""
     lost: bool = False
     """It was silent for too long, and that is reported."""
     hello: Hello | None = None

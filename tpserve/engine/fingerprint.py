@@ -36,7 +36,7 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
         "triton": _version("triton"),
         "llguidance": _version("llguidance"),
         "CUDA": str(torch.version.cuda),
-        "model config": _digest(spec),
+        "model config": digest(spec),
         **{_display_name(name): _text(value) for name, value in config.shared().items()},
     }
     if config.device == "cuda":
@@ -48,6 +48,12 @@ def fingerprint(config: EngineConfig, spec: ModelSpec) -> dict[str, str]:
         found = weight_files(directory, only_safetensors=config.load_format == "safetensors")
         agree |= {f"{WEIGHTS}{name}": sample for name, sample in samples(directory, found).items()}
     return agree
+
+
+def of_answers(facts: dict[str, str], config: EngineConfig) -> dict[str, str]:
+    """Those of `fingerprint` that decide answers and packed weights: without flags that only decide how the server works."""
+    others = {_display_name(name) for name in config.shared().keys() - config.of_answers().keys()}
+    return {name: text for name, text in facts.items() if name not in others}
 
 
 def processor(device: torch.device, dtype: str, spec: ModelSpec) -> tuple[dict[str, str], dict[str, str]]:
@@ -70,7 +76,8 @@ def driver() -> str:
     return found[0] if found else "unknown"
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """A short digest of a value of JSON."""
     return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:12]
 
 

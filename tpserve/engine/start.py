@@ -24,8 +24,9 @@ from tpserve.cluster.discovery import (
 )
 from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import RankEnv, user_set_interface
+from tpserve.config.reload import RankConfiguration
 from tpserve.engine import connectivity, verify
-from tpserve.engine.fingerprint import fingerprint, processor
+from tpserve.engine.fingerprint import digest, fingerprint, of_answers, processor
 from tpserve.engine.frames import check_frames
 from tpserve.engine.loop import Engine
 from tpserve.engine.rank_zero_sockets import RankZeroSockets
@@ -43,6 +44,7 @@ from tpserve.parallel.mesh import Mesh
 from tpserve.parallel.split import split_heads
 from tpserve.parallel.store import agent_store, join_store
 from tpserve.process.exit_rules import ENDED_CODE
+from tpserve.process.node_configuration import write_configuration
 from tpserve.process.orders import EpochOver, Stopped
 from tpserve.process.process_utils import kill_stopped, kill_stopped_in_background, live_children
 from tpserve.process.rank_agent import STOP_WAIT_S, RankAgent
@@ -78,12 +80,13 @@ def run_rank(
     frontend_address: FrontendAddress | None,
     start_timer: StartTimer,
     log_buffer: LogRingBuffer,
+    configuration: RankConfiguration,
 ) -> int:
     """Serve until the coordinator sends Stop. Returns the process's exit code.
 
     `interface`: this node's interface to other nodes. `settings`: the environment variables of NCCL and gloo that the user set.
     `frontend_address`: None on ranks of other nodes, which learn it over torchrun's store. `start_timer` has timed the process so
-    far; `log_buffer` holds this process's log, for operators.
+    far; `log_buffer` holds this process's log, for operators. `configuration`: which one `config` is.
     """
     store = None
     if env.nnodes > 1 and (frontend_address is None or env.rank == 0):
@@ -96,7 +99,7 @@ def run_rank(
         publish_frontend(env, frontend_address, store)
     node_address = None if user_set_interface(settings, config.all_reduce) else interface.address
     node = NodeInfo(env.node_rank, interface.address, host_id(), settings, visible_gpus())
-    rank = _ServingRank(config, spec, env, node, node_address, start_timer)
+    rank = _ServingRank(config, spec, env, node, node_address, start_timer, configuration)
     while True:
         code = _take_part(rank, frontend_address, log_buffer)
         if code is not None:
@@ -123,6 +126,7 @@ def _take_part(rank: "_ServingRank", frontend_address: FrontendAddress, log_buff
         on_failure=partial(_clean_up, env, frontend_address),
         failure_code=ENDED_CODE if env.runtime_dir is not None else 1,
         frontend_returns_s=config.recovery_timeout if returns else None,
+        on_reconfigure=None if env.configuration < 0 else partial(write_configuration, env.configuration),
     )
     rank_agent.report_log(log_buffer)
     log_buffer.on_error = rank_agent.wake
@@ -179,6 +183,7 @@ class _ServingRank:
         node: NodeInfo,
         node_address: str | None,
         start_timer: StartTimer,
+        configuration: RankConfiguration,
     ) -> None:
         """`node_address`: this node's address for gloo and NCCL; None when the user chose their interface."""
         self.config = config
@@ -187,11 +192,13 @@ class _ServingRank:
         self.took_part = False
         self._spec = spec
         self._node_address = node_address
+        self._configuration = configuration
         self._start_timer = start_timer
         self._trace = Trace(config.step_trace, env.rank)
         self._device = torch.device("cpu")
         self._model: LoadedModel | None = None
         self._fingerprint: dict[str, str] = {}
+        self._answers: dict[str, str] = {}
         self._traits: dict[str, str] = {}
         self._rank_agent: RankAgent
         self._frontend_address: FrontendAddress
@@ -221,8 +228,9 @@ class _ServingRank:
         start_timer.mark("download")
         stage_facts, self._traits = processor(self._device, config.dtype, self._spec)
         self._fingerprint = fingerprint(config, self._spec)
+        self._answers = of_answers(self._fingerprint, config)
         compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
-        return LoadedModel(config, self._spec, env, stage_facts, self._fingerprint, compiled, self._report_progress)
+        return LoadedModel(config, self._spec, env, stage_facts, self._answers, compiled, self._report_progress)
 
     def _compiled_grammars(self) -> CompiledGrammars | None:
         """On ranks of the last stage, which sample; a thread begins to read the tokenizer."""
@@ -247,6 +255,8 @@ class _ServingRank:
             model.processor,
             model.ledger,
             env.last_exit if start_timer.first else "",
+            *self._configuration,
+            digest(self._answers),
         )
         start = rank_agent.wait_start()
         start_timer.mark("all ranks")

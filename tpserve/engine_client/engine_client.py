@@ -15,18 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+from msgspec.json import encode
 from msgspec.structs import replace
 
 from tpserve.cluster.discovery import AgentFailure, FrontendRecord, has_agent_ended, read_failure, write_frontend
-from tpserve.cluster.run_record import read_run, write_run
+from tpserve.cluster.run_record import RunRecord, read_run, write_run
 from tpserve.config.engine_config import EngineConfig
-from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, EpochLost, EpochReady, EpochStarting
+from tpserve.config.reload import Candidate, Launched
+from tpserve.coordinator.actions import (
+    Action,
+    EpochFailed,
+    EpochFinished,
+    EpochLost,
+    EpochReady,
+    EpochStarting,
+    Reloaded,
+    ReloadFailed,
+)
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
+from tpserve.coordinator.configurations import Configuration
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.epoch_state import EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
 from tpserve.engine_client.control import EngineControl
 from tpserve.engine_client.recovery import SEAMLESS, Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
+from tpserve.engine_client.reloads import ReloadRecord, Reloads, busy
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
 from tpserve.engine_client.status import EngineState, EngineStatus
@@ -87,6 +100,7 @@ class EngineClient:
             time.monotonic(),
             epoch=self._run.epoch,
             facts=self._run.facts,
+            configuration=_configuration(self._run),
             restarts=restarts,
             form_timeout_s=config.start_timeout,
             recovery_timeout_s=config.recovery_timeout,
@@ -114,6 +128,9 @@ class EngineClient:
         metrics = Metrics(name, config.block_size, vllm_names=config.metrics_compat == "vllm")
         self.request_table = RequestTable(self._send_to_engine, metrics)
         self.request_table.on_stats = self._on_stats
+        self._reloads = Reloads(metrics)
+        self.on_reloaded: Callable[[Candidate], None] = lambda _: None
+        """Gets a configuration with which an epoch is about to run."""
         self.control = EngineControl(self._send_to_engine, self._keep_pause, self._run.pause)
         if self.control.mode is not None:
             logger.warning("the server is paused (%s), as before its frontend was started again", self.control.mode)
@@ -168,7 +185,27 @@ class EngineClient:
         """The JSON value of /server_info."""
         c = self._coordinator
         logs, faults = (self._log_buffer, self._rank_logs), self._recovery.faults
-        return server_info(self._config, self.status(), c.epoch, c.ranks, time.monotonic(), *logs, faults)
+        reloads = self._reloads.records
+        return server_info(self._config, self.status(), c.epoch, c.ranks, time.monotonic(), *logs, faults, reloads)
+
+    def present(self, config: EngineConfig, launched: Launched) -> Candidate:
+        """What the server runs with, `launched`; its changes are those that a frontend before this one has made."""
+        return self._run.reloaded or Candidate({}, launched, config)
+
+    async def reload(self, candidate: Candidate) -> ReloadRecord:
+        """Start all ranks again with another configuration. Returns when an epoch runs with it, or again with the one before.
+
+        Open requests go on. UserError 409 unless an epoch runs now.
+        """
+        now = time.monotonic()
+        if self._reloads.running is not None or not (actions := self._coordinator.reload(encode(candidate.changes), now)):
+            raise busy()
+        self._keep(configuration=self._coordinator.configurations.next_start.number)  # before a rank hears of it
+        record = self._reloads.begin(candidate, now)
+        logger.info("reload: %s", ", ".join(f"{name}={value}" for name, value in candidate.changes.items()) or "the same flags")
+        self._rank_monitor.perform(actions)
+        await record.ended.wait()
+        return record
 
     async def serve(self, watch_pid: int, *, supervised: bool = False) -> int:
         """Run until the service and the ranks on this host have ended; returns the exit code.
@@ -300,22 +337,39 @@ class EngineClient:
         match action:
             case EpochStarting(epoch):
                 self._keep(epoch=epoch)
+            case Reloaded(configuration):
+                self._adopt(configuration.number)
+            case ReloadFailed(configuration, reason):
+                self._keep(configuration=configuration.number)
+                self._reloads.failed(reason)
             case EpochReady():
                 self._keep(facts=self._coordinator.facts)
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
                 self._log_numerics()
                 self._on_epoch_news(action)
+                self._reloads.ready(time.monotonic(), self._recovery.last_resumption)
             case EpochFailed() | EpochFinished():
+                self._reloads.stop(self._coordinator.reason)
                 self._end(action)
             case ExpertLoad(_, _, layers, tokens):
                 self.request_table.metrics.experts(layers, tokens)
             case LogLines(rank, start, lines, last_error) if 0 <= rank < len(self._rank_logs):
                 self._rank_logs[rank].take(start, lines, last_error)
-            case EpochLost(epoch, reason):
-                logger.warning("%s; epoch %d is over, open requests: %d", reason, epoch, self.request_table.num_open)
+            case EpochLost(epoch, reason, planned):
+                level = logging.INFO if planned else logging.WARNING
+                logger.log(level, "%s; epoch %d is over, open requests: %d", reason, epoch, self.request_table.num_open)
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
             case _:
                 self._carry_out(self._recovery.on_action(action, time.monotonic()))
+
+    def _adopt(self, number: int) -> None:
+        """An epoch runs with the configuration that was on trial."""
+        candidate = self._reloads.candidate
+        assert candidate is not None
+        self._keep(configuration=number, reloaded=candidate)
+        self._config = config = candidate.config
+        self._coordinator.set_timeouts(config.start_timeout, config.recovery_timeout, config.drain_timeout)
+        self.on_reloaded(candidate)
 
     def _keep(self, **fields: Any) -> None:
         """Write down what the next frontend needs."""
@@ -337,9 +391,9 @@ class EngineClient:
                     self.control.detach()
                 case SendInputs(inputs):
                     self._send_to_engine(inputs)
-                case Recovered(epoch, took_s):
-                    num_open = self.request_table.num_open
-                    logger.info("recovered in %.2f s: epoch %d runs, open requests: %d", took_s, epoch, num_open)
+                case Recovered(epoch, took_s, planned):
+                    num_open, what = self.request_table.num_open, "ranks started again" if planned else "recovered"
+                    logger.info("%s in %.2f s: epoch %d runs, open requests: %d", what, took_s, epoch, num_open)
 
     def _log_numerics(self) -> None:
         if (numerics_text := numerics(self._coordinator.ranks)) not in (INVARIANT, NOT_PROMISED):
@@ -369,3 +423,9 @@ def _state(coordinator: Coordinator) -> EngineState:
     if coordinator.state is EpochState.RUN:
         return "running"
     return "recovering" if coordinator.recovering else "starting"
+
+
+def _configuration(run: RunRecord) -> Configuration:
+    """What the frontend before this one has left to the ranks."""
+    changes = {} if run.reloaded is None else run.reloaded.changes
+    return Configuration(run.configuration, encode(changes))

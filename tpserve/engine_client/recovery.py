@@ -51,10 +51,11 @@ class SendInputs(Struct, frozen=True):
 
 
 class Recovered(Struct, frozen=True):
-    """`epoch` runs after a fault, `took_s` seconds later."""
+    """`epoch` runs after a fault, or after a reload that was `planned`, `took_s` seconds later."""
 
     epoch: int
     took_s: float
+    planned: bool = False
 
 
 EngineAction = Attach | Detach | SendInputs | Recovered
@@ -68,10 +69,14 @@ class Recovery:
         self._request_table = request_table
         self._lost_s: float | None = None
         """When the last epoch ended by a fault; None while one runs."""
-        self._processors: list[object] = []
-        """What the ranks of the first epoch computed with."""
+        self._numerics: list[object] = []
+        """What the ranks of the first epoch, or of the first after a reload, computed with."""
+        self._planned = False
+        """Whether a reload has ended the last epoch."""
         self.resumption: Resumption | None = None
         """How an answer that a fault interrupts goes on; None before the first epoch runs."""
+        self.last_resumption: Resumption | None = None
+        """How those went on that were open when the last epoch began."""
         self.faults: deque[FaultRecord] = deque(maxlen=MAX_FAULTS)
         """The last faults, oldest first."""
         request_table.suspend()  # requests of an earlier frontend may come before the first engine
@@ -81,13 +86,14 @@ class Recovery:
         table = self._request_table
         match action:
             case EpochReady():
-                self._note_processors()
+                self._note_numerics()
                 recovered = self._recovered(action, now)
                 return [Attach(self._coordinator.hellos[0].identity), *recovered, *self._resubmit(action.cause)]
-            case EpochLost(epoch, reason):
+            case EpochLost(epoch, reason, planned):
                 if self._lost_s is None:
-                    self._lost_s = now
-                    self.faults.append(FaultRecord(epoch, reason, now))
+                    self._lost_s, self._planned = now, planned
+                    if not planned:
+                        self.faults.append(FaultRecord(epoch, reason, now))
                 table.suspend()
                 return [Detach()]
             case EpochFailed(_, reason, _):
@@ -106,21 +112,31 @@ class Recovery:
         """What no event reports: a drain is over when no request is open."""
         return self._coordinator.drained(now) if self._request_table.num_open == 0 else []
 
-    def _note_processors(self) -> None:
-        """An answer goes on exactly where a row's bits do not depend on its company, on the processors with which it began."""
+    def _note_numerics(self) -> None:
+        """An answer goes on exactly where a row's bits do not depend on its company, on the processors with which it began.
+
+        After a reload to other weights that holds for answers that begin from now on.
+        """
         ranks = self._coordinator.ranks
-        now = [(rank.hello.processor if rank.hello else None, rank.ready.numerics if rank.ready else None) for rank in ranks]
-        self._processors = self._processors or list(now)
-        exact = numerics(ranks) == INVARIANT and self._processors == now
+        now = [(rank.hello and (rank.hello.processor, rank.hello.answers), rank.ready and rank.ready.numerics) for rank in ranks]
+        other_weights = self._planned and self._numerics != now
+        if other_weights:
+            self._request_table.note_other_weights()
+        if other_weights or not self._numerics:
+            self._numerics = list(now)
+        exact = numerics(ranks) == INVARIANT and self._numerics == now
         self.resumption = EXACT if exact else SEAMLESS
+        self.last_resumption = SEAMLESS if other_weights else self.resumption
 
     def _recovered(self, ready: EpochReady, now: float) -> list[EngineAction]:
         if self._lost_s is None:
             return []
         took_s, self._lost_s = now - self._lost_s, None
-        self.faults[-1].took_s = took_s
-        self._request_table.metrics.recovered(ready.cause, took_s)
-        return [Recovered(ready.epoch, took_s)]
+        planned, self._planned = self._planned, False
+        if not planned:
+            self.faults[-1].took_s = took_s
+            self._request_table.metrics.recovered(ready.cause, took_s)
+        return [Recovered(ready.epoch, took_s, planned)]
 
     def _resubmit(self, cause: Cause) -> list[EngineAction]:
         """A new engine knows nothing."""

@@ -67,6 +67,8 @@ class RequestState:
     cached_tokens: int = 0
     queue_s: float = 0.0
     closed: bool = False
+    of_other_weights: bool = False
+    """Some of its output was drawn with weights, or numerics, that a reload has replaced."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -112,6 +114,11 @@ class RequestHandle:
         """Sleep until there is output to take or the handle has ended; without streaming only the end wakes."""
         await self._wake.wait()
         self._wake.clear()
+
+    @property
+    def of_other_weights(self) -> bool:
+        """Whether a reload has changed the weights, or the numerics, in the middle of it."""
+        return any(sequence.of_other_weights for sequence in self.sequences)
 
     def wake(self) -> None:
         """Let `wait` return, though there may be nothing to take."""
@@ -211,6 +218,11 @@ class RequestTable:
             for sequence in sequences:
                 self._fail(sequence, f"the request cannot be sent to the engine: {error}", 500)
 
+    def note_other_weights(self) -> None:
+        """The next engine draws other tokens than the one before: what has begun goes on, seamless but not identical."""
+        for sequence in self._open.values():
+            sequence.of_other_weights = sequence.of_other_weights or bool(sequence.tokens)
+
     def resubmission(self, cause: Cause) -> list[EngineInput]:
         """What a new engine has to know first. `cause`: of the faults before it. Fails requests that kill engines."""
         for id in self._quarantine.judge(cause):
@@ -223,7 +235,7 @@ class RequestTable:
     def _adds(self, ids: Sequence[int]) -> list[EngineInput]:
         """The open sequences of `ids`, with their output so far."""
         found = [self._open[id] for id in ids if id in self._open]
-        return [Add(replace(sequence.request, output=sequence.tokens.tobytes())) for sequence in found]
+        return [Add(replace(s.request, output=s.tokens.tobytes(), redraw=not s.of_other_weights)) for s in found]
 
     def _submit(self, ids: Sequence[int]) -> None:
         if ids and (adds := self._adds(ids)):

@@ -7,6 +7,7 @@ from msgspec.structs import asdict
 
 from tpserve.config.engine_config import EngineConfig
 from tpserve.coordinator.roster import RankInfo
+from tpserve.engine_client.reloads import ReloadRecord
 from tpserve.engine_client.status import EngineStatus, FaultRecord
 from tpserve.observe.log import LogRingBuffer
 from tpserve.types.layout import ParallelLayout
@@ -25,6 +26,7 @@ def server_info(
     log_buffer: LogRingBuffer | None,
     rank_logs: Sequence[LogRingBuffer],
     faults: Collection[FaultRecord] = (),
+    reloads: Collection[ReloadRecord] = (),
 ) -> Json:
     """`now` is a time of the coordinator's clock. `log_buffer` has this process's log lines, `rank_logs` those of each rank."""
     return {
@@ -37,6 +39,7 @@ def server_info(
         "recoveries": status.recoveries,
         "last_fault": status.last_fault,
         "faults": [_fault(fault, now) for fault in faults],
+        "reloads": [_reload(reload, now) for reload in reloads],
         "resumption": status.resumption,
         "max_model_len": status.max_model_len,
         "numerics": numerics(ranks),
@@ -55,6 +58,13 @@ def _fault(fault: FaultRecord, now: float) -> Json:
     """`took_s`: from the fault to the next epoch that ran; None before it runs."""
     took_s = None if fault.took_s is None else round(fault.took_s, 3)
     return {"epoch": fault.epoch, "reason": fault.reason, "ago_s": round(now - fault.lost_s, 3), "took_s": took_s}
+
+
+def _reload(reload: ReloadRecord, now: float) -> Json:
+    """`changes`: the flags that differ from those of the start. `took_s`: until requests ran again; None before."""
+    took_s = None if reload.took_s is None else round(reload.took_s, 3)
+    shown = {"changes": reload.changes, "outcome": reload.outcome, "reason": reload.reason, "resumption": reload.resumption}
+    return shown | {"ago_s": round(now - reload.began_s, 3), "took_s": took_s}
 
 
 def numerics(ranks: Sequence[RankInfo]) -> str | None:

@@ -26,7 +26,7 @@ from tpserve.frontend.openai.errors import shown
 
 OPEN_PATHS = frozenset({"/", "/health", "/readyz", "/livez", "/ping"})
 """Served without a key and under any host name: probes have neither, and the page is where a key is typed."""
-ADMIN_PATHS = frozenset({"/server_info", "/pause", "/resume", "/is_paused", "/abort_request", "/reset_prefix_cache"})
+ADMIN_PATHS = frozenset({"/server_info", "/pause", "/resume", "/is_paused", "/abort_request", "/reset_prefix_cache", "/reload"})
 """For operators only: they show the configuration of the server, or hold up what clients have asked for."""
 KEY_OWNER = web.RequestKey("key_owner", KeyOwner)
 """Whose key a request has brought."""

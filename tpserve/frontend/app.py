@@ -22,7 +22,7 @@ from tpserve.engine_client.recovery import SEAMLESS
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineState, EngineStatus
 from tpserve.errors import UserError
-from tpserve.frontend import admin_routes, openapi, page, traffic
+from tpserve.frontend import admin_routes, openapi, page, reload, traffic
 from tpserve.frontend.access import KEY_OWNER, AccessSettings, Origins, require_key
 from tpserve.frontend.access_log import AccessLogFile, log_access
 from tpserve.frontend.anthropic import routes as anthropic
@@ -39,7 +39,9 @@ from tpserve.frontend.openai.body import MAX_BODY_BYTES
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
 from tpserve.frontend.openai.rebuild import rebuild_running
+from tpserve.frontend.openai.sender import RESUMPTION
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
+from tpserve.frontend.reload import Reloader
 from tpserve.frontend.responses import routes as responses
 from tpserve.frontend.streams import StreamTable
 from tpserve.journal.journal import Journal
@@ -96,6 +98,7 @@ def create_app(
     api_keys: ApiKeys,
     access_log: AccessLogFile | None = None,
     exposed: bool,
+    reloader: Reloader | None = None,
 ) -> web.Application:
     """The application; serve it through `runner`. `info` returns the body of /server_info. `exposed`: listens beyond loopback."""
     origins = Origins(settings, api_keys.required, exposed)
@@ -140,6 +143,7 @@ def create_app(
     anthropic.add_routes(app)
     page.add_routes(app)
     admin_routes.add_routes(app, control)
+    reload.add_routes(app, reloader or Reloader())
     app.router.add_get("/health", health)
     app.router.add_get("/readyz", ready)
     app.router.add_get("/livez", alive)
@@ -252,7 +256,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     """Set the headers that every response has."""
     response.headers["Server"] = f"tpserve/{__version__}"
     if request.method == "POST" and request.app[SERVICE].status().resumption == SEAMLESS:
-        response.headers["X-Resumption"] = SEAMLESS
+        response.headers[RESUMPTION] = SEAMLESS
     response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(16)
     if is_anthropic(request.path):
         response.headers[ID_HEADER] = response.headers["x-request-id"]

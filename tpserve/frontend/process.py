@@ -26,8 +26,10 @@ import uvloop
 from aiohttp import web
 
 from tpserve.cluster.discovery import FrontendRecord, acquire_lock, remove_runtime_dir, write_frontend
+from tpserve.cluster.run_record import read_run
 from tpserve.config import env
 from tpserve.config.engine_config import EngineConfig
+from tpserve.config.reload import Candidate, FrontendJob
 from tpserve.coordinator.actions import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.engine_client.recovery import EXACT
@@ -36,6 +38,8 @@ from tpserve.frontend.access_log import AccessLogFile
 from tpserve.frontend.api_keys import ApiKeys
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
+from tpserve.frontend.openai.service import SERVICE
+from tpserve.frontend.reload import Reloader
 from tpserve.frontend.tls import server_context
 from tpserve.host.network import host_port, listen_http
 from tpserve.journal.identity import answer_digest
@@ -62,13 +66,16 @@ def main(arguments: list[str]) -> int:
     """Serve until a signal or a failure; returns the exit code: 0 after a drain, 1 engine failure, 2 user error.
 
     `arguments`: the runtime directory, the process id of the parent, the number of nodes, this node's address, and under `tpserve
-    serve` the descriptor of the listening HTTP socket. Stdin has the `EngineConfig` as JSON.
+    serve` the descriptor of the listening HTTP socket. Stdin has a `FrontendJob` as JSON.
     """
     started_s = time.monotonic()
     unblock_signals()  # inherited from the rank that started us
     runtime_dir, watch_pid, nnodes, address = Path(arguments[0]), int(arguments[1]), int(arguments[2]), arguments[3]
     inherited = int(arguments[4]) if len(arguments) > 4 else None
-    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=FrontendJob)
+    if (reloaded := read_run(runtime_dir).reloaded) is not None:  # by the frontend before this one
+        job = FrontendJob(reloaded.config, reloaded.launched)
+    config = job.config
     log.setup(config.log_level, "frontend", color=env.color(sys.stderr))
     log_buffer = log.keep_log()
     try:
@@ -77,7 +84,7 @@ def main(arguments: list[str]) -> int:
         logger.error("another frontend runs in %s", runtime_dir)
         return 1
     try:
-        code = uvloop.run(_run(config, runtime_dir, watch_pid, nnodes, address, started_s, log_buffer, inherited))
+        code = uvloop.run(_run(job, runtime_dir, watch_pid, nnodes, address, started_s, log_buffer, inherited))
     except UserError as error:
         return _report(runtime_dir, str(error), 2)
     except EngineFailure as error:
@@ -94,7 +101,7 @@ def _report(runtime_dir: Path, error: str, code: int) -> int:
 
 
 async def _run(
-    config: EngineConfig,
+    job: FrontendJob,
     runtime_dir: Path,
     watch_pid: int,
     nnodes: int,
@@ -104,12 +111,13 @@ async def _run(
     inherited: int | None,
 ) -> int:
     """`inherited`: the descriptor of the HTTP socket, if the parent is `tpserve serve`, which listens already."""
+    config = job.config
     with listen_http(config.host, config.port) if inherited is None else socket.socket(fileno=inherited) as listener:
         listener.setblocking(False)
         tls = server_context(config.ssl_certfile, config.ssl_keyfile)
         url = http_url(config.host, listener.getsockname()[1], "http" if tls is None else "https")
         exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-        service = FrontendServer(config, runtime_dir, nnodes, address, url, started_s, exposed, log_buffer)
+        service = FrontendServer(job, runtime_dir, nnodes, address, url, started_s, exposed, log_buffer)
         server = runner(service.app)
         await server.setup()
         await web.SockSite(server, listener, ssl_context=tls).start()
@@ -131,7 +139,7 @@ class FrontendServer:
 
     def __init__(
         self,
-        config: EngineConfig,
+        job: FrontendJob,
         runtime_dir: Path,
         nnodes: int,
         address: str,
@@ -144,7 +152,7 @@ class FrontendServer:
 
         `exposed`: the HTTP port listens beyond loopback.
         """
-        self._config = config
+        self._config = config = job.config
         self._runtime_dir = runtime_dir
         self._nnodes = nnodes
         self._url = url
@@ -174,6 +182,9 @@ class FrontendServer:
         answers = ChatAnswers.of(found, tokenizer, tokens, config.tool_strict_level)
         self._journal = open_journal(config)
         engine_client = self._engine_client
+        present = None if job.launched is None else engine_client.present(config, job.launched)
+        self._reloader = Reloader(engine_client, present)
+        engine_client.on_reloaded = self._adopt
         self.app = create_app(
             config,
             engine_client.request_table,
@@ -187,9 +198,17 @@ class FrontendServer:
             api_keys=api_keys,
             access_log=self._access_log,
             exposed=exposed,
+            reloader=self._reloader,
         )
         self.keyed = api_keys.required
         """Whether clients need a key."""
+
+    def _adopt(self, candidate: Candidate) -> None:
+        """The ranks run with another configuration."""
+        self._reloader.adopt(candidate)
+        self._config = candidate.config
+        self.app[SERVICE].adopt(candidate.config)
+        log.set_level(candidate.config.log_level)
 
     def announce(self) -> None:
         """Write frontend.json, by which the ranks find this process."""

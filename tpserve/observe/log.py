@@ -37,6 +37,11 @@ def setup(level: str, prefix: str, *, lead: bool = True, stream: TextIO | None =
     warnings.showwarning = _warn
 
 
+def set_level(level: str) -> None:
+    """Change the level of this process's log, if this is a node's first rank or the frontend."""
+    logging.getLogger("tpserve").setLevel(logging.getLevelNamesMapping()[level.upper()])
+
+
 class LogRingBuffer(logging.Handler):
     """The first and the last lines of a process's log, for bug reports. Lines are numbered from 0.
 

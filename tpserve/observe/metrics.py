@@ -82,6 +82,8 @@ class Metrics:
         self._ended = {reason: success.labels(**labels, finished_reason=reason) for reason in FINISH_REASONS}
         recoveries = Counter("tpserve:recoveries", "Epochs that ran after a fault.", (*labels, "cause"), registry=self.registry)
         self._recoveries = {cause: recoveries.labels(**labels, cause=cause) for cause in CAUSES}
+        reloads = Counter("tpserve:reloads", "Reloads of flags or weights.", (*labels, "outcome"), registry=self.registry)
+        self._reloads = {outcome: reloads.labels(**labels, outcome=outcome) for outcome in ("done", "taken back")}
         self._quarantined = counter("requests_quarantined", "Requests ended because they kill the engine.")
         self._recovery = histogram("recovery_seconds", "From a fault to the next epoch that runs.", LATENCY_S)
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT_S)
@@ -136,6 +138,10 @@ class Metrics:
         """Record the time from a fault to the next epoch that runs."""
         self._recoveries[cause].inc()
         self._recovery.observe(took_s)
+
+    def reloaded(self, outcome: Literal["done", "taken back"]) -> None:
+        """Record a reload that ranks have tried."""
+        self._reloads[outcome].inc()
 
     def quarantined(self) -> None:
         """Record a request that was ended because it kills the engine."""

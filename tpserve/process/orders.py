@@ -2,7 +2,7 @@
 
     Start   form the mesh        Drain   finish the open requests
     Run     run plans            Leave   the epoch is over: take part in the next one
-                                 Stop    end, with this exit code
+                                 Stop    end, with this exit code; Reconfigure: end, and start again with other flags
 
 Owns the state of the orders and the eventfd that signals a new one. Invariant: an order counts once. A repeated order, or one of
 another epoch, changes nothing.
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 from tpserve.errors import EngineFailure
-from tpserve.types.messages import CoordinatorMessage, Drain, Leave, Run, Start, Stop
+from tpserve.types.messages import RESTART_CODE, CoordinatorMessage, Drain, Leave, Reconfigure, Run, Start, Stop
 
 
 class Stopped(Exception):
@@ -62,6 +62,8 @@ class Orders:
                     self.leave = message
                 case Stop() if self.stop is None:
                     self.stop = message
+                case Reconfigure() if self.stop is None:
+                    self.stop = Stop(RESTART_CODE, message.reason)
                 case _:
                     return False
             self._changed.notify_all()

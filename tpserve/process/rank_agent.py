@@ -47,6 +47,7 @@ from tpserve.types.messages import (
     Numerics,
     RankMessage,
     Ready,
+    Reconfigure,
     Start,
     Stop,
 )
@@ -81,18 +82,21 @@ class RankAgent:
         on_failure: Callable[[], None] = lambda: None,
         failure_code: int = 1,
         frontend_returns_s: float | None = None,
+        on_reconfigure: Callable[[Reconfigure], None] | None = None,
     ) -> None:
         """`address`: the coordinator's endpoint. `curve_client`: the keys for it, for TCP.
 
         `identity`: distinguishes this incarnation from others; random by default. `frontend_pid`: set when the frontend runs on
         this host. `agent_pid`: the parent process, which started `local_ranks` ranks on this host. `on_failure`: called on the
         control thread before a failure ends this process. `failure_code`: the exit code for Stop(1). `frontend_returns_s`: how
-        long to wait for another frontend when this one is gone; None: end.
+        long to wait for another frontend when this one is gone; None: end. `on_reconfigure`: called on the control thread with
+        flags for the next process of this rank.
         """
         self.rank = rank
         self.identity = secrets.randbits(63) if identity is None else identity
         self._address, self._curve_client = address, curve_client
         self._host, self._node, self._on_failure = host, node, on_failure
+        self._on_reconfigure = on_reconfigure
         self._frontend_pid, self._agent_pid, self._local_ranks = frontend_pid, agent_pid, local_ranks
         self._orders = Orders()
         self._exit_rules = ExitRules(rank, address, self._orders, time.monotonic(), failure_code, frontend_returns_s)
@@ -162,12 +166,15 @@ class RankAgent:
         processor: dict[str, str] | None = None,
         ledger: MemoryLedger | None = None,
         last_exit: str = "",
+        configuration: int = 0,
+        refused: str = "",
+        answers: str = "",
     ) -> None:
         """Ask the coordinator to include this rank in the next epoch. The arguments are the fields of `Hello`."""
         self._orders.hello_sent = True
         me = (self.rank, self.identity, os.getpid(), self._host)
-        hello = Hello(*me, endpoints, fingerprint, self._node, traits, stage, processor or {}, ledger, last_exit)
-        self._heartbeat.hello = hello
+        facts = (endpoints, fingerprint, self._node, traits, stage, processor or {}, ledger, last_exit)
+        self._heartbeat.hello = Hello(*me, *facts, configuration, refused, answers)
         self.wake()
 
     def ready(self, ledger: MemoryLedger, facts: dict[str, int], numerics: Numerics | None = None) -> None:
@@ -318,10 +325,12 @@ class RankAgent:
             except EngineFailure as error:
                 self._exit_on_error(socket, f"it does not understand the coordinator: {error}")
             for message in messages:
-                if self._orders.apply(message) and isinstance(message, Stop | Leave):
+                if isinstance(message, Reconfigure) and self._on_reconfigure is not None:
+                    self._on_reconfigure(message)  # before the main thread can end the process
+                if self._orders.apply(message) and isinstance(message, Stop | Leave | Reconfigure):
                     self._note_over(message, now)
 
-    def _note_over(self, order: Stop | Leave, now: float) -> None:
+    def _note_over(self, order: Stop | Leave | Reconfigure, now: float) -> None:
         self._exit_rules.note_over(now)
         if isinstance(order, Stop) and order.code:
             self._on_failure()

@@ -76,7 +76,8 @@ class Sequence:
         scored = prompt_len if request.params.prompt_logprobs is None or request.output else min(1, prompt_len)
         params = replace(request.params, grammar="") if request.params.grammar else request.params
         order, params_bytes = (request.priority, number), len(msgpack.encode(params))
-        redraw, length = max(prompt_len, len(tokens) - MAX_REDRAWN), len(tokens)
+        length = len(tokens)
+        redraw = max(prompt_len, length - MAX_REDRAWN) if request.redraw else length
         return Sequence(request, params, tokens, prompt_len, end, now, order, scored, params_bytes, redraw, length)
 
     @property

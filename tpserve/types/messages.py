@@ -3,7 +3,7 @@
     frontend -> engine    Add, Abort, Truncate, Pause, Resume, ResetPrefixCache
     engine -> frontend    PromptLogprobsChunk, Delta, Done, Stats
     rank -> coordinator   Hello, Ready, Heartbeat, ExpertLoad, LogLines, Fault, Drain
-    coordinator -> rank   Start, Run, Drain, Leave, Stop
+    coordinator -> rank   Start, Run, Drain, Leave, Reconfigure, Stop
 
 Each direction is one tagged union; a frame on the wire is a msgpack list of messages of one direction.
 
@@ -199,7 +199,9 @@ class Hello(Message, frozen=True):
     `fingerprint`: facts that must be equal on all ranks. `processor`: facts that must be equal on the ranks of one `stage`, which
     compute the same rows. `traits`: facts that may differ; the log shows differences. `ledger`: of a rank that was ready in an
     earlier epoch and still has its weights. `last_exit`: how the process before this one ended, such as "SIGSEGV" or "exit code
-    1"; empty for a first process and for a survivor.
+    1"; empty for a first process and for a survivor. `configuration`: the number of the last Reconfigure that this node knows, 0
+    without one. `refused`: why the rank cannot start with it, and has come with the configuration before. `answers`: a digest of
+    what decides answers, besides processors: model, files, numerical flags, versions.
     """
 
     rank: int
@@ -214,6 +216,9 @@ class Hello(Message, frozen=True):
     processor: dict[str, str] = {}
     ledger: MemoryLedger | None = None
     last_exit: str = ""
+    configuration: int = 0
+    refused: str = ""
+    answers: str = ""
 
 
 class Numerics(Struct, frozen=True, array_like=True):
@@ -331,6 +336,17 @@ RESTART_CODE = 75
 """The exit code with which a rank asks to be started again (EX_TEMPFAIL)."""
 
 
+class Reconfigure(Message, frozen=True):
+    """Exit with `RESTART_CODE`, and start again with other flags. `number`: grows with each configuration. `changes`: the flags
+    that differ from those of the start, a JSON object by field name. `fallback`: those for a process that cannot start with
+    these; None: it ends. `reason`: for the log."""
+
+    number: int
+    changes: bytes
+    fallback: bytes | None
+    reason: str
+
+
 class Stop(Message, frozen=True):
     """Exit with `code`. `reason`: for the log; empty after a drain."""
 
@@ -338,4 +354,4 @@ class Stop(Message, frozen=True):
     reason: str
 
 
-CoordinatorMessage = Start | Run | Drain | Leave | Stop
+CoordinatorMessage = Start | Run | Drain | Leave | Reconfigure | Stop

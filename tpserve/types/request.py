@@ -16,6 +16,7 @@ class Request(Struct, frozen=True, array_like=True):
     `output` holds the tokens produced before a failure, and is empty unless the request is resubmitted. `seed` (unsigned 64 bit):
     the key of every random draw, so that a resubmitted sequence draws the same numbers. `priority`: lower values go first.
     `cache_salt`: prefixes are shared only between requests with the same salt.
+    `redraw`: the last tokens of `output` are drawn again and compared; other weights drew them where it is false.
     """
 
     id: int
@@ -26,6 +27,7 @@ class Request(Struct, frozen=True, array_like=True):
     output: bytes = b""
     priority: int = 0
     cache_salt: str = ""
+    redraw: bool = True
 
 
 def content_error(request: Request, vocab_size: int) -> str:

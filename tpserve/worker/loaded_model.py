@@ -52,11 +52,12 @@ class LoadedModel:
         spec: ModelSpec,
         env: RankEnv,
         processor: dict[str, str],
-        fingerprint: dict[str, str],
+        answers: dict[str, str],
         compiled: CompiledGrammars | None,
         report: Callable[[str, int], None],
     ) -> None:
-        """`processor`: the facts about it that a stage shares; `fingerprint`: those that all ranks share.
+        """`processor`: the facts about it that a stage shares; `answers`: those that decide answers, and with them the weights
+        as they are packed.
 
         `compiled`: on ranks of the last stage. `report` takes the phase and the percentage of the start.
         """
@@ -65,7 +66,7 @@ class LoadedModel:
         self._env = env
         self.processor = processor
         self._report = report
-        self._kept = KeptByAgent(env.rank, env.weights_socket, fingerprint)
+        self._kept = KeptByAgent(env.rank, env.weights_socket, answers)
         self._compiled = compiled
         self.decoder: Decoder | None = None
         """Once it is loaded."""

@@ -11,6 +11,7 @@ from functools import partial
 
 from aiohttp import web
 
+from tpserve.engine_client.recovery import SEAMLESS
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.errors import UserError
 from tpserve.frontend.openai.encoder import Output
@@ -20,6 +21,8 @@ from tpserve.frontend.openai.prompts import in_thread
 from tpserve.frontend.openai.sse import KEEP_ALIVE_COMMENT, SSE_HEADERS, IdleTimer
 
 log = logging.getLogger(__name__)
+
+RESUMPTION = "X-Resumption"
 
 
 async def whole_answer(handle: RequestHandle, prepared: PreparedRequest) -> bytes:
@@ -34,7 +37,9 @@ async def whole_answer(handle: RequestHandle, prepared: PreparedRequest) -> byte
 async def send_whole(request_table: RequestTable, handle: RequestHandle, prepared: PreparedRequest) -> web.Response:
     """Send one JSON response at the end of all choices. UserError when the request fails."""
     try:
-        return web.Response(body=await whole_answer(handle, prepared), content_type="application/json")
+        body = await whole_answer(handle, prepared)
+        headers = {RESUMPTION: SEAMLESS} if handle.of_other_weights else None
+        return web.Response(body=body, headers=headers, content_type="application/json")
     finally:
         request_table.abort(handle)
 

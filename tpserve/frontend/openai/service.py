@@ -1,7 +1,7 @@
 """The state that all handlers share: the served model names, the engine's status, and admission.
 
-Its only mutable state is the set of logged field names and the lock for large bodies. The errors 404 (model), 429 and 503 come
-from here.
+Its mutable state is what a reload changes, the set of logged field names and the lock for large bodies. The errors 404 (model),
+429 and 503 come from here.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
+from tpserve.config.engine_config import EngineConfig
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
@@ -34,7 +35,7 @@ class ModelLimits:
     vocab_size: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OpenAIServing:
     """`max_open`: sequences that may run or wait at once. `defaults`: sampling parameters that a request may leave out.
     `request_timeout_s`: how long a request may take that does not say."""
@@ -57,6 +58,12 @@ class OpenAIServing:
     logged_fields: set[str] = field(default_factory=set)
     large_bodies: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a large body is decoded."""
+
+    def adopt(self, config: EngineConfig) -> None:
+        """Take over what a reload may change of this state."""
+        self.root = config.model
+        self.max_open = config.max_num_seqs + config.max_queued_requests
+        self.defaults, self.request_timeout_s = config.sampling_defaults, config.request_timeout
 
     def served_name(self, model: str | None) -> str:
         """The served name of a request's model; None is the default. UserError 404 for any other."""
