@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from tpserve.cli.command import did_you_mean
 from tpserve.cli.keywords import read_value
@@ -52,9 +53,10 @@ def main(arguments: list[str]) -> int:
 def check(present: Candidate, values: Mapping[str, Any]) -> Candidate:
     """The configuration with `values`, flags by field name. UserError when a running server cannot take it over."""
     changed = read_changes(values)
-    if changed.get("model", present.launched.flags.model) != present.launched.flags.model:
-        changed = {"revision": None} | changed
-    flags = with_changes(present.launched.flags, changed)
+    before = replace(present.launched.flags, served_model_name=present.config.served_model_name)
+    if changed.get("model", before.model) != before.model and before.revision is not None:
+        changed = {"revision": None} | changed  # a branch or a commit of the other repository
+    flags = with_changes(before, changed)
     flags, files, spec = load_model_config(flags, lambda flags: locate(flags, head=True))
     if files.snapshot is not None:
         changed["revision"] = files.snapshot.commit
@@ -64,7 +66,7 @@ def check(present: Candidate, values: Mapping[str, Any]) -> Candidate:
         missing = _missing_weights(Path(files.directory)) if files.snapshot is None else weights_of(files.snapshot).missing()
         if missing:
             raise UserError(
-                f"{files.directory} has no {missing[0]}: put the weights there first, since a reload does not wait for a download",
+                f"{files.directory} has no {missing[0]}: put the weights there first; a reload does not wait for a download",
                 param="model",
             )
     config = resolve(flags, files, spec, present.launched.machine)

@@ -83,7 +83,7 @@ def serve(flags: Flags, files: ModelFiles, spec: ModelSpec) -> int:
     nproc = num_local_ranks(flags, num_gpus)
     machine = Machine(num_all_ranks(flags, nproc), nproc, flags.nnodes, num_gpus, available_cores(), "serve")
     config = resolve(flags, files, spec, machine)
-    launched = Launched(replace(flags, served_model_name=config.served_model_name), spec, machine)
+    launched = Launched(flags, spec, machine)
     _wait_for_master_name(flags)
     interface = node_interface(flags)
     if flags.node_rank == 0:

@@ -1,0 +1,156 @@
+"""`tpserve reload` on a real server under load: other flags, other weights, and what cannot be had. No client sees an error."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.crash.mixed import Call, answer
+from tests.crash.test_durable_answers import frontend_pid
+from tests.server import BIN, Server, children, comm, free_port, running, serve
+from tpserve import builtin
+
+STREAMS = [
+    Call(
+        "/v1/completions",
+        {"prompt": f"Story {i} of the sea", "max_tokens": 160, "ignore_eos": True, "temperature": 0.8 * (i % 2), "seed": i,
+         "stream": True, "stream_options": {"include_usage": True}, "logprobs": 1},
+    )
+    for i in range(8)
+]  # fmt: skip
+SHORT = Call("/v1/completions", {"prompt": "The old mill", "max_tokens": 24, "temperature": 0, "logprobs": 1})
+
+
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model's shape with other numbers."""
+    place = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(builtin.path(), place)
+    torch.manual_seed(5)
+    for file in place.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({name: t + 0.02 * torch.randn(t.shape).to(t.dtype) for name, t in tensors.items()}, file)
+    return place
+
+
+async def during(url: str, what: Callable[[], Awaitable[Any]], calls: list[Call]) -> tuple[list[Any], Any]:
+    """The answers of `calls`, and of what happens once they are under way."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        under_way = [asyncio.create_task(answer(session, url, call)) for call in calls]
+        await asyncio.sleep(0.6)
+        assert not any(task.done() for task in under_way), "they are too short for this test"
+        happened = await what()
+        assert not all(task.done() for task in under_way), "they were not there while it happened"
+        return list(await asyncio.gather(*under_way)), happened
+
+
+def reload_under(server: Server, body: dict[str, Any], calls: list[Call]) -> tuple[list[Any], tuple[int, Any]]:
+    """Reload while `calls` run: their answers, and the reload's status and body."""
+    return asyncio.run(during(server.url, lambda: asyncio.to_thread(server.post, "/reload", body), calls))
+
+
+def alone(server: Server, calls: list[Call]) -> list[Any]:
+    async def ask() -> list[Any]:
+        async with aiohttp.ClientSession() as session:
+            return list(await asyncio.gather(*(answer(session, server.url, call) for call in calls)))
+
+    return asyncio.run(ask())
+
+
+def metric(server: Server, name: str) -> float:
+    lines = [line for line in server.get("/metrics")[1].splitlines() if line.startswith(name)]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def settled(server: Server, expected: list[Any]) -> None:
+    """The server answers as it did, however it is disturbed."""
+    deadline_s = time.monotonic() + 60
+    while server.get("/readyz")[0] != 200:
+        assert time.monotonic() < deadline_s, server.log
+        time.sleep(0.05)
+    assert alone(server, [SHORT]) == expected
+
+
+def test_reload_under_load(other_weights: Path, tmp_path: Path) -> None:
+    port = free_port()
+    other_shape = tmp_path / "shape"
+    shutil.copytree(builtin.path(), other_shape)
+    config = json.loads((other_shape / "config.json").read_text())
+    (other_shape / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    with running([serve("--nproc-per-node", "2", port=port)], port, tmp_path / "log") as server:
+        expected, short = alone(server, STREAMS), alone(server, [SHORT])
+
+        # other flags: every stream is exact
+        answers, (status, said) = reload_under(server, {"max_num_seqs": 5, "max_queued_requests": 40}, STREAMS)
+        assert (status, said["status"], said["resumption"]) == (200, "reloaded", "exact"), said
+        assert answers == expected
+        info = server.get("/server_info")[1]
+        assert (info["config"]["max_num_seqs"], info["recoveries"], info["reloads"][0]["outcome"]) == (5, 0, "done")
+        assert server.post("/v1/completions", {"prompt": "a", "n": 46})[0] == 400, "46 sequences are more than 5 + 40"
+
+        # what cannot be had changes nothing
+        epoch = server.get("/server_info")[1]["epoch"]
+        refused = {
+            "no model directory": {"model": str(tmp_path / "missing")},
+            "intermediate_size": {"model": str(other_shape)},
+            "--tensor-parallel-size": {"tensor_parallel_size": 1},
+            "less than the present": {"max_model_len": 100},
+        }
+        for text, body in refused.items():
+            status, said = server.post("/reload", body)
+            assert status == 400 and text in said["error"]["message"], said
+        assert server.get("/server_info")[1]["epoch"] == epoch
+
+        # ranks that cannot start: the flags of before are back
+        answers, (status, said) = reload_under(server, {"max_num_seqs": 7, "kv_cache_memory": 0.0001}, STREAMS)
+        assert (status, said["error"]["code"]) == (500, "reload_failed") and "--max-model-len" in said["error"]["message"]
+        assert answers == expected and server.get("/server_info")[1]["config"]["max_num_seqs"] == 5
+
+        # other weights: streams go on, new requests are theirs, and nobody counts a mismatch
+        command = [str(BIN / "tpserve"), "reload", "--url", server.url, "--model", str(other_weights)]
+
+        async def by_command() -> str:
+            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
+            return done.stdout + done.stderr
+
+        answers, text = asyncio.run(during(server.url, by_command, STREAMS))
+        assert "reloaded in" in text and "seamless, not identical" in text, text
+        assert [one["usage"]["completion_tokens"] for one in answers] == [160] * len(STREAMS) and answers != expected
+        begun = [a["choices"][0]["text"][:20] == e["choices"][0]["text"][:20] for a, e in zip(answers, expected, strict=True)]
+        assert sum(begun) >= 3, "what clients had of the streams in slots has changed"
+        others = alone(server, [SHORT])
+        assert others != short
+
+        # whoever dies now comes back with them
+        rank = server.rank_pids()[1]
+        os.kill(rank, signal.SIGKILL)
+        while server.rank_pids()[1:2] in ([], [rank]):
+            time.sleep(0.02)
+        settled(server, others)
+        agent = next(pid for pid in children(server.processes[0].pid) if comm(pid) == "tpserve agent")
+        os.kill(agent, signal.SIGKILL)
+        while agent in children(server.processes[0].pid):
+            time.sleep(0.02)
+        settled(server, others)
+        os.kill(frontend_pid(server), signal.SIGKILL)
+        settled(server, others)
+        assert server.get("/server_info")[1]["config"]["model"] == str(other_weights)
+
+        # and back: the weights of the start give the answers of the start
+        status, said = server.post("/reload", {"model": str(builtin.path())})
+        assert status == 200 and said["resumption"] == "seamless, not identical", said
+        assert alone(server, [SHORT]) == short
+        assert metric(server, "tpserve:resume_mismatch_total") == 0
+        assert server.stop() == [0]
+        server.assert_nothing_left()
