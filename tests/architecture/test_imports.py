@@ -163,6 +163,7 @@ ALLOWED: dict[str, set[str]] = {
         "structured_output",
         "response_template",
     },
+    "reload_check": {*FLOOR_0, "cli", "config", "hub", "process", "models"},
     "template_command": {*FLOOR_0, "builtin", "cli", "config", "hub", "response_template", "text"},
     "rank_main": {*FLOOR_0, "cli", "host", "config", "hub", "wire", "cluster", "process", "observe", "models", "engine"},
     "__main__": {
@@ -210,6 +211,7 @@ TORCH_FREE = [
     "doctor.command",
     "admin.status",
     "admin.report",
+    "reload_check",
     "template_command",
     "chat.command",
     "completion_command",

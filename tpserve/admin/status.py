@@ -55,6 +55,7 @@ def status_lines(facts: ServerFacts) -> list[str]:
     if info["reason"]:
         lines.append(info["reason"])
     lines.append(_epochs(info))
+    lines += _last_reload(info)
     heads = ("node", "host", "GPUs used/visible", "rank", "pid", "layers", "heads", "memory", "state")
     lines += ["", *table([heads, *(_row(rank, ranks, config["device"]) for rank in ranks)]), ""]
     return [*lines, _queue(facts.metrics)]
@@ -67,6 +68,16 @@ def _epochs(info: Json) -> str:
         return f"epoch {info['epoch']}, no recoveries"
     times = f"recovered {recoveries} time{'s' * (recoveries != 1)}, answers {info['resumption']}"
     return f"epoch {info['epoch']}, {times}; last fault: {info['last_fault']}"
+
+
+def _last_reload(info: Json) -> list[str]:
+    """How the last reload went; nothing without one."""
+    if not info["reloads"]:
+        return []
+    last = info["reloads"][-1]
+    changes = ", ".join(f"{name}={value}" for name, value in last["changes"].items()) or "the flags of the start"
+    why = f": {last['reason']}" if last["reason"] else ""
+    return [f"last reload {last['ago_s']:.0f} s ago, {last['outcome']}, {changes}{why}"]
 
 
 def _row(rank: Json, ranks: Sequence[Json], device: str) -> tuple[str, ...]:
