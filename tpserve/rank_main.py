@@ -132,7 +132,8 @@ def _configure(me: env.RankEnv, flags: Flags) -> tuple[EngineConfig, ModelSpec, 
     if order is None:
         return (*_resolve(me, flags), RankConfiguration())
     try:
-        return (*_resolve(me, _changed(flags, order.changes)), RankConfiguration(order.number))
+        changed = _resolve(me, _changed(flags, order.changes))
+        return (*changed, RankConfiguration(order.number, may_fail=order.fallback is not None))
     except UserError as error:
         if order.fallback is None:
             raise

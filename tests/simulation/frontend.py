@@ -120,6 +120,9 @@ class SimulatedFrontend:
     def drain(self) -> None:
         self._tell(self.coordinator.drain, self.service.events.now)
 
+    def reload(self, changes: bytes) -> None:
+        self._tell(self.coordinator.reload, changes, self.service.events.now)
+
     def _tick(self) -> None:
         events = self.service.events
         if events.now < self.blocked_until_s:
@@ -210,8 +213,8 @@ class SimulatedFrontend:
                     self.engine.detach()
                 case SendInputs(inputs):
                     self._send(inputs)
-                case Recovered(_, took_s):
-                    self.recoveries.append(took_s)
+                case Recovered(_, took_s, planned):
+                    self.recoveries += [] if planned else [took_s]
 
     def _send(self, inputs: list[EngineInput]) -> None:
         try:

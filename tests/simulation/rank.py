@@ -28,6 +28,7 @@ from tpserve.types.messages import (
     MemoryLedger,
     NodeInfo,
     Ready,
+    Reconfigure,
     Stop,
 )
 from tpserve.types.plan import StepPlan, StepResult
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 LEDGER = MemoryLedger(0, 0, 0, 0, 0, 0, 0, 1, 16, 256)
 FORK_S = 0.02
+FINE, REFUSED, BROKEN = b"fine", b"refused", b"broken"
+"""Flags of a reload: those with which ranks start, those that they cannot read, those with which they cannot load."""
 EPSILON_S = 0.001
 TRACE = Trace(None, 0)
 
@@ -88,6 +91,7 @@ class Process:
         self.alive, self.stopped, self.orphan, self.loaded = True, False, False, False
         self.stopped_s = 0.0
         self.inbox: list[CoordinatorMessage] = []
+        self.order = self.service.orders.get(self.node)
         self.incarnation = Incarnation(self, prepared=False)
 
     def again(self) -> None:
@@ -201,11 +205,14 @@ class Incarnation:
         if self.process.stopped:
             self.process.inbox.append(message)
             return
+        if isinstance(message, Reconfigure):
+            self.service.keep_order(self.process.node, message)
         if not self.orders.apply(message):
             return
-        if isinstance(message, Stop | Leave):
+        if isinstance(message, Stop | Leave | Reconfigure):
             self.rules.note_over(self.service.events.now)
-            grace_s = BLOCKED_S if isinstance(message, Leave) else FAILED_GRACE_S if message.code else GRACE_S
+            grace_s = BLOCKED_S if isinstance(message, Leave) else FAILED_GRACE_S
+            grace_s = GRACE_S if isinstance(message, Stop) and not message.code else grace_s
             self.service.events.after(grace_s + EPSILON_S, self._check)
         self.main()
 
@@ -257,8 +264,10 @@ class Incarnation:
         last_exit = self.process.last_exit
         ledger = LEDGER if self.process.loaded else None
         self.heartbeat.hello = Hello(
-            self.rank, self.identity, self.process.pid, "h", endpoints, {}, node, ledger=ledger, last_exit=last_exit
-        )
+            self.rank, self.identity, self.process.pid, "h", endpoints, {}, node, ledger=ledger, last_exit=last_exit,
+            configuration=0 if (order := self.process.order) is None else order.number,
+            refused="it is not on this node" if order is not None and order.changes == REFUSED else "",
+        )  # fmt: skip
         self.process.last_exit = ""
         self.wake()
         self.main()
@@ -271,6 +280,9 @@ class Incarnation:
             self.service.events.after(delay_s, self._later, 0.0, "_ready")
 
     def _ready(self) -> None:
+        if self.process.order is not None and self.process.order.changes == BROKEN:
+            self._fail("user", "it does not fit")
+            return
         self.phase, self.process.loaded = "ready", True
         if not self.orders.over:
             self.heartbeat.ready = Ready(self.rank, self.orders.epoch, LEDGER, {"max_model_len": 64})

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from tests.simulation.events import Weather
+from tests.simulation.rank import BROKEN, FINE, REFUSED
 from tests.simulation.world import ServicePlan, SimulatedService, quiet
 from tpserve.coordinator.actions import EpochFailed, EpochFinished
 
@@ -108,6 +109,7 @@ class _Schedule:
         if service.plan.poison:
             events.after(random.random() * 2.0, self._open_poison)
         last_s = self._plan_faults(random.randint(1, 5), begin_s, random.choice([1.0, 4.0, 10.0]))
+        self._plan_reloads()
         if ending == "drain":
             events.after(random.random() * 6.0, service.frontend.drain)
         elif ending == "signal":
@@ -166,6 +168,17 @@ class _Schedule:
             kind = self.random.choices(list(FAULTS), list(FAULTS.values()))[0]
             self.service.events.at(at_s, self._fault, kind)
         return times[-1]
+
+    def _plan_reloads(self) -> None:
+        """In a quarter of the schedules an operator reloads, whatever else happens."""
+        random = Random(f"reloads of {self.story.seed}")
+        for _ in range(random.choice([0] * 9 + [1, 1, 2])):
+            changes = random.choice([FINE, FINE, REFUSED, BROKEN])
+            self.service.events.after(random.random() * 5.0, self._reload, changes)
+
+    def _reload(self, changes: bytes) -> None:
+        self._tell(f"reload, {changes.decode()}")
+        self.service.frontend.reload(changes)
 
     def _fault(self, kind: str) -> None:
         service, random = self.service, self.random

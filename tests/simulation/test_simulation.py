@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from tests.simulation.schedule import run_schedule
 from tests.simulation.world import quiet
 from tpserve.coordinator import coordinator, restart_intensity
+from tpserve.coordinator.configurations import Configurations
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Member, Roster
 from tpserve.engine.watchdog import StepWatchdog
@@ -175,6 +176,29 @@ def requests_are_sent_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(EngineServer, "attach", lambda self, identity: setattr(self, "_engine", b"engine-%d" % identity))
 
 
+def ranks_keep_flags_of_before(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Coordinator, "_is_outdated", lambda self, rank: False)
+
+
+def a_reload_that_failed_ends_the_service(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Coordinator, "_take_back", lambda self, reason, now: self._end(1, reason, now))
+
+
+def flags_that_failed_stay(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Configurations, "take_back", Configurations.accept)
+
+
+def flags_that_failed_come_back_with_their_number(patch: pytest.MonkeyPatch) -> None:
+    real = Configurations.take_back
+
+    def take_back(self: Configurations) -> None:
+        number = self.current.number
+        real(self)
+        self.current = replace(self.current, number=number)
+
+    patch.setattr(Configurations, "take_back", take_back)
+
+
 MUTANTS: tuple[Patch, ...] = (
     old_incarnations_count,
     an_incarnation_takes_part_twice,
@@ -194,6 +218,10 @@ MUTANTS: tuple[Patch, ...] = (
     a_first_fault_condemns,
     quarantine_forgets_new_requests,
     requests_are_sent_twice,
+    ranks_keep_flags_of_before,
+    a_reload_that_failed_ends_the_service,
+    flags_that_failed_stay,
+    flags_that_failed_come_back_with_their_number,
 )
 
 

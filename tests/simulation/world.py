@@ -17,12 +17,12 @@ from tests.simulation.events import CUT_NOTICED_S, EventQueue, SimulatedNetwork,
 from tests.simulation.frontend import SimulatedFrontend
 from tests.simulation.links import QueueRouter
 from tests.simulation.mesh import SimulatedMesh
-from tests.simulation.rank import Incarnation, Process, SimulatedRank
+from tests.simulation.rank import FINE, Incarnation, Process, SimulatedRank
 from tpserve.coordinator.actions import EpochFailed, EpochFinished
 from tpserve.coordinator.epoch_state import EpochState
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
-from tpserve.types.messages import Start
+from tpserve.types.messages import Reconfigure, Start
 
 VOCAB = 100
 CALM = Weather(late_s=0.002)
@@ -87,6 +87,8 @@ class SimulatedService:
         self.epochs: list[int] = []
         self.clients: list[SimulatedClient] = []
         self.num_poisoned = 0
+        self.orders: dict[int, Reconfigure] = {}
+        """What each node keeps for the next processes of its ranks."""
         self._meshes: dict[str, SimulatedMesh] = {}
         self._numbers = count(1)
         self.frontend = SimulatedFrontend(self)
@@ -121,6 +123,11 @@ class SimulatedService:
         """A rank begins to run its epoch."""
         others = {p.incarnation.running for p in self.processes if p.alive and not p.orphan} - {None, incarnation.orders.epoch}
         assert not others or incarnation.process.orphan, f"epoch {incarnation.orders.epoch} runs beside {others}"
+
+    def keep_order(self, node: int, order: Reconfigure) -> None:
+        """A rank of the node has got it."""
+        if node not in self.orders or self.orders[node].number < order.number:
+            self.orders[node] = order
 
     def take_all(self) -> None:
         for client in self.clients:
@@ -236,5 +243,13 @@ class SimulatedService:
         """Nothing is held by an engine that has answered everything."""
         if any(process.incarnation.blocked for process in self.running):
             return  # its last plan is still in flight
+        self.check_configuration()
         stats = self.schedulers[-1].stats()
         assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0), stats
+
+    def check_configuration(self) -> None:
+        """All ranks have the flags that the coordinator wants, which are those of the start or others that work."""
+        wanted = self.frontend.coordinator.configurations
+        assert not wanted.on_trial and wanted.current.changes in (b"{}", FINE), wanted.current
+        numbers = {0 if process.order is None else process.order.number for process in self.running}
+        assert numbers == {wanted.current.number}, f"configurations {numbers}, wanted {wanted.current.number}"

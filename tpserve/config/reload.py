@@ -62,10 +62,14 @@ class Candidate(Struct, frozen=True):
 
 
 class RankConfiguration(NamedTuple):
-    """With which configuration a rank comes: its number, 0 for the flags of the start, and why it cannot start with that one."""
+    """With which configuration a rank comes: its number, 0 for the flags of the start, and why it cannot start with that one.
+
+    `may_fail`: another one may come back, so that an error is no reason to end.
+    """
 
     number: int = 0
     refused: str = ""
+    may_fail: bool = False
 
 
 class ReloadQuestion(Struct, frozen=True):

@@ -53,7 +53,7 @@ from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.structured_output.compiler import vocabulary
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.messages import MemoryLedger, NodeInfo, Start
+from tpserve.types.messages import RESTART_CODE, MemoryLedger, NodeInfo, Start
 from tpserve.types.model_spec import ModelSpec
 from tpserve.weights.checkpoint import weight_files
 from tpserve.wire.channels import EngineLink, PlanReceiver, ResultSender
@@ -143,7 +143,8 @@ def _take_part(rank: "_ServingRank", frontend_address: FrontendAddress, log_buff
         log.debug("rank %d leaves its epoch: %s", env.rank, over)
     except BaseException as error:  # the end of the process: report any error to the coordinator first
         log.debug("rank %d fails", env.rank, exc_info=True)
-        return rank_agent.fail(error)
+        code = rank_agent.fail(error)
+        return RESTART_CODE if code and rank.configuration.may_fail and rank_agent.stop is None else code
     rank_agent.close()
     return None
 
@@ -192,7 +193,7 @@ class _ServingRank:
         self.took_part = False
         self._spec = spec
         self._node_address = node_address
-        self._configuration = configuration
+        self.configuration = configuration
         self._start_timer = start_timer
         self._trace = Trace(config.step_trace, env.rank)
         self._device = torch.device("cpu")
@@ -255,7 +256,8 @@ class _ServingRank:
             model.processor,
             model.ledger,
             env.last_exit if start_timer.first else "",
-            *self._configuration,
+            self.configuration.number,
+            self.configuration.refused,
             digest(self._answers),
         )
         start = rank_agent.wait_start()
