@@ -13,6 +13,7 @@ from tests.specs import small
 from tests.unit.test_coordinator import ENDPOINTS, up
 from tpserve import builtin
 from tpserve.cli.option import OPTIONS
+from tpserve.config.env import RankEnv
 from tpserve.config.flags import LAUNCH, SECRETS, Flags
 from tpserve.config.reload import RELOADABLE, Candidate, Launched, check_durable_answers, check_same_shape, fixed_because
 from tpserve.config.resolve import resolve
@@ -28,6 +29,7 @@ from tpserve.hub.locate import locate
 from tpserve.models.load_config import load_model_config
 from tpserve.observe.metrics import Metrics
 from tpserve.process.node_configuration import make_configuration_memory, read_configuration, write_configuration
+from tpserve.rank_main import _configure
 from tpserve.reload_check import check, read_changes
 from tpserve.scheduling.sequence import Sequence
 from tpserve.types.machine import Machine
@@ -155,6 +157,29 @@ def test_the_last_order_of_a_node_is_kept() -> None:
             assert read_configuration(memory) == order
         write_configuration(memory, orders[0])
         assert read_configuration(memory) == orders[1], "a late order counts no more"
+    finally:
+        os.close(memory)
+
+
+def rank_env_of(memory: int) -> RankEnv:
+    return RankEnv(1, 2, 0, 1, 1, 2, "", 0, "", True, 1, None, None, configuration=memory)
+
+
+def test_a_rank_begins_with_what_its_node_has_been_told(tmp_path: Path) -> None:
+    flags, memory = Flags(model=str(builtin.path()), device="cpu"), make_configuration_memory()
+    try:
+        config, _, configuration = _configure(rank_env_of(memory), flags)
+        assert (config.max_num_seqs, configuration) == (256, (0, "", False))
+        write_configuration(memory, Reconfigure(1, b'{"max_num_seqs":4}', b"{}", "why"))
+        config, _, configuration = _configure(rank_env_of(memory), flags)
+        assert (config.max_num_seqs, configuration) == (4, (1, "", True))
+        missing = json.dumps({"model": str(tmp_path / "none"), "max_num_seqs": 4}).encode()
+        write_configuration(memory, Reconfigure(2, missing, b'{"max_num_seqs":5}', "why"))
+        config, _, configuration = _configure(rank_env_of(memory), flags)
+        assert (config.max_num_seqs, configuration.number) == (5, 2) and "no model directory" in configuration.refused
+        write_configuration(memory, Reconfigure(3, missing, None, "why"))
+        with pytest.raises(UserError, match="no model directory"):
+            _configure(rank_env_of(memory), flags)
     finally:
         os.close(memory)
 
