@@ -35,6 +35,7 @@ Invariants
 """
 
 from collections.abc import Callable
+from itertools import chain
 
 from tpserve.coordinator.actions import (
     Action,
@@ -49,8 +50,10 @@ from tpserve.coordinator.actions import (
     ReloadFailed,
     SendMessage,
 )
+from tpserve.coordinator.agreement import Agreement
 from tpserve.coordinator.config_check import mismatch
 from tpserve.coordinator.configurations import Configuration, Configurations
+from tpserve.coordinator.deadlines import Deadlines
 from tpserve.coordinator.epoch_state import NEXT_STATE, EpochEvent, EpochState
 from tpserve.coordinator.restart_intensity import RestartIntensity, cause_of_exit
 from tpserve.coordinator.roster import Member, Peer, RankInfo, Roster
@@ -65,7 +68,6 @@ from tpserve.types.messages import (
     Hello,
     Leave,
     LogLines,
-    MemoryLedger,
     RankMessage,
     Ready,
     Run,
@@ -77,8 +79,6 @@ LOST_S = 4.0
 """A rank without a message for this long while serving is lost; it sends a heartbeat every 0.5 s."""
 LOST_STARTING_S = 30.0
 """The same while starting, where a long call into a library may delay heartbeats. A death is still noticed at once."""
-BLOCKED_S = 1.0
-"""A coordinator that was itself blocked for this long cannot tell which ranks were silent, and resets all timers."""
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
 _SIBLING_ADVICE = "look at the last lines of its node's log"
@@ -111,23 +111,16 @@ class Coordinator:
         self.reason = self.advice = ""
         self.code = 0
         self.restarts = restarts
-        self.facts = facts or {}
-        """Facts of the loaded model, from rank 0's Ready; empty before the first RUN."""
         self.last_fault = ""
         self.recoveries = 0
         """Epochs that ran after a fault."""
         self._roster = Roster(world_size)
         self.configurations = Configurations(configuration or Configuration())
-        self._before_reload: tuple[dict[str, int], list[MemoryLedger]] = {}, []
+        self._agreement = Agreement(facts or {})
         self._planned = False
         """Whether the ranks form an epoch because of a reload, and not of a fault."""
-        self._ledgers: list[MemoryLedger] = []
-        """Of every rank, as the ranks agreed in the first epoch; empty before."""
         self._intensity = RestartIntensity()
-        self._form_timeout_s, self._recovery_timeout_s = form_timeout_s, recovery_timeout_s
-        self._drain_timeout_s = drain_timeout_s
-        self._draining_s: float | None = None
-        self._progress_s = self._ticked_s = now
+        self.deadlines = Deadlines(now, form_timeout_s, recovery_timeout_s, drain_timeout_s)
         self._handlers: dict[type, Callable[..., list[Action]]] = {
             Hello: self._on_hello,
             Ready: self._on_ready,
@@ -141,6 +134,11 @@ class Coordinator:
     # What the frontend shows
 
     @property
+    def facts(self) -> dict[str, int]:
+        """Facts of the loaded model, from rank 0's Ready; empty before the first RUN."""
+        return self._agreement.facts
+
+    @property
     def recovering(self) -> bool:
         """Whether the ranks form an epoch after one that has run."""
         return self.state in (EpochState.FORMING, EpochState.STARTING) and bool(self.facts)
@@ -148,7 +146,7 @@ class Coordinator:
     @property
     def draining(self) -> bool:
         """Whether the service takes no new requests, also while it recovers."""
-        return self._draining_s is not None
+        return self.deadlines.draining
 
     @property
     def phase(self) -> str:
@@ -224,8 +222,7 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
-        blocked, self._ticked_s = now - self._ticked_s > BLOCKED_S, now
-        if blocked:
+        if self.deadlines.note_tick(now):
             self._roster.reset_timers(now)
         if self.state is EpochState.STOPPED:
             return []
@@ -236,23 +233,23 @@ class Coordinator:
                 rank.lost = True
                 silent = self._roster.peer(i)
                 return [RankLost(silent), *self.lost(silent, f"has been silent for {limit_s:g} s", now, _SILENT_ADVICE)]
-        if self._draining_s is not None and now - self._draining_s > self._drain_timeout_s:
-            self.reason = f"requests were still open after a drain of {self._drain_timeout_s:g} s"
+        if self.deadlines.drain_over(now):
+            self.reason = f"requests were still open after a drain of {self.deadlines.drain_timeout_s:g} s"
             return self._enter_state("drained", now)
         return self._tick_forming(now) if self.state in (EpochState.FORMING, EpochState.STARTING) else []
 
     def drain(self, now: float) -> list[Action]:
         """Let open requests finish, then end the service."""
-        if self.state is EpochState.STOPPED or self._draining_s is not None:
+        if self.state is EpochState.STOPPED or self.draining:
             return []
-        self._draining_s = now
+        self.deadlines.begin_drain(now)
         if self.state is EpochState.RUN:
             return self._enter_state("drain", now)
         return [] if self.facts else self._enter_state("drained", now)
 
     def drained(self, now: float) -> list[Action]:
         """No request is open. Has no effect unless the service drains."""
-        if self._draining_s is None or self.state is EpochState.STOPPED:
+        if not self.draining or self.state is EpochState.STOPPED:
             return []
         return self._enter_state("drained", now)
 
@@ -263,15 +260,10 @@ class Coordinator:
         """
         if self.state is not EpochState.RUN or not self.restarts:
             return []
-        epoch, self._before_reload = self.epoch, (self.facts, self._ledgers)
         self.configurations.begin(changes)
-        self.reason, self._ledgers, self._planned = "an operator reloads", [], True
-        return [*self._enter_state("reload", now), EpochLost(epoch, self.reason, planned=True)]
-
-    def set_timeouts(self, form_timeout_s: float, recovery_timeout_s: float, drain_timeout_s: float) -> None:
-        """Change what the constructor has got."""
-        self._form_timeout_s, self._recovery_timeout_s = form_timeout_s, recovery_timeout_s
-        self._drain_timeout_s = drain_timeout_s
+        self._agreement.begin_trial()
+        self.reason, self._planned = "an operator reloads", True
+        return [*self._enter_state("reload", now), EpochLost(self.epoch, self.reason, planned=True)]
 
     def note_token(self) -> None:
         """The engine has produced a token: faults before it do not count any more."""
@@ -295,7 +287,8 @@ class Coordinator:
         if rank.hello is not None:
             return []
         why = mismatch(self._roster.taking_part(), message)
-        rank.hello, self._progress_s = message, now
+        rank.hello = message
+        self.deadlines.note_progress(now)
         if why:
             return self._give_up(2, why, now)
         if too_many := self._intensity.note_fault(cause_of_exit(message.last_exit), now):
@@ -313,7 +306,7 @@ class Coordinator:
 
     def _on_heartbeat(self, peer: Peer, message: Heartbeat, now: float) -> list[Action]:
         if self._roster.record_heartbeat(peer.rank, message, now):
-            self._progress_s = now
+            self.deadlines.note_progress(now)
         rank = self._roster[peer.rank]
         earlier = message.epoch > 0 and rank.hello is None  # in an epoch of the coordinator before this one, which was killed
         return [self._leave(peer)] if rank.over or earlier else []
@@ -333,7 +326,7 @@ class Coordinator:
             return self._end(2, message.text, now)
         if rank.over:
             return [self._leave(peer)]
-        if message.kind == "overdue" and self._roster.is_compiling(now, self._form_timeout_s):
+        if message.kind == "overdue" and self._roster.is_compiling(now, self.deadlines.form_timeout_s):
             return []
         reason = f"{self._roster.describe(peer.rank)}: {message.text}"
         advice = _SIBLING_ADVICE if message.kind == "sibling" else _FAULT_ADVICE
@@ -357,7 +350,7 @@ class Coordinator:
     def _enter_state(self, event: EpochEvent, now: float) -> list[Action]:
         """Follow the table and return the actions with which the new state begins."""
         self.state = self._next(event)
-        self._progress_s = now
+        self.deadlines.note_progress(now)
         if event in ("all_ready", "drain"):
             self.reason = ""  # that of an earlier fault
         if self.state is EpochState.STARTING:
@@ -367,7 +360,7 @@ class Coordinator:
             changed = [Reloaded(self.configurations.current)] if self.configurations.on_trial else []
             self._note_ready()
             actions = [*self._to_all(Run(self.epoch)), *changed, EpochReady(self.epoch, self._intensity.take_worst())]
-            return actions if self._draining_s is None else [*actions, *self._enter_state("drain", now)]
+            return actions if not self.draining else [*actions, *self._enter_state("drain", now)]
         if self.state is EpochState.DRAINING:
             return self._to_all(Drain())
         if self.state is EpochState.FORMING:
@@ -387,7 +380,7 @@ class Coordinator:
         self.recoveries += bool(self.facts) and not self._planned
         self._planned = False
         self.configurations.accept()
-        self.facts, self._ledgers = dict(readies[0].facts), [ready.ledger for ready in readies]
+        self._agreement.note(readies)
 
     def _fail_epoch(self, reason: str, now: float, advice: str = "", cause: Cause = "outside") -> list[Action]:
         """A fault of one rank. Ends the epoch, or the service where nobody restarts ranks."""
@@ -415,7 +408,7 @@ class Coordinator:
     def _take_back(self, reason: str, now: float) -> list[Action]:
         """The configuration on trial has failed: all ranks start again with the one before."""
         self.configurations.take_back()
-        self.facts, self._ledgers = self._before_reload
+        self._agreement.take_back()
         self.reason = reason
         return [*self._enter_state("reload", now), ReloadFailed(self.configurations.current, reason)]
 
@@ -423,9 +416,8 @@ class Coordinator:
         """Every rank can run plans. A reload may not shorten sequences: open requests may be as long as before."""
         first = self._roster[0].ready
         assert first is not None
-        length, before = (facts.get("max_model_len", 0) for facts in (first.facts, self.facts))
-        if self.configurations.on_trial and length < before:
-            return self._take_back(f"sequences could have {length:,} tokens, before {before:,}", now)
+        if self.configurations.on_trial and (shorter := self._agreement.shorter(first)):
+            return self._take_back(shorter, now)
         return self._enter_state("all_ready", now)
 
     def _end(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
@@ -437,8 +429,7 @@ class Coordinator:
 
     def _tick_forming(self, now: float) -> list[Action]:
         """End a start that makes no progress."""
-        limit_s = self._recovery_timeout_s if self.recovering else self._form_timeout_s
-        if now - self._progress_s <= limit_s:
+        if (limit_s := self.deadlines.start_over(now, self.recovering)) is None:
             return []
         waited_for = of_ranks(self._roster.missing or self._roster.loading)
         why = f"{waited_for} did not come {'back ' * self.recovering}within {limit_s:g} s"
@@ -450,15 +441,8 @@ class Coordinator:
     def _start(self, peer: Peer) -> SendMessage:
         first = self._roster[0].hello
         assert first is not None
-        return SendMessage(peer, Start(self.epoch, first.endpoints, self._ledger(peer.rank)))
-
-    def _ledger(self, rank: int) -> MemoryLedger | None:
-        """What an earlier epoch agreed on: as this coordinator knows it, or a rank that was part of it."""
-        if self._ledgers:
-            return self._ledgers[rank]
-        own = self._roster[rank].hello
-        survivors = [own, *self.hellos]
-        return next((hello.ledger for hello in survivors if hello is not None and hello.ledger is not None), None)
+        survivors = chain([self._roster[peer.rank].hello], self._roster.taking_part())
+        return SendMessage(peer, Start(self.epoch, first.endpoints, self._agreement.ledger(peer.rank, survivors)))
 
     def _stop_replaced(self, peer: Peer) -> SendMessage:
         """The code asks for a restart: it may be the newer one after all, if messages have overtaken others."""

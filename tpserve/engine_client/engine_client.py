@@ -368,7 +368,7 @@ class EngineClient:
         assert candidate is not None
         self._keep(configuration=number, reloaded=candidate)
         self._config = config = candidate.config
-        self._coordinator.set_timeouts(config.start_timeout, config.recovery_timeout, config.drain_timeout)
+        self._coordinator.deadlines.set_timeouts(config.start_timeout, config.recovery_timeout, config.drain_timeout)
         self.on_reloaded(candidate)
 
     def _keep(self, **fields: Any) -> None:
