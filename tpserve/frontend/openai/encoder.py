@@ -93,7 +93,7 @@ class ChunkEncoder:
             chunks[0]["warnings"] = self._warnings
             self._warnings = []
         for chunk in chunks:
-            if self._options.continuous_usage_stats:
-                yield event(chunk | {"usage": self._counter.usage()})
+            if not self._options.include_usage:
+                yield event(chunk)
             else:
-                yield event(chunk | {"usage": None} if self._options.include_usage else chunk)
+                yield event(chunk | {"usage": self._counter.usage() if self._options.continuous_usage_stats else None})

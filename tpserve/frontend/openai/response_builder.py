@@ -1,7 +1,7 @@
 """The JSON forms of responses and stream chunks, for completions and for chat completions.
 
 Pure: output deltas in, JSON values out; never touches sockets or the request table. Together with `responses.events` this defines
-the order of a stream: the opening chunks, then non-empty deltas, then one finish chunk per choice. Every chunk has one choice.
+the order of a stream: the opening chunks, then deltas, the last of each choice with its finish. Every chunk has one choice.
 """
 
 from collections.abc import Sequence
@@ -116,6 +116,8 @@ def encoded_prompt_logprobs(scores: PromptScores, num_top: int, tokenizer: Token
 
 
 NOT_ENDED: Json = {"finish_reason": None, "stop_reason": None}
+NO_IDS: Json = {"token_ids": None, "prompt_token_ids": None}
+"""Of a choice whose ids nobody has asked for; clients written for vLLM read them."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +143,16 @@ class CompletionResponseBuilder:
     def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
         chunks = [] if delta.scores is None else self._echo(index, delta.scores)
         tokens, logprobs = delta.tokens, self._logprobs(index, delta)
-        if delta.text:
-            chunks.append(self.meta.chunk(self._choice(index, delta.text, tokens, logprobs) | NOT_ENDED))
-            tokens, logprobs = [], None
-        if delta.finish is not None:
-            chunks.append(self.meta.chunk(self._choice(index, "", tokens, logprobs) | finish_fields(delta)))
+        if delta.text or delta.finish is not None:
+            ending = NOT_ENDED if delta.finish is None else finish_fields(delta)
+            chunks.append(self.meta.chunk(self._choice(index, delta.text, tokens, logprobs) | ending))
         return chunks
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         call, choices = self.call, list[Json]()
         for number, prompt in enumerate(self.prompts):
             drawn = [delta for _, delta in outputs[number * call.num_drawn : (number + 1) * call.num_drawn]]
-            echoed, extra, scores = None, Json(), drawn[0].scores
+            echoed, scores, extra = None, drawn[0].scores, Json(prompt_logprobs=None)
             if scores is not None and call.num_echoed is not None:
                 entries = scores.entries(self.tokenizer, prompt.text, call.num_echoed, prompt.num_open)
                 echoed = completion_logprobs(entries, self._spell)
@@ -163,7 +163,7 @@ class CompletionResponseBuilder:
                 logprobs = self._logprobs(index, delta)
                 if echoed is not None:
                     logprobs = {name: values + logprobs[name] for name, values in echoed.items()} if logprobs else echoed
-                choices.append(self._choice(index, text, delta.tokens, logprobs) | finish_fields(delta) | extra)
+                choices.append(NO_IDS | self._choice(index, text, delta.tokens, logprobs) | finish_fields(delta) | extra)
         return self.meta.answer(choices)
 
     def _spell(self, token: int) -> str:
@@ -225,13 +225,13 @@ class ChatResponseBuilder:
     def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
         chunks, reader = [], self.readers[index]
         tokens, entries = [*reader.tokens, *delta.tokens], [*reader.entries, *delta.entries]
-        for part in reader.deltas(delta):
+        parts = list(reader.deltas(delta)) or ([] if delta.finish is None else [Json()])
+        for part in parts:
             chunks.append(self.meta.chunk(self._choice(index, "delta", part, tokens, entries) | NOT_ENDED))
             tokens, entries = [], []
         reader.tokens, reader.entries = tokens, entries
         if delta.finish is not None:
-            ending = finish_fields(delta) | {"finish_reason": reader.finish_reason(delta)}
-            chunks.append(self.meta.chunk(self._choice(index, "delta", {}, tokens, entries) | ending))
+            chunks[-1]["choices"][0] |= finish_fields(delta) | {"finish_reason": reader.finish_reason(delta)}
         return chunks
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
@@ -239,10 +239,9 @@ class ChatResponseBuilder:
         for index, delta in outputs:
             message = self.readers[index].message(delta)
             ending = finish_fields(delta) | {"finish_reason": self.readers[index].finish_reason(delta)}
-            choices.append(self._choice(index, "message", message, delta.tokens, delta.entries) | ending)
+            choices.append({"token_ids": None} | self._choice(index, "message", message, delta.tokens, delta.entries) | ending)
         answer, scores = self.meta.answer(choices), outputs[0][1].scores
-        if self.call.return_token_ids:
-            answer["prompt_token_ids"] = self.prompt.ids
+        answer |= {"prompt_token_ids": self.prompt.ids if self.call.return_token_ids else None, "prompt_logprobs": None}
         if scores is not None and self.call.prompt_logprobs is not None:
             answer["prompt_logprobs"] = encoded_prompt_logprobs(scores, self.call.prompt_logprobs, self.tokenizer)
         return answer
