@@ -37,7 +37,7 @@ TURN: Json = {
     "required": ["role", "content"],
     "properties": {
         "role": {"enum": ["user", "assistant"]},
-        "content": {"type": ["string", "array"], "items": {"type": "object"}},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object", "required": ["type"]}}]},
     },
 }
 MEMBERS: dict[str, dict[str, Json]] = {
@@ -68,6 +68,8 @@ def specification(app: web.Application) -> Json:
             schema["properties"][name] |= members
         if "model" in schema.get("properties", {}):
             schema["properties"]["model"] = {"enum": list(app[SERVICE].names)}
+        if "logit_bias" in schema.get("properties", {}):
+            schema["properties"]["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]{1,9}$"}
         required = schema.get("required", ())
         schema["properties"] = {
             name: field if name in required else _or_null(field) for name, field in schema.get("properties", {}).items()
