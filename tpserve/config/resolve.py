@@ -78,6 +78,8 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         allowed_methods=_list("allowed_methods", flags.allowed_methods),
         allowed_headers=_list("allowed_headers", flags.allowed_headers),
         allow_credentials=flags.allow_credentials,
+        request_timeout=flags.request_timeout,
+        access_log=flags.access_log,
         log_requests=flags.log_requests,
         log_stats=flags.log_stats,
         resume_window=flags.resume_window,

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from tpserve.frontend.admin_routes import AbortRequest
 from tpserve.frontend.anthropic.schema import MessageInput
 from tpserve.frontend.endpoints import ENDPOINTS
 from tpserve.frontend.openai.schema import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
@@ -28,6 +29,7 @@ BODIES: dict[str, tuple[type[msgspec.Struct], ...]] = {
     "/detokenize": (DetokenizeRequest,),
     "/v1/messages/count_tokens": (MessageInput,),
     "/v1/responses/input_tokens": (InputFields,),
+    "/abort_request": (AbortRequest,),
 }
 """The structs that the body of a POST may be."""
 TOKENS: Json = {"type": "array", "items": {"type": "integer", "minimum": 0}}

@@ -5,7 +5,8 @@ Objects are open: answers may have members that are not named here. `required` n
 
 from typing import Any
 
-from tpserve.frontend.access import OPEN_PATHS
+from tpserve.frontend.access import ADMIN_PATHS, OPEN_PATHS
+from tpserve.frontend.admin_routes import MODES
 from tpserve.frontend.endpoints import ENDPOINTS
 
 Json = dict[str, Any]
@@ -179,6 +180,11 @@ ANSWERS: dict[tuple[str, str], Json] = {
     ("POST", "/v1/messages/count_tokens"): obj(input_tokens=INTEGER),
     ("GET", "/v1/streams/{id}"): {"anyOf": [ref("Completion"), ref("ChatCompletion"), ref("Response"), ref("Message")]},
     ("DELETE", "/v1/streams/{id}"): obj(id=TEXT, object=const("stream.deleted"), deleted=const(True)),
+    ("POST", "/pause"): obj(status=const("paused"), mode=optional(TEXT), num_aborted=INTEGER),
+    ("POST", "/resume"): obj(status=const("resumed")),
+    ("GET", "/is_paused"): obj(is_paused=BOOLEAN, mode=optional(TEXT)),
+    ("POST", "/abort_request"): obj(num_aborted=INTEGER),
+    ("POST", "/reset_prefix_cache"): obj(status=const("reset")),
 }
 """The JSON of status 200, by method and path. A route that is not here answers with some object."""
 TEXTS = {"/metrics": "text/plain", "/": "text/html", "/docs": "text/html"}
@@ -187,6 +193,10 @@ STREAMS = frozenset({*((("POST", path)) for path in ENDPOINTS), ("GET", "/v1/str
 """Operations that may answer with server-sent events."""
 FROM = {"name": "from", "schema": {"type": "string", "pattern": r"^\d{1,9}(\.\d{1,9})?$"}}
 QUERIES: dict[tuple[str, str], list[Json]] = {
+    ("POST", "/pause"): [
+        {"name": "mode", "schema": {"type": "string", "enum": list(MODES), "default": "keep"}},
+        {"name": "clear_cache", "schema": BOOLEAN | {"default": False}},
+    ],
     ("GET", "/v1/streams/{id}"): [FROM],
     ("GET", "/v1/responses/{id}"): [
         {"name": "stream", "schema": BOOLEAN},
@@ -259,8 +269,8 @@ def _error_statuses(method: str, path: str, takes_body: bool) -> set[int]:
         statuses |= {401}
     if takes_body:
         statuses |= {415}
-    if takes_body or path in ("/health", "/readyz"):
+    if takes_body or path in ("/health", "/readyz") or path in ADMIN_PATHS:
         statuses |= {503}
     if path in ENDPOINTS or path.startswith(("/v1/streams/", "/v1/responses/")):
-        statuses |= {409, 410, 429, 503, 507}
+        statuses |= {409, 410, 429, 503, 504, 507}
     return statuses
