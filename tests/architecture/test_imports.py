@@ -286,7 +286,7 @@ def test_nothing_is_used_that_setup_does_not_require() -> None:
     required = {
         "torch", "triton", "safetensors", "huggingface_hub", "aiohttp", "msgspec", "zmq", "tokenizers", "jinja2", "uvloop",
         "llguidance", "regex",
-        "prometheus_client", "rich", "yaml",
+        "prometheus_client", "rich", "yaml", "opentelemetry",
     }  # fmt: skip
     for path in [*sources(), *(ROOT / "kernels").rglob("*.py")]:
         if path == PACKAGE / "builtin" / "train.py":  # `make model`, in the environment of the tests

@@ -181,6 +181,7 @@ def serving(
     exposed: bool = False,
     kind: Callable[[], RustTokenizer] = byte_level,
     answers: ChatAnswers | None = None,
+    spans: Any = None,
     **config: Any,
 ) -> Iterator[Server]:
     """Serve on a loopback port until the block ends; `exposed`: as if others could reach it. `server.states[-1]` is what the
@@ -219,7 +220,7 @@ def serving(
         app = create_app(
             settings, request_table, status, tokenizer, template, answers or ChatAnswers(),
             journal=journal, info=info, control=control, api_keys=ApiKeys(settings.api_key, settings.api_key_file),
-            access_log=access_log, exposed=exposed,
+            access_log=access_log, spans=spans, exposed=exposed,
         )  # fmt: skip
         site_runner = runner(app)
         await site_runner.setup()

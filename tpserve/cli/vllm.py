@@ -175,7 +175,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "--trust-remote-code": switch("no code of a repository is ever run; docs/models.md lists the models that are served"),
     "--code-revision": value_of("no code of a repository is ever run"),
     "--log-config-file": _instead("--log-level"),
-    "--otlp-traces-endpoint": _instead("--step-trace for steps, /metrics for requests"),
     "--collect-detailed-traces": _instead("--step-trace"),
     "--profiler-config": _instead("--step-trace"),
     "--device-ids": _instead("CUDA_VISIBLE_DEVICES in the environment"),

@@ -340,6 +340,15 @@ class Flags(Struct, frozen=True, kw_only=True):
             metavar="FILE",
         ),
     ] = None
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Flag(
+            HTTP,
+            "Collector that gets a span for each request, by OTLP over HTTP, such as http://HOST:4318/v1/traces. Needs the extra "
+            "tpserve[otel].",
+            metavar="URL",
+        ),
+    ] = None
     log_requests: Annotated[
         bool,
         Flag(

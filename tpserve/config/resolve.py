@@ -80,6 +80,7 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         allow_credentials=flags.allow_credentials,
         request_timeout=flags.request_timeout,
         access_log=flags.access_log,
+        otlp_traces_endpoint=flags.otlp_traces_endpoint,
         log_requests=flags.log_requests,
         log_stats=flags.log_stats,
         resume_window=flags.resume_window,

@@ -42,7 +42,9 @@ from tpserve.frontend.openai.rebuild import rebuild_running
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
 from tpserve.frontend.responses import routes as responses
 from tpserve.frontend.streams import StreamTable
+from tpserve.frontend.tracing import note_trace
 from tpserve.journal.journal import Journal
+from tpserve.observe.spans import SpanExporter
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
@@ -95,6 +97,7 @@ def create_app(
     control: EngineControl,
     api_keys: ApiKeys,
     access_log: AccessLogFile | None = None,
+    spans: SpanExporter | None = None,
     exposed: bool,
 ) -> web.Application:
     """The application; serve it through `runner`. `info` returns the body of /server_info. `exposed`: listens beyond loopback."""
@@ -123,6 +126,7 @@ def create_app(
         grammars=grammars,
         open_requests=OpenRequests(request_table, key_usage),
         request_timeout_s=settings.request_timeout,
+        spans=spans,
         answers=answers,
         streams=StreamTable(settings.resume_window),
         journal=journal,
@@ -228,6 +232,7 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
     valid = 0 < len(header) <= MAX_ID_CHARS and ID_CHARS.issuperset(header)
     request[REQUEST_ID] = header if valid else secrets.token_hex(16)
     request[ARRIVED_S] = time.monotonic()
+    note_trace(request)
     try:
         return await handler(request)
     except UserError as error:

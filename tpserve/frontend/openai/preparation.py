@@ -29,6 +29,7 @@ from tpserve.frontend.openai.sequences import params_of, random_seed
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.openai.tools import ToolUse, tool_use
 from tpserve.frontend.streams import AnswerContext
+from tpserve.observe.trace_context import TraceContext
 from tpserve.response_template.parser import Place
 from tpserve.types.sampling import EngineSamplingParams
 
@@ -43,7 +44,8 @@ class Arrival:
     """What belongs to a request beside its body. `limits`: UserError 503 unless the engine runs. `call_ids`: the id of a tool
     call by the index of its choice and its number there. `draw_seed`: the seed of a sequence whose request has none.
     `answer_id`: by which the answer may be asked for. `history`: JSON of the conversation before it, for APIs that keep one.
-    `deadline_s`: when it must have ended, by `time.monotonic`; None for no deadline. `key_name`: of its client's key."""
+    `deadline_s`: when it must have ended, by `time.monotonic`; None for no deadline. `key_name`: of its client's key.
+    `trace`: its place in its client's trace."""
 
     request_id: str
     created_s: int
@@ -54,6 +56,7 @@ class Arrival:
     history: bytes = b""
     deadline_s: float | None = None
     key_name: str = ""
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True)

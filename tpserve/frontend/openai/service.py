@@ -18,6 +18,7 @@ from tpserve.frontend.open_requests import OpenRequests
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.streams import StreamTable
 from tpserve.journal.journal import Journal
+from tpserve.observe.spans import SpanExporter
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
@@ -51,6 +52,7 @@ class OpenAIServing:
     grammars: GrammarChecker
     open_requests: OpenRequests
     request_timeout_s: float | None = None
+    spans: SpanExporter | None = None
     answers: ChatAnswers = field(default_factory=ChatAnswers)
     streams: StreamTable = field(default_factory=lambda: StreamTable(0))
     journal: Journal | None = None
