@@ -106,10 +106,8 @@ def test_the_span_of_a_chat(collector: Collector) -> None:
     assert found["gen_ai.response.model"] == MODEL and found["gen_ai.response.finish_reasons"] == ["length"]
     assert found["gen_ai.latency.time_in_queue"] >= 0 and found["gen_ai.latency.time_to_first_token"] > 0
     took_s = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
-    assert (
-        found["gen_ai.latency.e2e"] == pytest.approx(took_s, abs=0.01)
-        and abs(span.end_time_unix_nano / 1e9 - time.time()) < WAIT_S
-    )
+    assert found["gen_ai.latency.e2e"] == pytest.approx(took_s, abs=0.01)
+    assert abs(span.end_time_unix_nano / 1e9 - time.time()) < WAIT_S
     assert "hello" not in str(span)
 
 

@@ -5,6 +5,7 @@ refused all the same (a model that is not served, a prompt that is too long), so
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,4 +26,5 @@ def test_no_answer_is_undeclared() -> None:
         [COMMAND, "run", f"{SERVER}/openapi.json", *OPTIONS], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert "failures" not in run.stdout.lower().partition("summary")[2]
+    tested, generated = re.search(r"Tested: (\d+)", run.stdout), re.search(r"(\d+) generated", run.stdout)
+    assert tested is not None and generated is not None and int(tested[1]) > 25 and int(generated[1]) > 1000

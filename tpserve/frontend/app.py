@@ -57,6 +57,8 @@ http_log = logging.getLogger(f"{__name__}.http")
 INFO: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("info")
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 MAX_ID_CHARS = 128
+OTHER_TASKS = frozenset({"embeddings", "rerank", "score", "classify", "pooling", "transcriptions", "translations", "speech"})
+"""The last part of paths that other servers have, for models that do not generate text."""
 
 
 class Settings(AccessSettings, Protocol):
@@ -273,6 +275,10 @@ async def add_limits(request: web.Request, response: web.StreamResponse) -> None
 def to_http_error(error: web.HTTPException, request: web.Request) -> UserError:
     """An error of aiohttp's as a UserError, with the same status."""
     match error:
+        case web.HTTPNotFound() if (task := request.path.rpartition("/")[2]) in OTHER_TASKS and request.method == "POST":
+            return UserError(
+                f"{task} is not supported by this server: its model generates text", code="unsupported_endpoint", status=400
+            )
         case web.HTTPNotFound():
             return UserError(f"no such route: {request.method} {shown(request.path)}", code="not_found", status=404)
         case web.HTTPMethodNotAllowed():
