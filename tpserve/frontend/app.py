@@ -75,6 +75,14 @@ class Settings(AccessSettings, Protocol):
     @property
     def request_timeout(self) -> float | None: ...
     @property
+    def root_path(self) -> str: ...
+    @property
+    def enable_force_include_usage(self) -> bool: ...
+    @property
+    def enable_per_request_metrics(self) -> bool: ...
+    @property
+    def return_tokens_as_token_ids(self) -> bool: ...
+    @property
     def log_stats(self) -> bool: ...
     @property
     def drain_timeout(self) -> float: ...
@@ -129,6 +137,9 @@ def create_app(
         open_requests=OpenRequests(request_table, key_usage),
         request_timeout_s=settings.request_timeout,
         spans=spans,
+        forces_usage=settings.enable_force_include_usage,
+        shows_times=settings.enable_per_request_metrics,
+        tokens_as_ids=settings.return_tokens_as_token_ids,
         answers=answers,
         streams=StreamTable(settings.resume_window),
         journal=journal,
@@ -153,17 +164,17 @@ def create_app(
     app.router.add_get("/version", version)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/server_info", server_info)
-    openapi.add_routes(app)
+    openapi.add_routes(app, settings.root_path)
     return app
 
 
-def runner(app: web.Application) -> web.AppRunner:
-    """The runner of an application. A handler is cancelled when its client leaves.
+def runner(app: web.Application, root_path: str = "") -> web.AppRunner:
+    """The runner of an application. A handler is cancelled when its client leaves. `root_path`: see `JsonErrorRunner`.
 
     Bodies are never decompressed: a small one could become gigabytes of work for the event loop.
     """
     http_log.addFilter(is_server_error)
-    return JsonErrorRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
+    return JsonErrorRunner(app, root_path, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
 
 
 def is_server_error(record: logging.LogRecord) -> bool:

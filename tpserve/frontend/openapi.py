@@ -61,8 +61,8 @@ pre{overflow:auto;background:#8881;padding:1rem}summary{cursor:pointer}:root{col
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
 
 
-def specification(app: web.Application) -> Json:
-    """The OpenAPI document of the application's routes."""
+def specification(app: web.Application, root_path: str) -> Json:
+    """The OpenAPI document of the application's routes, which lie under `root_path`."""
     structs = sorted({struct for bodies in BODIES.values() for struct in bodies}, key=lambda struct: struct.__name__)
     _, components = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     for struct, schema in components.items():
@@ -87,6 +87,7 @@ def specification(app: web.Application) -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": "tpserve", "version": __version__},
+        "servers": [{"url": root_path or "/"}],
         "paths": dict(sorted(paths.items())),
         "components": {
             "schemas": components,
@@ -142,12 +143,12 @@ def page(document: Json) -> str:
     return "".join(parts)
 
 
-def add_routes(app: web.Application) -> None:
+def add_routes(app: web.Application, root_path: str) -> None:
     """Add GET /openapi.json and GET /docs; after all other routes."""
 
     @functools.cache
     def document() -> Json:
-        return specification(app)
+        return specification(app, root_path)
 
     async def openapi(_request: web.Request) -> web.Response:
         """GET /openapi.json: this document."""

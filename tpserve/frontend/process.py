@@ -111,7 +111,7 @@ async def _run(
         url = http_url(config.host, listener.getsockname()[1], "http" if tls is None else "https")
         exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
         service = FrontendServer(config, runtime_dir, nnodes, address, url, started_s, exposed, log_buffer)
-        server = runner(service.app)
+        server = runner(service.app, config.root_path)
         await server.setup()
         await web.SockSite(server, listener, ssl_context=tls).start()
         if not service.keyed and exposed:

@@ -18,6 +18,8 @@ from tpserve.frontend.openai.sse import END, event
 from tpserve.text.assembler import OutputDelta
 
 Output = tuple[RequestState, OutputDelta]
+TIMES = ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second")
+"""The members of `metrics`."""
 
 
 class AnswerEncoder(Protocol):
@@ -50,12 +52,21 @@ class ChunkEncoder:
     """An answer of completions or chat completions. A stream is chunks, and ends with [DONE]."""
 
     def __init__(
-        self, builder: ResponseBuilder, meta: ResponseMeta, prompts: Sequence[Prompt], options: StreamOptions | None
+        self,
+        builder: ResponseBuilder,
+        meta: ResponseMeta,
+        prompts: Sequence[Prompt],
+        options: StreamOptions | None,
+        *,
+        shows_times: bool = False,
     ) -> None:
+        """`shows_times`: of the one choice that there is."""
         self._meta, self._builder = meta, builder
         self._options = options or StreamOptions()
         self._warnings = list(meta.warnings)
         self._counter = UsageCounter(prompts, builder)
+        self._shows_times = shows_times
+        self._sequence: RequestState | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -66,11 +77,12 @@ class ChunkEncoder:
 
     def deltas(self, sequence: RequestState, delta: OutputDelta) -> list[bytes]:
         self._counter.add(sequence, delta)
+        self._sequence = sequence
         return list(self._events(self._builder.deltas(sequence.index, delta)))
 
     def closing(self) -> list[bytes]:
         if self._options.include_usage:
-            return [event(self._meta.chunk() | {"usage": self._counter.usage()}), END]
+            return [event(self._meta.chunk() | {"usage": self._counter.usage()} | self._times()), END]
         return [END]
 
     def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
@@ -79,14 +91,18 @@ class ChunkEncoder:
     def whole(self, outputs: Sequence[Output]) -> bytes:
         for sequence, delta in outputs:
             self._counter.add(sequence, delta)
+            self._sequence = sequence
         answer = self._builder.answer([(sequence.index, delta) for sequence, delta in outputs])
-        answer["usage"] = self._counter.usage()
+        answer |= {"usage": self._counter.usage()} | self._times()
         if self._meta.warnings:
             answer["warnings"] = self._meta.warnings
         return msgspec.json.encode(answer)
 
     def body(self) -> bytes:
         return b""
+
+    def _times(self) -> Json:
+        return {"metrics": times_of(self._sequence)} if self._shows_times and self._sequence is not None else {}
 
     def _events(self, chunks: Sequence[Json]) -> Iterator[bytes]:
         if chunks and self._warnings:
@@ -97,3 +113,15 @@ class ChunkEncoder:
                 yield event(chunk)
             else:
                 yield event(chunk | {"usage": self._counter.usage() if self._options.continuous_usage_stats else None})
+
+
+def times_of(sequence: RequestState) -> Json:
+    """The times of a sequence in milliseconds, named as vLLM does; null without the tokens that they are of."""
+    times_s, num_tokens = sequence.token_s, sequence.assembler.num_tokens
+    if not times_s:
+        return dict.fromkeys(TIMES)
+    prefill_s, decode_s = times_s[0] - sequence.arrived_s - sequence.queue_s, times_s[-1] - times_s[0]
+    itl_s = decode_s / (num_tokens - 1) if num_tokens > 1 else None
+    rate = num_tokens / (prefill_s + decode_s) if prefill_s + decode_s > 0 else None
+    values = (1000 * prefill_s, 1000 * decode_s, 1000 * sequence.queue_s, None if itl_s is None else 1000 * itl_s, rate)
+    return dict(zip(TIMES, values, strict=True))

@@ -17,13 +17,20 @@ from tpserve.frontend.openai.encoder import AnswerEncoder, ChunkEncoder
 from tpserve.frontend.openai.grammar import describes_output, grammar_of
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
-from tpserve.frontend.openai.response_builder import ChatResponseBuilder, CompletionResponseBuilder, ResponseMeta
+from tpserve.frontend.openai.response_builder import (
+    ChatResponseBuilder,
+    CompletionResponseBuilder,
+    ResponseBuilder,
+    ResponseMeta,
+)
 from tpserve.frontend.openai.schema import (
     OPENAI_RULES,
     ChatCompletionRequest,
     CompletionRequest,
     FieldRules,
     GenerationFields,
+    SamplingFields,
+    StreamOptions,
 )
 from tpserve.frontend.openai.sequences import params_of, random_seed
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
@@ -88,7 +95,15 @@ async def prepare_completion(
     grammar = await asyncio.to_thread(grammar_of, call) if describes_output(call) else ""
     params = await params_of(service, call, prompts, sizes, limits, grammar)
     builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
-    return PreparedRequest(call, meta, prompts, params, ChunkEncoder(builder, meta, prompts, call.stream_options))
+    return PreparedRequest(call, meta, prompts, params, chunk_encoder(service, call, builder, meta, prompts))
+
+
+def chunk_encoder(
+    service: OpenAIServing, call: SamplingFields, builder: ResponseBuilder, meta: ResponseMeta, prompts: Sequence[Prompt]
+) -> ChunkEncoder:
+    """What encodes the answer of a completion or a chat completion, with what the server adds to it."""
+    options = StreamOptions(include_usage=True, continuous_usage_stats=True) if service.forces_usage else call.stream_options
+    return ChunkEncoder(builder, meta, prompts, options, shows_times=service.shows_times and call.n * len(prompts) == 1)
 
 
 async def prepare_chat(
@@ -97,7 +112,7 @@ async def prepare_chat(
     """A chat completions request. UserError for what is wrong with it."""
 
     def encoder(builder: ChatResponseBuilder) -> AnswerEncoder:
-        return ChunkEncoder(builder, builder.meta, [builder.prompt], call.stream_options)
+        return chunk_encoder(service, call, builder, builder.meta, [builder.prompt])
 
     return await prepare_conversation(service, call, warnings, arrival, encoder)
 
