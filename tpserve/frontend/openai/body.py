@@ -26,6 +26,9 @@ MAX_BODY_BYTES = 8 << 20
 JSON_TYPE = "application/json"
 MAX_WARNINGS = 16
 MAX_LOGGED_NAMES = 256
+MAX_NAMED = 5
+"""The most wrong keys that one error names."""
+TOKEN_ID = re.compile(r"[0-9]{1,18}")
 ERROR_PATH = re.compile(r"(?s)(.*) - at `(?:key` in `)?\$\.?(.*)`$")
 
 
@@ -130,6 +133,11 @@ def to_validation_error(text: str, fields: dict[str, Any]) -> UserError:
     sentence, param = (match[1], match[2]) if match else (text, "")
     if missing := re.search(r"missing required field `(\w+)`", sentence):
         return UserError(f"{missing[1]} is required", param=missing[1], code="missing_required_parameter")
+    if param.startswith("logit_bias") and isinstance(bias := fields.get("logit_bias"), dict):
+        keys = [shown(repr(key)) for key in bias if not TOKEN_ID.fullmatch(key)]
+        if keys:
+            text = ", ".join(keys[:MAX_NAMED]) + (f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else "")
+            return UserError(f"logit_bias: {text}: not the id of a token", param="logit_bias", code="invalid_value")
     value = fields.get(param)
     got = f", got {shown(value)}" if isinstance(value, int | float) and "got" not in sentence else ""
     sentence = sentence[0].lower() + sentence[1:]
