@@ -93,8 +93,14 @@ def test_a_file_that_was_moved_is_begun_anew(tmp_path: Path, monkeypatch: pytest
     again.write(b"4")
     again.close()
     assert path.read_text() == "3\n4\n"
-    with pytest.raises(UserError, match="No such file"):
-        AccessLogFile(str(tmp_path / "none" / "log"))
+    os.mkfifo(tmp_path / "pipe")
+    for wrong, says in (
+        (tmp_path / "none" / "log", "No such file"),
+        (tmp_path, "directory"),
+        (tmp_path / "pipe", "No such device"),
+    ):
+        with pytest.raises(UserError, match=f"--access-log .*{says}"):
+            AccessLogFile(str(wrong))
 
 
 def test_a_full_disk_loses_lines_and_is_told_once(
@@ -111,6 +117,7 @@ def test_a_full_disk_loses_lines_and_is_told_once(
         return written
 
     monkeypatch.setattr(access_log.os, "write", bounded)
+    monkeypatch.setattr(access_log, "QUIET_S", 0.0)
     with caplog.at_level(logging.WARNING):
         log = AccessLogFile(str(path))
         for number in range(5):

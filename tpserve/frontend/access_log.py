@@ -33,6 +33,8 @@ MAX_WAITING = 65536
 LOOK_S = 1.0
 """How often the thread looks whether the file has been moved, at most."""
 CLOSE_S = 2.0
+QUIET_S = 30.0
+"""Lines count as written again when none was lost for this long."""
 
 
 class AccessLogFile:
@@ -47,7 +49,7 @@ class AccessLogFile:
             raise UserError(f"--access-log {path} cannot be opened: {error.strerror}", param="access_log") from error
         self._lines: queue.Queue[bytes | None] = queue.Queue(MAX_WAITING)
         self._looked_s, self._is_torn = time.monotonic(), False
-        self._num_lost = 0
+        self._num_lost, self._lost_s = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="access log", daemon=True)
         self._thread.start()
 
@@ -69,7 +71,10 @@ class AccessLogFile:
     def _open(self) -> int:
         if self._path is None:
             return os.dup(1)
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        file = os.open(self._path, flags | os.O_NONBLOCK, 0o640)  # a pipe that nobody reads is an error, and no wait
+        os.set_blocking(file, True)
+        return file
 
     def _run(self) -> None:
         is_open = True
@@ -107,16 +112,16 @@ class AccessLogFile:
         data = memoryview((b"\n" if self._is_torn else b"") + b"".join(line + b"\n" for line in lines))
         while data:
             written = os.write(self._file, data)
-            self._is_torn = data[written - 1 : written] != b"\n"
+            self._is_torn = data[written - 1] != ord("\n")
             data = data[written:]
 
     def _lost(self, count: int, why: str) -> None:
         if not self._num_lost:
             logger.error("--access-log %s loses lines: %s; serving goes on", self._path or STDOUT, why)
-        self._num_lost += count
+        self._num_lost, self._lost_s = self._num_lost + count, time.monotonic()
 
     def _found(self) -> None:
-        if self._num_lost and not self._lines.full():
+        if self._num_lost and time.monotonic() - self._lost_s >= QUIET_S:
             logger.warning("--access-log %s is written again; about %d lines are lost", self._path or STDOUT, self._num_lost)
             self._num_lost = 0
 

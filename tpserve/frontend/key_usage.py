@@ -10,7 +10,7 @@ Owns the counts, by name: they outlive a change of the file of keys. Invariants:
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from tpserve.frontend.api_keys import LIMITS, KeyOwner
 from tpserve.frontend.sliding_window import SlidingWindow
 
 MINUTE_S, DAY_S = 60.0, 86400.0
+COUNT_EVERY_S = 0.1
+"""How old the counts of outputs may be: every open request is looked at for them."""
 MINUTE_SLOTS, DAY_SLOTS = 60, 288
 PARALLEL, REQUESTS, TOKENS, TOKENS_DAY = LIMITS
 CODE = "rate_limit_exceeded"
@@ -64,6 +66,8 @@ class NameUsage:
     num_requests: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    counted_s: float = -math.inf
+    """When the output of all open requests was counted last."""
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
 
     def begin(self, handle: RequestHandle, prompt_tokens: int, now_s: float) -> None:
@@ -75,19 +79,30 @@ class NameUsage:
         for name in (TOKENS, TOKENS_DAY):
             self.windows[name].add(now_s, prompt_tokens, now_s)
 
-    def count(self, handle: RequestHandle, now_s: float) -> None:
-        """Count the output of a request so far."""
-        counted = self.open[handle]
-        for index, sequence in enumerate(handle.sequences):
-            begin, counted[index] = counted[index], len(sequence.token_s)
-            self.generation_tokens += counted[index] - begin
-            for name in (TOKENS, TOKENS_DAY):
-                self.windows[name].add_each(sequence.token_s, begin, now_s)
+    def count(self, handles: Iterable[RequestHandle], now_s: float) -> None:
+        """Count the output of some open requests so far. What came within a second counts as coming now."""
+        num_recent, recent_s = 0, now_s - MINUTE_S / MINUTE_SLOTS
+        for handle in handles:
+            counted = self.open[handle]
+            for index, sequence in enumerate(handle.sequences):
+                begin, times_s = counted[index], sequence.token_s
+                if begin == len(times_s):
+                    continue
+                counted[index] = len(times_s)
+                self.generation_tokens += counted[index] - begin
+                if times_s[begin] >= recent_s:
+                    num_recent += counted[index] - begin
+                    continue
+                for name in (TOKENS, TOKENS_DAY):
+                    self.windows[name].add_each(times_s, begin, now_s)
+        for name in (TOKENS, TOKENS_DAY):
+            self.windows[name].add(now_s, num_recent, now_s)
 
     def count_open(self, now_s: float) -> None:
-        """Count the output of all open requests so far."""
-        for handle in self.open:
-            self.count(handle, now_s)
+        """Count the output of all open requests so far, unless that was done just now."""
+        if now_s - self.counted_s >= COUNT_EVERY_S:
+            self.counted_s = now_s
+            self.count(self.open, now_s)
 
     def state(self, name: str, limit: int, now_s: float) -> LimitState:
         """A limit of a window, once `count_open` has been called."""
@@ -127,7 +142,7 @@ class KeyUsage(Collector):
         """It has ended."""
         if name:
             usage = self._usage(name)
-            usage.count(handle, self._clock())
+            usage.count([handle], self._clock())
             del usage.open[handle]
 
     def headers(self, owner: KeyOwner) -> dict[str, str]:
@@ -139,7 +154,7 @@ class KeyUsage(Collector):
             for name, limit in ((TOKENS, limits.tokens_per_minute), (TOKENS_DAY, limits.tokens_per_day))
             if limit is not None
         ]
-        headers = {}
+        headers: dict[str, str] = {}
         if limits.requests_per_minute is not None:
             headers |= _headers("requests", usage.state(REQUESTS, limits.requests_per_minute, now_s))
         if tokens:
