@@ -237,8 +237,8 @@ ROOFLINE = Command(
 )
 FRONTEND = Command(
     "bench frontend",
-    "What the HTTP frontend takes to stream tokens, without a model: the real process, an engine that only sends tokens, clients\n"
-    "that compare every stream with what was sent for it. Takes MODEL, of which the tokenizer is used, and the server's flags.",
+    "What the HTTP frontend takes to stream tokens, without a model: the real process, an engine that only sends tokens, and\n"
+    "clients that compare every stream with what was sent for it. Takes MODEL, whose tokenizer is used, and the server's flags.",
     FrontendFlags,
     takes_server_flags=True,
 )

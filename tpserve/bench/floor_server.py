@@ -1,4 +1,4 @@
-"""The floor of `tpserve bench frontend`: `python -m tpserve.bench.floor_server`, a plain aiohttp handler that writes the same bytes.
+"""The floor of `tpserve bench frontend`: `python -m tpserve.bench.floor_server`, an aiohttp handler that writes the same bytes.
 
 It has the engine's socket of a frontend, so the same engine and the same clients serve it, and nothing else of a frontend: no
 checks, no tokenizer, no request table. Every token is an event whose bytes were made before, which the stream's task takes out of

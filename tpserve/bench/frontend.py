@@ -94,13 +94,15 @@ def run(
     check_writable(output)
     config = _config(engine_argv, streams)
     if output_len >= config.max_model_len // 2:
-        raise UserError(f"--output-len {output_len} is too long for a model of {config.max_model_len} positions", param="output_len")
+        limit = f"a model of {config.max_model_len} positions takes less than half as many"
+        raise UserError(f"--output-len {output_len} is too long: {limit}", param="output_len")
     allow_many_files()
     token_ids = plain_tokens(Tokenizer.load(config.tokenizer), config.vocab_size)
     load = StreamLoad(endpoint, streams, output_len, rounds + 1, rate, seed, token_ids)
     machine = MachineInfo.here()
     pace = "as fast as they are read" if rate is None else f"{rate:g} steps a second"
-    sys.stdout.write(f"{streams} streams of {output_len} tokens over {endpoint}, {pace}, {rounds} rounds, on {machine}\n{HEADING}\n")
+    what = f"{streams} streams of {output_len} tokens over {endpoint}, {pace}, {rounds} rounds"
+    sys.stdout.write(f"{what}, on {machine}\n{HEADING}")
     results: dict[str, ServerFigures] = {}
     for name, server in (("aiohttp", _floor_rounds), ("frontend", _frontend_rounds)):
         if floor or name == "frontend":
@@ -116,7 +118,7 @@ def run(
     return 1 if any(figures.lost or figures.mixed for figures in results.values()) else 0
 
 
-HEADING = f"{'':<10}{'tok/s':>9}{'tok/core-s':>12}{'us/token':>10}{'tok/event':>11}{'step p50':>10}{'p99 ms':>9}{'client':>8}{'lost':>6}{'mixed':>7}  resident MiB"
+HEADING = "              tok/s  tok/core-s  us/token  tok/event  step p50   p99 ms  client  lost  mixed  resident MiB\n"
 
 
 def _row(name: str, figures: ServerFigures) -> str:
@@ -205,7 +207,9 @@ def _wait_running(port: int, frontend: bool) -> None:
 def _spawn(module: str, job: Any, *descriptors: int) -> "subprocess.Popen[bytes]":
     """Start a process of this benchmark, with its job in stdin."""
     command = [sys.executable, "-m", module]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors, start_new_session=True
+    )
     stdin: IO[bytes] | None = process.stdin
     assert stdin is not None
     with stdin:

@@ -1,4 +1,4 @@
-"""The clients of `tpserve bench frontend`: `python -m tpserve.bench.stream_reader`, one process with a raw socket for each stream.
+"""The clients of `tpserve bench frontend`: `python -m tpserve.bench.stream_reader`, one process, a raw socket for each stream.
 
 It reads what comes, takes HTTP's chunks and the events apart, compares every stream with what the engine sends for it, and says
 over a pipe how many steps the engine may have sent: `WINDOW` more than all streams have. Beside that it looks at the server's

@@ -10,6 +10,7 @@ event loop only. Invariants:
     scores    the same, and before the first delta; the engine may repeat scores that are known
     buffer    output that waits for a slow client merges into one `OutputDelta` a sequence, so the request's length bounds it
     stepwise  the deltas of such a handle depend on the tokens and their order alone, not on frames or on when a reader takes
+    frame     readers hear of output once a frame, after all of it is in the table
 
 A `RequestHandle` is one client's request: n choices of m prompts are n * m sequences, numbered by `index`.
 """
@@ -83,8 +84,9 @@ class RequestState:
 class RequestHandle:
     """A client's request. One reader waits and takes; the request table writes.
 
-    `streaming`: the reader wakes for output, not only for the end. `stepwise`: `take` returns a delta of its own for each token
-    that shows something, in the order of arrival. `keep` gets the engine's messages about the sequences, frame by frame, with
+    `streaming`: the reader wakes for output, not only for the end. `sink`: called for the output of a frame instead, while it is
+    set and returns True; ends and failures always wake. `stepwise`: `take` returns a delta of its own for each token that shows
+    something, in the order of arrival. `keep` gets the engine's messages about the sequences, frame by frame, with
     their indices for ids; fed to another table they have the same effect.
     """
 
@@ -96,6 +98,7 @@ class RequestHandle:
         """Set when it fails only because the engine has ended."""
         self.stepwise = stepwise
         self.keep: Callable[[list[RequestOutput]], None] | None = None
+        self.sink: Callable[[], bool] | None = None
         self._streaming = streaming
         self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
@@ -105,6 +108,11 @@ class RequestHandle:
     def ended(self) -> bool:
         """Whether all sequences have ended."""
         return self._num_open == 0
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether there are deltas of a stepwise handle to take."""
+        return bool(self._steps)
 
     async def wait(self) -> None:
         """Sleep until there is output to take or the handle has ended; without streaming only the end wakes."""
@@ -134,14 +142,14 @@ class RequestHandle:
             self._wake.set()
 
     def _notify(self) -> None:
-        if self._streaming:
+        """There is output to take."""
+        if self._streaming and not (self.sink is not None and not self.ended and self.failure is None and self.sink()):
             self._wake.set()
 
     def _step(self, sequence: RequestState) -> None:
-        """Keep what a sequence shows as a delta of its own, if the handle is stepwise."""
+        """Keep what a sequence shows as a delta of its own; the handle is stepwise."""
         if self.stepwise and self.failure is None and (delta := sequence.assembler.take()) is not None:
             self._steps.append((sequence, delta))
-            self._notify()
 
 
 class RequestTable:
@@ -159,6 +167,10 @@ class RequestTable:
         self._open: dict[int, RequestState] = {}
         self._ids = itertools.count()
         self._quarantine = Quarantine()
+        self._news: dict[RequestHandle, None] = {}
+        """Handles with output in the frame that is received."""
+        self._gaps_s: list[float] = []
+        """The times between the tokens of that frame and those before them."""
 
     @property
     def num_open(self) -> int:
@@ -248,6 +260,7 @@ class RequestTable:
             if isinstance(message, Done) and message.finish == "stop" and not message.by_grammar
         }
         kept: dict[RequestHandle, list[RequestOutput]] = {}
+        now = self._clock()
         for message in outputs:
             if isinstance(message, Stats):
                 self.metrics.engine(message)
@@ -255,7 +268,7 @@ class RequestTable:
                 if sequence.handle.keep is not None:
                     kept.setdefault(sequence.handle, []).append(replace(message, id=sequence.index))
                 try:
-                    self._on_message(sequence, message, stops.get(message.id))
+                    self._on_message(sequence, message, stops.get(message.id), now)
                 except Exception as error:  # a defect in the text or the log probabilities of one request
                     log.exception("request %d fails in the frontend", message.id)
                     self._fail_handle(
@@ -266,15 +279,19 @@ class RequestTable:
         for handle, messages in kept.items():
             assert handle.keep is not None
             handle.keep(messages)
+        self.metrics.next_tokens(self._gaps_s)
+        news, self._news, self._gaps_s = self._news, {}, []
+        for handle in news:
+            handle._notify()
         return any(isinstance(message, Delta) for message in outputs)
 
-    def _on_message(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:
+    def _on_message(self, sequence: RequestState, message: RequestOutput, stops_at: int | None, now: float) -> None:
         """Process one message. `stops_at`: the final length, if a Done of the same frame says that the sequence has stopped."""
         match message:
+            case Delta():
+                self._on_delta(sequence, message, stops_at == message.start + len(message.tokens), now)
             case PromptLogprobsChunk():
                 self._on_prompt_logprobs(sequence, message)
-            case Delta():
-                self._on_delta(sequence, message, stops_at == message.start + len(message.tokens))
             case Done():
                 self._on_done(sequence, message)
 
@@ -291,31 +308,32 @@ class RequestTable:
         elif scores.complete:
             for other in sequence.handle.sequences:  # the other choices of the prompt show them too
                 sequence.handle._step(other)
-            sequence.handle._notify()
+            self._news[sequence.handle] = None
 
-    def _on_delta(self, sequence: RequestState, delta: Delta, stops: bool) -> None:
+    def _on_delta(self, sequence: RequestState, delta: Delta, stops: bool, now: float) -> None:
         if delta.start != len(sequence.tokens) or sequence.missing_scores is not None:
             log.warning("tokens of sequence %d at %d dropped, expected %d", delta.id, delta.start, len(sequence.tokens))
             return
-        now = self._clock()
+        assembler, handle = sequence.assembler, sequence.handle
         if not sequence.token_s:
             self.metrics.first_token(now - sequence.arrived_s)
             sequence.cached_tokens, sequence.queue_s = delta.cached_tokens, delta.queue_s
         else:
-            self.metrics.next_token(now - sequence.token_s[-1])
+            self._gaps_s.append(now - sequence.token_s[-1])
         sequence.tokens.extend(delta.tokens)
-        size = 1 if sequence.handle.stepwise else max(1, len(delta.tokens))
-        for begin in range(0, len(delta.tokens), size):
-            end = begin + size
-            last = end >= len(delta.tokens)
-            sequence.assembler.push(delta.tokens[begin:end], delta.logprobs[begin:end], stops=stops and last)
-            sequence.handle._step(sequence)
-        sequence.token_s.extend([now] * (sequence.assembler.num_tokens - len(sequence.token_s)))
-        if sequence.assembler.finish is not None:  # a stop string; the client gets its answer before the engine stops
-            self._close(sequence, sequence.assembler.finish)
-            self._send([Truncate(delta.id, sequence.assembler.num_tokens)])
-        elif sequence.assembler.has_news:
-            sequence.handle._notify()
+        if handle.stepwise:
+            for at in range(len(delta.tokens)):
+                last = at + 1 == len(delta.tokens)
+                assembler.push(delta.tokens[at : at + 1], delta.logprobs[at : at + 1], stops=stops and last)
+                handle._step(sequence)
+        else:
+            assembler.push(delta.tokens, delta.logprobs, stops=stops)
+        sequence.token_s.extend([now] * (assembler.num_tokens - len(sequence.token_s)))
+        if assembler.finish is not None:  # a stop string; the client gets its answer before the engine stops
+            self._close(sequence, assembler.finish)
+            self._send([Truncate(delta.id, assembler.num_tokens)])
+        elif handle.has_steps or assembler.has_news:
+            self._news[handle] = None
 
     def _on_done(self, sequence: RequestState, done: Done) -> None:
         error = done.error

@@ -12,12 +12,16 @@ from tpserve.engine_client.requests import RequestState
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import Json, error_object
 from tpserve.frontend.openai.prompts import Prompt
-from tpserve.frontend.openai.response_builder import ResponseBuilder, ResponseMeta, UsageCounter
+from tpserve.frontend.openai.response_builder import ResponseBuilder, ResponseMeta, TextDelta, UsageCounter
 from tpserve.frontend.openai.schema import StreamOptions
 from tpserve.frontend.openai.sse import END, event
 from tpserve.text.assembler import OutputDelta
 
 Output = tuple[RequestState, OutputDelta]
+MARK = "\0text\0"
+"""Stands for the text where the bytes around it are found out; no other field can have it."""
+encode = msgspec.json.Encoder().encode
+ENCODED_MARK = encode(MARK)
 
 
 class AnswerEncoder(Protocol):
@@ -55,6 +59,8 @@ class ChunkEncoder:
         self._meta, self._builder = meta, builder
         self._options = options or StreamOptions()
         self._warnings = list(meta.warnings)
+        self._frames: dict[tuple[int, str], list[bytes]] = {}
+        """The bytes around the text of an event, by choice and field."""
         self._counter = UsageCounter(prompts, builder)
 
     @property
@@ -88,12 +94,27 @@ class ChunkEncoder:
     def body(self) -> bytes:
         return b""
 
-    def _events(self, chunks: Sequence[Json]) -> Iterator[bytes]:
-        if chunks and self._warnings:
-            chunks[0]["warnings"] = self._warnings
-            self._warnings = []
+    def _events(self, chunks: Sequence[Json | TextDelta]) -> Iterator[bytes]:
         for chunk in chunks:
-            if self._options.continuous_usage_stats:
-                yield event(chunk | {"usage": self._counter.usage()})
+            if not isinstance(chunk, TextDelta):
+                yield self._event(chunk)
+            elif self._warnings or self._options.continuous_usage_stats:
+                yield self._event(self._builder.text_chunk(chunk))
             else:
-                yield event(chunk | {"usage": None} if self._options.include_usage else chunk)
+                yield self._text_event(chunk)
+
+    def _text_event(self, delta: TextDelta) -> bytes:
+        """The event of a chunk whose bytes do not change but for its text, as most do: ten times as fast as a value's."""
+        key = delta.index, delta.kind
+        if (frame := self._frames.get(key)) is None:
+            marked = self._event(self._builder.text_chunk(delta._replace(text=MARK)))
+            frame = self._frames[key] = marked.split(ENCODED_MARK)
+        return encode(delta.text).join(frame)
+
+    def _event(self, chunk: Json) -> bytes:
+        if self._warnings:
+            chunk["warnings"] = self._warnings
+            self._warnings = []
+        if self._options.continuous_usage_stats:
+            return event(chunk | {"usage": self._counter.usage()})
+        return event(chunk | {"usage": None} if self._options.include_usage else chunk)

@@ -6,12 +6,12 @@ the order of a stream: the opening chunks, then non-empty deltas, then one finis
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from tpserve.engine_client.requests import RequestState
-from tpserve.frontend.openai.chat_answer import AnswerReader
+from tpserve.frontend.openai.chat_answer import TEXT_FIELDS, AnswerReader
 from tpserve.frontend.openai.errors import Json
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
@@ -57,14 +57,25 @@ class ResponseMeta:
         }
 
 
+class TextDelta(NamedTuple):
+    """A chunk that adds text to a choice and shows nothing else. `kind`: the field of the text."""
+
+    index: int
+    kind: str
+    text: str
+
+
 class ResponseBuilder(Protocol):
     """The form of a response: completion or chat completion."""
 
     def opening(self) -> list[Json]:
         """The chunks before any token."""
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
         """The chunks of one delta of one choice."""
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        """The chunk of a `TextDelta`."""
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         """The whole response, from one final delta per choice."""
@@ -138,15 +149,20 @@ class CompletionResponseBuilder:
             if (prompt := self._prompt(index)).text
         ]
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
-        chunks = [] if delta.scores is None else self._echo(index, delta.scores)
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
+        chunks: list[Json | TextDelta] = [] if delta.scores is None else [*self._echo(index, delta.scores)]
         tokens, logprobs = delta.tokens, self._logprobs(index, delta)
-        if delta.text:
+        if delta.text and logprobs is None and not self.call.return_token_ids:
+            chunks.append(TextDelta(index, "text", delta.text))
+        elif delta.text:
             chunks.append(self.meta.chunk(self._choice(index, delta.text, tokens, logprobs) | NOT_ENDED))
             tokens, logprobs = [], None
         if delta.finish is not None:
             chunks.append(self.meta.chunk(self._choice(index, "", tokens, logprobs) | finish_fields(delta)))
         return chunks
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        return self.meta.chunk(self._choice(delta.index, delta.text, [], None) | NOT_ENDED)
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         call, choices = self.call, list[Json]()
@@ -222,17 +238,25 @@ class ChatResponseBuilder:
             chunks[0]["prompt_token_ids"] = self.prompt.ids
         return chunks
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
-        chunks, reader = [], self.readers[index]
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
+        chunks, reader = list[Json | TextDelta](), self.readers[index]
         tokens, entries = [*reader.tokens, *delta.tokens], [*reader.entries, *delta.entries]
         for part in reader.deltas(delta):
-            chunks.append(self.meta.chunk(self._choice(index, "delta", part, tokens, entries) | NOT_ENDED))
+            kind = next(iter(part))
+            if kind in TEXT_FIELDS and not entries and not self.call.return_token_ids:
+                chunks.append(TextDelta(index, kind, part[kind]))
+            else:
+                chunks.append(self.meta.chunk(self._choice(index, "delta", part, tokens, entries) | NOT_ENDED))
             tokens, entries = [], []
         reader.tokens, reader.entries = tokens, entries
         if delta.finish is not None:
             ending = finish_fields(delta) | {"finish_reason": reader.finish_reason(delta)}
             chunks.append(self.meta.chunk(self._choice(index, "delta", {}, tokens, entries) | ending))
         return chunks
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        part = dict.fromkeys(TEXT_FIELDS[delta.kind], delta.text)
+        return self.meta.chunk(self._choice(delta.index, "delta", part, [], []) | NOT_ENDED)
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         choices = []
