@@ -22,6 +22,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from msgspec.structs import replace
 
@@ -81,11 +82,21 @@ class RequestState:
         return None if scores is None or scores.complete else scores
 
 
+class OutputSink(Protocol):
+    """What takes the output of a handle at once, on the table's call. Both raise nothing."""
+
+    def take(self) -> bool:
+        """Take the output of the handle, or return False: the handle's reader wakes."""
+
+    def flush(self) -> None:
+        """Pass on what was taken. Comes after the `take` of all handles of a frame, so that they go out together."""
+
+
 class RequestHandle:
     """A client's request. One reader waits and takes; the request table writes.
 
-    `streaming`: the reader wakes for output, not only for the end. `sink`: called for the output of a frame instead, while it is
-    set and returns True; ends and failures always wake. `stepwise`: `take` returns a delta of its own for each token that shows
+    `streaming`: the reader wakes for output, not only for the end. `sink`: takes the output of a frame instead, while it is set;
+    ends and failures always wake. `stepwise`: `take` returns a delta of its own for each token that shows
     something, in the order of arrival. `keep` gets the engine's messages about the sequences, frame by frame, with
     their indices for ids; fed to another table they have the same effect.
     """
@@ -98,7 +109,7 @@ class RequestHandle:
         """Set when it fails only because the engine has ended."""
         self.stepwise = stepwise
         self.keep: Callable[[list[RequestOutput]], None] | None = None
-        self.sink: Callable[[], bool] | None = None
+        self.sink: OutputSink | None = None
         self._streaming = streaming
         self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
@@ -141,10 +152,14 @@ class RequestHandle:
         if self.ended or self._streaming:
             self._wake.set()
 
-    def _notify(self) -> None:
-        """There is output to take."""
-        if self._streaming and not (self.sink is not None and not self.ended and self.failure is None and self.sink()):
-            self._wake.set()
+    def _notify(self) -> OutputSink | None:
+        """There is output to take. Returns the sink that has taken it."""
+        if not self._streaming:
+            return None
+        if self.sink is not None and self._num_open and self.failure is None and self.sink.take():
+            return self.sink
+        self._wake.set()
+        return None
 
     def _step(self, sequence: RequestState) -> None:
         """Keep what a sequence shows as a delta of its own; the handle is stepwise."""
@@ -275,14 +290,15 @@ class RequestTable:
                         sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500
                     )
                     self._send([Abort(message.id)])
-                self._submit(self._quarantine.prove(message.id))
+                if message.id in self._quarantine.unproven:
+                    self._submit(self._quarantine.prove(message.id))
         for handle, messages in kept.items():
             assert handle.keep is not None
             handle.keep(messages)
         self.metrics.next_tokens(self._gaps_s)
         news, self._news, self._gaps_s = self._news, {}, []
-        for handle in news:
-            handle._notify()
+        for sink in [sink for handle in news if (sink := handle._notify()) is not None]:
+            sink.flush()
         return any(isinstance(message, Delta) for message in outputs)
 
     def _on_message(self, sequence: RequestState, message: RequestOutput, stops_at: int | None, now: float) -> None:
@@ -311,10 +327,11 @@ class RequestTable:
             self._news[sequence.handle] = None
 
     def _on_delta(self, sequence: RequestState, delta: Delta, stops: bool, now: float) -> None:
-        if delta.start != len(sequence.tokens) or sequence.missing_scores is not None:
+        assembler, handle = sequence.assembler, sequence.handle
+        scored = assembler.scores is not None and sequence.missing_scores is not None
+        if delta.start != len(sequence.tokens) or scored:
             log.warning("tokens of sequence %d at %d dropped, expected %d", delta.id, delta.start, len(sequence.tokens))
             return
-        assembler, handle = sequence.assembler, sequence.handle
         if not sequence.token_s:
             self.metrics.first_token(now - sequence.arrived_s)
             sequence.cached_tokens, sequence.queue_s = delta.cached_tokens, delta.queue_s
@@ -328,7 +345,8 @@ class RequestTable:
                 handle._step(sequence)
         else:
             assembler.push(delta.tokens, delta.logprobs, stops=stops)
-        sequence.token_s.extend([now] * (assembler.num_tokens - len(sequence.token_s)))
+        for _ in range(assembler.num_tokens - len(sequence.token_s)):
+            sequence.token_s.append(now)
         if assembler.finish is not None:  # a stop string; the client gets its answer before the engine stops
             self._close(sequence, assembler.finish)
             self._send([Truncate(delta.id, assembler.num_tokens)])

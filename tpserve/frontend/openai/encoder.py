@@ -3,7 +3,7 @@
 `AnswerEncoder` is what each API brings; `ChunkEncoder` is that of completions and chat completions. Pure: never touches sockets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -68,11 +68,12 @@ class ChunkEncoder:
         return self._counter.output_tokens
 
     def opening(self) -> list[bytes]:
-        return list(self._events(self._builder.opening()))
+        return [self._event(chunk) for chunk in self._builder.opening()]
 
     def deltas(self, sequence: RequestState, delta: OutputDelta) -> list[bytes]:
         self._counter.add(sequence, delta)
-        return list(self._events(self._builder.deltas(sequence.index, delta)))
+        chunks = self._builder.deltas(sequence.index, delta)
+        return [self._text_event(chunk) if isinstance(chunk, TextDelta) else self._event(chunk) for chunk in chunks]
 
     def closing(self) -> list[bytes]:
         if self._options.include_usage:
@@ -94,22 +95,15 @@ class ChunkEncoder:
     def body(self) -> bytes:
         return b""
 
-    def _events(self, chunks: Sequence[Json | TextDelta]) -> Iterator[bytes]:
-        for chunk in chunks:
-            if not isinstance(chunk, TextDelta):
-                yield self._event(chunk)
-            elif self._warnings or self._options.continuous_usage_stats:
-                yield self._event(self._builder.text_chunk(chunk))
-            else:
-                yield self._text_event(chunk)
-
     def _text_event(self, delta: TextDelta) -> bytes:
         """The event of a chunk whose bytes do not change but for its text, as most do: ten times as fast as a value's."""
-        key = delta.index, delta.kind
-        if (frame := self._frames.get(key)) is None:
+        index, kind, text = delta
+        if self._warnings or self._options.continuous_usage_stats:
+            return self._event(self._builder.text_chunk(delta))
+        if (frame := self._frames.get((index, kind))) is None:
             marked = self._event(self._builder.text_chunk(delta._replace(text=MARK)))
-            frame = self._frames[key] = marked.split(ENCODED_MARK)
-        return encode(delta.text).join(frame)
+            frame = self._frames[index, kind] = marked.split(ENCODED_MARK)
+        return encode(text).join(frame)
 
     def _event(self, chunk: Json) -> bytes:
         if self._warnings:

@@ -189,10 +189,12 @@ class CompletionResponseBuilder:
         return self.prompts[index // self.call.n]
 
     def _logprobs(self, index: int, delta: OutputDelta) -> Json | None:
+        if self.call.logprobs is None:  # the engine sends them for `best_of` too
+            return None
         entries, prompt = delta.entries, self._prompt(index)
         if delta.scores is not None and self.call.num_echoed is not None:
             entries = delta.scores.open_entries(delta.open_offsets, self.call.num_echoed) + entries
-        if not entries or self.call.logprobs is None:  # the engine sends them for `best_of` too
+        if not entries:
             return None
         return completion_logprobs(entries, self._spell, len(prompt.text) if self.call.echo else 0)
 

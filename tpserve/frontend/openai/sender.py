@@ -97,7 +97,7 @@ async def _send_events(
 class DirectWriter:
     """The sink of a stream's handle: encodes the output of a frame and gives it to the socket, without a task.
 
-    Returns False, and leaves all to the stream's task, when the client does not read as fast as output comes.
+    `take` leaves all to the stream's task when the client does not read as fast as output comes.
     """
 
     def __init__(
@@ -111,22 +111,25 @@ class DirectWriter:
         """`response` is prepared: its headers are sent."""
         self._transport, self._handle, self._encoder, self._idle = request.transport, handle, encoder, idle
         self._chunked = response.headers.get("Transfer-Encoding") == "chunked"
+        self._data = b""
         self.failure: Exception | None = None
         """An error of the encoder, for the task."""
 
-    def __call__(self) -> bool:
+    def take(self) -> bool:
         transport = self._transport
         if transport is None or transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             return False
         try:
-            data = encoded(self._encoder, self._handle.take())
+            self._data = encoded(self._encoder, self._handle.take())
         except Exception as error:
             self.failure = error
             return False
-        if data:
-            self._idle.restart()
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return True
+
+    def flush(self) -> None:
+        if (data := self._data) and self._transport is not None:
+            self._idle.restart()
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
 
 def encoded(encoder: AnswerEncoder, outputs: Sequence[Output]) -> bytes:
