@@ -185,8 +185,8 @@ class StreamReader:
             self._end("a chunk does not end with an event")
             return
         for event in events[:-2].split(b"\n\n"):
-            data = event.rpartition(b"data: ")[2]
-            if text := self._text_of(data):
+            _, field, data = event.rpartition(b"data: ")
+            if field and (text := self._text_of(data)):  # no field: a comment that keeps the connection open
                 self.events += 1
                 self._chars += len(text)
                 self._texts.append(text)

@@ -135,10 +135,13 @@ class Assembler:
         self._num_taken += len(offsets)
         own = 0 if self._begun else self._num_open
         open_offsets, offsets = offsets[:own], offsets[own:] if own else offsets
-        count = len(offsets)
-        tokens, self._tokens = self._tokens[:count], self._tokens[count:]
-        logprobs, self._logprobs = self._logprobs[:count], self._logprobs[count:]
-        entries = [TokenEntry(*entry) for entry in zip(tokens, offsets, logprobs, strict=True)] if logprobs else []
+        count, entries = len(offsets), list[TokenEntry]()
+        tokens, self._tokens = self._tokens, []
+        if count < len(tokens):
+            tokens, self._tokens = tokens[:count], tokens[count:]
+        if self._logprobs:
+            logprobs, self._logprobs = self._logprobs[:count], self._logprobs[count:]
+            entries = [TokenEntry(*entry) for entry in zip(tokens, offsets, logprobs, strict=True)]
         ready, self._ready = self._ready, []
         scores, self._begun = None if self._begun else self.scores, True
         self._end_taken = self.finish is not None
