@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,9 +192,6 @@ def _rounds(config: EngineConfig, load: StreamLoad, job: EngineJob, server_pid: 
 
 def _wait_running(port: int, frontend: bool) -> None:
     """Wait until a frontend takes requests."""
-    import time
-    import urllib.request
-
     deadline_s = time.monotonic() + START_S
     while frontend and time.monotonic() < deadline_s:
         try:

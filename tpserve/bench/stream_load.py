@@ -6,7 +6,6 @@ checked to the letter. A request names its stream by its temperature, which ever
 
 import random
 import re
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ PATHS: dict[StreamApi, str] = {
     "messages": "/v1/messages",
 }
 MAX_STREAMS = 16_384
-"""More than this number of temperatures has not been tried, and no process has as many descriptors by default."""
+"""Each has a temperature of its own, a multiple of one part in so many."""
 _PLAIN = re.compile(r'[\w"\\,.]+')
 """Texts that no template of answers gives a meaning; quotes and backslashes are escaped in JSON."""
 PROMPT = "Tell me a story"
@@ -83,9 +82,3 @@ def body_of(load: StreamLoad, stream: int) -> dict[str, Any]:
 def lost_and_mixed(expected: str, read: str) -> tuple[bool, bool]:
     """Whether a stream lacks something of its end, and whether it has something that is not its own."""
     return len(read) < len(expected), not expected.startswith(read)
-
-
-def percentiles_ms(seconds: Sequence[float]) -> tuple[float, float]:
-    """Median and 99th percentile in milliseconds; zeros without a value."""
-    ordered = sorted(seconds) or [0.0]
-    return tuple(round(1e3 * ordered[int(share * (len(ordered) - 1))], 3) for share in (0.5, 0.99))  # type: ignore[return-value]

@@ -11,12 +11,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tpserve.bench.stream_load import PATHS, StreamApi, StreamLoad, body_of, lost_and_mixed, percentiles_ms, texts_of
+from tpserve.bench.report import percentile
+from tpserve.bench.stream_load import PATHS, StreamApi, StreamLoad, body_of, lost_and_mixed, texts_of
 from tpserve.process.process_utils import die_with
 from tpserve.text.tokenizer import Tokenizer
 
@@ -159,7 +161,7 @@ class StreamReader:
     def _read_head(self) -> None:
         head, end, rest = self._data.partition(b"\r\n\r\n")
         if not end:
-            return
+            return  # an error that ends in the head is found at the end of the connection
         if not head.startswith(b"HTTP/1.1 200 ") or b"transfer-encoding: chunked" not in head.lower():
             self._end(self._data[:400].decode(errors="replace"))
             return
@@ -241,7 +243,7 @@ class RoundReader:
             reader.socket.close()
         wrong = [lost_and_mixed(reader.expected, reader.text) for reader in figures]
         rss, peak = memory_of(self._job.server_pid)
-        p50_ms, p99_ms = percentiles_ms([after - before for before, after in zip(self._step_s, self._step_s[1:], strict=False)])
+        steps_ms = sorted(1e3 * (after - before) for before, after in pairwise(self._step_s)) or [0.0]
         return RoundFigures(
             tokens=sum(reader.steps for reader in figures),
             events=sum(reader.events for reader in figures),
@@ -252,8 +254,8 @@ class RoundReader:
             server_s=server_s,
             client_s=client_s,
             open_s=(begin_s or end_s) - self._begin_s,
-            step_p50_ms=p50_ms,
-            step_p99_ms=p99_ms,
+            step_p50_ms=round(percentile(steps_ms, 0.5), 3),
+            step_p99_ms=round(percentile(steps_ms, 0.99), 3),
             rss_begin=self._rss_begin,
             rss_end=rss,
             rss_peak=peak,
