@@ -31,7 +31,7 @@ def note_trace(request: web.Request) -> None:
 
 def span_reporter(
     exporter: SpanExporter | None, request_id: str, model: str, operation: str, parent: TraceContext | None
-) -> Callable[[RequestHandle], None] | None:
+) -> Callable[[RequestHandle], object] | None:
     """What to call at the end of a request's handle; None when spans go nowhere. `operation`: chat or text_completion."""
     if exporter is None:
         return None

@@ -6,12 +6,12 @@ the order of a stream: the opening chunks, then deltas, the last of each choice 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from tpserve.engine_client.requests import RequestState
-from tpserve.frontend.openai.chat_answer import AnswerReader
+from tpserve.frontend.openai.chat_answer import TEXT_FIELDS, AnswerReader
 from tpserve.frontend.openai.errors import Json
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
@@ -57,14 +57,25 @@ class ResponseMeta:
         }
 
 
+class TextDelta(NamedTuple):
+    """A chunk that adds text to a choice and shows nothing else. `kind`: the field of the text."""
+
+    index: int
+    kind: str
+    text: str
+
+
 class ResponseBuilder(Protocol):
     """The form of a response: completion or chat completion."""
 
     def opening(self) -> list[Json]:
         """The chunks before any token."""
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
         """The chunks of one delta of one choice."""
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        """The chunk of a `TextDelta`."""
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         """The whole response, from one final delta per choice."""
@@ -140,13 +151,18 @@ class CompletionResponseBuilder:
             if (prompt := self._prompt(index)).text
         ]
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
-        chunks = [] if delta.scores is None else self._echo(index, delta.scores)
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
+        chunks: list[Json | TextDelta] = [] if delta.scores is None else [*self._echo(index, delta.scores)]
         tokens, logprobs = delta.tokens, self._logprobs(index, delta)
-        if delta.text or delta.finish is not None:
+        if delta.text and delta.finish is None and logprobs is None and not self.call.return_token_ids:
+            chunks.append(TextDelta(index, "text", delta.text))
+        elif delta.text or delta.finish is not None:
             ending = NOT_ENDED if delta.finish is None else finish_fields(delta)
             chunks.append(self.meta.chunk(self._choice(index, delta.text, tokens, logprobs) | ending))
         return chunks
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        return self.meta.chunk(self._choice(delta.index, delta.text, [], None) | NOT_ENDED)
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         call, choices = self.call, list[Json]()
@@ -173,10 +189,12 @@ class CompletionResponseBuilder:
         return self.prompts[index // self.call.n]
 
     def _logprobs(self, index: int, delta: OutputDelta) -> Json | None:
+        if self.call.logprobs is None:  # the engine sends them for `best_of` too
+            return None
         entries, prompt = delta.entries, self._prompt(index)
         if delta.scores is not None and self.call.num_echoed is not None:
             entries = delta.scores.open_entries(delta.open_offsets, self.call.num_echoed) + entries
-        if not entries or self.call.logprobs is None:  # the engine sends them for `best_of` too
+        if not entries:
             return None
         return completion_logprobs(entries, self._spell, len(prompt.text) if self.call.echo else 0)
 
@@ -222,17 +240,24 @@ class ChatResponseBuilder:
             chunks[0]["prompt_token_ids"] = self.prompt.ids
         return chunks
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
-        chunks, reader = [], self.readers[index]
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
+        chunks, reader = list[Json | TextDelta](), self.readers[index]
         tokens, entries = [*reader.tokens, *delta.tokens], [*reader.entries, *delta.entries]
         parts = list(reader.deltas(delta)) or ([] if delta.finish is None else [Json()])
-        for part in parts:
-            chunks.append(self.meta.chunk(self._choice(index, "delta", part, tokens, entries) | NOT_ENDED))
+        for number, part in enumerate(parts, 1):
+            kind, ends = next(iter(part), ""), delta.finish is not None and number == len(parts)
+            if kind in TEXT_FIELDS and not entries and not self.call.return_token_ids and not ends:
+                chunks.append(TextDelta(index, kind, part[kind]))
+            else:
+                ending = finish_fields(delta) | {"finish_reason": reader.finish_reason(delta)} if ends else NOT_ENDED
+                chunks.append(self.meta.chunk(self._choice(index, "delta", part, tokens, entries) | ending))
             tokens, entries = [], []
         reader.tokens, reader.entries = tokens, entries
-        if delta.finish is not None:
-            chunks[-1]["choices"][0] |= finish_fields(delta) | {"finish_reason": reader.finish_reason(delta)}
         return chunks
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        part = dict.fromkeys(TEXT_FIELDS[delta.kind], delta.text)
+        return self.meta.chunk(self._choice(delta.index, "delta", part, [], []) | NOT_ENDED)
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         choices = []
