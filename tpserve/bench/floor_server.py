@@ -52,7 +52,9 @@ class FloorServer:
         self._events = {token: event(tokenizer.token_text(token)) for token in job.load.token_ids}
         self._num_requests, self._output_len = 0, job.load.output_len
         self._body = msgspec.json.Decoder(_Body)
-        asyncio.get_running_loop().add_reader(self._engine.socket.get(zmq.FD), self._receive)
+        descriptor = self._engine.socket.get(zmq.FD)
+        assert isinstance(descriptor, int)
+        asyncio.get_running_loop().add_reader(descriptor, self._receive)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """The handler of every API's path."""

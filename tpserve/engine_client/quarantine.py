@@ -34,7 +34,7 @@ class Quarantine:
 
     def __init__(self) -> None:
         self.unproven: dict[int, int] = {}
-        """And how many messages are missing."""
+        """Those of which the engine has said nothing, and how many messages are missing."""
         self._proven: dict[int, None] = {}
         self._batches: deque[list[int]] = deque()
         """What is not sent yet. The next batch is sent once all before it are proven."""

@@ -151,7 +151,7 @@ class ResponseParser:
         """The first delimiter that counts here, and where text begins that may become an earlier one."""
         best: tuple[tuple[int, int, int], Field | None, dict[str, str]] | None = None
         hold = len(self._text)
-        for delimiter, opens in self._expected():
+        for delimiter, opens in self._expected:
             match = delimiter.pattern.search(self._text, self._at, partial=not final)
             if match is None:
                 continue
@@ -167,7 +167,7 @@ class ResponseParser:
         (begin, negative_end, _), opens, groups = best
         return _Found(self._rest if opens is None else opens, begin, -negative_end, groups), hold
 
-    def _expected(self) -> list[tuple[Delimiter, Field | None]]:
+    def _delimiters(self) -> list[tuple[Delimiter, Field | None]]:
         """The delimiters that count in the current region, each with the field that it opens; None: it closes the region."""
         region = self._region
         field = region.field if region is not None else None
@@ -198,6 +198,7 @@ class ResponseParser:
         else:
             more = field.role == "content" and self._reads_calls
             self._region = _TextRegion(field, strip=field.strips and (self._any or field.role == "reasoning"), holds=more)
+        self._expected = self._delimiters()
 
     def _add(self, end: int) -> bool:
         """Text up to `end` belongs to the current region; whether that ended of itself before."""

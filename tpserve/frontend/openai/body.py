@@ -95,7 +95,7 @@ def parse(
     fields = {rules.aliases.get(name, name): value for name, value in body.items() if value is not None}
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = {name: value for name, value in options.items() if value is not None}
-    known = {field.encode_name for field in msgspec.structs.fields(schema)}
+    known = schema.__struct_encode_fields__
     unknown = [name for name in fields if name not in known and not is_neutral(name, fields, rules)]
     for name in unknown:
         if name in rules.neutral:

@@ -60,7 +60,7 @@ class ResponseMeta:
 class TextDelta(NamedTuple):
     """A chunk that adds text to a choice and shows nothing else. `kind`: the field of the text."""
 
-    index: int
+    choice: int
     kind: str
     text: str
 
@@ -162,7 +162,7 @@ class CompletionResponseBuilder:
         return chunks
 
     def text_chunk(self, delta: TextDelta) -> Json:
-        return self.meta.chunk(self._choice(delta.index, delta.text, [], None) | NOT_ENDED)
+        return self.meta.chunk(self._choice(delta.choice, delta.text, [], None) | NOT_ENDED)
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         call, choices = self.call, list[Json]()
@@ -257,7 +257,7 @@ class ChatResponseBuilder:
 
     def text_chunk(self, delta: TextDelta) -> Json:
         part = dict.fromkeys(TEXT_FIELDS[delta.kind], delta.text)
-        return self.meta.chunk(self._choice(delta.index, "delta", part, [], []) | NOT_ENDED)
+        return self.meta.chunk(self._choice(delta.choice, "delta", part, [], []) | NOT_ENDED)
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         choices = []
