@@ -110,6 +110,8 @@ class RequestHandle:
         self.stepwise = stepwise
         self.keep: Callable[[list[RequestOutput]], None] | None = None
         self.sink: OutputSink | None = None
+        self.on_end: Callable[[RequestHandle], None] | None = None
+        """Called once, when all sequences have ended."""
         self._streaming = streaming
         self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
@@ -151,6 +153,8 @@ class RequestHandle:
         self._num_open -= 1
         if self.ended or self._streaming:
             self._wake.set()
+        if self.ended and self.on_end is not None:
+            self.on_end(self)
 
     def _notify(self) -> OutputSink | None:
         """There is output to take. Returns the sink that has taken it."""
@@ -186,6 +190,7 @@ class RequestTable:
         """Handles with output in the frame that is received."""
         self._gaps_s: list[float] = []
         """The times between the tokens of that frame and those before them."""
+        self.on_stats: Callable[[Stats], None] = self.metrics.engine
 
     @property
     def num_open(self) -> int:
@@ -260,6 +265,12 @@ class RequestTable:
         if still_open:
             self._send([Abort(sequence.request.id) for sequence in still_open])
 
+    def fail(self, handle: RequestHandle, error: UserError) -> None:
+        """End a request with an error that is not the engine's: its deadline has come, or an operator ends it."""
+        if not handle.ended:
+            handle.failure = handle.failure or error
+            self.abort(handle)
+
     def fail_all(self, text: str, status: int) -> None:
         """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
         self._quarantine = Quarantine()  # nothing is sent any more
@@ -278,7 +289,7 @@ class RequestTable:
         now = self._clock()
         for message in outputs:
             if isinstance(message, Stats):
-                self.metrics.engine(message)
+                self.on_stats(message)
             elif (sequence := self._open.get(message.id)) is not None:
                 if sequence.handle.keep is not None:
                     kept.setdefault(sequence.handle, []).append(replace(message, id=sequence.index))
