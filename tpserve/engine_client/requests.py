@@ -109,9 +109,9 @@ class RequestHandle:
         """Set when it fails only because the engine has ended."""
         self.stepwise = stepwise
         self.keep: Callable[[list[RequestOutput]], None] | None = None
+        self.sink: OutputSink | None = None
         self.on_end: Callable[[RequestHandle], None] | None = None
         """Called once, when all sequences have ended."""
-        self.sink: OutputSink | None = None
         self._streaming = streaming
         self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
@@ -186,11 +186,11 @@ class RequestTable:
         self._open: dict[int, RequestState] = {}
         self._ids = itertools.count()
         self._quarantine = Quarantine()
-        self.on_stats: Callable[[Stats], None] = self.metrics.engine
         self._news: dict[RequestHandle, None] = {}
         """Handles with output in the frame that is received."""
         self._gaps_s: list[float] = []
         """The times between the tokens of that frame and those before them."""
+        self.on_stats: Callable[[Stats], None] = self.metrics.engine
 
     @property
     def num_open(self) -> int:
