@@ -267,7 +267,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         str | None,
         Flag(
             HTTP,
-            "File with a key on each line, any of which clients may send; it is read again when it changes.",
+            "File with a key on each line, any of which clients may send, and behind it name=NAME and limits such as "
+            "tokens_per_minute=100000 (docs/serving.md); it is read again when it changes.",
             "tpserve",
             metavar="FILE",
         ),
@@ -276,7 +277,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         str | None,
         Flag(
             HTTP,
-            "Key for /server_info. Without it that page is closed unless --host is loopback. Also TPSERVE_ADMIN_API_KEY.",
+            "Key for /server_info, /pause and operators' other routes. Without it they are closed unless --host is loopback. "
+            "Also TPSERVE_ADMIN_API_KEY.",
             "tpserve",
         ),
     ] = None
@@ -318,6 +320,48 @@ class Flags(Struct, frozen=True, kw_only=True):
             "tpserve",
         ),
     ] = None
+    request_timeout: Annotated[
+        float | None,
+        Flag(
+            HTTP,
+            "Seconds after which a request is ended, queued or running, unless its header X-Request-Timeout says otherwise. "
+            "Default: none.",
+            "tpserve",
+            above=0,
+        ),
+    ] = None
+    access_log: Annotated[
+        str | None,
+        Flag(
+            HTTP,
+            "File to which a JSON object is appended for each HTTP request (- for the standard output): key's name, status, "
+            "times, tokens; never its text. It is opened anew when it was moved.",
+            "tpserve",
+            metavar="FILE",
+        ),
+    ] = None
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Flag(
+            HTTP,
+            "Collector that gets a span for each request, by OTLP over HTTP, such as http://HOST:4318/v1/traces. Needs the extra "
+            "tpserve[otel].",
+            metavar="URL",
+        ),
+    ] = None
+    root_path: Annotated[
+        str,
+        Flag(HTTP, "Path under which a proxy shows this server, such as /llm; requests come with it or without.", metavar="PATH"),
+    ] = ""
+    enable_force_include_usage: Annotated[
+        bool, Flag(HTTP, "Every chunk of every stream has usage, as with include_usage and continuous_usage_stats.")
+    ] = False
+    enable_per_request_metrics: Annotated[
+        bool, Flag(HTTP, "Answers with one choice have `metrics`: times to the first token, in the queue and between tokens.")
+    ] = False
+    return_tokens_as_token_ids: Annotated[
+        bool, Flag(HTTP, "Log probabilities name tokens by their ids (token_id:5), unless a request says otherwise.")
+    ] = False
     log_requests: Annotated[
         bool,
         Flag(

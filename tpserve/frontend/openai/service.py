@@ -14,9 +14,11 @@ from aiohttp import web
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
+from tpserve.frontend.open_requests import OpenRequests
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.streams import StreamTable
 from tpserve.journal.journal import Journal
+from tpserve.observe.spans import SpanExporter
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
@@ -35,7 +37,9 @@ class ModelLimits:
 
 @dataclass(frozen=True)
 class OpenAIServing:
-    """`max_open`: sequences that may run or wait at once. `defaults`: sampling parameters that a request may leave out."""
+    """`max_open`: sequences that may run or wait at once. `defaults`: sampling parameters that a request may leave out.
+    `request_timeout_s`: how long a request may take that does not say. `forces_usage`: in every chunk of every stream.
+    `shows_times`: of answers with one choice. `tokens_as_ids`: how log probabilities name tokens where a request does not say."""
 
     names: tuple[str, ...]
     root: str
@@ -47,6 +51,12 @@ class OpenAIServing:
     chat_template: ChatTemplate
     defaults: SamplingDefaults
     grammars: GrammarChecker
+    open_requests: OpenRequests
+    request_timeout_s: float | None = None
+    spans: SpanExporter | None = None
+    forces_usage: bool = False
+    shows_times: bool = False
+    tokens_as_ids: bool = False
     answers: ChatAnswers = field(default_factory=ChatAnswers)
     streams: StreamTable = field(default_factory=lambda: StreamTable(0))
     journal: Journal | None = None
@@ -69,13 +79,18 @@ class OpenAIServing:
         return model
 
     def sampling(self) -> dict[str, Any]:
-        """The default of each sampling field, without `max_tokens`, which is cut to the context instead."""
-        return {name: value for name, value in self.defaults.specified().items() if name != "max_tokens"}
+        """The default of each field of a body, without `max_tokens`, which is cut to the context instead."""
+        found = {name: value for name, value in self.defaults.specified().items() if name != "max_tokens"}
+        return found | ({"return_tokens_as_token_ids": True} if self.tokens_as_ids else {})
 
     def limits(self) -> ModelLimits:
-        """The limits of the engine. UserError 503 unless it runs or recovers from a fault."""
+        """The limits of the engine. UserError 503 unless it runs, recovers from a fault or is paused."""
         status = self.status()
-        if status.state in ("running", "recovering") and status.max_model_len is not None and status.vocab_size is not None:
+        if (
+            status.state in ("running", "recovering", "paused")
+            and status.max_model_len is not None
+            and status.vocab_size is not None
+        ):
             return ModelLimits(status.max_model_len, status.vocab_size)
         raise not_ready(status)
 
@@ -100,6 +115,8 @@ def not_ready(status: EngineStatus) -> UserError:
     """The error 503 of an engine that does not run."""
     if status.state == "recovering":
         return UserError(f"the server recovers from a fault: {status.phase}", code="recovering", status=503)
+    if status.state == "paused":
+        return UserError(f"the server is {status.phase}", code="paused", status=503)
     if status.state in ("starting", "running"):
         where = f": {status.phase}" if status.phase else ""
         return UserError(f"the server is starting{where} ({status.percent}%); try again", code="starting", status=503)
