@@ -95,7 +95,7 @@ def create_app(
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[INFO] = info
     grammars = GrammarChecker(tokenizer)
-    grammars.prepare()
+    grammars.prepare().result()  # holds the interpreter lock, and nothing is served yet
     app[SERVICE] = OpenAIServing(
         names=settings.served_model_name or (settings.model,),
         root=settings.model,

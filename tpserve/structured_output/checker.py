@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 
 from llguidance import LLMatcher, LLTokenizer
@@ -33,9 +33,12 @@ class GrammarChecker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._results: OrderedDict[bytes, asyncio.Future[str]] = OrderedDict()
 
-    def prepare(self) -> None:
-        """Build the vocabulary now, in the thread, instead of with the first grammar."""
-        self._thread.submit(lambda: self._vocabulary)
+    def prepare(self) -> "Future[LLTokenizer]":
+        """Build the vocabulary now, in the thread, instead of with the first grammar.
+
+        That holds the interpreter lock for seconds: wait for the result before anything is served in this process.
+        """
+        return self._thread.submit(lambda: self._vocabulary)
 
     async def check(self, grammar: str, param: str | None = None) -> None:
         """UserError with llguidance's words when a grammar cannot be compiled. Requests with the same grammar share the work.

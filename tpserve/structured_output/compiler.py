@@ -1,7 +1,8 @@
 """Compiles grammars of structured output with llguidance for a model's tokenizer.
 
 All limits are counts, never seconds, so every rank decides alike. The library releases the interpreter lock while it compiles,
-but not while it builds a vocabulary: a second or more for 128,000 tokens, once at start.
+but not while it builds a vocabulary: a second or more for 128,000 tokens. So a process builds its vocabulary at start, before it
+serves: a rank before its Hello, the frontend before ranks and clients can reach it, `LLM` before it is made.
 """
 
 from collections.abc import Sequence

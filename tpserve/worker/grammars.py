@@ -35,6 +35,10 @@ class CompiledGrammars:
         self._vocabulary = self._thread.submit(make_vocabulary)
         self._compiled: dict[int, Future[LLMatcher]] = {}
 
+    def wait_for_vocabulary(self) -> None:
+        """Wait until the vocabulary is built. For a rank that does not serve yet: the build holds the interpreter lock."""
+        self._vocabulary.result()
+
     def start(self, number: int, grammar: str) -> None:
         """Begin to compile a grammar."""
         self._compiled[number] = self._thread.submit(partial(self._compile, grammar))
