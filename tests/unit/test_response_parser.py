@@ -220,6 +220,36 @@ def test_a_search_that_takes_too_long_leaves_the_call_as_content(monkeypatch: py
     assert parsed(ResponseTemplate.load(SPECS["tagged"]), [text])[1:] == (text.lstrip(), [])
 
 
+@pytest.mark.parametrize(
+    ("family", "text"), [("qwen3_coder", "<parameter=a>\nx"), ("muse_glimmer", '<atem:parameter name="a">x')]
+)
+def test_tags_without_an_end_are_looked_for_once(family: str, text: str) -> None:
+    begin = {"qwen3_coder": "<tool_call>\n<function=f>\n", "muse_glimmer": '<atem:invoke name="f">'}[family]
+    end = {"qwen3_coder": "</function>\n</tool_call>", "muse_glimmer": "</atem:invoke>"}[family]
+    template = ResponseTemplate.load(detect(ChatTemplate(None), {}, family).spec)
+    began_s = time.thread_time()
+    for count in (40_000, 1_500):  # more than a call may have, either way
+        assert parsed(template, [begin + text * count + end])[2] in ([], [["f", "{}"]])
+    assert parsed(template, [begin + text * 1_000 + end])[2] != []
+    assert time.thread_time() - began_s < 10
+
+
+def test_texts_in_marks_without_an_end_are_looked_for_once() -> None:
+    began_s = time.thread_time()
+    assert parsed(ResponseTemplate.load(SPECS["gemma"]), ["<call>f{a:" + "<q>x" * 200_000 + "}</call>"])[2] == []
+    assert time.thread_time() - began_s < 10
+
+
+def test_a_grammar_says_which_white_space_is_between_reasoning_and_content() -> None:
+    template = ResponseTemplate.load(SPECS["hermes"])
+    for prompt, text in ((f"{START}<think>\n", "so\n</think>\n\n \nYes"), (f"{START}<think>\n\n</think>\n\n", " \nYes")):
+        for size in range(1, len(text) + 1):
+            parser = ResponseParser(template, prompt, gap="\n\n")
+            pieces = [text[at : at + size] for at in range(0, len(text), size)]
+            events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+            assert "".join(event.text for event in events if isinstance(event, Content)) == " \nYes"
+
+
 def test_a_call_cut_short_keeps_what_was_written() -> None:
     text = 'Wait.\n<tool_call>\n{"name": "f", "arguments": {"a": [1, '
     assert parsed(ResponseTemplate.load(SPECS["hermes"]), list(text)) == ("", "Wait.", [["f", '{"a": [1, ']])

@@ -6,7 +6,7 @@ Every function takes text of a model, which may be anything: ValueError says wha
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import regex
@@ -20,8 +20,11 @@ _CALL_NAME = regex.compile(
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
+MAX_TAGS = 1024
+"""The most arguments of one call that are looked for in tags."""
 MAX_SECONDS = 2.0
-"""How long the tags and texts of one call are looked for."""
+"""How long a pattern of the model's own files may look for tags. Only a clock bounds that: the regex package counts no steps, and a
+pattern may need any number of them. Patterns of tpserve's own have `tag_end`, and need a time that grows with the text."""
 
 
 class MarkedJson(str):
@@ -78,18 +81,17 @@ def _json(text: str, args: Mapping[str, Any]) -> Any:
 def _as_json(text: str, delimiters: list[list[str]], unquoted_keys: bool) -> str:
     if not delimiters and not unquoted_keys:
         return text
-    own = [rf"{regex.escape(begin)}(?P<own>.*?){regex.escape(end)}" for begin, end in delimiters]
+    own = [rf"{regex.escape(begin)}(?P<own>.*?)(?:{regex.escape(end)}|(?P<endless>\Z))" for begin, end in delimiters]
     keys = [r"(?<=[{,]\s*)(?P<key>[\w.$-]+)(?=\s*:)"] if unquoted_keys else []
 
     def spell(match: "regex.Match[str]") -> str:
         groups = match.groupdict()
+        if groups.get("endless") is not None:
+            raise ValueError("json: a text has no end")
         found = groups.get("own") if groups.get("own") is not None else groups.get("key")
         return match[0] if found is None else json.dumps(found)
 
-    try:
-        return regex.sub("|".join([*own, _QUOTED, *keys]), spell, text, flags=regex.DOTALL, timeout=MAX_SECONDS)
-    except TimeoutError:
-        raise ValueError("json: the texts take too long to find") from None
+    return regex.sub("|".join([*own, _QUOTED, *keys]), spell, text, flags=regex.DOTALL)
 
 
 def _value(text: str, args: Mapping[str, Any]) -> Any:
@@ -100,14 +102,31 @@ def _value(text: str, args: Mapping[str, Any]) -> Any:
 def _xml_inline(text: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """One entry for each match of `tag_pattern`, which has the groups key and value; with `json`, the value is marked as JSON."""
     found: dict[str, list[Any]] = {}
-    try:
-        for match in regex.finditer(args["tag_pattern"], text, flags=regex.DOTALL, timeout=MAX_SECONDS):
-            is_json = match.groupdict().get("json") is not None
-            found.setdefault(match["key"], []).append(MarkedJson(match["value"]) if is_json else _value(match["value"], args))
-    except TimeoutError:
-        raise ValueError("xml-inline: the tags take too long to find") from None
+    for count, match in enumerate(_tags(text, args), 1):
+        if count > MAX_TAGS:
+            raise ValueError(f"xml-inline: a call has more than {MAX_TAGS} arguments")
+        is_json = match.groupdict().get("json") is not None
+        found.setdefault(match["key"], []).append(MarkedJson(match["value"]) if is_json else _value(match["value"], args))
     merges = bool(args.get("merge_duplicates"))
     return {key: values if merges and len(values) > 1 else values[-1] for key, values in found.items()}
+
+
+def _tags(text: str, args: Mapping[str, Any]) -> "Iterator[regex.Match[str]]":
+    """The matches of `tag_pattern`. Where its end cannot come, which `tag_end` tells, it is not tried, but `tag_open_pattern` is."""
+    pattern = regex.compile(args["tag_pattern"], regex.DOTALL)
+    if "tag_end" not in args:
+        try:
+            yield from pattern.finditer(text, timeout=MAX_SECONDS)
+        except TimeoutError:
+            raise ValueError("xml-inline: the tags take too long to find") from None
+        return
+    end = max((match.end() for match in regex.finditer(args["tag_end"], text)), default=0)
+    at = 0
+    for match in pattern.finditer(text, 0, end):
+        at = match.end()
+        yield match
+    if "tag_open_pattern" in args:
+        yield from regex.finditer(args["tag_open_pattern"], text, regex.DOTALL, pos=at)
 
 
 def _kv_lines(text: str, args: Mapping[str, Any]) -> dict[str, Any]:

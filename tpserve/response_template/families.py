@@ -104,7 +104,8 @@ MUSE_CALL = {
     "repeats": True,
     "content": "xml-inline",
     "content_args": {
-        "tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}>(?P<value>.*?)</atem:parameter>"
+        "tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}>(?P<value>.*?)</atem:parameter>",
+        "tag_end": "</atem:parameter>",
     },
     "transform": HARMONY_CALL,
 }
@@ -116,7 +117,8 @@ KIMI_K3_CALL = {
     "content": "xml-inline",
     "content_args": {
         "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>"
-        r"(?P<value>.*?)<\|close\|>argument<\|sep\|>"
+        r"(?P<value>.*?)<\|close\|>argument<\|sep\|>",
+        "tag_end": r"<\|close\|>argument<\|sep\|>",
     },
     "transform": HARMONY_CALL,
 }
@@ -126,7 +128,8 @@ MINICPM_CALL = {
     "repeats": True,
     "content": "xml-inline",
     "content_args": {
-        "tag_pattern": r"<param\s+name=\"(?P<key>[^\"]{1,256})\"\s*>(?:<!\[CDATA\[(?P<value>.*?)\]\]>|(?P<value>.*?))</param>"
+        "tag_pattern": r"<param\s+name=\"(?P<key>[^\"]{1,256})\"\s*>(?:<!\[CDATA\[(?P<value>.*?)\]\]>|(?P<value>.*?))</param>",
+        "tag_end": "</param>",
     },
     "transform": HARMONY_CALL,
 }

@@ -10,6 +10,7 @@ Delimiters within a quoted text of JSON are text.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -50,15 +51,21 @@ class _Found(NamedTuple):
 class ResponseParser:
     """One answer. `prompt`: what it continues. `tools`: the argument schemas of the functions, by name.
 
-    `reads_calls` False: calls are text like any other. Attribute `reasoning`: the ranges of characters of the output that are
-    reasoning.
+    `reads_calls` False: calls are text like any other. `gap`: the white space between reasoning and content, to the letter, as a
+    grammar writes it; None: all that is there. Attribute `reasoning`: the ranges of characters of the output that are reasoning.
     """
 
     def __init__(
-        self, template: ResponseTemplate, prompt: str = "", tools: Mapping[str, Any] | None = None, *, reads_calls: bool = True
+        self,
+        template: ResponseTemplate,
+        prompt: str = "",
+        tools: Mapping[str, Any] | None = None,
+        *,
+        reads_calls: bool = True,
+        gap: str | None = None,
     ) -> None:
         self._fields = [field for field in template.fields.values() if reads_calls or field.role != "tool_calls"]
-        self._rest, self._tools, self._reads_calls = template.rest, tools or {}, reads_calls
+        self._rest, self._tools, self._reads_calls, self._gap = template.rest, tools or {}, reads_calls, gap
         if self._rest is not None and self._rest not in self._fields:
             self._rest = None
         self.reasoning: list[list[int]] = []
@@ -79,6 +86,8 @@ class ResponseParser:
         """The roles with text that the next text of that role is joined to."""
         self._enter(self._rest, {})
         self._process(final=False)
+        if gap is not None and isinstance(self._region, _TextRegion) and self._region.role == "content":
+            self._region.gap = ""  # the prompt has it, or it has none
         self._events.clear()
 
     @property
@@ -186,7 +195,8 @@ class ResponseParser:
             self._region = _CallRegion(field, groups, self._text[begin : self._at], self._tools)
         else:
             more = field.role == "content" and self._reads_calls
-            self._region = _TextRegion(field, strip=field.strips and (self._any or field.role == "reasoning"), holds=more)
+            strip = field.strips and (self._any or field.role == "reasoning")
+            self._region = _TextRegion(field, strip, more, self._gap if field.role == "content" else None)
 
     def _add(self, end: int) -> bool:
         """Text up to `end` belongs to the current region; whether that ended of itself before."""
@@ -236,13 +246,13 @@ class ResponseParser:
 
 
 class _TextRegion:
-    """A region of reasoning or content. `strip`: white space at its beginning is dropped.
+    """A region of reasoning or content. `strip`: white space at its beginning is dropped; of it only `gap`, unless that is None.
 
     `holds`: white space at its end may be dropped, too, and waits.
     """
 
-    def __init__(self, field: Field, strip: bool, holds: bool) -> None:
-        self.field, self.role = field, field.role
+    def __init__(self, field: Field, strip: bool, holds: bool, gap: str | None) -> None:
+        self.field, self.role, self.gap = field, field.role, gap
         self.begun = False
         self.held = ""
         self._strip = strip
@@ -251,7 +261,7 @@ class _TextRegion:
     def add(self, text: str) -> str:
         """More text; returns what became certain."""
         if self._strip and not self.begun:
-            text = text.lstrip()
+            text = text.lstrip() if self.gap is None else self._behind_gap(text, self.gap)
         if not text:
             return ""
         self.begun = True
@@ -259,6 +269,12 @@ class _TextRegion:
         certain = text.rstrip() if self._holds else text
         self.held = text[len(certain) :]
         return certain
+
+    def _behind_gap(self, text: str, gap: str) -> str:
+        """The text without the gap, of which more may follow."""
+        same = len(os.path.commonprefix((text, gap)))
+        self.gap = gap[same:]
+        return text[same:]
 
     def event(self, text: str) -> Event:
         """The event of more text."""

@@ -133,11 +133,11 @@ def tagged_field(tools: ToolFormat) -> dict[str, Any]:
         middle = rf"(?:{middle}|(?P<json>{loose(tags.other_middle)}))"
     first, last = (r"\n?" if line else "" for line in (tags.middle.endswith("\n"), tags.end.startswith("\n")))
     begin = loose(tags.begin)
-    value = rf"(?=.*?{loose(tags.end)})(?P<value>.*?){last}{loose(tags.end)}"  # a text is looked for faster alone
-    if begin:  # or a tag that nothing closes
-        value = rf"(?:{value}|(?P<value>.*?){last}(?:(?={begin})|\Z))"
-    pattern = rf"{begin}\s*+(?P<key>[^<>\"\s][^<>\"\n]{{0,255}}?)\s*+{middle}{first}{value}"
-    return named_field(tools, {"content": "xml-inline", "content_args": {"tag_pattern": pattern}})
+    head, end = rf"{begin}\s*+(?P<key>[^<>\"\s][^<>\"\n]{{0,255}}?)\s*+{middle}{first}", loose(tags.end)
+    patterns = {"tag_pattern": rf"{head}(?P<value>.*?){last}{end}", "tag_end": end}
+    if begin:  # a tag that nothing closes
+        patterns["tag_open_pattern"] = rf"{head}(?P<value>.*?){last}(?:(?={begin})|\Z)"
+    return named_field(tools, {"content": "xml-inline", "content_args": patterns})
 
 
 def python_field(tools: ToolFormat) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import Json
-from tpserve.frontend.openai.grammar import grammar_of
+from tpserve.frontend.openai.grammar import describes_output, grammar_of
 from tpserve.frontend.openai.messages import call_id
 from tpserve.frontend.openai.schema import ChatCompletionRequest
 from tpserve.frontend.openai.tools import ToolUse
@@ -150,7 +150,9 @@ class AnswerReader:
         self._form, self._use, self._call, self._call_ids = answers.messages, use, call, call_ids
         self._parser: ResponseParser | None = None
         if answers.template is not None:
-            self._parser = ResponseParser(answers.template, tail, use.schemas, reads_calls=use.choice != "none")
+            reasoning = answers.format.reasoning
+            gap = reasoning.end[len(reasoning.end.rstrip()) :] if reasoning is not None and describes_output(call) else None
+            self._parser = ResponseParser(answers.template, tail, use.schemas, reads_calls=use.choice != "none", gap=gap)
         self._offsets: list[int] = []
         self._skips = False
         """Whether calls after the first are dropped."""
