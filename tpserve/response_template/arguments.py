@@ -11,8 +11,9 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.errors import UserError
-from tpserve.response_template.format import TaggedArguments, ToolFormat
+from tpserve.response_template.format import TYPE, TaggedArguments, ToolFormat, bare_key, marked, type_of
 from tpserve.response_template.lark import Lark, encoded, is_token, quoted, re_escape, regex, without
+from tpserve.response_template.schema_types import declared_types
 from tpserve.structured_output.json_schema import WHITESPACE, prepared
 
 PYTHON = TaggedArguments(begin="", middle="=", end="", between=", ")
@@ -27,6 +28,8 @@ _UNKNOWN_AT_ROOT = (
     *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties"),
 )
 _NOT_STRINGS = {"properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems", "minItems"}
+_TYPES = ("number", "boolean", "object", "array", "null")
+"""Of values that are no strings, as a format names them."""
 _NOT_STRINGS |= {"maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _PYTHON_VALUE = {
     "py_value": 'PY_ATOM | "[" (py_value (PY_COMMA py_value)*)? "]" | "{" (py_item (PY_COMMA py_item)*)? "}"',
@@ -80,23 +83,28 @@ def _of_object(tool: Tool) -> Mapping[str, Any]:
 
 
 class _Parameters:
-    """The rules of named arguments: each parameter of the schema in its order, then additional ones."""
+    """The rules of named arguments: each parameter of the schema in its order, then additional ones.
 
-    def __init__(self, lark: Lark, name: str, format: ToolFormat, root: Mapping[str, Any]) -> None:
+    `own`: the schema of the arguments, when `root`, in which its references are looked for, is another.
+    """
+
+    def __init__(
+        self, lark: Lark, name: str, format: ToolFormat, root: Mapping[str, Any], own: Mapping[str, Any] | None = None
+    ) -> None:
         self._lark, self._name, self._root, self._python = lark, name, root, format.arguments == "python"
+        self._own, self._format = root if own is None else own, format
         self._tags = tags = PYTHON if self._python else format.tags or TaggedArguments("", "", "")
         self._between = str(lark.literal(tags.between))
         self._begin, self._end = str(lark.literal(tags.begin)), lark.literal(tags.end)
-        atoms = lark.literal(format.call_end.strip()).atoms
-        self._call_end = format.call_end.strip() if all(atom.startswith('"') for atom in atoms) else ""
-        """What would end a call in the midst of a text argument; empty when a special token is part of it."""
+        self._call_end = _plain_end(lark, format)
 
     def body(self) -> str:
         """Required parameters are present, optional ones may be."""
-        properties, required = self._root.get("properties", {}), set(self._root.get("required", ()))
-        additional = self._root.get("additionalProperties", "properties" not in self._root)
+        properties, required = self._own.get("properties", {}), set(self._own.get("required", ()))
+        additional = self._own.get("additionalProperties", "properties" not in self._own)
         named = [key for key, schema in properties.items() if schema is not False or key in required]
         named += sorted(required - properties.keys())
+        named = sorted(named) if self._tags.sorts else named
         items = [(self._item(at, key, properties.get(key, additional)), key in required) for at, key in enumerate(named)]
         return self._sequence(items, self._extra(named, additional) if additional is not False else "")
 
@@ -121,18 +129,24 @@ class _Parameters:
     def _extra(self, named: list[str], schema: Any) -> str:
         """An argument that the schema does not name."""
         name = f"{self._name}_extra"
-        characters = "[a-zA-Z_][a-zA-Z0-9_]{0,63}" if self._python else r"[^\s<>\[\]=\"]{1,64}"
+        bare = self._python or self._tags.mark
+        characters = "[a-zA-Z_][a-zA-Z0-9_]{0,63}" if bare else r"[^\s<>\[\]=\"]{1,64}"
         body = f"/{characters}/" + (f" & ~{regex('|'.join(map(re_escape, named)))}" if named else "")
         self._lark.rule(key := f"{name}_KEY".upper(), body)
         return self._lark.rule(name, f"{self._begin} {self._behind_key(name, None, schema, key)}")
 
     def _behind_key(self, name: str, key: str | None, schema: Any, pattern: str = "") -> str:
         """The key - or one of a pattern -, what stands between it and its value, and the value to the end of its tag."""
-        texts, others = ([], [self._python_value(schema)]) if self._python else self._values(name, schema)
-        others = [f"{value} {self._end}" for value in others]
-        forms = [(self._tags.middle, texts), (self._tags.other_middle, others)]
-        if not self._tags.other_middle:
-            forms = [(self._tags.middle, texts + others)]
+        if self._python or self._tags.mark:
+            value = self._python_value(schema) if self._python else _Marked(self._lark, self._format, self._root).value(schema)
+            forms = [(self._tags.middle, [value])]
+        else:
+            texts, others = self._values(name, schema)
+            other = self._tags.other_middle or self._tags.middle
+            forms = [(self._tags.middle, texts)]
+            forms += [(other.replace(TYPE, kind), [f"{value} {self._end}" for value in others[kind]]) for kind in others]
+            if not self._tags.other_middle:
+                forms = [(self._tags.middle, [value for _, values in forms for value in values])]
         written = [
             f"{self._key(f'{name}_{at}', key, middle, pattern)} ({' | '.join(values)})"
             for at, (middle, values) in enumerate(forms)
@@ -142,26 +156,43 @@ class _Parameters:
 
     def _key(self, name: str, key: str | None, middle: str, pattern: str) -> str:
         if key is not None:
-            return " ".join(self._lark.named(key, middle))
+            return " ".join(self._lark.named(bare_key(key) if self._tags.mark else key, middle))
         return self._lark.until(f"{name}_key", self._lark.literal(middle), pattern)
 
-    def _values(self, name: str, schema: Any) -> tuple[list[str], list[str]]:
-        """A value: as text, up to the end of its tag, and as JSON, without it."""
-        texts, named, others = [], [], []
+    def _values(self, name: str, schema: Any) -> tuple[list[str], dict[str, list[str]]]:
+        """A value: as text, up to the end of its tag, and as JSON, without it, by the type if the format names that."""
+        texts, named = [], []
+        others: dict[str, list[str]] = {}
         for at, branch in enumerate(_branches(self._root, schema)):
             if (values := _enumerated(branch)) is not None:
                 named += [quoted(value) for value in values if isinstance(value, str)]
-                others += [quoted(encoded(value)) for value in values if not isinstance(value, str)]
+                for value in values:
+                    if not isinstance(value, str):
+                        others.setdefault(self._kind(value), []).append(quoted(encoded(value)))
                 continue
             if _may_be_string(branch):
                 texts.append(self._text(f"{name}_{at}", branch))
             if not _is_string(branch):
-                others.append(self._of_json(branch))
+                for kind, own in self._by_type(branch):
+                    others.setdefault(kind, []).append(self.of_json(own))
         if texts and not self._tags.other_middle:
-            return texts, []  # which may be JSON, too
+            return texts, {}  # which may be JSON, too
         if named:
             texts.append(f"{self._lark.rule(f'{name}_VALUES'.upper(), ' | '.join(named))} {self._end}")
         return texts, others
+
+    def _kind(self, value: Any) -> str:
+        return type_of(value) if TYPE in self._tags.other_middle else ""
+
+    def _by_type(self, branch: Any) -> list[tuple[str, Any]]:
+        """A schema for each type that a format has to name: those that it declares, or all."""
+        if TYPE not in self._tags.other_middle:
+            return [("", branch)]
+        declared = {"number" if each == "integer" else each for each in declared_types(branch, self._root)}
+        schema = _mapping(branch)
+        if declared:
+            return [(kind, branch if "type" in schema else {**schema, "type": kind}) for kind in _TYPES if kind in declared]
+        return [(kind, {**schema, "type": kind}) for kind in _TYPES] if branch is True or schema else [("", branch)]
 
     def _text(self, name: str, schema: Any) -> str:
         """A string as it is, up to the end of its tag; without limits the blanks before the end need not be the format's."""
@@ -178,12 +209,12 @@ class _Parameters:
 
     def _python_value(self, schema: Any) -> str:
         if self._root or schema is not True:
-            return self._of_json(schema)
+            return self.of_json(schema)
         for name, body in _PYTHON_VALUE.items():
             self._lark.rule(name, body)
         return "py_value"
 
-    def _of_json(self, schema: Any) -> str:
+    def of_json(self, schema: Any) -> str:
         """A value by JSON, with the definitions of the whole schema."""
         if not isinstance(schema, Mapping):  # llguidance says what is wrong with it
             schema = {} if schema is True else {"allOf": [schema]}
@@ -196,6 +227,72 @@ class _Parameters:
         if _LOCAL.search(encoded(whole)):  # another place of the whole schema
             whole["$defs"] = {**_mapping(whole.get("$defs")), _ROOT: self._root}
         return self._lark.json(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))), STRICT)
+
+
+class _Marked:
+    """The rules of values in the dialect of JSON whose strings stand between marks. Equal schemas share a rule, so references may
+    go round. What cannot be said in the dialect is plain JSON, which its readers take as well."""
+
+    def __init__(self, lark: Lark, format: ToolFormat, root: Mapping[str, Any]) -> None:
+        assert format.tags is not None
+        self._lark, self._format, self._root, self._tags = lark, format, root, format.tags
+        self._mark = lark.literal(format.tags.mark)
+
+    def value(self, schema: Any) -> str:
+        """The rule of a value."""
+        name, is_new = self._lark.shared("marked", encoded([schema, self._root] if '"$ref"' in encoded(schema) else schema))
+        if is_new:
+            branches = _branches(self._root, schema)
+            bodies = [self._branch(f"{name}_{at}", branch) for at, branch in enumerate(branches)]
+            self._lark.rule(name, " | ".join(bodies))
+        return name
+
+    def _branch(self, name: str, schema: Any) -> str:
+        if (values := _enumerated(schema)) is not None:
+            return " | ".join(str(self._lark.literal(marked(value, self._tags))) for value in values)
+        if schema is True or schema == {}:
+            kinds = ("string", "object", "array")
+            return " | ".join([*(self._branch(f"{name}_{kind}", {"type": kind}) for kind in kinds), self._scalar({})])
+        keys = set(_mapping(schema)) - {"type", "description", "title", "default", "examples", "$defs", "definitions"}
+        match _mapping(schema).get("type"):
+            case "string" if not keys - {"minLength", "maxLength", "pattern"}:
+                return f"{self._mark} {self._text(name, schema)}"
+            case "object" if not keys - {"properties", "required", "additionalProperties"} and _is_readable(schema):
+                return f'"{{" {_Parameters(self._lark, name, self._format, self._root, schema).body()} "}}"'
+            case "array" if not keys - {"items", "minItems", "maxItems"} and _has_counts(schema):
+                return self._array(schema)
+        return _Parameters(self._lark, name, self._format, self._root).of_json(schema)
+
+    def _scalar(self, schema: Mapping[str, Any]) -> str:
+        return self._lark.json({**schema, "type": ["number", "boolean", "null"]}, STRICT)
+
+    def _text(self, name: str, schema: Any) -> str:
+        apart = " & ".join(without(text) for text in (self._tags.mark, _plain_end(self._lark, self._format)) if text)
+        if not (limits := _limits(schema)):
+            return self._lark.until("marked_text", self._mark, self._lark.rule("MARKED", apart))
+        value = self._lark.rule(f"{name}_TEXT".upper(), f"{limits} & {apart}")
+        return self._lark.until(f"{name}_text", self._mark, value)
+
+    def _array(self, schema: Mapping[str, Any]) -> str:
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        item = self.value(schema.get("items", True))
+        if most == 0:
+            return '"[" "]"'
+        rest = f"{{{max(0, least - 1)},{'' if most is None else most - 1}}}" if least > 1 or most is not None else "*"
+        items = f'{item} ("," {item}){rest}'
+        return f'"[" ({items}){"" if least else "?"} "]"'
+
+
+def _has_counts(schema: Mapping[str, Any]) -> bool:
+    """Whether the bounds of an array are numbers; llguidance says what is wrong with others."""
+    least, most = schema.get("minItems", 0), schema.get("maxItems", 0)
+    return all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in (least, most))
+
+
+def _plain_end(lark: Lark, format: ToolFormat) -> str:
+    """What would end a call in the midst of a text argument; empty when a special token is part of it."""
+    end = format.call_end.strip()
+    return end if all(atom.startswith('"') for atom in lark.literal(end).atoms) else ""
 
 
 def _is_readable(root: Any) -> bool:

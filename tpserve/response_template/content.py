@@ -23,8 +23,8 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 MAX_TAGS = 1024
 """The most arguments of one call that are looked for in tags."""
 MAX_SECONDS = 2.0
-"""How long a pattern of the model's own files may look for tags. Only a clock bounds that: the regex package counts no steps, and a
-pattern may need any number of them. Patterns of tpserve's own have `tag_end`, and need a time that grows with the text."""
+"""How long a pattern of the model's own files may look for tags. Only a clock bounds that: the regex package counts no steps.
+tpserve's own patterns have `tag_end`; they need a time that grows with the text alone, and no clock."""
 
 
 class MarkedJson(str):
@@ -112,7 +112,7 @@ def _xml_inline(text: str, args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tags(text: str, args: Mapping[str, Any]) -> "Iterator[regex.Match[str]]":
-    """The matches of `tag_pattern`. Where its end cannot come, which `tag_end` tells, it is not tried, but `tag_open_pattern` is."""
+    """The matches of `tag_pattern`. Behind the last `tag_end` it is not tried, but `tag_open_pattern` is."""
     pattern = regex.compile(args["tag_pattern"], regex.DOTALL)
     if "tag_end" not in args:
         try:
@@ -137,6 +137,15 @@ def _kv_lines(text: str, args: Mapping[str, Any]) -> dict[str, Any]:
         if has_value:
             found[_text(key, args)] = _value(_text(value, args), args)
     return found
+
+
+def _json_keyed_calls(text: str, args: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Calls as members of JSON objects in a list, `[{"f": {"a": 1}}, {"g": {}}]`: name and arguments of each."""
+    calls = json.loads(text)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and all(isinstance(value, dict) for value in call.values()) for call in calls):
+        raise ValueError("json-keyed-calls: not a list of objects of objects")
+    return [{"name": name, "arguments": arguments} for call in calls for name, arguments in call.items()]
 
 
 def _python_call_list(text: str, args: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -190,5 +199,6 @@ CONTENT_KINDS: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
     "xml-inline": _xml_inline,
     "kv-lines": _kv_lines,
     "python-call-list": _python_call_list,
+    "json-keyed-calls": _json_keyed_calls,
 }
-"""The kinds of content by the name that templates use."""
+"""The kinds of content by the name that templates use; the last one is tpserve's own."""

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from tpserve.errors import UserError
-from tpserve.response_template.format import INDEX, ReasoningFormat, TaggedArguments, ToolFormat
+from tpserve.response_template.format import INDEX, NAME, TYPE, ReasoningFormat, TaggedArguments, ToolFormat
 from tpserve.response_template.spec import START
 
 XML_TAGS = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n")
@@ -20,7 +20,8 @@ TEMPLATE = "template"
 class AnswerFamily(Struct, frozen=True):
     """How a family writes. `fields`: of its `response_template`, where its format says too little.
 
-    `after_content`: the text between content and calls; None when an answer has one or the other.
+    `after_content`: the text between content and calls; None when an answer has one or the other. `ends_content`: as in
+    `AnswerFormat`.
 
     `markers`: texts that the chat template or the special tokens of its models have, all of them; none: found by name only.
     `always_reasons`: an answer begins with reasoning, whether or not something opens it. `leads`: goes before the analysis, since
@@ -36,6 +37,7 @@ class AnswerFamily(Struct, frozen=True):
     always_reasons: bool = False
     leads: bool = False
     after_content: str | None = "\n"
+    ends_content: bool = False
 
 
 def json_calls(begin: str, end: str, arguments: str = "arguments", between: str = "\n") -> ToolFormat:
@@ -91,12 +93,25 @@ HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
 }
 GEMMA_CALL = {
     "open_pattern": r"\s*<\|tool_call>\s*call:(?P<name>[\w.:/-]{1,256})\s*(?=\{)",
-    "close_pattern": r"\s*<tool_call\|>\s*",
+    "close_pattern": r"(?<=\})\s*<tool_call\|>\s*",
     "repeats": True,
     "content": "json",
     "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
     "transform": HARMONY_CALL,
 }
+GEMMA_VALUES = TaggedArguments("", ":", "", ",", mark='<|"|>', sorts=True)
+FUNCTIONGEMMA_CALL = {
+    "open_pattern": r"\s*<start_function_call>\s*call:(?P<name>[\w.:/-]{1,256})\s*\{",
+    "close_pattern": r"\s*\}\s*<end_function_call>\s*",
+    "repeats": True,
+    "content": "xml-inline",
+    "content_args": {
+        "tag_pattern": r"(?P<key>[^\s,:<>{}]{1,256})\s*:\s*<escape>(?P<value>.*?)<escape>",
+        "tag_end": "<escape>",
+    },
+    "transform": HARMONY_CALL,
+}
+MUSE_CONTENT = {"open_pattern": r"\s*to=user\s*<\|message\|>", "close": "<|eom|>", "content": "text"}
 MUSE_CALL = {
     "open_pattern": r"(?:<\|eom\|>)?(?:<\|start\|>assistant)?\s*(?:to=[\w.:/-]+\s*<\|message\|>)?\s*(?:<atem:function_calls>)?\s*"
     r"<atem:invoke name=\"(?P<name>[^\"]{1,256})\">",
@@ -109,6 +124,10 @@ MUSE_CALL = {
     },
     "transform": HARMONY_CALL,
 }
+KIMI_K3_TAGS = TaggedArguments(
+    '<|open|>argument key="', '" type="string"<|sep|>', "<|close|>argument<|sep|>", "", f'" type="{TYPE}"<|sep|>'
+)
+KIMI_K3_CONTENT = {"close_pattern": r"<\|close\|>response<\|sep\|>(?:<\|close\|>message<\|sep\|>)?", "content": "text"}
 KIMI_K3_CALL = {
     "open_pattern": r"(?:<\|close\|>response<\|sep\|>)?\s*(?:<\|open\|>tools<\|sep\|>)?\s*"
     r"<\|open\|>call tool=\"(?P<name>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>",
@@ -194,9 +213,30 @@ FAMILIES = (
     AnswerFamily(
         "gemma4",
         ("<|tool_call>", "<|channel>"),
-        None,
+        ToolFormat("<|tool_call>call:", "{", "}<tool_call|>", arguments="tagged", tags=GEMMA_VALUES),
         ReasoningFormat("<|channel>thought\n", "\n<channel|>"),
         fields={"tool_calls": GEMMA_CALL},
+        after_content="",
+    ),
+    AnswerFamily(
+        "functiongemma",
+        ("<start_function_call>", "<escape>"),
+        ToolFormat(
+            "<start_function_call>call:",
+            "{",
+            "}<end_function_call>",
+            arguments="tagged",
+            tags=TaggedArguments("", ":<escape>", "<escape>", ","),
+        ),
+        fields={"tool_calls": FUNCTIONGEMMA_CALL},
+        after_content="",
+    ),
+    AnswerFamily(
+        "apertus",
+        ("<|inner_prefix|>", "<|tools_prefix|>"),
+        ToolFormat('{"', '": ', "}", "<|tools_prefix|>[", ", ", "]<|tools_suffix|>"),
+        ReasoningFormat("<|inner_prefix|>", "<|inner_suffix|>"),
+        after_content="",
     ),
     AnswerFamily(
         "apriel",
@@ -205,8 +245,41 @@ FAMILIES = (
         ReasoningFormat("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
         leads=True,
     ),
-    AnswerFamily("kimi_k3", ("<|open|>", "<|sep|>", "<|close|>"), fields={"tool_calls": KIMI_K3_CALL}),
-    AnswerFamily("muse_glimmer", ("<atem:function_calls>",), fields={"tool_calls": MUSE_CALL}),
+    AnswerFamily(
+        "kimi_k3",
+        ("<|open|>", "<|sep|>", "<|close|>"),
+        ToolFormat(
+            '<|open|>call tool="',
+            f'" index="{INDEX}"<|sep|>',
+            "<|close|>call<|sep|>",
+            "<|open|>tools<|sep|>",
+            "",
+            "<|close|>tools<|sep|>",
+            "tagged",
+            KIMI_K3_TAGS,
+        ),
+        ReasoningFormat("<|open|>think<|sep|>", "<|close|>think<|sep|><|open|>response<|sep|>"),
+        ("", "<|close|>response<|sep|>"),
+        {"content": KIMI_K3_CONTENT, "tool_calls": KIMI_K3_CALL},
+        after_content="",
+        ends_content=True,
+    ),
+    AnswerFamily(
+        "muse_glimmer",
+        ("<atem:function_calls>",),
+        ToolFormat(
+            " to=",
+            f'<|message|><atem:function_calls>\n<atem:invoke name="{NAME}">\n',
+            "</atem:invoke>\n</atem:function_calls>",
+            between="<|eom|><|start|>assistant",
+            arguments="tagged",
+            tags=TaggedArguments('<atem:parameter name="', '">', "</atem:parameter>\n"),
+        ),
+        reasoning=ReasoningFormat(" to=self<|message|>", "<|eom|><|start|>assistant"),
+        content=(" to=user<|message|>", ""),
+        fields={"content": MUSE_CONTENT, "tool_calls": MUSE_CALL},
+        after_content="<|eom|><|start|>assistant",
+    ),
     AnswerFamily("deepseek_v32", ("｜DSML｜", "function_calls"), dsml("function_calls"), ReasoningFormat("<think>", "</think>")),
     AnswerFamily("deepseek_v4", ("｜DSML｜", "tool_calls"), dsml("tool_calls"), ReasoningFormat("<think>", "</think>")),
     AnswerFamily(

@@ -10,13 +10,12 @@ Delimiters within a quoted text of JSON are text.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import regex
 
-from tpserve.response_template.call_reader import CallArguments, CallBegin, CallEvent, CallPaths, CallReader
+from tpserve.response_template.call_reader import NOWHERE, CallArguments, CallBegin, CallEvent, CallPaths, CallReader
 from tpserve.response_template.content import read_content, transformed
 from tpserve.response_template.schema_types import typed
 from tpserve.response_template.template import Delimiter, Field, ResponseTemplate
@@ -272,9 +271,10 @@ class _TextRegion:
 
     def _behind_gap(self, text: str, gap: str) -> str:
         """The text without the gap, of which more may follow."""
-        same = len(os.path.commonprefix((text, gap)))
-        self.gap = gap[same:]
-        return text[same:]
+        while text and gap and text[0] == gap[0]:
+            text, gap = text[1:], gap[1:]
+        self.gap = gap
+        return text
 
     def event(self, text: str) -> Event:
         """The event of more text."""
@@ -291,6 +291,8 @@ class _CallRegion:
         self._parts: list[str] = []
         self.num_calls = 0
         self._reader: CallReader | None = None
+        self._quotes = CallReader(CallPaths(None, (NOWHERE,))) if field.content == "json-keyed-calls" else None
+        """Follows JSON that is read as a whole."""
         if field.content == "json" and not field.content_args:
             paths = CallPaths.of(field.transform, field.transform_each)
             if paths is not None:
@@ -322,12 +324,15 @@ class _CallRegion:
     @property
     def in_text(self) -> bool:
         """Whether what follows is within a quoted text."""
-        return self._reader is not None and self._reader.in_text
+        reader = self._reader or self._quotes
+        return reader is not None and reader.in_text
 
     def add(self, text: str) -> Sequence[Event]:
         """More text."""
         self.begun = True
         self._parts.append(text)
+        if self._quotes is not None:
+            self._quotes.feed(text)
         return [] if self._reader is None else self._counted(self._reader.feed(text))
 
     def end(self, groups: Mapping[str, str], closing: str) -> Sequence[Event]:

@@ -44,7 +44,7 @@ def calls_field(tools: ToolFormat) -> dict[str, Any]:
         return python_field(tools)
     if tools.arguments == "tagged":
         return tagged_field(tools)
-    wrapped = wrapper(tools)
+    wrapped = wrapper(tools) or keyed(tools)
     return named_field(tools, {"content": "json"}) if wrapped is None else wrapped
 
 
@@ -68,6 +68,19 @@ def wrapper(tools: ToolFormat) -> dict[str, Any] | None:
             closing = rest.replace(INDEX, "0")[size:]
             return object_field(tools, tools.call_begin[:at], closing, name, arguments)
     return None
+
+
+def keyed(tools: ToolFormat) -> dict[str, Any] | None:
+    """The field of calls that are members of a JSON object, the name the key, each in an object of its own in a list."""
+    begin, end = tools.begin.strip(), tools.end.strip()
+    is_keyed = (tools.call_begin.strip(), tools.name_end.strip(), tools.call_end.strip()) == ('{"', '":', "}")
+    if not is_keyed or not begin.endswith("[") or not end.startswith("]"):
+        return None
+    opening, closing = begin[:-1].strip(), end[1:].strip()
+    opened = rf"\s*{loose(opening)}\s*(?=\[)" if opening else rf"{START}\s*(?=\[\s*\{{)"
+    transform = call("{name}", "{arguments}")
+    closed = {"close": closing} if closing else {}
+    return {"open_pattern": opened, **closed, "content": "json-keyed-calls", "transform": transform, "transform_each": True}
 
 
 def object_field(tools: ToolFormat, before: str, behind: str, name: Sequence[str], arguments: Sequence[str]) -> dict[str, Any]:
