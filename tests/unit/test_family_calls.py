@@ -1,4 +1,4 @@
-"""Families whose calls are not JSON all through: what their models write is in the grammar, and random legal answers read back."""
+"""Families whose calls are not JSON all through: their grammar has what models write, and random legal answers read back."""
 
 import json
 import random
@@ -19,7 +19,8 @@ from tpserve.response_template.families import BY_NAME
 from tpserve.response_template.format import AnswerFormat, written
 from tpserve.response_template.grammar import AnswerRules, answer_grammar
 from tpserve.response_template.lark import SpecialTokens
-from tpserve.response_template.parser import Content, Reasoning, ResponseParser
+from tpserve.response_template.parser import ResponseParser
+from tpserve.response_template.regions import Content, Reasoning
 from tpserve.response_template.spec import spec_of
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.structured_output.compiler import compile_grammar, vocabulary
@@ -71,10 +72,12 @@ CALLED = {  # search(ARGUMENTS), selfie(), as the families' own templates write 
 }
 HINTS = {"kimi_k3": ["<|close|>argument<|sep|>", "<|close|>response<|sep|>"], "muse_glimmer": ["</atem:parameter>\n"]}
 WRONG = {  # of the text: another one that is not in the language
-    "gemma4": [("n:1", 'n:<|"|>1<|"|>'), ("{n:1,", "{"), ("town:", "towns:"), ('<|"|>Ulm, "x" {1}<|"|>', '"Ulm"'), ("days", "x:1,days")],
+    "gemma4": [("n:1", 'n:<|"|>1<|"|>'), ("{n:1,", "{"), ("town:", "towns:"), ('<|"|>Ulm, "x" {1}<|"|>', '"Ulm"'),
+               ("days", "x:1,days")],
     "functiongemma": [(": 1,", ': "1",'), ("{town", "{towns"), ("call:search", "call:searches"), ("null", "K")],
     "apertus": [('"search"', '"searches"'), (": 1,", ': "1",'), (', {"selfie": {}}', ', {"selfie": 1}')],
-    "kimi_k3": [('type="null"', 'type="number"'), ('type="array"', 'type="object"'), (": 1,", ': "1",'), ('tool="search"', 'tool="s"')],
+    "kimi_k3": [('type="null"', 'type="number"'), ('type="array"', 'type="object"'), (": 1,", ': "1",'),
+                ('tool="search"', 'tool="s"')],
     "muse_glimmer": [('invoke name="search"', 'invoke name="selfie"'), (" to=search", " to=searches"), (": 1,", ': "1",')],
 }  # fmt: skip
 
@@ -140,7 +143,9 @@ def test_what_a_model_writes_is_in_its_grammar(family: str, kind: str) -> None:
     free = compiled(family, kind, choice="auto")
     assert takes(free, family, kind, f"{begin}Hello to=you, { {} }{end}")
     text = written(format_of(family), "", "Hello.", [("search", ordered), ("selfie", {})])
-    assert takes(free, family, kind, text) and not takes(free, family, kind, text.replace("n", "m", 1) if "n:1" in text else text[:-3])
+    assert takes(free, family, kind, text) and not takes(
+        free, family, kind, text.replace("n", "m", 1) if "n:1" in text else text[:-3]
+    )
     for cut in (1, 2, 7):
         assert read(family, text, cut) == ("", "Hello.", calls)
 
@@ -149,7 +154,9 @@ def test_what_a_model_writes_is_in_its_grammar(family: str, kind: str) -> None:
 @pytest.mark.parametrize("family", MARKERS)
 def test_random_legal_answers_read_back(family: str, kind: str) -> None:
     tokenizer = tokens(family, kind)[0]
-    hints = [tokenizer.encode(text, add_special_tokens=False) for text in (*MARKERS[family], *HINTS.get(family, ()), "}", '"', "]")]
+    hints = [
+        tokenizer.encode(text, add_special_tokens=False) for text in (*MARKERS[family], *HINTS.get(family, ()), "}", '"', "]")
+    ]
     ended = 0
     for seed in range(24):
         choice = ("required", "auto")[seed % 2]
@@ -164,7 +171,9 @@ def test_random_legal_answers_read_back(family: str, kind: str) -> None:
                 text = tokenizer.decode(ids, skip_special_tokens=False)
                 _, _, calls = read(family, text)
                 assert calls or choice == "auto", text
-                assert choice == "required" or calls or not any(name in text for name in ("call:", "invoke name", "call tool=")), text
+                assert (
+                    choice == "required" or calls or not any(name in text for name in ("call:", "invoke name", "call tool="))
+                ), text
                 for name, arguments in calls:
                     jsonschema.validate(arguments, SCHEMAS[name])
                 break

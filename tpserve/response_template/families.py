@@ -152,8 +152,6 @@ MINICPM_CALL = {
     },
     "transform": HARMONY_CALL,
 }
-KIMI_K2_THINKING = {"open": "<think>", "close_pattern": r"</think>|(?=<\|tool_calls_section_begin\|>)", "content": "text"}
-"""A call ends reasoning that was not closed."""
 KIMI_K2_CALL = {
     "open_pattern": r"\s*(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>\s*"
     r"(?P<id>(?:functions\.)?(?P<name>[\w./-]{1,256}?)(?::\d{1,9})?)\s*<\|tool_call_argument_begin\|>\s*(?=\{)",
@@ -320,7 +318,7 @@ FAMILIES = (
             "<|tool_calls_section_end|>",
         ),
         ReasoningFormat("<think>", "</think>"),
-        fields={"thinking": KIMI_K2_THINKING, "tool_calls": KIMI_K2_CALL},
+        fields={"tool_calls": KIMI_K2_CALL},
     ),
     AnswerFamily(
         "glm",

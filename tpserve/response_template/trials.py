@@ -9,8 +9,9 @@ from msgspec import Struct
 from tpserve.response_template.analysis import ENDS, Analysis, result, without_reasoning
 from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.format import AnswerFormat, Call, ReasoningFormat, written
-from tpserve.response_template.parser import Content, Reasoning, ResponseParser
+from tpserve.response_template.parser import ResponseParser
 from tpserve.response_template.probe import NAMES, USER, Probe, after, user
+from tpserve.response_template.regions import Content, Reasoning
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.chat import ChatTemplate
 
