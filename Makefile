@@ -32,7 +32,7 @@ serve: $(VENV)/serve.stamp kernels
 	@exec $(VENV)/bin/tpserve serve $$($(PY) -c "from tpserve.host.resources import visible_gpus as n; print('' if n() else '--nproc-per-node 2')") $(ARGS)
 
 check: $(VENV)/test.stamp kernels
-	@$(PY) tests/run.py lint unit
+	@$(PY) tests/run.py lint unit rules
 
 test: $(VENV)/test.stamp kernels
 	@$(PY) tests/run.py

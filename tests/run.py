@@ -1,7 +1,7 @@
 """The whole suite in shares, each with its time budget on two cores; prints a table and, last, how many tests passed and failed.
 
     python tests/run.py                   everything but what needs a card or a long time
-    python tests/run.py lint unit         some shares: these are `make check`
+    python tests/run.py lint unit rules   some shares: these are `make check`
     python tests/run.py --gpu             what needs a card; reports go to $OUT or .tmp
 
 Shares that only compute run one after another beside the others, at a lower priority: the others mostly wait, and some of their
@@ -26,8 +26,10 @@ LINT = (
     ("mypy",),
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "unit": (630, ("unit", "scheduling", "simulation", "architecture")),
-    "parity": (480, ("parity",)),
+    "unit": (240, ("unit",)),
+    "rules": (100, ("scheduling", "architecture")),
+    "simulation": (80, ("simulation",)),
+    "parity": (400, ("parity",)),
     "kernels": (300, ("kernels", "card")),
     "http": (175, ("http",)),
     "cluster": (900, ("cluster",)),
@@ -36,7 +38,7 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "bare": (95, ("bare",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
-BESIDE = ("unit", "parity", "kernels")
+COMPUTING = ("unit", "rules", "simulation", "parity", "kernels")
 """Shares that run beside the others where there are two cores."""
 NICE = 10
 GPU = {
@@ -71,16 +73,23 @@ def main() -> int:
     if options.gpu:
         return report(gpu_check(), time.monotonic() - begin_s)
     wanted = options.shares or ["lint", *SHARES]
-    computing = [name for name in BESIDE if name in wanted]
-    others = [name for name in SHARES if name in wanted and name not in BESIDE]
-    lanes = [computing, others] if computing and others and (os.cpu_count() or 1) > 1 else [computing + others]
+    first, second = lanes([name for name in SHARES if name in wanted])
     with ThreadPoolExecutor(2) as beside:
         linted = beside.submit(lint) if "lint" in wanted else None
-        computed = beside.submit(lambda: [share(name, beside=True) for name in lanes[0]]) if len(lanes) > 1 else None
-        rows = [share(name) for name in lanes[-1]]
-    rows = ([] if linted is None else [linted.result()]) + ([] if computed is None else computed.result()) + rows
+        computed = beside.submit(lambda: [share(name, beside=True) for name in second])
+        rows = [share(name) for name in first]
+    rows = ([] if linted is None else [linted.result()]) + computed.result() + rows
     installed = [] if options.shares else [install()]
     return report(installed + rows, time.monotonic() - begin_s + sum(row.took_s for row in installed))
+
+
+def lanes(names: list[str]) -> tuple[list[str], list[str]]:
+    """What runs one after another, and what beside it: the shares that compute, or all but the first when all of them do."""
+    computing = [name for name in names if name in COMPUTING]
+    others = [name for name in names if name not in COMPUTING]
+    if (os.cpu_count() or 1) < 2:
+        return computing + others, []
+    return (others, computing) if others else (computing[:1], computing[1:])
 
 
 def install() -> Row:
@@ -159,7 +168,7 @@ def report(rows: list[Row], took_s: float) -> int:
     print(f"\n{'share':<14}{'seconds':>9}{'budget':>9}{'passed':>9}{'failed':>9}")
     total = Row(
         "total",
-        INSTALL_S + sum(row.budget_s for row in rows if row.name in SHARES and row.name not in BESIDE),
+        INSTALL_S + sum(row.budget_s for row in rows if row.name in SHARES and row.name not in COMPUTING),
         took_s,
         sum(r.passed for r in rows),
         sum(r.failed for r in rows),

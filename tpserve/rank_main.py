@@ -19,8 +19,9 @@ from tpserve.cli.vllm import ignored_variables
 from tpserve.cluster.discovery import AgentFailure, find_frontend, write_failure
 from tpserve.cluster.local_leader import LocalLeader, ask_local_leader
 from tpserve.config import env
+from tpserve.config.engine_config import EngineConfig
+from tpserve.config.flags import Flags
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.host import resources
 from tpserve.host.network import Interface, choose_interface, kernel_ports

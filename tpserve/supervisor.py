@@ -50,8 +50,9 @@ from tpserve.cli import server_flags
 from tpserve.cluster.discovery import announce_agent_end, read_frontend, spawn_frontend
 from tpserve.cluster.retry_log import RetryLog
 from tpserve.config import env
+from tpserve.config.engine_config import EngineConfig
+from tpserve.config.flags import Flags
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
-from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host.launch import node_interface, rendezvous_address
 from tpserve.host.network import LOOPBACK, Interface, listen, listen_http, os_error_text

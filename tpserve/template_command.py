@@ -15,7 +15,7 @@ from tpserve import builtin
 from tpserve.cli import server_flags
 from tpserve.cli.command import Command
 from tpserve.config import env
-from tpserve.config.schema import Flag
+from tpserve.config.flags import Flag
 from tpserve.errors import UserError
 from tpserve.hub.locate import locate_tokenizer
 from tpserve.response_template.call_reader import CallArguments, CallBegin

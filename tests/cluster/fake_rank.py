@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from tpserve.cluster.discovery import find_frontend
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import rank_env
-from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.process.orders import Stopped
 from tpserve.process.rank_agent import RankAgent

@@ -21,7 +21,7 @@ import pytest
 from tests.http.tiny_tokenizer import byte_level, save
 from tests.server import pids_with
 from tpserve.cluster import discovery
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.sampling import SamplingDefaults
 

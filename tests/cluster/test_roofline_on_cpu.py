@@ -15,8 +15,8 @@ from tests.specs import EXPERTS, small
 from tpserve.__main__ import main
 from tpserve.bench.roofline_work import MachineRates, StepWork, step_work
 from tpserve.cli.server_flags import parse
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import EngineConfig
 from tpserve.types.machine import Machine
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import CacheGroup, ModelSpec

@@ -19,7 +19,7 @@ from tests.parity.random_models import randomised
 from tests.parity.runner import Runner, whole
 from tpserve.builtin import path
 from tpserve.builtin.train import documents
-from tpserve.config.schema import Quantization
+from tpserve.config.flags import Quantization
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline
 

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from runner import Runner, Scorer, load_decoder, mixed, serve, whole
 from safetensors.torch import save_file
 
-from tpserve.config.schema import Quantization
+from tpserve.config.flags import Quantization
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.mesh import Mesh

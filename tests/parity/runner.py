@@ -14,7 +14,7 @@ import torch
 from tpserve.attention.metadata import AttentionMetadata, ModelInput
 from tpserve.attention.paged import KVCache
 from tpserve.config import model_config
-from tpserve.config.schema import Quantization
+from tpserve.config.flags import Quantization
 from tpserve.models import model_spec, names_of
 from tpserve.models.decoder import Decoder
 from tpserve.models.whole_model import sources

@@ -15,6 +15,7 @@ from tpserve.errors import UserError
 from tpserve.models.whole_model import sources
 from tpserve.weights.checkpoint import Checkpoint
 from tpserve.weights.dummy import dummy
+from tpserve.weights.load import load
 from tpserve.weights.names import LLAMA
 from tpserve.weights.unused_weights import unused_tensors
 
@@ -235,6 +236,15 @@ def test_files_of_torch(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     model = decoder()
     read(tmp_path, model)
     assert torch.equal(tensors(model.parameters())["lm_head.weight"], whole["lm_head.weight"] + 1), "safetensors go first"
+
+
+def test_a_file_stays_open_while_its_tensors_are_read(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    names = sorted(whole)
+    for file, held in {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}.items():
+        torch.save({name: whole[name] for name in held}, tmp_path / file)
+    checkpoint = Checkpoint.open(tmp_path, LLAMA)
+    load(decoder().parameters(), checkpoint)
+    assert checkpoint.file.cache_info().misses == 2
 
 
 class Evil:

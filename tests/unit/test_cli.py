@@ -17,7 +17,7 @@ from tpserve.__main__ import COMMANDS, main
 from tpserve.cli.commands import ABOUT
 from tpserve.cluster.discovery import read_failure
 from tpserve.config import env
-from tpserve.config.schema import Flags
+from tpserve.config.flags import Flags
 from tpserve.supervisor import curl_line
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec

@@ -11,7 +11,7 @@ from tpserve.cli.command import HelpWanted
 from tpserve.cli.option import OPTIONS
 from tpserve.cli.other_servers import EQUIVALENT_FLAGS
 from tpserve.cli.server_flags import parse, read_line, to_argv
-from tpserve.config.schema import LAUNCH
+from tpserve.config.flags import LAUNCH
 from tpserve.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

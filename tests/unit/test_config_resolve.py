@@ -7,8 +7,8 @@ from msgspec.structs import replace
 
 from tests.specs import EXPERTS, small
 from tpserve.cli.server_flags import parse
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.resolve import num_all_ranks, num_local_ranks, resolve
-from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.parallel.split import split_heads
 from tpserve.types.layout import even_layers

@@ -142,10 +142,10 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("form")
 def test_rows_stand_alone(case: Case, dtype: torch.dtype) -> None:
-    contexts = [1, 2, 5, 16, 17, 128, 129, 257, 300, 40, 64, 256]
+    contexts = [1, 5, 16, 17, 128, 129, 40, 257]
     paged = Paged(contexts, case, dtype)
     torch.set_num_threads(1)
-    probes = [(i, p) for i, context in enumerate(contexts) for p in range(context) if p % 128 in (0, 1, 126, 127) or p % 9 == 0]
+    probes = [(i, p) for i, context in enumerate(contexts) for p in range(context) if p % 128 in (0, 1, 127) or p % 23 == 0]
     alone = {(i, p): paged.run([(i, p, 1)])[0][0] for i, p in probes}
     got, exact = torch.cat(paged.run(paged.whole())), paged.expected(torch.float64)
     usual = (paged.expected(torch.float32) - exact).abs().max().item()
@@ -154,9 +154,10 @@ def test_rows_stand_alone(case: Case, dtype: torch.dtype) -> None:
     last = [(i, context - 1, 1) for i, context in enumerate(contexts)]
     cuts = [(i, context // 3, context - context // 3) for i, context in enumerate(contexts)]
     whole = paged.whole()
+    steps = [whole, last, last[::-1], cuts, last[:4] + whole[4:], [(7, 0, 130)], [(7, 130, 3)], [(7, 133, 124)]]
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for chunks in (last, last[::-1], cuts, whole, last[:5] + whole[5:], [(8, 0, 130)], [(8, 130, 3)], [(8, 133, 167)]):
+        for chunks in steps[: None if threads == 1 else 2]:
             for (i, start, count), got in zip(chunks, paged.run(chunks), strict=True):
                 for p in range(start, start + count):
                     assert (i, p) not in alone or torch.equal(got[p - start], alone[i, p]), (i, p, threads)
@@ -165,8 +166,9 @@ def test_rows_stand_alone(case: Case, dtype: torch.dtype) -> None:
 @every_case
 @pytest.mark.usefixtures("in_torch")
 def test_neither_gathers_nor_groups_show(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    paged = Paged([200, 100, 150, 3, 290], case, torch.float32)
-    chunks = [*((i, context - 1, 1) for i, context in enumerate(paged.contexts)), (4, 7, 280)]
+    torch.set_num_threads(1)
+    paged = Paged([100, 150, 3, 290], case, torch.float32)
+    chunks = [*((i, context - 1, 1) for i, context in enumerate(paged.contexts)), (3, 110, 40)]
     together = torch.cat(paged.run(chunks))
     for bound in ("GATHER_BYTES", "PART_BYTES"):
         monkeypatch.setattr(cpu_plan, bound, 1)

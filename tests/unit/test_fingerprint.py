@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from tests.specs import small
 from tpserve.cli.server_flags import parse
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import EngineConfig
 from tpserve.engine import fingerprint as module
 from tpserve.engine.fingerprint import fingerprint
 from tpserve.types.machine import Machine

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from tests.specs import EXPERTS, LATENTS, small
 from tests.unit.weights_case import decoder
-from tpserve.config.schema import Quantization
+from tpserve.config.flags import Quantization
 from tpserve.models.decoder import Decoder
 from tpserve.models.held_bytes import held_tensors
 from tpserve.process.weights_keeper import KeptWeights

@@ -8,8 +8,8 @@ import pytest
 from tests.unit.test_config_resolve import SPEC
 from tpserve import SamplingParams, UserError
 from tpserve.cli import keywords
+from tpserve.config.flags import Flags
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import Flags
 from tpserve.frontend.openai.schema import CompletionRequest
 from tpserve.llm.prompts import jobs
 from tpserve.types.machine import Machine

@@ -12,8 +12,8 @@ import torch
 from tests.specs import small
 from tpserve.attention.paged import KVLayout
 from tpserve.cli.server_flags import parse
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.host.resources import Memory
 from tpserve.parallel.group import Group

@@ -10,7 +10,7 @@ import torch
 
 from tests.parity.runner import Runner, mixed
 from tests.specs import small
-from tpserve.config.schema import Quantization
+from tpserve.config.flags import Quantization
 from tpserve.models.decoder import Decoder
 from tpserve.parallel.group import Group
 from tpserve.parallel.pipeline import Pipeline

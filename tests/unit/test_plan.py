@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from tpserve.__main__ import main
 from tpserve.cli.command import HelpWanted
 from tpserve.cli.server_flags import parse
+from tpserve.config.flags import WrongValue
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import WrongValue
 from tpserve.models import model_spec
 from tpserve.planner import quantities
 from tpserve.planner.command import COMMAND

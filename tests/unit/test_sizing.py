@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from tests.specs import EXPERTS, LATENTS, small
 from tests.unit.test_weights import Seat
 from tpserve.cli.server_flags import parse
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import EngineConfig
 from tpserve.errors import UserError
 from tpserve.models.decoder import Decoder
 from tpserve.models.param_count import count_params, largest_count

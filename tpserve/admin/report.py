@@ -25,7 +25,7 @@ from tpserve.admin.status import status_lines
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
 from tpserve.config import env
-from tpserve.config.schema import Flag
+from tpserve.config.flags import Flag
 from tpserve.errors import UserError
 from tpserve.host import resources
 from tpserve.host.network import interfaces

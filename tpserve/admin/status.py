@@ -9,7 +9,7 @@ from msgspec import Struct
 from tpserve.admin.client import ServerFacts, fetch_facts, gauge
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
-from tpserve.config.schema import Flag
+from tpserve.config.flags import Flag
 from tpserve.config.sizes import size
 from tpserve.observe.table import table
 

@@ -8,7 +8,7 @@ from msgspec import Struct
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
 from tpserve.cli.vllm import ANY, OFF, SOME_OF, switch, value_of
-from tpserve.config.schema import Flag, WrongValue
+from tpserve.config.flags import Flag, WrongValue
 
 MAX_NUMBER = 1 << 20
 """The upper bound of the numbers on these command lines."""

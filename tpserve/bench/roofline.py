@@ -22,8 +22,9 @@ from tpserve.bench.roofline_plot import MeasuredPoint, svg
 from tpserve.bench.roofline_rates import best_of, product_rate, read_rate
 from tpserve.bench.roofline_work import MachineRates, Span, StepWork, step_work
 from tpserve.cli import server_flags
+from tpserve.config.engine_config import EngineConfig
+from tpserve.config.flags import Flags
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import EngineConfig, Flags
 from tpserve.config.sizes import size
 from tpserve.errors import UserError
 from tpserve.host.resources import available_cores, available_memory

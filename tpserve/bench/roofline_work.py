@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.models.rank_weights import RankWeights
 from tpserve.models.weight_bytes import HeldFormat, weight_bytes_read
 from tpserve.types.model_spec import ModelSpec

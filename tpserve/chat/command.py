@@ -22,7 +22,7 @@ from tpserve.chat.terminal import Terminal
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
 from tpserve.config import env
-from tpserve.config.schema import Flag
+from tpserve.config.flags import Flag
 from tpserve.errors import UserError
 from tpserve.observe.log import user_error
 

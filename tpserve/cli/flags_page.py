@@ -3,7 +3,7 @@
 import sys
 
 from tpserve.cli.option import OPTIONS, Option
-from tpserve.config.schema import GROUPS
+from tpserve.config.flags import GROUPS
 
 HEAD = """# Flags
 

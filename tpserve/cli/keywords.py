@@ -14,7 +14,7 @@ from tpserve.cli.command import raise_all
 from tpserve.cli.option import OPTIONS, Option
 from tpserve.cli.other_servers import EQUIVALENT_FLAGS
 from tpserve.cli.server_flags import CommandLine
-from tpserve.config.schema import HTTP, LAUNCH, Flags
+from tpserve.config.flags import HTTP, LAUNCH, Flags
 from tpserve.errors import UserError
 
 _SERVER_ONLY = frozenset({"served_model_name", "max_queued_requests", "drain_timeout", "config"})

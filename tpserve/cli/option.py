@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from msgspec import Struct
 from msgspec.structs import fields
 
-from tpserve.config.schema import Flag, Flags, WrongValue
+from tpserve.config.flags import Flag, Flags, WrongValue
 from tpserve.errors import UserError
 
 

@@ -20,7 +20,7 @@ from tpserve.cli.command import (
     wants_help,
 )
 from tpserve.cli.option import OPTIONS, Option
-from tpserve.config.schema import LAUNCH, SECRETS, Flags, WrongValue
+from tpserve.config.flags import LAUNCH, SECRETS, Flags, WrongValue
 from tpserve.errors import UserError
 
 USAGE = """usage: tpserve serve [MODEL] [flags]

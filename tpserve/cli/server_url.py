@@ -2,7 +2,7 @@
 
 from urllib.parse import urlsplit
 
-from tpserve.config.schema import WrongValue
+from tpserve.config.flags import WrongValue
 
 URL = "http://127.0.0.1:8000"
 """The default address of a server."""

@@ -4,7 +4,7 @@ A row of `VLLM_FLAGS` says how a flag is read (a switch, or with a value), which
 works that way, and what the error for any other value says. `translate` splits a vLLM command line: accepted flags are listed,
 renamed flags are rewritten, and all others are refused together, not one at a time. docs/from-vllm.md is generated from this
 table (`vllm_page`); a test checks each row against the parser. Flags that only have another name are `aliases` in
-`config.schema`.
+`config.flags`.
 """
 
 import json

@@ -30,8 +30,8 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.cluster.retry_log import RETRY_S, RetryLog
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import RankEnv
-from tpserve.config.schema import EngineConfig
 from tpserve.errors import EngineFailure, PeerLost, UserError
 from tpserve.host.network import host_id, host_port, interfaces, os_error_text
 from tpserve.wire.curve import ConnectInfo, CurveClient, Keyring

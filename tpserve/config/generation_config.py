@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from tpserve.config.flags import Flags
 from tpserve.config.model_config import read_object
-from tpserve.config.schema import Flags
 from tpserve.errors import UserError
 from tpserve.types.sampling import SamplingDefaults
 

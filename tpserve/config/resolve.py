@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 
 from msgspec import DecodeError, json
 
-from tpserve.config.schema import EngineConfig, Flags, Quantization
+from tpserve.config.engine_config import EngineConfig
+from tpserve.config.flags import Flags, Quantization
 from tpserve.config.sizes import GIB
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers

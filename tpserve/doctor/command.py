@@ -18,8 +18,8 @@ from tpserve.agent.job import AGENT_COMMAND, AgentJob
 from tpserve.cli import server_flags
 from tpserve.cli.command import Command
 from tpserve.config import env
+from tpserve.config.flags import Flags
 from tpserve.config.resolve import num_local_ranks
-from tpserve.config.schema import Flags
 from tpserve.errors import UserError
 from tpserve.host.resources import visible_gpus
 

@@ -25,9 +25,9 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it without
 
 from tpserve.cli import server_flags
 from tpserve.config import env as environment
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import RankEnv
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import EngineConfig
 from tpserve.coordinator.config_check import all_facts, mismatch, optional_mismatches
 from tpserve.doctor import host, links, traffic
 from tpserve.doctor.hang import HangWatchdog, unresponsive_ranks

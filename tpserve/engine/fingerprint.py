@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import torch
 
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import instruction_limits
-from tpserve.config.schema import EngineConfig, Flags
+from tpserve.config.flags import Flags
 from tpserve.quant.processor import facts
 from tpserve.types.messages import WEIGHTS
 from tpserve.types.model_spec import ModelSpec

@@ -5,7 +5,7 @@ chunks. A result, and the outputs that rank 0 sends to the frontend, are at most
 So no step that the scheduler makes is too large to send.
 """
 
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.errors import UserError
 from tpserve.scheduling.scheduler_config import MAX_ADMISSION_BYTES
 from tpserve.types.plan import NEW_GRAMMAR_BYTES, NewSequence, StepPlan, StepResult

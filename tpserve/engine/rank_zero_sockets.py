@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch._C._distributed_c10d import Store  # torch.distributed has it without its types
 
 from tpserve.cluster.discovery import FrontendAddress
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.parallel.store import host_store
 from tpserve.wire.channels import PlanBroadcaster, ResultReceiver, TcpEndpoint, tcp
 from tpserve.wire.curve import ZapAuthenticator, rank_role

@@ -22,8 +22,8 @@ from tpserve.cluster.discovery import (
     publish_frontend,
     remove_runtime_dir,
 )
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import RankEnv, user_set_interface
-from tpserve.config.schema import EngineConfig
 from tpserve.engine import connectivity, verify
 from tpserve.engine.fingerprint import fingerprint, processor
 from tpserve.engine.frames import check_frames

@@ -19,10 +19,11 @@ from msgspec.structs import replace
 
 from tpserve.cluster.discovery import AgentFailure, FrontendRecord, has_agent_ended, read_failure, write_frontend
 from tpserve.cluster.run_record import read_run, write_run
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, EpochLost, EpochReady, EpochStarting
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
-from tpserve.coordinator.coordinator import Coordinator, EpochState
+from tpserve.coordinator.coordinator import Coordinator
+from tpserve.coordinator.epoch_state import EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
 from tpserve.engine_client.recovery import SEAMLESS, Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
 from tpserve.engine_client.requests import RequestTable

@@ -5,7 +5,7 @@ from typing import Any
 
 from msgspec.structs import asdict
 
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.coordinator.roster import RankInfo
 from tpserve.engine_client.status import EngineStatus, FaultRecord
 from tpserve.observe.log import LogRingBuffer

@@ -27,7 +27,7 @@ from aiohttp import web
 
 from tpserve.cluster.discovery import FrontendRecord, acquire_lock, remove_runtime_dir, write_frontend
 from tpserve.config import env
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.coordinator.actions import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.engine_client.recovery import EXACT

@@ -5,7 +5,7 @@ import logging
 import socket
 
 from tpserve.config import env
-from tpserve.config.schema import Flags
+from tpserve.config.flags import Flags
 from tpserve.errors import UserError
 from tpserve.host.network import LOOPBACK, Interface, choose_interface, interfaces, os_error_text
 

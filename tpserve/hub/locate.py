@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import structs
 
-from tpserve.config.schema import Flags
+from tpserve.config.flags import Flags
 from tpserve.errors import UserError
 from tpserve.hub import cache as caches
 from tpserve.hub.cache import FileSet

@@ -19,9 +19,10 @@ from tpserve.agent.job import AGENT_COMMAND, AgentJob
 from tpserve.cli import server_flags
 from tpserve.cluster.discovery import runtime_dir
 from tpserve.config import env
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import RankEnv
+from tpserve.config.flags import Flags
 from tpserve.config.resolve import num_local_ranks, resolve
-from tpserve.config.schema import EngineConfig, Flags
 from tpserve.errors import EngineFailure
 from tpserve.host.network import choose_interface
 from tpserve.host.resources import available_cores, visible_gpus

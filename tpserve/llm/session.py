@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import uvloop
 
 from tpserve.cluster.discovery import acquire_lock, make_runtime_dir, remove_runtime_dir
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.coordinator.actions import EpochFailed, EpochFinished, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.errors import EngineFailure, UserError

@@ -18,7 +18,7 @@ from tpserve.attention import cpu_attention
 from tpserve.attention.cpu_plan import TILE
 from tpserve.attention.metadata import ModelInput
 from tpserve.attention.paged import KVCache, build_metadata, no_library
-from tpserve.config.schema import Quantization
+from tpserve.config.flags import Quantization
 from tpserve.errors import UserError
 from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter

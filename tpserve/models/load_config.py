@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from tpserve import builtin
 from tpserve.config import generation_config, model_config
-from tpserve.config.schema import Flags
+from tpserve.config.flags import Flags
 from tpserve.models import model_spec
 from tpserve.types.model_files import ModelFiles
 from tpserve.types.model_spec import ModelSpec

@@ -14,7 +14,7 @@ from tpserve.cli import server_flags
 from tpserve.cli.command import Command
 from tpserve.cli.option import OPTIONS
 from tpserve.config import env
-from tpserve.config.schema import Flag, Flags
+from tpserve.config.flags import Flag, Flags
 from tpserve.errors import UserError
 from tpserve.hub.locate import describe
 from tpserve.models.load_config import load_model_config

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from tpserve.config.engine_config import EngineConfig
+from tpserve.config.flags import Flags
 from tpserve.config.resolve import resolve
-from tpserve.config.schema import EngineConfig, Flags
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
 from tpserve.models.param_count import count_params

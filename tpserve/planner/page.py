@@ -9,7 +9,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from tpserve.cli import server_flags
-from tpserve.config.schema import Flags
+from tpserve.config.flags import Flags
 from tpserve.config.sizes import size
 from tpserve.models.param_count import count_params
 from tpserve.planner.choice import LayoutChoice, several

@@ -6,7 +6,7 @@ same here. Rates of memory and disks use decimal units.
 
 import re
 
-from tpserve.config.schema import WrongValue
+from tpserve.config.flags import WrongValue
 
 _BINARY = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DECIMAL = {"M": 10**6, "G": 10**9, "T": 10**12}

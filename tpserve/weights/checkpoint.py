@@ -5,8 +5,8 @@ Reads safetensors if there are any, else torch's own files; with an index or wit
 
 import json
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,6 +17,9 @@ from tpserve.weights import files
 from tpserve.weights.names import WeightNames
 from tpserve.weights.quant_schemes import SCHEMES, QuantScheme
 from tpserve.weights.source import Source
+
+OPEN_FILES = 4
+"""How many files stay open: a parameter's tensors lie in one or two, and the next parameter's in the same."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Checkpoint:
         """`paths`: the file of each stored name. The prefix of stored names may differ from the model's."""
         self.directory = directory
         self.names = names
+        self.file = lru_cache(OPEN_FILES)(files.open_file)
+        """Opens a file by its path; those asked for last stay open, for as long as the checkpoint lives."""
         self._paths = paths
         self._stored = names.known(paths)
 
@@ -57,11 +62,9 @@ class Checkpoint:
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors, named as in the model, have the same values."""
-        paths = [self._paths[self._stored[name]] for name in (one, other)]
-        with ExitStack() as stack:
-            opened = {path: stack.enter_context(files.open_file(path)) for path in set(paths)}
-            tensors = [opened[path].tensor_of(self._stored[name]) for name, path in zip((one, other), paths, strict=True)]
-            return torch.equal(tensors[0].tensor, tensors[1].tensor)
+        stored = [self._stored[name] for name in (one, other)]
+        first, second = (self.file(self._paths[name]).tensor_of(name).tensor for name in stored)
+        return torch.equal(first, second)
 
     def stored(self, source: Source) -> LocatedTensor:
         """Locate a source or, where the checkpoint lacks it, its `instead`. UserError when a tensor is missing."""
@@ -117,11 +120,10 @@ def _find(directory: Path, only_safetensors: bool) -> tuple[Path | None, list[Pa
 def _listed(paths: Iterable[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
-        with files.open_file(path) as file:
-            for name in file.names():
-                if name in found:
-                    raise UserError(f"tensor {name} is in {found[name]} and in {path}: leave the files of one checkpoint only")
-                found[name] = path
+        for name in files.open_file(path).names():
+            if name in found:
+                raise UserError(f"tensor {name} is in {found[name]} and in {path}: leave the files of one checkpoint only")
+            found[name] = path
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -62,19 +63,25 @@ class WeightFile:
         """The tensor `name`. UserError when the file lacks it, although the index lists it."""
         if name not in self._names:
             raise UserError(f"{self._path} has no tensor {name}, though the index says so: download the files again")
-        return FileTensor(name, self._path, self._tensor(name))
+        with _named(self._path):
+            return FileTensor(name, self._path, self._tensor(name))
+
+
+def open_file(path: Path) -> WeightFile:
+    """Open a file by its format. UserError names a damaged or unreadable file."""
+    with _named(path):
+        if path.suffix == ".bin":
+            tensors = _mapped(path)
+            return WeightFile(path, tensors, lambda name: tensors[name].detach())
+        handle: Any = safe_open(path, framework="pt", device="cpu")
+        return WeightFile(path, handle.keys(), handle.get_tensor)
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[WeightFile]:
-    """Open a file by its format. UserError names a damaged or unreadable file."""
+def _named(path: Path) -> Iterator[None]:
+    """Errors of reading the file as UserErrors."""
     try:
-        if path.suffix == ".bin":
-            tensors = _mapped(path)
-            yield WeightFile(path, tensors, lambda name: tensors[name].detach())
-        else:
-            with safe_open(path, framework="pt", device="cpu") as handle:
-                yield WeightFile(path, handle.keys(), handle.get_tensor)
+        yield
     except SafetensorError as error:
         raise _damaged(path, str(error)) from None
     except OSError as error:

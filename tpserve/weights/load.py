@@ -3,17 +3,12 @@
 Shapes and dtypes of all tensors are checked before the first byte of any tensor is read.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from tpserve.weights import files
 from tpserve.weights.checkpoint import Checkpoint, LocatedTensor
-from tpserve.weights.files import WeightFile
 from tpserve.weights.parameter import Parameter
 
 READAHEAD_BYTES = 64 * 1024
@@ -42,33 +37,26 @@ class Loader:
         UserError names a tensor that is missing or has another shape or dtype.
         """
         self._checkpoint, self._progress, self._done = checkpoint, progress, 0
-        by_files: dict[tuple[Path, ...], list[LocatedTensor]] = defaultdict(list)
-        for parameter in parameters:
-            for source in parameter.sources:
-                located = checkpoint.stored(source)
-                by_files[located.paths].append(located)
         total = physical = 0
-        for paths, parts in by_files.items():
-            with _opened(paths) as opened:
-                for located in parts:
-                    cuts = _slices(located, opened)
-                    total += sum(cut.nbytes for cut in cuts)
-                    physical += sum(map(_physical_bytes, cuts))
+        located = [checkpoint.stored(source) for parameter in parameters for source in parameter.sources]
+        for tensor in sorted(located, key=lambda tensor: tensor.paths):  # each file is opened once
+            cuts = self._slices(tensor)
+            total += sum(cut.nbytes for cut in cuts)
+            physical += sum(map(_physical_bytes, cuts))
         self.loaded = Loaded(total, physical)
 
     def fill(self, parameter: Parameter) -> None:
         """Read one of the parameters, or a piece of one."""
-        by_files: dict[tuple[Path, ...], list[tuple[LocatedTensor, torch.Tensor]]] = defaultdict(list)
         for source, view in parameter.parts():
             located = self._checkpoint.stored(source)
-            by_files[located.paths].append((located, view))
-        for paths, parts in by_files.items():
-            with _opened(paths) as opened:
-                for located, view in parts:
-                    cuts = _slices(located, opened)
-                    located.scheme.load(located.source, cuts, view)
-                    self._done += sum(cut.nbytes for cut in cuts)
-                    self._progress(self._done, self.loaded.requested_bytes)
+            cuts = self._slices(located)
+            located.scheme.load(located.source, cuts, view)
+            self._done += sum(cut.nbytes for cut in cuts)
+            self._progress(self._done, self.loaded.requested_bytes)
+
+    def _slices(self, located: LocatedTensor) -> list[torch.Tensor]:
+        tensors = [self._checkpoint.file(path).tensor_of(name) for name, path in zip(located.tensors, located.paths, strict=True)]
+        return located.scheme.slice(located.source, tensors)
 
 
 def load(
@@ -81,18 +69,6 @@ def load(
     for parameter in parameters:
         loader.fill(parameter)
     return loader.loaded
-
-
-@contextmanager
-def _opened(paths: Sequence[Path]) -> Iterator[dict[Path, WeightFile]]:
-    """Open the files of one tensor: two when its scales are in another file."""
-    with ExitStack() as stack:
-        yield {path: stack.enter_context(files.open_file(path)) for path in set(paths)}
-
-
-def _slices(located: LocatedTensor, opened: dict[Path, WeightFile]) -> list[torch.Tensor]:
-    tensors = [opened[path].tensor_of(tensor) for tensor, path in zip(located.tensors, located.paths, strict=True)]
-    return located.scheme.slice(located.source, tensors)
 
 
 def _physical_bytes(cut: torch.Tensor) -> int:

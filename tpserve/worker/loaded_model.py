@@ -13,8 +13,8 @@ import torch
 
 from tpserve.attention.paged import KVCache
 from tpserve.config import generation_config
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.env import RankEnv, cache_dir
-from tpserve.config.schema import EngineConfig
 from tpserve.host.resources import cpu_model
 from tpserve.models import names_of
 from tpserve.models.decoder import Decoder

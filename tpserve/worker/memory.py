@@ -12,7 +12,7 @@ from dataclasses import astuple
 import torch
 
 from tpserve.attention.paged import KVCache
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.sizes import size
 from tpserve.errors import UserError
 from tpserve.host.resources import available_memory

@@ -10,7 +10,7 @@ All ranks compute this from the same numbers and get the same result. A rank's m
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tpserve.config.schema import EngineConfig
+from tpserve.config.engine_config import EngineConfig
 from tpserve.config.sizes import GIB, size
 from tpserve.errors import UserError
 from tpserve.models.param_count import ParamCount, count_params, largest_count, num_arrays
