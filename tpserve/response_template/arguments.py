@@ -13,24 +13,31 @@ from msgspec import Struct
 from tpserve.errors import UserError
 from tpserve.response_template.format import TYPE, TaggedArguments, ToolFormat, bare_key, marked, type_of
 from tpserve.response_template.lark import Lark, encoded, is_token, quoted, re_escape, regex, without
+from tpserve.response_template.schema_parts import (
+    branches_of,
+    enumerated,
+    has_counts,
+    is_readable,
+    is_string,
+    limits_of,
+    mapping,
+    may_be_string,
+    resolved,
+)
 from tpserve.response_template.schema_types import declared_types
 from tpserve.structured_output.json_schema import WHITESPACE, prepared
 
 PYTHON = TaggedArguments(begin="", middle="=", end="", between=", ")
 STRICT = prepared({}, "")["x-guidance"]
 """llguidance's options for a value that obeys a schema."""
-MAX_HOPS = 64
-"""References and branches that are followed to find what a parameter may be."""
 _LOCAL = re.compile(r'"\$ref":"#(?!/\$defs/|/definitions/)')
 _ROOT = "tpserve-root"
 _UNKNOWN_AT_ROOT = (
     *("anyOf", "oneOf", "allOf", "not", "if", "patternProperties", "propertyNames", "minProperties", "maxProperties"),
     *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties"),
 )
-_NOT_STRINGS = {"properties", "required", "additionalProperties", "patternProperties", "items", "prefixItems", "minItems"}
 _TYPES = ("number", "boolean", "object", "array", "null")
 """Of values that are no strings, as a format names them."""
-_NOT_STRINGS |= {"maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _PYTHON_VALUE = {
     "py_value": 'PY_ATOM | "[" (py_value (PY_COMMA py_value)*)? "]" | "{" (py_item (PY_COMMA py_item)*)? "}"',
     "py_item": "PY_STRING PY_COLON py_value",
@@ -57,8 +64,8 @@ def arguments(lark: Lark, tool: Tool, name: str, format: ToolFormat) -> str:
         return lark.json(schema, STRICT if tool.strict else {"whitespace_pattern": WHITESPACE})
     if not tool.strict:
         return _Parameters(lark, name, format, {}).body()
-    root = _resolved(schema, schema)
-    if not _is_readable(root):
+    root = resolved(schema, schema)
+    if not is_readable(root):
         return lark.json(schema, STRICT)
     if unknown := [key for key in _UNKNOWN_AT_ROOT if key in root]:
         text = f"{unknown[0]!r} at the root of the parameters of {tool.name!r} cannot be enforced in this model's form of calls"
@@ -163,16 +170,16 @@ class _Parameters:
         """A value: as text, up to the end of its tag, and as JSON, without it, by the type if the format names that."""
         texts, named = [], []
         others: dict[str, list[str]] = {}
-        for at, branch in enumerate(_branches(self._root, schema)):
-            if (values := _enumerated(branch)) is not None:
+        for at, branch in enumerate(branches_of(self._root, schema)):
+            if (values := enumerated(branch)) is not None:
                 named += [quoted(value) for value in values if isinstance(value, str)]
                 for value in values:
                     if not isinstance(value, str):
                         others.setdefault(self._kind(value), []).append(quoted(encoded(value)))
                 continue
-            if _may_be_string(branch):
+            if may_be_string(branch):
                 texts.append(self._text(f"{name}_{at}", branch))
-            if not _is_string(branch):
+            if not is_string(branch):
                 for kind, own in self._by_type(branch):
                     others.setdefault(kind, []).append(self.of_json(own))
         if texts and not self._tags.other_middle:
@@ -189,14 +196,14 @@ class _Parameters:
         if TYPE not in self._tags.other_middle:
             return [("", branch)]
         declared = {"number" if each == "integer" else each for each in declared_types(branch, self._root)}
-        schema = _mapping(branch)
+        schema = mapping(branch)
         if declared:
             return [(kind, branch if "type" in schema else {**schema, "type": kind}) for kind in _TYPES if kind in declared]
         return [(kind, {**schema, "type": kind}) for kind in _TYPES] if branch is True or schema else [("", branch)]
 
     def _text(self, name: str, schema: Any) -> str:
         """A string as it is, up to the end of its tag; without limits the blanks before the end need not be the format's."""
-        end, limits = self._tags.end, _limits(schema)
+        end, limits = self._tags.end, limits_of(schema)
         if limits:
             first = next(iter(self._end.atoms), "")
             apart = without(end.strip()) if first and not is_token(first) and end.strip() else "/(?s:.*)/"
@@ -222,10 +229,10 @@ class _Parameters:
             return self._lark.json(schema, STRICT)
         whole = dict(schema)
         for key in ("$defs", "definitions"):
-            if named := _mapping(self._root.get(key)):
-                whole[key] = {**_mapping(schema.get(key)), **named}
+            if named := mapping(self._root.get(key)):
+                whole[key] = {**mapping(schema.get(key)), **named}
         if _LOCAL.search(encoded(whole)):  # another place of the whole schema
-            whole["$defs"] = {**_mapping(whole.get("$defs")), _ROOT: self._root}
+            whole["$defs"] = {**mapping(whole.get("$defs")), _ROOT: self._root}
         return self._lark.json(msgspec.json.decode(_LOCAL.sub(f'"$ref":"#/$defs/{_ROOT}', encoded(whole))), STRICT)
 
 
@@ -242,24 +249,24 @@ class _Marked:
         """The rule of a value."""
         name, is_new = self._lark.shared("marked", encoded([schema, self._root] if '"$ref"' in encoded(schema) else schema))
         if is_new:
-            branches = _branches(self._root, schema)
+            branches = branches_of(self._root, schema)
             bodies = [self._branch(f"{name}_{at}", branch) for at, branch in enumerate(branches)]
             self._lark.rule(name, " | ".join(bodies))
         return name
 
     def _branch(self, name: str, schema: Any) -> str:
-        if (values := _enumerated(schema)) is not None:
+        if (values := enumerated(schema)) is not None:
             return " | ".join(str(self._lark.literal(marked(value, self._tags))) for value in values)
         if schema is True or schema == {}:
             kinds = ("string", "object", "array")
             return " | ".join([*(self._branch(f"{name}_{kind}", {"type": kind}) for kind in kinds), self._scalar({})])
-        keys = set(_mapping(schema)) - {"type", "description", "title", "default", "examples", "$defs", "definitions"}
-        match _mapping(schema).get("type"):
+        keys = set(mapping(schema)) - {"type", "description", "title", "default", "examples", "$defs", "definitions"}
+        match mapping(schema).get("type"):
             case "string" if not keys - {"minLength", "maxLength", "pattern"}:
                 return f"{self._mark} {self._text(name, schema)}"
-            case "object" if not keys - {"properties", "required", "additionalProperties"} and _is_readable(schema):
+            case "object" if not keys - {"properties", "required", "additionalProperties"} and is_readable(schema):
                 return f'"{{" {_Parameters(self._lark, name, self._format, self._root, schema).body()} "}}"'
-            case "array" if not keys - {"items", "minItems", "maxItems"} and _has_counts(schema):
+            case "array" if not keys - {"items", "minItems", "maxItems"} and has_counts(schema):
                 return self._array(schema)
         return _Parameters(self._lark, name, self._format, self._root).of_json(schema)
 
@@ -268,7 +275,7 @@ class _Marked:
 
     def _text(self, name: str, schema: Any) -> str:
         apart = " & ".join(without(text) for text in (self._tags.mark, _plain_end(self._lark, self._format)) if text)
-        if not (limits := _limits(schema)):
+        if not (limits := limits_of(schema)):
             return self._lark.until("marked_text", self._mark, self._lark.rule("MARKED", apart))
         value = self._lark.rule(f"{name}_TEXT".upper(), f"{limits} & {apart}")
         return self._lark.until(f"{name}_text", self._mark, value)
@@ -283,119 +290,7 @@ class _Marked:
         return f'"[" ({items}){"" if least else "?"} "]"'
 
 
-def _has_counts(schema: Mapping[str, Any]) -> bool:
-    """Whether the bounds of an array are numbers; llguidance says what is wrong with others."""
-    least, most = schema.get("minItems", 0), schema.get("maxItems", 0)
-    return all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in (least, most))
-
-
 def _plain_end(lark: Lark, format: ToolFormat) -> str:
     """What would end a call in the midst of a text argument; empty when a special token is part of it."""
     end = format.call_end.strip()
     return end if all(atom.startswith('"') for atom in lark.literal(end).atoms) else ""
-
-
-def _is_readable(root: Any) -> bool:
-    """Whether the root of a schema is an object with named parameters, as arguments in tags need it."""
-    if not isinstance(root, Mapping) or root.get("type") != "object" or "$ref" in root:
-        return False
-    required, additional = root.get("required", []), root.get("additionalProperties", True)
-    return (
-        isinstance(root.get("properties", {}), Mapping)
-        and isinstance(required, list)
-        and all(isinstance(key, str) for key in required)
-        and isinstance(additional, Mapping | bool)
-    )
-
-
-def _resolved(root: Any, schema: Any) -> Any:
-    """The schema that local references lead to; the last one that could be found."""
-    for _ in range(MAX_HOPS):
-        ref = schema.get("$ref") if isinstance(schema, Mapping) else None
-        if not isinstance(ref, str) or not ref.startswith("#"):
-            break
-        found: Any = root
-        for step in ref[1:].split("/")[1:]:
-            found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-        if found is None:
-            break
-        schema = (
-            {**found, **{key: value for key, value in schema.items() if key != "$ref"}} if isinstance(found, Mapping) else found
-        )
-    return schema
-
-
-def _branches(root: Any, schema: Any) -> list[Any]:
-    """The alternatives of a schema, without references; the schema itself when they are too many."""
-    found, open_ = [], [schema]
-    for _ in range(MAX_HOPS):
-        if not open_:
-            break
-        branch = _resolved(root, open_.pop(0))
-        choices = (
-            next((branch[key] for key in ("anyOf", "oneOf") if key in branch), None) if isinstance(branch, Mapping) else None
-        )
-        if isinstance(choices, list) and choices:
-            open_ += choices
-        elif isinstance(branch, Mapping) and isinstance(types := branch.get("type"), list) and _enumerated(branch) is None:
-            open_ += [{**branch, "type": type} for type in types]
-        else:
-            found.append(branch)
-    return found if found and not open_ else [schema]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _enumerated(schema: Any) -> list[Any] | None:
-    """The values of an enumeration; None for anything else."""
-    if not isinstance(schema, Mapping):
-        return None
-    if "const" in schema:
-        return [schema["const"]]
-    values = schema.get("enum")
-    return values if isinstance(values, list) and values else None
-
-
-def _may_be_string(schema: Any) -> bool:
-    if not isinstance(schema, Mapping):
-        return schema is True
-    if "type" in schema:
-        return bool(schema["type"] == "string")
-    return not _NOT_STRINGS & schema.keys() and not any(key in schema for key in ("allOf", "not", "if", "$ref"))
-
-
-def _is_string(schema: Any) -> bool:
-    return isinstance(schema, Mapping) and schema.get("type") == "string"
-
-
-def _limits(schema: Any) -> str:
-    """The length and the pattern of a string, as a terminal's body; empty when it has neither."""
-    if not isinstance(schema, Mapping):
-        return ""
-    parts = []
-    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-    if least or most != "":
-        parts.append(f"/(?s:.){{{_count(least)},{_count(most)}}}/")
-    if "pattern" in schema:
-        parts.append(regex(_anywhere(str(schema["pattern"]))))
-    return " & ".join(parts)
-
-
-def _count(value: Any) -> str:
-    """A bound of a schema as a number; what is none goes on as it is, to be refused."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _anywhere(pattern: str) -> str:
-    """A JSON schema's pattern, which matches anywhere in a text, for llguidance, whose patterns match all and know no anchors."""
-    depth, skipped = 0, re.sub(r"\\.|\[(\\.|[^\]\\])*\]", "", pattern, flags=re.DOTALL)
-    for character in skipped:
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if character == "|" and depth == 0:
-            return f"(?s:.*)(?:{pattern})(?s:.*)"
-    begin = "" if pattern.startswith("^") else "(?s:.*)"
-    end = "" if skipped.endswith("$") and pattern.endswith("$") else "(?s:.*)"
-    core = pattern[1:] if not begin else pattern
-    return f"{begin}(?:{core[:-1] if not end else core}){end}"

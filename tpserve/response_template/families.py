@@ -9,8 +9,25 @@ from typing import Any
 from msgspec import Struct
 
 from tpserve.errors import UserError
-from tpserve.response_template.format import INDEX, NAME, TYPE, ReasoningFormat, TaggedArguments, ToolFormat
-from tpserve.response_template.spec import START
+from tpserve.response_template.family_fields import (
+    FUNCTIONGEMMA_CALL,
+    GEMMA_CALL,
+    GEMMA_VALUES,
+    GRANITE_CALLS,
+    GRANITE_THINKING,
+    HARMONY_FIELDS,
+    KIMI_K2_CALL,
+    KIMI_K3_CALL,
+    KIMI_K3_CONTENT,
+    KIMI_K3_TAGS,
+    LLAMA_CALL,
+    MINICPM_CALL,
+    MISTRAL_CALL,
+    MUSE_CALL,
+    MUSE_CONTENT,
+    PYTHONIC_CALLS,
+)
+from tpserve.response_template.format import INDEX, NAME, ReasoningFormat, TaggedArguments, ToolFormat
 
 XML_TAGS = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n")
 TEMPLATE = "template"
@@ -21,7 +38,7 @@ class AnswerFamily(Struct, frozen=True):
     """How a family writes. `fields`: of its `response_template`, where its format says too little.
 
     `after_content`: the text between content and calls; None when an answer has one or the other. `ends_content`: as in
-    `AnswerFormat`.
+    `AnswerFormat`. `calls_off`: why its calls are not read.
 
     `markers`: texts that the chat template or the special tokens of its models have, all of them; none: found by name only.
     `always_reasons`: an answer begins with reasoning, whether or not something opens it. `leads`: goes before the analysis, since
@@ -38,6 +55,7 @@ class AnswerFamily(Struct, frozen=True):
     leads: bool = False
     after_content: str | None = "\n"
     ends_content: bool = False
+    calls_off: str = ""
 
 
 def json_calls(begin: str, end: str, arguments: str = "arguments", between: str = "\n") -> ToolFormat:
@@ -63,137 +81,6 @@ def dsml(calls: str) -> ToolFormat:
 
 
 THINK = ReasoningFormat("<think>\n", "\n</think>\n\n")
-HARMONY_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-_TURN = r"(?:<\|start\|>assistant)?\s*"
-_TO = r"to=(?:functions\.(?P<name>[\w.:/-]{1,256})|(?P<name>\w{1,128}\.[\w.]{1,128}))\s*"
-_WORD = r"\w{1,32}"
-HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
-    "thinking": {
-        "open_pattern": _TURN + r"<\|channel\|>analysis\s*<\|message\|>",
-        "close_pattern": r"<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
-        "content": "text",
-        "repeats": True,
-        "join": "\n",
-    },
-    "content": {
-        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w{1,32}\s*)?(?:<\|message\|>|(?=\{))",
-        "close_pattern": r"<\|end\|>|<\|return\|>|<\|call\|>|(?=<\|start\|>|<\|channel\|>)",
-        "content": "text",
-        "repeats": True,
-        "join": "\n",
-    },
-    "tool_calls": {
-        "open_pattern": _TURN
-        + rf"(?:{_TO}<\|channel\|>{_WORD}|<\|channel\|>{_WORD}\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*{_WORD}\s*)?<\|message\|>",
-        "close_pattern": r"<\|call\|>|<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
-        "repeats": True,
-        "content": "json",
-        "transform": HARMONY_CALL,
-    },
-}
-GEMMA_CALL = {
-    "open_pattern": r"\s*<\|tool_call>\s*call:(?P<name>[\w.:/-]{1,256})\s*(?=\{)",
-    "close_pattern": r"(?<=\})\s*<tool_call\|>\s*",
-    "repeats": True,
-    "content": "json",
-    "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
-    "transform": HARMONY_CALL,
-}
-GEMMA_VALUES = TaggedArguments("", ":", "", ",", mark='<|"|>', sorts=True)
-FUNCTIONGEMMA_CALL = {
-    "open_pattern": r"\s*<start_function_call>\s*call:(?P<name>[\w.:/-]{1,256})\s*\{",
-    "close_pattern": r"\s*\}\s*<end_function_call>\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"(?P<key>[^\s,:<>{}]{1,256})\s*:\s*<escape>(?P<value>.*?)<escape>",
-        "tag_end": "<escape>",
-    },
-    "transform": HARMONY_CALL,
-}
-MUSE_CONTENT = {"open_pattern": r"\s*to=user\s*<\|message\|>", "close": "<|eom|>", "content": "text"}
-MUSE_CALL = {
-    "open_pattern": r"(?:<\|eom\|>)?(?:<\|start\|>assistant)?\s*(?:to=[\w.:/-]+\s*<\|message\|>)?\s*(?:<atem:function_calls>)?\s*"
-    r"<atem:invoke name=\"(?P<name>[^\"]{1,256})\">",
-    "close_pattern": r"\s*</atem:invoke>(?:\s*</atem:function_calls>)?(?:\s*<\|eom\|>)?\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}>(?P<value>.*?)</atem:parameter>",
-        "tag_end": "</atem:parameter>",
-    },
-    "transform": HARMONY_CALL,
-}
-KIMI_K3_TAGS = TaggedArguments(
-    '<|open|>argument key="', '" type="string"<|sep|>', "<|close|>argument<|sep|>", "", f'" type="{TYPE}"<|sep|>'
-)
-KIMI_K3_CONTENT = {"close_pattern": r"<\|close\|>response<\|sep\|>(?:<\|close\|>message<\|sep\|>)?", "content": "text"}
-KIMI_K3_CALL = {
-    "open_pattern": r"(?:<\|close\|>response<\|sep\|>)?\s*(?:<\|open\|>tools<\|sep\|>)?\s*"
-    r"<\|open\|>call tool=\"(?P<name>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>",
-    "close_pattern": r"<\|close\|>call<\|sep\|>(?:\s*<\|close\|>tools<\|sep\|>(?:\s*<\|close\|>message<\|sep\|>)?)?\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>"
-        r"(?P<value>.*?)<\|close\|>argument<\|sep\|>",
-        "tag_end": r"<\|close\|>argument<\|sep\|>",
-    },
-    "transform": HARMONY_CALL,
-}
-MINICPM_CALL = {
-    "open_pattern": r"\s*<function\s+name=\"(?P<name>[^\"]{1,256})\"\s*>",
-    "close_pattern": r"\s*</function>\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"<param\s+name=\"(?P<key>[^\"]{1,256})\"\s*>(?:<!\[CDATA\[(?P<value>.*?)\]\]>|(?P<value>.*?))</param>",
-        "tag_end": "</param>",
-    },
-    "transform": HARMONY_CALL,
-}
-KIMI_K2_CALL = {
-    "open_pattern": r"\s*(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>\s*"
-    r"(?P<id>(?:functions\.)?(?P<name>[\w./-]{1,256}?)(?::\d{1,9})?)\s*<\|tool_call_argument_begin\|>\s*(?=\{)",
-    "close_pattern": r"\s*<\|tool_call_end\|>(?:\s*<\|tool_calls_section_end\|>)?\s*",
-    "repeats": True,
-    "content": "json",
-    "transform": {"id": "{id}", **HARMONY_CALL},
-}
-MISTRAL_CALL = {
-    "open_pattern": r"\s*(?:\[TOOL_CALLS\]\s*){1,4}(?:(?P<name>[\w.:/-]{1,256}?)\s*"
-    r"(?:\[CALL_ID\]\s*(?P<id>\w{1,64})\s*|(?P<id>))(?:\[ARGS\]\s*)?(?=\{)|(?=\[\s*\{|\{\s*\"))",
-    "close_pattern": r"(?=\s*\[TOOL_CALLS\])",
-    "repeats": True,
-    "content": "json",
-    "transform": {"id": "{id}", **HARMONY_CALL},
-}
-"""All that Mistral's models have had since V3: a list, or a name with or without [CALL_ID] and [ARGS]."""
-_OBJECT = r"\{\s*\"(?:name|arguments|parameters|id|type)\""
-LLAMA_CALL = {
-    "open_pattern": rf"(?:{START}\s*(?:<\|python_tag\|>)?|\s*<\|python_tag\|>|(?<=\}})\s*;)\s*(?={_OBJECT})",
-    "repeats": True,
-    "content": "json",
-    "transform": {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.parameters}"}},
-}
-PYTHONIC_CALLS = {
-    "open_pattern": rf"(?:{START}\s*(?:<\|python_start\|>)?|\s*<\|python_start\|>)\s*(?=\[\s*[A-Za-z_][\w.-]{{0,256}}\()",
-    "close_pattern": r"\s*<\|python_end\|>\s*",
-    "content": "python-call-list",
-    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
-    "transform_each": True,
-}
-GRANITE_CALLS = {
-    "open_pattern": r"\s*(?:<\|tool_call\|>|<tool_call>)\s*(?=\[)",
-    "content": "json",
-    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
-    "transform_each": True,
-}
-GRANITE_THINKING = {
-    "open_pattern": r"Here(?: is|'s) my thought process:",
-    "close_pattern": r"Here(?: is|'s) my response:",
-    "content": "text",
-}
 GLM_TAGS = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
 MINIMAX_TAGS = TaggedArguments('<parameter name="', '">', "</parameter>\n")
 
@@ -334,7 +221,13 @@ FAMILIES = (
         ),
         THINK,
     ),
-    AnswerFamily("minimax_m3", ("]<]minimax[>[",), None, ReasoningFormat("<mm:think>", "</mm:think>")),
+    AnswerFamily(
+        "minimax_m3",
+        ("]<]minimax[>[",),
+        None,
+        ReasoningFormat("<mm:think>", "</mm:think>"),
+        calls_off="MiniMax M3 writes objects and arrays as tags within tags, named after their keys, which are not read yet",
+    ),
     AnswerFamily("granite-20b-fc", ("<function_call>",), json_calls("<function_call> ", "", between="")),
     AnswerFamily(
         "minicpm5",
