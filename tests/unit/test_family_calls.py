@@ -32,6 +32,7 @@ MARKERS = {
     "apertus": ["<|tools_prefix|>", "<|tools_suffix|>", "<|inner_prefix|>", "<|inner_suffix|>"],
     "kimi_k3": ["<|open|>", "<|close|>", "<|sep|>"],
     "muse_glimmer": ["<|message|>", "<|eom|>", "<|start|>"],
+    "minimax_m3": ["]<]minimax[>["],
 }
 DAY = {"type": "object", "properties": {"n": {"type": "integer"}, "next": {"$ref": "#/$defs/day"}}, "required": ["n"]}
 SCHEMA = {
@@ -51,6 +52,7 @@ SELFIE: dict[str, Any] = {"type": "object", "properties": {"any": {}}}
 TOOLS = [Tool("search", SCHEMA, True), Tool("selfie", SELFIE, False)]
 SCHEMAS = {"search": SCHEMA, "selfie": SELFIE}
 ARGUMENTS = {"town": 'Ulm, "x" {1}', "unit": None, "days": [{"n": 1, "next": {"n": -2}}]}
+M3 = "]<]minimax[>["
 CALLED = {  # search(ARGUMENTS), selfie(), as the families' own templates write them
     "gemma4": '<|tool_call>call:search{days:[{n:1,next:{n:-2}}],town:<|"|>Ulm, "x" {1}<|"|>,unit:null}<tool_call|>'
     "<|tool_call>call:selfie{}<tool_call|>",
@@ -69,8 +71,15 @@ CALLED = {  # search(ARGUMENTS), selfie(), as the families' own templates write 
     '<atem:parameter name="days">[{"n": 1, "next": {"n": -2}}]</atem:parameter>\n</atem:invoke>\n</atem:function_calls>'
     '<|eom|><|start|>assistant to=selfie<|message|><atem:function_calls>\n<atem:invoke name="selfie">\n</atem:invoke>\n'
     "</atem:function_calls>",
+    "minimax_m3": f'{M3}<tool_call>\n{M3}<invoke name="search">{M3}<town>Ulm, "x" {{1}}{M3}</town>{M3}<unit>null{M3}</unit>{M3}<days>'
+    f"{M3}<item>{M3}<n>1{M3}</n>{M3}<next>{M3}<n>-2{M3}</n>{M3}</next>{M3}</item>{M3}</days>{M3}</invoke>\n"
+    f'{M3}<invoke name="selfie">{M3}</invoke>\n{M3}</tool_call>',
 }
-HINTS = {"kimi_k3": ["<|close|>argument<|sep|>", "<|close|>response<|sep|>"], "muse_glimmer": ["</atem:parameter>\n"]}
+HINTS = {
+    "minimax_m3": [f"{M3}</", f"{M3}</invoke>", "town>", "item>"],
+    "kimi_k3": ["<|close|>argument<|sep|>", "<|close|>response<|sep|>"],
+    "muse_glimmer": ["</atem:parameter>\n"],
+}
 WRONG = {  # of the text: another one that is not in the language
     "gemma4": [("n:1", 'n:<|"|>1<|"|>'), ("{n:1,", "{"), ("town:", "towns:"), ('<|"|>Ulm, "x" {1}<|"|>', '"Ulm"'),
                ("days", "x:1,days")],
@@ -78,6 +87,8 @@ WRONG = {  # of the text: another one that is not in the language
     "apertus": [('"search"', '"searches"'), (": 1,", ': "1",'), (', {"selfie": {}}', ', {"selfie": 1}')],
     "kimi_k3": [('type="null"', 'type="number"'), ('type="array"', 'type="object"'), (": 1,", ': "1",'),
                 ('tool="search"', 'tool="s"')],
+    "minimax_m3": [("<n>1", "<n>x"), ("</town>", "</towns>"), ('name="search"', 'name="s"'),
+                   (f"{M3}<unit>null{M3}</unit>", f"{M3}<b>{M3}</b>")],
     "muse_glimmer": [('invoke name="search"', 'invoke name="selfie"'), (" to=search", " to=searches"), (": 1,", ': "1",')],
 }  # fmt: skip
 
@@ -190,3 +201,16 @@ def test_channels_of_an_answer() -> None:
     required = compiled("kimi_k3", "special", choice="required", state="reasoning")
     assert takes(required, "kimi_k3", "special", "Hm.<|close|>think<|sep|><|open|>response<|sep|>" + CALLED["kimi_k3"])
     assert read("kimi_k3", "Hello.<|close|>response<|sep|><|close|>message<|sep|>", 3) == ("", "Hello.", [])
+
+
+@pytest.mark.parametrize(("body", "arguments"), [
+    ("{M}<days>{M}</days>{M}<town>{M}</town>", {"days": [], "town": ""}),
+    ("{M}<days>{M}<item>{M}<n>1{M}</n>{M}</item>{M}<item>{M}<n>2", {"days": [{"n": 1}, {"n": 2}]}),
+    ("{M}<any>{M}<a>1{M}</a>{M}<b>{M}<c>x{M}</c>{M}</b>{M}</any>", {"any": {"a": "1", "b": {"c": "x"}}}),
+    ("{M}<any>{M}<item>x{M}</item>{M}<item>y{M}</item>{M}</any>", {"any": ["x", "y"]}),
+    ("{M}<exact>true{M}</exact>{M}<unit>C{M}</unit>", {"exact": True, "unit": "C"}),
+    ("{M}</town>", None), ("text", None), ("{M}text", None), ("{M}<a>" * 100, None),
+])  # fmt: skip
+def test_tags_within_tags_are_read_by_schema(body: str, arguments: Any) -> None:
+    text = f'{M3}<invoke name="search">{body.replace("{M}", M3)}{M3}</invoke>'
+    assert read("minimax_m3", text) == (("", text, []) if arguments is None else ("", "", [("search", arguments)]))

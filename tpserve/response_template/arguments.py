@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from tpserve.errors import UserError
-from tpserve.response_template.format import TYPE, TaggedArguments, ToolFormat, bare_key, marked, type_of
+from tpserve.response_template.format import KEY, TYPE, TaggedArguments, ToolFormat, bare_key, marked, type_of
 from tpserve.response_template.lark import Lark, encoded, is_token, quoted, re_escape, regex, without
 from tpserve.response_template.schema_parts import (
     branches_of,
@@ -147,6 +147,11 @@ class _Parameters:
         if self._python or self._tags.mark:
             value = self._python_value(schema) if self._python else _Marked(self._lark, self._format, self._root).value(schema)
             forms = [(self._tags.middle, [value])]
+        elif self._tags.item:
+            value = _Nested(self._lark, self._format, self._root).value(schema)
+            behind = self._tags.end.partition(KEY)[2]
+            closing = quoted(key + behind) if key is not None else f"{pattern} {quoted(behind)}"
+            forms = [(self._tags.middle, [f"{value} {closing}"])]
         else:
             texts, others = self._values(name, schema)
             other = self._tags.other_middle or self._tags.middle
@@ -288,6 +293,46 @@ class _Marked:
         rest = f"{{{max(0, least - 1)},{'' if most is None else most - 1}}}" if least > 1 or most is not None else "*"
         items = f'{item} ("," {item}){rest}'
         return f'"[" ({items}){"" if least else "?"} "]"'
+
+
+class _Nested:
+    """The rules of values that are tags within tags; each goes up to the key in the end of its tag."""
+
+    def __init__(self, lark: Lark, format: ToolFormat, root: Mapping[str, Any]) -> None:
+        assert format.tags is not None
+        self._lark, self._format, self._root, self._tags = lark, format, root, format.tags
+        self._end = lark.literal(format.tags.end.partition(KEY)[0])
+        self._apart = without(format.tags.begin.removesuffix("<"))
+
+    def value(self, schema: Any) -> str:
+        """The rule of a value and the beginning of its end."""
+        name, is_new = self._lark.shared("nested", encoded([schema, self._root] if '"$ref"' in encoded(schema) else schema))
+        if is_new:
+            branches = branches_of(self._root, schema)
+            self._lark.rule(name, " | ".join(self._branch(f"{name}_{at}", branch) for at, branch in enumerate(branches)))
+        return name
+
+    def _branch(self, name: str, schema: Any) -> str:
+        if (values := enumerated(schema)) is not None:
+            texts = [quoted(value if isinstance(value, str) else encoded(value)) for value in values]
+            return f"({' | '.join(texts)}) {self._end}"
+        parameters = _Parameters(self._lark, name, self._format, self._root, mapping(schema))
+        if schema is True or schema == {}:
+            return f"{self._branch(f'{name}_string', {'type': 'string'})} | {parameters.body()} {self._end}"
+        keys = set(mapping(schema)) - {"type", "description", "title", "default", "examples", "$defs", "definitions"}
+        match mapping(schema).get("type"):
+            case "string" if not keys - {"minLength", "maxLength", "pattern"}:
+                limits = limits_of(schema)
+                text = self._lark.rule(f"{name}_TEXT".upper(), " & ".join(filter(None, (limits, self._apart))))
+                return self._lark.until(f"{name}_text", self._end, text)
+            case "object" if not keys - {"properties", "required", "additionalProperties"} and is_readable(schema):
+                return f"{parameters.body()} {self._end}"
+            case "array" if not keys - {"items", "minItems", "maxItems"} and has_counts(schema):
+                begin = self._lark.literal(self._tags.begin + self._tags.item + self._tags.middle)
+                closing = quoted(self._tags.item + self._tags.end.partition(KEY)[2])
+                item = self._lark.rule(f"{name}_item", f"{begin} {self.value(schema.get('items', True))} {closing}")
+                return f"{item}{{{schema.get('minItems', 0)},{schema.get('maxItems', '')}}} {self._end}"
+        return f"{parameters.of_json(schema)} {self._end}"
 
 
 def _plain_end(lark: Lark, format: ToolFormat) -> str:

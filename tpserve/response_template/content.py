@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import regex
+from msgspec import Struct
 
 PLACEHOLDER = re.compile(r"\{(\w+(?:\.\w+)*)\}")
 _QUOTED = r'"(?:\\.|[^"\\])*+(?:"|\\?\Z)'
@@ -17,14 +18,24 @@ _QUOTED = r'"(?:\\.|[^"\\])*+(?:"|\\?\Z)'
 _CALL_NAME = regex.compile(
     rf"""{_QUOTED}|{_QUOTED.replace('"', "'")}|(?<![\w.:/-])([A-Za-z_][\w.:/-]*+)(?=\s*\()""", regex.DOTALL
 )
+_TAG = regex.compile(r"<(?P<closes>/)?(?P<name>[^<>/]{1,256})>")
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 MAX_TAGS = 1024
 """The most arguments of one call that are looked for in tags."""
+MAX_NESTED = 64
+"""The most tags within each other."""
 MAX_SECONDS = 2.0
 """How long a pattern of the model's own files may look for tags. Only a clock bounds that: the regex package counts no steps.
 tpserve's own patterns have `tag_end`; they need a time that grows with the text alone, and no clock."""
+
+
+class TagTree(Struct):
+    """An argument in tags: its text, and the tags within it with their names."""
+
+    text: str = ""
+    tags: list[tuple[str, "TagTree"]] = []
 
 
 class MarkedJson(str):
@@ -148,6 +159,28 @@ def _json_keyed_calls(text: str, args: Mapping[str, Any]) -> list[dict[str, Any]
     return [{"name": name, "arguments": arguments} for call in calls for name, arguments in call.items()]
 
 
+def _nested_tags(text: str, args: Mapping[str, Any]) -> dict[str, TagTree]:
+    """Arguments in tags within tags, each tag behind `marker`: `M<a>M<b>text M</b>M</a>`. Any end closes the last tag."""
+    root = TagTree()
+    open_ = [root]
+    before, *pieces = text.split(args["marker"])
+    if before.strip() or not all(_TAG.match(piece) for piece in pieces):
+        raise ValueError("nested-tags: text outside of tags")
+    for piece in pieces:
+        match = _TAG.match(piece)
+        assert match is not None
+        if match["closes"]:
+            if len(open_) == 1:
+                raise ValueError("nested-tags: an end without a beginning")
+            open_.pop()
+            continue
+        if len(open_) > MAX_NESTED:
+            raise ValueError(f"nested-tags: more than {MAX_NESTED} tags within each other")
+        open_[-1].tags.append((match["name"], tree := TagTree(piece[match.end() :])))
+        open_.append(tree)
+    return dict(root.tags)
+
+
 def _python_call_list(text: str, args: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Calls with keyword arguments in a list, `[f(a=1), g()]`: name and arguments of each."""
     names: list[str] = []
@@ -200,5 +233,6 @@ CONTENT_KINDS: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
     "kv-lines": _kv_lines,
     "python-call-list": _python_call_list,
     "json-keyed-calls": _json_keyed_calls,
+    "nested-tags": _nested_tags,
 }
-"""The kinds of content by the name that templates use; the last one is tpserve's own."""
+"""The kinds of content by the name that templates use; the last two are tpserve's own."""

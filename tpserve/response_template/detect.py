@@ -142,10 +142,6 @@ class Detection:
         """Choose how calls are written, and whether there may be several."""
         found = self._analysis.format
         analysed = Choice(ANALYSIS, tools=found.tools, after_content=found.tools_after_content) if found.tools else None
-        why = next((each.calls_off for each in self._marked if each.calls_off), "") if self._given is None and not flag else ""
-        if why:
-            self._off["call"] = self._off["calls"] = why
-            return
         reasons: list[str] = []
         for choice in self._choices("tool_calls", flag, self._tools, analysed):
             format = structs.replace(self._format, tools=choice.tools, tools_after_content=choice.after_content)

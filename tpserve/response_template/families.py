@@ -21,7 +21,10 @@ from tpserve.response_template.family_fields import (
     KIMI_K3_CONTENT,
     KIMI_K3_TAGS,
     LLAMA_CALL,
+    M3,
+    M3_TAGS,
     MINICPM_CALL,
+    MINIMAX_M3_CALL,
     MISTRAL_CALL,
     MUSE_CALL,
     MUSE_CONTENT,
@@ -38,7 +41,7 @@ class AnswerFamily(Struct, frozen=True):
     """How a family writes. `fields`: of its `response_template`, where its format says too little.
 
     `after_content`: the text between content and calls; None when an answer has one or the other. `ends_content`: as in
-    `AnswerFormat`. `calls_off`: why its calls are not read.
+    `AnswerFormat`.
 
     `markers`: texts that the chat template or the special tokens of its models have, all of them; none: found by name only.
     `always_reasons`: an answer begins with reasoning, whether or not something opens it. `leads`: goes before the analysis, since
@@ -55,7 +58,6 @@ class AnswerFamily(Struct, frozen=True):
     leads: bool = False
     after_content: str | None = "\n"
     ends_content: bool = False
-    calls_off: str = ""
 
 
 def json_calls(begin: str, end: str, arguments: str = "arguments", between: str = "\n") -> ToolFormat:
@@ -223,10 +225,20 @@ FAMILIES = (
     ),
     AnswerFamily(
         "minimax_m3",
-        ("]<]minimax[>[",),
-        None,
+        (M3,),
+        ToolFormat(
+            f'{M3}<invoke name="',
+            '">',
+            f"{M3}</invoke>\n",
+            f"{M3}<tool_call>\n",
+            "",
+            f"{M3}</tool_call>",
+            "tagged",
+            M3_TAGS,
+        ),
         ReasoningFormat("<mm:think>", "</mm:think>"),
-        calls_off="MiniMax M3 writes objects and arrays as tags within tags, named after their keys, which are not read yet",
+        fields={"tool_calls": MINIMAX_M3_CALL},
+        after_content="",
     ),
     AnswerFamily("granite-20b-fc", ("<function_call>",), json_calls("<function_call> ", "", between="")),
     AnswerFamily(

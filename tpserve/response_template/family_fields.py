@@ -3,10 +3,11 @@
 Facts of the models: their cards and chat templates.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from tpserve.response_template.format import TYPE, TaggedArguments
+from tpserve.response_template.format import KEY, TYPE, TaggedArguments
 from tpserve.response_template.spec import START
 
 HARMONY_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
@@ -85,6 +86,17 @@ KIMI_K3_CALL = {
         r"(?P<value>.*?)<\|close\|>argument<\|sep\|>",
         "tag_end": r"<\|close\|>argument<\|sep\|>",
     },
+    "transform": HARMONY_CALL,
+}
+M3 = "]<]minimax[>["
+"""Stands before every tag of MiniMax M3's calls."""
+M3_TAGS = TaggedArguments(f"{M3}<", ">", f"{M3}</{KEY}>", item="item")
+MINIMAX_M3_CALL = {
+    "open_pattern": rf"\s*(?:{re.escape(M3)}<tool_call>\s*)?{re.escape(M3)}<invoke\s+name=\"(?P<name>[^\"]{{1,256}})\"\s*>",
+    "close_pattern": rf"\s*{re.escape(M3)}</invoke>(?:\s*{re.escape(M3)}</tool_call>)?\s*",
+    "repeats": True,
+    "content": "nested-tags",
+    "content_args": {"marker": M3},
     "transform": HARMONY_CALL,
 }
 MINICPM_CALL = {

@@ -17,6 +17,8 @@ ID = "{id}"
 """In a literal: the id of a call."""
 NAME = "{name}"
 """In the text behind the name of a function: the name again."""
+KEY = "{key}"
+"""In the end of an argument's tag: its key."""
 TYPE = "{type}"
 """In the text before a value that is no string: its type in JSON (integers are numbers)."""
 
@@ -36,6 +38,8 @@ class TaggedArguments(Struct, frozen=True):
 
     `mark`: what stands around strings, in arguments and within values; then all values are in this dialect of JSON, with bare
     keys and no blanks. `sorts`: arguments and keys come in alphabetical order.
+
+    `item`: the key of an array's items; then objects and arrays are tags within tags, down to strings and other values.
     """
 
     begin: str
@@ -45,6 +49,7 @@ class TaggedArguments(Struct, frozen=True):
     other_middle: str = ""
     mark: str = ""
     sorts: bool = False
+    item: str = ""
 
 
 class ToolFormat(Struct, frozen=True):
@@ -115,6 +120,8 @@ def _arguments(tools: ToolFormat, arguments: Mapping[str, Any]) -> str:
         return ", ".join(f"{key}={text}" for key, text in texts.items())
     if tags.mark:
         return marked(arguments, tags)[1:-1]
+    if tags.item:
+        return "".join(nested(key, value, tags) for key, value in arguments.items())
     parts = []
     for key, value in arguments.items():
         is_text = isinstance(value, str)
@@ -134,6 +141,20 @@ def marked(value: Any, tags: TaggedArguments) -> str:
         case list():
             return "[" + ",".join(marked(item, tags) for item in value) + "]"
     return json.dumps(value)
+
+
+def nested(key: str, value: Any, tags: TaggedArguments) -> str:
+    """An argument in tags, and within them those of its members or items."""
+    match value:
+        case str():
+            inner = value
+        case Mapping():
+            inner = "".join(nested(*member, tags) for member in value.items())
+        case list():
+            inner = "".join(nested(tags.item, item, tags) for item in value)
+        case _:
+            inner = json.dumps(value)
+    return f"{tags.begin}{key}{tags.middle}{inner}{tags.end.replace(KEY, key)}"
 
 
 def bare_key(key: str) -> str:

@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tpserve.response_template.content import MarkedJson
+from tpserve.response_template.content import MarkedJson, TagTree
 from tpserve.response_template.format import type_of
+from tpserve.response_template.schema_parts import branches_of, mapping
 
 MAX_DEPTH = 16
 _PYTHON = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
@@ -19,6 +20,8 @@ def typed(value: Any, key: str, schema: Any) -> Any:
     own = properties.get(key) if isinstance(properties, dict) else None
     if own is None and isinstance(schema, dict):
         own = schema.get("additionalProperties")
+    if isinstance(value, TagTree):
+        return _of_tree(value, own, schema)
     types = list(dict.fromkeys(_PYTHON.get(each, each) for each in declared_types(own, schema)))
     if not types and isinstance(value, MarkedJson):
         try:
@@ -28,6 +31,24 @@ def typed(value: Any, key: str, schema: Any) -> Any:
     if isinstance(value, list) and "array" not in types:  # of several arguments with one name
         return [_typed(each, types) if isinstance(each, str) else each for each in value]
     return _typed(value, types) if isinstance(value, str) else value
+
+
+def _of_tree(tree: TagTree, own: Any, root: Any) -> Any:
+    """The value of tags within tags: by the types of its schema `own`, else by what is in it."""
+    types = list(dict.fromkeys(_PYTHON.get(each, each) for each in declared_types(own, root)))
+    if not tree.tags:
+        empty = next((value for kind, value in (("object", {}), ("array", [])) if kind in types and not tree.text), None)
+        return _typed(tree.text, types) if empty is None or "string" in types else empty
+    schemas = [mapping(each) for each in branches_of(root, own)]
+    items = {name for name, _ in tree.tags}
+    if "array" in types or ("object" not in types and len(items) == 1 and len(tree.tags) > 1):
+        inner = next((each["items"] for each in schemas if "items" in each), None)
+        return [_of_tree(each, inner, root) for _, each in tree.tags]
+    found = {}
+    for name, each in tree.tags:
+        named = [mapping(schema.get("properties")).get(name, schema.get("additionalProperties")) for schema in schemas]
+        found[name] = _of_tree(each, next((schema for schema in named if schema is not None), None), root)
+    return found
 
 
 def declared_types(schema: Any, root: Any, depth: int = MAX_DEPTH) -> Iterator[str]:
