@@ -71,8 +71,8 @@ CALLED = {  # search(ARGUMENTS), selfie(), as the families' own templates write 
     '<atem:parameter name="days">[{"n": 1, "next": {"n": -2}}]</atem:parameter>\n</atem:invoke>\n</atem:function_calls>'
     '<|eom|><|start|>assistant to=selfie<|message|><atem:function_calls>\n<atem:invoke name="selfie">\n</atem:invoke>\n'
     "</atem:function_calls>",
-    "minimax_m3": f'{M3}<tool_call>\n{M3}<invoke name="search">{M3}<town>Ulm, "x" {{1}}{M3}</town>{M3}<unit>null{M3}</unit>{M3}<days>'
-    f"{M3}<item>{M3}<n>1{M3}</n>{M3}<next>{M3}<n>-2{M3}</n>{M3}</next>{M3}</item>{M3}</days>{M3}</invoke>\n"
+    "minimax_m3": f'{M3}<tool_call>\n{M3}<invoke name="search">{M3}<town>Ulm, "x" {{1}}{M3}</town>{M3}<unit>null{M3}</unit>'
+    f"{M3}<days>{M3}<item>{M3}<n>1{M3}</n>{M3}<next>{M3}<n>-2{M3}</n>{M3}</next>{M3}</item>{M3}</days>{M3}</invoke>\n"
     f'{M3}<invoke name="selfie">{M3}</invoke>\n{M3}</tool_call>',
 }
 HINTS = {
@@ -209,6 +209,7 @@ def test_channels_of_an_answer() -> None:
     ("{M}<any>{M}<a>1{M}</a>{M}<b>{M}<c>x{M}</c>{M}</b>{M}</any>", {"any": {"a": "1", "b": {"c": "x"}}}),
     ("{M}<any>{M}<item>x{M}</item>{M}<item>y{M}</item>{M}</any>", {"any": ["x", "y"]}),
     ("{M}<exact>true{M}</exact>{M}<unit>C{M}</unit>", {"exact": True, "unit": "C"}),
+    ("{M}<any>{M}<t>a{M}</t>{M}<t>b{M}</t>{M}<u>1{M}</u>{M}</any>", {"any": {"t": ["a", "b"], "u": "1"}}),
     ("{M}</town>", None), ("text", None), ("{M}text", None), ("{M}<a>" * 100, None),
 ])  # fmt: skip
 def test_tags_within_tags_are_read_by_schema(body: str, arguments: Any) -> None:

@@ -337,5 +337,5 @@ class _Nested:
 
 def _plain_end(lark: Lark, format: ToolFormat) -> str:
     """What would end a call in the midst of a text argument; empty when a special token is part of it."""
-    end = format.call_end.strip()
+    end = format.call_end.strip().lstrip("}")
     return end if all(atom.startswith('"') for atom in lark.literal(end).atoms) else ""

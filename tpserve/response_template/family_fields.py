@@ -40,7 +40,7 @@ HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
 }
 GEMMA_CALL = {
     "open_pattern": r"\s*<\|tool_call>\s*call:(?P<name>[\w.:/-]{1,256})\s*(?=\{)",
-    "close_pattern": r"(?<=\})\s*<tool_call\|>\s*",
+    "close_pattern": r"\s*<tool_call\|>\s*",
     "repeats": True,
     "content": "json",
     "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
@@ -49,7 +49,7 @@ GEMMA_CALL = {
 GEMMA_VALUES = TaggedArguments("", ":", "", ",", mark='<|"|>', sorts=True)
 FUNCTIONGEMMA_CALL = {
     "open_pattern": r"\s*<start_function_call>\s*call:(?P<name>[\w.:/-]{1,256})\s*\{",
-    "close_pattern": r"\s*\}\s*<end_function_call>\s*",
+    "close_pattern": r"\s*\}?\s*<end_function_call>\s*",
     "repeats": True,
     "content": "xml-inline",
     "content_args": {

@@ -44,11 +44,11 @@ def _of_tree(tree: TagTree, own: Any, root: Any) -> Any:
     if "array" in types or ("object" not in types and len(items) == 1 and len(tree.tags) > 1):
         inner = next((each["items"] for each in schemas if "items" in each), None)
         return [_of_tree(each, inner, root) for _, each in tree.tags]
-    found = {}
+    found: dict[str, list[Any]] = {}
     for name, each in tree.tags:
         named = [mapping(schema.get("properties")).get(name, schema.get("additionalProperties")) for schema in schemas]
-        found[name] = _of_tree(each, next((schema for schema in named if schema is not None), None), root)
-    return found
+        found.setdefault(name, []).append(_of_tree(each, next((schema for schema in named if schema is not None), None), root))
+    return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
 
 
 def declared_types(schema: Any, root: Any, depth: int = MAX_DEPTH) -> Iterator[str]:
