@@ -271,8 +271,8 @@ def test_names_of_parsers() -> None:
         detect(hermes, {}, None, "r1")
 
 
-OWN = ("apertus", "kimi_k3")
-"""Of a content that transformers does not know, and with an end of content before calls (test_family_calls.py)."""
+OWN = ("apertus", "minimax_m3", "kimi_k3")
+"""Of kinds of content that transformers does not know, and with an end of content before calls (test_family_calls.py)."""
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tpserve.response_template.schema_parts import branches_of, mapping
 MAX_DEPTH = 16
 _PYTHON = {"int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "dict": "object"}
 """Types as Python names them, which schemas of tools also have."""
+_EMPTY: Mapping[str, type] = {"object": dict, "array": list}
 
 
 def typed(value: Any, key: str, schema: Any) -> Any:
@@ -37,8 +38,9 @@ def _of_tree(tree: TagTree, own: Any, root: Any) -> Any:
     """The value of tags within tags: by the types of its schema `own`, else by what is in it."""
     types = list(dict.fromkeys(_PYTHON.get(each, each) for each in declared_types(own, root)))
     if not tree.tags:
-        empty = next((value for kind, value in (("object", {}), ("array", [])) if kind in types and not tree.text), None)
-        return _typed(tree.text, types) if empty is None or "string" in types else empty
+        if not tree.text and "string" not in types and (kind := next((each for each in types if each in _EMPTY), None)):
+            return _EMPTY[kind]()
+        return _typed(tree.text, types)
     schemas = [mapping(each) for each in branches_of(root, own)]
     items = {name for name, _ in tree.tags}
     if "array" in types or ("object" not in types and len(items) == 1 and len(tree.tags) > 1):
