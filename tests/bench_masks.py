@@ -181,8 +181,9 @@ def whole_steps(tokenizer: Tokenizer) -> None:
         begin = time.perf_counter()
         pending = launch(runner, plan)
         took, masks, spent[0] = time.perf_counter() - begin, spent[0], 0.0
-        if plan.chunks and all(chunk.count == 1 for chunk in plan.chunks):
-            found.append((len(plan.chunks), took, masks))
+        chunks = list(plan.chunks())
+        if chunks and all(chunk.count == 1 for chunk in chunks):
+            found.append((len(chunks), took, masks))
         return pending
 
     ModelRunner.launch = timed_launch
