@@ -169,7 +169,7 @@ def test_random_legal_answers_read_back(family: str, kind: str) -> None:
         tokenizer.encode(text, add_special_tokens=False) for text in (*MARKERS[family], *HINTS.get(family, ()), "}", '"', "]")
     ]
     ended = 0
-    for seed in range(12):
+    for seed in range(16):
         choice = ("required", "auto")[seed % 2]
         matcher, dice, ids = compiled(family, kind, choice=choice).deep_copy(), random.Random(seed), list[int]()
         while len(ids) < 500:
@@ -190,7 +190,7 @@ def test_random_legal_answers_read_back(family: str, kind: str) -> None:
                 break
             ids.append(dice.choice([id for id in legal if id != EOS]))
             assert matcher.consume_tokens(ids[-1:]), matcher.get_error()
-    assert ended > 3
+    assert ended > 2
 
 
 def test_channels_of_an_answer() -> None:

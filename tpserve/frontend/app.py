@@ -107,13 +107,9 @@ def create_app(
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[INFO] = info
     grammars = GrammarChecker(tokenizer)
-<<<<<<< HEAD
     grammars.prepare().result()  # holds the interpreter lock, and nothing is served yet
-=======
-    grammars.prepare()
     key_usage = KeyUsage(settings.served_model_name[0] if settings.served_model_name else settings.model)
     request_table.metrics.registry.register(key_usage)
->>>>>>> main
     app[SERVICE] = OpenAIServing(
         names=settings.served_model_name or (settings.model,),
         root=settings.model,
