@@ -177,6 +177,8 @@ def _arguments(arguments: Any, schema: Any) -> str:
 
 def merged(events: Sequence[Event]) -> list[Event]:
     """The events with neighbours of one kind as one."""
+    if len(events) < 2:
+        return list(events)
     found: list[Event] = []
     for event in events:
         if found and not isinstance(event, CallBegin) and type(found[-1]) is type(event):
