@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_status_and_report(tmp_path: Path) -> None:
             "report", *url, "--output", "ticket.json", cwd=tmp_path, **keys, MY_PASSWORD=PASSWORD, NCCL_HOSTID=PASSWORD
         )
         text = (tmp_path / "ticket.json").read_text()
-        assert server.stop() == [0]
+        check_drain_in_a_pause(server)
     assert code == 0 and said.startswith("wrote ticket.json: ")
     assert not [secret for secret in (KEY, TEAM, ADMIN, PASSWORD) if secret in text]
     assert json.loads(text)["here"]["nccl_and_gloo"] == {"NCCL_HOSTID": "***"}
@@ -104,6 +105,17 @@ def check_operators_commands(server: Server, url: tuple[str, str], keys: dict[st
     paths = ["/pause", "/pause", "/resume", "/reset_prefix_cache", "/abort_request"]
     assert asked == [*((path, 200) for path in paths), ("/abort_request", 404), ("/resume", 401)]
     check_limits(server)
+
+
+def check_drain_in_a_pause(server: Server) -> None:
+    """What is open comes to its end."""
+    client = checks.Client(server.url, {"Authorization": f"Bearer {KEY}"})
+    assert checks.Client(server.url, {"Authorization": f"Bearer {ADMIN}"}).send("POST", "/pause").status == 200
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.completion, max_tokens=3, ignore_eos=True)
+        while not client.get("/load").json["server_load"]:
+            assert not waiting.done()
+        assert server.stop() == [0] and waiting.result().json["usage"]["completion_tokens"] == 3
 
 
 def check_limits(server: Server) -> None:
