@@ -14,7 +14,7 @@ SERVER = os.environ["TPSERVE_SHORT_URL"]
 COMMAND = Path(sys.executable).with_name("schemathesis")
 OPTIONS = (
     *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
-    *("--exclude-path-regex", "^/(pause|resume|abort_request)$"),  # these would end the other requests
+    *("--exclude-path-regex", "^/(pause|resume|abort_request|reload)$"),  # these would end or delay the other requests
     *("--phases", "coverage,fuzzing,stateful", "--max-examples", "15", "--generation-deterministic"),
     *("--request-timeout", "60", "--continue-on-failure", "--no-color"),
 )

@@ -149,3 +149,9 @@ def test_the_admin_key_alone_opens_them(path: str, tmp_path: Path) -> None:
     with serving(tmp_path, api_key="k", exposed=True) as server:
         reply = checks.Client(server.url, {"Authorization": "Bearer k"}).send(method, path, body)
         checks.is_error(reply, 403, code="admin_key_not_set")
+
+
+def test_a_server_that_nobody_starts_again_refuses_to_reload(server: Server) -> None:
+    client = checks.Client(server.url)
+    checks.is_error(client.post("/reload", max_num_seqs=3), 400, code="reload_not_possible")
+    checks.is_error(client.send("POST", "/reload", b"[1]"), 400)

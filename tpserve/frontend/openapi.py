@@ -19,6 +19,7 @@ from tpserve.frontend.endpoints import ENDPOINTS
 from tpserve.frontend.openai.schema import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from tpserve.frontend.openai.service import SERVICE
 from tpserve.frontend.openapi_answers import QUERIES, SCHEMAS, responses
+from tpserve.frontend.reload import ReloadRequest
 from tpserve.frontend.responses.schema import InputFields
 from tpserve.version import __version__
 
@@ -30,6 +31,7 @@ BODIES: dict[str, tuple[type[msgspec.Struct], ...]] = {
     "/v1/messages/count_tokens": (MessageInput,),
     "/v1/responses/input_tokens": (InputFields,),
     "/abort_request": (AbortRequest,),
+    "/reload": (ReloadRequest,),
 }
 """The structs that the body of a POST may be."""
 TOKENS: Json = {"type": "array", "items": {"type": "integer", "minimum": 0}}

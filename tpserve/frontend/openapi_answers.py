@@ -185,6 +185,7 @@ ANSWERS: dict[tuple[str, str], Json] = {
     ("GET", "/is_paused"): obj(is_paused=BOOLEAN, mode=optional(TEXT)),
     ("POST", "/abort_request"): obj(num_aborted=INTEGER),
     ("POST", "/reset_prefix_cache"): obj(status=const("reset")),
+    ("POST", "/reload"): obj(status=const("reloaded"), changes={"type": "object"}, resumption=optional(TEXT), took_s=NUMBER),
 }
 """The JSON of status 200, by method and path. A route that is not here answers with some object."""
 TEXTS = {"/metrics": "text/plain", "/": "text/html", "/docs": "text/html"}
@@ -271,6 +272,8 @@ def _error_statuses(method: str, path: str, takes_body: bool) -> set[int]:
         statuses |= {415}
     if takes_body or path in ("/health", "/readyz") or path in ADMIN_PATHS:
         statuses |= {503}
+    if path == "/reload":
+        statuses |= {409}
     if path in ENDPOINTS or path.startswith(("/v1/streams/", "/v1/responses/")):
         statuses |= {409, 410, 429, 503, 504, 507}
     return statuses

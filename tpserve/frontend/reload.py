@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from msgspec import Struct
 
 from tpserve.config.reload import Candidate, ReloadQuestion, ReloadVerdict
 from tpserve.engine_client.engine_client import EngineClient
@@ -84,6 +85,10 @@ async def _check(present: Candidate, values: dict[str, Any]) -> Candidate:
     if verdict.candidate is None:
         raise UserError(verdict.error, param=verdict.param, code="invalid_value")
     return verdict.candidate
+
+
+class ReloadRequest(Struct, frozen=True):
+    """POST /reload: an object of flags by name; `tpserve.reload_check` knows them."""
 
 
 RELOADER = web.AppKey("reloader", Reloader)
