@@ -34,7 +34,7 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "kernels": (300, ("kernels", "card")),
     "http": (175, ("http",)),
     "cluster": (900, ("cluster",)),
-    "crash": (110, ("crash",)),
+    "crash": (140, ("crash",)),
     "lab": (130, ("lab",)),
     "bare": (95, ("bare",)),
 }

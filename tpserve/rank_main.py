@@ -137,7 +137,11 @@ def _configure(me: env.RankEnv, flags: Flags) -> tuple[EngineConfig, ModelSpec, 
     except UserError as error:
         if order.fallback is None:
             raise
-        return (*_resolve(me, _changed(flags, order.fallback)), RankConfiguration(order.number, str(error)))
+        try:
+            before = _resolve(me, _changed(flags, order.fallback))
+        except UserError:
+            raise error from None  # those of before cannot be had any more either
+        return (*before, RankConfiguration(order.number, str(error)))
 
 
 def _changed(flags: Flags, changes: bytes) -> Flags:

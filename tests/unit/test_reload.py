@@ -1,14 +1,17 @@
 """What a running server may reload, and how its ranks come to other flags and back."""
 
+import asyncio
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from tests.http.tiny_tokenizer import byte_level
 from tests.specs import small
 from tests.unit.test_coordinator import ENDPOINTS, up
 from tpserve import builtin
@@ -25,6 +28,7 @@ from tpserve.coordinator.roster import Peer
 from tpserve.engine_client.recovery import EXACT, SEAMLESS, Recovered, Recovery
 from tpserve.engine_client.requests import RequestTable
 from tpserve.errors import UserError
+from tpserve.frontend.openai.sender import send_whole
 from tpserve.hub.locate import locate
 from tpserve.models.load_config import load_model_config
 from tpserve.observe.metrics import Metrics
@@ -32,8 +36,26 @@ from tpserve.process.node_configuration import make_configuration_memory, read_c
 from tpserve.rank_main import _configure
 from tpserve.reload_check import check, read_changes
 from tpserve.scheduling.sequence import Sequence
+from tpserve.text.assembler import Assembler
+from tpserve.text.tokenizer import Tokenizer
 from tpserve.types.machine import Machine
-from tpserve.types.messages import Fault, Heartbeat, Hello, Leave, MemoryLedger, Numerics, Ready, Reconfigure, Run, Start, Stop
+from tpserve.types.messages import (
+    Add,
+    Delta,
+    Done,
+    EngineInput,
+    Fault,
+    Heartbeat,
+    Hello,
+    Leave,
+    MemoryLedger,
+    Numerics,
+    Ready,
+    Reconfigure,
+    Run,
+    Start,
+    Stop,
+)
 from tpserve.types.packed import pack
 from tpserve.types.request import Request
 from tpserve.types.sampling import EngineSamplingParams
@@ -177,9 +199,10 @@ def test_a_rank_begins_with_what_its_node_has_been_told(tmp_path: Path) -> None:
         write_configuration(memory, Reconfigure(2, missing, b'{"max_num_seqs":5}', "why"))
         config, _, configuration = _configure(rank_env_of(memory), flags)
         assert (config.max_num_seqs, configuration.number) == (5, 2) and "no model directory" in configuration.refused
-        write_configuration(memory, Reconfigure(3, missing, None, "why"))
-        with pytest.raises(UserError, match="no model directory"):
-            _configure(rank_env_of(memory), flags)
+        for number, fallback in ((3, None), (4, b'{"model":"/gone"}')):
+            write_configuration(memory, Reconfigure(number, missing, fallback, "why"))
+            with pytest.raises(UserError, match="no model directory .*/none"):
+                _configure(rank_env_of(memory), flags)
     finally:
         os.close(memory)
 
@@ -317,6 +340,29 @@ def test_what_a_reload_means_for_open_requests(same: bool) -> None:
     assert Recovered(2, 1.0, planned=True) in actions and not recovery.faults
     assert recovery.resumption == EXACT, "what begins now is exact"
     assert recovery.last_resumption == (EXACT if same else SEAMLESS)
+
+
+def test_what_has_tokens_of_other_weights_says_so() -> None:
+    async def play() -> None:
+        sent: list[EngineInput] = []
+        table = RequestTable(sent.extend, Metrics("m"))
+        tokenizer = Tokenizer(byte_level(), {})
+        begun, waiting = (
+            table.open([(Request(table.next_id(), pack([1]), EngineSamplingParams(), 1), Assembler(tokenizer))], streaming=True)
+            for _ in range(2)
+        )
+        table.receive([Delta(0, 0, (5,))])
+        table.suspend()
+        table.note_other_weights()
+        again = [message.request for message in table.resubmission("outside") if isinstance(message, Add)]
+        assert [(request.id, request.redraw) for request in again] == [(0, False), (1, True)]
+        assert (begun.of_other_weights, waiting.of_other_weights) == (True, False)
+        table.receive([Delta(0, 1, (6,)), Done(0, "length", 2), Delta(1, 0, (5,)), Done(1, "length", 1)])
+        for handle, header in ((begun, "seamless, not identical"), (waiting, None)):
+            response = await send_whole(table, handle, SimpleNamespace(encoder=SimpleNamespace(whole=lambda outputs: b"{}")))  # type: ignore[arg-type]
+            assert response.headers.get("X-Resumption") == header
+
+    asyncio.run(play())
 
 
 @pytest.mark.parametrize("redraw", [True, False])
