@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import zmq
+from msgspec.structs import replace
 from zmq.utils.monitor import recv_monitor_message
 
 from tpserve.errors import EngineFailure, PeerLost, UserError
@@ -173,8 +174,8 @@ class RankAgent:
         """Ask the coordinator to include this rank in the next epoch. The arguments are the fields of `Hello`."""
         self._orders.hello_sent = True
         me = (self.rank, self.identity, os.getpid(), self._host)
-        facts = (endpoints, fingerprint, self._node, traits, stage, processor or {}, ledger, last_exit)
-        self._heartbeat.hello = Hello(*me, *facts, configuration, refused, answers)
+        hello = Hello(*me, endpoints, fingerprint, self._node, traits, stage, processor or {}, ledger, last_exit)
+        self._heartbeat.hello = replace(hello, configuration=configuration, refused=refused, answers=answers)
         self.wake()
 
     def ready(self, ledger: MemoryLedger, facts: dict[str, int], numerics: Numerics | None = None) -> None:
