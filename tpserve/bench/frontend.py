@@ -32,6 +32,7 @@ from tpserve.bench.stream_reader import ReaderJob, RoundFigures
 from tpserve.cli import server_flags
 from tpserve.cluster.discovery import spawn_frontend, wait_ready
 from tpserve.config.engine_config import EngineConfig
+from tpserve.config.reload import FrontendJob
 from tpserve.config.resolve import resolve
 from tpserve.errors import EngineFailure, UserError
 from tpserve.host.network import LOOPBACK, listen_http
@@ -148,7 +149,7 @@ def _frontend_rounds(config: EngineConfig, load: StreamLoad) -> Iterator[RoundFi
     with tempfile.TemporaryDirectory(prefix="tpserve-") as directory, listen_http(LOOPBACK, 0) as listener:
         runtime_dir = Path(directory, "run")
         runtime_dir.mkdir(mode=0o700)
-        frontend = spawn_frontend(runtime_dir, config, os.getpid(), 1, LOOPBACK, listener)
+        frontend = spawn_frontend(runtime_dir, FrontendJob(config), os.getpid(), 1, LOOPBACK, listener)
         with _ending(frontend):
             record = wait_ready(runtime_dir, frontend, START_S)
             job = EngineJob(
