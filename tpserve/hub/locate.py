@@ -47,17 +47,16 @@ _NAME = re.compile(r"[\w-]+")
 
 
 def locate(flags: Flags, *, head: bool) -> ModelFiles:
-    """Find the model's files and download the small ones. `head`: this process starts the frontend, which needs the tokenizer.
+    """Find the model's files and download the small ones. `head`: this process starts the frontend, which needs
+    the model's own tokenizer and the chat template; ranks compile grammars with a tokenizer that is named.
 
     Raises UserError for files that cannot be found or downloaded, EngineFailure when another process stalls in the download.
     """
     directory, snapshot = _model(flags, "required" if head and _own_tokenizer(flags) else "optional")
     if snapshot is not None:
         check_disk_space(weights_of(snapshot))
-    if not head:
-        return ModelFiles(directory, directory, snapshot=snapshot)
-    tokenizer = directory if _own_tokenizer(flags) else _tokenizer(flags.tokenizer or str(flags.model), flags)
-    return ModelFiles(directory, tokenizer, read_template(flags.chat_template), snapshot)
+    tokenizer = directory if _own_tokenizer(flags) else _tokenizer(flags.tokenizer or str(flags.model), flags)  # also of grammars
+    return ModelFiles(directory, tokenizer, read_template(flags.chat_template) if head else None, snapshot)
 
 
 def locate_tokenizer(flags: Flags) -> ModelFiles:
