@@ -95,16 +95,16 @@ def best(found: dict[str, Any]) -> tuple[int, int]:
 def test_70b_does_not_fit_one_card(plan: Any) -> None:
     code, text = plan("llama-70b --gpus 1 --gpu-memory 80GB")
     assert code == 1
-    assert "TP 1 x PP 1 does not fit: rank 0 needs 136.7 GiB (weights 131.4 GiB) for one sequence of 8,192 tokens" in text
-    assert "and may take 71.0 GiB: 65.7 GiB too much" in text
+    assert "TP 1 x PP 1 does not fit: rank 0 needs 137.0 GiB (weights 131.4 GiB) for one sequence of 8,192 tokens" in text
+    assert "and may take 71.0 GiB: 66.0 GiB too much" in text
     assert "No layout fits 1 GPU. 2 such GPUs would do: TP 2 x PP 1" in text
 
 
 def test_70b_on_two_cards_fits_and_is_short_of_cache(plan: Any) -> None:
     code, text = plan("llama-70b --gpus 2 --gpu-memory 80GB --concurrency 64")
     assert code == 0 and "TP 2 x PP 1, to paste:" in text
-    assert "Warning: KV cache for 2.5 sequences of 8,192 tokens of the 64 wanted" in text
-    assert "Warning: KV cache for 2.5 sequences of 8,192 tokens at once" in plan("llama-70b --gpus 2 --gpu-memory 80GB")[1]
+    assert "Warning: KV cache for 2.3 sequences of 8,192 tokens of the 64 wanted" in text
+    assert "Warning: KV cache for 2.3 sequences of 8,192 tokens at once" in plan("llama-70b --gpus 2 --gpu-memory 80GB")[1]
     found = layouts(plan, "llama-70b --gpus 2 --gpu-memory 80GB --concurrency 64")
     rank = found["by_name"]["2x1"]["ranks"][0]
     assert rank["weights"] == found["parameters"] + 2 * (80 * 2 + 1) * 8192 // 2, "norms are held twice"
@@ -312,6 +312,21 @@ def test_units() -> None:
     assert [quantities.duration(text) for text in ("120s", "2MIN", "120")] == [120, 120, 120]
     with pytest.raises(WrongValue):
         quantities.memory("80gb/s")
+
+
+def test_graphs_and_links_are_entries_of_their_own(plan: Any) -> None:
+    line = "llama-70b --gpus 4 --gpu-memory 80GB"
+    by_name = layouts(plan, line)["by_name"]
+    eager = layouts(plan, f"{line} --enforce-eager")["by_name"]["2x2"]["ranks"][0]
+    first, *_, last = by_name["2x2"]["ranks"]
+    assert eager["graphs"] == 0 < first["graphs"] < last["graphs"], "the last stage keeps logits"
+    assert eager["kv_cache"] - first["kv_cache"] == pytest.approx(last["graphs"], rel=0.01), "the fullest rank decides"
+    buffers, sent = 128 << 20, 8192 * 8192 * 2
+    assert by_name["4x1"]["ranks"][0]["communication"] == buffers
+    assert (first["communication"], last["communication"]) == (3 * buffers + 3 * sent, 3 * buffers), "world, stage, neighbour"
+    assert by_name["1x4"]["ranks"][1]["communication"] == 3 * buffers + 5 * sent, "two neighbours"
+    gloo = layouts(plan, f"{line} --all-reduce gloo")["by_name"]["2x2"]["ranks"][0]
+    assert gloo["communication"] == gloo["graphs"] == 0
 
 
 def test_the_line_of_the_readme(plan: Any) -> None:

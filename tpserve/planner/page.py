@@ -21,7 +21,10 @@ from tpserve.worker.sizing import CPU_CACHE_MOST, CPU_CACHE_SHARE
 
 HEAD = "HEAD"
 """Stands for the address of node 0."""
-COLUMNS = ("layout", "nodes", "weights", "activations", "LM head", "KV cache", "KV tokens", "sequences", "ms/token", "")
+COLUMNS = (
+    *("layout", "nodes", "weights", "activations", "LM head", "graphs", "links", "KV cache"),
+    *("KV tokens", "sequences", "ms/token", ""),
+)
 GB = 10**9
 FLOATS = {"F64", "F32", "BF16", "F16"}
 """Dtypes of unquantized weights."""
@@ -131,7 +134,7 @@ def _table(page: PlanPage) -> list[str]:
         return []
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     cells = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]) for row in rows]
-    share = f"{page.flags.gpu_memory_utilization:.0%} of its card less {size(OTHERS_BYTES)} for CUDA, NCCL and the driver"
+    share = f"{page.flags.gpu_memory_utilization:.0%} of its card less {size(OTHERS_BYTES)} for CUDA and the driver"
     if page.gpus.is_cpu:
         share = (
             f"KV cache: {CPU_CACHE_SHARE:.0%} of what stays free, at most {size(CPU_CACHE_MOST)} a node without --kv-cache-memory"
@@ -146,7 +149,7 @@ def _row(found: Estimate, is_auto: bool) -> tuple[str, ...]:
     return (
         found.name,
         str(found.nodes),
-        *(size(num_bytes) for num_bytes in (ledger.weights, ledger.activations, ledger.head, ledger.kv_cache)),
+        *map(size, (ledger.weights, ledger.activations, ledger.head, ledger.graphs, ledger.communication, ledger.kv_cache)),
         f"{found.kv_tokens:,}",
         several(found.concurrency),
         f"{found.token_s * 1e3:,.2f}",

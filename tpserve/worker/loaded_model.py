@@ -34,7 +34,7 @@ from tpserve.worker import device as devices
 from tpserve.worker.decode_graphs import Capture, CudaCapture
 from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.kept_weights import KeptByAgent
-from tpserve.worker.memory import allocate, check_weights, measure, room_for
+from tpserve.worker.memory import allocate, check_weights, measure, nccl_bytes, room_for
 from tpserve.worker.model_runner import ModelRunner
 from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.self_test import self_test
@@ -70,6 +70,7 @@ class LoadedModel:
         self.decoder: Decoder | None = None
         """Once it is loaded."""
         self._weights = 0
+        self._nccl = 0
         self._caches: list[KVCache] = []
         self._request_pool: RequestPool | None = None
         self.ledger: MemoryLedger | None = None
@@ -86,6 +87,8 @@ class LoadedModel:
             ours = self._kept.num_bytes if self.decoder is None else self._weights  # taken already, and not to be taken again
             sharers = self._env.local_world_size
             check_weights(mesh, self._spec, self._config, sharers, free + sharers * ours)
+            with self._room_for("connecting the ranks", mesh):
+                self._nccl = nccl_bytes(mesh, self._spec, self._config, free)
         if self._config.quantization is not None and mesh.tp.size > 1:
             has_weights = self.decoder is not None or self._kept.find()
             if not mesh.tp.all_reduce_min(int(has_weights)):
@@ -128,7 +131,7 @@ class LoadedModel:
         self._report("measuring memory", 90)
         with self._room_for("measuring the largest steps", mesh):
             make_pool = partial(self._make_pool, mesh.device)
-            kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, self._weights)
+            kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, self._weights, self._nccl)
         self._allocate(decoder, mesh, ledgers[env.rank])
         if env.rank == 0:
             for line in report(ledgers, kv_config, self._spec, config):
