@@ -1,7 +1,8 @@
 """The tensors of the simulated card: bytes in host memory that the host may not read when it likes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -64,6 +65,8 @@ class PinnedTensor(torch.Tensor):
 
     host: torch.Tensor
     under_way: CopiesUnderWay
+    on_other_threads: "ClassVar[Callable[..., Any] | None]" = None
+    """Dispatches operators of threads that are not in the card's mode, which is one thread's."""
 
     @staticmethod
     def __new__(cls, host: torch.Tensor, under_way: CopiesUnderWay) -> "PinnedTensor":
@@ -92,4 +95,5 @@ class PinnedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(f"{func} outside the simulated card")
+        assert cls.on_other_threads is not None, f"{func} outside the simulated card"
+        return cls.on_other_threads(func, args, kwargs or {})

@@ -165,14 +165,18 @@ class LoadedModel:
 
             self._report("loading weights", 10)
             memory = self._kept.memory(decoder.parameters(), decoder.device, dtype)
-            fill: Callable[[Parameter], None] = partial(dummy.fill, seed=config.seed)
+            fill: Callable[[Parameter], None] | None = partial(dummy.fill, seed=config.seed)
             if config.load_format != "dummy" and not memory.packed:
                 only_safetensors = config.load_format == "safetensors"
                 checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
                 if env.rank == 0:
                     for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
                         log.info(line)
-                fill = Loader(decoder.parameters(), checkpoint, on_progress).fill
+                loader = Loader(decoder.parameters(), checkpoint, on_progress)
+                fill = loader.fill
+                if decoder.device.type == "cuda":
+                    loader.fill_on_card(decoder.parameters())
+                    fill = None  # nothing is packed there
             weights = decoder.prepack(config.quantization, fill, memory)
         self._kept.leave()
         return decoder, weights
