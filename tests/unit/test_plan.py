@@ -329,6 +329,33 @@ def test_graphs_and_links_are_entries_of_their_own(plan: Any) -> None:
     assert gloo["communication"] == gloo["graphs"] == 0
 
 
+def test_predictions_add_up(plan: Any) -> None:
+    """Floors count the same bytes in another way: weights and cache, of which activations are a small part at batch 1."""
+    line = "llama-70b --gpus 4 --gpu-memory 80GB"
+    found = layouts(plan, line)
+    one, some, many = found["predictions"]
+    assert [step["batch"] for step in found["predictions"]] == [1, 32, 256]
+
+    def work(step: Any, *names: str) -> tuple[int, int]:
+        kernels = [kernel for kernel in step["kernels"] if not names or kernel["name"] in names]
+        return sum(kernel["num_bytes"] for kernel in kernels), sum(kernel["flops"] for kernel in kernels)
+
+    floor = found["by_name"]["4x1"]["token_floor_s"] * 3.35e12
+    assert floor < work(one)[0] < 1.002 * floor
+    matrices = found["parameters"] - 128256 * 8192
+    assert work(one, "products", "LM head")[1] == pytest.approx(2 * matrices / 4, rel=1e-3)
+    assert work(many)[1] == 8 * work(some)[1] == 256 * work(one)[1]
+    cached = 2 * 80 * 2 * 128 * 2 * 8192
+    assert work(many, "attention")[0] - work(some, "attention")[0] == pytest.approx(224 * cached, rel=0.01)
+    text = plan(line)[1]
+    assert "Predictions, counted and not measured: a decode step of rank 0 at 1, 32, 256 sequences of 8,192 tokens" in text
+    eight = layouts(plan, "mixtral-8x7b --gpus 2 --gpu-memory 80GB")["predictions"]
+    experts = 32 * 8 * 3 * 4096 * 14336 // 2 * 2
+    assert work(eight[0], "experts")[0] == pytest.approx(experts / 4, rel=1e-3), "two of eight"
+    assert experts < work(eight[2], "experts")[0] < 1.05 * experts, "all of them"
+    assert not layouts(plan, "llama-8b --device cpu --ranks 2 --rank-memory 24GB --memory-bandwidth 40GB/s")["predictions"]
+
+
 def test_the_line_of_the_readme(plan: Any) -> None:
     (line,) = re.findall(r"^tpserve plan (.*)$", (ROOT / "README.md").read_text(), re.M)
     assert plan(line.replace("MODEL", "llama-70b"))[0] == 0

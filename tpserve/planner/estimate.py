@@ -137,7 +137,7 @@ def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> 
     """Estimate one layout. Raises UserError for flags that no layout can satisfy."""
     nodes = gpus.nodes_of(layout.world_size)
     try:
-        config = _config(request, gpus, layout)
+        config = config_of(request, gpus, layout)
         ranks = [memory_profile(request.spec, config, gpus, rank) for rank in range(layout.world_size)]
     except UserError as error:
         if error.param not in (None, "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"):
@@ -166,7 +166,8 @@ def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> 
     )
 
 
-def _config(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> EngineConfig:
+def config_of(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> EngineConfig:
+    """The configuration that a server with this layout resolves. Raises UserError for a layout that it cannot have."""
     flags = replace(
         request.flags,
         model=request.flags.model or request.files.directory,

@@ -15,6 +15,7 @@ from tpserve.models.param_count import count_params
 from tpserve.planner.choice import LayoutChoice, several
 from tpserve.planner.estimate import OTHERS_BYTES, Estimate, GpuCluster
 from tpserve.planner.model import StoredWeights
+from tpserve.planner.predictions import KernelWork, StepPrediction, total
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.worker.sizing import CPU_CACHE_MOST, CPU_CACHE_SHARE
@@ -41,6 +42,8 @@ class PlanPage:
     wanted: int | None
     tried: Sequence[Estimate]
     choice: LayoutChoice
+    predictions: Sequence[StepPrediction] = ()
+    """Of the recommended layout, on GPUs."""
 
 
 def as_text(page: PlanPage) -> str:
@@ -55,6 +58,7 @@ def as_text(page: PlanPage) -> str:
         for serve, torchrun in commands(page, best):
             lines += [f"    {serve}", f"    {torchrun}"]
         lines.append("(one line of each pair, on its own node)" if best.nodes > 1 else "(one of the two)")
+        lines += _predicted(page, best)
     return "\n".join(lines) + "\n"
 
 
@@ -72,6 +76,7 @@ def as_json(page: PlanPage) -> str:
         "recommended": None if best is None else page.tried.index(best),
         "why": page.choice.why,
         "warnings": [*_mismatch(page), *page.choice.warnings],
+        "predictions": page.predictions,
     }
     return msgspec.json.format(msgspec.json.encode(fields), indent=1).decode() + "\n"
 
@@ -155,6 +160,30 @@ def _row(found: Estimate, is_auto: bool) -> tuple[str, ...]:
         f"{found.token_s * 1e3:,.2f}",
         "; ".join([length] * is_auto + ["TP across nodes"] * found.crosses + list(found.uneven)),
     )
+
+
+def _predicted(page: PlanPage, best: Estimate) -> list[str]:
+    """The table of predictions, which has nothing that was measured."""
+    if not page.predictions:
+        return []
+    steps, first = page.predictions, page.predictions[0]
+    header = ["kernel", "launches", *(f"{step.batch}: {what}" for step in steps for what in ("bytes", "operations"))]
+    rows = [header]
+    for kernel, *others in zip(*(step.kernels for step in steps), strict=True):
+        rows.append([kernel.name, f"{kernel.launches:,}", *(cell for each in (kernel, *others) for cell in _work(each))])
+    rows.append(["all", f"{total(first.kernels).launches:,}", *(cell for step in steps for cell in _work(total(step.kernels)))])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    batches = ", ".join(str(step.batch) for step in steps)
+    return [
+        f"\nPredictions, counted and not measured: a decode step of rank {first.rank} at {batches} sequences of {best.length:,} "
+        "tokens, whether or not they fit:",
+        *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows),
+    ]
+
+
+def _work(kernel: KernelWork) -> tuple[str, str]:
+    """Bytes, and billions of operations."""
+    return size(kernel.num_bytes) if kernel.num_bytes else "-", f"{kernel.flops / 1e9:,.1f} G" if kernel.flops else "-"
 
 
 def _refused(tried: Sequence[Estimate]) -> list[str]:
