@@ -42,6 +42,9 @@ class DeviceTensor(torch.Tensor):
             return self.host.data_ptr()
         return self.host.untyped_storage()._cdata * PAGE + self.host.storage_offset() * self.host.itemsize
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.host.untyped_storage()
+
     def tolist(self) -> Any:
         raise HostRead("tolist() of a tensor on the card")
 
