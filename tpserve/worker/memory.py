@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 CPU_WARM_UP_ROWS = 16
 PLAIN = EngineSamplingParams(logprobs=20)
+PER_ID = EngineSamplingParams(logprobs=20, repetition_penalty=1.1, logit_bias=((0, 1.0),))
+"""Filters that a rank applies to its part of the vocabulary."""
 FILTERED = EngineSamplingParams(
     logprobs=20,
     top_p=0.99,
@@ -273,16 +275,17 @@ class _ProfileRun:
 
     @torch.inference_mode()
     def head(self) -> None:
-        """Score prompt tokens, draw known tokens again, then sample without filters, then with all of them."""
+        """Score prompt tokens, draw known tokens again, then sample without filters, then with some, then with all of them."""
         if self._sampler_stage is not None:
-            for plan in (self._scoring_plan(), self._redraw_plan(), self._sampling_plan(PLAIN), self._sampling_plan(FILTERED)):
+            for plan in (self._scoring_plan(), self._redraw_plan(), *map(self._sampling_plan, (PLAIN, PER_ID, FILTERED))):
                 chunks = self._update(plan)
                 self._sampler_stage.run(self._hidden(chunks.num_rows), plan, chunks)
-            self._mask()
+            for width in {len(self._sampler_stage.vocab), self._decoder.vocab_shards[-1].stop}:
+                self._mask(width)
 
-    def _mask(self) -> None:
-        """The mask of a grammar, of which this run has none."""
-        device, width = self._mesh.device, self._decoder.vocab_shards[-1].stop
+    def _mask(self, width: int) -> None:
+        """The mask of a grammar, of which this run has none, on logits of so many ids."""
+        device = self._mesh.device
         bits = torch.full((1, -(-width // 32)), -1, dtype=torch.int32, device=device)
         zero, logits = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, width, device=device)
         apply(logits, Filters(zero, grammar=GrammarMask(zero, bits)), logits[:, 0], zero, self._request_pool.tokens, zero)
