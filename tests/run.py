@@ -26,9 +26,10 @@ LINT = (
     ("mypy",),
 )
 SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "unit": (240, ("unit",)),
-    "rules": (100, ("scheduling", "architecture")),
+    "unit": (200, ("unit",)),
+    "rules": (90, ("scheduling", "architecture")),
     "simulation": (80, ("simulation",)),
+    "numerics": (90, ("numerics",)),
     "parity": (400, ("parity",)),
     "kernels": (300, ("kernels", "card")),
     "http": (175, ("http",)),
@@ -38,7 +39,7 @@ SHARES: dict[str, tuple[int, tuple[str, ...]]] = {
     "bare": (95, ("bare",)),
 }
 """Name to (budget in seconds, folders of tests/)."""
-COMPUTING = ("unit", "rules", "simulation", "parity", "kernels")
+COMPUTING = ("unit", "rules", "simulation", "numerics", "parity", "kernels")
 """Shares that run beside the others where there are two cores."""
 NICE = 10
 GPU = {

@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _deferred(module: str) -> Callable[[list[str]], int]:
-    """`run` of a module that is imported on the first call."""
+def _deferred(module: str, function: str = "run") -> Callable[[list[str]], int]:
+    """A function of a module that is imported on the first call."""
 
     def run(argv: list[str]) -> int:
-        return int(importlib.import_module(module).run(argv))
+        return int(getattr(importlib.import_module(module), function)(argv))
 
     return run
 
@@ -112,6 +112,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "chat": _deferred("tpserve.chat.command"),
     "status": _deferred("tpserve.admin.status"),
     "report": _deferred("tpserve.admin.report"),
+    "pause": _deferred("tpserve.admin.control", "pause"),
+    "resume": _deferred("tpserve.admin.control", "resume"),
+    "abort": _deferred("tpserve.admin.control", "abort"),
+    "reset-prefix-cache": _deferred("tpserve.admin.control", "reset_prefix_cache"),
     "template": _deferred("tpserve.template_command"),
     "completion": _deferred("tpserve.completion_command"),
     "secret": _secret,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpserve import template_command
-from tpserve.admin import report, status
+from tpserve.admin import control, report, status
 from tpserve.bench.command import BENCHMARKS
 from tpserve.chat import command as chat
 from tpserve.cli.command import Command, HelpWanted, wants_help
@@ -35,6 +35,7 @@ COMMANDS: tuple[Command[Any], ...] = (
     chat.COMMAND,
     status.COMMAND,
     report.COMMAND,
+    *control.COMMANDS,
     template_command.COMMAND,
 )
 OTHERS: dict[str, Values] = {"completion": tuple(SHELLS), "secret": "files", "version": (), "help": tuple(ABOUT)}

@@ -43,7 +43,7 @@ def config(model: Path, port: int) -> EngineConfig:
         load_format="dummy", seed=0, layout=ParallelLayout(2, 1, (1,)), device="cpu", all_reduce="auto", max_model_len=256,
         fit_max_model_len=False, kv_cache_dtype="float32", kv_cache_memory=None, admin_api_key=None, metrics_key=None,
         metrics_compat=None, api_key_file=None, ssl_certfile=None, ssl_keyfile=None,
-        log_requests=False, log_stats=True, resume_window=300.0, state_dir=None,
+        request_timeout=None, access_log=None, log_requests=False, log_stats=True, resume_window=300.0, state_dir=None,
         allowed_origins=(), allowed_methods=("*",), allowed_headers=("*",), allow_credentials=False,
         max_num_seqs=8, max_num_batched_tokens=64, block_size=16, enable_prefix_caching=True, gpu_memory_utilization=0.9,
         num_gpu_blocks_override=None, max_queued_requests=8, host="127.0.0.1", port=port, api_key=None, log_level="info",

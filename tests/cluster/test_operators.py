@@ -6,14 +6,16 @@ import re
 import socket
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import tiny_model
-from tests.server import BIN, free_port, running, serve
+from tests.http import checks
+from tests.server import BIN, Server, free_port, running, serve
 
-KEY, ADMIN, PASSWORD = "k3y-of-clients", "k3y-of-operators", "hunter2-and-3"
+KEY, TEAM, ADMIN, PASSWORD = "k3y-of-clients", "k3y-of-team-a", "k3y-of-operators", "hunter2-and-3"
 CALM = {"OMP_NUM_THREADS": "1"}
 
 
@@ -36,7 +38,9 @@ def test_status_and_report(tmp_path: Path) -> None:
     port = free_port()
     keys = {"TPSERVE_API_KEY": KEY, "TPSERVE_ADMIN_API_KEY": ADMIN}
     url = ("--url", f"http://127.0.0.1:{port}")
-    command = serve("-tp", "2", "--device", "cpu", port=port)
+    (tmp_path / "keys").write_text(f"{TEAM} name=team-a requests_per_minute=2\n")
+    files = ("--access-log", str(tmp_path / "access"), "--api-key-file", str(tmp_path / "keys"))
+    command = serve("-tp", "2", "--device", "cpu", *files, port=port)
     with running(
         [command], port, tmp_path / "log", ready=False, env=CALM | keys | {"NCCL_IB_HCA": "mlx5", "NCCL_HOSTID": PASSWORD}
     ) as server:
@@ -57,6 +61,7 @@ def test_status_and_report(tmp_path: Path) -> None:
         assert all(re.search(rf"^0 +{socket.gethostname()} +0/\d+ +{i} +\d+ .* weights, .* KV of .*running$", line)
                    for i, line in enumerate(ranks)), page  # fmt: skip
         assert queue == "queue: 0 running, 0 waiting; 0.0% of the KV cache in use"
+        check_operators_commands(server, url, keys)
         for given, way_out in (({}, "TPSERVE_ADMIN_API_KEY"), ({"TPSERVE_ADMIN_API_KEY": "wrong"}, "TPSERVE_ADMIN_API_KEY")):
             code, _, error = tpserve("status", *url, **given)
             assert code == 2 and error.count("\n") == 1 and "is running (ready)" in error and way_out in error
@@ -64,9 +69,9 @@ def test_status_and_report(tmp_path: Path) -> None:
             "report", *url, "--output", "ticket.json", cwd=tmp_path, **keys, MY_PASSWORD=PASSWORD, NCCL_HOSTID=PASSWORD
         )
         text = (tmp_path / "ticket.json").read_text()
-        assert server.stop() == [0]
+        check_drain_in_a_pause(server)
     assert code == 0 and said.startswith("wrote ticket.json: ")
-    assert not [secret for secret in (KEY, ADMIN, PASSWORD) if secret in text]
+    assert not [secret for secret in (KEY, TEAM, ADMIN, PASSWORD) if secret in text]
     assert json.loads(text)["here"]["nccl_and_gloo"] == {"NCCL_HOSTID": "***"}
     info = json.loads(text)["server"]["server_info"]
     assert info["config"]["api_key"] == info["config"]["admin_api_key"] == "***" and info["layout"]["tp"] == 2
@@ -77,6 +82,53 @@ def test_status_and_report(tmp_path: Path) -> None:
     first, second = (rank["log"]["first"] for rank in info["ranks"])
     assert any("[n0 r0 s0]" in line and "NCCL_HOSTID=*** is set" in line for line in first), first
     assert any("memory of rank" in line for line in first) and not any("r0" in line for line in second)
+
+
+def check_operators_commands(server: Server, url: tuple[str, str], keys: dict[str, str]) -> None:
+    """What is asked of a server, and what its access log has of it."""
+
+    def ask(*arguments: str, code: int = 0) -> str:
+        found, said, error = tpserve(*arguments, *url, **keys)
+        assert found == code, (said, error)
+        return said + error
+
+    assert "paused; `tpserve resume` goes on" in ask("pause")
+    assert ": paused (keep); POST /resume" in ask("status", code=1)
+    assert "0 requests are ended" in ask("pause", "--mode", "abort") and "paused" in server.get("/health")[1]["state"]
+    assert "resumed" in ask("resume") and "the prefix cache is empty" in ask("reset-prefix-cache")
+    assert "ended 0 requests" in ask("abort", "--all")
+    assert "no open request has such an id" in ask("abort", "--request-id", "a", "b", code=2)
+    assert "give either" in ask("abort", code=2)
+    assert "needs the admin key" in tpserve("resume", *url, TPSERVE_API_KEY=KEY)[2]
+    lines = [json.loads(line) for line in (server.log_path.parent / "access").read_text().splitlines()]
+    asked = [(line["path"], line["status"]) for line in lines if line["method"] == "POST"]
+    paths = ["/pause", "/pause", "/resume", "/reset_prefix_cache", "/abort_request"]
+    assert asked == [*((path, 200) for path in paths), ("/abort_request", 404), ("/resume", 401)]
+    check_limits(server)
+
+
+def check_drain_in_a_pause(server: Server) -> None:
+    """What is open comes to its end."""
+    client = checks.Client(server.url, {"Authorization": f"Bearer {KEY}"})
+    assert checks.Client(server.url, {"Authorization": f"Bearer {ADMIN}"}).send("POST", "/pause").status == 200
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.completion, max_tokens=3, ignore_eos=True)
+        while not client.get("/load").json["server_load"]:
+            assert not waiting.done()
+        assert server.stop() == [0] and waiting.result().json["usage"]["completion_tokens"] == 3
+
+
+def check_limits(server: Server) -> None:
+    """A key's limit, its name in /metrics, and a deadline."""
+    team = checks.Client(server.url, {"Authorization": f"Bearer {TEAM}"})
+    assert [team.completion(max_tokens=1).status for _ in range(3)] == [200, 200, 429]
+    refused = 'tpserve:key_requests_refused_total{api_key_name="team-a",limit="requests_per_minute",'
+    metrics = team.get("/metrics").body.decode()
+    assert any(line.startswith(refused) and line.endswith(" 1.0") for line in metrics.splitlines()) and TEAM not in metrics
+    quick = checks.Client(server.url, {"Authorization": f"Bearer {KEY}", "X-Request-Timeout": "0.05"})
+    checks.is_error(quick.completion(max_tokens=900, ignore_eos=True), 504, code="request_timeout")
+    lines = [json.loads(line) for line in (server.log_path.parent / "access").read_text().splitlines()]
+    assert [line["status"] for line in lines if line["key"] == "team-a"] == [200, 200, 429]
 
 
 def test_errors_of_one_line(tmp_path: Path) -> None:

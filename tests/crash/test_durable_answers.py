@@ -111,6 +111,34 @@ def check_response(port: int, begun: bytes) -> None:
     assert answer["usage"]["input_tokens"] > STORY["max_output_tokens"] // 2
 
 
+def until_state(server: Server, state: str) -> None:
+    deadline_s = time.monotonic() + COME_BACK_S
+    while True:
+        with suppress(OSError):
+            if server.get("/readyz", 5.0)[1]["state"] == state:
+                return
+        assert time.monotonic() < deadline_s, server.log
+        time.sleep(0.05)
+
+
+def check_pause(server: Server, clients: list[Client]) -> None:
+    """A pause outlives the death of a rank, and of the frontend, after which every answer goes on."""
+    assert server.post("/pause", b"") == (200, {"status": "paused", "mode": "keep", "num_aborted": 0})
+    epoch = server.get("/server_info")[1]["epoch"]
+    for pid in (server.rank_pids()[0], frontend_pid(server)):
+        os.kill(pid, signal.SIGKILL)
+        until_state(server, "recovering")
+        until_state(server, "paused")
+        assert server.get("/server_info")[1]["epoch"] > epoch and server.get("/is_paused")[1]["is_paused"]
+        epoch = server.get("/server_info")[1]["epoch"]
+        time.sleep(0.3)  # what was sent before the pause
+        sizes = [len(client.data) for client in clients]
+        time.sleep(0.5)
+        assert sizes == [len(client.data) for client in clients], "nothing is computed in a pause"
+    assert any(client.is_alive() for client in clients)
+    assert server.post("/resume", b"") == (200, {"status": "resumed"})
+
+
 def test_answers_outlive_the_frontend_and_the_server(tmp_path: Path) -> None:
     port = free_port()
     command = serve("--nproc-per-node", "1", "--state-dir", str(tmp_path / "state"), port=port)
@@ -120,7 +148,7 @@ def test_answers_outlive_the_frontend_and_the_server(tmp_path: Path) -> None:
         clients = [Client(port, path, ASK | body) for path, body in CALLS]
         begun = read_some(Connection(server.url, "POST", "/v1/responses", STORY), 3000)
         until_some(clients)
-        os.kill(frontend_pid(server), signal.SIGKILL)
+        check_pause(server, clients)
         until_some(clients)
         assert any(client.is_alive() for client in clients), "the answers are too short for this test"
         server.processes[0].kill()

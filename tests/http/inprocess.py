@@ -8,6 +8,7 @@ The event loop runs in a thread of its own, so that synchronous clients can be u
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 import time
 from array import array
@@ -23,8 +24,10 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from tests.http.tiny_tokenizer import EOS, byte_level, save
 from tests.scheduling.simulator import SimulatedDevice
+from tpserve.engine_client.control import EngineControl
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.status import EngineStatus
+from tpserve.frontend.access_log import AccessLogFile
 from tpserve.frontend.api_keys import ApiKeys
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
@@ -34,7 +37,7 @@ from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
-from tpserve.types.messages import Abort, Add, EngineInput, Truncate
+from tpserve.types.messages import Abort, Add, EngineInput, Pause, ResetPrefixCache, Resume, Stats, Truncate
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import NewSequence, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from tpserve.types.sampling import SamplingDefaults
@@ -78,6 +81,12 @@ class Engine:
                     self.scheduler.abort(message.id, now)
                 case Truncate():
                     self.scheduler.truncate(message.id, message.length, now)
+                case Pause():
+                    self.scheduler.pause(message.mode)
+                case Resume():
+                    self.scheduler.resume()
+                case ResetPrefixCache():
+                    self.scheduler.reset_prefix_cache()
         self._inputs.clear()
         plans = []
         while plan := self.scheduler.schedule(now):
@@ -137,6 +146,8 @@ class Config:
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
+    request_timeout: float | None = None
+    access_log: str | None = None
     log_requests: bool = False
     log_stats: bool = True
     drain_timeout: float = 25.0
@@ -156,6 +167,7 @@ class Server:
     loop: asyncio.AbstractEventLoop
     states: list[EngineStatus] = field(default_factory=list)
     journal: Journal | None = None
+    control: EngineControl | None = None
 
     def call(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run something in the server's loop."""
@@ -182,6 +194,8 @@ def serving(
     states = [EngineStatus("running", "serving", 100, "", MAX_MODEL_LEN, tokenizer.vocab_size)]
     settings = Config(**config)
     journals: list[Journal | None] = []
+    controls: list[EngineControl] = []
+    access_log = None if settings.access_log is None else AccessLogFile(settings.access_log)
 
     async def start() -> tuple[web.AppRunner, asyncio.Task[None], RequestTable, int]:
         request_table = RequestTable(engine.send, Metrics(settings.served_model_name[0]))
@@ -189,9 +203,23 @@ def serving(
         info: Callable[[], dict[str, Any]] = lambda: {"state": states[-1].state}  # noqa: E731
         journal = None if settings.state_dir is None else Journal(settings.state_dir, settings.digest, settings.resume_window)
         journals.append(journal)
+        control = EngineControl(engine.send)
+        controls.append(control)
+        control.attach()
+
+        def on_stats(stats: Stats) -> None:
+            request_table.metrics.engine(stats)
+            control.on_stats(stats)
+
+        def status() -> EngineStatus:
+            paused = control.mode is not None and states[-1].state == "running"
+            return dataclasses.replace(states[-1], state="paused", phase=f"paused ({control.mode})") if paused else states[-1]
+
+        request_table.on_stats = on_stats
         app = create_app(
-            settings, request_table, lambda: states[-1], tokenizer, template, answers or ChatAnswers(),
-            journal=journal, info=info, api_keys=ApiKeys(settings.api_key, settings.api_key_file), exposed=exposed,
+            settings, request_table, status, tokenizer, template, answers or ChatAnswers(),
+            journal=journal, info=info, control=control, api_keys=ApiKeys(settings.api_key, settings.api_key_file),
+            access_log=access_log, exposed=exposed,
         )  # fmt: skip
         site_runner = runner(app)
         await site_runner.setup()
@@ -200,7 +228,7 @@ def serving(
         return site_runner, loop.create_task(engine.run(request_table)), request_table, site_runner.addresses[0][1]
 
     site_runner, task, request_table, port = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    server = Server(f"http://127.0.0.1:{port}", engine, request_table, tokenizer, loop, states, journals[0])
+    server = Server(f"http://127.0.0.1:{port}", engine, request_table, tokenizer, loop, states, journals[0], controls[0])
     try:
         yield server
     finally:
@@ -209,5 +237,7 @@ def serving(
         loop.call_soon_threadsafe(task.cancel)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+        if access_log is not None:
+            access_log.close()
         if failed:
             task.result()

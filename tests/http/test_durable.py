@@ -90,6 +90,24 @@ def test_an_answer_goes_on_to_the_byte(
             assert said([data for _, data in parsed(got)]) == said([data for _, data in parsed(undisturbed)])
 
 
+def test_whose_an_answer_is_and_its_deadline_outlive_the_server(serve: Serving, tmp_path: Path) -> None:
+    (keys := tmp_path / "keys").write_text("k name=n max_parallel_requests=1")
+    headers = {"Authorization": "Bearer k", "X-Request-Timeout": "2"}
+    with serve(api_key_file=str(keys)) as server:
+        server.engine.paused = True
+        reply = checks.Client(server.url, headers).post("/v1/responses", input="a", background=True, ignore_eos=True)
+        kill(server)
+    with serve(api_key_file=str(keys)) as server:
+        server.engine.paused = True
+        client = checks.Client(server.url, headers)
+        until(lambda: server.request_table.num_open == 1)
+        checks.is_error(client.completion(max_tokens=1), 429, code="rate_limit_exceeded", says="Limit 1, Used 1")
+        until(lambda: client.get(f"/v1/responses/{reply.json['id']}").json["status"] == "failed")
+        assert "X-Request-Timeout" in client.get(f"/v1/responses/{reply.json['id']}").json["error"]["message"]
+        server.engine.paused = False
+        assert client.completion(max_tokens=1).status == 200
+
+
 @pytest.mark.parametrize(("path", "body"), [CASES[1], CASES[3], PROMPT])
 def test_what_a_client_has_seen_stays_where_nothing_can_be_drawn_again(
     serve: Serving, path: str, body: Json, monkeypatch: pytest.MonkeyPatch

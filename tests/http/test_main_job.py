@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,24 @@ def test_the_api_over_ranks(served: tuple[str, Server, Path]) -> None:
     checks.wrong_requests(server.url)
     score_checks.wrong_requests(server.url)
     checks.too_long(server.url)
+
+
+def test_a_pause_changes_no_token(served: tuple[str, Server, Path]) -> None:
+    name, server, _ = served
+    if name not in ("tp2", "tp2pp2"):
+        return
+    body = {"prompt": "The lighthouse", "max_tokens": 100, "temperature": 1.0, "seed": 7, "ignore_eos": True}
+    expected = server.complete(body["prompt"], **{name: value for name, value in body.items() if name != "prompt"})["text"]
+    stream = server.stream("/v1/completions", body | {"stream": True})
+    text = next(stream)["choices"][0]["text"]
+    assert server.post("/pause", b"")[0] == 200 and server.get("/readyz")[1]["state"] == "paused"
+    steps = []
+    for _ in range(2):
+        time.sleep(0.7)  # longer than a heartbeat
+        steps.append([rank["last_step"] for rank in server.get("/server_info")[1]["ranks"]])
+    assert steps[0] == steps[1], "no rank has anything to do"
+    assert server.post("/resume", b"")[0] == 200
+    assert text + "".join(event["choices"][0]["text"] for event in stream) == expected
 
 
 def test_200_streams_with_disconnects(served: tuple[str, Server, Path]) -> None:

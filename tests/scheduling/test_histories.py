@@ -1,4 +1,4 @@
-"""Random histories of arrivals, aborts, truncations and late results under tight limits, over the simulated device.
+"""Random histories of arrivals, aborts, truncations, pauses and late results under tight limits, over the simulated device.
 
 Prompts are cut from a few stems, so that prefixes are shared, now and then by all choices of a request.
 Of any history must hold: every Add has one Done, its tokens and scores are those of an undisturbed run alone, nothing is held
@@ -49,6 +49,9 @@ class History:
     aborted: set[int] = field(default_factory=set)
     mismatches: list[tuple[int, int, int]] = field(default_factory=list)
     events: list[StepPlan | EngineOutput] = field(default_factory=list)
+    pause: str = ""
+    controls: int = 0
+    kept: int = 0
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config)
@@ -77,9 +80,28 @@ class History:
         self.scheduler.truncate(id, length, self._tick())
         self._take()
 
+    def control(self, what: str) -> None:
+        """What an operator does: `keep` and `wait` are pauses, in which nothing begins."""
+        match what:
+            case "keep" | "wait":
+                self.pause = what
+                self.scheduler.pause(what)
+            case "resume":
+                self.pause = ""
+                self.scheduler.resume()
+            case _:
+                self.scheduler.reset_prefix_cache()
+        self.controls += 1
+        assert self.scheduler.stats().controls == self.controls
+        assert self.pause or not self.scheduler.paused
+
     def schedule(self) -> bool:
+        started = {sequence.request.id for sequence in self.scheduler._waiting if sequence.begun}
+        running = self.scheduler._running.keys() | started
         plan = self.scheduler.schedule(self._tick())
+        assert not self.pause or self.scheduler._running.keys() <= running, "a pause lets something begin"
         if plan is not None:
+            assert self.pause != "keep"
             self.device.submit(plan, self.now)
             self.events.append(plan)
         return plan is not None
@@ -103,6 +125,16 @@ class History:
         else:
             raise AssertionError("no progress")
         assert self.scheduler.idle, "work is left and nothing is planned"
+
+    def go_on(self) -> None:
+        """Reach the pause, if there is one, and end it."""
+        if self.pause:
+            while self.schedule() or self.apply():
+                pass
+            assert self.scheduler.paused and self.scheduler.stats().paused
+            assert self.pause == "keep" or not self.scheduler._running
+            self.kept = len(self.scheduler._running)
+            self.control("resume")
 
     def check(self) -> None:
         """When idle: one Done per request, the tokens of a run alone, no slot and no block in use."""
@@ -218,6 +250,8 @@ def scenario(seed: int) -> tuple[SchedulerConfig, list[Operation]]:
             operations += [request, *choices_of(random, request)]
         elif kind < 0.32:
             operations.append((random.choice(["abort", "cut"]), random.randint(0, 15)))
+        elif kind < 0.37:
+            operations.append((random.choice(["keep", "wait", "resume", "resume", "reset"]), 0))
         else:
             operations.append(("schedule" if random.random() < patience else "apply", 0))
     return config, operations
@@ -267,6 +301,9 @@ def play(seed: int, **changes: Any) -> History:
                 history.schedule()
             case "apply", _:
                 history.apply()
+            case what, _:
+                history.control(what)
+    history.go_on()
     history.run()
     return history
 
@@ -315,10 +352,11 @@ def test_the_histories_reach_every_corner() -> None:
         seen["redrawn in parts"] += sum(0 < sum(p.redraw) != sum(p.redraw[i] for i, s in enumerate(p.sample) if s) for p in plans)
         seen["mismatch"] += len(history.mismatches)
         seen["resumed and preempted"] += bool(resumed) * history.scheduler.stats().preemptions
+        seen["kept in a pause"] += history.kept
         seen["late"] += len(history.dones.keys() & (history.aborted | history.cuts.keys()))
     corners = (
         *("stop", "length", "abort", "error", "preemption", "chunked", "reuse", "cached", "scored", "late"),
         *("window preemption", "window hit", "smaller chunk", "few bytes"),
-        *("redrawn in parts", "mismatch", "resumed and preempted"),
+        *("redrawn in parts", "mismatch", "resumed and preempted", "kept in a pause"),
     )
     assert min(seen[corner] for corner in corners) > 20, seen

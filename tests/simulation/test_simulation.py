@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from tests.simulation.schedule import run_schedule
 from tests.simulation.world import quiet
-from tpserve.coordinator import coordinator
+from tpserve.coordinator import coordinator, restart_intensity
 from tpserve.coordinator.coordinator import Coordinator
 from tpserve.coordinator.roster import Member, Roster
 from tpserve.engine.watchdog import StepWatchdog
@@ -136,7 +136,7 @@ def a_replaced_rank_ends_its_node(patch: pytest.MonkeyPatch) -> None:
 
 
 def asking_for_a_restart_counts_as_a_fault(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(coordinator, "_OUTSIDE", coordinator._OUTSIDE[:2])
+    patch.setattr(restart_intensity, "_OUTSIDE", restart_intensity._OUTSIDE[:2])
 
 
 def an_engine_that_ends_while_it_is_greeted_fails_the_service(patch: pytest.MonkeyPatch) -> None:

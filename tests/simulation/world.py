@@ -19,7 +19,7 @@ from tests.simulation.links import QueueRouter
 from tests.simulation.mesh import SimulatedMesh
 from tests.simulation.rank import Incarnation, Process, SimulatedRank
 from tpserve.coordinator.actions import EpochFailed, EpochFinished
-from tpserve.coordinator.coordinator import EpochState
+from tpserve.coordinator.epoch_state import EpochState
 from tpserve.scheduling.scheduler import Scheduler
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.types.messages import Start

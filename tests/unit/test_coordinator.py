@@ -12,7 +12,8 @@ from tpserve.coordinator.actions import (
     RankLost,
     SendMessage,
 )
-from tpserve.coordinator.coordinator import Coordinator, EpochState
+from tpserve.coordinator.coordinator import Coordinator
+from tpserve.coordinator.epoch_state import EpochState
 from tpserve.coordinator.roster import Peer
 from tpserve.types.messages import (
     RESTART_CODE,

@@ -12,7 +12,8 @@ import pytest
 import zmq
 
 from tpserve.coordinator.actions import Action, EpochFailed
-from tpserve.coordinator.coordinator import Coordinator, EpochState
+from tpserve.coordinator.coordinator import Coordinator
+from tpserve.coordinator.epoch_state import EpochState
 from tpserve.coordinator.rank_monitor import RankMonitor
 from tpserve.types.messages import CoordinatorMessage, Fault, Hello, MemoryLedger, RankMessage, Ready, Start, Stop
 from tpserve.wire import codec

@@ -1,1 +1,1 @@
-"""Operators' commands for a running server: `tpserve status` and `tpserve report`."""
+"""Operators' commands for a running server: what it tells, and what it is asked to do."""

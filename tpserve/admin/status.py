@@ -44,7 +44,9 @@ def status_lines(facts: ServerFacts) -> list[str]:
     """The lines to print: the server, a table of its ranks, its queue."""
     info, ranks = facts.info, facts.info["ranks"]
     config, layout = info["config"], info["layout"]
-    state = "ready" if info["state"] == "running" else f"{info['state']}, {info['percent']}%: {info['phase']}"
+    state = f"{info['state']}, {info['percent']}%: {info['phase']}"
+    if info["state"] in ("running", "paused"):
+        state = "ready" if info["state"] == "running" else info["phase"]
     lines = [
         f"{facts.url}: {state}",
         f"tpserve {info['version']}, {', '.join(config['served_model_name'])} in {config['dtype']}, "

@@ -11,6 +11,10 @@ ABOUT = {
     "chat": "talk to a running server in the terminal, or through a pipe",
     "status": "a running server's nodes, ranks, memory and queue",
     "report": "write one file about a server and this host, for a ticket",
+    "pause": "let a running server begin no request; streams stay open, and nothing is lost",
+    "resume": "end a pause",
+    "abort": "end open requests of a running server, by their ids or all",
+    "reset-prefix-cache": "let a running server forget what later requests would find computed",
     "template": "how a model's reasoning and tool calls are read, and whether that holds",
     "completion": "the script with which bash, zsh or fish completes tpserve's commands and flags",
     "secret": "make a secret that the nodes of a server share",
@@ -44,7 +48,7 @@ repository ORG/NAME of Hugging Face. Flags: `tpserve serve --help`."""
 
 def overview() -> str:
     """The text of `tpserve --help`: a line for each command."""
-    return _OVERVIEW.format("\n".join(f"  {name:<12}{about}" for name, about in ABOUT.items()))
+    return _OVERVIEW.format("\n".join(f"  {name:<20}{about}" for name, about in ABOUT.items()))
 
 
 def suggest_command(name: str, commands: Collection[str]) -> str:

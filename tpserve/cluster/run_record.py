@@ -10,16 +10,18 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from tpserve.types.messages import PauseMode
 from tpserve.wire.curve import ConnectInfo
 
 
 class RunRecord(Struct, frozen=True):
     """`epoch`: the last one that was started. `facts`: of the loaded model, empty before one has run. `remote`: the coordinator's
-    address for other nodes; None on a single node."""
+    address for other nodes; None on a single node. `pause`: the mode of a pause that goes on."""
 
     epoch: int = 0
     facts: dict[str, int] = {}
     remote: ConnectInfo | None = None
+    pause: PauseMode | None = None
 
 
 def read_run(where: Path) -> RunRecord:

@@ -71,6 +71,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     allow_credentials: bool
     resume_window: float
     state_dir: str | None
+    request_timeout: float | None
+    access_log: str | None
     log_requests: bool
     log_stats: bool
     cluster_secret_file: str | None
@@ -104,5 +106,5 @@ _LOCAL = {
     *("sampling_defaults", "snapshot", "served_model_name"),
     *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
     *("interface", "port_range", "allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials", "log_requests"),
-    *("log_stats", "resume_window", "state_dir"),
+    *("log_stats", "resume_window", "state_dir", "request_timeout", "access_log"),
 }

@@ -267,7 +267,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         str | None,
         Flag(
             HTTP,
-            "File with a key on each line, any of which clients may send; it is read again when it changes.",
+            "File with a key on each line, any of which clients may send, and behind it name=NAME and limits such as "
+            "tokens_per_minute=100000 (docs/serving.md); it is read again when it changes.",
             "tpserve",
             metavar="FILE",
         ),
@@ -276,7 +277,8 @@ class Flags(Struct, frozen=True, kw_only=True):
         str | None,
         Flag(
             HTTP,
-            "Key for /server_info. Without it that page is closed unless --host is loopback. Also TPSERVE_ADMIN_API_KEY.",
+            "Key for /server_info, /pause and operators' other routes. Without it they are closed unless --host is loopback. "
+            "Also TPSERVE_ADMIN_API_KEY.",
             "tpserve",
         ),
     ] = None
@@ -316,6 +318,26 @@ class Flags(Struct, frozen=True, kw_only=True):
             "Directory on a local disk where such answers are kept, so that they go on when the frontend or the whole server was "
             "killed and is started again; it holds prompts and outputs. Default: in memory only.",
             "tpserve",
+        ),
+    ] = None
+    request_timeout: Annotated[
+        float | None,
+        Flag(
+            HTTP,
+            "Seconds after which a request is ended, queued or running, unless its header X-Request-Timeout says otherwise. "
+            "Default: none.",
+            "tpserve",
+            above=0,
+        ),
+    ] = None
+    access_log: Annotated[
+        str | None,
+        Flag(
+            HTTP,
+            "File to which a JSON object is appended for each HTTP request (- for the standard output): key's name, status, "
+            "times, tokens; never its text. It is opened anew when it was moved.",
+            "tpserve",
+            metavar="FILE",
         ),
     ] = None
     log_requests: Annotated[

@@ -6,11 +6,10 @@ Every error that can be found before a process starts is raised here, in one sen
 import shlex
 from typing import Literal, NamedTuple
 
-from msgspec import DecodeError, json
-
 from tpserve.config.engine_config import EngineConfig
 from tpserve.config.flags import Flags, Quantization
 from tpserve.config.sizes import GIB
+from tpserve.config.web_pages import name_list, origin_list
 from tpserve.errors import UserError
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.machine import Machine
@@ -74,10 +73,12 @@ def resolve(flags: Flags, files: ModelFiles, spec: ModelSpec, machine: Machine) 
         admin_api_key=flags.admin_api_key,
         metrics_key=flags.metrics_key,
         metrics_compat=flags.metrics_compat,
-        allowed_origins=_origins(flags.allowed_origins),
-        allowed_methods=_list("allowed_methods", flags.allowed_methods),
-        allowed_headers=_list("allowed_headers", flags.allowed_headers),
+        allowed_origins=origin_list(flags.allowed_origins),
+        allowed_methods=name_list("allowed_methods", flags.allowed_methods),
+        allowed_headers=name_list("allowed_headers", flags.allowed_headers),
         allow_credentials=flags.allow_credentials,
+        request_timeout=flags.request_timeout,
+        access_log=flags.access_log,
         log_requests=flags.log_requests,
         log_stats=flags.log_stats,
         resume_window=flags.resume_window,
@@ -98,31 +99,6 @@ def _state_dir(flags: Flags) -> str | None:
     if flags.state_dir is not None and not flags.resume_window:
         raise UserError("--state-dir needs a --resume-window above 0: with 0 no answers are kept", param="state_dir")
     return flags.state_dir
-
-
-def _list(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
-    """The values of a flag that takes names, or a JSON list as in vLLM. Raises UserError."""
-    text = " ".join(values)
-    if not text.startswith("["):
-        return values
-    try:
-        return tuple(json.decode(text, type=list[str]))
-    except (DecodeError, UnicodeDecodeError):
-        flag = "--" + name.replace("_", "-")
-        raise UserError(f"{flag} must be names, or a JSON list of texts, not {text!r}", param=name) from None
-
-
-def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
-    """The origins as browsers send them. Raises UserError."""
-    origins = tuple(origin.rstrip("/").lower() for origin in _list("allowed_origins", values))
-    for origin in origins:
-        scheme, separator, host = origin.partition("://")
-        if origin not in ("*", "null") and (not separator or not scheme or not host or "/" in host):
-            raise UserError(
-                f"--allowed-origins {origin!r} is no origin: a scheme and a host, such as https://chat.example.com",
-                param="allowed_origins",
-            )
-    return origins
 
 
 def _secret_file(flags: Flags, machine: Machine) -> str | None:

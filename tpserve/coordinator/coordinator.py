@@ -1,7 +1,7 @@
 """The owner of the epoch: which ranks take part, whether plans may flow, and why it ended. Sans-I/O, with a single writer.
 
 Theory of operation. Each event is a method call that takes `now` (seconds of any monotonic clock) and returns the actions to
-carry out, in order. Nothing is awaited, opened or read here. The table `_NEXT` has every transition:
+carry out, in order. Nothing is awaited, opened or read here. The table `NEXT_STATE` has every transition:
 
     FORMING   some ranks have not said Hello           -> STARTING   once all have: epoch + 1, Start to all
     STARTING  ranks form the mesh and load             -> RUN        once all are Ready: Run to all, EpochReady
@@ -16,7 +16,7 @@ requests wait meanwhile, and are sent to the engine again after EpochReady. The 
     the user can mend it       a rank reports a fault of kind user
     it has never worked        before the first RUN, a rank reports an error of its own
     it does not come back      no rank makes progress for `recovery_timeout_s`, before the first RUN for `form_timeout_s`
-    it fails again and again   more than `MAX_FAULTS` faults with a cause of their own in `FAULTS_S`, and no token in between
+    it fails again and again   more faults with a cause of their own than `restart_intensity` allows, and no token in between
     nobody restarts ranks      `restarts` is false: any fault
 
 Invariants
@@ -31,10 +31,7 @@ Invariants
 - An overdue step is no fault while a rank reports that it compiles, for as long as a start may take.
 """
 
-from collections import deque
 from collections.abc import Callable
-from enum import Enum
-from typing import Literal
 
 from tpserve.coordinator.actions import (
     Action,
@@ -48,6 +45,8 @@ from tpserve.coordinator.actions import (
     SendMessage,
 )
 from tpserve.coordinator.config_check import mismatch
+from tpserve.coordinator.epoch_state import NEXT_STATE, EpochEvent, EpochState
+from tpserve.coordinator.restart_intensity import RestartIntensity, cause_of_exit
 from tpserve.coordinator.roster import Peer, RankInfo, Roster
 from tpserve.observe.table import of_ranks
 from tpserve.types.messages import (
@@ -74,46 +73,10 @@ LOST_STARTING_S = 30.0
 """The same while starting, where a long call into a library may delay heartbeats. A death is still noticed at once."""
 BLOCKED_S = 1.0
 """A coordinator that was itself blocked for this long cannot tell which ranks were silent, and resets all timers."""
-MAX_FAULTS, FAULTS_S = 10, 300.0
-"""So many faults in so many seconds, without a token in between, end the service. A rank that was killed from outside (SIGKILL,
-SIGTERM) has no cause of its own and does not count."""
-
-
-class EpochState(Enum):
-    """See the table in the module docstring."""
-
-    FORMING = "forming"
-    STARTING = "starting"
-    RUN = "run"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-
-
-EpochEvent = Literal["all_joined", "all_ready", "drain", "drained", "fault", "fatal"]
-
-_NEXT: dict[tuple[EpochState, EpochEvent], EpochState] = {
-    (EpochState.FORMING, "all_joined"): EpochState.STARTING,
-    (EpochState.STARTING, "all_ready"): EpochState.RUN,
-    (EpochState.STARTING, "fault"): EpochState.FORMING,
-    (EpochState.RUN, "fault"): EpochState.FORMING,
-    (EpochState.RUN, "drain"): EpochState.DRAINING,
-    (EpochState.DRAINING, "fault"): EpochState.FORMING,
-    (EpochState.DRAINING, "drained"): EpochState.STOPPED,
-    (EpochState.FORMING, "drained"): EpochState.STOPPED,
-    (EpochState.STARTING, "drained"): EpochState.STOPPED,
-    **{(state, "fatal"): EpochState.STOPPED for state in EpochState},
-}
-
-
 _SILENT_ADVICE = "it hangs or was stopped, or its node or the link to it is down: look at that node's log, `dmesg` and network"
 _FAULT_ADVICE = "--log-level debug shows where"
 _SIBLING_ADVICE = "look at the last lines of its node's log"
-_OUTSIDE = ("SIGKILL", "SIGTERM", f"exit code {RESTART_CODE}")
-"""How a process ends that an operator has ended, or the kernel for lack of memory, or that asked to be started again: it has
-reported its own error, or was stuck after that of another rank."""
 _CAUSE_OF_FAULT: dict[str, Cause] = {"engine": "error", "overdue": "unclear"}
-_CAUSES: tuple[Cause, ...] = ("outside", "unclear", "error")
-"""From the least to the worst."""
 
 
 class Coordinator:
@@ -148,9 +111,7 @@ class Coordinator:
         self._roster = Roster(world_size)
         self._ledgers: list[MemoryLedger] = []
         """Of every rank, as the ranks agreed in the first epoch; empty before."""
-        self._cause: Cause = "outside"
-        """The worst cause of a fault since the last epoch that ran."""
-        self._faults: deque[float] = deque()
+        self._intensity = RestartIntensity()
         self._form_timeout_s, self._recovery_timeout_s = form_timeout_s, recovery_timeout_s
         self._drain_timeout_s = drain_timeout_s
         self._draining_s: float | None = None
@@ -284,8 +245,7 @@ class Coordinator:
 
     def note_token(self) -> None:
         """The engine has produced a token: faults before it do not count any more."""
-        if self._faults:
-            self._faults.clear()
+        self._intensity.note_token()
 
     def fail(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
         """Something outside the ranks ends the service at once: the agent has ended, or a second signal came."""
@@ -305,9 +265,8 @@ class Coordinator:
         rank.hello, self._progress_s = message, now
         if why:
             return self._end(2, why, now)
-        cause = _cause_of_exit(message.last_exit)
-        if cause != "outside" and (actions := self._count_fault(cause, now)):
-            return actions
+        if too_many := self._intensity.note_fault(cause_of_exit(message.last_exit), now):
+            return self._end_after(too_many, now)
         return self._enter_state("all_joined", now) if self._roster.complete else []
 
     def _on_ready(self, peer: Peer, message: Ready, now: float) -> list[Action]:
@@ -368,8 +327,7 @@ class Coordinator:
             return [EpochStarting(self.epoch), *(self._start(peer) for peer in self._roster.peers)]
         if self.state is EpochState.RUN:
             self._note_ready()
-            actions = [*self._to_all(Run(self.epoch)), EpochReady(self.epoch, self._cause)]
-            self._cause = "outside"
+            actions = [*self._to_all(Run(self.epoch)), EpochReady(self.epoch, self._intensity.take_worst())]
             return actions if self._draining_s is None else [*actions, *self._enter_state("drain", now)]
         if self.state is EpochState.DRAINING:
             return self._to_all(Drain())
@@ -382,7 +340,7 @@ class Coordinator:
         return [*self._to_all(Stop(self.code, self.reason)), end]
 
     def _next(self, event: EpochEvent) -> EpochState:
-        return _NEXT[self.state, event]
+        return NEXT_STATE[self.state, event]
 
     def _note_ready(self) -> None:
         """Keep what later epochs and operators need of the ranks that are ready."""
@@ -399,20 +357,13 @@ class Coordinator:
         if self.state is EpochState.FORMING:
             return []  # nothing runs yet; the failed rank is missing, as before
         self.reason, self.advice, self.last_fault = reason, advice, reason
-        if cause != "outside" and (actions := self._count_fault(cause, now)):
-            return actions
+        if too_many := self._intensity.note_fault(cause, now):
+            return self._end_after(too_many, now)
         epoch = self.epoch
         return [*self._enter_state("fault", now), EpochLost(epoch, reason)]
 
-    def _count_fault(self, cause: Cause, now: float) -> list[Action]:
-        """Count a fault with a cause of its own, and end the service when there are too many."""
-        self._cause = max(self._cause, cause, key=_CAUSES.index)
-        self._faults.append(now)
-        while now - self._faults[0] > FAULTS_S:
-            self._faults.popleft()
-        if len(self._faults) <= MAX_FAULTS:
-            return []
-        return self._end(1, f"{len(self._faults)} faults within {FAULTS_S:g} s, the last: {self.reason}", now, self.advice)
+    def _end_after(self, faults: str, now: float) -> list[Action]:
+        return self._end(1, f"{faults}, the last: {self.reason}", now, self.advice)
 
     def _end(self, code: int, reason: str, now: float, advice: str = "") -> list[Action]:
         """End the service and keep the reason."""
@@ -456,10 +407,3 @@ class Coordinator:
 
     def _to_all(self, message: CoordinatorMessage) -> list[Action]:
         return [SendMessage(peer, message) for peer in self._roster.peers]
-
-
-def _cause_of_exit(last_exit: str) -> Cause:
-    """What the end of a process says about its cause."""
-    if not last_exit or last_exit.endswith(_OUTSIDE):
-        return "outside"
-    return "error" if "exit code" in last_exit else "unclear"

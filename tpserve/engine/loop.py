@@ -20,7 +20,18 @@ from tpserve.engine.watchdog import StepWatchdog
 from tpserve.observe.trace import Trace
 from tpserve.process.rank_agent import RankAgent
 from tpserve.scheduling.scheduler import Scheduler
-from tpserve.types.messages import Abort, Add, Done, EngineInput, EngineOutput, Stats, Truncate
+from tpserve.types.messages import (
+    Abort,
+    Add,
+    Done,
+    EngineInput,
+    EngineOutput,
+    Pause,
+    ResetPrefixCache,
+    Resume,
+    Stats,
+    Truncate,
+)
 from tpserve.types.plan import StepPlan, StepResult
 from tpserve.wire.channels import EngineLink, PlanBroadcaster, ResultReceiver, wait
 
@@ -118,6 +129,12 @@ class Engine:
                 self._scheduler.abort(id, now)
             case Truncate(id, length):
                 self._scheduler.truncate(id, length, now)
+            case Pause(mode):
+                self._scheduler.pause(mode)
+            case Resume():
+                self._scheduler.resume()
+            case ResetPrefixCache():
+                self._scheduler.reset_prefix_cache()
 
     def _launch(self, plan: StepPlan) -> None:
         with self._trace.span("run", plan.step):
@@ -149,7 +166,7 @@ class Engine:
         for id, different, count in self._scheduler.take_mismatches():
             log.warning("request %d is resumed: of its last %d tokens, drawn again, %d differ", id, count, different)
         now = self._clock()
-        if now - self._stats_at >= STATS_EVERY_S or self._scheduler.idle:
+        if now - self._stats_at >= STATS_EVERY_S or self._scheduler.idle or self._scheduler.paused:
             stats = self._scheduler.stats()
             if stats != self._stats:
                 outputs.append(stats)

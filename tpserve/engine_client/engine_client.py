@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import zmq
 from msgspec.structs import replace
@@ -22,17 +22,19 @@ from tpserve.cluster.run_record import read_run, write_run
 from tpserve.config.engine_config import EngineConfig
 from tpserve.coordinator.actions import Action, EpochFailed, EpochFinished, EpochLost, EpochReady, EpochStarting
 from tpserve.coordinator.config_check import optional_mismatches, required_mismatches
-from tpserve.coordinator.coordinator import Coordinator, EpochState
+from tpserve.coordinator.coordinator import Coordinator
+from tpserve.coordinator.epoch_state import EpochState
 from tpserve.coordinator.rank_monitor import KILLED_ADVICE, TICK_S, RankMonitor
+from tpserve.engine_client.control import EngineControl
 from tpserve.engine_client.recovery import SEAMLESS, Attach, Detach, EngineAction, Recovered, Recovery, SendInputs
 from tpserve.engine_client.requests import RequestTable
 from tpserve.engine_client.server_info import BROKEN, INVARIANT, NOT_PROMISED, numerics, server_info
-from tpserve.engine_client.status import EngineStatus
+from tpserve.engine_client.status import EngineState, EngineStatus
 from tpserve.errors import EngineFailure
 from tpserve.observe.log import LogRingBuffer
 from tpserve.observe.metrics import Metrics
 from tpserve.process.process_utils import has_ended, open_pidfd
-from tpserve.types.messages import EngineInput, ExpertLoad, LogLines
+from tpserve.types.messages import EngineInput, ExpertLoad, LogLines, PauseMode, Stats
 from tpserve.wire.channels import EngineServer, EngineUnreachable, TcpEndpoint, tcp
 from tpserve.wire.curve import FRONTEND, ConnectInfo, Keyring, ZapAuthenticator
 
@@ -47,6 +49,7 @@ NO_SECRET = (
     "the nodes share no --cluster-secret-file: the keys of this run travel over torchrun's store, and whoever can reach its port "
     "can take part (`tpserve secret FILE` makes a secret)"
 )
+RESUME_HINT = "POST /resume or `tpserve resume` goes on"
 EpochNews = EpochReady | EpochFailed | EpochFinished
 
 
@@ -110,6 +113,10 @@ class EngineClient:
         name = (config.served_model_name or (config.model,))[0]
         metrics = Metrics(name, config.block_size, vllm_names=config.metrics_compat == "vllm")
         self.request_table = RequestTable(self._send_to_engine, metrics)
+        self.request_table.on_stats = self._on_stats
+        self.control = EngineControl(self._send_to_engine, self._keep_pause, self._run.pause)
+        if self.control.mode is not None:
+            logger.warning("the server is paused (%s), as before its frontend was started again", self.control.mode)
         self._recovery = Recovery(self._coordinator, self.request_table)
         self._exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -142,10 +149,12 @@ class EngineClient:
 
     def status(self) -> EngineStatus:
         """The engine's state now."""
-        c, facts = self._coordinator, self._coordinator.facts
+        c, facts, mode = self._coordinator, self._coordinator.facts, self.control.mode
+        state = _state(c)
+        paused = state == "running" and mode is not None
         return EngineStatus(
-            _state(c),
-            c.phase,
+            "paused" if paused else state,
+            f"paused ({mode}); {RESUME_HINT}" if paused else c.phase,
             c.percent,
             c.reason,
             facts.get("max_model_len"),
@@ -227,6 +236,8 @@ class EngineClient:
             if self._supervised and has_agent_ended(self._runtime_dir):
                 self._fail_with(AgentFailure(1, "the agent that started the ranks has ended"))
             self._rank_monitor.perform(self._recovery.poll(time.monotonic()))
+            if self._coordinator.draining:
+                self.control.resume()  # what is open shall come to its end
             slow = self._coordinator.state is EpochState.FORMING and time.monotonic() > self._started_s + SLOW_S
             if self._coordinator.state is not EpochState.FORMING and not compared:
                 compared = True
@@ -260,6 +271,10 @@ class EngineClient:
         except Exception as error:  # not of one request; the loop would only log it, and clients would wait for ever
             logger.exception("the request table failed")
             self.fail(1, f"the frontend failed with {type(error).__name__}: {error}")
+
+    def _on_stats(self, stats: Stats) -> None:
+        self.request_table.metrics.engine(stats)
+        self.control.on_stats(stats)
 
     # The coordinator
 
@@ -307,13 +322,19 @@ class EngineClient:
         self._run = replace(self._run, **fields)
         write_run(self._runtime_dir, self._run)
 
+    def _keep_pause(self, mode: PauseMode | None) -> None:
+        logger.info("resumed" if mode is None else f"paused ({mode})")
+        self._keep(pause=mode)
+
     def _carry_out(self, actions: list[EngineAction]) -> None:
         for action in actions:
             match action:
                 case Attach(identity):
                     self._engine.attach(identity)
+                    self.control.attach()
                 case Detach():
                     self._engine.detach()
+                    self.control.detach()
                 case SendInputs(inputs):
                     self._send_to_engine(inputs)
                 case Recovered(epoch, took_s):
@@ -333,12 +354,13 @@ class EngineClient:
             for line in required_mismatches(self._coordinator.hellos):
                 logger.error(line)
         self._on_epoch_news(news)
+        self.control.detach()
         self._carry_out(self._recovery.on_action(news, time.monotonic()))
         if not self._exit_code.done():
             self._exit_code.set_result(news.code if isinstance(news, EpochFailed) else 0)
 
 
-def _state(coordinator: Coordinator) -> Literal["starting", "running", "recovering", "draining", "stopped"]:
+def _state(coordinator: Coordinator) -> EngineState:
     """The coordinator's state as operators see it."""
     if coordinator.state is EpochState.STOPPED:
         return "stopped"

@@ -96,6 +96,8 @@ class RequestHandle:
         """Set when it fails only because the engine has ended."""
         self.stepwise = stepwise
         self.keep: Callable[[list[RequestOutput]], None] | None = None
+        self.on_end: Callable[[RequestHandle], None] | None = None
+        """Called once, when all sequences have ended."""
         self._streaming = streaming
         self._steps: list[tuple[RequestState, OutputDelta]] = []
         self._num_open = 0
@@ -132,6 +134,8 @@ class RequestHandle:
         self._num_open -= 1
         if self.ended or self._streaming:
             self._wake.set()
+        if self.ended and self.on_end is not None:
+            self.on_end(self)
 
     def _notify(self) -> None:
         if self._streaming:
@@ -159,6 +163,7 @@ class RequestTable:
         self._open: dict[int, RequestState] = {}
         self._ids = itertools.count()
         self._quarantine = Quarantine()
+        self.on_stats: Callable[[Stats], None] = self.metrics.engine
 
     @property
     def num_open(self) -> int:
@@ -233,6 +238,12 @@ class RequestTable:
         if still_open:
             self._send([Abort(sequence.request.id) for sequence in still_open])
 
+    def fail(self, handle: RequestHandle, error: UserError) -> None:
+        """End a request with an error that is not the engine's: its deadline has come, or an operator ends it."""
+        if not handle.ended:
+            handle.failure = handle.failure or error
+            self.abort(handle)
+
     def fail_all(self, text: str, status: int) -> None:
         """The engine has ended: fail every open request with `text` and the HTTP `status`. Sends nothing to the engine."""
         self._quarantine = Quarantine()  # nothing is sent any more
@@ -250,7 +261,7 @@ class RequestTable:
         kept: dict[RequestHandle, list[RequestOutput]] = {}
         for message in outputs:
             if isinstance(message, Stats):
-                self.metrics.engine(message)
+                self.on_stats(message)
             elif (sequence := self._open.get(message.id)) is not None:
                 if sequence.handle.keep is not None:
                     kept.setdefault(sequence.handle, []).append(replace(message, id=sequence.index))

@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 from typing import Literal
 
+EngineState = Literal["starting", "running", "paused", "recovering", "draining", "stopped"]
+
 
 @dataclass(frozen=True)
 class EngineStatus:
     """A snapshot. `phase` and `percent` (0 to 100) show the progress of a start; `reason` says why the engine stopped.
 
-    `max_model_len` (tokens) and `vocab_size` are None until every rank has loaded its shard. Requests are taken while "running"
-    and while "recovering": after a fault, before the next epoch runs.
+    `max_model_len` (tokens) and `vocab_size` are None until every rank has loaded its shard. Requests are taken while "running",
+    while "recovering": after a fault, before the next epoch runs, and while "paused" by an operator.
     """
 
-    state: Literal["starting", "running", "recovering", "draining", "stopped"]
+    state: EngineState
     phase: str = ""
     percent: int = 0
     reason: str = ""

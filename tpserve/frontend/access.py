@@ -21,13 +21,15 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from tpserve.errors import UserError
-from tpserve.frontend.api_keys import ApiKeys, same_key
+from tpserve.frontend.api_keys import NOBODY, ApiKeys, KeyOwner, same_key
 from tpserve.frontend.openai.errors import shown
 
 OPEN_PATHS = frozenset({"/", "/health", "/readyz", "/livez", "/ping"})
 """Served without a key and under any host name: probes have neither, and the page is where a key is typed."""
-ADMIN_PATHS = frozenset({"/server_info"})
-"""For operators only: they show the configuration of the server."""
+ADMIN_PATHS = frozenset({"/server_info", "/pause", "/resume", "/is_paused", "/abort_request", "/reset_prefix_cache"})
+"""For operators only: they show the configuration of the server, or hold up what clients have asked for."""
+KEY_OWNER = web.RequestKey("key_owner", KeyOwner)
+"""Whose key a request has brought."""
 METRICS_PATH = "/metrics"
 KEY_HEADER = "x-api-key"
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "POST")
@@ -76,7 +78,9 @@ def require_key(settings: AccessSettings, api_keys: ApiKeys, exposed: bool) -> M
         elif request.path == METRICS_PATH:
             name, opened = "metrics key", settings.metrics_key is None or same_key(sent, settings.metrics_key)
         else:
-            name, opened = "API key", not api_keys.required or api_keys.has(sent)
+            owner = api_keys.find(sent) if api_keys.required else NOBODY
+            name, opened = "API key", owner is not None
+            request[KEY_OWNER] = owner or NOBODY
         if not opened:
             how = f"'Authorization: Bearer KEY' or '{KEY_HEADER}: KEY'"
             raise UserError(f"the {name} is missing or wrong; send it as {how}", status=401)

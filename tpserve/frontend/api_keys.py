@@ -1,10 +1,15 @@
-"""The keys of clients: one from the flags, and those of a file, which is read again when it changes."""
+"""The keys of clients: one from the flags, and those of a file with names and limits, which is read again when it changes."""
 
 import hmac
 import logging
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import fields
 
 from tpserve.errors import UserError
 
@@ -12,20 +17,46 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """How often the file is looked at, at most."""
+MAX_DIGITS = 15
+NAME = re.compile(r"[\w.:/@-]{1,64}", re.ASCII)
+
+
+class KeyLimits(Struct, frozen=True, omit_defaults=True):
+    """What the keys of one name may use together; None: as much as they like. Tokens are those of prompts and outputs."""
+
+    max_parallel_requests: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+
+
+class KeyOwner(Struct, frozen=True):
+    """Whose a key is: its name, by which the log and the metrics know it, and the limits of that name."""
+
+    name: str
+    limits: KeyLimits
+
+
+NO_LIMITS = KeyLimits()
+NOBODY = KeyOwner("", NO_LIMITS)
+"""The owner of a key without a name."""
+LIMITS = tuple(field.name for field in fields(KeyLimits))
 
 
 class ApiKeys:
     """Which keys open the server. Without any, everybody may use it.
 
-    The file has a key on each line; blank lines and those that begin with # are skipped, and what follows a key on its line is a
-    comment. A change counts within `LOOK_S`; a file that has become unreadable or empty changes nothing, and the log says so.
+    The file has a key on each line, and behind it, if it shall have them, `name=NAME` and limits such as
+    `tokens_per_minute=100000`. Keys of one name share its limits, which all of its lines give alike. Blank lines are skipped, and
+    what follows a word that begins with #; other words behind a key mean nothing. A change counts within `LOOK_S`; a file that
+    has become unreadable, empty or wrong changes nothing, and the log says so.
     """
 
     def __init__(self, key: str | None, path: str | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """UserError when the file cannot be read, or has no key."""
-        self._own = () if key is None else (key,)
+        """UserError when the file cannot be read, has no key, or has a line that means nothing."""
+        self._own = {} if key is None else {key: NOBODY}
         self._path, self._clock = None if path is None else Path(path), clock
-        self._of_file: tuple[str, ...] = ()
+        self._of_file: dict[str, KeyOwner] = {}
         self._seen: tuple[int, int, int] | None = None
         self._looked_s = clock()
         if self._path is not None:
@@ -36,11 +67,11 @@ class ApiKeys:
         """Whether a client must have one."""
         return bool(self._own or self._path)
 
-    def has(self, key: str) -> bool:
-        """Whether `key` is one of them. Takes as long for every wrong key."""
+    def find(self, key: str) -> KeyOwner | None:
+        """The owner of `key`; None for a wrong one. Takes as long for every wrong key."""
         self._look()
-        found = [same_key(key, each) for each in (*self._own, *self._of_file)]
-        return any(found)
+        found = [owner for each, owner in (*self._own.items(), *self._of_file.items()) if same_key(key, each)]
+        return found[-1] if found else None
 
     def _look(self) -> None:
         """Read the file again when it has changed."""
@@ -58,16 +89,20 @@ class ApiKeys:
             self._seen = None  # said once; read as soon as it is there
 
     @staticmethod
-    def _read(path: Path) -> tuple[tuple[str, ...], tuple[int, int, int]]:
+    def _read(path: Path) -> tuple[dict[str, KeyOwner], tuple[int, int, int]]:
         try:
             version = _version(path)
-            keys = tuple(_keys(path.read_text().splitlines()))
+            text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
             raise UserError(f"--api-key-file {path} cannot be read: {reason}", param="api_key_file") from error
-        if not keys:
+        try:
+            owners = dict(_entries(text))
+        except ValueError as error:
+            raise UserError(f"--api-key-file {path}, {error}", param="api_key_file") from None
+        if not owners:
             raise UserError(f"--api-key-file {path} has no key: write one on each line", param="api_key_file")
-        return keys, version
+        return owners, version
 
 
 def same_key(sent: str, key: str) -> bool:
@@ -75,8 +110,35 @@ def same_key(sent: str, key: str) -> bool:
     return hmac.compare_digest(sent.encode(errors="surrogateescape"), key.encode())
 
 
-def _keys(lines: Iterable[str]) -> Iterable[str]:
-    return (line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#"))
+def _entries(text: str) -> Iterator[tuple[str, KeyOwner]]:
+    """Each key with its owner. ValueError names the line that is wrong, and never the key."""
+    by_name: dict[str, KeyLimits] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = list(takewhile(lambda word: not word.startswith("#"), line.split()))
+        if not words:
+            continue
+        key = words.pop(0)
+        if key.partition("=")[0] in ("name", *LIMITS):
+            raise ValueError(f"line {number}: the key comes first, its name and limits behind it")
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        name = settings.pop("name", None)
+        limits = KeyLimits(**{setting: _limit(setting, value, number) for setting, value in settings.items()})
+        if name is not None and not NAME.fullmatch(name):
+            raise ValueError(f"line {number}: a name is 1 to 64 letters, digits and . _ : / @ -")
+        name = name or ""
+        if limits != NO_LIMITS and not name:
+            raise ValueError(f"line {number}: a key with limits needs a name, such as name=team-a")
+        if by_name.setdefault(name, limits) != limits:
+            raise ValueError(f"line {number}: the name {name} has other limits on a line before; keys of one name share them")
+        yield key, KeyOwner(name, limits)
+
+
+def _limit(setting: str, value: str, number: int) -> int:
+    if setting not in LIMITS:  # which may be a secret
+        raise ValueError(f"line {number}: behind the key there is an unknown setting; there are name, {', '.join(LIMITS)}")
+    if not (value.isdecimal() and len(value) <= MAX_DIGITS and int(value)):
+        raise ValueError(f"line {number}: {setting} is a whole number above 0")
+    return int(value)
 
 
 def _version(path: Path) -> tuple[int, int, int]:

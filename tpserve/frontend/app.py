@@ -9,7 +9,7 @@ import logging
 import secrets
 import string
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -17,16 +17,22 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from tpserve.engine_client.control import EngineControl
 from tpserve.engine_client.recovery import SEAMLESS
 from tpserve.engine_client.requests import RequestTable
-from tpserve.engine_client.status import EngineStatus
+from tpserve.engine_client.status import EngineState, EngineStatus
 from tpserve.errors import UserError
-from tpserve.frontend import openapi, page, traffic
-from tpserve.frontend.access import AccessSettings, Origins, require_key
+from tpserve.frontend import admin_routes, openapi, page, traffic
+from tpserve.frontend.access import KEY_OWNER, AccessSettings, Origins, require_key
+from tpserve.frontend.access_log import AccessLogFile, log_access
 from tpserve.frontend.anthropic import routes as anthropic
 from tpserve.frontend.anthropic.errors import ID_HEADER, anthropic_response, is_anthropic
-from tpserve.frontend.api_keys import ApiKeys
+from tpserve.frontend.api_keys import NO_LIMITS, NOBODY, ApiKeys
+from tpserve.frontend.deadline import ARRIVED_S
+from tpserve.frontend.endpoints import ENDPOINTS
 from tpserve.frontend.http_errors import JsonErrorRunner
+from tpserve.frontend.key_usage import KeyUsage
+from tpserve.frontend.open_requests import OpenRequests
 from tpserve.frontend.openai import resumable, routes
 from tpserve.frontend.openai.admission import REQUEST_ID
 from tpserve.frontend.openai.body import MAX_BODY_BYTES
@@ -63,6 +69,8 @@ class Settings(AccessSettings, Protocol):
     @property
     def log_requests(self) -> bool: ...
     @property
+    def request_timeout(self) -> float | None: ...
+    @property
     def log_stats(self) -> bool: ...
     @property
     def drain_timeout(self) -> float: ...
@@ -84,7 +92,9 @@ def create_app(
     *,
     journal: Journal | None = None,
     info: Callable[[], dict[str, Any]],
+    control: EngineControl,
     api_keys: ApiKeys,
+    access_log: AccessLogFile | None = None,
     exposed: bool,
 ) -> web.Application:
     """The application; serve it through `runner`. `info` returns the body of /server_info. `exposed`: listens beyond loopback."""
@@ -92,10 +102,14 @@ def create_app(
     middlewares = [report_errors, origins.middleware(), require_key(settings, api_keys, exposed)]
     if settings.log_requests:
         middlewares.insert(0, traffic.log_request)
+    if access_log is not None:
+        middlewares.insert(0, log_access(access_log.write))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[INFO] = info
     grammars = GrammarChecker(tokenizer)
     grammars.prepare()
+    key_usage = KeyUsage(settings.served_model_name[0] if settings.served_model_name else settings.model)
+    request_table.metrics.registry.register(key_usage)
     app[SERVICE] = OpenAIServing(
         names=settings.served_model_name or (settings.model,),
         root=settings.model,
@@ -107,12 +121,15 @@ def create_app(
         chat_template=chat_template,
         defaults=settings.sampling_defaults,
         grammars=grammars,
+        open_requests=OpenRequests(request_table, key_usage),
+        request_timeout_s=settings.request_timeout,
         answers=answers,
         streams=StreamTable(settings.resume_window),
         journal=journal,
     )
     app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(origins.on_prepare)
+    app.on_response_prepare.append(add_limits)
     app.cleanup_ctx.append(traffic.log_traffic(request_table, status, settings.drain_timeout, settings.log_stats))
     if journal is not None:
         app.cleanup_ctx.append(go_on)
@@ -122,7 +139,8 @@ def create_app(
     responses.add_routes(app)
     anthropic.add_routes(app)
     page.add_routes(app)
-    app.router.add_get("/health", ready)
+    admin_routes.add_routes(app, control)
+    app.router.add_get("/health", health)
     app.router.add_get("/readyz", ready)
     app.router.add_get("/livez", alive)
     app.router.add_get("/ping", alive)
@@ -166,11 +184,20 @@ async def forget_answers(app: web.Application) -> None:
     app[SERVICE].streams.close()
 
 
+async def health(request: web.Request) -> web.Response:
+    """GET /health: 200 when the engine runs, also while an operator has paused it, else 503 with the phase."""
+    return state_answer(request.app[SERVICE].status(), ("running", "paused"))
+
+
 async def ready(request: web.Request) -> web.Response:
-    """GET /health, /readyz: 200 when the engine serves requests, else 503 with the phase."""
-    status = request.app[SERVICE].status()
+    """GET /readyz: 200 when the engine serves requests, else 503 with the phase."""
+    return state_answer(request.app[SERVICE].status(), ("running",))
+
+
+def state_answer(status: EngineStatus, good: Sequence[EngineState]) -> web.Response:
+    """The state of the engine as a probe gets it: 200 for a good one."""
     body: dict[str, Any] = {"state": status.state, "phase": status.phase, "percent": status.percent, "reason": status.reason}
-    return json_response(body) if status.state == "running" else error_response(not_ready(status), **body)
+    return json_response(body) if status.state in good else error_response(not_ready(status), **body)
 
 
 async def alive(request: web.Request) -> web.Response:
@@ -200,6 +227,7 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
     header = request.headers.get("x-request-id", "")
     valid = 0 < len(header) <= MAX_ID_CHARS and ID_CHARS.issuperset(header)
     request[REQUEST_ID] = header if valid else secrets.token_hex(16)
+    request[ARRIVED_S] = time.monotonic()
     try:
         return await handler(request)
     except UserError as error:
@@ -228,6 +256,13 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers["x-request-id"] = request.get(REQUEST_ID) or secrets.token_hex(16)
     if is_anthropic(request.path):
         response.headers[ID_HEADER] = response.headers["x-request-id"]
+
+
+async def add_limits(request: web.Request, response: web.StreamResponse) -> None:
+    """Set the headers about the limits of a key, in answers to requests that count."""
+    owner = request.get(KEY_OWNER, NOBODY)
+    if owner.limits != NO_LIMITS and request.method == "POST" and request.path in ENDPOINTS:
+        response.headers.update(request.app[SERVICE].open_requests.key_usage.headers(owner))
 
 
 def to_http_error(error: web.HTTPException, request: web.Request) -> UserError:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from tpserve.frontend.admin_routes import MODES, AbortRequest
 from tpserve.frontend.anthropic.schema import MessageInput
 from tpserve.frontend.endpoints import ENDPOINTS
 from tpserve.frontend.openai.schema import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
@@ -26,8 +27,16 @@ BODIES: dict[str, tuple[type[msgspec.Struct], ...]] = {
     "/detokenize": (DetokenizeRequest,),
     "/v1/messages/count_tokens": (MessageInput,),
     "/v1/responses/input_tokens": (InputFields,),
+    "/abort_request": (AbortRequest,),
 }
 """The structs that the body of a POST may be."""
+QUERIES: dict[str, dict[str, Json]] = {
+    "/pause": {
+        "mode": {"type": "string", "enum": list(MODES), "default": "keep"},
+        "clear_cache": {"type": "boolean", "default": False},
+    }
+}
+"""What the URL of a POST may say."""
 TEXTS = {"/metrics": "text/plain", "/": "text/html", "/docs": "text/html"}
 """Answers that are no JSON."""
 ERROR: Json = {
@@ -94,8 +103,12 @@ def _operation(path: str, method: str, text: str) -> Json:
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
         "responses": {"200": {"description": "The answer", "content": content}, "default": error},
     }
-    if names := re.findall(r"\{(\w+)\}", path):
-        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    parameters: list[Json] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"\{(\w+)\}", path)
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in QUERIES.get(path, {}).items()]
+    if parameters:
+        operation["parameters"] = parameters
     if method == "POST" and path in BODIES:
         schemas = [{"$ref": f"#/components/schemas/{struct.__name__}"} for struct in BODIES[path]]
         schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}

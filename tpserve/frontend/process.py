@@ -32,6 +32,7 @@ from tpserve.coordinator.actions import EpochFailed, EpochReady
 from tpserve.engine_client.engine_client import EngineClient, EpochNews
 from tpserve.engine_client.recovery import EXACT
 from tpserve.errors import EngineFailure, UserError
+from tpserve.frontend.access_log import AccessLogFile
 from tpserve.frontend.api_keys import ApiKeys
 from tpserve.frontend.app import create_app, runner
 from tpserve.frontend.openai.chat_answer import ChatAnswers
@@ -149,6 +150,7 @@ class FrontendServer:
         self._url = url
         self._started_s = started_s
         api_keys = ApiKeys(config.api_key, config.api_key_file)
+        self._access_log = None if config.access_log is None else AccessLogFile(config.access_log)
         self._first_signal_s: float | None = None
         self._final_reason = ""
         self._was_ready = False
@@ -181,7 +183,9 @@ class FrontendServer:
             answers,
             journal=self._journal,
             info=engine_client.info,
+            control=engine_client.control,
             api_keys=api_keys,
+            access_log=self._access_log,
             exposed=exposed,
         )
         self.keyed = api_keys.required
@@ -207,8 +211,10 @@ class FrontendServer:
         return code
 
     def close(self) -> None:
-        """Close the sockets."""
+        """Close the sockets, and the access log."""
         self._engine_client.close()
+        if self._access_log is not None:
+            self._access_log.close()
 
     def _on_signal(self) -> None:
         now = time.monotonic()

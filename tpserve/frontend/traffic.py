@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from tpserve.engine_client.requests import RequestState, RequestTable
+from tpserve.engine_client.requests import RequestHandle, RequestState, RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.access import METRICS_PATH, OPEN_PATHS
 from tpserve.frontend.openai.admission import ADMITTED, REQUEST_ID
@@ -145,18 +145,39 @@ def route_of(request: web.Request) -> str:
     return resource.canonical if resource is not None else "(no such route)"
 
 
+@dataclass(frozen=True)
+class RequestFigures:
+    """What the log tells of an admitted request. Times in seconds, None before the first token; `finish` of each choice, once."""
+
+    prompt_tokens: int
+    output_tokens: int
+    finish: str | None
+    queue_s: float | None
+    ttft_s: float | None
+
+
+def figures_of(handle: RequestHandle) -> RequestFigures:
+    """The figures of a request so far."""
+    sequences = handle.sequences
+    begun = [sequence for sequence in sequences if sequence.token_s]
+    reasons = dict.fromkeys(sequence.assembler.finish for sequence in sequences if sequence.assembler.finish)
+    return RequestFigures(
+        prompt_tokens=sum(sequence.prompt_tokens for sequence in sequences if sequence.request.choice == 0),
+        output_tokens=sum(sequence.assembler.num_tokens for sequence in sequences),
+        finish="/".join(reasons) or None,
+        queue_s=round(min(sequence.queue_s for sequence in begun), 6) if begun else None,
+        ttft_s=round(min(sequence.token_s[0] - sequence.arrived_s for sequence in begun), 6) if begun else None,
+    )
+
+
 def request_line(request: web.Request, status: int, took_s: float) -> str:
     """The log line of a finished request, without any of its content."""
     route = f"{request.method} {route_of(request)}"
     if (admitted := request.get(ADMITTED)) is None:
         return f"request {request[REQUEST_ID]}: {route}, status {status}, {took_s:.3f} s"
-    sequences = admitted.handle.sequences
-    reasons = {sequence.assembler.finish or "none": None for sequence in sequences}
-    firsts = [sequence.token_s[0] - sequence.arrived_s for sequence in sequences if sequence.token_s]
-    ttft = f"{min(firsts):.3f} s" if firsts else "none"
-    prompt_tokens = sum(sequence.prompt_tokens for sequence in sequences if sequence.request.choice == 0)
-    output_tokens = sum(sequence.assembler.num_tokens for sequence in sequences)
+    figures = figures_of(admitted.handle)
+    ttft = "none" if figures.ttft_s is None else f"{figures.ttft_s:.3f} s"
     return (
-        f"request {admitted.id}: {route}, model {admitted.model}, {prompt_tokens} prompt tokens, {output_tokens} output tokens, "
-        f"finish {'/'.join(reasons)}, TTFT {ttft}, status {status}, {took_s:.3f} s"
+        f"request {admitted.id}: {route}, model {admitted.model}, {figures.prompt_tokens} prompt tokens, "
+        f"{figures.output_tokens} output tokens, finish {figures.finish or 'none'}, TTFT {ttft}, status {status}, {took_s:.3f} s"
     )

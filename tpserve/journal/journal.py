@@ -46,7 +46,8 @@ class StoredRequest(Struct, frozen=True, array_like=True):
 
     `path`: the endpoint. `body`: as the client sent it. `request_id`: the id in its log lines and chunks. `seeds`: of each
     sequence. `max_model_len`, `vocab_size`: the limits under which it was checked. `digest`: of the engine requests.
-    `history`: the conversation before it, which the body names by the id of an answer.
+    `history`: the conversation before it, which the body names by the id of an answer. `key_name`: of its client's key.
+    `deadline_s`: when it must have ended, by `time.time`.
     """
 
     path: str
@@ -58,6 +59,8 @@ class StoredRequest(Struct, frozen=True, array_like=True):
     vocab_size: int
     digest: bytes
     history: bytes = b""
+    key_name: str = ""
+    deadline_s: float | None = None
 
 
 class StoredError(Struct, frozen=True, array_like=True):

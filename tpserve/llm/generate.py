@@ -16,6 +16,8 @@ from msgspec.structs import replace
 from tpserve.engine_client.engine_client import EngineClient
 from tpserve.engine_client.requests import RequestHandle
 from tpserve.errors import EngineFailure, UserError
+from tpserve.frontend.key_usage import KeyUsage
+from tpserve.frontend.open_requests import OpenRequests
 from tpserve.frontend.openai.body import parse
 from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
@@ -79,6 +81,7 @@ class GenerateCall:
             tokenizer=tokenizer,
             chat_template=template,
             grammars=grammars,
+            open_requests=OpenRequests(engine_client.request_table, KeyUsage("")),
             defaults=SamplingDefaults(),  # every job's params hold every field
         )
         self._arrival_time, self._arrived_s = time.time(), time.monotonic()

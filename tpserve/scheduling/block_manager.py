@@ -185,6 +185,10 @@ class BlockManager:
         owner = self._pending_prefixes.get(hash)
         return owner is not None and not owner.ended and owner.request.priority <= sequence.request.priority
 
+    def reset_cache(self) -> None:
+        """Forget every cached block. What running sequences compute from now on is cached again."""
+        self._pool.forget()
+
     # allocation
 
     def share(self, sequence: Sequence, count: int) -> None:

@@ -64,6 +64,12 @@ class BlockPool:
             cached[hash] = block
             self._keys[block] = (group, hash)
 
+    def forget(self) -> None:
+        """Drop the key of every block: nothing is found any more. Tables keep their blocks."""
+        for cached in self._cached:
+            cached.clear()
+        self._keys = [None] * self.num_blocks
+
     def release(self, blocks: Iterable[int]) -> None:
         """Drop one reference of each block. Blocks that become free are allocated again in the order given here."""
         for block in blocks:

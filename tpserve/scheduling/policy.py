@@ -32,8 +32,11 @@ class SchedulingPolicy:
     ) -> None:
         self._config, self._blocks, self._waiting, self._running = config, blocks, waiting, running
 
-    def next_batch(self, num_slots: int, num_in_flight: int) -> ScheduledBatch | None:
-        """The next batch, with `num_slots` free slots; None when a running sequence must be preempted first."""
+    def next_batch(self, num_slots: int, num_in_flight: int, *, begins: bool = True) -> ScheduledBatch | None:
+        """The next batch, with `num_slots` free slots; None when a running sequence must be preempted first.
+
+        `begins`: whether sequences of which nothing is computed may be admitted.
+        """
         batch: ScheduledBatch = []
         budget, free = self._config.max_num_batched_tokens, self._blocks.available
         ready = [s for s in self._running.values() if s.num_to_compute and not (self._config.sync_sampling and s.pending_draws)]
@@ -53,7 +56,7 @@ class SchedulingPolicy:
                 batch.append((sequence, count, 0))
                 budget -= count
         assert batch or num_in_flight or not prefills, "a prefill short of blocks waits for a decode or for a plan in flight"
-        blocked = self._admit(batch, num_slots, budget, free)
+        blocked = self._admit(batch, num_slots, budget, free, begins)
         return None if blocked is not None and self._can_preempt_for(blocked) else batch
 
     def _decode_share(self, ready: int, num_in_flight: int) -> int:
@@ -64,7 +67,7 @@ class SchedulingPolicy:
         depth = self._config.depth
         return min(ceil(ready / (depth - num_in_flight)), ceil(len(self._running) / depth))
 
-    def _admit(self, batch: ScheduledBatch, slots: int, budget: int, free: int) -> Sequence | None:
+    def _admit(self, batch: ScheduledBatch, slots: int, budget: int, free: int, begins: bool) -> Sequence | None:
         """Extend the batch by waiting sequences in order, while slots, budget, blocks and bytes last.
 
         Returns the first sequence that found no slot or too few blocks. An admission takes blocks for all known tokens, in
@@ -77,6 +80,8 @@ class SchedulingPolicy:
         reserve = self._reserve(self._running.values())
         room_bytes = self._config.max_admission_bytes
         for sequence in self._waiting:
+            if not (begins or sequence.begun):
+                continue
             match = self._blocks.match(sequence)
             if match.pending or match.next_hash in prefixes_in_batch:
                 continue

@@ -22,6 +22,8 @@ A plan is in flight from `schedule` until its result is applied. At most `depth`
                       tokens again, and those that differ are counted; the known ones stay. A preempted sequence draws none again
     prefix cache      a block can be shared once the result of the plan that filled it is applied; a sequence that needs a block
                       which is being computed waits for it, and others overtake it
+    pause             `keep`: nothing is planned until `resume`; `wait`: nothing that has not begun. Plans in flight go on, and
+                      what was computed stays, so that a pause changes no token
 """
 
 from collections import deque
@@ -34,7 +36,7 @@ from tpserve.scheduling.policy import ScheduledBatch, SchedulingPolicy
 from tpserve.scheduling.queue import WaitingQueue
 from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.scheduling.sequence import Sequence
-from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, PromptLogprobsChunk, Stats
+from tpserve.types.messages import Delta, Done, EngineOutput, FinishReason, PauseMode, PromptLogprobsChunk, Stats
 from tpserve.types.packed import pack, unpack
 from tpserve.types.plan import MAX_REDRAWN, Chunk, NewSequence, PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from tpserve.types.request import Request, content_error
@@ -73,6 +75,8 @@ class Scheduler:
         self._resume_mismatches = 0
         self._mismatched: list[tuple[int, int, int]] = []
         self._arrivals = 0
+        self._pause: PauseMode | None = None
+        self._controls = 0
 
     # requests
 
@@ -105,13 +109,14 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next plan. None with nothing to do, with `depth` plans in flight, or when blocks are short until results arrive."""
-        if len(self._in_flight) >= self.config.depth:
+        if len(self._in_flight) >= self.config.depth or self._pause == "keep":
             return None
-        while (batch := self._policy.next_batch(len(self._free_slots), len(self._in_flight))) is None:
+        begins = self._pause is None
+        while (batch := self._policy.next_batch(len(self._free_slots), len(self._in_flight), begins=begins)) is None:
             if self._in_flight:
                 return None
             self._preempt()
-        asks = not self._in_flight and self._grammars.waits()
+        asks = begins and not self._in_flight and self._grammars.waits()
         return self._commit(batch, now) if batch or asks else None
 
     def apply(self, result: StepResult, now: float) -> None:
@@ -164,12 +169,38 @@ class Scheduler:
             epoch=self.epoch,
             resumed=self._resumed,
             resume_mismatches=self._resume_mismatches,
+            controls=self._controls,
+            paused=self.paused,
         )
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or is in flight: all slots and blocks are free."""
         return not (self._waiting or self._running or self._in_flight or self._grammars)
+
+    # operators
+
+    def pause(self, mode: PauseMode) -> None:
+        """Plan nothing any more (`keep`), or only sequences that have begun (`wait`)."""
+        self._pause = mode
+        self._controls += 1
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._pause = None
+        self._controls += 1
+
+    def reset_prefix_cache(self) -> None:
+        """Find nothing any more of what has been computed so far."""
+        self._blocks.reset_cache()
+        self._controls += 1
+
+    @property
+    def paused(self) -> bool:
+        """Whether a pause has been reached: no plan is in flight, and none is made before `resume`."""
+        if self._pause is None or self._in_flight:
+            return False
+        return self._pause == "keep" or not (self._running or any(sequence.begun for sequence in self._waiting))
 
     # planning
 

@@ -117,6 +117,11 @@ class Sequence:
         """Number of generated tokens that are known."""
         return len(self.tokens) - self.prompt_len
 
+    @property
+    def begun(self) -> bool:
+        """Whether any of it was ever computed."""
+        return self.started_s is not None or self.num_output > 0
+
     def scores(self, start: int, count: int) -> bool:
         """Whether positions [start, start + count) give prompt logprobs that are still missing."""
         return self.needs_scores and start + 1 < self.prompt_len and self.num_scored <= start + count

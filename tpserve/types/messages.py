@@ -1,6 +1,6 @@
 """All messages between processes.
 
-    frontend -> engine    Add, Abort, Truncate
+    frontend -> engine    Add, Abort, Truncate, Pause, Resume, ResetPrefixCache
     engine -> frontend    PromptLogprobsChunk, Delta, Done, Stats
     rank -> coordinator   Hello, Ready, Heartbeat, ExpertLoad, LogLines, Fault, Drain
     coordinator -> rank   Start, Run, Drain, Leave, Stop
@@ -50,7 +50,26 @@ class Truncate(Message, frozen=True):
     length: int
 
 
-EngineInput = Add | Abort | Truncate
+PauseMode = Literal["keep", "wait"]
+"""What becomes of the sequences that have begun: kept as they are, or waited for."""
+
+
+class Pause(Message, frozen=True):
+    """Begin no sequence any more. `keep`: compute nothing, and keep those that have begun; `wait`: finish those."""
+
+    mode: PauseMode
+
+
+class Resume(Message, frozen=True):
+    """End a pause."""
+
+
+class ResetPrefixCache(Message, frozen=True):
+    """Find nothing any more of what has been computed so far. Sequences that run go on."""
+
+
+EngineControlMessage = Pause | Resume | ResetPrefixCache
+EngineInput = Add | Abort | Truncate | EngineControlMessage
 
 # engine -> frontend
 
@@ -124,6 +143,10 @@ class Stats(Message, frozen=True):
     """Requests that came with the output of an earlier epoch."""
     resume_mismatches: int = 0
     """Tokens of such output that were drawn again and differ."""
+    controls: int = 0
+    """The `EngineControlMessage`s that have been carried out."""
+    paused: bool = False
+    """Whether a pause has been reached: no step runs, and none begins before Resume."""
 
 
 RequestOutput = PromptLogprobsChunk | Delta | Done

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from tpserve.engine_client.requests import RequestHandle
-from tpserve.frontend.access import client_key
+from tpserve.frontend.access import KEY_OWNER, client_key
+from tpserve.frontend.api_keys import NOBODY
+from tpserve.frontend.deadline import deadline_of
 from tpserve.frontend.openai.body import parse, read_object
 from tpserve.frontend.openai.chat_answer import random_call_id
 from tpserve.frontend.openai.preparation import Arrival, Endpoint, PreparedRequest
-from tpserve.frontend.openai.production import call_ids_of, digest_of, record, start
+from tpserve.frontend.openai.production import call_ids_of, digest_of, record, start, track
 from tpserve.frontend.openai.resumable import STREAM_ID, asked_position, outlives, repeated_answer, send_answer
 from tpserve.frontend.openai.schema import GenerationFields
 from tpserve.frontend.openai.sender import send_stream, send_whole
@@ -68,8 +70,17 @@ async def checked_call(request: web.Request, endpoint: Endpoint) -> tuple[Genera
 def arrival_of(request: web.Request, answer_id: str, history: bytes = b"") -> Arrival:
     """What belongs to a request that has come now. `answer_id`: empty for an answer that nobody may ask for."""
     call_ids = call_ids_of(answer_id) if answer_id else lambda _choice, _number: random_call_id()
-    limits = request.app[SERVICE].limits
-    return Arrival(request[REQUEST_ID], int(time.time()), limits, call_ids, answer_id=answer_id, history=history)
+    service = request.app[SERVICE]
+    return Arrival(
+        request[REQUEST_ID],
+        int(time.time()),
+        service.limits,
+        call_ids,
+        answer_id=answer_id,
+        history=history,
+        deadline_s=deadline_of(request, service.request_timeout_s),
+        key_name=request.get(KEY_OWNER, NOBODY).name,
+    )
 
 
 async def admit(
@@ -83,13 +94,15 @@ async def admit(
 ) -> tuple[PreparedRequest, RequestHandle]:
     """Do all other checks and admit the request. `stepwise`: with deltas that are the same whenever they are read.
 
-    UserError names what is wrong, or says that the queue is full or the engine does not run.
+    UserError names what is wrong, or says that a limit of the key is reached, the queue is full or the engine does not run.
     """
     service = request.app[SERVICE]
     prepared = await endpoint.prepare(service, call, warnings, arrival)
     admitted = prepared.call
     requests = requests_of(service, admitted, prepared.prompts, prepared.params, prepared.shown, arrival.draw_seed)
+    service.open_requests.key_usage.refuse(request.get(KEY_OWNER, NOBODY), prepared.prompt_tokens)
     handle = service.open(requests, streaming=admitted.stream, stepwise=stepwise and admitted.stream)
+    track(service, arrival, prepared, handle, prepared.prompt_tokens)
     request[ADMITTED] = Admitted(prepared.meta.id, prepared.meta.model, handle)
     return prepared, handle
 

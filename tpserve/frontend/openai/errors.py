@@ -1,5 +1,6 @@
 """The one error body of the API: {"error": {message, type, param, code}}, all four always present."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ TYPES = {
     429: "rate_limit_error",
     500: "internal_server_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 Json = dict[str, Any]
 CODES = {401: "invalid_api_key", 429: "queue_full", 500: "internal_error"}
@@ -46,8 +48,11 @@ def error_response(error: UserError, headers: dict[str, str] | None = None, **ex
 
 
 def retry_header(error: UserError) -> dict[str, str]:
-    """When to try again, for an error after which that may help."""
-    return {"Retry-After": str(RETRY_AFTER_S[error.status])} if error.status in RETRY_AFTER_S else {}
+    """When to try again, for an error after which that may help. OpenAI's and Anthropic's clients heed x-should-retry."""
+    seconds = RETRY_AFTER_S.get(error.status) if error.retry_s is None else error.retry_s
+    if seconds is None:
+        return {}
+    return {"x-should-retry": "false"} if math.isinf(seconds) else {"Retry-After": str(math.ceil(seconds))}
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

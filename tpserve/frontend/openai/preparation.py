@@ -42,7 +42,8 @@ GenerationRequest = CompletionRequest | ChatCompletionRequest
 class Arrival:
     """What belongs to a request beside its body. `limits`: UserError 503 unless the engine runs. `call_ids`: the id of a tool
     call by the index of its choice and its number there. `draw_seed`: the seed of a sequence whose request has none.
-    `answer_id`: by which the answer may be asked for. `history`: JSON of the conversation before it, for APIs that keep one."""
+    `answer_id`: by which the answer may be asked for. `history`: JSON of the conversation before it, for APIs that keep one.
+    `deadline_s`: when it must have ended, by `time.monotonic`; None for no deadline. `key_name`: of its client's key."""
 
     request_id: str
     created_s: int
@@ -51,6 +52,8 @@ class Arrival:
     draw_seed: Callable[[], int] = random_seed
     answer_id: str = ""
     history: bytes = b""
+    deadline_s: float | None = None
+    key_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class PreparedRequest:
     encoder: AnswerEncoder
     shown: frozenset[int] = frozenset()
     context: AnswerContext | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The tokens of all prompts, each counted once."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
 
 
 async def prepare_completion(

@@ -4,6 +4,7 @@ JSON text, into a `ResumableAnswer`. With a journal it writes only what is settl
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -46,6 +47,12 @@ def digest_of_requests(requests: Sequence[Request]) -> bytes:
     return digest.digest()
 
 
+def track(service: OpenAIServing, arrival: Arrival, prepared: PreparedRequest, handle: RequestHandle, prompt_tokens: int) -> None:
+    """Let the server know whose an admitted request is, how it may be ended, and when it must have. `prompt_tokens`: to count."""
+    ids = frozenset({arrival.request_id, prepared.meta.id, arrival.answer_id} - {""})
+    service.open_requests.add(handle, ids, key_name=arrival.key_name, deadline_s=arrival.deadline_s, prompt_tokens=prompt_tokens)
+
+
 def start(service: OpenAIServing, answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest) -> None:
     """Let a task write the output of `handle` into `answer`."""
     answer.describe(prepared.encoder, prepared.context)
@@ -73,6 +80,8 @@ def record(
         vocab_size=limits.vocab_size,
         digest=digest_of_requests(requests),
         history=arrival.history,
+        key_name=arrival.key_name,
+        deadline_s=None if arrival.deadline_s is None else time.time() + arrival.deadline_s - time.monotonic(),
     )
     answer.record = journal.open(answer.id, answer.owner, stored)
     answer.count(len(body) + len(arrival.history))

@@ -5,6 +5,7 @@ Owns no state. What is running goes on at once, what has ended is rebuilt when s
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -15,7 +16,7 @@ from tpserve.frontend.endpoints import ENDPOINTS
 from tpserve.frontend.openai.body import decode_object, parse
 from tpserve.frontend.openai.errors import internal_error
 from tpserve.frontend.openai.preparation import Arrival, PreparedRequest
-from tpserve.frontend.openai.production import call_ids_of, digest_of, digest_of_requests, start
+from tpserve.frontend.openai.production import call_ids_of, digest_of, digest_of_requests, start, track
 from tpserve.frontend.openai.prompts import in_thread
 from tpserve.frontend.openai.sender import num_values
 from tpserve.frontend.openai.sequences import requests_of
@@ -57,13 +58,14 @@ async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
     try:
         stored, frames = await journal.read(earlier)
         record = await journal.resume(earlier)
-        prepared, handle, past = None, None, RequestTable(lambda _: None)
+        prepared, handle, arrival, past = None, None, None, RequestTable(lambda _: None)
         error = None if earlier.error is None else earlier.error.as_error()
         if error is None and earlier.tries >= MAX_TRIES:
             error = UserError("the server failed each time that it went on with this answer", code=REFUSED, status=500)
         if error is None or (ENDPOINTS[stored.path].shows_failures and error.code != REFUSED):
             try:
-                prepared, handle = await replay(service, earlier.id, stored, frames, past)
+                arrival = earlier_arrival(earlier.id, stored)
+                prepared, handle = await replay(service, arrival, stored, frames, past)
             except UserError as refused:
                 error = error or refused
             except Exception:  # a defect of the server
@@ -78,13 +80,14 @@ async def rebuild(service: OpenAIServing, earlier: EarlierAnswer) -> None:
     answer = service.streams.open(earlier.id, earlier.owner, digest_of(stored.body), streamed, numbered)
     answer.record = record
     answer.count(len(stored.body) + len(stored.history))
-    if prepared is None or handle is None:
+    if prepared is None or handle is None or arrival is None:
         answer.reduce_to(error or internal_error(stored.request_id))
     elif error is not None:
         await show_end(answer, handle, prepared, error)
     else:
         handle.keep = record.append
         service.request_table.adopt(past)
+        track(service, arrival, prepared, handle, 0)
         start(service, answer, handle, prepared)
         if handle.ended:
             await answer.produced()
@@ -105,15 +108,10 @@ async def show_end(answer: ResumableAnswer, handle: RequestHandle, prepared: Pre
     answer.fail(error)
 
 
-async def replay(
-    service: OpenAIServing, stream_id: str, stored: StoredRequest, frames: Sequence[list[RequestOutput]], past: RequestTable
-) -> tuple[PreparedRequest, RequestHandle]:
-    """Prepare a request again and give it in the table `past` what has come of it. UserError when it is another one now."""
-    endpoint, limits = ENDPOINTS[stored.path], ModelLimits(stored.max_model_len, stored.vocab_size)
-    body = await decode_object(stored.body, service.large_bodies)
-    call, warnings = parse(body, endpoint.schema, service.logged_fields, service.sampling(), endpoint.rules)
-    seeds = iter(stored.seeds)
-    arrival = Arrival(
+def earlier_arrival(stream_id: str, stored: StoredRequest) -> Arrival:
+    """The arrival of a request of an earlier process."""
+    limits, seeds = ModelLimits(stored.max_model_len, stored.vocab_size), iter(stored.seeds)
+    return Arrival(
         stored.request_id,
         stored.created_s,
         lambda: limits,
@@ -121,7 +119,18 @@ async def replay(
         lambda: next(seeds),
         answer_id=stream_id,
         history=stored.history,
+        deadline_s=None if stored.deadline_s is None else time.monotonic() + stored.deadline_s - time.time(),
+        key_name=stored.key_name,
     )
+
+
+async def replay(
+    service: OpenAIServing, arrival: Arrival, stored: StoredRequest, frames: Sequence[list[RequestOutput]], past: RequestTable
+) -> tuple[PreparedRequest, RequestHandle]:
+    """Prepare a request again and give it in the table `past` what has come of it. UserError when it is another one now."""
+    endpoint = ENDPOINTS[stored.path]
+    body = await decode_object(stored.body, service.large_bodies)
+    call, warnings = parse(body, endpoint.schema, service.logged_fields, service.sampling(), endpoint.rules)
     prepared = await endpoint.prepare(service, call, warnings, arrival)
     requests = requests_of(service, prepared.call, prepared.prompts, prepared.params, prepared.shown, arrival.draw_seed)
     if digest_of_requests([request for request, _ in requests]) != stored.digest:

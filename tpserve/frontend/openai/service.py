@@ -14,6 +14,7 @@ from aiohttp import web
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
+from tpserve.frontend.open_requests import OpenRequests
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.streams import StreamTable
 from tpserve.journal.journal import Journal
@@ -35,7 +36,8 @@ class ModelLimits:
 
 @dataclass(frozen=True)
 class OpenAIServing:
-    """`max_open`: sequences that may run or wait at once. `defaults`: sampling parameters that a request may leave out."""
+    """`max_open`: sequences that may run or wait at once. `defaults`: sampling parameters that a request may leave out.
+    `request_timeout_s`: how long a request may take that does not say."""
 
     names: tuple[str, ...]
     root: str
@@ -47,6 +49,8 @@ class OpenAIServing:
     chat_template: ChatTemplate
     defaults: SamplingDefaults
     grammars: GrammarChecker
+    open_requests: OpenRequests
+    request_timeout_s: float | None = None
     answers: ChatAnswers = field(default_factory=ChatAnswers)
     streams: StreamTable = field(default_factory=lambda: StreamTable(0))
     journal: Journal | None = None
@@ -73,9 +77,13 @@ class OpenAIServing:
         return {name: value for name, value in self.defaults.specified().items() if name != "max_tokens"}
 
     def limits(self) -> ModelLimits:
-        """The limits of the engine. UserError 503 unless it runs or recovers from a fault."""
+        """The limits of the engine. UserError 503 unless it runs, recovers from a fault or is paused."""
         status = self.status()
-        if status.state in ("running", "recovering") and status.max_model_len is not None and status.vocab_size is not None:
+        if (
+            status.state in ("running", "recovering", "paused")
+            and status.max_model_len is not None
+            and status.vocab_size is not None
+        ):
             return ModelLimits(status.max_model_len, status.vocab_size)
         raise not_ready(status)
 
@@ -100,6 +108,8 @@ def not_ready(status: EngineStatus) -> UserError:
     """The error 503 of an engine that does not run."""
     if status.state == "recovering":
         return UserError(f"the server recovers from a fault: {status.phase}", code="recovering", status=503)
+    if status.state == "paused":
+        return UserError(f"the server is {status.phase}", code="paused", status=503)
     if status.state in ("starting", "running"):
         where = f": {status.phase}" if status.phase else ""
         return UserError(f"the server is starting{where} ({status.percent}%); try again", code="starting", status=503)

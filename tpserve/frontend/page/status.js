@@ -27,7 +27,7 @@ async function poll() {
 
 function showState() {
   const state = ready?.state ?? "unreachable";
-  const words = { running: "ready", unreachable: "no server answers" }[state] ?? `${state} ${ready.percent}%: ${ready.phase}`;
+  const words = { running: "ready", paused: "paused", unreachable: "no server answers" }[state] ?? `${state} ${ready.percent}%: ${ready.phase}`;
   setText($("state"), words);
   $("state").dataset.state = state;
   $("send").disabled = !["running", "recovering"].includes(state);
