@@ -106,6 +106,7 @@ def all_kernels() -> None:
     x, weight = torch.zeros(4, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
     norm.rms_norm(x, weight, 1e-5)
     norm.add_rms_norm(x, x, weight, 1e-5)
+    norm.norm_add_rms_norm(x, weight, x, weight, 1e-5, 1.0)
     activation.silu_mul(x)
     activation.gelu_tanh_mul(x)
     activation.clamped_swiglu(x, 1.702, 7.0)

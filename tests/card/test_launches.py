@@ -78,11 +78,12 @@ def of_prompt(spec: ModelSpec) -> Record:
 
 @pytest.mark.parametrize(
     ("spec", "limit"),
-    [(LLAMA_8B, 10), (QWEN3_0_6B, 10), (GPT2_XL, 10), (GEMMA3_4B, 12), (QWEN3_30B, 14), (DEEPSEEK_V3, 22)],
+    [(LLAMA_8B, 10), (QWEN3_0_6B, 10), (GPT2_XL, 10), (GEMMA3_4B, 10), (QWEN3_30B, 14), (DEEPSEEK_V3, 22)],
     ids=lambda value: value.family if isinstance(value, ModelSpec) else "",
 )
 def test_launches_of_a_decode_step(spec: ModelSpec, limit: int) -> None:
-    """Gemma has two more norms in a layer; DeepSeek two more products for queries, two for heads, and a shared expert."""
+    """Gemma's norms of outputs are in the launches after them. DeepSeek has two more products for queries, two for heads, and a
+    shared expert."""
     specs = [with_layers(spec, num_layers) for num_layers in (2, 3)]
     records = [of_graph(spec) for spec in specs]
     two, three = (Counter(record.launches) for record in records)
@@ -93,7 +94,7 @@ def test_launches_of_a_decode_step(spec: ModelSpec, limit: int) -> None:
     assert sum(layer.values()) <= limit * graphs, layer
     begin = Counter({name: count * graphs for name, count in BEGIN.items()})
     end = two - layer - layer - begin
-    assert sum(end.values()) <= 8 * graphs, end
+    assert sum(end.values()) <= (9 if spec is GEMMA3_4B else 8) * graphs, end
     assert not records[0].waits
 
 

@@ -90,6 +90,8 @@ class _StepModel:
                 yield from self._mlp(spec.intermediate_size)
             yield from self._sum()
         sums = {"before": 1, "around": 1, "output": 2 * len(self._layers), "after": 2 * len(self._layers)}[spec.norm_place]
+        if spec.norm_place == "around":
+            yield KernelWork("norms", 1, 2 * stream)
         yield KernelWork("residual", sums, 3 * sums * stream)
         if self._last:
             yield from self._head()
@@ -118,12 +120,10 @@ class _StepModel:
             yield self._product(self._spec.hidden_size, width)
 
     def _norms(self, first: bool) -> Iterator[KernelWork]:
-        """Those of one layer: with the residual two tensors in and two out, of an output one in and one out."""
+        """Those of one layer: with the residual two tensors in and two out. The norm of an output is in the launch after it."""
         stream, place = self._activations(self._spec.hidden_size), self._spec.norm_place
         with_residual = place in ("before", "around")
         yield KernelWork("norms", 2, (4 if not with_residual else 6 if first else 8) * stream)
-        if place == "around":
-            yield KernelWork("norms", 2, 4 * stream)
         if self._spec.residual_scale != 1:
             yield KernelWork("residual", 2, 4 * stream)
 
