@@ -180,6 +180,27 @@ def test_the_cut_changes_nothing_not_even_in_damaged_text(kind: str) -> None:
             assert parsed(template, [text[:at], text[at:]]) == whole, (text, at)
 
 
+@pytest.mark.parametrize("kind", SPECS)
+def test_text_that_has_been_read_may_go(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer is not kept: each token would copy it. What delimiters see of it stays."""
+    template, draw = ResponseTemplate.load(SPECS[kind]), random.Random(kind)
+    for _ in range(30):
+        text = written(kind, *random_case(draw, kind))
+        whole, ranges = parsed(template, [text]), ResponseParser(template, START)
+        ranges.feed(text)
+        with monkeypatch.context() as patch:
+            patch.setattr("tpserve.response_template.parser.MAX_READ_CHARS", 33)
+            patch.setattr("tpserve.response_template.parser.SEEN_CHARS", 32)
+            assert parsed(template, list(text)) == whole, text
+            parser = ResponseParser(template, START)
+            for char in text:
+                parser.feed(char)
+            assert parser.reasoning == ranges.reasoning
+            for _ in range(200):
+                parser.feed("a ")
+            assert len(parser._text) < 200 or not parser._entered
+
+
 def test_arguments_come_while_they_are_written() -> None:
     parser = ResponseParser(ResponseTemplate.load(SPECS["hermes"]), START)
     text = '<tool_call>\n{"name": "f", "arguments": {"file": "line'

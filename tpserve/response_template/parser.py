@@ -20,6 +20,10 @@ from tpserve.response_template.content import read_content, transformed
 from tpserve.response_template.schema_types import typed
 from tpserve.response_template.template import Delimiter, Field, ResponseTemplate
 
+MAX_READ_CHARS = 1 << 15
+"""Of an answer, text that has been read and is still kept."""
+SEEN_CHARS = 1 << 10
+"""What delimiters may see of the text before them."""
 Place = Literal["start", "reasoning", "content"]
 
 
@@ -93,6 +97,8 @@ class ResponseParser:
 
     def feed(self, text: str) -> list[Event]:
         """Read more output; returns what became certain, neighbours of one kind as one."""
+        if self._entered and self._at > MAX_READ_CHARS:
+            self._forget(self._at - SEEN_CHARS)
         self._text += text
         self._process(final=False)
         return self._take()
@@ -104,6 +110,11 @@ class ResponseParser:
         if not self._entered and len(self._text) > self._from:  # the model wrote no delimiter, not even the one of content
             self._events.append(Content(self._text[self._from :]))
         return self._take()
+
+    def _forget(self, count: int) -> None:
+        """Drop text that has been read: to add to a text copies it."""
+        self._text = self._text[count:]
+        self._at, self._from, self._left = self._at - count, self._from - count, self._left - count
 
     def _take(self) -> list[Event]:
         events, self._events = self._events, []
@@ -140,7 +151,7 @@ class ResponseParser:
         """The first delimiter that counts here, and where text begins that may become an earlier one."""
         best: tuple[tuple[int, int, int], Field | None, dict[str, str]] | None = None
         hold = len(self._text)
-        for delimiter, opens in self._expected():
+        for delimiter, opens in self._expected:
             match = delimiter.pattern.search(self._text, self._at, partial=not final)
             if match is None:
                 continue
@@ -156,7 +167,7 @@ class ResponseParser:
         (begin, negative_end, _), opens, groups = best
         return _Found(self._rest if opens is None else opens, begin, -negative_end, groups), hold
 
-    def _expected(self) -> list[tuple[Delimiter, Field | None]]:
+    def _delimiters(self) -> list[tuple[Delimiter, Field | None]]:
         """The delimiters that count in the current region, each with the field that it opens; None: it closes the region."""
         region = self._region
         field = region.field if region is not None else None
@@ -187,6 +198,7 @@ class ResponseParser:
         else:
             more = field.role == "content" and self._reads_calls
             self._region = _TextRegion(field, strip=field.strips and (self._any or field.role == "reasoning"), holds=more)
+        self._expected = self._delimiters()
 
     def _add(self, end: int) -> bool:
         """Text up to `end` belongs to the current region; whether that ended of itself before."""
@@ -375,6 +387,8 @@ def _arguments(arguments: Any, schema: Any) -> str:
 
 def merged(events: Sequence[Event]) -> list[Event]:
     """The events with neighbours of one kind as one."""
+    if len(events) < 2:
+        return list(events)
     found: list[Event] = []
     for event in events:
         if found and not isinstance(event, CallBegin) and type(found[-1]) is type(event):

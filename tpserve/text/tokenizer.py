@@ -56,6 +56,8 @@ class Tokenizer:
         words = (token for token in range(self.vocab_size) if token not in self._byte_of and token not in self._special)
         self._anchor = list(islice((token for token in words if self.decode([token]).strip()), 1))
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[frozenset[int], dict[int, str]] = {}
+        """Of byte-level streams: what they skip, and the texts of tokens."""
 
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Tokenizer":
@@ -108,7 +110,7 @@ class Tokenizer:
         """A stream that decodes an output after `prompt`. `shown`: special tokens that it does not skip."""
         skipped = self._special - shown if skip_special_tokens else frozenset[int]()
         if self._byte_level:
-            return ByteLevelStream(partial(self._shown_bytes, skipped), prompt)
+            return ByteLevelStream(partial(self._shown_bytes, skipped), prompt, self._texts.setdefault(skipped, {}))
         # no skipped token gets there
         decode = partial(self.decode, skip_special_tokens=False)
         return PieceStream(decode, self._run_bytes, self._anchor, partial(self._hidden, skipped), prompt)

@@ -31,6 +31,8 @@ from tpserve.text.assembler import OutputDelta
 from tpserve.text.logprob_entries import TokenEntry
 from tpserve.text.tokenizer import Tokenizer
 
+TEXT_FIELDS = {"content": ("content",), "reasoning": ("reasoning", "reasoning_content")}
+"""By the first of them, the fields of a message that have the same text."""
 StrictLevel = Literal["auto", "function", "parameter"]
 
 
@@ -173,7 +175,7 @@ class AnswerReader:
         for event in self._events(delta):
             match event:
                 case Reasoning(text):
-                    yield {"reasoning": text, "reasoning_content": text}
+                    yield dict.fromkeys(TEXT_FIELDS["reasoning"], text)
                 case Content(text):
                     yield {"content": text}
                 case CallBegin(name, id):
