@@ -15,7 +15,11 @@ MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 PRODUCTS = ("attention_kernel", "_grouped_kernel")
 SMALL_PRODUCTS = {"_router_kernel": {"mma.sync"}}
 """Whose tiles may have fewer rows than a warp group multiplies."""
-SPILLED_BYTES = {"attention_kernel": 1100, "_router_kernel": 8}
+SPILLED_BYTES = {
+    80: {"attention_kernel": 1100},
+    90: {"attention_kernel": 1100, "_router_kernel": 8},
+    100: {"attention_kernel": 1280, "_ban_kernel": 8},
+}
 """Of a thread. Attention keeps its state there while it walks a segment (latents: 1080), not in the loop over tiles."""
 EXACT = {
     "_blocks_kernel", "_draw_kernel", "_pick_kernel", "_truncate_kernel", "_write_kernel", "_mask_bits_kernel", "_allow_kernel",
@@ -61,7 +65,7 @@ def hold(kernels: Iterable[Compiled]) -> None:
     """Each fits its card and keeps its values in registers, products use the matrix unit, and the sampler is exact."""
     for kernel in kernels:
         assert kernel.shared <= SHARED_BYTES[kernel.target], kernel
-        assert kernel.spilled <= SPILLED_BYTES.get(kernel.kernel, 0), kernel
+        assert kernel.spilled <= SPILLED_BYTES[kernel.target].get(kernel.kernel, 0), kernel
         assert kernel.exact or kernel.kernel not in EXACT, kernel
         is_product = kernel.kernel in PRODUCTS and kernel.dtype != "float32"
         units = {MATRIX_UNIT[kernel.target]} if is_product else {""}
