@@ -120,7 +120,7 @@ def create_app(
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[INFO] = info
     grammars = GrammarChecker(tokenizer)
-    grammars.prepare()
+    grammars.prepare().result()  # holds the interpreter lock, and nothing is served yet
     key_usage = KeyUsage(settings.served_model_name[0] if settings.served_model_name else settings.model)
     request_table.metrics.registry.register(key_usage)
     app[SERVICE] = OpenAIServing(

@@ -25,6 +25,8 @@ from tpserve.text.tokenizer_config import CONFIG, SPECIAL, TokenizerConfig, Voca
 
 BYTE_TOKENS = ("<0x%02X>", "<0x%02x>")
 FILE = "tokenizer.json"
+_BYTES = {**dict.fromkeys(range(256), "\ufffd"), **{ord(char): chr(byte) for char, byte in BYTE_OF.items()}}
+"""The characters of byte-level pieces, to those that Latin-1 encodes as their bytes; U+FFFD for others that it knows."""
 _OTHER = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm")
 """Files that may hold a tokenizer of another kind."""
 
@@ -158,8 +160,11 @@ class Tokenizer:
         return str(self._rust.id_to_token(token) or "")
 
     def _spell(self, piece: str) -> bytes:
-        if self._byte_level and all(char in BYTE_OF for char in piece):
-            return bytes(BYTE_OF[char] for char in piece)
+        try:
+            if self._byte_level:
+                return piece.translate(_BYTES).encode("latin-1")
+        except UnicodeEncodeError:  # a character that spells no byte, in an added token
+            pass
         return piece.replace("\u2581", " ").encode()
 
 

@@ -139,8 +139,12 @@ async def prepare_conversation(
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     default = requested if cuts_length else service.defaults.max_tokens
     size = max_new_tokens(prompt, None if cuts_length else requested, default, limits, "messages")
-    params = await params_of(service, call, [prompt], [size], limits, await chat_grammar(service, call, use, place))
-    readers = [AnswerReader(service.answers, call, use, tail, partial(arrival.call_ids, index)) for index in range(call.n)]
+    grammar = await chat_grammar(service, call, use, place)
+    params = await params_of(service, call, [prompt], [size], limits, grammar)
+    readers = [
+        AnswerReader(service.answers, call, use, tail, partial(arrival.call_ids, index), constrained=bool(grammar))
+        for index in range(call.n)
+    ]
     builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)
     return PreparedRequest(call, meta, [prompt], params, encoder(builder), service.answers.shown(use))
 
