@@ -87,7 +87,7 @@ chaos: $(VENV)/test.stamp
 simulation: $(VENV)/test.stamp
 	$(PY) -m tests.simulation.schedule --seed $(or $(SEED),0) --count $(or $(COUNT),100000) $(if $(SIZE),--size $(SIZE))
 
-# A directory of JSON schemas with valid and invalid instances: no invalid one is in the language of a grammar (docs/structured-output.md).
+# A directory of JSON schemas with valid and invalid instances: no invalid one is in the language of a grammar (docs/serving.md).
 schemas: $(VENV)/test.stamp
 	@test -n "$(SUITE)" || { echo "SUITE=DIR names the directory, such as tests/draft2020-12 of JSON-Schema-Test-Suite"; exit 2; }
 	@$(PY) -m tests.schemas $(SUITE) $(ARGS)

@@ -314,8 +314,8 @@ def test_units() -> None:
         quantities.memory("80gb/s")
 
 
-def test_the_line_of_the_readme(plan: Any) -> None:
-    (line,) = re.findall(r"^tpserve plan (.*)$", (ROOT / "README.md").read_text(), re.M)
+def test_the_line_of_the_tour(plan: Any) -> None:
+    (line,) = re.findall(r"^tpserve plan (.*)$", (ROOT / "docs" / "tour.md").read_text(), re.M)
     assert plan(line.replace("MODEL", "llama-70b"))[0] == 0
 
 
