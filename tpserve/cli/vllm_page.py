@@ -28,7 +28,7 @@ USUAL = {
     "--served-model-name": "several names, too",
     "--host": "",
     "--port": "default 8000",
-    "--api-key": "",
+    "--api-key": "one key; `--api-key-file` names a file of several",
 }
 """The ten flags that most command lines have -> what to know of them; empty: what `DIFFERENCES` says, or nothing."""
 
