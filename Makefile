@@ -16,7 +16,7 @@ help:
 	@echo "make serve        serve the built-in model on all GPUs, or on two CPU ranks; ARGS=\"--port 9000\" adds flags"
 	@echo "make check        lint, types and the unit tests: three minutes"
 	@echo "make test         all tests, with a table of the time they took: 25 minutes on two cores"
-	@echo "make test-clients openai, anthropic, langchain-openai, LiteLLM and pydantic-ai against a server (docs/clients.md)"
+	@echo "make test-clients openai, anthropic, LiteLLM, lm-eval, schemathesis, Prometheus and others against a server (docs/clients.md)"
 	@echo "make test-page    the page at / in headless Chromium; skipped where there is none"
 	@echo "make format       put the sources in order"
 	@echo "make native       build the library of CPU kernels anew, with the compiler's warnings as errors"
@@ -37,11 +37,13 @@ check: $(VENV)/test.stamp kernels
 test: $(VENV)/test.stamp kernels
 	@$(PY) tests/run.py
 
-# The clients have an environment of their own, in .tmp/clients.
+# The clients have an environment of their own, in .tmp/clients; OpenTelemetry's SDK, which the server imports, lies in .tmp/otel.
 test-clients: $(VENV)/test.stamp kernels
 	@test -x .tmp/clients/bin/python || $(PY) -m venv .tmp/clients
-	@.tmp/clients/bin/python -m pip --disable-pip-version-check install -q pytest openai anthropic langchain-openai litellm "pydantic-ai-slim[openai]"
-	@$(PY) tests/clients/run.py .tmp/clients/bin/python
+	@.tmp/clients/bin/python -m pip --disable-pip-version-check install -q pytest openai anthropic langchain-openai litellm \
+		"pydantic-ai-slim[openai]" "lm_eval[api]" schemathesis opentelemetry-proto
+	@test -d .tmp/otel || $(PIP) install -q --target .tmp/otel opentelemetry-sdk opentelemetry-exporter-otlp-proto-http
+	@$(PY) tests/clients/run.py .tmp/clients/bin/python .tmp/otel
 
 test-page: $(VENV)/test.stamp kernels
 	@$(PY) -m pytest tests/browser -q -rs -o addopts="--strict-markers --tb=short"

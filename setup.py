@@ -96,6 +96,7 @@ setup(
         "rich>=13",
     ],
     extras_require={
+        "otel": ["opentelemetry-sdk>=1.27", "opentelemetry-exporter-otlp-proto-http>=1.27"],  # for --otlp-traces-endpoint
         "test": [
             "pytest>=8",
             "setuptools>=77",  # builds the wheel in tests/bare; torch 2.11 wants it below 82

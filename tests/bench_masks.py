@@ -2,6 +2,7 @@
 
     python -m tests.bench_masks                          vocabularies of 2,048 (the built-in model's), 32,000 and 128,000
     python -m tests.bench_masks --vocabularies 2048
+    python -m tests.bench_masks --steps              the share of masks in whole steps of a Llama of 100 million, 32,000 tokens
 
 Larger vocabularies are byte-level BPE trained here on the sources of Python's library and of the packages beside it. Each grammar
 is followed along answers that it allows, as a model that knows what it does would write them; a mask is timed before each token.
@@ -24,12 +25,27 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tests.parity.runner import serve
 from tests.schemas import TOKENIZER
+from tests.specs import small
 from tpserve.frontend.openai.body import parse
 from tpserve.frontend.openai.grammar import grammar_of
 from tpserve.frontend.openai.schema import CompletionRequest
+from tpserve.models.decoder import Decoder
+from tpserve.parallel.group import Group
+from tpserve.parallel.mesh import Mesh
+from tpserve.parallel.pipeline import Pipeline
+from tpserve.scheduling.scheduler_config import SchedulerConfig
 from tpserve.structured_output.compiler import compile_grammar, vocabulary
 from tpserve.text.tokenizer import Tokenizer
+from tpserve.types.layout import ParallelLayout
+from tpserve.types.packed import pack
+from tpserve.types.plan import StepPlan
+from tpserve.types.request import Request
+from tpserve.types.sampling import EngineSamplingParams
+from tpserve.weights.dummy import dummy
+from tpserve.worker.grammars import CompiledGrammars, SlotGrammar
+from tpserve.worker.model_runner import ModelRunner, PendingStep
 
 TEXT_BYTES = 60_000_000
 ROWS = (1, 8, 32)
@@ -145,9 +161,65 @@ def best_us(followers: Sequence[LLMatcher], bits_GW: torch.Tensor, executor: LLE
     return min(times) / 1e3
 
 
+def whole_steps(tokenizer: Tokenizer) -> None:
+    """The processor's time of decode steps with a JSON schema in every row, on one thread, and of masks and matchers in them."""
+    torch.set_num_threads(1)
+    size = tokenizer.vocab_size
+    heads = {"num_heads": 12, "num_kv_heads": 12, "head_dim": 64}
+    spec = small(num_layers=12, hidden_size=768, intermediate_size=2048, vocab_size=size, tie_embeddings=True, **heads)
+    layout = ParallelLayout(1, 1, (spec.num_layers,))
+    decoder = Decoder(spec, layout, 0, Group(), torch.bfloat16, torch.device("cpu"), 512)
+    dummy(decoder.parameters(), seed=3)
+    decoder.prepack()
+    call, _ = parse({"prompt": "", "structured_outputs": {"json": SCHEMA}}, CompletionRequest, set())
+    params = EngineSamplingParams(temperature=1.0, max_tokens=80, grammar=grammar_of(call), ignore_eos=True)
+    spent, found = [0.0], list[tuple[int, float, float]]()
+    for name in ("write_mask", "follow"):
+        setattr(SlotGrammar, name, timed(getattr(SlotGrammar, name), spent))
+    launch = ModelRunner.launch
+
+    def timed_launch(runner: ModelRunner, plan: StepPlan) -> PendingStep:
+        begin = time.process_time()
+        pending = launch(runner, plan)
+        took, masks, spent[0] = time.process_time() - begin, spent[0], 0.0
+        chunks = list(plan.chunks())
+        if chunks and all(chunk.count == 1 for chunk in chunks):
+            found.append((len(chunks), took, masks))
+        return pending
+
+    ModelRunner.launch = timed_launch
+    compiled = CompiledGrammars(lambda: vocabulary(tokenizer, size, ()))
+    mesh = Mesh(0, layout, Group(), Group(), Pipeline(), torch.device("cpu"))
+    for rows in ROWS:
+        found.clear()
+        requests = [Request(index, pack(range(5, 25)), params, seed=index) for index in range(rows)]
+        serve(decoder, mesh, requests, SchedulerConfig(rows, 512, 512, 2000, 16, 2, False, ()), compiled)
+        whole = [(took, masks) for count, took, masks in found if count == rows]
+        step, mask = (statistics.median(times) * 1e3 for times in zip(*whole, strict=True))
+        share = f"{mask / rows * 1e3:5.0f} us a token, {mask / step:.1%} of the step"
+        print(f"{rows:2} rows: a step {step:6.1f} ms, masks and matchers {mask:6.2f} ms, {share}; {len(whole)} steps", flush=True)
+
+
+def timed(method: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    """The method, which adds its time to `spent`; of one that calls another only once."""
+
+    def run(*arguments: Any) -> Any:
+        before, begin = spent[0], time.process_time()
+        try:
+            return method(*arguments)
+        finally:
+            spent[0] = before + time.process_time() - begin
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabularies", default="2048,32000,128000")
+    parser.add_argument("--steps", action="store_true")
+    if parser.parse_args().steps:
+        whole_steps(trained(32_000))
+        return
     executor = LLExecutor(2)
     for size in map(int, parser.parse_args().vocabularies.split(",")):
         tokenizer = TOKENIZER if size == TOKENIZER.vocab_size else trained(size)

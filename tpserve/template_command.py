@@ -20,7 +20,8 @@ from tpserve.errors import UserError
 from tpserve.hub.locate import locate_tokenizer
 from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.detect import Answers, detect
-from tpserve.response_template.parser import Content, Reasoning, ResponseParser
+from tpserve.response_template.parser import ResponseParser
+from tpserve.response_template.regions import Content, Reasoning
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer

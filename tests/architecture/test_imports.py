@@ -112,7 +112,9 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "host",
         "cli",
+        "cluster",
         "hub",
+        "text",
         "wire",
         "process",
         "parallel",
@@ -205,6 +207,8 @@ TORCH_FREE = [
     "bench.command",
     "bench.serve",
     "bench.offline",
+    "bench.frontend",
+    "bench.floor_server",
     "bench.roofline_work",
     "planner.command",
     "doctor.command",
@@ -286,7 +290,7 @@ def test_nothing_is_used_that_setup_does_not_require() -> None:
     required = {
         "torch", "triton", "safetensors", "huggingface_hub", "aiohttp", "msgspec", "zmq", "tokenizers", "jinja2", "uvloop",
         "llguidance", "regex",
-        "prometheus_client", "rich", "yaml",
+        "prometheus_client", "rich", "yaml", "opentelemetry",
     }  # fmt: skip
     for path in [*sources(), *(ROOT / "kernels").rglob("*.py")]:
         if path == PACKAGE / "builtin" / "train.py":  # `make model`, in the environment of the tests

@@ -46,7 +46,7 @@ def test_every_case_is_measured(transport: str, tmp_path: Path) -> None:
         ("step --transport udp", "--transport must be one of ipc, tcp, not 'udp'"),
         ("step --stpes 3", "unknown flag --stpes: did you mean --steps?"),
         ("step --steps 5 --output /nowhere/step.json", "--output /nowhere/step.json: No such file or directory"),
-        ("setp", "tpserve bench setp: there is no such benchmark: latency, throughput, serve, roofline, step"),
+        ("setp", "tpserve bench setp: there is no such benchmark: latency, throughput, serve, frontend, roofline, step"),
         ("", "tpserve bench: say which one: latency, "),
     ],
 )

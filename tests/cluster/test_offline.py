@@ -179,7 +179,7 @@ def test_the_context_bounds_max_tokens(llm: LLM) -> None:
     ("prompts", "params", "said"),
     [
         ("word " * 4000, None, "maximum context length is 2048 tokens"),
-        (["fine", [1 << 30]], None, "prompts[1]: prompt: token id 1073741824 is outside the vocabulary"),
+        (["fine", [1 << 30]], None, "prompts[1]: prompt: token id 1073741824 is out of vocabulary"),
         (["fine", 3.5], None, "prompts[1] must be a text or a list of token ids, not float"),
         (3, None, "prompts must be a prompt or a list of them, not int"),
         ([["a", 1]], None, "prompts[0] must be a text or a list of token ids, not a list of str"),

@@ -131,6 +131,10 @@ def wrong_requests(base_url: str) -> None:
     assert reply.headers["allow"] == "POST"
     zipped = client.send("POST", "/v1/completions", b"\x1f\x8b", {"Content-Encoding": "gzip"})
     is_error(zipped, 415, code="unsupported_encoding", says="gzip")
+    form = client.send("POST", "/v1/completions", b'{"prompt":"a"}', {"Content-Type": "application/x-www-form-urlencoded"})
+    is_error(form, 415, code="unsupported_media_type", says="Content-Type: application/json")
+    typed = {"Content-Type": "application/JSON; charset=utf-8"}
+    assert client.send("POST", "/v1/completions", b'{"prompt":"a","max_tokens":1.0}', typed).status == 200
     assert client.completion(max_tokens=1).status == 200
 
 
@@ -293,8 +297,12 @@ def streaming_order(base_url: str) -> None:
             assert text == (expected["message"]["content"] if send == client.chat else expected["text"])
     plain = client.completion(stream=True, max_tokens=3).events
     assert all("usage" not in chunk and chunk["choices"] for chunk in plain)
-    counted = client.completion(stream=True, max_tokens=3, stream_options={"continuous_usage_stats": True}).events
-    assert [c["usage"]["completion_tokens"] for c in counted] == sorted(c["usage"]["completion_tokens"] for c in counted)
+    only = {"continuous_usage_stats": True}
+    assert all("usage" not in chunk for chunk in client.completion(stream=True, max_tokens=3, stream_options=only).events)
+    for send in (client.completion, client.chat):
+        counted = send(stream=True, max_tokens=3, ignore_eos=True, stream_options={"include_usage": True, **only}).events
+        counts = [chunk["usage"]["completion_tokens"] for chunk in counted]
+        assert counts == sorted(counts) and counts[-2:] == [3, 3] and len(set(counts[:-1])) == len(counts) - 1
 
 
 def joined(choices: list[Json], chat: bool) -> tuple[list[int], str, int]:
@@ -304,9 +312,8 @@ def joined(choices: list[Json], chat: bool) -> tuple[list[int], str, int]:
         assert first["delta"] == {"role": "assistant", "content": ""} and first["finish_reason"] is None
     *deltas, end = choices
     assert end["finish_reason"] == "length" and all(choice["finish_reason"] is None for choice in deltas)
-    assert not (end["delta"] if chat else end["text"]), "the finish chunk has no text"
-    texts = [choice["delta"]["content"] if chat else choice["text"] for choice in deltas]
-    assert all(texts), "no delta is empty"
+    texts = [choice["delta"].get("content", "") if chat else choice["text"] for choice in choices]
+    assert all(texts[:-1]), "no delta is empty"
     shapes = [choice["logprobs"] for choice in choices if choice["logprobs"]]
     entries = sum(len(shape["content"] if chat else shape["tokens"]) for shape in shapes)
     return [token for choice in choices for token in choice["token_ids"]], "".join(texts), entries

@@ -148,6 +148,10 @@ class Config:
     allow_credentials: bool = False
     request_timeout: float | None = None
     access_log: str | None = None
+    root_path: str = ""
+    enable_force_include_usage: bool = False
+    enable_per_request_metrics: bool = False
+    return_tokens_as_token_ids: bool = False
     log_requests: bool = False
     log_stats: bool = True
     drain_timeout: float = 25.0
@@ -181,6 +185,7 @@ def serving(
     exposed: bool = False,
     kind: Callable[[], RustTokenizer] = byte_level,
     answers: ChatAnswers | None = None,
+    spans: Any = None,
     **config: Any,
 ) -> Iterator[Server]:
     """Serve on a loopback port until the block ends; `exposed`: as if others could reach it. `server.states[-1]` is what the
@@ -219,9 +224,9 @@ def serving(
         app = create_app(
             settings, request_table, status, tokenizer, template, answers or ChatAnswers(),
             journal=journal, info=info, control=control, api_keys=ApiKeys(settings.api_key, settings.api_key_file),
-            access_log=access_log, exposed=exposed,
+            access_log=access_log, spans=spans, exposed=exposed,
         )  # fmt: skip
-        site_runner = runner(app)
+        site_runner = runner(app, settings.root_path)
         await site_runner.setup()
         site = web.TCPSite(site_runner, "127.0.0.1", 0)
         await site.start()

@@ -17,7 +17,21 @@ from tpserve.frontend import access_log
 from tpserve.frontend.access_log import AccessLogFile
 
 FIELDS = [
-    *("time", "request_id", "id", "client", "key", "method", "path", "status", "duration_s", "queue_s", "ttft_s", "model"),
+    *(
+        "time",
+        "request_id",
+        "trace_id",
+        "id",
+        "client",
+        "key",
+        "method",
+        "path",
+        "status",
+        "duration_s",
+        "queue_s",
+        "ttft_s",
+        "model",
+    ),
     *("prompt_tokens", "output_tokens", "finish_reason"),
 ]
 
@@ -32,7 +46,10 @@ def test_a_line_for_each_request_and_nothing_of_its_text(tmp_path: Path) -> None
     with serving(tmp_path, access_log=str(path), api_key_file=str(tmp_path / "keys")) as server:
         client = checks.Client(server.url, {"X-Request-Id": "abc", "Authorization": "Bearer s3cret"})
         client.completion(prompt="zanzibar", max_tokens=3, ignore_eos=True, n=2)
-        client.chat(messages=[{"role": "user", "content": "zanzibar"}], max_tokens=2, ignore_eos=True, stream=True)
+        traced = checks.Client(
+            server.url, client.headers | {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+        )
+        traced.chat(messages=[{"role": "user", "content": "zanzibar"}], max_tokens=2, ignore_eos=True, stream=True)
         client.completion(prompt="zanzibar", max_tokens=-1)
         client.get("/v1/streams/zanzibar?from=zanzibar")
         client.get("/zanzibar")
@@ -50,6 +67,7 @@ def test_a_line_for_each_request_and_nothing_of_its_text(tmp_path: Path) -> None
     assert (whole["output_tokens"], whole["finish_reason"]) == (6, "length") and whole["prompt_tokens"] > 0
     assert 0 <= whole["queue_s"] <= whole["ttft_s"] <= whole["duration_s"]
     assert whole["time"].endswith("+00:00") and whole["time"] <= streamed["time"]
+    assert (whole["trace_id"], streamed["trace_id"]) == (None, "0af7651916cd43dd8448eb211c80319c")
     assert (streamed["path"], streamed["output_tokens"]) == ("/v1/chat/completions", 2)
     assert (wrong["status"], wrong["id"], wrong["output_tokens"], wrong["key"]) == (400, None, None, "team-a")
     assert (stream["path"], stream["status"]) == ("/v1/streams/{id}", 404)

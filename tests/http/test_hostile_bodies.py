@@ -1,31 +1,25 @@
 """No body, whatever it holds, keeps the event loop: other clients are answered and other streams go on.
 
-A gap is the time between two turns of the loop, as far as this process had the processor: the least of wall time and CPU time of
-all its threads. On a shared machine, time in which nobody here ran is no fault of the server's. Others also take caches
-and memory bandwidth, so a gap counts when it comes at each of three tries; what a body costs by itself it costs every time.
+`loop_gaps` says what a gap is.
 """
 
 import asyncio
 import gc
 import http.client
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.http import checks
 from tests.http.inprocess import MAX_MODEL_LEN, Server, serving
+from tests.http.loop_gaps import MAX_GAP_S, without_gap
 from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.openai.body import MAX_BODY_BYTES
 from tpserve.frontend.openai.json_scan import MAX_WEIGHT
 
-MAX_GAP_S = 0.1
-TRIES = 3
-T = TypeVar("T")
 ROOM = MAX_BODY_BYTES - 100
 COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -39,39 +33,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(tmp_path_factory.mktemp("model")) as server:
         yield server
     gc.unfreeze()
-
-
-class Gaps:
-    """The longest time between two turns of a loop."""
-
-    def __init__(self) -> None:
-        self.worst_s = 0.0
-        self.stopped = False
-
-    async def watch(self) -> None:
-        wall, cpu = time.perf_counter(), time.process_time()
-        while not self.stopped:
-            await asyncio.sleep(0.001)
-            now, used = time.perf_counter(), time.process_time()
-            self.worst_s = max(self.worst_s, min(now - wall, used - cpu))
-            wall, cpu = now, used
-
-
-def without_gap(server: Server, work: Callable[[], T], limit_s: float = MAX_GAP_S) -> T:
-    """What `work` gives, while the server's loop turns. AssertionError when it stood still each time."""
-    worst_s = []
-    for _ in range(TRIES):
-        gaps = Gaps()
-        watch = asyncio.run_coroutine_threadsafe(gaps.watch(), server.loop)
-        try:
-            result = work()
-        finally:
-            gaps.stopped = True
-            watch.result(60)
-        if gaps.worst_s < limit_s:
-            return result
-        worst_s.append(gaps.worst_s)
-    raise AssertionError(f"the loop stood still for {min(worst_s):.3f} s at least")
 
 
 def many(head: str, item: str, tail: str, count: int | None = None) -> bytes:

@@ -1,5 +1,6 @@
 """/openapi.json and /docs: every route, every body, and no reference into the void."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from tests.http import checks
 from tests.http.inprocess import Server, serving
+
+HI = {"role": "user", "content": "hi"}
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,43 @@ def test_docs_need_nothing_else(server: Server) -> None:
     text = reply.body.decode()
     assert reply.status == 200 and "POST /v1/completions" in text and "<script" not in text
     assert not re.search(r"(src|href)=.?https?:", text) and "default-src 'none'" in str(reply.headers)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2, "logprobs": 1, "echo": True, "prompt_logprobs": 1}),
+        ("POST", "/v1/chat/completions", {"messages": [HI], "max_tokens": 2, "logprobs": True, "top_logprobs": 2}),
+        ("POST", "/v1/responses", {"input": "hi", "max_output_tokens": 2}),
+        ("POST", "/v1/messages", {"messages": [HI], "max_tokens": 2}),
+        ("POST", "/v1/messages/count_tokens", {"messages": [HI]}),
+        ("POST", "/v1/responses/input_tokens", {"input": "hi"}),
+        ("POST", "/tokenize", {"prompt": "hi"}),
+        ("POST", "/detokenize", {"tokens": [5]}),
+        ("POST", "/v1/completions", {"prompt": "a", "temperature": -1}),
+        ("POST", "/v1/messages", {}),
+        ("GET", "/v1/models", None),
+        ("GET", "/health", None),
+        ("GET", "/load", None),
+        ("GET", "/tokenizer_info", None),
+        ("GET", "/server_info", None),
+    ],
+)
+def test_answers_are_as_declared(server: Server, document: Any, method: str, path: str, body: Any) -> None:
+    reply = checks.Client(server.url).send(method, path, None if body is None else json.dumps(body).encode())
+    declared = document["paths"][path][method.lower()]["responses"]
+    schema = declared[str(reply.status)]["content"]["application/json"]["schema"]
+    jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(reply.json)
+
+
+def test_links_lead_to_operations(document: Any) -> None:
+    operations = {operation["operationId"]: operation for each in document["paths"].values() for operation in each.values()}
+    links = [
+        link
+        for operation in operations.values()
+        for response in operation["responses"].values()
+        for link in response.get("links", {}).values()
+    ]
+    assert len(links) > 10 and all(link["operationId"] in operations for link in links)
+    for link in links:
+        assert {"id"} == {each["name"] for each in operations[link["operationId"]]["parameters"] if each["in"] == "path"}

@@ -1,6 +1,7 @@
 """The HTTP side against real sockets: all of `checks`, and what needs a hand on the engine behind it."""
 
 import asyncio
+import json
 import logging
 import socket
 import time
@@ -348,6 +349,21 @@ def test_a_long_prompt_leaves_the_loop_free(server: Server, client: checks.Clien
         return worst
 
     assert asyncio.run(both()) < 1
+
+
+def test_a_stream_over_http_1_0_has_no_chunks(server: Server, client: checks.Client) -> None:
+    """Its events end with the connection, and are those of HTTP/1.1."""
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "the cat", "max_tokens": 12, "stream": True, "seed": 5}).encode()
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        head, _, events = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert b" 200 " in head and b"chunked" not in head.lower()
+    *chunks, done, rest = events.split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    text = "".join(json.loads(chunk.removeprefix(b"data: "))["choices"][0]["text"] for chunk in chunks)
+    whole = client.completion(prompt="the cat", max_tokens=12, seed=5).json
+    assert text == whole["choices"][0]["text"]
 
 
 def test_not_http_at_all(server: Server, client: checks.Client, caplog: pytest.LogCaptureFixture) -> None:

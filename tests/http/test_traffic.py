@@ -54,7 +54,10 @@ def test_a_line_for_each_request_and_nothing_of_its_text(tmp_path: Path, caplog:
     with caplog.at_level(logging.INFO), serving(tmp_path, log_requests=True) as server:
         client = checks.Client(server.url, {"X-Request-Id": "abc"})
         client.completion(prompt="zanzibar", max_tokens=3, ignore_eos=True, n=2)
-        client.chat(messages=[{"role": "user", "content": "zanzibar"}], max_tokens=2, ignore_eos=True, stream=True)
+        traced = checks.Client(
+            server.url, client.headers | {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+        )
+        traced.chat(messages=[{"role": "user", "content": "zanzibar"}], max_tokens=2, ignore_eos=True, stream=True)
         client.completion(prompt="zanzibar", max_tokens=-1)
         client.get("/zanzibar")
         client.get("/livez")
@@ -74,8 +77,10 @@ def test_a_line_for_each_request_and_nothing_of_its_text(tmp_path: Path, caplog:
         rf"status 200, {time}",
         whole,
     )
-    assert re.search(
-        r"request chatcmpl-abc: POST /v1/chat/completions, .* 2 output tokens, finish length, .* status 200", streamed
+    assert re.fullmatch(
+        r"request chatcmpl-abc: POST /v1/chat/completions, .* 2 output tokens, finish length, .* status 200, "
+        rf"{time}, trace 0af7651916cd43dd8448eb211c80319c",
+        streamed,
     )
     assert re.fullmatch(rf"request abc: POST /v1/completions, status 400, {time}", wrong)
     assert re.fullmatch(rf"request abc: GET \(no such route\), status 404, {time}", missing)

@@ -34,7 +34,7 @@ class QuietMetrics(Metrics):
     def _nothing(self, *values: object) -> None:
         pass
 
-    engine = quarantined = recovered = first_token = next_token = ended = _nothing  # type: ignore[assignment]
+    engine = quarantined = recovered = first_token = next_tokens = ended = _nothing  # type: ignore[assignment]
 
 
 class SimulatedFrontend:

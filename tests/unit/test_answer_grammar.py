@@ -96,7 +96,7 @@ def walk(matcher: LLMatcher, kind: str, seed: int, hints: list[str]) -> str | No
 def parsed(tools: ToolFormat, reasoning: ReasoningFormat | None, text: str, prompt: str) -> list[tuple[str, Any]]:
     """The calls as the product reads them, by the template that it makes of the same format."""
     template = ResponseTemplate.load(spec_of(AnswerFormat(reasoning=reasoning, tools=tools), ["<|assistant|>"]))
-    parser, calls = ResponseParser(template, prompt, SCHEMAS), []
+    parser, calls = ResponseParser(template, prompt, SCHEMAS, calls_end_reasoning=False), []
     for event in [*parser.feed(text), *parser.finish()]:
         if isinstance(event, CallBegin):
             calls.append((event.name, ""))

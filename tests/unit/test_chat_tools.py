@@ -9,6 +9,7 @@ from tpserve.errors import UserError
 from tpserve.frontend.openai.chat_answer import AnswerReader, ChatAnswers
 from tpserve.frontend.openai.schema import ChatCompletionRequest
 from tpserve.frontend.openai.tools import tool_use
+from tpserve.response_template.format import AnswerFormat, ReasoningFormat
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.assembler import OutputDelta
 
@@ -39,6 +40,22 @@ def output(text: str, finish: Any = None, begin: int = 0) -> OutputDelta:
 
 def reader(call: ChatCompletionRequest, tail: str = "") -> AnswerReader:
     return AnswerReader(ANSWERS, call, tool_use(call), tail)
+
+
+def test_a_described_answer_keeps_its_white_space() -> None:
+    answers = ChatAnswers(ANSWERS.template, AnswerFormat(reasoning=ReasoningFormat("<think>\n", "\n</think>\n\n")))
+    for fields, content in (({"guided_regex": " a"}, " a"), ({"response_format": {"type": "text"}}, "a"), ({}, "a")):
+        call = request(**fields)
+        for tail, text in (("<think>\n\n</think>\n\n", " a"), ("<think>\n", "Hm.\n</think>\n\n a")):
+            assert AnswerReader(answers, call, tool_use(call), tail).message(output(text, "stop"))["content"] == content
+
+
+def test_calls_inside_reasoning_are_calls_of_a_free_answer() -> None:
+    call, text = request(tools=[F]), '<think>\nHm <c>{"name": "f", "arguments": {}}</c>\n</think>'
+    free = reader(call).message(output(text, "stop"))
+    assert free["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"} and free["reasoning"] == "Hm"
+    held = AnswerReader(ANSWERS, call, tool_use(call), "", constrained=True).message(output(text, "stop"))
+    assert "tool_calls" not in held and held["reasoning"].startswith("Hm <c>")
 
 
 @pytest.mark.parametrize(

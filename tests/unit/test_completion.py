@@ -22,7 +22,7 @@ from tpserve.completion_command import completed_commands
 CASES = {
     "tpserve ": {"serve", "bench", "chat", "completion", "plan"},
     "tpserve ch": {"chat"},
-    "tpserve bench ": {"serve", "latency", "throughput", "roofline", "step"},
+    "tpserve bench ": {"serve", "latency", "throughput", "frontend", "roofline", "step"},
     "tpserve bench se": {"serve"},
     "tpserve serve --dtype ": {"auto", "bfloat16", "float16", "float32"},
     "tpserve serve --dtype fl": {"float16", "float32"},

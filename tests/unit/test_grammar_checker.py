@@ -1,6 +1,7 @@
 """The checker of grammars: refusals name the field, and a check that failed itself is made again."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tpserve.frontend.openai.grammar import field_of_grammar
 from tpserve.frontend.openai.schema import ChatCompletionRequest
 from tpserve.structured_output import checker
 from tpserve.structured_output.checker import GrammarChecker
+from tpserve.structured_output.compiler import LARGE_BYTES
 from tpserve.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load("tpserve/builtin/model")
@@ -33,6 +35,33 @@ def test_a_check_that_failed_itself_is_not_remembered(monkeypatch: pytest.Monkey
         await checking.check('start: "a"')
 
     asyncio.run(twice())
+
+
+def test_small_grammars_do_not_wait_for_large_ones_and_few_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, compile_grammar = threading.Event(), checker.compile_grammar
+
+    def slow(vocabulary: Any, grammar: str) -> Any:
+        assert len(grammar) < LARGE_BYTES or go_on.wait(30)
+        return compile_grammar(vocabulary, grammar)
+
+    async def run() -> None:
+        checking = GrammarChecker(TOKENIZER)
+        large = [f'start: "{n}{"a" * LARGE_BYTES}"' for n in range(3)]
+        waiting = [asyncio.create_task(checking.check(grammar)) for grammar in large[:2]]
+        await checking.check('start: "a"')
+        assert not any(task.done() for task in waiting)
+        with pytest.raises(UserError, match="3 grammars wait") as refusal:
+            waiting.append(asyncio.create_task(checking.check(large[2])))
+            await asyncio.sleep(0)
+            await checking.check('start: "b"')
+        assert refusal.value.status == 429
+        go_on.set()
+        await asyncio.gather(*waiting)
+        await checking.check('start: "b"')
+
+    monkeypatch.setattr(checker, "compile_grammar", slow)
+    monkeypatch.setattr(checker, "MAX_WAITING", 3)
+    asyncio.run(run())
 
 
 def test_the_field_that_a_grammar_comes_from() -> None:

@@ -17,7 +17,7 @@ def busy(*, vllm_names: bool = False) -> Metrics:
     metrics = Metrics("m", 16, vllm_names=vllm_names)
     metrics.engine(Stats(1, 0, 5, 50, 0, 1, 6, 1, epoch=1))
     metrics.first_token(0.02)
-    metrics.next_token(0.01)
+    metrics.next_tokens([0.01])
     metrics.ended("stop", 0.3, 6, 3, PhaseTimes(0.1, 0.05, 0.2))
     return metrics
 

@@ -191,3 +191,18 @@ def test_the_documentation_lists_every_field() -> None:
     listed = set(re.findall(r"`(\w+)`", section))
     honoured = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
     assert listed - {"rid", "thinking_budget", "null", "warnings"} == honoured | LABELS | (NEUTRAL.keys() - honoured)
+
+
+def test_wrong_keys_of_logit_bias_are_named() -> None:
+    with pytest.raises(UserError, match=r"logit_bias: 'fox', '1\.5', '-3': not the id of a token") as raised:
+        completion(logit_bias={"fox": 1, "7": 1, "1.5": 2, "-3": 0})
+    assert raised.value.param == "logit_bias"
+    with pytest.raises(UserError, match="and 95 more"):
+        completion(logit_bias={f"k{number}": 1 for number in range(100)})
+
+
+def test_whole_numbers_may_have_a_fraction_of_zero() -> None:
+    call, _ = completion(max_tokens=16.0, temperature=1.0, seed=-3.0, n=2.0)
+    assert (call.max_tokens, call.temperature, call.seed, call.n) == (16, 1.0, -3, 2) and type(call.max_tokens) is int
+    with pytest.raises(UserError, match="max_tokens"):
+        completion(max_tokens=16.5)

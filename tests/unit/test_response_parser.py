@@ -14,7 +14,8 @@ from tpserve.errors import UserError
 from tpserve.response_template import content as content_module
 from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.detect import detect
-from tpserve.response_template.parser import Content, Event, Reasoning, ResponseParser
+from tpserve.response_template.parser import ResponseParser
+from tpserve.response_template.regions import Content, Event, Reasoning
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.chat import ChatTemplate
 
@@ -180,6 +181,27 @@ def test_the_cut_changes_nothing_not_even_in_damaged_text(kind: str) -> None:
             assert parsed(template, [text[:at], text[at:]]) == whole, (text, at)
 
 
+@pytest.mark.parametrize("kind", SPECS)
+def test_text_that_has_been_read_may_go(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long answer is not kept: each token would copy it. What delimiters see of it stays."""
+    template, draw = ResponseTemplate.load(SPECS[kind]), random.Random(kind)
+    for _ in range(30):
+        text = written(kind, *random_case(draw, kind))
+        whole, ranges = parsed(template, [text]), ResponseParser(template, START)
+        ranges.feed(text)
+        with monkeypatch.context() as patch:
+            patch.setattr("tpserve.response_template.parser.MAX_READ_CHARS", 33)
+            patch.setattr("tpserve.response_template.parser.SEEN_CHARS", 32)
+            assert parsed(template, list(text)) == whole, text
+            parser = ResponseParser(template, START)
+            for char in text:
+                parser.feed(char)
+            assert parser.reasoning == ranges.reasoning
+            for _ in range(200):
+                parser.feed("a ")
+            assert len(parser._text) < 200 or not parser._entered
+
+
 def test_arguments_come_while_they_are_written() -> None:
     parser = ResponseParser(ResponseTemplate.load(SPECS["hermes"]), START)
     text = '<tool_call>\n{"name": "f", "arguments": {"file": "line'
@@ -218,6 +240,61 @@ def test_a_search_that_takes_too_long_leaves_the_call_as_content(monkeypatch: py
     monkeypatch.setattr(content_module, "MAX_SECONDS", 1e-9)
     text = written("tagged", "", "", [("f", {"a": "x" * 200_000})])
     assert parsed(ResponseTemplate.load(SPECS["tagged"]), [text])[1:] == (text.lstrip(), [])
+
+
+@pytest.mark.parametrize(
+    ("family", "text"), [("qwen3_coder", "<parameter=a>\nx"), ("muse_glimmer", '<atem:parameter name="a">x')]
+)
+def test_tags_without_an_end_are_looked_for_once(family: str, text: str) -> None:
+    begin = {"qwen3_coder": "<tool_call>\n<function=f>\n", "muse_glimmer": '<atem:invoke name="f">'}[family]
+    end = {"qwen3_coder": "</function>\n</tool_call>", "muse_glimmer": "</atem:invoke>"}[family]
+    template = ResponseTemplate.load(detect(ChatTemplate(None), {}, family).spec)
+    began_s = time.thread_time()
+    for count in (40_000, 1_500):  # more than a call may have, either way
+        assert parsed(template, [begin + text * count + end])[2] in ([], [["f", "{}"]])
+    assert parsed(template, [begin + text * 1_000 + end])[2] != []
+    assert time.thread_time() - began_s < 10
+
+
+def test_texts_in_marks_without_an_end_are_looked_for_once() -> None:
+    began_s = time.thread_time()
+    assert parsed(ResponseTemplate.load(SPECS["gemma"]), ["<call>f{a:" + "<q>x" * 200_000 + "}</call>"])[2] == []
+    assert time.thread_time() - began_s < 10
+
+
+def test_a_grammar_says_which_white_space_is_between_reasoning_and_content() -> None:
+    template = ResponseTemplate.load(SPECS["hermes"])
+    for prompt, text in ((f"{START}<think>\n", "so\n</think>\n\n \nYes"), (f"{START}<think>\n\n</think>\n\n", " \nYes")):
+        for size in range(1, len(text) + 1):
+            parser = ResponseParser(template, prompt, gap="\n\n")
+            pieces = [text[at : at + size] for at in range(0, len(text), size)]
+            events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+            assert "".join(event.text for event in events if isinstance(event, Content)) == " \nYes"
+
+
+CALLS_IN_REASONING = {
+    "hermes": "<tool_call>\n" + json.dumps({"name": "f", "arguments": {"a": 1}}) + "\n</tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+    '{"a": 1}<|tool_call_end|><|tool_calls_section_end|>',
+    "glm": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+}
+
+
+@pytest.mark.parametrize("family", CALLS_IN_REASONING)
+def test_a_call_inside_reasoning_ends_it(family: str) -> None:
+    template = ResponseTemplate.load(detect(ChatTemplate(None), {}, family, "think").spec)
+    call, schema = CALLS_IN_REASONING[family], {"f": {"properties": {"a": {"type": "integer"}}}}
+    for end, content in (("", ""), ("\n</think>\n\nDone.", "Done."), ("\n</think>", ""), ("Done.", "Done.")):
+        text = f"<think>\nThe tag <tool_call> or <|tool_call_begin|> would do.\n{call}{end}"
+        for cut in (1, 3, len(text)):
+            pieces = [text[at : at + cut] for at in range(0, len(text), cut)]
+            thinking, said, calls = parsed(template, pieces, tools=schema)
+            assert thinking == "The tag <tool_call> or <|tool_call_begin|> would do." and said.strip() == content
+            assert [(name, json.loads(arguments)) for name, arguments in calls] == [("f", {"a": 1})]
+    kept = ResponseParser(template, calls_end_reasoning=False)
+    events = [*kept.feed(f"<think>\n{call}\n</think>\n\nDone."), *kept.finish()]
+    assert events == [Reasoning(call), Content("Done.")]
 
 
 def test_a_call_cut_short_keeps_what_was_written() -> None:

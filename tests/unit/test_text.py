@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jinja2.exceptions import SecurityError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from tests.http.tiny_tokenizer import byte_level, metaspace, save
 from tpserve.errors import UserError
@@ -218,7 +220,10 @@ def test_chat_template_names_of_the_hub() -> None:
         ("{{ messages[7].content }}{{ messages[7].x.y }}", "refused the messages"),
         ("{{ messages + 1 }}", "refused the messages"),
         ("{{ messages.__class__.__mro__ }}", "refused the messages"),
-        ("{{ messages.append(1) }}", "refused the messages"),
+        ("{{ messages.append(1) }}", "refused the messages.*--chat-template"),
+        ("{% set n = namespace(ids=[]) %}{% set _ = n.ids.append(1) %}", "refused the messages.*--chat-template"),
+        ("{% set n = namespace(_a=1) %}", "refused the messages"),
+        ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "refused the messages"),
         ("{% for i in range(10 ** 8) %}x{% endfor %}", "refused the messages"),
     ],
 )
@@ -226,6 +231,26 @@ def test_chat_template_errors_are_the_users(source: str | None, sentence: str) -
     with pytest.raises(UserError, match=sentence) as info:
         ChatTemplate(source).render(HELLO)
     assert info.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set n = namespace(ids=[]) %}{% set _ = n.ids.append(1) %}{{ n.ids }}",
+        "{% set n = namespace(_a=1) %}{{ n._a }}",
+        "{% set n = namespace(self=1) %}{% set n.b = [2] + [3] %}{{ n.self }}{{ n.b }}",
+        "{% set x = {'a': 1} %}{{ x.update(b=2) }}",
+    ],
+)
+def test_what_a_template_may_do_is_as_in_transformers(source: str) -> None:
+    try:
+        expected: str | None = _compile_jinja_template(source).render(messages=HELLO)
+    except SecurityError:
+        expected = None
+    try:
+        assert ChatTemplate(source).render(HELLO) == expected
+    except UserError:
+        assert expected is None
 
 
 def test_broken_chat_template_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import asdict
 
 from tpserve.bench import flags as bench_flags
-from tpserve.bench.flags import LatencyFlags, OfflineFlags, RooflineFlags, ServeFlags, StepFlags, ThroughputFlags
+from tpserve.bench.flags import FrontendFlags, LatencyFlags, OfflineFlags, RooflineFlags, ServeFlags, StepFlags, ThroughputFlags
 from tpserve.bench.workload import BenchRequest, Workload, endpoint, read_dataset
 from tpserve.cli.command import Command, HelpWanted, wants_help
 from tpserve.cli.server_url import URL
@@ -56,6 +56,13 @@ def _run_roofline(flags: RooflineFlags, engine_argv: list[str]) -> int:
     from tpserve.bench.roofline import run as run_roofline
 
     return run_roofline(engine_argv, **asdict(flags))
+
+
+def _run_frontend(flags: FrontendFlags, engine_argv: list[str]) -> int:
+    from tpserve.bench.frontend import run as run_frontend
+
+    rate = None if flags.rate == "inf" else flags.rate
+    return run_frontend(engine_argv, **(asdict(flags) | {"rate": rate}))
 
 
 def _run_latency(flags: LatencyFlags, engine_argv: list[str]) -> int:
@@ -185,6 +192,9 @@ BENCHMARKS = {
     "throughput": Benchmark("many prompts at once, without a server: tokens a second", bench_flags.THROUGHPUT, _run_throughput),
     "serve": Benchmark(
         "a load against the URL of a running server, this or another one with the OpenAI API", bench_flags.SERVE, _run_serve
+    ),
+    "frontend": Benchmark(
+        "streams of the HTTP frontend without a model: tokens a second of its processor time", bench_flags.FRONTEND, _run_frontend
     ),
     "roofline": Benchmark(
         "decode steps and a prefill on the CPU against bandwidth and arithmetic measured beside",

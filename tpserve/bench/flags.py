@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Struct
 
+from tpserve.bench.stream_load import MAX_STREAMS, StreamApi
 from tpserve.cli.command import Command
 from tpserve.cli.server_url import URL, server_url
 from tpserve.cli.vllm import ANY, OFF, SOME_OF, switch, value_of
@@ -63,6 +64,22 @@ class RooflineFlags(Struct, frozen=True, kw_only=True):
     plot: Annotated[
         Path | None, Flag(REPORT, "Draw the roofline, a point for each step.", parse=_svg_path, metavar="FILE.svg")
     ] = None
+
+
+class FrontendFlags(Struct, frozen=True, kw_only=True):
+    """The flags of `tpserve bench frontend`."""
+
+    endpoint: Annotated[StreamApi, Flag(LOAD, "API of the streams.")] = "completions"
+    streams: Annotated[int, Flag(LOAD, "Streams at once.", at_least=1, at_most=MAX_STREAMS)] = 256
+    output_len: Annotated[int, _number("Tokens of each.")] = 200
+    rounds: Annotated[int, _number("How often all of them are opened and read to the end, after a first time.")] = 3
+    rate: Annotated[
+        float | Literal["inf"],
+        Flag(LOAD, "Tokens a second of each stream; inf: as fast as they are read.", above=0, at_most=MAX_NUMBER),
+    ] = "inf"
+    floor: Annotated[bool, Flag(LOAD, "Measure a plain aiohttp handler that writes the same bytes, too.")] = True
+    seed: Annotated[int, Flag(LOAD, "Seed of the tokens.")] = 0
+    output: Annotated[Path | None, _file(_OUTPUT, "--output-json", "--json")] = None
 
 
 class OfflineFlags(Struct, frozen=True, kw_only=True):
@@ -216,6 +233,13 @@ ROOFLINE = Command(
     "bandwidth, operations by the rate of a product, both measured in the same run. Of three shapes, or of MODEL; weights are\n"
     "random. Takes the engine's flags as `tpserve serve` does, such as -q int8 or --dtype float32. One rank, all cores.",
     RooflineFlags,
+    takes_server_flags=True,
+)
+FRONTEND = Command(
+    "bench frontend",
+    "What the HTTP frontend takes to stream tokens, without a model: the real process, an engine that only sends tokens, and\n"
+    "clients that compare every stream with what was sent for it. Takes MODEL, whose tokenizer is used, and the server's flags.",
+    FrontendFlags,
     takes_server_flags=True,
 )
 LATENCY = Command(

@@ -7,7 +7,7 @@ ABOUT = {
     "serve": "serve a model over HTTP with the OpenAI API, on one node or several",
     "plan": "which layouts hold a model on which GPUs, without having them",
     "doctor": "check whether these machines can serve a model together, and how well",
-    "bench": "measure: serve (a running server), latency, throughput, step",
+    "bench": "measure: serve (a running server), latency, throughput, frontend, step",
     "chat": "talk to a running server in the terminal, or through a pipe",
     "status": "a running server's nodes, ranks, memory and queue",
     "report": "write one file about a server and this host, for a ticket",

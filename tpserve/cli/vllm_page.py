@@ -9,7 +9,7 @@ from tpserve.cli.vllm import ENVIRONMENT, MAPPED, OFF, ON, VLLM_FLAGS, Title
 
 DIFFERENCES = {
     "--host": "loopback by default; vLLM listens on all interfaces",
-    "--api-key": "one key",
+    "--api-key": "one key; `--api-key-file` for several",
     "--seed": "only for --load-format dummy: each request has its own seed, a random one by default",
     "--max-model-len": "a length that does not fit is refused, `auto` takes what fits",
     "--max-num-batched-tokens": "default 8192 on GPUs, 2048 on the CPU",
@@ -28,9 +28,26 @@ USUAL = {
     "--served-model-name": "several names, too",
     "--host": "",
     "--port": "default 8000",
-    "--api-key": "one key; `--api-key-file` names a file of several",
+    "--api-key": "",
 }
 """The ten flags that most command lines have -> what to know of them; empty: what `DIFFERENCES` says, or nothing."""
+
+ANSWERS = {
+    "usage": "always has `prompt_tokens_details` and `completion_tokens_details`, as OpenAI's; vLLM needs a flag for the first",
+    "POST without Content-Type": "taken as JSON; another type than JSON is 415 in both",
+    "400": "our own words, not pydantic's; `param` names the field (`messages[0].role`), `code` says what kind",
+    "seed": "0 to 2^64 - 1 and negative ones to -2^63; vLLM takes 64 bits with a sign",
+    "max_tokens: 16.0": "taken: a whole number is an integer in any field",
+    "use_beam_search": "400, and so are chat's `echo`, `prompt_embeds`, `lora_path` and what else is not supported",
+    "/v1/embeddings, /rerank, /score, /classify, /pooling, audio": "400 (`unsupported_endpoint`)",
+    "/invocations, LoRA's routes, /sleep, /wake_up, /collective_rpc": "404",
+    "a role that a chat template does not know": "what the template says: many refuse it (400)",
+    "/v1/responses": "stored without a variable; streams have the events of OpenAI's client",
+    "/metrics": "vLLM's names with `--metrics-compat vllm`, but for `num_requests_waiting_by_reason`, `request_num_preemptions`, "
+    "`request_params_n`, `request_params_max_tokens`, and `cache_config_info` has two labels",
+    "span llm_request": "over HTTP only (`http://HOST:4318/v1/traces`), not gRPC; attributes are vLLM's and OpenTelemetry's",
+}
+"""What a client of vLLM's may notice. Found by the requests of vLLM's own tests (tests/entrypoints/openai, late 2026)."""
 
 HEAD = """# Coming from vLLM
 
@@ -71,6 +88,7 @@ def markdown() -> str:
         lines += [f"## {title}\n", "| vLLM | accepted | tpserve |", "|---|---|---|"]
         lines += [_row(flag) for flag, known in VLLM_FLAGS.items() if known.title == title]
         lines.append("")
+    lines += ["## Requests and answers\n", *_table("| what | tpserve |", ANSWERS.items())]
     lines += ["## Environment\n", *_table("| vLLM | tpserve |", ENVIRONMENT.items())]
     lines.append("`CUDA_VISIBLE_DEVICES`, `HF_*`, `NCCL_*` and `GLOO_*` have the same meaning as in vLLM.")
     return "\n".join(lines) + "\n"

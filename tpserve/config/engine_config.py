@@ -73,6 +73,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     state_dir: str | None
     request_timeout: float | None
     access_log: str | None
+    otlp_traces_endpoint: str | None
+    root_path: str
+    enable_force_include_usage: bool
+    enable_per_request_metrics: bool
+    return_tokens_as_token_ids: bool
     log_requests: bool
     log_stats: bool
     cluster_secret_file: str | None
@@ -106,5 +111,6 @@ _LOCAL = {
     *("sampling_defaults", "snapshot", "served_model_name"),
     *("max_queued_requests", "host", "port", *SECRETS, "cluster_secret_file", "log_level", "step_trace"),
     *("interface", "port_range", "allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials", "log_requests"),
-    *("log_stats", "resume_window", "state_dir", "request_timeout", "access_log"),
+    *("log_stats", "resume_window", "state_dir", "request_timeout", "access_log", "otlp_traces_endpoint", "root_path"),
+    *("enable_force_include_usage", "enable_per_request_metrics", "return_tokens_as_token_ids"),
 }

@@ -340,6 +340,28 @@ class Flags(Struct, frozen=True, kw_only=True):
             metavar="FILE",
         ),
     ] = None
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Flag(
+            HTTP,
+            "Collector that gets a span for each request, by OTLP over HTTP, such as http://HOST:4318/v1/traces. Needs the extra "
+            "tpserve[otel].",
+            metavar="URL",
+        ),
+    ] = None
+    root_path: Annotated[
+        str,
+        Flag(HTTP, "Path under which a proxy shows this server, such as /llm; requests come with it or without.", metavar="PATH"),
+    ] = ""
+    enable_force_include_usage: Annotated[
+        bool, Flag(HTTP, "Every chunk of every stream has usage, as with include_usage and continuous_usage_stats.")
+    ] = False
+    enable_per_request_metrics: Annotated[
+        bool, Flag(HTTP, "Answers with one choice have `metrics`: times to the first token, in the queue and between tokens.")
+    ] = False
+    return_tokens_as_token_ids: Annotated[
+        bool, Flag(HTTP, "Log probabilities name tokens by their ids (token_id:5), unless a request says otherwise.")
+    ] = False
     log_requests: Annotated[
         bool,
         Flag(

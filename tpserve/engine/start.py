@@ -217,11 +217,15 @@ class _ServingRank:
         if config.binding and (bound := devices.bind(self._device)):
             log.info("rank %d %s", env.rank, bound)
         start_timer.mark("device")
+        compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
         self._ensure_weights()  # before Hello, while the coordinator sees this rank's progress
         start_timer.mark("download")
         stage_facts, self._traits = processor(self._device, config.dtype, self._spec)
         self._fingerprint = fingerprint(config, self._spec)
-        compiled = self._compiled_grammars()  # its thread reads the tokenizer meanwhile
+        if compiled is not None:  # building it may delay heartbeats, which nobody expects before Hello
+            self._report_progress("reading the tokenizer", 0)
+            compiled.wait_for_vocabulary()
+            start_timer.mark("tokenizer")
         return LoadedModel(config, self._spec, env, stage_facts, self._fingerprint, compiled, self._report_progress)
 
     def _compiled_grammars(self) -> CompiledGrammars | None:

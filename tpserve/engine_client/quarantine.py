@@ -33,8 +33,8 @@ class Quarantine:
     """The open sequences of a request table, by ids that grow. Methods that return ids return those to send to the engine now."""
 
     def __init__(self) -> None:
-        self._unproven: dict[int, int] = {}
-        """And how many messages are missing."""
+        self.unproven: dict[int, int] = {}
+        """Those of which the engine has said nothing, and how many messages are missing."""
         self._proven: dict[int, None] = {}
         self._batches: deque[list[int]] = deque()
         """What is not sent yet. The next batch is sent once all before it are proven."""
@@ -46,26 +46,26 @@ class Quarantine:
     def admit(self, ids: Sequence[int]) -> list[int]:
         """New sequences."""
         if not self._batches and not self._suspended:
-            self._unproven.update(dict.fromkeys(ids, 1))
+            self.unproven.update(dict.fromkeys(ids, 1))
             return list(ids)
         self._batches.append(list(ids))
         return []
 
     def prove(self, id: int) -> list[int]:
         """The engine has sent something about a sequence."""
-        if id not in self._unproven:
+        if id not in self.unproven:
             return []
-        self._unproven[id] -= 1
-        if self._unproven[id]:
+        self.unproven[id] -= 1
+        if self.unproven[id]:
             return []
         self._proven[id] = None
-        del self._unproven[id]
+        del self.unproven[id]
         self._forget(id)
         return self._release()
 
     def end(self, id: int) -> list[int]:
         """A sequence is not open any more."""
-        self._unproven.pop(id, None)
+        self.unproven.pop(id, None)
         self._proven.pop(id, None)
         self._forget(id)
         for batch in self._batches:
@@ -86,9 +86,9 @@ class Quarantine:
                 self._strikes[id] = self._strikes.get(id, 0.0) + (OUTSIDE_SHARE if cause == "outside" else 1.0)
         self._suspected.update(suspects)
         suspects.sort(key=lambda id: (self._strikes.get(id, 0.0), id))
-        sent = sorted(id for id in (*self._proven, *self._unproven) if id not in set(suspects))
+        sent = sorted(id for id in (*self._proven, *self.unproven) if id not in set(suspects))
         never_sent = sorted(id for batch in self._batches for id in batch)
-        self._unproven, self._proven = {}, {}
+        self.unproven, self._proven = {}, {}
         if suspects:
             self._batches = deque(filter(None, [sent, *_batches(suspects, doubling=cause != "error"), never_sent]))
         else:
@@ -102,22 +102,22 @@ class Quarantine:
 
     def _suspects(self, cause: Cause) -> tuple[list[int], bool]:
         """The suspects, and whether there was only one candidate."""
-        for id in self._unproven:
+        for id in self.unproven:
             self._stalls[id] = self._stalls.get(id, 0) + 1
-        candidates = list(self._unproven) or list(self._proven)
+        candidates = list(self.unproven) or list(self._proven)
         if cause == "outside":
-            return [id for id in self._unproven if self._stalls[id] > STALLS], len(self._unproven) == 1
+            return [id for id in self.unproven if self._stalls[id] > STALLS], len(self.unproven) == 1
         return candidates, len(candidates) == 1
 
     def _release(self) -> list[int]:
-        if self._unproven or self._suspended:
+        if self.unproven or self._suspended:
             return []
         while self._batches and not self._batches[0]:
             self._batches.popleft()
         if not self._batches:
             return []
         ids = self._batches.popleft()
-        self._unproven.update((id, PROOF if id in self._suspected else 1) for id in ids)
+        self.unproven.update((id, PROOF if id in self._suspected else 1) for id in ids)
         return ids
 
     def _forget(self, id: int) -> None:

@@ -10,6 +10,7 @@ event loop only. Invariants:
     scores    the same, and before the first delta; the engine may repeat scores that are known
     buffer    output that waits for a slow client merges into one `OutputDelta` a sequence, so the request's length bounds it
     stepwise  the deltas of such a handle depend on the tokens and their order alone, not on frames or on when a reader takes
+    frame     readers hear of output once a frame, after all of it is in the table
 
 A `RequestHandle` is one client's request: n choices of m prompts are n * m sequences, numbered by `index`.
 """
@@ -21,6 +22,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from msgspec.structs import replace
 
@@ -80,11 +82,22 @@ class RequestState:
         return None if scores is None or scores.complete else scores
 
 
+class OutputSink(Protocol):
+    """What takes the output of a handle at once, on the table's call. Both raise nothing."""
+
+    def take(self) -> bool:
+        """Take the output of the handle, or return False: the handle's reader wakes."""
+
+    def flush(self) -> None:
+        """Pass on what was taken. Comes after the `take` of all handles of a frame, so that they go out together."""
+
+
 class RequestHandle:
     """A client's request. One reader waits and takes; the request table writes.
 
-    `streaming`: the reader wakes for output, not only for the end. `stepwise`: `take` returns a delta of its own for each token
-    that shows something, in the order of arrival. `keep` gets the engine's messages about the sequences, frame by frame, with
+    `streaming`: the reader wakes for output, not only for the end. `sink`: takes the output of a frame instead, while it is set;
+    ends and failures always wake. `stepwise`: `take` returns a delta of its own for each token that shows
+    something, in the order of arrival. `keep` gets the engine's messages about the sequences, frame by frame, with
     their indices for ids; fed to another table they have the same effect.
     """
 
@@ -96,6 +109,7 @@ class RequestHandle:
         """Set when it fails only because the engine has ended."""
         self.stepwise = stepwise
         self.keep: Callable[[list[RequestOutput]], None] | None = None
+        self.sink: OutputSink | None = None
         self.on_end: Callable[[RequestHandle], None] | None = None
         """Called once, when all sequences have ended."""
         self._streaming = streaming
@@ -107,6 +121,11 @@ class RequestHandle:
     def ended(self) -> bool:
         """Whether all sequences have ended."""
         return self._num_open == 0
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether there are deltas of a stepwise handle to take."""
+        return bool(self._steps)
 
     async def wait(self) -> None:
         """Sleep until there is output to take or the handle has ended; without streaming only the end wakes."""
@@ -137,15 +156,19 @@ class RequestHandle:
         if self.ended and self.on_end is not None:
             self.on_end(self)
 
-    def _notify(self) -> None:
-        if self._streaming:
-            self._wake.set()
+    def _notify(self) -> OutputSink | None:
+        """There is output to take. Returns the sink that has taken it."""
+        if not self._streaming:
+            return None
+        if self.sink is not None and self._num_open and self.failure is None and self.sink.take():
+            return self.sink
+        self._wake.set()
+        return None
 
     def _step(self, sequence: RequestState) -> None:
-        """Keep what a sequence shows as a delta of its own, if the handle is stepwise."""
+        """Keep what a sequence shows as a delta of its own; the handle is stepwise."""
         if self.stepwise and self.failure is None and (delta := sequence.assembler.take()) is not None:
             self._steps.append((sequence, delta))
-            self._notify()
 
 
 class RequestTable:
@@ -163,6 +186,10 @@ class RequestTable:
         self._open: dict[int, RequestState] = {}
         self._ids = itertools.count()
         self._quarantine = Quarantine()
+        self._news: dict[RequestHandle, None] = {}
+        """Handles with output in the frame that is received."""
+        self._gaps_s: list[float] = []
+        """The times between the tokens of that frame and those before them."""
         self.on_stats: Callable[[Stats], None] = self.metrics.engine
 
     @property
@@ -259,6 +286,7 @@ class RequestTable:
             if isinstance(message, Done) and message.finish == "stop" and not message.by_grammar
         }
         kept: dict[RequestHandle, list[RequestOutput]] = {}
+        now = self._clock()
         for message in outputs:
             if isinstance(message, Stats):
                 self.on_stats(message)
@@ -266,26 +294,31 @@ class RequestTable:
                 if sequence.handle.keep is not None:
                     kept.setdefault(sequence.handle, []).append(replace(message, id=sequence.index))
                 try:
-                    self._on_message(sequence, message, stops.get(message.id))
+                    self._on_message(sequence, message, stops.get(message.id), now)
                 except Exception as error:  # a defect in the text or the log probabilities of one request
                     log.exception("request %d fails in the frontend", message.id)
                     self._fail_handle(
                         sequence, f"the server met an error of its own with this request: {type(error).__name__}", 500
                     )
                     self._send([Abort(message.id)])
-                self._submit(self._quarantine.prove(message.id))
+                if message.id in self._quarantine.unproven:
+                    self._submit(self._quarantine.prove(message.id))
         for handle, messages in kept.items():
             assert handle.keep is not None
             handle.keep(messages)
+        self.metrics.next_tokens(self._gaps_s)
+        news, self._news, self._gaps_s = self._news, {}, []
+        for sink in [sink for handle in news if (sink := handle._notify()) is not None]:
+            sink.flush()
         return any(isinstance(message, Delta) for message in outputs)
 
-    def _on_message(self, sequence: RequestState, message: PromptLogprobsChunk | Delta | Done, stops_at: int | None) -> None:
+    def _on_message(self, sequence: RequestState, message: RequestOutput, stops_at: int | None, now: float) -> None:
         """Process one message. `stops_at`: the final length, if a Done of the same frame says that the sequence has stopped."""
         match message:
+            case Delta():
+                self._on_delta(sequence, message, stops_at == message.start + len(message.tokens), now)
             case PromptLogprobsChunk():
                 self._on_prompt_logprobs(sequence, message)
-            case Delta():
-                self._on_delta(sequence, message, stops_at == message.start + len(message.tokens))
             case Done():
                 self._on_done(sequence, message)
 
@@ -302,31 +335,34 @@ class RequestTable:
         elif scores.complete:
             for other in sequence.handle.sequences:  # the other choices of the prompt show them too
                 sequence.handle._step(other)
-            sequence.handle._notify()
+            self._news[sequence.handle] = None
 
-    def _on_delta(self, sequence: RequestState, delta: Delta, stops: bool) -> None:
-        if delta.start != len(sequence.tokens) or sequence.missing_scores is not None:
+    def _on_delta(self, sequence: RequestState, delta: Delta, stops: bool, now: float) -> None:
+        assembler, handle = sequence.assembler, sequence.handle
+        scored = assembler.scores is not None and sequence.missing_scores is not None
+        if delta.start != len(sequence.tokens) or scored:
             log.warning("tokens of sequence %d at %d dropped, expected %d", delta.id, delta.start, len(sequence.tokens))
             return
-        now = self._clock()
         if not sequence.token_s:
             self.metrics.first_token(now - sequence.arrived_s)
             sequence.cached_tokens, sequence.queue_s = delta.cached_tokens, delta.queue_s
         else:
-            self.metrics.next_token(now - sequence.token_s[-1])
+            self._gaps_s.append(now - sequence.token_s[-1])
         sequence.tokens.extend(delta.tokens)
-        size = 1 if sequence.handle.stepwise else max(1, len(delta.tokens))
-        for begin in range(0, len(delta.tokens), size):
-            end = begin + size
-            last = end >= len(delta.tokens)
-            sequence.assembler.push(delta.tokens[begin:end], delta.logprobs[begin:end], stops=stops and last)
-            sequence.handle._step(sequence)
-        sequence.token_s.extend([now] * (sequence.assembler.num_tokens - len(sequence.token_s)))
-        if sequence.assembler.finish is not None:  # a stop string; the client gets its answer before the engine stops
-            self._close(sequence, sequence.assembler.finish)
-            self._send([Truncate(delta.id, sequence.assembler.num_tokens)])
-        elif sequence.assembler.has_news:
-            sequence.handle._notify()
+        if handle.stepwise:
+            for at in range(len(delta.tokens)):
+                last = at + 1 == len(delta.tokens)
+                assembler.push(delta.tokens[at : at + 1], delta.logprobs[at : at + 1], stops=stops and last)
+                handle._step(sequence)
+        else:
+            assembler.push(delta.tokens, delta.logprobs, stops=stops)
+        for _ in range(assembler.num_tokens - len(sequence.token_s)):
+            sequence.token_s.append(now)
+        if assembler.finish is not None:  # a stop string; the client gets its answer before the engine stops
+            self._close(sequence, assembler.finish)
+            self._send([Truncate(delta.id, assembler.num_tokens)])
+        elif handle.has_steps or assembler.has_news:
+            self._news[handle] = None
 
     def _on_done(self, sequence: RequestState, done: Done) -> None:
         error = done.error

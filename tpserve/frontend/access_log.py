@@ -22,6 +22,7 @@ from tpserve.errors import UserError
 from tpserve.frontend.access import KEY_OWNER
 from tpserve.frontend.api_keys import NOBODY
 from tpserve.frontend.openai.admission import ADMITTED, REQUEST_ID
+from tpserve.frontend.tracing import TRACE
 from tpserve.frontend.traffic import CLIENT_LEFT, figures_of, route_of
 
 logger = logging.getLogger(__name__)
@@ -143,11 +144,12 @@ def log_access(write: Callable[[bytes], None]) -> Middleware:
 
 def entry(request: web.Request, status: int, time_s: float, took_s: float) -> dict[str, Any]:
     """The members of a line; null where a request has none. `time_s`: its arrival, since the epoch."""
-    admitted = request.get(ADMITTED)
+    admitted, trace = request.get(ADMITTED), request.get(TRACE)
     figures = None if admitted is None else figures_of(admitted.handle)
     return {
         "time": datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds"),
         "request_id": request.get(REQUEST_ID),
+        "trace_id": trace and trace.trace_id,
         "id": admitted and admitted.id,
         "client": request.remote,
         "key": request.get(KEY_OWNER, NOBODY).name or None,

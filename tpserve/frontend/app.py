@@ -42,7 +42,9 @@ from tpserve.frontend.openai.rebuild import rebuild_running
 from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
 from tpserve.frontend.responses import routes as responses
 from tpserve.frontend.streams import StreamTable
+from tpserve.frontend.tracing import note_trace
 from tpserve.journal.journal import Journal
+from tpserve.observe.spans import SpanExporter
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.chat import ChatTemplate
 from tpserve.text.tokenizer import Tokenizer
@@ -55,6 +57,8 @@ http_log = logging.getLogger(f"{__name__}.http")
 INFO: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("info")
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 MAX_ID_CHARS = 128
+OTHER_TASKS = frozenset({"embeddings", "rerank", "score", "classify", "pooling", "transcriptions", "translations", "speech"})
+"""The last part of paths that other servers have, for models that do not generate text."""
 
 
 class Settings(AccessSettings, Protocol):
@@ -70,6 +74,14 @@ class Settings(AccessSettings, Protocol):
     def log_requests(self) -> bool: ...
     @property
     def request_timeout(self) -> float | None: ...
+    @property
+    def root_path(self) -> str: ...
+    @property
+    def enable_force_include_usage(self) -> bool: ...
+    @property
+    def enable_per_request_metrics(self) -> bool: ...
+    @property
+    def return_tokens_as_token_ids(self) -> bool: ...
     @property
     def log_stats(self) -> bool: ...
     @property
@@ -95,6 +107,7 @@ def create_app(
     control: EngineControl,
     api_keys: ApiKeys,
     access_log: AccessLogFile | None = None,
+    spans: SpanExporter | None = None,
     exposed: bool,
 ) -> web.Application:
     """The application; serve it through `runner`. `info` returns the body of /server_info. `exposed`: listens beyond loopback."""
@@ -107,7 +120,7 @@ def create_app(
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[INFO] = info
     grammars = GrammarChecker(tokenizer)
-    grammars.prepare()
+    grammars.prepare().result()  # holds the interpreter lock, and nothing is served yet
     key_usage = KeyUsage(settings.served_model_name[0] if settings.served_model_name else settings.model)
     request_table.metrics.registry.register(key_usage)
     app[SERVICE] = OpenAIServing(
@@ -123,6 +136,10 @@ def create_app(
         grammars=grammars,
         open_requests=OpenRequests(request_table, key_usage),
         request_timeout_s=settings.request_timeout,
+        spans=spans,
+        forces_usage=settings.enable_force_include_usage,
+        shows_times=settings.enable_per_request_metrics,
+        tokens_as_ids=settings.return_tokens_as_token_ids,
         answers=answers,
         streams=StreamTable(settings.resume_window),
         journal=journal,
@@ -147,17 +164,17 @@ def create_app(
     app.router.add_get("/version", version)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/server_info", server_info)
-    openapi.add_routes(app)
+    openapi.add_routes(app, settings.root_path)
     return app
 
 
-def runner(app: web.Application) -> web.AppRunner:
-    """The runner of an application. A handler is cancelled when its client leaves.
+def runner(app: web.Application, root_path: str = "") -> web.AppRunner:
+    """The runner of an application. A handler is cancelled when its client leaves. `root_path`: see `JsonErrorRunner`.
 
     Bodies are never decompressed: a small one could become gigabytes of work for the event loop.
     """
     http_log.addFilter(is_server_error)
-    return JsonErrorRunner(app, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
+    return JsonErrorRunner(app, root_path, handler_cancellation=True, auto_decompress=False, access_log=None, logger=http_log)
 
 
 def is_server_error(record: logging.LogRecord) -> bool:
@@ -228,6 +245,7 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
     valid = 0 < len(header) <= MAX_ID_CHARS and ID_CHARS.issuperset(header)
     request[REQUEST_ID] = header if valid else secrets.token_hex(16)
     request[ARRIVED_S] = time.monotonic()
+    note_trace(request)
     try:
         return await handler(request)
     except UserError as error:
@@ -268,6 +286,10 @@ async def add_limits(request: web.Request, response: web.StreamResponse) -> None
 def to_http_error(error: web.HTTPException, request: web.Request) -> UserError:
     """An error of aiohttp's as a UserError, with the same status."""
     match error:
+        case web.HTTPNotFound() if (task := request.path.rpartition("/")[2]) in OTHER_TASKS and request.method == "POST":
+            return UserError(
+                f"{task} is not supported by this server: its model generates text", code="unsupported_endpoint", status=400
+            )
         case web.HTTPNotFound():
             return UserError(f"no such route: {request.method} {shown(request.path)}", code="not_found", status=404)
         case web.HTTPMethodNotAllowed():

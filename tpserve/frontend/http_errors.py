@@ -4,6 +4,8 @@ aiohttp answers these by itself in plain text or HTML; this module replaces thos
 """
 
 import secrets
+from collections.abc import Callable
+from typing import Any
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -33,17 +35,31 @@ class Server(web.Server):
 
 
 class JsonErrorRunner(web.AppRunner):
-    """An `AppRunner` whose connections are `JsonErrors`."""
+    """An `AppRunner` whose connections are `JsonErrors`. A path that begins with `root_path` is taken without it."""
+
+    def __init__(self, app: web.Application, root_path: str = "", **options: Any) -> None:
+        super().__init__(app, **options)
+        self._root_path = root_path
 
     async def _make_server(self) -> Server:
         server = await super()._make_server()
         return Server(
             server.request_handler,
-            request_factory=server.request_factory,
+            request_factory=self._without_root(server.request_factory) if self._root_path else server.request_factory,
             handler_cancellation=server.handler_cancellation,
             loop=server._loop,
             **server._kwargs,
         )
+
+    def _without_root(self, make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
+        def make_request(message: Any, *rest: Any) -> web.BaseRequest:
+            rest_of_path = message.url.raw_path.removeprefix(self._root_path)
+            if message.path.startswith(self._root_path) and rest_of_path[:1] in ("", "/"):
+                url = message.url.with_path(rest_of_path or "/", encoded=True, keep_query=True)
+                message = message._replace(url=url, path=str(url))
+            return make(message, *rest)
+
+        return make_request
 
 
 def with_json_error(response: web.StreamResponse) -> web.StreamResponse:

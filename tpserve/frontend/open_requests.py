@@ -6,6 +6,7 @@ Owns a request's entry and its timer from admission to the end of its handle. Ca
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpserve.engine_client.requests import RequestHandle, RequestTable
@@ -18,11 +19,12 @@ TIMED_OUT = "request_timeout"
 
 @dataclass(frozen=True)
 class OpenRequest:
-    """`ids`: the client's and the answer's. `timer`: of its deadline."""
+    """`ids`: the client's and the answer's. `timer`: of its deadline. `on_end`: who else is called."""
 
     ids: frozenset[str]
     key_name: str
     timer: asyncio.TimerHandle | None
+    on_end: Callable[[RequestHandle], object] | None
 
 
 class OpenRequests:
@@ -37,16 +39,23 @@ class OpenRequests:
         return len(self._by_handle)
 
     def add(
-        self, handle: RequestHandle, ids: frozenset[str], *, key_name: str, deadline_s: float | None, prompt_tokens: int
+        self,
+        handle: RequestHandle,
+        ids: frozenset[str],
+        *,
+        key_name: str,
+        deadline_s: float | None,
+        prompt_tokens: int,
+        on_end: Callable[[RequestHandle], object] | None = None,
     ) -> None:
-        """A request is admitted. `deadline_s`: a time of `time.monotonic`."""
+        """A request is admitted. `deadline_s`: a time of `time.monotonic`. `on_end` is called when its handle has ended."""
         if handle.ended:  # it could not be sent
             return
         timer = None
         if deadline_s is not None:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(deadline_s - time.monotonic(), self._request_table.fail, handle, timed_out())
-        self._by_handle[handle] = OpenRequest(ids, key_name, timer)
+        self._by_handle[handle] = OpenRequest(ids, key_name, timer, on_end)
         self.key_usage.begin(key_name, handle, prompt_tokens)
         handle.on_end = self._on_end
 
@@ -62,6 +71,8 @@ class OpenRequests:
         if request.timer is not None:
             request.timer.cancel()
         self.key_usage.end(request.key_name, handle)
+        if request.on_end is not None:
+            request.on_end(handle)
 
 
 def timed_out() -> UserError:

@@ -1,7 +1,7 @@
 """GET /openapi.json and /docs: the routes as OpenAPI 3.1, made from the router and the structs that check bodies.
 
 A body's schema is what msgspec accepts, and null for every field, as the API does. Fields that are not there are warnings, so
-`additionalProperties` is open; known fields that are refused are in docs/http.md. Answers have no schema but the error's.
+`additionalProperties` is open; known fields that are refused are in docs/http.md. `openapi_answers` has the answers.
 """
 
 import functools
@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from tpserve.frontend.admin_routes import MODES, AbortRequest
+from tpserve.frontend.admin_routes import AbortRequest
 from tpserve.frontend.anthropic.schema import MessageInput
 from tpserve.frontend.endpoints import ENDPOINTS
 from tpserve.frontend.openai.schema import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from tpserve.frontend.openai.service import SERVICE
+from tpserve.frontend.openapi_answers import QUERIES, SCHEMAS, responses
 from tpserve.frontend.responses.schema import InputFields
 from tpserve.version import __version__
 
@@ -30,31 +32,27 @@ BODIES: dict[str, tuple[type[msgspec.Struct], ...]] = {
     "/abort_request": (AbortRequest,),
 }
 """The structs that the body of a POST may be."""
-QUERIES: dict[str, dict[str, Json]] = {
-    "/pause": {
-        "mode": {"type": "string", "enum": list(MODES), "default": "keep"},
-        "clear_cache": {"type": "boolean", "default": False},
-    }
-}
-"""What the URL of a POST may say."""
-TEXTS = {"/metrics": "text/plain", "/": "text/html", "/docs": "text/html"}
-"""Answers that are no JSON."""
-ERROR: Json = {
+TOKENS: Json = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+ROLE: Json = {"type": "object", "required": ["role"], "properties": {"role": {"type": "string", "minLength": 1}}}
+TURN: Json = {
     "type": "object",
-    "required": ["error"],
+    "required": ["role", "content"],
     "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
+        "role": {"enum": ["user", "assistant"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object", "required": ["type"]}}]},
     },
 }
+MEMBERS: dict[str, dict[str, Json]] = {
+    "CompletionRequest": {
+        "prompt": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [{"type": "string"}, TOKENS]}}, TOKENS]}
+    },
+    "DetokenizeRequest": {"tokens": TOKENS},
+    "ChatCompletionRequest": {"messages": {"items": ROLE}},
+    "TokenizeChatRequest": {"messages": {"items": ROLE}},
+    "MessageInput": {"messages": {"items": TURN}},
+    "MessageRequest": {"messages": {"items": TURN}},
+}
+"""What the handlers demand of fields beyond the types of their structs, by the struct and the field."""
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>tpserve: routes</title><style>body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}
 pre{overflow:auto;background:#8881;padding:1rem}summary{cursor:pointer}:root{color-scheme:light dark}</style><h1>Routes</h1>
@@ -63,13 +61,22 @@ pre{overflow:auto;background:#8881;padding:1rem}summary{cursor:pointer}:root{col
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
 
 
-def specification(app: web.Application) -> Json:
-    """The OpenAPI document of the application's routes."""
+def specification(app: web.Application, root_path: str) -> Json:
+    """The OpenAPI document of the application's routes, which lie under `root_path`."""
     structs = sorted({struct for bodies in BODIES.values() for struct in bodies}, key=lambda struct: struct.__name__)
     _, components = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
-    for schema in components.values():
-        schema["properties"] = {name: _or_null(field) for name, field in schema.get("properties", {}).items()}
-    components["Error"] = ERROR
+    for struct, schema in components.items():
+        for name, members in MEMBERS.get(struct, {}).items():
+            schema["properties"][name] |= members
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"] = {"enum": list(app[SERVICE].names)}
+        if "logit_bias" in schema.get("properties", {}):
+            schema["properties"]["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]{1,9}$"}
+        required = schema.get("required", ())
+        schema["properties"] = {
+            name: field if name in required else _or_null(field) for name, field in schema.get("properties", {}).items()
+        }
+    components |= SCHEMAS
     paths: dict[str, Json] = {}
     for route in app.router.routes():
         resource = route.resource
@@ -80,6 +87,7 @@ def specification(app: web.Application) -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": "tpserve", "version": __version__},
+        "servers": [{"url": root_path or "/"}],
         "paths": dict(sorted(paths.items())),
         "components": {
             "schemas": components,
@@ -94,22 +102,18 @@ def specification(app: web.Application) -> Json:
 
 def _operation(path: str, method: str, text: str) -> Json:
     _, _, summary = text.partition(": ")
-    content: Json = {TEXTS.get(path, "application/json"): {}}
-    if path in ENDPOINTS:
-        content["text/event-stream"] = {}
-    error = {"description": "An error", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    takes_body = method == "POST" and path in BODIES
     operation: Json = {
         "summary": " ".join(summary.split()),
         "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
-        "responses": {"200": {"description": "The answer", "content": content}, "default": error},
+        "responses": responses(method, path, takes_body),
     }
-    parameters: list[Json] = [
+    in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in re.findall(r"\{(\w+)\}", path)
     ]
-    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in QUERIES.get(path, {}).items()]
-    if parameters:
+    if parameters := [*in_path, *({"in": "query", **query} for query in QUERIES.get((method, path), ()))]:
         operation["parameters"] = parameters
-    if method == "POST" and path in BODIES:
+    if takes_body:
         schemas = [{"$ref": f"#/components/schemas/{struct.__name__}"} for struct in BODIES[path]]
         schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -139,12 +143,12 @@ def page(document: Json) -> str:
     return "".join(parts)
 
 
-def add_routes(app: web.Application) -> None:
+def add_routes(app: web.Application, root_path: str) -> None:
     """Add GET /openapi.json and GET /docs; after all other routes."""
 
     @functools.cache
     def document() -> Json:
-        return specification(app)
+        return specification(app, root_path)
 
     async def openapi(_request: web.Request) -> web.Response:
         """GET /openapi.json: this document."""

@@ -41,6 +41,7 @@ from tpserve.host.network import host_port, listen_http
 from tpserve.journal.identity import answer_digest
 from tpserve.journal.journal import Journal
 from tpserve.observe import log
+from tpserve.observe.spans import SpanExporter
 from tpserve.process.process_utils import open_pidfd
 from tpserve.process.signals import SAME_SIGNAL_S, SIGNALS, unblock_signals
 from tpserve.response_template.detect import detect
@@ -110,7 +111,7 @@ async def _run(
         url = http_url(config.host, listener.getsockname()[1], "http" if tls is None else "https")
         exposed = not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
         service = FrontendServer(config, runtime_dir, nnodes, address, url, started_s, exposed, log_buffer)
-        server = runner(service.app)
+        server = runner(service.app, config.root_path)
         await server.setup()
         await web.SockSite(server, listener, ssl_context=tls).start()
         if not service.keyed and exposed:
@@ -150,6 +151,8 @@ class FrontendServer:
         self._url = url
         self._started_s = started_s
         api_keys = ApiKeys(config.api_key, config.api_key_file)
+        endpoint = config.otlp_traces_endpoint
+        self._spans = None if endpoint is None else SpanExporter(endpoint)
         self._access_log = None if config.access_log is None else AccessLogFile(config.access_log)
         self._first_signal_s: float | None = None
         self._final_reason = ""
@@ -186,6 +189,7 @@ class FrontendServer:
             control=engine_client.control,
             api_keys=api_keys,
             access_log=self._access_log,
+            spans=self._spans,
             exposed=exposed,
         )
         self.keyed = api_keys.required
@@ -211,8 +215,10 @@ class FrontendServer:
         return code
 
     def close(self) -> None:
-        """Close the sockets, and the access log."""
+        """Close the sockets, send the last spans, and close the access log."""
         self._engine_client.close()
+        if self._spans is not None:
+            self._spans.close()
         if self._access_log is not None:
             self._access_log.close()
 

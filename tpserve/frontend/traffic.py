@@ -17,6 +17,7 @@ from tpserve.engine_client.requests import RequestHandle, RequestState, RequestT
 from tpserve.engine_client.status import EngineStatus
 from tpserve.frontend.access import METRICS_PATH, OPEN_PATHS
 from tpserve.frontend.openai.admission import ADMITTED, REQUEST_ID
+from tpserve.frontend.tracing import TRACE
 from tpserve.observe.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -172,12 +173,14 @@ def figures_of(handle: RequestHandle) -> RequestFigures:
 
 def request_line(request: web.Request, status: int, took_s: float) -> str:
     """The log line of a finished request, without any of its content."""
-    route = f"{request.method} {route_of(request)}"
+    route, trace = f"{request.method} {route_of(request)}", request.get(TRACE)
+    traced = "" if trace is None else f", trace {trace.trace_id}"
     if (admitted := request.get(ADMITTED)) is None:
-        return f"request {request[REQUEST_ID]}: {route}, status {status}, {took_s:.3f} s"
+        return f"request {request[REQUEST_ID]}: {route}, status {status}, {took_s:.3f} s{traced}"
     figures = figures_of(admitted.handle)
     ttft = "none" if figures.ttft_s is None else f"{figures.ttft_s:.3f} s"
     return (
         f"request {admitted.id}: {route}, model {admitted.model}, {figures.prompt_tokens} prompt tokens, "
         f"{figures.output_tokens} output tokens, finish {figures.finish or 'none'}, TTFT {ttft}, status {status}, {took_s:.3f} s"
+        f"{traced}"
     )

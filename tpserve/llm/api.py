@@ -79,6 +79,7 @@ class LLM:
         self._window = 2 * config.max_num_seqs
         self._tokenizer = Tokenizer.load(config.tokenizer)
         self._grammars = GrammarChecker(self._tokenizer)
+        vocabulary = self._grammars.prepare()  # while the ranks start
         self._load_template = partial(ChatTemplate.load, config.tokenizer, self._tokenizer.special_tokens)
         self._template = self._load_template(config.chat_template)
         session = Session(
@@ -95,6 +96,7 @@ class LLM:
             session.start()
             launcher.publish(session.wait_bound())
             session.wait_ready()
+            vocabulary.result()
         except BaseException as error:
             session.send_to_followers(rpc_error(0, error))
             self.close()

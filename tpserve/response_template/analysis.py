@@ -37,7 +37,7 @@ ANY_MARK = re.compile(MARK.pattern.replace("<(?!/)", "<").replace(r"\[THINK", r"
 TAG = re.compile(r"\s*(?:<[^<>\s]+>|\[/?[A-Z_]+\])\s*")
 ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>"),
-    *("<｜end▁of▁sentence｜>", "<|return|>", "<|call|>", "<|tool_response>"),
+    *("<｜end▁of▁sentence｜>", "<|return|>", "<|call|>", "<|tool_response>", "<|end_of_msg|>"),
 )
 """Tokens that end a turn in many models."""
 

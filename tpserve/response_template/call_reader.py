@@ -12,6 +12,8 @@ from tpserve.response_template.content import PLACEHOLDER
 Path = tuple[str, ...]
 EACH = "*"
 """In a path: an element of an array."""
+NOWHERE = "\0"
+"""In a path: no key of a model's."""
 _TOKEN = re.compile(r'[ \t\r\n]+|[{}\[\]:,"]|[^ \t\r\n{}\[\]:,"]+')
 _IN_TEXT = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 

@@ -99,9 +99,10 @@ class Detection:
         self._source: dict[str, str] = {}
         self._off: dict[str, str] = {"response_template": broken} if broken else {}
         self._content_source = CONFIG if self._given is not None else ANALYSIS if self._has_template else "plain text"
-        leading = next((each for each in (tools, reasoning, *self._marked) if each is not None and each.content[0]), None)
+        leading = next((each for each in (tools, reasoning, *self._marked) if each is not None and any(each.content)), None)
         if leading is not None and self._given is None:
-            self._format = structs.replace(self._format, content_begin=leading.content[0], content_end=leading.content[1])
+            begin, end = leading.content
+            self._format = structs.replace(self._format, content_begin=begin, content_end=end, ends_content=leading.ends_content)
             self._fields["content"] = leading.fields["content"]
             self._content_source = f"family {leading.name}"
 
@@ -130,7 +131,7 @@ class Detection:
         if failure and (self._format.content_begin or self._format.content_end):
             self._fields.pop("content", None)
             self._content_source = ANALYSIS
-            self._format = structs.replace(self._format, content_begin="", content_end="")
+            self._format = structs.replace(self._format, content_begin="", content_end="", ends_content=False)
             failure = self._trials.content(self._spec(self._format, self._fields), self._format)
         if failure:
             self._off["content"] = failure

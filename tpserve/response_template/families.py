@@ -9,8 +9,28 @@ from typing import Any
 from msgspec import Struct
 
 from tpserve.errors import UserError
-from tpserve.response_template.format import INDEX, ReasoningFormat, TaggedArguments, ToolFormat
-from tpserve.response_template.spec import START
+from tpserve.response_template.family_fields import (
+    FUNCTIONGEMMA_CALL,
+    GEMMA_CALL,
+    GEMMA_VALUES,
+    GRANITE_CALLS,
+    GRANITE_THINKING,
+    HARMONY_FIELDS,
+    KIMI_K2_CALL,
+    KIMI_K3_CALL,
+    KIMI_K3_CONTENT,
+    KIMI_K3_TAGS,
+    LLAMA_CALL,
+    M3,
+    M3_TAGS,
+    MINICPM_CALL,
+    MINIMAX_M3_CALL,
+    MISTRAL_CALL,
+    MUSE_CALL,
+    MUSE_CONTENT,
+    PYTHONIC_CALLS,
+)
+from tpserve.response_template.format import INDEX, NAME, ReasoningFormat, TaggedArguments, ToolFormat
 
 XML_TAGS = TaggedArguments("<parameter=", ">\n", "\n</parameter>\n")
 TEMPLATE = "template"
@@ -20,7 +40,8 @@ TEMPLATE = "template"
 class AnswerFamily(Struct, frozen=True):
     """How a family writes. `fields`: of its `response_template`, where its format says too little.
 
-    `after_content`: the text between content and calls; None when an answer has one or the other.
+    `after_content`: the text between content and calls; None when an answer has one or the other. `ends_content`: as in
+    `AnswerFormat`.
 
     `markers`: texts that the chat template or the special tokens of its models have, all of them; none: found by name only.
     `always_reasons`: an answer begins with reasoning, whether or not something opens it. `leads`: goes before the analysis, since
@@ -36,6 +57,7 @@ class AnswerFamily(Struct, frozen=True):
     always_reasons: bool = False
     leads: bool = False
     after_content: str | None = "\n"
+    ends_content: bool = False
 
 
 def json_calls(begin: str, end: str, arguments: str = "arguments", between: str = "\n") -> ToolFormat:
@@ -61,119 +83,6 @@ def dsml(calls: str) -> ToolFormat:
 
 
 THINK = ReasoningFormat("<think>\n", "\n</think>\n\n")
-HARMONY_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-_TURN = r"(?:<\|start\|>assistant)?\s*"
-_TO = r"to=(?:functions\.(?P<name>[\w.:/-]{1,256})|(?P<name>\w{1,128}\.[\w.]{1,128}))\s*"
-_WORD = r"\w{1,32}"
-HARMONY_FIELDS: Mapping[str, Mapping[str, Any]] = {
-    "thinking": {
-        "open_pattern": _TURN + r"<\|channel\|>analysis\s*<\|message\|>",
-        "close_pattern": r"<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
-        "content": "text",
-        "repeats": True,
-        "join": "\n",
-    },
-    "content": {
-        "open_pattern": _TURN + r"<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\s*\w{1,32}\s*)?(?:<\|message\|>|(?=\{))",
-        "close_pattern": r"<\|end\|>|<\|return\|>|<\|call\|>|(?=<\|start\|>|<\|channel\|>)",
-        "content": "text",
-        "repeats": True,
-        "join": "\n",
-    },
-    "tool_calls": {
-        "open_pattern": _TURN
-        + rf"(?:{_TO}<\|channel\|>{_WORD}|<\|channel\|>{_WORD}\s+{_TO})\s*(?:(?:<\|constrain\|>)?\s*{_WORD}\s*)?<\|message\|>",
-        "close_pattern": r"<\|call\|>|<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
-        "repeats": True,
-        "content": "json",
-        "transform": HARMONY_CALL,
-    },
-}
-GEMMA_CALL = {
-    "open_pattern": r"\s*<\|tool_call>\s*call:(?P<name>[\w.:/-]{1,256})\s*(?=\{)",
-    "close_pattern": r"\s*<tool_call\|>\s*",
-    "repeats": True,
-    "content": "json",
-    "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
-    "transform": HARMONY_CALL,
-}
-MUSE_CALL = {
-    "open_pattern": r"(?:<\|eom\|>)?(?:<\|start\|>assistant)?\s*(?:to=[\w.:/-]+\s*<\|message\|>)?\s*(?:<atem:function_calls>)?\s*"
-    r"<atem:invoke name=\"(?P<name>[^\"]{1,256})\">",
-    "close_pattern": r"\s*</atem:invoke>(?:\s*</atem:function_calls>)?(?:\s*<\|eom\|>)?\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"<atem:parameter name=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}>(?P<value>.*?)</atem:parameter>"
-    },
-    "transform": HARMONY_CALL,
-}
-KIMI_K3_CALL = {
-    "open_pattern": r"(?:<\|close\|>response<\|sep\|>)?\s*(?:<\|open\|>tools<\|sep\|>)?\s*"
-    r"<\|open\|>call tool=\"(?P<name>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>",
-    "close_pattern": r"<\|close\|>call<\|sep\|>(?:\s*<\|close\|>tools<\|sep\|>(?:\s*<\|close\|>message<\|sep\|>)?)?\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"<\|open\|>argument key=\"(?P<key>[^\"]{1,256})\"[^<>]{0,256}<\|sep\|>"
-        r"(?P<value>.*?)<\|close\|>argument<\|sep\|>"
-    },
-    "transform": HARMONY_CALL,
-}
-MINICPM_CALL = {
-    "open_pattern": r"\s*<function\s+name=\"(?P<name>[^\"]{1,256})\"\s*>",
-    "close_pattern": r"\s*</function>\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"<param\s+name=\"(?P<key>[^\"]{1,256})\"\s*>(?:<!\[CDATA\[(?P<value>.*?)\]\]>|(?P<value>.*?))</param>"
-    },
-    "transform": HARMONY_CALL,
-}
-KIMI_K2_THINKING = {"open": "<think>", "close_pattern": r"</think>|(?=<\|tool_calls_section_begin\|>)", "content": "text"}
-"""A call ends reasoning that was not closed."""
-KIMI_K2_CALL = {
-    "open_pattern": r"\s*(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>\s*"
-    r"(?P<id>(?:functions\.)?(?P<name>[\w./-]{1,256}?)(?::\d{1,9})?)\s*<\|tool_call_argument_begin\|>\s*(?=\{)",
-    "close_pattern": r"\s*<\|tool_call_end\|>(?:\s*<\|tool_calls_section_end\|>)?\s*",
-    "repeats": True,
-    "content": "json",
-    "transform": {"id": "{id}", **HARMONY_CALL},
-}
-MISTRAL_CALL = {
-    "open_pattern": r"\s*(?:\[TOOL_CALLS\]\s*){1,4}(?:(?P<name>[\w.:/-]{1,256}?)\s*"
-    r"(?:\[CALL_ID\]\s*(?P<id>\w{1,64})\s*|(?P<id>))(?:\[ARGS\]\s*)?(?=\{)|(?=\[\s*\{|\{\s*\"))",
-    "close_pattern": r"(?=\s*\[TOOL_CALLS\])",
-    "repeats": True,
-    "content": "json",
-    "transform": {"id": "{id}", **HARMONY_CALL},
-}
-"""All that Mistral's models have had since V3: a list, or a name with or without [CALL_ID] and [ARGS]."""
-_OBJECT = r"\{\s*\"(?:name|arguments|parameters|id|type)\""
-LLAMA_CALL = {
-    "open_pattern": rf"(?:{START}\s*(?:<\|python_tag\|>)?|\s*<\|python_tag\|>|(?<=\}})\s*;)\s*(?={_OBJECT})",
-    "repeats": True,
-    "content": "json",
-    "transform": {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.parameters}"}},
-}
-PYTHONIC_CALLS = {
-    "open_pattern": rf"(?:{START}\s*(?:<\|python_start\|>)?|\s*<\|python_start\|>)\s*(?=\[\s*[A-Za-z_][\w.-]{{0,256}}\()",
-    "close_pattern": r"\s*<\|python_end\|>\s*",
-    "content": "python-call-list",
-    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
-    "transform_each": True,
-}
-GRANITE_CALLS = {
-    "open_pattern": r"\s*(?:<\|tool_call\|>|<tool_call>)\s*(?=\[)",
-    "content": "json",
-    "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
-    "transform_each": True,
-}
-GRANITE_THINKING = {
-    "open_pattern": r"Here(?: is|'s) my thought process:",
-    "close_pattern": r"Here(?: is|'s) my response:",
-    "content": "text",
-}
 GLM_TAGS = TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n")
 MINIMAX_TAGS = TaggedArguments('<parameter name="', '">', "</parameter>\n")
 
@@ -191,9 +100,30 @@ FAMILIES = (
     AnswerFamily(
         "gemma4",
         ("<|tool_call>", "<|channel>"),
-        None,
+        ToolFormat("<|tool_call>call:", "{", "}<tool_call|>", arguments="tagged", tags=GEMMA_VALUES),
         ReasoningFormat("<|channel>thought\n", "\n<channel|>"),
         fields={"tool_calls": GEMMA_CALL},
+        after_content="",
+    ),
+    AnswerFamily(
+        "functiongemma",
+        ("<start_function_call>", "<escape>"),
+        ToolFormat(
+            "<start_function_call>call:",
+            "{",
+            "}<end_function_call>",
+            arguments="tagged",
+            tags=TaggedArguments("", ":<escape>", "<escape>", ","),
+        ),
+        fields={"tool_calls": FUNCTIONGEMMA_CALL},
+        after_content="",
+    ),
+    AnswerFamily(
+        "apertus",
+        ("<|inner_prefix|>", "<|tools_prefix|>"),
+        ToolFormat('{"', '": ', "}", "<|tools_prefix|>[", ", ", "]<|tools_suffix|>"),
+        ReasoningFormat("<|inner_prefix|>", "<|inner_suffix|>"),
+        after_content="",
     ),
     AnswerFamily(
         "apriel",
@@ -202,8 +132,41 @@ FAMILIES = (
         ReasoningFormat("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
         leads=True,
     ),
-    AnswerFamily("kimi_k3", ("<|open|>", "<|sep|>", "<|close|>"), fields={"tool_calls": KIMI_K3_CALL}),
-    AnswerFamily("muse_glimmer", ("<atem:function_calls>",), fields={"tool_calls": MUSE_CALL}),
+    AnswerFamily(
+        "kimi_k3",
+        ("<|open|>", "<|sep|>", "<|close|>"),
+        ToolFormat(
+            '<|open|>call tool="',
+            f'" index="{INDEX}"<|sep|>',
+            "<|close|>call<|sep|>",
+            "<|open|>tools<|sep|>",
+            "",
+            "<|close|>tools<|sep|>",
+            "tagged",
+            KIMI_K3_TAGS,
+        ),
+        ReasoningFormat("<|open|>think<|sep|>", "<|close|>think<|sep|><|open|>response<|sep|>"),
+        ("", "<|close|>response<|sep|>"),
+        {"content": KIMI_K3_CONTENT, "tool_calls": KIMI_K3_CALL},
+        after_content="",
+        ends_content=True,
+    ),
+    AnswerFamily(
+        "muse_glimmer",
+        ("<atem:function_calls>",),
+        ToolFormat(
+            " to=",
+            f'<|message|><atem:function_calls>\n<atem:invoke name="{NAME}">\n',
+            "</atem:invoke>\n</atem:function_calls>",
+            between="<|eom|><|start|>assistant",
+            arguments="tagged",
+            tags=TaggedArguments('<atem:parameter name="', '">', "</atem:parameter>\n"),
+        ),
+        reasoning=ReasoningFormat(" to=self<|message|>", "<|eom|><|start|>assistant"),
+        content=(" to=user<|message|>", ""),
+        fields={"content": MUSE_CONTENT, "tool_calls": MUSE_CALL},
+        after_content="<|eom|><|start|>assistant",
+    ),
     AnswerFamily("deepseek_v32", ("｜DSML｜", "function_calls"), dsml("function_calls"), ReasoningFormat("<think>", "</think>")),
     AnswerFamily("deepseek_v4", ("｜DSML｜", "tool_calls"), dsml("tool_calls"), ReasoningFormat("<think>", "</think>")),
     AnswerFamily(
@@ -244,7 +207,7 @@ FAMILIES = (
             "<|tool_calls_section_end|>",
         ),
         ReasoningFormat("<think>", "</think>"),
-        fields={"thinking": KIMI_K2_THINKING, "tool_calls": KIMI_K2_CALL},
+        fields={"tool_calls": KIMI_K2_CALL},
     ),
     AnswerFamily(
         "glm",
@@ -260,7 +223,23 @@ FAMILIES = (
         ),
         THINK,
     ),
-    AnswerFamily("minimax_m3", ("]<]minimax[>[",), None, ReasoningFormat("<mm:think>", "</mm:think>")),
+    AnswerFamily(
+        "minimax_m3",
+        (M3,),
+        ToolFormat(
+            f'{M3}<invoke name="',
+            '">',
+            f"{M3}</invoke>\n",
+            f"{M3}<tool_call>\n",
+            "",
+            f"{M3}</tool_call>",
+            "tagged",
+            M3_TAGS,
+        ),
+        ReasoningFormat("<mm:think>", "</mm:think>"),
+        fields={"tool_calls": MINIMAX_M3_CALL},
+        after_content="",
+    ),
     AnswerFamily("granite-20b-fc", ("<function_call>",), json_calls("<function_call> ", "", between="")),
     AnswerFamily(
         "minicpm5",

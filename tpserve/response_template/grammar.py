@@ -17,12 +17,14 @@ from msgspec import Struct
 
 from tpserve.errors import UserError
 from tpserve.response_template.arguments import Tool, arguments
-from tpserve.response_template.format import AnswerFormat, ToolFormat
-from tpserve.response_template.lark import Lark, SpecialTokens, is_token, without
+from tpserve.response_template.format import NAME, AnswerFormat, ToolFormat
+from tpserve.response_template.lark import Lark, SpecialTokens, is_token, quoted, without
 from tpserve.response_template.lark import Literal as Atoms
 
 _TAG = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s{}\"']+\])")
 """Text at the beginning of a call that hardly ever stands in prose."""
+LINES = "\r\n\t"
+"""White space that does not count around a text; blanks do."""
 _PROSE = ("", "{", "[")
 """What begins a call, but is common in prose."""
 
@@ -88,7 +90,7 @@ class _Answer:
             self.lark.rule("start", f"{self.lark.opening('think', self._literal_of_begin())} {after} | body")
 
     def _literal_of_begin(self) -> Atoms:
-        return self.lark.literal(self._format.reasoning.begin.strip() if self._format.reasoning else "")
+        return self.lark.literal(self._format.reasoning.begin.strip(LINES) if self._format.reasoning else "")
 
     def _rest_of_reasoning(self, end_text: str) -> str:
         """Any text up to the end of reasoning, at most as many tokens as the budget has."""
@@ -118,7 +120,7 @@ class _Answer:
     def _body(self) -> tuple[str, bool]:
         """What comes after reasoning, and whether it may begin with any text."""
         if self._rules.choice == "required" and self._calls is not None:
-            return self._calls.all(), False
+            return self._calls_alone(self._calls), False
         if not self._rules.answer:
             return self._text(), True
         if self._calls is not None and self._calls.in_prose:
@@ -126,16 +128,22 @@ class _Answer:
             raise UserError(f"{text}; set tool_choice to none or required", param="response_format", code="invalid_value")
         begin, end = self.lark.literal(self._format.content_begin), self.lark.literal(self._format.content_end)
         content = f"{begin} @response_format {end}"
-        return (f"{self._calls.all()} | {content}" if self._calls is not None else content), False
+        return (f"{self._calls_alone(self._calls)} | {content}" if self._calls is not None else content), False
+
+    def _calls_alone(self, calls: "_Calls") -> str:
+        """Calls without content."""
+        return f"{self.lark.literal(self._format.content_end)} {calls.all()}" if self._format.ends_content else calls.all()
 
     def _text(self) -> str:
         """Any text; where a call begins in it, calls."""
         format, calls = self._format, self._calls
-        begin, end = self.lark.literal(format.content_begin.strip()), self.lark.literal(format.content_end.strip())
+        begin, end = self.lark.literal(format.content_begin.strip(LINES)), self.lark.literal(format.content_end.strip(LINES))
         openings = calls.openings() if calls is not None else []
-        special = self.lark.others(*(opening.atoms[0] for opening, _ in openings), *self._literal_of_begin().atoms[:1])
+        firsts = [*(opening.atoms[0] for opening, _ in openings), *self._literal_of_begin().atoms[:1], *end.atoms[:1]]
+        special = self.lark.others(*firsts)
         before = self.lark.rule("before", f"(TEXT? {special})*" if special else "")
-        instead = f" | {calls.all()}" if calls is not None and (begin.atoms or end.atoms) else ""
+        has_instead = calls is not None and (begin.atoms or end.atoms) and not format.ends_content
+        instead = f" | {calls.all()}" if calls is not None and has_instead else ""
         if end.atoms:
             after = ""
             if calls is not None and format.tools_after_content is not None:
@@ -156,7 +164,10 @@ class _Calls:
     def __init__(self, lark: Lark, rules: AnswerRules, format: ToolFormat) -> None:
         self._lark, self._rules, self._format = lark, rules, format
         self._text = (format.begin + format.call_begin).lstrip()
-        self.in_prose = self._text[:1] in _PROSE and not _TAG.match(self._text)
+        first = next(iter(lark.literal(self._text).atoms), "")
+        self._is_channel = bool(rules.format.content_begin.strip()) and not is_token(first) and not _TAG.match(self._text)
+        """Whether a call has a channel of its own, which only its name tells from others."""
+        self.in_prose = not self._is_channel and self._text[:1] in _PROSE and not _TAG.match(self._text)
         """Whether what begins a call is common in prose: it is a call at the beginning only, and with a tool's name."""
         self._in_string = format.call_begin.endswith('"') and format.name_end.startswith('"')
         tail = format.call_end.rstrip() or format.call_end
@@ -174,12 +185,16 @@ class _Calls:
     def _tool(self, at: int, tool: Tool) -> tuple[str, str]:
         """The name with the text behind it as atoms, and the rule of the rest of the call."""
         name = json.dumps(tool.name, ensure_ascii=False)[1:-1] if self._in_string else tool.name
-        called, *behind = self._lark.named(name, self._format.name_end)
+        called, *behind = self._lark.named(name, self._format.name_end.replace(NAME, name))
         body = f"{' '.join(behind)} {arguments(self._lark, tool, f't{at}', self._format)} {self._tail}"
         return called, self._lark.rule(f"t{at}", body)
 
     def all(self) -> str:
         """One call or several, with what is around them."""
+        if self._is_channel:
+            *before, last = self._lark.literal(self._format.begin + self._format.call_begin).atoms
+            heads = [" ".join([*before, quoted(json.loads(last) + json.loads(name))]) for name in self._names]
+            return f"({' | '.join(f'{head} {body}' for head, body in zip(heads, self._bodies, strict=True))}) more_calls"
         opening = self._lark.opening("calls", self._lark.literal(self._format.begin + self._format.call_begin))
         return f"{opening} call more_calls"
 
@@ -188,6 +203,9 @@ class _Calls:
         if self.in_prose:
             names = [self._lark.literal(self._text + json.loads(name)) for name in self._names]
             return [(name, f"{body} more_calls") for name, body in zip(names, self._bodies, strict=True)]
+        if self._is_channel:
+            after = self._rules.format.tools_after_content
+            return [] if after is None else [self._opening(after + self._format.begin + self._format.call_begin)]
         alone = self._format.call_begin.lstrip()  # readers forgive calls without what begins all of them
         several = [self._text] if not self._format.begin.strip() or alone[:1] in _PROSE else [self._text, alone]
         return [self._opening(text) for text in several if self._lark.literal(text).atoms]

@@ -63,6 +63,7 @@ class Lark:
         self._tokens = tokens
         self._rules: dict[str, str] = {}
         self._json: dict[str, str] = {}
+        self._shared: dict[str, str] = {}
         self._literals: dict[str, Literal] = {}
 
     def __str__(self) -> str:
@@ -77,6 +78,11 @@ class Lark:
         """A value of a JSON schema with llguidance's `options`; equal ones share a rule."""
         text = encoded({**schema, "x-guidance": options})
         return self.rule(self._json.setdefault(text, f"json_{len(self._json)}"), f"%json {text}")
+
+    def shared(self, kind: str, key: str) -> tuple[str, bool]:
+        """The name of the rule that all who have the same key share, and whether it has still to be added."""
+        is_new = key not in self._shared
+        return self._shared.setdefault(key, f"{kind}_{len(self._shared)}"), is_new
 
     def named(self, name: str, text: str) -> list[str]:
         """The atoms of a literal behind a name, which is always text; the first has the name."""

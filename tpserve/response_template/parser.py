@@ -6,36 +6,23 @@ Invariants:
     lost     text is in one event, or is a delimiter, or white space beside one; of a region that holds no call it is content
     held     only what may begin a delimiter, white space before one, and calls whose form must be known as a whole
 
-Delimiters within a quoted text of JSON are text.
+Delimiters within a quoted text of JSON are text. A call that begins inside reasoning ends it, as models write that; the end of
+reasoning that still follows is dropped.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import regex
 
-from tpserve.response_template.call_reader import CallArguments, CallBegin, CallEvent, CallPaths, CallReader
-from tpserve.response_template.content import read_content, transformed
-from tpserve.response_template.schema_types import typed
+from tpserve.response_template.regions import CallRegion, Content, Event, TextRegion, merged
 from tpserve.response_template.template import Delimiter, Field, ResponseTemplate
 
+MAX_READ_CHARS = 1 << 15
+"""Of an answer, text that has been read and is still kept."""
+SEEN_CHARS = 1 << 10
+"""What delimiters may see of the text before them."""
 Place = Literal["start", "reasoning", "content"]
-
-
-class Reasoning(NamedTuple):
-    """More text of the reasoning."""
-
-    text: str
-
-
-class Content(NamedTuple):
-    """More text of the content."""
-
-    text: str
-
-
-Event = Reasoning | Content | CallBegin | CallArguments
 
 
 class _Found(NamedTuple):
@@ -50,24 +37,35 @@ class _Found(NamedTuple):
 class ResponseParser:
     """One answer. `prompt`: what it continues. `tools`: the argument schemas of the functions, by name.
 
-    `reads_calls` False: calls are text like any other. Attribute `reasoning`: the ranges of characters of the output that are
-    reasoning.
+    `reads_calls` False: calls are text like any other. `gap`: the white space between reasoning and content, to the letter, as a
+    grammar writes it; None: all that is there. `calls_end_reasoning` False: calls inside reasoning are reasoning, as they are in
+    the grammar of an answer. Attribute `reasoning`: the ranges of characters of the output that are reasoning.
     """
 
     def __init__(
-        self, template: ResponseTemplate, prompt: str = "", tools: Mapping[str, Any] | None = None, *, reads_calls: bool = True
+        self,
+        template: ResponseTemplate,
+        prompt: str = "",
+        tools: Mapping[str, Any] | None = None,
+        *,
+        reads_calls: bool = True,
+        gap: str | None = None,
+        calls_end_reasoning: bool = True,
     ) -> None:
         self._fields = [field for field in template.fields.values() if reads_calls or field.role != "tool_calls"]
-        self._rest, self._tools, self._reads_calls = template.rest, tools or {}, reads_calls
+        self._rest, self._tools, self._reads_calls, self._gap = template.rest, tools or {}, reads_calls, gap
         if self._rest is not None and self._rest not in self._fields:
             self._rest = None
+        self._call_in_reasoning = template.call_in_reasoning if reads_calls and calls_end_reasoning else None
+        self._unclosed: Field | None = None
+        """Reasoning that a call has ended, and whose own end may follow."""
         self.reasoning: list[list[int]] = []
         self._events: list[Event] = []
         self._text = template.answer_begun(prompt)
         self._at = 0
         self._from = len(self._text)
         """Where the output begins: text before it belongs to the prompt."""
-        self._region: _TextRegion | _CallRegion | None = None
+        self._region: TextRegion | CallRegion | None = None
         self._left = -1
         """Where a region ended before its text began."""
         self._entered = False
@@ -79,12 +77,14 @@ class ResponseParser:
         """The roles with text that the next text of that role is joined to."""
         self._enter(self._rest, {})
         self._process(final=False)
+        if gap is not None and isinstance(self._region, TextRegion) and self._region.role == "content":
+            self._region.gap = ""  # the prompt has it, or it has none
         self._events.clear()
 
     @property
     def place(self) -> Place:
         """Where the answer stands."""
-        if isinstance(self._region, _TextRegion):
+        if isinstance(self._region, TextRegion):
             if self._region.role == "reasoning":
                 return "reasoning"
             if not self._any and not self._region.begun:
@@ -93,6 +93,8 @@ class ResponseParser:
 
     def feed(self, text: str) -> list[Event]:
         """Read more output; returns what became certain, neighbours of one kind as one."""
+        if self._entered and self._at > MAX_READ_CHARS:
+            self._forget(self._at - SEEN_CHARS)
         self._text += text
         self._process(final=False)
         return self._take()
@@ -104,6 +106,11 @@ class ResponseParser:
         if not self._entered and len(self._text) > self._from:  # the model wrote no delimiter, not even the one of content
             self._events.append(Content(self._text[self._from :]))
         return self._take()
+
+    def _forget(self, count: int) -> None:
+        """Drop text that has been read: to add to a text copies it."""
+        self._text = self._text[count:]
+        self._at, self._from, self._left = self._at - count, self._from - count, self._left - count
 
     def _take(self) -> list[Event]:
         events, self._events = self._events, []
@@ -126,21 +133,30 @@ class ResponseParser:
                 self._left = begin
             if self._add(begin):
                 continue
-            if isinstance(self._region, _CallRegion) and self._region.in_text:  # the delimiter is part of a quoted text
+            if isinstance(self._region, CallRegion) and self._region.in_text:  # the delimiter is part of a quoted text
                 if begin == len(self._text):
                     return
                 self._add(max(end, begin + 1))  # past one that is only looked for ahead, too
                 continue
-            opened = self._region.groups if isinstance(self._region, _CallRegion) else {}
+            self._note_unclosed(field)
+            opened = self._region.groups if isinstance(self._region, CallRegion) else {}
             self._leave(groups={**opened, **groups}, closing=self._text[begin:end] if field is self._rest else "")
             self._at = end
             self._enter(field, groups, begin)
+
+    def _note_unclosed(self, following: Field | None) -> None:
+        """The current region ends: whether that leaves reasoning without its end, or finds it."""
+        own = self._region.field if self._region is not None else None
+        if own is not None and own.role == "reasoning" and following is not None and following.role == "tool_calls":
+            self._unclosed = own
+        elif following is self._rest and (own is None or own is self._rest):
+            self._unclosed = None
 
     def _scan(self, final: bool) -> tuple[_Found | None, int]:
         """The first delimiter that counts here, and where text begins that may become an earlier one."""
         best: tuple[tuple[int, int, int], Field | None, dict[str, str]] | None = None
         hold = len(self._text)
-        for delimiter, opens in self._expected():
+        for delimiter, opens in self._expected:
             match = delimiter.pattern.search(self._text, self._at, partial=not final)
             if match is None:
                 continue
@@ -156,15 +172,20 @@ class ResponseParser:
         (begin, negative_end, _), opens, groups = best
         return _Found(self._rest if opens is None else opens, begin, -negative_end, groups), hold
 
-    def _expected(self) -> list[tuple[Delimiter, Field | None]]:
+    def _delimiters(self) -> list[tuple[Delimiter, Field | None]]:
         """The delimiters that count in the current region, each with the field that it opens; None: it closes the region."""
         region = self._region
         field = region.field if region is not None else None
         if field is not None and field is not self._rest:
-            return [(field.close, None)] if field.close is not None else []
+            ends: list[tuple[Delimiter, Field | None]] = [(field.close, None)] if field.close is not None else []
+            if field.role == "reasoning" and (call := self._call_in_reasoning) is not None and call.open is not None:
+                ends.append((call.open, call))
+            return ends
         expected: list[tuple[Delimiter, Field | None]] = [(each.open, each) for each in self._fields if each.open is not None]
         if field is not None and field.close is not None:
             expected.append((field.close, None))
+        if self._unclosed is not None and self._unclosed.close is not None:
+            expected.append((self._unclosed.close, None))
         return expected
 
     def _may_grow(self, delimiter: Delimiter, match: "regex.Match[str]") -> bool:
@@ -183,10 +204,12 @@ class ResponseParser:
         if field is None:
             self._region = None
         elif field.role == "tool_calls":
-            self._region = _CallRegion(field, groups, self._text[begin : self._at], self._tools)
+            self._region = CallRegion(field, groups, self._text[begin : self._at], self._tools)
         else:
             more = field.role == "content" and self._reads_calls
-            self._region = _TextRegion(field, strip=field.strips and (self._any or field.role == "reasoning"), holds=more)
+            strip = field.strips and (self._any or field.role == "reasoning")
+            self._region = TextRegion(field, strip, more, self._gap if field.role == "content" else None)
+        self._expected = self._delimiters()
 
     def _add(self, end: int) -> bool:
         """Text up to `end` belongs to the current region; whether that ended of itself before."""
@@ -194,7 +217,7 @@ class ResponseParser:
         if begin == end or self._region is None:
             return False
         text = self._text[begin:end]
-        if isinstance(self._region, _CallRegion):
+        if isinstance(self._region, CallRegion):
             self._events += self._region.add(text)
             if not (self._region.field.ends_itself and self._region.is_whole):
                 return False
@@ -220,10 +243,10 @@ class ResponseParser:
         """The current region ends, with the delimiter `closing`."""
         region, self._region = self._region, None
         match region:
-            case _CallRegion():
+            case CallRegion():
                 self._events += region.end(groups or {}, closing)
                 self._part(region.num_calls > 0)
-            case _TextRegion():
+            case TextRegion():
                 if last and region.role == "content" and region.held:
                     self._events.append(region.event(region.held))
                 self._part(region.field is not self._rest)
@@ -233,152 +256,3 @@ class ResponseParser:
         """A region ended that parts the texts before it from those behind."""
         self._any |= ended
         self._parted |= self._told if ended else set()
-
-
-class _TextRegion:
-    """A region of reasoning or content. `strip`: white space at its beginning is dropped.
-
-    `holds`: white space at its end may be dropped, too, and waits.
-    """
-
-    def __init__(self, field: Field, strip: bool, holds: bool) -> None:
-        self.field, self.role = field, field.role
-        self.begun = False
-        self.held = ""
-        self._strip = strip
-        self._holds = field.strips and (holds or field.role == "reasoning")
-
-    def add(self, text: str) -> str:
-        """More text; returns what became certain."""
-        if self._strip and not self.begun:
-            text = text.lstrip()
-        if not text:
-            return ""
-        self.begun = True
-        text = self.held + text
-        certain = text.rstrip() if self._holds else text
-        self.held = text[len(certain) :]
-        return certain
-
-    def event(self, text: str) -> Event:
-        """The event of more text."""
-        return Reasoning(text) if self.role == "reasoning" else Content(text)
-
-
-class _CallRegion:
-    """A region of calls. `opening`: the delimiter as it was written."""
-
-    def __init__(self, field: Field, groups: Mapping[str, str], opening: str, tools: Mapping[str, Any]) -> None:
-        self.field, self.groups = field, groups
-        self.begun = False
-        self._opening, self._tools = opening, tools
-        self._parts: list[str] = []
-        self.num_calls = 0
-        self._reader: CallReader | None = None
-        if field.content == "json" and not field.content_args:
-            paths = CallPaths.of(field.transform, field.transform_each)
-            if paths is not None:
-                given = self._given() if paths.name is None else None
-                if paths.name is None and given is None:  # the delimiter has no name this time
-                    paths = CallPaths(("name",), ("arguments",), listed=True)
-                self._reader = CallReader(paths, given, stops=field.ends_itself)
-
-    def _given(self) -> CallBegin | None:
-        """The call whose name the delimiter tells."""
-        try:
-            name, _, id = _call(transformed(self.field.transform, {**self.groups, "content": {}}))
-        except ValueError:
-            return None
-        return CallBegin(name, id)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the JSON has ended."""
-        return self._reader is not None and self._reader.end is not None
-
-    def give_back(self) -> int:
-        """Drop the text behind the JSON; returns its length."""
-        text = "".join(self._parts)
-        end = self._reader.end if self._reader is not None else None
-        self._parts = [text[:end]]
-        return len(text) - len(self._parts[0])
-
-    @property
-    def in_text(self) -> bool:
-        """Whether what follows is within a quoted text."""
-        return self._reader is not None and self._reader.in_text
-
-    def add(self, text: str) -> Sequence[Event]:
-        """More text."""
-        self.begun = True
-        self._parts.append(text)
-        return [] if self._reader is None else self._counted(self._reader.feed(text))
-
-    def end(self, groups: Mapping[str, str], closing: str) -> Sequence[Event]:
-        """The rest of the region: its calls, or its text when it holds none."""
-        events: list[CallEvent] = []
-        if self._reader is not None:
-            events = self._reader.feed("")
-        else:
-            text = "".join(self._parts)
-            calls, behind = self._parsed(text, groups), ""
-            if calls is None and self.field.content == "python-call-list" and not closing:  # perhaps for text behind the list
-                text, bracket, behind = text.rpartition("]")
-                calls = self._parsed(text + bracket, groups)
-            for name, arguments, id in calls or ():
-                events += [CallBegin(name, id), CallArguments(arguments)]
-            if calls and behind.strip():
-                return [*self._counted(events), Content(behind.strip())]
-        counted = self._counted(events)
-        return counted if self.num_calls else [Content(self._opening + "".join(self._parts) + closing)]
-
-    def _counted(self, events: Sequence[CallEvent]) -> Sequence[Event]:
-        self.num_calls += sum(isinstance(event, CallBegin) for event in events)
-        return events
-
-    def _parsed(self, text: str, groups: Mapping[str, str]) -> list[tuple[str, str, str | None]] | None:
-        """The calls of a text that is read as a whole; None when there are none."""
-        field = self.field
-        names = {**self.groups, **groups}
-        try:
-            value = read_content(text, field.content, field.content_args)
-            if field.transform_each:
-                values = [transformed(field.transform, {**names, **each}) for each in value]
-            elif field.transform is not None:
-                values = [transformed(field.transform, {**names, "content": value})]
-            else:
-                values = value if isinstance(value, list) else [value]
-            calls = [_call(each) for each in values]
-        except (ValueError, TypeError):
-            return None
-        return [(name, _arguments(arguments, self._tools.get(name)), id) for name, arguments, id in calls]
-
-
-def _call(value: Any) -> tuple[str, Any, str | None]:
-    """Name, arguments and id of a call. ValueError when the value is none."""
-    function = value.get("function", value) if isinstance(value, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str) or not name.strip():
-        raise ValueError("no call")
-    id = value.get("id")
-    return name.strip(), function.get("arguments", function.get("parameters", {})), id if isinstance(id, str) and id else None
-
-
-def _arguments(arguments: Any, schema: Any) -> str:
-    """The arguments as JSON; a text that stands for a value of another type becomes that value."""
-    if isinstance(arguments, str):
-        return arguments
-    if isinstance(arguments, dict):
-        arguments = {key: typed(value, key, schema) for key, value in arguments.items()}
-    return json.dumps(arguments, ensure_ascii=False)
-
-
-def merged(events: Sequence[Event]) -> list[Event]:
-    """The events with neighbours of one kind as one."""
-    found: list[Event] = []
-    for event in events:
-        if found and not isinstance(event, CallBegin) and type(found[-1]) is type(event):
-            found[-1] = type(event)(found[-1].text + event.text)
-        else:
-            found.append(event)
-    return found

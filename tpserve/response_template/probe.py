@@ -1,11 +1,10 @@
 """Renders small conversations with words that no chat template contains, and compares what it got.
 
-A template is untrusted: what it renders is bounded in size, and all renderings together in time, after which it refuses.
+A template is untrusted: what it renders is bounded in size, and the renderings in number, after which it counts as refusing.
 Comparisons go by atoms, so that no tag and no word is cut: "<a></b>" and "<c></b>" end alike in "</b>" only.
 """
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,7 @@ from tpserve.response_template.format import INDEX
 from tpserve.text.chat import ChatTemplate
 
 MAX_CHARS = 1 << 20
-MAX_SECONDS = 10.0
+MAX_RENDERINGS = 256
 USER = "Uqopzix"
 CONTENT = "Cwaxhuv"
 REASONING = "Rjyfqel"
@@ -42,7 +41,7 @@ class Probe:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._seconds = 0.0
+        self._renderings = 0
 
     def render(
         self,
@@ -53,15 +52,13 @@ class Probe:
         variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str | None:
         """The whole text; `prompt` opens the assistant's turn."""
-        if self._seconds > MAX_SECONDS:
+        if self._renderings == MAX_RENDERINGS:
             return None
-        begun = time.perf_counter()
+        self._renderings += 1
         try:
             text = self._template.render(messages, add_generation_prompt=prompt, tools=tools, variables=variables)
         except UserError:
             return None
-        finally:
-            self._seconds += time.perf_counter() - begun
         return text if len(text) <= MAX_CHARS else None
 
     def turn(self, message: Mapping[str, Any], variables: Mapping[str, Any] = MappingProxyType({})) -> str:

@@ -44,7 +44,7 @@ def calls_field(tools: ToolFormat) -> dict[str, Any]:
         return python_field(tools)
     if tools.arguments == "tagged":
         return tagged_field(tools)
-    wrapped = wrapper(tools)
+    wrapped = wrapper(tools) or keyed(tools)
     return named_field(tools, {"content": "json"}) if wrapped is None else wrapped
 
 
@@ -68,6 +68,19 @@ def wrapper(tools: ToolFormat) -> dict[str, Any] | None:
             closing = rest.replace(INDEX, "0")[size:]
             return object_field(tools, tools.call_begin[:at], closing, name, arguments)
     return None
+
+
+def keyed(tools: ToolFormat) -> dict[str, Any] | None:
+    """The field of calls that are members of a JSON object, the name the key, each in an object of its own in a list."""
+    begin, end = tools.begin.strip(), tools.end.strip()
+    is_keyed = (tools.call_begin.strip(), tools.name_end.strip(), tools.call_end.strip()) == ('{"', '":', "}")
+    if not is_keyed or not begin.endswith("[") or not end.startswith("]"):
+        return None
+    opening, closing = begin[:-1].strip(), end[1:].strip()
+    opened = rf"\s*{loose(opening)}\s*(?=\[)" if opening else rf"{START}\s*(?=\[\s*\{{)"
+    transform = call("{name}", "{arguments}")
+    closed = {"close": closing} if closing else {}
+    return {"open_pattern": opened, **closed, "content": "json-keyed-calls", "transform": transform, "transform_each": True}
 
 
 def object_field(tools: ToolFormat, before: str, behind: str, name: Sequence[str], arguments: Sequence[str]) -> dict[str, Any]:
@@ -133,11 +146,11 @@ def tagged_field(tools: ToolFormat) -> dict[str, Any]:
         middle = rf"(?:{middle}|(?P<json>{loose(tags.other_middle)}))"
     first, last = (r"\n?" if line else "" for line in (tags.middle.endswith("\n"), tags.end.startswith("\n")))
     begin = loose(tags.begin)
-    value = rf"(?=.*?{loose(tags.end)})(?P<value>.*?){last}{loose(tags.end)}"  # a text is looked for faster alone
-    if begin:  # or a tag that nothing closes
-        value = rf"(?:{value}|(?P<value>.*?){last}(?:(?={begin})|\Z))"
-    pattern = rf"{begin}\s*+(?P<key>[^<>\"\s][^<>\"\n]{{0,255}}?)\s*+{middle}{first}{value}"
-    return named_field(tools, {"content": "xml-inline", "content_args": {"tag_pattern": pattern}})
+    head, end = rf"{begin}\s*+(?P<key>[^<>\"\s][^<>\"\n]{{0,255}}?)\s*+{middle}{first}", loose(tags.end)
+    patterns = {"tag_pattern": rf"{head}(?P<value>.*?){last}{end}", "tag_end": end}
+    if begin:  # a tag that nothing closes
+        patterns["tag_open_pattern"] = rf"{head}(?P<value>.*?){last}(?:(?={begin})|\Z)"
+    return named_field(tools, {"content": "xml-inline", "content_args": patterns})
 
 
 def python_field(tools: ToolFormat) -> dict[str, Any]:

@@ -6,7 +6,8 @@ reasoning, called `thinking`, `reasoning` or `reasoning_content`. Patterns are t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import regex
@@ -26,6 +27,7 @@ ROLES: Mapping[str, Role] = {
 MAX_BLANKS = 16
 r"""What `\s*` in a delimiter matches at most."""
 _BLANKS = regex.compile(r"\[(?:\\.|[^\]\\])*\]|\\s([*+])|\\.", regex.DOTALL)
+_ENDS_WITH_NAME = regex.compile(r"\(\?P<name>[^()]*\)(?:\\s\{[\d,]*\})?\Z")
 _END = regex.compile(r"\$|\\[bBzZ]")
 _TEMPLATE_KEYS = {"version", "defaults", "fields", "start_anchor", "start_anchor_pattern"}
 _FIELD_KEYS = {
@@ -120,6 +122,22 @@ class ResponseTemplate:
     def rest(self) -> Field | None:
         """The field that takes the text outside the others."""
         return next((field for field in self.fields.values() if field.open is None), None)
+
+    @cached_property
+    def call_in_reasoning(self) -> Field | None:
+        """The field of calls, if a call that begins inside reasoning differs from reasoning that speaks of calls: by a marker and
+        by what has to follow it. None for reasoning whose end looks ahead: that says itself what ends it."""
+        field, reasoning = self.fields.get("tool_calls"), self.fields.get("reasoning")
+        if field is None or field.open is None or reasoning is None or reasoning.close is None:
+            return None
+        opening = field.open.pattern.pattern
+        if r"\A" in opening or "(?=" in reasoning.close.pattern.pattern:
+            return None
+        if field.content == "json" and "(?P<name>" not in opening:
+            return replace(field, open=Delimiter.of(rf"(?:{opening})(?=\s{{0,{MAX_BLANKS}}}[\[{{])"))
+        if field.content == "xml-inline" and _ENDS_WITH_NAME.search(opening):
+            return replace(field, open=Delimiter.of(rf"(?:{opening})(?=\s{{0,{MAX_BLANKS}}}<[a-z/])"))
+        return field
 
     def answer_begun(self, prompt: str) -> str:
         """The end of a prompt that belongs to the answer: after the last anchor, all of it without one."""

@@ -9,8 +9,9 @@ from msgspec import Struct
 from tpserve.response_template.analysis import ENDS, Analysis, result, without_reasoning
 from tpserve.response_template.call_reader import CallArguments, CallBegin
 from tpserve.response_template.format import AnswerFormat, Call, ReasoningFormat, written
-from tpserve.response_template.parser import Content, Reasoning, ResponseParser
+from tpserve.response_template.parser import ResponseParser
 from tpserve.response_template.probe import NAMES, USER, Probe, after, user
+from tpserve.response_template.regions import Content, Reasoning
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.chat import ChatTemplate
 
@@ -115,9 +116,11 @@ class Trials:
         if format.tools is None:
             return "it has no format to write"
         count = 2 if format.tools.several else 1
-        answers = [Answer(calls=list(CALLS[:count]))]
-        answers += [Answer("", SAID, list(CALLS[:1]))] if format.tools_after_content is not None else []
-        answers += [Answer(THOUGHT, "", list(CALLS[:1]))] if format.reasoning is not None else []
+        tags = format.tools.tags
+        calls = PLAIN_CALLS if tags is not None and tags.item else CALLS  # in tags within tags only a schema tells {} from ""
+        answers = [Answer(calls=list(calls[:count]))]
+        answers += [Answer("", SAID, list(calls[:1]))] if format.tools_after_content is not None else []
+        answers += [Answer(THOUGHT, "", list(calls[:1]))] if format.reasoning is not None else []
         template = ResponseTemplate.load(spec)
         return next((text for each in answers if (text := self._first_difference(template, each, (), format))), "")
 

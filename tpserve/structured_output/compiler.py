@@ -1,17 +1,21 @@
 """Compiles grammars of structured output with llguidance for a model's tokenizer.
 
 All limits are counts, never seconds, so every rank decides alike. The library releases the interpreter lock while it compiles,
-but not while it builds a vocabulary: a second or more for 128,000 tokens, once at start.
+but not while it builds a vocabulary: a second or more for 128,000 tokens. So a process builds its vocabulary at start, before it
+serves: a rank before its Hello, the frontend before ranks and clients can reach it, `LLM` before it is made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from typing import TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance import TokenizerWrapper as Wrapper
 
 from tpserve.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 MAX_GRAMMAR_BYTES = 2 << 20
 """A longer grammar is refused: one plan carries it to all ranks."""
 LIMITS = LLParserLimits(
@@ -23,6 +27,21 @@ LIMITS = LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,
 )
+
+
+LARGE_BYTES = 16 << 10
+"""A grammar of this size or more is large: it may take seconds to compile."""
+
+
+class CompileThreads:
+    """Two threads in which grammars are compiled in order: one for small grammars, so that none of them waits for a large one."""
+
+    def __init__(self) -> None:
+        self._small, self._large = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("grammars", "large grammars"))
+
+    def submit(self, grammar: str, work: Callable[[], T]) -> "Future[T]":
+        """Run `work`, which compiles `grammar`; empty: it is quick."""
+        return (self._large if len(grammar) >= LARGE_BYTES else self._small).submit(work)
 
 
 class GrammarError(ValueError):

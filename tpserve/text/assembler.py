@@ -104,7 +104,8 @@ class Assembler:
                 self._add("")
             else:
                 self._add(self._stream.step(token))
-                self._search_pending()
+                if self._stop:
+                    self._search_pending()
 
     def end(self, finish: FinishReason, stop_id: int | None = None) -> None:
         """End with the engine's finish reason. Ignored after a stop string, which came first."""
@@ -130,35 +131,34 @@ class Assembler:
         """The delta since the last call; None without new text and before the end."""
         if not self.has_news:
             return None
-        offsets = self._stream.offsets
-        own = 0 if self._begun else self._num_open
-        count = len(offsets) - own
-        tokens, logprobs = self._tokens[:count], self._logprobs[:count]
-        entries = [TokenEntry(*entry) for entry in zip(tokens, offsets[own:], logprobs, strict=True)] if logprobs else []
-        delta = OutputDelta(
-            text="".join(self._ready),
-            tokens=tokens,
-            entries=entries,
-            num_tokens=self.num_tokens,
-            offsets=offsets[own:],
-            finish=self.finish,
-            stop_reason=self.stop_reason,
-            scores=None if self._begun else self.scores,
-            open_offsets=offsets[:own],
-        )
+        offsets, self._stream.offsets = self._stream.offsets, []
         self._num_taken += len(offsets)
-        del self._tokens[:count], self._logprobs[:count], offsets[:]
-        self._ready, self._begun = [], True
+        own = 0 if self._begun else self._num_open
+        open_offsets, offsets = offsets[:own], offsets[own:] if own else offsets
+        count, entries = len(offsets), list[TokenEntry]()
+        tokens, self._tokens = self._tokens, []
+        if count < len(tokens):
+            tokens, self._tokens = tokens[:count], tokens[count:]
+        if self._logprobs:
+            logprobs, self._logprobs = self._logprobs[:count], self._logprobs[count:]
+            entries = [TokenEntry(*entry) for entry in zip(tokens, offsets, logprobs, strict=True)]
+        ready, self._ready = self._ready, []
+        scores, self._begun = None if self._begun else self.scores, True
         self._end_taken = self.finish is not None
-        return delta
+        text = ready[0] if len(ready) == 1 else "".join(ready)
+        return OutputDelta(text, tokens, entries, self.num_tokens, offsets, self.finish, self.stop_reason, scores, open_offsets)
 
     def _add(self, new: str) -> None:
         """Search new certain text for stop strings; hold back an end that may begin one."""
+        if not self._stop:
+            if new:
+                self._ready.append(new)
+            return
         if self._search_at is None and self._num_placed > self._num_unsearched:
             self._search_at = self._stream.offsets[self._num_unsearched - self._num_taken]
         if not new:
             return
-        first = self._num_not_searched(len(new)) if self._stop else len(new)
+        first = self._num_not_searched(len(new))
         if first:
             self._ready.append(self._held + new[:first])
             self._held = ""
@@ -197,7 +197,7 @@ class Assembler:
 
     def _search_pending(self) -> None:
         """Search the uncertain text, too: a match ends the sequence although later tokens could change that text."""
-        if self._stop and self.finish is None and self._num_placed >= self._num_unsearched:
+        if self.finish is None and self._num_placed >= self._num_unsearched:
             pending = self._stream.pending
             if pending and first_match(self._held + pending, self._stop):
                 self._add(self._stream.flush())

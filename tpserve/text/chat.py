@@ -19,9 +19,11 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from tpserve.errors import UserError
 from tpserve.text.tokenizer_config import read_json
@@ -118,7 +120,10 @@ class ChatTemplate:
             try:
                 prompt = self._generate(names | {"messages": messages})
             except TEMPLATE_ERRORS as error:
-                raise UserError(f"the chat template refused the messages: {shown(error)}", param="messages") from error
+                what = f"the chat template refused the messages: {shown(error)}"
+                if isinstance(error, SecurityError):  # transformers refuses it as well
+                    what += "; a template may not change values: give one that does not with --chat-template"
+                raise UserError(what, param="messages") from error
         return open_final_message(prompt, messages) if continue_final_message else prompt
 
     def _render_parts(self, names: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str | None:
@@ -221,11 +226,36 @@ class GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class TemplateNamespace(Namespace):
+    """`namespace()` of templates: no attribute with a leading underscore, which could reach into the interpreter."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as Jinja's, so that a template may name an attribute self
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace may not have the attribute {name!r}")
+
+
 def environment() -> ImmutableSandboxedEnvironment:
-    """The sandbox with the names that templates on the hub expect."""
+    """The sandbox with the names that templates on the hub expect, as in transformers: values cannot be changed, not by
+    `list.append` either."""
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     sandbox.filters["tojson"] = to_json  # Jinja's own escapes for HTML
-    names: dict[str, Callable[..., Any]] = {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    names: dict[str, Callable[..., Any]] = {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "namespace": TemplateNamespace,
+    }
     sandbox.globals.update(names)
     return sandbox
 

@@ -76,13 +76,17 @@ def num_begun(data: bytes) -> int:
 
 
 class ByteLevelStream:
-    """A stream over tokens that are strings of bytes. `spell`: the bytes of a token, empty for a hidden token."""
+    """A stream over tokens that are strings of bytes. `spell`: the bytes of a token, empty for a hidden token.
 
-    def __init__(self, spell: Callable[[int], bytes], prompt: Sequence[int] = ()) -> None:
+    `texts`: of tokens that are whole characters; streams with the same `spell` share and fill it.
+    """
+
+    def __init__(self, spell: Callable[[int], bytes], prompt: Sequence[int] = (), texts: dict[int, str] | None = None) -> None:
         self.chars = 0
         self.offsets: list[int] = []
         self.pending = ""
         self._spell = spell
+        self._texts: dict[int, str] = {} if texts is None else texts
         self._places: list[int] = []
         tail = b"".join(map(spell, prompt[len(prompt) - num_open_bytes(spell, prompt) :]))
         self._begun = tail[len(tail) - num_begun(tail) :]
@@ -90,13 +94,11 @@ class ByteLevelStream:
         """Whether a U+FFFD for the incomplete character would belong to the prompt."""
 
     def step(self, token: int) -> str:
+        if not self._begun and (text := self._whole(token)) is not None:
+            self.offsets.append(self.chars)
+            self.chars += len(text)
+            return text
         data = self._spell(token)
-        if not self._begun:
-            with suppress(UnicodeDecodeError):  # most tokens are whole characters
-                text = data.decode()
-                self.offsets.append(self.chars)
-                self.chars += len(text)
-                return text
         self._places.append(len(self._begun))
         return self._show(data, final=False) if data else ""
 
@@ -108,6 +110,14 @@ class ByteLevelStream:
 
     def flush(self) -> str:
         return self._show(b"", final=True)
+
+    def _whole(self, token: int) -> str | None:
+        """The text of a token that is whole characters, as most are; else None."""
+        text = self._texts.get(token)
+        if text is None:
+            with suppress(UnicodeDecodeError):
+                text = self._texts[token] = self._spell(token).decode()
+        return text
 
     def _show(self, data: bytes, *, final: bool) -> str:
         data = self._begun + data

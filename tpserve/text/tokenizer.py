@@ -25,6 +25,8 @@ from tpserve.text.tokenizer_config import CONFIG, SPECIAL, TokenizerConfig, Voca
 
 BYTE_TOKENS = ("<0x%02X>", "<0x%02x>")
 FILE = "tokenizer.json"
+_BYTES = {**dict.fromkeys(range(256), "\ufffd"), **{ord(char): chr(byte) for char, byte in BYTE_OF.items()}}
+"""The characters of byte-level pieces, to those that Latin-1 encodes as their bytes; U+FFFD for others that it knows."""
 _OTHER = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm")
 """Files that may hold a tokenizer of another kind."""
 
@@ -56,6 +58,8 @@ class Tokenizer:
         words = (token for token in range(self.vocab_size) if token not in self._byte_of and token not in self._special)
         self._anchor = list(islice((token for token in words if self.decode([token]).strip()), 1))
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[frozenset[int], dict[int, str]] = {}
+        """Of byte-level streams: what they skip, and the texts of tokens."""
 
     @staticmethod
     def load(directory: str | os.PathLike[str]) -> "Tokenizer":
@@ -108,7 +112,7 @@ class Tokenizer:
         """A stream that decodes an output after `prompt`. `shown`: special tokens that it does not skip."""
         skipped = self._special - shown if skip_special_tokens else frozenset[int]()
         if self._byte_level:
-            return ByteLevelStream(partial(self._shown_bytes, skipped), prompt)
+            return ByteLevelStream(partial(self._shown_bytes, skipped), prompt, self._texts.setdefault(skipped, {}))
         # no skipped token gets there
         decode = partial(self.decode, skip_special_tokens=False)
         return PieceStream(decode, self._run_bytes, self._anchor, partial(self._hidden, skipped), prompt)
@@ -156,8 +160,11 @@ class Tokenizer:
         return str(self._rust.id_to_token(token) or "")
 
     def _spell(self, piece: str) -> bytes:
-        if self._byte_level and all(char in BYTE_OF for char in piece):
-            return bytes(BYTE_OF[char] for char in piece)
+        try:
+            if self._byte_level:
+                return piece.translate(_BYTES).encode("latin-1")
+        except UnicodeEncodeError:  # a character that spells no byte, in an added token
+            pass
         return piece.replace("\u2581", " ").encode()
 
 

@@ -1,4 +1,4 @@
-"""A rank's grammars: compiled in a thread, and followed token by token for each constrained sequence.
+"""A rank's grammars: compiled in threads, and followed token by token for each constrained sequence.
 
 Ranks of the last stage have equal grammars and draw equal tokens, so their matchers agree without messages. Only whether all of
 them have compiled a grammar is agreed upon (`SamplerStage`), before a sequence that needs it is admitted.
@@ -6,14 +6,14 @@ them have compiled a grammar is agreed upon (`SamplerStage`), before a sequence 
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from enum import IntEnum
 from functools import partial
 
 import torch
 from llguidance import LLMatcher, LLTokenizer
 
-from tpserve.structured_output.compiler import compile_grammar, error_of
+from tpserve.structured_output.compiler import CompileThreads, compile_grammar, error_of
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +27,21 @@ class GrammarState(IntEnum):
 
 
 class CompiledGrammars:
-    """Grammars by the number that rank 0 gave them. One thread compiles them in order."""
+    """Grammars by the number that rank 0 gave them, compiled in threads."""
 
     def __init__(self, make_vocabulary: Callable[[], LLTokenizer]) -> None:
         """`make_vocabulary` runs in the thread, at once."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._vocabulary = self._thread.submit(make_vocabulary)
+        self._threads = CompileThreads()
+        self._vocabulary = self._threads.submit("", make_vocabulary)
         self._compiled: dict[int, Future[LLMatcher]] = {}
+
+    def wait_for_vocabulary(self) -> None:
+        """Wait until the vocabulary is built. For a rank that does not serve yet: the build holds the interpreter lock."""
+        self._vocabulary.result()
 
     def start(self, number: int, grammar: str) -> None:
         """Begin to compile a grammar."""
-        self._compiled[number] = self._thread.submit(partial(self._compile, grammar))
+        self._compiled[number] = self._threads.submit(grammar, partial(self._compile, grammar))
 
     def drop(self, number: int) -> None:
         """Forget a grammar."""

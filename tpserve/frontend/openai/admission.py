@@ -19,6 +19,7 @@ from tpserve.frontend.openai.sender import send_stream, send_whole
 from tpserve.frontend.openai.sequences import requests_of
 from tpserve.frontend.openai.service import SERVICE
 from tpserve.frontend.streams import ResumableAnswer, key_digest, new_stream_id
+from tpserve.frontend.tracing import TRACE
 
 REQUEST_ID = web.RequestKey("request_id", str)
 """The id of a request: the client's, or a random one."""
@@ -80,6 +81,7 @@ def arrival_of(request: web.Request, answer_id: str, history: bytes = b"") -> Ar
         history=history,
         deadline_s=deadline_of(request, service.request_timeout_s),
         key_name=request.get(KEY_OWNER, NOBODY).name,
+        trace=request.get(TRACE),
     )
 
 

@@ -23,8 +23,12 @@ log = logging.getLogger(__name__)
 ApiRequest = TypeVar("ApiRequest", bound=msgspec.Struct)
 MAX_BODY_BYTES = 8 << 20
 """A text of this size has about 2 million tokens and takes about 50 ms to decode."""
+JSON_TYPE = "application/json"
 MAX_WARNINGS = 16
 MAX_LOGGED_NAMES = 256
+MAX_NAMED = 5
+"""The most wrong keys that one error names."""
+TOKEN_ID = re.compile(r"[0-9]{1,18}")
 ERROR_PATH = re.compile(r"(?s)(.*) - at `(?:key` in `)?\$\.?(.*)`$")
 
 
@@ -35,6 +39,13 @@ async def read_object(request: web.Request, large: asyncio.Lock) -> dict[str, An
     """
     if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
         raise UserError(f"the body is encoded as {shown(encoding)!r}; send it plain", code="unsupported_encoding", status=415)
+    media_type = request.headers.get("Content-Type", JSON_TYPE).partition(";")[0].strip().lower()
+    if media_type != JSON_TYPE and not media_type.endswith("+json"):
+        raise UserError(
+            f"the body is sent as {shown(media_type)!r}; send JSON with the header 'Content-Type: {JSON_TYPE}'",
+            code="unsupported_media_type",
+            status=415,
+        )
     try:
         data = await request.read()
     except web.RequestPayloadError as error:
@@ -84,7 +95,7 @@ def parse(
     fields = {rules.aliases.get(name, name): value for name, value in body.items() if value is not None}
     if isinstance(options := fields.get("stream_options"), dict):
         fields["stream_options"] = {name: value for name, value in options.items() if value is not None}
-    known = {field.encode_name for field in msgspec.structs.fields(schema)}
+    known = schema.__struct_encode_fields__
     unknown = [name for name in fields if name not in known and not is_neutral(name, fields, rules)]
     for name in unknown:
         if name in rules.neutral:
@@ -92,6 +103,9 @@ def parse(
             raise UserError(
                 f"{name} is not supported by this server; leave it out{hint}", param=name, code="unsupported_parameter"
             )
+    for name, value in fields.items():
+        if type(value) is float and value.is_integer():  # some clients have no integers; a field of floats takes one as well
+            fields[name] = int(value)
     try:
         call = msgspec.convert({**defaults, **fields}, schema, str_keys=True)  # the keys of logit_bias are strings in JSON
     except msgspec.ValidationError as error:
@@ -119,6 +133,11 @@ def to_validation_error(text: str, fields: dict[str, Any]) -> UserError:
     sentence, param = (match[1], match[2]) if match else (text, "")
     if missing := re.search(r"missing required field `(\w+)`", sentence):
         return UserError(f"{missing[1]} is required", param=missing[1], code="missing_required_parameter")
+    if param.startswith("logit_bias") and isinstance(bias := fields.get("logit_bias"), dict):
+        keys = [shown(repr(key)) for key in bias if not TOKEN_ID.fullmatch(key)]
+        if keys:
+            text = ", ".join(keys[:MAX_NAMED]) + (f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else "")
+            return UserError(f"logit_bias: {text}: not the id of a token", param="logit_bias", code="invalid_value")
     value = fields.get(param)
     got = f", got {shown(value)}" if isinstance(value, int | float) and "got" not in sentence else ""
     sentence = sentence[0].lower() + sentence[1:]

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import Json
-from tpserve.frontend.openai.grammar import grammar_of
+from tpserve.frontend.openai.grammar import describes_output, grammar_of
 from tpserve.frontend.openai.messages import call_id
 from tpserve.frontend.openai.schema import ChatCompletionRequest
 from tpserve.frontend.openai.tools import ToolUse
@@ -25,12 +25,15 @@ from tpserve.response_template.detect import Answers
 from tpserve.response_template.format import AnswerFormat
 from tpserve.response_template.grammar import AnswerRules, answer_grammar
 from tpserve.response_template.lark import SpecialTokens
-from tpserve.response_template.parser import Content, Event, Place, Reasoning, ResponseParser, merged
+from tpserve.response_template.parser import Place, ResponseParser
+from tpserve.response_template.regions import Content, Event, Reasoning, merged
 from tpserve.response_template.template import ResponseTemplate
 from tpserve.text.assembler import OutputDelta
 from tpserve.text.logprob_entries import TokenEntry
 from tpserve.text.tokenizer import Tokenizer
 
+TEXT_FIELDS = {"content": ("content",), "reasoning": ("reasoning", "reasoning_content")}
+"""By the first of them, the fields of a message that have the same text."""
 StrictLevel = Literal["auto", "function", "parameter"]
 
 
@@ -135,6 +138,7 @@ def _off(field: str, reason: str) -> UserError:
 
 class AnswerReader:
     """Reads one choice. `tail`: the end of the prompt that belongs to the answer. `call_ids`: an id for the call of a number.
+    `constrained`: the answer has a grammar.
 
     Attributes: `tokens` and `entries` of deltas that showed nothing yet, and `num_calls`.
     """
@@ -146,11 +150,22 @@ class AnswerReader:
         use: ToolUse,
         tail: str,
         call_ids: Callable[[int], str] = lambda _number: random_call_id(),
+        *,
+        constrained: bool = False,
     ) -> None:
         self._form, self._use, self._call, self._call_ids = answers.messages, use, call, call_ids
         self._parser: ResponseParser | None = None
         if answers.template is not None:
-            self._parser = ResponseParser(answers.template, tail, use.schemas, reads_calls=use.choice != "none")
+            reasoning = answers.format.reasoning
+            gap = reasoning.end[len(reasoning.end.rstrip()) :] if reasoning is not None and describes_output(call) else None
+            self._parser = ResponseParser(
+                answers.template,
+                tail,
+                use.schemas,
+                reads_calls=use.choice != "none",
+                gap=gap,
+                calls_end_reasoning=not constrained,
+            )
         self._offsets: list[int] = []
         self._skips = False
         """Whether calls after the first are dropped."""
@@ -173,7 +188,7 @@ class AnswerReader:
         for event in self._events(delta):
             match event:
                 case Reasoning(text):
-                    yield {"reasoning": text, "reasoning_content": text}
+                    yield dict.fromkeys(TEXT_FIELDS["reasoning"], text)
                 case Content(text):
                     yield {"content": text}
                 case CallBegin(name, id):

@@ -3,7 +3,7 @@
 `AnswerEncoder` is what each API brings; `ChunkEncoder` is that of completions and chat completions. Pure: never touches sockets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -12,12 +12,18 @@ from tpserve.engine_client.requests import RequestState
 from tpserve.errors import UserError
 from tpserve.frontend.openai.errors import Json, error_object
 from tpserve.frontend.openai.prompts import Prompt
-from tpserve.frontend.openai.response_builder import ResponseBuilder, ResponseMeta, UsageCounter
+from tpserve.frontend.openai.response_builder import ResponseBuilder, ResponseMeta, TextDelta, UsageCounter
 from tpserve.frontend.openai.schema import StreamOptions
 from tpserve.frontend.openai.sse import END, event
 from tpserve.text.assembler import OutputDelta
 
 Output = tuple[RequestState, OutputDelta]
+TIMES = ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second")
+"""The members of `metrics`."""
+MARK = "\0text\0"
+"""Stands for the text where the bytes around it are found out; no other field can have it."""
+encode = msgspec.json.Encoder().encode
+ENCODED_MARK = encode(MARK)
 
 
 class AnswerEncoder(Protocol):
@@ -50,27 +56,42 @@ class ChunkEncoder:
     """An answer of completions or chat completions. A stream is chunks, and ends with [DONE]."""
 
     def __init__(
-        self, builder: ResponseBuilder, meta: ResponseMeta, prompts: Sequence[Prompt], options: StreamOptions | None
+        self,
+        builder: ResponseBuilder,
+        meta: ResponseMeta,
+        prompts: Sequence[Prompt],
+        options: StreamOptions | None,
+        *,
+        shows_times: bool = False,
     ) -> None:
+        """`shows_times`: of the one choice that there is."""
         self._meta, self._builder = meta, builder
         self._options = options or StreamOptions()
+        self._counts = self._options.include_usage and self._options.continuous_usage_stats
+        """Whether every chunk has the counts so far."""
         self._warnings = list(meta.warnings)
+        self._frames: dict[tuple[int, str], list[bytes]] = {}
+        """The bytes around the text of an event, by choice and field."""
         self._counter = UsageCounter(prompts, builder)
+        self._shows_times = shows_times
+        self._sequence: RequestState | None = None
 
     @property
     def output_tokens(self) -> int:
         return self._counter.output_tokens
 
     def opening(self) -> list[bytes]:
-        return list(self._events(self._builder.opening()))
+        return [self._event(chunk) for chunk in self._builder.opening()]
 
     def deltas(self, sequence: RequestState, delta: OutputDelta) -> list[bytes]:
         self._counter.add(sequence, delta)
-        return list(self._events(self._builder.deltas(sequence.index, delta)))
+        self._sequence = sequence
+        chunks = self._builder.deltas(sequence.index, delta)
+        return [self._text_event(chunk) if isinstance(chunk, TextDelta) else self._event(chunk) for chunk in chunks]
 
     def closing(self) -> list[bytes]:
         if self._options.include_usage:
-            return [event(self._meta.chunk() | {"usage": self._counter.usage()}), END]
+            return [event(self._meta.chunk() | {"usage": self._counter.usage()} | self._times()), END]
         return [END]
 
     def failed(self, error: UserError, num_events: int | None = None) -> list[bytes]:
@@ -79,8 +100,9 @@ class ChunkEncoder:
     def whole(self, outputs: Sequence[Output]) -> bytes:
         for sequence, delta in outputs:
             self._counter.add(sequence, delta)
+            self._sequence = sequence
         answer = self._builder.answer([(sequence.index, delta) for sequence, delta in outputs])
-        answer["usage"] = self._counter.usage()
+        answer |= {"usage": self._counter.usage()} | self._times()
         if self._meta.warnings:
             answer["warnings"] = self._meta.warnings
         return msgspec.json.encode(answer)
@@ -88,12 +110,35 @@ class ChunkEncoder:
     def body(self) -> bytes:
         return b""
 
-    def _events(self, chunks: Sequence[Json]) -> Iterator[bytes]:
-        if chunks and self._warnings:
-            chunks[0]["warnings"] = self._warnings
+    def _times(self) -> Json:
+        return {"metrics": times_of(self._sequence)} if self._shows_times and self._sequence is not None else {}
+
+    def _text_event(self, delta: TextDelta) -> bytes:
+        """The event of a chunk whose bytes do not change but for its text, as most do: ten times as fast as a value's."""
+        choice, kind, text = delta
+        if self._warnings or self._counts:
+            return self._event(self._builder.text_chunk(delta))
+        if (frame := self._frames.get((choice, kind))) is None:
+            marked = self._event(self._builder.text_chunk(delta._replace(text=MARK)))
+            frame = self._frames[choice, kind] = marked.split(ENCODED_MARK)
+        return encode(text).join(frame)
+
+    def _event(self, chunk: Json) -> bytes:
+        if self._warnings:
+            chunk["warnings"] = self._warnings
             self._warnings = []
-        for chunk in chunks:
-            if self._options.continuous_usage_stats:
-                yield event(chunk | {"usage": self._counter.usage()})
-            else:
-                yield event(chunk | {"usage": None} if self._options.include_usage else chunk)
+        if not self._options.include_usage:
+            return event(chunk)
+        return event(chunk | {"usage": self._counter.usage() if self._counts else None})
+
+
+def times_of(sequence: RequestState) -> Json:
+    """The times of a sequence in milliseconds, named as vLLM does; null without the tokens that they are of."""
+    times_s, num_tokens = sequence.token_s, sequence.assembler.num_tokens
+    if not times_s:
+        return dict.fromkeys(TIMES)
+    prefill_s, decode_s = times_s[0] - sequence.arrived_s - sequence.queue_s, times_s[-1] - times_s[0]
+    itl_s = decode_s / (num_tokens - 1) if num_tokens > 1 else None
+    rate = num_tokens / (prefill_s + decode_s) if prefill_s + decode_s > 0 else None
+    values = (1000 * prefill_s, 1000 * decode_s, 1000 * sequence.queue_s, None if itl_s is None else 1000 * itl_s, rate)
+    return dict(zip(TIMES, values, strict=True))

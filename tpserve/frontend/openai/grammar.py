@@ -50,8 +50,9 @@ def grammar_of(call: CompletionRequest | ChatCompletionRequest) -> str:
 
 
 def describes_output(call: CompletionRequest | ChatCompletionRequest) -> bool:
-    """Whether a request has any of these fields: a large one takes time."""
-    return any(getattr(call, name) is not None for name in FIELDS)
+    """Whether a request has any of these fields: a large one takes time. The type `text` describes nothing."""
+    format = call.response_format
+    return any(getattr(call, name) is not None for name in FIELDS[1:]) or (format is not None and format.get("type") != "text")
 
 
 def field_of_grammar(call: CompletionRequest | ChatCompletionRequest) -> str | None:

@@ -17,18 +17,26 @@ from tpserve.frontend.openai.encoder import AnswerEncoder, ChunkEncoder
 from tpserve.frontend.openai.grammar import describes_output, grammar_of
 from tpserve.frontend.openai.params import refuse_contradictions
 from tpserve.frontend.openai.prompts import Prompt, chat_prompt, completion_prompts, max_new_tokens
-from tpserve.frontend.openai.response_builder import ChatResponseBuilder, CompletionResponseBuilder, ResponseMeta
+from tpserve.frontend.openai.response_builder import (
+    ChatResponseBuilder,
+    CompletionResponseBuilder,
+    ResponseBuilder,
+    ResponseMeta,
+)
 from tpserve.frontend.openai.schema import (
     OPENAI_RULES,
     ChatCompletionRequest,
     CompletionRequest,
     FieldRules,
     GenerationFields,
+    SamplingFields,
+    StreamOptions,
 )
 from tpserve.frontend.openai.sequences import params_of, random_seed
 from tpserve.frontend.openai.service import ModelLimits, OpenAIServing
 from tpserve.frontend.openai.tools import ToolUse, tool_use
 from tpserve.frontend.streams import AnswerContext
+from tpserve.observe.trace_context import TraceContext
 from tpserve.response_template.parser import Place
 from tpserve.types.sampling import EngineSamplingParams
 
@@ -43,7 +51,8 @@ class Arrival:
     """What belongs to a request beside its body. `limits`: UserError 503 unless the engine runs. `call_ids`: the id of a tool
     call by the index of its choice and its number there. `draw_seed`: the seed of a sequence whose request has none.
     `answer_id`: by which the answer may be asked for. `history`: JSON of the conversation before it, for APIs that keep one.
-    `deadline_s`: when it must have ended, by `time.monotonic`; None for no deadline. `key_name`: of its client's key."""
+    `deadline_s`: when it must have ended, by `time.monotonic`; None for no deadline. `key_name`: of its client's key.
+    `trace`: its place in its client's trace."""
 
     request_id: str
     created_s: int
@@ -54,6 +63,7 @@ class Arrival:
     history: bytes = b""
     deadline_s: float | None = None
     key_name: str = ""
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,15 @@ async def prepare_completion(
     grammar = await asyncio.to_thread(grammar_of, call) if describes_output(call) else ""
     params = await params_of(service, call, prompts, sizes, limits, grammar)
     builder = CompletionResponseBuilder(meta, call, prompts, service.tokenizer)
-    return PreparedRequest(call, meta, prompts, params, ChunkEncoder(builder, meta, prompts, call.stream_options))
+    return PreparedRequest(call, meta, prompts, params, chunk_encoder(service, call, builder, meta, prompts))
+
+
+def chunk_encoder(
+    service: OpenAIServing, call: SamplingFields, builder: ResponseBuilder, meta: ResponseMeta, prompts: Sequence[Prompt]
+) -> ChunkEncoder:
+    """What encodes the answer of a completion or a chat completion, with what the server adds to it."""
+    options = StreamOptions(include_usage=True, continuous_usage_stats=True) if service.forces_usage else call.stream_options
+    return ChunkEncoder(builder, meta, prompts, options, shows_times=service.shows_times and call.n * len(prompts) == 1)
 
 
 async def prepare_chat(
@@ -94,7 +112,7 @@ async def prepare_chat(
     """A chat completions request. UserError for what is wrong with it."""
 
     def encoder(builder: ChatResponseBuilder) -> AnswerEncoder:
-        return ChunkEncoder(builder, builder.meta, [builder.prompt], call.stream_options)
+        return chunk_encoder(service, call, builder, builder.meta, [builder.prompt])
 
     return await prepare_conversation(service, call, warnings, arrival, encoder)
 
@@ -121,8 +139,12 @@ async def prepare_conversation(
     requested = call.max_completion_tokens if call.max_completion_tokens is not None else call.max_tokens
     default = requested if cuts_length else service.defaults.max_tokens
     size = max_new_tokens(prompt, None if cuts_length else requested, default, limits, "messages")
-    params = await params_of(service, call, [prompt], [size], limits, await chat_grammar(service, call, use, place))
-    readers = [AnswerReader(service.answers, call, use, tail, partial(arrival.call_ids, index)) for index in range(call.n)]
+    grammar = await chat_grammar(service, call, use, place)
+    params = await params_of(service, call, [prompt], [size], limits, grammar)
+    readers = [
+        AnswerReader(service.answers, call, use, tail, partial(arrival.call_ids, index), constrained=bool(grammar))
+        for index in range(call.n)
+    ]
     builder = ChatResponseBuilder(meta, call, prompt, service.tokenizer, readers)
     return PreparedRequest(call, meta, [prompt], params, encoder(builder), service.answers.shown(use))
 

@@ -18,6 +18,7 @@ from tpserve.frontend.openai.prompts import in_thread
 from tpserve.frontend.openai.sender import num_values, whole_answer
 from tpserve.frontend.openai.service import OpenAIServing
 from tpserve.frontend.streams import ResumableAnswer
+from tpserve.frontend.tracing import span_reporter
 from tpserve.journal.journal import StoredRequest
 from tpserve.types.request import Request
 
@@ -50,7 +51,11 @@ def digest_of_requests(requests: Sequence[Request]) -> bytes:
 def track(service: OpenAIServing, arrival: Arrival, prepared: PreparedRequest, handle: RequestHandle, prompt_tokens: int) -> None:
     """Let the server know whose an admitted request is, how it may be ended, and when it must have. `prompt_tokens`: to count."""
     ids = frozenset({arrival.request_id, prepared.meta.id, arrival.answer_id} - {""})
-    service.open_requests.add(handle, ids, key_name=arrival.key_name, deadline_s=arrival.deadline_s, prompt_tokens=prompt_tokens)
+    operation = "text_completion" if prepared.meta.kind == "text_completion" else "chat"
+    on_end = span_reporter(service.spans, prepared.meta.id, prepared.meta.model, operation, arrival.trace)
+    service.open_requests.add(
+        handle, ids, key_name=arrival.key_name, deadline_s=arrival.deadline_s, prompt_tokens=prompt_tokens, on_end=on_end
+    )
 
 
 def start(service: OpenAIServing, answer: ResumableAnswer, handle: RequestHandle, prepared: PreparedRequest) -> None:

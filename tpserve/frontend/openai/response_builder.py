@@ -1,17 +1,17 @@
 """The JSON forms of responses and stream chunks, for completions and for chat completions.
 
 Pure: output deltas in, JSON values out; never touches sockets or the request table. Together with `responses.events` this defines
-the order of a stream: the opening chunks, then non-empty deltas, then one finish chunk per choice. Every chunk has one choice.
+the order of a stream: the opening chunks, then deltas, the last of each choice with its finish. Every chunk has one choice.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from tpserve.engine_client.requests import RequestState
-from tpserve.frontend.openai.chat_answer import AnswerReader
+from tpserve.frontend.openai.chat_answer import TEXT_FIELDS, AnswerReader
 from tpserve.frontend.openai.errors import Json
 from tpserve.frontend.openai.prompts import Prompt
 from tpserve.frontend.openai.schema import ChatCompletionRequest, CompletionRequest
@@ -57,14 +57,25 @@ class ResponseMeta:
         }
 
 
+class TextDelta(NamedTuple):
+    """A chunk that adds text to a choice and shows nothing else. `kind`: the field of the text."""
+
+    choice: int
+    kind: str
+    text: str
+
+
 class ResponseBuilder(Protocol):
     """The form of a response: completion or chat completion."""
 
     def opening(self) -> list[Json]:
         """The chunks before any token."""
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
         """The chunks of one delta of one choice."""
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        """The chunk of a `TextDelta`."""
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         """The whole response, from one final delta per choice."""
@@ -116,6 +127,8 @@ def encoded_prompt_logprobs(scores: PromptScores, num_top: int, tokenizer: Token
 
 
 NOT_ENDED: Json = {"finish_reason": None, "stop_reason": None}
+NO_IDS: Json = {"token_ids": None, "prompt_token_ids": None}
+"""Of a choice whose ids nobody has asked for; clients written for vLLM read them."""
 
 
 @dataclass(frozen=True)
@@ -138,21 +151,24 @@ class CompletionResponseBuilder:
             if (prompt := self._prompt(index)).text
         ]
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
-        chunks = [] if delta.scores is None else self._echo(index, delta.scores)
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
+        chunks: list[Json | TextDelta] = [] if delta.scores is None else [*self._echo(index, delta.scores)]
         tokens, logprobs = delta.tokens, self._logprobs(index, delta)
-        if delta.text:
-            chunks.append(self.meta.chunk(self._choice(index, delta.text, tokens, logprobs) | NOT_ENDED))
-            tokens, logprobs = [], None
-        if delta.finish is not None:
-            chunks.append(self.meta.chunk(self._choice(index, "", tokens, logprobs) | finish_fields(delta)))
+        if delta.text and delta.finish is None and logprobs is None and not self.call.return_token_ids:
+            chunks.append(TextDelta(index, "text", delta.text))
+        elif delta.text or delta.finish is not None:
+            ending = NOT_ENDED if delta.finish is None else finish_fields(delta)
+            chunks.append(self.meta.chunk(self._choice(index, delta.text, tokens, logprobs) | ending))
         return chunks
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        return self.meta.chunk(self._choice(delta.choice, delta.text, [], None) | NOT_ENDED)
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         call, choices = self.call, list[Json]()
         for number, prompt in enumerate(self.prompts):
             drawn = [delta for _, delta in outputs[number * call.num_drawn : (number + 1) * call.num_drawn]]
-            echoed, extra, scores = None, Json(), drawn[0].scores
+            echoed, scores, extra = None, drawn[0].scores, Json(prompt_logprobs=None)
             if scores is not None and call.num_echoed is not None:
                 entries = scores.entries(self.tokenizer, prompt.text, call.num_echoed, prompt.num_open)
                 echoed = completion_logprobs(entries, self._spell)
@@ -163,7 +179,7 @@ class CompletionResponseBuilder:
                 logprobs = self._logprobs(index, delta)
                 if echoed is not None:
                     logprobs = {name: values + logprobs[name] for name, values in echoed.items()} if logprobs else echoed
-                choices.append(self._choice(index, text, delta.tokens, logprobs) | finish_fields(delta) | extra)
+                choices.append(NO_IDS | self._choice(index, text, delta.tokens, logprobs) | finish_fields(delta) | extra)
         return self.meta.answer(choices)
 
     def _spell(self, token: int) -> str:
@@ -173,10 +189,12 @@ class CompletionResponseBuilder:
         return self.prompts[index // self.call.n]
 
     def _logprobs(self, index: int, delta: OutputDelta) -> Json | None:
+        if self.call.logprobs is None:  # the engine sends them for `best_of` too
+            return None
         entries, prompt = delta.entries, self._prompt(index)
         if delta.scores is not None and self.call.num_echoed is not None:
             entries = delta.scores.open_entries(delta.open_offsets, self.call.num_echoed) + entries
-        if not entries or self.call.logprobs is None:  # the engine sends them for `best_of` too
+        if not entries:
             return None
         return completion_logprobs(entries, self._spell, len(prompt.text) if self.call.echo else 0)
 
@@ -222,27 +240,33 @@ class ChatResponseBuilder:
             chunks[0]["prompt_token_ids"] = self.prompt.ids
         return chunks
 
-    def deltas(self, index: int, delta: OutputDelta) -> list[Json]:
-        chunks, reader = [], self.readers[index]
+    def deltas(self, index: int, delta: OutputDelta) -> list[Json | TextDelta]:
+        chunks, reader = list[Json | TextDelta](), self.readers[index]
         tokens, entries = [*reader.tokens, *delta.tokens], [*reader.entries, *delta.entries]
-        for part in reader.deltas(delta):
-            chunks.append(self.meta.chunk(self._choice(index, "delta", part, tokens, entries) | NOT_ENDED))
+        parts = list(reader.deltas(delta)) or ([] if delta.finish is None else [Json()])
+        for number, part in enumerate(parts, 1):
+            kind, ends = next(iter(part), ""), delta.finish is not None and number == len(parts)
+            if kind in TEXT_FIELDS and not entries and not self.call.return_token_ids and not ends:
+                chunks.append(TextDelta(index, kind, part[kind]))
+            else:
+                ending = finish_fields(delta) | {"finish_reason": reader.finish_reason(delta)} if ends else NOT_ENDED
+                chunks.append(self.meta.chunk(self._choice(index, "delta", part, tokens, entries) | ending))
             tokens, entries = [], []
         reader.tokens, reader.entries = tokens, entries
-        if delta.finish is not None:
-            ending = finish_fields(delta) | {"finish_reason": reader.finish_reason(delta)}
-            chunks.append(self.meta.chunk(self._choice(index, "delta", {}, tokens, entries) | ending))
         return chunks
+
+    def text_chunk(self, delta: TextDelta) -> Json:
+        part = dict.fromkeys(TEXT_FIELDS[delta.kind], delta.text)
+        return self.meta.chunk(self._choice(delta.choice, "delta", part, [], []) | NOT_ENDED)
 
     def answer(self, outputs: Sequence[tuple[int, OutputDelta]]) -> Json:
         choices = []
         for index, delta in outputs:
             message = self.readers[index].message(delta)
             ending = finish_fields(delta) | {"finish_reason": self.readers[index].finish_reason(delta)}
-            choices.append(self._choice(index, "message", message, delta.tokens, delta.entries) | ending)
+            choices.append({"token_ids": None} | self._choice(index, "message", message, delta.tokens, delta.entries) | ending)
         answer, scores = self.meta.answer(choices), outputs[0][1].scores
-        if self.call.return_token_ids:
-            answer["prompt_token_ids"] = self.prompt.ids
+        answer |= {"prompt_token_ids": self.prompt.ids if self.call.return_token_ids else None, "prompt_logprobs": None}
         if scores is not None and self.call.prompt_logprobs is not None:
             answer["prompt_logprobs"] = encoded_prompt_logprobs(scores, self.call.prompt_logprobs, self.tokenizer)
         return answer

@@ -72,9 +72,8 @@ async def tokenize(request: web.Request) -> web.Response:
         strings = call.return_token_strs
 
     def encode() -> web.Response:
-        answer: Json = {"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids}
-        if strings:
-            answer["token_strs"] = [service.tokenizer.piece(token) for token in ids]
+        pieces = [service.tokenizer.piece(token) for token in ids] if strings else None
+        answer: Json = {"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids, "token_strs": pieces}
         if warnings:
             answer["warnings"] = warnings
         return json_response(answer)

@@ -5,21 +5,23 @@ end of the response, a broken connection and a cancelled handler. `resumable` se
 """
 
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from functools import partial
 
 from aiohttp import web
 
 from tpserve.engine_client.requests import RequestHandle, RequestTable
 from tpserve.errors import UserError
-from tpserve.frontend.openai.encoder import Output
+from tpserve.frontend.openai.encoder import AnswerEncoder, Output
 from tpserve.frontend.openai.errors import internal_error
 from tpserve.frontend.openai.preparation import PreparedRequest
 from tpserve.frontend.openai.prompts import in_thread
 from tpserve.frontend.openai.sse import KEEP_ALIVE_COMMENT, SSE_HEADERS, IdleTimer
 
 log = logging.getLogger(__name__)
+
+MAX_UNSENT_BYTES = 64 << 10
+"""Above it a client is slow: its task waits for the socket, as aiohttp does from the same number on."""
 
 
 async def whole_answer(handle: RequestHandle, prepared: PreparedRequest) -> bytes:
@@ -47,9 +49,7 @@ async def send_stream(
     try:
         await response.prepare(request)
         try:
-            async with aclosing(events(handle, prepared)) as stream:
-                async for data in stream:
-                    await response.write(data)
+            await _send_events(request, response, handle, prepared)
         except UserError as error:
             await response.write(b"".join(prepared.encoder.failed(error)))
         except ConnectionError:
@@ -61,30 +61,80 @@ async def send_stream(
     except ConnectionError:
         log.debug("the client of request %s left", prepared.meta.id)
     finally:
+        handle.sink = None
         request_table.abort(handle)
     return response
 
 
-async def events(handle: RequestHandle, prepared: PreparedRequest) -> AsyncGenerator[bytes, None]:
-    """The bytes of a stream, with a keep-alive comment after every `KEEP_ALIVE_S` without output. Raises the handle's failure."""
+async def _send_events(
+    request: web.Request, response: web.StreamResponse, handle: RequestHandle, prepared: PreparedRequest
+) -> None:
+    """Send all events, with a keep-alive comment after every `KEEP_ALIVE_S` without output. Raises the handle's failure.
+
+    While this task sleeps, a `DirectWriter` sends what comes. It wakes for the rest: the end, what is large, a slow client.
+    """
     encoder, ended = prepared.encoder, False
-
-    def encode() -> bytes:
-        return b"".join(data for output in outputs for data in encoder.deltas(*output))
-
     if opening := b"".join(encoder.opening()):
-        yield opening
+        await response.write(opening)
     with IdleTimer(handle.wake) as idle:
+        direct = DirectWriter(request, response, handle, encoder, idle) if prepared.call.num_scored is None else None
         while not ended:
+            handle.sink = direct
             await handle.wait()
+            handle.sink = None
+            if direct is not None and direct.failure is not None:
+                raise direct.failure
             ended = handle.ended
             outputs = handle.take()
-            if data := await in_thread(encode, num_values(outputs)):
+            if data := await in_thread(partial(encoded, encoder, outputs), num_values(outputs)):
                 idle.restart()
-                yield data
+                await response.write(data)
             elif idle.due():
-                yield KEEP_ALIVE_COMMENT
-    yield b"".join(encoder.closing())
+                await response.write(KEEP_ALIVE_COMMENT)
+    await response.write(b"".join(encoder.closing()))
+
+
+class DirectWriter:
+    """The sink of a stream's handle: encodes the output of a frame and gives it to the socket, without a task.
+
+    `take` leaves all to the stream's task when the client does not read as fast as output comes.
+    """
+
+    def __init__(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        handle: RequestHandle,
+        encoder: AnswerEncoder,
+        idle: IdleTimer,
+    ) -> None:
+        """`response` is prepared: its headers are sent."""
+        self._transport, self._handle, self._encoder, self._idle = request.transport, handle, encoder, idle
+        self._chunked = response.headers.get("Transfer-Encoding") == "chunked"
+        self._data = b""
+        self.failure: Exception | None = None
+        """An error of the encoder, for the task."""
+
+    def take(self) -> bool:
+        transport = self._transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            return False
+        try:
+            self._data = encoded(self._encoder, self._handle.take())
+        except Exception as error:
+            self.failure = error
+            return False
+        return True
+
+    def flush(self) -> None:
+        if (data := self._data) and self._transport is not None:
+            self._idle.restart()
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+
+def encoded(encoder: AnswerEncoder, outputs: Sequence[Output]) -> bytes:
+    """The events of all deltas."""
+    return b"".join([data for sequence, delta in outputs for data in encoder.deltas(sequence, delta)])
 
 
 def num_values(outputs: Sequence[Output]) -> int:

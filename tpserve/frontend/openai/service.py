@@ -18,6 +18,7 @@ from tpserve.frontend.open_requests import OpenRequests
 from tpserve.frontend.openai.chat_answer import ChatAnswers
 from tpserve.frontend.streams import StreamTable
 from tpserve.journal.journal import Journal
+from tpserve.observe.spans import SpanExporter
 from tpserve.structured_output.checker import GrammarChecker
 from tpserve.text.assembler import Assembler
 from tpserve.text.chat import ChatTemplate
@@ -37,7 +38,8 @@ class ModelLimits:
 @dataclass(frozen=True)
 class OpenAIServing:
     """`max_open`: sequences that may run or wait at once. `defaults`: sampling parameters that a request may leave out.
-    `request_timeout_s`: how long a request may take that does not say."""
+    `request_timeout_s`: how long a request may take that does not say. `forces_usage`: in every chunk of every stream.
+    `shows_times`: of answers with one choice. `tokens_as_ids`: how log probabilities name tokens where a request does not say."""
 
     names: tuple[str, ...]
     root: str
@@ -51,6 +53,10 @@ class OpenAIServing:
     grammars: GrammarChecker
     open_requests: OpenRequests
     request_timeout_s: float | None = None
+    spans: SpanExporter | None = None
+    forces_usage: bool = False
+    shows_times: bool = False
+    tokens_as_ids: bool = False
     answers: ChatAnswers = field(default_factory=ChatAnswers)
     streams: StreamTable = field(default_factory=lambda: StreamTable(0))
     journal: Journal | None = None
@@ -73,8 +79,9 @@ class OpenAIServing:
         return model
 
     def sampling(self) -> dict[str, Any]:
-        """The default of each sampling field, without `max_tokens`, which is cut to the context instead."""
-        return {name: value for name, value in self.defaults.specified().items() if name != "max_tokens"}
+        """The default of each field of a body, without `max_tokens`, which is cut to the context instead."""
+        found = {name: value for name, value in self.defaults.specified().items() if name != "max_tokens"}
+        return found | ({"return_tokens_as_token_ids": True} if self.tokens_as_ids else {})
 
     def limits(self) -> ModelLimits:
         """The limits of the engine. UserError 503 unless it runs, recovers from a fault or is paused."""

@@ -19,7 +19,9 @@ def check_ids(ids: Sequence[Any], vocab_size: int, param: str) -> None:
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocab_size:
             raise UserError(
-                f"{param}: token id {shown(token)} is outside the vocabulary of {vocab_size}", param=param, code="invalid_value"
+                f"{param}: token id {shown(token)} is out of vocabulary: the model has {vocab_size} ids",
+                param=param,
+                code="invalid_value",
             )
 
 

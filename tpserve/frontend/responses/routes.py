@@ -30,7 +30,7 @@ from tpserve.frontend.responses.preparation import (
 from tpserve.frontend.responses.schema import RULES, InputFields, ResponseRequest
 from tpserve.frontend.streams import Position, ResumableAnswer, new_stream_id
 
-ROUTE = "/v1/responses/{id}"
+ROUTE = "/v1/responses/{id:(?!input_tokens$)[^/]+}"  # that one is a route of its own
 MAX_LISTED = 100
 
 
