@@ -4,8 +4,8 @@
 // Forms, by dtype and instruction set:
 //   float32                 multiply and add, 16 outputs at a time
 //   bfloat16                the same on widened numbers; no product of two bfloat16 needs rounding
-//   bfloat16, AVX512-BF16   pairs of K (VDPBF16PS)
-//   bfloat16, AMX           tiles of 16 rows, 16 outputs and 32 of K (TDPBF16PS)
+//   bfloat16, AVX512-BF16   pairs of K (VDPBF16PS), the odd one first
+//   bfloat16, AMX           tiles of 16 rows, 16 outputs and 32 of K (TDPBF16PS): a chain of their even and one of their odd numbers
 #pragma once
 
 #include "api.h"

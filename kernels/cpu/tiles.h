@@ -1,8 +1,9 @@
 // AMX: products of tiles, in own inline assembly. gcc 12 drops stores to the 64 bytes of a tile configuration when they are read
 // by its intrinsics only.
 //
-// A tile has up to 16 rows of 64 bytes. `TDPBF16PS c, a, b` adds to c[m][n] the products of pairs a[m][2k..] b[k][2n..], k rising.
-// Source: Intel Architecture Instruction Set Extensions Programming Reference, chapter 3.
+// A tile has up to 16 rows of 64 bytes. `TDPBF16PS c, a, b` sums the products of even elements of K, a[m][2k] b[k][2n], in one chain
+// from zero, k rising, those of odd elements a[m][2k + 1] b[k][2n + 1] in another, then adds both, and that sum to c[m][n]. Sources:
+// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: TDPBF16PS, VDPBF16PS, TDPBSSD, and volume 1, chapter 18.
 #pragma once
 
 #include "api.h"
@@ -13,13 +14,19 @@ namespace {
 
 #if defined(BF16_PAIRS)
 #if defined(EMULATED)
-// VDPBF16PS by the manual: odd element first, each product rounded into the sum, denormals are zeros.
-INLINE float flush(float x) { return (load<uint32_t>(&x) & 0x7f800000) ? x : 0.0f; }
+// The arithmetic of both instructions: rounded to nearest even, denormals are zeros of their sign, MXCSR does not matter.
+INLINE float flush(float x) {
+    uint32_t bits = load<uint32_t>(&x);
+    if (!(bits & 0x7f800000)) bits &= 0x80000000;
+    return load<float>(&bits);
+}
+INLINE float flushed_add(float a, float b) { return flush(flush(a) + flush(b)); }
+INLINE float flushed_fma(bf16 a, bf16 b, float c) { return flush(__builtin_fmaf(flush(widen(a)), flush(widen(b)), flush(c))); }
+
+// VDPBF16PS by the manual: the odd element first.
 INLINE V dot_pairs(V acc, VU a, VU b) {
-    for (int i = 0; i < W; i++) {
-        float high = flush(flush(acc[i]) + flush(widen(a[i] >> 16)) * flush(widen(b[i] >> 16)));
-        acc[i] = flush(__builtin_fmaf(flush(widen(a[i] & 0xffff)), flush(widen(b[i] & 0xffff)), high));
-    }
+    for (int i = 0; i < W; i++)
+        acc[i] = flushed_fma((bf16)a[i], (bf16)b[i], flushed_fma(a[i] >> 16, b[i] >> 16, acc[i]));
     return acc;
 }
 #else
@@ -44,28 +51,47 @@ static __thread struct {
     TileConfig config;
     uint8_t data[8][16][64];
 } unit;
-static void tile_configure(const TileConfig& config) { unit.config = config; }
-static void tile_release() {}
-template <int T> INLINE void tile_zero() { memset(unit.data[T], 0, sizeof unit.data[T]); }
+static void must(bool legal) {  // else the processor raises a fault
+    if (!legal) __builtin_trap();
+}
+static void tile_configure(const TileConfig& config) {
+    must(config.palette == 1 && config.start_row == 0);
+    for (int t = 0; t < 8; t++) must(config.bytes[t] <= 64 && config.rows[t] <= 16 && !config.bytes[t] == !config.rows[t]);
+    unit = {};
+    unit.config = config;
+}
+static void tile_release() { unit.config = {}; }
+template <int T> INLINE void tile_zero() {
+    must(unit.config.rows[T]);
+    memset(unit.data[T], 0, sizeof unit.data[T]);
+}
 template <int T> static void tile_load(const void* from, int64_t stride) {
+    must(unit.config.rows[T]);
     for (int r = 0; r < unit.config.rows[T]; r++) memcpy(unit.data[T][r], (const char*)from + r * stride, unit.config.bytes[T]);
 }
 template <int T> static void tile_store(void* to, int64_t stride) {
+    must(unit.config.rows[T]);
     for (int r = 0; r < unit.config.rows[T]; r++) memcpy((char*)to + r * stride, unit.data[T][r], unit.config.bytes[T]);
 }
+template <int C, int A, int B> static void must_fit() {
+    const TileConfig& config = unit.config;
+    must(config.rows[C] && config.rows[C] == config.rows[A] && config.bytes[C] == config.bytes[B] && config.bytes[A] == 4 * config.rows[B]);
+}
 template <int C, int A, int B> static void tile_dot_bf16() {
+    must_fit<C, A, B>();
     for (int m = 0; m < unit.config.rows[C]; m++)
-        for (int k = 0; k < unit.config.bytes[A] / 4; k++)
-            for (int n = 0; n < unit.config.bytes[C] / 4; n++) {
-                float sum = load<float>(&unit.data[C][m][4 * n]);
-                for (int odd = 0; odd < 2; odd++) {
-                    float a = widen(load<bf16>(&unit.data[A][m][4 * k + 2 * odd])), b = widen(load<bf16>(&unit.data[B][k][4 * n + 2 * odd]));
-                    sum = __builtin_fmaf(a, b, sum);
-                }
-                store(&unit.data[C][m][4 * n], sum);
+        for (int n = 0; n < unit.config.bytes[C]; n += 4) {
+            float even = 0, odd = 0;
+            for (int k = 0; k < unit.config.bytes[A] / 4; k++) {
+                const uint8_t *a = &unit.data[A][m][4 * k], *b = &unit.data[B][k][n];
+                even = flushed_fma(load<bf16>(a), load<bf16>(b), even);
+                odd = flushed_fma(load<bf16>(a + 2), load<bf16>(b + 2), odd);
             }
+            store(&unit.data[C][m][n], flushed_add(load<float>(&unit.data[C][m][n]), flushed_add(even, odd)));
+        }
 }
 template <int C, int A, int B> static void tile_dot_int8() {
+    must_fit<C, A, B>();
     for (int m = 0; m < unit.config.rows[C]; m++)
         for (int k = 0; k < unit.config.bytes[A] / 4; k++)
             for (int n = 0; n < unit.config.bytes[C] / 4; n++) {

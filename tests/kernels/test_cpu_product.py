@@ -133,6 +133,41 @@ def test_sums_are_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(product(x_TK, blob, 40, out_dtype=torch.bfloat16), sums_TN.bfloat16())
 
 
+def sums_over_inner(products_TNK: torch.Tensor, isa: Isa) -> torch.Tensor:
+    """Their sums in float32 as the instruction set adds up bfloat16 (docs/numerics.md); K is a multiple of 32."""
+
+    def chain(terms_TNK: torch.Tensor) -> torch.Tensor:
+        total_TN = torch.zeros(terms_TNK.shape[:2])
+        for term_TN in terms_TNK.unbind(2):
+            total_TN = total_TN + term_TN
+        return total_TN
+
+    if isa == Isa.AVX512_BF16:
+        products_TNK = products_TNK.unflatten(2, (-1, 2)).flip(3).flatten(2)
+    if isa < Isa.AMX:
+        return chain(products_TNK)
+    return chain(torch.stack([chain(tile[..., ::2]) + chain(tile[..., 1::2]) for tile in products_TNK.split(32, 2)], 2))
+
+
+def test_bfloat16_is_summed_in_the_order_of_the_instruction_set(isa: Isa) -> None:
+    """To the last bit, since a product of two bfloat16 is exact in float32."""
+    generator = torch.Generator().manual_seed(2)
+    weight_NK, x_TK = (torch.randn(count, 160, generator=generator).bfloat16() for count in (19, 33))
+    sums_TN = product(x_TK, pack(weight_NK), 19, out_dtype=torch.float32)
+    assert torch.equal(sums_TN, sums_over_inner(x_TK.float()[:, None] * weight_NK.float(), isa))
+
+
+def test_the_instructions_of_bfloat16_take_denormals_as_zeros(isa: Isa) -> None:
+    """And give none; the other sets keep them."""
+    x_TK = torch.tensor([[2.0**-70], [2.0**-130], [1.0], [2.0**-60]]).bfloat16()
+    weight_NK = torch.tensor([[2.0**-70], [1.0], [2.0**-130]]).bfloat16()
+    exact_TN = x_TK.float() * weight_NK.float().T
+    assert exact_TN.count_nonzero() == 8
+    normal_TN = exact_TN * (exact_TN.abs() >= torch.finfo(torch.float32).tiny)
+    sums_TN = product(x_TK, pack(weight_NK), 3, out_dtype=torch.float32)
+    assert torch.equal(sums_TN, normal_TN if isa >= Isa.AVX512_BF16 else exact_TN)
+
+
 @quickly
 @given(
     counts=st.lists(st.sampled_from([0, 1, 2, 5, 13, 40]), min_size=1, max_size=6),
