@@ -2,7 +2,7 @@
 
     python docs/examples/chat_stream.py [URL]
 
-With a seed the same question has the same answer, whoever else is served at the time.
+With a seed the same question has the same answer, on CPUs whoever else is served at the time.
 """
 
 import sys
