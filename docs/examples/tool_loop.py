@@ -19,7 +19,7 @@ TOOL = {"name": "door_color", "description": "The color of somebody's door.", "p
 
 def ask(messages: list[dict[str, Any]], tool_choice: str) -> dict[str, Any]:
     """The model's next message: words, or calls of functions."""
-    body = {"messages": messages, "tools": [{"type": "function", "function": TOOL}], "tool_choice": tool_choice}
+    body: dict[str, Any] = {"messages": messages, "tools": [{"type": "function", "function": TOOL}], "tool_choice": tool_choice}
     body |= {"parallel_tool_calls": False, "temperature": 0, "max_tokens": 200}
     request = urllib.request.Request(
         f"{URL}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
