@@ -310,10 +310,10 @@ def test_the_directory_is_private_local_and_of_one_server(
 
 def test_what_nobody_asks_for_again_is_deleted_after_its_window(serve: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "ALIVE_S", 0.05)
-    with serve(resume_window=0.5) as server:
+    with serve(resume_window=2) as server:
         id = post(server, "/v1/completions", {"prompt": "a", "max_tokens": 2, "background": True}).id
         until(lambda: server.request_table.num_open == 0)
-    with serve(resume_window=0.5) as server:
+    with serve(resume_window=2) as server:
         kept = server.journal
         assert kept is not None and list(kept.earlier) == [id]
         until(lambda: not kept.earlier)

@@ -52,7 +52,8 @@ def test_what_is_more_than_a_text_is_a_value() -> None:
     first, second = (json.loads(encoded[6:]) for encoded in _events(encoder("odd"), "a", "b"))
     assert first["warnings"] == ["odd"] and "warnings" not in second
     counted = [
-        json.loads(data[6:])["usage"] for data in _events(encoder(options=StreamOptions(continuous_usage_stats=True)), "a", "b")
+        json.loads(data[6:])["usage"]
+        for data in _events(encoder(options=StreamOptions(include_usage=True, continuous_usage_stats=True)), "a", "b")
     ]
     assert [usage["completion_tokens"] for usage in counted] == [1, 2]
     ids = [json.loads(data[6:])["choices"][0]["token_ids"] for data in _events(encoder(return_token_ids=True), "a", "b")]

@@ -18,10 +18,8 @@ import regex
 from tpserve.response_template.regions import CallRegion, Content, Event, TextRegion, merged
 from tpserve.response_template.template import Delimiter, Field, ResponseTemplate
 
-MAX_READ_CHARS = 1 << 15
-"""Of an answer, text that has been read and is still kept."""
-SEEN_CHARS = 1 << 10
-"""What delimiters may see of the text before them."""
+MAX_READ_CHARS, SEEN_CHARS = 1 << 12, 1 << 10
+"""Of an answer: text that has been read and is still kept, and what of it delimiters may see."""
 Place = Literal["start", "reasoning", "content"]
 
 
@@ -231,8 +229,10 @@ class ResponseParser:
                 self.reasoning[-1][1] = own[1]
             elif own[1] > own[0]:
                 self.reasoning.append([*own])
-        self._region.add(text[: max(0, self._from - begin)])  # the prompt's own, which nobody is told
-        if shown := self._region.add(text[max(0, self._from - begin) :]):
+        if self._from > begin:  # the prompt's own, which nobody is told
+            self._region.add(text[: self._from - begin])
+            text = text[self._from - begin :]
+        if shown := self._region.add(text):
             joint = self._region.field.join if self._region.role in self._parted else ""
             self._events.append(self._region.event(joint + shown))
             self._parted.discard(self._region.role)
