@@ -356,8 +356,8 @@ def test_predictions_add_up(plan: Any) -> None:
     assert not layouts(plan, "llama-8b --device cpu --ranks 2 --rank-memory 24GB --memory-bandwidth 40GB/s")["predictions"]
 
 
-def test_the_line_of_the_readme(plan: Any) -> None:
-    (line,) = re.findall(r"^tpserve plan (.*)$", (ROOT / "README.md").read_text(), re.M)
+def test_the_line_of_the_tour(plan: Any) -> None:
+    (line,) = re.findall(r"^tpserve plan (.*)$", (ROOT / "docs" / "tour.md").read_text(), re.M)
     assert plan(line.replace("MODEL", "llama-70b"))[0] == 0
 
 
