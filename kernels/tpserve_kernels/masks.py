@@ -114,17 +114,21 @@ def ban_reference(
             logits_RV[row] = masked_V
 
 
-def add_bias(logits_RV: torch.Tensor, row_N: torch.Tensor, id_N: torch.Tensor, value_N: torch.Tensor) -> None:
-    """Add float32 values to (row, id) pairs, int64; no pair occurs twice."""
+def add_bias(logits_RV: torch.Tensor, row_N: torch.Tensor, id_N: torch.Tensor, value_N: torch.Tensor, first: int = 0) -> None:
+    """Add float32 values to (row, id) pairs, int64; no pair occurs twice. `first`: the id of column 0; others are left out."""
     _check(logits_RV)
     _bias_kernel[(triton.cdiv(len(row_N), IDS_AT_ONCE),)](
-        logits_RV, row_N, id_N, value_N, logits_RV.stride(0), len(row_N), BLOCK=IDS_AT_ONCE, num_warps=4, enable_fp_fusion=False
-    )
+        logits_RV, row_N, id_N, value_N, logits_RV.stride(0), len(row_N), first, logits_RV.shape[1], BLOCK=IDS_AT_ONCE,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
-def add_bias_reference(logits_RV: torch.Tensor, row_N: torch.Tensor, id_N: torch.Tensor, value_N: torch.Tensor) -> None:
+def add_bias_reference(
+    logits_RV: torch.Tensor, row_N: torch.Tensor, id_N: torch.Tensor, value_N: torch.Tensor, first: int = 0
+) -> None:
     """`add_bias` in torch."""
-    logits_RV[row_N, id_N] += value_N
+    inside_N = (id_N >= first) & (id_N < first + logits_RV.shape[1])
+    logits_RV[row_N[inside_N], id_N[inside_N] - first] += value_N[inside_N]
 
 
 def penalize(
@@ -134,8 +138,11 @@ def penalize(
     frequency_P: torch.Tensor,
     repetition_P: torch.Tensor,
     sequences: Sequences,
+    first: int = 0,
 ) -> None:
     """Lower the logits of ids that the sequences of the rows `row_P`, int64, have already; penalties float32.
+
+    `first`: the id of column 0.
 
     Each program counts the ids of its own part of the vocabulary in the sequence. Counts kept from step to step would have to
     follow drawn tokens, preemptions, recoveries and known tokens that are drawn again. The tokens are there in any case, and
@@ -145,7 +152,7 @@ def penalize(
     tokens_XL, slot_R, position_R, prompt_R = sequences
     _penalize_kernel[(len(row_P), triton.cdiv(logits_RV.shape[1], AT_ONCE))](
         logits_RV, row_P, presence_P, frequency_P, repetition_P, tokens_XL, slot_R, position_R, prompt_R, logits_RV.stride(0),
-        tokens_XL.stride(0), logits_RV.shape[1], BLOCK=AT_ONCE, IDS=IDS_AT_ONCE, num_warps=8, enable_fp_fusion=False,
+        tokens_XL.stride(0), first, logits_RV.shape[1], BLOCK=AT_ONCE, IDS=IDS_AT_ONCE, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -156,11 +163,13 @@ def penalize_reference(
     frequency_P: torch.Tensor,
     repetition_P: torch.Tensor,
     sequences: Sequences,
+    first: int = 0,
 ) -> None:
     """`penalize` in torch."""
     for row, presence, frequency, repetition in zip(row_P.tolist(), presence_P, frequency_P, repetition_P, strict=True):
         x_V = logits_RV[row]
-        prompt, output = sequences.ids(row)
+        ids = range(first, first + len(x_V))
+        prompt, output = ([id - first for id in each if id in ids] for each in sequences.ids(row))
         count_V = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=len(x_V)).to(x_V.device)
         seen_V = torch.zeros_like(count_V, dtype=torch.bool)
         seen_V[torch.tensor(prompt + output, dtype=torch.int64)] = True
@@ -273,13 +282,17 @@ def _ban_kernel(
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _bias_kernel(logits_ptr, row_ptr, id_ptr, value_ptr, logits_stride, pairs, BLOCK: tl.constexpr):
+def _bias_kernel(
+    logits_ptr, row_ptr, id_ptr, value_ptr, logits_stride, pairs, first_id, width, BLOCK: tl.constexpr
+):  # fmt: skip
     """One program per BLOCK pairs."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_ptr + pair, mask=pair < pairs, other=0)
-    x_ptr = logits_ptr + row * logits_stride + tl.load(id_ptr + pair, mask=pair < pairs, other=0)
-    x = tl.load(x_ptr, mask=pair < pairs, other=0.0) + tl.load(value_ptr + pair, mask=pair < pairs, other=0.0)
-    tl.store(x_ptr, x, mask=pair < pairs)
+    column = tl.load(id_ptr + pair, mask=pair < pairs, other=-1) - first_id
+    inside = (pair < pairs) & (column >= 0) & (column < width)
+    x_ptr = logits_ptr + row * logits_stride + column
+    x = tl.load(x_ptr, mask=inside, other=0.0) + tl.load(value_ptr + pair, mask=inside, other=0.0)
+    tl.store(x_ptr, x, mask=inside)
 
 
 @triton.jit
@@ -297,22 +310,22 @@ def _count(own_ptr, start, end, first, BLOCK: tl.constexpr, IDS: tl.constexpr):
 @triton.jit
 def _penalize_kernel(
     logits_ptr, row_ptr, presence_ptr, frequency_ptr, repetition_ptr, tokens_ptr, slot_ptr, position_ptr, prompt_ptr,
-    logits_stride, tokens_stride, width, BLOCK: tl.constexpr, IDS: tl.constexpr,
+    logits_stride, tokens_stride, first_id, width, BLOCK: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK ids of one row."""
+    """One program per BLOCK ids of one row, of those from `first_id` on."""
     number = tl.program_id(0)
     row = tl.load(row_ptr + number)
     own_ptr = tokens_ptr + tl.load(slot_ptr + row) * tokens_stride
     position = tl.load(position_ptr + row).to(tl.int32)
     prompt = tl.minimum(tl.load(prompt_ptr + row).to(tl.int32), position)
     first = tl.program_id(1) * BLOCK
-    id = first + tl.arange(0, BLOCK)
-    of_prompt = _count(own_ptr, 0, prompt, first, BLOCK, IDS)
-    of_output = _count(own_ptr, prompt, position, first, BLOCK, IDS)
-    x_ptr = logits_ptr + row * logits_stride + id
-    x = tl.load(x_ptr, mask=id < width, other=0.0)
+    column = first + tl.arange(0, BLOCK)
+    of_prompt = _count(own_ptr, 0, prompt, first_id + first, BLOCK, IDS)
+    of_output = _count(own_ptr, prompt, position, first_id + first, BLOCK, IDS)
+    x_ptr = logits_ptr + row * logits_stride + column
+    x = tl.load(x_ptr, mask=column < width, other=0.0)
     repetition = tl.load(repetition_ptr + number)
     x = tl.where(of_prompt + of_output > 0, tl.where(x > 0, tl.div_rn(x, repetition), x * repetition), x)
     x = x - tl.load(frequency_ptr + number) * of_output.to(tl.float32)
     x = x - tl.load(presence_ptr + number) * (of_output > 0).to(tl.float32)
-    tl.store(x_ptr, x, mask=id < width)
+    tl.store(x_ptr, x, mask=column < width)

@@ -95,6 +95,7 @@ class SimulatedCard:
             patch.object(torch.Tensor, "pin_memory", _pinned_copy),
             patch.object(torch.cuda, "_lazy_init", lambda: None),
             patch.object(InterpretedFunction, "run", self._launcher()),
+            patch.object(PinnedTensor, "on_other_threads", self.dispatch),
         ):
             self._stack.enter_context(change)
         lifts_host_only = torch._C._only_lift_cpu_tensors()

@@ -1,7 +1,8 @@
 """The tensors of the simulated card: bytes in host memory that the host may not read when it likes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,6 +42,9 @@ class DeviceTensor(torch.Tensor):
             return self.host.data_ptr()
         return self.host.untyped_storage()._cdata * PAGE + self.host.storage_offset() * self.host.itemsize
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.host.untyped_storage()
+
     def tolist(self) -> Any:
         raise HostRead("tolist() of a tensor on the card")
 
@@ -64,6 +68,8 @@ class PinnedTensor(torch.Tensor):
 
     host: torch.Tensor
     under_way: CopiesUnderWay
+    on_other_threads: "ClassVar[Callable[..., Any] | None]" = None
+    """Dispatches operators of threads that are not in the card's mode, which is one thread's."""
 
     @staticmethod
     def __new__(cls, host: torch.Tensor, under_way: CopiesUnderWay) -> "PinnedTensor":
@@ -92,4 +98,5 @@ class PinnedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(f"{func} outside the simulated card")
+        assert cls.on_other_threads is not None, f"{func} outside the simulated card"
+        return cls.on_other_threads(func, args, kwargs or {})

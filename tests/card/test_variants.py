@@ -1,14 +1,9 @@
 """The compilations that a server of a model needs: all of them before it is ready, and for three generations of cards."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterable
-
 import pytest
 import torch
 
+from tests.card.compilation import SHARED_BYTES, compiled, hold
 from tests.card.engine import CARD, CardEngine, history
 from tests.card.models import MODELS
 from tests.card.simulated import SimulatedCard
@@ -27,10 +22,6 @@ from tpserve.worker.memory import _ProfileRun
 from tpserve.worker.request_pool import RequestPool
 
 MAX_LEN, MAX_SEQS, MAX_TOKENS = 4096, 4, 512
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""What a block of threads may have, by generation: A100, H100, B200."""
-SPILLED_BYTES = {"attention_kernel": 64}
-"""What a thread may keep in local memory, as it has 255 registers."""
 
 
 def at_start(spec: ModelSpec) -> set[Variant]:
@@ -72,32 +63,12 @@ def test_nothing_is_compiled_in_service(name: str) -> None:
     assert not late, "\n".join(map(str, sorted(late)))
 
 
-def compiled(variants: Iterable[Variant], *targets: int) -> list[dict[str, object]]:
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compile_variants", *map(str, targets)]
-    text = "\n".join(json.dumps(variant._asdict()) for variant in sorted(variants))
-    run = subprocess.run(command, input=text, capture_output=True, text=True, env=environ, timeout=1200)
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
-
-
-def hold(kernels: list[dict[str, object]]) -> None:
-    """Each fits its card, and none keeps its values in local memory."""
-    for kernel in kernels:
-        shared, target = kernel["shared"], kernel["target"]
-        assert isinstance(shared, int) and isinstance(target, int)
-        assert shared <= SHARED_BYTES[target], kernel
-        spilled, name = kernel["spilled"], kernel["kernel"]
-        assert isinstance(spilled, int) and isinstance(name, str)
-        assert spilled <= SPILLED_BYTES.get(name, 0), kernel
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("name", list(MODELS))
 def test_all_compile_for_three_generations(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kernels = compiled(at_start(MODELS[name]), *SHARED_BYTES)
+    kernels = compiled(*SHARED_BYTES, variants=at_start(MODELS[name]))
     with capsys.disabled():
         print(f"\n{name}")
         for kernel in kernels:
-            print("  {target} {kernel}: {registers} registers, {spilled} B spilled, {shared} B shared".format_map(kernel))
+            print(f"  {kernel}")
     hold(kernels)

@@ -371,6 +371,11 @@ Path(os.environ["TMPDIR"], f"said{{rank}}.log").write_text(json.dumps(said))
 """
 
 
+EXAMPLE = (ROOT / "docs" / "examples" / "offline_two_ranks.py").read_text()
+"""Runs at the end of the job on one node."""
+PROMPTS = ["Once upon a time", "In the harbour of Tidewick", "Mina the beekeeper"]
+
+
 def agent(node: int, nodes: int, port: int) -> tuple[str, ...]:
     own = 2 // nodes
     return (str(BIN / "torchrun"), "--nnodes", str(nodes), "--node_rank", str(node), "--nproc_per_node", str(own),
@@ -381,9 +386,11 @@ def agent(node: int, nodes: int, port: int) -> tuple[str, ...]:
 def test_torchrun(nodes: int, kill: bool, place: Path, llm: LLM) -> None:
     """One agent with two scripts, two agents with one each (as on two nodes): the same list on both, the same exceptions."""
     port, text = free_port(), JOB.format(kill=kill)
+    if nodes == 1:
+        text += f"llm.close()\n{EXAMPLE}"
     jobs = [script(place, text, *agent(node, nodes, port)) for node in reversed(range(nodes))]
-    for job in jobs:
-        finished(job)
+    out = "".join(finished(job) for job in jobs)
+    assert re.findall(r"(?m)^(.*) \.\.\. ", out) == PROMPTS[: 3 if nodes == 1 else 0]
     first, second = (json.loads((place / f"said{rank}.log").read_text()) for rank in range(2))
     took_s = [said.pop("took_s", 0.0) for said in (first, second)]
     assert first == second

@@ -39,6 +39,12 @@ def test_norms(dtype: torch.dtype, hidden: int, offset: float) -> None:
     assert torch.equal(fused, norm.rms_norm(total, weight, 1e-5, offset))
     if dtype != torch.bfloat16 or DEVICE == "cuda":  # the interpreter truncates to bfloat16 where a card rounds
         assert torch.equal(total, reference_total)
+    first = random(hidden, dtype=dtype, seed=3)
+    both, total = norm.norm_add_rms_norm(x, first, residual, weight, 1e-5, offset)
+    apart = norm.add_rms_norm(norm.rms_norm(x, first, 1e-5, offset), residual, weight, 1e-5, offset)
+    assert torch.equal(both, apart[0]) and torch.equal(total, apart[1]), "one launch has the bits of two"
+    if dtype != torch.bfloat16 or DEVICE == "cuda":
+        assert_close(total, norm.norm_add_rms_norm_reference(x, first, residual, weight, 1e-5, offset)[1])
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,14 @@ def test_masks_bias_and_penalties(vocab: int, sequences: Sequences) -> None:
         "add_bias", x, row_N, torch.tensor([0, 40, 40], device=DEVICE), torch.tensor([1.0, -2.0, 9.0], device=DEVICE)
     )
     assert biased[1, 0] == 1.0
+    first = 32 if vocab < 100 else 4096
+    part = x[:, first:].contiguous()
+    masked = assert_equal_to_reference("mask_bits", part, rows, bits[:, first // 32 :])
+    assert torch.equal(masked, assert_equal_to_reference("mask_bits", x, rows, bits)[:, first:])
+    assert torch.equal(assert_equal_to_reference("penalize", part, rows, *values, sequences, first), penalized[:, first:])
+    pairs = row_N, torch.tensor([0, 40, 40], device=DEVICE) + (first - 32), torch.tensor([1.0, -2.0, 9.0], device=DEVICE)
+    biased = assert_equal_to_reference("add_bias", x, *pairs)
+    assert torch.equal(assert_equal_to_reference("add_bias", part, *pairs, first), biased[:, first:])
 
 
 def test_allowed_ids_and_banned_words_leave_something(sequences: Sequences) -> None:
@@ -239,6 +247,21 @@ class InTurn(Group):
         ranks, self._call = self._gathered[self._call], self._call + 1
         ranks[self.rank] = x
         return torch.stack([part if part.shape == x.shape else torch.zeros_like(x) for part in ranks])
+
+
+def test_a_rank_whose_ids_are_all_masked_draws_none() -> None:
+    """Greedily or not, on the first rank or another one."""
+    x, of, cuts = random(5, 300)[1:], noise(4), (0, 128, 300)
+    x[:2, :128] = x[2:, 128:] = float("-inf")
+    shards = tuple(range(a, b) for a, b in pairwise(cuts))
+    gathered = [[torch.empty(0)] * len(shards)]
+    for _ in range(2):
+        for rank, shard in enumerate(shards):
+            tp, out_S = InTurn(rank, len(shards), gathered), torch.empty(4, dtype=torch.int64, device=DEVICE)
+            raw = RawLogits(x[:, shard.start : shard.stop].contiguous())
+            draw_rows(CardLogits(raw), shards, DrawParams(*of), tp, DrawTarget(out_S))
+    assert torch.equal(out_S, drawn(RawLogits(x), of))
+    assert (out_S[:2] >= 128).all() and (out_S[2:] < 128).all()
 
 
 @pytest.mark.parametrize("cuts", [(0, 128, 300), (0, 3, 100)], ids=["blocks", "inside a block"])

@@ -60,6 +60,7 @@ def main(rank: int, world_size: int, directory: Path) -> None:
             assert isinstance(shm, ShmAllReduce), shm
         group = Group(stages[stage] if tp > 1 else None, shm)
         pipeline = Pipeline(rank - tp if stage > 0 else None, rank + tp if stage < pp - 1 else None)
+        pipeline.connect(torch.device("cpu"))
         pipelines.append(pipeline)
         results = {}
         for name in names:

@@ -1,21 +1,14 @@
-"""What a recovery costs, against the number of ranks: a table, and with a path a picture.
-
-    python -m tests.simulation.measure                        the table of docs/reliability.md
-    python -m tests.simulation.measure docs/recovery.svg      and its picture
+"""What a recovery costs, against the number of ranks, the table of docs/reliability.md: python -m tests.simulation.measure
 
 One rank after another is killed while requests are open. Messages and time are those of the simulation, in which a new process
 says Hello after 0.1 s and is ready 0.05 s after the mesh has formed; the coordinator's time is that of this machine.
 """
 
-import math
 import statistics
-import sys
-from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from tests.simulation.world import ServicePlan, SimulatedService, quiet
-from tpserve.bench.plot import PANEL, TOP, document, line, panel, text, tick_x, tick_y
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 KILLS = 5
@@ -60,34 +53,9 @@ def table(costs: list[Cost]) -> str:
     return "\n".join(lines)
 
 
-def picture(costs: list[Cost]) -> str:
-    """Messages, and milliseconds of both times, on logarithmic axes."""
-    series = (
-        ("messages", "#1f77b4", [cost.messages for cost in costs]),
-        ("milliseconds until RUN (simulated)", "#2ca02c", [1e3 * cost.took_s for cost in costs]),
-        ("milliseconds that the coordinator computes", "#d62728", [cost.coordinator_ms for cost in costs]),
-    )
-    logs = [math.log10(value) for _, _, values in series for value in values]
-    first, last = math.floor(min(logs)), math.ceil(max(logs))
-    width = math.log2(costs[-1].size)
-    parts = panel(TOP, "", "ranks")
-    parts += [tick_x(TOP, math.log2(cost.size) / width, str(cost.size)) for cost in costs]
-    parts += [tick_y(TOP, (power - first) / (last - first), f"{10.0**power:g}") for power in range(first, last + 1)]
-    for index, (name, colour, values) in enumerate(series):
-        points = [
-            (math.log2(c.size) / width, (math.log10(v) - first) / (last - first)) for c, v in zip(costs, values, strict=True)
-        ]
-        parts.append(line(TOP, points, colour))
-        parts.append(text(90, TOP + 18 + 16 * index, name, colour=colour))
-    return document("The cost of a recovery", parts, TOP + PANEL + 60)
-
-
 def main() -> None:
     quiet()
-    costs = [measure(size) for size in SIZES]
-    print(table(costs))
-    for path in sys.argv[1:]:
-        Path(path).write_text(picture(costs))
+    print(table([measure(size) for size in SIZES]))
 
 
 if __name__ == "__main__":

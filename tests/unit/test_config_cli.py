@@ -31,6 +31,8 @@ def test_the_reference_page_is_current() -> None:
 def test_the_page_for_who_comes_from_vllm_is_current() -> None:
     page = (ROOT / "docs" / "from-vllm.md").read_text()
     assert page == vllm_page.markdown(), "run `python -m tpserve.cli.vllm_page > docs/from-vllm.md`"
+    assert len(vllm_page.USUAL) == 10
+    assert {*vllm_page.USUAL} <= {option.flag for option in OPTIONS.values() if option.about.named_by == "vLLM"}
 
 
 def sample(held: str) -> str:

@@ -1,5 +1,6 @@
 """The filters against a plain float64 reference, alone and together; the same bits in any company; the draw that follows."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from msgspec.structs import replace
 from tests.unit.test_draw import deviation, drawn, on_ranks
 from tpserve.parallel.group import Group
 from tpserve.sampler import filters as module
-from tpserve.sampler.draw import gather_logits
+from tpserve.sampler.draw import DrawParams, draw, gather_logits
 from tpserve.sampler.filters import AllowedIds, BadWords, Filters, GrammarMask, apply
+from tpserve.sampler.logits import WrittenLogits
 from tpserve.types.sampling import EngineSamplingParams
 from tpserve.worker.sampling_metadata import filters, sampling_metadata
 
@@ -263,6 +265,39 @@ def test_sharded_is_unsharded(cuts: tuple[int, ...]) -> None:
 
     for result in on_ranks(len(shards), run):
         assert torch.equal(result, whole)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_looks_at_one_id_at_a_time_needs_no_whole_rows(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the vocabulary, filtered apart, are parts of the filtered rows; the draw is the same, also where one has no id."""
+    if not native:
+        monkeypatch.setattr(module, "is_native", lambda _: False)
+    rows = [one_row({"temperature": 0.7, **EACH[name]}) for name in ("presence", "frequency", "repetition", "bias")]
+    rows.append(one_row({"temperature": 0.0, **TOGETHER["what changes logits"]}))
+    wanted = [sampling_metadata(row.params, len(row.prompt), EOS, VOCAB) for row in rows]
+    temperature, position, tokens = columns(rows)
+    made = filters([one for one in wanted if one is not None], position.tolist(), torch.device("cpu"))
+    bits = torch.full((2, 10), -1, dtype=torch.int32)
+    bits[0, :4] = bits[1, 4:] = 0
+    made = dataclasses.replace(made, grammar=GrammarMask(torch.tensor([0, 4]), bits))
+    assert made.per_id and not any(one is None or one.needs_whole_rows(99) for one in wanted)
+    logits, slots, shards = torch.stack([row.logits for row in rows]), torch.arange(len(rows)), (range(128), range(128, 300))
+    whole = apply(logits.clone(), made, temperature, position, tokens, slots)
+    zero = torch.zeros(len(rows), dtype=torch.int64)
+    params = DrawParams(temperature, zero + 3, position, zero)
+
+    def run(tp: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        shard = shards[tp.rank]
+        part = apply(logits[:, shard.start : shard.stop].clone(), made, temperature, position, tokens, slots, shard.start)
+        return part, draw(WrittenLogits(part), shards, params, tp)
+
+    (first, drawn_S), (second, other_S) = on_ranks(2, run)
+    assert torch.equal(torch.cat((first, second), dim=1), whole)
+    assert torch.equal(drawn_S, other_S) and torch.equal(drawn_S, draw(WrittenLogits(whole), (range(VOCAB),), params, Group()))
+    assert drawn_S[0] >= 128 > drawn_S[4]
+    for name in ("top_k", "top_p", "min_p", "allowed", "bad words", "min_tokens"):
+        one = sampling_metadata(EngineSamplingParams(**{"temperature": 0.9, **EACH[name]}), 3, EOS, VOCAB)  # type: ignore[arg-type]
+        assert one is not None and one.needs_whole_rows(5), name
 
 
 def replace_logits(row: Row, logits: torch.Tensor) -> Row:

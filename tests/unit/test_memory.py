@@ -29,6 +29,7 @@ from tpserve.worker import memory
 SPEC = small(max_position=4096, dtype="bfloat16", bos_id=1, eos_ids=(2,))
 BLOCK_BYTES = 4 * 2 * 16 * 2 * 8 * 2
 TOTAL, OTHERS, HELD, CACHED, ACTIVATIONS, HEAD = 100_000_000, 5_000_000, 30_000_000, 2_000_000, 7_000_000, 3_000_000
+GRAPHS = 1_000_000
 """`CACHED`: what torch's allocator keeps without using it; a rank that shares the card holds as much."""
 SLOTS = 256 * 4097 * 4
 
@@ -39,10 +40,10 @@ def resolved(line: str) -> EngineConfig:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryLedger]:
-    def measure(line: str, sharers: int = 1) -> MemoryLedger:
+    def measure(line: str, sharers: int = 1, nccl: int = 0) -> MemoryLedger:
         monkeypatch.setattr(memory, "_peaks", lambda _: (ACTIVATIONS, HEAD))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (TOTAL - OTHERS - sharers * (HELD + CACHED), TOTAL))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (TOTAL - OTHERS - nccl - sharers * (HELD + CACHED), TOTAL))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: HELD + CACHED)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: HELD)
         monkeypatch.setattr(devices, "describe_memory", lambda _: "")
@@ -50,9 +51,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryLedger]:
         mesh = SimpleNamespace(device=device, rank=0, layout=layout, world=Group(), tp=Group())
         decoder = SimpleNamespace(spec=SPEC, dtype=torch.bfloat16, kv_layout=KVLayout(2, 8, 8))
         monkeypatch.setattr(memory, "_ProfileRun", lambda *_: None)
-        monkeypatch.setattr(memory, "_graph_bytes", lambda _: 0)
+        monkeypatch.setattr(memory, "_graph_bytes", lambda _: GRAPHS)
         no_slots = cast(Any, lambda _: None)
-        found = memory.measure(cast(Any, decoder), cast(Any, mesh), no_slots, resolved(line), sharers, weights=20_000_000)
+        inputs = cast(Any, decoder), cast(Any, mesh), no_slots, resolved(line), sharers
+        found = memory.measure(*inputs, weights=20_000_000, nccl=nccl)
         return found[1][0]
 
     return measure
@@ -61,21 +63,48 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MemoryLedger]:
 def test_the_cache_and_all_else_fill_the_share_of_the_card(measured: Callable[..., MemoryLedger]) -> None:
     ledger = measured("m --gpu-memory-utilization 0.8")
     assert ledger.kv_cache == ledger.num_blocks * BLOCK_BYTES and ledger.slots == SLOTS
-    used = OTHERS + HELD + ACTIVATIONS + HEAD + SLOTS + ledger.kv_cache
+    used = OTHERS + HELD + ACTIVATIONS + HEAD + GRAPHS + SLOTS + ledger.kv_cache
     assert 0.8 * TOTAL - BLOCK_BYTES < used <= 0.8 * TOTAL, "held is more than weights: tables of positions"
-    entries = (ledger.others, ledger.weights, ledger.activations, ledger.head, ledger.slots, ledger.kv_cache)
-    assert sum(entries) == used, "the ledger accounts for all of it"
+    work = ledger.activations + ledger.head + ledger.graphs + ledger.communication + ledger.slots
+    assert ledger.others + ledger.weights + work + ledger.kv_cache == used, "the ledger accounts for all of it"
+    assert ledger.graphs == GRAPHS and ledger.communication == 0
+    assert measured("m --gpu-memory-utilization 0.8 --enforce-eager").graphs == 0
+    joined = measured("m --gpu-memory-utilization 0.8", nccl=4_000_000)
+    assert (joined.communication, joined.others) == (4_000_000, OTHERS), "NCCL is an entry of its own"
+    assert 0 <= ledger.kv_cache - joined.kv_cache - 4_000_000 + BLOCK_BYTES <= 2 * BLOCK_BYTES
 
 
 def test_ranks_that_share_a_card_share_what_is_left(measured: Callable[..., MemoryLedger]) -> None:
     ledger = measured("m --gpu-memory-utilization 0.98", sharers=2)
-    used = OTHERS + 2 * (HELD + ACTIVATIONS + HEAD + SLOTS + ledger.kv_cache)
+    used = OTHERS + 2 * (HELD + ACTIVATIONS + HEAD + GRAPHS + SLOTS + ledger.kv_cache)
     assert 0.98 * TOTAL - 2 * BLOCK_BYTES - 1 < used <= 0.98 * TOTAL
 
 
 def test_a_card_too_small_for_one_sequence(measured: Callable[..., MemoryLedger]) -> None:
     with pytest.raises(UserError, match=r"one sequence of 4,096 tokens .* pass --max-model-len \d+, or --kv-cache-memory 0\.01"):
-        measured("m --gpu-memory-utilization 0.4705")
+        measured("m --gpu-memory-utilization 0.4855")
+
+
+def test_nccl_is_measured_once_its_links_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each link takes a piece of a device."""
+    free, calls = [10_000_000], list[str]()
+
+    def take(what: str) -> None:
+        calls.append(what)
+        free[0] -= 1_000_000
+
+    tp = SimpleNamespace(all_reduce=lambda x: (take(f"sum {len(x)}"), x)[1], all_gather=lambda x: take(f"gather {len(x)}"))
+    pipeline = SimpleNamespace(connect=lambda device: take("pipeline"))
+    world = SimpleNamespace(uses_nccl=True)
+    mesh = cast(Any, SimpleNamespace(tp=tp, pipeline=pipeline, world=world, device=torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(devices, "free_memory", lambda _: free[0])
+    config = resolved("m --device cpu --max-num-batched-tokens 512")
+    assert memory.nccl_bytes(mesh, SPEC, config, 10_500_000) == 5_500_000
+    assert calls == ["sum 1", "gather 1", "sum 512", "gather 512", "pipeline"]
+    world.uses_nccl = False
+    assert memory.nccl_bytes(mesh, SPEC, config, 10_500_000) == 0 and len(calls) == 5
 
 
 SMI = "#!/bin/sh\ncat <<'END'\n{rows}\nEND\n"

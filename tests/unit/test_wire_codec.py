@@ -41,7 +41,7 @@ SAMPLES = {
     ],
     codec.RANK: [
         Hello(0, 17, 99, "host", {"store": "127.0.0.1:1"}, {"version": "0"}),
-        Ready(0, 1, MemoryLedger(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), {"vocab_size": 320}),
+        Ready(0, 1, MemoryLedger(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12), {"vocab_size": 320}),
         Heartbeat(0, 1, "loading", 50, 3),
         Fault(1, 1, "user", "no such file"),
         Drain(1),

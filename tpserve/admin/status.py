@@ -106,7 +106,8 @@ def _used(node: int, ranks: Sequence[Json], device: str) -> int:
 def _memory(ledger: Json | None) -> str:
     if ledger is None:
         return "?"
-    return f"{size(ledger['weights'])} weights, {size(ledger['kv_cache'])} KV of {size(ledger['total'])}"
+    on_card = "".join(f", {size(ledger[part])} {part}" for part in ("graphs", "communication") if ledger.get(part))
+    return f"{size(ledger['weights'])} weights, {size(ledger['kv_cache'])} KV{on_card} of {size(ledger['total'])}"
 
 
 def _range(ends: Sequence[int] | None) -> str:

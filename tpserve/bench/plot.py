@@ -18,6 +18,12 @@ BINS = 60
 MIN_MS = 0.01
 MAX_STEPS = 400
 """Steps of a curve; more are not visible."""
+INK, PLAIN = "#222", "#444"
+DARK = (
+    "@media (prefers-color-scheme: dark) "
+    "{ .page { fill: #161616 } .ink { fill: #ddd } .grid { stroke: #383838 } .line { stroke: #aaa } }"
+)
+"""What changes where the reader prefers dark pages; all else stands in the elements themselves."""
 Point = tuple[float, float]
 
 
@@ -31,7 +37,8 @@ def document(title: str, parts: Sequence[str], height: int) -> str:
     """A picture with its title."""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f"<style>{DARK}</style>",
+        f'<rect class="page" width="{WIDTH}" height="{height}" fill="white"/>',
         text(LEFT, 24, title, size=14),
         *parts,
         "</svg>",
@@ -75,7 +82,7 @@ def _throughput_panel(timings: Sequence[RequestTiming], runs: int) -> list[str]:
     most = max(rates) or 1.0
     parts += [tick_x(top, share, f"{span_s * share:.3g}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     parts += [tick_y(top, share, f"{most * share:.4g}") for share in (0.0, 0.5, 1.0)]
-    parts.append(line(top, [(x / BINS, rate / most) for at, rate in enumerate(rates) for x in (at, at + 1)], "#444"))
+    parts.append(line(top, [(x / BINS, rate / most) for at, rate in enumerate(rates) for x in (at, at + 1)], PLAIN))
     return parts
 
 
@@ -97,25 +104,28 @@ def panel(top: int, above: str, below: str) -> list[str]:
 def line(top: int, points: Sequence[Point], colour: str) -> str:
     """A line through `points`, whose coordinates are shares of the panel."""
     at = " ".join(f"{_x(x):.1f},{top + PANEL * (1 - y):.1f}" for x, y in points)
-    return f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+    kind = ' class="line"' if colour == PLAIN else ""
+    return f'<polyline{kind} points="{at}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
 
 
 def tick_x(top: int, share: float, label: str) -> str:
     """A vertical line at a share of the panel's width."""
     x, bottom = _x(share), top + PANEL
-    return f'<path d="M{x:.1f} {top}V{bottom}" stroke="#ddd"/>' + text(x, bottom + 16, label, anchor="middle")
+    return f'<path class="grid" d="M{x:.1f} {top}V{bottom}" stroke="#ddd"/>' + text(x, bottom + 16, label, anchor="middle")
 
 
 def tick_y(top: int, share: float, label: str) -> str:
     """A horizontal line at a share of the panel's height."""
     y = top + PANEL * (1 - share)
-    return f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>' + text(LEFT - 6, y + 4, label, anchor="end")
+    return f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>' + text(LEFT - 6, y + 4, label, anchor="end")
 
 
 def _x(share: float) -> float:
     return LEFT + (WIDTH - LEFT - RIGHT) * share
 
 
-def text(x: float, y: float, words: str, *, anchor: str = "start", colour: str = "#222", size: int = 12) -> str:
+def text(x: float, y: float, words: str, *, anchor: str = "start", colour: str = INK, size: int = 12) -> str:
     """A line of text at a point of the picture."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{escape(words)}</text>'
+    kind = ' class="ink"' if colour == INK else ""
+    where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text{kind} {where} fill="{colour}" font-size="{size}">{escape(words)}</text>'

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tpserve.bench.plot import LEFT, PANEL, TOP, WIDTH, document, line, panel, text, tick_x, tick_y
+from tpserve.bench.plot import LEFT, PANEL, PLAIN, TOP, WIDTH, document, line, panel, text, tick_x, tick_y
 from tpserve.bench.roofline_work import MachineRates, StepWork
 
 HEIGHT = TOP + PANEL + 60
@@ -43,7 +43,7 @@ def svg(title: str, rates: dict[str, MachineRates], cases: Sequence[MeasuredPoin
         ridge = each.flops_per_s / each.bytes_per_s
         lowest = max(10.0**first_x, 10.0**first_y / each.bytes_per_s)
         points = [(lowest, lowest * each.bytes_per_s), (ridge, each.flops_per_s), (10.0**last_x, each.flops_per_s)]
-        parts.append(line(TOP, [at(*point) for point in points], "#444"))
+        parts.append(line(TOP, [at(*point) for point in points], PLAIN))
     models = list(dict.fromkeys(case.model for case in cases))
     for case, point in zip(cases, reached, strict=True):
         parts.append(_point(*at(*point), COLOURS[models.index(case.model) % len(COLOURS)], case.label))

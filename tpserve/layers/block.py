@@ -48,13 +48,24 @@ class Block:
         rotary: RotaryPositions | None,
         batch: AttentionMetadata,
         cache: KVCache,
+        before: Norm | None = None,
     ) -> Stream:
-        """The residual stream after this layer. `x` and `residual` are the stream before it, both [T, H]."""
-        norms = self.attention_norm, self.attention_out_norm
-        x_TH, residual_TH = self._add(lambda x: self.attention(x, rotary, batch, cache), norms, x_TH, residual_TH)
+        """The residual stream after this layer, without its `deferred` norm.
+
+        `x` and `residual` are the stream before it, both [T, H]; `before`: the deferred norm of x, which fuses with the sum.
+        """
+        defers = self.deferred is not None
+        norms = self.attention_norm, None if defers else self.attention_out_norm
+        x_TH, residual_TH = self._add(lambda x: self.attention(x, rotary, batch, cache), norms, x_TH, residual_TH, before)
         # Padding rows would run experts that no token needs.
         mlp = self.mlp if isinstance(self.mlp, MLP) else partial(self.mlp, slots_T=batch.write_slots)
-        return self._add(mlp, (self.mlp_norm, self.mlp_out_norm), x_TH, residual_TH)
+        norms = self.mlp_norm, None if defers else self.mlp_out_norm
+        return self._add(mlp, norms, x_TH, residual_TH, self.attention_out_norm if defers else None)
+
+    @property
+    def deferred(self) -> Norm | None:
+        """The norm of x that is left to who reads the stream."""
+        return self.mlp_out_norm if self.residual_scale == 1 else None
 
     def _add(
         self,
@@ -62,11 +73,12 @@ class Block:
         norms: tuple[Norm, Norm | None],
         x_TH: torch.Tensor,
         residual_TH: torch.Tensor | None,
+        before: Norm | None,
     ) -> Stream:
-        """The residual stream after `layer` and its norms."""
+        """The residual stream after `layer` and its norms. `before`: of x, when there is a residual."""
         norm, out_norm = norms
         if self.norm_place in ("before", "around"):
-            normed_TH, stream_TH = (norm(x_TH), x_TH) if residual_TH is None else norm.add(x_TH, residual_TH)
+            normed_TH, stream_TH = (norm(x_TH), x_TH) if residual_TH is None else norm.add(x_TH, residual_TH, before)
             out_TH = layer(normed_TH)
             return self._scaled(out_TH if out_norm is None else out_norm(out_TH)), stream_TH
         stream_TH = x_TH if residual_TH is None else x_TH + residual_TH

@@ -58,9 +58,17 @@ class RMSNorm:
         """[T, H] -> [T, H]."""
         return rms_norm(x_TH, self.weight_H, self.eps, self.offset)
 
-    def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of the sum, the sum), both [T, H]."""
-        return add_rms_norm(x_TH, residual_TH, self.weight_H, self.eps, self.offset)
+    def add(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, before: "Norm | None" = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of the sum, the sum), both [T, H]. `before`: a norm of x alone, before the sum."""
+        if before is None:
+            return add_rms_norm(x_TH, residual_TH, self.weight_H, self.eps, self.offset)
+        if x_TH.is_cuda and isinstance(before, RMSNorm) and (before.eps, before.offset) == (self.eps, self.offset):
+            from tpserve_kernels import norm
+
+            return norm.norm_add_rms_norm(x_TH, before.weight_H, residual_TH, self.weight_H, self.eps, self.offset)
+        return self.add(before(x_TH), residual_TH)
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,12 @@ class LayerNorm:
             return rows.layer_norm(x_TH, self.weight_H, self.bias_H, self.eps)
         return F.layer_norm(x_TH, x_TH.shape[-1:], self.weight_H, self.bias_H, self.eps)
 
-    def add(self, x_TH: torch.Tensor, residual_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of the sum, the sum), both [T, H]."""
+    def add(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, before: "Norm | None" = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of the sum, the sum), both [T, H]. `before`: a norm of x alone, before the sum."""
+        if before is not None:
+            x_TH = before(x_TH)
         if x_TH.is_cuda:
             from tpserve_kernels import norm
 

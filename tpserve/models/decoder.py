@@ -22,6 +22,7 @@ from tpserve.config.flags import Quantization
 from tpserve.errors import UserError
 from tpserve.layers.embedding import embed
 from tpserve.layers.expert_load import ExpertLoadCounter
+from tpserve.layers.norm import Norm
 from tpserve.layers.packing import LoadedWeights, Packer
 from tpserve.layers.rope import RotaryPositions, tables
 from tpserve.models.held_bytes import held_bytes
@@ -181,8 +182,11 @@ class Decoder:
         rotary = self._rotary(F.pad(batch.positions_T, (0, padding)) if padding else batch.positions_T)
         groups = [build_metadata(group, self._num_heads, caches[0]) for group in batch.groups]
         residual_TH: torch.Tensor | None = None
+        deferred: Norm | None = None
         for block, group, cache in zip(self._blocks, self._cache_groups, caches, strict=True):
-            x_TH, residual_TH = block(x_TH, residual_TH, rotary[group], groups[group], cache)
+            x_TH, residual_TH = block(x_TH, residual_TH, rotary[group], groups[group], cache, deferred)
+            deferred = block.deferred
+        x_TH = x_TH if deferred is None else deferred(x_TH)
         return (x_TH if residual_TH is None else x_TH + residual_TH)[:rows]
 
     def _native_stage(self, caches: list[KVCache]) -> NativeStage:

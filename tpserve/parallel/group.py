@@ -47,7 +47,12 @@ class Group:
     @property
     def can_be_captured(self) -> bool:
         """Whether the collectives on a card can be part of a CUDA graph."""
-        return self.size == 1 or dist.get_backend(self._handle) == "nccl"
+        return self.size == 1 or self.uses_nccl
+
+    @property
+    def uses_nccl(self) -> bool:
+        """Whether NCCL carries the tensors."""
+        return self.size > 1 and dist.get_backend(self._handle) == "nccl"
 
     @property
     def page(self) -> Page | None:

@@ -2,8 +2,8 @@
 next stage.
 
 Both sides know the shapes from the plan, so only the tensor crosses. Sends do not wait: a stage starts its next plan while the
-activations travel. A sent tensor stays referenced until `in_flight` later sends: the result of its plan is back by then, so it
-was received, and the wait returns at once (gloo frees a send only after a wait).
+activations travel. The last `in_flight` tensors stay referenced: the result of the plan before them is back, so its tensor was
+received, and the wait returns at once (gloo frees a send only after a wait).
 """
 
 from collections import deque
@@ -30,6 +30,13 @@ class Pipeline:
         self._via_host = via_host
         self._sent: deque[tuple[dist.Work | None, torch.Tensor]] = deque()
 
+    def connect(self, device: torch.device) -> None:
+        """Pass a number on, so that the links exist and the backend has their buffers. Every rank calls this."""
+        if not self.first:
+            self.receive(1, 1, torch.float32, device)
+        if not self.last:
+            self.send(torch.zeros((1, 1), device=device))
+
     @property
     def first(self) -> bool:
         """Whether this is the first stage."""
@@ -51,7 +58,7 @@ class Pipeline:
     def send(self, hidden_TH: torch.Tensor) -> None:
         """Send hidden states [T, H] to the next stage without waiting for it. The caller must not overwrite them afterwards."""
         assert self._next is not None
-        while len(self._sent) > self._in_flight:
+        while len(self._sent) >= self._in_flight:
             work, _ = self._sent.popleft()
             if work is not None:
                 with lost_peers():

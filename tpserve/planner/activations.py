@@ -1,12 +1,12 @@
-"""The memory of activations of a step on a GPU, derived from the tensors that `models/decoder` and its layers keep alive. Pure.
+"""The memory of a step on a GPU, derived from the tensors that `models/decoder` and its layers keep alive; of graphs and NCCL.
 
 An upper bound, close for models with RMS norms and gated MLPs; tests compare it with the allocations of a layer. The server
-itself measures instead.
+itself measures instead. Pure.
 
 T rows, H hidden channels, N query and K key/value channels, I MLP channels and E experts of this rank, A experts a token.
 """
 
-from tpserve.models.units import MLP_UNIT
+from tpserve.models.units import MLP_UNIT, VOCAB_UNIT
 from tpserve.parallel.split import HeadShare, split, split_heads
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
@@ -15,6 +15,8 @@ WORKSPACE_BYTES = 32 << 20
 """cuBLAS's, on Hopper."""
 STATE_BYTES = 64 << 20
 """The most that a cache group's plan keeps of contexts that several programs walk: `MAX_STATE_BYTES` of the kernels."""
+NCCL_CHANNELS, NCCL_BUFFER_BYTES = 32, 4 << 20
+"""The most channels of a communicator, and NCCL_BUFFSIZE, a channel's buffer for a peer: defaults in NCCL's documentation."""
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
 ROUTER_SEGMENT = 512
@@ -28,6 +30,26 @@ def activation_bytes(spec: ModelSpec, layout: ParallelLayout, rank: int, rows: i
     stream = spec.hidden_size * item
     widest = max(5 * stream + _attention(spec, heads, item), 7 * stream + _feed_forward(spec, layout, tp_rank, item))
     return rows * (widest + 4 * INDEX_BYTES) + len(spec.cache) * STATE_BYTES + WORKSPACE_BYTES
+
+
+def graph_bytes(spec: ModelSpec, layout: ParallelLayout, rank: int, rows: int, item: int) -> int:
+    """An upper bound of the buffers that the graphs of decode steps of up to `rows` rows keep; they share one pool.
+
+    What the driver keeps for each launch of a graph is not in it: NVIDIA does not document it.
+    """
+    vocab = 0
+    if layout.stage_of(rank) == layout.pp - 1:
+        vocab = len(split(spec.vocab_size, layout.tp, VOCAB_UNIT, what="vocabulary entries")[layout.tp_rank_of(rank)])
+    logits = 2 * vocab * item  # what the head gives, and what the graphs leave
+    return activation_bytes(spec, layout, rank, rows, item) + rows * logits
+
+
+def nccl_bytes(layout: ParallelLayout, rank: int) -> int:
+    """An estimate of NCCL's buffers: those of each communicator, and those for each neighbour of a pipeline."""
+    communicators = (layout.world_size > 1) + (layout.tp > 1 and layout.pp > 1)
+    stage = layout.stage_of(rank)
+    neighbours = (stage > 0) + (stage < layout.pp - 1)
+    return (communicators + neighbours) * NCCL_CHANNELS * NCCL_BUFFER_BYTES
 
 
 def rotary_bytes(spec: ModelSpec, max_model_len: int) -> int:

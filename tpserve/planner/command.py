@@ -20,8 +20,9 @@ from tpserve.hub.locate import describe
 from tpserve.models.load_config import load_model_config
 from tpserve.planner import page, quantities
 from tpserve.planner.choice import choose, cost_key
-from tpserve.planner.estimate import Estimate, GpuCluster, PlanRequest, estimate, layouts
+from tpserve.planner.estimate import Estimate, GpuCluster, PlanRequest, config_of, estimate, layouts
 from tpserve.planner.model import stored
+from tpserve.planner.predictions import BATCHES, StepPrediction, predict
 from tpserve.types.model_spec import ModelSpec
 
 CARDS, LOAD, START, OUTPUT = "GPUs", "What is served", "Start", "Output"
@@ -145,9 +146,18 @@ def run(argv: Sequence[str]) -> int:
 
     results = [each for size in sorted({1, gpus.num_gpus}) for each in tried(size)]
     choice = choose(results, fewest, gpus, plan.concurrency, plan.max_start_time)
-    plan_page = page.PlanPage(given_flags, spec, on_disk, gpus, plan.concurrency, results, choice)
+    predictions = () if choice.best is None or gpus.is_cpu else _predictions(request, gpus, choice.best)
+    plan_page = page.PlanPage(given_flags, spec, on_disk, gpus, plan.concurrency, results, choice, predictions)
     sys.stdout.write(page.as_json(plan_page) if plan.json else page.as_text(plan_page))
     return 0 if choice.best is not None else 1
+
+
+def _predictions(request: PlanRequest, gpus: GpuCluster, best: Estimate) -> tuple[StepPrediction, ...]:
+    """Decode steps of the rank that decides the size of the cache."""
+    config = config_of(request, gpus, best.layout)
+    return tuple(
+        StepPrediction(best.decides, batch, predict(request.spec, config, best.decides, batch, best.length)) for batch in BATCHES
+    )
 
 
 def _cluster(plan: PlanFlags, is_cpu: bool) -> GpuCluster:

@@ -1,7 +1,8 @@
 """Estimates one layout on given GPUs: the memory of every rank, the size of its KV cache, and lower bounds of two times. Pure.
 
 The KV cache is computed by the server's own arithmetic (`worker/sizing`), from the values that the ranks would measure: weights,
-slots and KV blocks are exact, LM head rows and activations are bounds, and other memory is `OTHERS_BYTES`. On the CPU a rank's
+slots and KV blocks are exact, LM head rows, activations and graphs are bounds, NCCL's buffers an estimate, and other memory is
+`OTHERS_BYTES`. On the CPU a rank's
 share of its node's memory takes the place of a GPU.
 """
 
@@ -20,7 +21,7 @@ from tpserve.models.param_count import count_params
 from tpserve.models.units import VOCAB_UNIT
 from tpserve.models.weight_bytes import ITEM_BYTES, weight_bytes, weight_bytes_read
 from tpserve.parallel.split import imbalance, split, split_heads
-from tpserve.planner.activations import activation_bytes, rotary_bytes
+from tpserve.planner.activations import activation_bytes, graph_bytes, nccl_bytes, rotary_bytes
 from tpserve.types.layout import ParallelLayout, even_layers
 from tpserve.types.machine import Machine
 from tpserve.types.messages import MemoryLedger
@@ -32,7 +33,7 @@ from tpserve.worker.logits_chunking import LogitsChunking
 from tpserve.worker.sizing import MemoryProfile
 
 OTHERS_BYTES = GIB
-"""GPU memory of CUDA's context, NCCL's buffers and the driver."""
+"""GPU memory of CUDA's context and the driver."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> 
     """Estimate one layout. Raises UserError for flags that no layout can satisfy."""
     nodes = gpus.nodes_of(layout.world_size)
     try:
-        config = _config(request, gpus, layout)
+        config = config_of(request, gpus, layout)
         ranks = [memory_profile(request.spec, config, gpus, rank) for rank in range(layout.world_size)]
     except UserError as error:
         if error.param not in (None, "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"):
@@ -165,7 +166,8 @@ def estimate(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> 
     )
 
 
-def _config(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> EngineConfig:
+def config_of(request: PlanRequest, gpus: GpuCluster, layout: ParallelLayout) -> EngineConfig:
+    """The configuration that a server with this layout resolves. Raises UserError for a layout that it cannot have."""
     flags = replace(
         request.flags,
         model=request.flags.model or request.files.directory,
@@ -192,9 +194,16 @@ def memory_profile(spec: ModelSpec, config: EngineConfig, gpus: GpuCluster, rank
     if gpus.is_cpu:
         return sizing.cpu_profile(memory - weights, weights, head, block, min(gpus.per_node, layout.world_size))
     share = int(memory * config.gpu_memory_utilization) - OTHERS_BYTES
-    taken = weights + activations + head
+    uses_nccl = config.all_reduce != "gloo"
+    graphs = communication = 0
+    if not config.enforce_eager and (uses_nccl or layout.tp == 1):
+        graphs = graph_bytes(spec, layout, rank, min(config.max_num_seqs, sizing.MAX_GRAPH_ROWS), item)
+    if uses_nccl:
+        communication = nccl_bytes(layout, rank) + sizing.sent_bytes(spec, config, rank)
+    taken = weights + activations + head + graphs + communication
+    room, free = share - taken, memory - OTHERS_BYTES - taken
     return MemoryProfile(
-        memory, OTHERS_BYTES, share, weights, activations, head, share - taken, memory - OTHERS_BYTES - taken, block
+        memory, OTHERS_BYTES, share, weights, activations, head, room, free, block, graphs=graphs, communication=communication
     )
 
 

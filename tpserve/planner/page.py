@@ -15,13 +15,17 @@ from tpserve.models.param_count import count_params
 from tpserve.planner.choice import LayoutChoice, several
 from tpserve.planner.estimate import OTHERS_BYTES, Estimate, GpuCluster
 from tpserve.planner.model import StoredWeights
+from tpserve.planner.predictions import KernelWork, StepPrediction, total
 from tpserve.types.layout import ParallelLayout
 from tpserve.types.model_spec import ModelSpec
 from tpserve.worker.sizing import CPU_CACHE_MOST, CPU_CACHE_SHARE
 
 HEAD = "HEAD"
 """Stands for the address of node 0."""
-COLUMNS = ("layout", "nodes", "weights", "activations", "LM head", "KV cache", "KV tokens", "sequences", "ms/token", "")
+COLUMNS = (
+    *("layout", "nodes", "weights", "activations", "LM head", "graphs", "links", "KV cache"),
+    *("KV tokens", "sequences", "ms/token", ""),
+)
 GB = 10**9
 FLOATS = {"F64", "F32", "BF16", "F16"}
 """Dtypes of unquantized weights."""
@@ -38,6 +42,8 @@ class PlanPage:
     wanted: int | None
     tried: Sequence[Estimate]
     choice: LayoutChoice
+    predictions: Sequence[StepPrediction] = ()
+    """Of the recommended layout, on GPUs."""
 
 
 def as_text(page: PlanPage) -> str:
@@ -52,6 +58,7 @@ def as_text(page: PlanPage) -> str:
         for serve, torchrun in commands(page, best):
             lines += [f"    {serve}", f"    {torchrun}"]
         lines.append("(one line of each pair, on its own node)" if best.nodes > 1 else "(one of the two)")
+        lines += _predicted(page, best)
     return "\n".join(lines) + "\n"
 
 
@@ -69,6 +76,7 @@ def as_json(page: PlanPage) -> str:
         "recommended": None if best is None else page.tried.index(best),
         "why": page.choice.why,
         "warnings": [*_mismatch(page), *page.choice.warnings],
+        "predictions": page.predictions,
     }
     return msgspec.json.format(msgspec.json.encode(fields), indent=1).decode() + "\n"
 
@@ -131,7 +139,7 @@ def _table(page: PlanPage) -> list[str]:
         return []
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     cells = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]) for row in rows]
-    share = f"{page.flags.gpu_memory_utilization:.0%} of its card less {size(OTHERS_BYTES)} for CUDA, NCCL and the driver"
+    share = f"{page.flags.gpu_memory_utilization:.0%} of its card less {size(OTHERS_BYTES)} for CUDA and the driver"
     if page.gpus.is_cpu:
         share = (
             f"KV cache: {CPU_CACHE_SHARE:.0%} of what stays free, at most {size(CPU_CACHE_MOST)} a node without --kv-cache-memory"
@@ -146,12 +154,36 @@ def _row(found: Estimate, is_auto: bool) -> tuple[str, ...]:
     return (
         found.name,
         str(found.nodes),
-        *(size(num_bytes) for num_bytes in (ledger.weights, ledger.activations, ledger.head, ledger.kv_cache)),
+        *map(size, (ledger.weights, ledger.activations, ledger.head, ledger.graphs, ledger.communication, ledger.kv_cache)),
         f"{found.kv_tokens:,}",
         several(found.concurrency),
         f"{found.token_s * 1e3:,.2f}",
         "; ".join([length] * is_auto + ["TP across nodes"] * found.crosses + list(found.uneven)),
     )
+
+
+def _predicted(page: PlanPage, best: Estimate) -> list[str]:
+    """The table of predictions, which has nothing that was measured."""
+    if not page.predictions:
+        return []
+    steps, first = page.predictions, page.predictions[0]
+    header = ["kernel", "launches", *(f"{step.batch}: {what}" for step in steps for what in ("bytes", "operations"))]
+    rows = [header]
+    for kernel, *others in zip(*(step.kernels for step in steps), strict=True):
+        rows.append([kernel.name, f"{kernel.launches:,}", *(cell for each in (kernel, *others) for cell in _work(each))])
+    rows.append(["all", f"{total(first.kernels).launches:,}", *(cell for step in steps for cell in _work(total(step.kernels)))])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    batches = ", ".join(str(step.batch) for step in steps)
+    return [
+        f"\nPredictions, counted and not measured: a decode step of rank {first.rank} at {batches} sequences of {best.length:,} "
+        "tokens, whether or not they fit:",
+        *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows),
+    ]
+
+
+def _work(kernel: KernelWork) -> tuple[str, str]:
+    """Bytes, and billions of operations."""
+    return size(kernel.num_bytes) if kernel.num_bytes else "-", f"{kernel.flops / 1e9:,.1f} G" if kernel.flops else "-"
 
 
 def _refused(tried: Sequence[Estimate]) -> list[str]:

@@ -42,6 +42,11 @@ class GrammarMask:
     rows_G: torch.Tensor
     bits_GW: torch.Tensor
 
+    def since(self, first: int) -> "GrammarMask":
+        """With bit 0 for the id `first`, a multiple of 32."""
+        assert first % 32 == 0
+        return GrammarMask(self.rows_G, self.bits_GW[:, first // 32 :])
+
 
 @dataclass(frozen=True)
 class AllowedIds:
@@ -113,32 +118,41 @@ class Filters:
     penalties: Penalties | None = None
     truncation: Truncation | None = None
 
+    @property
+    def per_id(self) -> bool:
+        """Whether what becomes of a logit depends on its id alone, so that a part of the vocabulary can be filtered."""
+        return self.allowed is None and self.bad_words is None and self.truncation is None
+
 
 def apply(
     logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_XL: torch.Tensor,
-    slot_R: torch.Tensor,
+    slot_R: torch.Tensor, first: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """Apply all filters: the logits to draw from, float32 [R, V]. Overwrites `logits_RV`.
+
+    `first`: the id of column 0, a multiple of 32; the columns are the whole vocabulary unless the filters are `per_id`.
 
     `temperature_R`: float32, positive for rows with top-p. `position_R`: int64, the number of tokens of each row's sequence.
     `tokens_XL`: the token ids of all slots, int32; `slot_R`: int64, the slot of each row.
     """
+    assert filters.per_id or first == 0
     if logits_RV.is_cuda:
-        _apply_on_card(logits_RV, filters, temperature_R, position_R, tokens_XL, slot_R)
+        _apply_on_card(logits_RV, filters, temperature_R, position_R, tokens_XL, slot_R, first)
         return logits_RV
-    tokens_RL = tokens_XL[slot_R, : filters.history]
+    tokens_RL = tokens_XL[slot_R, : filters.history].sub_(first)  # as columns, some of which may be outside
     library = is_native(logits_RV)
-    if filters.grammar is not None and library:
-        native.mask_bits(logits_RV, filters.grammar.rows_G, filters.grammar.bits_GW)
-    elif filters.grammar is not None:
-        apply_grammar(logits_RV, filters.grammar)
+    grammar = None if filters.grammar is None else filters.grammar.since(first)
+    if grammar is not None and library:
+        native.mask_bits(logits_RV, grammar.rows_G, grammar.bits_GW)
+    elif grammar is not None:
+        apply_grammar(logits_RV, grammar)
     if filters.allowed is not None:
         allowed_RV = apply_allowed_ids(logits_RV.clone(), filters.allowed)
         logits_RV = _unless_nothing_is_left(logits_RV, allowed_RV)
     if filters.bad_words is not None:
         logits_RV = apply_bad_words(logits_RV, filters.bad_words, tokens_RL, position_R, filters.prompt_R)
     if filters.bias is not None:
-        apply_bias(logits_RV, filters.bias)
+        apply_bias(logits_RV, filters.bias, first)
     if filters.penalties is not None and library:
         p, rows_P = filters.penalties, filters.penalties.rows_P
         penalties = p.presence_P, p.frequency_P, p.repetition_P
@@ -155,23 +169,24 @@ def apply(
 
 def _apply_on_card(
     logits_RV: torch.Tensor, filters: Filters, temperature_R: torch.Tensor, position_R: torch.Tensor, tokens_XL: torch.Tensor,
-    slot_R: torch.Tensor,
+    slot_R: torch.Tensor, first: int,
 ) -> None:  # fmt: skip
     """`apply` in Triton, in place, a launch for each kind of filter. Nothing waits for the device."""
     from tpserve_kernels import masks
     from tpserve_kernels.truncate import truncate
 
     sequences = Sequences(tokens_XL, slot_R, position_R, filters.prompt_R)
-    if (grammar := filters.grammar) is not None:
+    if filters.grammar is not None:
+        grammar = filters.grammar.since(first)
         masks.mask_bits(logits_RV, grammar.rows_G, grammar.bits_GW)
     if (allowed := filters.allowed) is not None:
         masks.allow(logits_RV, allowed.id_N, allowed.ends_R)
     if (words := filters.bad_words) is not None:
         masks.ban(logits_RV, words.last_W, words.prefix_WE, words.length_W, words.ends_R, sequences)
     if (bias := filters.bias) is not None:
-        masks.add_bias(logits_RV, bias.row_N, bias.id_N, bias.value_N)
+        masks.add_bias(logits_RV, bias.row_N, bias.id_N, bias.value_N, first)
     if (p := filters.penalties) is not None:
-        masks.penalize(logits_RV, p.rows_P, p.presence_P, p.frequency_P, p.repetition_P, sequences)
+        masks.penalize(logits_RV, p.rows_P, p.presence_P, p.frequency_P, p.repetition_P, sequences, first)
     if (t := filters.truncation) is not None:
         truncate(logits_RV, temperature_R, t.log_min_p_R, t.top_k_R, t.top_p_R)
 
@@ -214,9 +229,11 @@ def _unless_nothing_is_left(before_RV: torch.Tensor, after_RV: torch.Tensor) -> 
     return torch.where(nothing_R1, before_RV, after_RV)
 
 
-def apply_bias(logits_RV: torch.Tensor, params: LogitBias) -> None:
-    """Add the biases, in place."""
-    logits_RV[params.row_N, params.id_N] += params.value_N
+def apply_bias(logits_RV: torch.Tensor, params: LogitBias, first: int = 0) -> None:
+    """Add the biases, in place. `first`: the id of column 0."""
+    column_N = params.id_N - first
+    inside_N = (column_N >= 0) & (column_N < logits_RV.shape[1])
+    logits_RV[params.row_N[inside_N], column_N[inside_N]] += params.value_N[inside_N]
 
 
 def apply_penalties(
@@ -224,12 +241,15 @@ def apply_penalties(
 ) -> None:
     """Lower the logits of ids that the sequence has already, in place.
 
-    Counts come from the tokens on the device: with plans in flight the host does not know the newest token yet.
+    Counts come from the tokens on the device: with plans in flight the host does not know the newest token yet. `tokens_RL`: as
+    columns; those outside the logits count nothing.
     """
     rows = params.rows_P
     tokens_PL = tokens_RL[rows].long()
+    inside_PL = (tokens_PL >= 0) & (tokens_PL < logits_RV.shape[1])
+    tokens_PL = torch.where(inside_PL, tokens_PL, 0)
     at_L = torch.arange(tokens_PL.shape[1], device=tokens_PL.device)
-    known_PL = at_L < position_R[rows, None]
+    known_PL = (at_L < position_R[rows, None]) & inside_PL
     output_PL = known_PL & (at_L >= prompt_R[rows, None])
     x_PV = logits_RV[rows]
     seen_PV = torch.zeros_like(x_PV, dtype=torch.int32).scatter_add_(1, tokens_PL, known_PL.int()) > 0

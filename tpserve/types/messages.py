@@ -188,6 +188,10 @@ class MemoryLedger(Struct, frozen=True, array_like=True):
     block_size: int
     max_model_len: int
     """The longest sequence: the configured length, or under `--max-model-len auto` the length that fits."""
+    graphs: int = 0
+    """The graphs of decode steps, with the buffers that they keep."""
+    communication: int = 0
+    """NCCL's buffers, and activations on their way to the next stage."""
 
 
 class Hello(Message, frozen=True):

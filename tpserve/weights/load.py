@@ -1,15 +1,17 @@
 """Fills parameters from a checkpoint, one after another and slice by slice: a rank reads only its own shard.
 
-Shapes and dtypes of all tensors are checked before the first byte of any tensor is read.
+Shapes and dtypes of all tensors are checked before the first byte of any tensor is read. Parameters on a card are filled all at
+once, by threads that read ahead (`staging`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tpserve.weights.checkpoint import Checkpoint, LocatedTensor
 from tpserve.weights.parameter import Parameter
+from tpserve.weights.staging import Slab, send_all, slabs
 
 READAHEAD_BYTES = 64 * 1024
 """The kernel reads ahead at least this much."""
@@ -51,8 +53,23 @@ class Loader:
             located = self._checkpoint.stored(source)
             cuts = self._slices(located)
             located.scheme.load(located.source, cuts, view)
-            self._done += sum(cut.nbytes for cut in cuts)
-            self._progress(self._done, self.loaded.requested_bytes)
+            self._count(sum(cut.nbytes for cut in cuts))
+
+    def fill_on_card(self, parameters: Sequence[Parameter]) -> None:
+        """Read parameters that are on one card."""
+        for slab in send_all(self._slabs(parameters), parameters[0].tensor.device):
+            self._count(slab.rows.nbytes)
+
+    def _slabs(self, parameters: Sequence[Parameter]) -> Iterator[Slab]:
+        """All that the parameters need, in order."""
+        for parameter in parameters:
+            for source, view in parameter.parts():
+                located = self._checkpoint.stored(source)
+                yield from _slabs_of(located, self._slices(located), view)
+
+    def _count(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._progress(self._done, self.loaded.requested_bytes)
 
     def _slices(self, located: LocatedTensor) -> list[torch.Tensor]:
         tensors = [self._checkpoint.file(path).tensor_of(name) for name, path in zip(located.tensors, located.paths, strict=True)]
@@ -66,9 +83,29 @@ def load(
 ) -> Loaded:
     """Fill all parameters. Arguments and errors are those of `Loader`."""
     loader = Loader(parameters, checkpoint, progress)
-    for parameter in parameters:
-        loader.fill(parameter)
+    if parameters and parameters[0].tensor.is_cuda:
+        loader.fill_on_card(parameters)
+    else:
+        for parameter in parameters:
+            loader.fill(parameter)
     return loader.loaded
+
+
+def _slabs_of(located: LocatedTensor, cuts: Sequence[torch.Tensor], view: torch.Tensor) -> Iterator[Slab]:
+    """A tensor's slabs. Rows of a plain tensor go into their place at once, those of a quantized one when all are there."""
+    scheme, source = located.scheme, located.source
+    if scheme.by_rows:
+        yield from slabs(cuts[0], lambda rows, there: scheme.load(source, [there], view[rows]))
+        return
+    places = [torch.empty(cut.shape, dtype=cut.dtype, device=view.device) for cut in cuts]
+    for cut, place in zip(cuts, places, strict=True):
+
+        def take(rows: slice, there: torch.Tensor, place: torch.Tensor = place) -> None:
+            place[rows].copy_(there)
+            if place is places[-1] and rows.stop >= len(place):
+                scheme.load(source, places, view)
+
+        yield from slabs(cut, take)
 
 
 def _physical_bytes(cut: torch.Tensor) -> int:

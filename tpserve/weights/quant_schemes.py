@@ -31,13 +31,15 @@ class QuantScheme:
     """`suffixes`: the names of the scheme's tensors are the plain tensor's name plus each suffix.
 
     `slice(source, tensors)` returns the views to read, UserError for another shape or dtype than the source needs;
-    `load(source, cuts, view)` converts them into `view`, which has the shape `source.shard`.
+    `load(source, cuts, view)` converts them into `view`, which has the shape `source.shard`. `by_rows`: there is one cut, and
+    some of its rows can be loaded into the same rows of the view.
     """
 
     title: str
     suffixes: tuple[str, ...]
     slice: Callable[[Source, Sequence[FileTensor]], list[torch.Tensor]]
     load: Callable[[Source, Sequence[torch.Tensor], torch.Tensor], None]
+    by_rows: bool = False
 
 
 def _slice_plain(source: Source, tensors: Sequence[FileTensor]) -> list[torch.Tensor]:
@@ -97,7 +99,7 @@ def _load_fp4(source: Source, cuts: Sequence[torch.Tensor], view: torch.Tensor) 
         view_RC[rows] = numbers.flatten(1)[:, taken]
 
 
-PLAIN = QuantScheme("plain", ("",), _slice_plain, _load_plain)
+PLAIN = QuantScheme("plain", ("",), _slice_plain, _load_plain, by_rows=True)
 BLOCK_FP8 = QuantScheme("block-FP8", ("", "_scale_inv"), _slice_fp8, _load_fp8)
 MXFP4 = QuantScheme("MXFP4", ("_blocks", "_scales"), _slice_fp4, _load_fp4)
 SCHEMES = (BLOCK_FP8, MXFP4, PLAIN)

@@ -24,10 +24,10 @@ from tpserve.worker.input_batch import ChunkArrays
 from tpserve.worker.packet import Packet
 from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.sampler_stage import SamplerStage
+from tpserve.worker.sizing import MAX_GRAPH_ROWS
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Records the launches of a function that it calls, and returns what replays them."""
-MAX_BUCKET = 512
 PACKET_COPIES = 4
 """Pinned buffers of a packet. With as many plans in flight, a send waits for the copy of an earlier one."""
 
@@ -35,10 +35,10 @@ PACKET_COPIES = 4
 def buckets_up_to(max_num_seqs: int) -> list[int]:
     """The numbers of rows of the graphs, ascending: the step from one to the next is at most a half from 8 on."""
     sizes = [1, 2, 4, 8]
-    while sizes[-1] < MAX_BUCKET:
+    while sizes[-1] < MAX_GRAPH_ROWS:
         power = 1 << (sizes[-1].bit_length() - 1)
         sizes.append(power * 3 // 2 if sizes[-1] == power else power * 2)
-    most = min(max_num_seqs, MAX_BUCKET)
+    most = min(max_num_seqs, MAX_GRAPH_ROWS)
     return [size for size in sizes if size < most] + [most]
 
 

@@ -31,10 +31,10 @@ from tpserve.weights.load import Loader
 from tpserve.weights.parameter import Parameter
 from tpserve.weights.unused_weights import checkpoint_notes
 from tpserve.worker import device as devices
-from tpserve.worker.decode_graphs import Capture, CudaCapture
+from tpserve.worker.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from tpserve.worker.grammars import CompiledGrammars
 from tpserve.worker.kept_weights import KeptByAgent
-from tpserve.worker.memory import allocate, check_weights, measure, room_for
+from tpserve.worker.memory import allocate, check_weights, measure, nccl_bytes, room_for
 from tpserve.worker.model_runner import ModelRunner
 from tpserve.worker.request_pool import RequestPool
 from tpserve.worker.self_test import self_test
@@ -71,7 +71,10 @@ class LoadedModel:
         self.decoder: Decoder | None = None
         """Once it is loaded."""
         self._weights = 0
+        self._nccl = 0
         self._caches: list[KVCache] = []
+        self._graphs: DecodeGraphs | None = None
+        """Those that outlive an epoch: of a stage of one rank."""
         self._request_pool: RequestPool | None = None
         self.ledger: MemoryLedger | None = None
         """This rank's memory, once it is allocated."""
@@ -87,10 +90,12 @@ class LoadedModel:
             ours = self._kept.num_bytes if self.decoder is None else self._weights  # taken already, and not to be taken again
             sharers = self._env.local_world_size
             check_weights(mesh, self._spec, self._config, sharers, free + sharers * ours)
+            with self._room_for("connecting the ranks", mesh):
+                self._nccl = nccl_bytes(mesh, self._spec, self._config, free)
         if self._config.quantization is not None and mesh.tp.size > 1:
             has_weights = self.decoder is not None or self._kept.find()
             if not mesh.tp.all_reduce_min(int(has_weights)):
-                self.decoder = None  # int8 needs scales of all ranks, so all of them load again
+                self.decoder = self._graphs = None  # int8 needs scales of all ranks, so all of them load again
         if self.decoder is None:
             with self._room_for("loading the model", mesh):
                 self.decoder, self._weights = self._load(mesh)
@@ -109,12 +114,14 @@ class LoadedModel:
         assert self._request_pool is not None
         if self._compiled is not None:
             self._compiled.clear()
-        model_runner = ModelRunner(mesh, self.decoder, self._request_pool, self._caches, self._capture(mesh))
-        if model_runner.graphs is not None and agreed is None:  # in a later epoch each is captured when it is needed
+        model_runner = ModelRunner(mesh, self.decoder, self._request_pool, self._caches, self._capture(mesh), self._graphs)
+        if model_runner.graphs is not None and model_runner.graphs is not self._graphs:
             self._report("capturing graphs", 95)
             with self._room_for("capturing graphs", mesh):
                 model_runner.graphs.warm_up()
             start_timer.mark("graphs")
+        # Graphs with collectives end with the groups of their epoch.
+        self._graphs = model_runner.graphs if mesh.tp.size == 1 else None
         return model_runner
 
     def _capture(self, mesh: Mesh) -> Capture | None:
@@ -125,11 +132,11 @@ class LoadedModel:
     def _measure(self, decoder: Decoder, mesh: Mesh) -> None:
         """Run the largest steps, agree with the other ranks on what fits, and allocate it."""
         config, env = self._config, self._env
-        self._caches, self._request_pool, self.ledger = [], None, None  # of an epoch that failed while it started
+        self._caches, self._request_pool, self._graphs, self.ledger = [], None, None, None  # of an epoch that failed at its start
         self._report("measuring memory", 90)
         with self._room_for("measuring the largest steps", mesh):
             make_pool = partial(self._make_pool, mesh.device)
-            kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, self._weights)
+            kv_config, ledgers = measure(decoder, mesh, make_pool, config, env.local_world_size, self._weights, self._nccl)
         self._allocate(decoder, mesh, ledgers[env.rank])
         if env.rank == 0:
             for line in report(ledgers, kv_config, self._spec, config):
@@ -163,17 +170,30 @@ class LoadedModel:
 
             self._report("loading weights", 10)
             memory = self._kept.memory(decoder.parameters(), decoder.device, dtype)
-            fill: Callable[[Parameter], None] = partial(dummy.fill, seed=config.seed)
+            fill: Callable[[Parameter], None] | None = partial(dummy.fill, seed=config.seed)
+            loader = None
             if config.load_format != "dummy" and not memory.packed:
-                only_safetensors = config.load_format == "safetensors"
-                checkpoint = Checkpoint.open(config.model, names_of(self._spec), only_safetensors=only_safetensors)
-                if env.rank == 0:
-                    for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, config.dtype):
-                        log.info(line)
-                fill = Loader(decoder.parameters(), checkpoint, on_progress).fill
+                loader = self._loader(decoder, on_progress)
+                fill = loader.fill
+            if decoder.device.type == "cuda":  # nothing is packed there
+                if loader is not None:
+                    loader.fill_on_card(decoder.parameters())
+                else:
+                    dummy.dummy(decoder.parameters(), seed=config.seed)
+                fill = None
             weights = decoder.prepack(config.quantization, fill, memory)
         self._kept.leave()
         return decoder, weights
+
+    def _loader(self, decoder: Decoder, progress: Callable[[int, int], None]) -> Loader:
+        """A loader of this rank's parameters. Rank 0 tells what nobody reads."""
+        checkpoint = Checkpoint.open(
+            self._config.model, names_of(self._spec), only_safetensors=self._config.load_format == "safetensors"
+        )
+        if self._env.rank == 0:
+            for line in checkpoint_notes(sources(self._spec), checkpoint, self._spec.num_layers, self._config.dtype):
+                log.info(line)
+        return Loader(decoder.parameters(), checkpoint, progress)
 
     def _self_test(self, decoder: Decoder) -> Numerics | None:
         """Test batch invariance of this processor's matrix products; None on CUDA, which does not promise it."""

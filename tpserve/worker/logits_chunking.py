@@ -7,6 +7,8 @@ the logits and everything computed from them stay within `HEAD_BYTES`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tpserve.models.units import VOCAB_UNIT
+
 HEAD_BYTES = 512 << 20
 PLAIN_BYTES = 24
 """Bytes for each logit of a rank's vocabulary shard: the logit, and temporaries of the draw or of the logprobs."""
@@ -28,6 +30,8 @@ class LogitsChunking:
     filtered: int
     plain_bytes: int
     filtered_bytes: int
+    sharded: bool = False
+    """Whether several ranks have parts of the vocabulary, whole blocks of the draw each."""
 
     @staticmethod
     def of(shards: Sequence[range], max_len: int, *, on_card: bool = False) -> "LogitsChunking":
@@ -36,7 +40,8 @@ class LogitsChunking:
         filtered = shards[-1].stop * FILTERED_BYTES + max_len * HISTORY_BYTES
         if on_card:
             filtered = shards[-1].stop * CARD_FILTERED_BYTES
-        return LogitsChunking(max(1, HEAD_BYTES // plain), max(1, HEAD_BYTES // filtered), plain, filtered)
+        sharded = len(shards) > 1 and all(shard.start % VOCAB_UNIT == 0 for shard in shards)
+        return LogitsChunking(max(1, HEAD_BYTES // plain), max(1, HEAD_BYTES // filtered), plain, filtered, sharded)
 
     def most_bytes(self, max_sampled: int, max_scored: int) -> int:
         """An upper bound, in bytes, for steps that sample and score at most so many rows."""

@@ -9,6 +9,7 @@ S: drawn rows of a group, N: scored rows of the step, C: chunks that score.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import torch
 
@@ -65,25 +66,34 @@ class PromptLogprobsBatch:
 
 @dataclass
 class _Rows:
-    """Rows to draw: those without filters, and those with what filters each. A row is (chunk, position of the token)."""
+    """Rows to draw: those without filters, and those with what filters each. A row is (chunk, position of the token).
+
+    Filters that look at one id at a time need no whole rows, which ranks with parts of the vocabulary would have to gather. A
+    sequence whose rows need both (`min_tokens`) needs whole ones first, as its grammar wants them, in order.
+    """
 
     plain: list[tuple[int, int]] = field(default_factory=list)
-    filtered: list[tuple[int, int]] = field(default_factory=list)
-    metadata: list[SamplingMetadata] = field(default_factory=list)
+    whole: list[tuple[int, int, SamplingMetadata]] = field(default_factory=list)
+    per_id: list[tuple[int, int, SamplingMetadata]] = field(default_factory=list)
 
     def add(self, chunk: int, position: int, metadata: SamplingMetadata | None) -> None:
-        if metadata is not None and metadata.needs_filters(position):
-            self.filtered.append((chunk, position))
-            self.metadata.append(metadata)
-        else:
+        if metadata is None or not metadata.needs_filters(position):
             self.plain.append((chunk, position))
+        elif metadata.needs_whole_rows(position):
+            self.whole.append((chunk, position, metadata))
+        else:
+            self.per_id.append((chunk, position, metadata))
 
-    def batches(self, chunks: ChunkArrays, request_pool: RequestPool, max_plain: int, max_filtered: int) -> list[SampleBatch]:
+    def batches(
+        self, chunks: ChunkArrays, request_pool: RequestPool, logits_chunking: LogitsChunking, max_filtered: int
+    ) -> list[SampleBatch]:
         """Each row in exactly one batch, in order of the plan among the plain ones and among the others."""
+        max_plain = logits_chunking.plain
         plain = [self.plain[at : at + max_plain] for at in range(0, len(self.plain), max_plain)]
-        filtered = [slice(at, at + max_filtered) for at in range(0, len(self.filtered), max_filtered)]
+        kinds = [self.whole, self.per_id] if logits_chunking.sharded else [sorted(self.whole + self.per_id, key=itemgetter(0, 1))]
+        filtered = [rows[at : at + max_filtered] for rows in kinds for at in range(0, len(rows), max_filtered)]
         return [_draw_batch(rows, chunks, request_pool, ()) for rows in plain] + [
-            _draw_batch(self.filtered[part], chunks, request_pool, self.metadata[part]) for part in filtered
+            _draw_batch([row[:2] for row in rows], chunks, request_pool, [row[2] for row in rows]) for rows in filtered
         ]
 
 
@@ -95,7 +105,7 @@ def sample_batches(
     for chunk, (sample, slot, end) in enumerate(zip(plan.sample, chunks.slots, chunks.ends, strict=True)):
         if sample:
             rows.add(chunk, end, request_pool.sampling_metadata[slot])
-    batches = rows.batches(chunks, request_pool, logits_chunking.plain, logits_chunking.filtered)
+    batches = rows.batches(chunks, request_pool, logits_chunking, logits_chunking.filtered)
     return [_with_extras(batch, chunks, request_pool) for batch in batches]
 
 
@@ -107,7 +117,7 @@ def rows_left(chunks: ChunkArrays, request_pool: RequestPool, logits_chunking: L
         filtered = metadata is not None and metadata.needs_filters(end)
         if filtered or request_pool.params[slot].logprobs is not None:
             rows.add(chunk, end, metadata)
-    batches = rows.batches(chunks, request_pool, logits_chunking.plain, logits_chunking.filtered)
+    batches = rows.batches(chunks, request_pool, logits_chunking, logits_chunking.filtered)
     return [_with_extras(batch, chunks, request_pool) for batch in batches]
 
 
@@ -124,7 +134,7 @@ def redraw_batches(
         for position in range(last - count + 1, last + 1):
             rows.add(chunk, position, request_pool.sampling_metadata[chunks.slots[chunk]])
     max_filtered = min(logits_chunking.filtered, len(request_pool.params))
-    return rows.batches(chunks, request_pool, logits_chunking.plain, max_filtered)
+    return rows.batches(chunks, request_pool, logits_chunking, max_filtered)
 
 
 def _draw_batch(

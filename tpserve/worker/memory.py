@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 CPU_WARM_UP_ROWS = 16
 PLAIN = EngineSamplingParams(logprobs=20)
+PER_ID = EngineSamplingParams(logprobs=20, repetition_penalty=1.1, logit_bias=((0, 1.0),))
+"""Filters that a rank applies to its part of the vocabulary."""
 FILTERED = EngineSamplingParams(
     logprobs=20,
     top_p=0.99,
@@ -115,21 +117,48 @@ def room_for(what: str, mesh: Mesh, spec: ModelSpec, config: EngineConfig, local
         raise UserError(f"rank {mesh.rank} ran out of memory while {what}: {devices.describe_memory(mesh.device)}") from error
 
 
+def nccl_bytes(mesh: Mesh, spec: ModelSpec, config: EngineConfig, free: int) -> int:
+    """Bytes that NCCL takes on this rank's GPU, once each of its links has been used; 0 without NCCL. Every rank calls this.
+
+    `free`: this GPU's free bytes before the mesh formed. NCCL refuses two ranks on one GPU, so all that has gone is this rank's.
+    """
+    if not mesh.world.uses_nccl:
+        return 0
+    for rows in (1, config.max_num_batched_tokens):  # NCCL connects ranks anew for sizes that take another way
+        x_TH = torch.zeros((rows, spec.hidden_size), dtype=getattr(torch, config.dtype), device=mesh.device)
+        mesh.tp.all_gather(mesh.tp.all_reduce(x_TH))
+        del x_TH
+    mesh.pipeline.connect(mesh.device)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return max(0, free - devices.free_memory(mesh.device))
+
+
 def measure(
-    decoder: Decoder, mesh: Mesh, make_pool: Callable[[int], RequestPool], config: EngineConfig, local_ranks: int, weights: int
+    decoder: Decoder,
+    mesh: Mesh,
+    make_pool: Callable[[int], RequestPool],
+    config: EngineConfig,
+    local_ranks: int,
+    weights: int,
+    nccl: int = 0,
 ) -> tuple[KVCacheConfig, list[MemoryLedger]]:
     """Run the largest steps, measure, and decide the longest sequence and the number of KV blocks, equal on all ranks.
 
-    `make_pool(max_len)` makes a request pool for the profile run, which drops it afterwards. Every rank calls this and gets every
-    rank's memory ledger. Raises UserError when the cache cannot hold one sequence of `max_model_len`.
+    `make_pool(max_len)` makes a request pool for the profile run, which drops it afterwards. `nccl`: `nccl_bytes`. Every rank
+    calls this and gets every rank's memory ledger. Raises UserError when the cache cannot hold one sequence of `max_model_len`.
     """
     block_bytes = num_arrays(decoder.spec, _layers(mesh)) * decoder.kv_layout.num_bytes(1, config.block_size, decoder.dtype)
 
     def make_run(rows: int) -> _ProfileRun:
         return _ProfileRun(decoder, mesh, make_pool(config.max_model_len), config, rows)
 
-    profile = _profile_cuda if mesh.device.type == "cuda" else _profile_cpu
-    ranks = _gather(mesh, profile(make_run, mesh, config, local_ranks, weights, block_bytes))
+    if mesh.device.type == "cuda":
+        sent = sizing.sent_bytes(decoder.spec, config, mesh.rank)
+        profile = _profile_cuda(make_run, mesh, config, local_ranks, weights, block_bytes, nccl, sent)
+    else:
+        profile = _profile_cpu(make_run, mesh, config, local_ranks, weights, block_bytes)
+    ranks = _gather(mesh, profile)
     kv_config = sizing.fit_kv_cache(ranks, decoder.spec, config)
     ledgers = [sizing.ledger_of(rank, kv_config, config) for rank in ranks]
     refusal = sizing.refusal(kv_config, ranks, decoder.spec, config, devices.ranks_per_node(mesh.device, local_ranks))
@@ -175,24 +204,27 @@ def _profile_cuda(
     local_ranks: int,
     weights: int,
     block_bytes: int,
+    nccl: int,
+    sent: int,
 ) -> MemoryProfile:
-    """Peaks of the largest steps, and this rank's share of its GPU."""
+    """Peaks of the largest steps, and this rank's share of its GPU. `nccl`: bytes that are taken; `sent`: bytes that will be."""
     profile_run = make_run(config.max_num_batched_tokens)
     activations, head = _peaks(profile_run)
-    if mesh.tp.can_be_captured and not config.enforce_eager:
-        activations += _graph_bytes(profile_run)
+    graphs = _graph_bytes(profile_run) if mesh.tp.can_be_captured and not config.enforce_eager else 0
     del profile_run
     torch.cuda.empty_cache()
     mesh.world.all_reduce_min(0)  # barrier: ranks that share the GPU have loaded and freed their profile runs
     free, total = torch.cuda.mem_get_info()
     sharers = devices.ranks_on_gpu(mesh.device, local_ranks)
     allocated = torch.cuda.memory_allocated()
-    others = max(0, total - free - sharers * torch.cuda.memory_reserved())  # other processes, CUDA contexts, NCCL buffers
+    others = max(0, total - free - sharers * torch.cuda.memory_reserved() - nccl)  # other processes, CUDA contexts
     share = (int(total * config.gpu_memory_utilization) - others) // sharers
     activations += allocated - weights  # rotary tables
-    taken = weights + activations + head
+    communication = nccl + sent
+    taken = weights + activations + head + graphs + communication
+    room, free = share - taken, (total - others) // sharers - taken
     return MemoryProfile(
-        total, others, share, weights, activations, head, share - taken, (total - others) // sharers - taken, block_bytes
+        total, others, share, weights, activations, head, room, free, block_bytes, graphs=graphs, communication=communication
     )
 
 
@@ -243,16 +275,17 @@ class _ProfileRun:
 
     @torch.inference_mode()
     def head(self) -> None:
-        """Score prompt tokens, draw known tokens again, then sample without filters, then with all of them."""
+        """Score prompt tokens, draw known tokens again, then sample without filters, then with some, then with all of them."""
         if self._sampler_stage is not None:
-            for plan in (self._scoring_plan(), self._redraw_plan(), self._sampling_plan(PLAIN), self._sampling_plan(FILTERED)):
+            for plan in (self._scoring_plan(), self._redraw_plan(), *map(self._sampling_plan, (PLAIN, PER_ID, FILTERED))):
                 chunks = self._update(plan)
                 self._sampler_stage.run(self._hidden(chunks.num_rows), plan, chunks)
-            self._mask()
+            for width in {len(self._sampler_stage.vocab), self._decoder.vocab_shards[-1].stop}:
+                self._mask(width)
 
-    def _mask(self) -> None:
-        """The mask of a grammar, of which this run has none."""
-        device, width = self._mesh.device, self._decoder.vocab_shards[-1].stop
+    def _mask(self, width: int) -> None:
+        """The mask of a grammar, of which this run has none, on logits of so many ids."""
+        device = self._mesh.device
         bits = torch.full((1, -(-width // 32)), -1, dtype=torch.int32, device=device)
         zero, logits = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, width, device=device)
         apply(logits, Filters(zero, grammar=GrammarMask(zero, bits)), logits[:, 0], zero, self._request_pool.tokens, zero)

@@ -50,15 +50,19 @@ class ModelRunner:
         request_pool: RequestPool,
         caches: list[KVCache],
         capture: Capture | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
-        """`capture`: makes the graphs of decode steps, on a card; None: every step is eager."""
+        """`capture`: makes the graphs of decode steps, on a card; None: every step is eager.
+
+        `graphs`: those of an earlier epoch, which have the same decoder, request pool and caches, and no collective.
+        """
         self._mesh = mesh
         self._decoder = decoder
         self._request_pool = request_pool
         self._caches = caches
         self._sampler_stage = SamplerStage(decoder, request_pool, mesh.tp) if mesh.pipeline.last else None
-        self.graphs: DecodeGraphs | None = None
-        if capture is not None:
+        self.graphs = graphs
+        if capture is not None and graphs is None:
             first = mesh.pipeline.first
             self.graphs = DecodeGraphs(decoder, request_pool, caches, self._sampler_stage, capture, first_stage=first)
 

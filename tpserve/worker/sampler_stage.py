@@ -225,17 +225,20 @@ class SamplerStage:
     def _draw(self, logits: Logits, batch: SampleBatch, *, keep: bool) -> torch.Tensor:
         """Token ids [S], also written to the request pool if it should `keep` them.
 
-        With filters the full rows are gathered, and every rank draws the same tokens from them.
+        With filters that need whole rows these are gathered, and every rank draws the same tokens from them.
         """
         shards, tp, tokens_XL = self._decoder.vocab_shards, self._tp, self._request_pool.tokens
         if batch.filters is not None:
-            logits_SV = logits.written()
-            if tp.size > 1 or not logits_SV.is_cuda:  # on a card they are a copy already
-                logits_SV = gather_logits(logits_SV, shards, tp)
+            logits_SV, first = logits.written(), 0
+            if self.logits_chunking.sharded and batch.filters.per_id:
+                logits_SV, first = logits_SV if logits_SV.is_cuda else logits_SV.clone(), shards[tp.rank].start
+            else:
+                if tp.size > 1 or not logits_SV.is_cuda:  # on a card they are a copy already
+                    logits_SV = gather_logits(logits_SV, shards, tp)
+                shards, tp = (range(logits_SV.shape[1]),), Group()
             temperature_S, position_S = batch.draw.temperature_S, batch.draw.position_S
-            logits_SV = apply(logits_SV, batch.filters, temperature_S, position_S, tokens_XL, batch.slots)
+            logits_SV = apply(logits_SV, batch.filters, temperature_S, position_S, tokens_XL, batch.slots, first)
             logits = CardLogits(RawLogits(logits_SV)) if logits_SV.is_cuda else WrittenLogits(logits_SV)
-            shards, tp = (range(logits_SV.shape[1]),), Group()
         out_S = torch.empty(len(batch.chunks), dtype=torch.int64, device=tokens_XL.device)
         target = DrawTarget(out_S, batch.slots, tokens_XL) if keep else DrawTarget(out_S)
         draw_rows(logits, shards, batch.draw, tp, target, all_greedy=batch.all_greedy)

@@ -47,10 +47,13 @@ class SamplingMetadata:
         early = position - self.prompt_len < self.params.min_tokens
         return self.params.bad_words + self.ends if early else self.params.bad_words
 
+    def needs_whole_rows(self, position: int) -> bool:
+        """Whether a filter of the token at `position` looks at more than one id (`Filters.per_id`)."""
+        return bool(self.allowed or self.min_p or self.top_k or self.top_p or self.banned_words(position))
+
     def needs_filters(self, position: int) -> bool:
         """Whether the draw of the token at `position` needs any filter."""
-        always = self.constrained or self.allowed or self.biased or self.penalties or self.min_p or self.top_k or self.top_p
-        return bool(always or self.banned_words(position))
+        return bool(self.constrained or self.biased or self.penalties or self.needs_whole_rows(position))
 
 
 def sampling_metadata(

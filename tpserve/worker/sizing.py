@@ -2,9 +2,10 @@
 
 All ranks compute this from the same numbers and get the same result. A rank's memory, in bytes:
 
-    [0, others) not ours | weights, tables | activations | head | slots | KV cache | kept free by --gpu-memory-utilization
-                                                                 |<----- room ---->|
-                                                                 |<---------------------- free ---------------------->|
+    [0, others) not ours | weights, tables | activations | head | graphs | communication | slots | KV cache | kept free
+                                                                                         |<----- room ---->|
+                                                                                         |<------------ free ------------>|
+    kept free: by --gpu-memory-utilization
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,13 +28,18 @@ CPU_CACHE_SHARE = 0.4
 """The KV cache's part of what the CPU's memory has free beside weights and LM head."""
 KV_SCALE_BYTES = 4
 """Beside each head of a position in a KV cache of int8."""
+MAX_GRAPH_ROWS = 512
+"""A decode step of more rows is no graph."""
 _MOST_FACTOR = 64
 """The search for a larger layout stops at so many times the number of ranks."""
 
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """One rank's memory in bytes. `share`: the limit for this rank; `block`: one KV block over all cache arrays."""
+    """One rank's memory in bytes. `share`: the limit for this rank; `block`: one KV block over all cache arrays.
+
+    `graphs` and `communication`: those of `MemoryLedger`.
+    """
 
     total: int
     others: int
@@ -44,6 +50,8 @@ class MemoryProfile:
     room: int
     free: int
     block: int
+    graphs: int = 0
+    communication: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,18 @@ def kv_bytes_read(spec: ModelSpec, config: EngineConfig, rank: int, context: int
 def slot_bytes(config: EngineConfig, length: int) -> int:
     """Bytes of the token ids of all slots, on the device."""
     return config.max_num_seqs * (length + 1) * 4
+
+
+def sent_bytes(spec: ModelSpec, config: EngineConfig, rank: int) -> int:
+    """Bytes on the device of activations that travel to the next stage: as many tensors as there are plans in flight.
+
+    gloo sends them from the host's memory.
+    """
+    layout = config.layout
+    if config.device != "cuda" or config.all_reduce == "gloo" or layout.stage_of(rank) == layout.pp - 1:
+        return 0
+    rows = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
+    return (layout.pp + 1) * rows * spec.hidden_size * ITEM_BYTES[config.dtype]
 
 
 def _configured_blocks(rank: MemoryProfile, config: EngineConfig) -> int | None:
@@ -204,14 +224,15 @@ def weights_refusal(
 def wider(rank: MemoryProfile, spec: ModelSpec, config: EngineConfig, per_node: int) -> str:
     """The first larger layout, of ranks with as much memory as `rank`, that holds the model and one sequence, as flags.
 
-    Uses today's bytes of activations and LM head; more ranks never need more.
+    Uses today's bytes of activations, LM head, graphs and communication; more ranks never need more.
     """
     length = least_length(config)
     positions = _blocks_per_sequence(spec, config, length) * config.block_size
     for layout in _layouts(spec, config.layout, per_node):
         weights = largest_weight_bytes(spec, layout, held_format(config))
         cache = position_bytes(largest_count(spec, layout), config) * positions
-        each = weights + cache + rank.activations + rank.head + slot_bytes(config, length)
+        rest = rank.activations + rank.head + rank.graphs + rank.communication
+        each = weights + cache + rest + slot_bytes(config, length)
         if each <= rank.share:
             nodes = -(-layout.world_size // per_node)
             where = f" on {nodes} nodes" if nodes > 1 else ""
@@ -247,16 +268,19 @@ def ledger_of(rank: MemoryProfile, found: KVCacheConfig, config: EngineConfig) -
         num_blocks=found.num_blocks,
         block_size=config.block_size,
         max_model_len=found.max_model_len,
+        graphs=rank.graphs,
+        communication=rank.communication,
     )
 
 
 def ledger_line(rank: int, ledger: MemoryLedger, config: EngineConfig) -> str:
     """One rank's memory in one line."""
     scope = f"on the device, {size(ledger.others)} not ours" if config.device == "cuda" else "for it"
+    on_card = f"graphs {size(ledger.graphs)}, communication {size(ledger.communication)}, " if config.device == "cuda" else ""
     return (
         f"memory of rank {rank} (stage {config.layout.stage_of(rank)}): {size(ledger.total)} {scope}, weights "
         f"{size(ledger.weights)}, activations {size(ledger.activations)}, LM head rows {size(ledger.head)}, "
-        f"slots {size(ledger.slots)}, KV cache {size(ledger.kv_cache)}"
+        f"{on_card}slots {size(ledger.slots)}, KV cache {size(ledger.kv_cache)}"
     )
 
 
@@ -269,7 +293,8 @@ def report(ledgers: Sequence[MemoryLedger], found: KVCacheConfig, spec: ModelSpe
 
     def left(rank: int) -> int:
         ledger = ledgers[rank]
-        return ledger.total - ledger.others - ledger.weights - ledger.activations - ledger.head - ledger.slots - ledger.kv_cache
+        work = ledger.activations + ledger.head + ledger.graphs + ledger.communication + ledger.slots
+        return ledger.total - ledger.others - ledger.weights - work - ledger.kv_cache
 
     stages = [range(stage * layout.tp, (stage + 1) * layout.tp) for stage in range(layout.pp)]
     fullest = [found.rank if found.rank in stage else min(stage, key=left) for stage in stages]

@@ -120,7 +120,7 @@ const PART_NAMES = { weights: "weights", kv_cache: "KV cache", work: "activation
 
 /** A bar of a rank's memory. The same numbers are its name for screen readers, and its text. */
 function memoryNode(ledger) {
-  const parts = { ...ledger, work: ledger.activations + ledger.head + ledger.slots };
+  const parts = { ...ledger, work: ledger.activations + ledger.head + ledger.slots + ledger.graphs + ledger.communication };
   parts.free = Math.max(0, ledger.total - parts.weights - parts.kv_cache - parts.work - ledger.others);
   const name = PARTS.filter(part => parts[part]).map(part => `${PART_NAMES[part]} ${sizeText(parts[part])}`).join(", ");
   const bar = el("div.memory", { role: "img", "aria-label": `memory of ${sizeText(ledger.total)}: ${name}`, title: name });

@@ -1,25 +1,9 @@
-"""Compile every kernel for Hopper with no card at hand, by calling the ops with a driver that only names the target.
+"""Every kernel called as layers and the sampler call it, to be compiled with no card at hand: see `compile_kernels`."""
 
-Run as a process of its own (without TRITON_INTERPRET): the interpreter accepts programs that the compiler refuses. Prints one
-JSON line a launch: name, dtype, the compiled variant, bytes of shared memory, registers and bytes of stack (spills) of a thread,
-whether it uses the warp-group matrix unit, whether it consists of operations of IEEE 754 alone, and whether it is one of the
-launches that differ in the sizes of the step alone.
-"""
-
-import functools
-import json
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import torch
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from tpserve_kernels import (
     activation,
@@ -43,49 +27,6 @@ from tpserve_kernels.sampler_types import DrawTarget, Noise, RawLogits, Sequence
 
 SIZES = (1, 16, 17)
 """Triton makes other variants for 1 and for multiples of 16, unless it is told not to."""
-only_sizes_differ = False
-
-
-class Hopper:
-    """What compiling asks of a driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return device
-
-
-def compile_instead_of_launch(self: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    def call(*args: Any, **options: Any) -> None:
-        kernel = self.run(*args, grid=grid, warmup=True, **options)
-        dtype = str(args[0].dtype).removeprefix("torch.")
-        registers, stack = resources(kernel.asm["cubin"])
-        ptx = kernel.asm["ptx"]
-        line = {
-            "name": self.__name__, "dtype": dtype, "variant": kernel.hash, "shared": kernel.metadata.shared,
-            "registers": registers, "stack": stack, "wgmma": "wgmma" in ptx, "sizes": only_sizes_differ,
-            "exact": not any(word in ptx for word in (".approx", ".ftz", "fma.", ".full")),
-        }  # fmt: skip
-        print(json.dumps(line), flush=True)
-
-    return call
-
-
-@functools.cache
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    return int(found[1]), int(found[2])
 
 
 def attend(
@@ -159,13 +100,13 @@ def sample(vocab: int, rows: int = 4) -> None:
     logprobs.from_parts(keys, logprobs.masses(raw, 0, numbers, keys)[None], 20)
 
 
-def main() -> None:
-    driver.set_active(Hopper())
-    JITFunction.__getitem__ = compile_instead_of_launch
+def all_kernels() -> None:
+    """In the dtypes and shapes that differ in what is compiled."""
     dtype = torch.bfloat16
     x, weight = torch.zeros(4, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype)
     norm.rms_norm(x, weight, 1e-5)
     norm.add_rms_norm(x, x, weight, 1e-5)
+    norm.norm_add_rms_norm(x, weight, x, weight, 1e-5, 1.0)
     activation.silu_mul(x)
     activation.gelu_tanh_mul(x)
     activation.clamped_swiglu(x, 1.702, 7.0)
@@ -191,11 +132,6 @@ def main() -> None:
     mixtures(torch.float32, {256})
     mixtures(torch.float16, {128})
     sample(128_256)
-
-    global only_sizes_differ
-    only_sizes_differ = True
-    for num_requests, width in product(SIZES, SIZES):
-        decode(num_requests, width)
 
 
 def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
@@ -228,5 +164,7 @@ def mixtures(dtype: torch.dtype, counts: set[int]) -> None:
         combination.combine(torch.zeros(4 * active, hidden, dtype=dtype), rows, weights, shared_x, gate, padding)
 
 
-if __name__ == "__main__":
-    main()
+def sizes() -> None:
+    """The launches of a decode step that differ in the number of requests and the width of the tables alone."""
+    for num_requests, width in product(SIZES, SIZES):
+        decode(num_requests, width)
