@@ -9,20 +9,19 @@ import logging
 import secrets
 import string
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from tpserve.engine_client.control import EngineControl
 from tpserve.engine_client.recovery import SEAMLESS
 from tpserve.engine_client.requests import RequestTable
-from tpserve.engine_client.status import EngineState, EngineStatus
+from tpserve.engine_client.status import EngineStatus
 from tpserve.errors import UserError
-from tpserve.frontend import admin_routes, openapi, page, reload, traffic
+from tpserve.frontend import admin_routes, openapi, page, reload, state_routes, traffic
 from tpserve.frontend.access import KEY_OWNER, AccessSettings, Origins, require_key
 from tpserve.frontend.access_log import AccessLogFile, log_access
 from tpserve.frontend.anthropic import routes as anthropic
@@ -37,10 +36,10 @@ from tpserve.frontend.openai import resumable, routes
 from tpserve.frontend.openai.admission import REQUEST_ID
 from tpserve.frontend.openai.body import MAX_BODY_BYTES
 from tpserve.frontend.openai.chat_answer import ChatAnswers
-from tpserve.frontend.openai.errors import error_response, internal_error, json_response, shown
+from tpserve.frontend.openai.errors import error_response, internal_error, shown
 from tpserve.frontend.openai.rebuild import rebuild_running
 from tpserve.frontend.openai.sender import RESUMPTION
-from tpserve.frontend.openai.service import SERVICE, OpenAIServing, not_ready
+from tpserve.frontend.openai.service import SERVICE, OpenAIServing
 from tpserve.frontend.reload import Reloader
 from tpserve.frontend.responses import routes as responses
 from tpserve.frontend.streams import StreamTable
@@ -56,7 +55,6 @@ from tpserve.version import __version__
 log = logging.getLogger(__name__)
 http_log = logging.getLogger(f"{__name__}.http")
 
-INFO: web.AppKey[Callable[[], dict[str, Any]]] = web.AppKey("info")
 ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
 MAX_ID_CHARS = 128
 OTHER_TASKS = frozenset({"embeddings", "rerank", "score", "classify", "pooling", "transcriptions", "translations", "speech"})
@@ -121,7 +119,6 @@ def create_app(
     if access_log is not None:
         middlewares.insert(0, log_access(access_log.write))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
-    app[INFO] = info
     grammars = GrammarChecker(tokenizer)
     grammars.prepare().result()  # holds the interpreter lock, and nothing is served yet
     key_usage = KeyUsage(settings.served_model_name[0] if settings.served_model_name else settings.model)
@@ -161,13 +158,7 @@ def create_app(
     page.add_routes(app)
     admin_routes.add_routes(app, control)
     reload.add_routes(app, reloader or Reloader())
-    app.router.add_get("/health", health)
-    app.router.add_get("/readyz", ready)
-    app.router.add_get("/livez", alive)
-    app.router.add_get("/ping", alive)
-    app.router.add_get("/version", version)
-    app.router.add_get("/metrics", metrics)
-    app.router.add_get("/server_info", server_info)
+    state_routes.add_routes(app, info)
     openapi.add_routes(app, settings.root_path)
     return app
 
@@ -203,43 +194,6 @@ async def go_on(app: web.Application) -> AsyncGenerator[None, None]:
 async def forget_answers(app: web.Application) -> None:
     """End what runs without a client, at the end of the server."""
     app[SERVICE].streams.close()
-
-
-async def health(request: web.Request) -> web.Response:
-    """GET /health: 200 when the engine runs, also while an operator has paused it, else 503 with the phase."""
-    return state_answer(request.app[SERVICE].status(), ("running", "paused"))
-
-
-async def ready(request: web.Request) -> web.Response:
-    """GET /readyz: 200 when the engine serves requests, else 503 with the phase."""
-    return state_answer(request.app[SERVICE].status(), ("running",))
-
-
-def state_answer(status: EngineStatus, good: Sequence[EngineState]) -> web.Response:
-    """The state of the engine as a probe gets it: 200 for a good one."""
-    body: dict[str, Any] = {"state": status.state, "phase": status.phase, "percent": status.percent, "reason": status.reason}
-    return json_response(body) if status.state in good else error_response(not_ready(status), **body)
-
-
-async def alive(request: web.Request) -> web.Response:
-    """GET /livez, /ping: always 200."""
-    return json_response({"state": request.app[SERVICE].status().state})
-
-
-async def version(_request: web.Request) -> web.Response:
-    """GET /version: the version of tpserve."""
-    return json_response({"version": __version__})
-
-
-async def metrics(request: web.Request) -> web.Response:
-    """GET /metrics: metrics in the Prometheus text format."""
-    return web.Response(body=request.app[SERVICE].request_table.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-async def server_info(request: web.Request) -> web.Response:
-    """GET /server_info: the configuration and the ranks, also during a start."""
-    journal = request.app[SERVICE].journal
-    return json_response(request.app[INFO]() | {"state_dir": journal.info() if journal is not None else None})
 
 
 @web.middleware
