@@ -225,9 +225,10 @@ def _locate_once_per_node(me: env.RankEnv, flags: Flags) -> ModelFiles:
     assert flags.model is not None
     if me.local_world_size == 1 or Path(flags.model).is_dir():
         return locate(flags, head=head)
+    asked = repr((flags.model, flags.revision, flags.tokenizer, flags.tokenizer_revision, flags.download_dir))
     if me.local_rank:
-        return ask_local_leader(me, flags.start_timeout)
-    local_leader = LocalLeader(me)
+        return ask_local_leader(me, asked, flags.start_timeout)
+    local_leader = LocalLeader(me, asked)
     try:
         files = locate(flags, head=head)
     except UserError as error:

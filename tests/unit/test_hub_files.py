@@ -155,12 +155,12 @@ def rank(local_rank: int, size: int = 3) -> env.RankEnv:
 FOUND = ModelFiles("/cache/c", "/cache/c", None, Snapshot("org/tiny", COMMIT, "/cache", (("a", 1),)))
 
 
-def asking(*local_ranks: int) -> tuple[list[Thread], list[object]]:
+def asking(model: str, *local_ranks: int) -> tuple[list[Thread], list[object]]:
     said: list[object] = []
 
     def one(local_rank: int) -> None:
         try:
-            said.append(ask_local_leader(rank(local_rank), 5.0))
+            said.append(ask_local_leader(rank(local_rank), model, 5.0))
         except (UserError, EngineFailure) as error:
             said.append(error)
 
@@ -171,35 +171,41 @@ def asking(*local_ranks: int) -> tuple[list[Thread], list[object]]:
 
 
 def test_the_first_rank_tells_the_others_whenever_they_come() -> None:
-    early, said = asking(1)
+    early, said = asking("org/tiny", 1)
     time.sleep(0.1)
-    local_leader = LocalLeader(rank(0))
+    local_leader = LocalLeader(rank(0), "org/tiny")
     time.sleep(0.1)
     assert said == []
     local_leader.publish(FOUND)
-    late, more = asking(2)
+    late, more = asking("org/tiny", 2)
     for thread in early + late:
         thread.join(5)
     assert said == more == [FOUND]
+    again, once_more = asking("org/tiny", 1, 2, 1)
+    for thread in again:
+        thread.join(5)
+    assert once_more == [FOUND] * 3, "ranks that were started again"
+    with pytest.raises(EngineFailure, match="did not start"):
+        ask_local_leader(rank(1), "org/other", 0.1)
 
 
 def test_the_first_rank_tells_why_not() -> None:
-    local_leader = LocalLeader(rank(0))
-    threads, said = asking(1)
+    local_leader = LocalLeader(rank(0), "org/gated")
+    threads, said = asking("org/gated", 1)
     time.sleep(0.1)
-    local_leader.publish_error("org/tiny is gated")
+    local_leader.publish_error("org/gated is gated")
     for thread in threads:
         thread.join(5)
-    assert [type(error) for error in said] == [UserError] and str(said[0]) == "org/tiny is gated"
+    assert [type(error) for error in said] == [UserError] and str(said[0]) == "org/gated is gated"
 
 
 def test_a_first_rank_that_ends_without_a_word() -> None:
-    local_leader = LocalLeader(rank(0))
-    threads, said = asking(1, 2)
+    local_leader = LocalLeader(rank(0), "org/slow")
+    threads, said = asking("org/slow", 1, 2)
     time.sleep(0.1)
     local_leader._listener.close()
     for thread in threads:
         thread.join(5)
     assert [type(error) for error in said] == [EngineFailure] * 2
     with pytest.raises(EngineFailure, match=r"did not start within 0\.1 s"):
-        ask_local_leader(rank(1), 0.1)
+        ask_local_leader(rank(1), "org/slow", 0.1)

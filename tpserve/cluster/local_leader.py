@@ -1,10 +1,11 @@
 """Share what local rank 0 looked up with the other ranks of its agent, before torch is loaded and without files.
 
-    local rank 0    leader = LocalLeader(env); ...; leader.publish(files)
-    other ranks     files = ask_local_leader(env, timeout_s)
+    local rank 0    leader = LocalLeader(env, model); ...; leader.publish(files)
+    other ranks     files = ask_local_leader(env, model, timeout_s)
 
-Owns a UNIX socket in the kernel's abstract namespace, named after the agent. It exists as long as local rank 0 does, so the other
-ranks notice at once when local rank 0 ends without an answer. Never sends more than one answer.
+Owns a UNIX socket in the kernel's abstract namespace, named after the agent and the model that is asked for: ranks of a reload
+are not told of the model before. It exists as long as local rank 0 does, so the other ranks notice at once when local rank 0 ends
+without an answer, and one that is started again is told as it was the first time. Sends one answer to whoever asks.
 """
 
 import contextlib
@@ -34,16 +35,15 @@ class LeaderAnswer(Struct, frozen=True):
 
 
 class LocalLeader:
-    """Local rank 0's end. Ranks that connect before the answer wait in the kernel's queue."""
+    """Local rank 0's end. Ranks that connect before the answer wait in the kernel's queue. `model`: what decides the files."""
 
-    def __init__(self, env: RankEnv) -> None:
-        self._num_peers = env.local_world_size - 1
+    def __init__(self, env: RankEnv, model: str) -> None:
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(_address(env))
+        self._listener.bind(_address(env, model))
         self._listener.listen(env.local_world_size)
 
     def publish(self, files: ModelFiles) -> None:
-        """Send the files to every other rank, in the background."""
+        """Send the files to every rank that asks, in the background, for as long as this process lives."""
         threading.Thread(target=self._answer, args=(LeaderAnswer(files),), name="local-leader", daemon=True).start()
 
     def publish_error(self, error: str) -> None:
@@ -53,19 +53,19 @@ class LocalLeader:
 
     def _answer(self, answer: LeaderAnswer) -> None:
         with self._listener, contextlib.suppress(TimeoutError):
-            for _ in range(self._num_peers):
+            while True:
                 connection = self._listener.accept()[0]
                 with connection, contextlib.suppress(OSError):  # the rank has ended
                     connection.sendall(json.encode(answer))
 
 
-def ask_local_leader(env: RankEnv, timeout_s: float) -> ModelFiles:
+def ask_local_leader(env: RankEnv, model: str, timeout_s: float) -> ModelFiles:
     """The model's files from local rank 0. Raises its UserError, or EngineFailure when it does not answer."""
     deadline_s = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX) as connection:
         while True:
             try:
-                connection.connect(_address(env))
+                connection.connect(_address(env, model))
                 break
             except ConnectionRefusedError:  # it is still starting
                 if time.monotonic() > deadline_s:
@@ -89,6 +89,6 @@ def ask_local_leader(env: RankEnv, timeout_s: float) -> ModelFiles:
     return answer.files
 
 
-def _address(env: RankEnv) -> str:
-    """An abstract socket name that is unique to the ranks of this agent."""
-    return "\0tpserve-" + hashlib.sha256(bytes(runtime_dir(env))).hexdigest()[:32]
+def _address(env: RankEnv, model: str) -> str:
+    """An abstract socket name that is unique to the ranks of this agent and what they look for."""
+    return "\0tpserve-" + hashlib.sha256(bytes(runtime_dir(env)) + b"\0" + model.encode()).hexdigest()[:32]
