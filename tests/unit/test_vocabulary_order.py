@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.http import inprocess
+from tpserve.config.reload import RankConfiguration
 from tpserve.engine import start
 from tpserve.llm import api
 from tpserve.structured_output import checker, compiler
@@ -56,6 +57,7 @@ def test_a_rank_builds_it_before_its_hello(monkeypatch: pytest.MonkeyPatch, inca
     monkeypatch.setattr(start, "check_frames", lambda *_: None)
     monkeypatch.setattr(start, "processor", lambda *_: ({}, {}))
     monkeypatch.setattr(start, "fingerprint", lambda *_: {})
+    monkeypatch.setattr(start, "of_answers", lambda *_: {})
     loaded = lambda *arguments: SimpleNamespace(processor={}, ledger=None)  # noqa: E731
     monkeypatch.setattr(start, "LoadedModel", loaded)
     monkeypatch.setattr(start.devices, "choose", lambda *_: torch.device("cpu"))
@@ -66,7 +68,7 @@ def test_a_rank_builds_it_before_its_hello(monkeypatch: pytest.MonkeyPatch, inca
     env = SimpleNamespace(rank=1, local_rank=1, local_world_size=2, last_exit="")
     spec = SimpleNamespace(vocab_size=2048, windows=(), eos_ids=())
     timer = SimpleNamespace(first=True, mark=lambda name: None)
-    rank: Any = start._ServingRank(config, spec, env, None, None, timer)  # type: ignore[arg-type]
+    rank: Any = start._ServingRank(config, spec, env, None, None, timer, RankConfiguration())  # type: ignore[arg-type]
     for _ in range(incarnation):  # a later one of the same process has it
         with pytest.raises(Over):
             rank.serve(Agent(), None)
