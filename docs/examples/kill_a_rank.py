@@ -17,7 +17,6 @@ from typing import Any
 
 URL = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
 BODY = {"prompt": "Once upon a time", "max_tokens": 260, "ignore_eos": True, "temperature": 0.8, "seed": 11, "stream": True}
-KILL_AT = 150  # tokens of the second answer
 
 
 def stream() -> Iterator[str]:
@@ -40,16 +39,18 @@ def show(words: str) -> None:
 
 undisturbed, pid = "".join(stream()), server_info()["ranks"][1]["pid"]
 begin_s = last_s = time.monotonic()
-text, line, gap_s = "", "", 0.0
-for count, piece in enumerate(stream(), 1):
-    gap_s, last_s = max(gap_s, time.monotonic() - last_s if count > 1 else 0.0), time.monotonic()
+text, line, gap_s, killed = "", "", 0.0, False
+for piece in stream():
+    gap_s, last_s = max(gap_s, time.monotonic() - last_s if text else 0.0), time.monotonic()
     text, line = text + piece, line + piece
-    if len(line) > 90 or count == KILL_AT:
+    kills = not killed and len(text) > len(undisturbed) / 2
+    if len(line) > 90 or kills:
         show(line)
         line = ""
-    if count == KILL_AT:
+    if kills:
         os.kill(pid, signal.SIGKILL)
         show(f"--- kill -9 {pid}: that was rank 1 ---")
+        killed = True
 show(line)
 verdict = "the same text" if text == undisturbed else "NOT the same text"
 print(f"\n{verdict} as without the kill; longest gap {gap_s:.2f} s; epoch {server_info()['epoch']} runs")
