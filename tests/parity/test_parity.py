@@ -38,7 +38,7 @@ INT8_EXACT = ("llama-new", "llama-linear", "qwen2", "gpt2", "gemma3")
 """Models whose ranks add up nothing but integers."""
 INT8_MODELS = (*INT8_EXACT, "olmo2", "qwen2-moe", "deepseek-v3")
 PROMPTS = (3, 37, 170)
-NEW_TOKENS = 10
+NEW_TOKENS = 7
 SCORED = (1, 2, 33, 64, 129, 200)
 """Lengths of prompts that are scored."""
 SCORED_MODELS = ("llama-old", "qwen2", "qwen2-moe")

@@ -30,7 +30,7 @@ from tpserve.types.window import first_block, max_length
 
 VOCAB = 50
 Operation = Request | tuple[str, int]
-EXAMPLES = 10_000 if settings.get_current_profile_name() == "long" else 1500
+EXAMPLES = 10_000 if settings.get_current_profile_name() == "long" else 1200
 STEMS = [[Random(stem).randrange(VOCAB) for _ in range(40)] for stem in range(3)]
 
 
