@@ -15,6 +15,8 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable
+from itertools import count
 
 from msgspec import Struct, json
 
@@ -38,22 +40,23 @@ class LocalLeader:
     """Local rank 0's end. Ranks that connect before the answer wait in the kernel's queue. `model`: what decides the files."""
 
     def __init__(self, env: RankEnv, model: str) -> None:
+        self._num_peers = env.local_world_size - 1
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(_address(env, model))
         self._listener.listen(env.local_world_size)
 
     def publish(self, files: ModelFiles) -> None:
         """Send the files to every rank that asks, in the background, for as long as this process lives."""
-        threading.Thread(target=self._answer, args=(LeaderAnswer(files),), name="local-leader", daemon=True).start()
+        threading.Thread(target=self._answer, args=(LeaderAnswer(files), count()), name="local-leader", daemon=True).start()
 
     def publish_error(self, error: str) -> None:
-        """Send an error to the ranks that are connected. The others see the end of this process."""
+        """Send an error to the ranks that are connected, once to each. The others see the end of this process."""
         self._listener.settimeout(_ERROR_WAIT_S)
-        self._answer(LeaderAnswer(error=error))
+        self._answer(LeaderAnswer(error=error), range(self._num_peers))
 
-    def _answer(self, answer: LeaderAnswer) -> None:
+    def _answer(self, answer: LeaderAnswer, times: Iterable[int]) -> None:
         with self._listener, contextlib.suppress(TimeoutError):
-            while True:
+            for _ in times:
                 connection = self._listener.accept()[0]
                 with connection, contextlib.suppress(OSError):  # the rank has ended
                     connection.sendall(json.encode(answer))
