@@ -60,25 +60,18 @@ COMPLETION_LOGPROBS = obj(
 )
 PROMPT_LOGPROBS = optional(listed(optional({"type": "object", "additionalProperties": obj(logprob=NUMBER, decoded_token=TEXT)})))
 IDS = optional(listed(INTEGER))
-COMPLETION = obj(
-    id=TEXT,
-    object=const("text_completion"),
-    created=INTEGER,
-    model=TEXT,
-    system_fingerprint=TEXT,
-    choices=listed(
-        obj(
-            index=INTEGER,
-            text=TEXT,
-            logprobs=optional(COMPLETION_LOGPROBS),
-            finish_reason=FINISH,
-            stop_reason=ANYTHING,
-            token_ids=IDS,
-            prompt_token_ids=IDS,
-            prompt_logprobs=PROMPT_LOGPROBS,
-        )
-    ),
-    usage=USAGE,
+
+
+def answer(kind: str, choice: dict[str, Json], **more: Json) -> Json:
+    """A completion of either API: what is in each of its choices, and what else it has."""
+    each = obj(index=INTEGER, finish_reason=FINISH, stop_reason=ANYTHING, token_ids=IDS, **choice)
+    head = {"id": TEXT, "object": const(kind), "created": INTEGER, "model": TEXT, "system_fingerprint": TEXT}
+    return obj(**head, choices=listed(each), usage=USAGE, **more)
+
+
+COMPLETION = answer(
+    "text_completion",
+    {"text": TEXT, "logprobs": optional(COMPLETION_LOGPROBS), "prompt_token_ids": IDS, "prompt_logprobs": PROMPT_LOGPROBS},
 )
 CHAT_LOGPROB = obj(token=TEXT, logprob=NUMBER, bytes=IDS)
 CHAT_LOGPROBS = obj(
@@ -87,23 +80,9 @@ CHAT_LOGPROBS = obj(
 CALL = obj(id=TEXT, type=const("function"), function=obj(name=TEXT, arguments=TEXT))
 MESSAGE = obj(role=const("assistant"), content=optional(TEXT), refusal=NULL)
 MESSAGE["properties"] |= {"tool_calls": listed(CALL), "reasoning": TEXT, "reasoning_content": TEXT}
-CHAT_COMPLETION = obj(
-    id=TEXT,
-    object=const("chat.completion"),
-    created=INTEGER,
-    model=TEXT,
-    system_fingerprint=TEXT,
-    choices=listed(
-        obj(
-            index=INTEGER,
-            message=MESSAGE,
-            logprobs=optional(CHAT_LOGPROBS),
-            finish_reason=FINISH,
-            stop_reason=ANYTHING,
-            token_ids=IDS,
-        )
-    ),
-    usage=USAGE,
+CHAT_COMPLETION = answer(
+    "chat.completion",
+    {"message": MESSAGE, "logprobs": optional(CHAT_LOGPROBS)},
     prompt_token_ids=IDS,
     prompt_logprobs=PROMPT_LOGPROBS,
 )

@@ -45,6 +45,7 @@ class SpanExporter:
         """UserError for an endpoint that is no URL of HTTP, and without the SDK."""
         url = _traces_url(endpoint)
         try:
+            from opentelemetry import trace
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider
@@ -52,6 +53,7 @@ class SpanExporter:
         except ImportError as error:
             raise UserError(MISSING, param="otlp_traces_endpoint") from error
         resource = Resource({"service.name": "tpserve", "service.version": __version__}).merge(OTELResourceDetector().detect())
+        self._trace = trace
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
         self._tracer = self._provider.get_tracer("tpserve", __version__)
@@ -60,9 +62,7 @@ class SpanExporter:
 
     def export(self, span: Span) -> None:
         """Queue a span; never waits. One whose parent is not sampled is dropped."""
-        from opentelemetry import trace
-
-        context = None
+        trace, context = self._trace, None
         if span.parent is not None:
             sender = trace.SpanContext(
                 int(span.parent.trace_id, 16),
